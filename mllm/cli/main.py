@@ -1,0 +1,70 @@
+"""Where does the ``mllm`` command begin?"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from mllm import __version__
+from mllm.cli import (
+    chat,
+    check,
+    convert,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    listing,
+    recipes,
+    train,
+)
+from mllm.errors import MllmError
+
+app = typer.Typer(
+    name="mllm",
+    help="Multimodal LLMs with pluggable vision encoders: recipes, staged training, evaluation, serving.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"mllm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and stop."),
+) -> None:
+    """A first look: [bold]mllm recipes ls[/], [bold]mllm list encoders[/], [bold]mllm doctor[/]."""
+
+
+for module in (train, evaluate, chat, convert, data, recipes, listing, check, doctor, demo):
+    module.add_to(app)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one message on stderr and exit code 2."""
+    try:
+        app()
+    except MllmError as error:
+        if os.environ.get("MLLM_TRACEBACK"):
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""``mllm train``: run a recipe's stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name (`mllm recipes ls`) or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes as key.sub=value; a stage by its name: stages.sft.batch_size=4", show_default=False),
+    ] = None,
+    processes: Annotated[int, typer.Option(help="Processes on this machine; one per GPU, or per core group on a CPU.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint; finished stages are kept.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Output folder; default runs/<recipe>.")] = None,
+    evaluate: Annotated[bool, typer.Option(help="Run the recipe's evaluation after the last stage.")] = True,
+) -> None:
+    """Train a recipe, stage by stage, into a Hugging Face checkpoint at <output>/final.
+
+    [dim]mllm train demo stages.sft.steps=20 --output runs/try[/]
+    """
+    from mllm.recipe import load_recipe
+    from mllm.train.stages import run_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    final = run_recipe(loaded, processes=processes, resume=resume, output=output)
+    typer.echo(f"checkpoint: {final}")
+    if evaluate and loaded.evaluation.tasks:
+        from mllm.eval.runner import run_eval
+
+        run_eval(
+            str(final),
+            loaded.evaluation.tasks,
+            limit=loaded.evaluation.limit,
+            batch_size=loaded.evaluation.batch_size,
+            output_dir=Path(final).parent / "eval",
+        )
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the verb."""
+    app.command()(train)

@@ -1,0 +1,156 @@
+"""How is a declaration (YAML, JSON, overrides) read, checked and turned into a strict config?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mllm.errors import ConfigError, did_you_mean
+
+
+class StrictModel(BaseModel):
+    """Base of every config and specification: unknown keys are errors, values are validated on assignment."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice, and reads 1e-3 as a number (YAML 1.1 does not)."""
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict:
+    loader.flatten_mapping(node)
+    result: dict = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in result:
+            raise ConfigError(f"key {key!r} appears twice (line {key_node.start_mark.line + 1})")
+        result[key] = loader.construct_object(value_node, deep=True)
+    return result
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    __import__("re").compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, *, where: str = "YAML") -> Any:
+    """Parse YAML text. Raises `ConfigError` that starts with ``where``."""
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Parse a YAML file. Raises `ConfigError` naming the file."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    return parse_yaml(text, where=str(path))
+
+
+def validate(model: type[S], data: Any, *, where: str = "") -> S:
+    """Build ``model`` from plain data. Every problem becomes one line: path to the key, what is wrong, what was meant."""
+    if isinstance(data, model):
+        return data
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where or model.__name__}: expected a mapping of keys, got {type(data).__name__}")
+    try:
+        return model.model_validate(dict(data))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(model, problem, where) for problem in error.errors())) from None
+
+
+def _explain(model: type[BaseModel], problem: Any, where: str) -> str:
+    location = [str(part) for part in problem["loc"]]
+    path = ".".join([*([where] if where else []), *location])
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(model, problem["loc"][:-1])
+        return f"{path}: unknown key{did_you_mean(location[-1], known)}" + (f" Known keys: {', '.join(known)}" if known else "")
+    if problem["type"] == "missing":
+        return f"{path}: this key is required"
+    shown = repr(problem.get("input"))
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{path}: {message}" + ("" if problem["type"] == "value_error" else f" (got {shown})")
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    """Field names of the nested model that ``location`` points into; the outermost model's when it cannot be told."""
+    current: Any = model
+    for part in location:
+        if not (isinstance(current, type) and issubclass(current, BaseModel)):
+            return []
+        field = current.model_fields.get(str(part))
+        if field is None:
+            continue
+        candidates = [field.annotation]
+        current = None
+        while candidates:
+            annotation = candidates.pop()
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                current = annotation
+                break
+            candidates.extend(getattr(annotation, "__args__", ()))
+    return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
+
+
+def apply_overrides(data: dict, overrides: Sequence[str]) -> dict:
+    """Apply ``a.b.c=value`` (YAML value; list positions as numbers) to a nested dict, in place; returns it.
+
+    Raises `ConfigError` for a malformed override or a path through something that holds no keys.
+    """
+    for override in overrides:
+        path, separator, value = override.partition("=")
+        if not separator or not path:
+            raise ConfigError(f"override {override!r}: expected key.sub=value")
+        keys = path.split(".")
+        node: Any = data
+        for depth, key in enumerate(keys):
+            here = ".".join(keys[: depth + 1])
+            if isinstance(node, list):
+                names = [item.get("name") if isinstance(item, Mapping) else None for item in node]
+                if key in names:
+                    position = names.index(key)
+                elif key.lstrip("-").isdigit() and -len(node) <= int(key) < len(node):
+                    position = int(key)
+                else:
+                    known = [str(n) for n in names if n] or [f"0 to {len(node) - 1}"]
+                    raise ConfigError(f"override {here}: no such item{did_you_mean(key, known)}. Known: {', '.join(known)}")
+                key = position  # type: ignore[assignment]
+            elif not isinstance(node, dict):
+                raise ConfigError(f"override {here}: {'.'.join(keys[:depth])} is {node!r} and holds no keys")
+            if depth == len(keys) - 1:
+                node[key] = parse_yaml(value, where=f"override {path}") if value else None
+            elif isinstance(node, dict):
+                if node.get(key) is None:
+                    node[key] = {}
+                node = node[key]
+            else:
+                node = node[key]  # type: ignore[index]
+    return data
+
+
+def to_plain(value: Any) -> Any:
+    """A config as JSON-ready plain data."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return json.loads(json.dumps(value))

@@ -1,0 +1,21 @@
+"""Where do connectors live? CONNECTORS lists them; one file per idea."""
+
+from mllm.registry import Registry
+
+CONNECTORS: Registry = Registry(
+    "connector",
+    {
+        "linear": "mllm.connectors.mlp:LinearConnector",
+        "mlp": "mllm.connectors.mlp:MlpConnector",
+        "channel_concat": "mllm.connectors.channel_concat:ChannelConcatConnector",
+        "sequence_concat": "mllm.connectors.sequence_concat:SequenceConcatConnector",
+        "interleave": "mllm.connectors.sequence_concat:InterleaveConnector",
+        "pixel_shuffle": "mllm.connectors.pixel_shuffle:PixelShuffleConnector",
+        "average_pool": "mllm.connectors.pooling:AveragePoolConnector",
+        "resampler": "mllm.connectors.resampler:ResamplerConnector",
+        "spatial_aggregator": "mllm.connectors.spatial_aggregator:SpatialAggregatorConnector",
+        "mova": "mllm.connectors.mova:MovaConnector",
+        "merv": "mllm.connectors.merv:MervConnector",
+        "attention_bias": "mllm.connectors.attention_bias:AttentionBiasConnector",
+    },
+)

@@ -1,0 +1,13 @@
+"""Where do vision encoders live? ENCODERS lists them; one adapter per library."""
+
+from mllm.registry import Registry
+
+ENCODERS: Registry = Registry(
+    "encoder",
+    {
+        "open_clip": "mllm.encoders.open_clip:OpenClipEncoder",
+        "timm": "mllm.encoders.timm:TimmEncoder",
+        "hf": "mllm.encoders.hf:HfEncoder",
+        "raw_patches": "mllm.encoders.raw_patches:RawPatches",
+    },
+)

@@ -1,0 +1,84 @@
+"""What is a vision encoder here, and which are built in?"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from mllm.config import StrictModel
+from mllm.types import EncoderInfo, VisionFeatures, WeightsSource
+
+
+class EncoderConfig(StrictModel):
+    """What every encoder's config has. A resolved config is self-sufficient: it opens offline and never reads a hub."""
+
+    type: str
+    weights: WeightsSource | None = None
+    """None: no published weights (trained from scratch)."""
+    capability: str = ""
+    """One short sentence on what the encoder is good at; a router reads it."""
+    layers: list[int] = Field(default=[-1], min_length=1)
+    """Feature layers, concatenated on channels in this order. Counted like HF hidden states: -1 is the last block's output,
+    -2 the block before it; a non-negative k is the output after k blocks (0: the embeddings)."""
+    keep_prefix: bool = False
+    """Return class and register tokens in `VisionFeatures.prefix`."""
+    final_norm: bool = True
+    """Apply the encoder's own last norm to the output of the last block (only where that layer is taken)."""
+    info: EncoderInfo | None = None
+    """Filled by `VisionEncoder.resolve`; never written by hand."""
+
+
+class VisionEncoder(nn.Module):
+    """Pixels of one encoder's own size to a feature grid.
+
+    ``__init__`` builds on the meta device and touches neither disk nor network; `load_pretrained` does that, once.
+    """
+
+    name: ClassVar[str] = ""
+    Config: ClassVar[type[EncoderConfig]] = EncoderConfig
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def resolve(cls, config: Any) -> Any:
+        """The same config with everything that follows from it written out (`info` above all). May import the library the
+        encoder comes from; loads no weights."""
+        raise NotImplementedError
+
+    @classmethod
+    def describe(cls, config: Any) -> EncoderInfo:
+        """Sizes of a resolved config."""
+        if config.info is None:
+            config = cls.resolve(config)
+        assert config.info is not None
+        return config.info
+
+    def load_pretrained(self) -> None:
+        """Load the weights that ``config.weights`` names. Raises `CheckpointError` or `UnavailableError`, naming them."""
+        raise NotImplementedError
+
+    def layer_groups(self) -> list[tuple[str, list[str]]]:
+        """``(group name, parameter-name prefixes)`` from input to output: ``embeddings``, ``layers.0`` … ``norm``. Every
+        parameter is in exactly one group; partial unfreezing and layer-wise rates use it."""
+        raise NotImplementedError
+
+    def restore_buffers(self) -> None:
+        """Recompute buffers that are not saved (positions, rotary tables), lost when a model is built on the meta device."""
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations; nothing to do for encoders without
+        blocks."""
+
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """The smallest useful config as plain data, for contract tests: from scratch, offline, under a second."""
+        raise NotImplementedError
+
+    def forward(self, pixels: Tensor, *, scene_ids: Tensor | None = None, return_attention: bool = False) -> VisionFeatures:
+        """pixels ``(B, 3, H, W)`` already resized and normalised → features. B = 0 is legal. scene_ids ``(B,)``: images with
+        the same id show one scene (multi-view encoders use it, others ignore it)."""
+        raise NotImplementedError

@@ -1,0 +1,44 @@
+"""Which exceptions does the toolkit raise for a user to read?"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MllmError(Exception):
+    """Base of every error a user can cause and cure."""
+
+
+class ConfigError(MllmError, ValueError):
+    """A key or value of a recipe, dataset, task or component config is wrong; the message starts with its path."""
+
+
+class UnknownName(ConfigError):
+    """A name that nothing is registered under."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]):
+        self.kind, self.name, self.known = kind, name, sorted(known)
+        super().__init__(f"unknown {kind} {name!r}{did_you_mean(name, self.known)}. Known: {', '.join(self.known) or '-'}")
+
+
+class AlignmentError(MllmError, ValueError):
+    """Placeholders, images and features do not match in number; the message holds both numbers."""
+
+
+class DataError(MllmError, ValueError):
+    """A sample or file cannot be used; the message names it."""
+
+
+class CheckpointError(MllmError, RuntimeError):
+    """A checkpoint is incomplete, foreign or of another architecture."""
+
+
+class UnavailableError(MllmError, RuntimeError):
+    """A feature was asked for that this installation lacks; the message says what to install or change."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``", did you mean 'x'?"`` when something close exists, else an empty string."""
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""

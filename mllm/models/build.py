@@ -1,0 +1,188 @@
+"""How is a model made from a recipe's model section?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from mllm.errors import ConfigError, UnavailableError
+from mllm.models.configuration_mllm import MllmConfig, language_model_config
+from mllm.models.modeling_mllm import MllmForConditionalGeneration
+from mllm.processing.image_processor import MllmImageProcessor
+from mllm.processing.processor import MllmProcessor
+from mllm.processing.template import check_template, read_template
+from mllm.recipe import LanguageModelSpec, ModelSpec
+
+VOCABULARY_MULTIPLE = 64
+
+
+def build_config(spec: ModelSpec, *, image_token_id: int | None = None) -> MllmConfig:
+    """The model's whole config. Needs no weights and, where the recipe states the language model's config, no network.
+
+    Raises `ConfigError` when a grid does not fit a connector, naming the encoder.
+    """
+    from mllm.connectors.build import connector_config
+    from mllm.encoders.catalogue import encoder_config
+    from mllm.processing.layout import image_layout
+
+    encoders = {name: encoder_config(value, where=f"model.encoders.{name}") for name, value in spec.encoders.items()}
+    connector = None if spec.connector is None else connector_config(spec.connector, where="model.connector")
+    infos = {name: config.info for name, config in encoders.items() if config.info is not None}
+    if connector is not None:
+        image_layout(infos, connector)  # a misfit is told now, before anything is built
+    router = dict(spec.router) if spec.router is not None else None
+    if router is not None:
+        for name in router.get("experts", []):
+            if name not in encoders:
+                raise ConfigError(f"model.router.experts: {name!r} is no encoder of this model; it has {list(encoders)}")
+    text = text_config(spec.language_model)
+    return MllmConfig(
+        text_config=text,
+        encoders=encoders,
+        connector=connector,
+        router=router,
+        visual_tokenizer=spec.visual_tokenizer,
+        image_token_id=text.vocab_size if image_token_id is None else image_token_id,
+        lm_head_bias=_head_has_bias(text),
+    )
+
+
+def text_config(spec: LanguageModelSpec) -> Any:
+    """The language model's HF config: from the recipe, else from its source."""
+    if spec.config is not None:
+        return language_model_config(spec.config)
+    try:
+        config = AutoConfig.from_pretrained(spec.source, revision=spec.revision)
+    except OSError as error:
+        raise UnavailableError(
+            f"model.language_model.source: {spec.source!r} cannot be read ({_first_line(error)}). Give a local path, or connect to "
+            "the hub once so that it is in the cache"
+        ) from error
+    return config.get_text_config()
+
+
+def build_processor(spec: ModelSpec, config: MllmConfig, tokenizer: Any) -> MllmProcessor:
+    """The processor of a model. Adds the image token to the tokenizer where it is missing."""
+    if spec.image_token not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [spec.image_token]}, replace_additional_special_tokens=False)
+    template = read_template(spec.chat_template) if spec.chat_template else tokenizer.chat_template
+    if template is None:
+        from mllm.processing.template import shipped_templates
+
+        raise ConfigError(
+            "model.chat_template: the tokenizer has no chat template; give one of "
+            f"{', '.join(shipped_templates())}, or a Jinja file"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    check_template(tokenizer, template)
+    images = MllmImageProcessor(
+        encoders={name: info.image for name, info in config.encoder_infos().items()},
+        layout=config.layout(),
+        experts=(config.router or {}).get("experts", ()),
+    )
+    return MllmProcessor(images, tokenizer, chat_template=template, image_token=spec.image_token)
+
+
+def load_tokenizer(spec: LanguageModelSpec) -> Any:
+    """The language model's tokenizer."""
+    source = spec.tokenizer or spec.source
+    if source is None:
+        raise ConfigError("model.language_model.tokenizer: a model from scratch needs a tokenizer (hub id or local path)")
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=spec.revision if spec.tokenizer is None else None)
+    except (OSError, ValueError) as error:
+        raise UnavailableError(
+            f"model.language_model.tokenizer: {source!r} cannot be read ({_first_line(error)}). Give a local path"
+        ) from error
+
+
+def build_model(
+    spec: ModelSpec, *, dtype: torch.dtype = torch.float32, load_weights: bool = True
+) -> tuple[MllmForConditionalGeneration, MllmProcessor]:
+    """Model and processor of a recipe. load_weights: read the language model's and encoders' published weights (a part
+    without a source starts from its own initialisation); False: every part is initialised.
+
+    The vocabulary grows when the tokenizer (image token included) needs it.
+    """
+    tokenizer = load_tokenizer(spec.language_model)
+    if spec.image_token not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [spec.image_token]}, replace_additional_special_tokens=False)
+    config = build_config(spec, image_token_id=tokenizer.convert_tokens_to_ids(spec.image_token))
+    processor = build_processor(spec, config, tokenizer)
+    config.dtype = dtype
+    for target in (config, config.text_config):
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(tokenizer, name)
+            if value is not None and getattr(target, name, None) is None:
+                setattr(target, name, value)
+    with _default_dtype(dtype):
+        model = MllmForConditionalGeneration(config)
+    if load_weights:
+        load_pretrained_parts(model, spec, dtype=dtype)
+    if len(tokenizer) > config.text_config.vocab_size:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=VOCABULARY_MULTIPLE, mean_resizing=False)
+    _generation_defaults(model, tokenizer, processor)
+    return model, processor
+
+
+def load_pretrained_parts(model: MllmForConditionalGeneration, spec: ModelSpec, *, dtype: torch.dtype) -> None:
+    """Read published weights into the language model and every encoder that names some."""
+    if spec.language_model.source is not None:
+        try:
+            source = AutoModelForCausalLM.from_pretrained(
+                spec.language_model.source, revision=spec.language_model.revision, dtype=dtype
+            )
+        except OSError as error:
+            raise UnavailableError(
+                f"model.language_model.source: weights of {spec.language_model.source!r} cannot be read ({_first_line(error)})"
+            ) from error
+        model.model.language_model.load_state_dict(source.base_model.state_dict())
+        model.lm_head.load_state_dict(source.get_output_embeddings().state_dict())
+        model.tie_weights()
+    if model.model.vision_tower is not None:
+        for encoder in model.model.vision_tower.encoders.values():
+            if encoder.config.weights is not None:
+                encoder.load_pretrained()
+
+
+def _head_has_bias(text: Any) -> bool:
+    with torch.device("meta"):
+        causal = AutoModelForCausalLM.from_config(text)
+    head = causal.get_output_embeddings()
+    return head is not None and getattr(head, "bias", None) is not None
+
+
+def _generation_defaults(model: Any, tokenizer: Any, processor: MllmProcessor) -> None:
+    """Generation stops where the assistant's turn ends: at the tokenizer's EOS and at the template's end-of-turn token."""
+    from mllm.processing.chat import encode_text
+    from mllm.types import Turn
+
+    stops = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    _, labels = encode_text(processor, [Turn("user", "a"), Turn("assistant", "b")], where="chat template")
+    last = int(labels[labels != -100][-1]) if (labels != -100).any() else None
+    if last in set(tokenizer.all_special_ids) and last not in stops:
+        stops.append(last)
+    generation = model.generation_config
+    generation.eos_token_id = stops if len(stops) != 1 else stops[0]
+    generation.pad_token_id = tokenizer.pad_token_id
+    generation.bos_token_id = tokenizer.bos_token_id
+    generation.do_sample = False
+
+
+class _default_dtype:
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
+    def __enter__(self) -> None:
+        self.before = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+
+    def __exit__(self, *exception: Any) -> None:
+        torch.set_default_dtype(self.before)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

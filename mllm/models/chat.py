@@ -1,0 +1,93 @@
+"""How does one talk to a checkpoint in Python or a terminal, turn by turn?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+from transformers import AutoProcessor, TextIteratorStreamer
+
+from mllm.models.modeling_mllm import MllmForConditionalGeneration
+from mllm.processing.chat import render_prompt, routing_inputs
+from mllm.processing.images import load_image
+from mllm.types import IMAGE_MARK, Turn
+
+
+class ChatSession:
+    """A conversation with one model; keeps turns and pictures."""
+
+    def __init__(self, model: Any, processor: Any):
+        self.model, self.processor = model.eval(), processor
+        self.reset()
+
+    @classmethod
+    def load(cls, checkpoint: str, *, dtype: str = "auto", device: str | None = None) -> ChatSession:
+        """Open a checkpoint folder or hub id, on the GPU when there is one."""
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = MllmForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).to(device)
+        return cls(model, AutoProcessor.from_pretrained(checkpoint))
+
+    def reset(self) -> None:
+        """Forget turns and pictures."""
+        self.turns: list[Turn] = []
+        self.images: list[Any] = []
+        self._pending: list[Any] = []
+
+    def add_image(self, source: str | Path | bytes | Any) -> None:
+        """Add a picture to the next question. Raises `DataError` naming it."""
+        self._pending.append(load_image(source, where=str(source)))
+
+    def ask(self, question: str, **options: Any) -> str:
+        """The answer as text."""
+        pieces: list[str] = []
+        self.stream(question, pieces.append, **options)
+        return "".join(pieces)
+
+    def stream(
+        self,
+        question: str,
+        write: Callable[[str], Any],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        experts: Any = None,
+    ) -> None:
+        """Generate the answer and hand over its text as it comes."""
+        marks = "\n".join([IMAGE_MARK] * len(self._pending))
+        self.turns.append(Turn("user", f"{marks}\n{question}" if marks else question))
+        self.images += self._pending
+        self._pending = []
+        inputs = self.processor(
+            text=[render_prompt(self.processor, self.turns)],
+            images=[self.images] if self.images else None,
+            return_tensors="pt",
+            add_special_tokens=False,
+            **({"experts": experts} if experts is not None else {}),
+        )
+        inputs.update(routing_inputs(self.processor, self.turns, len(self.images)))
+        inputs = inputs.to(self.model.device)
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        failure: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                self.model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+            except BaseException as error:
+                failure.append(error)
+                streamer.end()
+
+        thread = Thread(target=run, daemon=True)
+        thread.start()
+        answer = ""
+        for piece in streamer:
+            answer += piece
+            write(piece)
+        thread.join()
+        if failure:
+            self.turns.pop()
+            raise failure[0]
+        self.turns.append(Turn("assistant", answer))

@@ -1,0 +1,93 @@
+"""What does a checkpoint's config.json say?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+from mllm.config import to_plain
+from mllm.errors import ConfigError
+from mllm.types import EncoderInfo, ImageLayout
+
+_HEAD_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+class MllmConfig(PreTrainedConfig):
+    """Everything that is needed to build the model offline.
+
+    text_config: the language model's HF config; encoders: name → resolved encoder config; connector, router,
+    visual_tokenizer, visual_head: component configs (None: the model has no such part); image_token_id: the placeholder's id; num_image_tokens is
+    derived (`layout`), never stored.
+    """
+
+    model_type = "mllm"
+    sub_configs = {"text_config": AutoConfig}
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        text_config: Any = None,
+        encoders: Mapping[str, Any] | None = None,
+        connector: Any = None,
+        router: Any = None,
+        visual_tokenizer: Any = None,
+        visual_head: Any = None,
+        image_token_id: int | None = None,
+        lm_head_bias: bool = False,
+        **kwargs: Any,
+    ):
+        if text_config is None:
+            text_config = CONFIG_MAPPING["llama"]()
+        elif isinstance(text_config, Mapping):
+            text_config = language_model_config(text_config)
+        self.text_config = text_config
+        self.encoders = {name: to_plain(config) for name, config in (encoders or {}).items()}
+        self.connector = None if connector is None else to_plain(connector)
+        self.router = None if router is None else to_plain(router)
+        self.visual_tokenizer = None if visual_tokenizer is None else to_plain(visual_tokenizer)
+        self.visual_head = None if visual_head is None else to_plain(visual_head)
+        self.image_token_id = image_token_id
+        self.lm_head_bias = lm_head_bias
+        kwargs.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", False))
+        super().__init__(**kwargs)
+
+    def encoder_infos(self) -> dict[str, EncoderInfo]:
+        """Encoder name → sizes, in the model's order."""
+        return {name: EncoderInfo.model_validate(config["info"]) for name, config in self.encoders.items()}
+
+    def layout(self) -> ImageLayout:
+        """How one image lies in the token sequence; a model without images has none (``num_tokens == 0``)."""
+        if self.connector is None:
+            return ImageLayout(num_tokens=0, grid=(0, 0))
+        from mllm.connectors.build import connector_config
+        from mllm.processing.layout import image_layout
+
+        return image_layout(self.encoder_infos(), connector_config(self.connector))
+
+    @property
+    def num_image_tokens(self) -> int:
+        """M: placeholder tokens of one image."""
+        return self.layout().num_tokens
+
+
+def language_model_config(data: Mapping[str, Any]) -> PreTrainedConfig:
+    """An HF config object from its dict. Raises `ConfigError` for an unknown ``model_type``."""
+    data = dict(data)
+    model_type = data.pop("model_type", None)
+    if model_type is None:
+        raise ConfigError("language_model.config: model_type is required (for example llama, qwen2, gemma3_text)")
+    try:
+        cls = CONFIG_MAPPING[model_type]
+    except KeyError:
+        from mllm.errors import UnknownName
+
+        raise UnknownName("language_model.config.model_type", model_type, CONFIG_MAPPING.keys()) from None
+    return cls(**data)
+
+
+def head_settings(text_config: PreTrainedConfig) -> dict[str, float]:
+    """How the language model treats its logits after the head (Gemma's soft cap, Granite's and Cohere's scales)."""
+    values = {name: getattr(text_config, name, None) for name in _HEAD_SETTINGS}
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,463 @@
+"""Which class is the multimodal model? Encoders, router and connector joined to any HF causal language model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from mllm.errors import AlignmentError, CheckpointError
+from mllm.models.configuration_mllm import MllmConfig, head_settings
+from mllm.models.loss import linear_cross_entropy
+from mllm.models.pipeline import EncoderBank, build_visual_parts
+from mllm.processing.layout import PRIMARY_PIXELS, pixel_keys
+from mllm.types import Routing
+
+
+@dataclass
+class MllmModelOutput(BaseModelOutputWithPast):
+    """``image_hidden_states`` ``(B, M, L)``; routing: names and ``(B, E)`` weights, None without a router."""
+
+    image_hidden_states: Tensor | None = None
+    routing: Any = None
+
+
+@dataclass
+class MllmOutput(CausalLMOutputWithPast):
+    """As `CausalLMOutputWithPast`, with the visual tokens and the routing that were used."""
+
+    image_hidden_states: Tensor | None = None
+    routing: Any = None
+
+
+class MllmPreTrainedModel(PreTrainedModel):
+    """What both classes share: support flags, loading that refuses a checkpoint with gaps, parts by name."""
+
+    config_class = MllmConfig
+    config: MllmConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = ["past_key_values"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Components initialise themselves; here only what belongs to this class, and buffers that no file holds."""
+        if hasattr(module, "restore_buffers"):
+            module.restore_buffers()
+        elif module is getattr(self, "lm_head", None):
+            nn.init.normal_(module.weight, std=getattr(self.config.get_text_config(), "initializer_range", 0.02))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a checkpoint with missing or foreign weights raises `CheckpointError` instead of being filled
+        with random ones, and LLaVA-1.5 and Prismatic checkpoints are recognised and converted."""
+        from mllm.models import state_dict
+
+        if args == () and kwargs.get("config") is None and cls is not MllmModel:
+            converted = state_dict.open_foreign(pretrained_model_name_or_path, **kwargs)
+            if converted is not None:
+                return converted
+        wants_info = kwargs.pop("output_loading_info", False)
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        except (FileNotFoundError, OSError) as error:
+            raise CheckpointError(f"{pretrained_model_name_or_path}: cannot be loaded: {error}") from error
+        except Exception as error:
+            if type(error).__name__ == "SafetensorError":
+                raise CheckpointError(
+                    f"{pretrained_model_name_or_path}: a safetensors file is damaged or cut short ({error}); copy it again"
+                ) from error
+            raise
+        state_dict.refuse_gaps(str(pretrained_model_name_or_path), info, quantized=getattr(model, "hf_quantizer", None))
+        return (model, info) if wants_info else model
+
+    # Parts by name -------------------------------------------------------------------------------------------------
+
+    def named_parts(self) -> dict[str, list[tuple[str, nn.Module]]]:
+        """Part → its modules by name: ``language_model``, ``connector``, ``router``, ``encoders.<name>`` …"""
+        raise NotImplementedError
+
+    def part_of(self, parameter_name: str) -> str:
+        """The part that a parameter belongs to. Works on names with a PEFT or engine prefix too."""
+        for part, prefixes in self.part_prefixes().items():
+            for prefix in prefixes:
+                if parameter_name.startswith(prefix) or f".{prefix}" in parameter_name:
+                    return part
+        raise KeyError(f"parameter {parameter_name!r} belongs to no part")
+
+    def part_prefixes(self) -> dict[str, list[str]]:
+        """Part → prefixes of its parameters' names, most specific part first."""
+        root = "model." if hasattr(self, "model") else ""
+        parts: dict[str, list[str]] = {}
+        for name in self.config.encoders:
+            parts[f"encoders.{name}"] = [f"{root}vision_tower.encoders.{name}."]
+        if self.config.router is not None:
+            parts["router"] = [f"{root}vision_tower.router."]
+        if self.config.connector is not None:
+            parts["connector"] = [f"{root}multi_modal_projector."]
+        if self.config.visual_tokenizer is not None:
+            parts["visual_tokenizer"] = [f"{root}visual_tokenizer."]
+        if self.config.visual_head is not None:
+            parts["visual_head"] = ["visual_head."]
+        parts["language_model"] = [f"{root}language_model.", "lm_head."]
+        return parts
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        super().gradient_checkpointing_enable(*args, **kwargs)
+        for module in self.modules():
+            if hasattr(module, "set_gradient_checkpointing"):
+                module.set_gradient_checkpointing(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        super().gradient_checkpointing_disable()
+        for module in self.modules():
+            if hasattr(module, "set_gradient_checkpointing"):
+                module.set_gradient_checkpointing(False)
+
+
+class MllmModel(MllmPreTrainedModel):
+    """Encoders, router, connector and decoder, without the language-model head."""
+
+    vision_tower: EncoderBank | None
+    multi_modal_projector: nn.Module | None
+
+    def __init__(self, config: MllmConfig):
+        super().__init__(config)
+        self.vision_tower, self.multi_modal_projector = build_visual_parts(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self._no_split_modules = list(getattr(self.language_model, "_no_split_modules", None) or [])
+        self.pixel_keys = pixel_keys(list(config.encoders))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model
+
+    def encode_images(
+        self,
+        pixels: Mapping[str, Tensor],
+        *,
+        expert_weights: Tensor | None = None,
+        router_input_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Routing | None]:
+        """pixels: encoder name → ``(B, 3, H, W)``; expert_weights ``(B, E)`` fixes the routing; router_input_ids ``(B, T)``:
+        the questions' token ids, padded with -1. Returns visual tokens ``(B, M, L)`` and the routing."""
+        if self.vision_tower is None or self.multi_modal_projector is None:
+            raise AlignmentError("images were given to a text-only model (its config has no connector)")
+        text = self._question_summary(router_input_ids)
+        features, routing = self.vision_tower(pixels, expert_weights=expert_weights, text=text)
+        parameter = next(self.multi_modal_projector.parameters(), None)
+        if parameter is not None:
+            for feature in features.values():
+                feature.tokens = feature.tokens.to(parameter.device, parameter.dtype)
+        return self.multi_modal_projector(features, routing, text), routing
+
+    def _question_summary(self, router_input_ids: Tensor | None) -> Tensor | None:
+        if router_input_ids is None:
+            return None
+        real = router_input_ids.ge(0).unsqueeze(-1)
+        embeddings = self.get_input_embeddings()(router_input_ids.clamp(min=0)).detach()
+        return (embeddings * real).sum(1) / real.sum(1).clamp(min=1)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        expert_weights: Tensor | None = None,
+        router_input_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Visual tokens of B images; other encoders' pixels as ``pixel_values_<name>``. ``pooler_output`` ``(B, M, L)``."""
+        pixels = {name: kwargs[key] for name, key in self.pixel_keys.items() if kwargs.get(key) is not None}
+        if self.pixel_keys:
+            pixels[next(iter(self.pixel_keys))] = pixel_values
+        tokens, routing = self.encode_images(pixels, expert_weights=expert_weights, router_input_ids=router_input_ids)
+        output = BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tokens)
+        output.routing = routing
+        return output
+
+    def embed_tokens(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings ``(B, T, L)``; the image placeholder's id may lie outside the vocabulary."""
+        image_id = self.config.image_token_id
+        embeddings = self.get_input_embeddings()
+        if image_id is not None and image_id >= embeddings.weight.shape[0]:
+            input_ids = input_ids.masked_fill(input_ids == image_id, 0)
+        return embeddings(input_ids)
+
+    def merge_images(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_tokens: Tensor) -> Tensor:
+        """Put visual tokens ``(B, M, L)`` into the placeholders, in order. Raises `AlignmentError` when the counts differ."""
+        if input_ids is None:
+            placeholder = self.embed_tokens(torch.tensor([[self.config.image_token_id]], device=inputs_embeds.device))
+            mask = (inputs_embeds == placeholder.to(inputs_embeds)).all(-1)
+        else:
+            mask = input_ids == self.config.image_token_id
+        image_tokens = image_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
+        if not torch.compiler.is_compiling():
+            found, given = int(mask.sum()), image_tokens.shape[0] * image_tokens.shape[1]
+            if found != given:
+                raise AlignmentError(
+                    f"{found} image placeholder tokens for {given} visual tokens ({image_tokens.shape[0]} images × "
+                    f"{image_tokens.shape[1]}); was the text made by this model's own processor and not truncated?"
+                )
+        return inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_tokens)
+
+    def _idle_pass(self, inputs_embeds: Tensor) -> Tensor:
+        """A text-only batch in training: touch every learning visual parameter with weight zero, so that ranks with and
+        without images reduce the same gradients (ZeRO-1/2 go wrong silently, ZeRO-3 fails otherwise)."""
+        parameters = [*self.vision_tower.parameters(), *self.multi_modal_projector.parameters()]  # type: ignore[union-attr]
+        if not any(p.requires_grad for p in parameters):
+            return inputs_embeds
+        infos = self.vision_tower.infos  # type: ignore[union-attr]
+        pixels = {
+            name: inputs_embeds.new_zeros(1, 3, info.image.height, info.image.width) for name, info in infos.items()
+        }
+        experts = self.vision_tower.experts  # type: ignore[union-attr]
+        weights = inputs_embeds.new_full((1, len(experts)), 1 / len(experts)) if experts else None
+        tokens, routing = self.encode_images(pixels, expert_weights=weights)
+        idle = tokens.sum() * 0.0
+        if experts and self.vision_tower.router is not None:  # type: ignore[union-attr]
+            for parameter in self.vision_tower.router.parameters():  # type: ignore[union-attr]
+                idle = idle + parameter.sum() * 0.0
+        return inputs_embeds + idle.to(inputs_embeds)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        expert_weights: Tensor | None = None,
+        router_input_ids: Tensor | None = None,
+        image_features: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MllmModelOutput:
+        """image_features ``(B, M, L)``: visual tokens computed before, in place of pixels."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        kwargs.pop("num_image_patches", None)
+        extra = {key: kwargs.pop(key) for key in list(kwargs) if key.startswith(f"{PRIMARY_PIXELS}_")}
+        routing = None
+        if image_features is None and pixel_values is not None and pixel_values.shape[0]:
+            output = self.get_image_features(
+                pixel_values, expert_weights=expert_weights, router_input_ids=router_input_ids, return_dict=True, **extra
+            )
+            image_features, routing = output.pooler_output, output.routing
+        if image_features is not None and image_features.shape[0]:
+            inputs_embeds = self.merge_images(input_ids, inputs_embeds, image_features)
+        elif self.vision_tower is not None:
+            self._refuse_orphans(input_ids, past_key_values)
+            if self.training and torch.is_grad_enabled():
+                inputs_embeds = self._idle_pass(inputs_embeds)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            return_dict=True,
+            **kwargs,
+        )
+        return MllmModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            image_hidden_states=image_features,
+            routing=routing,
+        )
+
+    def _refuse_orphans(self, input_ids: Tensor | None, past_key_values: Any) -> None:
+        """Placeholders without an image would be read as ordinary tokens: refuse them (prefill and training only)."""
+        if input_ids is None or torch.compiler.is_compiling() or input_ids.shape[1] == 1:
+            return
+        found = int((input_ids == self.config.image_token_id).sum()) if self.config.image_token_id is not None else 0
+        if found and (past_key_values is None or past_key_values.get_seq_length() == 0):
+            raise AlignmentError(f"{found} image placeholder tokens but no image was given (pixel_values is missing)")
+
+
+class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
+    """The model with its language-model head: train, generate, save, serve."""
+
+    def __init__(self, config: MllmConfig):
+        super().__init__(config)
+        self.model = MllmModel(config)
+        text = config.get_text_config()
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
+        self._no_split_modules = self.model._no_split_modules
+        self._head = head_settings(text)
+        embedding = self.model.get_input_embeddings()
+        name = next(n for n, m in self.model.language_model.named_modules() if m is embedding)
+        self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{name}.weight"}
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def get_decoder(self) -> nn.Module:
+        return self.model.get_decoder()
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.get_image_features(*args, **kwargs)
+
+    def named_parts(self) -> dict[str, list[tuple[str, nn.Module]]]:
+        modules = dict(self.named_modules())
+        return {
+            part: [(p.rstrip("."), modules[p.rstrip(".")]) for p in prefixes if p.rstrip(".") in modules]
+            for part, prefixes in self.part_prefixes().items()
+        }
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states ``(…, L)`` → logits ``(…, V)``, with the language model's own scaling and soft cap."""
+        logits = self.lm_head(hidden)
+        if "logits_scaling" in self._head:
+            logits = logits / self._head["logits_scaling"]
+        if "logit_scale" in self._head:
+            logits = logits * self._head["logit_scale"]
+        if "final_logit_softcapping" in self._head:
+            cap = self._head["final_logit_softcapping"]
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        expert_weights: Tensor | None = None,
+        router_input_ids: Tensor | None = None,
+        image_features: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
+        **kwargs: Any,
+    ) -> MllmOutput:
+        """labels ``(B, T)``: -100 carries no loss. skip_logits: with labels, compute the loss on supervised positions in chunks
+        and return no logits (memory). Other encoders' pixels come as ``pixel_values_<name>``."""
+        num_items = kwargs.pop("num_items_in_batch", None)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            expert_weights=expert_weights,
+            router_input_ids=router_input_ids,
+            image_features=image_features,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        loss = logits = None
+        if labels is not None and skip_logits:
+            loss = linear_cross_entropy(
+                hidden,
+                self.lm_head.weight,
+                labels,
+                bias=self.lm_head.bias,
+                num_items_in_batch=num_items,
+                position_ids=position_ids,
+                scale=self._head.get("logit_scale", 1.0) / self._head.get("logits_scaling", 1.0),
+                softcap=self._head.get("final_logit_softcapping"),
+            )
+        else:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+            keep = slice(None) if isinstance(keep, int) else keep
+            logits = self.compute_logits(hidden[:, keep])
+            if labels is not None:
+                loss = self.loss_function(
+                    logits=logits,
+                    labels=labels,
+                    vocab_size=self.config.get_text_config().vocab_size,
+                    num_items_in_batch=num_items,
+                )
+        if loss is not None and outputs.routing is not None and self.training:
+            for value in outputs.routing.losses.values():
+                loss = loss + value
+        return MllmOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            routing=outputs.routing,
+        )
+
+    # Generation ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _image_inputs(self) -> list[str]:
+        return [*self.model.pixel_keys.values(), "expert_weights", "router_input_ids", "image_features", "num_image_patches"]
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        own = set(self._image_inputs)
+        super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in own})
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: Any = None, is_first_iteration: bool | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, is_first_iteration=is_first_iteration, **kwargs
+        )
+        first = is_first_iteration
+        if first is None:
+            first = past_key_values is None or past_key_values.get_seq_length() == 0
+        if not first and kwargs.get("use_cache", True):
+            for key in self._image_inputs:
+                inputs.pop(key, None)
+        return inputs
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """Beams and several return sequences: repeat each sample's images as a group, not image by image."""
+        images = {k: model_kwargs.pop(k) for k in self._image_inputs if model_kwargs.get(k) is not None}
+        source = input_ids
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if images and expand_size > 1 and source is not None:
+            per_image = max(self.config.num_image_tokens, 1)
+            counts = ((source == self.config.image_token_id).sum(-1) // per_image).tolist()
+            images = {
+                key: torch.cat([part for group in value.split(counts) for part in [group] * expand_size])
+                for key, value in images.items()
+            }
+        model_kwargs.update(images)
+        return input_ids, model_kwargs

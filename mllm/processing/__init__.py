@@ -1,0 +1,1 @@
+"""How do samples become model inputs? Images, chat, token layout, processor."""

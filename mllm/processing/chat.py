@@ -1,0 +1,222 @@
+"""How does a conversation become token ids and labels?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm.errors import AlignmentError, ConfigError, DataError
+from mllm.processing.template import messages_of
+from mllm.types import IMAGE_MARK, Sample, Turn
+
+IGNORE = -100
+_OPEN, _CLOSE = "\ue000", "\ue001"
+
+
+@dataclass
+class EncodedSample:
+    """One sample ready to be batched.
+
+    input_ids, labels ``(T,)`` int64 (labels -100 where no loss is taken); pixels: batch key → ``(num_images, 3, H, W)``;
+    extras: further per-image tensors by batch key (``router_input_ids``, ``expert_weights`` …); truncated: text was cut.
+    """
+
+    id: str
+    dataset: str
+    input_ids: Tensor
+    labels: Tensor
+    pixels: dict[str, Tensor] = field(default_factory=dict)
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    num_images: int = 0
+    truncated: bool = False
+
+    def __len__(self) -> int:
+        return int(self.input_ids.shape[0])
+
+    @property
+    def num_supervised(self) -> int:
+        """Positions that carry loss."""
+        return int((self.labels[1:] != IGNORE).sum())
+
+
+def render_prompt(processor: Any, turns: Sequence[Turn], *, add_generation_prompt: bool = True) -> str:
+    """The conversation as the model reads it, one placeholder per image."""
+    return processor.tokenizer.apply_chat_template(
+        messages_of(turns, IMAGE_MARK),
+        chat_template=processor.chat_template,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+    )
+
+
+def encode_text(processor: Any, turns: Sequence[Turn], *, where: str = "sample") -> tuple[Tensor, Tensor]:
+    """Token ids and labels ``(T,)`` of a conversation, placeholders expanded.
+
+    Labels cover what the assistant says, turn by turn, and the special token that ends its turn, for any chat template: the
+    answers are rendered between private-use marks, located, and the marks taken out again; that this changes nothing else is
+    checked. Raises `DataError` when a template does not reproduce an answer.
+    """
+    tokenizer = processor.tokenizer
+    if not tokenizer.is_fast:
+        raise ConfigError("the tokenizer has no fast version (no character offsets), which label masking needs")
+    turns = [Turn(t.role, _strip_private(t.content), t.learn) for t in turns]
+    plain = render_prompt(processor, turns, add_generation_prompt=False)
+    marked_turns = [
+        Turn(t.role, f"{_OPEN}{t.content}{_CLOSE}", t.learn) if t.role == "assistant" else t for t in turns
+    ]
+    marked = render_prompt(processor, marked_turns, add_generation_prompt=False)
+    answers = [turn for turn in turns if turn.role == "assistant"]
+    spans, text = _take_marks(marked)
+    if len(spans) != len(answers):
+        raise DataError(
+            f"{where}: the chat template renders {len(spans)} of {len(answers)} assistant turns; labels cannot be placed"
+        )
+    if text != plain:
+        spans = _realign(spans, text, plain, where)
+        text = plain
+    text, spans = _expand_images(text, spans, processor.image_token, processor.num_image_tokens)
+    encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    ids = torch.tensor(encoding["input_ids"], dtype=torch.long)
+    labels = torch.full_like(ids, IGNORE)
+    special = set(tokenizer.all_special_ids)
+    offsets = encoding["offset_mapping"]
+    starts = [start for start, _ in offsets]
+    cursor = 0
+    for (begin, end), turn in zip(spans, answers):
+        while cursor < len(starts) and offsets[cursor][1] <= begin:
+            cursor += 1
+        position = cursor
+        while position < len(starts) and starts[position] < end:
+            if turn.learn and int(ids[position]) != processor.image_token_id:
+                labels[position] = ids[position]
+            position += 1
+        if turn.learn and position < len(starts) and int(ids[position]) in special:
+            labels[position] = ids[position]
+        cursor = position
+    return ids, labels
+
+
+def encode_sample(processor: Any, sample: Sample, max_length: int | None = None) -> EncodedSample:
+    """A sample as tensors: ids, labels, every encoder's pixels.
+
+    Too long: trailing turns, then trailing text, are dropped, never part of an image span, and at least one label must stay;
+    otherwise `DataError` (set aside). Wrong image counts raise `AlignmentError`. Both name the sample.
+    """
+    where = f"sample {sample.id!r}" + (f" of {sample.dataset}" if sample.dataset else "")
+    marks = sum(turn.content.count(IMAGE_MARK) for turn in sample.turns)
+    if marks != len(sample.images):
+        raise AlignmentError(f"{where}: {marks} image placeholders and {len(sample.images)} images")
+    ids, labels = encode_text(processor, sample.turns, where=where)
+    truncated = False
+    if max_length is not None and len(ids) > max_length:
+        ids, labels = _shorten(processor, ids, labels, max_length, where)
+        truncated = True
+    if not (labels[1:] != IGNORE).any():
+        raise DataError(f"{where}: no token carries loss (no assistant turn to learn from)")
+    num_images = int((ids == processor.image_token_id).sum()) // max(processor.num_image_tokens, 1)
+    encoded = EncodedSample(sample.id, sample.dataset, ids, labels, num_images=num_images, truncated=truncated)
+    if num_images:
+        encoded.pixels, encoded.extras = encode_pixels(processor, sample.images[:num_images], where=where)
+        encoded.extras.update(routing_inputs(processor, sample.turns, num_images))
+    return encoded
+
+
+def encode_pixels(processor: Any, images: Sequence[Any], *, where: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Pixels by batch key, and other per-image tensors. Raises `DataError` naming the sample."""
+    try:
+        data = dict(processor.image_processor(list(images)))
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    keys = set(processor.pixel_keys.values())
+    return {k: v for k, v in data.items() if k in keys}, {k: v for k, v in data.items() if k not in keys}
+
+
+def routing_inputs(processor: Any, turns: Sequence[Turn], num_images: int) -> dict[str, Tensor]:
+    """``router_input_ids`` ``(num_images, T)``, padded with -1: for each image, the user turn that holds it. Empty when the
+    model routes nothing."""
+    if not processor.image_processor.experts or not num_images:
+        return {}
+    questions = [turn.content for turn in turns for _ in range(turn.content.count(IMAGE_MARK))][:num_images]
+    ids = [processor.tokenizer(q.replace(IMAGE_MARK, " ").strip(), add_special_tokens=False)["input_ids"] for q in questions]
+    width = max(1, *(len(row) for row in ids))
+    return {"router_input_ids": torch.tensor([row + [-1] * (width - len(row)) for row in ids], dtype=torch.long)}
+
+
+def _strip_private(text: str) -> str:
+    return text.replace(_OPEN, "").replace(_CLOSE, "")
+
+
+def _take_marks(marked: str) -> tuple[list[tuple[int, int]], str]:
+    spans: list[tuple[int, int]] = []
+    out: list[str] = []
+    length = 0
+    begin = None
+    for piece in re.split(f"([{_OPEN}{_CLOSE}])", marked):
+        if piece == _OPEN:
+            begin = length
+        elif piece == _CLOSE:
+            if begin is not None:
+                spans.append((begin, length))
+            begin = None
+        else:
+            out.append(piece)
+            length += len(piece)
+    return spans, "".join(out)
+
+
+def _realign(spans: list[tuple[int, int]], text: str, plain: str, where: str) -> list[tuple[int, int]]:
+    """Spans in ``plain`` when the template trims answers: the same text up to white space around the answers."""
+    moved: list[tuple[int, int]] = []
+    cursor, last = 0, 0
+    for begin, end in spans:
+        between = text[last:begin]
+        position = cursor + len(between)
+        answer = text[begin:end]
+        for candidate in (answer, answer.strip(), answer.lstrip(), answer.rstrip()):
+            if plain.startswith(between, cursor) and plain.startswith(candidate, position):
+                moved.append((position, position + len(candidate)))
+                cursor = position + len(candidate)
+                break
+        else:
+            raise DataError(f"{where}: the chat template rewrites assistant turns; labels cannot be placed")
+        last = end
+    if plain[cursor:] != text[last:]:
+        raise DataError(f"{where}: the chat template rewrites assistant turns; labels cannot be placed")
+    return moved
+
+
+def _expand_images(text: str, spans: list[tuple[int, int]], token: str, count: int) -> tuple[str, list[tuple[int, int]]]:
+    pieces = text.split(token)
+    if len(pieces) == 1:
+        return text, spans
+    grow = len(token) * (count - 1)
+    positions: list[int] = []
+    cursor = 0
+    for piece in pieces[:-1]:
+        cursor += len(piece)
+        positions.append(cursor)
+        cursor += len(token)
+
+    def shift(offset: int) -> int:
+        return offset + grow * sum(1 for p in positions if p < offset)
+
+    return (token * count).join(pieces), [(shift(b), shift(e)) for b, e in spans]
+
+
+def _shorten(processor: Any, ids: Tensor, labels: Tensor, max_length: int, where: str) -> tuple[Tensor, Tensor]:
+    """Cut text at the end; if the cut falls into an image span, cut before the span; some label must remain."""
+    cut = max_length
+    image_id, per_image = processor.image_token_id, max(processor.num_image_tokens, 1)
+    inside = int((ids[:cut] == image_id).sum()) % per_image
+    cut -= inside
+    if not (labels[1:cut] != IGNORE).any():
+        raise DataError(
+            f"{where}: {len(ids)} tokens do not fit max_length={max_length} (nothing to learn from would remain); set aside. "
+            f"Raise max_length, or use a connector with fewer tokens per image ({processor.num_image_tokens})"
+        )
+    return ids[:cut], labels[:cut]

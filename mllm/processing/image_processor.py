@@ -1,0 +1,107 @@
+"""How does one image become the pixels of every encoder?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.processing_utils import ImagesKwargs
+
+from mllm.errors import DataError, UnknownName
+from mllm.processing.images import load_image, to_pixels_multi
+from mllm.processing.layout import pixel_keys
+from mllm.types import ImageLayout, ImageSpec
+
+
+class MllmImagesKwargs(ImagesKwargs, total=False):
+    """Per-call settings. experts: names of the experts to run, or name → weight; None: the model's router decides."""
+
+    experts: Any
+
+
+class MllmImageProcessor(BaseImageProcessor):
+    """One picture → one pixel tensor per encoder, each at its own size and normalisation.
+
+    encoders: name → `ImageSpec`, in the model's order; layout: how an image lies in the sequence; experts: routed encoders.
+    """
+
+    model_input_names = ["pixel_values"]
+    valid_kwargs = MllmImagesKwargs
+
+    def __init__(
+        self,
+        encoders: Mapping[str, Any] | None = None,
+        layout: Any = None,
+        experts: Sequence[str] = (),
+        max_pixels: int = 100_000_000,
+        max_images: int = 1000,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.encoders = {name: _plain(spec) for name, spec in (encoders or {}).items()}
+        self.layout = _plain(layout or {"num_tokens": 0, "grid": (0, 0)})
+        self.experts = list(experts)
+        self.max_pixels, self.max_images = max_pixels, max_images
+        self.model_input_names = [*pixel_keys(list(self.encoders)).values(), *(["expert_weights"] if self.experts else [])]
+
+    @property
+    def specs(self) -> dict[str, ImageSpec]:
+        """Encoder name → the pixels it expects."""
+        return {name: ImageSpec.model_validate(spec) for name, spec in self.encoders.items()}
+
+    @property
+    def num_image_tokens(self) -> int:
+        """M: placeholder tokens of one image."""
+        return ImageLayout.model_validate(self.layout).num_tokens
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Paths, bytes and pictures pass; only http(s) addresses are fetched (by transformers)."""
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(item) for item in image_url_or_urls]
+        if isinstance(image_url_or_urls, str) and image_url_or_urls.startswith(("http://", "https://")):
+            return super().fetch_images(image_url_or_urls)
+        return load_image(image_url_or_urls, where="image", max_pixels=self.max_pixels)
+
+    def preprocess(self, images: Any, experts: Any = None, return_tensors: Any = None, **kwargs: Any) -> BatchFeature:
+        """images: one picture or nested lists of them → ``pixel_values`` ``(B, 3, H, W)`` of the first encoder and
+        ``pixel_values_<name>`` of the others. Raises `DataError` naming the picture's position."""
+        flat = _flatten(images)
+        if len(flat) > self.max_images:
+            raise DataError(f"{len(flat)} images in one call; at most {self.max_images} are allowed (image processor's max_images)")
+        specs, keys = self.specs, pixel_keys(list(self.encoders))
+        rows: dict[str, list[torch.Tensor]] = {name: [] for name in specs}
+        for position, image in enumerate(flat):
+            picture = load_image(image, where=f"image {position}", max_pixels=self.max_pixels)
+            for name, pixels in to_pixels_multi(picture, specs).items():
+                rows[name].append(pixels)
+        data: dict[str, Any] = {keys[name]: torch.stack(tensors) for name, tensors in rows.items() if tensors}
+        if self.experts and flat:
+            data["expert_weights"] = self.expert_weights(experts).repeat(len(flat), 1)
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def expert_weights(self, experts: Any = None) -> torch.Tensor:
+        """``(1, E)`` weights of a routing by hand: names share the weight equally, a mapping gives it; ``[]`` or ``"none"``
+        runs no expert; None leaves the choice to the router (NaN)."""
+        if experts is None:
+            return torch.full((1, len(self.experts)), float("nan"))
+        if isinstance(experts, str):
+            experts = [] if experts == "none" else [experts]
+        if not isinstance(experts, Mapping):
+            experts = {name: 1.0 / len(experts) for name in experts}
+        unknown = [name for name in experts if name not in self.experts]
+        if unknown:
+            raise UnknownName("expert", unknown[0], self.experts)
+        return torch.tensor([[float(experts.get(name, 0.0)) for name in self.experts]])
+
+
+def _plain(spec: Any) -> Any:
+    return spec.model_dump(mode="json") if hasattr(spec, "model_dump") else spec
+
+
+def _flatten(images: Any) -> list[Any]:
+    if isinstance(images, (list, tuple)):
+        return [flat for item in images for flat in _flatten(item)]
+    return [images]

@@ -1,0 +1,100 @@
+"""How do text and images become model inputs in one call?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+
+from mllm.errors import AlignmentError, ConfigError
+from mllm.processing.image_processor import MllmImagesKwargs
+from mllm.processing.layout import pixel_keys
+from mllm.processing.template import is_wrapped, with_images
+
+
+class MllmProcessorKwargs(ProcessingKwargs, total=False):
+    images_kwargs: MllmImagesKwargs  # type: ignore[misc]
+    _defaults = {
+        "text_kwargs": {"padding": False, "return_mm_token_type_ids": False, "return_text_replacement_offsets": False},
+    }
+
+
+class MllmProcessor(ProcessorMixin):
+    """Tokenizer and image processor of one model: ``processor(text=…, images=…)``, chat template, token counts."""
+
+    attributes = ["image_processor", "tokenizer"]
+    image_processor_class = "AutoImageProcessor"
+    tokenizer_class = "AutoTokenizer"
+    valid_processor_kwargs = MllmProcessorKwargs
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        image_token: str = "<image>",
+        **kwargs: Any,
+    ):
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
+            raise ConfigError(f"the tokenizer has no token {image_token!r}; add it as a special token before the processor is made")
+        template = chat_template or getattr(tokenizer, "chat_template", None)
+        if isinstance(template, str) and not is_wrapped(template):
+            template = with_images(template, image_token)
+        super().__init__(image_processor, tokenizer, chat_template=template)
+        tokenizer.chat_template = template
+
+    @property
+    def pixel_keys(self) -> dict[str, str]:
+        """Encoder name → key of its pixels in the output."""
+        return pixel_keys(list(self.image_processor.encoders))
+
+    @property
+    def num_image_tokens(self) -> int:
+        """M: placeholder tokens of one image."""
+        return self.image_processor.num_image_tokens
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return list(dict.fromkeys([*self.tokenizer.model_input_names, *self.image_processor.model_input_names]))
+
+    def validate_inputs(self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any) -> None:
+        """Raise `AlignmentError` unless every placeholder has its image."""
+        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        if images is None or text is None:
+            return
+        texts = [text] if isinstance(text, str) else list(text)
+        if not all(isinstance(item, str) for item in texts):
+            return
+        found = [item.count(self.image_token) for item in texts]
+        nested = isinstance(images, (list, tuple)) and images and all(isinstance(item, (list, tuple)) for item in images)
+        given = [len(item) for item in images] if nested else [len(images) if isinstance(images, (list, tuple)) else 1]
+        if nested and len(given) == len(found):
+            for position, (placeholders, pictures) in enumerate(zip(found, given)):
+                if placeholders != pictures:
+                    raise AlignmentError(
+                        f"text {position} has {placeholders} {self.image_token} placeholders and {pictures} images"
+                    )
+        elif sum(found) != sum(given):
+            raise AlignmentError(f"{sum(found)} {self.image_token} placeholders in the text and {sum(given)} images")
+
+    def prepare_inputs_layout(self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any):
+        """Empty lists of images mean no image."""
+        nested_empty = isinstance(images, (list, tuple)) and not any(
+            (len(item) if isinstance(item, (list, tuple)) else 1) for item in images
+        )
+        return super().prepare_inputs_layout(
+            images=None if nested_empty else images, text=text, videos=videos, audio=audio, **kwargs
+        )
+
+    def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
+        """The placeholder, once per visual token."""
+        return self.image_token * self.num_image_tokens
+
+    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
+        """Token counts for vLLM, from image sizes ``(height, width)``."""
+        if image_sizes is None:
+            return MultiModalData()
+        count = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)

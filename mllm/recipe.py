@@ -1,0 +1,215 @@
+"""What is a recipe: which model is trained, in which stages, on which data?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from mllm import assets
+from mllm.config import StrictModel, apply_overrides, read_yaml, validate
+from mllm.errors import ConfigError
+
+
+class LanguageModelSpec(StrictModel):
+    """Any Hugging Face causal language model."""
+
+    source: str | None = None
+    """Hub id or local path; its weights are loaded by the first stage."""
+    revision: str | None = None
+    licence: str = "unknown"
+    commercial: bool | None = None
+    config: dict[str, Any] | None = None
+    """An architecture by its HF config (``model_type`` and sizes): with ``source``, makes the recipe readable offline;
+    without it, a model from scratch."""
+    tokenizer: str | None = None
+    """Hub id or local path; default ``source``."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> LanguageModelSpec:
+        if self.source is None and self.config is None:
+            raise ValueError("give source (hub id or path), config (an architecture from scratch), or both")
+        return self
+
+
+class ModelSpec(StrictModel):
+    """The parts a model is joined from."""
+
+    language_model: LanguageModelSpec
+    encoders: dict[str, str | dict[str, Any]] = Field(default_factory=dict)
+    """Your name → a shipped entry (`mllm list encoders`), or ``{preset: entry, …changes}``, or a whole config."""
+    connector: dict[str, Any] | None = None
+    router: dict[str, Any] | None = None
+    visual_tokenizer: dict[str, Any] | None = None
+    chat_template: str | None = None
+    """Shipped template's name, or a path to a Jinja file; default: the tokenizer's own."""
+    image_token: str = "<image>"
+
+    @field_validator("encoders")
+    @classmethod
+    def _names(cls, value: dict) -> dict:
+        for name in value:
+            if not name.isidentifier():
+                raise ValueError(f"encoder name {name!r} must be a plain identifier (letters, digits, underscore)")
+        return value
+
+    @model_validator(mode="after")
+    def _joined(self) -> ModelSpec:
+        if self.encoders and self.connector is None:
+            raise ValueError("encoders are given but no connector; add e.g. connector: {type: mlp}")
+        if self.connector is not None and not self.encoders:
+            raise ValueError("a connector is given but no encoder; add one, or {type: raw_patches} for an encoder-free model")
+        return self
+
+
+class LoraSpec(StrictModel):
+    """LoRA adapter on the linear layers of one part."""
+
+    r: int = Field(default=64, ge=1)
+    alpha: float | None = None
+    """Default 2 r."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target: list[str] | Literal["all-linear"] = "all-linear"
+    use_dora: bool = False
+    use_rslora: bool = False
+
+
+class LearnSpec(StrictModel):
+    """How one part learns."""
+
+    rate: float = Field(gt=0)
+    weight_decay: float | None = None
+    last_layers: int | None = Field(default=None, ge=1)
+    """Encoders: unfreeze only the last layers (and the final norm)."""
+    lora: LoraSpec | None = None
+
+
+class ScheduleSpec(StrictModel):
+    """Learning-rate shape over the stage."""
+
+    type: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(default=0.03, ge=0)
+    """Below 1: share of the stage's steps; 1 or more: steps."""
+    minimum: float = Field(default=0.0, ge=0, le=1)
+    """Final rate as a share of the peak."""
+
+
+class OptimizerSpec(StrictModel):
+    type: Literal["adamw", "adamw_8bit", "muon", "sgd"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """None: no clipping. Always written explicitly to DeepSpeed, whose own default is 1.0."""
+
+
+class StageSpec(StrictModel):
+    """One stage: what learns, on what, for how long, how it is run."""
+
+    name: str
+    kind: Literal["sft", "tokenizer", "contrastive", "dpo", "grpo"] = "sft"
+    learn: dict[str, float | LearnSpec]
+    """Part → learning rate, or a mapping with ``rate`` and more. Parts: ``language_model``, ``connector``, ``router``,
+    ``visual_tokenizer``, ``visual_head``, ``encoders`` (all) or ``encoders.<name>``. Absent = frozen."""
+    data: str | dict[str, Any] | list[Any]
+    """Mixture's name, dataset's name, or an inline mixture."""
+    epochs: float | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=1, ge=1)
+    """Samples (rows when packing) per process and micro-step."""
+    gradient_accumulation: int = Field(default=1, ge=1)
+    max_length: int = Field(default=2048, ge=8)
+    """Tokens of one row, visual tokens included."""
+    packing: bool = False
+    group_by_length: bool = False
+    engine: str | dict[str, Any] = "none"
+    """none, zero1, zero2, zero3, or a DeepSpeed json file."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
+    schedule: ScheduleSpec = Field(default_factory=ScheduleSpec)
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    """Compile each layer of the language model and encoders (CUDA)."""
+    attention: str | None = None
+    """HF attention implementation for the language model; default: HF's own choice."""
+    cache_features: bool = False
+    """Store frozen encoders' features on disk on first use."""
+    save_every: int | None = Field(default=None, ge=1)
+    log_every: int = Field(default=1, ge=1)
+    num_workers: int = Field(default=0, ge=0)
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of stages of another kind than sft."""
+
+    @model_validator(mode="after")
+    def _length(self) -> StageSpec:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of epochs and steps")
+        if not self.learn:
+            raise ValueError("learn is empty: nothing would be trained; name at least one part with a rate")
+        for part, rate in self.learn.items():
+            if isinstance(rate, float) and rate <= 0:
+                raise ValueError(f"learn.{part} is {rate}; a rate is positive, and a part that should not learn is left out")
+        return self
+
+    def learning(self) -> dict[str, LearnSpec]:
+        """``learn`` with every value as a `LearnSpec`."""
+        return {part: v if isinstance(v, LearnSpec) else LearnSpec(rate=v) for part, v in self.learn.items()}
+
+
+class EvaluationSpec(StrictModel):
+    tasks: list[str] = Field(default_factory=list)
+    limit: int | None = None
+    batch_size: int = 8
+
+
+class HardwareSpec(StrictModel):
+    """What the recipe was written for; shown in the recipe table."""
+
+    gpus: str = ""
+    hours: str = ""
+    note: str = ""
+
+
+class Recipe(StrictModel):
+    """A whole training run."""
+
+    name: str
+    description: str = ""
+    source: str = ""
+    """Paper or repository the hyper-parameters are from."""
+    plugins: list[str] = Field(default_factory=list)
+    seed: int = 0
+    output: str = ""
+    """Output folder; default ``runs/<name>``."""
+    hardware: HardwareSpec = Field(default_factory=HardwareSpec)
+    model: ModelSpec
+    stages: list[StageSpec] = Field(min_length=1)
+    evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
+    track: list[Literal["wandb", "trackio"]] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _stage_names(self) -> Recipe:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stage names must differ, got {names}")
+        if "final" in names:
+            raise ValueError("a stage cannot be called 'final': that folder holds the last checkpoint")
+        return self
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.output or f"runs/{self.name}")
+
+
+def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
+    """A recipe by name or path, with ``key.sub=value`` overrides (list items by position or by their ``name``).
+
+    Raises `ConfigError` with the path to the key.
+    """
+    path = assets.find("recipes", name, kind="recipe")
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys at the top level")
+    data.setdefault("name", path.stem)
+    return validate(Recipe, apply_overrides(data, overrides or []), where=path.name)

@@ -1,0 +1,158 @@
+"""What do the parts of the system hand to one another?
+
+Shape letters used in the whole project: B images · C H W pixels · N patches · P prefix tokens · D encoder width ·
+M visual tokens · T text tokens · L language-model width · E experts · Q codes per position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from mllm.config import StrictModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Grid = tuple[int, int]  # rows, columns
+
+
+class ImageSpec(StrictModel):
+    """The pixels one encoder expects: ``(3, height, width)``, RGB, ``(x / 255 - mean) / std``."""
+
+    height: int = Field(gt=0)
+    width: int = Field(gt=0)
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    resize: Literal["squash", "letterbox", "crop"] = "squash"
+    """squash: to height × width, aspect ratio lost. letterbox: fit inside, pad with the mean colour. crop: shorter side
+    to size, centre crop."""
+    interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"] = "bicubic"
+
+
+class EncoderInfo(StrictModel):
+    """What an encoder with a given config takes and gives; agrees with its ``forward`` (contract-tested)."""
+
+    image: ImageSpec
+    grid: Grid
+    """Rows and columns of the feature map; ``grid[0] * grid[1] == N``."""
+    width: int = Field(gt=0)
+    """D: channels of one feature token."""
+    num_prefix_tokens: int = 0
+    """P: class and register tokens returned beside the patches (0 when dropped)."""
+
+
+class WeightsSource(StrictModel):
+    """Where an encoder's published weights come from and what one may do with them."""
+
+    source: str
+    """``hub id``, open_clip tag, ``timm`` (the model's own), or a local file or directory."""
+    revision: str | None = None
+    licence: str = "unknown"
+    """SPDX name where there is one."""
+    commercial: bool | None = None
+    """May the weights be used commercially? None: not known."""
+    territory: str | None = None
+    """Where use is restricted to or excluded from, in words."""
+
+
+class ImageLayout(StrictModel):
+    """How one image lies in the token sequence. Made by `mllm.processing.layout` only."""
+
+    num_tokens: int = Field(ge=0)
+    """M: placeholder tokens the image becomes, separators included."""
+    grid: Grid
+    """Rows and columns of the visual tokens that carry position."""
+    row_separators: bool = False
+    """A learned separator token closes every row (included in ``num_tokens``)."""
+
+
+@dataclass
+class VisionFeatures:
+    """Features of B images from one encoder, raster order.
+
+    tokens: ``(B, N, D)`` with ``N == rows * cols``; prefix: ``(B, P, D)`` or None; attention: last block's attention
+    ``(B, heads, P + N, P + N)`` when asked for.
+    """
+
+    tokens: Tensor
+    grid: Grid
+    prefix: Tensor | None = None
+    attention: Tensor | None = None
+
+
+@dataclass
+class Routing:
+    """Which experts each image uses. experts: names in order (E of them); weights: ``(B, E)``, 0 = not run.
+
+    logits: ``(B, E)`` before selection, when a learned router made the choice; losses: named scalars to add in training.
+    """
+
+    experts: tuple[str, ...]
+    weights: Tensor
+    logits: Tensor | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class VisualCodes:
+    """Discrete codes of B images. codes: codebook name → ``(B, N, Q)`` int64; scales: side lengths of a multi-scale code."""
+
+    codes: dict[str, Tensor]
+    grid: Grid
+    scales: tuple[int, ...] | None = None
+
+
+@dataclass
+class Turn:
+    """One message. ``content`` may hold ``<image>`` markers only where the sample's images go (see `Sample`)."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+    learn: bool = True
+    """Assistant turns only: whether its tokens carry loss."""
+
+
+@dataclass
+class Sample:
+    """One training or evaluation sample, whatever file format it came from.
+
+    images: paths, bytes or PIL images, in order of use. In ``turns``, image k stands where the k-th `IMAGE_MARK` is.
+    A user's own ``<image>`` text is not a marker: sources escape it.
+    """
+
+    id: str
+    turns: list[Turn]
+    images: list[Any] = field(default_factory=list)
+    dataset: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+IMAGE_MARK = "\ufffcimage\ufffc"
+"""Marks an image's place inside `Turn.content`: U+FFFC (object replacement character) does not occur in user text, and is
+removed from it where it does, so a typed ``<image>`` stays text."""
+
+
+@dataclass
+class Request:
+    """One thing to generate. ``messages`` as in `Sample.turns`; ``options`` are generation settings by HF names."""
+
+    id: str
+    turns: list[Turn]
+    images: list[Any] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Response:
+    """What a generator answered. prompt: as rendered for the model; error: why there is no text, else None."""
+
+    id: str
+    text: str
+    prompt: str = ""
+    num_prompt_tokens: int = 0
+    num_tokens: int = 0
+    routing: dict[str, float] | None = None
+    error: str | None = None

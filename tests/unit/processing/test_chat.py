@@ -1,0 +1,157 @@
+"""Are labels exactly what the assistant says, for any chat template?"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mllm.errors import AlignmentError, ConfigError, DataError
+from mllm.processing.chat import IGNORE, encode_sample, encode_text, render_prompt
+from mllm.processing.image_processor import MllmImageProcessor
+from mllm.processing.processor import MllmProcessor
+from mllm.processing.template import check_template, shipped_templates, with_images
+from mllm.types import IMAGE_MARK, ImageLayout, ImageSpec, Sample, Turn
+from tests.helpers import picture, tiny_tokenizer
+
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n\n{{ m['content'] | trim }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% elif m['role'] == 'assistant' %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+    "<|im_start|>{{ role }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+)
+TEMPLATES = {"llama3": LLAMA3, "mistral": MISTRAL, "gemma": GEMMA}
+
+
+def processor_with(template: str, *, tokens: int = 4) -> MllmProcessor:
+    images = MllmImageProcessor(
+        encoders={"a": ImageSpec(height=8, width=8)}, layout=ImageLayout(num_tokens=tokens, grid=(2, 2))
+    )
+    return MllmProcessor(images, tiny_tokenizer(template=None), chat_template=template)
+
+
+def all_templates() -> dict[str, str]:
+    return {**TEMPLATES, **{name: path.read_text().rstrip("\n") for name, path in shipped_templates().items()}}
+
+
+def reference_labels(processor: MllmProcessor, turns: list[Turn]) -> list[int]:
+    """Token by token: everything the model would have to produce after each generation prompt, up to the turn's end token."""
+    tokenizer = processor.tokenizer
+
+    def ids(text: str) -> list[int]:
+        text = text.replace("<image>", "<image>" * processor.num_image_tokens)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    full = ids(render_prompt(processor, turns, add_generation_prompt=False))
+    labels = [IGNORE] * len(full)
+    for k, turn in enumerate(turns):
+        if turn.role != "assistant" or not turn.learn:
+            continue
+        before = ids(render_prompt(processor, turns[:k], add_generation_prompt=True))
+        after = ids(render_prompt(processor, turns[: k + 1], add_generation_prompt=False))
+        assert full[: len(before)] == before and full[: len(after)] == after
+        said = tokenizer(turn.content.strip(), add_special_tokens=False)["input_ids"]
+        start = next(i for i in range(len(before), len(after)) if full[i : i + len(said)] == said)
+        stop = start + len(said)
+        while start > len(before) and turn.content.startswith(" "):
+            start -= 1
+        labels[start:stop] = full[start:stop]
+        if stop < len(full) and full[stop] in tokenizer.all_special_ids:
+            labels[stop] = full[stop]
+    return labels
+
+
+@pytest.mark.parametrize("name", sorted(all_templates()))
+def test_labels_equal_a_token_by_token_reference(name: str) -> None:
+    processor = processor_with(all_templates()[name])
+    turns = [
+        Turn("user", f"{IMAGE_MARK}\nWhat is it? assistant"),
+        Turn("assistant", "A cat."),
+        Turn("user", "assistant: A cat. Sure?"),
+        Turn("assistant", "not this one", learn=False),
+        Turn("user", f"And {IMAGE_MARK} here?"),
+        Turn("assistant", "A cat."),
+    ]
+    ids, labels = encode_text(processor, turns)
+    assert labels.tolist() == reference_labels(processor, turns)
+    assert (labels != IGNORE).sum() >= 2 * len("A cat.")
+    assert int((ids == processor.image_token_id).sum()) == 2 * processor.num_image_tokens
+
+
+def test_answers_that_a_template_trims_are_still_labelled() -> None:
+    processor = processor_with(GEMMA)
+    ids, labels = encode_text(processor, [Turn("user", "q"), Turn("assistant", "  yes \n")])
+    assert processor.tokenizer.decode(labels[labels != IGNORE]) == "yes<|im_end|>"
+
+
+def test_a_template_that_rewrites_answers_is_refused() -> None:
+    processor = processor_with("{% for m in messages %}{{ m['content'][:2] }}{{ eos_token }}{% endfor %}")
+    with pytest.raises(DataError, match="rewrites assistant turns|renders 0 of"):
+        encode_text(processor, [Turn("user", "q"), Turn("assistant", "yes"), Turn("assistant", "no")], where="sample 's1'")
+
+
+def test_a_template_that_drops_messages_is_refused_when_the_model_is_built() -> None:
+    with pytest.raises(ConfigError, match="do not appear"):
+        check_template(tiny_tokenizer(template=None), "{{ messages[0]['content'] }}")
+
+
+def test_a_typed_placeholder_does_not_become_an_image_slot() -> None:
+    processor = processor_with(all_templates()["chatml"])
+    turns = [Turn("user", f"{IMAGE_MARK}\nWhy is <image> in your prompt?"), Turn("assistant", "<image> is a tag")]
+    ids, _ = encode_text(processor, turns)
+    assert int((ids == processor.image_token_id).sum()) == processor.num_image_tokens
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a <image> b"}]}], add_generation_prompt=True
+    )
+    assert text.count("<image>") == 1 and "<image>\na < image> b" in text
+    assert processor.apply_chat_template([{"role": "user", "content": "typed <image>"}]).count("<image>") == 0
+
+
+def test_wrapping_a_template_twice_changes_nothing() -> None:
+    once = with_images(LLAMA3, "<image>")
+    assert with_images(once, "<image>") == once
+
+
+def sample(turns: list[Turn], images: int = 1) -> Sample:
+    return Sample("s1", turns, [picture(i) for i in range(images)], "unit")
+
+
+def test_encode_sample_counts_placeholders_against_images() -> None:
+    processor = processor_with(all_templates()["chatml"])
+    with pytest.raises(AlignmentError, match=r"sample 's1' of unit: 1 image placeholders and 2 images"):
+        encode_sample(processor, sample([Turn("user", IMAGE_MARK), Turn("assistant", "x")], images=2))
+
+
+def test_truncation_cuts_text_never_an_image_span() -> None:
+    processor = processor_with(all_templates()["chatml"], tokens=16)
+    turns = [Turn("user", "a"), Turn("assistant", "b" * 30), Turn("user", f"{IMAGE_MARK} c"), Turn("assistant", "d" * 20)]
+    whole = encode_sample(processor, sample(turns))
+    assert whole.num_images == 1 and not whole.truncated and set(whole.pixels) == {"pixel_values"}
+    first = int((whole.input_ids == processor.image_token_id).nonzero()[0])
+    inside = encode_sample(processor, sample(turns), max_length=first + 7)
+    assert inside.truncated and len(inside) == first and inside.num_images == 0 and not inside.pixels
+    after = encode_sample(processor, sample(turns), max_length=len(whole) - 5)
+    assert after.num_images == 1 and torch.equal(after.input_ids, whole.input_ids[: len(whole) - 5])
+    short = [Turn("user", f"{IMAGE_MARK} c"), Turn("assistant", "d")]
+    with pytest.raises(DataError, match=r"sample 's1' of unit: .* do not fit max_length=20"):
+        encode_sample(processor, sample(short), max_length=20)
+
+
+def test_a_sample_without_an_answer_is_named() -> None:
+    processor = processor_with(all_templates()["chatml"])
+    with pytest.raises(DataError, match="sample 's1' of unit: no token carries loss"):
+        encode_sample(processor, sample([Turn("user", "q")], images=0))
+
+
+def test_the_processor_names_wrong_counts() -> None:
+    processor = processor_with(all_templates()["chatml"])
+    with pytest.raises(AlignmentError, match="2 <image> placeholders in the text and 1 images"):
+        processor(text="<image> and <image>", images=picture())
+    with pytest.raises(AlignmentError, match="text 1 has 0 <image> placeholders and 1 images"):
+        processor(text=["<image>", "none"], images=[[picture()], [picture()]])
