@@ -1,12 +1,34 @@
 """mllm: multimodal LLMs with pluggable vision encoders.
 
-``import mllm`` loads no torch. The model classes are imported, and registered with transformers' Auto classes, when
-first used: by name (``mllm.MllmForConditionalGeneration``) or as soon as transformers itself has been imported.
+``import mllm`` loads no torch. The model classes come when first asked for: by name (``mllm.MllmForConditionalGeneration``) or
+through transformers' Auto classes.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import Any
+
+from mllm.lazy import arm
 
 __version__ = "0.1.0"
+
+_LAZY = {
+    "MllmConfig": "mllm.models.configuration_mllm",
+    "MllmModel": "mllm.models.modeling_mllm",
+    "MllmForConditionalGeneration": "mllm.models.modeling_mllm",
+    "MllmProcessor": "mllm.processing.processor",
+    "MllmImageProcessor": "mllm.processing.image_processor",
+    "ChatSession": "mllm.models.chat",
+    "load_recipe": "mllm.recipe",
+}
+__all__ = ["__version__", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'mllm' has no attribute {name!r}")
+
+
+arm()

@@ -77,7 +77,7 @@ def tiny_spec(tokenizer_path: str, **changes: Any) -> Any:
 
     data: dict[str, Any] = {
         "language_model": {"config": dict(TINY_LLM), "tokenizer": tokenizer_path},
-        "encoders": {"semantic": dict(TINY_CLIP), "spatial": dict(TINY_TIMM)},
+        "encoders": {"semantic": dict(TINY_CLIP), "detail": dict(TINY_TIMM)},  # not in alphabetical order, on purpose
         "connector": {"type": "channel_concat", "projector": {"depth": 2}},
         "chat_template": "chatml",
     }
@@ -94,6 +94,10 @@ def tiny_model(folder: Any, *, seed: int = 0, **changes: Any) -> tuple[Any, Any]
     tiny_tokenizer().save_pretrained(str(folder))
     torch.manual_seed(seed)
     model, processor = build_model(tiny_spec(str(folder), **changes))
+    if model.model.multi_modal_projector is not None:
+        with torch.no_grad():
+            for parameter in model.model.multi_modal_projector.parameters():
+                parameter.mul_(3.0)
     return model.eval(), processor
 
 

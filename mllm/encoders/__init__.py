@@ -9,5 +9,7 @@ ENCODERS: Registry = Registry(
         "timm": "mllm.encoders.timm:TimmEncoder",
         "hf": "mllm.encoders.hf:HfEncoder",
         "raw_patches": "mllm.encoders.raw_patches:RawPatches",
+        "vary": "mllm.encoders.vary:VaryEncoder",
+        "vggt": "mllm.encoders.vggt:VggtEncoder",
     },
 )

@@ -1,5 +1,1 @@
-"""Where is the model class? Importing this package registers it with transformers' Auto classes."""
-
-from mllm.models.registration import register
-
-register()
+"""Where is the model class? `modeling_mllm`; `registration` makes it known to transformers' Auto classes."""

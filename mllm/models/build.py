@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mllm.errors import ConfigError, UnavailableError
 from mllm.models.configuration_mllm import MllmConfig, language_model_config
@@ -65,8 +65,7 @@ def text_config(spec: LanguageModelSpec) -> Any:
 
 def build_processor(spec: ModelSpec, config: MllmConfig, tokenizer: Any) -> MllmProcessor:
     """The processor of a model. Adds the image token to the tokenizer where it is missing."""
-    if spec.image_token not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [spec.image_token]}, replace_additional_special_tokens=False)
+    add_image_token(tokenizer, spec.image_token)
     template = read_template(spec.chat_template) if spec.chat_template else tokenizer.chat_template
     if template is None:
         from mllm.processing.template import shipped_templates
@@ -84,6 +83,12 @@ def build_processor(spec: ModelSpec, config: MllmConfig, tokenizer: Any) -> Mllm
         experts=(config.router or {}).get("experts", ()),
     )
     return MllmProcessor(images, tokenizer, chat_template=template, image_token=spec.image_token)
+
+
+def add_image_token(tokenizer: Any, token: str) -> None:
+    """Make ``token`` a special token of the tokenizer, where it is none."""
+    if tokenizer.get_vocab().get(token) not in tokenizer.all_special_ids:
+        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
 
 
 def load_tokenizer(spec: LanguageModelSpec) -> Any:
@@ -108,8 +113,7 @@ def build_model(
     The vocabulary grows when the tokenizer (image token included) needs it.
     """
     tokenizer = load_tokenizer(spec.language_model)
-    if spec.image_token not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [spec.image_token]}, replace_additional_special_tokens=False)
+    add_image_token(tokenizer, spec.image_token)
     config = build_config(spec, image_token_id=tokenizer.convert_tokens_to_ids(spec.image_token))
     processor = build_processor(spec, config, tokenizer)
     config.dtype = dtype

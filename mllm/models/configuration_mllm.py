@@ -17,7 +17,7 @@ _HEAD_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 class MllmConfig(PreTrainedConfig):
     """Everything that is needed to build the model offline.
 
-    text_config: the language model's HF config; encoders: name → resolved encoder config; connector, router,
+    text_config: the language model's HF config; encoders: name → resolved encoder config, in ``encoder_order``; connector, router,
     visual_tokenizer, visual_head: component configs (None: the model has no such part); image_token_id: the placeholder's id; num_image_tokens is
     derived (`layout`), never stored.
     """
@@ -30,6 +30,7 @@ class MllmConfig(PreTrainedConfig):
         self,
         text_config: Any = None,
         encoders: Mapping[str, Any] | None = None,
+        encoder_order: list[str] | None = None,
         connector: Any = None,
         router: Any = None,
         visual_tokenizer: Any = None,
@@ -43,7 +44,9 @@ class MllmConfig(PreTrainedConfig):
         elif isinstance(text_config, Mapping):
             text_config = language_model_config(text_config)
         self.text_config = text_config
-        self.encoders = {name: to_plain(config) for name, config in (encoders or {}).items()}
+        # transformers writes JSON with sorted keys; the order of encoders is part of the model (channel concatenation).
+        self.encoder_order = list(encoder_order if encoder_order is not None else encoders or {})
+        self.encoders = {name: to_plain((encoders or {})[name]) for name in self.encoder_order}
         self.connector = None if connector is None else to_plain(connector)
         self.router = None if router is None else to_plain(router)
         self.visual_tokenizer = None if visual_tokenizer is None else to_plain(visual_tokenizer)

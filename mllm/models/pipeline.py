@@ -27,6 +27,8 @@ class EncoderBank(nn.Module):
         )
         self.infos = {name: e.describe(e.config) for name, e in self.encoders.items()}
         self.experts: tuple[str, ...] = tuple((router or {}).get("experts", ()))
+        self.with_attention: frozenset[str] = frozenset()
+        """Encoders whose last attention map the connector reads."""
         self.router: nn.Module | None = None
         if router is not None:
             from mllm.routers.build import build_router
@@ -78,7 +80,8 @@ class EncoderBank(nn.Module):
     def _encode(self, name: str, pixels: Tensor) -> VisionFeatures:
         encoder = self.encoders[name]
         parameter = next(encoder.parameters(), None)
-        return encoder(pixels if parameter is None else pixels.to(parameter.device, parameter.dtype))
+        pixels = pixels if parameter is None else pixels.to(parameter.device, parameter.dtype)
+        return encoder(pixels, return_attention=True) if name in self.with_attention else encoder(pixels)
 
     def _encode_routed(self, name: str, pixels: Tensor, weights: Tensor) -> VisionFeatures:
         rows = weights.detach().ne(0).nonzero(as_tuple=True)[0]
@@ -117,4 +120,5 @@ def build_visual_parts(config: Any) -> tuple[EncoderBank | None, nn.Module | Non
     width = config.get_text_config().hidden_size
     bank = EncoderBank(config.encoders, config.router, text_width=width)
     connector = build_connector(connector_config(config.connector), bank.infos, width)
+    bank.with_attention = frozenset(connector.attention_from(connector.config, bank.infos))
     return bank, connector

@@ -141,10 +141,23 @@ def routing_inputs(processor: Any, turns: Sequence[Turn], num_images: int) -> di
     model routes nothing."""
     if not processor.image_processor.experts or not num_images:
         return {}
-    questions = [turn.content for turn in turns for _ in range(turn.content.count(IMAGE_MARK))][:num_images]
-    ids = [processor.tokenizer(q.replace(IMAGE_MARK, " ").strip(), add_special_tokens=False)["input_ids"] for q in questions]
-    width = max(1, *(len(row) for row in ids))
-    return {"router_input_ids": torch.tensor([row + [-1] * (width - len(row)) for row in ids], dtype=torch.long)}
+    questions = [question_text(turn.content, processor.image_token) for turn in turns for _ in range(turn.content.count(IMAGE_MARK))]
+    ids = [processor.tokenizer(q, add_special_tokens=False)["input_ids"] for q in questions[:num_images]]
+    return {"router_input_ids": pad_questions(ids)}
+
+
+def question_text(turn: str, image_token: str) -> str:
+    """What a router reads of a user turn: its words with single spaces, without image marks and placeholders."""
+    typed = image_token[:1] + " " + image_token[1:]
+    for mark, text in ((IMAGE_MARK, " "), (typed, " "), (image_token, " ")):
+        turn = turn.replace(mark, text)
+    return " ".join(turn.split())
+
+
+def pad_questions(ids: Sequence[Sequence[int]]) -> Tensor:
+    """Token ids of several questions as ``(B, T)`` int64, padded with -1."""
+    width = max([1, *(len(row) for row in ids)])
+    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in ids], dtype=torch.long).reshape(len(ids), width)
 
 
 def _strip_private(text: str) -> str:

@@ -11,15 +11,18 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
 from mllm.errors import DataError, UnknownName
+from mllm.processing.chat import pad_questions
 from mllm.processing.images import load_image, to_pixels_multi
 from mllm.processing.layout import pixel_keys
 from mllm.types import ImageLayout, ImageSpec
 
 
 class MllmImagesKwargs(ImagesKwargs, total=False):
-    """Per-call settings. experts: names of the experts to run, or name → weight; None: the model's router decides."""
+    """Per-call settings. experts: names of the experts to run, or name → weight; None: the model's router decides.
+    router_input_ids: for each image, the token ids of the question a router reads."""
 
     experts: Any
+    router_input_ids: Any
 
 
 class MllmImageProcessor(BaseImageProcessor):
@@ -34,6 +37,7 @@ class MllmImageProcessor(BaseImageProcessor):
     def __init__(
         self,
         encoders: Mapping[str, Any] | None = None,
+        encoder_order: Sequence[str] | None = None,
         layout: Any = None,
         experts: Sequence[str] = (),
         max_pixels: int = 100_000_000,
@@ -41,7 +45,9 @@ class MllmImageProcessor(BaseImageProcessor):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.encoders = {name: _plain(spec) for name, spec in (encoders or {}).items()}
+        # JSON files are written with sorted keys; the first encoder's pixels have a name of their own, so order is kept apart.
+        self.encoder_order = list(encoder_order if encoder_order is not None else encoders or {})
+        self.encoders = {name: _plain((encoders or {})[name]) for name in self.encoder_order}
         self.layout = _plain(layout or {"num_tokens": 0, "grid": (0, 0)})
         self.experts = list(experts)
         self.max_pixels, self.max_images = max_pixels, max_images
@@ -65,7 +71,9 @@ class MllmImageProcessor(BaseImageProcessor):
             return super().fetch_images(image_url_or_urls)
         return load_image(image_url_or_urls, where="image", max_pixels=self.max_pixels)
 
-    def preprocess(self, images: Any, experts: Any = None, return_tensors: Any = None, **kwargs: Any) -> BatchFeature:
+    def preprocess(
+        self, images: Any, experts: Any = None, return_tensors: Any = None, router_input_ids: Any = None, **kwargs: Any
+    ) -> BatchFeature:
         """images: one picture or nested lists of them → ``pixel_values`` ``(B, 3, H, W)`` of the first encoder and
         ``pixel_values_<name>`` of the others. Raises `DataError` naming the picture's position."""
         flat = _flatten(images)
@@ -80,6 +88,8 @@ class MllmImageProcessor(BaseImageProcessor):
         data: dict[str, Any] = {keys[name]: torch.stack(tensors) for name, tensors in rows.items() if tensors}
         if self.experts and flat:
             data["expert_weights"] = self.expert_weights(experts).repeat(len(flat), 1)
+            if router_input_ids is not None:
+                data["router_input_ids"] = pad_questions(router_input_ids)
         return BatchFeature(data, tensor_type=return_tensors)
 
     def expert_weights(self, experts: Any = None) -> torch.Tensor:

@@ -124,7 +124,9 @@ def read_bytes(source: Any, *, where: str) -> bytes:
         except (binascii.Error, ValueError) as error:
             raise DataError(f"{where}: the base64 of a data: URI is damaged ({error})") from None
     if source.startswith(("http://", "https://")):
-        raise DataError(f"{where}: {_shown(source)} is remote; download it and give the local path (nothing is fetched in training)")
+        raise DataError(
+            f"{where}: {_shown(source)} is remote; download it and give the local path (nothing is fetched in training)"
+        )
     path = Path(source.removeprefix("file://")).expanduser()
     try:
         return path.read_bytes()
@@ -143,9 +145,13 @@ def _open(source: Any, where: str, max_pixels: int | None) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{where}: {_shown(source)}: {error} Raise PIL.Image.MAX_IMAGE_PIXELS too if it is meant.") from None
+        raise DataError(
+            f"{where}: {_shown(source)}: {error} Raise PIL.Image.MAX_IMAGE_PIXELS too if it is meant."
+        ) from None
     except Exception as error:
-        raise DataError(f"{where}: {_shown(source)} is not an image of a supported format ({', '.join(FORMATS)})") from error
+        raise DataError(
+            f"{where}: {_shown(source)} is not an image of a supported format ({', '.join(FORMATS)})"
+        ) from error
     _check_size(image, where, max_pixels, source)
     return image
 
@@ -167,7 +173,9 @@ def _from_array(array: np.ndarray, where: str) -> Image.Image:
     if array.ndim == 3 and shape[2] == 1:
         array = array[..., 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
-        raise DataError(f"{where}: an array of shape {shape} is not an image; expected (H, W) or (H, W, 1|3|4), channels last")
+        raise DataError(
+            f"{where}: an array of shape {shape} is not an image; expected (H, W) or (H, W, 1|3|4), channels last"
+        )
     if array.size == 0:
         raise DataError(f"{where}: the image has no pixels (shape {shape})")
     if array.dtype == np.bool_:
@@ -179,7 +187,9 @@ def _from_array(array: np.ndarray, where: str) -> Image.Image:
             raise DataError(f"{where}: float pixels must lie in [0, 1], found {array.min():g} to {array.max():g}")
         array = np.rint(array * 255).astype(np.uint8)
     elif array.dtype != np.uint8:
-        raise DataError(f"{where}: pixels of type {array.dtype} are not supported; use uint8, uint16, bool or float in [0, 1]")
+        raise DataError(
+            f"{where}: pixels of type {array.dtype} are not supported; use uint8, uint16, bool or float in [0, 1]"
+        )
     return Image.fromarray(np.ascontiguousarray(array))
 
 
@@ -213,9 +223,7 @@ def _to_rgb(image: Image.Image, where: str) -> Image.Image:
     if mode == "LAB":
         from PIL import ImageCms
 
-        transform = ImageCms.buildTransform(
-            ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB"
-        )
+        transform = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
         converted = ImageCms.applyTransform(image, transform)
         assert converted is not None
         return converted

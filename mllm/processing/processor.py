@@ -1,6 +1,6 @@
 """How do text and images become model inputs in one call?"""
 
-from __future__ import annotations
+# No `from __future__ import annotations`: transformers reads the kwargs class's annotations as types, not strings.
 
 from typing import Any
 

@@ -7,5 +7,6 @@ ROUTERS: Registry = Registry(
     {
         "constant": "mllm.routers.constant:ConstantRouter",
         "gate": "mllm.routers.gate:GateRouter",
+        "language_model": "mllm.routers.language_model:LanguageModelRouter",
     },
 )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pydantic import Field
+import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mllm.config import StrictModel
+from mllm.errors import AlignmentError
 from mllm.types import Routing
 
 
@@ -18,6 +20,15 @@ class RouterConfig(StrictModel):
     experts: list[str] = Field(min_length=1)
     """Names of the encoders that are routed; all other encoders always run."""
     top_k: int = Field(default=1, ge=1)
+    """Most experts that run on one image."""
+
+    @model_validator(mode="after")
+    def _pool(self) -> RouterConfig:
+        if len(set(self.experts)) != len(self.experts):
+            raise ValueError(f"experts: names must differ, got {self.experts}")
+        if self.top_k > len(self.experts):
+            raise ValueError(f"top_k is {self.top_k}, but there are {len(self.experts)} experts: {self.experts}")
+        return self
 
 
 class Router(nn.Module):
@@ -32,7 +43,33 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
 
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Experts' names in the order of the weights' columns."""
+        return tuple(self.config.experts)
+
+    @classmethod
+    def tiny(cls) -> tuple[dict[str, Any], int, int]:
+        """The smallest sensible (config, summary_width, text_width); the contract tests build it."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Fresh initial values for every parameter, for instance after building on the meta device."""
+        for module in reversed(list(self.modules())):
+            reset = getattr(module, "reset_parameters", None)
+            if module is not self and reset is not None:
+                reset()
+
+    def read_allowed(self, summary: Tensor, allowed: Tensor | None) -> Tensor:
+        """``allowed`` as ``(B, E)`` bool on the summary's device; all true when None. Raises `AlignmentError`."""
+        shape = (summary.shape[0], len(self.config.experts))
+        if allowed is None:
+            return torch.ones(shape, dtype=torch.bool, device=summary.device)
+        if tuple(allowed.shape) != shape:
+            raise AlignmentError(f"allowed has shape {tuple(allowed.shape)}, expected (images, experts) = {shape}")
+        return allowed.to(summary.device, torch.bool)
+
     def forward(self, summary: Tensor, text: Tensor | None = None, allowed: Tensor | None = None) -> Routing:
-        """summary ``(B, D)``, text ``(B, L)`` mean embedding of the question, allowed ``(B, E)`` bool → routing of B images;
-        weights of chosen experts sum to 1 per image, all zero where none is chosen."""
+        """summary ``(B, D)``, text ``(B, L)`` mean embedding of the question, allowed ``(B, E)`` bool → routing of B
+        images; weights of chosen experts sum to 1 per image, all zero where none is chosen."""
         raise NotImplementedError

@@ -1,0 +1,213 @@
+"""How does one encoder's attention map steer what is read from it (FakeReasoning, arXiv 2503.21210)?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from mllm.connectors import CONNECTORS
+from mllm.connectors.base import Connector, ConnectorConfig
+from mllm.connectors.layers import (
+    ProjectorConfig,
+    attend,
+    build_projector,
+    known_encoder,
+    merge_heads,
+    read_features,
+    shown,
+    split_heads,
+)
+from mllm.errors import AlignmentError, ConfigError
+from mllm.types import EncoderInfo, ImageLayout, ImageSpec, Routing, VisionFeatures
+
+
+class BiasedCrossAttention(nn.Module):
+    """Post-norm cross-attention and feed-forward; an attention map of the key side, through two 1×1 convolutions, is
+    added to the logits."""
+
+    def __init__(
+        self, width: int, *, num_heads: int, map_heads: int, bias_hidden: int, mlp_hidden: int, dropout: float = 0.1
+    ):
+        super().__init__()
+        self.num_heads = num_heads
+        self.bias = nn.Sequential(nn.Conv2d(map_heads, bias_hidden, 1), nn.GELU(), nn.Conv2d(bias_hidden, num_heads, 1))
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.out = nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, mlp_hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(mlp_hidden, width)
+        )
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, query: Tensor, source: Tensor, attention: Tensor) -> Tensor:
+        """query, source ``(B, N, W)``; attention ``(B, heads, P + N, P + N)``, rows sum to 1, the P prefix tokens first
+        → ``(B, N, W)``."""
+        tokens = query.shape[1]
+        cue = (attention[:, :, -tokens:, -tokens:].float() + 1e-6).log().to(query.dtype)
+        q, k, v = (
+            split_heads(layer(x), self.num_heads)
+            for layer, x in ((self.query, query), (self.key, source), (self.value, source))
+        )
+        read = self.out(merge_heads(attend(q, k, v, mask=self.bias(cue))))
+        x = self.attention_norm(query + self.dropout(read))
+        return self.mlp_norm(x + self.dropout(self.mlp(x)))
+
+
+class AttentionBiasConfig(ConnectorConfig):
+    """Two encoders on one grid: the first one's tokens ask, the second one's answer, steered by its own attention."""
+
+    type: str = "attention_bias"
+    query: str | None = None
+    """Encoder whose tokens ask; default: the first."""
+    source: str | None = None
+    """Encoder whose tokens and last attention map are read; default: the other."""
+    attention_heads: int = Field(default=16, ge=1)
+    """Heads of the source encoder's attention map."""
+    num_heads: int = Field(default=16, ge=1)
+    bias_hidden: int = Field(default=32, ge=1)
+    mlp_ratio: float = Field(default=4.0, gt=0)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    projector: ProjectorConfig = Field(default_factory=ProjectorConfig)
+
+    def roles(self, encoders: Mapping[str, EncoderInfo]) -> tuple[str, str]:
+        """Names of the asking and the answering encoder. Raises `ConfigError`."""
+        if len(encoders) != 2:
+            raise ConfigError(
+                f"connector attention_bias: takes exactly two encoders, the model has {len(encoders)}: "
+                f"{', '.join(encoders) or 'none'}"
+            )
+        names = list(encoders)
+        query, source = self.query, self.source
+        for key, name in (("query", query), ("source", source)):
+            if name is not None:
+                known_encoder(f"connector attention_bias: {key}", name, encoders)
+        query = query or next(name for name in names if name != source)
+        source = source or next(name for name in names if name != query)
+        if query == source:
+            raise ConfigError(f"connector attention_bias: query and source are both {query!r}; they are two encoders")
+        return query, source
+
+
+@CONNECTORS.register("attention_bias")
+class AttentionBiasConnector(Connector):
+    """Two encoders → ``(B, N, L)``. Needs the source encoder's last attention map (`Connector.attention_from`)."""
+
+    Config = AttentionBiasConfig
+
+    def __init__(self, config: AttentionBiasConfig, encoders: Mapping[str, EncoderInfo], width: int):
+        super().__init__(config, encoders, width)
+        self.layout(config, encoders)
+        self.roles = config.roles(encoders)
+        if width % config.num_heads:
+            raise ConfigError(
+                f"connector attention_bias: the language model's width {width} is not a multiple of num_heads "
+                f"({config.num_heads}); set num_heads"
+            )
+        self.projectors = nn.ModuleDict(
+            {name: build_projector(config.projector, self.encoders[name].width, width) for name in self.roles}
+        )
+        self.fusion = BiasedCrossAttention(
+            width,
+            num_heads=config.num_heads,
+            map_heads=config.attention_heads,
+            bias_hidden=config.bias_hidden,
+            mlp_hidden=int(width * config.mlp_ratio),
+            dropout=config.dropout,
+        )
+        self.reset_parameters()
+
+    @classmethod
+    def layout(cls, config: AttentionBiasConfig, encoders: Mapping[str, EncoderInfo]) -> ImageLayout:
+        query, source = config.roles(encoders)
+        grid, other = encoders[query].grid, encoders[source].grid
+        if grid != other:
+            raise ConfigError(
+                f"connector attention_bias: encoder {query!r} has grid {shown(grid)} and {source!r} has "
+                f"{shown(other)}; an attention map cannot be resampled, so give both the same grid through their "
+                f"image sizes"
+            )
+        return ImageLayout(num_tokens=grid[0] * grid[1], grid=grid)
+
+    @classmethod
+    def attention_from(cls, config: AttentionBiasConfig, encoders: Mapping[str, EncoderInfo]) -> dict[str, int]:
+        return {config.roles(encoders)[1]: config.attention_heads}
+
+    @classmethod
+    def tiny(cls) -> tuple[dict[str, Any], dict[str, EncoderInfo], int]:
+        image = ImageSpec(height=8, width=12)
+        encoders = {
+            "semantic": EncoderInfo(image=image, grid=(2, 3), width=6),
+            "spatial": EncoderInfo(image=image, grid=(2, 3), width=4, num_prefix_tokens=1),
+        }
+        config = {"type": "attention_bias", "attention_heads": 2, "num_heads": 4, "bias_hidden": 6, "mlp_ratio": 2.0}
+        return config, encoders, 8
+
+    def output_layers(self) -> list[nn.Module]:
+        return [self.fusion.mlp_norm]
+
+    def forward(
+        self, features: Mapping[str, VisionFeatures], routing: Routing | None = None, text: Tensor | None = None
+    ) -> Tensor:
+        source = self.roles[1]
+        tokens = read_features(self.encoders, features, routing)
+        attention = features[source].attention if source in features else None
+        if attention is None:
+            raise AlignmentError(
+                f"attention_bias: features of encoder {source!r} carry no attention map; run it with "
+                f"return_attention=True"
+            )
+        batch, count, _ = tokens[source].shape
+        heads, size = self.config.attention_heads, attention.shape[-1]
+        if tuple(attention.shape) != (batch, heads, size, size) or size < count:
+            raise AlignmentError(
+                f"attention_bias: attention map of encoder {source!r} has shape {tuple(attention.shape)}, expected "
+                f"({batch}, {heads}, P + {count}, P + {count}); set attention_heads to the encoder's own number"
+            )
+        asking, answering = (self.projectors[name](tokens[name]) for name in self.roles)
+        return self.fusion(asking, answering, attention)
+
+
+def phrase_end(ids: Tensor, phrase: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Where the token after the first occurrence of ``phrase`` stands in each row of ids ``(B, T)``.
+
+    Returns positions ``(B,)`` (0 where there is none) and ``found`` ``(B,)`` bool; a phrase that closes the row is not
+    found, since nothing follows it.
+    """
+    length = len(phrase)
+    if length == 0:
+        raise ValueError("the phrase is empty")
+    if ids.shape[1] <= length:
+        return ids.new_zeros(ids.shape[0]), ids.new_zeros(ids.shape[0], dtype=torch.bool)
+    windows = ids.unfold(1, length, 1)[:, :-1]
+    match = (windows == ids.new_tensor(list(phrase))).all(dim=-1)
+    found = match.any(dim=1)
+    return torch.where(found, match.int().argmax(dim=1) + length, 0), found
+
+
+def class_word_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ids: Tensor,
+    phrase: Sequence[int],
+    class_ids: Sequence[int],
+    temperature: float = 10.0,
+) -> Tensor:
+    """Cross-entropy over a few words at the place where the answer names the class: FakeReasoning's probability
+    mapping.
+
+    logits ``(B, T, V)``; labels ``(B,)``: index into ``class_ids``; ids ``(B, T)``: the token that ``logits[:, t]``
+    predicts, from the shifted targets, or ``logits.argmax(-1)`` as published (no signal until the model has learned the
+    phrase); phrase: token ids that stand before the class word. Samples without the phrase are left out; a scalar, 0
+    with gradient when there are none.
+    """
+    position, found = phrase_end(ids, phrase)
+    picked = logits[torch.arange(len(logits), device=logits.device), position]
+    scores = picked[:, list(class_ids)].float() / temperature
+    losses = F.cross_entropy(scores, labels, reduction="none")
+    return (losses * found).sum() / (found.sum() + 1e-6)

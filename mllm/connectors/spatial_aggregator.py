@@ -1,0 +1,299 @@
+"""How does each cell of a grid read its own windows of several encoders' maps (Cambrian-1, arXiv 2406.16860)?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mllm.connectors import CONNECTORS
+from mllm.connectors.base import Connector, ConnectorConfig
+from mllm.connectors.layers import (
+    ProjectorConfig,
+    at_least,
+    build_projector,
+    check_grid,
+    expert_weight,
+    known_encoder,
+    log_weight,
+    read_features,
+    resample,
+    unblind,
+    weigh,
+)
+from mllm.errors import ConfigError
+from mllm.types import EncoderInfo, Grid, ImageLayout, ImageSpec, Routing, VisionFeatures
+
+# Shape letters here: S = B * cells queries, r = side of an encoder's window, W hidden width.
+
+
+class BiasFreeMlp(nn.Module):
+    """Linear, GELU, linear, no biases."""
+
+    def __init__(self, width_in: int, hidden: int, width_out: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(width_in, hidden, bias=False)
+        self.linear_2 = nn.Linear(hidden, width_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(nn.functional.gelu(self.linear_1(x)))
+
+
+def _normed_linear(width_in: int, width_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(width_in), nn.Linear(width_in, width_out, bias=False))
+
+
+class WindowAttention(nn.Module):
+    """One query attends the windows of one or several encoders at once; keys of all encoders lie in one sequence."""
+
+    def __init__(self, query_width: int, window_widths: Sequence[int], hidden: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = _normed_linear(query_width, hidden)
+        self.keys = nn.ModuleList(_normed_linear(width, hidden) for width in window_widths)
+        self.values = nn.ModuleList(_normed_linear(width, hidden) for width in window_widths)
+        self.out = nn.Linear(hidden, query_width, bias=False)
+
+    def forward(self, query: Tensor, windows: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+        """query ``(S, 1, W)``, windows ``(S, r², D)`` each, bias ``(S, all keys)`` added to the logits → ``(S, 1,
+        W)``."""
+        heads = (self.num_heads, -1)
+        q = self.query(query).squeeze(1).unflatten(-1, heads)
+        k = torch.cat([layer(w) for layer, w in zip(self.keys, windows)], dim=1).unflatten(-1, heads)
+        v = torch.cat([layer(w) for layer, w in zip(self.values, windows)], dim=1).unflatten(-1, heads)
+        # One query per row: two einsums, where a fused kernel would be launched on B * cells rows of length 1.
+        scores = torch.einsum("shd,skhd->shk", q, k).float() / math.sqrt(q.shape[-1])
+        if bias is not None:
+            scores = scores + bias[:, None, :]
+        return self.out(torch.einsum("shk,skhd->shd", scores.softmax(-1).to(v.dtype), v).flatten(1).unsqueeze(1))
+
+
+class AggregatorLayer(nn.Module):
+    """Query and context in, one update of the query out; ``joint`` attends all windows at once, ``sep`` each encoder on
+    its own (an MLP where the window is one cell) and mixes them by softmax weights from query and context."""
+
+    def __init__(
+        self,
+        query_width: int,
+        context_width: int,
+        window_widths: Sequence[int],
+        windows: Sequence[int],
+        *,
+        hidden: int,
+        num_heads: int,
+        sampler: Literal["joint", "sep"],
+    ):
+        super().__init__()
+        self.sampler = sampler
+        self.context = nn.Linear(context_width, hidden, bias=False)
+        self.input = nn.Linear(query_width + hidden, hidden, bias=False)
+        self.norm = nn.LayerNorm(hidden)
+        self.output = BiasFreeMlp(hidden, hidden, query_width)
+        self.positions = nn.ParameterDict(
+            {str(i): torch.empty(r * r, w) for i, (r, w) in enumerate(zip(windows, window_widths)) if r > 1}
+        )
+        if sampler == "joint":
+            self.attention = WindowAttention(hidden, window_widths, hidden, num_heads)
+        else:
+            self.mixture = BiasFreeMlp(query_width + hidden, hidden, len(windows))
+            self.readers = nn.ModuleList(
+                WindowAttention(hidden, [width], hidden, num_heads) if r > 1 else BiasFreeMlp(width, hidden, hidden)
+                for r, width in zip(windows, window_widths)
+            )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for position in self.positions.values():
+            nn.init.normal_(position, std=1 / math.sqrt(position.shape[-1]))
+
+    def forward(
+        self, query: Tensor, context: Tensor, windows: Sequence[Tensor], biases: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        windows = [w + self.positions[str(i)] if str(i) in self.positions else w for i, w in enumerate(windows)]
+        joined = torch.cat([query, self.context(context)], dim=-1)
+        hidden = self.input(joined)
+        if self.sampler == "joint":
+            read = self.attention(hidden, windows, None if biases is None else torch.cat(list(biases), dim=1))
+        else:
+            read = self._mix(joined, hidden, windows, biases)
+        return query + self.output(self.norm(hidden + read))
+
+    def _mix(
+        self, joined: Tensor, hidden: Tensor, windows: Sequence[Tensor], biases: Sequence[Tensor] | None
+    ) -> Tensor:
+        logits = self.mixture(joined).float()
+        if biases is not None:
+            logits = logits + torch.stack([bias.amax(dim=1) for bias in biases], dim=-1)[:, None, :]
+        shares = logits.softmax(-1).to(hidden.dtype)
+        reads = [
+            reader(hidden, [w], None if biases is None else unblind(biases[i]))
+            if isinstance(reader, WindowAttention)
+            else reader(w)
+            for i, (reader, w) in enumerate(zip(self.readers, windows))
+        ]
+        return (torch.cat(reads, dim=1) * shares.transpose(1, 2)).sum(dim=1, keepdim=True)
+
+
+class SpatialAggregator(nn.Module):
+    """``depth`` aggregator layers with one context. Sizes as in Cambrian-1's VisionTokenSampler."""
+
+    def __init__(
+        self,
+        query_width: int,
+        context_width: int,
+        window_widths: Sequence[int],
+        windows: Sequence[int],
+        *,
+        hidden: int,
+        depth: int,
+        num_heads: int = 16,
+        sampler: Literal["joint", "sep"] = "joint",
+    ):
+        """window_widths, windows: channels and side r of every encoder's window, in order."""
+        super().__init__()
+        if hidden % num_heads:
+            raise ConfigError(f"spatial_aggregator: hidden width {hidden} is not a multiple of num_heads ({num_heads})")
+        self.layers = nn.ModuleList(
+            AggregatorLayer(
+                query_width, context_width, window_widths, windows, hidden=hidden, num_heads=num_heads, sampler=sampler
+            )
+            for _ in range(depth)
+        )
+
+    def forward(
+        self, query: Tensor, context: Tensor, windows: Sequence[Tensor], biases: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """query and context ``(S, 1, D)``, windows ``(S, r², D)`` per encoder, biases ``(S, r²)`` per encoder, added to
+        the logits of its keys (``-inf``: not seen) → ``(S, 1, D)``. A row with no key in sight reads all of them."""
+        if biases is not None:
+            blind = (torch.cat(list(biases), dim=1) == float("-inf")).all(dim=1, keepdim=True)
+            biases = [bias.masked_fill(blind, 0.0) for bias in biases]
+        for layer in self.layers:
+            query = layer(query, context, windows, biases)
+        return query
+
+
+def window_partition(tokens: Tensor, grid: Grid, side: int) -> Tensor:
+    """``(B, rows * side * cols * side, D)`` → ``(B * rows * cols, side², D)``: the cells that lie under each grid
+    position."""
+    batch, _, width = tokens.shape
+    rows, cols = grid
+    cells = tokens.reshape(batch, rows, side, cols, side, width).transpose(2, 3)
+    return cells.reshape(batch * rows * cols, side * side, width)
+
+
+class SpatialAggregatorConfig(ConnectorConfig):
+    """Cambrian-1's spatial vision aggregator; the defaults are its 8B recipe without the samplers inside the LLM."""
+
+    type: str = "spatial_aggregator"
+    grid: Grid = (24, 24)
+    """Rows and columns of the result."""
+    windows: dict[str, int] = Field(default_factory=dict)
+    """Encoder → side r of the window under one cell; its map is brought to r * grid. Default: its rows over grid
+    rows."""
+    interpolation: Literal["bilinear", "none"] = "bilinear"
+    """none: every encoder's grid must be r * grid already."""
+    hidden: int = Field(default=1024, ge=1)
+    depth: int = Field(default=3, ge=1)
+    num_heads: int = Field(default=16, ge=1)
+    sampler: Literal["joint", "sep"] = "joint"
+    row_separators: bool = True
+    """A learned token closes every row (`ImageLayout.row_separators`)."""
+    projector: ProjectorConfig = Field(default_factory=ProjectorConfig)
+
+    def side(self, encoder: str, info: EncoderInfo) -> int:
+        """r of one encoder."""
+        return self.windows.get(encoder) or max(1, round(info.grid[0] / self.grid[0]))
+
+
+@CONNECTORS.register("spatial_aggregator")
+class SpatialAggregatorConnector(Connector):
+    """E encoders → ``(B, rows * (cols + 1), L)`` with row separators; the first encoder's mean is the global context.
+    Experts' log weights are added to the logits of their keys, so absent ones are not read."""
+
+    Config = SpatialAggregatorConfig
+    uses_routing = True
+
+    def __init__(self, config: SpatialAggregatorConfig, encoders: Mapping[str, EncoderInfo], width: int):
+        super().__init__(config, encoders, width)
+        self.layout(config, encoders)
+        hidden = config.hidden
+        self.sides = {name: config.side(name, info) for name, info in self.encoders.items()}
+        inputs = ProjectorConfig(depth=2, norm_after="layer_norm")
+        self.inputs = nn.ModuleDict({n: build_projector(inputs, e.width, hidden) for n, e in self.encoders.items()})
+        self.query = nn.Parameter(torch.empty(hidden))
+        self.aggregator = SpatialAggregator(
+            hidden,
+            hidden,
+            [hidden] * len(self.encoders),
+            list(self.sides.values()),
+            hidden=hidden,
+            depth=config.depth,
+            num_heads=config.num_heads,
+            sampler=config.sampler,
+        )
+        self.projector = build_projector(config.projector, hidden, width)
+        self.row_separator = nn.Parameter(torch.empty(width)) if config.row_separators else None
+        self.reset_parameters()
+
+    @classmethod
+    def layout(cls, config: SpatialAggregatorConfig, encoders: Mapping[str, EncoderInfo]) -> ImageLayout:
+        where = "connector spatial_aggregator"
+        at_least(where, encoders, 1)
+        for name, side in config.windows.items():
+            known_encoder(f"{where}: windows", name, encoders)
+            if side < 1:
+                raise ConfigError(f"{where}: windows.{name} is {side}; a window has at least one cell")
+        rows, cols = config.grid
+        for name, info in encoders.items():
+            side = config.side(name, info)
+            check_grid(where, name, info.grid, (rows * side, cols * side), config.interpolation)
+        return ImageLayout(
+            num_tokens=rows * (cols + config.row_separators), grid=config.grid, row_separators=config.row_separators
+        )
+
+    @classmethod
+    def tiny(cls) -> tuple[dict[str, Any], dict[str, EncoderInfo], int]:
+        image = ImageSpec(height=16, width=16)
+        encoders = {
+            "semantic": EncoderInfo(image=image, grid=(3, 3), width=6),
+            "spatial": EncoderInfo(image=image, grid=(5, 5), width=4),
+        }
+        config = {"type": "spatial_aggregator", "grid": [2, 3], "hidden": 8, "depth": 2, "num_heads": 2}
+        return config, encoders, 12
+
+    def output_layers(self) -> list[nn.Module]:
+        return [self.projector[-1]]
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.normal_(self.query, std=1 / math.sqrt(self.config.hidden))
+        if self.row_separator is not None:
+            nn.init.normal_(self.row_separator, std=1 / math.sqrt(self.width))
+
+    def forward(
+        self, features: Mapping[str, VisionFeatures], routing: Routing | None = None, text: Tensor | None = None
+    ) -> Tensor:
+        rows, cols = self.config.grid
+        windows, biases, context = [], [], None
+        for name, tokens in read_features(self.encoders, features, routing).items():
+            side, weight = self.sides[name], expert_weight(routing, name)
+            tokens = resample(tokens, self.encoders[name].grid, (rows * side, cols * side), "bilinear")
+            tokens = self.inputs[name](tokens)
+            context = weigh(tokens, weight).mean(dim=1, keepdim=True) if context is None else context
+            windows.append(tokens.reshape(-1, side*side, tokens.shape[-1]))
+            if routing is not None:
+                bias = tokens.new_zeros(tokens.shape[0]) if weight is None else log_weight(weight)
+                biases.append(bias.float().repeat_interleave(rows * cols)[:, None].expand(-1, side * side))
+        assert context is not None
+        batch = context.shape[0]
+        query = self.query.to(context.dtype).expand(batch * rows * cols, 1, -1)
+        read = self.aggregator(query, context.repeat_interleave(rows * cols, dim=0), windows, biases or None)
+        result = self.projector(read.reshape(batch, rows, cols, self.config.hidden))
+        if self.row_separator is not None:
+            result = torch.cat([result, self.row_separator.to(result.dtype).expand(batch, rows, 1, -1)], dim=2)
+        return result.flatten(1, 2)

@@ -1,0 +1,249 @@
+"""What do the adapters around open_clip, timm and transformers have in common?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mllm.encoders.base import EncoderConfig, VisionEncoder
+from mllm.encoders.weights import copy_lost_buffers, parameters_on_meta
+from mllm.errors import CheckpointError, ConfigError, UnavailableError
+from mllm.types import EncoderInfo, Grid, ImageSpec, VisionFeatures
+
+
+
+class ImageEncoderConfig(EncoderConfig):
+    """Settings of every adapter: what the pretrained preprocessing says, unless written here."""
+
+    image_size: int | tuple[int, int] | None = None
+    """Pixels, one number or (height, width). Default: what the weights were trained with. Position embeddings are resized."""
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    resize: Literal["squash", "letterbox", "crop"] | None = None
+    interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"] | None = None
+
+    def image(self, default: ImageSpec) -> ImageSpec:
+        """``default`` with what this config overrides."""
+        size = self.image_size if self.image_size is not None else (default.height, default.width)
+        height, width = (size, size) if isinstance(size, int) else size
+        return ImageSpec(
+            height=height,
+            width=width,
+            mean=self.mean or default.mean,
+            std=self.std or default.std,
+            resize=self.resize or default.resize,
+            interpolation=self.interpolation or default.interpolation,
+        )
+
+
+@dataclass
+class LayerOutput:
+    """Features of one layer: tokens ``(B, N, D)`` in raster order, prefix ``(B, P, D)`` or None."""
+
+    tokens: Tensor
+    grid: Grid
+    prefix: Tensor | None = None
+
+
+def map_to_tokens(feature_map: Tensor) -> LayerOutput:
+    """``(B, D, rows, cols)`` → tokens."""
+    return LayerOutput(feature_map.flatten(2).transpose(1, 2), (feature_map.shape[2], feature_map.shape[3]))
+
+
+def take_layers(layers: Sequence[int], depth: int, *, lowest: int = 0) -> list[int]:
+    """Positions like HF hidden states → how many blocks have run (0: the embeddings, ``depth``: all), in the same order.
+
+    Raises `ConfigError` for a layer that does not exist, or lies below ``lowest``.
+    """
+    counts = []
+    for layer in layers:
+        count = layer if layer >= 0 else depth + 1 + layer
+        if not 0 <= count <= depth:
+            raise ConfigError(f"layers: {layer} does not exist; the encoder has {depth} blocks, so {-depth - 1} to {depth}")
+        if count < lowest:
+            raise ConfigError(f"layers: {layer} is the embeddings before the first block, which this library does not hand out")
+        counts.append(count)
+    return counts
+
+
+def merge_layers(outputs: Sequence[LayerOutput], keep_prefix: bool) -> VisionFeatures:
+    """Concatenate layers on channels. Layers of other resolutions (stages of a hierarchical model) are brought to the grid of
+    the last one: bilinear, fp32, pixel centres aligned (``align_corners=False``)."""
+    grid = outputs[-1].grid
+    tokens = [out.tokens if out.grid == grid else resample_tokens(out.tokens, out.grid, grid) for out in outputs]
+    prefix = None
+    if keep_prefix and all(out.prefix is not None for out in outputs):
+        prefix = torch.cat([out.prefix for out in outputs if out.prefix is not None], dim=-1)
+    return VisionFeatures(tokens=tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=-1), grid=grid, prefix=prefix)
+
+
+def resample_tokens(tokens: Tensor, old: Grid, new: Grid) -> Tensor:
+    """tokens ``(B, old rows * cols, D)`` → ``(B, new rows * cols, D)``, bilinear in fp32."""
+    feature_map = tokens.transpose(1, 2).unflatten(2, old)
+    resized = F.interpolate(feature_map.float(), size=new, mode="bilinear", align_corners=False)
+    return resized.to(tokens.dtype).flatten(2).transpose(1, 2)
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.Module | None]:
+    """Path and container of the numbered blocks: the list that holds most parameters, the outermost where lists nest."""
+    best: tuple[str, nn.Module | None] = ("", None)
+    most = 0
+    for path, module in model.named_modules():
+        names = [name for name, _ in module.named_children()]
+        size = sum(p.numel() for p in module.parameters())
+        if path and names and size > most and all(name.isdigit() for name in names):
+            best, most = (path, module), size
+    return best
+
+
+def block_prefixes(model: nn.Module) -> list[str]:
+    """Parameter-name prefixes of the blocks in order: ``blocks.0.`` …, or ``layer1.`` … of residual networks."""
+    stages = [name for name, _ in model.named_children() if re.fullmatch(r"(layer|stage)_?\d+", name)]
+    if len(stages) > 1:
+        return [f"{name}." for name in stages]
+    path, blocks = find_blocks(model)
+    return [f"{path}.{name}." for name, _ in blocks.named_children()] if blocks is not None else []
+
+
+def group_parameters(names: Sequence[str], blocks: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """`VisionEncoder.layer_groups` from the parameter names in order of definition and the blocks' prefixes.
+
+    What is defined before the first block is ``embeddings``, everything else outside the blocks is ``norm``.
+    """
+    blocks = [block for block in blocks if any(name.startswith(block) for name in names)]
+    outside = [(i, name) for i, name in enumerate(names) if not name.startswith(tuple(blocks))]
+    first = next((i for i, name in enumerate(names) if name.startswith(tuple(blocks))), len(names))
+    groups = [
+        ("embeddings", [name for i, name in outside if i < first]),
+        *((f"layers.{i}", [block]) for i, block in enumerate(blocks)),
+        ("norm", [name for i, name in outside if i > first]),
+    ]
+    return [(name, prefixes) for name, prefixes in groups if prefixes]
+
+
+class LibraryEncoder(VisionEncoder):
+    """An encoder built by a library. Subclasses say how to build it and how to read its layers; sizes are measured by a
+    forward pass on the meta device, so `describe` cannot disagree with `forward`."""
+
+    Config: ClassVar[type[EncoderConfig]] = ImageEncoderConfig
+    model: nn.Module
+
+    def __init__(self, config: Any):
+        if config.info is None:
+            config = self.resolve(config)
+        super().__init__(config)
+        self.model = self.build(config)
+
+    @classmethod
+    def complete(cls, config: Any) -> Any:
+        """The config with names replaced by data (architectures read from files or hubs). May read; loads no weights."""
+        return config
+
+    @classmethod
+    def default_image(cls, config: Any) -> ImageSpec:
+        """The pretrained preprocessing of a completed config."""
+        raise NotImplementedError
+
+    @classmethod
+    def build(cls, config: Any) -> nn.Module:
+        """The library's model without weights, cut after the deepest block that is needed."""
+        raise NotImplementedError
+
+    def read_layers(self, pixels: Tensor) -> list[LayerOutput]:
+        """Outputs of ``config.layers``, in that order."""
+        raise NotImplementedError
+
+    @classmethod
+    def resolve(cls, config: Any) -> Any:
+        config = cls.complete(config)
+        image = config.image(cls.default_image(config))
+        unknown = EncoderInfo(image=image, grid=(1, 1), width=1)
+        with torch.device("meta"), torch.no_grad():
+            encoder = cls(config.model_copy(update={"info": unknown})).eval()
+            pixels = torch.zeros(1, 3, image.height, image.width, dtype=encoder.dtype)
+            try:
+                features = merge_layers(encoder.read_layers(pixels), config.keep_prefix)
+            except (RuntimeError, ValueError, AssertionError) as error:
+                if isinstance(error, ConfigError):
+                    raise
+                reason = " ".join(str(error).split())[:300]
+                raise ConfigError(
+                    f"image_size: this {config.type} encoder does not run on {image.height} x {image.width} pixels ({reason})"
+                ) from error
+        if features.tokens.shape[1] != features.grid[0] * features.grid[1]:
+            raise ConfigError(
+                f"{config.type}: {features.tokens.shape[1]} tokens do not form the {features.grid} grid; this architecture's "
+                "layout is not supported"
+            )
+        if config.keep_prefix and features.prefix is None:
+            raise ConfigError("keep_prefix: this encoder has no class or register tokens; remove the key")
+        info = EncoderInfo(
+            image=image,
+            grid=features.grid,
+            width=features.tokens.shape[2],
+            num_prefix_tokens=features.prefix.shape[1] if features.prefix is not None else 0,
+        )
+        return config.model_copy(update={"info": info})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+    def forward(self, pixels: Tensor, *, scene_ids: Tensor | None = None, return_attention: bool = False) -> VisionFeatures:
+        info = self.config.info
+        check_pixels(pixels, info.image, self.config.type)
+        pixels = pixels.to(self.dtype)
+        if pixels.shape[0] == 0:
+            return self.empty_features(pixels, return_attention=return_attention)
+        if return_attention:
+            outputs, attention = self.read_layers_and_attention(pixels)
+        else:
+            outputs, attention = self.read_layers(pixels), None
+        features = merge_layers(outputs, self.config.keep_prefix)
+        features.attention = attention
+        return features
+
+    def read_layers_and_attention(self, pixels: Tensor) -> tuple[list[LayerOutput], Tensor]:
+        """`read_layers` and the attention of the deepest block that runs."""
+        raise UnavailableError(
+            f"return_attention: type {self.config.type} uses fused attention, which hands out no weights; use the same "
+            "weights through type: hf"
+        )
+
+    def empty_features(self, pixels: Tensor, *, return_attention: bool = False) -> VisionFeatures:
+        """The features of no images."""
+        info = self.config.info
+        count = info.num_prefix_tokens
+        prefix = pixels.new_zeros(0, count, info.width) if count else None
+        return VisionFeatures(pixels.new_zeros(0, info.grid[0] * info.grid[1], info.width), info.grid, prefix)
+
+    def layer_groups(self) -> list[tuple[str, list[str]]]:
+        blocks = [f"model.{prefix}" for prefix in block_prefixes(self.model)]
+        return group_parameters([name for name, _ in self.named_parameters()], blocks)
+
+    def restore_buffers(self) -> None:
+        with parameters_on_meta():
+            fresh = self.build(self.config)
+        copy_lost_buffers(self.model, fresh)
+
+    def required_weights(self) -> Any:
+        """``config.weights``. Raises `CheckpointError` where none is named."""
+        if self.config.weights is None:
+            raise CheckpointError(f"{self.config.type} encoder: no weights named; add weights: {{source: …}} to its config")
+        return self.config.weights
+
+
+def check_pixels(pixels: Tensor, image: ImageSpec, where: str) -> None:
+    """Raise `ConfigError` unless pixels are ``(B, 3, image.height, image.width)``."""
+    if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, image.height, image.width):
+        raise ConfigError(
+            f"{where} encoder: expected pixels (B, 3, {image.height}, {image.width}), got {tuple(pixels.shape)}; "
+            "resize images to the encoder's own ImageSpec, or set its image_size"
+        )
+

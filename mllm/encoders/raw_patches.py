@@ -1,0 +1,61 @@
+"""What does an encoder-free model see? The pixels of each patch, unchanged."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from mllm.encoders.base import EncoderConfig, VisionEncoder
+from mllm.encoders.library import ImageEncoderConfig, check_pixels
+from mllm.errors import CheckpointError, ConfigError
+from mllm.types import EncoderInfo, ImageSpec, VisionFeatures
+
+
+class RawPatchesConfig(ImageEncoderConfig):
+    """Patches of pixels without any parameter (Fuyu; SOLO, arXiv 2407.06438)."""
+
+    patch_size: int = Field(default=32, gt=0)
+    image_size: int | tuple[int, int] | None = 448
+
+
+class RawPatches(VisionEncoder):
+    """p × p patches as vectors of ``3 p²`` numbers, channel first: all of red, then green, then blue, each row by row."""
+
+    Config: ClassVar[type[EncoderConfig]] = RawPatchesConfig
+
+    def __init__(self, config: Any):
+        super().__init__(config if config.info is not None else self.resolve(config))
+
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        return {"type": "raw_patches", "patch_size": 4, "image_size": [8, 12]}
+
+    @classmethod
+    def resolve(cls, config: Any) -> Any:
+        image = config.image(ImageSpec(height=448, width=448))
+        size = config.patch_size
+        if image.height % size or image.width % size:
+            raise ConfigError(f"patch_size: {size} does not divide image_size ({image.height}, {image.width})")
+        if config.layers != [-1]:
+            raise ConfigError(f"layers: raw_patches has no blocks, so layers stays [-1] (got {config.layers})")
+        if config.keep_prefix:
+            raise ConfigError("keep_prefix: raw_patches has no class or register tokens; remove the key")
+        info = EncoderInfo(image=image, grid=(image.height // size, image.width // size), width=3 * size * size)
+        return config.model_copy(update={"info": info})
+
+    def load_pretrained(self) -> None:
+        raise CheckpointError("raw_patches has no weights to load; remove weights from its config")
+
+    def layer_groups(self) -> list[tuple[str, list[str]]]:
+        return []
+
+    def forward(self, pixels: Tensor, *, scene_ids: Tensor | None = None, return_attention: bool = False) -> VisionFeatures:
+        if return_attention:
+            raise ConfigError("return_attention: raw_patches has no attention")
+        info, size = self.config.info, self.config.patch_size
+        check_pixels(pixels, info.image, self.config.type)
+        rows, cols = info.grid
+        patches = pixels.reshape(pixels.shape[0], 3, rows, size, cols, size).permute(0, 2, 4, 1, 3, 5)
+        return VisionFeatures(patches.reshape(pixels.shape[0], rows * cols, 3 * size * size), info.grid)

@@ -1,0 +1,312 @@
+"""What geometry do several views of one scene show? The aggregator of VGGT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mllm.encoders.base import EncoderConfig
+from mllm.encoders.library import (
+    ImageEncoderConfig,
+    LayerOutput,
+    LibraryEncoder,
+    check_pixels,
+    group_parameters,
+    merge_layers,
+    take_layers,
+)
+from mllm.encoders.weights import load_exactly, local_path, read_weights, strip_prefix, unavailable
+from mllm.errors import CheckpointError, ConfigError
+from mllm.types import ImageSpec, VisionFeatures
+
+_ROPE_BASE = 100.0
+
+
+class VggtConfig(ImageEncoderConfig):
+    """VGGT (arXiv 2503.11651); defaults are VGGT-1B's aggregator."""
+
+    width: int = Field(default=1024, gt=0)
+    """C. One layer's features have 2 C channels: after the frame block, then after the global block."""
+    depth: int = Field(default=24, gt=0)
+    num_heads: int = Field(default=16, gt=0)
+    patch_size: int = Field(default=14, gt=0)
+    num_registers: int = Field(default=4, ge=0)
+    patch_embed: Literal["dinov2", "conv"] = "dinov2"
+    dinov2_depth: int = Field(default=24, gt=0)
+    dinov2_image_size: int = Field(default=518, gt=0)
+    """Image size of DINOv2's position table, which is resized on use (bicubic, antialiased)."""
+
+
+class Attention(nn.Module):
+    """Self-attention, with queries and keys normalised per head and rotated by position where ``qk_norm``."""
+
+    def __init__(self, width: int, num_heads: int, *, qk_norm: bool, eps: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.LayerNorm(width // num_heads, eps=eps) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(width // num_heads, eps=eps) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, width))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, width: int, value: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with LayerScale."""
+
+    def __init__(self, width: int, num_heads: int, *, qk_norm: bool, scale: float, eps: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, num_heads, qk_norm=qk_norm, eps=1e-5)
+        self.ls1 = LayerScale(width, scale)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width)
+        self.ls2 = LayerScale(width, scale)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x), rotation))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class PatchConv(nn.Module):
+    """Pixels ``(B, 3, H, W)`` → patches ``(B, N, C)``."""
+
+    def __init__(self, width: int, patch_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.proj(pixels).flatten(2).transpose(1, 2)
+
+
+class DinoV2(nn.Module):
+    """DINOv2 with registers (arXiv 2309.16588); returns normalised tokens: class, registers, patches."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        width, self.side = config.width, config.dinov2_image_size // config.patch_size
+        self.patch_size = config.patch_size
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.randn(1, 1 + self.side**2, width) * 0.02)
+        self.register_tokens = nn.Parameter(torch.zeros(1, 4, width))
+        self.patch_embed = PatchConv(width, config.patch_size)
+        self.blocks = nn.ModuleList(
+            Block(width, config.num_heads, qk_norm=False, scale=1.0, eps=1e-6) for _ in range(config.dinov2_depth)
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def positions(self, rows: int, cols: int) -> Tensor:
+        """The position table for a grid: bicubic, antialiased, by target size."""
+        if (rows, cols) == (self.side, self.side):
+            return self.pos_embed
+        image = self.pos_embed[:, 1:].unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2).float()
+        image = F.interpolate(image, size=(rows, cols), mode="bicubic", antialias=True)
+        table = image.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)
+        return torch.cat([self.pos_embed[:, :1], table], dim=1)
+
+    def forward(self, pixels: Tensor, run: Callable[..., Tensor]) -> Tensor:
+        batch = pixels.shape[0]
+        x = torch.cat([self.cls_token.expand(batch, -1, -1), self.patch_embed(pixels)], dim=1)
+        x = x + self.positions(pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
+        x = torch.cat([x[:, :1], self.register_tokens.expand(batch, -1, -1), x[:, 1:]], dim=1)
+        for block in self.blocks:
+            x = run(block, x, None)
+        return self.norm(x)
+
+
+class Aggregator(nn.Module):
+    """Frame attention inside each view, then global attention over the views of a scene, in turns.
+
+    The first view of a scene is its reference: it has camera and register tokens of its own.
+    """
+
+    def __init__(self, config: Any, depth: int):
+        super().__init__()
+        width = config.width
+        self.num_special, self.patch_size = 1 + config.num_registers, config.patch_size
+        self.head_dim = width // config.num_heads
+        self.camera_token = nn.Parameter(torch.randn(1, 2, 1, width) * 1e-6)
+        self.register_token = nn.Parameter(torch.randn(1, 2, config.num_registers, width) * 1e-6)
+        self.patch_embed = DinoV2(config) if config.patch_embed == "dinov2" else PatchConv(width, config.patch_size)
+        self.frame_blocks = nn.ModuleList(_block(config) for _ in range(depth))
+        self.global_blocks = nn.ModuleList(_block(config) for _ in range(depth))
+        self.gradient_checkpointing = False
+
+    def run(self, block: nn.Module, *inputs: Any) -> Tensor:
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[return-value]
+        return block(*inputs)
+
+    def forward(self, pixels: Tensor, views: Sequence[int], wanted: Sequence[int]) -> dict[int, Tensor]:
+        """pixels ``(B, 3, H, W)``, ImageNet-normalised, the views of a scene side by side; views: how many each scene has, in
+        order; wanted: layer counts → ``{count: (B, 1 + R + N, 2 C)}``."""
+        if isinstance(self.patch_embed, DinoV2):
+            patches = self.patch_embed(pixels, self.run)[:, 5:]  # class token and DINOv2's four registers
+        else:
+            patches = self.patch_embed(pixels)
+        later = torch.tensor([0 if view == 0 else 1 for count in views for view in range(count)], device=pixels.device)
+        special = torch.cat([self.camera_token[0][later], self.register_token[0][later]], dim=1)
+        x = torch.cat([special, patches], dim=1)
+        grid = (pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
+        rotation = rotary_table(self.positions(grid, x.device), self.head_dim, x.dtype)
+        outputs: dict[int, Tensor] = {}
+        for count, (frame_block, global_block) in enumerate(zip(self.frame_blocks, self.global_blocks), start=1):
+            in_frame = self.run(frame_block, x, rotation)
+            x = self.across_views(global_block, in_frame, views, rotation)
+            if count in wanted:
+                outputs[count] = torch.cat([in_frame, x], dim=-1)
+        return outputs
+
+    def across_views(self, block: nn.Module, x: Tensor, views: Sequence[int], rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """Global attention; scenes with equally many views run as one batch."""
+        cos, sin = rotation
+        if len(set(views)) == 1:
+            count = views[0]
+            wide = x.reshape(len(views), count * x.shape[1], x.shape[2])
+            return self.run(block, wide, (cos.repeat(count, 1), sin.repeat(count, 1))).reshape(x.shape)
+        parts = [self.across_views(block, part, [len(part)], rotation) for part in x.split(list(views))]
+        return torch.cat(parts)
+
+    def positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+        """(row, column) of every token of one view, patches counted from 1, special tokens at (0, 0): ``(1 + R + N, 2)``."""
+        rows = torch.arange(1, grid[0] + 1, device=device)
+        cols = torch.arange(1, grid[1] + 1, device=device)
+        return torch.cat([rows.new_zeros(self.num_special, 2), torch.cartesian_prod(rows, cols)])
+
+
+def _block(config: Any) -> Block:
+    return Block(config.width, config.num_heads, qk_norm=True, scale=0.01, eps=1e-5)
+
+
+def rotary_table(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """positions ``(…, 2)`` → cos, sin ``(…, head_dim)``: the first half of the channels turns by row, the second by column."""
+    quarter = head_dim // 4
+    frequency = _ROPE_BASE ** (-torch.arange(quarter, device=positions.device, dtype=torch.float32) / quarter)
+    angles = positions[..., None].float() * frequency
+    angles = torch.cat([angles, angles], dim=-1).flatten(-2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x ``(…, head_dim)``: each half of the channels is rotated between its own two quarters."""
+    a, b, c, d = x.chunk(4, dim=-1)
+    return x * cos + torch.cat([-b, a, -d, c], dim=-1) * sin
+
+
+class VggtEncoder(LibraryEncoder):
+    """Multi-view features: images with the same ``scene_ids`` see one another; without ids every image is a scene of its own.
+
+    The order of a scene's images counts, the first one is the reference view. Prefix: camera and register tokens.
+    """
+
+    Config: ClassVar[type[EncoderConfig]] = VggtConfig
+    model: Aggregator
+
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        sizes = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "dinov2_depth": 1, "dinov2_image_size": 16}
+        return {"type": "vggt", **sizes, "image_size": [16, 20], "keep_prefix": True}
+
+    @classmethod
+    def default_image(cls, config: Any) -> ImageSpec:
+        return ImageSpec(height=518, width=518, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+    @classmethod
+    def build(cls, config: Any) -> Aggregator:
+        image, size = config.info.image, config.patch_size
+        if image.height % size or image.width % size:
+            raise ConfigError(f"image_size: ({image.height}, {image.width}) is no multiple of the patch size {size}")
+        if config.width % (4 * config.num_heads):
+            raise ConfigError(f"num_heads: {config.num_heads} does not split width {config.width} into multiples of 4")
+        return Aggregator(config, depth=max(take_layers(config.layers, config.depth, lowest=1)))
+
+    def forward(self, pixels: Tensor, *, scene_ids: Tensor | None = None, return_attention: bool = False) -> VisionFeatures:
+        if return_attention:
+            raise ConfigError("return_attention: vggt hands out no attention weights")
+        check_pixels(pixels, self.config.info.image, self.config.type)
+        pixels = pixels.to(self.dtype)
+        if pixels.shape[0] == 0:
+            return self.empty_features(pixels)
+        if scene_ids is None:
+            return merge_layers(self.read_layers(pixels), self.config.keep_prefix)
+        order = scene_ids.argsort(stable=True)
+        views = torch.unique_consecutive(scene_ids[order], return_counts=True)[1].tolist()
+        features = merge_layers(self._read(pixels[order], views), self.config.keep_prefix)
+        back = order.argsort()
+        features.tokens = features.tokens[back]
+        features.prefix = features.prefix[back] if features.prefix is not None else None
+        return features
+
+    def read_layers(self, pixels: Tensor) -> list[LayerOutput]:
+        return self._read(pixels, [1] * pixels.shape[0])
+
+    def _read(self, pixels: Tensor, views: list[int]) -> list[LayerOutput]:
+        counts = take_layers(self.config.layers, self.config.depth, lowest=1)
+        outputs = self.model(pixels, views, counts)
+        grid = (pixels.shape[2] // self.config.patch_size, pixels.shape[3] // self.config.patch_size)
+        start = self.model.num_special
+        return [LayerOutput(outputs[count][:, start:], grid, outputs[count][:, :start]) for count in counts]
+
+    def layer_groups(self) -> list[tuple[str, list[str]]]:
+        names = [name for name, _ in self.named_parameters()]
+        numbers = range(len(self.model.frame_blocks))
+        outside = [n for n in names if not n.startswith(("model.frame_blocks.", "model.global_blocks."))]
+        layers = [(f"layers.{i}", [f"model.frame_blocks.{i}.", f"model.global_blocks.{i}."]) for i in numbers]
+        return [*group_parameters(outside, []), *layers]
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        self.model.gradient_checkpointing = enabled
+
+    def load_pretrained(self) -> None:
+        """From a checkpoint of the whole VGGT (``aggregator.…``) or of its aggregator."""
+        weights = self.required_weights()
+        path = local_path(weights.source)
+        if path is None:
+            from huggingface_hub import hf_hub_download
+
+            try:
+                path = hf_hub_download(weights.source, "model.safetensors", revision=weights.revision)
+            except Exception as error:
+                raise unavailable(weights.source, error) from error
+        state = strip_prefix(read_weights(local_path(str(path)) or path), set(self.model.state_dict()))  # type: ignore[arg-type]
+        for key in [k for k in state if k.endswith("mask_token")]:
+            del state[key]
+        with torch.device("meta"):
+            full = Aggregator(self.config, depth=self.config.depth)
+        deeper = len([k for k in state if k.startswith(f"frame_blocks.{self.config.depth}.")])
+        if deeper:
+            raise CheckpointError(f"weights: {weights.source} is deeper than depth: {self.config.depth}")
+        own = full.state_dict()
+        known = set(own) | {k for k in state if k not in own and not k.startswith(("frame_blocks.", "global_blocks.", "patch_embed."))}
+        load_exactly(self.model, state, source=weights.source, known=known)

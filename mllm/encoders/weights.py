@@ -1,0 +1,177 @@
+"""How do published weights get from a file into an encoder, completely or not at all?"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mllm.errors import CheckpointError, UnavailableError
+from mllm.types import Grid
+
+_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_HEADS = {
+    "head", "head_dist", "head_drop", "fc", "fc_norm", "classifier", "attn_pool", "attnpool", "pooler", "proj", "last_conv",
+    "mask_token", "logit_scale", "logit_bias", "lm_head",
+}  # fmt: skip
+"""First key parts that belong to something other than the feature layers."""
+
+
+def local_path(source: str) -> Path | None:
+    """The local file or directory that ``source`` names, None where it is a name on a hub. Raises `CheckpointError` for a path
+    that does not exist."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if path.suffix in _FILES or source.startswith((".", "/", "~")):
+        raise CheckpointError(f"weights: no such file or directory: {source}")
+    return None
+
+
+def unavailable(source: str, error: Exception) -> UnavailableError:
+    """The error for weights that cannot be fetched."""
+    reason = " ".join(str(error).split())[:200]
+    return UnavailableError(
+        f"weights: {source!r} could not be fetched ({type(error).__name__}: {reason}). Without network access, download it "
+        "elsewhere and set weights.source to the local path."
+    )
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a ``.safetensors`` file, of a ``.pt/.pth/.bin`` file of plain tensors, or of a directory of safetensors.
+
+    Raises `CheckpointError` for files that would have to run code, and for files without tensors.
+    """
+    if path.is_dir():
+        return _read_directory(path)
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"weights: {path} is not a readable safetensors file ({error})") from error
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(
+            f"weights: {path} does not load with weights_only=True ({' '.join(str(error).split())[:160]}). It is damaged or "
+            "holds code, which is not run here; convert it to .safetensors in an environment you trust."
+        ) from error
+    for wrapper in _WRAPPERS:
+        if isinstance(data, Mapping) and isinstance(data.get(wrapper), Mapping):
+            data = data[wrapper]
+    tensors = {k: v for k, v in data.items() if isinstance(v, Tensor)} if isinstance(data, Mapping) else {}
+    if not tensors:
+        raise CheckpointError(f"weights: {path} holds no tensors by name")
+    return tensors
+
+
+def _read_directory(path: Path) -> dict[str, Tensor]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        files = sorted(file.name for file in path.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"weights: {path} holds no .safetensors file")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state.update(read_weights(path / file))
+    return state
+
+
+def strip_prefix(state: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    """The part of ``state`` below the one key prefix (``visual.``, ``module.``, ``vision_model.`` …) under which most of
+    ``wanted`` is found, without that prefix."""
+    hits: dict[str, int] = {}
+    wanted = set(wanted)
+    for key in state:
+        parts = key.split(".")
+        for i in range(min(len(parts), 5)):
+            if ".".join(parts[i:]) in wanted:
+                prefix = ".".join(parts[:i])
+                hits[prefix] = hits.get(prefix, 0) + 1
+    prefix = max(hits, key=lambda p: (hits[p], -len(p)), default="")
+    if not prefix:
+        return dict(state)
+    return {key[len(prefix) + 1 :]: value for key, value in state.items() if key.startswith(prefix + ".")}
+
+
+def load_exactly(module: nn.Module, state: Mapping[str, Tensor], *, source: str, known: Collection[str] = ()) -> None:
+    """Copy ``state`` into ``module``: every key must be there in the right shape, and nothing may be left over except heads and
+    the ``known`` keys (parts of the full model that are not built). Raises `CheckpointError` listing what does not fit."""
+    own = module.state_dict()
+    missing = [key for key in own if key not in state]
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    known = set(known)
+    extra = [key for key in state if key not in own and key not in known and key.split(".")[0] not in _HEADS]
+    problems = [("missing", missing), ("of another shape", shapes), ("not part of this architecture", extra)]
+    text = "; ".join(f"{len(keys)} {what}: {shorten(keys)}" for what, keys in problems if keys)
+    if text:
+        raise CheckpointError(f"weights: {source} does not fit this encoder. Keys {text}")
+    on_meta = any(tensor.is_meta for tensor in own.values())
+    module.load_state_dict({key: state[key] for key in own}, assign=on_meta)
+
+
+def shorten(keys: list[str], limit: int = 12) -> str:
+    """``a, b, c … and 7 more``."""
+    return ", ".join(keys[:limit]) + (f" … and {len(keys) - limit} more" if len(keys) > limit else "")
+
+
+def resize_positions(table: Tensor, old: Grid, new: Grid, *, num_prefix_tokens: int = 0) -> Tensor:
+    """A learned position table ``(…, P + rows * cols, D)`` for another grid: bicubic with antialiasing, fp32; prefix positions
+    are kept."""
+    prefix, patches = table[..., :num_prefix_tokens, :], table[..., num_prefix_tokens:, :]
+    lead, width = patches.shape[:-2], patches.shape[-1]
+    image = patches.reshape(-1, *old, width).permute(0, 3, 1, 2).float()
+    image = F.interpolate(image, size=new, mode="bicubic", align_corners=False, antialias=True)
+    resized = image.permute(0, 2, 3, 1).reshape(*lead, new[0] * new[1], width).to(table.dtype)
+    return torch.cat([prefix, resized], dim=-2)
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built inside have real buffers and weightless parameters: a cheap way to compute buffers alone."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param)
+        if param is not None and not param.is_meta:
+            self._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def copy_lost_buffers(module: nn.Module, fresh: nn.Module) -> None:
+    """Give ``module`` the values of ``fresh``'s buffers that no checkpoint holds, in its own dtype and place."""
+    saved = set(module.state_dict())
+    values = dict(fresh.named_buffers())
+    device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
+    for name, buffer in list(module.named_buffers()):
+        if name in saved or name not in values:
+            continue
+        value = values[name]
+        if buffer.is_meta or buffer.shape != value.shape:
+            parent, _, leaf = name.rpartition(".")
+            module.get_submodule(parent)._buffers[leaf] = value.to(device=device, dtype=buffer.dtype)
+        else:
+            with torch.no_grad():
+                buffer.copy_(value)

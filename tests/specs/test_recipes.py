@@ -1,0 +1,96 @@
+"""Does every shipped recipe parse, join and build, at the sizes it claims?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mllm import assets
+from mllm.config import read_yaml
+from mllm.errors import ConfigError, UnknownName
+from mllm.models.build import build_config
+from mllm.models.modeling_mllm import MllmForConditionalGeneration
+from mllm.recipe import Recipe, load_recipe
+
+FOLDER = Path(__file__).parents[2] / "recipes"
+RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if "model" in read_yaml(path) and "stages" in read_yaml(path))
+
+# recipe → visual tokens per image, parameters in millions: language model, connector, all encoders
+SIZES = {
+    "llava_1_5": (576, 6738, 21.0, 291),
+    "prismatic_dinosiglip": (729, 6738, 71.4, 700),
+    "eagle_x3": (1024, 6738, 34.6, 1447),
+    "cambrian_8b": (600, 8030, None, None),
+    "siglip2_dinov3": (576, 7616, 20.6, None),
+    "c_radio": (576, 7616, None, None),
+}
+
+
+def test_there_are_recipes() -> None:
+    assert len(RECIPES) >= 7
+    assert set(SIZES) <= set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_builds_on_the_meta_device(name: str) -> None:
+    recipe = load_recipe(str(FOLDER / f"{name}.yaml"))
+    assert recipe.description, "the recipe table shows the description"
+    config = build_config(recipe.model)
+    with torch.device("meta"):
+        model = MllmForConditionalGeneration(config)
+    parts: dict[str, int] = {}
+    for parameter_name, parameter in model.named_parameters():
+        part = model.part_of(parameter_name).partition(".")[0]
+        parts[part] = parts.get(part, 0) + parameter.numel()
+    for stage in recipe.stages:
+        for part in stage.learning():
+            assert any(known == part or known.startswith(f"{part}.") for known in model.part_prefixes()), f"{stage.name}: {part}"
+    for data in {stage.data for stage in recipe.stages if isinstance(stage.data, str)}:
+        known = {**assets.available("data/datasets"), **assets.available("data/mixtures")}
+        assert data in known, f"{name}: data {data!r} is not declared under data/"
+    for task in recipe.evaluation.tasks:
+        assert task in {**assets.available("eval/tasks"), **assets.available("eval/suites")}, task
+    if name in SIZES:
+        tokens, language_model, connector, encoders = SIZES[name]
+        assert config.num_image_tokens == tokens
+        assert parts["language_model"] / 1e6 == pytest.approx(language_model, rel=0.005)
+        if connector is not None:
+            assert parts["connector"] / 1e6 == pytest.approx(connector, rel=0.01)
+        if encoders is not None:
+            assert parts["encoders"] / 1e6 == pytest.approx(encoders, rel=0.02)
+    # shapes of every join: one picture through encoders and connector, without memory
+    with torch.device("meta"):
+        pixels = {n: torch.zeros(1, 3, i.image.height, i.image.width) for n, i in config.encoder_infos().items()}
+        weights = torch.zeros(1, len(config.router["experts"])) if config.router else None
+        if weights is None:
+            visual, _ = model.model.encode_images(pixels)
+            assert tuple(visual.shape) == (1, config.num_image_tokens, config.get_text_config().hidden_size)
+
+
+def test_a_wrong_key_names_its_path_and_what_was_meant(tmp_path: Path) -> None:
+    text = (FOLDER / "llava_1_5.yaml").read_text()
+    (tmp_path / "a.yaml").write_text(text.replace("batch_size: 32", "bach_size: 32"))
+    with pytest.raises(ConfigError, match=r"a.yaml.stages.0.bach_size: unknown key, did you mean 'batch_size'\?"):
+        load_recipe(str(tmp_path / "a.yaml"))
+    with pytest.raises(UnknownName, match="unknown recipe 'llava_15', did you mean 'llava_1_5'"):
+        load_recipe("llava_15")
+    (tmp_path / "b.yaml").write_text(text.replace("clip-vit-l-14-336", "clip-vit-l-14-366"))
+    with pytest.raises(ConfigError, match="did you mean 'clip-vit-l-14-336'"):
+        build_config(load_recipe(str(tmp_path / "b.yaml")).model)
+
+
+def test_overrides_reach_stages_by_name() -> None:
+    recipe = load_recipe("llava_1_5", ["stages.sft.batch_size=2", "stages.0.learn.connector=5e-4", "seed=3"])
+    assert recipe.stages[1].batch_size == 2 and recipe.stages[0].learn["connector"] == 5e-4 and recipe.seed == 3
+    with pytest.raises(ConfigError, match="override stages.stf: no such item, did you mean 'sft'"):
+        load_recipe("llava_1_5", ["stages.stf.batch_size=2"])
+
+
+def test_a_stage_that_contradicts_itself_is_refused() -> None:
+    with pytest.raises(ConfigError, match="exactly one of epochs and steps"):
+        load_recipe("llava_1_5", ["stages.sft.steps=10"])
+    with pytest.raises(ConfigError, match=r"learn.connector is 0.0; a rate is positive"):
+        load_recipe("llava_1_5", ["stages.sft.learn.connector=0.0"])
+    assert Recipe.model_json_schema()["properties"]["stages"]
