@@ -19,7 +19,8 @@ class UnknownName(ConfigError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str]):
         self.kind, self.name, self.known = kind, name, sorted(known)
-        super().__init__(f"unknown {kind} {name!r}{did_you_mean(name, self.known)}. Known: {', '.join(self.known) or '-'}")
+        meant = did_you_mean(name, self.known) or "."
+        super().__init__(f"unknown {kind} {name!r}{meant} Known: {', '.join(self.known) or '-'}")
 
 
 class AlignmentError(MllmError, ValueError):

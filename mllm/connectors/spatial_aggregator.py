@@ -285,7 +285,7 @@ class SpatialAggregatorConnector(Connector):
             tokens = resample(tokens, self.encoders[name].grid, (rows * side, cols * side), "bilinear")
             tokens = self.inputs[name](tokens)
             context = weigh(tokens, weight).mean(dim=1, keepdim=True) if context is None else context
-            windows.append(tokens.reshape(-1, side*side, tokens.shape[-1]))
+            windows.append(window_partition(tokens, self.config.grid, side))
             if routing is not None:
                 bias = tokens.new_zeros(tokens.shape[0]) if weight is None else log_weight(weight)
                 biases.append(bias.float().repeat_interleave(rows * cols)[:, None].expand(-1, side * side))

@@ -1,0 +1,105 @@
+"""Does every registered encoder keep the contract, and does every shipped entry build offline?"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mllm.encoders import ENCODERS
+from mllm.encoders.catalogue import build_encoder, catalogue, encoder_config
+from mllm.testing.encoders import CHECKS, check_encoder, resolve_example
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+VIT = {**SIZES, "image_size": 16, "patch_size": 4}
+STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "image_size": 64}
+SAM = {**VIT, "window_size": 2, "global_attn_indexes": [2], "output_channels": 8, "mlp_dim": 64}
+
+HF = {
+    "clip": {"model_type": "clip", "vision_config": {**VIT, "intermediate_size": 64}},
+    "siglip": {"model_type": "siglip_vision_model", **VIT, "intermediate_size": 64},
+    "siglip2": {"model_type": "siglip2_vision_model", **SIZES, "intermediate_size": 64, "num_patches": 16, "patch_size": 4},
+    "dinov2": {"model_type": "dinov2", **VIT},
+    "dinov2-registers": {"model_type": "dinov2_with_registers", **VIT},
+    "dinov3": {"model_type": "dinov3_vit", **VIT, "intermediate_size": 64, "num_register_tokens": 4},
+    "dinov3-convnext": {"model_type": "dinov3_convnext", **STAGES},
+    "convnext": {"model_type": "convnext", **STAGES},
+    "radio": {"model_type": "radio", **VIT, "max_img_size": 32},
+    "tipsv2": {"model_type": "tipsv2_vision_model", **VIT},
+    "pix2struct": {
+        "model_type": "pix2struct_vision_model",
+        **SIZES,
+        "d_ff": 64,
+        "d_kv": 16,
+        "patch_embed_hidden_size": 48,
+        "seq_len": 64,
+    },
+    "vit": {"model_type": "vit", **VIT, "intermediate_size": 64},
+    "sam": {"model_type": "sam_vision_model", **SAM},
+    "aimv2": {"model_type": "aimv2_vision_model", **VIT, "intermediate_size": 64},
+    "mlcd": {"model_type": "mlcd_vision_model", **VIT, "intermediate_size": 64},
+}
+TIMM = {
+    "siglip": ("vit_so400m_patch14_siglip_384", {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4}, 16),
+    "dinov3": ("vit_small_patch16_dinov3", {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4}, 16),
+    "eva02": ("eva02_tiny_patch14_224", {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4}, 16),
+    "beit": ("beit_base_patch16_224", {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4}, 16),
+    "sam": (
+        "samvit_base_patch16",
+        {
+            "embed_dim": 32,
+            "depth": 2,
+            "num_heads": 2,
+            "patch_size": 4,
+            "window_size": 2,
+            "neck_chans": 16,
+            "global_attn_indexes": [1],
+        },
+        16,
+    ),
+    "convnext": ("convnext_atto", {"dims": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}, 64),
+    "convnext-clip": ("convnext_base.clip_laion2b", {"dims": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}, 64),
+    "swin": ("swin_tiny_patch4_window7_224", {"embed_dim": 16, "depths": [1, 2], "num_heads": [2, 2], "window_size": 2}, 32),
+    "davit": ("davit_tiny", {"embed_dims": [16, 32], "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}, 32),
+    "vitamin": ("vitamin_small_224", {"embed_dim": 64, "depth": 2, "num_heads": 2, "embed_cfg": None}, 64),
+    "resnet": ("resnet18", {"channels": [8, 16, 24, 32]}, 64),
+}
+
+
+def test_there_are_encoders_to_test():
+    assert len(ENCODERS) >= 6 and len(catalogue()) >= 25
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", list(ENCODERS))
+def test_every_registered_encoder_keeps_the_contract(name, check):
+    check(resolve_example(name))
+
+
+@pytest.mark.parametrize("name", HF)
+def test_model_families_of_transformers_keep_the_contract(name):
+    config = {"type": "hf", "architecture": HF[name]}
+    if name == "pix2struct":
+        config["image_size"] = 20
+    assert len(check_encoder(config)) == len(CHECKS)
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_model_families_of_timm_keep_the_contract(name):
+    architecture, options, size = TIMM[name]
+    config = {"type": "timm", "architecture": architecture, "options": options, "image_size": size}
+    assert len(check_encoder(config)) == len(CHECKS)
+
+
+@pytest.mark.parametrize("name", catalogue())
+def test_every_shipped_entry_builds_offline_and_runs_at_its_own_size(name):
+    config = encoder_config(name, where="encoders.x")
+    entry = catalogue()[name]
+    assert entry["capability"] and config.info is not None
+    assert config.weights is not None and config.weights.licence
+    with torch.device("meta"), torch.no_grad():
+        encoder = build_encoder(config).to(torch.bfloat16)
+        features = encoder(torch.zeros(2, 3, config.info.image.height, config.info.image.width))
+    assert tuple(features.tokens.shape) == (2, config.info.grid[0] * config.info.grid[1], config.info.width)
+    parameters = [name for name, _ in encoder.named_parameters()]
+    grouped = [sum(name.startswith(tuple(prefixes)) for _, prefixes in encoder.layer_groups()) for name in parameters]
+    assert grouped == [1] * len(parameters)
