@@ -79,7 +79,6 @@ def encode_text(processor: Any, turns: Sequence[Turn], *, where: str = "sample")
     if text != plain:
         spans = _realign(spans, text, plain, where)
         text = plain
-    text, spans = _expand_images(text, spans, processor.image_token, processor.num_image_tokens)
     encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     ids = torch.tensor(encoding["input_ids"], dtype=torch.long)
     labels = torch.full_like(ids, IGNORE)
@@ -98,15 +97,19 @@ def encode_text(processor: Any, turns: Sequence[Turn], *, where: str = "sample")
         if turn.learn and position < len(starts) and int(ids[position]) in special:
             labels[position] = ids[position]
         cursor = position
-    return ids, labels
+    repeats = torch.where(ids == processor.image_token_id, processor.num_image_tokens, 1)
+    return ids.repeat_interleave(repeats), labels.repeat_interleave(repeats)
 
 
 def encode_sample(processor: Any, sample: Sample, max_length: int | None = None) -> EncodedSample:
     """A sample as tensors: ids, labels, every encoder's pixels.
 
     Too long: trailing turns, then trailing text, are dropped, never part of an image span, and at least one label must stay;
-    otherwise `DataError` (set aside). Wrong image counts raise `AlignmentError`. Both name the sample.
+    otherwise `DataError` (set aside). Wrong image counts raise `AlignmentError`. Both name the sample. ``meta["experts"]`` fixes
+    the sample's routing, as ``experts`` of the processor does. A processor with an ``encode_sample`` of its own is asked.
     """
+    if hasattr(processor, "encode_sample"):
+        return processor.encode_sample(sample, max_length)
     where = f"sample {sample.id!r}" + (f" of {sample.dataset}" if sample.dataset else "")
     marks = sum(turn.content.count(IMAGE_MARK) for turn in sample.turns)
     if marks != len(sample.images):
@@ -121,16 +124,20 @@ def encode_sample(processor: Any, sample: Sample, max_length: int | None = None)
     num_images = int((ids == processor.image_token_id).sum()) // max(processor.num_image_tokens, 1)
     encoded = EncodedSample(sample.id, sample.dataset, ids, labels, num_images=num_images, truncated=truncated)
     if num_images:
-        encoded.pixels, encoded.extras = encode_pixels(processor, sample.images[:num_images], where=where)
+        routed = bool(processor.image_processor.experts)
+        experts = {"experts": sample.meta["experts"]} if routed and sample.meta.get("experts") is not None else {}
+        encoded.pixels, encoded.extras = encode_pixels(processor, sample.images[:num_images], where=where, **experts)
         encoded.extras.update(routing_inputs(processor, sample.turns, num_images))
     return encoded
 
 
-def encode_pixels(processor: Any, images: Sequence[Any], *, where: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def encode_pixels(
+    processor: Any, images: Sequence[Any], *, where: str, **options: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Pixels by batch key, and other per-image tensors. Raises `DataError` naming the sample."""
     try:
-        data = dict(processor.image_processor(list(images)))
-    except DataError as error:
+        data = dict(processor.image_processor(list(images), **options))
+    except (DataError, ConfigError) as error:
         raise DataError(f"{where}: {error}") from error
     keys = set(processor.pixel_keys.values())
     return {k: v for k, v in data.items() if k in keys}, {k: v for k, v in data.items() if k not in keys}
@@ -201,24 +208,6 @@ def _realign(spans: list[tuple[int, int]], text: str, plain: str, where: str) ->
     if plain[cursor:] != text[last:]:
         raise DataError(f"{where}: the chat template rewrites assistant turns; labels cannot be placed")
     return moved
-
-
-def _expand_images(text: str, spans: list[tuple[int, int]], token: str, count: int) -> tuple[str, list[tuple[int, int]]]:
-    pieces = text.split(token)
-    if len(pieces) == 1:
-        return text, spans
-    grow = len(token) * (count - 1)
-    positions: list[int] = []
-    cursor = 0
-    for piece in pieces[:-1]:
-        cursor += len(piece)
-        positions.append(cursor)
-        cursor += len(token)
-
-    def shift(offset: int) -> int:
-        return offset + grow * sum(1 for p in positions if p < offset)
-
-    return (token * count).join(pieces), [(shift(b), shift(e)) for b, e in spans]
 
 
 def _shorten(processor: Any, ids: Tensor, labels: Tensor, max_length: int, where: str) -> tuple[Tensor, Tensor]:

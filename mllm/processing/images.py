@@ -1,4 +1,4 @@
-"""How does any picture a user has become the pixels an encoder expects?"""
+"""How does any picture a user has become a decoded, upright RGB image?"""
 
 from __future__ import annotations
 
@@ -9,31 +9,33 @@ import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageSequence
-from torch import Tensor
-from torch.nn import functional as F
 
-from mllm.errors import ConfigError, DataError, UnavailableError
-from mllm.types import ImageSpec
+from mllm.errors import DataError
+from mllm.processing.pixels import normalize, resize, to_pixels, to_pixels_multi
+
+__all__ = [
+    "MAX_PIXELS",
+    "image_hash",
+    "image_size",
+    "load_image",
+    "normalize",
+    "read_bytes",
+    "resize",
+    "to_pixels",
+    "to_pixels_multi",
+]
 
 MAX_PIXELS = 100_000_000
 """Default limit on width × height, read from the header before anything is decoded."""
 
-# Raster formats whose decoders run in process. PIL would also open EPS (runs Ghostscript) and WMF; a picture in a data set
-# must not start programs.
+# Raster formats whose decoders run in process. PIL would also open EPS (runs Ghostscript) and WMF; a picture in a data
+# set must not start programs.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000", "TGA")
 
-Resampler = Literal["pil", "torch"]
-RESAMPLING = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "nearest": Image.Resampling.NEAREST,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 _ROTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -43,19 +45,16 @@ _ROTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_MAX_CANVAS = 64_000_000
-_MAX_EXCESS = 32
-"""A crop resizes to at most so many times the area it keeps before it takes the thrifty path."""
 
 
 def load_image(source: Any, *, where: str, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
     """The picture as a decoded 8-bit RGB image, upright.
 
-    source: path, ``file://`` or base64 ``data:`` URI, encoded bytes, PIL image, numpy array (H, W), (H, W, 1|3|4) of uint8,
-    uint16, bool or float in [0, 1], or `datasets`' ``{"bytes", "path"}``. The EXIF orientation is applied, alpha is laid on
-    white, 16 bits are scaled to 8, and of an animation the first frame is taken. ``where`` (sample id, file, field) opens
-    every error. Raises `DataError` for what is missing, truncated, empty, not an image, or larger than ``max_pixels``
-    (None: no limit).
+    source: path, ``file://`` or base64 ``data:`` URI, encoded bytes, PIL image, numpy array (H, W), (H, W, 1|3|4) of
+    uint8, uint16, bool or float in [0, 1], or `datasets`' ``{"bytes", "path"}``. The EXIF orientation is applied, alpha
+    is laid on white, 16 bits are scaled to 8, and of an animation the first frame is taken. ``where`` (sample id, file,
+    field) opens every error. Raises `DataError` for what is missing, truncated, empty, not an image, or larger than
+    ``max_pixels`` (None: no limit).
     """
     if isinstance(source, Image.Image):
         image = source
@@ -100,7 +99,8 @@ def image_hash(source: Any, *, where: str = "image") -> str:
 
 
 def read_bytes(source: Any, *, where: str) -> bytes:
-    """The encoded file behind a path, URI, bytes or ``{"bytes", "path"}``. Raises `DataError` opening with ``where``."""
+    """The encoded file behind a path, URI, bytes or ``{"bytes", "path"}``. Raises `DataError` opening with
+    ``where``."""
     if isinstance(source, Mapping):
         inner = source.get("bytes")
         source = inner if inner is not None else source.get("path")
@@ -112,8 +112,8 @@ def read_bytes(source: Any, *, where: str) -> bytes:
         source = os.fspath(source)
     if not isinstance(source, str):
         raise DataError(
-            f"{where}: cannot read an image from {type(source).__name__}; give a path, bytes, a data: URI, a PIL image, "
-            "a numpy array or {'bytes': …, 'path': …}"
+            f"{where}: cannot read an image from {type(source).__name__}; give a path, bytes, a data: URI, a PIL "
+            "image, a numpy array or {'bytes': …, 'path': …}"
         )
     if source.startswith("data:"):
         header, separator, body = source.partition(",")
@@ -142,8 +142,9 @@ def _open(source: Any, where: str, max_pixels: int | None) -> Image.Image:
     data = read_bytes(source, where=where)
     if not data:
         raise DataError(f"{where}: {_shown(source)} is empty (0 bytes)")
+    Image.init()  # before it PIL knows five formats, and an unknown one is a KeyError (as MPO is: JPEG reads it)
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
             f"{where}: {_shown(source)}: {error} Raise PIL.Image.MAX_IMAGE_PIXELS too if it is meant."
@@ -267,146 +268,3 @@ def _shown(source: Any) -> str:
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if text else type(error).__name__
-
-
-# ---------------------------------------------------------------------------------------------------------------- pixels
-
-
-def resize(image: Image.Image, spec: ImageSpec, *, resampler: Resampler = "pil") -> np.ndarray:
-    """RGB image → uint8 ``(spec.height, spec.width, 3)`` as ``spec.resize`` and ``spec.interpolation`` say.
-
-    crop is Hugging Face's CLIP preprocessing (shorter side to size, centre crop), squash its SigLIP preprocessing, letterbox
-    LLaVA's ``pad`` (mean colour around the picture up to the target's aspect ratio, then one resize). ``pil`` equals their
-    PIL backends bit for bit; ``torch`` their torchvision backends, ≤ 2 of 255 away from PIL in < 1 % of the values and about
-    four times as fast.
-    """
-    if image.mode != "RGB":
-        raise ConfigError(f"resize takes an RGB image, got mode {image.mode}; use load_image")
-    if spec.resize == "squash":
-        return _resample(image, (spec.width, spec.height), spec, resampler)
-    return (_crop if spec.resize == "crop" else _letterbox)(image, spec, resampler)
-
-
-def to_pixels(
-    image: Image.Image, spec: ImageSpec, dtype: torch.dtype = torch.float32, *, resampler: Resampler = "pil"
-) -> Tensor:
-    """RGB image → ``(3, H, W)`` of one encoder: normalised floats, or with ``torch.uint8`` the resized pixels themselves, to
-    be normalised on the device by `normalize` (four times less to transfer)."""
-    return _finish(resize(image, spec, resampler=resampler), spec, dtype)
-
-
-def to_pixels_multi(
-    image: Image.Image,
-    specs: Mapping[str, ImageSpec],
-    dtype: torch.dtype = torch.float32,
-    *,
-    resampler: Resampler = "pil",
-) -> dict[str, Tensor]:
-    """``{name: (3, H, W)}`` for several encoders; specs that resize alike share the work."""
-    resized: dict[tuple, np.ndarray] = {}
-    result = {}
-    for name, spec in specs.items():
-        colour = _pad_colour(spec) if spec.resize == "letterbox" else None
-        key = (spec.height, spec.width, spec.resize, spec.interpolation, colour)
-        if key not in resized:
-            resized[key] = resize(image, spec, resampler=resampler)
-        result[name] = _finish(resized[key], spec, dtype)
-    return result
-
-
-def normalize(pixels: Tensor, spec: ImageSpec, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 ``(…, 3, H, W)`` on any device → ``(x / 255 - mean) / std`` in ``dtype``, computed in float32."""
-    scale, shift = _affine(spec)
-    scale, shift = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (scale, shift))
-    return pixels.to(torch.float32).mul_(scale).add_(shift).to(dtype)
-
-
-def _finish(array: np.ndarray, spec: ImageSpec, dtype: torch.dtype) -> Tensor:
-    planes = torch.from_numpy(array).permute(2, 0, 1)
-    if dtype == torch.uint8:
-        return planes.contiguous()
-    scale, shift = (torch.tensor(v).view(3, 1, 1) for v in _affine(spec))
-    floats = planes.to(torch.float32, memory_format=torch.contiguous_format)
-    return floats.mul_(scale).add_(shift).to(dtype)
-
-
-def _affine(spec: ImageSpec) -> tuple[list[float], list[float]]:
-    return [1 / (255 * s) for s in spec.std], [-m / s for m, s in zip(spec.mean, spec.std, strict=True)]
-
-
-def _pad_colour(spec: ImageSpec) -> tuple[int, int, int]:
-    r, g, b = (int(channel * 255) for channel in spec.mean)
-    return r, g, b
-
-
-def _resample(
-    image: Image.Image,
-    size: tuple[int, int],
-    spec: ImageSpec,
-    resampler: Resampler,
-    box: tuple[float, float, float, float] | None = None,
-) -> np.ndarray:
-    """(width, height) → uint8 ``(height, width, 3)``; writable."""
-    if resampler == "pil":
-        return np.array(image.resize(size, RESAMPLING[spec.interpolation], box=box))
-    assert box is None
-    if spec.interpolation not in ("bicubic", "bilinear"):
-        raise UnavailableError(f"the torch resampler has no {spec.interpolation} for CPU images; use resampler='pil'")
-    return _torch_resample(np.array(image), size, spec)
-
-
-def _torch_resample(array: np.ndarray, size: tuple[int, int], spec: ImageSpec) -> np.ndarray:
-    if array.shape[:2] == size[::-1]:
-        return array
-    planes = torch.from_numpy(array).permute(2, 0, 1)[None]  # channels-last strides select torch's fast kernel
-    resized = F.interpolate(planes, size[::-1], mode=spec.interpolation, antialias=True, align_corners=False)
-    return resized[0].permute(1, 2, 0).numpy()
-
-
-def _crop(image: Image.Image, spec: ImageSpec, resampler: Resampler) -> np.ndarray:
-    width, height = image.size
-    # The shorter side decides; a target that is not square is covered by the smallest picture that contains it.
-    if spec.height == spec.width:
-        short = spec.height
-        wide = width > height
-        target_w, target_h = (int(short * width / height), short) if wide else (short, int(short * height / width))
-    else:
-        scale = max(spec.width / width, spec.height / height)
-        target_w, target_h = max(spec.width, round(width * scale)), max(spec.height, round(height * scale))
-    left, top = (target_w - spec.width) // 2, (target_h - spec.height) // 2
-    if resampler == "torch":
-        full = _resample(image, (target_w, target_h), spec, resampler)
-        return np.ascontiguousarray(full[top : top + spec.height, left : left + spec.width])
-    if target_w * target_h <= _MAX_EXCESS * spec.width * spec.height:
-        full = image.resize((target_w, target_h), RESAMPLING[spec.interpolation])
-        return np.array(full.crop((left, top, left + spec.width, top + spec.height)))
-    # A thin strip would become huge before the crop (1 × 100 000 → 5 gigapixels): resample only what survives it. PIL keeps
-    # box coordinates in float32, so this path can be 1 or 2 of 255 away from the long one.
-    x, y = width / target_w, height / target_h
-    right, bottom = min((left + spec.width) * x, width), min((top + spec.height) * y, height)
-    return _resample(image, (spec.width, spec.height), spec, resampler, (left * x, top * y, right, bottom))
-
-
-def _letterbox(image: Image.Image, spec: ImageSpec, resampler: Resampler) -> np.ndarray:
-    width, height = image.size
-    if width * spec.height >= height * spec.width:
-        canvas_w, canvas_h = width, max(height, round(width * spec.height / spec.width))
-    else:
-        canvas_w, canvas_h = max(width, round(height * spec.width / spec.height)), height
-    if (canvas_w, canvas_h) == (width, height):
-        return _resample(image, (spec.width, spec.height), spec, resampler)
-    left, top = (canvas_w - width) // 2, (canvas_h - height) // 2
-    colour = _pad_colour(spec)
-    if resampler == "pil" and spec.interpolation != "nearest":
-        # PIL resamples rows first. Padding above and below is constant along rows, so a wide picture's rows can be
-        # resampled before the padding exists: the same bits with less work. A tall picture is done so only when the
-        # canvas would be huge; then the order of the two passes moves a value by at most 1.
-        if canvas_w == width:
-            image = image.resize((spec.width, height), RESAMPLING[spec.interpolation])
-            canvas_w, left = spec.width, 0
-        elif canvas_w * canvas_h > _MAX_CANVAS:
-            image = image.resize((width, spec.height), RESAMPLING[spec.interpolation])
-            canvas_h, top = spec.height, 0
-    canvas = Image.new("RGB", (canvas_w, canvas_h), colour)
-    canvas.paste(image, (left, top))
-    return _resample(canvas, (spec.width, spec.height), spec, resampler)

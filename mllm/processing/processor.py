@@ -22,9 +22,6 @@ class MllmProcessorKwargs(ProcessingKwargs, total=False):
 class MllmProcessor(ProcessorMixin):
     """Tokenizer and image processor of one model: ``processor(text=…, images=…)``, chat template, token counts."""
 
-    attributes = ["image_processor", "tokenizer"]
-    image_processor_class = "AutoImageProcessor"
-    tokenizer_class = "AutoTokenizer"
     valid_processor_kwargs = MllmProcessorKwargs
 
     def __init__(

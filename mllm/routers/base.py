@@ -36,6 +36,8 @@ class Router(nn.Module):
 
     name: ClassVar[str] = ""
     Config: ClassVar[type[RouterConfig]] = RouterConfig
+    asks_language_model: ClassVar[bool] = False
+    """Whether the language model decides in a first pass of its own (`mllm.models.routing.ask_language_model`)."""
 
     def __init__(self, config: Any, summary_width: int, text_width: int):
         """summary_width: channels of the image summary (the always-on encoders' mean features, concatenated);

@@ -31,6 +31,9 @@ class GateConfig(RouterConfig):
     """Logits are divided by it before the softmax."""
     noise: float = Field(default=0.0, ge=0)
     """Standard deviation of Gaussian noise on the logits, in training only."""
+    explore: float = Field(default=0.0, ge=0, le=1)
+    """In training, the share of images whose experts are a random set (of random size, 1 to all) instead of the gate's choice:
+    so the other parts learn to live with any routing, before or while the gate learns."""
     threshold: float = Field(default=0.0, ge=0, lt=1)
     """In evaluation, an expert whose probability is below this does not run; then perhaps none does."""
     straight_through: bool | None = None
@@ -106,6 +109,9 @@ class GateRouter(Router):
             noisy = logits + self.config.noise * torch.randn_like(logits)
         probabilities = masked_softmax(noisy, open_experts)
         weights = self.select(probabilities)
+        if self.training and self.config.explore:
+            explored = torch.rand(len(weights), 1, device=weights.device) < self.config.explore
+            weights = torch.where(explored, random_weights(open_experts), weights)
         losses = {}
         if self.training and self.config.losses:
             clean = masked_softmax(logits, open_experts)
@@ -141,6 +147,15 @@ def masked_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
     """Softmax over the allowed experts, zeros elsewhere; a row without any is zero."""
     floor = torch.finfo(logits.dtype).min
     return logits.masked_fill(~allowed, floor).softmax(dim=-1) * allowed
+
+
+def random_weights(allowed: Tensor) -> Tensor:
+    """Equal weights ``(B, E)`` on a random set of allowed experts, its size uniform from 1 to all of them."""
+    count = allowed.sum(dim=-1, keepdim=True)
+    size = (torch.rand_like(count, dtype=torch.float32) * count).floor() + 1
+    order = torch.rand_like(allowed, dtype=torch.float32).masked_fill(~allowed, 2.0).argsort(dim=-1).argsort(dim=-1)
+    chosen = (order < size) & allowed
+    return chosen / chosen.sum(dim=-1, keepdim=True).clamp_min(1)
 
 
 def routing_loss(logits: Tensor, targets: Tensor) -> Tensor:

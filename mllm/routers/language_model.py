@@ -31,6 +31,8 @@ class LanguageModelConfig(RouterConfig):
     capabilities: dict[str, str]
     """Expert → one sentence on what it is good at; the prompt shows this, never the name."""
     top_k: int = Field(default=3, ge=1)
+    grid: Grid | None = None
+    """Rows and columns of the short image that the routing pass sees; default: half the model's own."""
     instruction: str = INSTRUCTION
     """Text before the pool; ``{top_k}`` is filled in."""
     parser: Literal["strict", "lenient"] = "strict"
@@ -113,6 +115,7 @@ class LanguageModelRouter(Router):
     """
 
     Config = LanguageModelConfig
+    asks_language_model = True
 
     @classmethod
     def tiny(cls) -> tuple[dict[str, Any], int, int]:

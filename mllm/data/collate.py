@@ -1,0 +1,173 @@
+"""How do encoded samples become one batch of tensors, padded or packed?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mllm.data.plan import Position
+from mllm.errors import AlignmentError, DataError
+from mllm.processing.chat import IGNORE, EncodedSample
+
+
+class Dropped(NamedTuple):
+    """A sample that could not be used, and why."""
+
+    dataset: str
+    row: int
+    id: str
+    reason: str
+
+
+@dataclass
+class Batch:
+    """B rows of T tokens. ``inputs`` go to the model by name; the rest tells what they are.
+
+    inputs: ``input_ids``, ``labels`` ``(B, T)``; ``attention_mask`` ``(B, T)`` when padded, ``position_ids`` ``(B, T)``
+    (from 0 in every sample) when packed; pixels and other per-image tensors of all images, in the order of the samples.
+    """
+
+    inputs: dict[str, Tensor]
+    ids: list[str]
+    datasets: list[str]
+    """Id and dataset of every sample, row by row."""
+    lengths: list[list[int]]
+    """Tokens of every sample, per row."""
+    num_images: Tensor
+    """``(samples,)`` int64."""
+    num_supervised: int
+    """Tokens that carry loss."""
+    segment_ids: Tensor | None = None
+    """Packed: ``(B, T)`` int32, the sample's place in its row, -1 on padding."""
+    cu_seq_lens: Tensor | None = None
+    """Packed: int32 ends of all samples over the flattened ``B · T`` tokens, from 0; padding makes segments of its
+    own, none longer than the longest sample; its length is a power of two plus one (the last value repeated), so that
+    compiled code sees few shapes."""
+    truncated: list[str] = field(default_factory=list)
+    """Ids of samples whose text was cut."""
+    dropped: list[Dropped] = field(default_factory=list)
+    position: Position | None = None
+    following: Position | None = None
+    """Where this batch is in the plan, and where the next one is: what a checkpoint stores."""
+    epoch: float = 0.0
+
+    def to(self, device: Any, *, non_blocking: bool = False) -> Batch:
+        """The same batch with every tensor on ``device``."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory (`torch.utils.data.DataLoader` calls this)."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Any) -> Batch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                values[name] = change(value)
+        values["inputs"] = {name: change(tensor) for name, tensor in self.inputs.items()}
+        return Batch(**values)
+
+
+def collate(
+    samples: Sequence[EncodedSample],
+    *,
+    pad_token_id: int,
+    padding_side: Literal["right", "left"] = "right",
+    pad_to_multiple_of: int | None = None,
+) -> Batch:
+    """One sample a row, padded to the longest (rounded up to ``pad_to_multiple_of``)."""
+    longest = max(len(sample) for sample in samples)
+    if pad_to_multiple_of:
+        longest = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
+    ids = torch.full((len(samples), longest), pad_token_id, dtype=torch.long)
+    labels = torch.full_like(ids, IGNORE)
+    mask = torch.zeros_like(ids)
+    for row, sample in enumerate(samples):
+        start = longest - len(sample) if padding_side == "left" else 0
+        span = slice(start, start + len(sample))
+        ids[row, span], labels[row, span], mask[row, span] = sample.input_ids, sample.labels, 1
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels, **join_images(samples)}
+    return _batch(inputs, samples, [[len(sample)] for sample in samples])
+
+
+def collate_packed(rows: Sequence[Sequence[EncodedSample]], *, max_length: int, pad_token_id: int) -> Batch:
+    """Several samples a row, one after another, every row ``max_length`` long.
+
+    The first token of a sample carries no loss (it would be predicted from its neighbour). Raises `DataError` when a
+    row is longer than ``max_length``.
+    """
+    ids = torch.full((len(rows), max_length), pad_token_id, dtype=torch.long)
+    labels = torch.full_like(ids, IGNORE)
+    positions = torch.zeros_like(ids)
+    segments = torch.full_like(ids, -1, dtype=torch.int32)
+    ends = [0]
+    longest = max(len(sample) for row in rows for sample in row)
+    for number, row in enumerate(rows):
+        used = sum(len(sample) for sample in row)
+        if used > max_length:
+            names = ", ".join(f"{sample.id!r} ({len(sample)})" for sample in row)
+            raise DataError(f"packed row of {names} has {used} tokens, more than max_length={max_length}")
+        start = 0
+        for place, sample in enumerate(row):
+            span = slice(start, start + len(sample))
+            ids[number, span], labels[number, span] = sample.input_ids, sample.labels
+            labels[number, start] = IGNORE
+            positions[number, span] = torch.arange(len(sample))
+            segments[number, span] = place
+            start += len(sample)
+            ends.append(number * max_length + start)
+        while start < max_length:  # no segment is longer than the longest sample: kernels are told that length
+            stop = min(start + longest, max_length)
+            positions[number, start:stop] = torch.arange(stop - start)
+            ends.append(number * max_length + stop)
+            start = stop
+    padded = 1 << max(len(ends) - 2, 7).bit_length()
+    ends += [ends[-1]] * (padded + 1 - len(ends))
+    samples = [sample for row in rows for sample in row]
+    inputs = {"input_ids": ids, "labels": labels, "position_ids": positions, **join_images(samples)}
+    batch = _batch(inputs, samples, [[len(sample) for sample in row] for row in rows])
+    batch.segment_ids, batch.cu_seq_lens = segments, torch.tensor(ends, dtype=torch.int32)
+    return batch
+
+
+def join_images(samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
+    """Per-image tensors of all samples end to end, by batch key; rows of token ids are widened with -1.
+
+    Every key must cover every image. Raises `AlignmentError` with both numbers, naming the first sample that differs.
+    """
+    joined: dict[str, Tensor] = {}
+    for key in dict.fromkeys(key for sample in samples for key in (*sample.pixels, *sample.extras)):
+        parts = []
+        for sample in samples:
+            tensor = sample.pixels.get(key, sample.extras.get(key))
+            found = 0 if tensor is None else tensor.shape[0]
+            if found != sample.num_images:
+                raise AlignmentError(
+                    f"sample {sample.id!r} of {sample.dataset}: {sample.num_images} images and {found} entries of {key}"
+                )
+            if tensor is not None and found:
+                parts.append(tensor)
+        if not parts:
+            continue
+        if parts[0].ndim == 2 and len({part.shape[1] for part in parts}) > 1:
+            width = max(part.shape[1] for part in parts)
+            parts = [F.pad(part, (0, width - part.shape[1]), value=-1) for part in parts]
+        joined[key] = torch.cat(parts)
+    return joined
+
+
+def _batch(inputs: dict[str, Tensor], samples: Sequence[EncodedSample], lengths: list[list[int]]) -> Batch:
+    return Batch(
+        inputs=inputs,
+        ids=[sample.id for sample in samples],
+        datasets=[sample.dataset for sample in samples],
+        lengths=lengths,
+        num_images=torch.tensor([sample.num_images for sample in samples], dtype=torch.long),
+        num_supervised=sum(sample.num_supervised for sample in samples),
+        truncated=[sample.id for sample in samples if sample.truncated],
+    )

@@ -1,0 +1,195 @@
+"""How does any table that `datasets` can read become samples, with random access or as a stream?"""
+
+from __future__ import annotations
+
+import logging
+import string
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mllm.data.conversations import message_turns, plain_text
+from mllm.data.files import matching_files
+from mllm.data.sources import Source, as_list, resolve_image
+from mllm.data.spec import ColumnMap, DatasetSpec, expand_path
+from mllm.errors import ConfigError, DataError, UnavailableError, did_you_mean
+from mllm.types import IMAGE_MARK, Sample, Turn
+
+_log = logging.getLogger(__name__)
+_RECENT = 32
+_READERS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json", ".arrow": "arrow", ".tsv": "csv"}
+
+
+class ColumnsSource(Source):
+    """Rows of a `datasets` table through a `ColumnMap`: hub id, parquet, csv, json, arrow, or a ``save_to_disk``
+    folder.
+
+    With ``streaming`` rows are read in order; asking for an earlier row starts the stream again and skips to it.
+    """
+
+    def __init__(self, spec: DatasetSpec):
+        super().__init__(spec)
+        assert spec.columns is not None
+        self.columns: ColumnMap = spec.columns
+        self.root: Path | None = None
+        self._path: Path | None = None
+        self._table = self._load()
+        self._check_columns()
+        self._table = self._undecoded(self._table)
+        self.random_access = not spec.streaming  # type: ignore[misc]
+        self._stream: Iterator[Any] | None = None
+        self._next = 0
+        self._recent: OrderedDict[int, Any] = OrderedDict()
+
+    def __len__(self) -> int:
+        if self.spec.streaming:
+            assert self.spec.rows is not None
+            return self.spec.rows
+        return len(self._table)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        if self.spec.streaming:
+            return f"{self.spec.hub or self.spec.path}@{self.spec.revision}:{self.spec.subset}:{self.spec.split}"
+        return str(getattr(self._table, "_fingerprint", ""))
+
+    def quarantine_path(self) -> Path:
+        if self.spec.quarantine or self._path is None or not self._path.is_file():
+            return super().quarantine_path()
+        return self._path.with_name(self._path.name + ".quarantine.jsonl")
+
+    def sample(self, index: int) -> Sample:
+        row = self._row(index)
+        columns = self.columns
+        identity = str(row[columns.id]) if columns.id and row.get(columns.id) is not None else str(index)
+        where = self.where(index, identity)
+        found = as_list(row.get(columns.image or columns.images or ""))
+        images = [resolve_image(item, self.root, where) for item in found]
+        meta = {name: row.get(name) for name in columns.meta}
+        if columns.messages is not None:
+            turns, images = message_turns(row[columns.messages], images, where=where)
+        else:
+            turns = self._question(row, len(images), meta, where)
+        if columns.system is not None and row.get(columns.system):
+            turns = [Turn("system", plain_text(str(row[columns.system]))), *turns]
+        return Sample(identity, turns, images, self.name, meta)
+
+    def _question(self, row: Mapping[str, Any], num_images: int, meta: dict[str, Any], where: str) -> list[Turn]:
+        assert self.columns.question is not None and self.columns.answer is not None
+        answers = as_list(row.get(self.columns.answer))
+        if not answers or row.get(self.columns.question) is None:
+            raise DataError(f"{where}: {self.columns.question if answers else self.columns.answer} is empty")
+        if len(answers) > 1:
+            meta["answers"] = [str(answer) for answer in answers]
+        values = {**row, "question": row[self.columns.question]}
+        text = plain_text(self.spec.prompt.format_map(values))
+        marks = (IMAGE_MARK + "\n") * num_images
+        return [Turn("user", marks + text), Turn("assistant", plain_text(str(answers[0])))]
+
+    def _row(self, index: int) -> Mapping[str, Any]:
+        if not self.spec.streaming:
+            return self._table[index]
+        if index in self._recent:  # a substitute was taken from here before its own turn came
+            return self._recent[index]
+        if self._stream is None or index < self._next:
+            self._stream, self._next = iter(self._table.skip(index)), index
+        stream = self._stream
+        assert stream is not None
+        while True:
+            try:
+                row = next(stream)
+            except StopIteration:
+                raise DataError(
+                    f"{self.name}: the stream has no row {index}, and rows declares {len(self)}; correct rows"
+                ) from None
+            self._recent[self._next] = row
+            if len(self._recent) > _RECENT:
+                self._recent.popitem(last=False)
+            self._next += 1
+            if self._next > index:
+                return row
+
+    def _load(self) -> Any:
+        try:
+            import datasets
+        except ImportError:
+            raise UnavailableError("format columns needs the datasets package: install mllm[train]") from None
+        spec, where = self.spec, f"dataset {self.spec.name}"
+        if spec.hub is not None:
+            if spec.revision is None:
+                _log.warning("%s: no revision of %s is pinned; the rows may change under a run", spec.name, spec.hub)
+            if spec.image_root:
+                self.root = expand_path(spec.image_root, where=where)
+            try:
+                return datasets.load_dataset(
+                    spec.hub, spec.subset, split=spec.split, revision=spec.revision, streaming=spec.streaming
+                )
+            except Exception as error:  # hub clients raise many kinds
+                raise DataError(
+                    f"{where}: {spec.hub} (revision {spec.revision or 'main'}) does not load: {error}"
+                ) from error
+        assert spec.path is not None
+        path = self._path = expand_path(spec.path, where=where)
+        self.root = (
+            expand_path(spec.image_root, where=where) if spec.image_root else (path if path.is_dir() else path.parent)
+        )
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            table = datasets.load_from_disk(str(path))
+            if isinstance(table, datasets.DatasetDict):
+                if spec.split not in table:
+                    raise ConfigError(
+                        f"{where}: {path} has no split {spec.split!r}; it has {', '.join(map(str, table))}"
+                    )
+                table = table[spec.split]
+            return table.to_iterable_dataset() if spec.streaming else table
+        files = matching_files(path, tuple(_READERS), where=where)
+        suffixes = {file.suffix for file in files}
+        if len(suffixes) > 1 or not suffixes <= set(_READERS):
+            raise ConfigError(
+                f"{where}: {path} holds {', '.join(sorted(suffixes))}; expected files of one of {', '.join(_READERS)}"
+            )
+        suffix = suffixes.pop()
+        options: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
+        try:
+            return datasets.load_dataset(
+                _READERS[suffix], data_files=[str(f) for f in files], split="train", streaming=spec.streaming, **options
+            )
+        except Exception as error:
+            raise DataError(f"{where}: {path} does not load: {error}") from error
+
+    def _check_columns(self) -> None:
+        known = self._table.column_names
+        if known is None:  # a stream whose features are not declared
+            known = list(next(iter(self._table)))
+        needed = [*self.columns.used(), *_fields(self.spec.prompt)]
+        for name in needed:
+            if name not in known and name != "question":
+                raise ConfigError(
+                    f"dataset {self.spec.name}: columns: no column {name!r}{did_you_mean(name, known)}. "
+                    f"Columns: {', '.join(known)}"
+                )
+
+    def _undecoded(self, table: Any) -> Any:
+        """The table with its images left as ``{"bytes", "path"}``: they are decoded once, where their errors are named,
+        and not at all for samples that are only counted."""
+        import datasets
+
+        for name, feature in (table.features or {}).items():
+            if isinstance(feature, datasets.Image):
+                table = table.cast_column(name, datasets.Image(decode=False))
+            elif isinstance(getattr(feature, "feature", None), datasets.Image):
+                table = table.cast_column(name, type(feature)(datasets.Image(decode=False)))
+            elif isinstance(feature, list) and feature and isinstance(feature[0], datasets.Image):
+                table = table.cast_column(name, [datasets.Image(decode=False)])
+        used = [
+            name
+            for name in dict.fromkeys([*self.columns.used(), *_fields(self.spec.prompt)])
+            if name in (table.column_names or [])
+        ]
+        return table.select_columns(used) if used else table
+
+
+def _fields(template: str) -> list[str]:
+    return [name for _, name, _, _ in string.Formatter().parse(template) if name]

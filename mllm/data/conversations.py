@@ -1,0 +1,197 @@
+"""How do the conversation formats in use become turns with image marks?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mllm.errors import AlignmentError, DataError
+from mllm.types import IMAGE_MARK, Turn
+
+PLACEHOLDER = "<image>"
+_PAYLOADS = ("image_url", "image", "url", "path", "bytes", "base64")
+_ROLES = {
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "developer": "system",
+}
+
+
+def role_of(name: Any, where: str) -> Any:
+    """``user``, ``assistant`` or ``system``. Raises `DataError` naming the sample."""
+    try:
+        return _ROLES[name]
+    except (KeyError, TypeError):
+        raise DataError(f"{where}: unknown role {name!r}; known: {', '.join(_ROLES)}") from None
+
+
+def plain_text(text: str) -> str:
+    """User text with the object replacement character taken out, so that it cannot hold an `IMAGE_MARK`."""
+    return text.replace("\ufffc", "") if "\ufffc" in text else text
+
+
+def placeholder_turns(entries: Sequence[Any], num_images: int, *, where: str, image_first: bool = False) -> list[Turn]:
+    """Turns of a LLaVA or ShareGPT conversation, where ``<image>`` in the text marks an image.
+
+    Without images it is text like any other. With images, the user's placeholders are the marks if their number fits,
+    else everybody's are; if neither fits, `AlignmentError`. Leading assistant turns are dropped (ShareGPT has some;
+    chat templates and LLaVA's own training refuse them). image_first: every turn's marks go before its text.
+    """
+    turns = []
+    for entry in _entries(entries, where):
+        speaker, text = (
+            entry.get(first, entry.get(second)) for first, second in (("from", "role"), ("value", "content"))
+        )
+        if not isinstance(text, str):
+            raise DataError(f"{where}: a turn's text is {type(text).__name__}, expected a string")
+        turns.append(Turn(role_of(speaker, where), plain_text(text), _learn(entry, where)))
+    first = next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
+    while first < len(turns) and turns[first].role == "assistant":
+        del turns[first]
+    if not num_images:
+        return turns
+    return mark_placeholders(turns, num_images, where=where, image_first=image_first)
+
+
+def mark_placeholders(turns: list[Turn], num_images: int, *, where: str, image_first: bool = False) -> list[Turn]:
+    """Replace ``<image>`` by `IMAGE_MARK`, in user turns or in all, whichever number fits. Raises `AlignmentError`."""
+    counts = [turn.content.count(PLACEHOLDER) for turn in turns]
+    by_user = sum(count for turn, count in zip(turns, counts) if turn.role == "user")
+    if by_user == num_images:
+        roles = {"user"}
+    elif sum(counts) == num_images:
+        roles = {"user", "assistant", "system"}
+    else:
+        raise AlignmentError(
+            f"{where}: {sum(counts)} {PLACEHOLDER} placeholders ({by_user} of the user) and {num_images} images"
+        )
+    for turn, count in zip(turns, counts):
+        if turn.role not in roles or not count:
+            continue
+        if image_first:
+            rest = turn.content.replace(PLACEHOLDER, "").strip()
+            turn.content = (IMAGE_MARK + "\n") * count + rest
+        else:
+            turn.content = turn.content.replace(PLACEHOLDER, IMAGE_MARK)
+    return turns
+
+
+def message_turns(messages: Sequence[Any], images: Sequence[Any], *, where: str) -> tuple[list[Turn], list[Any]]:
+    """(turns, images) of OpenAI-style messages.
+
+    ``content`` is a string or a list of parts: ``text``, ``image_url``, ``image`` (payload under ``image``,
+    ``image_url``, ``url``, ``path`` or ``base64``; without payload, the next of ``images``). If any message has image
+    parts, the parts are the marks and a typed ``<image>`` stays text; otherwise ``<image>`` in strings marks the
+    entries of ``images``, if there are any. Raises `AlignmentError` when numbers differ.
+    """
+    entries = _entries(messages, where)
+    with_parts = any(
+        isinstance(entry.get("content"), list) and any(_is_image(part) for part in entry["content"])
+        for entry in entries
+    )
+    turns: list[Turn] = []
+    found: list[Any] = []
+    pending = list(images)
+    for entry in entries:
+        role = role_of(entry.get("role", entry.get("from")), where)
+        content = entry.get("content", entry.get("value"))
+        if isinstance(content, list):
+            pieces = []
+            for part in content:
+                if _is_image(part):
+                    payload = _payload(part, where)
+                    if payload is None:
+                        if not pending:
+                            raise AlignmentError(f"{where}: more image parts than the {len(images)} entries of images")
+                        payload = pending.pop(0)
+                    found.append(payload)
+                    pieces.append(IMAGE_MARK)
+                else:
+                    pieces.append(plain_text(_text(part, where)))
+            content = "".join(pieces)
+        elif isinstance(content, str):
+            content = plain_text(content)
+        elif content is None and role == "assistant":
+            raise DataError(f"{where}: an assistant message has no content (tool calls are not supported)")
+        else:
+            raise DataError(f"{where}: content is {type(content).__name__}, expected a string or a list of parts")
+        turns.append(Turn(role, content, _learn(entry, where)))
+    if with_parts:
+        if pending:
+            raise AlignmentError(
+                f"{where}: {len(found)} image parts, and {len(pending)} of {len(images)} entries of images unused"
+            )
+        return turns, found
+    if images:
+        turns = mark_placeholders(turns, len(images), where=where)
+    return turns, list(images)
+
+
+def embeds_images(messages: Any) -> bool:
+    """Whether some image part of OpenAI-style messages brings its own picture."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        return False
+    contents = (entry.get("content") for entry in messages if isinstance(entry, Mapping))
+    parts = (part for content in contents if isinstance(content, list) for part in content)
+    return any(_is_image(part) and any(part.get(key) is not None for key in _PAYLOADS) for part in parts)
+
+
+def _entries(entries: Any, where: str) -> list[Mapping[str, Any]]:
+    if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
+        found = "empty" if entries == [] else type(entries).__name__
+        raise DataError(f"{where}: the conversation is {found}, expected a list of turns")
+    for entry in entries:
+        if not isinstance(entry, Mapping):
+            raise DataError(f"{where}: a turn is {type(entry).__name__}, expected an object with a role and text")
+    return list(entries)
+
+
+def _learn(entry: Mapping[str, Any], where: str) -> bool:
+    """``learn`` (ours), ``weight`` (OpenAI's and Axolotl's 0 or 1) or ``train``; default True."""
+    for key in ("learn", "train", "weight"):
+        value = entry.get(key)
+        if value is None:
+            continue
+        if value in (0, 1):
+            return bool(value)
+        raise DataError(
+            f"{where}: {key} is {value!r}, expected true or false (a turn is learned or not, there are no shares)"
+        )
+    return True
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in ("image", "image_url", "input_image")
+
+
+def _payload(part: Mapping[str, Any], where: str) -> Any:
+    for key in _PAYLOADS:
+        value = part.get(key)
+        if value is None:
+            continue
+        if key == "image_url" and isinstance(value, Mapping):
+            value = value.get("url")
+            if value is None:
+                raise DataError(f"{where}: an image_url part has no url")
+        return f"data:image/unknown;base64,{value}" if key == "base64" else value
+    return None
+
+
+def _text(part: Any, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    if (
+        isinstance(part, Mapping)
+        and isinstance(part.get("text"), str)
+        and part.get("type", "text") in ("text", "input_text", "output_text")
+    ):
+        return part["text"]
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    raise DataError(f"{where}: content part {kind!r} is not supported; known: text, image, image_url")

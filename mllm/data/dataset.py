@@ -1,0 +1,183 @@
+"""How does a planned batch get loaded, in whichever worker, and what happens to samples that cannot be used?"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mllm.data.collate import Batch, Dropped, collate, collate_packed
+from mllm.data.mixture import Draw, Mixture
+from mllm.data.plan import PackedPlan, Plan, PlannedBatch, Position
+from mllm.errors import AlignmentError, DataError
+from mllm.processing.chat import EncodedSample
+from mllm.types import Sample
+
+_log = logging.getLogger(__name__)
+_MAX_ATTEMPTS = 100
+
+
+class PlannedDataset(Dataset):
+    """A planned batch → `Batch`. Holds no state, so workers, their number and a resume change nothing.
+
+    encode: sample → `EncodedSample` (e.g. ``partial(encode_sample, processor, max_length=2048)``). A sample that raises
+    `DataError` or `AlignmentError` is replaced by the next good row of its dataset (in a packed row it is left out, and
+    replaced only when nothing else is in the row) and listed in ``Batch.dropped``. 100 bad rows one after another end
+    the run.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        encode: Callable[[Sample], EncodedSample],
+        *,
+        collate_rows: Callable[[list[list[EncodedSample]]], Batch],
+        packed: bool = False,
+    ):
+        self.mixture, self.encode, self.collate_rows, self.packed = mixture, encode, collate_rows, packed
+
+    def __getitem__(self, planned: PlannedBatch) -> Batch:
+        dropped: list[Dropped] = []
+        rows = []
+        for draws in planned.rows:
+            samples = [] if self.packed else [self._good(draws[0], dropped)]
+            if self.packed:
+                loaded = (self._load(draw, dropped) for draw in draws)
+                samples = [sample for sample in loaded if sample is not None]
+                if not samples:
+                    samples = [self._good(draws[0], dropped, first_attempt=1)]
+            rows.append(samples)
+        batch = self.collate_rows(rows)
+        batch.dropped, batch.epoch = dropped, planned.epoch
+        batch.position, batch.following = planned.position, planned.following
+        return batch
+
+    def _load(self, draw: Draw, dropped: list[Dropped]) -> EncodedSample | None:
+        source = self.mixture.sources[draw.dataset]
+        identity = str(draw.row)
+        try:
+            sample = source[draw.row]
+            identity = sample.id
+            return self.encode(sample)
+        except (DataError, AlignmentError) as error:
+            dropped.append(Dropped(source.name, draw.row, identity, str(error)))
+            return None
+
+    def _good(self, draw: Draw, dropped: list[Dropped], first_attempt: int = 0) -> EncodedSample:
+        for attempt in range(first_attempt, _MAX_ATTEMPTS):
+            sample = self._load(self.mixture.substitute(draw, attempt) if attempt else draw, dropped)
+            if sample is not None:
+                return sample
+        name = self.mixture.sources[draw.dataset].name
+        raise DataError(
+            f"{name}: {_MAX_ATTEMPTS} samples one after another cannot be used; run `mllm data check {name}`. "
+            f"The last: {dropped[-1].reason}"
+        )
+
+
+class DropLog:
+    """Counts and names the samples that were dropped: one warning each (the first ``shown``), all in a jsonl file."""
+
+    def __init__(self, path: Path | str | None = None, *, shown: int = 20):
+        self.path, self.shown = Path(path) if path else None, shown
+        self.counts: Counter[str] = Counter()
+
+    def __call__(self, dropped: Iterable[Dropped]) -> None:
+        for item in dropped:
+            self.counts[item.dataset] += 1
+            if sum(self.counts.values()) <= self.shown:
+                _log.warning("dropped: %s", item.reason)
+            if self.path is not None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(item._asdict(), ensure_ascii=False) + "\n")
+
+
+class _PlanSampler(Sampler):
+    def __init__(self, plan: Plan, rank: int, start: Position):
+        self.plan, self.rank, self.start = plan, rank, start
+
+    def __iter__(self) -> Iterator[PlannedBatch]:
+        return self.plan.batches(self.rank, self.start)
+
+
+class DataStream:
+    """One process's batches, from any position: ``for batch in stream``; ``batch.following`` is where to start again.
+
+    `state_dict` tells the place after the last batch handed out (not after what workers have prefetched);
+    `load_state_dict` continues there, also with another number of workers, and approximately with another number of
+    processes.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        encode: Callable[[Sample], EncodedSample],
+        *,
+        pad_token_id: int,
+        rank: int = 0,
+        num_workers: int = 0,
+        padding_side: Any = "right",
+        pad_to_multiple_of: int | None = None,
+        pin_memory: bool = False,
+        prefetch_factor: int = 4,
+        on_drop: Callable[[list[Dropped]], None] | None = None,
+    ):
+        self.plan, self.rank, self.num_workers = plan, rank, num_workers
+        self.pin_memory, self.prefetch_factor = pin_memory, prefetch_factor
+        self.on_drop = on_drop if on_drop is not None else DropLog()
+        if isinstance(plan, PackedPlan):
+            rows: Any = partial(collate_packed, max_length=plan.max_length, pad_token_id=pad_token_id)
+        else:
+            rows = partial(
+                _collate_single,
+                pad_token_id=pad_token_id,
+                padding_side=padding_side,
+                pad_to_multiple_of=pad_to_multiple_of,
+            )
+        self.dataset = PlannedDataset(plan.mixture, encode, collate_rows=rows, packed=isinstance(plan, PackedPlan))
+        self.position = Position()
+
+    def __iter__(self) -> Iterator[Batch]:
+        loader = DataLoader(
+            self.dataset,
+            sampler=_PlanSampler(self.plan, self.rank, self.position),
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            prefetch_factor=self.prefetch_factor if self.num_workers else None,
+            worker_init_fn=_start_worker if self.num_workers else None,
+            # Without a generator of its own, iter(DataLoader) draws from torch's global one and a resumed run's dropout
+            # differs from the uninterrupted run's.
+            generator=torch.Generator().manual_seed(0),
+        )
+        for batch in loader:
+            self.position = batch.following
+            if batch.dropped:
+                self.on_drop(batch.dropped)
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        plan = self.plan
+        sizes = {"window_size": plan.window_size, "rows_per_step": plan.rows_per_step}
+        return {"position": self.position.as_dict(), **sizes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        position = Position.from_dict(state["position"])
+        sizes = {name: int(state[name]) for name in ("window_size", "rows_per_step")}
+        self.position = self.plan.resume(position, **sizes)
+
+
+def _collate_single(rows: list[list[EncodedSample]], **options: Any) -> Batch:
+    return collate([row[0] for row in rows], **options)
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)

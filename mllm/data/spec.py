@@ -1,0 +1,241 @@
+"""What is a dataset, what is a mixture, and which YAML declares it?"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from mllm import assets
+from mllm.config import StrictModel, read_yaml, validate
+from mllm.errors import ConfigError, UnknownName, did_you_mean
+from mllm.registry import Registry
+
+SOURCES: Registry = Registry(
+    "dataset format",
+    {
+        "llava": "mllm.data.sources:LlavaSource",
+        "sharegpt": "mllm.data.sources:ShareGptSource",
+        "messages": "mllm.data.sources:MessagesSource",
+        "columns": "mllm.data.columns:ColumnsSource",
+    },
+)
+_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
+
+
+class ColumnMap(StrictModel):
+    """Which columns of a table make a sample: a conversation in ``messages``, or ``question`` and ``answer``."""
+
+    messages: str | None = None
+    """List of ``{role, content}`` or ``{from, value}``."""
+    question: str | None = None
+    answer: str | None = None
+    """Text or number; of a list the first entry is learned (all are kept in ``meta``)."""
+    image: str | None = None
+    """One image per row (a missing one makes a text-only sample)."""
+    images: str | None = None
+    """A list of images per row."""
+    system: str | None = None
+    id: str | None = None
+    """Default: the row number."""
+    meta: list[str] = Field(default_factory=list)
+    """Columns to keep beside the sample."""
+
+    @model_validator(mode="after")
+    def _conversation(self) -> ColumnMap:
+        if (self.messages is None) == (self.question is None):
+            raise ValueError("give either messages, or question and answer")
+        if (self.question is None) != (self.answer is None):
+            raise ValueError("question and answer belong together; one is missing")
+        if self.image is not None and self.images is not None:
+            raise ValueError("give image (one per row) or images (a list per row), not both")
+        return self
+
+    def used(self) -> list[str]:
+        """Every column named, once."""
+        names = [self.messages, self.question, self.answer, self.image, self.images, self.system, self.id, *self.meta]
+        return list(dict.fromkeys(name for name in names if name is not None))
+
+
+class DatasetSpec(StrictModel):
+    """One source of samples: where it is, how it is read, what one may do with it."""
+
+    name: str = ""
+    """Default: the YAML file's name."""
+    description: str = ""
+    format: str
+    """``llava``, ``sharegpt``, ``messages``, ``columns``, or a plugin's."""
+    path: str | None = None
+    """Local json, jsonl, parquet, csv or arrow file, glob, or folder; ``~`` and ``$VARIABLES`` are expanded."""
+    hub: str | None = None
+    """Hub id of a `datasets` dataset (format columns)."""
+    revision: str | None = None
+    subset: str | None = None
+    """Configuration name of a hub dataset."""
+    split: str = "train"
+    image_root: str | None = None
+    """Folder that relative image paths start from; default: the folder of the file."""
+    columns: ColumnMap | None = None
+    prompt: str = "{question}"
+    """Format columns: what the user says; ``{column}`` for any column."""
+    image_first: bool = False
+    """Formats llava and sharegpt: move every turn's images before its text, as LLaVA's own training does."""
+    streaming: bool = False
+    """Read rows in order without downloading all; needs ``rows``."""
+    quarantine: str | None = None
+    """List of bad samples (`mllm data check` writes it); default: beside the file, honoured when it exists."""
+    rows: int | None = Field(default=None, ge=1)
+    """How many rows there are, for the table (and for the length of an epoch when streaming)."""
+    licence: str = "unknown"
+    """Annotations' licence, SPDX name where there is one."""
+    image_licence: str = "unknown"
+    commercial: bool | None = None
+    homepage: str = ""
+    download: list[str] = Field(default_factory=list)
+    """What to fetch by hand when ``path`` is missing."""
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, value: str) -> str:
+        if value not in SOURCES:
+            raise ValueError(
+                f"unknown dataset format {value!r}{did_you_mean(value, SOURCES)}. Known: {', '.join(SOURCES)}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _origin(self) -> DatasetSpec:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give exactly one of path (local file or folder) and hub (hub id)")
+        if self.hub is None and (self.revision is not None or self.subset is not None):
+            raise ValueError("revision and subset belong to a hub dataset; path is given")
+        if self.format == "columns":
+            if self.columns is None:
+                raise ValueError("format columns needs columns: which column is the question, the answer, the image")
+        else:
+            if self.columns is not None:
+                raise ValueError(f"columns belongs to format columns, not {self.format}")
+            if self.hub is not None and self.format in ("llava", "sharegpt", "messages"):
+                raise ValueError(
+                    f"a hub dataset is read by format columns, not {self.format} (columns: {{messages: …}})"
+                )
+            if self.streaming and self.format in ("llava", "sharegpt", "messages"):
+                raise ValueError(
+                    "streaming is for format columns; json and jsonl files are read row by row from disk anyway"
+                )
+        if self.streaming and self.rows is None:
+            raise ValueError("streaming needs rows: how many rows make one epoch")
+        return self
+
+
+class MixtureItem(StrictModel):
+    """One dataset's part in a mixture."""
+
+    dataset: str | DatasetSpec
+    """Name of a YAML in data/datasets, or a whole declaration."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share of the samples, relative to the others' weights; all datasets of a mixture give one, or none does."""
+    repeat: float | None = Field(default=None, gt=0)
+    """Passes over the dataset per epoch (default 1; 0.5 takes half of it, another half in the next epoch)."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first rows."""
+
+
+class MixtureSpec(StrictModel):
+    """Datasets and how often each is drawn."""
+
+    name: str = ""
+    description: str = ""
+    datasets: list[MixtureItem] = Field(min_length=1)
+    epoch_size: int | None = Field(default=None, ge=1)
+    """Samples per epoch, with weights; default: the sum of the datasets' rows."""
+
+    @model_validator(mode="after")
+    def _weights(self) -> MixtureSpec:
+        weighted = [item.weight is not None for item in self.datasets]
+        if any(weighted):
+            if not all(weighted):
+                raise ValueError(
+                    "some datasets have a weight and some have none; give every one a weight, or use repeat"
+                )
+            if any(item.repeat is not None for item in self.datasets):
+                raise ValueError("weight and repeat exclude each other within one mixture")
+        elif self.epoch_size is not None:
+            raise ValueError("epoch_size belongs to weights; with repeat the epoch's size follows from the rows")
+        return self
+
+
+def load_dataset(name: str) -> DatasetSpec:
+    """A dataset by the name of its YAML, or by path. Raises `ConfigError` with the path to the key."""
+    path = assets.find("data/datasets", name, kind="dataset")
+    data = read_yaml(path)
+    if isinstance(data, dict):
+        data.setdefault("name", path.stem)
+    return validate(DatasetSpec, data, where=path.name)
+
+
+def load_mixture(data: str | Mapping[str, Any] | list[Any] | MixtureSpec, *, where: str = "data") -> MixtureSpec:
+    """A mixture from what a stage's ``data`` may be: a mixture's or dataset's name, a list of names or items, an inline
+    mixture (``datasets: …``) or dataset (``format: …``). Every dataset in the result is a full `DatasetSpec`."""
+    if isinstance(data, MixtureSpec):
+        mixture = data
+    elif isinstance(data, str):
+        mixture = _named(data)
+    elif isinstance(data, Mapping):
+        if "datasets" in data:
+            mixture = validate(MixtureSpec, data, where=where)
+        elif "format" in data:
+            mixture = MixtureSpec(datasets=[MixtureItem(dataset=validate(DatasetSpec, data, where=where))])
+        elif "dataset" in data:
+            mixture = MixtureSpec(datasets=[validate(MixtureItem, data, where=where)])
+        else:
+            raise ConfigError(
+                f"{where}: expected datasets: [...] (a mixture) or format: … (a dataset), got keys {sorted(data)}"
+            )
+    elif isinstance(data, list):
+        items = [{"dataset": item} if isinstance(item, str) else item for item in data]
+        mixture = validate(MixtureSpec, {"datasets": items}, where=where)
+    else:
+        raise ConfigError(f"{where}: expected a name, a mapping or a list, got {type(data).__name__}")
+    items = []
+    for item in mixture.datasets:
+        spec = load_dataset(item.dataset) if isinstance(item.dataset, str) else item.dataset
+        items.append(
+            item.model_copy(update={"dataset": spec if spec.name else spec.model_copy(update={"name": _stem(spec)})})
+        )
+    return mixture.model_copy(update={"datasets": items})
+
+
+def _named(name: str) -> MixtureSpec:
+    if name.endswith((".yaml", ".yml")):
+        content = read_yaml(path := assets.find("data/mixtures", name, kind="mixture"))
+        if isinstance(content, dict) and "datasets" in content:
+            content.setdefault("name", path.stem)
+            return validate(MixtureSpec, content, where=path.name)
+        return MixtureSpec(name=path.stem, datasets=[MixtureItem(dataset=load_dataset(name))])
+    mixtures, datasets = assets.available("data/mixtures"), assets.available("data/datasets")
+    if name in mixtures:
+        content = read_yaml(mixtures[name])
+        if isinstance(content, dict):
+            content.setdefault("name", name)
+        return validate(MixtureSpec, content, where=mixtures[name].name)
+    if name in datasets:
+        return MixtureSpec(name=name, datasets=[MixtureItem(dataset=name)])
+    raise UnknownName("mixture or dataset", name, [*mixtures, *datasets])
+
+
+def _stem(spec: DatasetSpec) -> str:
+    return Path(spec.path).stem if spec.path else str(spec.hub).replace("/", "--")
+
+
+def expand_path(path: str, *, where: str) -> Path:
+    """``~`` and ``$VARIABLES`` filled in. Raises `ConfigError` naming a variable that is not set."""
+    expanded = os.path.expandvars(path)
+    if missing := _VARIABLE.search(expanded):
+        variable = missing.group(1).strip("{}")
+        raise ConfigError(f"{where}: {path} uses ${variable}, which is not set; export {variable}=/where/the/data/is")
+    return Path(expanded).expanduser()

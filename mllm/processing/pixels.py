@@ -1,0 +1,191 @@
+"""How does an RGB image become the pixels an encoder expects?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from mllm.errors import ConfigError, UnavailableError
+from mllm.types import ImageSpec
+
+Resampler = Literal["pil", "torch"]
+_FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "nearest": Image.Resampling.NEAREST,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_MAX_CANVAS = 64_000_000
+"""Pixels of a padded canvas, or of a picture resized before its crop, above which a thrifty path is taken."""
+
+
+def resize(image: Image.Image, spec: ImageSpec, *, resampler: Resampler = "pil") -> np.ndarray:
+    """RGB image → uint8 ``(spec.height, spec.width, 3)`` as ``spec.resize`` and ``spec.interpolation`` say.
+
+    crop is Hugging Face's CLIP preprocessing (shorter side to size, centre crop), squash its SigLIP preprocessing,
+    letterbox LLaVA's ``pad`` (mean colour around the picture up to the target's aspect ratio, then one resize). ``pil``
+    equals their PIL backends bit for bit; ``torch`` their torchvision backends (transformers' default since 5.0), ≤ 2
+    of 255 away from PIL in < 1 % of the values and about four times as fast.
+    """
+    _check(image)
+    if resampler == "pil":
+        return _with_pil(image, spec)
+    return _with_torch(image, np.array(image), spec)
+
+
+def to_pixels(
+    image: Image.Image, spec: ImageSpec, dtype: torch.dtype = torch.float32, *, resampler: Resampler = "pil"
+) -> Tensor:
+    """RGB image → ``(3, H, W)`` of one encoder: normalised floats, or with ``torch.uint8`` the resized pixels
+    themselves, to be normalised on the device by `normalize` (four times less to transfer)."""
+    return _finish(resize(image, spec, resampler=resampler), spec, dtype)
+
+
+def to_pixels_multi(
+    image: Image.Image,
+    specs: Mapping[str, ImageSpec],
+    dtype: torch.dtype = torch.float32,
+    *,
+    resampler: Resampler = "pil",
+) -> dict[str, Tensor]:
+    """``{name: (3, H, W)}`` for several encoders; specs that resize alike share the work."""
+    _check(image)
+    array = np.array(image) if resampler == "torch" else None
+    resized: dict[tuple, np.ndarray] = {}
+    result = {}
+    for name, spec in specs.items():
+        colour = _pad_colour(spec) if spec.resize == "letterbox" else None
+        key = (spec.height, spec.width, spec.resize, spec.interpolation, colour)
+        if key not in resized:
+            resized[key] = _with_pil(image, spec) if array is None else _with_torch(image, array, spec)
+        result[name] = _finish(resized[key], spec, dtype)
+    return result
+
+
+def normalize(pixels: Tensor, spec: ImageSpec, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 ``(…, 3, H, W)`` on any device → ``(x / 255 - mean) / std`` in ``dtype``, computed in float32."""
+    scale, shift = _affine(spec, pixels.device)
+    return pixels.to(torch.float32).mul_(scale).add_(shift).to(dtype)
+
+
+def _finish(array: np.ndarray, spec: ImageSpec, dtype: torch.dtype) -> Tensor:
+    planes = torch.from_numpy(array).permute(2, 0, 1)
+    if dtype == torch.uint8:
+        return planes.contiguous()
+    scale, shift = _affine(spec, planes.device)
+    floats = planes.to(torch.float32, memory_format=torch.contiguous_format)
+    return floats.mul_(scale).add_(shift).to(dtype)
+
+
+def _affine(spec: ImageSpec, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Factor and summand ``(3, 1, 1)`` that rescale and normalise in one pass."""
+    scale = [1 / (255 * s) for s in spec.std]
+    shift = [-m / s for m, s in zip(spec.mean, spec.std, strict=True)]
+    return torch.tensor(scale, device=device).view(3, 1, 1), torch.tensor(shift, device=device).view(3, 1, 1)
+
+
+def _check(image: Image.Image) -> None:
+    if image.mode != "RGB":
+        raise ConfigError(f"pixels are made from RGB images, got mode {image.mode}; use load_image")
+
+
+def _pad_colour(spec: ImageSpec) -> tuple[int, int, int]:
+    r, g, b = (int(channel * 255) for channel in spec.mean)
+    return r, g, b
+
+
+def _cover(width: int, height: int, spec: ImageSpec) -> tuple[int, int, int, int]:
+    """(width, height) that a picture is resized to before its crop, and the crop's (left, top)."""
+    if spec.height == spec.width:
+        short = spec.height
+        wide = width > height
+        size = (int(short * width / height), short) if wide else (short, int(short * height / width))
+    else:
+        scale = max(spec.width / width, spec.height / height)
+        size = max(spec.width, round(width * scale)), max(spec.height, round(height * scale))
+    return *size, (size[0] - spec.width) // 2, (size[1] - spec.height) // 2
+
+
+def _canvas(width: int, height: int, spec: ImageSpec) -> tuple[int, int, int, int]:
+    """(width, height) of the padded picture with the target's aspect ratio, and the picture's (left, top) on it."""
+    if width * spec.height >= height * spec.width:
+        size = width, max(height, round(width * spec.height / spec.width))
+    else:
+        size = max(width, round(height * spec.width / spec.height)), height
+    return *size, (size[0] - width) // 2, (size[1] - height) // 2
+
+
+def _with_pil(image: Image.Image, spec: ImageSpec) -> np.ndarray:
+    filter_ = _FILTERS[spec.interpolation]
+    target = (spec.width, spec.height)
+    if spec.resize == "squash":
+        return np.array(image.resize(target, filter_))
+    if spec.resize == "crop":
+        width, height, left, top = _cover(*image.size, spec)
+        if width * height <= _MAX_CANVAS:
+            full = image.resize((width, height), filter_)
+            return np.array(full.crop((left, top, left + spec.width, top + spec.height)))
+        # A strip of 1 × 100 000 would become 5 gigapixels: resample only what survives the crop. PIL keeps box
+        # coordinates in float32, so this can be 1 or 2 of 255 away from the long way.
+        x, y = image.width / width, image.height / height
+        right, bottom = min((left + spec.width) * x, image.width), min((top + spec.height) * y, image.height)
+        return np.array(image.resize(target, filter_, box=(left * x, top * y, right, bottom)))
+    width, height, left, top = _canvas(*image.size, spec)
+    if (width, height) == image.size:
+        return np.array(image.resize(target, filter_))
+    if spec.interpolation != "nearest":
+        # PIL resamples rows first. Padding above and below is constant along rows, so a wide picture's rows can be
+        # resampled before the padding exists: the same bits with less work. A tall picture is done so only when the
+        # canvas would be huge; then the order of the two passes moves a value by at most 1.
+        if width == image.width:
+            image = image.resize((spec.width, image.height), filter_)
+            width, left = spec.width, 0
+        elif width * height > _MAX_CANVAS:
+            image = image.resize((image.width, spec.height), filter_)
+            height, top = spec.height, 0
+    canvas = Image.new("RGB", (width, height), _pad_colour(spec))
+    canvas.paste(image, (left, top))
+    return np.array(canvas.resize(target, filter_))
+
+
+def _with_torch(image: Image.Image, array: np.ndarray, spec: ImageSpec) -> np.ndarray:
+    if spec.interpolation not in ("bicubic", "bilinear"):
+        raise UnavailableError(f"the torch resampler has no {spec.interpolation} on the CPU; use resampler='pil'")
+    target = (spec.height, spec.width)
+    if spec.resize == "squash":
+        return _interpolate(array, target, spec)
+    if spec.resize == "crop":
+        width, height, left, top = _cover(*image.size, spec)
+        if width * height > _MAX_CANVAS:
+            return _with_pil(image, spec)
+        return _interpolate(array, (height, width), spec)[top : top + spec.height, left : left + spec.width]
+    width, height, left, top = _canvas(*image.size, spec)
+    if (width, height) == image.size:
+        return _interpolate(array, target, spec)
+    if width * height > _MAX_CANVAS:
+        return _with_pil(image, spec)
+    canvas = np.empty((height, width, 3), np.uint8)
+    colour = np.array(_pad_colour(spec), np.uint8)
+    bottom, right = top + image.height, left + image.width
+    canvas[:top], canvas[bottom:], canvas[top:bottom, :left], canvas[top:bottom, right:] = (
+        colour,
+        colour,
+        colour,
+        colour,
+    )
+    canvas[top:bottom, left:right] = array
+    return _interpolate(canvas, target, spec)
+
+
+def _interpolate(array: np.ndarray, size: tuple[int, int], spec: ImageSpec) -> np.ndarray:
+    if array.shape[:2] == size:
+        return array
+    planes = torch.from_numpy(array).permute(2, 0, 1)[None]  # channels-last strides select torch's fast kernel
+    resized = F.interpolate(planes, size, mode=spec.interpolation, antialias=True, align_corners=False)
+    return resized[0].permute(1, 2, 0).numpy()
