@@ -1,0 +1,106 @@
+"""Which batches does a stage see, and how many steps is that?"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mllm.data.collate import Batch
+from mllm.data.dataset import DataStream, DropLog
+from mllm.data.lengths import measure
+from mllm.data.mixture import Mixture
+from mllm.data.plan import make_plan
+from mllm.errors import ConfigError, DataError
+from mllm.processing.chat import encode_sample, encode_text
+from mllm.recipe import StageSpec
+from mllm.train import distributed
+from mllm.types import Sample
+
+
+def open_mixture(stage: StageSpec, seed: int) -> Mixture:
+    """The stage's datasets. Raises `ConfigError` or `DataError` naming the stage (an unknown name, a missing file, no
+    row left)."""
+    try:
+        return Mixture(stage.data, seed=seed)
+    except (ConfigError, DataError) as error:
+        kind = ConfigError if isinstance(error, ConfigError) else DataError
+        raise kind(f"stages.{stage.name}.data: {error}") from error
+
+
+def token_count(processor: Any, sample: Sample) -> int:
+    """Tokens of a sample, visual ones included, without opening its images."""
+    return len(encode_text(processor, sample.turns, where=f"sample {sample.id!r}")[0])
+
+
+class StageData:
+    """Batches of one stage on this process, optimizer step by optimizer step, from any step on."""
+
+    def __init__(self, stage: StageSpec, processor: Any, mixture: Mixture, *, cache: Path, log: Path | None = None):
+        self.stage, self.mixture = stage, mixture
+        world, rank = distributed.world_size(), distributed.rank()
+        lengths = None
+        if stage.packing or stage.group_by_length:
+            tokenizer = processor.tokenizer.backend_tokenizer.to_str()
+            key = f"{tokenizer}|{processor.chat_template}|{processor.num_image_tokens}"
+            tables = []
+            for source in mixture.sources:
+                if distributed.is_main():  # the others read its cache
+                    measure(source, partial(token_count, processor), key=key, cache=cache)
+                distributed.barrier()
+                tables.append(measure(source, partial(token_count, processor), key=key, cache=cache))
+            lengths = tables
+        total = None if stage.epochs is None else max(1, round(stage.epochs * len(mixture)))
+        self.plan = make_plan(
+            mixture,
+            batch_size=stage.batch_size,
+            world_size=world,
+            total=total,
+            packing=stage.packing,
+            group_by_length=stage.group_by_length,
+            lengths=lengths,
+            max_length=stage.max_length,
+        )
+        self.drops = DropLog(log)
+        self.stream = DataStream(
+            self.plan,
+            partial(encode_sample, processor, max_length=stage.max_length),
+            pad_token_id=processor.tokenizer.pad_token_id,
+            rank=rank,
+            num_workers=stage.num_workers,
+            pad_to_multiple_of=None if stage.packing else 8,
+            pin_memory=distributed.local_device().type == "cuda",
+            on_drop=self.drops,
+        )
+        self.micro_batches = None if total is None else self.plan.num_batches()
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole stage."""
+        if self.stage.steps is not None:
+            return self.stage.steps
+        assert self.micro_batches is not None
+        return max(1, math.ceil(self.micro_batches / self.stage.gradient_accumulation))
+
+    def steps(self) -> Iterator[list[Batch]]:
+        """The micro-batches of each optimizer step, from the present position on; the last step may have fewer."""
+        batches = iter(self.stream)
+        while micro := list(itertools.islice(batches, self.stage.gradient_accumulation)):
+            yield micro
+
+    def state(self) -> dict[str, Any]:
+        return self.stream.state_dict()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on after the batches that were consumed; with another number of processes, about there."""
+        self.stream.load_state_dict(state)
+
+    def remaining_steps(self, done: int, same_layout: bool) -> int:
+        """Steps left; after a change of processes counted anew from the position."""
+        if self.stage.steps is not None or same_layout:
+            return self.total_steps - done
+        left = self.plan.num_batches(self.stream.position)
+        return math.ceil(left / self.stage.gradient_accumulation)

@@ -1,0 +1,93 @@
+"""How do the processes of one run find each other and exchange small things?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_small: Any = None  # gloo group for Python objects and counters; with gloo as the main backend, the main group
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process prints and writes."""
+    return rank() == 0
+
+
+def local_device() -> torch.device:
+    """This process's GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextmanager
+def process_group(
+    *, process: int = 0, processes: int = 1, meeting_point: str | None = None, always: bool = False
+) -> Iterator[None]:
+    """Join the run's process group for the duration of the block.
+
+    meeting_point: ``file://`` address shared by all processes; None with one process (a group is then made only if
+    ``always``, as DeepSpeed needs one), or when the environment of ``torchrun`` is there. A group that exists already
+    is used and kept.
+    """
+    global _small
+    if dist.is_initialized() or (
+        processes == 1 and meeting_point is None and not always and "WORLD_SIZE" not in os.environ
+    ):
+        yield
+        return
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    options: dict[str, Any] = {"backend": backend, "timeout": timedelta(minutes=30)}
+    if meeting_point is not None:
+        options |= {"init_method": meeting_point, "rank": process, "world_size": processes}
+    elif "WORLD_SIZE" not in os.environ:
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if device.type == "cuda":
+        options["device_id"] = device
+    dist.init_process_group(**options)
+    _small = dist.new_group(backend="gloo") if backend != "gloo" else dist.group.WORLD
+    try:
+        yield
+    finally:
+        _small = None
+        dist.destroy_process_group()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every process's value, by rank, on every process."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value, group=_small)
+    return gathered
+
+
+def sum_numbers(values: list[float]) -> list[float]:
+    """Elementwise sum over processes, in fp64 (counts stay exact)."""
+    if world_size() == 1:
+        return [float(v) for v in values]
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, group=_small)
+    return tensor.tolist()
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier(group=_small)

@@ -1,0 +1,168 @@
+"""How many floating-point operations does a training step need, and what share of the hardware's peak is that?
+
+Only useful work counts: no recomputation, no padding, no head on unsupervised positions, no optimizer, no embedding
+look-up. A multiply-add is two operations. Attention is counted exactly by packed sample: causal ``2 · L · d · s²``
+forward.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+PEAK_BF16 = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "4090": 165e12,
+}
+"""Dense bf16 peak by a part of the GPU's name, from the makers' data sheets."""
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Operations of one step: the language model's alone, and with encoders, connector and router."""
+
+    language_model: float
+    total: float
+
+
+@dataclass
+class FlopModel:
+    """Operation counts of one model in one stage; `step` turns a batch's sizes into operations."""
+
+    matmul: float
+    """Weights of the decoder's matrix products."""
+    adapters: float
+    """Weights of its LoRA matrices."""
+    head: float
+    """Weights of the output head."""
+    attention: float
+    """Forward operations of causal attention at length s, divided by s²."""
+    encoders: dict[str, float] = field(default_factory=dict)
+    """Forward operations of one image, by encoder."""
+    connector: float = 0.0
+    """Forward operations of connector and router for one image."""
+    trained: frozenset[str] = frozenset()
+    """Parts with a learning parameter."""
+    language_model_full: bool = True
+    """Whether the language model's own weights learn (not only adapters)."""
+
+    def step(self, *, tokens: int, squares: float, supervised: int, images: int, cached: bool = False) -> StepFlops:
+        """tokens: non-padding positions; squares: sum of squared sample lengths; supervised: rows sent to the head;
+        cached: encoders did not run."""
+        visual = any(part != "language_model" for part in self.trained)
+        learns = "language_model" in self.trained
+        if learns and self.language_model_full:
+            factor, head = 6.0, 6.0
+        else:  # gradients pass through, or (nothing before it learns) the model is only read
+            factor = head = 4.0 if learns or visual else 2.0
+        text = factor * self.matmul * tokens + 6.0 * self.adapters * tokens + head * self.head * supervised
+        text += self.attention * squares * (3.0 if learns or visual else 1.0)
+        vision = 0.0
+        if not cached:
+            for name, flops in self.encoders.items():
+                vision += flops * images * (3.0 if f"encoders.{name}" in self.trained else 1.0)
+        vision += self.connector * images * (3.0 if "connector" in self.trained else 2.0 if visual else 1.0)
+        return StepFlops(text, text + vision)
+
+
+def flop_model(model: Any, trained: Iterable[str]) -> FlopModel:
+    """Count a model's operations from its modules; no forward pass on real weights (works on the meta device too)."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    config = model.config.get_text_config()
+    matmul = adapters = 0.0
+    for name, module in decoder.named_modules():
+        if isinstance(module, nn.Linear):
+            size = float(_numel(module.weight))
+            adapters, matmul = (adapters + size, matmul) if ".lora_" in f".{name}" else (adapters, matmul + size)
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    names = frozenset(trained)
+    encoders, connector = _image_flops(model)
+    return FlopModel(
+        matmul=matmul,
+        adapters=adapters,
+        head=float(_numel(head.weight)),
+        attention=2.0 * layers * width,
+        encoders=encoders,
+        connector=connector,
+        trained=names,
+        language_model_full=adapters == 0,
+    )
+
+
+def _numel(parameter: Any) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _image_flops(model: Any) -> tuple[dict[str, float], float]:
+    """Forward operations of one image: by encoder, and of connector and router together."""
+    bank = getattr(getattr(model, "model", model), "vision_tower", None)
+    if bank is None:
+        return {}, 0.0
+    pixels = {
+        name: torch.zeros(1, 3, info.image.height, info.image.width, device="meta") for name, info in bank.infos.items()
+    }
+    encoders = {name: _count(encoder, (pixels[name],)) for name, encoder in bank.encoders.items()}
+    projector = model.model.multi_modal_projector
+    if bank.experts:
+        tokens = bank.infos and model.config.num_image_tokens
+        return encoders, 2.0 * tokens * sum(_numel(p) for p in projector.parameters() if p.dim() > 1)
+    features = {}
+    with torch.no_grad():
+        for name, encoder in bank.encoders.items():
+            features[name] = torch.func.functional_call(encoder, _meta_state(encoder), (pixels[name],))
+    return encoders, _count(projector, (features,))
+
+
+def _meta_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    state = {}
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        shape = getattr(tensor, "ds_shape", tensor.shape)
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        state[name] = torch.empty(shape, dtype=dtype, device="meta")
+    return state
+
+
+def _count(module: nn.Module, arguments: tuple) -> float:
+    """Operations of one forward pass, on meta tensors."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(module, _meta_state(module), arguments)
+    return float(counter.get_total_flops())
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """(operations per second, where the number is from): the data sheet's for known GPUs in bf16, else a matrix product
+    measured here."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for part, peak in PEAK_BF16.items():
+            if part in name:
+                return peak, f"{part} data sheet, dense bf16"
+    return _measured_peak(device, dtype), "matrix product measured at start"
+
+
+def _measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    size, repeats = (8192, 10) if device.type == "cuda" else (768, 3)
+    generator = torch.Generator(device=device).manual_seed(0)
+    a = torch.randn(size, size, device=device, generator=generator).to(dtype)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

@@ -1,0 +1,100 @@
+"""How does one command become several training processes?"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mllm.errors import ConfigError, MllmError
+from mllm.train.distributed import process_group
+
+PRELOADED = ("mllm.models.build", "mllm.train.stages")
+
+
+class WorkerFailed(MllmError, RuntimeError):
+    """A training process ended before its time; the message says which and why."""
+
+
+def launch(function: Callable[..., Any], processes: int, *arguments: Any, needs_group: bool = False) -> None:
+    """Run ``function(*arguments)`` in ``processes`` processes that form one process group; returns when all have ended.
+
+    One process runs right here. Under ``torchrun`` this process joins that run's group instead of starting others.
+    function must be importable by name. Raises `WorkerFailed` when a process dies; the others are ended then.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ or processes == 1:
+        with process_group(always=needs_group):
+            function(*arguments)
+        return
+    available = torch.cuda.device_count()
+    if torch.cuda.is_available() and processes > available:
+        raise ConfigError(f"--processes {processes}: this machine has {available} GPU(s)")
+    folder = tempfile.mkdtemp(prefix="mllm-launch-")
+    try:
+        _start(function, processes, arguments, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(function: Callable[..., Any], processes: int, arguments: tuple, folder: str) -> None:
+    from torch import multiprocessing as torch_multiprocessing
+
+    multiprocessing: Any = torch_multiprocessing
+
+    # On CUDA every process starts afresh (a forked one cannot use the GPU). On the CPU one server imports everything
+    # once and the
+    # processes are forked from it, which halves the start on two cores.
+    method = "spawn" if torch.cuda.is_available() else "forkserver"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload([function.__module__, *PRELOADED])
+    alive, ours = context.Pipe(duplex=False)
+    try:
+        multiprocessing.start_processes(
+            _worker,
+            args=(function, processes, arguments, f"file://{folder}/meet", folder, alive),
+            nprocs=processes,
+            start_method=method,
+        )
+    except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
+        for path in sorted(Path(folder).glob("error-*")):  # a user's error needs no traceback of ours
+            raise WorkerFailed(path.read_text(encoding="utf-8")) from None
+        raise WorkerFailed(f"a training process ended early: {error}") from None
+    finally:
+        ours.close()
+
+
+def _worker(
+    process: int,
+    function: Callable[..., Any],
+    processes: int,
+    arguments: tuple,
+    meeting_point: str,
+    folder: str,
+    alive: Any,
+) -> None:
+    os.environ.update(RANK=str(process), LOCAL_RANK=str(process), WORLD_SIZE=str(processes))
+    threading.Thread(target=_end_with_launcher, args=(alive,), daemon=True).start()
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    try:
+        with process_group(process=process, processes=processes, meeting_point=meeting_point):
+            function(*arguments)
+    except MllmError as error:
+        (Path(folder) / f"error-{process}").write_text(str(error), encoding="utf-8")
+        raise
+
+
+def _end_with_launcher(alive: Any) -> None:
+    """A killed launcher must not leave processes that train on, or wait for a dead neighbour: its end closes the
+    pipe."""
+    try:
+        alive.recv()
+    except (EOFError, OSError):
+        os._exit(1)

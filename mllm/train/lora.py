@@ -1,0 +1,103 @@
+"""How do low-rank adapters get onto one part of the model, and off again, merged?
+
+LoRA (Hu et al., arXiv 2106.09685), DoRA (Liu et al., arXiv 2402.09353) and rank-stabilised LoRA (Kalajdzievski, arXiv
+2312.03732) by the PEFT library, injected in place so that parts keep their names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from mllm.errors import ConfigError, UnavailableError, did_you_mean
+from mllm.recipe import LoraSpec
+
+_WRAPPED = ".base_layer."
+
+
+def inject(
+    model: nn.Module, part: str, modules: list[tuple[str, nn.Module]], spec: LoraSpec, *, skip: set[int]
+) -> list[str]:
+    """Put adapters on the linear layers of one part, in place; returns the adapted modules' names.
+
+    modules: (name inside ``model``, module) of the part; skip: ids of modules that get none (the output head). Every
+    part has its own adapter, named after it. Raises `ConfigError` when ``target`` matches nothing.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise UnavailableError(f"learn.{part}.lora needs the peft package: pip install 'mllm[train]'") from None
+    linear = {
+        f"{prefix}.{name}" if name else prefix: module
+        for prefix, root in modules
+        for name, module in root.named_modules()
+        if isinstance(module, nn.Linear) and id(module) not in skip
+    }
+    if spec.target == "all-linear":
+        chosen = list(linear)
+    else:
+        chosen = [n for n in linear if any(n == t or n.endswith("." + t) for t in spec.target)]
+        for target in spec.target:
+            if not any(n == target or n.endswith("." + target) for n in linear):
+                last = sorted({n.rpartition(".")[2] for n in linear})
+                raise ConfigError(
+                    f"learn.{part}.lora.target: no linear layer is called {target!r}{did_you_mean(target, last)}. "
+                    f"Known: {', '.join(last)}"
+                )
+    if not chosen:
+        raise ConfigError(f"learn.{part}.lora: this part has no linear layer to adapt")
+    config = LoraConfig(
+        r=spec.r,
+        lora_alpha=spec.alpha if spec.alpha is not None else 2 * spec.r,  # type: ignore[arg-type]
+        lora_dropout=spec.dropout,
+        target_modules=chosen,
+        use_dora=spec.use_dora,
+        use_rslora=spec.use_rslora,
+        bias="none",
+    )
+    inject_adapter_in_model(config, model, adapter_name=adapter_name(part))
+    return chosen
+
+
+def adapter_name(part: str) -> str:
+    """The PEFT adapter's name of a part (dots are not allowed in it)."""
+    return part.replace(".", "_")
+
+
+def is_adapter(parameter_name: str) -> bool:
+    """Whether a parameter belongs to an adapter (LoRA matrices, DoRA magnitudes) and not to the base model."""
+    return ".lora_" in parameter_name
+
+
+def has_adapters(model: nn.Module) -> bool:
+    return any(is_adapter(name) for name, _ in model.named_parameters())
+
+
+def merge(model: nn.Module) -> int:
+    """Fold every adapter into its base layer and remove it, in place; parameter names are the original ones again.
+
+    Returns how many layers were merged. Raises `ValueError` from PEFT when a merge would produce NaN.
+    """
+    try:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError:
+        return 0
+    merged = 0
+    wrapped = [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    for name, layer in wrapped:
+        tuner: Any = layer
+        tuner.merge(safe_merge=True)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, tuner.get_base_layer())
+        merged += 1
+    if hasattr(model, "peft_config"):
+        del model.peft_config  # type: ignore[attr-defined]
+    if hasattr(model, "_hf_peft_config_loaded"):
+        model._hf_peft_config_loaded = False  # type: ignore[assignment]
+    return merged
+
+
+def base_name(parameter_name: str) -> str:
+    """A parameter's name without what PEFT put into it: the name it has in a merged model."""
+    return parameter_name.replace(_WRAPPED, ".")

@@ -1,0 +1,105 @@
+"""What is done to a model before a stage trains it: device, precision, attention, checkpointing, compilation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from mllm.errors import ConfigError
+from mllm.models.compilation import compile_layers
+from mllm.recipe import StageSpec
+from mllm.train import attention
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def prepare_model(model: Any, stage: StageSpec, *, device: torch.device, zero_stage: int) -> str:
+    """Bring a model into the state a stage trains it in, in place; returns the attention implementation of its language
+    model.
+
+    Parameters get the stage's precision; buffers keep theirs (rotary tables in bf16 place distant tokens wrongly), but
+    for batch norms, whose kernels want one type.
+    """
+    dtype = DTYPES[stage.precision]
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, BATCH_NORMS):
+            module.to(dtype)
+    model.config.dtype = dtype
+    model.to(device)
+    chosen = stage.attention or default_attention(model.config.get_text_config(), stage, device)
+    _check_packing(stage, chosen)
+    if chosen == attention.NAME:
+        attention.register()
+    model.set_attn_implementation({"text_config": chosen})
+    if stage.gradient_checkpointing:
+        enable_checkpointing(model)
+    if stage.compile:
+        if zero_stage == 3:
+            raise ConfigError(
+                f"stages.{stage.name}.compile: compiled layers and zero3 do not work together; use zero1 or zero2"
+            )
+        compile_layers(model)
+    return chosen
+
+
+def default_attention(config: Any, stage: StageSpec, device: torch.device) -> str:
+    """Packed rows: variable-length attention (flex on CUDA where scores are capped, which the kernel lacks). Padded
+    rows: the same on CUDA, where right padding then needs no mask; SDPA otherwise and for models that are not plain
+    transformers."""
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    plain = not any(
+        kind not in ("full_attention", "sliding_attention") for kind in getattr(config, "layer_types", None) or []
+    )
+    if stage.packing:
+        if not plain:
+            raise ConfigError(
+                f"stages.{stage.name}.packing: {config.model_type} mixes attention with layers that carry state from one "
+                "packed sample to the next; use group_by_length instead"
+            )
+        return "flex_attention" if capped and device.type == "cuda" else attention.NAME
+    return attention.NAME if device.type == "cuda" and plain and not capped else "sdpa"
+
+
+def _check_packing(stage: StageSpec, chosen: str) -> None:
+    known = (attention.NAME, "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
+    if stage.packing and chosen not in known:
+        raise ConfigError(
+            f"stages.{stage.name}.attention: {chosen!r} cannot keep packed samples apart; use one of {', '.join(known)}"
+        )
+
+
+def attention_inputs(batch: Any, implementation: str) -> dict[str, Any]:
+    """What a batch's model inputs need for this attention. Packed: positions and boundaries, never a mask (transformers
+    recognises packing only without one and without a cache)."""
+    inputs = dict(batch.inputs)
+    packed = batch.cu_seq_lens is not None
+    if packed or implementation == attention.NAME:
+        inputs.pop("attention_mask", None)
+    if packed and (implementation == attention.NAME or implementation.startswith("flash_attention")):
+        longest = max(length for row in batch.lengths for length in row)
+        length = attention.bucket(longest, batch.inputs["input_ids"].shape[1])
+        inputs |= {
+            "cu_seq_lens_q": batch.cu_seq_lens,
+            "cu_seq_lens_k": batch.cu_seq_lens,
+            "max_length_q": length,
+            "max_length_k": length,
+        }
+    inputs["use_cache"] = False
+    return inputs
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Recompute layers in the backward pass, also in frozen parts that gradients pass through."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            # transformers looks at the layer's own mode; its (frozen) children stay in evaluation mode.
+            module.training = True

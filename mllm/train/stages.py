@@ -1,0 +1,156 @@
+"""How is a whole recipe trained: stage after stage, each from the one before, none twice?"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from mllm.errors import CheckpointError, ConfigError
+from mllm.plugins import load_plugins
+from mllm.recipe import Recipe, StageSpec
+from mllm.train import distributed
+from mllm.train.engine import choose_engine
+from mllm.train.export import is_finished, publish, save_stage
+from mllm.train.launch import launch
+from mllm.train.prepare import DTYPES
+from mllm.train.run_info import RunInfo
+from mllm.train.tracking import Tracker, plot_loss
+from mllm.train.trainer import Run, check_stage, train
+
+STAGE_KINDS: dict[str, str] = {"sft": "mllm.train.stages:train_sft", "routing": "mllm.train.routing:train_routing"}
+"""Kind → ``module:function``. The function takes (run, stage, previous stage's folder or None, folder to make) and
+returns whether the stage was finished; it writes the folder whole or not at all."""
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    processes: int = 1,
+    resume: bool = False,
+    output: str | Path | None = None,
+    stop_after: int | None = None,
+) -> Path:
+    """Train every stage of a recipe that is not finished; returns ``<output>/final``, a Hugging Face directory.
+
+    processes: on this machine, started for the caller. resume: go on in a folder that holds a run; without it such a
+    folder is refused. stop_after: end with a checkpoint after so many optimizer steps (the returned folder may then not
+    exist yet). Raises `ConfigError` before anything is trained, and what `mllm.train.trainer.train` raises.
+    """
+    folder = Path(output) if output is not None else recipe.output_dir
+    if processes < 1:
+        raise ConfigError(f"--processes is {processes}; 1 or more is expected")
+    load_plugins(recipe.plugins)
+    for stage in recipe.stages:
+        stage_runner(stage)
+        check_stage(stage, recipe)
+    if not resume and _holds_a_run(folder):
+        raise ConfigError(
+            f"output {folder} already holds a run; go on with --resume, choose another with output=…, or delete it"
+        )
+    needs_group = any(choose_engine(stage).zero_stage for stage in recipe.stages)
+    launch(_train_recipe, processes, recipe, folder, resume, stop_after, needs_group=needs_group)
+    return folder / "final"
+
+
+def stage_runner(stage: StageSpec) -> Callable[[Run, StageSpec, Path | None, Path], bool]:
+    """The function that trains stages of this kind."""
+    target = STAGE_KINDS.get(stage.kind)
+    if target is None:
+        known = ", ".join(sorted(STAGE_KINDS))
+        raise ConfigError(
+            f"stages.{stage.name}.kind: {stage.kind!r} cannot be trained by this installation. Known: {known}"
+        )
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _holds_a_run(folder: Path) -> bool:
+    return folder.is_dir() and any((folder / name).exists() for name in ("run.json", "checkpoints", "final"))
+
+
+def _train_recipe(recipe: Recipe, folder: Path, resume: bool, stop_after: int | None) -> None:
+    """The body of every process."""
+    _quiet_libraries()
+    load_plugins(recipe.plugins)
+    main, info, tracker = distributed.is_main(), None, None
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        info = RunInfo(folder, recipe, processes=distributed.world_size(), resume=resume)
+        tracker = Tracker(folder, recipe)
+    distributed.barrier()
+    run = Run(recipe, folder, resume, tracker, info, stop_after)
+    try:
+        finished = _train_stages(run)
+    finally:
+        if tracker is not None:
+            tracker.close()
+            plot_loss(folder, [stage.name for stage in recipe.stages])
+    if finished and main:
+        publish(folder / recipe.stages[-1].name, folder / "final")
+    distributed.barrier()
+
+
+def _quiet_libraries() -> None:
+    """No second progress bar under ours, no warnings meant for other libraries' authors."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns about guessing it
+
+
+def _train_stages(run: Run) -> bool:
+    """Whether all stages are finished now."""
+    previous: Path | None = None
+    for stage in run.recipe.stages:
+        folder = run.output / stage.name
+        if not is_finished(folder):
+            distributed.barrier()
+            if not stage_runner(stage)(run, stage, previous, folder):
+                return False
+            if distributed.is_main():
+                shutil.rmtree(run.checkpoints(stage), ignore_errors=True)
+            distributed.barrier()
+        elif distributed.is_main():
+            Console(stderr=True).print(f"stage {stage.name} is finished ({folder})", highlight=False)
+        previous = folder
+    return True
+
+
+def train_sft(run: Run, stage: StageSpec, previous: Path | None, folder: Path) -> bool:
+    """Supervised fine-tuning: next-token loss on what the assistant says."""
+    model, processor = start_model(run.recipe, stage, previous)
+    engine = train(run, stage, model, processor)
+    del model
+    if engine is None:
+        return False
+    record = dict(run.info.data) if run.info is not None else {}
+    save_stage(engine, processor, run.recipe, stage, folder, record)
+    return True
+
+
+def start_model(recipe: Recipe, stage: StageSpec, previous: Path | None) -> tuple[Any, Any]:
+    """The model a stage starts from: the previous stage's, else the recipe's with published weights. Parts without
+    weights depend on the recipe's seed alone and are equal on all processes."""
+    from mllm.models.build import build_model
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
+    from mllm.processing.processor import MllmProcessor
+
+    dtype = DTYPES[stage.precision]
+    if previous is None:
+        torch.manual_seed(recipe.seed)
+        return build_model(recipe.model, dtype=dtype)
+    try:
+        model = MllmForConditionalGeneration.from_pretrained(str(previous), dtype=dtype)
+        return model, MllmProcessor.from_pretrained(str(previous))
+    except OSError as error:
+        raise CheckpointError(f"{previous}: the previous stage cannot be read ({error})") from error

@@ -1,0 +1,132 @@
+"""Where do a run's numbers go? Console, `metrics.jsonl`, TensorBoard, wandb or trackio, and a plot of the loss."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mllm.errors import UnavailableError
+from mllm.recipe import Recipe
+
+FILE = "metrics.jsonl"
+
+
+class Tracker:
+    """Writes one record per logged step. Made on the main process only."""
+
+    def __init__(self, output: Path, recipe: Recipe):
+        self.path = output / FILE
+        self.output = output
+        self._file: Any = None
+        self._board: Any = _tensorboard(output)
+        self._services: list[Any] = [_service(name, recipe, output) for name in recipe.track]
+
+    def start_stage(self, stage: str, step: int) -> None:
+        """Drop what an interrupted run logged for this stage after ``step``: those steps come again."""
+        if self._file is not None:
+            self._file.close()
+        kept = [r for r in read_metrics(self.output) if r["stage"] != stage or r["step"] <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        temporary.replace(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def log(self, record: dict[str, Any], *, global_step: int) -> None:
+        """record: ``stage``, ``step`` and numbers; nested mappings of numbers become ``a/b``."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        numbers = {k: v for k, v in _flat(record).items() if isinstance(v, (int, float)) and math.isfinite(v)}
+        if self._board is not None:
+            for key, value in numbers.items():
+                self._board.add_scalar(f"{record['stage']}/{key}", value, record["step"])
+        for service in self._services:
+            service.log({f"{record['stage']}/{k}": v for k, v in numbers.items()}, step=global_step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+        for service in self._services:
+            service.finish()
+
+
+def read_metrics(output: Path) -> list[dict[str, Any]]:
+    """Every record of a run, oldest first; a line cut short by a kill is left out."""
+    path = output / FILE
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in record.items():
+        if isinstance(value, dict):
+            result |= _flat(value, f"{prefix}{key}/")
+        elif key not in ("stage", "step"):
+            result[f"{prefix}{key}"] = value
+    return result
+
+
+def _tensorboard(output: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(output / "tensorboard"))
+
+
+def _service(name: str, recipe: Recipe, output: Path) -> Any:
+    """wandb or trackio, as asked for by ``track:``. Raises `UnavailableError` when it is not installed."""
+    try:
+        module = __import__(name)
+    except ImportError:
+        raise UnavailableError(
+            f"track: {name} is not installed: pip install {name}, or take it out of track:"
+        ) from None
+    options: dict[str, Any] = {"project": "mllm", "name": recipe.name, "config": recipe.model_dump(mode="json")}
+    if name == "wandb":
+        options |= {"dir": str(output), "resume": "allow"}
+    run = module.init(**options)
+    return run if hasattr(run, "log") and hasattr(run, "finish") else module
+
+
+def plot_loss(output: Path, stages: Sequence[str]) -> Path | None:
+    """``loss.png``: the loss of every stage, raw and smoothed. None without matplotlib or without records."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    records = read_metrics(output)
+    curves = {
+        s: [(r["step"], r["loss"]) for r in records if r["stage"] == s and r.get("loss") is not None] for s in stages
+    }
+    curves = {stage: points for stage, points in curves.items() if points}
+    if not curves:
+        return None
+    figure = Figure(figsize=(5 * len(curves), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (stage, points) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
+        steps, losses = zip(*points)
+        smooth, value = [], losses[0]
+        for loss in losses:
+            value = 0.9 * value + 0.1 * loss
+            smooth.append(value)
+        axes.plot(steps, losses, alpha=0.3, linewidth=0.8)
+        axes.plot(steps, smooth, linewidth=1.4)
+        axes.set(title=stage, xlabel="step", ylabel="loss")
+        axes.grid(alpha=0.3)
+    path = output / "loss.png"
+    figure.savefig(path, dpi=120)
+    return path

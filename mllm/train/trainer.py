@@ -1,0 +1,302 @@
+"""How is one stage trained, from its first batch (or the last checkpoint) to its last?"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mllm.errors import ConfigError, MllmError
+from mllm.recipe import Recipe, StageSpec
+from mllm.train import distributed
+from mllm.train.checkpoint import CheckpointReader, Progress, fingerprint, latest_checkpoint, save_checkpoint
+from mllm.train.data import StageData, open_mixture
+from mllm.train.engine import Engine, build_engine, choose_engine
+from mllm.train.flops import FlopModel, flop_model, peak_flops
+from mllm.train.groups import (
+    Group,
+    apply_learning,
+    frozen_summary,
+    groups_table,
+    learning_by_part,
+    recipe_parts,
+    set_modes,
+)
+from mllm.train.meter import Meter, count_batches
+from mllm.train.prepare import DTYPES, attention_inputs, prepare_model
+from mllm.train.progress import StageDisplay
+from mllm.train.routing_monitor import watch_routing
+from mllm.train.run_info import RunInfo
+from mllm.train.schedule import rate_factor
+from mllm.train.tracking import Tracker
+
+SAVE_SECONDS = 20 * 60
+_COSMETIC = {"log_every", "save_every", "num_workers"}
+
+
+class TrainingDiverged(MllmError, ArithmeticError):
+    """The loss or the gradient is not finite; the message names the samples of the step."""
+
+
+@dataclass
+class Run:
+    """What all stages of one run share. tracker and info exist on the main process only."""
+
+    recipe: Recipe
+    output: Path
+    resume: bool
+    tracker: Tracker | None
+    info: RunInfo | None
+    stop_after: int | None = None
+    """Optimizer steps this start of the run may still do; None: no limit."""
+
+    def checkpoints(self, stage: StageSpec) -> Path:
+        return self.output / "checkpoints" / stage.name
+
+
+@dataclass
+class Step:
+    """One optimizer step's result, over all processes."""
+
+    loss: float
+    grad_norm: float
+    counts: dict[str, float]
+    save: bool
+
+
+def train(run: Run, stage: StageSpec, model: Any, processor: Any) -> Engine | None:
+    """Train one stage; returns its engine when the stage is done, None when ``run.stop_after`` ended it before.
+
+    Raises `TrainingDiverged`, `CheckpointError`, `ConfigError`, `DataError`; checkpoints written before stay as they
+    are.
+    """
+    device = distributed.local_device()
+    choice = choose_engine(stage)
+    mixture = open_mixture(stage, run.recipe.seed)
+    seed_everything(run.recipe.seed, f"{stage.name}/adapters", same=True)
+    groups = apply_learning(model, stage)
+    set_modes(model)
+    attention = prepare_model(model, stage, device=device, zero_stage=choice.zero_stage)
+    data = StageData(stage, processor, mixture, cache=run.output / "lengths", log=_drop_log(run, stage))
+    progress = Progress(
+        stage=stage.name,
+        total_steps=data.total_steps,
+        world_size=distributed.world_size(),
+        engine=choice.name,
+        precision=stage.precision,
+        seed=run.recipe.seed,
+        frozen=fingerprint(model),
+        signature=_signature(run.recipe, stage, mixture.fingerprints),
+    )
+    flops = _flop_model(model, groups)
+    display = StageDisplay(stage.name, progress.total_steps, 0, active=distributed.is_main())
+    display.print(groups_table(stage, groups, frozen_summary(model)))
+    checkpoint = latest_checkpoint(run.checkpoints(stage)) if run.resume else None
+    if checkpoint is not None:
+        checkpoint.check(model, progress)
+        checkpoint.restore_weights(model)
+    engine = build_engine(model, groups, stage, device)
+    if checkpoint is not None:
+        checkpoint.restore_engine(engine)
+        _go_on(checkpoint, data, progress, display)
+    _record_start(run, stage, groups, mixture, attention, progress)
+    steps = data.steps()
+    seed_everything(run.recipe.seed, stage.name)
+    if checkpoint is not None:  # last: whatever was drawn while starting must not count
+        checkpoint.restore_random(engine)
+    display.close()
+    display = StageDisplay(stage.name, progress.total_steps, progress.step, active=distributed.is_main())
+    routing = watch_routing(model)
+    meter = Meter(flops, peak_flops(device, DTYPES[stage.precision])[0] if flops else 0.0, device)
+    saved = time.monotonic()
+    try:
+        while progress.step < progress.total_steps:
+            waited = time.perf_counter()
+            micro = next(steps)
+            waited = time.perf_counter() - waited
+            engine.set_rate_factor(rate_factor(stage.schedule, progress.step, progress.total_steps))
+            rates = engine.rates()
+            step = optimizer_step(engine, micro, attention, flops, save=time.monotonic() - saved > SAVE_SECONDS)
+            progress.step += 1
+            progress.samples += int(step.counts["samples"])
+            meter.add(step.counts, (step.counts["model_flops"], step.counts["total_flops"]), waited)
+            last = progress.step == progress.total_steps
+            record = None
+            if progress.step % stage.log_every == 0 or last:
+                record = _record(stage, progress, step, rates, engine, meter, micro)
+                if routing is not None:
+                    record |= routing.report()
+                if run.tracker is not None:
+                    run.tracker.log(record, global_step=progress.step)
+            display.update(progress.step, record)
+            stop = _count_down(run)
+            if not last and (step.save or stop or (stage.save_every and progress.step % stage.save_every == 0)):
+                progress.extra = {"data": data.state()}
+                save_checkpoint(run.checkpoints(stage), engine, progress)
+                saved = time.monotonic()
+            if stop and not last:
+                engine.close()
+                return None
+    finally:
+        display.close()
+    if run.info is not None:
+        run.info.stage(stage.name, steps=progress.step, samples=progress.samples, dropped=dict(data.drops.counts))
+    return engine
+
+
+def optimizer_step(
+    engine: Engine, micro: list[Any], attention: str, flops: FlopModel | None, *, save: bool = False
+) -> Step:
+    """Forward and backward of all micro-batches, then the update. The loss is the mean over all supervised tokens of
+    the step, on all processes, however they are spread.
+
+    save: this process asks for a checkpoint; the main process's wish is what counts. Raises `TrainingDiverged` before
+    anything is updated when the loss is not finite.
+    """
+    own = count_batches(micro, flops)
+    own["save"] = float(save and distributed.is_main())
+    counts = dict(zip(own, distributed.sum_numbers(list(own.values()))))
+    losses = []
+    for index, batch in enumerate(micro):
+        batch = batch.to(engine.device, non_blocking=True)
+        inputs = attention_inputs(batch, attention)
+        output = engine(**inputs, num_items_in_batch=counts["supervised"], skip_logits=engine.zero_stage != 3)
+        engine.backward(output.loss, last=index == len(micro) - 1)
+        losses.append(output.loss.detach())
+    loss = distributed.sum_numbers([float(torch.stack(losses).float().sum())])[0]
+    if not math.isfinite(loss):
+        raise TrainingDiverged(_blame("loss", loss, micro))
+    norm = engine.step()
+    if not math.isfinite(norm):
+        raise TrainingDiverged(_blame("gradient norm", norm, micro))
+    return Step(loss, norm, counts, save=counts["save"] > 0)
+
+
+def _blame(what: str, value: float, micro: list[Any]) -> str:
+    own = [f"{dataset}/{key}" for batch in micro for dataset, key in zip(batch.datasets, batch.ids)]
+    names = [name for part in distributed.gather_objects(own) for name in part]
+    shown = ", ".join(names[:32]) + (f" and {len(names) - 32} more" if len(names) > 32 else "")
+    return (
+        f"the {what} became {value}. Samples of this step: {shown}. The last checkpoint is untouched; lower the rate "
+        "or max_grad_norm, or put the sample on the quarantine list (mllm data check), and go on with --resume"
+    )
+
+
+def seed_everything(seed: int, stage: str, *, same: bool = False) -> None:
+    """Seed all generators for one stage, each process differently (dropout must not repeat over processes) unless
+    ``same``."""
+    value = random.Random(f"{seed}/{stage}/{0 if same else distributed.rank()}").getrandbits(31)
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+def _go_on(checkpoint: CheckpointReader, data: StageData, progress: Progress, display: StageDisplay) -> None:
+    saved = checkpoint.progress
+    same = saved.world_size == progress.world_size
+    data.restore(saved.extra["data"])
+    progress.step, progress.samples = saved.step, saved.samples
+    progress.total_steps = saved.total_steps if same else saved.step + data.remaining_steps(saved.step, same)
+    for name in checkpoint.passed_over:
+        display.print(f"[yellow]passed over a damaged checkpoint: {name}")
+    display.print(f"going on at step {saved.step} of {progress.total_steps} ({checkpoint.path})")
+    if not same:
+        display.print(
+            f"[yellow]started with {saved.world_size} processes, now {progress.world_size}: the data go on at the same "
+            "place, but the numbers will not be equal to the bit"
+        )
+
+
+def _record(
+    stage: StageSpec,
+    progress: Progress,
+    step: Step,
+    rates: dict[str, float],
+    engine: Engine,
+    meter: Meter,
+    micro: list[Any],
+) -> dict[str, Any]:
+    return {
+        "stage": stage.name,
+        "step": progress.step,
+        "loss": step.loss,
+        "grad_norm": step.grad_norm,
+        "lr": rates,
+        "grad_norms": dict(engine.norms),
+        "epoch": micro[0].epoch,
+        "samples": progress.samples,
+        "tokens": int(step.counts["tokens"]),
+        "supervised": int(step.counts["supervised"]),
+        "images": int(step.counts["images"]),
+        "data": int(step.counts["data"]),
+        **meter.report(),
+    }
+
+
+def _record_start(
+    run: Run, stage: StageSpec, groups: list[Group], mixture: Any, attention: str, progress: Progress
+) -> None:
+    if run.tracker is not None:
+        run.tracker.start_stage(stage.name, progress.step)
+    if run.info is not None:
+        run.info.stage(
+            stage.name,
+            data=mixture.fingerprints,
+            attention=attention,
+            total_steps=progress.total_steps,
+            groups=[
+                {
+                    "group": g.name,
+                    "tensors": len(g.names),
+                    "parameters": g.num_parameters,
+                    "rate": g.rate,
+                    "decay": g.weight_decay,
+                }
+                for g in groups
+            ],
+        )
+
+
+def _count_down(run: Run) -> bool:
+    """Whether ``stop_after`` steps have now been done."""
+    if run.stop_after is None:
+        return False
+    run.stop_after -= 1
+    return run.stop_after <= 0
+
+
+def _flop_model(model: Any, groups: list[Group]) -> FlopModel | None:
+    """None for a model whose operations cannot be counted on the meta device (then no MFU is reported)."""
+    try:
+        return flop_model(model, {group.part for group in groups})
+    except (NotImplementedError, RuntimeError, TypeError, AttributeError, ValueError):
+        return None
+
+
+def _drop_log(run: Run, stage: StageSpec) -> Path:
+    return run.output / "dropped" / f"{stage.name}-{distributed.rank()}.jsonl"
+
+
+def _signature(recipe: Recipe, stage: StageSpec, data: dict[str, str]) -> str:
+    """What must be the same when a stage is resumed."""
+    settings = stage.model_dump(mode="json", exclude=_COSMETIC)
+    return json.dumps(
+        {**settings, "seed": recipe.seed, "model": recipe.model.model_dump(mode="json"), "rows": data}, sort_keys=True
+    )
+
+
+def check_stage(stage: StageSpec, recipe: Recipe) -> None:
+    """Raises `ConfigError` or `DataError` for what would end this stage later: settings that contradict each other,
+    parts that the model lacks, data that are not there. Nothing is built."""
+    if stage.packing and stage.group_by_length:
+        raise ConfigError(f"stages.{stage.name}: packing and group_by_length exclude each other; keep one")
+    choose_engine(stage)
+    learning_by_part(recipe_parts(recipe.model), stage)
+    open_mixture(stage, recipe.seed)

@@ -1,0 +1,131 @@
+"""What does a trained recipe leave behind, and what happens when it is started again, stopped, or fed wrong things?"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from mllm.config import validate
+from mllm.errors import ConfigError, DataError
+from mllm.recipe import Recipe, load_recipe
+from mllm.train import run_recipe
+from mllm.train.checkpoint import latest_checkpoint
+from mllm.train.trainer import TrainingDiverged
+from tests.integration.train_helpers import make_recipe, metrics
+
+TWO = [
+    {"name": "align", "steps": 3, "learn": {"connector": 1e-2}},
+    {
+        "name": "sft",
+        "epochs": 0.5,
+        "gradient_accumulation": 4,
+        "learn": {"language_model": 1e-3, "connector": 1e-3},
+        "precision": "bf16",
+        "optimizer": {"weight_decay": 0.1},
+    },
+]
+
+
+def test_two_stages_end_in_a_directory_that_transformers_opens_and_are_not_trained_again(tmp_path):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    import mllm  # noqa: F401
+
+    recipe = make_recipe(tmp_path, stages=TWO)
+    final = run_recipe(recipe)
+    output = tmp_path / "run"
+    assert final == output / "final" and not (output / "checkpoints" / "sft").exists()
+    records = metrics(output)
+    assert [(r["stage"], r["step"]) for r in records] == [
+        ("align", 1),
+        ("align", 2),
+        ("align", 3),
+        ("sft", 1),
+        ("sft", 2),
+    ]
+    assert set(records[0]["lr"]) == {"connector"} and set(records[3]["lr"]) >= {"language_model", "connector"}
+    model = AutoModelForImageTextToText.from_pretrained(str(final))
+    processor = AutoProcessor.from_pretrained(str(final))
+    assert model.dtype == torch.bfloat16 and model.config.text_config.use_cache
+    tokens = processor.tokenizer("hello", return_tensors="pt")["input_ids"]
+    assert model.generate(tokens, max_new_tokens=3).shape[1] <= tokens.shape[1] + 3
+    again = load_recipe(str(final / "recipe.yaml"))
+    assert again.model_dump() == recipe.model_dump()
+    info = json.loads((output / "run.json").read_text())
+    assert info["seed"] == 3 and info["packages"]["torch"] == torch.__version__
+    assert info["stages"]["align"]["groups"] == [
+        {"group": "connector", "tensors": 4, "parameters": 2880, "rate": 0.01, "decay": 0.0}
+    ]
+    assert info["stages"]["sft"]["steps"] == 2 and "mixed" in info["stages"]["sft"]["data"]
+    assert (output / "loss.png").stat().st_size > 1000 and list((output / "tensorboard").iterdir())
+    before = (output / "metrics.jsonl").read_bytes()
+    assert run_recipe(recipe, resume=True) == final
+    assert (output / "metrics.jsonl").read_bytes() == before
+    with pytest.raises(ConfigError, match="already holds a run; go on with --resume"):
+        run_recipe(recipe)
+
+
+def test_the_second_stage_starts_from_the_first_and_frozen_parts_never_move(tmp_path):
+    from safetensors.torch import load_file
+
+    stages = [
+        {"name": "align", "steps": 2, "learn": {"connector": 1e-2}},
+        {"name": "sft", "steps": 2, "learn": {"language_model": 1e-3}},
+    ]
+    run_recipe(make_recipe(tmp_path, stages=stages))
+    first, second = (load_file(tmp_path / "run" / name / "model.safetensors") for name in ("align", "sft"))
+    changed = {name for name in first if not torch.equal(first[name], second[name])}
+    assert changed and all(name.startswith(("model.language_model.", "lm_head")) for name in changed)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_with_another_number_of_processes(tmp_path):
+    recipe = make_recipe(tmp_path, stages=[{"name": "sft", "epochs": 1, "batch_size": 1, "engine": "zero1"}], rows=12)
+    final = run_recipe(recipe, stop_after=4)
+    assert not final.exists()
+    reader = latest_checkpoint(tmp_path / "run" / "checkpoints" / "sft")
+    assert reader is not None and reader.progress.step == 4 and reader.progress.samples == 4
+    assert run_recipe(recipe, processes=2, resume=True) == final and final.is_dir()
+    records = metrics(tmp_path / "run")
+    assert [r["step"] for r in records] == list(range(1, 9)) and records[-1]["samples"] == 12
+
+
+def test_a_loss_that_is_not_finite_names_the_samples_and_leaves_the_checkpoint(tmp_path):
+    stage = {"name": "sft", "steps": 8, "save_every": 1, "learn": {"language_model": 1e32}, "schedule": {"warmup": 0}}
+    recipe = make_recipe(tmp_path, stages=[stage])
+    with pytest.raises(
+        TrainingDiverged, match=r"became (nan|inf).*Samples of this step: mixed/mixed\d+, mixed/mixed\d+"
+    ):
+        run_recipe(recipe)
+    reader = latest_checkpoint(tmp_path / "run" / "checkpoints" / "sft")
+    assert reader is not None and reader.progress.step >= 1 and not reader.passed_over
+
+
+def test_resuming_with_other_settings_says_which(tmp_path):
+    recipe = make_recipe(tmp_path, stages=[{"name": "sft", "steps": 4}])
+    run_recipe(recipe, stop_after=1)
+    changed = validate(Recipe, {**recipe.model_dump(), "seed": 4})
+    with pytest.raises(Exception, match="seed: 3 then, 4 now"):
+        run_recipe(changed, resume=True)
+    faster = recipe.model_copy(deep=True)
+    faster.stages[0].num_workers, faster.stages[0].log_every = 1, 2
+    assert run_recipe(faster, resume=True).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("stage", "error", "message"),
+    [
+        ({"packing": True, "group_by_length": True}, ConfigError, r"stages\.sft: packing and group_by_length exclude"),
+        ({"engine": "zero9"}, ConfigError, r"stages\.sft\.engine"),
+        ({"kind": "grpo"}, ConfigError, r"stages\.sft\.kind: 'grpo'"),
+        ({"data": "no-such-mixture"}, ConfigError, r"stages\.sft\.data: unknown mixture or dataset 'no-such-mixture'"),
+        ({"learn": {"connectr": 1e-3}}, ConfigError, "did you mean 'connector'"),
+        ({"max_length": 8}, DataError, "100 samples one after another cannot be used"),
+    ],
+)
+def test_wrong_stages_are_refused_with_the_path_to_the_key(tmp_path, stage, error, message):
+    recipe = make_recipe(tmp_path, stages=[{"name": "sft", "steps": 1, **stage}])
+    with pytest.raises(error, match=message):
+        run_recipe(recipe)

@@ -1,0 +1,160 @@
+"""Is a checkpoint complete or absent, and exact?"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from mllm.errors import CheckpointError
+from mllm.recipe import StageSpec
+from mllm.train.checkpoint import Progress, fingerprint, latest_checkpoint, save_checkpoint
+from mllm.train.engine import Engine
+from mllm.train.groups import Group
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.frozen, self.first, self.norm, self.second = (
+            nn.Linear(5, 6),
+            nn.Linear(6, 7),
+            nn.BatchNorm1d(7),
+            nn.Linear(7, 2),
+        )
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(nn.functional.dropout(self.norm(self.first(self.frozen(x))), 0.2, self.training))
+
+
+def _engine(precision: str = "fp32", optimizer: str = "adamw", model: nn.Module | None = None) -> Engine:
+    model = model or Net()
+    if precision == "bf16":
+        model.bfloat16()
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    groups = [Group("connector", 1e-2, 0.1, tuple(names[::2]), 0), Group("connector", 1e-3, 0.0, tuple(names[1::2]), 0)]
+    stage = StageSpec(
+        name="s", learn={"connector": 1e-3}, data="x", steps=9, precision=precision, optimizer={"type": optimizer}
+    )
+    return Engine(model, groups, stage, torch.device("cpu"))
+
+
+def _steps(engine: Engine, count: int) -> list[float]:
+    losses = []
+    for _ in range(count):
+        x = torch.randn(8, 5).to(engine.learning[0].dtype)
+        loss = engine.model(x).float().square().mean()
+        engine.backward(loss, last=True)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def _progress(**changes) -> Progress:
+    return Progress(stage="s", step=3, samples=24, total_steps=9, signature="{}", **changes)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_goes_on_bit_equal_with_dropout_buffers_and_optimizer_state(tmp_path, precision, optimizer):
+    engine = _engine(precision, optimizer)
+    torch.manual_seed(7)
+    _steps(engine, 3)
+    path = save_checkpoint(tmp_path, engine, _progress(frozen=fingerprint(engine.model)))
+    wanted = _steps(engine, 4)
+    torch.manual_seed(99)
+    reader = latest_checkpoint(tmp_path)
+    assert reader is not None and reader.path == path and reader.progress.step == 3
+    model = _engine(precision, optimizer).model
+    reader.check(model, _progress(frozen=fingerprint(model)))
+    reader.restore_weights(model)
+    again = _engine(precision, optimizer, model)
+    reader.restore_engine(again)
+    assert reader.restore_random(again)
+    assert _steps(again, 4) == wanted
+    for a, b in zip(engine.model.state_dict().values(), again.model.state_dict().values()):
+        assert torch.equal(a, b)
+    assert not [p for p in path.iterdir() if p.suffix not in (".safetensors", ".json")]
+
+
+def test_only_the_newest_two_are_kept_and_remains_of_a_killed_write_are_removed(tmp_path):
+    engine = _engine()
+    for step in (1, 2, 3):
+        _steps(engine, 1)
+        save_checkpoint(tmp_path, engine, Progress(stage="s", step=step))
+    (tmp_path / ".writing-step-00000004").mkdir()
+    (tmp_path / ".deleting-step-00000001").mkdir()
+    reader = latest_checkpoint(tmp_path)
+    assert reader is not None and reader.path.name == "step-00000003"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing", "no manifest"])
+def test_a_damaged_checkpoint_is_never_picked_up(tmp_path, damage):
+    engine = _engine()
+    for step in (1, 2):
+        _steps(engine, 1)
+        save_checkpoint(tmp_path, engine, Progress(stage="s", step=step))
+    newest = tmp_path / "step-00000002"
+    file = next(newest.glob("state-*.safetensors"))
+    content = file.read_bytes()
+    if damage == "cut":
+        file.write_bytes(content[:-7])
+    elif damage == "changed":
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "missing":
+        file.unlink()
+    else:
+        (newest / "manifest.json").unlink()
+    reader = latest_checkpoint(tmp_path)
+    assert reader is not None and reader.path.name == "step-00000001"
+    assert len(reader.passed_over) == 1 and reader.passed_over[0].startswith("step-00000002")
+    shutil.rmtree(tmp_path / "step-00000001")
+    with pytest.raises(CheckpointError, match="no earlier checkpoint is complete"):
+        latest_checkpoint(tmp_path)
+
+
+def test_a_full_disk_is_told_and_leaves_the_previous_checkpoint_intact(tmp_path):
+    engine = _engine()
+    _steps(engine, 1)
+    save_checkpoint(tmp_path, engine, Progress(stage="s", step=1))
+    _steps(engine, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"could not write the checkpoint.*step-00000001.*--resume"):
+            save_checkpoint(tmp_path, engine, Progress(stage="s", step=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    reader = latest_checkpoint(tmp_path)
+    assert reader is not None and reader.progress.step == 1 and not reader.passed_over
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_another_architecture_other_settings_and_other_frozen_weights_are_refused(tmp_path):
+    engine = _engine()
+    _steps(engine, 1)
+    signature = json.dumps({"seed": 0})
+    save_checkpoint(
+        tmp_path, engine, Progress(stage="s", step=1, signature=signature, frozen=fingerprint(engine.model))
+    )
+    reader = latest_checkpoint(tmp_path)
+    assert reader is not None
+    now = {"stage": "s", "signature": signature, "frozen": fingerprint(engine.model)}
+    reader.check(engine.model, Progress(**now))
+    with pytest.raises(CheckpointError, match="seed: 0 then, 1 now"):
+        reader.check(engine.model, Progress(**{**now, "signature": json.dumps({"seed": 1})}))
+    other = Net()
+    other.second = nn.Linear(7, 3)
+    with pytest.raises(CheckpointError, match=r"another architecture: second\.bias has 2 elements there and 3 here"):
+        reader.check(other, Progress(**now))
+    with torch.no_grad():
+        engine.model.frozen.weight[0, 0] += 1e-6  # type: ignore[union-attr, operator]
+    with pytest.raises(CheckpointError, match="do not learn"):
+        reader.check(engine.model, Progress(**{**now, "frozen": fingerprint(engine.model)}))

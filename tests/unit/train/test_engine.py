@@ -1,0 +1,89 @@
+"""Are engines chosen, configured and refused as recipes say? (Several processes:
+tests/integration/test_train_engines.py.)"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from mllm.errors import ConfigError
+from mllm.recipe import StageSpec
+from mllm.train.engine import Engine, choose_engine
+from mllm.train.groups import Group
+
+
+def _stage(**changes) -> StageSpec:
+    return StageSpec.model_validate({"name": "sft", "learn": {"connector": 1e-3}, "data": "x", "steps": 1, **changes})
+
+
+@pytest.mark.parametrize(("name", "stage"), [("none", 0), ("zero1", 1), ("zero2", 2), ("zero3", 3)])
+def test_shipped_engines_are_found(name, stage):
+    choice = choose_engine(_stage(engine=name))
+    assert choice.zero_stage == stage and (choice.config is None) == (stage == 0)
+
+
+def test_a_json_file_and_an_inline_config_are_engines(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    assert choose_engine(_stage(engine=str(path))).zero_stage == 2
+    assert choose_engine(_stage(engine={"zero_optimization": {"stage": 3}})).zero_stage == 3
+    assert choose_engine(_stage(engine="recipes/deepspeed/zero2_offload.json")).config["zero_optimization"][
+        "offload_optimizer"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ("zero4", r"stages\.sft\.engine: unknown engine 'zero4', did you mean 'zero[123]'"),
+        ("nowhere.json", r"stages\.sft\.engine: no such file"),
+        ({"zero_optimization": {"stage": 0}}, "1, 2 or 3 is expected"),
+        ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}, "belongs in the stage's own optimizer"),
+        ({"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}, "bf16 or fp32"),
+    ],
+)
+def test_wrong_engines_are_refused_with_the_path_to_the_key(engine, message):
+    with pytest.raises(ConfigError, match=message):
+        choose_engine(_stage(engine=engine))
+
+
+def test_muon_under_zero_is_refused():
+    with pytest.raises(ConfigError, match=r"stages\.sft\.optimizer\.type 'muon'"):
+        choose_engine(_stage(engine="zero2", optimizer={"type": "muon"}))
+
+
+def _engine(limit: float | None) -> Engine:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    groups = [Group("connector", 1.0, 0.0, ("weight", "bias"), 15)]
+    stage = _stage(optimizer={"type": "sgd", "betas": (0.0, 0.9), "max_grad_norm": limit})
+    return Engine(model, groups, stage, torch.device("cpu"))
+
+
+def test_clipping_scales_the_gradient_to_the_limit_and_reports_the_norm_before():
+    engine, x = _engine(0.5), torch.randn(6, 4)
+    before = {n: p.detach().clone() for n, p in engine.model.named_parameters()}
+    loss = engine.model(x).square().sum()
+    gradient = torch.autograd.grad(loss, list(engine.model.parameters()), retain_graph=True)
+    norm = torch.cat([g.flatten() for g in gradient]).norm()
+    engine.backward(loss, last=True)
+    assert engine.step() == pytest.approx(norm.item(), rel=1e-6)
+    moved = torch.cat([(before[n] - p).flatten() for n, p in engine.model.named_parameters()])
+    assert moved.norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    engine = _engine(None)
+    before = [p.detach().clone() for p in engine.model.parameters()]
+    engine.backward(engine.model(torch.full((1, 4), float("inf"))).sum(), last=True)
+    assert not torch.isfinite(torch.tensor(engine.step()))
+    assert all(torch.equal(a, b) for a, b in zip(before, engine.model.parameters()))
+
+
+def test_rates_follow_the_factor_for_every_group():
+    engine = _engine(None)
+    engine.set_rate_factor(0.25)
+    assert engine.rates() == {"connector/no_decay": 0.25}

@@ -1,0 +1,148 @@
+"""Do optimizers and schedules compute what their definitions say?"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from mllm.errors import ConfigError, UnavailableError
+from mllm.recipe import OptimizerSpec, ScheduleSpec
+from mllm.train.groups import Group
+from mllm.train.optim import MasterWeights, build_optimizer, check_engine, orthogonalise
+from mllm.train.schedule import rate_factor, warmup_steps
+
+
+def _groups(model: nn.Module, rate: float = 1e-2, decay: float = 0.1) -> list[Group]:
+    names = [n for n, _ in model.named_parameters()]
+    return [
+        Group("connector", rate, decay, tuple(n for n in names if n.endswith("weight")), 0),
+        Group("connector", rate, 0.0, tuple(n for n in names if n.endswith("bias")), 0),
+    ]
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3))
+
+
+def _train(model: nn.Module, optimizer, steps: int = 5) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x = torch.randn(8, 6, generator=generator)
+        model(x.to(next(model.parameters()).dtype)).float().square().mean().backward()
+        optimizer.step()
+        for p in model.parameters():
+            p.grad = None
+
+
+def test_adamw_equals_torch_adamw_with_the_same_groups():
+    ours, theirs = _model(), _model()
+    _train(ours, build_optimizer(ours, _groups(ours), OptimizerSpec(betas=(0.9, 0.95))))
+    parameters = dict(theirs.named_parameters())
+    _train(
+        theirs,
+        torch.optim.AdamW(
+            [{"params": [parameters[n] for n in g.names], "weight_decay": g.weight_decay} for g in _groups(theirs)],
+            lr=1e-2,
+            betas=(0.9, 0.95),
+        ),
+    )
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "muon"])
+def test_master_weights_learn_from_updates_that_bf16_would_swallow(kind):
+    rate, spec = 1e-6, OptimizerSpec(type=kind)
+    model = _model().bfloat16()
+    start = [p.detach().clone() for p in model.parameters()]
+    optimizer = build_optimizer(model, _groups(model, rate, 0.0), spec, master=True)
+    assert isinstance(optimizer, MasterWeights)
+    reference = _model().bfloat16().float()
+    plain = build_optimizer(reference, _groups(reference, rate, 0.0), spec)
+    for _ in range(3):
+        for p, r in zip(model.parameters(), reference.parameters()):
+            p.grad = torch.ones_like(p)
+            r.grad = torch.ones_like(r)
+        optimizer.step()
+        plain.step()
+    copies = dict(zip(map(id, optimizer.parameters), optimizer.masters))
+    for wanted, p, before in zip(reference.parameters(), model.parameters(), start):
+        copy = copies[id(p)]
+        assert torch.equal(copy, wanted), "the fp32 copies follow the fp32 optimizer exactly"
+        assert not torch.equal(copy, before.float())
+        assert torch.equal(p, copy.bfloat16())
+
+
+def test_master_weights_apply_the_clip_factor_to_the_gradient():
+    spec = OptimizerSpec(type="sgd", betas=(0.0, 0.9))
+    model = _model().bfloat16()
+    before = {id(p): p.detach().float() for p in model.parameters()}
+    optimizer = build_optimizer(model, _groups(model, 1.0, 0.0), spec, master=True)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step(torch.tensor(0.25))
+    for copy, parameter in zip(optimizer.masters, optimizer.parameters):
+        old = before[id(parameter)]
+        assert torch.allclose(old - copy, torch.full_like(old, 0.25))
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 32), (40, 10)])
+def test_muon_makes_singular_values_equal(shape):
+    matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(2))
+    values = torch.linalg.svdvals(orthogonalise(matrix))
+    assert values.min() > 0.5 and values.max() < 1.3, values
+
+
+def test_muon_updates_matrices_and_leaves_vectors_to_adamw():
+    model = _model()
+    optimizer = build_optimizer(model, _groups(model), OptimizerSpec(type="muon"))
+    by_kind = {group["use_muon"]: group["names"] for group in optimizer.param_groups}
+    assert by_kind == {True: ["0.weight", "2.weight"], False: ["0.bias", "2.bias"]}
+    before = model[0].weight.detach().clone()
+    _train(model, optimizer, steps=1)
+    update = (before * (1 - 1e-2 * 0.1) - model[0].weight) / 1e-2
+    values = torch.linalg.svdvals(update) / (0.2 * math.sqrt(9))
+    assert values.min() > 0.5 and values.max() < 1.3
+
+
+def test_muon_reduces_the_loss():
+    model = _model()
+    data = torch.randn(64, 6, generator=torch.Generator().manual_seed(3))
+    optimizer = build_optimizer(model, _groups(model, 3e-2, 0.0), OptimizerSpec(type="muon"))
+    before = model(data).square().mean().item()
+    _train(model, optimizer, steps=30)
+    assert model(data).square().mean().item() < 0.2 * before
+
+
+def test_optimizers_that_zero_would_break_are_refused():
+    with pytest.raises(ConfigError, match="does not work on ZeRO"):
+        check_engine(OptimizerSpec(type="muon"), "sft", 2)
+    check_engine(OptimizerSpec(type="muon"), "sft", 0)
+    check_engine(OptimizerSpec(type="adamw"), "sft", 3)
+
+
+def test_a_missing_bitsandbytes_says_what_to_install():
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        model = _model()
+        with pytest.raises(UnavailableError, match="pip install bitsandbytes"):
+            build_optimizer(model, _groups(model), OptimizerSpec(type="adamw_8bit"))
+
+
+def test_schedules_warm_up_and_end_where_they_should():
+    spec = ScheduleSpec(type="cosine", warmup=0.1, minimum=0.1)
+    assert warmup_steps(spec, 100) == 10
+    factors = [rate_factor(spec, step, 100) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == 1.0 and factors[10] == 1.0
+    assert factors[55] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert rate_factor(spec, 100, 100) == pytest.approx(0.1)
+    assert all(a >= b for a, b in pairwise(factors[10:]))
+    linear = ScheduleSpec(type="linear", warmup=4)
+    assert [rate_factor(linear, s, 8) for s in (0, 3, 4, 6)] == [0.25, 1.0, 1.0, 0.5]
+    assert rate_factor(ScheduleSpec(type="constant", warmup=0), 5, 8) == 1.0
