@@ -1,0 +1,62 @@
+"""What does the harness need from whatever generates text?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from mllm.types import IMAGE_MARK, Request, Response, Turn
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """Answers requests, in any order, each exactly once. Knows nothing of tasks.
+
+    A request that cannot be answered gives a `Response` with ``error``; it never stops the others.
+    """
+
+    name: str
+
+    def fingerprint(self) -> str:
+        """What an answer depends on besides the request: weights, precision, code path. Part of the cache key."""
+        ...
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Response]:
+        """Stream of answers. Takes requests as it goes, so a long run never holds all images at once."""
+        ...
+
+
+def hf_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """Turns as Hugging Face chat messages: content split into text and ``{"type": "image"}`` parts."""
+    messages = []
+    for turn in turns:
+        parts: list[dict[str, Any]] = []
+        for position, text in enumerate(turn.content.split(IMAGE_MARK)):
+            if position:
+                parts.append({"type": "image"})
+            if text.strip("\n") or (text and not parts):
+                parts.append({"type": "text", "text": text.lstrip("\n") if position else text})
+        messages.append({"role": turn.role, "content": parts or [{"type": "text", "text": ""}]})
+    return messages
+
+
+def cut_at_stops(text: str, stops: Sequence[str] | None) -> str:
+    """``text`` before the first of ``stops``."""
+    ends = [place for stop in stops or () if stop and (place := text.find(stop)) >= 0]
+    return text[: min(ends)] if ends else text
+
+
+def checkpoint_hash(checkpoint: str) -> str:
+    """Sixteen hex digits over the configuration and weight files of a checkpoint folder; a hub id stays what it is."""
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        return checkpoint
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt"):
+            digest.update(path.name.encode())
+            with path.open("rb") as handle:
+                digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,243 @@
+"""How does a Hugging Face model in this process answer, in batches, the same at any batch size?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+
+from mllm.errors import AlignmentError, UnavailableError
+from mllm.eval.generators.base import cut_at_stops, hf_messages
+from mllm.types import IMAGE_MARK, Request, Response
+
+_WINDOW = 16
+"""Batches read ahead: requests are sorted by length inside a window of so many batches."""
+
+
+class HFGenerator:
+    """Any image-text model of transformers with its processor, ours included.
+
+    Batches are left-padded and sorted by length inside a window, longest first (a batch that does not fit in memory
+    fails at once). Greedy unless a request says otherwise; sampling is seeded per request (from its id and ``seed``),
+    and sampled requests run alone so that the batch does not change them.
+    """
+
+    def __init__(
+        self, model: Any, processor: Any, *, batch_size: int = 8, name: str = "hf", model_hash: str | None = None
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+        self.model, self.processor, self.batch_size, self.name = model.eval(), processor, batch_size, name
+        self._model_hash = model_hash
+        tokenizer = getattr(processor, "tokenizer", processor)
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self._tokenizer = tokenizer
+        self._ours = type(model).__module__.startswith("mllm.") or hasattr(processor, "pixel_keys")
+
+    def fingerprint(self) -> str:
+        """Architecture, precision, a hash over every weight and one over the processor's settings."""
+        if self._model_hash is None:
+            self._model_hash = f"{weights_hash(self.model)}:{processor_hash(self.processor)}"
+        implementation = getattr(self.model.config, "_attn_implementation", "")
+        return f"hf:{type(self.model).__name__}:{self.model.dtype}:{implementation}:{self._model_hash}"
+
+    def render(self, request: Request) -> str:
+        """The prompt as the model reads it, one placeholder per image. Raises `AlignmentError` when marks and images
+        differ."""
+        marks = sum(turn.content.count(IMAGE_MARK) for turn in request.turns)
+        if marks != len(request.images):
+            raise AlignmentError(f"request {request.id}: {marks} image places and {len(request.images)} images")
+        if self._ours:
+            from mllm.processing.chat import render_prompt
+
+            return render_prompt(self.processor, request.turns)
+        return self.processor.apply_chat_template(
+            hf_messages(request.turns), tokenize=False, add_generation_prompt=True
+        )
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Response]:
+        """Answers, window by window."""
+        stream = iter(requests)
+        while window := list(islice(stream, _WINDOW * self.batch_size)):
+            prompts: dict[int, str] = {}
+            for position, request in enumerate(window):
+                try:
+                    prompts[position] = self.render(request)
+                except Exception as error:  # a chat template may raise anything; it names this sample only
+                    yield Response(request.id, "", error=f"{type(error).__name__}: {error}")
+            order = sorted(
+                prompts, key=lambda k: (_options_key(window[k]), -len(window[k].images), -len(prompts[k]), k)
+            )
+            for batch in self._batches(order, window):
+                yield from self._answer([window[k] for k in batch], [prompts[k] for k in batch])
+
+    def _batches(self, order: Sequence[int], window: Sequence[Request]) -> Iterator[list[int]]:
+        batch: list[int] = []
+        for position in order:
+            request = window[position]
+            alone = request.options.get("do_sample", False)
+            if batch and (
+                len(batch) == self.batch_size or alone or _options_key(window[batch[0]]) != _options_key(request)
+            ):
+                yield batch
+                batch = []
+            batch.append(position)
+        if batch:
+            yield batch
+
+    def _answer(self, requests: Sequence[Request], prompts: Sequence[str]) -> Iterator[Response]:
+        try:
+            yield from self._forward(requests, prompts)
+        except torch.cuda.OutOfMemoryError:
+            raise UnavailableError(
+                f"out of GPU memory on a batch of {len(requests)} (first sample {requests[0].id}); start again with a "
+                "smaller batch size, finished answers are kept"
+            ) from None
+        except Exception as error:  # foreign processors raise whatever they like; the request is named
+            if len(requests) == 1:
+                yield Response(requests[0].id, "", prompts[0], error=f"{type(error).__name__}: {error}")
+                return
+            for request, prompt in zip(requests, prompts):  # find the one that cannot be answered; answer the others
+                yield from self._answer([request], [prompt])
+
+    @torch.inference_mode()
+    def _forward(self, requests: Sequence[Request], prompts: Sequence[str]) -> list[Response]:
+        inputs = self._encode(requests, prompts)
+        options = dict(requests[0].options)
+        stops, seed = options.pop("stop", None), options.pop("seed", None)
+        options.setdefault("do_sample", False)
+        if not options["do_sample"]:
+            options |= {"temperature": None, "top_p": None, "top_k": None}
+        options["pad_token_id"] = self._tokenizer.pad_token_id
+        sampling = self._seeded(requests[0].id, seed) if options["do_sample"] else nullcontext()
+        with sampling, self._routing_seen() as weights:
+            output = self.model.generate(**inputs, **options)
+        routing = self._routing_of(requests, weights)
+        length = inputs["input_ids"].shape[1]
+        replies = output[:, length:]
+        prompt_lengths = inputs["attention_mask"].sum(1).tolist()
+        responses = []
+        for request, prompt, reply, num_prompt in zip(requests, prompts, replies, prompt_lengths):
+            text = self._tokenizer.decode(reply, skip_special_tokens=True)
+            tokens = int((reply != self._tokenizer.pad_token_id).sum())
+            seen = routing.get(request.id)
+            responses.append(Response(request.id, cut_at_stops(text, stops), prompt, int(num_prompt), tokens, seen))
+        return responses
+
+    def _encode(self, requests: Sequence[Request], prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        nested = [list(request.images) for request in requests]
+        images: Any = nested if self._ours else [image for row in nested for image in row]
+        extra = {"add_special_tokens": False} if self._starts_itself(prompts[0]) else {}
+        inputs = self.processor(
+            text=list(prompts),
+            images=images if any(nested) else None,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            **extra,
+        )
+        inputs = dict(inputs)
+        if self._ours and any(nested):
+            inputs |= self._routing(requests)
+        dtype, device = self.model.dtype, self.model.device
+        return {
+            key: value.to(device, dtype) if torch.is_floating_point(value) else value.to(device)
+            for key, value in inputs.items()
+            if isinstance(value, torch.Tensor)
+        }
+
+    def _starts_itself(self, prompt: str) -> bool:
+        """Whether the chat template has already written the first special token."""
+        first = getattr(self._tokenizer, "bos_token", None)
+        return self._ours or bool(first and prompt.startswith(first))
+
+    @contextmanager
+    def _routing_seen(self) -> Iterator[list[torch.Tensor]]:
+        """Collects the routing weights ``(B, E)`` of a model with a router while it generates."""
+        bank = getattr(getattr(self.model, "model", None), "vision_tower", None)
+        collected: list[torch.Tensor] = []
+        if not getattr(bank, "experts", ()):
+            yield collected
+            return
+
+        def note(module: Any, arguments: Any, output: Any) -> None:
+            if output[1] is not None:
+                collected.append(output[1].weights.detach().float().cpu())
+
+        handle = bank.register_forward_hook(note)  # type: ignore[union-attr]
+        try:
+            yield collected
+        finally:
+            handle.remove()
+
+    def _routing_of(self, requests: Sequence[Request], weights: list[torch.Tensor]) -> dict[str, dict[str, float]]:
+        """Request → expert → mean weight over its images."""
+        if not weights:
+            return {}
+        rows, names, start = torch.cat(weights), self.model.model.vision_tower.experts, 0
+        routing = {}
+        for request in requests:
+            mine = rows[start : start + len(request.images)]
+            start += len(request.images)
+            if len(mine):
+                routing[request.id] = dict(zip(names, mine.mean(0).tolist()))
+        return routing
+
+    def _routing(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
+        from mllm.processing.chat import routing_inputs
+
+        rows = [routing_inputs(self.processor, request.turns, len(request.images)) for request in requests]
+        parts = [row["router_input_ids"] for row in rows if row]
+        if not parts:
+            return {}
+        width = max(part.shape[1] for part in parts)
+        padded = [torch.nn.functional.pad(part, (0, width - part.shape[1]), value=-1) for part in parts]
+        return {"router_input_ids": torch.cat(padded)}
+
+    @staticmethod
+    def _seeded(name: str, seed: int | None) -> Any:
+        digest = hashlib.sha256(f"{seed or 0}|{name}".encode()).digest()
+        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+        fork = torch.random.fork_rng(devices=devices)
+
+        class Seeded:
+            def __enter__(self) -> None:
+                fork.__enter__()
+                torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+            def __exit__(self, *details: Any) -> None:
+                fork.__exit__(*details)
+
+        return Seeded()
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """Sixteen hex digits over names, dtypes, shapes and bytes of all parameters and saved buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        if not tensor.is_meta:
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def processor_hash(processor: Any) -> str:
+    """Eight hex digits over chat template, image settings and vocabulary size."""
+    images = getattr(processor, "image_processor", None)
+    settings = [
+        getattr(processor, "chat_template", None),
+        images.to_dict() if images is not None and hasattr(images, "to_dict") else None,
+        len(getattr(processor, "tokenizer", processor)),
+    ]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def _options_key(request: Request) -> str:
+    return repr(sorted(request.options.items()))

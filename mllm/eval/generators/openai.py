@@ -1,0 +1,141 @@
+"""How does a server with an OpenAI-compatible interface answer?"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import random
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
+
+from PIL import Image
+
+from mllm.errors import ConfigError, UnavailableError
+from mllm.types import IMAGE_MARK, Request, Response, Turn
+
+_RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
+_HTTP_NAMES = {"max_new_tokens": "max_tokens"}
+_GREEDY = {"temperature": 0.0}
+
+
+class OpenAIGenerator:
+    """Chat completions over HTTP with bounded concurrency.
+
+    base_url: up to and including ``/v1``. concurrency: requests under way at once. Statuses 408, 409, 425, 429, 5xx
+    and lost connections are tried again up to ``max_retries`` times with growing, jittered pauses (the server's
+    ``Retry-After`` is respected); any other refusal becomes the response's error. The key comes from ``api_key`` or
+    ``$OPENAI_API_KEY`` and is written nowhere.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        concurrency: int = 8,
+        max_retries: int = 6,
+        timeout: float = 300.0,
+        image_format: str = "PNG",
+        extra: dict[str, Any] | None = None,
+    ):
+        try:
+            import httpx
+        except ImportError:
+            raise UnavailableError("the OpenAI generator needs httpx; install mllm[eval]") from None
+        if concurrency < 1:
+            raise ConfigError(f"concurrency is {concurrency}; expected at least 1")
+        self.name, self.model, self.base_url = f"openai:{model}", model, base_url.rstrip("/")
+        self.concurrency, self.max_retries, self.image_format = concurrency, max_retries, image_format
+        self.extra = dict(extra or {})
+        self.first_pause = 0.5
+        key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
+        limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+        self._client = httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=timeout, limits=limits)
+        self._httpx = httpx
+
+    def fingerprint(self) -> str:
+        """Model and endpoint by name: what runs behind them cannot be hashed."""
+        return f"openai:{self.model}:{self.base_url}:{sorted(self.extra.items())}"
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Response]:
+        """Answers as they come; at most ``concurrency`` requests are under way and as many read ahead."""
+        stream = iter(requests)
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            waiting: set[Future[Response]] = set()
+            while True:
+                while len(waiting) < 2 * self.concurrency and (request := next(stream, None)) is not None:
+                    waiting.add(pool.submit(self._answer, request))
+                if not waiting:
+                    return
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def _answer(self, request: Request) -> Response:
+        body = self._body(request)
+        shown = "".join(f"[{turn.role}] {turn.content}\n" for turn in request.turns).replace(IMAGE_MARK, "<image>")
+        problem = ""
+        for attempt in range(self.max_retries + 1):
+            pause = self.first_pause * 2**attempt * (0.5 + random.random())
+            try:
+                reply = self._client.post(f"{self.base_url}/chat/completions", json=body)
+            except self._httpx.TransportError as error:
+                problem = f"{type(error).__name__}: {error}"
+            else:
+                if reply.status_code == 200:
+                    return self._read(request, reply, shown)
+                problem = f"HTTP {reply.status_code}: {reply.text[:200]}"
+                if reply.status_code not in _RETRIED:
+                    break
+                after = reply.headers.get("Retry-After", "")
+                pause = max(pause, float(after)) if after.replace(".", "", 1).isdigit() else pause
+            if attempt < self.max_retries:
+                time.sleep(pause)
+        return Response(request.id, "", shown, error=problem)
+
+    @staticmethod
+    def _read(request: Request, reply: Any, shown: str) -> Response:
+        try:
+            data = reply.json()
+            text = data["choices"][0]["message"]["content"] or ""
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            return Response(request.id, "", shown, error=f"unreadable reply ({type(error).__name__}: {error})")
+        usage = data.get("usage") or {}
+        counts = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+        return Response(request.id, text, shown, *counts)
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        options = dict(request.options)
+        if not options.pop("do_sample", False):
+            options |= _GREEDY
+        beams = options.pop("num_beams", 1)
+        if beams != 1:
+            raise ConfigError("an OpenAI-compatible server has no beam search; set generation.num_beams=1")
+        options = {_HTTP_NAMES.get(name, name): value for name, value in options.items()}
+        images = iter(request.images)
+        messages = [{"role": turn.role, "content": self._content(turn, images)} for turn in request.turns]
+        return {"model": self.model, "messages": messages, **options, **self.extra}
+
+    def _content(self, turn: Turn, images: Iterator[Image.Image]) -> str | list[dict[str, Any]]:
+        if IMAGE_MARK not in turn.content:
+            return turn.content
+        parts: list[dict[str, Any]] = []
+        for position, text in enumerate(turn.content.split(IMAGE_MARK)):
+            if position:
+                parts.append({"type": "image_url", "image_url": {"url": self._data_url(next(images))}})
+            if text.strip():
+                parts.append({"type": "text", "text": text.strip("\n")})
+        return parts
+
+    def _data_url(self, image: Image.Image) -> str:
+        buffer = io.BytesIO()
+        image.save(buffer, self.image_format)
+        return f"data:image/{self.image_format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

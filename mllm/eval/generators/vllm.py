@@ -1,0 +1,95 @@
+"""How does vLLM in this process answer?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from mllm.errors import UnavailableError
+from mllm.eval.generators.base import checkpoint_hash, hf_messages
+from mllm.types import Request, Response
+
+_WINDOW = 1024
+
+
+class VLLMGenerator:
+    """A checkpoint in vLLM's own engine, which batches continuously.
+
+    engine: further arguments of ``vllm.LLM``. model_hash names the weights in the fingerprint; default: a hash over the
+    checkpoint's files, or the hub id.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        *,
+        dtype: Any = "auto",
+        max_images: int = 8,
+        model_hash: str | None = None,
+        engine: dict[str, Any] | None = None,
+    ):
+        try:
+            from vllm import LLM
+        except ImportError:
+            raise UnavailableError(
+                "the vLLM generator needs vllm; install mllm[serve] (GPU) or mllm[serve-cpu]"
+            ) from None
+        from transformers import AutoProcessor
+
+        self.name, self._dtype, self._hash = f"vllm:{checkpoint}", dtype, model_hash or checkpoint_hash(checkpoint)
+        self._engine_options = dict(engine or {})
+        self.processor = AutoProcessor.from_pretrained(checkpoint)
+        self._ours = hasattr(self.processor, "pixel_keys")
+        self.llm = LLM(model=checkpoint, dtype=dtype, limit_mm_per_prompt={"image": max_images}, **self._engine_options)
+
+    def fingerprint(self) -> str:
+        """Weights by hash or name, precision, vLLM's version."""
+        import vllm
+
+        return f"vllm:{vllm.__version__}:{self._hash}:{self._dtype}:{sorted(self._engine_options.items())}"
+
+    def render(self, request: Request) -> str:
+        """The prompt as the model reads it, one placeholder per image."""
+        if self._ours:
+            from mllm.processing.chat import render_prompt
+
+            return render_prompt(self.processor, request.turns)
+        return self.processor.apply_chat_template(
+            hf_messages(request.turns), tokenize=False, add_generation_prompt=True
+        )
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Response]:
+        """Answers, in windows of a thousand; inside a window vLLM schedules."""
+        stream = iter(requests)
+        while window := list(islice(stream, _WINDOW)):
+            prompts = [self.render(request) for request in window]
+            inputs = []
+            for request, prompt in zip(window, prompts):
+                entry: dict[str, Any] = {"prompt_token_ids": self._tokens(prompt)}
+                if request.images:
+                    entry["multi_modal_data"] = {"image": list(request.images)}
+                inputs.append(entry)
+            outputs = self.llm.generate(inputs, [self._sampling(request) for request in window], use_tqdm=False)
+            for request, prompt, output in zip(window, prompts, outputs):
+                reply = output.outputs[0]
+                yield Response(request.id, reply.text, prompt, len(output.prompt_token_ids or ()), len(reply.token_ids))
+
+    def _tokens(self, prompt: str) -> list[int]:
+        tokenizer = self.processor.tokenizer
+        starts = tokenizer.bos_token and prompt.startswith(tokenizer.bos_token)
+        return tokenizer(prompt, add_special_tokens=not (self._ours or starts))["input_ids"]
+
+    @staticmethod
+    def _sampling(request: Request) -> Any:
+        from vllm import SamplingParams
+
+        options = dict(request.options)
+        sample = options.pop("do_sample", False)
+        if options.pop("num_beams", 1) != 1:
+            raise UnavailableError("vLLM's generate has no beam search; set generation.num_beams=1")
+        settings: dict[str, Any] = {"max_tokens": options.get("max_new_tokens", 32), "temperature": 0.0}
+        if sample:
+            settings |= {"temperature": options.get("temperature", 1.0), "top_p": options.get("top_p", 1.0)}
+            settings["seed"] = options.get("seed", 0)
+        return SamplingParams(stop=options.get("stop"), **settings)

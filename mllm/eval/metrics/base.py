@@ -1,0 +1,88 @@
+"""What is a metric here, and what does it return?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one rule made of one prediction.
+
+    value: 0 to 1 (or the metric's own unit); None when no answer could be read from the prediction: it counts as 0 in
+    every aggregate and is reported as unparsed. extracted: the answer as compared. rule: which branch of the rule
+    decided. parts: further numbers of this sample (precision, intersection, …).
+    """
+
+    value: float | None
+    extracted: str = ""
+    rule: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One scored sample as an aggregate sees it. meta: the task's fields of the sample (options, category, pair …)."""
+
+    id: str
+    score: Score
+    target: Any
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def value(self) -> float:
+        """The score with an unparsed prediction counted as 0."""
+        return 0.0 if self.score.value is None else self.score.value
+
+
+class Metric:
+    """A named, versioned scoring rule. A change that can change any number changes `version`."""
+
+    name: ClassVar[str] = ""
+    version: ClassVar[str] = "1"
+    protocol: ClassVar[str] = ""
+    """One sentence: whose rule this is and what is peculiar about it."""
+    binary: ClassVar[bool] = True
+    """Every score is 0 or 1: Wilson intervals and McNemar's test apply."""
+    is_mean: ClassVar[bool] = True
+    """The headline is ``scale`` × the mean of the scores, so closed-form standard errors apply; otherwise bootstrap."""
+    scale: ClassVar[float] = 100.0
+    """What a mean is multiplied by for display."""
+    unit: ClassVar[str] = "%"
+    group_key: ClassVar[str | None] = None
+    """Key of ``meta`` whose samples the score joins (a picture, a question); a bootstrap draws whole groups."""
+    options: Mapping[str, Any] = {}
+
+    def score(self, prediction: str, target: Any, meta: Mapping[str, Any]) -> Score:
+        """Score one prediction. Raises `DataError` for a target the rule cannot use."""
+        raise NotImplementedError
+
+    def aggregate(self, items: Sequence[Scored]) -> dict[str, float]:
+        """Totals over the samples. ``"score"`` is the headline (NaN without samples); where there are several
+        categories, each one's mean and ``"macro"``, the mean of those."""
+        categories = group_means(items, "category", self.scale)
+        several = {"macro": mean(list(categories.values())), **categories} if len(categories) > 1 else {}
+        return {"score": self.scale * mean([item.value for item in items])} | several
+
+    @property
+    def label(self) -> str:
+        """Name, options and version, as printed beside a number."""
+        options = ",".join(f"{k}={v}" for k, v in sorted(self.options.items()))
+        return f"{self.name}{f'({options})' if options else ''} v{self.version}"
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean; NaN when empty."""
+    return sum(values) / len(values) if values else float("nan")
+
+
+def group_means(items: Sequence[Scored], key: str, scale: float) -> dict[str, float]:
+    """``scale`` × mean per value of ``meta[key]``, in order of first appearance; samples without the key are left
+    out."""
+    groups: dict[str, list[float]] = {}
+    for item in items:
+        if item.meta.get(key) is not None:
+            groups.setdefault(str(item.meta[key]), []).append(item.value)
+    return {name: scale * mean(values) for name, values in groups.items()}

@@ -1,0 +1,35 @@
+"""What can be said about CharXiv answers without its judge?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mllm.eval.metrics.base import Metric, Score
+from mllm.eval.metrics.relaxed import quantity
+from mllm.eval.metrics.text import collapse, references
+
+
+class CharXivProxy(Metric):
+    """CharXiv is scored by gpt-4o-2024-05-13; this is an offline stand-in and its numbers are not CharXiv scores."""
+
+    name = "charxiv_proxy"
+    protocol = "NOT the CharXiv score (a judge gives that): equality of normalised text, or of exact numbers, offline"
+
+    def score(self, prediction: str, target: Any, meta: Mapping[str, Any]) -> Score:
+        answer = self._normalise(prediction)
+        if not answer:
+            return Score(None, "", "empty")
+        number = quantity(answer)
+        for reference in map(self._normalise, references(target)):
+            wanted = quantity(reference)
+            if number is not None and wanted is not None:
+                if number[0] == wanted[0] and (number[1] == wanted[1] or not number[1] or not wanted[1]):
+                    return Score(1.0, answer, "equal number")
+            elif answer == reference:
+                return Score(1.0, answer, "equal text")
+        return Score(0.0, answer, "different")
+
+    @staticmethod
+    def _normalise(text: str) -> str:
+        return collapse(text.lower()).strip(" .\"'`*$")

@@ -1,0 +1,69 @@
+"""How are answers compared as text: lists of references, edit distance, numbers?"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from mllm.errors import DataError
+
+
+def references(target: Any) -> list[str]:
+    """A target as a non-empty list of reference strings: a string, a number, or a list of either or of
+    ``{"answer": …}``. Raises `DataError` when there is none."""
+    if isinstance(target, str | int | float):
+        return [str(target)]
+    if isinstance(target, list | tuple) and target:
+        found = [entry["answer"] if isinstance(entry, dict) and "answer" in entry else entry for entry in target]
+        if all(isinstance(entry, str | int | float) for entry in found):
+            return [str(entry) for entry in found]
+    raise DataError(f"target {target!r} holds no reference answer; expected a string or a non-empty list of strings")
+
+
+@lru_cache(maxsize=65536)
+def edit_distance(left: str, right: str) -> int:
+    """Levenshtein distance: insertions, deletions and substitutions, each at cost 1.
+
+    Bit-parallel (Myers 1999, in Hyyrö's form): one column of the table is two integers, so the time is about linear.
+    """
+    if left == right:
+        return 0
+    if len(left) > len(right):
+        left, right = right, left
+    if not left:
+        return len(right)
+    places: dict[str, int] = {}
+    for position, letter in enumerate(left):
+        places[letter] = places.get(letter, 0) | (1 << position)
+    mask, last = (1 << len(left)) - 1, 1 << (len(left) - 1)
+    up, down, distance = mask, 0, len(left)  # vertical differences of +1 and -1; the last row's value
+    for letter in right:
+        equal = places.get(letter, 0)
+        diagonal = (((equal & up) + up) ^ up) | equal | down
+        plus, minus = down | (~(diagonal | up) & mask), up & diagonal
+        distance += bool(plus & last) - bool(minus & last)
+        plus, minus = ((plus << 1) | 1) & mask, (minus << 1) & mask
+        up, down = minus | (~(diagonal | plus) & mask), plus & diagonal
+    return distance
+
+
+def collapse(text: str) -> str:
+    """Runs of whitespace become one space; ends are stripped."""
+    return " ".join(text.split())
+
+
+def percent_or_float(text: str) -> float | None:
+    """The number a string is: ``"5%"`` is 0.05; None when it is none. Python's own float syntax, nothing stripped from
+    inside: ``"1,000"``, ``"$5"`` and ``"5 million"`` are none (pix2struct's rule)."""
+    try:
+        return float(text.rstrip("%")) / 100.0 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
+def plain_float(text: Any) -> float | None:
+    """``float(text)`` or None."""
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,148 @@
+"""Where do a sample's pixels come from, and what is their hash?"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mllm.errors import DataError, UnavailableError
+
+_FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image, read when needed. source: a file path, the encoded bytes, or a function that returns the bytes."""
+
+    source: Path | bytes | Callable[[], bytes]
+    label: str = ""
+    """What to call it in messages and reports."""
+
+    def read(self) -> bytes:
+        """The encoded bytes as stored. Raises `DataError` when the file cannot be read."""
+        if isinstance(self.source, bytes):
+            return self.source
+        try:
+            return self.source.read_bytes() if isinstance(self.source, Path) else self.source()
+        except OSError as error:
+            raise DataError(f"image {self.label or self.source}: cannot be read ({error})") from None
+
+    def load(self) -> tuple[Image.Image, str]:
+        """(RGB image, sha256 of the stored bytes). Raises `DataError` when it does not decode."""
+        data = self.read()
+        return decode(data, self.label or str(self.source)), hashlib.sha256(data).hexdigest()
+
+    def missing(self) -> bool:
+        """Whether it is a file that does not exist."""
+        return isinstance(self.source, Path) and not self.source.is_file()
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Evenly spaced frames of a video file, or of a folder of numbered frame images: the middle of each of ``count``
+    equal parts between ``start`` and ``end`` (seconds). ``fps`` is needed for a folder with bounds."""
+
+    path: Path
+    count: int
+    start: float | None = None
+    end: float | None = None
+    fps: float | None = None
+
+    def missing(self) -> bool:
+        return not self.path.exists()
+
+    def load(self) -> list[tuple[Image.Image, str]]:
+        """(RGB frame, sha256 of its pixels) per frame. Raises `DataError` or, without a video reader,
+        `UnavailableError`."""
+        if self.path.is_dir():
+            files = sorted(file for file in self.path.iterdir() if file.suffix.lower() in _FRAME_SUFFIXES)
+            if not files:
+                raise DataError(f"video {self.path}: the folder holds no frames")
+            if self.fps is None and (self.start is not None or self.end is not None):
+                raise DataError(f"video {self.path}: bounds in seconds need the folder's frames per second (fps)")
+            return [Picture(files[k]).load() for k in _spread(len(files), self, self.fps or 1.0)]
+        images = _decode_video(self)
+        return [(image, hashlib.sha256(image.tobytes()).hexdigest()) for image in images]
+
+
+def decode(data: bytes, label: str) -> Image.Image:
+    """An upright RGB image from encoded bytes, as training reads it. Raises `DataError`."""
+    from mllm.processing.images import load_image
+
+    return load_image(data, where=f"image {label}")
+
+
+def picture(value: Any, folder: Path) -> Picture | Frames:
+    """A picture from what a row holds: a path (relative to ``folder``), bytes, ``{"bytes", "path"}`` as hub datasets
+    store it, a PIL image, or one already made. Raises `DataError`."""
+    if isinstance(value, Picture | Frames):
+        return replace(value, path=folder / value.path) if isinstance(value, Frames) else value
+    if isinstance(value, str | Path) and str(value):
+        return Picture(folder / Path(value), str(value))
+    if isinstance(value, bytes):
+        return Picture(value, "image bytes")
+    if isinstance(value, dict) and ("bytes" in value or "path" in value):
+        if value.get("bytes"):
+            return Picture(value["bytes"], str(value.get("path") or "image bytes"))
+        if value.get("path"):
+            return Picture(folder / value["path"], str(value["path"]))
+    if isinstance(value, Image.Image):
+        buffer = io.BytesIO()
+        value.save(buffer, "PNG")
+        return Picture(buffer.getvalue(), "image")
+    raise DataError(f"an image is a path, bytes or {{bytes, path}}; got {type(value).__name__}")
+
+
+def from_base64(text: Any) -> bytes:
+    """Decoded bytes of base64 text (a data URL's head is dropped). Raises `DataError`."""
+    try:
+        return base64.b64decode(str(text).rpartition(",")[2], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise DataError(f"image is not base64 text ({error})") from None
+
+
+def blank(image: Image.Image) -> Image.Image:
+    """Plain mid-gray in the size of ``image``: what a blind run shows. (The image's own mean colour would tell
+    something.)"""
+    return Image.new("RGB", image.size, (127, 127, 127))
+
+
+def _spread(available: int, frames: Frames, fps: float) -> list[int]:
+    first = 0.0 if frames.start is None else min(frames.start * fps, available - 1.0)
+    last = float(available) if frames.end is None else min(frames.end * fps, float(available))
+    step = max(last - first, 1.0) / frames.count
+    return [min(available - 1, int(first + (k + 0.5) * step)) for k in range(frames.count)]
+
+
+def _decode_video(frames: Frames) -> list[Image.Image]:
+    try:
+        import cv2
+    except ImportError:
+        raise UnavailableError(
+            f"video {frames.path}: no video reader is installed; install opencv-python-headless, or give a folder of "
+            "frames"
+        ) from None
+    capture = cv2.VideoCapture(str(frames.path))
+    total, fps = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), float(capture.get(cv2.CAP_PROP_FPS) or 1.0)
+    wanted = _spread(total, frames, fps) if total > 0 else []
+    found: dict[int, Image.Image] = {}
+    needed = set(wanted)
+    for position in range(max(wanted, default=-1) + 1):
+        if not capture.grab():
+            break
+        if position in needed:
+            good, frame = capture.retrieve()
+            if good:
+                found[position] = Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+    capture.release()
+    if not found:
+        raise DataError(f"video {frames.path}: no frame could be decoded")
+    return [found[max((k for k in found if k <= want), default=min(found))] for want in wanted]

@@ -1,0 +1,195 @@
+"""How are results shown: a console table, Markdown, one HTML page with pictures?"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mllm.eval.compare import TaskComparison, compare_predictions
+from mllm.eval.page import html_page
+from mllm.eval.predictions import read_predictions, write_atomic
+from mllm.eval.results import MetricResult, TaskResult
+
+_COMPARED = ("task", "metric", "A", "B", "B − A", "95 %", "p", "p (Holm)", "B better/worse", "method")
+
+
+def write_report(
+    results: Mapping[str, TaskResult],
+    folder: str | Path,
+    *,
+    batch_differences: Sequence[Mapping[str, Any]] | None = None,
+    show: bool = True,
+) -> dict[str, Path]:
+    """Write ``report.md``, ``report.html`` and ``results.json`` into ``folder`` and print the table. Returns their
+    paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / name for name in ("report.md", "report.html", "results.json")}
+    write_atomic(paths["report.md"], markdown(results, batch_differences))
+    rows = {name: read_predictions(Path(result.path)) for name, result in results.items()}
+    blind = {
+        name: {row["id"]: row for row in read_predictions(Path(result.blind.path))}
+        for name, result in results.items()
+        if result.blind is not None
+    }
+    write_atomic(paths["report.html"], html_page(results, rows, blind, folder / "thumbnails"))
+    write_atomic(
+        paths["results.json"],
+        json.dumps(plain_results(results, batch_differences), indent=2, ensure_ascii=False) + "\n",
+    )
+    if show:
+        print_results(results, batch_differences)
+    return paths
+
+
+def plain_results(
+    results: Mapping[str, TaskResult], batch_differences: Sequence[Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Results as JSON-ready data; NaN and infinities become null."""
+    tasks = {
+        name: asdict(result) | {"score": result.score, "protocol": result.protocol} for name, result in results.items()
+    }
+    document: dict[str, Any] = {"tasks": tasks}
+    if batch_differences is not None:
+        document["batch_differences"] = list(batch_differences)
+    return _finite(document)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def number(value: float, digits: int = 2) -> str:
+    """A number for people; – for NaN."""
+    return "–" if value != value else f"{value:.{digits}f}"
+
+
+def interval(metric: MetricResult) -> str:
+    """``low – high`` of the 95 % interval."""
+    return "–" if metric.low != metric.low else f"{metric.low:.1f} – {metric.high:.1f}"
+
+
+_HEADINGS = ("task", "metric", "score", "± SE", "95 %", "blind", "n", "unparsed", "clusters")
+
+
+def _table_rows(results: Mapping[str, TaskResult]) -> list[tuple[str, ...]]:
+    rows = []
+    for name, result in results.items():
+        for position, metric in enumerate(result.metrics):
+            blind = result.blind.metrics[position].value if result.blind is not None else float("nan")
+            title = name if position == 0 else ""
+            label, score = metric.label.removesuffix(" v1"), f"{number(metric.value)} {metric.unit}".strip()
+            clusters = "–" if metric.num_clusters is None else str(metric.num_clusters)
+            counts = str(metric.num_scored), str(metric.num_unparsed), clusters
+            sure = number(metric.standard_error), interval(metric)
+            rows.append((title, label, score, *sure, number(blind), *counts))
+    return rows
+
+
+def _notes(results: Mapping[str, TaskResult]) -> list[str]:
+    notes = []
+    for name, result in results.items():
+        notes.append(result.protocol)
+        notes.extend(f"{name}: {problem}" for problem in result.problems)
+        if result.header.get("limited"):
+            expected = result.header.get("task", {}).get("size")
+            notes.append(
+                f"{name}: {result.num_samples} samples{f' of {expected}' if expected else ''}: not a benchmark score"
+            )
+        if note := result.header.get("task", {}).get("note"):
+            notes.append(f"{name}: {note}")
+        notes.extend(
+            f"{name}: {pair.replace(' | ', ' and ')} disagree on {count} samples"
+            for pair, count in result.disagreements.items()
+            if count
+        )
+    return notes
+
+
+def _batch_note(differences: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    if differences is None:
+        return []
+    if not differences:
+        return ["batch check: the same answers alone and in batches"]
+    first = differences[0]
+    return [
+        f"batch check: {len(differences)} answers differ between alone and batched, first {first['task']} "
+        f"{first['id']} at batch size {first['batch_size']}: {first['alone']!r} alone, {first['batched']!r} batched"
+    ]
+
+
+def print_results(
+    results: Mapping[str, TaskResult],
+    batch_differences: Sequence[Mapping[str, Any]] | None = None,
+    console: Console | None = None,
+) -> None:
+    """The table and its notes on the console."""
+    console = console or Console()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for position, heading in enumerate(_HEADINGS):
+        table.add_column(heading, justify="left" if position < 2 else "right", no_wrap=position > 1, overflow="fold")
+    for row in _table_rows(results):
+        table.add_row(*map(escape, row))
+    console.print(table)
+    for note in [*_notes(results), *_batch_note(batch_differences)]:
+        console.print(f"[dim]{escape(note)}[/]", highlight=False)
+
+
+def markdown(results: Mapping[str, TaskResult], batch_differences: Sequence[Mapping[str, Any]] | None = None) -> str:
+    """The report as Markdown: table, per-category numbers, protocols."""
+    lines = ["# Evaluation", "", *_markdown_table(_HEADINGS, _table_rows(results)), ""]
+    lines += [f"- {note}" for note in [*_notes(results), *_batch_note(batch_differences)]]
+    for name, result in results.items():
+        lines += ["", f"## {name}", ""]
+        for metric in result.metrics:
+            lines += [f"**{metric.label}**: {metric.protocol}. Interval: {metric.method}.", ""]
+            details = {key: value for key, value in metric.details.items() if key != "score"}
+            if details:
+                lines += [
+                    *_markdown_table(("part", metric.unit or "value"), [(k, number(v)) for k, v in details.items()]),
+                    "",
+                ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    return [line(headings), line(["---"] * len(headings)), *(line(row) for row in rows)]
+
+
+def compare(first: str | Path, second: str | Path, *, seed: int = 0, show: bool = True) -> list[TaskComparison]:
+    """Compare two runs on matched samples and print the table. See `compare_predictions`."""
+    comparisons = compare_predictions(first, second, seed=seed)
+    if show:
+        console = Console()
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for position, heading in enumerate(_COMPARED):
+            table.add_column(heading, justify="left" if position < 2 or position == len(_COMPARED) - 1 else "right")
+        for entry in comparisons:
+            result = entry.comparison
+            counts = f"{result.wins}/{result.losses}" if result.wins or result.losses else "–"
+            table.add_row(
+                entry.task, entry.metric, number(entry.value_a), number(entry.value_b), number(result.difference),
+                "–" if result.low != result.low else f"{result.low:.2f} – {result.high:.2f}",
+                _p(result.p_value), _p(entry.adjusted), counts, result.method,
+            )  # fmt: skip
+        console.print(table)
+    return comparisons
+
+
+def _p(value: float) -> str:
+    return "–" if value != value else "< 0.0001" if value < 1e-4 else f"{value:.4f}"

@@ -1,0 +1,249 @@
+"""How sure is a score, and is one model better than another?
+
+Formulas follow Miller, "Adding error bars to evals" (arXiv 2411.00640). Values are per-sample scores; clusters name
+samples that share an image, a video or a scene and so are not independent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from mllm.errors import DataError
+
+Z95 = 1.959963984540054
+_REPEATS = 1000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its uncertainty. method says how ``low`` and ``high`` (95 %) came about; num_clusters is None when
+    every sample is its own cluster."""
+
+    value: float
+    standard_error: float
+    low: float
+    high: float
+    num_samples: int
+    num_clusters: int | None
+    method: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Model B minus model A on the same samples. wins: samples where B is better; losses: where A is."""
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    wins: int
+    losses: int
+    num_samples: int
+    num_clusters: int | None
+    method: str
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """s / √n with n - 1 in s; NaN below two samples."""
+    array = np.asarray(values, float)
+    return float(array.std(ddof=1) / math.sqrt(len(array))) if len(array) > 1 else float("nan")
+
+
+def clustered_standard_error(
+    values: Sequence[float], clusters: Sequence[Hashable], *, form: Literal["sandwich", "miller"] = "sandwich"
+) -> float:
+    """Standard error of the mean when samples of one cluster go together.
+
+    sandwich: ``G/(G-1) · Σ_g (Σ_{i∈g} e_i)² / n²``, the cluster-robust (CR1) variance of an intercept. miller:
+    ``s²/n + Σ_g Σ_{i≠j} e_i e_j / n²`` with n - 1 in s, smaller with few clusters. NaN for a single cluster.
+    """
+    errors = np.asarray(values, float) - np.mean(values)
+    sums, _sizes = _cluster_sums(errors, clusters)
+    num_samples, num_clusters = len(errors), len(sums)
+    if num_clusters != len(set(clusters)) or len(clusters) != num_samples:
+        raise DataError(f"{len(clusters)} cluster names for {num_samples} values")
+    if num_clusters < 2:
+        return float("nan")
+    if form == "sandwich":
+        return float(math.sqrt(num_clusters / (num_clusters - 1) * (sums**2).sum()) / num_samples)
+    cross = (sums**2).sum() - (errors**2).sum()
+    return float(math.sqrt(standard_error(values) ** 2 + cross / num_samples**2))
+
+
+def wilson_interval(successes: float, num_samples: float, *, z: float = Z95) -> tuple[float, float]:
+    """Wilson score interval of a share; stays inside 0 … 1. ``num_samples`` may be an effective (non-integer) size."""
+    if num_samples <= 0:
+        return float("nan"), float("nan")
+    share = successes / num_samples
+    middle = (share + z * z / (2 * num_samples)) / (1 + z * z / num_samples)
+    half = z / (1 + z * z / num_samples) * math.sqrt(share * (1 - share) / num_samples + z * z / (4 * num_samples**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mean_estimate(
+    values: Sequence[float], *, clusters: Sequence[Hashable] | None = None, binary: bool = False
+) -> Estimate:
+    """The mean of per-sample scores with standard error and 95 % interval.
+
+    Scores of 0 and 1 get a Wilson interval; under clustering with the effective size n · (SE / clustered SE)², or the
+    number of clusters where all scores are equal. Other scores get mean ± 1.96 SE.
+    """
+    num_samples = len(values)
+    if num_samples == 0:
+        nan = float("nan")
+        return Estimate(nan, nan, nan, nan, 0, None, "no samples")
+    value = float(np.mean(values))
+    clustered = clusters is not None and len(set(clusters)) < num_samples
+    error = clustered_standard_error(values, clusters) if clustered and clusters else standard_error(values)
+    num_clusters = len(set(clusters)) if clustered and clusters else None
+    name = "clustered SE (sandwich G/(G-1))" if clustered else "SE"
+    if binary:
+        size = float(num_samples)
+        if clustered:
+            plain = standard_error(values)
+            size = num_samples * (plain / error) ** 2 if error > 0 and plain > 0 else float(num_clusters or 1)
+            size = min(size, float(num_samples))
+        low, high = wilson_interval(value * size, size)
+        return Estimate(value, error, low, high, num_samples, num_clusters, f"Wilson, {name}")
+    return Estimate(
+        value, error, value - Z95 * error, value + Z95 * error, num_samples, num_clusters, f"normal, {name}"
+    )
+
+
+def bootstrap_estimate(
+    statistic: Callable[[np.ndarray], float],
+    clusters: Sequence[Hashable],
+    *,
+    repeats: int = _REPEATS,
+    seed: int = 0,
+) -> Estimate:
+    """Any statistic of sample positions with a cluster-bootstrap standard error and percentile interval: whole
+    clusters are drawn with replacement. For totals that are no means (F1, MME, circular)."""
+    members = _members(clusters)
+    if not members:
+        nan = float("nan")
+        return Estimate(nan, nan, nan, nan, 0, None, "no samples")
+    generator = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(repeats):
+        picks = generator.integers(0, len(members), len(members))
+        drawn.append(statistic(np.concatenate([members[pick] for pick in picks])))
+    value = float(statistic(np.arange(len(clusters))))
+    low, high = (float(edge) for edge in np.nanpercentile(drawn, [2.5, 97.5]))
+    num_clusters = len(members) if len(members) < len(clusters) else None
+    method = f"{'cluster ' if num_clusters else ''}bootstrap, {repeats} draws, seed {seed}"
+    return Estimate(value, float(np.nanstd(drawn, ddof=1)), low, high, len(clusters), num_clusters, method)
+
+
+def mcnemar_exact(only_a: int, only_b: int) -> float:
+    """Two-sided exact p-value of McNemar's test from the two discordant counts (binomial, one half)."""
+    total = only_a + only_b
+    if total == 0:
+        return 1.0
+    tail = sum(math.comb(total, k) for k in range(min(only_a, only_b) + 1))
+    return min(1.0, 2 * tail / 2**total)
+
+
+def paired_comparison(
+    values_a: Sequence[float],
+    values_b: Sequence[float],
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    binary: bool = False,
+    repeats: int = 10_000,
+    seed: int = 0,
+) -> Comparison:
+    """B minus A over matched samples. Independent samples scored 0 or 1: exact McNemar. Otherwise a paired cluster
+    bootstrap of the mean difference (p: share of centred draws at least as far from 0). The interval is always the
+    bootstrap's."""
+    if len(values_a) != len(values_b):
+        raise DataError(f"paired comparison needs the same samples: {len(values_a)} and {len(values_b)} values")
+    differences = np.asarray(values_b, float) - np.asarray(values_a, float)
+    names = list(range(len(differences))) if clusters is None else list(clusters)
+    clustered = len(set(names)) < len(names)
+    sums, sizes = _cluster_sums(differences, names)
+
+    def draw(generator: np.random.Generator, count: int) -> np.ndarray:
+        picks = generator.integers(0, len(sums), (count, len(sums)))
+        return sums[picks].sum(1) / sizes[picks].sum(1)
+
+    wins, losses = int((differences > 0).sum()), int((differences < 0).sum())
+    difference, low, high, p_value = _bootstrap_difference(float(differences.mean()), draw, repeats, seed, len(sums))
+    method = f"paired {'cluster ' if clustered else ''}bootstrap, {repeats} draws, seed {seed}"
+    if binary and not clustered:
+        p_value, method = mcnemar_exact(losses, wins), f"McNemar exact; interval: {method}"
+    count = len(set(names)) if clustered else None
+    return Comparison(difference, low, high, p_value, wins, losses, len(differences), count, method)
+
+
+def paired_bootstrap(
+    statistic_a: Callable[[np.ndarray], float],
+    statistic_b: Callable[[np.ndarray], float],
+    clusters: Sequence[Hashable],
+    *,
+    repeats: int = _REPEATS,
+    seed: int = 0,
+) -> Comparison:
+    """B minus A of any statistic of sample positions, both taken on the same draws of whole clusters."""
+    members = _members(clusters)
+    everything = np.arange(len(clusters))
+
+    def draw(generator: np.random.Generator, count: int) -> np.ndarray:
+        results = []
+        for _ in range(count):
+            picks = np.concatenate([members[k] for k in generator.integers(0, len(members), len(members))])
+            results.append(statistic_b(picks) - statistic_a(picks))
+        return np.asarray(results)
+
+    observed = statistic_b(everything) - statistic_a(everything)
+    difference, low, high, p_value = _bootstrap_difference(observed, draw, repeats, seed, len(members))
+    clustered = len(members) < len(clusters)
+    method = f"paired {'cluster ' if clustered else ''}bootstrap, {repeats} draws, seed {seed}"
+    count = len(members) if clustered else None
+    return Comparison(difference, low, high, p_value, 0, 0, len(clusters), count, method)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment for several tests, in the given order."""
+    order = sorted(range(len(p_values)), key=lambda k: p_values[k])
+    adjusted, running = [0.0] * len(p_values), 0.0
+    for rank, position in enumerate(order):
+        running = max(running, min(1.0, (len(p_values) - rank) * p_values[position]))
+        adjusted[position] = running
+    return adjusted
+
+
+def _bootstrap_difference(
+    observed: float, draw: Callable[[np.random.Generator, int], np.ndarray], repeats: int, seed: int, num_clusters: int
+) -> tuple[float, float, float, float]:
+    if num_clusters < 2:
+        return observed, float("nan"), float("nan"), float("nan")
+    generator = np.random.default_rng(seed)
+    block = max(1, min(repeats, 2_000_000 // num_clusters))
+    drawn = np.concatenate([draw(generator, min(block, repeats - done)) for done in range(0, repeats, block)])
+    low, high = (float(edge) for edge in np.nanpercentile(drawn, [2.5, 97.5]))
+    beyond = (np.abs(drawn - observed) >= abs(observed) - 1e-12).sum()
+    return observed, low, high, float((1 + beyond) / (1 + len(drawn)))
+
+
+def _codes(clusters: Sequence[Hashable]) -> np.ndarray:
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(name, len(numbers)) for name in clusters], dtype=np.int64)
+
+
+def _cluster_sums(values: np.ndarray, clusters: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
+    if len(clusters) != len(values):
+        raise DataError(f"{len(clusters)} cluster names for {len(values)} values")
+    codes = _codes(clusters)
+    return np.bincount(codes, weights=values), np.bincount(codes).astype(float)
+
+
+def _members(clusters: Sequence[Hashable]) -> list[np.ndarray]:
+    codes = _codes(clusters)
+    order = np.argsort(codes, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(codes[order])) + 1) if len(codes) else []

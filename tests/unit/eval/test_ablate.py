@@ -1,0 +1,112 @@
+"""Does masking an encoder do what it says, leave the model as it was, and count its cost right?"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mllm.errors import ConfigError
+from mllm.eval.ablate import WARNING, _Probe, ablate, ablation_markdown, effective_rank, encoder_bank
+from mllm.eval.generators.hf import HFGenerator
+from mllm.types import IMAGE_MARK, Request, Turn, VisionFeatures
+from tests.helpers import picture, tiny_model
+from tests.unit.eval.test_runner import make_data
+
+
+class Linear(torch.nn.Module):
+    """An encoder whose two tokens are sums over the picture."""
+
+    def forward(self, pixels):
+        total = pixels.sum((1, 2, 3))
+        return VisionFeatures(torch.stack([total, -total], 1).unsqueeze(-1), (1, 2))
+
+
+def test_each_masking_replaces_features_as_described():
+    encoder = Linear()
+    probe = _Probe("x", encoder)
+    pixels = torch.arange(3.0)[:, None, None, None].expand(3, 3, 2, 2)  # sums 0 12 24
+    intact = encoder(pixels).tokens
+    assert len(probe.pool) == 3 and probe.num_images == 3
+    probe.mode = "drop"
+    assert encoder(pixels).tokens.abs().sum() == 0
+    probe.mode = "mean"
+    assert encoder(pixels).tokens[:, 0, 0].tolist() == [12.0, 12.0, 12.0]
+    probe.mode = "shuffle"
+    shuffled = encoder(pixels).tokens
+    assert not (shuffled == intact).all(dim=(1, 2)).any(), "no picture keeps its own features"
+    assert torch.equal(encoder(pixels[[2, 0]]).tokens, shuffled[[2, 0]]), "the batch does not matter"
+    probe.remove()
+    assert torch.equal(encoder(pixels).tokens, intact)
+
+
+def test_effective_rank_of_known_spectra():
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(64, 8, generator=generator))[0]
+    basis = torch.linalg.qr(basis - basis.mean(0))[0]
+    assert effective_rank(basis) == pytest.approx(8.0, abs=1e-4)
+    assert effective_rank(basis[:, :1] @ torch.ones(1, 8)) == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("tokenizer"))
+
+
+def test_ablation_of_a_two_encoder_model(tiny, tmp_path):
+    model, processor = tiny
+    folder = make_data(tmp_path / "d", 8)
+    request = Request("r", [Turn("user", f"{IMAGE_MARK}\nwhat?")], [picture(3)], {"max_new_tokens": 6})
+    before = next(iter(HFGenerator(model, processor).generate([request]))).text
+    found = ablate(
+        model, processor, ["demo_charts"], tmp_path / "o", data={"demo_charts": folder}, batch_size=4, progress=False,
+        modes=("drop", "shuffle", "mean"),
+    )  # fmt: skip
+    assert next(iter(HFGenerator(model, processor).generate([request]))).text == before, "the hooks are gone"
+    assert [(e.encoder, e.mode) for e in found.effects] == [
+        (name, mode) for name in ("semantic", "detail") for mode in ("drop", "shuffle", "mean")
+    ]
+    assert all(e.comparison.num_samples == 8 and e.task == "demo_charts" for e in found.effects)
+    intact = (tmp_path / "o/intact/demo_charts.jsonl").read_text()
+    changed = [(tmp_path / f"o/{e.encoder}-{e.mode}/demo_charts.jsonl").read_text() != intact for e in found.effects]
+    assert all(changed), "every masking changes the answers of this model"
+    semantic, detail = found.costs
+    assert semantic.width == 32 and detail.width == 24 and semantic.milliseconds > 0 and semantic.share_of_images == 1.0
+    # a ViT on 17 tokens of which 2 blocks run (features are taken there): per block 4 d² + 2 d·ff projections and 2 n d
+    # attention, 2 flops each; plus patches
+    n, d, ff, layers = 17, 32, 48, 2
+    expected = layers * 2 * n * (4 * d * d + 2 * d * ff + 2 * n * d) + 2 * 16 * d * 3 * 49
+    assert semantic.gflops * 1e9 == pytest.approx(expected)
+    assert 1 < semantic.effective_rank <= 32 and found.routing == {"demo_charts": {}}
+    text = ablation_markdown(found)
+    assert (
+        WARNING in text
+        and "| semantic | drop | demo_charts | relaxed_strict v1 |" in text
+        and "100 % of images" in text
+    )
+
+
+def test_unknown_encoders_modes_and_models_are_named(tiny, tmp_path):
+    model, processor = tiny
+    with pytest.raises(ConfigError, match="'spatial': the model has semantic, detail"):
+        ablate(model, processor, ["demo_charts"], tmp_path, encoders=["spatial"])
+    with pytest.raises(ConfigError, match="expected one of drop"):
+        ablate(model, processor, ["demo_charts"], tmp_path, modes=["blur"])  # type: ignore[list-item]
+    with pytest.raises(ConfigError, match="no named encoders"):
+        encoder_bank(torch.nn.Linear(1, 1))
+
+
+def test_routing_is_recorded_per_question_and_summed_by_category(tmp_path):
+    changes = {
+        "router": {"type": "gate", "experts": ["detail"], "top_k": 1},
+        "connector": {"type": "channel_concat", "projector": {"depth": 2}},
+    }
+    model, processor = tiny_model(tmp_path / "tokenizer", **changes)
+    folder = make_data(tmp_path / "d", 6)
+    found = ablate(
+        model, processor, ["demo_charts"], tmp_path / "o", data={"demo_charts": folder}, modes=["drop"],
+        encoders=["detail"], progress=False,
+    )  # fmt: skip
+    assert set(found.routing["demo_charts"]) == {"a", "b"}
+    weights = list(found.routing["demo_charts"].values())
+    assert all(set(row) == {"detail"} and 0 <= row["detail"] <= 1 for row in weights)
+    assert "Routing on demo_charts:" in ablation_markdown(found)

@@ -1,0 +1,234 @@
+"""Do the table, spatial, box, mask and picture metrics give the values worked out by hand?"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mllm.errors import ConfigError, DataError
+from mllm.eval.metrics import Score, Scored, build_metric
+from mllm.eval.metrics.images import frechet_distance, psnr, ssim
+from mllm.eval.metrics.vsibench import clean_answer, mean_relative_accuracy, mean_relative_accuracy_fp32
+from tests.golden.fill import check, load, texts
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+
+
+# VSI-Bench ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prediction", "target", "expected"),
+    [(5, 5, 1.0), (4, 5, 0.6), (3, 5, 0.3), (2.5, 5, 0.1), (2, 5, 0.0), (0, 0, 1.0), (1, 0, 0.0)],
+)
+def test_mean_relative_accuracy_in_double_precision(prediction, target, expected):
+    assert mean_relative_accuracy(prediction, target) == pytest.approx(expected)
+
+
+def test_fp32_mean_relative_accuracy_matches_the_published_vectors():
+    meta, inputs, outputs = load(GOLDEN / "vsibench_mra.json")
+    got = [
+        mean_relative_accuracy_fp32(p, t)
+        for p, t in zip(inputs["input.pred"].tolist(), inputs["input.target"].tolist())
+    ]
+    check(meta, outputs, {"output.mra": np.asarray(got, np.float32)})
+
+
+def test_reward_reading_matches_the_published_vectors():
+    meta, _, outputs = load(GOLDEN / "vsibench_reward.json")
+    metric = build_metric("vsibench_reward")
+    rows = list(zip(texts(meta), texts(meta, "truth"), texts(meta, "question_type")))
+    width = outputs["output.cleaned"].shape[1]
+    codes = [[ord(c) for c in clean_answer(text)] for text, _, _ in rows]
+    cleaned = np.array([row + [-1] * (width - len(row)) for row in codes], np.int64)
+    scores = [metric.score(text, truth, {"question_type": kind}).value or 0.0 for text, truth, kind in rows]
+    check(meta, outputs, {"output.cleaned": cleaned, "output.reward": np.asarray(scores, np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("reply", "value"), [("5m", None), ("five", None), ("5,", None), (" 5", None), ("5. ok", 1.0), ("5", 1.0)]
+)
+def test_vsibench_reads_the_first_token(reply, value):
+    assert build_metric("vsibench").score(reply, "5", {"question_type": "object_counting"}).value == value
+
+
+def test_vsibench_choices_and_unknown_kind():
+    metric = build_metric("vsibench")
+    assert metric.score("A. left", "A", {"question_type": "route_planning"}).value == 1.0
+    assert metric.score("(A)", "A", {"question_type": "route_planning"}).value == 0.0
+    with pytest.raises(DataError, match="question_type"):
+        metric.score("A", "A", {"question_type": "colour"})
+
+
+def test_vsibench_counts_the_three_directions_as_one_task():
+    rows = [
+        ("object_rel_direction_easy", 1),
+        ("object_rel_direction_hard", 0),
+        ("object_counting", 0.5),
+        ("route_planning", 0),
+    ]
+    items = [Scored(str(k), Score(float(v)), "A", {"question_type": t}) for k, (t, v) in enumerate(rows)]
+    totals = build_metric("vsibench").aggregate(items)
+    assert totals["object_rel_direction"] == 50.0 and totals["score"] == pytest.approx(100 / 3)
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+TARGET = "title | my table\nyear | argentina | brazil\n1999 | 200 | 158"
+
+
+def test_rms_of_an_equal_and_of_a_transposed_table_is_1():
+    metric = build_metric("rms_f1")
+    assert metric.score(TARGET, [TARGET], {}).value == pytest.approx(1.0)
+    transposed = "title | my table\ncountry | 1999\nargentina | 200\nbrazil | 158"
+    target = "title | my table\nyear | argentina | brazil\n1999 | 200 | 158"
+    rows = "title | my table\nyear | 1999\nargentina | 200\nbrazil | 158"
+    assert metric.score(rows, [target], {}).value == pytest.approx(1.0)
+    assert metric.score(transposed, [target], {}).extracted == "transposed"
+
+
+def test_rms_partial_credit_worked_by_hand():
+    # title and argentina equal; brazil 1.19 % off: 1 - 0.01 = 0.99 of a point. 2.99 of 3.
+    prediction = "title | my table\nyear | argentina | brazil\n1999 | 200 | 159.58"
+    score = build_metric("rms_f1").score(prediction, [TARGET], {})
+    assert score.value == pytest.approx(2.99 / 3)
+    # exactly 10 % off counts nothing: 2 of 3
+    prediction = "title | my table\nyear | argentina | brazil\n1999 | 220 | 158"
+    assert build_metric("rms_f1").score(prediction, [TARGET], {}).value == pytest.approx(2 / 3)
+
+
+def test_rms_precision_recall_and_upstreams_name_for_recall():
+    prediction = "year | argentina\n1999 | 200"
+    score = build_metric("rms_f1").score(prediction, [TARGET], {})
+    assert score.parts["precision"] == pytest.approx(1.0) and score.parts["recall"] == pytest.approx(1 / 3)
+    assert score.value == pytest.approx(0.5)
+    compat = build_metric({"name": "rms_f1", "upstream_compat": True})
+    assert compat.score(prediction, [TARGET], {}).value == pytest.approx(1 / 3)
+    assert build_metric("rms_f1").score("", [TARGET], {}).value == 0.0
+    assert build_metric("rms_f1").score("", [""], {}).value == 1.0
+
+
+def test_rms_reads_newline_tokens_and_needs_spaces_around_bars():
+    assert build_metric("rms_f1").score(TARGET.replace("\n", "<0x0A>"), [TARGET], {}).value == pytest.approx(1.0)
+    assert build_metric("rms_f1").score("year|argentina\n1999|200", [TARGET], {}).value == 0.0
+
+
+def test_rnss_worked_by_hand():
+    # numbers 1 2 3 4 against 1 2 3 2: cost 0 + 0 + 0 + 0.5, of 4
+    target, prediction = "a | b\n1 | 2\n3 | 4", "a | b\n1 | 2\n3 | 2"
+    assert build_metric("rnss").score(prediction, [target], {}).value == pytest.approx(0.875)
+    assert build_metric("rnss").score("5%", ["10%"], {}).value == 1.0  # percent cells are no numbers on either side
+    assert build_metric("rnss").score("x", ["1 | 2"], {}).value == 0.0
+
+
+# Boxes and masks ------------------------------------------------------------------------------------------------------
+
+SIZE = {"width": 100, "height": 50}
+
+
+def test_box_iou_under_each_convention():
+    box = [10, 10, 20, 20]  # x y w h → 10 10 30 30
+    for name, reply in (
+        ("fraction", "[0.1, 0.2, 0.3, 0.6]"),
+        ("thousandth", "(100,200),(300,600)"),
+        ("pixel", "<10, 10, 30, 30>"),
+    ):
+        score = build_metric({"name": "box_iou", "coordinates": name}).score(reply, box, SIZE)
+        assert score.value == 1.0 and score.parts["iou"] == pytest.approx(1.0) and name in score.rule
+
+
+def test_box_reversed_corners_missing_box_and_half_overlap():
+    metric = build_metric({"name": "box_iou", "coordinates": "pixel", "target_format": "xyxy"})
+    assert "swapped" in metric.score("[30, 30, 10, 10]", [10, 10, 30, 30], SIZE).rule
+    assert metric.score("no idea", [10, 10, 30, 30], SIZE).value is None
+    half = metric.score("[10, 10, 20, 30]", [10, 10, 30, 30], SIZE)
+    assert half.parts["iou"] == pytest.approx(0.5) and half.value == 1.0 and half.parts["center"] == 1.0
+    totals = metric.aggregate([Scored("1", half, None, {}), Scored("2", Score(None), None, {})])
+    assert totals["score"] == 50.0 and totals["iou"] == 25.0 and totals["acc@0.7"] == 0.0 and totals["acc@0.5"] == 50.0
+
+
+def test_box_needs_a_stated_convention_and_the_image_size():
+    with pytest.raises(ConfigError, match="coordinates"):
+        build_metric({"name": "box_iou", "coordinates": "guess"})
+    with pytest.raises(DataError, match="width"):
+        build_metric("box_iou").score("[0,0,1,1]", [0, 0, 1, 1], {})
+
+
+def test_mask_ciou_and_giou_worked_by_hand():
+    metric = build_metric("mask_iou")
+    a, b, empty = np.zeros((4, 4), bool), np.zeros((4, 4), bool), np.zeros((4, 4), bool)
+    a[:2], b[1:3] = True, True  # 8 and 8 pixels, 4 shared, union 12
+    items = [Scored("1", metric.score(a, b, {}), None, {}), Scored("2", metric.score(empty, empty, {}), None, {})]
+    totals = metric.aggregate(items)
+    assert totals["ciou"] == pytest.approx(100 / 3) and totals["giou"] == pytest.approx(100 * (1 / 3 + 1) / 2)
+    with pytest.raises(DataError, match="resize"):
+        metric.score(a, np.zeros((2, 2)), {})
+
+
+# Pictures -------------------------------------------------------------------------------------------------------------
+
+
+def test_psnr_of_a_known_error():
+    black, grey = np.zeros((8, 8, 3)), np.full((8, 8, 3), 25.5)
+    assert psnr(grey, black, data_range=255) == pytest.approx(20.0)
+    assert psnr(black, black, data_range=1) == math.inf
+    with pytest.raises(DataError, match="stated range"):
+        psnr(grey, black, data_range=1)
+
+
+def test_psnr_metric_averages_per_picture_and_counts_perfect_ones():
+    metric = build_metric({"name": "psnr", "data_range": 1})
+    zero = np.zeros((4, 4))
+    scores = [metric.score(np.full((4, 4), level), zero, {}) for level in (0.1, 0.01, 0.0)]
+    totals = metric.aggregate([Scored(str(k), s, None, {}) for k, s in enumerate(scores)])
+    assert totals["score"] == pytest.approx(30.0) and totals["perfect"] == 1.0
+    with pytest.raises(ConfigError, match="data_range"):
+        build_metric("psnr")
+
+
+def test_ssim_agrees_with_scipys_gaussian_filter_on_the_inner_pixels():
+    from scipy.ndimage import gaussian_filter
+
+    generator = np.random.default_rng(0)
+    a = generator.random((40, 32, 3))
+    b = np.clip(a + 0.1 * generator.standard_normal(a.shape), 0, 1)
+
+    def blur(plane):
+        return gaussian_filter(plane, 1.5, truncate=5 / 1.5)[5:-5, 5:-5]
+
+    values = []
+    for x, y in ((a[..., k], b[..., k]) for k in range(3)):
+        mx, my = blur(x), blur(y)
+        vx, vy, cov = blur(x * x) - mx**2, blur(y * y) - my**2, blur(x * y) - mx * my
+        values.append(((2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))).mean())
+    assert ssim(a, b, data_range=1) == pytest.approx(np.mean(values), abs=1e-12)
+    assert ssim(a, a, data_range=1) == pytest.approx(1.0)
+    assert 0 < ssim(a, b, data_range=1, channels="luma") < 1
+    assert ssim(255 * a, 255 * b, data_range=255) == pytest.approx(ssim(a, b, data_range=1))
+
+
+def test_frechet_distance_of_known_gaussians():
+    generator = np.random.default_rng(1)
+    x = generator.standard_normal((4000, 3))
+    x = (x - x.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T  # exactly N(0, I)
+    assert frechet_distance(x, x) == pytest.approx(0.0, abs=1e-9)
+    assert frechet_distance(x + 2.0, x) == pytest.approx(12.0)
+    assert frechet_distance(3 * x, x) == pytest.approx(3 * (3 - 1) ** 2)
+    with pytest.raises(DataError, match="widths differ"):
+        frechet_distance(x[:, :2], x)
+
+
+def test_frechet_distance_agrees_with_scipys_matrix_root():
+    from scipy.linalg import sqrtm
+
+    generator = np.random.default_rng(2)
+    a, b = (
+        generator.standard_normal((50, 6)) @ generator.standard_normal((6, 6)),
+        generator.standard_normal((60, 6)) + 1,
+    )
+    s, t = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * sqrtm(s @ t).real)
+    assert frechet_distance(a, b) == pytest.approx(expected)

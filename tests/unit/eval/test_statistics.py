@@ -1,0 +1,132 @@
+"""Do our formulas agree with statsmodels?"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from mllm.errors import DataError
+from mllm.eval.statistics import (
+    bootstrap_estimate,
+    clustered_standard_error,
+    holm,
+    mcnemar_exact,
+    mean_estimate,
+    paired_bootstrap,
+    paired_comparison,
+    standard_error,
+    wilson_interval,
+)
+
+
+@pytest.fixture
+def clustered():
+    generator = np.random.default_rng(0)
+    clusters = generator.integers(0, 25, 200)
+    values = (generator.random(200) + 0.6 * generator.standard_normal(25)[clusters] > 0.5).astype(float)
+    return values, clusters.tolist()
+
+
+def test_clustered_standard_error_is_statsmodels_cluster_robust_one(clustered):
+    import statsmodels.api as sm
+
+    values, clusters = clustered
+    fit = sm.OLS(values, np.ones(len(values))).fit(cov_type="cluster", cov_kwds={"groups": np.array(clusters)})
+    assert clustered_standard_error(values, clusters) == pytest.approx(float(fit.bse[0]), rel=1e-12)
+
+
+def test_standard_error_is_statsmodels(clustered):
+    from statsmodels.stats.weightstats import DescrStatsW
+
+    assert standard_error(clustered[0]) == pytest.approx(DescrStatsW(clustered[0]).std_mean)
+
+
+def test_millers_form_adds_the_cross_terms_and_one_cluster_tells_nothing():
+    values, clusters = [1.0, 0.0, 1.0, 1.0], ["a", "a", "b", "b"]
+    errors = np.array(values) - 0.75
+    cross = 2 * (errors[0] * errors[1] + errors[2] * errors[3]) / 16
+    expected = np.var(values, ddof=1) / 4 + cross
+    assert clustered_standard_error(values, clusters, form="miller") == pytest.approx(math.sqrt(expected))
+    opposed = clustered_standard_error([1.0, 0.0, 1.0, 0.0], list("aabb"), form="miller")
+    assert opposed == pytest.approx(math.sqrt(1 / 12 - 1 / 16))
+    assert math.isnan(clustered_standard_error([1.0, 0.0], ["a", "a"]))
+
+
+def test_singletons_make_the_sandwich_the_plain_standard_error():
+    values = [0.0, 1.0, 1.0, 0.5, 0.2]
+    assert clustered_standard_error(values, list("abcde")) == pytest.approx(standard_error(values))
+
+
+@pytest.mark.parametrize(("successes", "total"), [(0, 10), (10, 10), (3, 10), (120, 130), (1, 1)])
+def test_wilson_interval_is_statsmodels(successes, total):
+    from statsmodels.stats.proportion import proportion_confint
+
+    assert wilson_interval(successes, total) == pytest.approx(
+        proportion_confint(successes, total, method="wilson"), abs=1e-9
+    )
+
+
+@pytest.mark.parametrize(("b", "c"), [(0, 0), (1, 0), (5, 5), (2, 9), (30, 12), (0, 8)])
+def test_mcnemar_is_statsmodels_exact_test(b, c):
+    from statsmodels.stats.contingency_tables import mcnemar
+
+    assert mcnemar_exact(b, c) == pytest.approx(mcnemar([[3, b], [c, 4]], exact=True).pvalue)
+
+
+def test_holm_is_statsmodels():
+    from statsmodels.stats.multitest import multipletests
+
+    p = [0.01, 0.04, 0.03, 0.5, 0.001]
+    assert holm(p) == pytest.approx(multipletests(p, method="holm")[1].tolist())
+
+
+def test_intervals_of_all_right_answers_are_not_points():
+    estimate = mean_estimate([1.0] * 50, binary=True)
+    assert estimate.low == pytest.approx(0.9287, abs=1e-3) and estimate.high == 1.0
+    few = mean_estimate([1.0] * 50, binary=True, clusters=[k // 10 for k in range(50)])
+    assert few.low < 0.6 and few.num_clusters == 5
+
+
+def test_clustering_widens_the_interval(clustered):
+    values, clusters = clustered
+    alone, together = mean_estimate(values, binary=True), mean_estimate(values, binary=True, clusters=clusters)
+    assert together.standard_error > alone.standard_error
+    assert together.high - together.low > alone.high - alone.low and together.num_clusters == 25
+    assert mean_estimate([], binary=True).num_samples == 0
+
+
+def test_cluster_bootstrap_of_a_mean_finds_the_sandwich(clustered):
+    values, clusters = clustered
+    estimate = bootstrap_estimate(lambda k: float(values[k].mean()), clusters, repeats=2000, seed=1)
+    assert estimate.value == pytest.approx(values.mean())
+    assert estimate.standard_error == pytest.approx(clustered_standard_error(values, clusters), rel=0.1)
+    again = bootstrap_estimate(lambda k: float(values[k].mean()), clusters, repeats=2000, seed=1)
+    assert again == estimate
+
+
+def test_paired_comparison_uses_mcnemar_for_independent_right_and_wrong():
+    a, b = [1, 1, 0, 0, 0, 0, 1, 0], [1, 0, 1, 1, 1, 1, 1, 0]
+    result = paired_comparison(a, b, binary=True)
+    assert result.p_value == pytest.approx(mcnemar_exact(1, 4)) and (result.wins, result.losses) == (4, 1)
+    assert result.difference == pytest.approx(3 / 8) and "McNemar" in result.method and result.low < 3 / 8 < result.high
+
+
+def test_paired_bootstrap_covers_and_is_seeded(clustered):
+    values, clusters = clustered
+    other = np.clip(values + (np.arange(200) % 7 == 0), 0, 1)
+    result = paired_comparison(values, other, clusters=clusters, binary=True, seed=3)
+    assert "cluster bootstrap" in result.method and result.low > 0 and result.p_value < 0.01
+    assert result == paired_comparison(values, other, clusters=clusters, binary=True, seed=3)
+    same = paired_comparison(values, values, clusters=clusters)
+    assert same.difference == 0 and same.p_value == 1.0
+    general = paired_bootstrap(lambda k: values[k].mean(), lambda k: other[k].mean(), clusters, repeats=1500, seed=3)
+    assert general.difference == pytest.approx(result.difference) and general.low == pytest.approx(result.low, abs=0.02)
+
+
+def test_unequal_lengths_are_refused():
+    with pytest.raises(DataError, match="same samples"):
+        paired_comparison([1.0], [1.0, 0.0])
+    with pytest.raises(DataError, match="cluster names"):
+        clustered_standard_error([1.0, 0.0], ["a"])
