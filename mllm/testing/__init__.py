@@ -26,9 +26,9 @@ def _load(target: str) -> Any:
 
 
 def find_check(name: str) -> tuple[str, Callable[[], Any]]:
-    """The kind of a registered component and a function that runs its contract checks.
+    """The kind of a registered component, or of a shipped encoder entry, and a function that runs its contract checks.
 
-    Raises `UnknownName` when nothing is registered under ``name``.
+    Raises `UnknownName` when nothing goes by ``name``.
     """
     known: list[str] = []
     for kind, (registry, check) in _KINDS.items():
@@ -36,4 +36,8 @@ def find_check(name: str) -> tuple[str, Callable[[], Any]]:
         if name in names:
             return kind, lambda check=check: _load(check)(name)
         known.extend(names)
+    entries = _load("mllm.encoders.catalogue:catalogue")()
+    if name in entries:
+        return "encoder", lambda: _load("mllm.testing.encoders:check_encoder")(name)
+    known.extend(entries)
     raise UnknownName("component", name, known)

@@ -22,9 +22,8 @@ def resolve_example(spec: str | Mapping[str, Any] | EncoderConfig) -> EncoderCon
     """A resolved config: of a registered type's `VisionEncoder.tiny`, of a shipped entry, or of a config."""
     if isinstance(spec, EncoderConfig):
         return spec if spec.info is not None else ENCODERS.get(spec.type).resolve(spec)
-    if isinstance(spec, str) and spec in ENCODERS:
-        spec = ENCODERS.get(spec).tiny()
-    return encoder_config(spec, where="encoder")
+    named = isinstance(spec, str) and spec in ENCODERS
+    return encoder_config(ENCODERS.get(str(spec)).tiny() if named else spec, where="encoder")
 
 
 def sample_pixels(config: EncoderConfig, batch: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -36,7 +35,8 @@ def sample_pixels(config: EncoderConfig, batch: int, *, seed: int = 0, dtype: to
 
 
 def build_example(config: EncoderConfig, *, seed: int = 0) -> VisionEncoder:
-    """An encoder with random weights in evaluation mode; noise on every parameter, so that none is at a neutral value."""
+    """An encoder with random weights in evaluation mode; noise on every parameter, so that none is at a neutral
+    value."""
     torch.manual_seed(seed)
     encoder = build_encoder(config).eval()
     with torch.no_grad():
@@ -79,7 +79,8 @@ def check_self_sufficient_config(config: EncoderConfig) -> None:
 
 
 def check_meta_build(config: EncoderConfig) -> None:
-    """Built on the meta device, filled from a state dict and with buffers restored, an encoder is the encoder built for real."""
+    """Built on the meta device, filled from a state dict and with buffers restored, an encoder is the encoder built
+    for real."""
     real = build_example(config)
     with torch.device("meta"):
         late = build_encoder(config)
@@ -153,7 +154,9 @@ def check_gradients(config: EncoderConfig) -> None:
         return
     again = gradients()
     assert again.keys() == plain.keys(), "with gradient checkpointing other parameters get gradients"
-    worst = max((float((again[k] - plain[k]).abs().max() / plain[k].abs().max().clamp_min(1e-6)) for k in plain), default=0.0)
+    worst = max(
+        (float((again[k] - plain[k]).abs().max() / plain[k].abs().max().clamp_min(1e-6)) for k in plain), default=0.0
+    )
     assert worst < 1e-4, f"with gradient checkpointing gradients differ by {worst:.1e}"
 
 
@@ -162,13 +165,15 @@ def check_batch_invariance(config: EncoderConfig) -> None:
     encoder, pixels = build_example(config), sample_pixels(config, 3)
     together = _features(encoder, pixels)
     for k in range(3):
-        error = _differ(_features(encoder, pixels[k : k + 1]), VisionFeatures(together.tokens[k : k + 1], together.grid))
+        error = _differ(
+            _features(encoder, pixels[k : k + 1]), VisionFeatures(together.tokens[k : k + 1], together.grid)
+        )
         assert error < 1e-4, f"image {k} differs by {error:.1e} alone and in a batch"
 
 
 def check_raster_order(config: EncoderConfig) -> None:
-    """Token (row, column) looks at its own place: seen through the embeddings' gradient, the pixels under a corner token matter to
-    that token most."""
+    """Token (row, column) looks at its own place: seen through the embeddings' gradient, the pixels under a corner
+    token matter to that token most."""
     encoder = build_example(config)
     pixels = sample_pixels(config, 1).requires_grad_()
     features = encoder(pixels)
@@ -177,12 +182,14 @@ def check_raster_order(config: EncoderConfig) -> None:
         return
     height, width = pixels.shape[2] // rows, pixels.shape[3] // cols
     for row, col in ((0, cols - 1), (rows - 1, 0)):
-        (gradient,) = torch.autograd.grad(features.tokens[0, row * cols + col].square().sum(), pixels, retain_graph=True)
+        (gradient,) = torch.autograd.grad(
+            features.tokens[0, row * cols + col].square().sum(), pixels, retain_graph=True
+        )
         energy = gradient[0, :, : rows * height, : cols * width].square().sum(0)
         energy = energy.reshape(rows, height, cols, width).sum((1, 3))
         assert energy[row, col] > energy[col % rows, row % cols], (
-            f"token ({row}, {col}) of the {rows} x {cols} grid depends less on its own pixels than on those of the transposed place; "
-            "tokens must lie in raster order"
+            f"token ({row}, {col}) of the {rows} x {cols} grid depends less on its own pixels than on those of the "
+            "transposed place; tokens must lie in raster order"
         )
 
 
@@ -226,8 +233,8 @@ CHECKS: tuple[Callable[[EncoderConfig], None], ...] = (
 def check_encoder(spec: str | Mapping[str, Any] | EncoderConfig) -> list[str]:
     """Run every check on an encoder; returns the checks' names.
 
-    spec: a registered type (its `VisionEncoder.tiny` config is used), a shipped entry, or a config. Raises `AssertionError` naming
-    the check and what broke, `UnknownName`, or `ConfigError`.
+    spec: a registered type (its `VisionEncoder.tiny` config is used), a shipped entry, or a config. Raises
+    `AssertionError` naming the check and what broke, `UnknownName`, or `ConfigError`.
     """
     config = resolve_example(spec)
     for check in CHECKS:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from mllm.config import StrictModel
+from mllm.config import StrictModel, to_plain, validate
+from mllm.errors import CheckpointError, ConfigError
 from mllm.types import Grid, ImageSpec, VisualCodes
+from mllm.visual_tokenizers import VISUAL_TOKENIZERS
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
 class VisualTokenizerConfig(StrictModel):
@@ -19,15 +28,24 @@ class VisualTokenizerConfig(StrictModel):
 
 @dataclass
 class TokenizerOutput:
-    """reconstruction ``(B, 3, H, W)`` in [-1, 1]; losses: named scalars."""
+    """reconstruction ``(B, 3, H, W)`` in [-1, 1]; losses: named scalars; usage: named scalars per codebook.
+
+    features: what the codes say to a teacher, where the tokenizer has a semantic part: ``tokens`` ``(B, N, T)`` and
+    perhaps ``pooled`` ``(B, T)``.
+    """
 
     reconstruction: Tensor
     codes: VisualCodes
     losses: dict[str, Tensor]
+    features: dict[str, Tensor] = field(default_factory=dict)
+    usage: dict[str, Tensor] = field(default_factory=dict)
 
 
 class VisualTokenizer(nn.Module):
-    """Image ↔ discrete codes. Pixels are in [-1, 1] (mean and std 0.5)."""
+    """Image ↔ discrete codes. Pixels are in [-1, 1] (mean and std 0.5).
+
+    ``__init__`` builds on the meta device and touches neither disk nor network; `load_pretrained` does that, once.
+    """
 
     name: ClassVar[str] = ""
     Config: ClassVar[type[VisualTokenizerConfig]] = VisualTokenizerConfig
@@ -38,8 +56,38 @@ class VisualTokenizer(nn.Module):
 
     image: ImageSpec
     grid: Grid
+    """Rows and columns of the decoder's feature map."""
     codebooks: dict[str, tuple[int, int]]
     """Codebook name → (size, codes per position)."""
+    scales: tuple[int, ...] | None = None
+
+    @property
+    def grids(self) -> dict[str, Grid]:
+        """Codebook name → rows and columns of its map after `embed`; one grid for all unless a tokenizer says
+        otherwise."""
+        return dict.fromkeys(self.codebooks, self.grid)
+
+    @property
+    def num_positions(self) -> dict[str, int]:
+        """Codebook name → N, how many positions carry codes (the sum over scales for a multi-scale code)."""
+        if self.scales is not None:
+            return dict.fromkeys(self.codebooks, sum(s * s for s in self.scales))
+        return {name: rows * columns for name, (rows, columns) in self.grids.items()}
+
+    @property
+    def embed_dims(self) -> dict[str, int]:
+        """Codebook name → D of `embed`."""
+        raise NotImplementedError
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Codes of one image, all codebooks and depths together."""
+        return sum(n * self.codebooks[name][1] for name, n in self.num_positions.items())
+
+    @property
+    def bits_per_image(self) -> float:
+        """Bits that the codes of one image carry at most."""
+        return sum(n * self.codebooks[k][1] * math.log2(self.codebooks[k][0]) for k, n in self.num_positions.items())
 
     def encode(self, pixels: Tensor) -> VisualCodes:
         """``(B, 3, H, W)`` → codes."""
@@ -49,6 +97,11 @@ class VisualTokenizer(nn.Module):
         """codes → codebook name → ``(B, N, D)``: the sum over depth or scales, the features a language model reads."""
         raise NotImplementedError
 
+    def code_vectors(self, name: str, codes: Tensor) -> Tensor:
+        """Ids ``(B, n, q)`` of one codebook → ``(B, n, q, D)``, every code's own vector (what a depth transformer
+        sums); any number of positions, the first q of Q codes."""
+        raise NotImplementedError
+
     def decode(self, codes: VisualCodes) -> Tensor:
         """codes → pixels ``(B, 3, H, W)`` in [-1, 1]. Raises `ConfigError` for ids out of range or a wrong grid."""
         raise NotImplementedError
@@ -56,3 +109,135 @@ class VisualTokenizer(nn.Module):
     def forward(self, pixels: Tensor) -> TokenizerOutput:
         """Reconstruction, codes and the losses that need no other network."""
         raise NotImplementedError
+
+    def last_layer(self) -> nn.Parameter:
+        """The weight that makes the pixels; the adaptive adversarial weight compares gradients at it."""
+        raise NotImplementedError
+
+    def load_pretrained(self) -> None:
+        """Load the published weights that the config names for its parts (a student or backbone); nothing without
+        any."""
+
+    def restore_buffers(self) -> None:
+        """Recompute buffers that are not saved, lost when a model is built on the meta device."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "restore_buffers"):
+                module.restore_buffers()  # type: ignore[operator]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the networks' weights. Quantizers compute in fp32 whatever it is, so vectors are cast on the way
+        out."""
+        return self.last_layer().dtype
+
+    def check_pixels(self, pixels: Tensor) -> Tensor:
+        """``pixels`` in the tokenizer's type. Raises `ConfigError` unless it is ``(B, 3, height, width)`` of this
+        tokenizer's image size."""
+        expected = (3, self.image.height, self.image.width)
+        if pixels.dim() != 4 or tuple(pixels.shape[1:]) != expected:
+            shape = ", ".join(map(str, expected))
+            raise ConfigError(f"{self.name} takes images (B, {shape}), got {tuple(pixels.shape)}")
+        return pixels.to(self.dtype)
+
+    def check_codes(self, codes: VisualCodes) -> None:
+        """Raises `ConfigError` for a missing codebook, a grid the decoder cannot make, a wrong shape or an id out
+        of range."""
+        if set(codes.codes) != set(self.codebooks):
+            raise ConfigError(f"{self.name} has codebooks {list(self.codebooks)}, got codes for {list(codes.codes)}")
+        if tuple(codes.grid) != tuple(self.grid):
+            raise ConfigError(f"{self.name} decodes a grid of {self.grid[0]}×{self.grid[1]}, got {codes.grid}")
+        if codes.scales is not None and codes.scales != self.scales:
+            raise ConfigError(f"{self.name} uses scales {self.scales}, got {codes.scales}")
+        for key, ids in codes.codes.items():
+            size, depth = self.codebooks[key]
+            if ids.dim() != 3 or tuple(ids.shape[1:]) != (self.num_positions[key], depth):
+                raise ConfigError(
+                    f"codes of {key!r} must be (B, {self.num_positions[key]}, {depth}), got {tuple(ids.shape)}"
+                )
+            if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= size):
+                bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+                raise ConfigError(f"codes of {key!r}: id {bad} is out of range 0 to {size - 1}")
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors``."""
+        from safetensors.torch import save_file
+
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / CONFIG_FILE).write_text(json.dumps(to_plain(self.config), indent=2) + "\n", encoding="utf-8")
+        tensors = {key: value.detach().contiguous().cpu() for key, value in self.state_dict().items()}
+        save_file(tensors, str(directory / WEIGHTS_FILE), metadata={"format": "pt"})
+
+    @staticmethod
+    def from_pretrained(directory: str | Path) -> VisualTokenizer:
+        """The tokenizer saved in a directory, in evaluation mode. Raises `CheckpointError` naming the file."""
+        from safetensors.torch import load_file
+
+        directory = Path(directory)
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (directory / file).is_file():
+                raise CheckpointError(
+                    f"{directory}: no {file}; a saved visual tokenizer has {CONFIG_FILE} and {WEIGHTS_FILE}"
+                )
+        tokenizer = build_tokenizer(json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8")))
+        try:
+            tokenizer.load_state_dict(load_file(str(directory / WEIGHTS_FILE)))
+        except RuntimeError as error:
+            raise CheckpointError(f"{directory / WEIGHTS_FILE} does not fit its config: {error}") from error
+        return tokenizer.eval()
+
+
+def tokenizer_config(value: Any, *, where: str = "visual_tokenizer") -> VisualTokenizerConfig:
+    """The strict config that a mapping with ``type`` means. Raises `ConfigError` with the path to the key."""
+    if isinstance(value, VisualTokenizerConfig):
+        return value
+    if not isinstance(value, Mapping) or "type" not in value:
+        raise ConfigError(f"{where}: expected a mapping with type, one of {', '.join(VISUAL_TOKENIZERS)}")
+    return validate(VISUAL_TOKENIZERS.get(value["type"]).Config, value, where=where)
+
+
+def build_tokenizer(config: VisualTokenizerConfig | Mapping[str, Any]) -> VisualTokenizer:
+    """A visual tokenizer from its config; weights are the initial ones."""
+    config = tokenizer_config(config)
+    return VISUAL_TOKENIZERS.get(config.type)(config)
+
+
+def pixel_spec(size: int) -> ImageSpec:
+    """Square images of side ``size`` in [-1, 1]."""
+    return ImageSpec(height=size, width=size)
+
+
+def to_map(tokens: Tensor, grid: Grid) -> Tensor:
+    """``(B, N, D)`` → ``(B, D, rows, columns)``."""
+    return tokens.transpose(1, 2).unflatten(2, grid)
+
+
+def to_tokens(maps: Tensor) -> Tensor:
+    """``(B, D, rows, columns)`` → ``(B, N, D)``, raster order."""
+    return maps.flatten(2).transpose(1, 2)
+
+
+def as_unit_range(pixels: Tensor) -> Tensor:
+    """[-1, 1] → [0, 1], clamped: what a picture file and the metrics use."""
+    return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+
+def tag_usage(name: str, usage: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``usage`` → ``usage/name``."""
+    return {f"{key}/{name}": value for key, value in usage.items()}
+
+
+def sum_losses(named: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Losses of several codebooks under ``loss/codebook`` names."""
+    return {f"{key}/{book}": value for book, losses in named.items() for key, value in losses.items()}
+
+
+__all__ = [
+    "TokenizerOutput",
+    "VisualTokenizer",
+    "VisualTokenizerConfig",
+    "as_unit_range",
+    "build_tokenizer",
+    "pixel_spec",
+    "tokenizer_config",
+]

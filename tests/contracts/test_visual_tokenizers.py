@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +11,7 @@ from mllm.errors import CheckpointError, ConfigError
 from mllm.types import VisualCodes
 from mllm.visual_tokenizers import VISUAL_TOKENIZERS
 from mllm.visual_tokenizers.base import VisualTokenizer, build_tokenizer
-
-_PATH = Path(__file__).resolve().parents[1] / "unit" / "visual_tokenizers" / "tokenizer_configs.py"
-_SPEC = importlib.util.spec_from_file_location("tokenizer_configs", _PATH)
-assert _SPEC is not None and _SPEC.loader is not None
-_MODULE = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(_MODULE)
-TINY = _MODULE.TINY
+from tests.unit.visual_tokenizers.tokenizer_configs import TINY
 
 NAMES = sorted(VISUAL_TOKENIZERS)
 
@@ -49,7 +41,7 @@ def test_codes_have_the_shapes_that_are_announced(tokenizer):
     for name, (size, depth) in tokenizer.codebooks.items():
         ids = codes.codes[name]
         assert ids.shape == (2, tokenizer.num_positions[name], depth) and ids.dtype == torch.int64
-        assert 0 <= int(ids.min()) and int(ids.max()) < size
+        assert int(ids.min()) >= 0 and int(ids.max()) < size
         vectors = tokenizer.embed(codes)[name]
         rows, columns = tokenizer.grids[name]
         assert vectors.shape == (2, rows * columns, tokenizer.embed_dims[name])
@@ -153,3 +145,25 @@ def test_weights_of_another_size_are_refused(tokenizer, tmp_path):
     save_file(tensors, path)
     with pytest.raises(CheckpointError, match="does not fit"):
         VisualTokenizer.from_pretrained(tmp_path)
+
+
+def test_a_bfloat16_tokenizer_works_and_searches_in_fp32(tokenizer):
+    codes = tokenizer.encode(pixels())
+    with torch.no_grad():
+        expected = tokenizer.decode(codes)
+        half = tokenizer.to(torch.bfloat16)
+        made = half.decode(codes)
+        out = half(pixels())
+    assert made.dtype == torch.bfloat16 == out.reconstruction.dtype
+    assert torch.cosine_similarity(made.float().flatten(), expected.flatten(), dim=0) > 0.99
+    assert all(vectors.dtype == torch.float32 for vectors in half.embed(codes).values())
+
+
+def test_it_trains_under_autocast(tokenizer):
+    tokenizer.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = tokenizer(pixels())
+        total = out.reconstruction.float().square().mean() + sum(out.losses.values())
+    total.backward()
+    assert all(p.grad.isfinite().all() for p in tokenizer.parameters() if p.grad is not None)
+    assert all(loss.dtype == torch.float32 for name, loss in out.losses.items() if "/" in name)

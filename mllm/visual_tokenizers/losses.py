@@ -1,0 +1,92 @@
+"""What is a tokenizer's training loss made of?"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mllm.errors import ConfigError
+from mllm.visual_tokenizers.base import TokenizerOutput, VisualTokenizer
+from mllm.visual_tokenizers.networks.discriminator import (
+    adaptive_weight,
+    build_discriminator,
+    generator_loss,
+    hinge_discriminator_loss,
+)
+from mllm.visual_tokenizers.perceptual import PerceptualLoss
+from mllm.visual_tokenizers.recipe import TokenizerRecipe
+from mllm.visual_tokenizers.teacher import semantic_loss
+
+
+class TokenizerLosses(nn.Module):
+    """Reconstruction, perceptual, adversarial, semantic and the tokenizer's own losses, weighted and named.
+
+    The discriminator, the teacher and the perceptual network live here, not in the tokenizer, and are not saved
+    with it.
+    """
+
+    def __init__(self, recipe: TokenizerRecipe, tokenizer: VisualTokenizer, teacher: nn.Module | None):
+        super().__init__()
+        self.spec = recipe.losses
+        self.perceptual = None if self.spec.perceptual is None else PerceptualLoss(self.spec.perceptual)
+        self.discriminator = (
+            None if self.spec.adversarial is None else build_discriminator(self.spec.adversarial.discriminator)
+        )
+        self.teacher = teacher
+        self.tokenizer_grid = tokenizer.grids.get("semantic", tokenizer.grid)
+        # In a tuple, so that the tokenizer is not registered (and saved, and moved) as a part of its losses.
+        self._tokenizer = (tokenizer,)
+
+    def adversarial_is_on(self, step: int) -> bool:
+        """Whether the discriminator takes part at this step."""
+        return self.spec.adversarial is not None and step >= self.spec.adversarial.start
+
+    def forward(self, output: TokenizerOutput, pixels: Tensor, step: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Named weighted losses of a batch ``(B, 3, H, W)`` in [-1, 1], and their sum."""
+        named: dict[str, Tensor] = {}
+        made = output.reconstruction.float()
+        if self.spec.l1:
+            named["l1"] = self.spec.l1 * F.l1_loss(made, pixels)
+        if self.spec.l2:
+            named["l2"] = self.spec.l2 * F.mse_loss(made, pixels)
+        if self.perceptual is not None:
+            assert self.spec.perceptual is not None
+            named["perceptual"] = self.spec.perceptual.weight * self.perceptual(made, pixels)
+        seen = sum(named.values(), made.new_zeros(()))
+        unknown = set(self.spec.weights) - set(output.losses)
+        if unknown:
+            raise ConfigError(f"losses.weights: no loss {sorted(unknown)}; this tokenizer has {sorted(output.losses)}")
+        for key, value in output.losses.items():
+            named[key] = self.spec.weights.get(key, self.spec.quantizer) * value
+        if self.teacher is not None:
+            assert self.spec.semantic is not None
+            with torch.no_grad():
+                taught = self.teacher(pixels)
+            grids = (self.tokenizer_grid, self.teacher.grid)
+            named.update(semantic_loss(self.spec.semantic, output.features, taught, grids))  # type: ignore[arg-type]
+        total = sum(named.values(), made.new_zeros(()))
+        if self.adversarial_is_on(step):
+            named["adversarial"] = self._adversarial(made, seen)
+            total = total + named["adversarial"]
+        return named, total
+
+    def _adversarial(self, made: Tensor, seen: Tensor) -> Tensor:
+        spec = self.spec.adversarial
+        assert spec is not None and self.discriminator is not None
+        self.discriminator.requires_grad_(False)
+        loss = generator_loss(self.discriminator(made))
+        self.discriminator.requires_grad_(True)
+        weight: Tensor | float = spec.weight
+        if spec.adaptive is not None:
+            last = self._tokenizer[0].last_layer()
+            if last.requires_grad:
+                low, high = spec.adaptive
+                weight = spec.weight * adaptive_weight(seen, loss, last, low=low, high=high)
+        return weight * loss
+
+    def discriminator_loss(self, made: Tensor, pixels: Tensor) -> Tensor:
+        """Hinge loss of the discriminator on detached reconstructions."""
+        assert self.discriminator is not None and self.spec.adversarial is not None
+        real, fake = self.discriminator(pixels), self.discriminator(made.float())
+        return hinge_discriminator_loss(real, fake, leak=self.spec.adversarial.leak)

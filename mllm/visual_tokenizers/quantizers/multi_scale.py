@@ -1,0 +1,113 @@
+"""How is a feature map written as codes of growing resolution?"""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+from typing import Any
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+from torch.nn import functional as F
+
+from mllm.errors import ConfigError
+from mllm.visual_tokenizers.quantizers.base import Quantizer, QuantizerConfig, QuantizerOutput, batch_usage, check_input
+from mllm.visual_tokenizers.quantizers.vector import VectorQuantizer, VectorQuantizerConfig
+
+
+class MultiScaleQuantizerConfig(QuantizerConfig):
+    """Residual quantisation over scales (VAR, arXiv 2404.02905; TokenFlow, arXiv 2412.03069)."""
+
+    type: str = "multi_scale"
+    scales: tuple[int, ...] = Field(min_length=1)
+    """Side lengths, growing; the last one is the feature map's own."""
+    inner: VectorQuantizerConfig
+    """The quantizer that every scale uses."""
+    drop: float = Field(default=0.0, ge=0, le=1)
+    """Training: probability of leaving out one random scale (never the first); TokenFlow uses 0.1."""
+
+    @field_validator("scales")
+    @classmethod
+    def _growing(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if value[0] < 1 or any(b <= a for a, b in pairwise(value)):
+            raise ValueError("scales must be positive and grow, e.g. [1, 2, 4]")
+        return value
+
+
+class MultiScaleQuantizer(Quantizer):
+    """One code per cell of every scale: ``sum(s²)`` codes for a map of side ``scales[-1]``."""
+
+    name = "multi_scale"
+    Config = MultiScaleQuantizerConfig
+    num_codes = 1
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.inner = VectorQuantizer(config.inner)
+        self.size, self.dim = self.inner.size, self.inner.dim
+        self.scales: tuple[int, ...] = tuple(config.scales)
+        self.side = self.scales[-1]
+        self.num_positions = sum(s * s for s in self.scales)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, z: Tensor) -> QuantizerOutput:
+        z = check_input(z, self.dim)
+        residual = self._map(z, self.side)
+        total = torch.zeros_like(residual)
+        scales = list(self.scales)
+        dropped = self._dropped()
+        losses: dict[str, Tensor] = {}
+        codes = []
+        for index, scale in enumerate(scales):
+            if index == dropped:
+                continue
+            small = F.interpolate(residual, size=(scale, scale), mode="area")
+            output = self.inner(small.flatten(2).transpose(1, 2))
+            step = self._upsample(self._map(output.quantized, scale))
+            total = total + step
+            residual = residual - step.detach()
+            codes.append(output.codes)
+            for key, value in output.losses.items():
+                losses[key] = losses.get(key, value.new_zeros(())) + value
+        number = len(codes)
+        joined = torch.cat(codes, 1)
+        return QuantizerOutput(
+            total.flatten(2).transpose(1, 2),
+            joined,
+            {key: value / number for key, value in losses.items()},
+            batch_usage(joined, self.size),
+        )
+
+    def _dropped(self) -> int | None:
+        """Position of the scale to leave out this time. A counted draw, so that all ranks leave out the same one."""
+        if self.config.drop == 0 or len(self.scales) == 1 or not (self.training and torch.is_grad_enabled()):
+            return None
+        draw = random.Random(int(self.steps))
+        self.steps += 1
+        return draw.randrange(1, len(self.scales)) if draw.random() < self.config.drop else None
+
+    def _map(self, tokens: Tensor, side: int) -> Tensor:
+        """``(B, side², D)`` → ``(B, D, side, side)``."""
+        if tokens.shape[1] != side * side:
+            raise ConfigError(f"{tokens.shape[1]} positions are not a {side}×{side} map")
+        return tokens.transpose(1, 2).unflatten(2, (side, side))
+
+    def _upsample(self, small: Tensor) -> Tensor:
+        return F.interpolate(small, size=(self.side, self.side), mode="bicubic")
+
+    def split_scales(self, codes: Tensor) -> list[Tensor]:
+        """Codes ``(B, sum(s²), 1)`` → one ``(B, s², 1)`` per scale. Raises `ConfigError` for another length."""
+        if codes.shape[1] != self.num_positions:
+            raise ConfigError(f"scales {self.scales} have {self.num_positions} codes, got {codes.shape[1]}")
+        return list(codes.split([s * s for s in self.scales], dim=1))
+
+    def code_vectors(self, codes: Tensor) -> Tensor:
+        return self.inner.code_vectors(codes)
+
+    def embed(self, codes: Tensor) -> Tensor:
+        self.check_codes(codes)
+        parts = zip(self.scales, self.split_scales(codes))
+        total = sum(self._upsample(self._map(self.inner.embed(part), scale)) for scale, part in parts)
+        assert isinstance(total, Tensor)
+        return total.flatten(2).transpose(1, 2)

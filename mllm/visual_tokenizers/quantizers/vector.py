@@ -1,0 +1,142 @@
+"""How is a vector replaced by one entry of a codebook, or of several codebooks that share the index?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mllm.visual_tokenizers.quantizers.base import (
+    Quantizer,
+    QuantizerConfig,
+    QuantizerOutput,
+    batch_usage,
+    check_input,
+    straight_through,
+)
+from mllm.visual_tokenizers.quantizers.codebook import Codebook, CodebookConfig
+from mllm.visual_tokenizers.quantizers.search import nearest_codes, squared_distances
+
+
+class VectorQuantizerConfig(QuantizerConfig):
+    """Nearest entry of a codebook. With several parts, one index selects a row in each part's book (TokenFlow)."""
+
+    type: str = "vq"
+    size: int = Field(ge=2)
+    parts: dict[str, int]
+    """Part → channels, in channel order; one part is plain VQ, ``{semantic: 32, pixel: 8}`` is TokenFlow's shared
+    mapping."""
+    weights: dict[str, float] = Field(default_factory=dict)
+    """Part → weight of its squared distance in the search (default 1; TokenFlow's code uses 1 for both)."""
+    l2_norm: bool = False
+    """Scale each part of the input, and each part's entries, to length 1."""
+    codebook: CodebookConfig = Field(default_factory=CodebookConfig)
+    codebooks: dict[str, CodebookConfig] = Field(default_factory=dict)
+    """Part → a config of its own (e.g. a moving-average semantic book beside a gradient pixel book)."""
+    beta: float = Field(default=0.25, ge=0)
+    """Weight of the commitment loss ``mean((z - sg q)²)``."""
+    codebook_weight: float = Field(default=1.0, ge=0)
+    """Weight of ``mean((q - sg z)²)`` for books that learn by gradient."""
+    entropy_weight: float = Field(default=0.0, ge=0)
+    """Weight of (mean entropy per position - entropy of the mean); builds all distances of the batch when above 0."""
+    entropy_temperature: float = Field(default=0.01, gt=0)
+
+    @model_validator(mode="after")
+    def _parts(self) -> VectorQuantizerConfig:
+        if not self.parts or any(channels < 1 for channels in self.parts.values()):
+            raise ValueError("parts names at least one part with its number of channels, e.g. {pixel: 8}")
+        for key in (*self.weights, *self.codebooks):
+            if key not in self.parts:
+                raise ValueError(f"weights or codebooks name {key!r}, which is not a part ({', '.join(self.parts)})")
+        return self
+
+
+class VectorQuantizer(Quantizer):
+    """One code per position: the entry with the smallest summed squared distance over the parts."""
+
+    name = "vq"
+    Config = VectorQuantizerConfig
+    num_codes = 1
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.size, self.dim = config.size, sum(config.parts.values())
+        self.books = nn.ModuleDict(
+            {
+                part: Codebook(config.codebooks.get(part, config.codebook), config.size, c)
+                for part, c in config.parts.items()
+            }
+        )
+        self.weights = [config.weights.get(part, 1.0) for part in config.parts]
+
+    def split(self, z: Tensor) -> list[Tensor]:
+        """``(..., D)`` → one tensor per part, in order."""
+        return list(z.split(list(self.config.parts.values()), dim=-1))
+
+    def book(self, part: str) -> Codebook:
+        """The codebook of one part."""
+        return self.books[part]  # type: ignore[return-value]
+
+    def _all_books(self) -> list[Codebook]:
+        return [self.book(part) for part in self.config.parts]
+
+    def _normalise(self, parts: list[Tensor]) -> list[Tensor]:
+        return [F.normalize(part, dim=-1) for part in parts] if self.config.l2_norm else parts
+
+    def tables(self) -> list[Tensor]:
+        """The parts' entries ``(K, D_part)`` as the search and the output use them."""
+        return self._normalise([book.table() for book in self._all_books()])
+
+    def table(self) -> Tensor:
+        """All entries ``(K, D)``, parts side by side."""
+        return torch.cat(self.tables(), dim=-1)
+
+    def forward(self, z: Tensor) -> QuantizerOutput:
+        z = check_input(z, self.dim)
+        inputs, tables = self._normalise(self.split(z)), self.tables()
+        z = torch.cat(inputs, -1)
+        scaled = [w**0.5 for w in self.weights]
+        search_z = torch.cat([s * part for s, part in zip(scaled, inputs)], -1).flatten(0, 1)
+        search_table = torch.cat([s * part for s, part in zip(scaled, tables)], -1)
+        ids = nearest_codes(search_z, search_table)
+        quantized = torch.cat([F.embedding(ids, table) for table in tables], -1).view_as(z)
+        losses = self._losses(z, quantized, search_z, search_table)
+        if self.training and torch.is_grad_enabled():
+            for book, part in zip(self._all_books(), inputs):
+                book.observe(part.detach().flatten(0, 1), ids)
+        codes = ids.view(*z.shape[:2], 1)
+        return QuantizerOutput(straight_through(z, quantized), codes, losses, batch_usage(codes, self.size))
+
+    def _losses(self, z: Tensor, quantized: Tensor, search_z: Tensor, search_table: Tensor) -> dict[str, Tensor]:
+        config = self.config
+        losses = {"commitment": config.beta * _mean_square(z - quantized.detach())}
+        if any(book.config.learn != "ema" for book in self._all_books()):
+            losses["codebook"] = config.codebook_weight * _mean_square(quantized - z.detach())
+        if config.entropy_weight > 0 and z.numel():
+            affinity = -squared_distances(search_z, search_table)
+            losses["entropy"] = config.entropy_weight * entropy_loss(affinity, config.entropy_temperature)
+        return losses
+
+    def embed(self, codes: Tensor) -> Tensor:
+        self.check_codes(codes)
+        return F.embedding(codes[..., 0], self.table())
+
+    def code_vectors(self, codes: Tensor) -> Tensor:
+        return self.embed(codes).unsqueeze(2)
+
+
+def _mean_square(difference: Tensor) -> Tensor:
+    return difference.square().mean() if difference.numel() else difference.sum()
+
+
+def entropy_loss(affinity: Tensor, temperature: float = 0.01) -> Tensor:
+    """Mean entropy of each row's softmax minus the entropy of the mean distribution (MaskGIT, arXiv 2202.04200; as
+    TokenFlow uses it). affinity ``(M, K)``, usually minus the squared distances."""
+    logits = affinity / temperature
+    log_p = F.log_softmax(logits + 1e-5, dim=-1)
+    p = logits.softmax(-1)
+    mean = p.mean(0)
+    return -(p * log_p).sum(-1).mean() + (mean * (mean + 1e-5).log()).sum()

@@ -1,0 +1,362 @@
+"""Do the quantizers give the published codes, losses and codebook updates?"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mllm.errors import ConfigError
+from mllm.visual_tokenizers.quantizers import QUANTIZERS, build_quantizer
+from mllm.visual_tokenizers.quantizers.codebook import kmeans
+from mllm.visual_tokenizers.quantizers.search import nearest_codes
+from mllm.visual_tokenizers.quantizers.vector import entropy_loss
+
+EXAMPLES = {
+    "vq": {"type": "vq", "size": 16, "parts": {"pixel": 8}},
+    "vq shared": {
+        "type": "vq", "size": 16, "parts": {"semantic": 8, "pixel": 4}, "l2_norm": True, "entropy_weight": 0.1,
+    },
+    "vq ema": {"type": "vq", "size": 16, "parts": {"pixel": 8}, "codebook": {"learn": "ema", "restart": True}},
+    "simvq": {"type": "vq", "size": 16, "parts": {"pixel": 8}, "codebook": {"learn": "frozen_linear"}},
+    "residual": {"type": "residual", "size": 16, "dim": 8, "depth": 3},
+    "residual separate": {
+        "type": "residual", "size": 16, "dim": 8, "depth": 3, "shared": False, "codebook": {"learn": "gradient"},
+    },
+    "multi_scale": {
+        "type": "multi_scale", "scales": [1, 2, 4], "drop": 0.5,
+        "inner": {"type": "vq", "size": 16, "parts": {"semantic": 8, "pixel": 4}, "l2_norm": True},
+    },
+    "product": {"type": "product", "size": 16, "dim": 8, "chunks": 4},
+    "lookup_free": {"type": "lookup_free", "dim": 12, "groups": 2},
+    "lookup_free spherical": {"type": "lookup_free", "dim": 12, "spherical": True},
+    "finite_scalar": {"type": "finite_scalar", "levels": [8, 5, 5, 4]},
+}  # fmt: skip
+
+
+def to_tokens(maps: torch.Tensor) -> torch.Tensor:
+    return maps.flatten(2).transpose(1, 2)
+
+
+def to_maps(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return tokens.transpose(1, 2).reshape(like.shape)
+
+
+def shared_quantizer(case, **changes):
+    config = {
+        "type": "vq", "size": 64, "parts": {"semantic": 8, "pixel": 4}, "l2_norm": True, "beta": 0.25,
+        "entropy_weight": 0.1, **changes,
+    }  # fmt: skip
+    quantizer = build_quantizer(config)
+    names = {"semantic": "quantize.embedding_vqkd.weight", "pixel": "quantize.embedding_vqgan.weight"}
+    for part, name in names.items():
+        quantizer.books[part].set_entries(case.weights[name])
+    return quantizer
+
+
+def test_shared_index_quantizer_is_tokenflows(golden):
+    case = golden("tokenflow_quantizer")
+    quantizer = shared_quantizer(case).train()
+    z = case.inputs["z"]
+    out = quantizer(to_tokens(z))
+    case.check(
+        zq=to_maps(out.quantized, z),
+        vq_loss=out.losses["codebook"],
+        commit_loss=out.losses["commitment"],
+        entropy_loss=out.losses["entropy"],
+        indices=out.codes.flatten(),
+    )
+    assert torch.allclose(quantizer.embed(out.codes).norm(dim=-1), torch.tensor(2.0).sqrt())
+
+
+def test_multi_scale_encode_is_tokenflows(golden):
+    case = golden("tokenflow_multiscale_encode")
+    inner = shared_quantizer(case, entropy_weight=0.0)
+    quantizer = build_quantizer({"type": "multi_scale", "scales": [1, 2, 4], "inner": inner.config})
+    quantizer.inner.load_state_dict(inner.state_dict())
+    f = case.inputs["f"]
+    out = quantizer.eval()(to_tokens(f))
+    case.check(
+        sum=to_maps(out.quantized, f),
+        indices=out.codes[..., 0],
+        from_indices=to_maps(quantizer.embed(out.codes), f),
+    )
+
+
+def test_entropy_loss_is_tokenflows(golden):
+    case = golden("tokenflow_entropy_loss")
+    case.check(loss=entropy_loss(case.inputs["affinity"], case.meta["ctor"]["temperature"]))
+
+
+def residual_quantizer(case, entries, **changes):
+    ctor = case.meta["ctor"]
+    quantizer = build_quantizer(
+        {
+            "type": "residual",
+            "size": ctor["n_embed"],
+            "dim": ctor["latent_shape"][-1],
+            "depth": ctor["code_shape"][-1],
+            **changes,
+        }
+    )
+    quantizer.book(0).set_entries(entries)
+    return quantizer
+
+
+def test_residual_codes_are_dualtokens(golden):
+    case = golden("dualtoken_rvq_eval")
+    quantizer = residual_quantizer(case, case.weights["codebooks.0.weight"][:-1]).eval()
+    x = case.inputs["x"]
+    out = quantizer(x.flatten(1, 2))
+    vectors = quantizer.code_vectors(out.codes)
+    case.check(
+        q=out.quantized,
+        commit=out.losses["commitment"],
+        codes=out.codes,
+        embed=quantizer.embed(out.codes),
+        embed_with_depth=vectors,
+    )
+
+
+@pytest.mark.parametrize("update", ["after_loop", "per_depth"])
+def test_moving_average_step_is_dualtokens_as_intended(golden, update):
+    case = golden(f"dualtoken_rvq_ema_{update}")
+    quantizer = residual_quantizer(case, case.inputs["codebook"], update=update).train()
+    book = quantizer.book(0)
+    book.counts.copy_(case.inputs["cluster_size"])
+    book.sums.copy_(case.inputs["codebook"] * case.inputs["cluster_size"][:, None])
+    out = quantizer(case.inputs["x"].flatten(1, 2))
+    got = {
+        "q": out.quantized, "commit": out.losses["commitment"], "codes": out.codes,
+        "new_cluster_size": book.counts, "new_codebook": book.weight, "new_embed_ema": book.sums,
+    }  # fmt: skip
+    if update == "after_loop":
+        # The published code sums a view that later depths change; the intended sums are the "copied" ones.
+        for name in ("codebook", "embed_ema"):
+            case.outputs.pop(f"output.new_{name}")
+            case.outputs[f"output.new_{name}"] = case.outputs.pop(f"output.copied_new_{name}")
+    case.check(**got)
+
+
+def test_frozen_linear_codebook_is_simvq(golden):
+    case = golden("illume_simvq")
+    quantizer = build_quantizer(
+        {"type": "vq", "size": 32, "parts": {"pixel": 8}, "beta": 0.25, "codebook": {"learn": "frozen_linear"}}
+    ).eval()
+    book = quantizer.books["pixel"]
+    book.set_entries(case.weights["frozen_codebook"])
+    book.linear.weight.data.copy_(case.weights["code_transform.weight"])
+    x = case.inputs["x"]
+    out = quantizer(to_tokens(x))
+    case.check(
+        q=to_maps(out.quantized, x),
+        indices=out.codes,
+        loss=out.losses["codebook"] + out.losses["commitment"],
+        codes_from_indices=to_maps(quantizer.embed(out.codes), x),
+    )
+
+
+def test_normalised_single_codebook_is_janus(golden):
+    case = golden("janus_vq")
+    quantizer = build_quantizer(
+        {"type": "vq", "size": 32, "parts": {"pixel": 8}, "l2_norm": True, "beta": 0.25}
+    ).train()
+    quantizer.books["pixel"].set_entries(case.weights["embedding.weight"])
+    z = case.inputs["z"]
+    out = quantizer(to_tokens(z))
+    case.check(
+        zq=to_maps(out.quantized, z),
+        vq_loss=out.losses["codebook"],
+        commit_loss=out.losses["commitment"],
+        indices=out.codes.flatten(),
+    )
+
+
+def test_nearest_code_is_the_fp64_nearest_and_blocks_change_nothing():
+    generator = torch.Generator().manual_seed(0)
+    z, table = torch.randn(700, 40, generator=generator), torch.randn(999, 40, generator=generator)
+    table[500] = table[3] + 1e-6  # closer than fp32 products can tell
+    z[10] = table[3]
+    expected = torch.cdist(z.double(), table.double(), compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+    for max_scores in (999, 64_000, 2**24):
+        assert torch.equal(nearest_codes(z, table, max_scores=max_scores), expected)
+
+
+def test_ties_go_to_the_lowest_index():
+    table = torch.randn(50, 6, generator=torch.Generator().manual_seed(1))
+    table[40] = table[7]
+    table[23] = table[7]
+    z = table[7].repeat(5, 1) + 0.01
+    assert nearest_codes(z, table).tolist() == [7] * 5
+    assert nearest_codes(torch.zeros(2, 3), torch.ones(4, 3)).tolist() == [0, 0]
+
+
+def test_large_search_holds_only_a_block_of_scores():
+    z, table = torch.randn(2048, 8), torch.randn(4096, 8)
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                sizes.append(out.numel())
+            return out
+
+    with Watch():
+        nearest_codes(z, table, max_scores=2**17)
+    assert max(sizes) <= 2**17 < 2048 * 4096
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_every_quantizer_keeps_the_interface(example):
+    torch.manual_seed(0)
+    quantizer = build_quantizer(EXAMPLES[example])
+    z = torch.randn(2, 16, quantizer.dim, requires_grad=True)
+    quantizer.train()
+    out = quantizer(z)
+    assert out.quantized.shape == z.shape and out.codes.dtype == torch.int64
+    assert out.codes.shape[-1] == quantizer.num_codes
+    (out.quantized.square().sum() + sum(out.losses.values(), torch.zeros(()))).backward()
+    assert z.grad is not None and z.grad.isfinite().all() and z.grad.abs().sum() > 0
+    assert {"usage", "perplexity"} == set(out.usage)
+    quantizer.eval()
+    out = quantizer(z)
+    assert torch.allclose(quantizer.embed(out.codes), out.quantized, atol=1e-5), (
+        "codes alone must give the vectors back"
+    )
+    assert torch.equal(quantizer(z[1:]).codes, out.codes[1:]), "an image's codes depend on its batch"
+    assert quantizer(z[:0]).codes.shape[0] == 0
+    assert quantizer(z.bfloat16()).quantized.dtype == torch.float32
+    with pytest.raises(ConfigError, match="out of range"):
+        quantizer.embed(torch.full_like(out.codes, quantizer.size))
+    with pytest.raises(ConfigError, match="takes"):
+        quantizer(torch.zeros(2, 16, quantizer.dim + 1))
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_every_quantizer_builds_on_meta_and_reloads(example):
+    with torch.device("meta"):
+        build_quantizer(EXAMPLES[example])
+    first, second = build_quantizer(EXAMPLES[example]).eval(), build_quantizer(EXAMPLES[example]).eval()
+    second.load_state_dict(first.state_dict())
+    z = torch.randn(1, 16, first.dim)
+    assert torch.equal(first(z).codes, second(z).codes)
+
+
+def test_examples_cover_the_registry():
+    assert {example.get("type") for example in EXAMPLES.values()} == set(QUANTIZERS)
+
+
+def test_how_a_book_learns_decides_what_has_a_gradient():
+    def trainable(learn):
+        return {n for n, _ in build_quantizer({**EXAMPLES["vq"], "codebook": {"learn": learn}}).named_parameters()}
+
+    assert trainable("gradient") == {"books.pixel.weight"}
+    assert trainable("ema") == set()
+    assert trainable("frozen_linear") == {"books.pixel.linear.weight"}
+
+
+@pytest.mark.parametrize("learn", ["ema", "gradient"])
+def test_dead_codes_are_restarted_from_the_batch(learn):
+    torch.manual_seed(0)
+    quantizer = build_quantizer(
+        {
+            "type": "vq", "size": 64, "parts": {"pixel": 4},
+            "codebook": {"learn": learn, "restart": True, "decay": 0.5, "patience": 2},
+        }
+    ).train()  # fmt: skip
+    book = quantizer.books["pixel"]
+    far = torch.full_like(book.table().detach(), 100.0) + torch.arange(64)[:, None]
+    far[0] = 0
+    book.set_entries(far)
+    z = torch.randn(4, 64, 4)
+    before = len(quantizer(z).codes.unique())
+    for _ in range(6):
+        quantizer(z)
+    after = len(quantizer.eval()(z).codes.unique())
+    assert before == 1 and after > 32
+
+
+def test_without_restart_counts_start_at_one_so_weights_stay_bounded():
+    quantizer = build_quantizer({"type": "residual", "size": 32, "dim": 4, "depth": 2}).train()
+    quantizer(torch.randn(1, 4, 4))
+    assert quantizer.book(0).weight.abs().max() < 10
+
+
+def test_lookup_free_bits_and_levels_enumerate_all_codes():
+    lfq = build_quantizer({"type": "lookup_free", "dim": 6})
+    codes = torch.arange(64).view(1, 64, 1)
+    assert torch.equal(lfq.eval()(lfq.embed(codes)).codes, codes)
+    fsq = build_quantizer({"type": "finite_scalar", "levels": [4, 3, 5]})
+    codes = torch.arange(60).view(1, 60, 1)
+    vectors = fsq.embed(codes)
+    assert vectors.abs().max() <= 1 and len(vectors[0].unique(dim=0)) == 60
+    bounded = fsq._bound(torch.linspace(-20, 20, 400).view(1, 400, 1).expand(1, 400, 3))
+    for channel, level in enumerate(fsq.levels):
+        assert len(bounded[..., channel].round().unique()) == level
+
+
+def test_bit_entropy_is_the_softmax_entropy_over_all_corners():
+    quantizer = build_quantizer({"type": "lookup_free", "dim": 5, "entropy_weight": 1.0, "temperature": 0.7})
+    z = torch.randn(1, 1, 5)
+    corners = quantizer.embed(torch.arange(32).view(1, 32, 1))[0]
+    p = (-(z[0] - corners).square().sum(-1) / 0.7).softmax(-1)
+    direct = -(p * p.log()).sum()
+    logit = 4 * z.flatten(0, 1) / 0.7
+    bits = logit.sigmoid()
+    factored = -(bits * bits.log() + (1 - bits) * (1 - bits).log()).sum()
+    assert torch.allclose(direct, factored, atol=1e-5)
+    assert torch.allclose(quantizer(z).losses["entropy"], torch.zeros(()), atol=1e-5), "one position: both terms agree"
+
+
+def test_product_quantizer_books_are_independent():
+    quantizer = build_quantizer(EXAMPLES["product"]).eval()
+    z = torch.randn(1, 3, 8)
+    changed = z.clone()
+    changed[..., :2] += 5
+    assert torch.equal(quantizer(z).codes[..., 1:], quantizer(changed).codes[..., 1:])
+
+
+def test_search_weight_shifts_the_shared_choice_to_a_part():
+    base = {"type": "vq", "size": 2, "parts": {"semantic": 1, "pixel": 1}}
+    z = torch.tensor([[[0.0, 1.0]]])
+
+    def choose(weights):
+        quantizer = build_quantizer({**base, "weights": weights}).eval()
+        quantizer.books["semantic"].set_entries(torch.tensor([[0.0], [1.0]]))
+        quantizer.books["pixel"].set_entries(torch.tensor([[0.0], [1.0]]))
+        return int(quantizer(z).codes)
+
+    assert choose({"semantic": 2.0}) == 0 and choose({"pixel": 2.0}) == 1
+
+
+def test_kmeans_lowers_the_distance_to_the_centres():
+    points = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+
+    def spread(steps):
+        centres = kmeans(points, 8, steps=steps, seed=1)
+        return float((points - centres[nearest_codes(points, centres)]).square().sum())
+
+    assert spread(10) < 0.8 * spread(0)
+
+
+def test_multi_scale_drop_leaves_out_one_scale_but_never_the_first():
+    quantizer = build_quantizer({**EXAMPLES["multi_scale"], "drop": 1.0}).train()
+    z = torch.randn(1, 16, 12, requires_grad=True)
+    lengths = {quantizer(z).codes.shape[1] for _ in range(20)}
+    assert lengths == {21 - 4, 21 - 16}
+    assert quantizer.eval()(z).codes.shape[1] == 21
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"type": "vqq"}, "did you mean 'vq'"),
+        ({"type": "vq", "size": 8, "parts": {"a": 2}, "sizes": 3}, "did you mean 'size'"),
+        ({"type": "product", "size": 8, "dim": 9, "chunks": 2}, "multiple of chunks"),
+        ({"type": "multi_scale", "scales": [2, 1], "inner": {"size": 4, "parts": {"a": 1}}}, "grow"),
+        ({"type": "lookup_free", "dim": 64}, "more groups"),
+    ],
+)
+def test_bad_configs_say_what_to_change(config, message):
+    with pytest.raises(ConfigError, match=message):
+        build_quantizer(config)
