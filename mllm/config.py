@@ -27,14 +27,17 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict:
-    loader.flatten_mapping(node)
-    result: dict = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in result:
+    written: set = set()
+    for key_node, _ in node.value:
+        key = None if key_node.tag == "tag:yaml.org,2002:merge" else loader.construct_object(key_node, deep=True)
+        if key in written:
             raise ConfigError(f"key {key!r} appears twice (line {key_node.start_mark.line + 1})")
-        result[key] = loader.construct_object(value_node, deep=True)
-    return result
+        written.add(key)
+    loader.flatten_mapping(node)  # merged keys (<<) come first, so a key written here overrides them
+    return {
+        loader.construct_object(key_node, deep=True): loader.construct_object(value_node, deep=True)
+        for key_node, value_node in node.value
+    }
 
 
 _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)

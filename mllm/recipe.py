@@ -108,7 +108,7 @@ class StageSpec(StrictModel):
     """One stage: what learns, on what, for how long, how it is run."""
 
     name: str
-    kind: Literal["sft", "tokenizer", "contrastive", "dpo", "grpo"] = "sft"
+    kind: Literal["sft", "routing", "tokenizer", "contrastive", "dpo", "grpo"] = "sft"
     learn: dict[str, float | LearnSpec]
     """Part → learning rate, or a mapping with ``rate`` and more. Parts: ``language_model``, ``connector``, ``router``,
     ``visual_tokenizer``, ``visual_head``, ``encoders`` (all) or ``encoders.<name>``. Absent = frozen."""

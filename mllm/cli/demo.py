@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,7 +48,6 @@ def demo(
     console.rule("3  evaluation on held-out charts and digits, with and without the picture")
     from mllm.eval.runner import run_eval
 
-    os.environ.setdefault("MLLM_DEMO_DATA", str(output / "data"))
     results = run_eval(
         str(final),
         ["demo_charts", "demo_digits"],

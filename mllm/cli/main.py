@@ -9,6 +9,9 @@ import typer
 
 from mllm import __version__
 from mllm.cli import (
+    app as web_app,
+)
+from mllm.cli import (
     chat,
     check,
     convert,
@@ -17,7 +20,10 @@ from mllm.cli import (
     doctor,
     evaluate,
     listing,
+    parity,
     recipes,
+    serve,
+    tokenizer,
     train,
 )
 from mllm.errors import MllmError
@@ -45,7 +51,7 @@ def _root(
     """A first look: [bold]mllm recipes ls[/], [bold]mllm list encoders[/], [bold]mllm doctor[/]."""
 
 
-for module in (train, evaluate, chat, convert, data, recipes, listing, check, doctor, demo):
+for module in (demo, train, evaluate, chat, serve, web_app, parity, data, recipes, tokenizer, convert, listing, check, doctor):
     module.add_to(app)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -20,8 +21,8 @@ class EncoderConfig(StrictModel):
     capability: str = ""
     """One short sentence on what the encoder is good at; a router reads it."""
     layers: list[int] = Field(default=[-1], min_length=1)
-    """Feature layers, concatenated on channels in this order. Counted like HF hidden states: -1 is the last block's output,
-    -2 the block before it; a non-negative k is the output after k blocks (0: the embeddings)."""
+    """Feature layers, concatenated on channels in this order. Counted like HF hidden states: -1 is the last block's
+    output, -2 the block before it; a non-negative k is the output after k blocks (0: the embeddings)."""
     keep_prefix: bool = False
     """Return class and register tokens in `VisionFeatures.prefix`."""
     final_norm: bool = True
@@ -42,11 +43,13 @@ class VisionEncoder(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         self.config = config
+        # `from_pretrained` gives only modules with a tensor of their own the chance to restore their buffers.
+        self.register_buffer("has_lost_buffers", torch.empty(0), persistent=False)
 
     @classmethod
     def resolve(cls, config: Any) -> Any:
-        """The same config with everything that follows from it written out (`info` above all). May import the library the
-        encoder comes from; loads no weights."""
+        """The same config with everything that follows from it written out (`info` above all). May import the library
+        the encoder comes from; loads no weights."""
         raise NotImplementedError
 
     @classmethod
@@ -58,27 +61,31 @@ class VisionEncoder(nn.Module):
         return config.info
 
     def load_pretrained(self) -> None:
-        """Load the weights that ``config.weights`` names. Raises `CheckpointError` or `UnavailableError`, naming them."""
+        """Load the weights that ``config.weights`` names. Raises `CheckpointError` or `UnavailableError`, naming the
+        source."""
         raise NotImplementedError
 
     def layer_groups(self) -> list[tuple[str, list[str]]]:
-        """``(group name, parameter-name prefixes)`` from input to output: ``embeddings``, ``layers.0`` … ``norm``. Every
-        parameter is in exactly one group; partial unfreezing and layer-wise rates use it."""
+        """``(group name, parameter-name prefixes)`` from input to output: ``embeddings``, ``layers.0`` … ``norm``.
+        Every parameter is in exactly one group; partial unfreezing and layer-wise rates use it."""
         raise NotImplementedError
 
     def restore_buffers(self) -> None:
-        """Recompute buffers that are not saved (positions, rotary tables), lost when a model is built on the meta device."""
+        """Recompute buffers that are not saved (positions, rotary tables), lost when a model is built on the meta
+        device."""
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations; nothing to do for encoders without
-        blocks."""
+        """Recompute each block in the backward pass instead of keeping its activations; nothing to do for encoders
+        without blocks."""
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
         """The smallest useful config as plain data, for contract tests: from scratch, offline, under a second."""
         raise NotImplementedError
 
-    def forward(self, pixels: Tensor, *, scene_ids: Tensor | None = None, return_attention: bool = False) -> VisionFeatures:
-        """pixels ``(B, 3, H, W)`` already resized and normalised → features. B = 0 is legal. scene_ids ``(B,)``: images with
-        the same id show one scene (multi-view encoders use it, others ignore it)."""
+    def forward(
+        self, pixels: Tensor, *, scene_ids: Tensor | None = None, return_attention: bool = False
+    ) -> VisionFeatures:
+        """pixels ``(B, 3, H, W)`` already resized and normalised → features. B = 0 is legal. scene_ids ``(B,)``:
+        images with the same id show one scene (multi-view encoders use it, others ignore it)."""
         raise NotImplementedError

@@ -32,8 +32,8 @@ def catalogue() -> dict[str, dict[str, Any]]:
 def encoder_config(spec: str | Mapping[str, Any], *, where: str) -> EncoderConfig:
     """The resolved config that a recipe's encoder means.
 
-    spec: a name (`mllm list encoders`), ``{preset: name, …changes}`` where changed mappings such as ``weights`` are merged, or a
-    whole config with ``type``. Raises `ConfigError` that starts with ``where``.
+    spec: a name (`mllm list encoders`), ``{preset: name, …changes}`` where changed mappings such as ``weights`` are
+    merged, or a whole config with ``type``. Raises `ConfigError` that starts with ``where``.
     """
     data = _expand(spec, where)
     kind = data.get("type")
@@ -90,7 +90,9 @@ def _expand(spec: str | Mapping[str, Any], where: str) -> dict[str, Any]:
     base = entries[name]
     base.pop("note", None)
     if data.get("type", base["type"]) != base["type"]:
-        raise ConfigError(f"{where}.type: preset {name} is of type {base['type']}; write a whole config to use another type")
+        raise ConfigError(
+            f"{where}.type: preset {name} is of type {base['type']}; write a whole config to use another type"
+        )
     for key, value in data.items():
         merges = isinstance(value, Mapping) and isinstance(base.get(key), dict)
         base[key] = {**base[key], **value} if merges else value

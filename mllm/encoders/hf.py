@@ -18,6 +18,7 @@ from mllm.encoders.hf_models import (
     NOISE,
     cut_blocks,
     final_norms,
+    keep_own_names,
     new_model,
     num_blocks,
     patch_size,
@@ -25,7 +26,14 @@ from mllm.encoders.hf_models import (
     set_image_size,
     vision_config,
 )
-from mllm.encoders.library import ImageEncoderConfig, LayerOutput, LibraryEncoder, find_blocks, map_to_tokens, take_layers
+from mllm.encoders.library import (
+    ImageEncoderConfig,
+    LayerOutput,
+    LibraryEncoder,
+    find_blocks,
+    map_to_tokens,
+    take_layers,
+)
 from mllm.encoders.weights import load_exactly
 from mllm.errors import ConfigError, UnavailableError
 from mllm.types import ImageSpec, VisionFeatures
@@ -42,8 +50,8 @@ class HfConfig(ImageEncoderConfig):
 class HfEncoder(LibraryEncoder):
     """CLIP, SigLIP, SigLIP2, DINOv2, DINOv3, C-RADIO, TIPSv2, SAM, Pix2Struct … by config.
 
-    Layers are the blocks' plain outputs, HF's ``hidden_states``. With ``final_norm`` the last of them passes through the model's
-    last norm as well, which HF applies to the class token only (CLIP) or to everything (SigLIP, DINOv2).
+    Layers are the blocks' plain outputs, HF's ``hidden_states``. With ``final_norm`` the last of them passes through
+    the model's last norm as well, which HF applies to the class token only (CLIP) or to everything (SigLIP, DINOv2).
     """
 
     Config: ClassVar[type[EncoderConfig]] = HfConfig
@@ -52,8 +60,9 @@ class HfEncoder(LibraryEncoder):
         super().__init__(config)
         self._captured: dict[str, Any] | None = None
         self._attention: Tensor | None = None
-        _, blocks = find_blocks(self.model)
+        path, blocks = find_blocks(self.model)
         assert blocks is not None
+        self._deepest = f"{path}.{len(list(blocks.children())) - 1}"
         self._depth = num_blocks(self.config.architecture)
         self._counts = take_layers(self.config.layers, self._depth)
         self._norm = next(iter(final_norms(self.model)), None)
@@ -86,7 +95,9 @@ class HfEncoder(LibraryEncoder):
     def complete(cls, config: Any) -> Any:
         if config.architecture is None:
             if config.weights is None:
-                raise ConfigError("architecture: give an HF config {model_type: …}, or weights: {source: hub id or folder}")
+                raise ConfigError(
+                    "architecture: give an HF config {model_type: …}, or weights: {source: hub id or folder}"
+                )
             architecture, found = hf_weights.read_published_config(config.weights)
             preset = {key: value for key, value in found.items() if getattr(config, key) is None}
             config = config.model_copy(update={"architecture": architecture, **preset})
@@ -98,7 +109,8 @@ class HfEncoder(LibraryEncoder):
 
     @classmethod
     def default_image(cls, config: Any) -> ImageSpec:
-        return published_image(vision_config(config.architecture))
+        normalised = config.mean is not None and config.std is not None
+        return published_image(vision_config(config.architecture), normalised=normalised)
 
     @classmethod
     def build(cls, config: Any) -> nn.Module:
@@ -111,6 +123,7 @@ class HfEncoder(LibraryEncoder):
         depth = len(list(blocks.children()))
         counts = take_layers(config.layers, depth)
         cut_blocks(model, max(max(counts), 1))
+        keep_own_names(model)
         if not (config.final_norm and depth in counts):
             for path, name in list(final_norms(model)):
                 setattr(model.get_submodule(path), name, nn.Identity())
@@ -130,9 +143,8 @@ class HfEncoder(LibraryEncoder):
 
     def read_layers_and_attention(self, pixels: Tensor) -> tuple[list[LayerOutput], Tensor]:
         """Runs the deepest block with HF's eager attention, the only one that hands out its weights."""
-        _, blocks = find_blocks(self.model)
-        assert blocks is not None
-        modules = [m for m in _attention_modules(list(blocks.children())[-1]) if hasattr(m, "config")]
+        deepest = self.model.get_submodule(self._deepest)
+        modules = [module for module in _attention_modules(deepest) if hasattr(module, "config")]
         kept = [module.config for module in modules]
         for module in modules:
             eager = copy.copy(module.config)
@@ -150,11 +162,10 @@ class HfEncoder(LibraryEncoder):
 
     def empty_features(self, pixels: Tensor, *, return_attention: bool = False) -> VisionFeatures:
         features = super().empty_features(pixels)
-        if return_attention:
-            heads = getattr(self.model.config, "num_attention_heads", 1)
-            info = self.config.info
-            size = info.grid[0] * info.grid[1] + info.num_prefix_tokens
-            features.attention = pixels.new_zeros(0, heads, size, size)
+        if return_attention:  # how many heads and prefix tokens there are, only a forward pass tells
+            with torch.no_grad():
+                _, attention = self.read_layers_and_attention(pixels.new_zeros(1, *pixels.shape[1:]))
+            features.attention = attention[:0]
         return features
 
     def load_pretrained(self) -> None:
@@ -168,7 +179,7 @@ class HfEncoder(LibraryEncoder):
         if enabled and not layers:
             raise ConfigError(f"gradient_checkpointing: {self.model.config.model_type} does not offer it")
         for layer in layers:
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
             layer.gradient_checkpointing = enabled
 
     def _run(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -177,7 +188,9 @@ class HfEncoder(LibraryEncoder):
         try:
             if self.model.config.model_type == "pix2struct_vision_model":
                 # Its own forward would build a mask from the pixels and wait for the device; there is no padding here.
-                self.model.encoder(self.model.embeddings(_pix2struct_patches(pixels, self.model.config)), attention_mask=None)
+                self.model.encoder(
+                    self.model.embeddings(_pix2struct_patches(pixels, self.model.config)), attention_mask=None
+                )
             else:
                 self.model(**_model_inputs(self.model, pixels))
         finally:
@@ -203,8 +216,8 @@ class HfEncoder(LibraryEncoder):
         num_prefix = features.shape[1] - grid[0] * grid[1]
         if num_prefix < 0:
             raise ConfigError(
-                f"architecture: {self.model.config.model_type} gives {features.shape[1]} tokens, fewer than the {grid} grid of "
-                "its patches; use type: timm for hierarchical models"
+                f"architecture: {self.model.config.model_type} gives {features.shape[1]} tokens, fewer than the "
+                f"{grid} grid of its patches; use type: timm for hierarchical models"
             )
         return LayerOutput(features[:, num_prefix:], grid, features[:, :num_prefix] if num_prefix else None)
 
@@ -214,7 +227,11 @@ def _model_inputs(model: Any, pixels: Tensor) -> dict[str, Any]:
     if config.model_type == "siglip2_vision_model":
         patches, rows, cols = _patches_last_channel(pixels, config.patch_size)
         # One shape for all images: its position table broadcasts over the batch.
-        return {"pixel_values": patches, "pixel_attention_mask": None, "spatial_shapes": torch.tensor([[rows, cols]], device="cpu")}
+        return {
+            "pixel_values": patches,
+            "pixel_attention_mask": None,
+            "spatial_shapes": torch.tensor([[rows, cols]], device="cpu"),
+        }
     inputs: dict[str, Any] = {"pixel_values": pixels}
     if pixels.shape[2] != pixels.shape[3] and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
         inputs["interpolate_pos_encoding"] = True
@@ -222,7 +239,7 @@ def _model_inputs(model: Any, pixels: Tensor) -> dict[str, Any]:
 
 
 def _patches_last_channel(pixels: Tensor, size: int) -> tuple[Tensor, int, int]:
-    """``(B, 3, H, W)`` → ``(B, N, size * size * 3)``, each patch row by row with the channels of a pixel side by side."""
+    """``(B, 3, H, W)`` → ``(B, N, size * size * 3)``, each patch row by row, a pixel's channels side by side."""
     batch, channels, height, width = pixels.shape
     rows, cols = height // size, width // size
     patches = pixels[..., : rows * size, : cols * size].reshape(batch, channels, rows, size, cols, size)
@@ -230,13 +247,15 @@ def _patches_last_channel(pixels: Tensor, size: int) -> tuple[Tensor, int, int]:
 
 
 def _pix2struct_patches(pixels: Tensor, config: Any) -> Tensor:
-    """Patches of an image standardised by its own mean and deviation, each led by its row and column, counted from 1."""
+    """Patches of an image standardised by its own mean and deviation, each led by its row and column (from 1)."""
     values = pixels.float()
     deviation = values.std(dim=(1, 2, 3), keepdim=True).clamp_min(values[0].numel() ** -0.5)
     values = (values - values.mean(dim=(1, 2, 3), keepdim=True)) / deviation
     patches, rows, cols = _patches_last_channel(values, patch_size(config))
     if max(rows, cols) >= min(config.seq_len, 257):  # bf16 holds whole numbers up to 256
-        raise ConfigError(f"image_size: Pix2Struct takes at most {min(config.seq_len, 257) - 1} patches a side, got {rows} x {cols}")
+        raise ConfigError(
+            f"image_size: Pix2Struct takes at most {min(config.seq_len, 257) - 1} patches a side, got {rows} x {cols}"
+        )
     row = torch.arange(1, rows + 1, device=pixels.device).repeat_interleave(cols)
     col = torch.arange(1, cols + 1, device=pixels.device).repeat(rows)
     place = torch.stack([row, col], dim=-1).to(patches.dtype).expand(len(pixels), -1, -1)
@@ -258,5 +277,6 @@ def _capture_output(encoder: HfEncoder, count: int, module: nn.Module, args: Any
 
 
 def _capture_attention(encoder: HfEncoder, module: nn.Module, args: Any, output: Any) -> None:
-    if encoder._captured is not None and isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor):
-        encoder._captured["attention"] = output[1]
+    weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+    if encoder._captured is not None and isinstance(weights, Tensor):
+        encoder._captured["attention"] = weights

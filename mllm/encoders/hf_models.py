@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from torch import nn
-from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # pyright: ignore[reportPrivateImportUsage]
 from transformers.models.pix2struct.modeling_pix2struct import Pix2StructVisionModel
 
 from mllm.encoders.library import find_blocks
@@ -19,28 +20,34 @@ _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757771
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _UNIT = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # the model normalises, or wants [0, 1]
-_PREPROCESSING: dict[str, tuple[Any, str]] = {
-    "clip": (_CLIP, "crop"),
-    "chinese_clip": (_CLIP, "crop"),
-    "metaclip": (_CLIP, "crop"),
-    "mlcd": (_CLIP, "crop"),
-    "aimv2": (_CLIP, "crop"),
-    "siglip": (_HALF, "squash"),
-    "vit": (_HALF, "squash"),
-    "dinov2": (_IMAGENET, "crop"),
-    "dinov3": (_IMAGENET, "squash"),
-    "convnext": (_IMAGENET, "crop"),
-    "sam": (_IMAGENET, "letterbox"),
-    "radio": (_UNIT, "squash"),
-    "tipsv2": (_UNIT, "squash"),
-    "pix2struct": (_UNIT, "squash"),
+_PREPROCESSING: dict[str, tuple[Any, str, str]] = {
+    "aimv2": (_CLIP, "crop", "bicubic"),
+    "beit": (_HALF, "squash", "bicubic"),
+    "chinese_clip": (_CLIP, "crop", "bicubic"),
+    "clip": (_CLIP, "crop", "bicubic"),
+    "convnext": (_IMAGENET, "crop", "bicubic"),
+    "deit": (_IMAGENET, "crop", "bicubic"),
+    "dinov2": (_IMAGENET, "crop", "bicubic"),
+    "dinov3": (_IMAGENET, "squash", "bilinear"),
+    "ijepa": (_IMAGENET, "squash", "bicubic"),
+    "metaclip_2": (_CLIP, "crop", "bicubic"),
+    "mlcd": (_CLIP, "crop", "bicubic"),
+    "pix2struct": (_UNIT, "squash", "bilinear"),
+    "radio": (_UNIT, "squash", "bicubic"),
+    "sam": (_IMAGENET, "letterbox", "bilinear"),
+    "siglip": (_HALF, "squash", "bicubic"),
+    "siglip2": (_HALF, "squash", "bilinear"),
+    "tipsv2": (_UNIT, "squash", "bilinear"),
+    "vit": (_HALF, "squash", "bilinear"),
+    "vit_mae": (_IMAGENET, "crop", "bicubic"),
+    "vit_msn": (_IMAGENET, "crop", "bicubic"),
 }
-"""First part of a model type → (mean, std) and resize mode of the published preprocessing."""
+"""Beginning of a model type → (mean, std), resize mode and interpolation of the published preprocessing."""
 _NORMS = ("post_layernorm", "layernorm", "post_norm", "ln_post", "rms_norm", "norm", "layer_norm", "neck")
 _POOLERS = ("pooler", "head")
 NOISE = {
-    "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "id2label", "label2id", "auto_map",
-    "out_features", "out_indices", "_out_features", "_out_indices", "stage_names",
+    "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "id2label",
+    "label2id", "out_features", "out_indices", "_out_features", "_out_indices", "stage_names",
 }  # fmt: skip
 _PIX2STRUCT_SIDE = 45
 """Patches per side: 45 × 45 = 2025 of the 2048 that Pix2Struct was trained with."""
@@ -62,18 +69,34 @@ def vision_config(architecture: dict[str, Any]) -> Any:
     try:
         full = AutoConfig.for_model(model_type, **settings)
     except Exception as error:
-        raise ConfigError(f"architecture: {model_type} does not accept these values: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"architecture: {model_type} does not accept these values: {' '.join(str(error).split())}"
+        ) from error
     inner = getattr(full, "vision_config", None)
     return inner if isinstance(inner, PreTrainedConfig) else full
 
 
-def published_image(full: Any) -> ImageSpec:
-    """Size and preprocessing that models of this family are published with."""
-    family = full.model_type.split("_")[0].split("-")[0]
-    family = next((name for name in sorted(_PREPROCESSING, key=len, reverse=True) if family.startswith(name)), "dinov2")
-    (mean, std), resize = _PREPROCESSING[family]
+def published_image(full: Any, *, normalised: bool) -> ImageSpec:
+    """Size and preprocessing that models of this family are published with.
+
+    normalised: the user gives mean and std. Raises `ConfigError` where they are missing and the family is not known.
+    """
     height, width = _native_size(full)
-    return ImageSpec(height=height, width=width, mean=mean, std=std, resize=resize)  # type: ignore[arg-type]
+    family = _family(full)
+    if family is None and not normalised:
+        raise ConfigError(
+            f"mean: the preprocessing of {full.model_type} is not known; give mean and std, or name weights whose "
+            "folder has a preprocessor_config.json"
+        )
+    (mean, std), resize, interpolation = _PREPROCESSING[family or "vit"]
+    return ImageSpec.model_validate(
+        {"height": height, "width": width, "mean": mean, "std": std, "resize": resize, "interpolation": interpolation}
+    )
+
+
+def _family(full: Any) -> str | None:
+    names = sorted(_PREPROCESSING, key=len, reverse=True)
+    return next((name for name in names if full.model_type.startswith(name)), None)
 
 
 def model_class(full: Any) -> Any:
@@ -87,7 +110,7 @@ def model_class(full: Any) -> Any:
 
 def new_model(full: Any, attention: str = "sdpa") -> nn.Module:
     """The model of a vision config, without weights, pooling head and wrapper. Where sdpa is not offered: eager."""
-    drop_heads(full)
+    prepare(full)
     cls = model_class(full)
     try:
         model = cls._from_config(full, attn_implementation=attention)
@@ -98,12 +121,16 @@ def new_model(full: Any, attention: str = "sdpa") -> nn.Module:
     return unwrap(model)
 
 
-def drop_heads(full: Any) -> None:
-    """Tell a config that no pooling head is wanted. In place."""
+def prepare(full: Any) -> None:
+    """Tell a config that no pooling head is wanted, and no random positions in training (DINOv3's augmentation for
+    learning from scratch, which would make features depend on the mode). In place."""
     if full.model_type.startswith("siglip"):
         full.vision_use_head = False
     if hasattr(full, "use_head"):
         full.use_head = False
+    for name in ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"):
+        if hasattr(full, name):
+            setattr(full, name, None)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -115,6 +142,17 @@ def unwrap(model: nn.Module) -> nn.Module:
         if isinstance(getattr(model, name, None), nn.Module):
             setattr(model, name, None)
     return model
+
+
+def keep_own_names(model: nn.Module) -> None:
+    """Save and load the model inside ours under its parameters' own names, in every version of transformers.
+
+    transformers 5 renames (and for some families splits) the weights of its own models on saving and loading, even when
+    they are parts of another model; other readers of the checkpoint know nothing of that. It leaves foreign code alone.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.is_custom_code = partial(bool, True)  # type: ignore[method-assign, assignment]
 
 
 def cut_blocks(model: nn.Module, count: int) -> None:
@@ -153,7 +191,8 @@ def _native_size(full: Any) -> tuple[int, int]:
 
 
 def set_image_size(full: Any, image: ImageSpec) -> None:
-    """Position tables are built for square images of the run's size; other shapes interpolate the published table on use."""
+    """Position tables are built for square images of the run's size; other shapes interpolate the published table on
+    use."""
     if isinstance(getattr(full, "image_size", None), int) and image.height == image.width:
         full.image_size = image.height
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from mllm.encoders.hf_models import NOISE, drop_heads, model_class, new_model, unwrap
+from mllm.encoders.hf_models import NOISE, model_class, new_model, prepare, unwrap
 from mllm.encoders.weights import local_path, read_weights, shorten, strip_prefix, unavailable
 from mllm.errors import CheckpointError
 from mllm.types import ImageSpec, WeightsSource
@@ -60,13 +60,14 @@ def _read_preprocessing(weights: WeightsSource, path: Path | None) -> dict[str, 
 def load_donor(model: nn.Module, native: Any, weights: WeightsSource) -> nn.Module:
     """The published model at its own image size, with weights for at least everything that ``model`` has.
 
-    Raises `CheckpointError` listing keys that are missing or belong to another architecture, `UnavailableError` without network.
+    Raises `CheckpointError` listing keys that are missing or belong to another architecture, `UnavailableError`
+    without network.
     """
     needed = set(model.state_dict())
     path = local_path(weights.source)
     if path is not None and path.is_file():
         return _donor_from_tensors(read_weights(path), native, needed, str(path))
-    drop_heads(native)
+    prepare(native)
     try:
         donor, report = model_class(native).from_pretrained(
             str(path or weights.source),
@@ -82,8 +83,7 @@ def load_donor(model: nn.Module, native: Any, weights: WeightsSource) -> nn.Modu
             raise CheckpointError(f"weights: {path} cannot be read: {error}") from error
         raise unavailable(weights.source, error) from error
     donor = unwrap(donor)
-    prefixes = [key[: -len(own)] for own in needed for key in _first(report["missing_keys"], own)]
-    if not report["missing_keys"] or not prefixes:
+    if not any(_is_needed(key, needed) for key in report["missing_keys"]):
         _refuse_deeper(report["unexpected_keys"], needed, weights.source)
         return donor
     # The vision part lies under a prefix that transformers does not know, e.g. Pix2Struct's ``encoder.``.
@@ -91,14 +91,18 @@ def load_donor(model: nn.Module, native: Any, weights: WeightsSource) -> nn.Modu
         from huggingface_hub import snapshot_download
 
         try:
-            path = Path(snapshot_download(weights.source, revision=weights.revision, allow_patterns=["*.safetensors", "*.json"]))
+            path = Path(
+                snapshot_download(weights.source, revision=weights.revision, allow_patterns=["*.safetensors", "*.json"])
+            )
         except Exception as error:
             raise unavailable(weights.source, error) from error
     return _donor_from_tensors(read_weights(path), native, needed, weights.source)
 
 
-def _first(keys: Any, own: str) -> list[str]:
-    return [key for key in keys if key == own or key.endswith("." + own)][:1]
+def _is_needed(key: str, needed: set[str]) -> bool:
+    """Whether a key, or what follows a wrapper's prefix, is one of ``needed``."""
+    parts = key.split(".")
+    return any(".".join(parts[i:]) in needed for i in range(len(parts)))
 
 
 def _refuse_deeper(unexpected: Any, needed: set[str], source: str) -> None:
@@ -106,7 +110,9 @@ def _refuse_deeper(unexpected: Any, needed: set[str], source: str) -> None:
     stems = {key.split(".0.")[0] + "." for key in needed if ".0." in key}
     deeper = [key for key in unexpected if key.startswith(tuple(stems))]
     if deeper:
-        raise CheckpointError(f"weights: {source} has {len(deeper)} keys of blocks that this architecture lacks: {shorten(deeper)}")
+        raise CheckpointError(
+            f"weights: {source} has {len(deeper)} keys of blocks that this architecture lacks: {shorten(deeper)}"
+        )
 
 
 def _donor_from_tensors(state: dict[str, Tensor], native: Any, needed: set[str], source: str) -> nn.Module:

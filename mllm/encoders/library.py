@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -12,17 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mllm.encoders.base import EncoderConfig, VisionEncoder
-from mllm.encoders.weights import copy_lost_buffers, parameters_on_meta
-from mllm.errors import CheckpointError, ConfigError, UnavailableError
+from mllm.encoders.weights import recompute_buffers
+from mllm.errors import CheckpointError, ConfigError, MllmError, UnavailableError
 from mllm.types import EncoderInfo, Grid, ImageSpec, VisionFeatures
-
 
 
 class ImageEncoderConfig(EncoderConfig):
     """Settings of every adapter: what the pretrained preprocessing says, unless written here."""
 
     image_size: int | tuple[int, int] | None = None
-    """Pixels, one number or (height, width). Default: what the weights were trained with. Position embeddings are resized."""
+    """Pixels, one number or (height, width). Default: what the weights were trained with. Position embeddings are
+    resized."""
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     resize: Literal["squash", "letterbox", "crop"] | None = None
@@ -57,7 +58,8 @@ def map_to_tokens(feature_map: Tensor) -> LayerOutput:
 
 
 def take_layers(layers: Sequence[int], depth: int, *, lowest: int = 0) -> list[int]:
-    """Positions like HF hidden states → how many blocks have run (0: the embeddings, ``depth``: all), in the same order.
+    """Positions like HF hidden states → how many blocks have run (0: the embeddings, ``depth``: all), in the same
+    order.
 
     Raises `ConfigError` for a layer that does not exist, or lies below ``lowest``.
     """
@@ -65,16 +67,20 @@ def take_layers(layers: Sequence[int], depth: int, *, lowest: int = 0) -> list[i
     for layer in layers:
         count = layer if layer >= 0 else depth + 1 + layer
         if not 0 <= count <= depth:
-            raise ConfigError(f"layers: {layer} does not exist; the encoder has {depth} blocks, so {-depth - 1} to {depth}")
+            raise ConfigError(
+                f"layers: {layer} does not exist; the encoder has {depth} blocks, so {-depth - 1} to {depth}"
+            )
         if count < lowest:
-            raise ConfigError(f"layers: {layer} is the embeddings before the first block, which this library does not hand out")
+            raise ConfigError(
+                f"layers: {layer} is the embeddings before the first block, which this library does not hand out"
+            )
         counts.append(count)
     return counts
 
 
 def merge_layers(outputs: Sequence[LayerOutput], keep_prefix: bool) -> VisionFeatures:
-    """Concatenate layers on channels. Layers of other resolutions (stages of a hierarchical model) are brought to the grid of
-    the last one: bilinear, fp32, pixel centres aligned (``align_corners=False``)."""
+    """Concatenate layers on channels. Layers of other resolutions (stages of a hierarchical model) are brought to the
+    grid of the last one: bilinear, fp32, pixel centres aligned (``align_corners=False``)."""
     grid = outputs[-1].grid
     tokens = [out.tokens if out.grid == grid else resample_tokens(out.tokens, out.grid, grid) for out in outputs]
     prefix = None
@@ -91,13 +97,16 @@ def resample_tokens(tokens: Tensor, old: Grid, new: Grid) -> Tensor:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.Module | None]:
-    """Path and container of the numbered blocks: the list that holds most parameters, the outermost where lists nest."""
+    """Path and container of the numbered blocks: the list that holds most parameters, the outermost where lists
+    nest."""
     best: tuple[str, nn.Module | None] = ("", None)
     most = 0
     for path, module in model.named_modules():
         names = [name for name, _ in module.named_children()]
+        if not path or not names or not all(name.isdigit() for name in names):
+            continue
         size = sum(p.numel() for p in module.parameters())
-        if path and names and size > most and all(name.isdigit() for name in names):
+        if size > most:
             best, most = (path, module), size
     return best
 
@@ -132,17 +141,21 @@ class LibraryEncoder(VisionEncoder):
     forward pass on the meta device, so `describe` cannot disagree with `forward`."""
 
     Config: ClassVar[type[EncoderConfig]] = ImageEncoderConfig
-    model: nn.Module
+    model: Any
+    """The library's `nn.Module`."""
 
     def __init__(self, config: Any):
         if config.info is None:
             config = self.resolve(config)
         super().__init__(config)
         self.model = self.build(config)
+        if torch.get_default_dtype() != torch.float32 and not any(p.is_meta for p in self.model.parameters()):
+            self.restore_buffers()  # positions computed in bf16 would be wrong in the third digit
 
     @classmethod
     def complete(cls, config: Any) -> Any:
-        """The config with names replaced by data (architectures read from files or hubs). May read; loads no weights."""
+        """The config with names replaced by data (architectures read from files or hubs). May read; loads no
+        weights."""
         return config
 
     @classmethod
@@ -165,20 +178,14 @@ class LibraryEncoder(VisionEncoder):
         image = config.image(cls.default_image(config))
         unknown = EncoderInfo(image=image, grid=(1, 1), width=1)
         with torch.device("meta"), torch.no_grad():
-            encoder = cls(config.model_copy(update={"info": unknown})).eval()
+            with _as_config_error("architecture: this encoder does not build"):
+                encoder = cls(config.model_copy(update={"info": unknown})).eval()
             pixels = torch.zeros(1, 3, image.height, image.width, dtype=encoder.dtype)
-            try:
+            with _as_config_error(f"image_size: this encoder does not run on {image.height} x {image.width} pixels"):
                 features = merge_layers(encoder.read_layers(pixels), config.keep_prefix)
-            except (RuntimeError, ValueError, AssertionError) as error:
-                if isinstance(error, ConfigError):
-                    raise
-                reason = " ".join(str(error).split())[:300]
-                raise ConfigError(
-                    f"image_size: this {config.type} encoder does not run on {image.height} x {image.width} pixels ({reason})"
-                ) from error
         if features.tokens.shape[1] != features.grid[0] * features.grid[1]:
             raise ConfigError(
-                f"{config.type}: {features.tokens.shape[1]} tokens do not form the {features.grid} grid; this architecture's "
+                f"architecture: its {features.tokens.shape[1]} tokens do not form the {features.grid} grid; this "
                 "layout is not supported"
             )
         if config.keep_prefix and features.prefix is None:
@@ -195,7 +202,9 @@ class LibraryEncoder(VisionEncoder):
     def dtype(self) -> torch.dtype:
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
-    def forward(self, pixels: Tensor, *, scene_ids: Tensor | None = None, return_attention: bool = False) -> VisionFeatures:
+    def forward(
+        self, pixels: Tensor, *, scene_ids: Tensor | None = None, return_attention: bool = False
+    ) -> VisionFeatures:
         info = self.config.info
         check_pixels(pixels, info.image, self.config.type)
         pixels = pixels.to(self.dtype)
@@ -228,15 +237,26 @@ class LibraryEncoder(VisionEncoder):
         return group_parameters([name for name, _ in self.named_parameters()], blocks)
 
     def restore_buffers(self) -> None:
-        with parameters_on_meta():
-            fresh = self.build(self.config)
-        copy_lost_buffers(self.model, fresh)
+        recompute_buffers(self.model, lambda: self.build(self.config))
 
     def required_weights(self) -> Any:
         """``config.weights``. Raises `CheckpointError` where none is named."""
         if self.config.weights is None:
-            raise CheckpointError(f"{self.config.type} encoder: no weights named; add weights: {{source: …}} to its config")
+            raise CheckpointError(
+                f"{self.config.type} encoder: no weights named; add weights: {{source: …}} to its config"
+            )
         return self.config.weights
+
+
+@contextmanager
+def _as_config_error(what: str) -> Iterator[None]:
+    """What a library raises about its own settings becomes a `ConfigError` that starts with ``what``."""
+    try:
+        yield
+    except MllmError:
+        raise
+    except (RuntimeError, ValueError, AssertionError, TypeError, NotImplementedError) as error:
+        raise ConfigError(f"{what} ({' '.join(str(error).split())[:300]})") from error
 
 
 def check_pixels(pixels: Tensor, image: ImageSpec, where: str) -> None:
@@ -246,4 +266,3 @@ def check_pixels(pixels: Tensor, image: ImageSpec, where: str) -> None:
             f"{where} encoder: expected pixels (B, 3, {image.height}, {image.width}), got {tuple(pixels.shape)}; "
             "resize images to the encoder's own ImageSpec, or set its image_size"
         )
-

@@ -29,7 +29,8 @@ class OpenClipConfig(ImageEncoderConfig):
     """The image side of an open_clip model."""
 
     architecture: str | dict[str, Any]
-    """open_clip's model name, the path of an ``open_clip_config.json``, or the contents of one (``embed_dim``, ``vision_cfg``)."""
+    """open_clip's model name, the path of an ``open_clip_config.json``, or the contents of one (``embed_dim``,
+    ``vision_cfg``)."""
     quick_gelu: bool | None = None
     """OpenAI's activation. Default: what the architecture or the weights' tag says."""
 
@@ -37,8 +38,8 @@ class OpenClipConfig(ImageEncoderConfig):
 class OpenClipEncoder(LibraryEncoder):
     """CLIP, SigLIP, ConvNeXt, EVA-02, ViTamin, MobileCLIP … by open_clip's names.
 
-    ``weights.source``: a tag of that architecture (``laion2b_s34b_b79k``), ``hf-hub:<id>``, or a local file of the whole model or of
-    its image side.
+    ``weights.source``: a tag of that architecture (``laion2b_s34b_b79k``), ``hf-hub:<id>``, or a local file of the
+    whole model or of its image side.
     """
 
     Config: ClassVar[type[EncoderConfig]] = OpenClipConfig
@@ -165,11 +166,9 @@ def _tag_settings(config: Any) -> dict[str, Any]:
 
 
 def _timm_options(settings: dict[str, Any]) -> dict[str, Any]:
-    """What open_clip passes to timm and changes the trunk. Its pooling decides where the last norm sits when timm's own head
-    does the projection."""
+    """What open_clip passes to timm and changes the trunk: its pooling decides where the last norm sits when timm's
+    own head does the projection. Stochastic depth, for training from scratch, is left out."""
     options: dict[str, Any] = {}
-    if settings.get("timm_drop_path") is not None:
-        options["drop_path_rate"] = settings["timm_drop_path"]
     pool, projection = settings.get("timm_pool", "avg"), settings.get("timm_proj", "linear")
     if projection not in ("linear", "mlp") and pool not in ("abs_attn", "rot_attn"):
         options["global_pool"] = pool
@@ -181,7 +180,8 @@ def _native(settings: dict[str, Any], config: Any) -> nn.Module:
     if isinstance(architecture, str):
         architecture, _ = read_architecture(architecture)
     size = (config.info.image.height, config.info.image.width)
-    settings = {**settings, "image_size": size if size[0] != size[1] else size[0]}
+    # Patch dropout, for training from scratch, would tear holes into the grid.
+    settings = {**settings, "image_size": size if size[0] != size[1] else size[0], "patch_dropout": 0.0}
     try:
         return _build_vision_tower(architecture["embed_dim"], settings, bool(config.quick_gelu))  # type: ignore[arg-type]
     except TypeError as error:
@@ -205,7 +205,7 @@ def cut(model: Any, config: Any) -> None:
 def native_layers(model: Any, pixels: Tensor, config: Any) -> list[LayerOutput]:
     """Outputs of ``config.layers`` of open_clip's own ViT or ResNet."""
     is_vit = isinstance(model, VisionTransformer)
-    depth = model.num_layers_before_cut if is_vit else 5
+    depth = int(getattr(model, "num_layers_before_cut", 5))  # a ResNet has a stem and four stages
     counts = take_layers(config.layers, depth, lowest=1)
     wanted = sorted(set(counts))
     result = model.forward_intermediates(
@@ -220,19 +220,23 @@ def native_layers(model: Any, pixels: Tensor, config: Any) -> list[LayerOutput]:
     if not is_vit:
         outputs = {count: map_to_tokens(feature_map) for count, feature_map in zip(wanted, maps)}
         return [outputs[count] for count in counts]
-    grid = (pixels.shape[2] // model.patch_size[0], pixels.shape[3] // model.patch_size[1])
+    rows, cols = model.grid_size  # type: ignore[misc]
     outputs = {}
     for count, tokens, prefix in zip(wanted, maps, result["image_intermediates_prefix"]):
         if count == depth and config.final_norm:  # Identity where it was pruned
             tokens, prefix = model.ln_post(tokens), model.ln_post(prefix)
-        outputs[count] = LayerOutput(tokens, grid, prefix)
+        outputs[count] = LayerOutput(tokens, (int(rows), int(cols)), prefix)
     return [outputs[count] for count in counts]
 
 
 def _fit_native(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Position table of a ViT brought to the model's grid."""
     key = "positional_embedding"
-    if not isinstance(model, VisionTransformer) or key not in state or state[key].shape == model.positional_embedding.shape:
+    if (
+        not isinstance(model, VisionTransformer)
+        or key not in state
+        or state[key].shape == model.positional_embedding.shape
+    ):
         return state
     side = int((state[key].shape[0] - 1) ** 0.5)
     grid = tuple(int(x) for x in model.grid_size)
@@ -241,7 +245,8 @@ def _fit_native(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]
 
 
 def _download(config: Any, source: str, revision: str | None) -> Path:
-    """Path of a tag's or a hub repository's weights. Raises `CheckpointError` for an unknown tag, `UnavailableError`."""
+    """Path of a tag's or a hub repository's weights. Raises `CheckpointError` for an unknown tag, `UnavailableError`
+    without network."""
     try:
         if source.startswith("hf-hub:"):
             return Path(download_pretrained_from_hf(source.removeprefix("hf-hub:"), revision=revision))
@@ -250,8 +255,8 @@ def _download(config: Any, source: str, revision: str | None) -> Path:
         if not published:
             tags = open_clip.list_pretrained_tags_by_model(name) if isinstance(name, str) else []
             raise CheckpointError(
-                f"weights: {source!r} is no local file, no hf-hub:<id> and no open_clip tag of {name}{did_you_mean(source, tags)} "
-                f"Known tags: {', '.join(tags) or 'none'}"
+                f"weights: {source!r} is no local file, no hf-hub:<id> and no open_clip tag of {name}"
+                f"{did_you_mean(source, tags)} Known tags: {', '.join(tags) or 'none'}"
             )
         return Path(download_pretrained(published))
     except CheckpointError:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mllm.encoders.base import EncoderConfig, VisionEncoder
 from mllm.encoders.library import ImageEncoderConfig, check_pixels
-from mllm.errors import CheckpointError, ConfigError
+from mllm.errors import CheckpointError, ConfigError, UnavailableError
 from mllm.types import EncoderInfo, ImageSpec, VisionFeatures
 
 
@@ -21,7 +21,8 @@ class RawPatchesConfig(ImageEncoderConfig):
 
 
 class RawPatches(VisionEncoder):
-    """p × p patches as vectors of ``3 p²`` numbers, channel first: all of red, then green, then blue, each row by row."""
+    """p × p patches as vectors of ``3 p²`` numbers, channel first: all of red, then green, then blue, each row by
+    row."""
 
     Config: ClassVar[type[EncoderConfig]] = RawPatchesConfig
 
@@ -51,9 +52,11 @@ class RawPatches(VisionEncoder):
     def layer_groups(self) -> list[tuple[str, list[str]]]:
         return []
 
-    def forward(self, pixels: Tensor, *, scene_ids: Tensor | None = None, return_attention: bool = False) -> VisionFeatures:
+    def forward(
+        self, pixels: Tensor, *, scene_ids: Tensor | None = None, return_attention: bool = False
+    ) -> VisionFeatures:
         if return_attention:
-            raise ConfigError("return_attention: raw_patches has no attention")
+            raise UnavailableError("return_attention: raw_patches has no attention")
         info, size = self.config.info, self.config.patch_size
         check_pixels(pixels, info.image, self.config.type)
         rows, cols = info.grid

@@ -10,7 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from timm.layers import resample_abs_pos_embed_nhwc
+from timm.layers.pos_embed import resample_abs_pos_embed_nhwc
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -37,8 +37,8 @@ class TimmConfig(ImageEncoderConfig):
 class TimmEncoder(LibraryEncoder):
     """DINOv2, DINOv3, SigLIP, SigLIP2, ConvNeXt, EVA-02, SAM, ViTamin, DaViT … by name.
 
-    Layers are blocks, or stages of hierarchical models. ``final_norm`` means timm's `forward_features`: the last norm, or the
-    neck of SAM (which changes the width to 256).
+    Layers are blocks, or stages of hierarchical models. ``final_norm`` means timm's `forward_features`: the last
+    norm, or the neck of SAM (which changes the width to 256).
     """
 
     Config: ClassVar[type[EncoderConfig]] = TimmConfig
@@ -72,7 +72,7 @@ class TimmEncoder(LibraryEncoder):
 
     def load_pretrained(self) -> None:
         weights, config = self.required_weights(), self.config
-        path = local_path(weights.source)
+        path = local_path(weights.source) if weights.source != "timm" else None
         if path is not None:
             load_timm(self.model, read_weights(path), config.architecture, config.info.image, config.options, str(path))
             return
@@ -101,11 +101,19 @@ def timm_image(architecture: str) -> ImageSpec:
     name, _, tag = architecture.partition(".")
     if not timm.is_model(name):
         close = did_you_mean(name, timm.list_models())
-        raise ConfigError(f"architecture: timm has no model {name!r}{close} (python -c 'import timm; timm.list_models()')")
-    published = timm.models.get_pretrained_cfg(architecture)
-    if published is None:
+        raise ConfigError(
+            f"architecture: timm has no model {name!r}{close} (python -c 'import timm; timm.list_models()')"
+        )
+    try:
+        published = timm.models.get_pretrained_cfg(architecture)
+    except RuntimeError:
         tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
-        raise ConfigError(f"architecture: timm's {name} has no weights tagged {tag!r}{did_you_mean(tag, tags)} Known: {tags}")
+        close = did_you_mean(tag, tags)
+        raise ConfigError(
+            f"architecture: timm's {name} has no weights tagged {tag!r}{close} Known: {', '.join(tags)}"
+        ) from None
+    if published is None:  # an architecture that was never published with weights
+        return ImageSpec(height=224, width=224)
     _, height, width = published.input_size
     return ImageSpec(
         height=height,
@@ -118,10 +126,13 @@ def timm_image(architecture: str) -> ImageSpec:
 
 
 def create(architecture: str, image: ImageSpec, options: dict[str, Any], **more: Any) -> nn.Module:
-    """A timm model without classifier for images of this size. Raises `ConfigError` for arguments that it does not take."""
+    """A timm model without classifier for images of this size. Raises `ConfigError` for arguments that it does not
+    take."""
     options = dict(options)
     if "img_size" in options or "num_classes" in options:
-        raise ConfigError("options: img_size and num_classes are set by the toolkit; write image_size beside options instead")
+        raise ConfigError(
+            "options: img_size and num_classes are set by the toolkit; write image_size beside options instead"
+        )
     published = timm.models.get_pretrained_cfg(architecture)
     size = (image.height, image.width)
     native = tuple(published.input_size[1:]) if published is not None else None
@@ -151,7 +162,8 @@ def cut(model: nn.Module, config: Any) -> None:
     model.num_layers_before_cut = depth  # type: ignore[assignment]
     uses_norm = config.final_norm and depth in counts
     if hasattr(model, "prune_intermediate_layers"):
-        model.prune_intermediate_layers([k - 1 for k in sorted(set(counts))], prune_norm=not uses_norm, prune_head=True)
+        prune: Any = model.prune_intermediate_layers
+        prune([k - 1 for k in sorted(set(counts))], prune_norm=not uses_norm, prune_head=True)
 
 
 def timm_layers(model: Any, pixels: Tensor, config: Any) -> list[LayerOutput]:
@@ -168,13 +180,13 @@ def timm_layers(model: Any, pixels: Tensor, config: Any) -> list[LayerOutput]:
     takes_prefix = "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
     if config.keep_prefix and num_prefix and takes_prefix:
         options["return_prefix_tokens"] = True
-    result = model.forward_intermediates(
+    result: Any = model.forward_intermediates(
         pixels, indices=[k - 1 for k in wanted], stop_early=True, intermediates_only=not uses_norm, **options
     )
     final, maps = result if uses_norm else (None, result)
     outputs: dict[int, LayerOutput] = {}
-    for count, feature_map in zip(wanted, maps):
-        feature_map, prefix = feature_map if isinstance(feature_map, tuple) else (feature_map, None)
+    for count, item in zip(wanted, maps):
+        feature_map, prefix = item if isinstance(item, tuple) else (item, None)
         if feature_map.ndim == 3:
             assert grid is not None
             outputs[count] = LayerOutput(feature_map, grid, prefix)
@@ -197,8 +209,8 @@ def _final(model: Any, final: Any, before: LayerOutput, num_prefix: int) -> Laye
     num_tokens = before.tokens.shape[1]
     if final.ndim != 3 or final.shape[1] not in (num_tokens, num_tokens + num_prefix):
         raise ConfigError(
-            f"final_norm: timm's {type(model).__name__} ends with {tuple(final.shape)}, which is no grid of {num_tokens} tokens; "
-            "set final_norm: false"
+            f"final_norm: timm's {type(model).__name__} ends with {tuple(final.shape)}, which is no grid of "
+            f"{num_tokens} tokens; set final_norm: false"
         )
     split = final.shape[1] - num_tokens
     prefix = final[:, :split] if before.prefix is not None and split else None
@@ -213,7 +225,12 @@ def set_checkpointing(model: Any, enabled: bool) -> None:
 
 
 def load_timm(
-    model: nn.Module, state: dict[str, Tensor], architecture: str, image: ImageSpec, options: dict[str, Any], source: str
+    model: nn.Module,
+    state: dict[str, Tensor],
+    architecture: str,
+    image: ImageSpec,
+    options: dict[str, Any],
+    source: str,
 ) -> None:
     """Copy a checkpoint of a timm architecture, in timm's naming or the original authors', of any image size."""
     with torch.device("meta"):
@@ -234,8 +251,8 @@ def load_timm(
 
 
 def _resize_sam_positions(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Position tables that lie as an image ``(1, rows, cols, D)`` or along one axis ``(2 * size - 1, D)``, which timm resizes
-    on use but not on load."""
+    """Position tables that lie as an image ``(1, rows, cols, D)`` or along one axis ``(2 * size - 1, D)``, which timm
+    resizes on use but not on load."""
     own = model.state_dict()
     result = dict(state)
     for key, value in state.items():

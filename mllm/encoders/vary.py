@@ -53,7 +53,9 @@ class VaryEncoder(TimmEncoder):
     @classmethod
     def build(cls, config: Any) -> nn.Module:
         if config.layers != [-1] or not config.final_norm:
-            raise ConfigError("layers: the convolutions of type vary follow the neck, so layers is [-1] and final_norm true")
+            raise ConfigError(
+                "layers: the convolutions of type vary follow the neck, so layers is [-1] and final_norm true"
+            )
         sam = create(config.architecture, config.info.image, config.options)
         cut(sam, config)
         return SamWithConvs(sam, int(sam.num_features), config.convs)  # type: ignore[arg-type]
@@ -71,7 +73,8 @@ class VaryEncoder(TimmEncoder):
         set_checkpointing(self.model.sam, enabled)
 
     def load_pretrained(self) -> None:
-        """From a local file only: in this module's names, or the authors' (``blocks.0.mlp.lin1``, ``neck``, ``net_2``)."""
+        """From a local file only: in this module's names, or the authors' (``blocks.0.mlp.lin1``, ``neck``,
+        ``net_2``)."""
         source = self.required_weights().source
         path = local_path(source)
         if path is None:

@@ -22,7 +22,7 @@ from mllm.encoders.library import (
     take_layers,
 )
 from mllm.encoders.weights import load_exactly, local_path, read_weights, strip_prefix, unavailable
-from mllm.errors import CheckpointError, ConfigError
+from mllm.errors import CheckpointError, ConfigError, UnavailableError
 from mllm.types import ImageSpec, VisionFeatures
 
 _ROPE_BASE = 100.0
@@ -169,8 +169,8 @@ class Aggregator(nn.Module):
         return block(*inputs)
 
     def forward(self, pixels: Tensor, views: Sequence[int], wanted: Sequence[int]) -> dict[int, Tensor]:
-        """pixels ``(B, 3, H, W)``, ImageNet-normalised, the views of a scene side by side; views: how many each scene has, in
-        order; wanted: layer counts → ``{count: (B, 1 + R + N, 2 C)}``."""
+        """pixels ``(B, 3, H, W)``, ImageNet-normalised, the views of a scene side by side; views: how many each scene
+        has, in order; wanted: layer counts → ``{count: (B, 1 + R + N, 2 C)}``."""
         if isinstance(self.patch_embed, DinoV2):
             patches = self.patch_embed(pixels, self.run)[:, 5:]  # class token and DINOv2's four registers
         else:
@@ -188,7 +188,9 @@ class Aggregator(nn.Module):
                 outputs[count] = torch.cat([in_frame, x], dim=-1)
         return outputs
 
-    def across_views(self, block: nn.Module, x: Tensor, views: Sequence[int], rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def across_views(
+        self, block: nn.Module, x: Tensor, views: Sequence[int], rotation: tuple[Tensor, Tensor]
+    ) -> Tensor:
         """Global attention; scenes with equally many views run as one batch."""
         cos, sin = rotation
         if len(set(views)) == 1:
@@ -199,7 +201,8 @@ class Aggregator(nn.Module):
         return torch.cat(parts)
 
     def positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
-        """(row, column) of every token of one view, patches counted from 1, special tokens at (0, 0): ``(1 + R + N, 2)``."""
+        """(row, column) of every token of one view, patches counted from 1, special tokens at (0, 0): ``(1 + R + N,
+        2)``."""
         rows = torch.arange(1, grid[0] + 1, device=device)
         cols = torch.arange(1, grid[1] + 1, device=device)
         return torch.cat([rows.new_zeros(self.num_special, 2), torch.cartesian_prod(rows, cols)])
@@ -210,7 +213,8 @@ def _block(config: Any) -> Block:
 
 
 def rotary_table(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """positions ``(…, 2)`` → cos, sin ``(…, head_dim)``: the first half of the channels turns by row, the second by column."""
+    """positions ``(…, 2)`` → cos, sin ``(…, head_dim)``: the first half of the channels turns by row, the second by
+    column."""
     quarter = head_dim // 4
     frequency = _ROPE_BASE ** (-torch.arange(quarter, device=positions.device, dtype=torch.float32) / quarter)
     angles = positions[..., None].float() * frequency
@@ -225,7 +229,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class VggtEncoder(LibraryEncoder):
-    """Multi-view features: images with the same ``scene_ids`` see one another; without ids every image is a scene of its own.
+    """Multi-view features: images with the same ``scene_ids`` see one another; without ids every image is a scene of
+    its own.
 
     The order of a scene's images counts, the first one is the reference view. Prefix: camera and register tokens.
     """
@@ -251,9 +256,11 @@ class VggtEncoder(LibraryEncoder):
             raise ConfigError(f"num_heads: {config.num_heads} does not split width {config.width} into multiples of 4")
         return Aggregator(config, depth=max(take_layers(config.layers, config.depth, lowest=1)))
 
-    def forward(self, pixels: Tensor, *, scene_ids: Tensor | None = None, return_attention: bool = False) -> VisionFeatures:
+    def forward(
+        self, pixels: Tensor, *, scene_ids: Tensor | None = None, return_attention: bool = False
+    ) -> VisionFeatures:
         if return_attention:
-            raise ConfigError("return_attention: vggt hands out no attention weights")
+            raise UnavailableError("return_attention: vggt uses fused attention, which hands out no weights")
         check_pixels(pixels, self.config.info.image, self.config.type)
         pixels = pixels.to(self.dtype)
         if pixels.shape[0] == 0:
@@ -308,5 +315,7 @@ class VggtEncoder(LibraryEncoder):
         if deeper:
             raise CheckpointError(f"weights: {weights.source} is deeper than depth: {self.config.depth}")
         own = full.state_dict()
-        known = set(own) | {k for k in state if k not in own and not k.startswith(("frame_blocks.", "global_blocks.", "patch_embed."))}
+        known = set(own) | {
+            k for k in state if k not in own and not k.startswith(("frame_blocks.", "global_blocks.", "patch_embed."))
+        }
         load_exactly(self.model, state, source=weights.source, known=known)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,15 +18,15 @@ from mllm.types import Grid
 _FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _HEADS = {
-    "head", "head_dist", "head_drop", "fc", "fc_norm", "classifier", "attn_pool", "attnpool", "pooler", "proj", "last_conv",
-    "mask_token", "logit_scale", "logit_bias", "lm_head",
+    "head", "head_dist", "head_drop", "fc", "fc_norm", "classifier", "attn_pool", "attnpool", "pooler", "proj",
+    "last_conv", "mask_token", "logit_scale", "logit_bias", "lm_head",
 }  # fmt: skip
 """First key parts that belong to something other than the feature layers."""
 
 
 def local_path(source: str) -> Path | None:
-    """The local file or directory that ``source`` names, None where it is a name on a hub. Raises `CheckpointError` for a path
-    that does not exist."""
+    """The local file or directory that ``source`` names, None where it is a name on a hub. Raises `CheckpointError`
+    for a path that does not exist."""
     path = Path(source).expanduser()
     if path.exists():
         return path
@@ -39,13 +39,14 @@ def unavailable(source: str, error: Exception) -> UnavailableError:
     """The error for weights that cannot be fetched."""
     reason = " ".join(str(error).split())[:200]
     return UnavailableError(
-        f"weights: {source!r} could not be fetched ({type(error).__name__}: {reason}). Without network access, download it "
-        "elsewhere and set weights.source to the local path."
+        f"weights: {source!r} could not be fetched ({type(error).__name__}: {reason}). Without network access, "
+        "download it elsewhere and set weights.source to the local path."
     )
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a ``.safetensors`` file, of a ``.pt/.pth/.bin`` file of plain tensors, or of a directory of safetensors.
+    """Tensors of a ``.safetensors`` file, of a ``.pt/.pth/.bin`` file of plain tensors, or of a directory of
+    safetensors.
 
     Raises `CheckpointError` for files that would have to run code, and for files without tensors.
     """
@@ -63,8 +64,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise CheckpointError(
-            f"weights: {path} does not load with weights_only=True ({' '.join(str(error).split())[:160]}). It is damaged or "
-            "holds code, which is not run here; convert it to .safetensors in an environment you trust."
+            f"weights: {path} does not load with weights_only=True ({' '.join(str(error).split())[:160]}). It is "
+            "damaged or holds code, which is not run here; convert it to .safetensors in an environment you trust."
         ) from error
     for wrapper in _WRAPPERS:
         if isinstance(data, Mapping) and isinstance(data.get(wrapper), Mapping):
@@ -90,8 +91,8 @@ def _read_directory(path: Path) -> dict[str, Tensor]:
 
 
 def strip_prefix(state: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
-    """The part of ``state`` below the one key prefix (``visual.``, ``module.``, ``vision_model.`` …) under which most of
-    ``wanted`` is found, without that prefix."""
+    """The part of ``state`` below the one key prefix (``visual.``, ``module.``, ``vision_model.`` …) under which most
+    of ``wanted`` is found, without that prefix."""
     hits: dict[str, int] = {}
     wanted = set(wanted)
     for key in state:
@@ -107,8 +108,9 @@ def strip_prefix(state: Mapping[str, Tensor], wanted: Collection[str]) -> dict[s
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], *, source: str, known: Collection[str] = ()) -> None:
-    """Copy ``state`` into ``module``: every key must be there in the right shape, and nothing may be left over except heads and
-    the ``known`` keys (parts of the full model that are not built). Raises `CheckpointError` listing what does not fit."""
+    """Copy ``state`` into ``module``: every key must be there in the right shape, and nothing may be left over except
+    heads and the ``known`` keys (parts of the full model that are not built). Raises `CheckpointError` listing what
+    does not fit."""
     own = module.state_dict()
     missing = [key for key in own if key not in state]
     shapes = [
@@ -132,8 +134,8 @@ def shorten(keys: list[str], limit: int = 12) -> str:
 
 
 def resize_positions(table: Tensor, old: Grid, new: Grid, *, num_prefix_tokens: int = 0) -> Tensor:
-    """A learned position table ``(…, P + rows * cols, D)`` for another grid: bicubic with antialiasing, fp32; prefix positions
-    are kept."""
+    """A learned position table ``(…, P + rows * cols, D)`` for another grid: bicubic with antialiasing, fp32; prefix
+    positions are kept."""
     prefix, patches = table[..., :num_prefix_tokens, :], table[..., num_prefix_tokens:, :]
     lead, width = patches.shape[:-2], patches.shape[-1]
     image = patches.reshape(-1, *old, width).permute(0, 3, 1, 2).float()
@@ -144,8 +146,9 @@ def resize_positions(table: Tensor, old: Grid, new: Grid, *, num_prefix_tokens: 
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Modules built inside have real buffers and weightless parameters: a cheap way to compute buffers alone."""
+    """Modules built inside have real buffers, in fp32, and weightless parameters: computes buffers cheaply."""
     register = nn.Module.register_parameter
+    dtype = torch.get_default_dtype()
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         register(self, name, param)
@@ -153,25 +156,40 @@ def parameters_on_meta() -> Iterator[None]:
             self._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    torch.set_default_dtype(torch.float32)
     try:
         with torch.device("cpu"):
             yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+        torch.set_default_dtype(dtype)
 
 
-def copy_lost_buffers(module: nn.Module, fresh: nn.Module) -> None:
-    """Give ``module`` the values of ``fresh``'s buffers that no checkpoint holds, in its own dtype and place."""
+def lost_buffers(module: nn.Module) -> list[str]:
+    """Names of the buffers that no checkpoint holds."""
     saved = set(module.state_dict())
-    values = dict(fresh.named_buffers())
+    return [name for name, _ in module.named_buffers() if name not in saved]
+
+
+def recompute_buffers(module: nn.Module, build: Callable[[], nn.Module]) -> None:
+    """Give ``module``'s lost buffers the values that ``build`` computes, in their own dtype and place."""
+    names = lost_buffers(module)
+    if not names:
+        return
+    with parameters_on_meta():
+        values = dict(build().named_buffers())
+    if any(values[name].is_meta for name in names if name in values):  # computed on the parameters' device
+        with torch.device("cpu"):
+            values = dict(build().named_buffers())
     device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
-    for name, buffer in list(module.named_buffers()):
-        if name in saved or name not in values:
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(parent)
+        buffer, value = owner._buffers[leaf], values.get(name)
+        if buffer is None or value is None:
             continue
-        value = values[name]
         if buffer.is_meta or buffer.shape != value.shape:
-            parent, _, leaf = name.rpartition(".")
-            module.get_submodule(parent)._buffers[leaf] = value.to(device=device, dtype=buffer.dtype)
+            owner._buffers[leaf] = value.to(device=device, dtype=buffer.dtype)
         else:
             with torch.no_grad():
                 buffer.copy_(value)

@@ -1,8 +1,8 @@
 """How is the language-model loss computed without ever holding all logits?
 
 The head is applied to supervised positions only, a chunk of rows at a time; each chunk's softmax gradient is formed in
-place in fp32 and multiplied out at once, so the backward pass needs no logits. Memory is a few ``(chunk, V)`` buffers instead
-of ``(T, V)`` ones. The idea of fusing head and loss is that of Liger-Kernel (Hsu et al., arXiv 2410.10989).
+place in fp32 and multiplied out at once, so the backward pass needs no logits. Memory is a few ``(chunk, V)`` buffers
+instead of ``(T, V)`` ones. The idea of fusing head and loss is that of Liger-Kernel (Hsu et al., arXiv 2410.10989).
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ CPU_CHUNK = 512
 
 
 def shift_labels(labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    """labels ``(B, T)`` → the target of every position ``(B, T)``: its successor's label. The last position has none, and
-    with ``position_ids`` ``(B, T)`` (packed rows, restarting at 0) neither has the last token of any packed sample."""
+    """labels ``(B, T)`` → the target of every position ``(B, T)``: its successor's label. The last position has none,
+    and with ``position_ids`` ``(B, T)`` (packed rows, restarting at 0) neither has the last token of any packed
+    sample."""
     shifted = F.pad(labels, (0, 1), value=IGNORE)[:, 1:]
     if position_ids is not None:
         starts = F.pad(position_ids.eq(0), (0, 1), value=False)[:, 1:]
@@ -43,10 +44,11 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of ``softcap(scale · (hidden @ weight.T + bias))`` against the next token.
 
-    hidden ``(B, T, L)``, weight ``(V, L)``, labels ``(B, T)`` with -100 where nothing is learned. num_items_in_batch: the loss
-    is the sum divided by it (supervised tokens of the whole optimizer step, all ranks); None: by this batch's own count.
-    shift: labels are those of the position itself (HF's convention) and are shifted here. Without any supervised position
-    the loss is 0 and still reaches every input, so that all ranks run the same backward. Returns an fp32 scalar.
+    hidden ``(B, T, L)``, weight ``(V, L)``, labels ``(B, T)`` with -100 where nothing is learned. num_items_in_batch:
+    the loss is the sum divided by it (supervised tokens of the whole optimizer step, all ranks); None: by this batch's
+    own count. shift: labels are those of the position itself (HF's convention) and are shifted here. Without any
+    supervised position the loss is 0 and still reaches every input, so that all ranks run the same backward. Returns an
+    fp32 scalar.
     """
     if shift:
         labels = shift_labels(labels, position_ids)
@@ -65,7 +67,8 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy; gradients are computed chunk by chunk in the forward pass and scaled in the backward pass."""
+    """Summed cross-entropy; gradients are computed chunk by chunk in the forward pass and scaled in the backward
+    pass."""
 
     @staticmethod
     def forward(

@@ -16,8 +16,9 @@ from mllm.errors import AlignmentError, CheckpointError
 from mllm.models.configuration_mllm import MllmConfig, head_settings
 from mllm.models.loss import linear_cross_entropy
 from mllm.models.pipeline import EncoderBank, build_visual_parts
+from mllm.models.routing import ask_gate, check_choices, encode_for_generation, encode_short, routing_loss_of_step
 from mllm.processing.layout import PRIMARY_PIXELS, pixel_keys
-from mllm.types import Routing
+from mllm.types import Routing, VisionFeatures
 
 
 @dataclass
@@ -157,20 +158,27 @@ class MllmModel(MllmPreTrainedModel):
         *,
         expert_weights: Tensor | None = None,
         router_input_ids: Tensor | None = None,
+        **options: Any,
     ) -> tuple[Tensor, Routing | None]:
         """pixels: encoder name → ``(B, 3, H, W)``; expert_weights ``(B, E)`` fixes the routing; router_input_ids ``(B, T)``:
-        the questions' token ids, padded with -1. Returns visual tokens ``(B, M, L)`` and the routing."""
+        the questions' token ids, padded with -1; options: ``base`` and limits, see `EncoderBank.forward`. Returns visual
+        tokens ``(B, M, L)`` and the routing."""
         if self.vision_tower is None or self.multi_modal_projector is None:
             raise AlignmentError("images were given to a text-only model (its config has no connector)")
-        text = self._question_summary(router_input_ids)
-        features, routing = self.vision_tower(pixels, expert_weights=expert_weights, text=text)
+        text = self.question_summary(router_input_ids)
+        features, routing = self.vision_tower(pixels, expert_weights=expert_weights, text=text, **options)
+        return self.connect(features, routing, text), routing
+
+    def connect(self, features: Mapping[str, VisionFeatures], routing: Routing | None, text: Tensor | None) -> Tensor:
+        """Features of B images by encoder name → visual tokens ``(B, M, L)``."""
+        assert self.multi_modal_projector is not None
         parameter = next(self.multi_modal_projector.parameters(), None)
         if parameter is not None:
             for feature in features.values():
                 feature.tokens = feature.tokens.to(parameter.device, parameter.dtype)
-        return self.multi_modal_projector(features, routing, text), routing
+        return self.multi_modal_projector(features, routing, text)
 
-    def _question_summary(self, router_input_ids: Tensor | None) -> Tensor | None:
+    def question_summary(self, router_input_ids: Tensor | None) -> Tensor | None:
         if router_input_ids is None:
             return None
         real = router_input_ids.ge(0).unsqueeze(-1)
@@ -221,21 +229,21 @@ class MllmModel(MllmPreTrainedModel):
 
     def _idle_pass(self, inputs_embeds: Tensor) -> Tensor:
         """A text-only batch in training: touch every learning visual parameter with weight zero, so that ranks with and
-        without images reduce the same gradients (ZeRO-1/2 go wrong silently, ZeRO-3 fails otherwise)."""
+        without images reduce the same gradients (ZeRO-1/2 go wrong silently, ZeRO-3 fails otherwise). Under ZeRO-3 frozen
+        parts run too: their weights are partitioned, and all ranks must gather them together."""
         parameters = [*self.vision_tower.parameters(), *self.multi_modal_projector.parameters()]  # type: ignore[union-attr]
-        if not any(p.requires_grad for p in parameters):
+        if not any(p.requires_grad or hasattr(p, "ds_id") for p in parameters):
             return inputs_embeds
         infos = self.vision_tower.infos  # type: ignore[union-attr]
         pixels = {
             name: inputs_embeds.new_zeros(1, 3, info.image.height, info.image.width) for name, info in infos.items()
         }
-        experts = self.vision_tower.experts  # type: ignore[union-attr]
-        weights = inputs_embeds.new_full((1, len(experts)), 1 / len(experts)) if experts else None
-        tokens, routing = self.encode_images(pixels, expert_weights=weights)
+        routed = bool(self.vision_tower.experts)  # type: ignore[union-attr]
+        question = torch.zeros(1, 1, dtype=torch.long, device=inputs_embeds.device) if routed else None
+        tokens, routing = self.encode_images(pixels, router_input_ids=question)
         idle = tokens.sum() * 0.0
-        if experts and self.vision_tower.router is not None:  # type: ignore[union-attr]
-            for parameter in self.vision_tower.router.parameters():  # type: ignore[union-attr]
-                idle = idle + parameter.sum() * 0.0
+        if routing is not None:
+            idle = idle + routing.weights.sum() * 0.0 + sum(loss * 0.0 for loss in routing.losses.values())
         return inputs_embeds + idle.to(inputs_embeds)
 
     @can_return_tuple
@@ -310,6 +318,10 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
         embedding = self.model.get_input_embeddings()
         name = next(n for n, m in self.model.language_model.named_modules() if m is embedding)
         self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{name}.weight"}
+        self.routing_only = False
+        """In a ``routing`` stage: `forward` computes the router's loss alone, no expert runs (`mllm.models.routing`)."""
+        self.last_routing: Routing | None = None
+        """What the last ``generate`` call ran on each image; None without images or router."""
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -364,11 +376,22 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
+        routing_targets: Tensor | None = None,
         **kwargs: Any,
     ) -> MllmOutput:
         """labels ``(B, T)``: -100 carries no loss. skip_logits: with labels, compute the loss on supervised positions in chunks
-        and return no logits (memory). Other encoders' pixels come as ``pixel_values_<name>``."""
+        and return no logits (memory). Other encoders' pixels come as ``pixel_values_<name>``. routing_targets ``(images, E)``:
+        what the router should have chosen, as `GateRouter.supervised_loss` takes it; its loss is added."""
         num_items = kwargs.pop("num_items_in_batch", None)
+        if self.routing_only:
+            keys = self.model.pixel_keys
+            given = {PRIMARY_PIXELS: pixel_values, **{key: kwargs.pop(key) for key in keys.values() if key in kwargs}}
+            pixels = {name: given[key] for name, key in keys.items() if given.get(key) is not None}
+            if not self.model.vision_tower.router.asks_language_model:  # type: ignore[union-attr]
+                routing = ask_gate(self, pixels, router_input_ids)
+                loss = routing_loss_of_step(self, routing, routing_targets, labels, num_items)
+                return MllmOutput(loss=loss, routing=routing)
+            image_features, pixel_values, expert_weights = encode_short(self, pixels, router_input_ids), None, None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -407,8 +430,7 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
                     num_items_in_batch=num_items,
                 )
         if loss is not None and outputs.routing is not None and self.training:
-            for value in outputs.routing.losses.values():
-                loss = loss + value
+            loss = loss + routing_loss_of_step(self, outputs.routing, routing_targets, labels, num_items)
         return MllmOutput(
             loss=loss,
             logits=logits,
@@ -420,6 +442,43 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
         )
 
     # Generation ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        experts: Any = None,
+        expert_budget: int | None = None,
+        expert_threshold: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers, and for a model with a router: experts (names, name → weight, ``"none"``, or one entry per
+        image) fixes the routing; expert_budget: most experts per image; expert_threshold: an expert below this probability
+        does not run. The routing of the call is in ``last_routing``, and in the output's ``routing`` with
+        ``return_dict_in_generate``. A ``language_model`` router needs ``tokenizer=``."""
+        tower = self.model.vision_tower
+        pool = tower.experts if tower is not None else ()
+        check_choices(pool, experts, expert_budget, expert_threshold)
+        self.last_routing = None
+        pixels = kwargs.get(PRIMARY_PIXELS)
+        if pool and pixels is not None and len(pixels) and kwargs.get("image_features") is None:
+            kwargs, self.last_routing = encode_for_generation(
+                self,
+                kwargs,
+                experts=experts,
+                expert_budget=expert_budget,
+                expert_threshold=expert_threshold,
+                tokenizer=kwargs.get("tokenizer"),
+            )
+        output = self.generate_text(inputs, *args, **kwargs)
+        if self.last_routing is not None and not isinstance(output, Tensor):
+            output.routing = self.last_routing
+        return output
+
+    def generate_text(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own ``generate``: images are encoded where they stand, nothing is recorded."""
+        return super().generate(*args, **kwargs)
 
     @property
     def _image_inputs(self) -> list[str]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mllm.connectors.build import build_connector, connector_config
 from mllm.encoders.catalogue import build_encoder, encoder_config
 from mllm.errors import AlignmentError, ConfigError
+from mllm.models.routing import limit_routing
 from mllm.types import Routing, VisionFeatures
 
 
@@ -29,6 +32,8 @@ class EncoderBank(nn.Module):
         self.experts: tuple[str, ...] = tuple((router or {}).get("experts", ()))
         self.with_attention: frozenset[str] = frozenset()
         """Encoders whose last attention map the connector reads."""
+        self.num_encoded: Counter[str] = Counter()
+        """Images that each encoder has run on; ``clear()`` it to start anew."""
         self.router: nn.Module | None = None
         if router is not None:
             from mllm.routers.build import build_router
@@ -61,56 +66,126 @@ class EncoderBank(nn.Module):
         *,
         expert_weights: Tensor | None = None,
         text: Tensor | None = None,
+        base: Mapping[str, VisionFeatures] | None = None,
+        expert_budget: int | None = None,
+        expert_threshold: float | None = None,
     ) -> tuple[dict[str, VisionFeatures], Routing | None]:
         """pixels: encoder name → ``(B, 3, H, W)``; expert_weights ``(B, E)`` fixes the routing (rows of NaN: not fixed);
-        text ``(B, L)``. Returns features in the model's order and the routing, None for a model without router."""
-        missing = [name for name in self.encoders if name not in pixels]
-        if missing:
-            raise AlignmentError(f"no pixels for encoder {missing[0]!r}; got {sorted(pixels)}, need {list(self.encoders)}")
-        counts = {name: pixels[name].shape[0] for name in self.encoders}
-        if len(set(counts.values())) > 1:
-            raise AlignmentError(f"encoders were given different numbers of images: {counts}")
-        features: dict[str, VisionFeatures] = {name: self._encode(name, pixels[name]) for name in self.always_on}
+        text ``(B, L)``; base: what `encode_base` gave for these pixels, to save running it again; expert_budget,
+        expert_threshold: see `mllm.models.routing.limit_routing`. Returns features in the model's order and the routing,
+        None for a model without router."""
+        self._check(pixels, list(self.encoders))
+        features = dict(base) if base is not None else self.encode_base(pixels)
         routing = self._routing(features, expert_weights, text) if self.experts else None
         if routing is not None:
-            for index, name in enumerate(self.experts):
-                features[name] = self._encode_routed(name, pixels[name], routing.weights[:, index])
+            fixed = None if expert_weights is None else ~expert_weights.isnan().any(dim=-1)
+            routing = limit_routing(routing, budget=expert_budget, threshold=expert_threshold, fixed=fixed)
+            features |= self._encode_experts(pixels, routing)
         return {name: features[name] for name in self.encoders}, routing
 
-    def _encode(self, name: str, pixels: Tensor) -> VisionFeatures:
+    def encode_base(self, pixels: Mapping[str, Tensor]) -> dict[str, VisionFeatures]:
+        """Features of the always-on encoders; the experts' pixels are not needed."""
+        self._check(pixels, self.always_on)
+        return {name: self._encode(name, pixels[name]) for name in self.always_on}
+
+    def _check(self, pixels: Mapping[str, Tensor], needed: list[str]) -> None:
+        missing = [name for name in needed if name not in pixels]
+        if missing:
+            raise AlignmentError(f"no pixels for encoder {missing[0]!r}; got {sorted(pixels)}, need {needed}")
+        counts = {name: pixels[name].shape[0] for name in needed}
+        if len(set(counts.values())) > 1:
+            raise AlignmentError(f"encoders were given different numbers of images: {counts}")
+
+    def encode_expert(self, name: str, pixels: Tensor) -> VisionFeatures:
+        """Features of one expert on all of B images, whatever the routing."""
+        return self._encode(name, pixels)
+
+    def _encode(self, name: str, pixels: Tensor, *, idle: bool = False) -> VisionFeatures:
         encoder = self.encoders[name]
+        if not idle:
+            self.num_encoded[name] += len(pixels)
         parameter = next(encoder.parameters(), None)
         pixels = pixels if parameter is None else pixels.to(parameter.device, parameter.dtype)
         return encoder(pixels, return_attention=True) if name in self.with_attention else encoder(pixels)
 
-    def _encode_routed(self, name: str, pixels: Tensor, weights: Tensor) -> VisionFeatures:
-        rows = weights.detach().ne(0).nonzero(as_tuple=True)[0]
-        info, encoder = self.infos[name], self.encoders[name]
-        learns = self.training and any(p.requires_grad for p in encoder.parameters())
-        if len(rows) == len(weights) and len(rows):
+    def _encode_experts(self, pixels: Mapping[str, Tensor], routing: Routing) -> dict[str, VisionFeatures]:
+        """Every expert on the images routed to it, grouped, its features scattered back among zeros."""
+        used = routing.weights.detach().ne(0).cpu()  # one transfer for all experts
+        elsewhere = self._used_by_any_rank(used)
+        return {
+            name: self._encode_routed(name, pixels[name], used[:, index].nonzero()[:, 0], elsewhere[index])
+            for index, name in enumerate(self.experts)
+        }
+
+    def _encode_routed(self, name: str, pixels: Tensor, rows: Tensor, used_elsewhere: bool) -> VisionFeatures:
+        encoder, batch = self.encoders[name], len(pixels)
+        if len(rows) and len(rows) == batch:
             return self._encode(name, pixels)
-        parameter = next(encoder.parameters(), pixels)
-        tokens = torch.zeros(
-            len(weights), info.grid[0] * info.grid[1], info.width, dtype=parameter.dtype, device=pixels.device
-        )
         if len(rows):
-            chosen = self._encode(name, pixels[rows])
-            tokens = tokens.to(chosen.tokens.dtype).index_copy(0, rows, chosen.tokens)
-        elif learns and len(pixels):
-            # Every rank must touch the same parameters, or ZeRO-1/2 reduces the wrong gradients (see docs in train/engine).
-            tokens = tokens + 0.0 * self._encode(name, pixels[:1]).tokens.sum()
+            found = self._encode(name, pixels[rows.to(pixels.device)])
+            rows = rows.to(found.tokens.device)
+            return VisionFeatures(
+                _scatter(found.tokens, rows, batch),
+                found.grid,
+                None if found.prefix is None else _scatter(found.prefix, rows, batch),
+                None if found.attention is None else _scatter(found.attention, rows, batch),
+            )
+        if name in self.with_attention and batch:  # the connector needs a map of the right shape
+            found = self._encode(name, pixels[:1], idle=True)
+            assert found.attention is not None
+            none, attention = rows.to(found.tokens.device), found.attention[:0]
+            return VisionFeatures(_scatter(found.tokens[:0], none, batch), found.grid, None, _scatter(attention, none, batch))
+        info, parameter = self.infos[name], next(encoder.parameters(), pixels)
+        tokens = torch.zeros(batch, info.grid[0] * info.grid[1], info.width, dtype=parameter.dtype, device=parameter.device)
+        learning = torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())
+        if batch and (used_elsewhere or (learning and _several_ranks())):
+            # Ranks reduce the gradients of the same weights in the same order (in another one ZeRO-1/2 adds up unlike weights,
+            # silently), and under ZeRO-3 gather weights together: so an expert runs on one image, for nothing, where it is not used.
+            tokens = tokens + 0.0 * self._encode(name, pixels[:1], idle=True).tokens.sum()
+        elif learning:
+            tokens = tokens + 0.0 * sum(p.sum() for p in encoder.parameters() if p.requires_grad).to(tokens)
         return VisionFeatures(tokens, info.grid)
+
+    def _used_by_any_rank(self, used: Tensor) -> list[bool]:
+        """For each expert, whether this rank must run it because another one does: only where weights are partitioned."""
+        partitioned = [_is_partitioned(self.encoders[name]) for name in self.experts]
+        if not any(partitioned) or not _several_ranks():
+            return [False] * len(partitioned)
+        device = next(p.device for name in self.experts for p in self.encoders[name].parameters())
+        anywhere = used.any(dim=0).to(device, torch.int32)
+        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+        return [bool(a) and p for a, p in zip(anywhere.tolist(), partitioned)]
 
     def _routing(self, features: Mapping[str, VisionFeatures], fixed: Tensor | None, text: Tensor | None) -> Routing:
         if fixed is not None and fixed.shape[-1] != len(self.experts):
             raise AlignmentError(f"expert_weights has {fixed.shape[-1]} columns, the model {len(self.experts)} experts {self.experts}")
-        if fixed is not None and not fixed.isnan().any():
+        assert self.router is not None
+        # A router that learns (or whose weights are gathered by all ranks together) is asked even when nothing is left to choose.
+        together = torch.is_grad_enabled() and any(
+            p.requires_grad or hasattr(p, "ds_id") for p in self.router.parameters()
+        )
+        if fixed is not None and not together and not fixed.isnan().any():
             return Routing(self.experts, fixed)
         routing = self.route(features, text)
         if fixed is not None:
+            fixed = fixed.to(routing.weights)
             free = fixed.isnan().any(dim=-1, keepdim=True)
-            routing.weights = torch.where(free, routing.weights, fixed.to(routing.weights))
+            routing.weights = torch.where(free, routing.weights, fixed)
         return routing
+
+
+def _scatter(values: Tensor, rows: Tensor, batch: int) -> Tensor:
+    """Rows ``(R, …)`` put into zeros ``(batch, …)`` at ``rows``."""
+    return values.new_zeros(batch, *values.shape[1:]).index_copy(0, rows, values)
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _is_partitioned(module: nn.Module) -> bool:
+    """Whether ZeRO-3 spreads the module's weights over the ranks."""
+    return any(hasattr(p, "ds_id") for p in module.parameters())
 
 
 def build_visual_parts(config: Any) -> tuple[EncoderBank | None, nn.Module | None]:

@@ -22,7 +22,9 @@ def register() -> None:
     AutoConfig.register(MllmConfig.model_type, MllmConfig, exist_ok=True)
     AutoModel.register(MllmConfig, MllmModel, exist_ok=True)
     AutoModelForImageTextToText.register(MllmConfig, MllmForConditionalGeneration, exist_ok=True)
-    AutoImageProcessor.register(MllmConfig, MllmImageProcessor, exist_ok=True)
+    AutoImageProcessor.register(
+        MllmConfig, image_processor_classes={"torchvision": MllmImageProcessor, "pil": MllmImageProcessor}, exist_ok=True
+    )
     AutoProcessor.register(MllmConfig, MllmProcessor, exist_ok=True)
     for cls in (MllmForConditionalGeneration, MllmModel, MllmProcessor, MllmImageProcessor):
         setattr(transformers, cls.__name__, cls)

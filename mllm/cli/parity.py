@@ -1,0 +1,106 @@
+"""``mllm parity``: does a checkpoint answer the same everywhere?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def parity(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder, or a PEFT adapter trained on one.")],
+    cases: Annotated[
+        int, typer.Option(help="Prompts to compare: 0 to 5 pictures, odd sizes, short and long text, several turns.")
+    ] = 12,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate for each.")] = 24,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", "-i", help="Own pictures (repeatable), all in one prompt.")
+    ] = None,
+    question: Annotated[str, typer.Option("--question", "-q", help="The question to own pictures.")] = "What is shown?",
+    dtype: Annotated[str, typer.Option(help="float32 (exact), bfloat16 or float16.")] = "float32",
+    device: Annotated[
+        str | None, typer.Option(help="Where transformers runs: cpu, cuda; default: the GPU when there is one.")
+    ] = None,
+    vllm: Annotated[bool, typer.Option(help="Compare vLLM too.")] = True,
+    backend: Annotated[str, typer.Option(help="vLLM's model: auto, native or transformers.")] = "auto",
+    gpu_memory: Annotated[float | None, typer.Option(help="vLLM's share of GPU memory.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the result as JSON.")] = None,
+) -> None:
+    """Compare trainer-style forward, generate, merged adapter and vLLM: prompt, pixels, tokens, log probabilities.
+
+    Exits with 1 when anything differs from [bold]generate[/].
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from mllm.serve.parity import Case, run_parity
+    from mllm.types import IMAGE_MARK, Turn
+
+    own = None
+    if image:
+        own = [
+            Case(
+                "own pictures",
+                [Turn("user", "\n".join([IMAGE_MARK] * len(image)) + "\n" + question)],
+                list(_open(image)),
+            )
+        ]
+    engine = {} if gpu_memory is None else {"gpu_memory_utilization": gpu_memory}
+    differences, moved = run_parity(
+        checkpoint,
+        own,
+        num_cases=cases,
+        num_tokens=tokens,
+        dtype=dtype,
+        device=device,
+        vllm=vllm,
+        model_impl={"native": "vllm"}.get(backend, backend),
+        engine=engine,
+    )
+    console = Console()
+    table = Table(
+        "case",
+        "path",
+        "tokens",
+        "first other token",
+        "largest log-probability gap",
+        "other differences",
+        title=checkpoint,
+    )
+    for item in differences:
+        colour = "green" if item.same else "red"
+        first = "-" if item.first is None else str(item.first)
+        table.add_row(
+            item.case,
+            item.path,
+            str(item.num_tokens),
+            f"[{colour}]{first}[/]",
+            f"{item.gap:.1e}",
+            ", ".join(item.notes),
+        )
+    console.print(table)
+    for name, value in moved.items():
+        console.print(f"encoder {name}: another picture moves a logit by up to {value:.3g}")
+        if value == 0:
+            console.print(f"[yellow]encoder {name} moves no logit: nothing here tests it[/]")
+    different = sum(not item.same for item in differences)
+    console.print(f"{len(differences) - different} of {len(differences)} comparisons equal to generate")
+    if output is not None:
+        output.write_text(
+            json.dumps({"differences": [vars(d) for d in differences], "encoders": moved}, indent=1), encoding="utf-8"
+        )
+    if different:
+        raise typer.Exit(1)
+
+
+def _open(paths: list[Path]):
+    from mllm.processing.images import load_image
+
+    return (load_image(path, where=f"--image {path}") for path in paths)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the verb."""
+    app.command()(parity)

@@ -1,0 +1,76 @@
+"""``mllm serve``: put a checkpoint behind an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    context: typer.Context,
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder (or hub id).")],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Anything but loopback needs MLLM_API_KEY in the environment.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="Model name in requests; default: the folder's name.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt plus answer, in tokens.")] = None,
+    max_images: Annotated[int, typer.Option(help="Pictures per request.")] = 8,
+    max_pixels: Annotated[
+        int, typer.Option(help="Largest picture, width × height; read before anything is decoded.")
+    ] = 16_000_000,
+    max_body_mb: Annotated[float, typer.Option(help="Largest request body, in MiB.")] = 32.0,
+    media_domain: Annotated[
+        list[str] | None,
+        typer.Option(help="Host whose pictures may be fetched by address (repeatable). Default: none, base64 only."),
+    ] = None,
+    tensor_parallel: Annotated[int, typer.Option(help="GPUs that share the language model.")] = 1,
+    gpu_memory: Annotated[float | None, typer.Option(help="Share of GPU memory to use.")] = None,
+    eager: Annotated[
+        bool, typer.Option("--eager", help="No compilation and no CUDA graphs: starts sooner, answers slower.")
+    ] = False,
+    backend: Annotated[
+        str, typer.Option(help="auto, native, or transformers (vLLM's Transformers modeling backend).")
+    ] = "auto",
+    lora: Annotated[
+        list[str] | None, typer.Option(help="name=folder of a PEFT adapter on the language model (repeatable).")
+    ] = None,
+) -> None:
+    """Serve a checkpoint; what follows [bold]--[/] goes to vLLM unchanged.
+
+    [dim]MLLM_API_KEY=secret mllm serve runs/demo/final --port 8000 -- --max-num-seqs 64[/]
+    """
+    from mllm.config import validate
+    from mllm.serve.server import ServeSettings
+    from mllm.serve.server import serve as start
+
+    settings = validate(
+        ServeSettings,
+        {
+            "checkpoint": checkpoint,
+            "host": host,
+            "port": port,
+            "name": name,
+            "dtype": dtype,
+            "max_model_len": max_model_len,
+            "max_images": max_images,
+            "max_pixels": max_pixels,
+            "max_body_mb": max_body_mb,
+            "media_domains": media_domain or [],
+            "tensor_parallel": tensor_parallel,
+            "gpu_memory": gpu_memory,
+            "eager": eager,
+            "backend": backend,
+            "lora": lora or [],
+            "extra": list(context.args),
+        },
+        where="serve",
+    )
+    start(settings)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the verb."""
+    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})(serve)

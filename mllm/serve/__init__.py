@@ -1,0 +1,1 @@
+"""How does a checkpoint answer over HTTP? Everything that touches vLLM lives here."""

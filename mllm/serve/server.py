@@ -1,0 +1,157 @@
+"""With which settings does a checkpoint go online? vLLM's OpenAI-compatible server, started with safe defaults."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from mllm.config import StrictModel
+from mllm.errors import ConfigError, UnavailableError
+from mllm.serve.guard import ENVIRONMENT, GuardSettings
+
+NO_DOMAIN = "no-media-domain.invalid"
+"""Matches no host (RFC 2606): vLLM takes an empty list of media domains for "every host"."""
+
+
+class ServeSettings(StrictModel):
+    """Settings of ``mllm serve``; ``extra`` goes to vLLM as it is, after everything else."""
+
+    checkpoint: str
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    name: str | None = None
+    """Model name in requests; default: the checkpoint's folder name."""
+    dtype: str = "auto"
+    max_model_len: int | None = Field(default=None, gt=0)
+    max_images: int = Field(default=8, ge=0)
+    max_pixels: int = Field(default=16_000_000, gt=0)
+    max_body_mb: float = Field(default=32.0, gt=0)
+    media_domains: list[str] = Field(default_factory=list)
+    tensor_parallel: int = Field(default=1, ge=1)
+    gpu_memory: float | None = Field(default=None, gt=0, le=1)
+    eager: bool = False
+    backend: Literal["auto", "native", "transformers"] = "auto"
+    lora: list[str] = Field(default_factory=list)
+    """``name=folder`` of PEFT adapters on the language model, served unmerged."""
+    extra: list[str] = Field(default_factory=list)
+
+
+def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str], dict[str, str]]:
+    """Arguments of vLLM's server and environment variables to set. Reads the checkpoint's configs; starts nothing.
+
+    Raises `ConfigError` for a checkpoint that is not ours or settings that do not fit it.
+    """
+    config, generation = _read(settings.checkpoint)
+    router = config.router
+    if settings.backend == "transformers" and router is not None:
+        raise ConfigError(
+            "--backend transformers: this checkpoint routes images by the question, which vLLM's Transformers backend "
+            "does not hand to encoders; use --backend native"
+        )
+    routed = router is not None
+    arguments = ["--model", settings.checkpoint, "--host", settings.host, "--port", str(settings.port)]
+    arguments += ["--served-model-name", settings.name or Path(settings.checkpoint.rstrip("/")).name]
+    arguments += ["--dtype", settings.dtype, "--seed", "0", "--chat-template-content-format", "openai"]
+    arguments += ["--limit-mm-per-prompt", json.dumps({"image": settings.max_images})]
+    arguments += [
+        "--media-io-kwargs",
+        json.dumps({"image": {"image_mode": None}}),
+    ]  # our processor converts, as in training
+    arguments += ["--allowed-media-domains", *(settings.media_domains or [NO_DOMAIN])]
+    arguments += ["--middleware", "mllm.serve.guard.Guard"]
+    arguments += ["--worker-extension-cls", "mllm.serve.stats.VisualStatistics"]
+    if settings.backend != "auto":
+        arguments += ["--model-impl", {"native": "vllm"}.get(settings.backend, settings.backend)]
+    if settings.max_model_len is not None:
+        arguments += ["--max-model-len", str(settings.max_model_len)]
+    if settings.tensor_parallel > 1:
+        arguments += ["--tensor-parallel-size", str(settings.tensor_parallel)]
+    if settings.gpu_memory is not None:
+        arguments += ["--gpu-memory-utilization", str(settings.gpu_memory)]
+    if settings.eager:
+        arguments += ["--enforce-eager"]
+    if not generation.get("do_sample", False):  # vLLM reads temperatures, but not do_sample: greedy must be said
+        arguments += ["--override-generation-config", json.dumps({"temperature": 0.0})]
+    if routed and _server_knows("trust_request_mm_kwargs"):
+        arguments += ["--trust-request-mm-kwargs"]  # the guard lets nothing but checked experts through
+    if settings.lora:
+        arguments += ["--enable-lora", "--lora-modules", *settings.lora]
+    guard = GuardSettings(
+        max_body_bytes=int(settings.max_body_mb * 2**20),
+        media_domains=settings.media_domains,
+        max_images=settings.max_images,
+        image_token=_image_token(settings.checkpoint),
+        router=router,
+    )
+    environment = {
+        ENVIRONMENT: guard.model_dump_json(),
+        "VLLM_MAX_IMAGE_PIXELS": str(settings.max_pixels),
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+        "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": str(max(1, int(settings.max_body_mb))),
+        "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
+    }
+    if api_key:
+        environment["VLLM_API_KEY"] = api_key
+    return [*arguments, *settings.extra], environment
+
+
+def serve(settings: ServeSettings) -> None:
+    """Become vLLM's server process; does not return. The API key comes from the environment, ``MLLM_API_KEY``."""
+    if importlib.util.find_spec("vllm") is None:
+        raise UnavailableError("vLLM is not installed: pip install 'mllm[serve]', or 'mllm[serve-cpu]' without a GPU")
+    api_key = os.environ.get("MLLM_API_KEY") or os.environ.get("VLLM_API_KEY")
+    arguments, environment = plan(settings, api_key)
+    if not api_key and settings.host not in ("127.0.0.1", "localhost", "::1"):
+        raise ConfigError(
+            f"--host {settings.host} is reachable from outside: set a key in the environment variable MLLM_API_KEY"
+        )
+    os.environ.update(environment)
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments])
+
+
+def _read(checkpoint: str) -> tuple[Any, dict[str, Any]]:
+    """Config of ours and generation settings of a checkpoint."""
+    from transformers import AutoConfig, GenerationConfig
+
+    from mllm.models.configuration_mllm import MllmConfig
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{checkpoint}: no checkpoint that can be read ({str(error).splitlines()[0][:200]})"
+        ) from error
+    if not isinstance(config, MllmConfig):
+        raise ConfigError(
+            f"{checkpoint}: a {config.model_type} checkpoint, not one of mllm; `mllm convert` makes one of LLaVA and "
+            "Prismatic"
+        )
+    if config.connector is None:
+        raise ConfigError(f"{checkpoint}: a text-only model; serve its language model with vLLM itself")
+    try:
+        generation = GenerationConfig.from_pretrained(checkpoint).to_dict()
+    except OSError:
+        generation = {}
+    return config, generation
+
+
+def _image_token(checkpoint: str) -> str:
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(checkpoint).image_token
+
+
+def _server_knows(option: str) -> bool:
+    """Whether the installed vLLM's server has an option, by its source (importing vLLM takes many seconds)."""
+    specification = importlib.util.find_spec("vllm")
+    if specification is None or not specification.submodule_search_locations:
+        return False
+    root = Path(next(iter(specification.submodule_search_locations))) / "entrypoints"
+    return any(option in path.read_text(encoding="utf-8", errors="replace") for path in root.rglob("cli_args.py"))

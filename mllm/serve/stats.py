@@ -1,0 +1,77 @@
+"""How long did each encoder run, and on how many images? The one measure vLLM's own metrics lack for our models."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class EncoderClock:
+    """Counts images and time of every encoder and the connector, by hooks; on CUDA with events, so nothing waits.
+
+    An expert's image count is how often the routing chose it.
+    """
+
+    def __init__(self) -> None:
+        self.images: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
+        self._open: dict[str, Any] = {}
+        self._pending: list[tuple[str, Any, Any]] = []
+
+    def watch(self, name: str, module: nn.Module) -> None:
+        """Measure a module whose first argument is a batch of images."""
+        self.images[name], self.seconds[name] = 0, 0.0
+
+        def before(_: nn.Module, args: tuple) -> None:
+            self._open[name] = _now()
+
+        def after(_: nn.Module, args: tuple, output: Any) -> None:
+            started = self._open.pop(name, None)
+            if started is None:
+                return
+            self.images[name] += len(getattr(output, "tokens", output))
+            if isinstance(started, float):
+                self.seconds[name] += time.perf_counter() - started
+                return
+            self._pending.append((name, started, _now()))
+            if len(self._pending) > 1000:
+                self._settle(wait=False)
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+
+    def read(self) -> dict[str, dict[str, float]]:
+        """Part → images and seconds since the start."""
+        self._settle(wait=True)
+        return {name: {"images": self.images[name], "seconds": round(self.seconds[name], 4)} for name in self.images}
+
+    def _settle(self, *, wait: bool) -> None:
+        kept = []
+        for name, started, ended in self._pending:
+            if wait:
+                ended.synchronize()
+            if ended.query():
+                self.seconds[name] += started.elapsed_time(ended) / 1000
+            else:
+                kept.append((name, started, ended))
+        self._pending = kept
+
+
+class VisualStatistics:
+    """Extension of vLLM's worker (``--worker-extension-cls``): answers ``collective_rpc("visual_statistics")``."""
+
+    def visual_statistics(self) -> dict[str, dict[str, float]]:
+        """Part → images and seconds; empty for a model without a clock."""
+        clock = getattr(self.get_model(), "clock", None)  # type: ignore[attr-defined]
+        return clock.read() if clock is not None else {}
+
+
+def _now() -> Any:
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

@@ -1,0 +1,217 @@
+"""Which vLLM model runs our checkpoints? The same encoders, router and connector in front of vLLM's own language
+model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from vllm.config import VllmConfig
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsMultiModal, SupportsPP
+from vllm.model_executor.models.module_mapping import MultiModelKeys
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    WeightsMapper,
+    init_vllm_registered_model,
+    maybe_prefix,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from mllm.errors import CheckpointError, UnavailableError
+from mllm.models.configuration_mllm import MllmConfig
+from mllm.models.pipeline import build_visual_parts
+from mllm.models.routing import short_image
+from mllm.processing.layout import PRIMARY_PIXELS, pixel_keys
+from mllm.serve.stats import EncoderClock
+from mllm.serve.vllm_processing import MllmDummyInputsBuilder, MllmMultiModalProcessor, MllmProcessingInfo, short_grid
+
+_VISUAL = ("vision_tower.", "multi_modal_projector.")
+_NOT_SERVED = ("model.visual_tokenizer.", "visual_head.")
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    MllmMultiModalProcessor, info=MllmProcessingInfo, dummy_inputs=MllmDummyInputsBuilder
+)
+class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, SupportsPP):
+    """Encoder bank and connector as in training (`build_visual_parts`), replicated under tensor parallelism; the
+    language model, with its head, is vLLM's."""
+
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_prefix={
+            "model.language_model.": "language_model.model.",
+            "model.vision_tower.": "vision_tower.",
+            "model.multi_modal_projector.": "multi_modal_projector.",
+            "lm_head.": "language_model.lm_head.",
+        }
+    )
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        if modality.startswith("image"):
+            return "<image>"
+        raise ValueError(f"{modality} input is not supported; only images are")
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: MllmConfig = vllm_config.model_config.hf_config  # type: ignore[assignment]
+        self.config = config
+        if config.connector is None:
+            raise UnavailableError(
+                "this checkpoint is text-only (its config has no connector); serve its language model"
+            )
+        self.pixel_keys = pixel_keys(list(config.encoders))
+        self.layout = config.layout()
+        self.short_grid = short_grid(config) if (config.router or {}).get("type") == "language_model" else None
+        self.vision_tower: Any
+        self.multi_modal_projector: Any
+        self.language_model: Any
+        self.configure_mm_token_handling(config.text_config.vocab_size, [config.image_token_id or 0])
+        with self._mark_tower_model(vllm_config, "image"):
+            bank, connector = build_visual_parts(config)
+            assert bank is not None and connector is not None
+            self.vision_tower = bank.to(vllm_config.model_config.dtype)
+            self.multi_modal_projector = connector.to(vllm_config.model_config.dtype)
+        self.clock = EncoderClock()
+        for name, encoder in getattr(self.vision_tower, "encoders", {}).items():
+            self.clock.watch(name, encoder)
+        self.clock.watch("connector", self.multi_modal_projector)
+        with self._mark_language_model(vllm_config):
+            self.language_model = init_vllm_registered_model(
+                vllm_config=vllm_config,
+                hf_config=config.text_config,
+                prefix=maybe_prefix(prefix, "language_model"),
+                architectures=language_architectures(config.text_config),
+            )
+        self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+
+    def embed_multimodal(self, **kwargs: Any) -> list[Tensor]:
+        """Visual tokens, one ``(M, L)`` tensor per image."""
+        if kwargs.get(PRIMARY_PIXELS) is None:
+            return []
+        pixels = {name: _stacked(kwargs[key]) for name, key in self.pixel_keys.items()}
+        weights = kwargs.get("expert_weights")
+        text = self._question_summary(kwargs.get("router_input_ids"))
+        features, routing = self.vision_tower(
+            pixels, expert_weights=None if weights is None else _stacked(weights), text=text
+        )
+        parameter = next(self.multi_modal_projector.parameters(), None)
+        if parameter is not None:
+            for feature in features.values():
+                feature.tokens = feature.tokens.to(parameter.device, parameter.dtype)
+        tokens = list(self.multi_modal_projector(features, routing, text))
+        shortened = kwargs.get("routing_pass")
+        if shortened is not None and self.short_grid is not None:
+            for index in _stacked(shortened).flatten().nonzero().flatten().tolist():
+                tokens[index] = short_image(tokens[index][None], self.layout, self.short_grid)[0]
+        return tokens
+
+    def _question_summary(self, questions: Any) -> Tensor | None:
+        """Mean embedding ``(B, L)`` of the questions; ids padded with -1. As `MllmModel._question_summary`."""
+        if questions is None:
+            return None
+        rows = [row.reshape(-1) for item in questions for row in (item if item.ndim > 1 else [item])]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+        real = ids.ge(0).unsqueeze(-1)
+        embeddings = self.get_language_model().embed_input_ids(ids.clamp(min=0).flatten()).view(*ids.shape, -1)
+        return (embeddings * real).sum(1) / real.sum(1).clamp(min=1)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if intermediate_tensors is not None:
+            inputs_embeds = None
+        return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        return self.language_model.compute_logits(hidden_states)
+
+    def get_mm_mapping(self) -> MultiModelKeys:
+        return MultiModelKeys.from_string_field(
+            language_model="language_model", connector="multi_modal_projector", tower_model="vision_tower"
+        )
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load a checkpoint as `save_pretrained` wrote it. Raises `CheckpointError` naming a visual weight that has
+        no place or another shape; vLLM itself checks that nothing is missing."""
+        loaded: set[str] = set()
+        rest = self._load_visual(weights, loaded)
+        return AutoWeightsLoader(self).load_weights(rest, mapper=self.hf_to_vllm_mapper) | loaded
+
+    def _load_visual(self, weights: Iterable[tuple[str, Tensor]], loaded: set[str]) -> Iterator[tuple[str, Tensor]]:
+        """Copy encoders', router's and connector's tensors (buffers too) into place; hand on all others."""
+        places = {name: tensor for name, tensor in self.state_dict().items() if name.startswith(_VISUAL)}
+        renamings = published_renamings(self)
+        for original, tensor in weights:
+            if original.startswith(_NOT_SERVED):
+                continue
+            name = original.removeprefix("model.")
+            if not name.startswith(_VISUAL):
+                yield original, tensor
+                continue
+            if not places:  # images are switched off (limit 0), and vLLM left the modules out
+                continue
+            if name not in places:
+                name = present_name(name, renamings)
+            place = places.get(name)
+            if place is None:
+                raise CheckpointError(f"weight {original!r} has no place in the encoders and connector of this config")
+            if place.shape != tensor.shape:
+                raise CheckpointError(
+                    f"weight {original!r} has shape {tuple(tensor.shape)}, this config needs {tuple(place.shape)}"
+                )
+            place.copy_(tensor)
+            loaded.add(name)
+
+
+def language_architectures(text_config: Any) -> list[str]:
+    """The language model's class names for vLLM: those of its config, else HF's class for its type."""
+    if text_config.architectures:
+        return list(text_config.architectures)
+    try:
+        return [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text_config.model_type]]
+    except KeyError:
+        raise UnavailableError(
+            f"text_config.model_type: vLLM has no causal language model for {text_config.model_type!r}; try its "
+            "Transformers backend (--model-impl transformers)"
+        ) from None
+
+
+def published_renamings(module: nn.Module) -> dict[str, list[WeightRenaming]]:
+    """Path of every transformers model inside ``module`` → its renamings from published to present weight names.
+
+    transformers 5 saves its models under their published names (DINOv2's ``attention.attention.query``) and renames on
+    loading; encoders that are transformers models need the same here.
+    """
+    found: dict[str, list[WeightRenaming]] = {}
+    for path, child in module.named_modules():
+        if isinstance(child, PreTrainedModel) and not any(path.startswith(f"{seen}.") for seen in found):
+            transforms = get_model_conversion_mapping(child, add_legacy=False)
+            found[path] = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    return found
+
+
+def present_name(name: str, renamings: Mapping[str, Sequence[WeightRenaming]]) -> str:
+    """A checkpoint's weight name as the module has it."""
+    for path, transforms in renamings.items():
+        if name.startswith(f"{path}."):
+            inner = name[len(path) + 1 :]
+            for transform in transforms:
+                inner = transform.rename_source_key(inner)[0]
+            return f"{path}.{inner}"
+    return name
+
+
+def _stacked(value: Tensor | list[Tensor]) -> Tensor:
+    """``(B, …)`` whether vLLM hands over a tensor or a list of rows."""
+    return value if isinstance(value, Tensor) else torch.stack(list(value))

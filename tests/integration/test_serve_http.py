@@ -1,0 +1,309 @@
+"""Does ``mllm serve`` answer as `generate` does, and refuse what it must?"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from PIL import Image
+
+from mllm.types import IMAGE_MARK, Turn
+from tests.helpers import TINY_CLIP, TINY_LLM, TINY_TIMM, picture
+from tests.integration.test_serve_vllm import DINO, ROOT, write_checkpoint
+
+httpx = pytest.importorskip("httpx")
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("vllm")]
+
+KEY = "a-key-for-the-test"
+TOKENS = 8
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    pytest.importorskip("vllm")
+    folder = tmp_path_factory.mktemp("served")
+    return write_checkpoint(
+        folder,
+        language_model={
+            "config": {**TINY_LLM, "max_position_embeddings": 2048},
+            "tokenizer": str(folder / "tokenizer"),
+        },
+        encoders={"semantic": dict(TINY_CLIP), "spatial": dict(TINY_TIMM), "detail": DINO},
+        router={
+            "type": "language_model",
+            "experts": ["spatial", "detail"],
+            "capabilities": {"spatial": "Finds things.", "detail": "Reads text."},
+            "parser": "lenient",
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def secrets(tmp_path_factory):
+    """A picture on disk and an HTTP server inside, neither of which may be read."""
+    path = tmp_path_factory.mktemp("private") / "secret.png"
+    picture(1).save(path)
+    seen: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    inner = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=inner.serve_forever, daemon=True).start()
+    yield path, f"http://127.0.0.1:{inner.server_port}/picture.png", seen
+    inner.shutdown()
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint, tmp_path_factory):
+    port = free_port()
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "MLLM_API_KEY": KEY,
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "mllm.cli.main",
+        "serve",
+        checkpoint,
+        "--port",
+        str(port),
+        "--name",
+        "tiny",
+        "--eager",
+    ]
+    command += ["--dtype", "float32", "--max-model-len", "2048", "--max-images", "3", "--max-body-mb", "2"]
+    command += ["--max-pixels", "1000000", "--", "--block-size", "32", "--max-num-seqs", "8"]
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
+    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, headers={"authorization": f"Bearer {KEY}"})
+    try:
+        deadline = time.time() + 900
+        while True:
+            if process.poll() is not None or time.time() > deadline:
+                pytest.fail("the server did not start:\n" + log.read_text(errors="replace")[-4000:])
+            try:
+                if client.get("/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(1)
+        yield client
+    finally:
+        client.close()
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def generate(checkpoint):
+    """``generate(turns, images, experts)`` → text and routing of the same checkpoint in transformers."""
+    from transformers import AutoProcessor
+
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
+    from mllm.serve import parity
+
+    model = MllmForConditionalGeneration.from_pretrained(checkpoint).eval()
+    processor = AutoProcessor.from_pretrained(checkpoint)
+
+    def answer(turns, images, experts=None):
+        case = parity.Case("served", turns, images, experts)
+        _, inputs = parity.model_inputs(processor, case)
+        width = inputs["input_ids"].shape[1]
+        output = model.generate(
+            **inputs, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, tokenizer=processor.tokenizer
+        )
+        routing = model.last_routing
+        ids = output[0, width:].tolist()
+        return processor.tokenizer.decode(ids, skip_special_tokens=True), ids, routing
+
+    return answer
+
+
+def encode(image: Image.Image, form: str = "PNG", **options) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def body(question: str, *urls: str, **extra) -> dict:
+    content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    content.append({"type": "text", "text": question})
+    return {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": TOKENS,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        **extra,
+    }
+
+
+def ask(server, *arguments, **extra):
+    return server.post("/v1/chat/completions", json=body(*arguments, **extra))
+
+
+def turn(question: str, count: int) -> list[Turn]:
+    return [Turn("user", IMAGE_MARK * count + "\n" + question if count else question)]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_answers_are_those_of_generate_with_greedy_decoding_as_the_default(server, generate, count):
+    images = [picture(n, size=(40 + n, 33)) for n in range(count)]
+    fixed = {"mm_processor_kwargs": {"experts": ["detail"]}} if count else {}
+    response = ask(server, "what is it?", *(encode(image) for image in images), **fixed)
+    assert response.status_code == 200, response.text
+    _, ids, _ = generate(turn("what is it?", count), images, ["detail"] if count else None)
+    assert response.json()["choices"][0]["token_ids"] == ids
+
+
+def test_the_language_model_routes_behind_one_request(server, generate):
+    routes = set()
+    for number in range(4):
+        image = picture(20 + number)
+        question = f"question {number} about what?"
+        response = ask(server, question, encode(image))
+        assert response.status_code == 200, response.text
+        _, ids, routing = generate(turn(question, 1), [image])
+        names = [name for name, weight in zip(routing.experts, routing.weights[0].tolist()) if weight]
+        assert response.headers["x-mllm-experts"] == (",".join(names) or "none")
+        assert response.json()["choices"][0]["token_ids"] == ids
+        routes.add(tuple(names))
+    assert len(routes) > 1, "the questions should route differently"
+
+
+def test_streaming_gives_the_same_text_piece_by_piece(server):
+    image = encode(picture(3))
+    fixed = {"mm_processor_kwargs": {"experts": ["spatial"]}}
+    whole = ask(server, "tell me", image, **fixed).json()["choices"][0]["message"]["content"]
+    pieces = []
+    with server.stream("POST", "/v1/chat/completions", json=body("tell me", image, stream=True, **fixed)) as response:
+        assert response.headers["x-mllm-experts"] == "spatial"
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                pieces.append(json.loads(line[6:])["choices"][0]["delta"].get("content") or "")
+    assert len(pieces) > 2 and "".join(pieces) == whole
+
+
+@pytest.mark.parametrize("kind", ["rgba", "palette", "grey16", "turned", "animated"])
+def test_unusual_pictures_are_read_as_in_training(server, generate, kind):
+    base = picture(9, size=(50, 34))
+    options = {}
+    if kind == "rgba":
+        image = base.copy()
+        image.putalpha(Image.linear_gradient("L").resize(base.size))
+    elif kind == "palette":
+        image = base.quantize(16)
+        options = {"transparency": 3}
+    elif kind == "grey16":
+        image = Image.fromarray(__import__("numpy").arange(50 * 34, dtype="uint16").reshape(34, 50) * 38)
+    elif kind == "turned":
+        image = base
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        options = {"exif": exif}
+    else:
+        image = base.quantize(16)
+    url = (
+        encode(image, "GIF", save_all=True, append_images=[picture(10, size=(50, 34)).quantize(16)])
+        if kind == "animated"
+        else encode(image, **options)
+    )
+    response = ask(server, "what?", url, mm_processor_kwargs={"experts": ["spatial"]})
+    assert response.status_code == 200, response.text
+    _, ids, _ = generate(turn("what?", 1), [base64.b64decode(url.partition(",")[2])], ["spatial"])
+    assert response.json()["choices"][0]["token_ids"] == ids
+
+
+def test_a_typed_placeholder_takes_no_picture_slot(server, generate):
+    image = picture(5)
+    response = ask(server, "is <image> text?", encode(image), mm_processor_kwargs={"experts": "none"})
+    _, ids, _ = generate(turn("is <image> text?", 1), [image], "none")
+    assert response.status_code == 200 and response.json()["choices"][0]["token_ids"] == ids
+    assert ask(server, "only <image><image> text").status_code == 200
+
+
+def test_files_and_addresses_are_refused_and_never_read(server, secrets):
+    path, address, seen = secrets
+    for url in (f"file://{path}", address, address.replace("127.0.0.1", "localhost"), "ftp://127.0.0.1/x", str(path)):
+        response = ask(server, "what?", url)
+        assert 400 <= response.status_code < 500, (url, response.status_code, response.text)
+    assert seen == []
+    assert server.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "kind", ["truncated", "text", "empty", "bad base64", "too many pixels", "too many pictures", "too large"]
+)
+def test_bad_pictures_are_4xx(server, kind):
+    good = encode(picture(4))
+    urls = {
+        "truncated": [good[: len(good) // 2 // 4 * 4]],
+        "text": ["data:image/png;base64," + base64.b64encode(b"no picture").decode()],
+        "empty": ["data:image/png;base64,"],
+        "bad base64": ["data:image/png;base64,***"],
+        "too many pixels": [encode(Image.new("RGB", (1001, 1000)))],
+        "too many pictures": [good] * 4,
+        "too large": ["data:image/png;base64," + "A" * 3_000_000],
+    }[kind]
+    response = ask(server, "what?", *urls, mm_processor_kwargs={"experts": "none"})
+    assert 400 <= response.status_code < 500, response.text
+
+
+def test_a_wrong_key_is_401_and_health_needs_none(server):
+    with httpx.Client(base_url=server.base_url) as stranger:
+        assert stranger.post("/v1/chat/completions", json=body("hello")).status_code == 401
+        assert stranger.post("/tokenize", json={"model": "tiny", "prompt": "x"}).status_code == 401
+        assert stranger.get("/mllm/stats").status_code == 401
+        assert stranger.get("/health").status_code == 200
+
+
+def test_a_client_that_leaves_in_mid_stream_leaves_a_working_server(server):
+    with server.stream("POST", "/v1/chat/completions", json=body("go on", stream=True, max_tokens=1500)) as response:
+        next(response.iter_lines())
+    assert ask(server, "still there?").status_code == 200
+
+
+def test_statistics_count_what_each_encoder_did(server):
+    before = server.get("/mllm/stats").json()["workers"][0]
+    assert ask(server, "what?", encode(picture(77)), mm_processor_kwargs={"experts": ["detail"]}).status_code == 200
+    after = server.get("/mllm/stats").json()["workers"][0]
+    grown = {name: after[name]["images"] - before[name]["images"] for name in after}
+    assert grown == {"semantic": 1, "spatial": 0, "detail": 1, "connector": 1}
+
+
+def test_structured_output_passes_through(server):
+    response = ask(server, "yes or no?", structured_outputs={"choice": ["yes", "no"]}, max_tokens=5, ignore_eos=False)
+    assert response.status_code == 200, response.text
+    assert response.json()["choices"][0]["message"]["content"] in ("yes", "no")

@@ -1,0 +1,140 @@
+"""Does vLLM answer as `generate` does, whatever its caches hold?"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import TINY_CLIP, TINY_TIMM, tiny_model
+
+ROOT = Path(__file__).parents[2]
+DINO = {
+    "type": "hf",
+    "architecture": {
+        "model_type": "dinov2",
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 7,
+    },
+    "layers": [-1],
+}
+ROUTED = {
+    "encoders": {"semantic": dict(TINY_CLIP), "spatial": dict(TINY_TIMM), "detail": DINO},
+    "router": {"type": "gate", "experts": ["spatial", "detail"], "hidden": 16},
+}
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("vllm")]
+
+
+def write_checkpoint(folder: Path, **changes) -> str:
+    """A tiny checkpoint with wide weights, so that every encoder moves the tokens."""
+    model, processor = tiny_model(folder / "tokenizer", seed=3, **changes)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                wide = 0.3 if "embed_tokens" in name or "lm_head" in name else 1.2 / parameter[0].numel() ** 0.5
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * wide)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def run(*command: str, timeout: float = 900) -> subprocess.CompletedProcess:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+    return subprocess.run(
+        [sys.executable, *command],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    pytest.importorskip("vllm")
+    folder = write_checkpoint(tmp_path_factory.mktemp("routed"), **ROUTED)
+    done = run("tests/integration/routed_engine.py", folder)
+    line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
+    assert line is not None, done.stderr[-4000:]
+    return json.loads(line.removeprefix("RESULT "))
+
+
+def test_every_encoder_moves_the_logits(answers):
+    assert set(answers["moved"]) == {"semantic", "spatial", "detail"}
+    assert min(answers["moved"].values()) > 0.1
+
+
+@pytest.mark.parametrize("path", ["cold", "warm", "batched"])
+def test_varied_prompts_get_the_tokens_of_generate(answers, path):
+    assert answers[path] == [True] * 12
+
+
+def test_vllm_sees_the_same_pixels(answers):
+    assert answers["pixels"] == [True] * 12
+
+
+@pytest.mark.parametrize("order", ["fixed_forth", "fixed_back", "fixed_together"])
+def test_one_image_with_several_fixed_routings_in_any_order(answers, order):
+    assert answers["fixed_distinct"] == 4
+    assert answers[order] == [True] * 4
+
+
+@pytest.mark.parametrize("order", ["asked_forth", "asked_back", "asked_together"])
+def test_one_image_with_two_questions_that_route_differently_in_any_order(answers, order):
+    first, second = answers["routings"]
+    assert first != second
+    assert answers[order] == [True] * 2
+
+
+def test_an_unknown_expert_is_an_error_that_names_it(answers):
+    assert "did you mean 'spatial'" in answers["unknown_expert"]
+
+
+def test_an_expert_runs_only_on_the_images_that_are_routed_to_it(answers):
+    assert answers["ran"] == {"semantic": 3, "spatial": 1, "detail": 1, "connector": 3}
+    assert all(seconds > 0 for seconds in answers["seconds"].values())
+
+
+def test_the_parity_command_compares_all_paths_and_vllms_transformers_backend(tmp_path):
+    pytest.importorskip("vllm")
+    folder = write_checkpoint(tmp_path)
+    report = tmp_path / "report.json"
+    done = run(
+        "-m",
+        "mllm.cli.main",
+        "parity",
+        folder,
+        "--cases",
+        "7",
+        "--tokens",
+        "6",
+        "--backend",
+        "transformers",
+        "--output",
+        str(report),
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads(report.read_text())
+    assert {d["path"] for d in found["differences"]} == {"forward", "vLLM one by one", "vLLM batched, caches warm"}
+    assert all(d["first"] is None and not d["notes"] for d in found["differences"])
+    assert max(d["gap"] for d in found["differences"]) < 1e-3

@@ -1,0 +1,105 @@
+"""With which arguments and environment is a checkpoint served?"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mllm.errors import ConfigError
+from mllm.serve.guard import ENVIRONMENT, GuardSettings
+from mllm.serve.server import NO_DOMAIN, ServeSettings, plan, serve
+from tests.helpers import TINY_CLIP, TINY_TIMM, tiny_model
+
+ROUTED = {
+    "encoders": {"semantic": dict(TINY_CLIP), "spatial": dict(TINY_TIMM)},
+    "router": {"type": "gate", "experts": ["spatial"], "hidden": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folders = {}
+    for name, changes in (("plain", {}), ("routed", ROUTED)):
+        folder = tmp_path_factory.mktemp(name)
+        model, processor = tiny_model(folder / "tokenizer", **changes)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        folders[name] = str(folder)
+    return folders
+
+
+def value_of(arguments: list[str], option: str) -> str:
+    return arguments[arguments.index(option) + 1]
+
+
+def test_the_defaults_are_safe(checkpoints):
+    arguments, environment = plan(ServeSettings(checkpoint=checkpoints["plain"]))
+    assert value_of(arguments, "--host") == "127.0.0.1"
+    assert value_of(arguments, "--allowed-media-domains") == NO_DOMAIN
+    assert json.loads(value_of(arguments, "--limit-mm-per-prompt")) == {"image": 8}
+    assert environment["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
+    assert environment["VLLM_MAX_IMAGE_PIXELS"] == "16000000"
+    assert "VLLM_API_KEY" not in environment
+    for option in (
+        "--trust-remote-code",
+        "--trust-request-mm-kwargs",
+        "--allowed-local-media-path",
+        "--enable-mm-embeds",
+    ):
+        assert option not in arguments
+    guard = GuardSettings.model_validate_json(environment[ENVIRONMENT])
+    assert (guard.max_body_bytes, guard.media_domains, guard.router) == (32 * 2**20, [], None)
+
+
+def test_greedy_checkpoints_are_served_greedily(checkpoints):
+    arguments, _ = plan(ServeSettings(checkpoint=checkpoints["plain"]))
+    assert json.loads(value_of(arguments, "--override-generation-config")) == {"temperature": 0.0}
+
+
+def test_a_routed_checkpoint_tells_the_guard_its_experts(checkpoints):
+    arguments, environment = plan(ServeSettings(checkpoint=checkpoints["routed"]), "secret")
+    guard = GuardSettings.model_validate_json(environment[ENVIRONMENT])
+    assert guard.router is not None and guard.router["experts"] == ["spatial"]
+    assert environment["VLLM_API_KEY"] == "secret" and "secret" not in arguments
+
+
+def test_the_transformers_backend_is_refused_where_it_would_answer_differently(checkpoints):
+    with pytest.raises(ConfigError, match="--backend native"):
+        plan(ServeSettings(checkpoint=checkpoints["routed"], backend="transformers"))
+    arguments, _ = plan(ServeSettings(checkpoint=checkpoints["plain"], backend="transformers"))
+    assert value_of(arguments, "--model-impl") == "transformers"
+
+
+def test_options_and_extra_arguments_are_passed_on(checkpoints):
+    settings = ServeSettings(
+        checkpoint=checkpoints["plain"],
+        media_domains=["a.org", "b.org"],
+        tensor_parallel=2,
+        eager=True,
+        name="mine",
+        max_model_len=99,
+        lora=["x=/folder"],
+        extra=["--max-num-seqs", "3"],
+    )
+    arguments, _ = plan(settings)
+    at = arguments.index("--allowed-media-domains")
+    assert arguments[at + 1 : at + 3] == ["a.org", "b.org"]
+    assert value_of(arguments, "--served-model-name") == "mine"
+    assert value_of(arguments, "--tensor-parallel-size") == "2"
+    assert value_of(arguments, "--max-model-len") == "99"
+    assert "--enforce-eager" in arguments and value_of(arguments, "--lora-modules") == "x=/folder"
+    assert arguments[-2:] == ["--max-num-seqs", "3"]
+
+
+def test_an_open_port_needs_a_key(checkpoints, monkeypatch):
+    pytest.importorskip("vllm")
+    monkeypatch.delenv("MLLM_API_KEY", raising=False)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with pytest.raises(ConfigError, match="MLLM_API_KEY"):
+        serve(ServeSettings(checkpoint=checkpoints["plain"], host="0.0.0.0"))
+
+
+def test_what_is_no_checkpoint_of_ours_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        plan(ServeSettings(checkpoint=str(tmp_path)))
