@@ -22,11 +22,12 @@ import subprocess
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-SECTIONS = ["hf", "ours_graphs", "llava_graphs", "ours_eager", "llava_eager", "ours_cached"]
+SECTIONS = ["hf", "noise", "ours_graphs", "llava_graphs", "ours_eager", "llava_eager", "ours_cached"]
 REQUESTS, NEW_TOKENS, CHECKED = 128, 64, 16
 CLIP = {
     "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
@@ -101,6 +102,7 @@ def write_ours(folder: Path, small: bool, device: str):
         model.lm_head.weight.mul_(4.0)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
+    processor.image_processor.resampler = "torch"  # as vLLM's LLaVA resizes; PIL costs 7 ms a picture
     processor.save_pretrained(folder)
     return model, processor
 
@@ -125,7 +127,12 @@ def write_llava(folder: Path, small: bool) -> None:
     config.save_pretrained(folder)
     images = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     LlavaProcessor(
-        images, tokenizer, patch_size=14, vision_feature_select_strategy="default", image_token="<image>"
+        images,
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
     ).save_pretrained(folder)
 
 
@@ -309,6 +316,39 @@ def preparation_time(folder: Path) -> float:
     return round((time.perf_counter() - started) / len(images) * 1000, 2)
 
 
+def section_noise(work: Path, small: bool) -> dict:
+    """How far bf16 itself is from fp32 on this checkpoint: the same reference prompts through the fp32 model."""
+    import torch
+    from transformers import AutoProcessor
+
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
+
+    processor = AutoProcessor.from_pretrained(work / "ours")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = MllmForConditionalGeneration.from_pretrained(work / "ours", dtype=torch.float32).to(device).eval()
+    reference = json.loads((work / "reference.json").read_text())
+    ids, images = prompt_ids(processor.tokenizer), pictures(CHECKED, 0)
+    equal, gaps = 0, []
+    for index, row in enumerate(reference):
+        expanded = [
+            x for t in ids[index] for x in ([t] * processor.num_image_tokens if t == processor.image_token_id else [t])
+        ]
+        pixels = {k: v.to(device) for k, v in processor.image_processor([images[index]], return_tensors="pt").items()}
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([expanded], device=device), **pixels, logits_to_keep=1).logits[0, -1]
+        logits[processor.image_token_id] = -float("inf")
+        probabilities = logits.float().log_softmax(-1)
+        equal += int(probabilities.argmax()) == row["tokens"][0]
+        gaps += [
+            abs(float(probabilities[int(token)]) - value) for token, value in row["top"][0].items() if value > -1e9
+        ]
+    return {
+        "prompts": len(reference),
+        "bf16 and fp32 first greedy token equal": equal,
+        "largest difference of a top-20 log probability": round(max(gaps), 3),
+    }
+
+
 def _round(values: list[float]) -> list[float]:
     return [round(value, 3) for value in values]
 
@@ -335,7 +375,8 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     if arguments.inner:
         try:
-            run = section_hf if arguments.inner == "hf" else lambda w, s: section_engine(arguments.inner, w, s)
+            engine = partial(section_engine, arguments.inner)
+            run = {"hf": section_hf, "noise": section_noise}.get(arguments.inner, engine)
             result = run(arguments.work, arguments.small)
         except BaseException:
             result = {"error": traceback.format_exc()[-3000:]}

@@ -31,7 +31,7 @@ KINDS: dict[str, dict] = {
     "spatial_aggregator": {"connector": {"type": "spatial_aggregator", "grid": [2, 4]}, "encoders": ["clip", "timm"]},
     "linear": {"connector": {"type": "linear"}, "encoders": ["dinov2"]},
     "interleave": {"connector": {"type": "interleave"}, "encoders": ["clip", "timm"]},
-    "average_pool": {"connector": {"type": "average_pool", "grid": [2, 3]}, "encoders": ["timm"]},
+    "average_pool": {"connector": {"type": "average_pool", "grid": [2, 2]}, "encoders": ["timm"]},
     "merv": {"connector": {"type": "merv", "grid": [2, 2], "hidden": 12}, "encoders": ["clip", "timm"]},
     "attention_bias": {
         "connector": {"type": "attention_bias", "attention_heads": 2, "num_heads": 4, "bias_hidden": 6},

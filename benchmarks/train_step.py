@@ -48,7 +48,9 @@ def ours(encoders: dict):
 
     spec = ModelSpec.model_validate(
         {
-            "language_model": {"config": {"model_type": "llama", "vocab_size": 32064, **LLAMA_7B, "max_position_embeddings": 4096}},
+            "language_model": {
+                "config": {"model_type": "llama", "vocab_size": 32064, **LLAMA_7B, "max_position_embeddings": 4096}
+            },
             "encoders": encoders,
             "connector": {"type": "channel_concat", "grid": [24, 24], "projector": {"depth": 2}},
         }
@@ -87,7 +89,9 @@ def matmul_rate(seconds: float) -> float:
     return count * 2 * 8192**3 / (time.perf_counter() - start) / 1e12
 
 
-def measure(name: str, make, *, compiled: bool, chunked_loss: bool, rows: int, length: int, steps: int, profile: bool = False) -> dict:
+def measure(
+    name: str, make, *, compiled: bool, chunked_loss: bool, rows: int, length: int, steps: int, profile: bool = False
+) -> dict:
     torch.manual_seed(0)
     gc.collect()
     torch.cuda.empty_cache()
@@ -154,7 +158,15 @@ def profile_step(step) -> None:
     with profiler(activities=[ProfilerActivity.CUDA]) as prof:
         step()
         torch.cuda.synchronize()
-    groups = {"matmul": 0.0, "attention": 0.0, "adam": 0.0, "loss": 0.0, "fused elementwise": 0.0, "copy": 0.0, "other": 0.0}
+    groups = {
+        "matmul": 0.0,
+        "attention": 0.0,
+        "adam": 0.0,
+        "loss": 0.0,
+        "fused elementwise": 0.0,
+        "copy": 0.0,
+        "other": 0.0,
+    }
     for event in prof.key_averages():
         name, spent = event.key.lower(), event.self_device_time_total / 1e3
         kind = (
@@ -178,7 +190,15 @@ def main() -> None:
     arguments = parser.parse_args()
     import transformers
 
-    print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "transformers": transformers.__version__}))
+    print(
+        json.dumps(
+            {
+                "device": torch.cuda.get_device_name(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            }
+        )
+    )
     print(json.dumps({"matmul_tflops_sustained_8s": round(matmul_rate(8.0), 1)}), flush=True)
     shape = {"rows": arguments.rows, "length": arguments.length, "steps": arguments.steps}
     variants = [
@@ -192,11 +212,22 @@ def main() -> None:
         try:
             results.append(measure(name, make, **shape, **options))
         except Exception as error:  # one variant's failure must not lose the others' figures
-            print(json.dumps({"variant": name, **{k: v for k, v in options.items()}, "error": repr(error)[:500]}), flush=True)
+            print(
+                json.dumps({"variant": name, **options, "error": repr(error)[:500]}),
+                flush=True,
+            )
     by = {(r["variant"], r["compiled"]): r["tokens_per_s"] for r in results}
     base = by.get(("transformers LLaVA, one encoder", False))
     if base:
-        print(json.dumps({"ratio to transformers eager": {f"{k[0]}, {'compiled' if k[1] else 'eager'}": round(v / base, 3) for k, v in by.items()}}))
+        print(
+            json.dumps(
+                {
+                    "ratio to transformers eager": {
+                        f"{k[0]}, {'compiled' if k[1] else 'eager'}": round(v / base, 3) for k, v in by.items()
+                    }
+                }
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ _UniqueKeyLoader.add_implicit_resolver(
 def parse_yaml(text: str, *, where: str = "YAML") -> Any:
     """Parse YAML text. Raises `ConfigError` that starts with ``where``."""
     try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader=_UniqueKeyLoader)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     except yaml.YAMLError as error:
@@ -87,7 +87,9 @@ def _explain(model: type[BaseModel], problem: Any, where: str) -> str:
     path = ".".join([*([where] if where else []), *location])
     if problem["type"] == "extra_forbidden":
         known = _fields_at(model, problem["loc"][:-1])
-        return f"{path}: unknown key{did_you_mean(location[-1], known)}" + (f" Known keys: {', '.join(known)}" if known else "")
+        return f"{path}: unknown key{did_you_mean(location[-1], known)}" + (
+            f" Known keys: {', '.join(known)}" if known else ""
+        )
     if problem["type"] == "missing":
         return f"{path}: this key is required"
     shown = repr(problem.get("input"))
@@ -137,7 +139,9 @@ def apply_overrides(data: dict, overrides: Sequence[str]) -> dict:
                     position = int(key)
                 else:
                     known = [str(n) for n in names if n] or [f"0 to {len(node) - 1}"]
-                    raise ConfigError(f"override {here}: no such item{did_you_mean(key, known)}. Known: {', '.join(known)}")
+                    raise ConfigError(
+                        f"override {here}: no such item{did_you_mean(key, known)}. Known: {', '.join(known)}"
+                    )
                 key = position  # type: ignore[assignment]
             elif not isinstance(node, dict):
                 raise ConfigError(f"override {here}: {'.'.join(keys[:depth])} is {node!r} and holds no keys")

@@ -59,7 +59,9 @@ class ModelSpec(StrictModel):
         if self.encoders and self.connector is None:
             raise ValueError("encoders are given but no connector; add e.g. connector: {type: mlp}")
         if self.connector is not None and not self.encoders:
-            raise ValueError("a connector is given but no encoder; add one, or {type: raw_patches} for an encoder-free model")
+            raise ValueError(
+                "a connector is given but no encoder; add one, or {type: raw_patches} for an encoder-free model"
+            )
         return self
 
 
@@ -133,8 +135,9 @@ class StageSpec(StrictModel):
     """Compile each layer of the language model and encoders (CUDA)."""
     attention: str | None = None
     """HF attention implementation for the language model; default: HF's own choice."""
-    cache_features: bool = False
-    """Store frozen encoders' features on disk on first use."""
+    cache_features: bool | Literal["auto", "fp32", "bf16", "fp16", "int8"] = False
+    """Store frozen encoders' features on disk on first use, in the stage's precision or the one given. auto: where that is
+    possible."""
     save_every: int | None = Field(default=None, ge=1)
     log_every: int = Field(default=1, ge=1)
     num_workers: int = Field(default=0, ge=0)
@@ -149,7 +152,9 @@ class StageSpec(StrictModel):
             raise ValueError("learn is empty: nothing would be trained; name at least one part with a rate")
         for part, rate in self.learn.items():
             if isinstance(rate, float) and rate <= 0:
-                raise ValueError(f"learn.{part} is {rate}; a rate is positive, and a part that should not learn is left out")
+                raise ValueError(
+                    f"learn.{part} is {rate}; a rate is positive, and a part that should not learn is left out"
+                )
         return self
 
     def learning(self) -> dict[str, LearnSpec]:

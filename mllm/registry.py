@@ -28,10 +28,14 @@ class Registry(Generic[T]):
         def decorate(cls: type) -> type:
             target = f"{cls.__module__}:{cls.__qualname__}"
             owner = self._lazy.get(name) or (
-                f"{self._classes[name].__module__}:{self._classes[name].__qualname__}" if name in self._classes else None
+                f"{self._classes[name].__module__}:{self._classes[name].__qualname__}"
+                if name in self._classes
+                else None
             )
             if owner is not None and owner != target:
-                raise ConfigError(f"{self.kind} {name!r} is already registered by {owner}; choose another name for {target}")
+                raise ConfigError(
+                    f"{self.kind} {name!r} is already registered by {owner}; choose another name for {target}"
+                )
             self._classes[name] = cls
             cls.name = name  # type: ignore[attr-defined]
             return cls

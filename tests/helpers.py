@@ -45,7 +45,9 @@ def _backend() -> str:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", *alphabet])}
+    vocabulary = {
+        token: index for index, token in enumerate(["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", *alphabet])
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

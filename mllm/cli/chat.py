@@ -10,11 +10,17 @@ import typer
 
 def chat(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder (or hub id).")],
-    image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="Picture for the first question (repeatable).")] = None,
-    question: Annotated[str | None, typer.Option("--question", "-q", help="Ask this one question, print the answer, stop.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", "-i", help="Picture for the first question (repeatable).")
+    ] = None,
+    question: Annotated[
+        str | None, typer.Option("--question", "-q", help="Ask this one question, print the answer, stop.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
-    experts: Annotated[str | None, typer.Option(help="Routed models: experts to run, comma separated; none: no expert.")] = None,
+    experts: Annotated[
+        str | None, typer.Option(help="Routed models: experts to run, comma separated; none: no expert.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Ask about pictures. Inside: [bold]/image PATH[/] adds a picture to the next question, [bold]/reset[/] starts anew,
@@ -22,7 +28,11 @@ def chat(
     from mllm.models.chat import ChatSession
 
     session = ChatSession.load(checkpoint, dtype=dtype)
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "experts": experts.split(",") if experts else None}
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "experts": experts.split(",") if experts else None,
+    }
     for path in image or []:
         session.add_image(path)
     if question is not None:

@@ -9,10 +9,14 @@ import typer
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="LLaVA-1.5 checkpoint (HF or original layout) or Prismatic run folder.")],
+    source: Annotated[
+        str, typer.Argument(help="LLaVA-1.5 checkpoint (HF or original layout) or Prismatic run folder.")
+    ],
     target: Annotated[Path, typer.Argument(help="Folder to write; must not hold a checkpoint yet.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = "auto",
-    language_model: Annotated[str | None, typer.Option(help="Prismatic: path or hub id of the LLM's config and tokenizer.")] = None,
+    language_model: Annotated[
+        str | None, typer.Option(help="Prismatic: path or hub id of the LLM's config and tokenizer.")
+    ] = None,
 ) -> None:
     """Turn a known checkpoint into ours."""
     from mllm.models.state_dict import convert as convert_checkpoint

@@ -12,10 +12,16 @@ data = typer.Typer(help="Look at training data: what is broken, how long samples
 
 @data.command("check")
 def check(
-    source: Annotated[str, typer.Argument(help="A dataset's name (`mllm list datasets`), its YAML, or a json/jsonl file.")],
-    images: Annotated[Path | None, typer.Option(help="Folder that image paths are relative to; default: beside the file.")] = None,
+    source: Annotated[
+        str, typer.Argument(help="A dataset's name (`mllm list datasets`), its YAML, or a json/jsonl file.")
+    ],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder that image paths are relative to; default: beside the file.")
+    ] = None,
     checkpoint: Annotated[str | None, typer.Option(help="Checkpoint (or tokenizer) to count tokens with.")] = None,
-    quarantine: Annotated[Path | None, typer.Option(help="Where to write the list of bad samples; training honours it.")] = None,
+    quarantine: Annotated[
+        Path | None, typer.Option(help="Where to write the list of bad samples; training honours it.")
+    ] = None,
     processes: Annotated[int, typer.Option(help="Worker processes.")] = 1,
     limit: Annotated[int | None, typer.Option(help="Only the first N samples.")] = None,
 ) -> None:

@@ -20,9 +20,12 @@ NEXT = """next:
 
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for data, checkpoints and the report.")] = Path("runs/demo"),
-    overrides: Annotated[list[str] | None, typer.Argument(help="Recipe changes, key.sub=value.", show_default=False)] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Recipe changes, key.sub=value.", show_default=False)
+    ] = None,
     charts: Annotated[int, typer.Option(help="Training charts to draw.")] = 4000,
     processes: Annotated[int, typer.Option(help="Training processes.")] = 1,
+    limit: Annotated[int | None, typer.Option(help="Evaluate only the first N samples of each test set.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted demo.")] = False,
 ) -> None:
     """Train, evaluate and question a small dual-encoder model on charts and digits, on this machine's CPU, in minutes."""
@@ -54,6 +57,7 @@ def demo(
         output_dir=output / "eval",
         batch_size=64,
         blind=True,
+        limit=limit,
         resume=False,
         data_dirs={"demo_charts": str(output / "data" / "charts"), "demo_digits": str(output / "data" / "digits")},
     )
@@ -72,7 +76,9 @@ def demo(
     console.rule("4  two questions")
     page, shown = answer_two(final, output)
     for row in shown:
-        console.print(f"[bold]{row['image']}[/]\n  {row['question']}\n  → {row['answer']}   [dim](target: {row['target']})[/]")
+        console.print(
+            f"[bold]{row['image']}[/]\n  {row['question']}\n  → {row['answer']}   [dim](target: {row['target']})[/]"
+        )
     console.rule("result")
     for name, values in (("charts", report["charts"]), ("digits", report["digits"])):
         console.print(f"{name}: {values['score']:.1f} %   images blanked: {values['blank']:.1f} %")
@@ -94,7 +100,14 @@ def answer_two(checkpoint: Any, output: Path) -> tuple[Path, list[dict[str, Any]
         image = output / "data" / kind / row["image"]
         session.reset()
         session.add_image(image)
-        rows.append({"image": image, "question": row["question"], "answer": session.ask(row["question"], max_new_tokens=16), "target": row["answer"]})
+        rows.append(
+            {
+                "image": image,
+                "question": row["question"],
+                "answer": session.ask(row["question"], max_new_tokens=16),
+                "target": row["answer"],
+            }
+        )
     figures = "".join(
         f'<figure><img src="data:image/png;base64,{base64.b64encode(r["image"].read_bytes()).decode()}" alt="">'
         f"<figcaption><p><b>{html.escape(r['question'])}</b></p><p>{html.escape(r['answer'])}</p>"

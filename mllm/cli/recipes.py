@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
-recipes = typer.Typer(help="Recipes: what is shipped, what one says, a copy to edit, the schema for your editor.", no_args_is_help=True)
+recipes = typer.Typer(
+    help="Recipes: what is shipped, what one says, a copy to edit, the schema for your editor.", no_args_is_help=True
+)
 
 
 @recipes.command("ls")
@@ -47,7 +49,11 @@ def show(
 
     from mllm.recipe import load_recipe
 
-    typer.echo(yaml.safe_dump(load_recipe(name, overrides).model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True))
+    typer.echo(
+        yaml.safe_dump(
+            load_recipe(name, overrides).model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True
+        )
+    )
 
 
 @recipes.command("cp")

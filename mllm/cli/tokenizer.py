@@ -30,7 +30,9 @@ def list_recipes() -> None:
 def train(
     recipe: Annotated[str, typer.Argument(help="A tokenizer recipe (`mllm tokenizer ls`) or a YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes as key.sub=value.", show_default=False)] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output folder.")
+    ] = False,
 ) -> None:
     """Train a tokenizer into <output>/final; several processes through torchrun.
 
@@ -46,8 +48,12 @@ def evaluate(
     folder: Annotated[Path, typer.Argument(help="A saved tokenizer.")],
     recipe: Annotated[str, typer.Option(help="Recipe whose images are measured on (its held-out part).")],
     limit: Annotated[int | None, typer.Option(help="Only the first N images.")] = None,
-    probe: Annotated[bool, typer.Option(help="Linear-probe accuracy of the quantised features, where images have classes.")] = True,
-    grid: Annotated[Path | None, typer.Option(help="PNG of originals above reconstructions; default <folder>/grid.png.")] = None,
+    probe: Annotated[
+        bool, typer.Option(help="Linear-probe accuracy of the quantised features, where images have classes.")
+    ] = True,
+    grid: Annotated[
+        Path | None, typer.Option(help="PNG of originals above reconstructions; default <folder>/grid.png.")
+    ] = None,
 ) -> None:
     """PSNR, SSIM, tokens and bits per image, code usage, linear probe; a picture of originals and reconstructions."""
     from mllm.visual_tokenizers.base import VisualTokenizer
@@ -70,7 +76,9 @@ def evaluate(
 def encode(
     folder: Annotated[Path, typer.Argument(help="A saved tokenizer.")],
     recipe: Annotated[str, typer.Option(help="Recipe whose images are encoded.")],
-    output: Annotated[Path, typer.Option(help="Folder for the code shards; a second call goes on where the first ended.")],
+    output: Annotated[
+        Path, typer.Option(help="Folder for the code shards; a second call goes on where the first ended.")
+    ],
     split: Annotated[str, typer.Option(help="train or test.")] = "train",
 ) -> None:
     """Write the codes of a recipe's images to disk, in shards; resumable."""

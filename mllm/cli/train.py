@@ -12,10 +12,16 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A recipe's name (`mllm recipes ls`) or a YAML file.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Changes as key.sub=value; a stage by its name: stages.sft.batch_size=4", show_default=False),
+        typer.Argument(
+            help="Changes as key.sub=value; a stage by its name: stages.sft.batch_size=4", show_default=False
+        ),
     ] = None,
-    processes: Annotated[int, typer.Option(help="Processes on this machine; one per GPU, or per core group on a CPU.")] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint; finished stages are kept.")] = False,
+    processes: Annotated[
+        int, typer.Option(help="Processes on this machine; one per GPU, or per core group on a CPU.")
+    ] = 1,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last complete checkpoint; finished stages are kept.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Output folder; default runs/<recipe>.")] = None,
     evaluate: Annotated[bool, typer.Option(help="Run the recipe's evaluation after the last stage.")] = True,
 ) -> None:

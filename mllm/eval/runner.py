@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from mllm.errors import ConfigError, DataError
-from mllm.eval.cache import AnswerCache, cache_key
+from mllm.eval.asking import Blind, answers, load_items
+from mllm.eval.cache import AnswerCache
 from mllm.eval.generators.base import Generator
-from mllm.eval.loading import Item, TaskData, load_data
+from mllm.eval.loading import TaskData, load_data
 from mllm.eval.metrics import Metric, build_metric
-from mllm.eval.pictures import Picture, blank
 from mllm.eval.predictions import (
     PredictionWriter,
-    Row,
     header_path,
     merge_shards,
     prediction_path,
@@ -33,26 +28,7 @@ from mllm.eval.predictions import (
 from mllm.eval.progress import Progress
 from mllm.eval.results import TaskResult, score_fields, summarise
 from mllm.eval.task import TaskSpec, expand_tasks, load_task
-from mllm.types import IMAGE_MARK, Request, Response, Turn
-
-Blind = Literal["gray", "none"]
-_READERS = 4
-_AHEAD = 256
-_THUMB = 320
-_HOPELESS = 8
-"""A run whose first answers all fail stops there."""
-
-
-@dataclass
-class _Loaded:
-    """An item with its pixels. unusable: why it cannot be asked."""
-
-    item: Item
-    images: list[Any]
-    hashes: list[str]
-    unusable: str | None = None
-    size: tuple[int, int] | None = None
-    """Width and height of the first picture."""
+from mllm.types import Request
 
 
 def evaluate(
@@ -126,7 +102,7 @@ def _run(
         keep = {item.id for item in data.items[:thumbnails]} if blind is None else set()
         title = f"{spec.name}{f' ({blind})' if blind else ''}"
         with Progress(title, len(mine), done=len(mine) - len(todo), shown=progress) as bar:
-            for row in _answers(generator, spec, todo, metrics, blind, cache, folder, keep):
+            for row in answers(generator, spec, todo, metrics, blind, cache, folder, keep):
                 writer.append(row)
                 bar.advance()
         rows = [writer.done[item.id] for item in mine if item.id in writer.done]
@@ -176,137 +152,6 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _answers(
-    generator: Generator,
-    spec: TaskSpec,
-    items: Sequence[Item],
-    metrics: Sequence[Metric],
-    blind: Blind | None,
-    cache: AnswerCache | None,
-    folder: Path,
-    keep: set[str],
-) -> Iterator[Row]:
-    """Rows as answers arrive, each item exactly once."""
-    ready: list[Row] = []
-    asked: dict[str, tuple[_Loaded, Request, str]] = {}
-    fingerprint = generator.fingerprint()
-    options = spec.generation.options()
-
-    def requests() -> Iterator[Request]:
-        for loaded in _loaded(items, blind, folder, keep):
-            item = loaded.item
-            if loaded.unusable is not None:
-                ready.append(_row(loaded, metrics, Response(item.id, ""), "", image_size=spec.image_size))
-                continue
-            turns = _without_images(item.turns) if blind == "none" else item.turns
-            request = Request(item.id, turns, loaded.images, dict(options))
-            key = cache_key(request, loaded.hashes, fingerprint)
-            known = cache.get(key, request) if cache is not None else None
-            if known is not None:
-                ready.append(_row(loaded, metrics, known, key, image_size=spec.image_size))
-                continue
-            asked[item.id] = (_Loaded(item, [], loaded.hashes, size=loaded.size), request, key)
-            yield request
-
-    answered = failed = 0
-    for response in generator.generate(requests()):
-        answered, failed = answered + 1, failed + (response.error is not None)
-        if failed == answered == _HOPELESS:
-            raise DataError(f"{spec.name}: the first {failed} generations all failed, the last with: {response.error}")
-        if response.id not in asked:
-            raise DataError(
-                f"generator {generator.name} answered {response.id!r}, which was not asked or was answered before"
-            )
-        loaded, request, key = asked.pop(response.id)
-        request.images = []
-        if cache is not None:
-            cache.put(key, request, response)
-        yield _row(loaded, metrics, response, key, image_size=spec.image_size)
-        while ready:
-            yield ready.pop(0)
-    yield from ready
-    if asked:
-        raise DataError(
-            f"generator {generator.name} left {len(asked)} requests without an answer: {', '.join(list(asked)[:5])}"
-        )
-
-
-def _loaded(
-    items: Sequence[Item], blind: Blind | None, folder: Path | None = None, keep: Collection[str] = ()
-) -> Iterator[_Loaded]:
-    """Items with their pixels, read ahead in threads, in order; small copies of the pictures of those to ``keep``."""
-
-    def load(item: Item) -> _Loaded:
-        loaded = _load(item, blind)
-        if folder is not None and item.id in keep and loaded.unusable is None:
-            _keep_thumbnails(folder, loaded)
-        return loaded
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        waiting: deque[Future[_Loaded]] = deque()
-        stream = iter(items)
-        while True:
-            while len(waiting) < _AHEAD and (item := next(stream, None)) is not None:
-                waiting.append(pool.submit(load, item))
-            if not waiting:
-                return
-            yield waiting.popleft().result()
-
-
-def _load(item: Item, blind: Blind | None) -> _Loaded:
-    pairs: list[tuple[Any, str]] = []
-    try:
-        for source in item.pictures:
-            pairs.extend([source.load()] if isinstance(source, Picture) else source.load())
-    except DataError as error:
-        return _Loaded(item, [], [], str(error))
-    size = pairs[0][0].size if pairs else None
-    images, hashes = [image for image, _ in pairs], [digest for _, digest in pairs]
-    if blind == "none":
-        images, hashes = [], []
-    elif blind == "gray":
-        images, hashes = [blank(image) for image in images], [f"gray {image.width}x{image.height}" for image in images]
-    return _Loaded(item, images, hashes, size=size)
-
-
-def _without_images(turns: Sequence[Turn]) -> list[Turn]:
-    return [Turn(turn.role, turn.content.replace(IMAGE_MARK, "").lstrip("\n"), turn.learn) for turn in turns]
-
-
-def _row(loaded: _Loaded, metrics: Sequence[Metric], response: Response, key: str, *, image_size: bool) -> Row:
-    item = loaded.item
-    meta = item.meta
-    if image_size and loaded.size is not None:
-        meta = meta | {"width": loaded.size[0], "height": loaded.size[1]}
-    row: Row = {
-        "id": item.id, "question": item.question, "prompt": response.prompt, "images": loaded.hashes,
-        "output": response.text, "target": item.target, "meta": meta, "cluster": item.cluster,
-        "category": item.category, "num_prompt_tokens": response.num_prompt_tokens, "num_tokens": response.num_tokens,
-        "key": key,
-    }  # fmt: skip
-    if loaded.unusable is not None:
-        return row | {"unusable": loaded.unusable, "extracted": "", "scores": {}}
-    if response.routing is not None:
-        row["routing"] = response.routing
-    if response.error is not None:
-        row["error"] = response.error
-    return row | score_fields(row, metrics)
-
-
-def _keep_thumbnails(folder: Path, loaded: _Loaded) -> None:
-    """Small copies of an item's pictures for the report, named by hash."""
-    place = folder / "thumbnails"
-    place.mkdir(parents=True, exist_ok=True)
-    for image, digest in zip(loaded.images[:4], loaded.hashes[:4]):
-        path = place / f"{digest[:24]}.jpg"
-        if not path.exists():
-            small = image.copy()
-            small.thumbnail((_THUMB, _THUMB))
-            part = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.part")
-            small.save(part, "JPEG", quality=80)
-            part.replace(path)
 
 
 def _await_shards(folder: Path, task: str, blind: str | None, world: int, patience: float = 24 * 3600) -> None:
@@ -371,7 +216,7 @@ def _plain_answers(generator: Generator, data: TaskData) -> dict[str, str]:
     options = data.task.generation.options()
 
     def requests() -> Iterable[Request]:
-        for loaded in _loaded(data.items, None):
+        for loaded in load_items(data.items, None):
             if loaded.unusable is None:
                 yield Request(loaded.item.id, loaded.item.turns, loaded.images, dict(options))
 
@@ -395,12 +240,14 @@ def run_eval(
     device: str | None = None,
     generator: Literal["hf", "vllm"] = "hf",
     cache_dir: str | Path | None = None,
+    overrides: Sequence[str] = (),
     strict: bool = False,
     progress: bool = True,
 ) -> dict[str, TaskResult]:
     """Evaluate a checkpoint folder (or hub id) and write predictions, a table, Markdown, an HTML page and
     ``results.json``.
 
+    overrides: ``task.key.sub=value`` changes a task's declaration (``chartqa.generation.max_new_tokens=64``).
     Started by a launcher that sets RANK and WORLD_SIZE (torchrun), the processes share the questions; rank 0 reports.
     Raises `ConfigError`, `DataError` or `CheckpointError`.
     """
@@ -411,26 +258,36 @@ def run_eval(
     if not tasks:
         raise ConfigError("no task is named; see `mllm list tasks`")
     names = expand_tasks(tasks)
-    for name in names:
-        load_task(name)  # a misspelt task is found before the model is loaded
+    specs = _overridden(names, overrides)  # a misspelt task is found before the model is loaded
     if unknown := sorted(set(data_dirs or {}) - set(names)):
         raise ConfigError(f"data for {', '.join(unknown)}: not among the tasks {', '.join(names)}")
     folder = Path(output_dir) if output_dir is not None else Path(checkpoint).parent / "eval"
     model = open_generator(checkpoint, kind=generator, batch_size=batch_size, dtype=dtype, device=device)
     cache = AnswerCache(Path(cache_dir) / "answers.sqlite") if cache_dir is not None else None
     results = evaluate(
-        model, names, folder, limit=limit, ids=ids, blind=blind, resume=resume, data=data_dirs, cache=cache, rank=rank,
+        model, specs, folder, limit=limit, ids=ids, blind=blind, resume=resume, data=data_dirs, cache=cache, rank=rank,
         world=world, strict=strict, progress=progress and rank == 0,
     )  # fmt: skip
     differences = None
     if check_batch and rank == 0:
-        differences = _check(model, names, data_dirs)
+        differences = _check(model, specs, data_dirs)
     if rank == 0:
         write_report(results, folder, batch_differences=differences, show=progress)
     return results
 
 
-def _check(model: Any, names: Sequence[str], data: Mapping[str, str | Path] | None) -> list[dict[str, Any]]:
+def _overridden(names: Sequence[str], overrides: Sequence[str]) -> list[TaskSpec]:
+    """Tasks with their changes: ``task.key.sub=value`` changes one task."""
+    changes: dict[str, list[str]] = {name: [] for name in names}
+    for override in overrides:
+        task, dot, change = override.partition(".")
+        if not dot or task not in changes:
+            raise ConfigError(f"override {override!r}: expected task.key=value with a task of {', '.join(names)}")
+        changes[task].append(change)
+    return [load_task(name, changes[name]) for name in names]
+
+
+def _check(model: Any, names: Sequence[str | TaskSpec], data: Mapping[str, str | Path] | None) -> list[dict[str, Any]]:
     before = getattr(model, "batch_size", None)
     if before is None:
         raise ConfigError(f"generator {model.name} has no batch size of its own; check_batch needs the hf generator")

@@ -36,7 +36,9 @@ def build_config(spec: ModelSpec, *, image_token_id: int | None = None) -> MllmC
     if router is not None:
         for name in router.get("experts", []):
             if name not in encoders:
-                raise ConfigError(f"model.router.experts: {name!r} is no encoder of this model; it has {list(encoders)}")
+                raise ConfigError(
+                    f"model.router.experts: {name!r} is no encoder of this model; it has {list(encoders)}"
+                )
     text = text_config(spec.language_model)
     return MllmConfig(
         text_config=text,
@@ -95,7 +97,9 @@ def load_tokenizer(spec: LanguageModelSpec) -> Any:
     """The language model's tokenizer."""
     source = spec.tokenizer or spec.source
     if source is None:
-        raise ConfigError("model.language_model.tokenizer: a model from scratch needs a tokenizer (hub id or local path)")
+        raise ConfigError(
+            "model.language_model.tokenizer: a model from scratch needs a tokenizer (hub id or local path)"
+        )
     try:
         return AutoTokenizer.from_pretrained(source, revision=spec.revision if spec.tokenizer is None else None)
     except (OSError, ValueError) as error:

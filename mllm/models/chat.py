@@ -84,6 +84,7 @@ class ChatSession:
         thread.start()
         answer = ""
         for piece in streamer:
+            piece = piece if answer else piece.lstrip()  # the template's separator, not part of the answer
             answer += piece
             write(piece)
         thread.join()

@@ -17,9 +17,9 @@ _HEAD_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 class MllmConfig(PreTrainedConfig):
     """Everything that is needed to build the model offline.
 
-    text_config: the language model's HF config; encoders: name → resolved encoder config, in ``encoder_order``; connector, router,
-    visual_tokenizer, visual_head: component configs (None: the model has no such part); image_token_id: the placeholder's id; num_image_tokens is
-    derived (`layout`), never stored.
+    text_config: the language model's HF config; encoders: name → resolved encoder config, in ``encoder_order``;
+    connector, router, visual_tokenizer, visual_head: component configs (None: the model has no such part);
+    image_token_id: the placeholder's id. The number of visual tokens is derived (`layout`), never stored.
     """
 
     model_type = "mllm"

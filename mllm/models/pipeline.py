@@ -40,7 +40,9 @@ class EncoderBank(nn.Module):
 
             unknown = [name for name in self.experts if name not in self.encoders]
             if unknown:
-                raise ConfigError(f"router.experts: {unknown[0]!r} is no encoder of this model; it has {list(self.encoders)}")
+                raise ConfigError(
+                    f"router.experts: {unknown[0]!r} is no encoder of this model; it has {list(self.encoders)}"
+                )
             summary = sum(self.infos[name].width for name in self.always_on)
             self.router = build_router(dict(router), summary, text_width)
 
@@ -49,7 +51,9 @@ class EncoderBank(nn.Module):
         """Names of the encoders that run on every image."""
         return [name for name in self.encoders if name not in self.experts]
 
-    def route(self, features: Mapping[str, VisionFeatures], text: Tensor | None, allowed: Tensor | None = None) -> Routing:
+    def route(
+        self, features: Mapping[str, VisionFeatures], text: Tensor | None, allowed: Tensor | None = None
+    ) -> Routing:
         """Ask the router, given the always-on encoders' features of B images and the questions' mean embedding."""
         assert self.router is not None
         parts = [features[name].tokens.mean(dim=1) for name in self.always_on]
@@ -134,9 +138,13 @@ class EncoderBank(nn.Module):
             found = self._encode(name, pixels[:1], idle=True)
             assert found.attention is not None
             none, attention = rows.to(found.tokens.device), found.attention[:0]
-            return VisionFeatures(_scatter(found.tokens[:0], none, batch), found.grid, None, _scatter(attention, none, batch))
+            return VisionFeatures(
+                _scatter(found.tokens[:0], none, batch), found.grid, None, _scatter(attention, none, batch)
+            )
         info, parameter = self.infos[name], next(encoder.parameters(), pixels)
-        tokens = torch.zeros(batch, info.grid[0] * info.grid[1], info.width, dtype=parameter.dtype, device=parameter.device)
+        tokens = torch.zeros(
+            batch, info.grid[0] * info.grid[1], info.width, dtype=parameter.dtype, device=parameter.device
+        )
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())
         if batch and (used_elsewhere or (learning and _several_ranks())):
             # Ranks reduce the gradients of the same weights in the same order (in another one ZeRO-1/2 adds up unlike weights,
@@ -158,7 +166,9 @@ class EncoderBank(nn.Module):
 
     def _routing(self, features: Mapping[str, VisionFeatures], fixed: Tensor | None, text: Tensor | None) -> Routing:
         if fixed is not None and fixed.shape[-1] != len(self.experts):
-            raise AlignmentError(f"expert_weights has {fixed.shape[-1]} columns, the model {len(self.experts)} experts {self.experts}")
+            raise AlignmentError(
+                f"expert_weights has {fixed.shape[-1]} columns, the model {len(self.experts)} experts {self.experts}"
+            )
         assert self.router is not None
         # A router that learns (or whose weights are gathered by all ranks together) is asked even when nothing is left to choose.
         together = torch.is_grad_enabled() and any(

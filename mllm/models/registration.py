@@ -23,7 +23,9 @@ def register() -> None:
     AutoModel.register(MllmConfig, MllmModel, exist_ok=True)
     AutoModelForImageTextToText.register(MllmConfig, MllmForConditionalGeneration, exist_ok=True)
     AutoImageProcessor.register(
-        MllmConfig, image_processor_classes={"torchvision": MllmImageProcessor, "pil": MllmImageProcessor}, exist_ok=True
+        MllmConfig,
+        image_processor_classes={"torchvision": MllmImageProcessor, "pil": MllmImageProcessor},
+        exist_ok=True,
     )
     AutoProcessor.register(MllmConfig, MllmProcessor, exist_ok=True)
     for cls in (MllmForConditionalGeneration, MllmModel, MllmProcessor, MllmImageProcessor):

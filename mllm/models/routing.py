@@ -45,7 +45,9 @@ def limit_routing(
     return Routing(routing.experts, limited, routing.logits, routing.losses)
 
 
-def routing_records(routing: Routing | None, images_per_sample: Sequence[int]) -> list[tuple[dict[str, float], list[str]] | None]:
+def routing_records(
+    routing: Routing | None, images_per_sample: Sequence[int]
+) -> list[tuple[dict[str, float], list[str]] | None]:
     """For each sample of a batch: expert → probability (mean over the sample's images), and the experts that ran on any of
     them; None for a sample without images or a model without router."""
     if routing is None:
@@ -104,7 +106,9 @@ def check_choices(pool: Sequence[str], experts: Any, budget: int | None, thresho
     if names and not pool:
         raise ConfigError(f"{names[0]} was given, but this model has no router; it always runs all its encoders")
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or not 0 <= budget <= len(pool)):
-        raise ConfigError(f"expert_budget is {budget!r}; expected 0 to {len(pool)}, the number of experts ({', '.join(pool)})")
+        raise ConfigError(
+            f"expert_budget is {budget!r}; expected 0 to {len(pool)}, the number of experts ({', '.join(pool)})"
+        )
     if threshold is not None and not 0 <= threshold <= 1:
         raise ConfigError(f"expert_threshold is {threshold!r}; expected a probability from 0 to 1")
 
@@ -137,7 +141,11 @@ def encode_for_generation(
         routing, _ = ask_language_model(model, pixels, base, questions, tokenizer)
         routing = limit_routing(routing, budget=expert_budget)
         decided = routing.weights
-        weights = decided if weights is None else torch.where(weights.isnan().to(decided.device), decided, weights.to(decided))
+        weights = (
+            decided
+            if weights is None
+            else torch.where(weights.isnan().to(decided.device), decided, weights.to(decided))
+        )
         expert_budget = expert_threshold = None
     tokens, routing = body.encode_images(
         pixels,
@@ -184,7 +192,9 @@ def encode_short(
     return short_image(body.connect(dict(base), none, text), layout, routing_grid(layout, bank.router))
 
 
-def routing_text(tokenizer: Any, router: Any, question: str, image_token: str, num_tokens: int, answer: str | None = None) -> str:
+def routing_text(
+    tokenizer: Any, router: Any, question: str, image_token: str, num_tokens: int, answer: str | None = None
+) -> str:
     """The routing request as the model reads it: chat template, short image, pool and question; with ``answer``, the whole
     conversation to learn from."""
     turns = [Turn("user", f"{IMAGE_MARK}\n{router.prompt(question)}")]
@@ -218,7 +228,9 @@ def ask_language_model(
             "the routing with experts=[…]"
         )
     if not base:
-        raise ConfigError("router language_model: every encoder is an expert, so the first pass sees nothing; keep one out of experts")
+        raise ConfigError(
+            "router language_model: every encoder is an expert, so the first pass sees nothing; keep one out of experts"
+        )
     images = encode_short(model, pixels, questions, base)
     if questions is None:
         texts = [""] * len(images)

@@ -20,10 +20,14 @@ def refuse_gaps(where: str, info: Any, *, quantized: Any = None) -> None:
     """Raise `CheckpointError` when a checkpoint lacks weights of the model, or holds some of another shape or name."""
     details = info if isinstance(info, dict) else vars(info)
     missing, foreign = sorted(details.get("missing_keys") or []), sorted(details.get("unexpected_keys") or [])
-    mismatched = sorted(str(item[0] if isinstance(item, tuple) else item) for item in details.get("mismatched_keys") or [])
+    mismatched = sorted(
+        str(item[0] if isinstance(item, tuple) else item) for item in details.get("mismatched_keys") or []
+    )
     problems = []
     if missing:
-        problems.append(f"{len(missing)} weights are missing ({_some(missing)}); a shard may be absent: copy the folder again")
+        problems.append(
+            f"{len(missing)} weights are missing ({_some(missing)}); a shard may be absent: copy the folder again"
+        )
     if mismatched:
         problems.append(f"{len(mismatched)} weights have another shape ({_some(mismatched)})")
     if foreign and quantized is None:
@@ -80,7 +84,9 @@ def convert(source: str, target: str | Path, *, dtype: str = "auto", language_mo
         try:
             folder = Path(snapshot_download(source))
         except Exception as error:
-            raise UnavailableError(f"{source}: no such folder, and the hub does not give it ({type(error).__name__})") from error
+            raise UnavailableError(
+                f"{source}: no such folder, and the hub does not give it ({type(error).__name__})"
+            ) from error
     kind = recognise(folder)
     if kind is None:
         raise CheckpointError(
@@ -94,9 +100,7 @@ def convert(source: str, target: str | Path, *, dtype: str = "auto", language_mo
     return target
 
 
-def read_foreign(
-    folder: Path, kind: str, *, dtype: Any = "auto", language_model: str | None = None
-) -> tuple[Any, Any]:
+def read_foreign(folder: Path, kind: str, *, dtype: Any = "auto", language_model: str | None = None) -> tuple[Any, Any]:
     """Model and processor (None where the folder has no tokenizer) of a foreign checkpoint."""
     if kind == "llava":
         return _read_llava(folder, dtype)
@@ -114,9 +118,13 @@ def _read_llava(folder: Path, dtype: Any) -> tuple[Any, Any]:
         raise CheckpointError(f"{folder}: transformers cannot read this LLaVA checkpoint: {error}") from error
     config: LlavaConfig = source.config
     if config.vision_feature_select_strategy not in ("default", "full"):
-        raise ConfigError(f"{folder}: vision_feature_select_strategy {config.vision_feature_select_strategy!r} is not supported")
+        raise ConfigError(
+            f"{folder}: vision_feature_select_strategy {config.vision_feature_select_strategy!r} is not supported"
+        )
     if config.vision_feature_select_strategy == "full":
-        raise ConfigError(f"{folder}: this checkpoint keeps the class token among the visual tokens, which no connector of ours does")
+        raise ConfigError(
+            f"{folder}: this checkpoint keeps the class token among the visual tokens, which no connector of ours does"
+        )
     layers = config.vision_feature_layer
     encoder = {
         "type": "hf",
@@ -143,7 +151,10 @@ def _read_llava(folder: Path, dtype: Any) -> tuple[Any, Any]:
         encoders={"vision": source.model.vision_tower.state_dict()},
         projector={
             f"projector.{ours}.{kind}": tensor
-            for ours, theirs in ((0, source.model.multi_modal_projector.linear_1), (2, source.model.multi_modal_projector.linear_2))
+            for ours, theirs in (
+                (0, source.model.multi_modal_projector.linear_1),
+                (2, source.model.multi_modal_projector.linear_2),
+            )
             for kind, tensor in theirs.state_dict().items()
         },
         where=folder,
@@ -164,10 +175,16 @@ def _read_llava_original(folder: Path, dtype: Any) -> tuple[Any, Any]:
     try:
         architecture = AutoConfig.from_pretrained(vision)
     except OSError as error:
-        raise UnavailableError(f"{folder}: its encoder {vision!r} cannot be read; put a local path into mm_vision_tower") from error
+        raise UnavailableError(
+            f"{folder}: its encoder {vision!r} cannot be read; put a local path into mm_vision_tower"
+        ) from error
     architecture = getattr(architecture, "vision_config", architecture)
-    text = LlamaConfig(**{k: v for k, v in config.items() if not k.startswith("mm_") and k not in ("model_type", "architectures")})
-    encoder_weights = {k.removeprefix("model.vision_tower.vision_tower."): v for k, v in weights.items() if ".vision_tower." in k}
+    text = LlamaConfig(
+        **{k: v for k, v in config.items() if not k.startswith("mm_") and k not in ("model_type", "architectures")}
+    )
+    encoder_weights = {
+        k.removeprefix("model.vision_tower.vision_tower."): v for k, v in weights.items() if ".vision_tower." in k
+    }
     spec = {
         "encoders": {
             "vision": {
@@ -180,16 +197,24 @@ def _read_llava_original(folder: Path, dtype: Any) -> tuple[Any, Any]:
         "connector": {"type": "mlp", "depth": 2},
     }
     projector = {
-        k.replace("model.mm_projector.", "projector."): v for k, v in weights.items() if k.startswith("model.mm_projector.")
+        k.replace("model.mm_projector.", "projector."): v
+        for k, v in weights.items()
+        if k.startswith("model.mm_projector.")
     }
     model = _assemble(
         spec,
         text=text,
         image_token_id=text.vocab_size,
         dtype=_dtype(dtype, weights),
-        decoder={k.removeprefix("model."): v for k, v in weights.items() if re.match(r"model\.(layers|embed_tokens|norm)\.", k)},
+        decoder={
+            k.removeprefix("model."): v
+            for k, v in weights.items()
+            if re.match(r"model\.(layers|embed_tokens|norm)\.", k)
+        },
         head={"weight": weights["lm_head.weight"]},
-        encoders={"vision": {k.removeprefix("vision_model."): v for k, v in encoder_weights.items()}} if encoder_weights else {},
+        encoders={"vision": {k.removeprefix("vision_model."): v for k, v in encoder_weights.items()}}
+        if encoder_weights
+        else {},
         projector=projector,
         where=folder,
     )
@@ -199,8 +224,14 @@ def _read_llava_original(folder: Path, dtype: Any) -> tuple[Any, Any]:
 
 
 _PRISMATIC_ENCODERS: dict[str, dict[str, str]] = {
-    "dinosiglip-vit-so-384px": {"dino_featurizer": "vit_large_patch14_reg4_dinov2", "siglip_featurizer": "vit_so400m_patch14_siglip_384"},
-    "dinosiglip-vit-so-224px": {"dino_featurizer": "vit_large_patch14_reg4_dinov2", "siglip_featurizer": "vit_so400m_patch14_siglip_224"},
+    "dinosiglip-vit-so-384px": {
+        "dino_featurizer": "vit_large_patch14_reg4_dinov2",
+        "siglip_featurizer": "vit_so400m_patch14_siglip_384",
+    },
+    "dinosiglip-vit-so-224px": {
+        "dino_featurizer": "vit_large_patch14_reg4_dinov2",
+        "siglip_featurizer": "vit_so400m_patch14_siglip_224",
+    },
     "siglip-vit-so400m-384px": {"featurizer": "vit_so400m_patch14_siglip_384"},
     "siglip-vit-so400m": {"featurizer": "vit_so400m_patch14_siglip_224"},
     "clip-vit-l-336px": {"featurizer": "vit_large_patch14_clip_336"},
@@ -217,7 +248,9 @@ def _read_prismatic(folder: Path, dtype: Any, language_model: str | None) -> tup
     backbone, architecture = config["vision_backbone_id"], config.get("arch_specifier", "")
     featurizers = config.get("timm_models") or _PRISMATIC_ENCODERS.get(backbone)
     if featurizers is None:
-        raise ConfigError(f"{folder}: vision_backbone_id {backbone!r} is not known; known: {', '.join(_PRISMATIC_ENCODERS)}")
+        raise ConfigError(
+            f"{folder}: vision_backbone_id {backbone!r} is not known; known: {', '.join(_PRISMATIC_ENCODERS)}"
+        )
     weights = _read_checkpoint(folder / "checkpoints")
     parts = {name: weights[name] for name in ("projector", "llm_backbone") if name in weights}
     if len(parts) < 2:
@@ -240,7 +273,7 @@ def _read_prismatic(folder: Path, dtype: Any, language_model: str | None) -> tup
         }
         for name, model in zip(names, featurizers.values())
     }
-    projector = {k: v for k, v in parts["projector"].items()}
+    projector = dict(parts["projector"])
     linear = sorted({int(k.split(".")[1]) for k in projector if k.endswith("weight")})
     if "fused" in architecture and len(linear) != 3:
         raise CheckpointError(f"{folder}: {architecture} should have 3 linear layers, the checkpoint has {len(linear)}")
@@ -286,7 +319,9 @@ def _prismatic_text_config(decoder: Mapping[str, Tensor], language_model: str | 
     vocabulary, hidden = decoder["model.embed_tokens.weight"].shape
     head = 128
     if hidden % head:
-        raise ConfigError("the LLM's heads cannot be told from its weights; give --language-model with its config and tokenizer")
+        raise ConfigError(
+            "the LLM's heads cannot be told from its weights; give --language-model with its config and tokenizer"
+        )
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -344,7 +379,9 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], where: str, *, spare: 
     foreign = [] if spare else sorted(set(state) - set(wanted))
     shapes = [k for k in wanted if k in state and wanted[k].shape != state[k].shape]
     if missing or foreign or shapes:
-        raise CheckpointError(f"{where}: missing [{_some(missing)}], left over [{_some(foreign)}], other shape [{_some(shapes)}]")
+        raise CheckpointError(
+            f"{where}: missing [{_some(missing)}], left over [{_some(foreign)}], other shape [{_some(shapes)}]"
+        )
     module.load_state_dict({k: state[k] for k in wanted})
 
 
@@ -358,7 +395,11 @@ def _processor(folder: Path, model: Any, template: str) -> Any:
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         return None
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    placeholder = tokenizer.convert_ids_to_tokens(model.config.image_token_id) if model.config.image_token_id < len(tokenizer) else None
+    placeholder = (
+        tokenizer.convert_ids_to_tokens(model.config.image_token_id)
+        if model.config.image_token_id < len(tokenizer)
+        else None
+    )
     spec = ModelSpec.model_validate(
         {
             "language_model": {"source": str(folder)},
@@ -410,7 +451,14 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of an HF folder: safetensors, else ``.bin`` read with ``weights_only``."""
     from safetensors.torch import load_file
 
-    index = next((folder / n for n in ("model.safetensors.index.json", "pytorch_model.bin.index.json") if (folder / n).is_file()), None)
+    index = next(
+        (
+            folder / n
+            for n in ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+            if (folder / n).is_file()
+        ),
+        None,
+    )
     if index is not None:
         files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
     else:
@@ -427,7 +475,9 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _read_checkpoint(folder: Path) -> dict[str, dict[str, Tensor]]:
     """A Prismatic checkpoint as part → tensors."""
-    file = next((folder / n for n in ("latest-checkpoint.safetensors", "latest-checkpoint.pt") if (folder / n).is_file()), None)
+    file = next(
+        (folder / n for n in ("latest-checkpoint.safetensors", "latest-checkpoint.pt") if (folder / n).is_file()), None
+    )
     if file is None:
         raise CheckpointError(f"{folder}: no latest-checkpoint.pt or .safetensors")
     if file.suffix == ".safetensors":
@@ -439,7 +489,7 @@ def _read_checkpoint(folder: Path) -> dict[str, dict[str, Tensor]]:
             parts.setdefault(part, {})[name] = tensor
         return parts
     data = _read_pickle(file)
-    return data["model"] if "model" in data else data
+    return data.get("model", data)
 
 
 def _read_pickle(file: Path) -> Any:
@@ -473,6 +523,10 @@ def export(checkpoint: str | Path, target: str | Path, *, dtype: str = "auto", s
 
         model = PeftModel.from_pretrained(model, checkpoint).merge_and_unload()  # type: ignore[assignment]
     model.save_pretrained(target, max_shard_size=shard_size)
-    source = checkpoint if any((checkpoint / n).exists() for n in ("processor_config.json", "preprocessor_config.json")) else base
+    source = (
+        checkpoint
+        if any((checkpoint / n).exists() for n in ("processor_config.json", "preprocessor_config.json"))
+        else base
+    )
     AutoProcessor.from_pretrained(source).save_pretrained(target)
     return target

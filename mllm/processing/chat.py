@@ -66,9 +66,7 @@ def encode_text(processor: Any, turns: Sequence[Turn], *, where: str = "sample")
         raise ConfigError("the tokenizer has no fast version (no character offsets), which label masking needs")
     turns = [Turn(t.role, _strip_private(t.content), t.learn) for t in turns]
     plain = render_prompt(processor, turns, add_generation_prompt=False)
-    marked_turns = [
-        Turn(t.role, f"{_OPEN}{t.content}{_CLOSE}", t.learn) if t.role == "assistant" else t for t in turns
-    ]
+    marked_turns = [Turn(t.role, f"{_OPEN}{t.content}{_CLOSE}", t.learn) if t.role == "assistant" else t for t in turns]
     marked = render_prompt(processor, marked_turns, add_generation_prompt=False)
     answers = [turn for turn in turns if turn.role == "assistant"]
     spans, text = _take_marks(marked)
@@ -148,7 +146,11 @@ def routing_inputs(processor: Any, turns: Sequence[Turn], num_images: int) -> di
     model routes nothing."""
     if not processor.image_processor.experts or not num_images:
         return {}
-    questions = [question_text(turn.content, processor.image_token) for turn in turns for _ in range(turn.content.count(IMAGE_MARK))]
+    questions = [
+        question_text(turn.content, processor.image_token)
+        for turn in turns
+        for _ in range(turn.content.count(IMAGE_MARK))
+    ]
     ids = [processor.tokenizer(q, add_special_tokens=False)["input_ids"] for q in questions[:num_images]]
     return {"router_input_ids": pad_questions(ids)}
 

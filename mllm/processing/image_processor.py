@@ -57,7 +57,10 @@ class MllmImageProcessor(BaseImageProcessor):
         self.layout = _plain(layout or {"num_tokens": 0, "grid": (0, 0)})
         self.experts = list(experts)
         self.resampler, self.max_pixels, self.max_images = resampler, max_pixels, max_images
-        self.model_input_names = [*pixel_keys(list(self.encoders)).values(), *(["expert_weights"] if self.experts else [])]
+        self.model_input_names = [
+            *pixel_keys(list(self.encoders)).values(),
+            *(["expert_weights"] if self.experts else []),
+        ]
 
     @property
     def specs(self) -> dict[str, ImageSpec]:
@@ -90,7 +93,9 @@ class MllmImageProcessor(BaseImageProcessor):
         ``pixel_values_<name>`` of the others. Raises `DataError` naming the picture's position."""
         flat = _flatten(images)
         if len(flat) > self.max_images:
-            raise DataError(f"{len(flat)} images in one call; at most {self.max_images} are allowed (image processor's max_images)")
+            raise DataError(
+                f"{len(flat)} images in one call; at most {self.max_images} are allowed (image processor's max_images)"
+            )
         specs, keys = self.specs, pixel_keys(list(self.encoders))
         rows: dict[str, list[torch.Tensor]] = {name: [] for name in specs}
         for position, image in enumerate(flat):

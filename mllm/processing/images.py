@@ -206,6 +206,7 @@ def _upright(image: Image.Image) -> Image.Image:
     if rotation is None:
         return image
     turned = image.transpose(rotation)
+    turned.info.clear()  # the orientation too: whoever opens this picture once more must not turn it again
     if "transparency" in image.info:
         turned.info["transparency"] = image.info["transparency"]
     return turned

@@ -35,7 +35,9 @@ class MllmProcessor(ProcessorMixin):
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
-            raise ConfigError(f"the tokenizer has no token {image_token!r}; add it as a special token before the processor is made")
+            raise ConfigError(
+                f"the tokenizer has no token {image_token!r}; add it as a special token before the processor is made"
+            )
         template = chat_template or getattr(tokenizer, "chat_template", None)
         if isinstance(template, str) and not is_wrapped(template):
             template = with_images(template, image_token)
@@ -56,7 +58,9 @@ class MllmProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return list(dict.fromkeys([*self.tokenizer.model_input_names, *self.image_processor.model_input_names]))
 
-    def validate_inputs(self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any) -> None:
+    def validate_inputs(
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> None:
         """Raise `AlignmentError` unless every placeholder has its image."""
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
         if images is None or text is None:
@@ -65,7 +69,9 @@ class MllmProcessor(ProcessorMixin):
         if not all(isinstance(item, str) for item in texts):
             return
         found = [item.count(self.image_token) for item in texts]
-        nested = isinstance(images, (list, tuple)) and images and all(isinstance(item, (list, tuple)) for item in images)
+        nested = (
+            isinstance(images, (list, tuple)) and images and all(isinstance(item, (list, tuple)) for item in images)
+        )
         given = [len(item) for item in images] if nested else [len(images) if isinstance(images, (list, tuple)) else 1]
         if nested and len(given) == len(found):
             for position, (placeholders, pictures) in enumerate(zip(found, given)):
@@ -76,7 +82,9 @@ class MllmProcessor(ProcessorMixin):
         elif sum(found) != sum(given):
             raise AlignmentError(f"{sum(found)} {self.image_token} placeholders in the text and {sum(given)} images")
 
-    def prepare_inputs_layout(self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any):
+    def prepare_inputs_layout(
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ):
         """Empty lists of images mean no image."""
         nested_empty = isinstance(images, (list, tuple)) and not any(
             (len(item) if isinstance(item, (list, tuple)) else 1) for item in images

@@ -41,14 +41,24 @@ def with_images(template: str, image_token: str) -> str:
         + "{%- set flat = namespace(messages=[], text='', open=false) -%}"
         + "{%- for message in messages -%}"
         + "{%- if message['content'] is string -%}"
-        + "{%- set flat.text = message['content'] | replace(" + typed + ", " + harmless + ") -%}"
+        + "{%- set flat.text = message['content'] | replace("
+        + typed
+        + ", "
+        + harmless
+        + ") -%}"
         + "{%- else -%}"
         + "{%- set flat.text = '' -%}{%- set flat.open = false -%}"
         + "{%- for content in message['content'] -%}"
         + "{%- if content['type'] in ['image', 'image_url'] -%}"
-        + "{%- set flat.text = flat.text + " + typed + " -%}{%- set flat.open = true -%}"
+        + "{%- set flat.text = flat.text + "
+        + typed
+        + " -%}{%- set flat.open = true -%}"
         + "{%- elif content['type'] == 'text' and content['text'] -%}"
-        + "{%- set part = content['text'] | replace(" + typed + ", " + harmless + ") -%}"
+        + "{%- set part = content['text'] | replace("
+        + typed
+        + ", "
+        + harmless
+        + ") -%}"
         + "{%- if flat.open and part[0] not in [' ', '\\n', '\\t'] -%}{%- set flat.text = flat.text + '\\n' -%}{%- endif -%}"
         + "{%- set flat.text = flat.text + part -%}{%- set flat.open = false -%}"
         + "{%- endif -%}"
@@ -66,7 +76,9 @@ def check_template(tokenizer: Any, template: str) -> None:
     said = ["mllm-user-probe", "mllm-assistant-probe", "mllm-second-probe"]
     messages = [{"role": r, "content": c} for r, c in zip(["user", "assistant", "user"], said)]
     try:
-        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
     except Exception as error:
         raise ConfigError(
             f"chat_template: does not render ({type(error).__name__}: {error}). Give model.chat_template one of "

@@ -32,7 +32,9 @@ def fixed_weights(experts: Any, pool: Sequence[str]) -> Tensor:
         raise ConfigError(f"experts is {experts!r}; expected names of {', '.join(pool) or 'no expert'}, or 'none'")
     for name, weight in weights.items():
         if name == "":
-            raise ConfigError(f"experts names nothing; expected names of {', '.join(pool)}, or 'none' (or []) for no expert")
+            raise ConfigError(
+                f"experts names nothing; expected names of {', '.join(pool)}, or 'none' (or []) for no expert"
+            )
         if name not in pool:
             raise UnknownName("expert", name, pool)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
@@ -47,5 +49,7 @@ def fixed_weights_of(experts: Any, pool: Sequence[str], num_images: int) -> Tens
     if not each:
         return fixed_weights(experts, pool).repeat(num_images, 1)
     if len(experts) != num_images:
-        raise AlignmentError(f"experts has {len(experts)} entries for {num_images} images; give one per image, or one for all")
+        raise AlignmentError(
+            f"experts has {len(experts)} entries for {num_images} images; give one per image, or one for all"
+        )
     return torch.cat([fixed_weights(entry, pool) for entry in experts])

@@ -64,7 +64,7 @@ def build_page(client: ServerClient) -> Any:
                 routing = gr.Textbox(label="Who looked", lines=1, elem_id="routing")
         files.change(lambda paths: paths or [], files, gallery)
         inputs, outputs = [files, question, chosen, length], [text, routing]
-        running = [send.click(answer, inputs, outputs), question.submit(answer, inputs, outputs)]
+        running: Any = [send.click(answer, inputs, outputs), question.submit(answer, inputs, outputs)]
         stop.click(None, cancels=running)
     return page
 

@@ -72,6 +72,8 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         arguments += ["--max-model-len", str(settings.max_model_len)]
     if settings.tensor_parallel > 1:
         arguments += ["--tensor-parallel-size", str(settings.tensor_parallel)]
+        if settings.backend != "transformers":
+            arguments += ["--mm-encoder-tp-mode", "data"]  # every GPU has all encoders: they share the images
     if settings.gpu_memory is not None:
         arguments += ["--gpu-memory-utilization", str(settings.gpu_memory)]
     if settings.eager:

@@ -13,6 +13,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+)
 from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsMultiModal, SupportsPP
 from vllm.model_executor.models.module_mapping import MultiModelKeys
 from vllm.model_executor.models.utils import (
@@ -28,6 +33,7 @@ from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.pipeline import build_visual_parts
 from mllm.models.routing import short_image
 from mllm.processing.layout import PRIMARY_PIXELS, pixel_keys
+from mllm.serve.memory import FeatureMemory
 from mllm.serve.stats import EncoderClock
 from mllm.serve.vllm_processing import MllmDummyInputsBuilder, MllmMultiModalProcessor, MllmProcessingInfo, short_grid
 
@@ -50,6 +56,8 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
             "lm_head.": "language_model.lm_head.",
         }
     )
+
+    supports_encoder_tp_data = True
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
@@ -77,6 +85,9 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
             assert bank is not None and connector is not None
             self.vision_tower = bank.to(vllm_config.model_config.dtype)
             self.multi_modal_projector = connector.to(vllm_config.model_config.dtype)
+        mode = vllm_config.model_config.multimodal_config.mm_encoder_tp_mode  # type: ignore[union-attr]
+        self.shares_images = mode == "data" and get_tensor_model_parallel_world_size() > 1
+        self.memory = FeatureMemory(bank) if self.short_grid is not None else None
         self.clock = EncoderClock()
         for name, encoder in getattr(self.vision_tower, "encoders", {}).items():
             self.clock.watch(name, encoder)
@@ -91,25 +102,54 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
     def embed_multimodal(self, **kwargs: Any) -> list[Tensor]:
-        """Visual tokens, one ``(M, L)`` tensor per image."""
+        """Visual tokens, one ``(M, L)`` tensor per image (``(m, L)`` in a routing request)."""
         if kwargs.get(PRIMARY_PIXELS) is None:
             return []
         pixels = {name: _stacked(kwargs[key]) for name, key in self.pixel_keys.items()}
-        weights = kwargs.get("expert_weights")
+        weights = None if kwargs.get("expert_weights") is None else _stacked(kwargs["expert_weights"])
         text = self._question_summary(kwargs.get("router_input_ids"))
-        features, routing = self.vision_tower(
-            pixels, expert_weights=None if weights is None else _stacked(weights), text=text
-        )
+        count = len(pixels[next(iter(pixels))])
+        short = self._routing_pass(kwargs.get("routing_pass"), count)
+        rows = self._own_rows(count)
+        if rows is None:
+            tokens = list(self._encode(pixels, weights, text, short))
+        else:
+            own = {name: value[rows] for name, value in pixels.items()}
+            own_weights, own_text = (None if value is None else value[rows] for value in (weights, text))
+            part = self._encode(own, own_weights, own_text, [short[row] for row in rows])
+            tokens = list(tensor_model_parallel_all_gather(part.contiguous(), dim=0)[:count])
+        for index in [row for row, flag in enumerate(short) if flag]:
+            assert self.short_grid is not None
+            tokens[index] = short_image(tokens[index][None], self.layout, self.short_grid)[0]
+        return tokens
+
+    def _encode(
+        self, pixels: dict[str, Tensor], weights: Tensor | None, text: Tensor | None, short: list[bool]
+    ) -> Tensor:
+        """Encoders, router and connector, as `MllmModel.encode_images`: ``(B, M, L)``."""
+        base = None if self.memory is None else self.memory.encode(pixels, keep=short)
+        features, routing = self.vision_tower(pixels, expert_weights=weights, text=text, base=base)
         parameter = next(self.multi_modal_projector.parameters(), None)
         if parameter is not None:
             for feature in features.values():
                 feature.tokens = feature.tokens.to(parameter.device, parameter.dtype)
-        tokens = list(self.multi_modal_projector(features, routing, text))
-        shortened = kwargs.get("routing_pass")
-        if shortened is not None and self.short_grid is not None:
-            for index in _stacked(shortened).flatten().nonzero().flatten().tolist():
-                tokens[index] = short_image(tokens[index][None], self.layout, self.short_grid)[0]
-        return tokens
+        return self.multi_modal_projector(features, routing, text)
+
+    def _own_rows(self, count: int) -> list[int] | None:
+        """Images that this rank encodes under ``--mm-encoder-tp-mode data`` (the last one repeated where they do not
+        divide evenly); None: all of them."""
+        if not self.shares_images:
+            return None
+        ranks = get_tensor_model_parallel_world_size()
+        each = -(-count // ranks)
+        first = get_tensor_model_parallel_rank() * each
+        return [min(first + number, count - 1) for number in range(each)]
+
+    def _routing_pass(self, flags: Any, num_images: int) -> list[bool]:
+        """Per image, whether it belongs to the routing request of a ``language_model`` router."""
+        if flags is None or self.short_grid is None:
+            return [False] * num_images
+        return [bool(flag) for flag in _stacked(flags).flatten().tolist()]
 
     def _question_summary(self, questions: Any) -> Tensor | None:
         """Mean embedding ``(B, L)`` of the questions; ids padded with -1. As `MllmModel._question_summary`."""
@@ -153,8 +193,8 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
         places = {name: tensor for name, tensor in self.state_dict().items() if name.startswith(_VISUAL)}
         renamings = published_renamings(self)
         for original, tensor in weights:
-            if original.startswith(_NOT_SERVED):
-                continue
+            if original.startswith(_NOT_SERVED) or ".lora_" in original:
+                continue  # not used here, or an adapter file that vLLM finds beside the merged model
             name = original.removeprefix("model.")
             if not name.startswith(_VISUAL):
                 yield original, tensor

@@ -38,8 +38,10 @@ _WEIGHTS = "weights"
 
 @dataclass
 class Progress:
-    """Where a stage is. step: optimizer steps done; samples: samples consumed by all processes; total_steps: the stage's
-    length; frozen: fingerprint of the weights that do not learn; signature: the settings as JSON; extra: the data's place.
+    """Where a stage is.
+
+    step: optimizer steps done; samples: consumed by all processes; total_steps: the stage's length; frozen: fingerprint
+    of the weights that do not learn; signature: the settings as JSON; extra: the data's place.
     """
 
     stage: str

@@ -12,7 +12,7 @@ from typing import Any
 from mllm.data.collate import Batch
 from mllm.data.dataset import DataStream, DropLog
 from mllm.data.lengths import measure
-from mllm.data.mixture import Mixture
+from mllm.data.mixture import Draw, Mixture
 from mllm.data.plan import make_plan
 from mllm.errors import ConfigError, DataError
 from mllm.processing.chat import encode_sample, encode_text
@@ -84,6 +84,13 @@ class StageData:
             return self.stage.steps
         assert self.micro_batches is not None
         return max(1, math.ceil(self.micro_batches / self.stage.gradient_accumulation))
+
+    def draws(self) -> Iterator[Draw]:
+        """The samples that this process will see, in order, as far as the plan tells (replacements of bad ones aside)."""
+        batches = self.total_steps * self.stage.gradient_accumulation
+        for planned in itertools.islice(self.plan.batches(self.stream.rank), batches):
+            for row in planned.rows:
+                yield from row
 
     def steps(self) -> Iterator[list[Batch]]:
         """The micro-batches of each optimizer step, from the present position on; the last step may have fewer."""

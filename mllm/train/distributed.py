@@ -54,11 +54,12 @@ def process_group(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    store: Any = dist
     options: dict[str, Any] = {"backend": backend, "timeout": timedelta(minutes=30)}
     if meeting_point is not None:
         options |= {"init_method": meeting_point, "rank": process, "world_size": processes}
     elif "WORLD_SIZE" not in os.environ:
-        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        options |= {"store": store.HashStore(), "rank": 0, "world_size": 1}
     if device.type == "cuda":
         options["device_id"] = device
     dist.init_process_group(**options)

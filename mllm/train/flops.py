@@ -59,9 +59,11 @@ class FlopModel:
     language_model_full: bool = True
     """Whether the language model's own weights learn (not only adapters)."""
 
-    def step(self, *, tokens: int, squares: float, supervised: int, images: int, cached: bool = False) -> StepFlops:
-        """tokens: non-padding positions; squares: sum of squared sample lengths; supervised: rows sent to the head;
-        cached: encoders did not run."""
+    cached: bool = False
+    """Encoders do not run: their features come from disk."""
+
+    def step(self, *, tokens: int, squares: float, supervised: int, images: int) -> StepFlops:
+        """tokens: non-padding positions; squares: sum of squared sample lengths; supervised: rows sent to the head."""
         visual = any(part != "language_model" for part in self.trained)
         learns = "language_model" in self.trained
         if learns and self.language_model_full:
@@ -71,7 +73,7 @@ class FlopModel:
         text = factor * self.matmul * tokens + 6.0 * self.adapters * tokens + head * self.head * supervised
         text += self.attention * squares * (3.0 if learns or visual else 1.0)
         vision = 0.0
-        if not cached:
+        if not self.cached:
             for name, flops in self.encoders.items():
                 vision += flops * images * (3.0 if f"encoders.{name}" in self.trained else 1.0)
         vision += self.connector * images * (3.0 if "connector" in self.trained else 2.0 if visual else 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mllm import errors
 from mllm.errors import ConfigError, MllmError
 from mllm.train.distributed import process_group
 
@@ -43,13 +45,9 @@ def launch(function: Callable[..., Any], processes: int, *arguments: Any, needs_
 
 
 def _start(function: Callable[..., Any], processes: int, arguments: tuple, folder: str) -> None:
-    from torch import multiprocessing as torch_multiprocessing
-
-    multiprocessing: Any = torch_multiprocessing
-
-    # On CUDA every process starts afresh (a forked one cannot use the GPU). On the CPU one server imports everything
-    # once and the
-    # processes are forked from it, which halves the start on two cores.
+    multiprocessing: Any = importlib.import_module("torch.multiprocessing")
+    # On CUDA every process starts afresh (a forked one cannot use the GPU). On the CPU one server imports everything once
+    # and the processes are forked from it, which halves the start on two cores.
     method = "spawn" if torch.cuda.is_available() else "forkserver"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
@@ -64,7 +62,8 @@ def _start(function: Callable[..., Any], processes: int, arguments: tuple, folde
         )
     except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
         for path in sorted(Path(folder).glob("error-*")):  # a user's error needs no traceback of ours
-            raise WorkerFailed(path.read_text(encoding="utf-8")) from None
+            kind, _, message = path.read_text(encoding="utf-8").partition("\n")
+            raise getattr(errors, kind, WorkerFailed)(message) from None
         raise WorkerFailed(f"a training process ended early: {error}") from None
     finally:
         ours.close()
@@ -87,7 +86,8 @@ def _worker(
         with process_group(process=process, processes=processes, meeting_point=meeting_point):
             function(*arguments)
     except MllmError as error:
-        (Path(folder) / f"error-{process}").write_text(str(error), encoding="utf-8")
+        kind = "ConfigError" if isinstance(error, errors.ConfigError) else type(error).__name__
+        (Path(folder) / f"error-{process}").write_text(f"{kind}\n{error}", encoding="utf-8")
         raise
 
 

@@ -59,8 +59,8 @@ def default_attention(config: Any, stage: StageSpec, device: torch.device) -> st
     if stage.packing:
         if not plain:
             raise ConfigError(
-                f"stages.{stage.name}.packing: {config.model_type} mixes attention with layers that carry state from one "
-                "packed sample to the next; use group_by_length instead"
+                f"stages.{stage.name}.packing: {config.model_type} mixes attention with layers that carry state from "
+                "one packed sample to the next; use group_by_length instead"
             )
         return "flex_attention" if capped and device.type == "cuda" else attention.NAME
     return attention.NAME if device.type == "cuda" and plain and not capped else "sdpa"

@@ -13,12 +13,16 @@ class StageDisplay:
     """A progress bar with stage, time left and loss; plain lines where there is no terminal. Silent on other
     processes."""
 
-    def __init__(self, stage: str, total: int, done: int, *, active: bool, console: Console | None = None):
-        self.active, self.stage, self.total = active, stage, total
+    def __init__(self, stage: str, *, active: bool, console: Console | None = None):
+        self.active, self.stage, self.total = active, stage, 0
         self.console = console or Console(stderr=not sys.stdout.isatty() and sys.stderr.isatty())
-        self.lines_every = max(1, total // 20)
+        self.lines_every = 1
         self.bar: Progress | None = None
-        if active and self.console.is_terminal:
+
+    def start(self, total: int, done: int = 0, *, what: str | None = None) -> None:
+        """Show the bar of ``total`` steps, ``done`` of them already. what: its name, when it is not the stage's."""
+        self.total, self.lines_every = total, max(1, total // 20)
+        if self.active and self.console.is_terminal:
             self.bar = Progress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(),
@@ -29,7 +33,7 @@ class StageDisplay:
                 console=self.console,
             )
             self.bar.start()
-            self.task = self.bar.add_task(stage, total=total, completed=done, figures="")
+            self.task = self.bar.add_task(what or self.stage, total=total, completed=done, figures="")
 
     def print(self, what: Any) -> None:
         if self.active:
@@ -50,6 +54,7 @@ class StageDisplay:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.stop()
+            self.bar = None
 
 
 def figures(record: dict[str, Any]) -> str:

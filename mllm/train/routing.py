@@ -7,6 +7,7 @@ with the helpful experts' letters, seeing the short image. Labels are measured w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,7 +93,7 @@ class RoutingProcessor:
         labels = torch.full_like(ids, IGNORE)
         labels[1:] = 0
         encoded = EncodedSample(sample.id, sample.dataset, ids, labels, num_images=count)
-        encoded.pixels = self._base_pixels(sample.images, where)
+        encoded.pixels = base_pixels(self.inner, sample.images, where)
         target = target_weights(losses, self.router.config.experts, self.options, self.top_k)
         encoded.extras = {
             **routing_inputs(self.inner, sample.turns, count),
@@ -112,21 +113,22 @@ class RoutingProcessor:
         if max_length is not None and len(ids) > max_length:
             raise DataError(f"{where}: the routing request has {len(ids)} tokens, more than max_length={max_length}")
         encoded = EncodedSample(sample.id, sample.dataset, ids, labels, num_images=1)
-        encoded.pixels = self._base_pixels(sample.images[:1], where)
+        encoded.pixels = base_pixels(self.inner, sample.images[:1], where)
         encoded.extras = routing_inputs(self.inner, sample.turns, 1)
         return encoded
 
-    def _base_pixels(self, images: list[Any], where: str) -> dict[str, torch.Tensor]:
-        """Pixels of the encoders that always run, by batch key."""
-        processor = self.inner.image_processor
-        specs = {name: spec for name, spec in processor.specs.items() if name not in processor.experts}
-        keys = self.inner.pixel_keys
-        rows: dict[str, list[torch.Tensor]] = {name: [] for name in specs}
-        for position, image in enumerate(images):
-            picture = load_image(image, where=f"{where}, image {position}", max_pixels=processor.max_pixels)
-            for name, pixels in to_pixels_multi(picture, specs).items():
-                rows[name].append(pixels)
-        return {keys[name]: torch.stack(tensors) for name, tensors in rows.items()}
+
+def base_pixels(processor: Any, images: Sequence[Any], where: str) -> dict[str, torch.Tensor]:
+    """Pixels of the encoders that always run, by batch key: all that a router looks at. Raises `DataError` opening with
+    ``where``."""
+    reader = processor.image_processor
+    specs = {name: spec for name, spec in reader.specs.items() if name not in reader.experts}
+    rows: dict[str, list[torch.Tensor]] = {name: [] for name in specs}
+    for position, image in enumerate(images):
+        picture = load_image(image, where=f"{where}, image {position}", max_pixels=reader.max_pixels)
+        for name, pixels in to_pixels_multi(picture, specs).items():
+            rows[name].append(pixels)
+    return {processor.pixel_keys[name]: torch.stack(tensors) for name, tensors in rows.items()}
 
 
 def train_routing(run: Run, stage: StageSpec, previous: Path | None, folder: Path) -> bool:

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from mllm.errors import ConfigError, MllmError
 from mllm.recipe import Recipe, StageSpec
 from mllm.train import distributed
+from mllm.train.cached_stage import use_cache
 from mllm.train.checkpoint import CheckpointReader, Progress, fingerprint, latest_checkpoint, save_checkpoint
 from mllm.train.data import StageData, open_mixture
 from mllm.train.engine import Engine, build_engine, choose_engine
@@ -71,14 +73,72 @@ class Step:
     save: bool
 
 
+@dataclass
+class Session:
+    """One stage, ready for its next step."""
+
+    engine: Engine
+    data: StageData
+    progress: Progress
+    attention: str
+    flops: FlopModel | None
+    checkpoint: CheckpointReader | None
+    display: StageDisplay
+
+
 def train(run: Run, stage: StageSpec, model: Any, processor: Any) -> Engine | None:
     """Train one stage; returns its engine when the stage is done, None when ``run.stop_after`` ended it before.
 
     Raises `TrainingDiverged`, `CheckpointError`, `ConfigError`, `DataError`; checkpoints written before stay as they
     are.
     """
-    device = distributed.local_device()
-    choice = choose_engine(stage)
+    with ExitStack() as stack:
+        session = open_session(run, stage, model, processor, stack)
+        engine, progress, display = session.engine, session.progress, session.display
+        steps = session.data.steps()
+        routing = watch_routing(model)
+        peak = peak_flops(engine.device, DTYPES[stage.precision])[0] if session.flops else 0.0
+        seed_everything(run.recipe.seed, stage.name)
+        if session.checkpoint is not None:  # last: whatever was drawn while starting must not count
+            session.checkpoint.restore_random(engine)
+        meter, saved = Meter(session.flops, peak, engine.device), time.monotonic()
+        while progress.step < progress.total_steps:
+            waited = time.perf_counter()
+            micro = next(steps)
+            waited = time.perf_counter() - waited
+            engine.set_rate_factor(rate_factor(stage.schedule, progress.step, progress.total_steps))
+            rates = engine.rates()
+            wish = time.monotonic() - saved > SAVE_SECONDS
+            step = optimizer_step(engine, micro, session.attention, session.flops, save=wish)
+            progress.step += 1
+            progress.samples += int(step.counts["samples"])
+            meter.add(step.counts, (step.counts["model_flops"], step.counts["total_flops"]), waited)
+            last = progress.step == progress.total_steps
+            record = None
+            if progress.step % stage.log_every == 0 or last:
+                record = _record(stage, progress, step, rates, engine, meter, micro)
+                record |= routing.report() if routing is not None else {}
+                if run.tracker is not None:
+                    run.tracker.log(record, global_step=progress.step)
+            display.update(progress.step, record)
+            stop = _count_down(run)
+            if not last and (step.save or stop or (stage.save_every and progress.step % stage.save_every == 0)):
+                progress.extra = {"data": session.data.state()}
+                save_checkpoint(run.checkpoints(stage), engine, progress)
+                saved = time.monotonic()
+            if stop and not last:
+                engine.close()
+                return None
+    if run.info is not None:
+        dropped = dict(session.data.drops.counts)
+        run.info.stage(stage.name, steps=progress.step, samples=progress.samples, dropped=dropped)
+    return engine
+
+
+def open_session(run: Run, stage: StageSpec, model: Any, processor: Any, stack: ExitStack) -> Session:
+    """Everything before the first step: what learns, precision, data, the last checkpoint, the engine. stack: closes what
+    must be closed when the stage ends."""
+    device, choice = distributed.local_device(), choose_engine(stage)
     mixture = open_mixture(stage, run.recipe.seed)
     seed_everything(run.recipe.seed, f"{stage.name}/adapters", same=True)
     groups = apply_learning(model, stage)
@@ -96,8 +156,10 @@ def train(run: Run, stage: StageSpec, model: Any, processor: Any) -> Engine | No
         signature=_signature(run.recipe, stage, mixture.fingerprints),
     )
     flops = _flop_model(model, groups)
-    display = StageDisplay(stage.name, progress.total_steps, 0, active=distributed.is_main())
+    display = StageDisplay(stage.name, active=distributed.is_main())
     display.print(groups_table(stage, groups, frozen_summary(model)))
+    if use_cache(stage, data, model, processor, {group.part for group in groups}, display, stack) and flops is not None:
+        flops.cached = True
     checkpoint = latest_checkpoint(run.checkpoints(stage)) if run.resume else None
     if checkpoint is not None:
         checkpoint.check(model, progress)
@@ -107,48 +169,9 @@ def train(run: Run, stage: StageSpec, model: Any, processor: Any) -> Engine | No
         checkpoint.restore_engine(engine)
         _go_on(checkpoint, data, progress, display)
     _record_start(run, stage, groups, mixture, attention, progress)
-    steps = data.steps()
-    seed_everything(run.recipe.seed, stage.name)
-    if checkpoint is not None:  # last: whatever was drawn while starting must not count
-        checkpoint.restore_random(engine)
-    display.close()
-    display = StageDisplay(stage.name, progress.total_steps, progress.step, active=distributed.is_main())
-    routing = watch_routing(model)
-    meter = Meter(flops, peak_flops(device, DTYPES[stage.precision])[0] if flops else 0.0, device)
-    saved = time.monotonic()
-    try:
-        while progress.step < progress.total_steps:
-            waited = time.perf_counter()
-            micro = next(steps)
-            waited = time.perf_counter() - waited
-            engine.set_rate_factor(rate_factor(stage.schedule, progress.step, progress.total_steps))
-            rates = engine.rates()
-            step = optimizer_step(engine, micro, attention, flops, save=time.monotonic() - saved > SAVE_SECONDS)
-            progress.step += 1
-            progress.samples += int(step.counts["samples"])
-            meter.add(step.counts, (step.counts["model_flops"], step.counts["total_flops"]), waited)
-            last = progress.step == progress.total_steps
-            record = None
-            if progress.step % stage.log_every == 0 or last:
-                record = _record(stage, progress, step, rates, engine, meter, micro)
-                if routing is not None:
-                    record |= routing.report()
-                if run.tracker is not None:
-                    run.tracker.log(record, global_step=progress.step)
-            display.update(progress.step, record)
-            stop = _count_down(run)
-            if not last and (step.save or stop or (stage.save_every and progress.step % stage.save_every == 0)):
-                progress.extra = {"data": data.state()}
-                save_checkpoint(run.checkpoints(stage), engine, progress)
-                saved = time.monotonic()
-            if stop and not last:
-                engine.close()
-                return None
-    finally:
-        display.close()
-    if run.info is not None:
-        run.info.stage(stage.name, steps=progress.step, samples=progress.samples, dropped=dict(data.drops.counts))
-    return engine
+    display.start(progress.total_steps, progress.step)
+    stack.callback(display.close)
+    return Session(engine, data, progress, attention, flops, checkpoint, display)
 
 
 def optimizer_step(

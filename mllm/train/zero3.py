@@ -7,17 +7,19 @@ before DeepSpeed's turn such objects into dicts, hooks set after its own turn th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import nn
 
 
-class _Opened(dict):
+class _Opened(dict[str, Any]):
     """The fields of a dataclass object, and its class."""
 
-    kind: Any
+    def __init__(self, content: dict[str, Any], kind: Any):
+        super().__init__(content)
+        self.kind = kind
 
 
 def open_before(modules: Iterable[nn.Module]) -> None:
@@ -36,21 +38,21 @@ def close_after(modules: Iterable[nn.Module]) -> None:
 
 def _open(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, (dict, type)):  # transformers' outputs are dicts already
-        opened = _Opened({f.name: _open(getattr(value, f.name)) for f in fields(value)})
-        opened.kind = type(value)
-        return opened
-    if type(value) in (tuple, list):
-        return type(value)(_open(item) for item in value)
-    if type(value) is dict:
-        return {key: _open(item) for key, item in value.items()}
-    return value
+        instance: Any = value
+        return _Opened({f.name: _open(getattr(instance, f.name)) for f in fields(instance)}, type(instance))
+    return _each(value, _open)
 
 
 def _close(value: Any) -> Any:
     if isinstance(value, _Opened):
         return value.kind(**{key: _close(item) for key, item in value.items()})
+    return _each(value, _close)
+
+
+def _each(value: Any, change: Callable[[Any], Any]) -> Any:
+    """``change`` applied to the items of a plain tuple, list or dict; anything else as it is."""
     if type(value) in (tuple, list):
-        return type(value)(_close(item) for item in value)
+        return type(value)(change(item) for item in value)
     if type(value) is dict:
-        return {key: _close(item) for key, item in value.items()}
+        return {key: change(item) for key, item in value.items()}
     return value

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 
 from mllm.errors import CheckpointError
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
@@ -40,7 +47,9 @@ def llava(size: str, folder: Path) -> tuple[LlavaForConditionalGeneration, Llava
         for parameter in model.model.multi_modal_projector.parameters():
             parameter.mul_(8)
     images = CLIPImageProcessorPil(size={"shortest_edge": pixels}, crop_size={"height": pixels, "width": pixels})
-    processor = LlavaProcessor(images, tokenizer, patch_size=patch, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+    processor = LlavaProcessor(
+        images, tokenizer, patch_size=patch, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return model, processor
@@ -54,7 +63,11 @@ def test_llava_gives_the_same_logits_and_greedy_tokens(size: str, tmp_path: Path
     ours = MllmForConditionalGeneration.from_pretrained(tmp_path / "ours").eval()
     direct = MllmForConditionalGeneration.from_pretrained(tmp_path / "llava").eval()
     processor = MllmProcessor.from_pretrained(tmp_path / "ours")
-    prompts = ["USER: <image>\nwhat? ASSISTANT:", "USER: <image> or <image>, which one is it then? ASSISTANT:", "USER: hi ASSISTANT:"]
+    prompts = [
+        "USER: <image>\nwhat? ASSISTANT:",
+        "USER: <image> or <image>, which one is it then? ASSISTANT:",
+        "USER: hi ASSISTANT:",
+    ]
     images = [[picture(1)], [picture(2, size=(64, 20)), picture(3, size=(31, 77))], []]
     flat = [image for group in images for image in group]
     for texts, pictures in [*(([t], i) for t, i in zip(prompts, images)), (prompts, flat)]:
@@ -74,7 +87,11 @@ def test_llava_gives_the_same_logits_and_greedy_tokens(size: str, tmp_path: Path
         want = theirs.generate(**expected, **settings)
         assert torch.equal(ours.generate(**given, **settings), want)
         assert torch.equal(direct.generate(**given, **settings), want)
-    blind = theirs(input_ids=expected["input_ids"], attention_mask=expected["attention_mask"], pixel_values=-expected["pixel_values"])
+    blind = theirs(
+        input_ids=expected["input_ids"],
+        attention_mask=expected["attention_mask"],
+        pixel_values=-expected["pixel_values"],
+    )
     assert (blind.logits - reference).abs().max() > 1e-2, "the pictures must matter for this test to mean anything"
 
 
@@ -85,8 +102,19 @@ def test_prismatic_runs_come_in(tmp_path: Path) -> None:
     torch.manual_seed(0)
     options = {"embed_dim": 32, "depth": 3, "num_heads": 2}
     dino = timm.create_model("vit_small_patch14_reg4_dinov2", num_classes=0, img_size=28, **options).eval()
-    siglip = timm.create_model("vit_base_patch16_siglip_224", num_classes=0, img_size=28, patch_size=14, global_pool="map", **options).eval()
-    llm = LlamaForCausalLM(LlamaConfig(vocab_size=320, hidden_size=128, num_hidden_layers=2, num_attention_heads=1, intermediate_size=64, rms_norm_eps=1e-5)).eval()
+    siglip = timm.create_model(
+        "vit_base_patch16_siglip_224", num_classes=0, img_size=28, patch_size=14, global_pool="map", **options
+    ).eval()
+    llm = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=320,
+            hidden_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=1,
+            intermediate_size=64,
+            rms_norm_eps=1e-5,
+        )
+    ).eval()
     projector = torch.nn.Sequential(
         torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 128), torch.nn.GELU(), torch.nn.Linear(128, 128)
     )
@@ -98,7 +126,10 @@ def test_prismatic_runs_come_in(tmp_path: Path) -> None:
                 "model": {
                     "model_id": "tiny",
                     "vision_backbone_id": "tiny-dinosiglip",
-                    "timm_models": {"dino_featurizer": "vit_small_patch14_reg4_dinov2", "siglip_featurizer": "vit_base_patch16_siglip_224"},
+                    "timm_models": {
+                        "dino_featurizer": "vit_small_patch14_reg4_dinov2",
+                        "siglip_featurizer": "vit_base_patch16_siglip_224",
+                    },
                     "timm_options": {**options, "patch_size": 14},
                     "image_size": 28,
                     "arch_specifier": "no-align+fused-gelu-mlp",

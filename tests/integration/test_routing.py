@@ -26,6 +26,7 @@ from tests.helpers import TINY_CLIP, tiny_spec, tiny_tokenizer
 from tests.integration.train_helpers import LLM
 
 EXPERTS = ["left", "right"]
+PARTITION_ALL = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 ENCODERS = {
     "base": {**TINY_CLIP, "architecture": {**TINY_CLIP["architecture"], "image_size": 14}},
     "left": {**TINY_CLIP},
@@ -46,14 +47,19 @@ def write_rows(folder: Path, *, rows: int = 24, text_only_every: int = 0) -> Pat
             Image.new("RGB", (20 + row % 5, 20), COLOURS[kind]).save(folder / f"{row}.png")
             row_data["image"] = f"{row}.png"
         mark = "<image>\n" if image else ""
-        row_data["conversations"] = [{"from": "human", "value": f"{mark}what?"}, {"from": "gpt", "value": "ab"[kind] + str(row % 3)}]
+        row_data["conversations"] = [
+            {"from": "human", "value": f"{mark}what?"},
+            {"from": "gpt", "value": "ab"[kind] + str(row % 3)},
+        ]
         data.append(row_data)
     path = folder / "rows.json"
     path.write_text(json.dumps(data), encoding="utf-8")
     return path
 
 
-def routed_recipe(folder: Path, stages: list[dict[str, Any]], *, router: dict[str, Any] | None = None, **data: Any) -> Recipe:
+def routed_recipe(
+    folder: Path, stages: list[dict[str, Any]], *, router: dict[str, Any] | None = None, **data: Any
+) -> Recipe:
     tokenizer, file = folder / "tokenizer", folder / "data" / "rows.json"
     if not tokenizer.is_dir():
         tiny_tokenizer().save_pretrained(str(tokenizer))
@@ -116,9 +122,10 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, list[
     return recipe, records(folder / "run1")
 
 
-@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero2", PARTITION_ALL], ids=["zero2", "zero3"])
 def test_two_ranks_that_choose_different_experts_or_none_train_like_one_process(
-    engine: str, one_process: tuple[Recipe, list[dict[str, Any]]], tmp_path: Path
+    engine: Any, one_process: tuple[Recipe, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
     """Expert left learns, expert right and the base encoder are frozen (and partitioned all the same under ZeRO-3)."""
     recipe, wanted = one_process
@@ -127,3 +134,168 @@ def test_two_ranks_that_choose_different_experts_or_none_train_like_one_process(
     for one, two in zip(wanted, records(tmp_path / "run2"), strict=True):
         assert one["data"] == two["data"], "the processes saw other samples"
         assert (two["loss"], two["grad_norm"]) == pytest.approx((one["loss"], one["grad_norm"]), rel=1e-5)
+
+
+# Labels --------------------------------------------------------------------------------------------------------------
+
+
+def write_labels(folder: Path, *, none_every: int = 0) -> Path:
+    """Labels by hand: red pictures need left, blue ones right; every ``none_every``-th row needs none."""
+    spec = {"name": "rows", "format": "llava", "path": str(folder / "data" / "rows.json")}
+    ((source, _),) = open_sources(spec)
+    lines: list[dict[str, Any]] = [
+        {"dataset": source.spec.model_dump(mode="json"), "fingerprint": source.fingerprint, "experts": EXPERTS}
+    ]
+    for row in range(len(source)):
+        losses = {"none": 2.0, "left": 0.5 + row % 2, "right": 1.5 - row % 2}
+        if none_every and row % none_every == 0:
+            losses = {"none": 1.0, "left": 1.0, "right": 1.0}
+        lines.append({"row": row, "losses": losses})
+    path = labels_path(source)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def ask(checkpoint: Path, **options: Any) -> tuple[Any, Any]:
+    """(model, inputs of one red and one blue picture)."""
+    model = MllmForConditionalGeneration.from_pretrained(str(checkpoint)).eval()
+    processor = MllmProcessor.from_pretrained(str(checkpoint))
+    turns = [Turn("user", f"{IMAGE_MARK}\nwhat?")]
+    images = [[Image.new("RGB", (22, 20), colour)] for colour in COLOURS]
+    inputs = processor(
+        text=[render_prompt(processor, turns)] * 2,
+        images=images,
+        return_tensors="pt",
+        add_special_tokens=False,
+        padding=True,
+    )
+    questions = routing_inputs(processor, turns, 1)["router_input_ids"].repeat(2, 1)
+    model.generate(**inputs, router_input_ids=questions, max_new_tokens=2, **options)
+    return model, processor
+
+
+@pytest.mark.parametrize("targets", ["hard", "soft"])
+def test_a_gate_learns_its_labels_without_running_experts(targets: str, tmp_path: Path) -> None:
+    stage = {
+        "name": "route",
+        "kind": "routing",
+        "steps": 40,
+        "learn": {"router": 3e-2},
+        "options": {"labels": "data", "targets": targets, "temperature": 0.1},
+    }
+    recipe = routed_recipe(tmp_path, [stage])
+    with pytest.raises(ConfigError, match=r"no routing labels at .*rows\.json\.routing\.jsonl; run mllm route label"):
+        run_recipe(recipe, output=tmp_path / "early")
+    write_labels(tmp_path)
+    final = run_recipe(recipe)
+    losses = [r["loss"] for r in records(tmp_path / "run")]
+    assert losses[0] > 0.4 and losses[-1] < 0.1
+    last = records(tmp_path / "run")[-1]["routing"]
+    assert set(last["use"]) == set(EXPERTS) and last["doubt"] < 0.5
+    model, _ = ask(final)
+    assert model.last_routing.weights.tolist() == [[1, 0], [0, 1]]
+    assert model.model.vision_tower.num_encoded == {"base": 2, "left": 1, "right": 1}
+
+
+def test_the_language_model_learns_to_route_and_answers_with_the_experts_it_named(tmp_path: Path) -> None:
+    router = {
+        "type": "language_model",
+        "experts": EXPERTS,
+        "capabilities": {"left": "Red.", "right": "Blue."},
+        "instruction": "Which?",
+        "top_k": 1,
+    }
+    stage = {
+        "name": "route",
+        "kind": "routing",
+        "steps": 60,
+        "learn": {"language_model": 3e-3, "connector": 3e-3},
+        "options": {"labels": "data"},
+    }
+    recipe = routed_recipe(tmp_path, [stage], router=router)
+    write_labels(tmp_path)
+    final = run_recipe(recipe)
+    with pytest.raises(ConfigError, match=r"pass tokenizer=processor\.tokenizer"):
+        ask(final)
+    model, processor = ask(final, tokenizer=MllmProcessor.from_pretrained(str(final)).tokenizer)
+    assert model.last_routing.weights.tolist() == [[1, 0], [0, 1]]
+    counts = model.model.vision_tower.num_encoded
+    assert counts == {"base": 2, "left": 1, "right": 1}, "the base encoder must run once for both passes"
+    model, _ = ask(final, tokenizer=processor.tokenizer, expert_budget=0)
+    assert not model.last_routing.weights.any()
+
+
+def test_measured_losses_are_the_models_own_and_survive_a_kill(tmp_path: Path) -> None:
+    recipe = routed_recipe(tmp_path, [{"name": "sft", "steps": 1}], rows=9, text_only_every=5)
+    from mllm.models.build import build_model
+    from mllm.processing.chat import encode_sample
+
+    torch.manual_seed(0)
+    model, processor = build_model(recipe.model)
+    ((source, _),) = open_sources(recipe.stages[0].data)
+    path = label_source(model.train(), processor, source, tmp_path / "whole.jsonl", batch_size=4)
+    assert model.training, "the model's mode is put back"
+    whole = LabelFile(path)
+    assert sorted(whole.rows) == list(range(9))
+    assert whole.rows[2]["losses"] is None and whole.rows[2]["reason"] == "no image"
+    model.eval()
+    sample = encode_sample(processor, source[5])
+    inputs = {"input_ids": sample.input_ids[None], "labels": sample.labels[None], **sample.pixels, **sample.extras}
+    for name, weights in {"none": [0.0, 0.0], "left": [1.0, 0.0], "right": [0.0, 1.0]}.items():
+        inputs["expert_weights"] = torch.tensor([weights])
+        with torch.no_grad():
+            wanted = model(**inputs).loss.item()
+        assert whole.rows[5]["losses"][name] == pytest.approx(wanted, abs=2e-5)
+
+    lines = path.read_text().splitlines()
+    part = tmp_path / "killed.jsonl.part0"
+    part.write_text("\n".join(lines[:5]) + '\n{"row": 7, "los')
+    seen: list[int] = []
+    inner = type(source).sample
+    counting = type("Counting", (type(source),), {"sample": lambda self, row: (seen.append(row), inner(self, row))[1]})
+    source.__class__ = counting
+    assert (
+        label_source(model, processor, source, tmp_path / "killed.jsonl", batch_size=4).read_text() == path.read_text()
+    )
+    assert sorted(seen) == [4, 5, 6, 7, 8]
+    before = path.stat().st_mtime_ns
+    label_source(model, processor, source, path)
+    assert path.stat().st_mtime_ns == before and len(seen) == 5, "a complete file is left alone"
+    with pytest.raises(DataError, match=r"was made with margin 0\.05, now it is 0\.2"):
+        label_source(model, processor, source, path, rule=LabelRule(margin=0.2))
+
+
+def test_losses_become_hard_and_soft_targets() -> None:
+    losses = {"none": 1.0, "a": 0.2, "b": 0.9, "c": 0.3}
+    assert helpful_experts(losses, margin=0.05, top_k=3) == ["a", "c", "b"]
+    assert helpful_experts(losses, margin=0.15, top_k=1) == ["a"]
+    rule = LabelRule(margin=0.15)
+    assert target_weights(losses, "abc", rule, 2) == [0.5, 0.0, 0.5]
+    soft = target_weights(losses, "abc", LabelRule(targets="soft", temperature=0.1), 1)
+    assert sum(soft) == pytest.approx(1) and soft[0] / soft[2] == pytest.approx(2.71828, rel=1e-4)
+    assert target_weights({"none": 0.1, "a": 0.1, "b": 0.3}, "ab", rule, 1) == [0.5, 0.5]
+
+
+def test_a_collapsed_router_is_reported_once_and_a_balanced_one_never(caplog: pytest.LogCaptureFixture) -> None:
+    router = build_router({"type": "gate", "experts": ["a", "b", "c"], "depth": 1}, 4, 4)
+    monitor = RoutingMonitor(router)
+    with torch.no_grad():
+        router.mlp[-1].weight.zero_()
+        router.mlp[-1].bias.copy_(torch.tensor([5.0, 0.0, 0.0]))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(6):
+            router(torch.randn(40, 4), torch.randn(40, 4))
+            report = monitor.report()["routing"]
+    assert report["use"] == {"a": 1.0, "b": 0.0, "c": 0.0} and report["spread"] < 0.1 and report["doubt"] < 0.1
+    assert len(caplog.records) == 1
+    assert "router collapse: 100 % of the last 80 images go to expert 'a' and almost none to b, c" in caplog.text
+    caplog.clear()
+    with torch.no_grad():
+        router.mlp[-1].weight.normal_(std=3.0)
+        router.mlp[-1].bias.zero_()
+    for _ in range(4):
+        router(torch.randn(100, 4), torch.randn(100, 4))
+        report = monitor.report()["routing"]
+    assert not caplog.records and report["spread"] > 0.9 and report["images"] == 100
+    assert monitor.report() == {}
+    monitor.close()

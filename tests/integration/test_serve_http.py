@@ -303,6 +303,14 @@ def test_statistics_count_what_each_encoder_did(server):
     assert grown == {"semantic": 1, "spatial": 0, "detail": 1, "connector": 1}
 
 
+def test_the_two_passes_of_a_routing_run_the_first_encoder_once(server):
+    before = server.get("/mllm/stats").json()["workers"][0]
+    assert ask(server, "what is new?", encode(picture(78))).status_code == 200
+    after = server.get("/mllm/stats").json()["workers"][0]
+    assert after["semantic"]["images"] - before["semantic"]["images"] == 1
+    assert after["connector"]["images"] - before["connector"]["images"] == 2
+
+
 def test_structured_output_passes_through(server):
     response = ask(server, "yes or no?", structured_outputs={"choice": ["yes", "no"]}, max_tokens=5, ignore_eos=False)
     assert response.status_code == 200, response.text

@@ -10,6 +10,7 @@ import pytest
 
 from mllm.train import run_recipe
 from mllm.train.launch import WorkerFailed
+from mllm.train.verify import verify_resume
 from tests.integration.train_helpers import kill_when, kill_workers_when, logged_steps, make_recipe, metrics, start
 
 MIXED = {"learn": {"language_model": 1e-3, "connector": 3e-3, "encoders": 1e-4}, "optimizer": {"weight_decay": 0.1}}
@@ -40,6 +41,14 @@ def test_one_process_killed_while_saving_in_the_second_epoch_goes_on_bit_equal(t
     assert not list(checkpoints.glob(".*"))
     for name in ("model.safetensors", "config.json"):
         assert (killed / "final" / name).read_bytes() == (tmp_path / "whole" / "final" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_recipe_can_be_checked_for_exact_resume(tmp_path):
+    recipe = make_recipe(tmp_path, stages=[{"name": "sft", "epochs": 5, "precision": "bf16", **MIXED}])
+    report = verify_resume(recipe, steps=4, folder=tmp_path / "verify")
+    assert report.equal and report.compared == 4, report.differences
+    assert recipe.stages[0].epochs == 5
 
 
 @pytest.mark.slow

@@ -129,3 +129,21 @@ def test_wrong_stages_are_refused_with_the_path_to_the_key(tmp_path, stage, erro
     recipe = make_recipe(tmp_path, stages=[{"name": "sft", "steps": 1, **stage}])
     with pytest.raises(error, match=message):
         run_recipe(recipe)
+
+
+def test_a_stage_on_stored_features_learns_what_the_live_one_learns(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLLM_CACHE", str(tmp_path / "cache"))
+    stage = {"name": "align", "epochs": 2, "learn": {"connector": 1e-2}, "log_every": 1}
+    run_recipe(make_recipe(tmp_path, stages=[stage], rows=12), output=tmp_path / "live")
+    cached = make_recipe(tmp_path, stages=[{**stage, "cache_features": True, "num_workers": 1}])
+    run_recipe(cached, output=tmp_path / "cached")
+    for a, b in zip(metrics(tmp_path / "live"), metrics(tmp_path / "cached"), strict=True):
+        assert a["data"] == b["data"]
+        assert abs(float.fromhex(a["loss"]) - float.fromhex(b["loss"])) < 1e-5
+    shards = sorted((tmp_path / "cache").rglob("*.data"))
+    assert len(shards) == 2
+    run_recipe(cached, output=tmp_path / "again")
+    assert sorted((tmp_path / "cache").rglob("*.data")) == shards
+    learning = make_recipe(tmp_path, stages=[{**stage, "cache_features": True, "learn": {"encoders": 1e-5}}])
+    with pytest.raises(ConfigError, match=r"stages\.align\.cache_features: encoders\.semantic learns"):
+        run_recipe(learning, output=tmp_path / "refused")

@@ -9,6 +9,7 @@ import yaml
 
 from mllm import assets
 from mllm.errors import ConfigError, UnknownName
+from mllm.eval.metrics import METRICS, build_metric
 from mllm.eval.task import expand_tasks, load_suite, load_task
 
 ROOT = Path(__file__).parents[2]
@@ -84,3 +85,17 @@ def test_an_unknown_task_suggests_one():
 
 def test_overrides_reach_into_the_task():
     assert load_task("demo_charts", ["generation.max_new_tokens=5"]).generation.max_new_tokens == 5
+
+
+def test_the_examples_of_the_readme_work(tmp_path):
+    text = (ROOT / "eval/README.md").read_text()
+    task, metric = (text.split(f"```{kind}\n")[1].split("```")[0] for kind in ("yaml", "python"))
+    (tmp_path / "mine.yaml").write_text(task)
+    assert load_task(str(tmp_path / "mine.yaml")).build_metrics()[0].name == "exact_match"
+    try:
+        exec(compile(metric, "README", "exec"), {"__name__": "readme"})
+        assert build_metric("starts_with").score("abc", "ab", {}).value == 1.0
+    finally:
+        METRICS._classes.pop("starts_with", None)
+    named = {word for word in text.replace("(random_fallback=42)", "").split("`") if word in METRICS}
+    assert {"vqa_evalai", "relaxed_strict", "anls_rrc_raw", "mmmu_lmms_eval", "charxiv_proxy"} <= named

@@ -15,7 +15,9 @@ from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.recipe import Recipe, load_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"
-RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if "model" in read_yaml(path) and "stages" in read_yaml(path))
+RECIPES = sorted(
+    path.stem for path in FOLDER.glob("*.yaml") if "model" in read_yaml(path) and "stages" in read_yaml(path)
+)
 
 # recipe → visual tokens per image, parameters in millions: language model, connector, all encoders
 SIZES = {
@@ -46,7 +48,9 @@ def test_recipe_builds_on_the_meta_device(name: str) -> None:
         parts[part] = parts.get(part, 0) + parameter.numel()
     for stage in recipe.stages:
         for part in stage.learning():
-            assert any(known == part or known.startswith(f"{part}.") for known in model.part_prefixes()), f"{stage.name}: {part}"
+            assert any(known == part or known.startswith(f"{part}.") for known in model.part_prefixes()), (
+                f"{stage.name}: {part}"
+            )
     for data in {stage.data for stage in recipe.stages if isinstance(stage.data, str)}:
         known = {**assets.available("data/datasets"), **assets.available("data/mixtures")}
         assert data in known, f"{name}: data {data!r} is not declared under data/"
@@ -84,7 +88,7 @@ def test_a_wrong_key_names_its_path_and_what_was_meant(tmp_path: Path) -> None:
 def test_overrides_reach_stages_by_name() -> None:
     recipe = load_recipe("llava_1_5", ["stages.sft.batch_size=2", "stages.0.learn.connector=5e-4", "seed=3"])
     assert recipe.stages[1].batch_size == 2 and recipe.stages[0].learn["connector"] == 5e-4 and recipe.seed == 3
-    with pytest.raises(ConfigError, match="override stages.stf: no such item, did you mean 'sft'"):
+    with pytest.raises(ConfigError, match=r"override stages\.stf: no such item, did you mean 'sft'"):
         load_recipe("llava_1_5", ["stages.stf.batch_size=2"])
 
 

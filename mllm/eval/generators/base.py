@@ -48,8 +48,14 @@ def cut_at_stops(text: str, stops: Sequence[str] | None) -> str:
     return text[: min(ends)] if ends else text
 
 
+def answer_text(reply: str) -> str:
+    """A decoded reply without the white space around it: templates that separate the answer by a space make models begin
+    with one (``ASSISTANT: yes``), which belongs to the template, and rules that compare raw strings would count it."""
+    return reply.strip()
+
+
 def checkpoint_hash(checkpoint: str) -> str:
-    """Sixteen hex digits over the configuration and weight files of a checkpoint folder; a hub id stays what it is."""
+    """Sixteen hex digits over the files of a checkpoint folder; a hub id stays what it is."""
     folder = Path(checkpoint)
     if not folder.is_dir():
         return checkpoint

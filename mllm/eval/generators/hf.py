@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mllm.errors import AlignmentError, UnavailableError
-from mllm.eval.generators.base import cut_at_stops, hf_messages
+from mllm.eval.generators.base import answer_text, cut_at_stops, hf_messages
 from mllm.types import IMAGE_MARK, Request, Response
 
 _WINDOW = 16
@@ -128,7 +128,9 @@ class HFGenerator:
             text = self._tokenizer.decode(reply, skip_special_tokens=True)
             tokens = int((reply != self._tokenizer.pad_token_id).sum())
             seen = routing.get(request.id)
-            responses.append(Response(request.id, cut_at_stops(text, stops), prompt, int(num_prompt), tokens, seen))
+            responses.append(
+                Response(request.id, answer_text(cut_at_stops(text, stops)), prompt, int(num_prompt), tokens, seen)
+            )
         return responses
 
     def _encode(self, requests: Sequence[Request], prompts: Sequence[str]) -> dict[str, torch.Tensor]:

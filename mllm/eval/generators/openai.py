@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from mllm.errors import ConfigError, UnavailableError
+from mllm.eval.generators.base import answer_text
 from mllm.types import IMAGE_MARK, Request, Response, Turn
 
 _RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
@@ -110,7 +111,7 @@ class OpenAIGenerator:
             return Response(request.id, "", shown, error=f"unreadable reply ({type(error).__name__}: {error})")
         usage = data.get("usage") or {}
         counts = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-        return Response(request.id, text, shown, *counts)
+        return Response(request.id, answer_text(text), shown, *counts)
 
     def _body(self, request: Request) -> dict[str, Any]:
         options = dict(request.options)

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 from mllm.errors import UnavailableError
-from mllm.eval.generators.base import checkpoint_hash, hf_messages
+from mllm.eval.generators.base import answer_text, checkpoint_hash, hf_messages
 from mllm.types import Request, Response
 
 _WINDOW = 1024
@@ -73,7 +73,13 @@ class VLLMGenerator:
             outputs = self.llm.generate(inputs, [self._sampling(request) for request in window], use_tqdm=False)
             for request, prompt, output in zip(window, prompts, outputs):
                 reply = output.outputs[0]
-                yield Response(request.id, reply.text, prompt, len(output.prompt_token_ids or ()), len(reply.token_ids))
+                yield Response(
+                    request.id,
+                    answer_text(reply.text),
+                    prompt,
+                    len(output.prompt_token_ids or ()),
+                    len(reply.token_ids),
+                )
 
     def _tokens(self, prompt: str) -> list[int]:
         tokenizer = self.processor.tokenizer

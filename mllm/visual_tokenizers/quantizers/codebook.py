@@ -21,8 +21,11 @@ class CodebookConfig(StrictModel):
     decay: float = Field(default=0.99, gt=0, lt=1)
     eps: float = Field(default=1e-5, gt=0)
     restart: bool = False
-    """ema: an entry whose average count falls below 1 is put on a random vector of the batch. A gradient book is
-    restarted from the batch when an entry was not chosen for ``patience`` training steps."""
+    """ema: an entry whose average count falls below ``restart_below`` is put on a random vector of the batch. A gradient
+    book is restarted from the batch when an entry was not chosen for ``patience`` training steps."""
+    restart_below: float = Field(default=1.0, gt=0)
+    """Counts are vectors per step over all ranks, so 1 (as published) suits large batches; where a step holds few vectors
+    per entry it would restart entries that are in use."""
     patience: int = Field(default=100, ge=1)
     init: Literal["uniform", "normal", "unit"] = "normal"
     """uniform: U(-1/K, 1/K). normal: N(0, 1/D). unit: normal rows scaled to length 1."""
@@ -77,7 +80,7 @@ class Codebook(nn.Module):
             self.counts.mul_(config.decay).add_(counts, alpha=1 - config.decay)
             self.sums.mul_(config.decay).add_(sums, alpha=1 - config.decay)
             if config.restart:
-                dead = self.counts < 1
+                dead = self.counts < config.restart_below
                 if dead.any():
                     fresh = random_rows(vectors, self.size)
                     self.sums.copy_(torch.where(dead[:, None], fresh, self.sums))

@@ -203,8 +203,9 @@ def test_run_eval_takes_a_checkpoint_folder_to_scores_and_reports(ours, tmp_path
         make_data(tmp_path / name, 6)
     places = {name: str(tmp_path / name) for name in ("demo_charts", "demo_digits")}
     results = run_eval(
-        str(tmp_path / "run/final"), ["demo"], batch_size=4, blind=True, check_batch=True, data_dirs=places, limit=4
-    )
+        str(tmp_path / "run/final"), ["demo"], batch_size=4, blind=True, check_batch=True, data_dirs=places, limit=4,
+        overrides=["demo_digits.generation.max_new_tokens=3"],
+    )  # fmt: skip
     assert list(results) == ["demo_charts", "demo_digits"] and 0 <= results["demo_digits"].blind_score <= 1
     folder = tmp_path / "run/eval"
     stored = json.loads((folder / "results.json").read_text())
@@ -215,5 +216,9 @@ def test_run_eval_takes_a_checkpoint_folder_to_scores_and_reports(ours, tmp_path
     assert first["prompt"].startswith("<|im_start|>user\n<image>\nHow many ")
     with pytest.raises(ConfigError, match="not among the tasks"):
         run_eval(str(tmp_path / "run/final"), ["demo_digits"], data_dirs={"demo_chart": "x"})
+    digits = [json.loads(line) for line in (folder / "demo_digits.jsonl").read_text().splitlines()]
+    assert all(row["num_tokens"] <= 3 for row in digits)
+    with pytest.raises(ConfigError, match=r"expected task\.key=value"):
+        run_eval("nowhere", ["demo_digits"], overrides=["demo_chart.version=2"])
     with pytest.raises(ConfigError, match="unknown task 'demo_digit'"):
         run_eval("nowhere", ["demo_digit"])

@@ -69,7 +69,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 
 
 def prompts(processor: Any) -> tuple[list[str], list[list[Any]]]:
-    user = [f"{IMAGE_MARK}\nwhat?", "no picture at all, a longer question", f"{IMAGE_MARK} and {IMAGE_MARK} differ how?"]
+    user = [
+        f"{IMAGE_MARK}\nwhat?",
+        "no picture at all, a longer question",
+        f"{IMAGE_MARK} and {IMAGE_MARK} differ how?",
+    ]
     from mllm.processing.chat import render_prompt
 
     texts = [render_prompt(processor, [Turn("user", content)]) for content in user]
@@ -226,7 +230,11 @@ def test_lora_on_language_model_and_encoder_merges_to_the_same_logits(tiny: tupl
     torch.manual_seed(1)
     adapted = get_peft_model(
         copy.deepcopy(model),
-        LoraConfig(r=4, target_modules=r".*(language_model.*(q_proj|up_proj)|encoders\.semantic.*q_proj)", init_lora_weights=False),
+        LoraConfig(
+            r=4,
+            target_modules=r".*(language_model.*(q_proj|up_proj)|encoders\.semantic.*q_proj)",
+            init_lora_weights=False,
+        ),
     ).eval()
     with torch.no_grad():
         before = adapted(**inputs).logits

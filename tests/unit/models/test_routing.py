@@ -40,7 +40,9 @@ MIXES = {
 }
 
 
-def routed_model(folder: Any, connector: str = "channel_concat", router: dict[str, Any] | None = None, **changes: Any) -> Any:
+def routed_model(
+    folder: Any, connector: str = "channel_concat", router: dict[str, Any] | None = None, **changes: Any
+) -> Any:
     router = {"type": "gate", "experts": EXPERTS, "hidden": 8, **(router or {})}
     return tiny_model(folder, encoders=dict(ENCODERS), connector=CONNECTORS[connector], router=router, **changes)
 
@@ -98,14 +100,16 @@ def test_routed_encoding_equals_running_everything_with_its_gradients(connector:
     text = model.model.question_summary(questions)
     bank.num_encoded.clear()
     with torch.no_grad():
-        got, routing = model.model.encode_images(pixels, expert_weights=weights, router_input_ids=questions)
+        got, _ = model.model.encode_images(pixels, expert_weights=weights, router_input_ids=questions)
         wanted = run_everything(model, pixels, weights, text)
     assert distance(got, wanted) < 1e-5
     expected = {"base": len(weights), **dict(zip(EXPERTS, weights.gt(0).sum(0).tolist()))}
     assert {name: bank.num_encoded[name] for name in expected} == expected, "an expert ran on images not routed to it"
     for row in range(len(weights)):
         alone, _ = model.model.encode_images(
-            {k: v[row : row + 1] for k, v in pixels.items()}, expert_weights=weights[row : row + 1], router_input_ids=questions[row : row + 1]
+            {k: v[row : row + 1] for k, v in pixels.items()},
+            expert_weights=weights[row : row + 1],
+            router_input_ids=questions[row : row + 1],
         )
         assert distance(alone[0], got[row]) < 1e-5
 
@@ -280,7 +284,10 @@ def test_saved_opened_and_adapted_a_routed_model_is_the_same(gated: tuple[Any, A
     inputs, _ = prompts(processor)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    again, reader = MllmForConditionalGeneration.from_pretrained(tmp_path).eval(), MllmProcessor.from_pretrained(tmp_path)
+    again, reader = (
+        MllmForConditionalGeneration.from_pretrained(tmp_path).eval(),
+        MllmProcessor.from_pretrained(tmp_path),
+    )
     assert reader.image_processor.experts == EXPERTS
     assert generate(again, inputs) == generate(model, inputs)
     torch.testing.assert_close(again.last_routing.logits, model.last_routing.logits)
@@ -289,7 +296,11 @@ def test_saved_opened_and_adapted_a_routed_model_is_the_same(gated: tuple[Any, A
     ).eval()
     assert generate(adapted, inputs) == generate(model, inputs)
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file({k: v for k, v in tensors.items() if "encoders.chart." not in k}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v for k, v in tensors.items() if "encoders.chart." not in k},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
     with pytest.raises(CheckpointError, match=r"weights are missing .*encoders\.chart"):
         MllmForConditionalGeneration.from_pretrained(tmp_path)
 
@@ -328,7 +339,9 @@ def test_limits_keep_the_likeliest_and_share_the_weight() -> None:
     routing = Routing(("a", "b", "c"), torch.tensor([[0.6, 0.4, 0.0], [0.0, 0.5, 0.5]]), logits)
     assert limit_routing(routing) is routing
     assert limit_routing(routing, budget=1).weights.tolist() == [[1, 0, 0], [0, 0, 1]]
-    assert limit_routing(routing, budget=1, fixed=torch.tensor([True, False])).weights[0].tolist() == pytest.approx([0.6, 0.4, 0])
+    assert limit_routing(routing, budget=1, fixed=torch.tensor([True, False])).weights[0].tolist() == pytest.approx(
+        [0.6, 0.4, 0]
+    )
     assert limit_routing(routing, threshold=0.5).weights.tolist() == [[1, 0, 0], [0, 0, 1]]
     assert not limit_routing(routing, budget=0).weights.any()
     torch.testing.assert_close(limit_routing(routing, budget=2).weights, routing.weights)

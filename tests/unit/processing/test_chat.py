@@ -86,14 +86,16 @@ def test_labels_equal_a_token_by_token_reference(name: str) -> None:
 
 def test_answers_that_a_template_trims_are_still_labelled() -> None:
     processor = processor_with(GEMMA)
-    ids, labels = encode_text(processor, [Turn("user", "q"), Turn("assistant", "  yes \n")])
+    _, labels = encode_text(processor, [Turn("user", "q"), Turn("assistant", "  yes \n")])
     assert processor.tokenizer.decode(labels[labels != IGNORE]) == "yes<|im_end|>"
 
 
 def test_a_template_that_rewrites_answers_is_refused() -> None:
     processor = processor_with("{% for m in messages %}{{ m['content'][:2] }}{{ eos_token }}{% endfor %}")
-    with pytest.raises(DataError, match="rewrites assistant turns|renders 0 of"):
-        encode_text(processor, [Turn("user", "q"), Turn("assistant", "yes"), Turn("assistant", "no")], where="sample 's1'")
+    with pytest.raises(DataError, match=r"rewrites assistant turns|renders 0 of"):
+        encode_text(
+            processor, [Turn("user", "q"), Turn("assistant", "yes"), Turn("assistant", "no")], where="sample 's1'"
+        )
 
 
 def test_a_template_that_drops_messages_is_refused_when_the_model_is_built() -> None:
@@ -107,7 +109,8 @@ def test_a_typed_placeholder_does_not_become_an_image_slot() -> None:
     ids, _ = encode_text(processor, turns)
     assert int((ids == processor.image_token_id).sum()) == processor.num_image_tokens
     text = processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a <image> b"}]}], add_generation_prompt=True
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a <image> b"}]}],
+        add_generation_prompt=True,
     )
     assert text.count("<image>") == 1 and "<image>\na < image> b" in text
     assert processor.apply_chat_template([{"role": "user", "content": "typed <image>"}]).count("<image>") == 0
@@ -130,7 +133,12 @@ def test_encode_sample_counts_placeholders_against_images() -> None:
 
 def test_truncation_cuts_text_never_an_image_span() -> None:
     processor = processor_with(all_templates()["chatml"], tokens=16)
-    turns = [Turn("user", "a"), Turn("assistant", "b" * 30), Turn("user", f"{IMAGE_MARK} c"), Turn("assistant", "d" * 20)]
+    turns = [
+        Turn("user", "a"),
+        Turn("assistant", "b" * 30),
+        Turn("user", f"{IMAGE_MARK} c"),
+        Turn("assistant", "d" * 20),
+    ]
     whole = encode_sample(processor, sample(turns))
     assert whole.num_images == 1 and not whole.truncated and set(whole.pixels) == {"pixel_values"}
     first = int((whole.input_ids == processor.image_token_id).nonzero()[0])

@@ -87,6 +87,7 @@ def test_options_and_extra_arguments_are_passed_on(checkpoints):
     assert arguments[at + 1 : at + 3] == ["a.org", "b.org"]
     assert value_of(arguments, "--served-model-name") == "mine"
     assert value_of(arguments, "--tensor-parallel-size") == "2"
+    assert value_of(arguments, "--mm-encoder-tp-mode") == "data"
     assert value_of(arguments, "--max-model-len") == "99"
     assert "--enforce-eager" in arguments and value_of(arguments, "--lora-modules") == "x=/folder"
     assert arguments[-2:] == ["--max-num-seqs", "3"]

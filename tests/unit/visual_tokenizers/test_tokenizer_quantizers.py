@@ -276,6 +276,23 @@ def test_dead_codes_are_restarted_from_the_batch(learn):
     assert before == 1 and after > 32
 
 
+def test_entries_in_use_are_not_restarted_when_a_step_holds_few_vectors():
+    torch.manual_seed(0)
+    z = torch.randn(1, 16, 4)
+
+    def moved(below):
+        config = {"learn": "ema", "restart": True, "restart_below": below, "decay": 0.9}
+        quantizer = build_quantizer({"type": "vq", "size": 64, "parts": {"pixel": 4}, "codebook": config}).train()
+        book = quantizer.books["pixel"]
+        book.set_entries(torch.cat([z[0], torch.full((48, 4), 50.0)]))
+        for _ in range(3):
+            quantizer(z)
+        return int((book.weight[16:].abs().amax(1) < 40).sum()), float((book.weight[:16] - z[0]).abs().max())
+
+    assert moved(0.1) == (0, pytest.approx(0, abs=1e-3)), "counts are still above the threshold: nothing moves"
+    assert moved(1.0)[0] == 48, "never chosen: all restarted"
+
+
 def test_without_restart_counts_start_at_one_so_weights_stay_bounded():
     quantizer = build_quantizer({"type": "residual", "size": 32, "dim": 4, "depth": 2}).train()
     quantizer(torch.randn(1, 4, 4))

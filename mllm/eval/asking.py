@@ -1,0 +1,173 @@
+"""How are a task's questions put to a generator and its answers made into rows?"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mllm.errors import DataError
+from mllm.eval.cache import AnswerCache, cache_key
+from mllm.eval.generators.base import Generator
+from mllm.eval.loading import Item
+from mllm.eval.metrics import Metric
+from mllm.eval.pictures import Picture, blank
+from mllm.eval.predictions import Row
+from mllm.eval.results import score_fields
+from mllm.eval.task import TaskSpec
+from mllm.types import IMAGE_MARK, Request, Response, Turn
+
+Blind = Literal["gray", "none"]
+_READERS = 4
+_AHEAD = 256
+_THUMB = 320
+_HOPELESS = 8
+"""A run whose first answers all fail stops there."""
+
+
+@dataclass
+class Loaded:
+    """An item with its pixels. unusable: why it cannot be asked."""
+
+    item: Item
+    images: list[Any]
+    hashes: list[str]
+    unusable: str | None = None
+    size: tuple[int, int] | None = None
+    """Width and height of the first picture."""
+
+
+def answers(
+    generator: Generator,
+    spec: TaskSpec,
+    items: Sequence[Item],
+    metrics: Sequence[Metric],
+    blind: Blind | None,
+    cache: AnswerCache | None,
+    folder: Path,
+    keep: set[str],
+) -> Iterator[Row]:
+    """Rows as answers arrive, each item exactly once."""
+    ready: list[Row] = []
+    asked: dict[str, tuple[Loaded, Request, str]] = {}
+    fingerprint = generator.fingerprint()
+    options = spec.generation.options()
+
+    def requests() -> Iterator[Request]:
+        for loaded in load_items(items, blind, folder, keep):
+            item = loaded.item
+            if loaded.unusable is not None:
+                ready.append(_row(loaded, metrics, Response(item.id, ""), "", image_size=spec.image_size))
+                continue
+            turns = _without_images(item.turns) if blind == "none" else item.turns
+            request = Request(item.id, turns, loaded.images, dict(options))
+            key = cache_key(request, loaded.hashes, fingerprint)
+            known = cache.get(key, request) if cache is not None else None
+            if known is not None:
+                ready.append(_row(loaded, metrics, known, key, image_size=spec.image_size))
+                continue
+            asked[item.id] = (Loaded(item, [], loaded.hashes, size=loaded.size), request, key)
+            yield request
+
+    answered = failed = 0
+    for response in generator.generate(requests()):
+        answered, failed = answered + 1, failed + (response.error is not None)
+        if failed == answered == _HOPELESS:
+            raise DataError(f"{spec.name}: the first {failed} generations all failed, the last with: {response.error}")
+        if response.id not in asked:
+            raise DataError(
+                f"generator {generator.name} answered {response.id!r}, which was not asked or was answered before"
+            )
+        loaded, request, key = asked.pop(response.id)
+        request.images = []
+        if cache is not None:
+            cache.put(key, request, response)
+        yield _row(loaded, metrics, response, key, image_size=spec.image_size)
+        while ready:
+            yield ready.pop(0)
+    yield from ready
+    if asked:
+        raise DataError(
+            f"generator {generator.name} left {len(asked)} requests without an answer: {', '.join(list(asked)[:5])}"
+        )
+
+
+def load_items(
+    items: Sequence[Item], blind: Blind | None, folder: Path | None = None, keep: Collection[str] = ()
+) -> Iterator[Loaded]:
+    """Items with their pixels, read ahead in threads, in order; small copies of the pictures of those to ``keep``."""
+
+    def load(item: Item) -> Loaded:
+        loaded = _load(item, blind)
+        if folder is not None and item.id in keep and loaded.unusable is None:
+            _keep_thumbnails(folder, loaded)
+        return loaded
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        waiting: deque[Future[Loaded]] = deque()
+        stream = iter(items)
+        while True:
+            while len(waiting) < _AHEAD and (item := next(stream, None)) is not None:
+                waiting.append(pool.submit(load, item))
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+
+
+def _load(item: Item, blind: Blind | None) -> Loaded:
+    pairs: list[tuple[Any, str]] = []
+    try:
+        for source in item.pictures:
+            pairs.extend([source.load()] if isinstance(source, Picture) else source.load())
+    except DataError as error:
+        return Loaded(item, [], [], str(error))
+    size = pairs[0][0].size if pairs else None
+    images, hashes = [image for image, _ in pairs], [digest for _, digest in pairs]
+    if blind == "none":
+        images, hashes = [], []
+    elif blind == "gray":
+        images, hashes = [blank(image) for image in images], [f"gray {image.width}x{image.height}" for image in images]
+    return Loaded(item, images, hashes, size=size)
+
+
+def _without_images(turns: Sequence[Turn]) -> list[Turn]:
+    return [Turn(turn.role, turn.content.replace(IMAGE_MARK, "").lstrip("\n"), turn.learn) for turn in turns]
+
+
+def _row(loaded: Loaded, metrics: Sequence[Metric], response: Response, key: str, *, image_size: bool) -> Row:
+    item = loaded.item
+    meta = item.meta
+    if image_size and loaded.size is not None:
+        meta = meta | {"width": loaded.size[0], "height": loaded.size[1]}
+    row: Row = {
+        "id": item.id, "question": item.question, "prompt": response.prompt, "images": loaded.hashes,
+        "output": response.text, "target": item.target, "meta": meta, "cluster": item.cluster,
+        "category": item.category, "num_prompt_tokens": response.num_prompt_tokens, "num_tokens": response.num_tokens,
+        "key": key,
+    }  # fmt: skip
+    if loaded.unusable is not None:
+        return row | {"unusable": loaded.unusable, "extracted": "", "scores": {}}
+    if response.routing is not None:
+        row["routing"] = response.routing
+    if response.error is not None:
+        row["error"] = response.error
+    return row | score_fields(row, metrics)
+
+
+def _keep_thumbnails(folder: Path, loaded: Loaded) -> None:
+    """Small copies of an item's pictures for the report, named by hash."""
+    place = folder / "thumbnails"
+    place.mkdir(parents=True, exist_ok=True)
+    for image, digest in zip(loaded.images[:4], loaded.hashes[:4]):
+        path = place / f"{digest[:24]}.jpg"
+        if not path.exists():
+            small = image.copy()
+            small.thumbnail((_THUMB, _THUMB))
+            part = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.part")
+            small.save(part, "JPEG", quality=80)
+            part.replace(path)

@@ -1,0 +1,193 @@
+"""What does the routing demo learn from? Three kinds of pictures whose shape hides each from the experts of the others.
+
+Square bar charts; handwritten digits, small in the middle of a tall strip; codes printed on a wide line. An expert that squashes
+everything to its own shape keeps the details of one kind and loses those of the other two: experts specialised by construction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from mllm.data.charts import COLOURS, LABELS, Chart, Renderer, questions
+from mllm.errors import UnavailableError
+
+VERSION = 1
+"""Raised when the data that a seed gives changes."""
+EXPERT_OF = {"charts": "chart", "digits": "digit", "text": "text"}
+"""Kind of picture → the expert that was made for it (names as in the recipe ``routed_demo``)."""
+CHART_SIZE = 80
+DIGIT_SIZE = 16
+TEXT_HEIGHT = 12
+STRIP = 32
+"""Length of digit strips and text lines over their breadth."""
+ALPHABET = "ACEHKLNPTX"
+CODE_LENGTH = 3
+READ = "What is written here?"
+
+
+@dataclass(frozen=True)
+class RoutingDemoData:
+    """Where the files are. train, test: jsonl with messages, ``kind``, ``question`` and ``answer``."""
+
+    train: Path
+    test: Path
+    counts: dict[str, int]
+
+
+def prepare_routing_demo(
+    output_dir: Path | str, *, num_train: int = 2000, num_test: int = 200, seed: int = 0
+) -> RoutingDemoData:
+    """Write ``train.jsonl`` and ``test.jsonl`` with so many pictures of each kind, and the pictures. Deterministic by seed; does
+    nothing when the same data are there. Test digits are images that training has not seen."""
+    root = Path(output_dir)
+    settings = {"version": VERSION, "num_train": num_train, "num_test": num_test, "seed": seed}
+    mark = root / "manifest.json"
+    data = RoutingDemoData(root / "train.jsonl", root / "test.jsonl", {"train": 3 * num_train, "test": 3 * num_test})
+    if _complete(mark, settings, [data.train, data.test]):
+        return data
+    root.mkdir(parents=True, exist_ok=True)
+    renderer, digits = Renderer(CHART_SIZE), _digits(seed)
+    hashes = {}
+    for split, count in (("train", num_train), ("test", num_test)):
+        rng = random.Random(f"routing/{split}/{seed}")
+        (root / split).mkdir(exist_ok=True)
+        rows = []
+        for number in range(count):
+            for kind in EXPERT_OF:
+                pixels, question, answer = _draw(kind, rng, renderer, digits[split])
+                name = f"{split}/{kind}-{number:05d}.png"
+                Image.fromarray(pixels).save(root / name, compress_level=1)
+                rows.append(_row(f"{kind}-{split}-{number:05d}", name, kind, question, answer))
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (root / f"{split}.jsonl").write_text(text, encoding="utf-8")
+        hashes[f"{split}.jsonl"] = hashlib.sha256(text.encode()).hexdigest()
+    mark.write_text(json.dumps({"settings": settings, "files": hashes}, indent=1), encoding="utf-8")
+    return data
+
+
+def train_routing_tokenizer(data: RoutingDemoData, output_dir: Path | str, *, vocab_size: int = 384) -> Path:
+    """A byte-level BPE tokenizer (ChatML) learned from the questions alone, so that the letters of a code stay single tokens,
+    saved for transformers. Returns ``output_dir``."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from mllm.processing.template import read_template
+
+    output = Path(output_dir)
+    if (output / "tokenizer.json").is_file():
+        return output
+    rows = [json.loads(line) for line in data.train.read_text(encoding="utf-8").splitlines()]
+    special = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<image>"]
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator((f"user\n{row['question']}\nassistant\n" for row in rows), trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=special[3:],
+        model_max_length=2048,
+    )
+    fast.chat_template = read_template("chatml")
+    fast.save_pretrained(str(output))
+    return output
+
+
+def _complete(mark: Path, settings: dict[str, Any], files: list[Path]) -> bool:
+    try:
+        manifest = json.loads(mark.read_text(encoding="utf-8"))
+        same = all(hashlib.sha256(f.read_bytes()).hexdigest() == manifest["files"][f.name] for f in files)
+        return manifest["settings"] == settings and same
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _row(identity: str, image: str, kind: str, question: str, answer: str) -> dict[str, Any]:
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "\n" + question}]
+    return {
+        "id": identity,
+        "image": image,
+        "kind": kind,
+        "question": question,
+        "answer": answer,
+        "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}],
+    }
+
+
+def _draw(kind: str, rng: random.Random, renderer: Renderer, digits: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, str, str]:
+    """(RGB pixels, question, answer) of one sample."""
+    if kind == "charts":
+        return _chart(rng, renderer)
+    if kind == "digits":
+        pixels, digit = rng.choice(digits)
+        return _digit_strip(rng, pixels), READ, str(digit)
+    code = "".join(rng.choice(ALPHABET) for _ in range(CODE_LENGTH))
+    return _text_line(rng, code), READ, code
+
+
+def _chart(rng: random.Random, renderer: Renderer) -> tuple[np.ndarray, str, str]:
+    """A bar chart and a question about one bar's value."""
+    bars = rng.randint(2, 3)
+    chart = Chart(
+        "bar",
+        tuple(rng.sample(sorted(COLOURS), bars)),
+        tuple(rng.randint(1, 9) for _ in range(bars)),
+        LABELS[:bars],
+    )
+    question = rng.choice(questions(chart)["value"])
+    return renderer.draw(chart), question.text, question.answer
+
+
+def _digit_strip(rng: random.Random, digit: np.ndarray) -> np.ndarray:
+    """A dark strip, ``STRIP`` times as tall as broad, with a digit in its middle."""
+    height = DIGIT_SIZE * STRIP
+    strip = np.random.default_rng(rng.getrandbits(32)).integers(0, 30, (height, DIGIT_SIZE, 3)).astype(np.uint8)
+    grey = np.asarray(Image.fromarray(digit).resize((DIGIT_SIZE, DIGIT_SIZE), Image.Resampling.BICUBIC))
+    top = (height - DIGIT_SIZE) // 2 + rng.randint(-1, 1)
+    strip[top : top + DIGIT_SIZE] = np.maximum(strip[top : top + DIGIT_SIZE], grey[:, :, None])
+    return strip
+
+
+def _text_line(rng: random.Random, code: str) -> np.ndarray:
+    """A pale line, ``STRIP`` times as broad as tall, with a code somewhere among noise."""
+    cell = TEXT_HEIGHT
+    noise = np.random.default_rng(rng.getrandbits(32)).integers(200, 256, (TEXT_HEIGHT, TEXT_HEIGHT * STRIP, 1))
+    image = Image.fromarray(noise.repeat(3, axis=2).astype(np.uint8))
+    draw, font = ImageDraw.Draw(image), _font()
+    start = rng.randint(0, STRIP - len(code))
+    for place, letter in enumerate(code):
+        left = (start + place) * cell + cell / 2 + rng.uniform(-1, 1)
+        draw.text((left, cell / 2 + rng.uniform(-0.5, 0.5)), letter, font=font, fill=(rng.randint(0, 60),) * 3, anchor="mm")
+    return np.asarray(image)
+
+
+def _font() -> Any:
+    if not hasattr(ImageFont, "FreeTypeFont"):
+        raise UnavailableError("the routing demo draws text, which needs a Pillow with FreeType: pip install -U pillow")
+    return ImageFont.load_default(size=11)
+
+
+def _digits(seed: int) -> dict[str, list[tuple[np.ndarray, int]]]:
+    """scikit-learn's handwritten digits by split, a fifth of them for the test."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UnavailableError("the demo's data needs scikit-learn: install mllm[train]") from None
+    found: Any = load_digits()
+    images = [np.rint(pixels * (255 / 16)).astype(np.uint8) for pixels in found.images]
+    pairs = list(zip(images, found.target.tolist()))
+    random.Random(f"routing/digits/{seed}").shuffle(pairs)
+    cut = len(pairs) // 5
+    return {"test": pairs[:cut], "train": pairs[cut:]}

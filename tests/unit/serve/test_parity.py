@@ -1,0 +1,77 @@
+"""Does the comparison find what differs, and only that?"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mllm.serve import parity
+from mllm.types import IMAGE_MARK
+from tests.helpers import tiny_model
+
+
+def trace(**changes) -> parity.Trace:
+    values = {
+        "prompt_ids": [1, 2, 3],
+        "token_ids": [5, 6],
+        "logprobs": [{5: -0.1, 7: -2.0}, {6: -0.2, 8: -3.0}],
+        "prompt": "a",
+        "pixels": "hash",
+        **changes,
+    }
+    return parity.Trace(**values)
+
+
+CASE = parity.Case("case", [], [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "first", "note"),
+    [
+        ({}, None, None),
+        ({"prompt": None, "pixels": None}, None, None),
+        ({"token_ids": [5, 9]}, 1, None),
+        ({"token_ids": [5]}, None, "2 against 1 tokens"),
+        ({"prompt_ids": [1, 2, 4]}, None, "prompt ids from position 2 (3 against 3)"),
+        ({"prompt_ids": [1, 2]}, None, "prompt ids from position 2 (3 against 2)"),
+        ({"pixels": "other"}, None, "pixels"),
+        ({"prompt": "b"}, None, "rendered prompt"),
+    ],
+)
+def test_every_kind_of_difference_is_found(changes, first, note):
+    (found,) = parity.compare([CASE], [trace()], [trace(**changes)], path="p")
+    assert found.first == first
+    assert found.notes == ([note] if note else [])
+    assert found.same == (first is None and note is None)
+
+
+def test_the_gap_counts_common_tokens_up_to_the_first_difference():
+    other = trace(token_ids=[9, 6], logprobs=[{5: -0.4, 9: -0.1}, {6: -9.0}])
+    (found,) = parity.compare([CASE], [trace()], [other], path="p")
+    assert found.gap == pytest.approx(0.3)
+
+
+def test_standard_cases_cover_zero_to_five_pictures_text_alone_and_typed_placeholders():
+    cases = parity.standard_cases(24, experts=["a", "b"])
+    assert {len(case.images) for case in cases} == set(range(6))
+    for case in cases:
+        assert sum(turn.content.count(IMAGE_MARK) for turn in case.turns) == len(case.images)
+    assert any("<image>" in case.turns[0].content for case in cases)
+    assert any(len(case.turns) == 3 for case in cases)
+    assert len({str(case.experts) for case in cases}) >= 4
+    again = parity.standard_cases(24, experts=["a", "b"])
+    assert [c.turns for c in again] == [c.turns for c in cases]
+
+
+@torch.no_grad()
+def test_trainer_forward_and_generate_agree_on_a_tiny_model_and_a_changed_model_is_caught(tmp_path):
+    model, processor = tiny_model(tmp_path)
+    cases = parity.standard_cases(4, max_images=2)
+    reference = parity.trace_generate(model, processor, cases, num_tokens=4)
+    forward = parity.trace_forward(model, processor, cases, reference)
+    differences = parity.compare(cases, reference, forward, path="forward")
+    assert all(d.same and d.gap < 1e-4 for d in differences)
+    assert min(parity.check_encoders_matter(model, processor, cases[1]).values()) > 1e-4
+    model.lm_head.weight.mul_(-1.0)
+    changed = parity.compare(cases, reference, parity.trace_generate(model, processor, cases, num_tokens=4), path="x")
+    assert not any(d.same for d in changed)

@@ -1,0 +1,124 @@
+"""Are stored features those that the encoder gives, whoever wrote them and however the writer ended?"""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+
+from mllm.errors import UnavailableError
+from mllm.processing.images import to_pixels_multi
+from mllm.train import feature_cache
+from mllm.train.feature_cache import (
+    Codec,
+    FeaturesInPlaceOfPixels,
+    FeatureStore,
+    check_space,
+    fill,
+    open_stores,
+    picture_key,
+    why_not,
+)
+from tests.helpers import picture, tiny_model
+
+
+@pytest.fixture
+def model(tmp_path):
+    model = tiny_model(tmp_path / "tokenizer")[0]
+    model.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 0.0), ("bf16", 4e-3), ("fp16", 5e-4), ("int8", 1e-2)])
+def test_features_come_back_within_the_stated_precision(precision, error):
+    codec = Codec(precision, 7, 100)
+    features = torch.randn(7, 100, generator=torch.Generator().manual_seed(0))
+    features[:, 3] *= 30  # one loud channel must not drown the others
+    data = codec.encode(features)
+    assert len(data) == codec.size
+    quiet = [c for c in range(100) if c != 3 and c >= 64]
+    found = codec.decode(data).float()
+    assert found.shape == (7, 100)
+    assert (found - features)[:, quiet].norm() / features[:, quiet].norm() <= error
+    assert (found - features).norm() / features.norm() <= 2 * error
+
+
+def _store(folder, name="s") -> FeatureStore:
+    return FeatureStore(folder / name, Codec("fp32", 2, 3), {})
+
+
+def _key(number: int) -> bytes:
+    return bytes([number]) * 32
+
+
+def test_two_writers_and_a_reader_share_a_store(tmp_path):
+    reader, first, second = _store(tmp_path), _store(tmp_path), _store(tmp_path)
+    first.add([(_key(1), torch.full((2, 3), 1.0))])
+    second.add([(_key(2), torch.full((2, 3), 2.0)), (_key(3), torch.full((2, 3), 3.0))])
+    first.add([(_key(4), torch.full((2, 3), 4.0))])
+    assert len(reader) == 0
+    reader.refresh()
+    assert [reader.get(_key(k))[0, 0].item() for k in (1, 2, 3, 4)] == [1.0, 2.0, 3.0, 4.0]
+    assert pickle.loads(pickle.dumps(reader)).get(_key(3))[1, 2] == 3.0
+    with pytest.raises(KeyError):
+        reader.get(_key(9))
+
+
+@pytest.mark.parametrize("damage", ["data cut", "index cut", "index wrong"])
+def test_what_a_killed_writer_left_half_is_not_seen_and_the_rest_is(tmp_path, damage):
+    writer = _store(tmp_path)
+    writer.add([(_key(1), torch.ones(2, 3))])
+    writer.add([(_key(2), torch.ones(2, 3))])
+    writer.close()
+    data, index = (next((tmp_path / "s").glob(f"*.{kind}")) for kind in ("data", "index"))
+    if damage == "data cut":
+        data.write_bytes(data.read_bytes()[:-5])
+    elif damage == "index cut":
+        index.write_bytes(index.read_bytes()[:-5])
+    else:
+        index.write_bytes(index.read_bytes()[:-1] + b"x")
+    again = _store(tmp_path)
+    assert _key(1) in again and _key(2) not in again
+    again.add([(_key(2), torch.full((2, 3), 5.0))])
+    assert _store(tmp_path).get(_key(2))[0, 0] == 5.0
+
+
+def test_stored_features_give_the_same_visual_tokens_as_pixels(tmp_path, model):
+    stores = open_stores(model, "fp32", root=tmp_path)
+    images = [picture(k) for k in range(5)]
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not a picture")
+    assert fill(model, stores, [*images, str(broken), images[0]], batch_size=2) == (5, 1)
+    assert fill(model, stores, images) == (0, 0)
+    specs = {name: info.image for name, info in model.model.vision_tower.infos.items()}
+    rows = [to_pixels_multi(image, specs) for image in images]
+    live = model.model.encode_images({name: torch.stack([row[name] for row in rows]) for name in specs})[0]
+    features = {name: torch.stack([stores[name].get(picture_key(image)) for image in images]) for name in specs}
+    with FeaturesInPlaceOfPixels(model):
+        cached = model.model.encode_images(features)[0]
+    assert (cached - live).abs().max() < 1e-5
+    again = model.model.encode_images({name: torch.stack([row[name] for row in rows]) for name in specs})[0]
+    assert torch.equal(again, live), "afterwards the encoders take pixels again"
+
+
+def test_other_weights_other_precision_and_another_transform_have_stores_of_their_own(tmp_path, model):
+    folders = {store.folder for store in open_stores(model, "fp32", root=tmp_path).values()}
+    assert folders == {store.folder for store in open_stores(model, "fp32", root=tmp_path).values()}
+    folders |= {store.folder for store in open_stores(model, "int8", root=tmp_path).values()}
+    next(model.model.vision_tower.encoders["semantic"].parameters()).data.mul_(1.001)
+    folders |= {store.folder for store in open_stores(model, "fp32", root=tmp_path).values()}
+    assert len(folders) == 5
+
+
+def test_learning_encoders_are_not_cached_and_a_full_disk_is_told_before_anything_is_written(
+    tmp_path, model, monkeypatch
+):
+    assert why_not(model, {"connector"}) is None
+    assert "encoders.semantic learns" in str(why_not(model, {"encoders.semantic"}))
+    stores = open_stores(model, "fp32", root=tmp_path)
+    check_space(stores, 10)
+    with pytest.raises(UnavailableError, match=r"1,000,000,000,000 pictures need .* GB .* MLLM_CACHE"):
+        check_space(stores, 10**12)
+    monkeypatch.setenv("MLLM_CACHE", str(tmp_path / "elsewhere"))
+    assert feature_cache.cache_root() == tmp_path / "elsewhere" / "features"

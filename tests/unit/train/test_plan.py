@@ -1,0 +1,73 @@
+"""Are a plan's figures those of the model, and its warnings about the recipe?"""
+
+from __future__ import annotations
+
+import pytest
+from rich.console import Console
+
+from mllm.recipe import load_recipe
+from mllm.train.plan import plan_recipe, plan_tables
+from tests.integration.train_helpers import make_recipe
+
+STAGES = [
+    {"name": "align", "epochs": 1, "learn": {"connector": 1e-2}},
+    {
+        "name": "sft",
+        "steps": 7,
+        "learn": {"language_model": {"rate": 1e-4, "lora": {"r": 2}}, "connector": 1e-3},
+        "engine": "zero2",
+    },
+]
+
+
+def test_a_plan_counts_what_a_model_has_and_learns(tmp_path):
+    recipe = make_recipe(tmp_path, stages=STAGES)
+    plan = plan_recipe(recipe, processes=2)
+    assert plan.parameters == {
+        "encoders.semantic": 20352,
+        "encoders.detail": 19560,
+        "connector": 2880,
+        "language_model": 25760,
+    }
+    align, sft = plan.stages
+    assert align.samples == 24 and align.steps == 6 and sft.steps == 7
+    assert sum(g.num_parameters for g in align.groups) == 2880
+    assert align.memory["weights"] == 4 * sum(plan.parameters.values())
+    assert align.memory["optimizer states"] == 8 * 2880
+    assert len(align.lengths) == 24 and align.truncated == 0
+    assert align.flops_step > align.flops_step_language_model > 0
+    console = Console(width=150, record=True, file=(tmp_path / "out").open("w"))
+    for item in plan_tables(plan, processes=2):
+        console.print(item)
+    text = console.export_text()
+    assert "3 × 28 × 28 pixels → 4 × 4 = 16 × 32" in text and "language_model starts from random weights" not in text
+    assert "encoders.semantic starts from random weights and learns in no stage" in text
+
+
+def test_hazards_are_named(tmp_path):
+    stages = [{"name": "sft", "steps": 1, "max_length": 24, "batch_size": 64, "learn": {"language_model": 1e-3}}]
+    plan = plan_recipe(make_recipe(tmp_path, stages=stages))
+    text = "\n".join([*plan.hazards, *plan.stages[0].hazards])
+    assert "max_length 24 hardly holds one image of 16 tokens" in text
+    assert "24 samples are fewer than the 64 of one step" in text
+    assert "of the samples looked at are longer than max_length 24" in text
+    assert "connector starts from random weights and learns in no stage" in text
+
+
+def test_memory_of_the_7b_recipes_is_near_what_one_h200_measured():
+    """Full fine-tuning of 7B, bf16 with fp32 copies, two GPUs, ZeRO-1, 2 × 4096 tokens, compiled: 101 GB were measured."""
+    recipe = load_recipe("llava_1_5")
+    stage = recipe.stages[-1]
+    data = stage.model_dump() | {
+        "engine": "zero1",
+        "batch_size": 2,
+        "gradient_accumulation": 2,
+        "max_length": 4096,
+        "compile": True,
+        "gradient_checkpointing": False,
+    }
+    recipe.stages = [type(stage).model_validate(data)]
+    plan = plan_recipe(recipe, processes=2, with_data=False).stages[0]
+    assert plan.peak / 1e9 == pytest.approx(101, rel=0.15)
+    per_token = plan.flops_step_language_model / plan.tokens_step
+    assert per_token == pytest.approx(6 * 6.607e9 + 6 * 32 * 4096 * 4096, rel=0.03)

@@ -1,0 +1,136 @@
+"""Do records, counts and run.json say what happened?"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+import torch
+
+from mllm.errors import UnavailableError
+from mllm.train.flops import flop_model, peak_flops
+from mllm.train.meter import Meter
+from mllm.train.run_info import RunInfo, data_hashes, git_state
+from mllm.train.tracking import Tracker, plot_loss, read_metrics
+from mllm.train.verify import compare
+from tests.helpers import tiny_model
+from tests.integration.train_helpers import make_recipe
+
+
+def _record(stage: str, step: int, loss: float = 1.0) -> dict:
+    return {"stage": stage, "step": step, "loss": loss, "lr": {"connector": 0.1}}
+
+
+def test_records_of_steps_that_come_again_are_dropped_and_a_cut_line_is_ignored(tmp_path):
+    recipe = make_recipe(tmp_path)
+    tracker = Tracker(tmp_path, recipe)
+    tracker.start_stage("a", 0)
+    for step in (1, 2, 3):
+        tracker.log(_record("a", step, 0.1 + step), global_step=step)
+    tracker.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "a", "st')
+    tracker = Tracker(tmp_path, recipe)
+    tracker.start_stage("a", 2)
+    tracker.log(_record("a", 3, 9.0), global_step=3)
+    tracker.close()
+    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(1, 1.1), (2, 2.1), (3, 9.0)]
+    path = plot_loss(tmp_path, ["a", "b"])
+    assert path is not None and path.stat().st_size > 1000
+
+
+def test_a_service_that_is_not_installed_says_what_to_install(tmp_path):
+    recipe = make_recipe(tmp_path)
+    for name in ("wandb", "trackio"):
+        try:
+            __import__(name)
+        except ImportError:
+            with pytest.raises(UnavailableError, match=f"pip install {name}"):
+                Tracker(tmp_path, recipe.model_copy(update={"track": [name]}))
+
+
+def test_operations_equal_those_that_torch_counts_in_a_real_step(tmp_path):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, _ = tiny_model(tmp_path)
+    model.set_attn_implementation("eager")
+    model.model.vision_tower.requires_grad_(False)  # nor do text-only batches then keep it in step with other ranks
+    model.model.multi_modal_projector.requires_grad_(False)
+    length, config = 24, model.config.get_text_config()
+    flops = flop_model(model, ["language_model"])
+    ids = torch.randint(5, 200, (2, length))
+    with FlopCounterMode(display=False) as counter:
+        model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    step = flops.step(tokens=2 * length, squares=2 * length**2, supervised=2 * length, images=0)
+    dense = (
+        3 * 2 * 2 * config.num_hidden_layers * config.hidden_size * length**2 * 2
+    )  # eager computes the masked half too
+    ours = step.language_model + dense / 2
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.01)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the CPU's own kernel is not counted
+        infos = model.model.vision_tower.infos
+        pixels = {n: torch.zeros(3, 3, i.image.height, i.image.width) for n, i in infos.items()}
+        with torch.no_grad():
+            model.model.encode_images(pixels)
+    frozen = flop_model(model, ["language_model"])
+    vision = sum(frozen.encoders.values()) + frozen.connector
+    assert 3 * vision == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+def test_a_part_that_learns_costs_three_passes_and_a_frozen_one_that_gradients_pass_two(tmp_path):
+    model, _ = tiny_model(tmp_path)
+    sizes = {"tokens": 10, "squares": 100, "supervised": 4, "images": 1}
+    full, through = flop_model(model, ["language_model"]), flop_model(model, ["connector"])
+    assert full.step(**sizes).language_model / through.step(**sizes).language_model == pytest.approx(1.5, rel=0.02)
+    learned = flop_model(model, ["language_model", "encoders.semantic"]).step(**sizes)
+    frozen = full.step(**sizes)
+    assert learned.total - learned.language_model > frozen.total - frozen.language_model
+    through.cached = True
+    assert through.step(**sizes).total - through.step(**sizes).language_model == 2 * through.connector * 1.5
+
+
+def test_rates_are_over_all_time_and_shares_of_the_peak():
+    meter = Meter(None, 0.0, torch.device("cpu"))
+    counts = {"tokens": 100.0, "slots": 200.0, "supervised": 50.0, "samples": 4.0, "images": 2.0}
+    meter.add(counts, (0.0, 0.0), waited=0.0)
+    report = meter.report()
+    assert report["fill"] == 0.5 and report["tokens_per_second"] == pytest.approx(2 * report["supervised_per_second"])
+    assert "mfu" not in report
+    assert peak_flops(torch.device("cpu"), torch.float32)[0] > 1e8
+
+
+def test_run_json_holds_commit_packages_starts_and_data_hashes(tmp_path):
+    recipe = make_recipe(tmp_path)
+    info = RunInfo(tmp_path, recipe, processes=2, resume=False)
+    info.stage("sft", steps=3)
+    RunInfo(tmp_path, recipe, processes=1, resume=True)
+    data = json.loads((tmp_path / "run.json").read_text())
+    assert [start["resumed"] for start in data["starts"]] == [False, True] and data["stages"]["sft"]["steps"] == 3
+    assert data["packages"]["transformers"] and data["recipe"]["name"] == "tiny"
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    for command in (
+        ["init", "-q"],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "x"],
+    ):
+        subprocess.run(["git", "-C", str(repository), *command], check=True)
+    clean = git_state(repository)
+    (repository / "new").write_text("x")
+    dirty = git_state(repository)
+    assert len(clean["commit"]) == 40 and clean["dirty"] is False and dirty["dirty"] is True and dirty["diff_sha256"]
+    assert git_state(tmp_path / "nowhere") == {}
+    assert next(iter(data_hashes([repository / "new"]).values())).startswith("2d711642b726b044")
+
+
+def test_a_comparison_of_two_runs_names_step_value_and_both_numbers():
+    same = [_record("a", 1), _record("a", 2)]
+    assert compare(same, same).equal and compare(same, same).compared == 2
+    other = [_record("a", 1), _record("a", 2, loss=1.0000000000000002), _record("a", 3)]
+    report = compare(same, other)
+    assert not report.equal
+    assert report.differences == [
+        "a step 2: loss is 1.0 in the whole run and 1.0000000000000002 in the killed one",
+        "a step 3: only in the killed run",
+    ]
