@@ -146,7 +146,7 @@ def apply_overrides(data: dict, overrides: Sequence[str]) -> dict:
             elif not isinstance(node, dict):
                 raise ConfigError(f"override {here}: {'.'.join(keys[:depth])} is {node!r} and holds no keys")
             if depth == len(keys) - 1:
-                node[key] = parse_yaml(value, where=f"override {path}") if value else None
+                node[key] = parse_yaml(value, where=f"override {path}") if value else None  # type: ignore[index]
             elif isinstance(node, dict):
                 if node.get(key) is None:
                     node[key] = {}

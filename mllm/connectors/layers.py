@@ -135,7 +135,7 @@ def resample(tokens: Tensor, grid: Grid, target: Grid, method: Interpolation = "
         image = F.interpolate(image, size=target, mode="nearest")
     else:
         image = F.interpolate(image, size=target, mode="bilinear", align_corners=method == "bilinear_corners")
-    return image.flatten(2).transpose(1, 2).to(tokens.dtype)
+    return image.flatten(2).transpose(1, 2).contiguous().to(tokens.dtype)
 
 
 def shown(grid: Grid) -> str:

@@ -44,7 +44,7 @@ class PooledProjector(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, frames, N, D)`` → ``(B, frames' * rows * cols, width_out)``, frame by frame in raster order."""
         volume = x.permute(0, 3, 1, 2).unflatten(-1, self.grid).float()
-        pooled = F.adaptive_avg_pool3d(volume, self.output).flatten(2).transpose(1, 2)
+        pooled = F.adaptive_avg_pool3d(volume, self.output).flatten(2).transpose(1, 2).contiguous()
         return self.projector(pooled.to(x.dtype))
 
 

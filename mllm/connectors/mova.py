@@ -278,4 +278,4 @@ class MovaConnector(Connector):
             x = block(x, maps, text, present, table)
         image = ((x + base) / 2).transpose(1, 2).unflatten(-1, self.grid)
         image = self.stages[1](F.adaptive_avg_pool2d(self.stages[0](image), self.output_grid))
-        return self.projector(image.flatten(2).transpose(1, 2))
+        return self.projector(image.flatten(2).transpose(1, 2).contiguous())

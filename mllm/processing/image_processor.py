@@ -100,7 +100,7 @@ class MllmImageProcessor(BaseImageProcessor):
         rows: dict[str, list[torch.Tensor]] = {name: [] for name in specs}
         for position, image in enumerate(flat):
             picture = load_image(image, where=f"image {position}", max_pixels=self.max_pixels)
-            for name, pixels in to_pixels_multi(picture, specs, resampler=self.resampler).items():
+            for name, pixels in to_pixels_multi(picture, specs, resampler=self.resampler).items():  # type: ignore[arg-type]
                 rows[name].append(pixels)
         data: dict[str, Any] = {keys[name]: torch.stack(tensors) for name, tensors in rows.items() if tensors}
         if self.experts and flat:

@@ -1,5 +1,10 @@
 """How do text and images become model inputs in one call?"""
 
+# transformers' and torch's own annotations (FloatTensor outputs, Tensor | Module attributes) do not fit their documented use.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportOptionalMemberAccess=false, reportAssignmentType=false, reportPrivateImportUsage=false, reportGeneralTypeIssues=false
+# pyright: reportIncompatibleVariableOverride=false, reportOptionalIterable=false
+
 # No `from __future__ import annotations`: transformers reads the kwargs class's annotations as types, not strings.
 
 from typing import Any

@@ -90,7 +90,9 @@ def train_routing_tokenizer(data: RoutingDemoData, output_dir: Path | str, *, vo
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator((f"user\n{row['question']}\nassistant\n" for row in rows), trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -126,7 +128,9 @@ def _row(identity: str, image: str, kind: str, question: str, answer: str) -> di
     }
 
 
-def _draw(kind: str, rng: random.Random, renderer: Renderer, digits: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, str, str]:
+def _draw(
+    kind: str, rng: random.Random, renderer: Renderer, digits: list[tuple[np.ndarray, int]]
+) -> tuple[np.ndarray, str, str]:
     """(RGB pixels, question, answer) of one sample."""
     if kind == "charts":
         return _chart(rng, renderer)
@@ -169,7 +173,9 @@ def _text_line(rng: random.Random, code: str) -> np.ndarray:
     start = rng.randint(0, STRIP - len(code))
     for place, letter in enumerate(code):
         left = (start + place) * cell + cell / 2 + rng.uniform(-1, 1)
-        draw.text((left, cell / 2 + rng.uniform(-0.5, 0.5)), letter, font=font, fill=(rng.randint(0, 60),) * 3, anchor="mm")
+        draw.text(
+            (left, cell / 2 + rng.uniform(-0.5, 0.5)), letter, font=font, fill=(rng.randint(0, 60),) * 3, anchor="mm"
+        )
     return np.asarray(image)
 
 
