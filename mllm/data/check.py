@@ -368,4 +368,5 @@ def _histogram(lengths: np.ndarray, bins: int = 12) -> str:
 
 
 def _short(text: str, width: int = 110) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
+    """The two ends of a long text: the sample's name stands in front, the file's name and the reason behind."""
+    return text if len(text) <= width else f"{text[: width // 3]}…{text[-(width - width // 3 - 1) :]}"

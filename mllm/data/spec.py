@@ -22,6 +22,7 @@ SOURCES: Registry = Registry(
         "sharegpt": "mllm.data.sources:ShareGptSource",
         "messages": "mllm.data.sources:MessagesSource",
         "columns": "mllm.data.columns:ColumnsSource",
+        "routing_labels": "mllm.train.routing_labels:LabelledSource",
     },
 )
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")

@@ -149,9 +149,9 @@ def masked_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
     return logits.masked_fill(~allowed, floor).softmax(dim=-1) * allowed
 
 
-def random_weights(allowed: Tensor) -> Tensor:
-    """Equal weights ``(B, E)`` on a random set of allowed experts, its size uniform from 1 to all of them."""
-    count = allowed.sum(dim=-1, keepdim=True)
+def random_weights(allowed: Tensor, most: int | None = None) -> Tensor:
+    """Equal weights ``(B, E)`` on a random set of allowed experts, its size uniform from 1 to all of them (or ``most``)."""
+    count = allowed.sum(dim=-1, keepdim=True).clamp_max(most or allowed.shape[-1])
     size = (torch.rand_like(count, dtype=torch.float32) * count).floor() + 1
     order = torch.rand_like(allowed, dtype=torch.float32).masked_fill(~allowed, 2.0).argsort(dim=-1).argsort(dim=-1)
     chosen = (order < size) & allowed

@@ -15,6 +15,7 @@ from torch import Tensor
 from mllm.errors import AlignmentError, ConfigError, did_you_mean
 from mllm.routers import ROUTERS
 from mllm.routers.base import Router, RouterConfig
+from mllm.routers.gate import random_weights
 from mllm.types import Grid, Routing
 
 INSTRUCTION = (
@@ -35,6 +36,9 @@ class LanguageModelConfig(RouterConfig):
     """Rows and columns of the short image that the routing pass sees; default: half the model's own."""
     instruction: str = INSTRUCTION
     """Text before the pool; ``{top_k}`` is filled in."""
+    explore: float = Field(default=0.0, ge=0, le=1)
+    """In training, the share of images whose experts are a random set (1 to ``top_k``) where the data fix none. Otherwise no
+    expert runs there: a forward pass asks nobody, so the data must say (``experts`` in a row, or routing labels)."""
     parser: Literal["strict", "lenient"] = "strict"
     """strict: letters of the pool separated by commas, or none; anything else is an error. lenient: as published, any
     capital letter of the pool anywhere before the third comma counts, words included."""
@@ -111,7 +115,8 @@ def pool_routing_tokens(tokens: Tensor, grid: Grid, target: Grid) -> Tensor:
 class LanguageModelRouter(Router):
     """Two passes: `prompt` → the language model's answer → `decide` → routing. Has no parameters.
 
-    In the first pass, before anything is decided, `forward` gives all-zero weights: no expert runs, as published.
+    In the first pass, before anything is decided, `forward` gives all-zero weights: no expert runs, as published. In training
+    see ``explore``.
     """
 
     Config = LanguageModelConfig
@@ -167,7 +172,11 @@ class LanguageModelRouter(Router):
         Chosen experts share the weight equally."""
         open_experts = self.read_allowed(summary, allowed)
         if decisions is None:
-            return Routing(self.experts, torch.zeros_like(open_experts, dtype=torch.float32))
+            weights = torch.zeros_like(open_experts, dtype=torch.float32)
+            if self.training and self.config.explore:
+                explored = torch.rand(len(weights), 1, device=weights.device) < self.config.explore
+                weights = torch.where(explored, random_weights(open_experts, self.config.top_k), weights)
+            return Routing(self.experts, weights)
         if decisions.shape != open_experts.shape:
             raise AlignmentError(
                 f"router language_model: decisions have shape {tuple(decisions.shape)}, expected (images, experts) = "

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -413,6 +414,8 @@ def import_deepspeed() -> Any:
             "engines zero1, zero2, zero3 need DeepSpeed: pip install 'mllm[train]', or use engine: none"
         ) from None
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed calls collectives by names that torch is giving up; its users can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it even when the process group is there already
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not deepspeed.comm.is_initialized():

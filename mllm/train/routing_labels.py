@@ -117,9 +117,10 @@ def read_lines(path: Path) -> tuple[dict[str, Any] | None, dict[int, dict[str, A
 
 @SOURCES.register(FORMAT)
 class LabelledSource(Source):
-    """The rows of a dataset that have routing losses; ``path`` is the label file, ``meta["routing"]`` holds a row's losses.
+    """The rows of a dataset that have routing losses; ``path`` is the label file, whose header declares the dataset itself.
 
-    The dataset itself is declared in the label file's header, where `labelled` and `mllm.train.routing_losses` put it.
+    ``meta["routing"]`` holds a row's losses, ``meta["experts"]`` the experts that help: a supervised stage (``data: {format:
+    routing_labels, path: …}``) then runs those, whatever the router says.
     """
 
     def __init__(self, spec: DatasetSpec):
@@ -143,7 +144,10 @@ class LabelledSource(Source):
     def sample(self, index: int) -> Sample:
         row = self._rows[index]
         sample = self.inner[row]
-        sample.meta = {**sample.meta, "routing": self.labels.rows[row]["losses"]}
+        entry = self.labels.rows[row]
+        sample.meta = {**sample.meta, "routing": entry["losses"]}
+        if entry.get("experts") is not None:
+            sample.meta["experts"] = entry["experts"]
         return sample
 
 

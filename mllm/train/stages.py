@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,11 +98,10 @@ def _train_recipe(recipe: Recipe, folder: Path, resume: bool, stop_after: int | 
 
 
 def _quiet_libraries() -> None:
-    """No second progress bar under ours, no warnings meant for other libraries' authors."""
+    """No second progress bar under ours, and DeepSpeed need not announce which accelerator it guesses."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns about guessing it
 

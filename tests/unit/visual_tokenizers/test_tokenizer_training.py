@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -157,7 +158,10 @@ def test_two_processes_train_what_one_does(tmp_path):
     path = recipe_file(two, batch_size=4, **shared)
     script = tmp_path / "go.py"
     script.write_text(TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
+    with socket.socket() as probe:  # --standalone looks the machine's own name up, which a sandbox may not resolve
+        probe.bind(("127.0.0.1", 0))
+        address = ["--master-addr", "127.0.0.1", "--master-port", str(probe.getsockname()[1])]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *address, str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*command, str(path), str(tmp_path / "restart")],
