@@ -203,6 +203,11 @@ async def broken_http(address: str, rng: random.Random) -> str:
         writer.close()
 
 
+def _failure(number: int, path: str, body: bytes, answer: str) -> dict:
+    shown = body if len(body) < 900 else body[:450] + b" ... " + body[-450:]
+    return {"number": number, "path": path, "answer": answer, "body": shown.decode("latin-1")}
+
+
 async def fuzz(address: str, key: str | None, arguments: argparse.Namespace, forbidden: list[str]) -> dict:
     """All requests, eight at a time."""
     headers = {"authorization": f"Bearer {key}"} if key else {}
@@ -226,24 +231,20 @@ async def fuzz(address: str, key: str | None, arguments: argparse.Namespace, for
                     continue
                 body, path = mutated(rng, model, forbidden), rng.choice(PATHS)
                 kind = rng.choice(["application/json"] * 9 + ["text/plain", "multipart/form-data; boundary=x"])
+                sent = {"content": body, "headers": {"content-type": kind, **headers}}
                 try:
-                    response = await client.post(path, content=body, headers={"content-type": kind})
+                    try:
+                        response = await client.post(path, **sent)
+                    except (httpx.ReadError, httpx.RemoteProtocolError):  # an idle connection that the server gave up
+                        async with httpx.AsyncClient(base_url=address, timeout=60) as fresh:
+                            response = await fresh.post(path, **sent)
+                        counts["on a second connection"] += 1
                     counts[str(response.status_code)] += 1
                     if response.status_code >= 500:
-                        failures.append(
-                            {
-                                "number": number,
-                                "path": path,
-                                "status": response.status_code,
-                                "text": response.text[:300],
-                                "body": body[:600].decode("latin-1"),
-                            }
-                        )
+                        failures.append(_failure(number, path, body, f"{response.status_code} {response.text[:300]}"))
                 except httpx.HTTPError as error:
                     counts[type(error).__name__] += 1
-                    failures.append(
-                        {"number": number, "path": path, "error": repr(error), "body": body[:600].decode("latin-1")}
-                    )
+                    failures.append(_failure(number, path, body, repr(error)))
 
         await asyncio.gather(*(worker() for _ in range(8)))
         final = await client.post("/v1/chat/completions", json=valid(model))

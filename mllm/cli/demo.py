@@ -25,7 +25,7 @@ def demo(
     ] = None,
     charts: Annotated[int, typer.Option(help="Training charts to draw.")] = 4000,
     processes: Annotated[int, typer.Option(help="Training processes.")] = 1,
-    limit: Annotated[int | None, typer.Option(help="Evaluate only the first N samples of each test set.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Evaluate only N samples of each test set.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted demo.")] = False,
 ) -> None:
     """Train, evaluate and question a small dual-encoder model on charts and digits, on this machine's CPU, in minutes."""

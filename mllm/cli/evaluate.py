@@ -17,7 +17,9 @@ def run(
     output: Annotated[
         Path | None, typer.Option(help="Folder for predictions and reports; default <checkpoint>/../eval.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first N samples of each task.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only N samples of each task, spread evenly over it; groups stay whole.")
+    ] = None,
     ids: Annotated[str | None, typer.Option(help="Only these sample ids, comma separated.")] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts per generation batch; never changes answers in fp32.")] = 8,
     blind: Annotated[

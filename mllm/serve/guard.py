@@ -25,8 +25,12 @@ ENVIRONMENT = "MLLM_GUARD"
 OPEN_PATHS = ("/health", "/ping")
 STATISTICS, INFORMATION = "/mllm/stats", "/mllm/info"
 _SCHEME = re.compile(r"^\s*([a-zA-Z][a-zA-Z0-9+.\-]*):")
+_BASE64 = re.compile(r"^\s*data:[^,]{0,200};base64,", re.IGNORECASE)
 _ADDRESS_KEYS = ("url", "image_url", "video_url", "audio_url", "image", "file_url", "file_data")
 _CACHE_KEYS = ("uuid",)
+_OBJECTS = ("structured_outputs", "response_format", "stream_options")
+"""Fields that must hold an object; vLLM stumbles over anything else with a 500."""
+CHAT = "/chat/completions"
 _MAX_DEPTH = 64
 
 
@@ -136,12 +140,15 @@ class Guard:
             raise Refused(400, "the body is not valid JSON") from None
         if not isinstance(data, dict):
             raise Refused(400, "the body must be a JSON object")
+        for name in _OBJECTS:
+            if data.get(name) is not None and not isinstance(data[name], dict):
+                raise Refused(400, f"{name} must be an object")
         data = self._walk(data, 0)
         count = len(pictures(data))
         if count > self.settings.max_images:
             raise Refused(400, f"{count} pictures in one request; at most {self.settings.max_images} are served")
         weights = self._settings(data, count)
-        if self.routes is not None and weights is None and self.routes.needed(data):
+        if self.routes is not None and weights is None and scope["path"].endswith(CHAT) and self.routes.needed(data):
             weights = await self.routes.decide(self.app, scope, data)
         if weights is not None:
             data["mm_processor_kwargs"] = {"experts": weights}
@@ -159,14 +166,16 @@ class Guard:
             return [self._walk(item, depth + 1, key) for item in value]
         if isinstance(value, str):
             if key in _ADDRESS_KEYS and (scheme := _SCHEME.match(value)):
-                self._check_address(scheme.group(1).lower())
+                self._check_address(scheme.group(1).lower(), value)
                 return value
             token = self.settings.image_token
             return value.replace(token, token[:1] + " " + token[1:])
         return value
 
-    def _check_address(self, scheme: str) -> None:
+    def _check_address(self, scheme: str, address: str) -> None:
         if scheme == "data":
+            if not _BASE64.match(address):
+                raise Refused(400, "a data: URI must read data:<media type>;base64,<data>")
             return
         if scheme not in ("http", "https"):
             raise Refused(400, f"{scheme}: addresses are not served; send the picture as a base64 data: URI")

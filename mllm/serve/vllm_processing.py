@@ -18,7 +18,7 @@ from vllm.multimodal.processing import (
     PromptReplacement,
 )
 
-from mllm.errors import ConfigError
+from mllm.errors import AlignmentError, ConfigError
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.routing import routing_grid
 from mllm.processing.chat import pad_questions
@@ -108,6 +108,7 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
 
     def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         count = inputs.mm_data_items.get_all_counts().get(MODALITY, 0)
+        self._check_placeholders(inputs.prompt, count)
         if self.info.question_reader is not None and count:
             inputs = replace(inputs, hf_processor_mm_kwargs=self.with_routing(inputs, count))
         return super().apply(inputs, *args, **kwargs)
@@ -139,6 +140,15 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
         rows = [None if f else dict(zip(pool, row, strict=True)) for f, row in zip(free, weights.tolist(), strict=True)]
         settings["experts"] = None if all(free) else rows
         return settings
+
+    def _check_placeholders(self, prompt: str | Sequence[int], num_images: int) -> None:
+        """Raise `AlignmentError` where a prompt lost placeholders (a truncated one does); vLLM itself would call it
+        its own mistake."""
+        processor = self.info.get_hf_processor()
+        mark = processor.image_token if isinstance(prompt, str) else processor.image_token_id
+        found = prompt.count(mark)  # type: ignore[arg-type]
+        if found < num_images:
+            raise AlignmentError(f"{found} image placeholders in the prompt and {num_images} images")
 
     def _is_real(self, prompt: str | Sequence[int]) -> bool:
         """Whether a prompt holds anything but placeholders: those that vLLM makes up for profiling do not."""

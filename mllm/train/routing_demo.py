@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mllm.data.charts import COLOURS, LABELS, Chart, Renderer, questions
+from mllm.data.charts import COLOURS, LABELS, MAX_VALUE, Chart, Renderer
 from mllm.errors import UnavailableError
 
 VERSION = 1
@@ -29,8 +29,9 @@ TEXT_HEIGHT = 12
 STRIP = 32
 """Length of digit strips and text lines over their breadth."""
 ALPHABET = "ACEHKLNPTX"
-CODE_LENGTH = 3
+CODE_LENGTH = 2
 READ = "What is written here?"
+MEASURE = "How high is the last bar?"
 
 
 @dataclass(frozen=True)
@@ -142,16 +143,11 @@ def _draw(
 
 
 def _chart(rng: random.Random, renderer: Renderer) -> tuple[np.ndarray, str, str]:
-    """A bar chart and a question about one bar's value."""
-    bars = rng.randint(2, 3)
-    chart = Chart(
-        "bar",
-        tuple(rng.sample(sorted(COLOURS), bars)),
-        tuple(rng.randint(1, 9) for _ in range(bars)),
-        LABELS[:bars],
-    )
-    question = rng.choice(questions(chart)["value"])
-    return renderer.draw(chart), question.text, question.answer
+    """A bar chart; the question is its last bar's height, in units of the axis."""
+    bars = rng.randint(2, 4)
+    heights = tuple(rng.randint(1, MAX_VALUE) for _ in range(bars))
+    chart = Chart("bar", tuple(rng.sample(sorted(COLOURS), bars)), heights, LABELS[:bars])
+    return renderer.draw(chart), MEASURE, str(heights[-1])
 
 
 def _digit_strip(rng: random.Random, digit: np.ndarray) -> np.ndarray:

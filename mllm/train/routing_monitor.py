@@ -16,8 +16,8 @@ from mllm.types import Routing
 _log = logging.getLogger(__name__)
 COLLAPSE = 0.95
 """Share of the choices from which one expert counts as the only one."""
-ENOUGH = 64
-"""Images before anything is said."""
+ENOUGH = 128
+"""Images to look at together. Two such looks in a row must agree before anything is said: a router that begins may lean."""
 
 
 class RoutingMonitor:
@@ -27,7 +27,7 @@ class RoutingMonitor:
     def __init__(self, router: Any):
         self.router, self.experts = router, tuple(router.experts)
         self.sums: torch.Tensor | None = None
-        self.warned = ""
+        self.suspect = self.warned = ""
         self._recent = [0.0] * (len(self.experts) + 1)
         self._handle = router.register_forward_hook(self._listen)
 
@@ -71,7 +71,10 @@ class RoutingMonitor:
         self._recent = [0.0] * len(self._recent)
         share, name = max((count / images, name) for count, name in zip(counts, self.experts))
         if len(counts) == self.router.config.top_k or share < COLLAPSE or sum(counts) / images - share > 1 - COLLAPSE:
-            self.warned = ""
+            self.suspect = self.warned = ""
+            return
+        before, self.suspect = self.suspect, name
+        if before != name:
             return
         if self.warned != name and distributed.is_main():
             _log.warning(
@@ -90,7 +93,7 @@ class RoutingMonitor:
 
 
 def watch_routing(model: Any) -> RoutingMonitor | None:
-    """A monitor for a model whose router can learn; None for all others."""
+    """A monitor for a model whose router learns; None for all others."""
     tower = getattr(getattr(model, "model", model), "vision_tower", None)
     router = getattr(tower, "router", None)
-    return RoutingMonitor(router) if router is not None and any(True for _ in router.parameters()) else None
+    return RoutingMonitor(router) if router is not None and any(p.requires_grad for p in router.parameters()) else None

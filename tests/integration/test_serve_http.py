@@ -281,6 +281,13 @@ def test_bad_pictures_are_4xx(server, kind):
     assert 400 <= response.status_code < 500, response.text
 
 
+def test_a_prompt_that_was_cut_through_its_pictures_is_4xx(server):
+    response = ask(
+        server, "what?", encode(picture(4)), mm_processor_kwargs={"experts": "none"}, truncate_prompt_tokens=3
+    )
+    assert 400 <= response.status_code < 500, response.text
+
+
 def test_a_wrong_key_is_401_and_health_needs_none(server):
     with httpx.Client(base_url=server.base_url) as stranger:
         assert stranger.post("/v1/chat/completions", json=body("hello")).status_code == 401

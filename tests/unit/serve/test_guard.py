@@ -131,6 +131,25 @@ def test_addresses_are_refused_with_400(url, says):
     assert app.bodies == []
 
 
+@pytest.mark.parametrize("url", ["data:", "data:image/png", "data:image/png,abc", "data:image/png;base64", "DATA:x,y"])
+def test_a_data_uri_without_base64_is_refused(url):
+    assert ask(Echo(), chat(picture(url))).status_code == 400
+
+
+@pytest.mark.parametrize("value", ["x", 1.5, [1], True])
+@pytest.mark.parametrize("name", ["structured_outputs", "response_format", "stream_options"])
+def test_what_must_be_an_object_is_one(name, value):
+    assert ask(Echo(), chat(**{name: value})).status_code == 400
+    assert ask(Echo(), chat(**{name: {}})).status_code == 200
+    assert ask(Echo(), chat(**{name: None})).status_code == 200
+
+
+def test_only_chat_requests_are_routed_in_two_passes():
+    app = Echo(reply="A")
+    ask(app, chat(picture(), {"type": "text", "text": "?"}), router=LETTERS, path="/tokenize")
+    assert app.paths == ["/tokenize"]
+
+
 def test_allowed_domains_leave_the_host_check_to_vllm_but_never_files():
     app = Echo()
     assert ask(app, chat(picture("https://example.org/a.png")), media_domains=["example.org"]).status_code == 200
