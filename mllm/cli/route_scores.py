@@ -90,6 +90,11 @@ def score_routings(
     free = {"tokenizer": processor.tokenizer} if bank.router.asks_language_model else {}
     ways: list[tuple[str, dict[str, Any]]] = [("routed", free), ("all experts", {"experts": list(bank.experts)})]
     ways += [(f"{name} alone", {"experts": [name]}) for name in bank.experts]
+    if len(bank.experts) > 2:
+        ways += [
+            (f"all but {name}", {"experts": [other for other in bank.experts if other != name]})
+            for name in bank.experts
+        ]
     ways.append(("no expert", {"experts": []}))
     results = []
     for name, options in ways:

@@ -14,6 +14,8 @@ from typing import Any
 from pydantic import Field
 
 from mllm.config import StrictModel
+from mllm.errors import DataError
+from mllm.processing.images import image_size
 from mllm.serve.routes import FirstPassFailed, Routes, pictures, told
 
 Scope = MutableMapping[str, Any]
@@ -43,6 +45,7 @@ class GuardSettings(StrictModel):
     media_domains: list[str] = Field(default_factory=list)
     """Hosts whose pictures vLLM may fetch; empty: only base64 data URIs."""
     max_images: int = Field(default=8, ge=0)
+    max_pixels: int = Field(default=16_000_000, gt=0)
     image_token: str = "<image>"
     router: dict[str, Any] | None = None
     """The checkpoint's router config; None: nothing is routed."""
@@ -59,10 +62,11 @@ class Refused(Exception):
 class Guard:
     """Checks key, size, addresses and settings of every request; answers what is wrong with a 4xx in OpenAI's form.
 
-    Beyond vLLM's own checks: the body's size and the time it takes; ``file://`` and foreign addresses (a plain 400);
-    cache names chosen by clients (a ``uuid`` could put one picture under another's hash); image-processor settings
-    other than ``experts``; placeholders typed anywhere in a conversation, tool arguments included. With a
-    ``language_model`` router, requests with images are answered in two passes (`Routes`).
+    Beyond vLLM's own checks: the body's size and the time it takes; every picture's format and size by its header;
+    ``file://`` and foreign addresses (a plain 400); cache names chosen by clients (a ``uuid`` could put one picture
+    under another's hash); image-processor settings other than ``experts``; placeholders typed anywhere in a
+    conversation, tool arguments included. With a ``language_model`` router, requests with images are answered in two
+    passes (`Routes`).
     """
 
     def __init__(self, app: Any, settings: GuardSettings | None = None, api_key: str | None = None):
@@ -143,7 +147,10 @@ class Guard:
         for name in _OBJECTS:
             if data.get(name) is not None and not isinstance(data[name], dict):
                 raise Refused(400, f"{name} must be an object")
-        data = self._walk(data, 0)
+        embedded: list[str] = []
+        data = self._walk(data, 0, embedded)
+        if embedded:
+            await asyncio.to_thread(self.check_pictures, embedded)
         count = len(pictures(data))
         if count > self.settings.max_images:
             raise Refused(400, f"{count} pictures in one request; at most {self.settings.max_images} are served")
@@ -155,18 +162,35 @@ class Guard:
         body = json.dumps(data, ensure_ascii=False).encode("utf-8", "replace")
         return body, told(weights) if weights else None
 
-    def _walk(self, value: Any, depth: int, key: str = "") -> Any:
+    def check_pictures(self, addresses: list[str]) -> None:
+        """Read the header of every embedded picture: its format and size, before anything is decoded."""
+        for position, address in enumerate(addresses):
+            try:
+                uri = "data:" + address.strip()[len("data:") :]  # never anything that could be taken for a path
+                height, width = image_size(uri, where=f"picture {position}")
+            except DataError as error:
+                raise Refused(400, str(error)) from None
+            if height * width > self.settings.max_pixels:
+                raise Refused(
+                    400,
+                    f"picture {position} has {width} × {height} pixels, above this server's limit of "
+                    f"{self.settings.max_pixels / 1e6:g} megapixels",
+                )
+
+    def _walk(self, value: Any, depth: int, embedded: list[str], key: str = "") -> Any:
         if depth > _MAX_DEPTH:
             raise Refused(400, f"the body is nested deeper than {_MAX_DEPTH} levels")
         if isinstance(value, dict):
             if any(value.get(name) is not None for name in _CACHE_KEYS) and "type" in value:
                 raise Refused(400, "uuid is not accepted: pictures are cached by their content only")
-            return {name: self._walk(item, depth + 1, name) for name, item in value.items()}
+            return {name: self._walk(item, depth + 1, embedded, name) for name, item in value.items()}
         if isinstance(value, list):
-            return [self._walk(item, depth + 1, key) for item in value]
+            return [self._walk(item, depth + 1, embedded, key) for item in value]
         if isinstance(value, str):
             if key in _ADDRESS_KEYS and (scheme := _SCHEME.match(value)):
                 self._check_address(scheme.group(1).lower(), value)
+                if scheme.group(1).lower() == "data":
+                    embedded.append(value)
                 return value
             token = self.settings.image_token
             return value.replace(token, token[:1] + " " + token[1:])

@@ -88,6 +88,7 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         max_body_bytes=int(settings.max_body_mb * 2**20),
         media_domains=settings.media_domains,
         max_images=settings.max_images,
+        max_pixels=settings.max_pixels,
         image_token=_image_token(settings.checkpoint),
         router=router,
     )

@@ -254,6 +254,21 @@ class ZeroEngine(Engine):
         super().__init__(model, groups, stage, device)
 
     def _start(self, groups: list[Group]) -> None:
+        self._lent_local_rank = "LOCAL_RANK" not in os.environ
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it while it trains, process group or not
+        try:
+            self._start_deepspeed(groups)
+        except BaseException:
+            self._take_back_local_rank()
+            raise
+
+    def _take_back_local_rank(self) -> None:
+        """A ``LOCAL_RANK`` left behind makes accelerate (and `transformers.Trainer`) wait for other processes."""
+        if self._lent_local_rank:
+            os.environ.pop("LOCAL_RANK", None)
+            self._lent_local_rank = False
+
+    def _start_deepspeed(self, groups: list[Group]) -> None:
         deepspeed = import_deepspeed()
         optimizer = build_optimizer(self.model, groups, self.stage.optimizer)
         visual: list[nn.Module] = []
@@ -392,8 +407,10 @@ class ZeroEngine(Engine):
         return state
 
     def close(self) -> None:
-        self.engine.destroy()
+        if self.engine is not None:
+            self.engine.destroy()
         self.engine = self.zero = None
+        self._take_back_local_rank()
         super().close()
 
 
@@ -416,7 +433,6 @@ def import_deepspeed() -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed calls collectives by names that torch is giving up; its users can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it even when the process group is there already
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not deepspeed.comm.is_initialized():
         deepspeed.comm.init_distributed(

@@ -165,6 +165,7 @@ def open_session(run: Run, stage: StageSpec, model: Any, processor: Any, stack: 
         checkpoint.check(model, progress)
         checkpoint.restore_weights(model)
     engine = build_engine(model, groups, stage, device)
+    stack.push(lambda failed, *_: engine.close() if failed else None)
     if checkpoint is not None:
         checkpoint.restore_engine(engine)
         _go_on(checkpoint, data, progress, display)

@@ -69,7 +69,7 @@ def processes(recipe: TokenizerRecipe) -> Iterator[tuple[int, torch.device]]:
     else:
         device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     started = False
-    if "RANK" in os.environ and not dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -265,6 +265,63 @@ def test_measured_losses_are_the_models_own_and_survive_a_kill(tmp_path: Path) -
         label_source(model, processor, source, path, rule=LabelRule(margin=0.2))
 
 
+def test_the_command_line_labels_data_and_reports_choices_scores_and_savings(tmp_path: Path) -> None:
+    import typer
+    from typer.testing import CliRunner
+
+    from mllm.cli import route
+
+    stage = {"name": "route", "kind": "routing", "steps": 30, "learn": {"router": 3e-2}, "options": {"labels": "data"}}
+    recipe = routed_recipe(tmp_path, [stage])
+    labels = write_labels(tmp_path, none_every=6)
+    final, rows = run_recipe(recipe), tmp_path / "data" / "rows.json"
+    app = typer.Typer()
+    route.add_to(app)
+
+    def mllm(*arguments: str) -> str:
+        result = CliRunner().invoke(app, ["route", *map(str, arguments)], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    task = tmp_path / "task.yaml"
+    questions = [
+        {"id": str(i), "image": f"{i}.png", "question": "what?", "answer": "a", "kind": "red"} for i in range(4)
+    ]
+    (tmp_path / "data" / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    task.write_text(
+        f"""{{version: 1, description: four questions, licence: CC0-1.0, data_dir: {tmp_path / "data"},
+        sources: [{{name: a, format: jsonl, files: [questions.jsonl],
+        columns: {{id: id, question: question, answers: answer, images: image, category: kind}}}}],
+        prompt: "{{{{ question }}}}", generation: {{max_new_tokens: 2}}, metrics: [exact_match]}}"""
+    )
+    out = mllm("report", final, rows, "--tasks", task, "--output", tmp_path / "report", "--device", "cpu")
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["total"]["samples"] == 24 and report["total"]["experts_per_sample"] == 1
+    by_kind = {group["kind"]: group for group in report["groups"]}
+    assert by_kind["red"]["use"] == {"left": 1, "right": 0} and by_kind["blue"]["use"] == {"left": 0, "right": 1}
+    assert by_kind["blue"]["agreement"] == 1 and by_kind["red"]["right_expert"] == 1
+    assert report["total"]["agreement"] == pytest.approx(20 / 24), (
+        "four rows need no expert, and a gate without threshold runs one"
+    )
+    assert 0 < report["total"]["saved"] < 1 and report["total"]["gflops"] < report["total"]["gflops_all"]
+    scores = {entry["name"]: entry for entry in report["scores"]}
+    assert list(scores) == ["routed", "all experts", "left alone", "right alone", "no expert"]
+    assert [scores[name]["experts"] for name in scores] == [1, 2, 1, 1, 0]
+    assert scores["no expert"]["gflops"] < scores["left alone"]["gflops"] < scores["all experts"]["gflops"]
+    assert "blue" in out and "routed" in out
+    card = (final / "README.md").read_text()
+    assert "| all experts |" in card and card.count("## Routing") == 1
+    (final / "README.md").write_text(f"{card}\nkept\n")
+    mllm("report", final, rows, "--tasks", task, "--output", tmp_path / "report", "--device", "cpu", "--budget", "0")
+    again = (final / "README.md").read_text()
+    assert again.count("## Routing") == 1 and again.endswith("kept\n") and "0.00 experts per sample" in again
+
+    labels.unlink()
+    out = mllm("label", final, rows, "--limit", "6", "--device", "cpu")
+    assert "6 samples" in out and labels.name in out
+    assert LabelFile(labels).header["made_by"] == str(final) and len(LabelFile(labels).rows) == 6  # type: ignore[index]
+
+
 def test_losses_become_hard_and_soft_targets() -> None:
     losses = {"none": 1.0, "a": 0.2, "b": 0.9, "c": 0.3}
     assert helpful_experts(losses, margin=0.05, top_k=3) == ["a", "c", "b"]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 
 from mllm.serve.guard import Guard, GuardSettings
 
@@ -57,7 +60,13 @@ def ask(app: Echo, body: Any = None, *, path="/v1/chat/completions", method="POS
     return asyncio.run(go())
 
 
-def picture(url: str = "data:image/png;base64,AAAA", **extra: Any) -> dict[str, Any]:
+def encoded(form: str = "PNG", size: tuple[int, int] = (4, 3)) -> str:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (7, 8, 9)).save(buffer, form)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def picture(url: str = encoded(), **extra: Any) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}, **extra}
 
 
@@ -134,6 +143,32 @@ def test_addresses_are_refused_with_400(url, says):
 @pytest.mark.parametrize("url", ["data:", "data:image/png", "data:image/png,abc", "data:image/png;base64", "DATA:x,y"])
 def test_a_data_uri_without_base64_is_refused(url):
     assert ask(Echo(), chat(picture(url))).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("data:image/png;base64,", "empty"),
+        ("data:image/png;base64,***", "base64"),
+        ("data:image/png;base64," + base64.b64encode(b"no picture at all").decode(), "not an image"),
+        (
+            "data:image/png;base64," + base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n").decode(),
+            "not an",
+        ),
+        (encoded(size=(50, 21)), "limit of 0.001 megapixels"),
+        (
+            "data:image/bmp;base64,Qk3KCAAAAAAAADYAAAAoAAAADAAAtj0AbAABABgAAAAAAJQIAADEDgAAxA4AAAAAAAAAAAAA",
+            "picture 0",
+        ),
+    ],
+    ids=["empty", "base64", "text", "postscript", "large", "bomb"],
+)
+def test_pictures_are_judged_by_their_header(url, says):
+    app = Echo()
+    response = ask(app, chat(picture(url)), max_pixels=1000)
+    assert response.status_code == 400 and says in response.json()["error"]["message"]
+    assert app.bodies == []
+    assert ask(app, chat(picture(encoded("GIF", (40, 25)))), max_pixels=1000).status_code == 200
 
 
 @pytest.mark.parametrize("value", ["x", 1.5, [1], True])
@@ -257,7 +292,7 @@ def test_a_fixed_routing_becomes_weights_and_is_told_in_a_header(experts, weight
 
 def test_every_picture_may_have_its_own_routing():
     app = Echo()
-    body = chat(picture(), picture("data:image/png;base64,BBBB"), mm_processor_kwargs={"experts": [["text"], "none"]})
+    body = chat(picture(), picture(encoded("JPEG")), mm_processor_kwargs={"experts": [["text"], "none"]})
     response = ask(app, body, router=ROUTER)
     assert app.bodies[0]["mm_processor_kwargs"] == {"experts": [{"text": 1.0}, {}]}
     assert response.headers["x-mllm-experts"] == "text;none"

@@ -49,7 +49,8 @@ def test_the_defaults_are_safe(checkpoints):
     ):
         assert option not in arguments
     guard = GuardSettings.model_validate_json(environment[ENVIRONMENT])
-    assert (guard.max_body_bytes, guard.media_domains, guard.router) == (32 * 2**20, [], None)
+    assert (guard.max_body_bytes, guard.max_pixels, guard.media_domains) == (32 * 2**20, 16_000_000, [])
+    assert guard.router is None
 
 
 def test_greedy_checkpoints_are_served_greedily(checkpoints):
