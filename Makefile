@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-EXTRAS ?= train,eval,serve-cpu,dev
+EXTRAS ?= train,eval,lmms-eval,serve-cpu,dev
 WORKERS ?= 2
 
 .PHONY: setup demo test lint clean

@@ -123,6 +123,9 @@ class StageSpec(StrictModel):
     gradient_accumulation: int = Field(default=1, ge=1)
     max_length: int = Field(default=2048, ge=8)
     """Tokens of one row, visual tokens included."""
+    chat_template: str | None = None
+    """Template of this stage's data alone (``caption``: images and what is said about them, no questions; LLaVA's first
+    stage). Default: the model's."""
     packing: bool = False
     group_by_length: bool = False
     engine: str | dict[str, Any] = "none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def with_images(template: str, image_token: str) -> str:
 
     An image part becomes the placeholder, with a line break before text that does not begin with white space; a placeholder
     that a user typed is pulled apart (``<image>`` → ``< image>``), so it never takes an image's slot. Because the rule lives
-    in the template, transformers, training and vLLM all apply the same one. Wrapping twice changes nothing.
+    in the template, transformers, training and vLLM all apply the same one. Wrapping twice changes nothing. The template
+    sees the placeholder as ``image_token``.
     """
     if template.startswith(_MARK):
         return template
@@ -66,7 +68,9 @@ def with_images(template: str, image_token: str) -> str:
         + "{%- endif -%}"
         + "{%- set flat.messages = flat.messages + [dict(message, content=flat.text)] -%}"
         + "{%- endfor -%}"
-        + "{%- set messages = flat.messages -%}"
+        + "{%- set messages = flat.messages -%}{%- set image_token = "
+        + typed
+        + " -%}"
         + template
     )
 
@@ -90,6 +94,20 @@ def check_template(tokenizer: Any, template: str) -> None:
             f"chat_template: {len(lost)} of 3 messages do not appear in the rendered text, so nothing could be learned from "
             f"them. Give model.chat_template one of {', '.join(shipped_templates())}, or a Jinja file"
         )
+
+
+def for_training(processor: Any, name: str) -> Any:
+    """A processor that shares everything with ``processor`` but renders with another template (shipped name or Jinja file):
+    what one training stage reads. Raises `ConfigError` when what the assistant says gets lost."""
+    template = with_images(read_template(name), processor.image_token)
+    probe = "mllm-assistant-probe"
+    messages = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": probe}]
+    text = processor.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    if probe not in text or text.count(processor.image_token) != 1:
+        raise ConfigError(f"chat_template {name!r} drops images or what the assistant says; nothing could be learned")
+    other = copy.copy(processor)
+    other.chat_template = template
+    return other
 
 
 def is_wrapped(template: str | None) -> bool:

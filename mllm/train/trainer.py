@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from mllm.errors import ConfigError, MllmError
+from mllm.processing.template import for_training, read_template
 from mllm.recipe import Recipe, StageSpec
 from mllm.train import distributed
 from mllm.train.cached_stage import use_cache
@@ -140,6 +141,8 @@ def open_session(run: Run, stage: StageSpec, model: Any, processor: Any, stack: 
     must be closed when the stage ends."""
     device, choice = distributed.local_device(), choose_engine(stage)
     mixture = open_mixture(stage, run.recipe.seed)
+    if stage.chat_template is not None:
+        processor = for_training(processor, stage.chat_template)
     seed_everything(run.recipe.seed, f"{stage.name}/adapters", same=True)
     groups = apply_learning(model, stage)
     set_modes(model)
@@ -321,6 +324,8 @@ def check_stage(stage: StageSpec, recipe: Recipe) -> None:
     parts that the model lacks, data that are not there. Nothing is built."""
     if stage.packing and stage.group_by_length:
         raise ConfigError(f"stages.{stage.name}: packing and group_by_length exclude each other; keep one")
+    if stage.chat_template is not None:
+        read_template(stage.chat_template)
     choose_engine(stage)
     learning_by_part(recipe_parts(recipe.model), stage)
     open_mixture(stage, recipe.seed)

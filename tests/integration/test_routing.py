@@ -150,7 +150,7 @@ def write_labels(folder: Path, *, none_every: int = 0) -> Path:
         losses = {"none": 2.0, "left": 0.5 + row % 2, "right": 1.5 - row % 2}
         if none_every and row % none_every == 0:
             losses = {"none": 1.0, "left": 1.0, "right": 1.0}
-        lines.append({"row": row, "losses": losses})
+        lines.append({"row": row, "losses": losses, "experts": helpful_experts(losses, margin=0.05, top_k=1)})
     path = labels_path(source)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from mllm.errors import AlignmentError, ConfigError, DataError
 from mllm.processing.chat import IGNORE, encode_sample, encode_text, render_prompt
 from mllm.processing.image_processor import MllmImageProcessor
 from mllm.processing.processor import MllmProcessor
-from mllm.processing.template import check_template, shipped_templates, with_images
+from mllm.processing.template import check_template, for_training, shipped_templates, with_images
 from mllm.types import IMAGE_MARK, ImageLayout, ImageSpec, Sample, Turn
 from tests.helpers import picture, tiny_tokenizer
 
@@ -163,3 +165,19 @@ def test_the_processor_names_wrong_counts() -> None:
         processor(text="<image> and <image>", images=picture())
     with pytest.raises(AlignmentError, match="text 1 has 0 <image> placeholders and 1 images"):
         processor(text=["<image>", "none"], images=[[picture()], [picture()]])
+
+
+def test_a_stage_may_read_captions_only(tmp_path: Path) -> None:
+    processor = processor_with(shipped_templates()["vicuna"].read_text().rstrip("\n"))
+    before = processor.chat_template
+    captions = for_training(processor, "caption")
+    turns = [Turn("user", f"{IMAGE_MARK}describe <image> it"), Turn("assistant", "a red bar")]
+    assert render_prompt(captions, turns, add_generation_prompt=False) == "<s><image>a red bar\n"
+    ids, labels = encode_text(captions, turns)
+    assert int((ids == processor.image_token_id).sum()) == processor.num_image_tokens
+    learned = processor.tokenizer.decode(labels[labels != IGNORE]).strip()
+    assert learned == "a red bar"
+    assert processor.chat_template == before and "describe" in render_prompt(processor, turns)
+    (tmp_path / "lossy.jinja").write_text("{% for m in messages %}x{% endfor %}")
+    with pytest.raises(ConfigError, match="nothing could be learned"):
+        for_training(processor, str(tmp_path / "lossy.jinja"))

@@ -38,7 +38,7 @@ def processor(template: str) -> MllmProcessor:
     return MllmProcessor(images, tiny_tokenizer(template=template))
 
 
-@pytest.mark.parametrize("template", sorted(shipped_templates()))
+@pytest.mark.parametrize("template", sorted(set(shipped_templates()) - {"caption"}))  # captions hold no question
 @pytest.mark.parametrize("turns", CONVERSATIONS, ids=range(len(CONVERSATIONS)))
 @pytest.mark.parametrize("as_ids", [False, True])
 def test_questions_from_the_prompt_equal_those_from_the_conversation(template, turns, as_ids):
