@@ -188,9 +188,10 @@ class HfEncoder(LibraryEncoder):
         try:
             if self.model.config.model_type == "pix2struct_vision_model":
                 # Its own forward would build a mask from the pixels and wait for the device; there is no padding here.
-                self.model.encoder(
-                    self.model.embeddings(_pix2struct_patches(pixels, self.model.config)), attention_mask=None
-                )
+                x = self.model.embeddings(_pix2struct_patches(pixels, self.model.config))
+                takes_none = hasattr(self.model.encoder.layer[0].attention, "scaling")
+                # Older transformers require a mask; ones hide nothing.
+                self.model.encoder(x, attention_mask=None if takes_none else x.new_ones(x.shape[:2]))
             else:
                 self.model(**_model_inputs(self.model, pixels))
         finally:
