@@ -24,6 +24,9 @@ def parity(
         str | None, typer.Option(help="Where transformers runs: cpu, cuda; default: the GPU when there is one.")
     ] = None,
     vllm: Annotated[bool, typer.Option(help="Compare vLLM too.")] = True,
+    unmerged: Annotated[
+        bool, typer.Option(help="For an adapter on the language model: let vLLM serve it beside the base, not merged.")
+    ] = False,
     backend: Annotated[str, typer.Option(help="vLLM's model: auto, native or transformers.")] = "auto",
     gpu_memory: Annotated[float | None, typer.Option(help="vLLM's share of GPU memory.")] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the result as JSON.")] = None,
@@ -58,6 +61,7 @@ def parity(
         vllm=vllm,
         model_impl={"native": "vllm"}.get(backend, backend),
         engine=engine,
+        unmerged=unmerged,
     )
     console = Console()
     table = Table(

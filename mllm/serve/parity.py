@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mllm.errors import UnavailableError
+from mllm.errors import ConfigError, UnavailableError
 from mllm.serve.traces import (
     Case,
     Trace,
@@ -154,9 +154,12 @@ def run_parity(
     vllm: bool = True,
     model_impl: str = "auto",
     engine: Mapping[str, Any] | None = None,
+    unmerged: bool = False,
 ) -> tuple[list[Difference], dict[str, float]]:
     """All paths of a checkpoint (or of a PEFT adapter folder: base with adapter, then merged) against `generate`.
 
+    unmerged: vLLM serves the base with the adapter beside it instead of the merged model; the adapter must then be on
+    the language part alone.
     Returns the differences and what each encoder moves (`check_encoders_matter`).
     """
     from transformers import AutoProcessor
@@ -171,7 +174,9 @@ def run_parity(
     images = 5 if model.config.connector is not None else 0
     cases = list(cases) if cases is not None else standard_cases(num_cases, max_images=images, experts=experts)
     with tempfile.TemporaryDirectory() as folder:
-        served = base
+        served, lora = base, None
+        if unmerged:
+            lora = _lora_of(adapter)
         if adapter is not None:
             from peft import PeftModel
 
@@ -184,22 +189,43 @@ def run_parity(
             model = model.merge_and_unload()
             merged = trace_generate(model, processor, cases, num_tokens=num_tokens)
             differences += compare(cases, reference, merged, path="merged adapter")
-            served = folder
-            model.save_pretrained(folder)
-            processor.save_pretrained(folder)
+            if not unmerged:
+                served = folder
+                model.save_pretrained(folder)
+                processor.save_pretrained(folder)
         del model
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if vllm:
-            llm = open_vllm(served, dtype=dtype, model_impl=model_impl, **(engine or {}))
+            ranks = {} if lora is None else {"enable_lora": True, "max_lora_rank": max(lora[1], 8)}
+            llm = open_vllm(served, dtype=dtype, model_impl=model_impl, **{**ranks, **(engine or {})})
             hashes = vllm_pixels(llm, processor, cases) if model_impl != "transformers" else [None] * len(cases)
             for path, batch in (("vLLM one by one", False), ("vLLM batched, caches warm", True)):
-                traces = trace_vllm(llm, processor, cases, num_tokens=num_tokens, batch=batch)
+                traces = trace_vllm(llm, processor, cases, num_tokens=num_tokens, batch=batch, adapter=lora and lora[0])
                 for trace, pixels in zip(traces, hashes, strict=True):
                     trace.pixels = pixels
                 differences += compare(cases, reference, traces, path=path)
     return differences, moved
+
+
+def _lora_of(adapter: str | None) -> tuple[str, int]:
+    """(folder, rank) of an adapter that vLLM can serve unmerged. Raises `ConfigError` for any other."""
+    if adapter is None:
+        raise ConfigError("unmerged: give a PEFT adapter's folder, not a whole checkpoint")
+    from peft import PeftConfig
+    from safetensors import safe_open
+
+    with safe_open(str(Path(adapter) / "adapter_model.safetensors"), "pt") as file:
+        outside = sorted({key for key in file.keys() if ".language_model." not in key})
+    if outside:
+        raise ConfigError(
+            f"{adapter}: vLLM adapts the language model only, and this adapter also changes {outside[0]}; merge it"
+        )
+    config: Any = PeftConfig.from_pretrained(adapter)
+    if getattr(config, "use_dora", False):
+        raise ConfigError(f"{adapter}: vLLM does not serve DoRA unmerged; merge it")
+    return adapter, int(config.r)
 
 
 def _adapter_base(checkpoint: str) -> tuple[str | None, str]:

@@ -163,11 +163,24 @@ def open_vllm(
     return LLM(checkpoint, **settings)
 
 
-def trace_vllm(llm: Any, processor: Any, cases: Sequence[Case], *, num_tokens: int, batch: bool = False) -> list[Trace]:
+def trace_vllm(
+    llm: Any,
+    processor: Any,
+    cases: Sequence[Case],
+    *,
+    num_tokens: int,
+    batch: bool = False,
+    adapter: str | None = None,
+) -> list[Trace]:
     """The same conversations through vLLM's chat interface, one by one or all at once (cases of equal routing
-    together)."""
+    together). adapter: folder of a LoRA adapter on the language model, applied unmerged."""
     from vllm import SamplingParams
 
+    lora = None
+    if adapter is not None:
+        from vllm.lora.request import LoRARequest
+
+        lora = LoRARequest("adapter", 1, adapter)
     sampling = SamplingParams(
         temperature=0,
         max_tokens=num_tokens,
@@ -189,6 +202,7 @@ def trace_vllm(llm: Any, processor: Any, cases: Sequence[Case], *, num_tokens: i
             [vllm_messages(cases[index]) for index in indices],
             sampling,
             use_tqdm=False,
+            lora_request=lora,
             chat_template_content_format="openai",
             mm_processor_kwargs=None if experts is None else {"experts": experts},
         )

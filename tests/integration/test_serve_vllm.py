@@ -138,3 +138,35 @@ def test_the_parity_command_compares_all_paths_and_vllms_transformers_backend(tm
     assert {d["path"] for d in found["differences"]} == {"forward", "vLLM one by one", "vLLM batched, caches warm"}
     assert all(d["first"] is None and not d["notes"] for d in found["differences"])
     assert max(d["gap"] for d in found["differences"]) < 1e-3
+
+
+def test_an_adapter_on_the_language_model_is_served_unmerged(tmp_path):
+    pytest.importorskip("vllm")
+    from peft import LoraConfig, get_peft_model
+
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
+
+    base = write_checkpoint(tmp_path / "base")
+    plain = MllmForConditionalGeneration.from_pretrained(base)
+    target = r".*language_model\..*(q_proj|v_proj|down_proj)"
+    ids = torch.arange(5, 15)[None]
+    before = plain(input_ids=ids).logits.argmax(-1)
+    adapted = get_peft_model(plain, LoraConfig(r=4, lora_alpha=16, target_modules=target))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    assert (adapted(input_ids=ids).logits.argmax(-1) != before).float().mean() > 0.5, "the adapter must matter"
+    adapted.save_pretrained(tmp_path / "adapter")
+    report = tmp_path / "report.json"
+    done = run(
+        *("-m", "mllm.cli.main", "parity", str(tmp_path / "adapter"), "--unmerged"),
+        *("--cases", "6", "--tokens", "6", "--output", str(report)),
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads(report.read_text())
+    assert {d["path"] for d in found["differences"]} == {
+        "forward", "merged adapter", "vLLM one by one", "vLLM batched, caches warm"
+    }  # fmt: skip
+    assert all(d["first"] is None and not d["notes"] for d in found["differences"])
