@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.eval.results import Row, TaskResult, disagree
+from mllm.eval.study import Study, study_html
 
 _MAX_ROWS = 2000
 _STYLE = """
@@ -39,6 +40,7 @@ def html_page(
     rows: Mapping[str, Sequence[Row]],
     blind: Mapping[str, Mapping[str, Row]],
     thumbnails: Path,
+    studies: Sequence[Study] = (),
 ) -> str:
     """The report. rows: predictions by task; blind: blind predictions by task and id; thumbnails: folder of small
     pictures named by image hash. At most 2000 samples per task are listed, those with something to look at first."""
@@ -47,6 +49,7 @@ def html_page(
         '<meta name="viewport" content="width=device-width,initial-scale=1">',
         f"<style>{_STYLE}</style><h1>Evaluation</h1>",
         _summary(results),
+        *(study_html(study) for study in studies),
     ]
     for name, result in results.items():
         parts.append(_task(name, result, rows[name], blind.get(name, {}), thumbnails))

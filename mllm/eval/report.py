@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from mllm.eval.compare import TaskComparison, compare_predictions
 from mllm.eval.page import html_page
 from mllm.eval.predictions import read_predictions, write_atomic
 from mllm.eval.results import MetricResult, TaskResult
+from mllm.eval.study import Study, finite, load_studies, markdown_table, number, p_text, study_markdown
 
 _COMPARED = ("task", "metric", "A", "B", "B − A", "95 %", "p", "p (Holm)", "B better/worse", "method")
 
@@ -29,18 +29,19 @@ def write_report(
     show: bool = True,
 ) -> dict[str, Path]:
     """Write ``report.md``, ``report.html`` and ``results.json`` into ``folder`` and print the table. Returns their
-    paths."""
+    paths. Studies whose files lie in the folder (ablation, stress test, contamination) become chapters."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / name for name in ("report.md", "report.html", "results.json")}
-    write_atomic(paths["report.md"], markdown(results, batch_differences))
+    studies = load_studies(folder)
+    write_atomic(paths["report.md"], markdown(results, batch_differences, studies))
     rows = {name: read_predictions(Path(result.path)) for name, result in results.items()}
     blind = {
         name: {row["id"]: row for row in read_predictions(Path(result.blind.path))}
         for name, result in results.items()
         if result.blind is not None
     }
-    write_atomic(paths["report.html"], html_page(results, rows, blind, folder / "thumbnails"))
+    write_atomic(paths["report.html"], html_page(results, rows, blind, folder / "thumbnails", studies))
     write_atomic(
         paths["results.json"],
         json.dumps(plain_results(results, batch_differences), indent=2, ensure_ascii=False) + "\n",
@@ -60,20 +61,7 @@ def plain_results(
     document: dict[str, Any] = {"tasks": tasks}
     if batch_differences is not None:
         document["batch_differences"] = list(batch_differences)
-    return _finite(document)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def number(value: float, digits: int = 2) -> str:
-    """A number for people; – for NaN."""
-    return "–" if value != value else f"{value:.{digits}f}"
+    return finite(document)
 
 
 def interval(metric: MetricResult) -> str:
@@ -147,9 +135,13 @@ def print_results(
         console.print(f"[dim]{escape(note)}[/]", highlight=False)
 
 
-def markdown(results: Mapping[str, TaskResult], batch_differences: Sequence[Mapping[str, Any]] | None = None) -> str:
-    """The report as Markdown: table, per-category numbers, protocols."""
-    lines = ["# Evaluation", "", *_markdown_table(_HEADINGS, _table_rows(results)), ""]
+def markdown(
+    results: Mapping[str, TaskResult],
+    batch_differences: Sequence[Mapping[str, Any]] | None = None,
+    studies: Sequence[Study] = (),
+) -> str:
+    """The report as Markdown: table, per-category numbers, protocols, studies."""
+    lines = ["# Evaluation", "", *markdown_table(_HEADINGS, _table_rows(results)), ""]
     lines += [f"- {note}" for note in [*_notes(results), *_batch_note(batch_differences)]]
     for name, result in results.items():
         lines += ["", f"## {name}", ""]
@@ -158,17 +150,12 @@ def markdown(results: Mapping[str, TaskResult], batch_differences: Sequence[Mapp
             details = {key: value for key, value in metric.details.items() if key != "score"}
             if details:
                 lines += [
-                    *_markdown_table(("part", metric.unit or "value"), [(k, number(v)) for k, v in details.items()]),
+                    *markdown_table(("part", metric.unit or "value"), [(k, number(v)) for k, v in details.items()]),
                     "",
                 ]
+    for study in studies:
+        lines += ["", *study_markdown(study, level=2)]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-    return [line(headings), line(["---"] * len(headings)), *(line(row) for row in rows)]
 
 
 def compare(first: str | Path, second: str | Path, *, seed: int = 0, show: bool = True) -> list[TaskComparison]:
@@ -185,11 +172,7 @@ def compare(first: str | Path, second: str | Path, *, seed: int = 0, show: bool 
             table.add_row(
                 entry.task, entry.metric, number(entry.value_a), number(entry.value_b), number(result.difference),
                 "–" if result.low != result.low else f"{result.low:.2f} – {result.high:.2f}",
-                _p(result.p_value), _p(entry.adjusted), counts, result.method,
+                p_text(result.p_value), p_text(entry.adjusted), counts, result.method,
             )  # fmt: skip
         console.print(table)
     return comparisons
-
-
-def _p(value: float) -> str:
-    return "–" if value != value else "< 0.0001" if value < 1e-4 else f"{value:.4f}"

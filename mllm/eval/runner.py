@@ -18,6 +18,7 @@ from mllm.eval.metrics import Metric, build_metric
 from mllm.eval.predictions import (
     PredictionWriter,
     header_path,
+    iterate_files,
     merge_shards,
     prediction_path,
     read_predictions,
@@ -185,6 +186,31 @@ def rescore(
         write_lines(path, rows)
         write_atomic(header_path(path), json.dumps(header, indent=2, ensure_ascii=False) + "\n")
     return summarise(rows, chosen, header, path=str(path))
+
+
+def report_again(folder: str | Path, *, show: bool = True) -> dict[str, TaskResult]:
+    """Make a run's report anew from its prediction files, scored with the metrics as they are now; blind runs and
+    studies that lie in the folder are shown with it. Writes ``report.md``, ``report.html``, ``results.json``."""
+    from mllm.eval.report import write_report
+
+    folder = Path(folder)
+    results: dict[str, TaskResult] = {}
+    for path in iterate_files(folder) if folder.is_dir() else ():
+        result = rescore(path, write=False)
+        for mode in ("gray", "none"):
+            blind = prediction_path(folder, result.task, mode)
+            if blind.exists() and header_path(blind).exists():
+                result.blind = rescore(blind, write=False)
+                break
+        results[result.task] = result
+    if not results:
+        raise ConfigError(f"{folder} holds no finished prediction file; `mllm eval run` writes them")
+    try:
+        before = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = {}
+    write_report(results, folder, batch_differences=before.get("batch_differences"), show=show)
+    return results
 
 
 def check_batch(

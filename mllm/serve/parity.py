@@ -217,7 +217,8 @@ def _lora_of(adapter: str | None) -> tuple[str, int]:
     from safetensors import safe_open
 
     with safe_open(str(Path(adapter) / "adapter_model.safetensors"), "pt") as file:
-        outside = sorted({key for key in file.keys() if ".language_model." not in key})
+        names = list(file.keys())
+    outside = sorted(name for name in names if ".language_model." not in name)
     if outside:
         raise ConfigError(
             f"{adapter}: vLLM adapts the language model only, and this adapter also changes {outside[0]}; merge it"

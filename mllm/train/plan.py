@@ -41,6 +41,10 @@ class StagePlan:
     flops_step: float
     flops_step_language_model: float
     tokens_step: int
+    row_length: int = 0
+    """Tokens of the longest row that memory is stated for."""
+    accumulates: bool = False
+    """Gradients stay while the next micro-batch's activations are made."""
     samples: int | None = None
     steps: int | None = None
     lengths: list[int] = field(default_factory=list)
@@ -52,10 +56,12 @@ class StagePlan:
 
     @property
     def peak(self) -> int:
-        """Bytes at the fullest moment: what stays, and the larger of activations and the update's temporary buffers."""
-        passing = {"activations and loss", "update"}
-        stays = sum(v for k, v in self.memory.items() if k not in passing)
-        return stays + max(self.memory["activations and loss"], self.memory["update"])
+        """Bytes at the fullest moment: what stays, and the larger of the backward pass and the update. Where nothing is
+        accumulated, gradients appear while activations go."""
+        memory = self.memory
+        stays = sum(v for k, v in memory.items() if k not in ("activations and loss", "update", "gradients"))
+        backward = memory["activations and loss"] + (memory["gradients"] if self.accumulates else 0)
+        return stays + max(backward, memory["gradients"] + memory["update"])
 
     def seconds(self, *, peak_flops: float, mfu: float, processes: int) -> float | None:
         """Time of the stage at a model FLOP utilisation of the language model alone."""
@@ -101,10 +107,22 @@ def plan_recipe(recipe: Recipe, *, processes: int = 1, with_data: bool = True) -
 
 
 def _processor(recipe: Recipe, config: MllmConfig) -> tuple[Any, str | None]:
+    """The processor, as far as this machine has the tokenizer: planning fetches nothing."""
+    import huggingface_hub.constants as hub
+
+    before = hub.HF_HUB_OFFLINE
+    hub.HF_HUB_OFFLINE = True
     try:
         return build_processor(recipe.model, config, load_tokenizer(recipe.model.language_model)), None
+    except ConfigError:
+        raise
     except MllmError as error:
-        return None, f"lengths are not known: {error}"
+        return None, (
+            f"lengths are not known, the tokenizer is not on this machine: {error} "
+            "(model.language_model.tokenizer=/folder), or fetch it once"
+        )
+    finally:
+        hub.HF_HUB_OFFLINE = before
 
 
 def _joins(config: MllmConfig) -> list[str]:
@@ -149,14 +167,30 @@ def _plan_stage(
         images=images,
     )
     plan.flops_step, plan.flops_step_language_model = step.total, step.language_model
-    plan.memory = memory_of(model, stage, groups, zero_stage=choice.zero_stage, processes=processes)
+    plan.row_length, plan.accumulates = _longest_row(stage, plan), stage.gradient_accumulation > 1
+    plan.memory = memory_of(
+        model, stage, groups, zero_stage=choice.zero_stage, processes=processes, row_length=plan.row_length
+    )
     learned = sum(group.num_parameters for group in groups)
     plan.checkpoint_bytes = 2 * learned * (4 + _STATE_BYTES[stage.optimizer.type])
     plan.hazards = _stage_hazards(recipe, stage, model, plan, choice.zero_stage, rows)
     return plan
 
 
-def memory_of(model: Any, stage: StageSpec, groups: list[Group], *, zero_stage: int, processes: int) -> dict[str, int]:
+def _longest_row(stage: StageSpec, plan: StagePlan) -> int:
+    """Packed rows have max_length. Others are padded to the longest sample: of those looked at, a quarter more if there
+    are others; max_length where no data is here."""
+    if stage.packing or not plan.lengths:
+        return stage.max_length
+    longest = max(plan.lengths)
+    if plan.samples is None or len(plan.lengths) < plan.samples:
+        longest = longest * 5 // 4
+    return min(stage.max_length, -(-longest // 8) * 8)
+
+
+def memory_of(
+    model: Any, stage: StageSpec, groups: list[Group], *, zero_stage: int, processes: int, row_length: int
+) -> dict[str, int]:
     """Bytes on one GPU by what they are for. ``update``: buffers of the optimizer step, when activations are gone."""
     size = 2 if stage.precision == "bf16" else 4
     total = sum(p.numel() for p in model.parameters())
@@ -164,8 +198,6 @@ def memory_of(model: Any, stage: StageSpec, groups: list[Group], *, zero_stage: 
     share = processes if zero_stage else 1
     states = learned * (_STATE_BYTES[stage.optimizer.type] + (4 if size == 2 or zero_stage else 0)) // share
     gradients = size * learned // (processes if zero_stage >= 2 else 1)
-    if zero_stage == 0 and stage.gradient_accumulation == 1:
-        gradients //= 2  # they appear while activations go
     update = min(learned, 1 << 28) * 4 if zero_stage == 0 else (4 + size) * learned // share
     buckets = 2 * size * min(learned, 200_000_000) if zero_stage else 0
     return {
@@ -173,14 +205,14 @@ def memory_of(model: Any, stage: StageSpec, groups: list[Group], *, zero_stage: 
         "gradients": gradients,
         "optimizer states": states,
         "communication": buckets,
-        "activations and loss": _activations(model, stage, groups, size),
+        "activations and loss": _activations(model, stage, groups, size, row_length),
         "update": update,
     }
 
 
-def _activations(model: Any, stage: StageSpec, groups: list[Group], size: int) -> int:
+def _activations(model: Any, stage: StageSpec, groups: list[Group], size: int, row_length: int) -> int:
     config = model.config.get_text_config()
-    tokens = stage.batch_size * stage.max_length
+    tokens = stage.batch_size * row_length
     width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     per_width, per_inner = _ACTIVATION_BYTES["compiled" if stage.compile else "eager"]
     layer = (per_width * width + per_inner * inner) * size / 2
@@ -267,43 +299,3 @@ def _recipe_hazards(recipe: Recipe, parameters: dict[str, int]) -> list[str]:
     if recipe.model.language_model.source is None and "language_model" not in ever:
         hazards.append("language_model starts from random weights and learns in no stage")
     return hazards
-
-
-def plan_tables(plan: RecipePlan, *, peak_flops: float = 989e12, mfu: float = 0.45, processes: int = 1) -> list[Any]:
-    """The plan as rich renderables. peak_flops, mfu: what times are stated at (an H200's dense bf16 peak)."""
-    from rich.table import Table
-
-    out: list[Any] = [f"[bold]{plan.recipe}[/]: {sum(plan.parameters.values()) / 1e9:.3f} B parameters"]
-    out += [f"  {line}" for line in plan.joins]
-    for stage in plan.stages:
-        table = Table(title=f"stage {stage.name}", title_justify="left", show_header=False)
-        table.add_column()
-        table.add_column(justify="right")
-        for group in stage.groups:
-            table.add_row(
-                f"learns {group.name}", f"{group.num_parameters:,} at {group.rate:g}, decay {group.weight_decay:g}"
-            )
-        table.add_row("frozen", f"{sum(stage.frozen.values()):,}")
-        for what, size in stage.memory.items():
-            table.add_row(f"memory: {what}", f"{size / 1e9:.2f} GB")
-        table.add_row("memory: peak of one GPU", f"{stage.peak / 1e9:.1f} GB")
-        table.add_row("tokens of a step", f"{stage.tokens_step:,}")
-        table.add_row("operations of a step", f"{stage.flops_step / 1e12:.2f} TFLOP")
-        if stage.samples is not None:
-            table.add_row("samples", f"{stage.samples:,}")
-        if stage.lengths:
-            shown = np.percentile(stage.lengths, [5, 50, 95, 100]).astype(int)
-            table.add_row("tokens of a sample: 5 %, median, 95 %, longest", " · ".join(map(str, shown)))
-            table.add_row(f"longer than max_length (of {len(stage.lengths)})", f"{stage.truncated or 0:.1%}")
-        if stage.steps is not None:
-            seconds = stage.seconds(peak_flops=peak_flops, mfu=mfu, processes=processes) or 0.0
-            table.add_row("steps", f"{stage.steps:,}")
-            table.add_row(
-                f"time at {mfu:.0%} of {peak_flops / 1e12:.0f} TFLOP/s × {processes}", f"{seconds / 3600:.2f} h"
-            )
-        table.add_row("checkpoints on disk (two kept)", f"{stage.checkpoint_bytes / 1e9:.1f} GB")
-        out.append(table)
-        out += [f"[yellow]! {stage.name}: {hazard}" for hazard in stage.hazards]
-    out.append(f"final checkpoint: {plan.final_bytes / 1e9:.1f} GB")
-    out += [f"[yellow]! {hazard}" for hazard in plan.hazards]
-    return out
