@@ -50,7 +50,7 @@ def build_page(client: ServerClient) -> Any:
         with gr.Row():
             with gr.Column():
                 files = gr.File(label="Pictures", file_count="multiple", file_types=["image"], elem_id="pictures")
-                gallery = gr.Gallery(label="What the model sees", columns=3, height=220, object_fit="contain")
+                gallery = gr.Gallery(label="Preview", columns=2, height="auto", object_fit="contain")
                 question = gr.Textbox(label="Question", lines=2, elem_id="question")
                 chosen = gr.CheckboxGroup(
                     [DECIDE, *experts], value=[DECIDE], label="Experts", visible=bool(experts), elem_id="experts"
