@@ -59,10 +59,9 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
     arguments += ["--served-model-name", settings.name or Path(settings.checkpoint.rstrip("/")).name]
     arguments += ["--dtype", settings.dtype, "--seed", "0", "--chat-template-content-format", "openai"]
     arguments += ["--limit-mm-per-prompt", json.dumps({"image": settings.max_images})]
-    arguments += [
-        "--media-io-kwargs",
-        json.dumps({"image": {"image_mode": None}}),
-    ]  # our processor converts, as in training
+    if _vllm_source_has("image_mode: str | None", "multimodal/media/image.py"):
+        # our processor converts, as in training; an older vLLM converts first, which the processor then undoes
+        arguments += ["--media-io-kwargs", json.dumps({"image": {"image_mode": None}})]
     arguments += ["--allowed-media-domains", *(settings.media_domains or [NO_DOMAIN])]
     arguments += ["--middleware", "mllm.serve.guard.Guard"]
     arguments += ["--worker-extension-cls", "mllm.serve.stats.VisualStatistics"]
@@ -80,7 +79,7 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         arguments += ["--enforce-eager"]
     if not generation.get("do_sample", False):  # vLLM reads temperatures, but not do_sample: greedy must be said
         arguments += ["--override-generation-config", json.dumps({"temperature": 0.0})]
-    if routed and _server_knows("trust_request_mm_kwargs"):
+    if routed and _vllm_source_has("trust_request_mm_kwargs", "entrypoints/**/cli_args.py"):
         arguments += ["--trust-request-mm-kwargs"]  # the guard lets nothing but checked experts through
     if settings.lora:
         arguments += ["--enable-lora", "--lora-modules", *settings.lora]
@@ -151,10 +150,10 @@ def _image_token(checkpoint: str) -> str:
     return AutoProcessor.from_pretrained(checkpoint).image_token
 
 
-def _server_knows(option: str) -> bool:
-    """Whether the installed vLLM's server has an option, by its source (importing vLLM takes many seconds)."""
+def _vllm_source_has(text: str, files: str) -> bool:
+    """Whether the installed vLLM knows something, by its source (importing vLLM takes many seconds)."""
     specification = importlib.util.find_spec("vllm")
     if specification is None or not specification.submodule_search_locations:
         return False
-    root = Path(next(iter(specification.submodule_search_locations))) / "entrypoints"
-    return any(option in path.read_text(encoding="utf-8", errors="replace") for path in root.rglob("cli_args.py"))
+    root = Path(next(iter(specification.submodule_search_locations)))
+    return any(text in path.read_text(encoding="utf-8", errors="replace") for path in root.glob(files))

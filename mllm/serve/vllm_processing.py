@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from io import BytesIO
 from typing import Any
 
+from PIL import Image
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
@@ -22,6 +24,7 @@ from mllm.errors import AlignmentError, ConfigError
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.routing import routing_grid
 from mllm.processing.chat import pad_questions
+from mllm.processing.images import load_image
 from mllm.processing.layout import pixel_keys
 from mllm.processing.processor import MllmProcessor
 from mllm.routers.build import build_router
@@ -98,6 +101,19 @@ class MllmDummyInputsBuilder(BaseDummyInputsBuilder[MllmProcessingInfo]):
         }
 
 
+def read_as_in_training(items: Any) -> None:
+    """Decode pictures again by our own rules where vLLM already made them RGB by its own (before 0.30 or so it always
+    does: palettes, alpha and 16 bits then look otherwise)."""
+    for index, item in enumerate(getattr(items, "data", ())):
+        encoded = getattr(item, "original_bytes", None)
+        if encoded is None:
+            continue
+        with Image.open(BytesIO(encoded)) as header:
+            original = header.mode
+        if item.media.mode != original:
+            item.media = load_image(encoded, where=f"image {index}", max_pixels=None)
+
+
 class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
     """Pixels of every encoder as one batched field each; routing and question as fields beside them.
 
@@ -109,6 +125,8 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
     def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         count = inputs.mm_data_items.get_all_counts().get(MODALITY, 0)
         self._check_placeholders(inputs.prompt, count)
+        if count:
+            read_as_in_training(inputs.mm_data_items[MODALITY])
         if self.info.question_reader is not None and count:
             inputs = replace(inputs, hf_processor_mm_kwargs=self.with_routing(inputs, count))
         return super().apply(inputs, *args, **kwargs)
