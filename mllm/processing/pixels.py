@@ -22,7 +22,9 @@ _FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 _MAX_CANVAS = 64_000_000
-"""Pixels of a padded canvas, or of a picture resized before its crop, above which a thrifty path is taken."""
+_MAX_SHARE = 64
+"""Pixels of a padded canvas, or of a picture resized before its crop, above which a thrifty path is taken; so it is when the
+canvas holds the picture, or the resized picture the crop, more often than ``_MAX_SHARE`` times."""
 
 
 def resize(image: Image.Image, spec: ImageSpec, *, resampler: Resampler = "pil") -> np.ndarray:
@@ -121,6 +123,12 @@ def _canvas(width: int, height: int, spec: ImageSpec) -> tuple[int, int, int, in
     return *size, (size[0] - width) // 2, (size[1] - height) // 2
 
 
+def _huge(width: int, height: int, kept: int) -> bool:
+    """Whether an intermediate picture is out of proportion to the pixels that are kept of it (a strip of 1:32 for an encoder
+    of 32:1 grows a thousandfold)."""
+    return width * height > min(_MAX_CANVAS, _MAX_SHARE * kept)
+
+
 def _with_pil(image: Image.Image, spec: ImageSpec) -> np.ndarray:
     filter_ = _FILTERS[spec.interpolation]
     target = (spec.width, spec.height)
@@ -128,7 +136,7 @@ def _with_pil(image: Image.Image, spec: ImageSpec) -> np.ndarray:
         return np.array(image.resize(target, filter_))
     if spec.resize == "crop":
         width, height, left, top = _cover(*image.size, spec)
-        if width * height <= _MAX_CANVAS:
+        if not _huge(width, height, spec.width * spec.height):
             full = image.resize((width, height), filter_)
             return np.array(full.crop((left, top, left + spec.width, top + spec.height)))
         # A strip of 1 × 100 000 would become 5 gigapixels: resample only what survives the crop. PIL keeps box
@@ -146,7 +154,7 @@ def _with_pil(image: Image.Image, spec: ImageSpec) -> np.ndarray:
         if width == image.width:
             image = image.resize((spec.width, image.height), filter_)
             width, left = spec.width, 0
-        elif width * height > _MAX_CANVAS:
+        elif _huge(width, height, image.width * image.height):
             image = image.resize((image.width, spec.height), filter_)
             height, top = spec.height, 0
     canvas = Image.new("RGB", (width, height), _pad_colour(spec))
@@ -162,13 +170,13 @@ def _with_torch(image: Image.Image, array: np.ndarray, spec: ImageSpec) -> np.nd
         return _interpolate(array, target, spec)
     if spec.resize == "crop":
         width, height, left, top = _cover(*image.size, spec)
-        if width * height > _MAX_CANVAS:
+        if _huge(width, height, spec.width * spec.height):
             return _with_pil(image, spec)
         return _interpolate(array, (height, width), spec)[top : top + spec.height, left : left + spec.width]
     width, height, left, top = _canvas(*image.size, spec)
     if (width, height) == image.size:
         return _interpolate(array, target, spec)
-    if width * height > _MAX_CANVAS:
+    if _huge(width, height, image.width * image.height):
         return _with_pil(image, spec)
     canvas = np.empty((height, width, 3), np.uint8)
     colour = np.array(_pad_colour(spec), np.uint8)
