@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 SINGLE = {
     "picture": {
         "type": "timm",
-        "architecture": "convnext_atto",
-        "options": {"dims": [32, 64, 96, 96], "depths": [2, 2, 3, 1]},
-        "image_size": 96,
+        "architecture": "resnet10t",
+        "options": {"channels": [32, 64, 96, 96], "norm_layer": "groupnorm1"},
+        "image_size": 80,
         "layers": [-2],
         "resize": "squash",
     }
@@ -125,6 +125,7 @@ def _recipe(root: Path, train: Path, tokenizer: Path, overrides: list[str]) -> A
     places = [
         f"output={root}",
         f"model.language_model.tokenizer={tokenizer}",
+        f"stages.specialise.data.path={train.with_name('specialise.jsonl')}",
         f"stages.experts.data.path={train}",
         f"stages.route.data.dataset.path={train}",
     ]
@@ -140,7 +141,7 @@ def _baseline(root: Path, train: Path, tokenizer: Path, overrides: list[str]) ->
             "name": "routed_demo_single",
             "output": str(root / "single"),
             "model": recipe.model.model_copy(update=changes),
-            "stages": recipe.stages[:1],
+            "stages": recipe.stages[:2],
         }
     )
 

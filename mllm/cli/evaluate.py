@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-evaluation = typer.Typer(help="Scores that say which rule gave them.", invoke_without_command=True)
+from mllm.cli import evaluate_studies
+from mllm.cli.evaluate_studies import Data, folders, listed
+
+
+class RunByDefault(TyperGroup):
+    """``mllm eval CKPT --tasks …`` is ``mllm eval run CKPT --tasks …``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            close = get_close_matches(args[0], self.commands, n=1, cutoff=0.75)
+            if not close or Path(args[0]).exists():
+                args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+evaluation = typer.Typer(help="Scores that say which rule gave them.", no_args_is_help=True, cls=RunByDefault)
 
 
 @evaluation.command("run")
 def run(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder (or hub id).")],
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or hub id; for openai, the model's name.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Changes to tasks, task.key.sub=value: chartqa.generation.max_new_tokens=64", show_default=False
+        ),
+    ] = None,
+    *,
     tasks: Annotated[str, typer.Option(help="Tasks or suites, comma separated; see `mllm list tasks`.")],
     output: Annotated[
         Path | None, typer.Option(help="Folder for predictions and reports; default <checkpoint>/../eval.")
@@ -25,40 +49,64 @@ def run(
     blind: Annotated[
         bool, typer.Option("--blind", help="Also score the same prompts with every image blanked.")
     ] = False,
+    blind_as: Annotated[
+        str, typer.Option(help="What a blind run shows: gray (mid-gray of the same size) or none (no picture).")
+    ] = "gray",
     check_batch: Annotated[
         bool, typer.Option("--check-batch", help="Run some items alone and in batches; report differences.")
     ] = False,
     resume: Annotated[bool, typer.Option(help="Keep predictions that are already there.")] = True,
-    data: Annotated[list[str] | None, typer.Option(help="Where a task's files are: task=/folder (repeatable).")] = None,
+    processes: Annotated[
+        int, typer.Option(help="Processes that share the questions; one per GPU, or per core group on a CPU.")
+    ] = 1,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of answers by prompt, pictures, model and settings, shared by runs.")
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at any row of a benchmark that cannot be used.")
+    ] = False,
+    data: Data = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: the GPU when there is one.")] = None,
+    generator: Annotated[str, typer.Option(help="hf: in this process; vllm; openai: any compatible server.")] = "hf",
+    base_url: Annotated[
+        str | None, typer.Option(help="openai: the server's address up to /v1; the key comes from $OPENAI_API_KEY.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="openai: requests under way at once.")] = 8,
 ) -> None:
     """Generate answers and score them: predictions (one JSON line each), a table, Markdown and an HTML page.
 
+    Killed or stopped, the same command goes on where it was. Nothing is scored by a judge, a key or the network.
+
     [dim]mllm eval run runs/demo/final --tasks demo_charts,demo_digits --blind[/]
+
+    [dim]mllm eval run CKPT --tasks charts --data chartqa=/data/ChartQA --processes 8 --dtype bfloat16[/]
     """
     from mllm.errors import ConfigError
     from mllm.eval.runner import run_eval
 
-    folders: dict[str, str] = {}
-    for item in data or []:
-        name, separator, folder = item.partition("=")
-        if not separator:
-            raise ConfigError(f"--data {item}: expected task=/folder")
-        folders[name] = folder
+    if blind_as not in ("gray", "none"):
+        raise ConfigError(f"--blind-as {blind_as}: expected gray or none")
     run_eval(
         checkpoint,
-        [task.strip() for task in tasks.split(",") if task.strip()],
-        output_dir=output or Path(checkpoint).parent / "eval",
+        listed(tasks) or [],
+        output_dir=output or (Path("runs/eval") / Path(checkpoint).name if generator == "openai" else None),
         limit=limit,
-        ids=[item.strip() for item in ids.split(",")] if ids else None,
+        ids=listed(ids),
         batch_size=batch_size,
-        blind=blind,
+        blind=blind_as if blind else False,  # type: ignore[arg-type]
         check_batch=check_batch,
         resume=resume,
-        data_dirs=folders,
+        data_dirs=folders(data),
         dtype=dtype,
         device=device,
+        generator=generator,
+        base_url=base_url,
+        concurrency=concurrency,
+        cache_dir=cache,
+        overrides=overrides or (),
+        strict=strict,
+        processes=processes,
     )
 
 
@@ -70,7 +118,7 @@ def rescore(
     """Score stored predictions again, without a model."""
     from mllm.eval.runner import rescore as rescore_file
 
-    rescore_file(predictions, metrics=[m.strip() for m in metrics.split(",")] if metrics else None)
+    rescore_file(predictions, metrics=listed(metrics))
 
 
 @evaluation.command("compare")
@@ -85,6 +133,17 @@ def compare(
     compare_runs(first, second, seed=seed)
 
 
+@evaluation.command("report")
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of an earlier run.")],
+) -> None:
+    """Make a run's report anew: its predictions under the metrics as they are now, with the studies beside them."""
+    from mllm.eval.runner import report_again
+
+    report_again(folder)
+
+
 def add_to(app: typer.Typer) -> None:
     """Register the group."""
+    evaluate_studies.add_to(evaluation)
     app.add_typer(evaluation, name="eval")

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from mllm.errors import ConfigError, DataError
 from mllm.eval.compare import compare_predictions
 from mllm.eval.generators.hf import HFGenerator
 from mllm.eval.runner import evaluate
-from mllm.eval.statistics import Comparison
+from mllm.eval.statistics import Comparison, holm
 from mllm.types import VisionFeatures
 
 Mode = Literal["drop", "shuffle", "mean"]
@@ -46,7 +46,8 @@ class EncoderCost:
 
 @dataclass(frozen=True)
 class Effect:
-    """One encoder masked one way, on one task: masked score minus intact score, in display units."""
+    """One encoder masked one way, on one task: masked score minus intact score, in display units. adjusted: p value
+    after Holm over every encoder, mode and task of the ablation."""
 
     encoder: str
     mode: Mode
@@ -55,6 +56,7 @@ class Effect:
     intact: float
     masked: float
     comparison: Comparison
+    adjusted: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -141,12 +143,13 @@ def ablate(
     data: Mapping[str, str | Path] | None = None,
     seed: int = 0,
     progress: bool = True,
+    say: Callable[[str], None] | None = None,
 ) -> Ablation:
     """Evaluate the model intact, then with each encoder (or expert) masked in each way; paired comparisons on the
     same samples.
 
     drop: features are zeros; shuffle: those of another picture of the benchmark; mean: the mean over its pictures,
-    position by position. Raises `ConfigError` for an unknown encoder or mode.
+    position by position. say: told what comes next. Raises `ConfigError` for an unknown encoder or mode.
     """
     bank = encoder_bank(model)
     names = list(encoders or bank.encoders)
@@ -156,12 +159,17 @@ def ablate(
         raise ConfigError(f"mode {wrong[0]!r}: expected one of {', '.join(MODES)}")
     folder = Path(output_dir)
     generator = _Masked(model, processor, batch_size=batch_size)
+    tell = say or (lambda text: None)
     common: dict[str, Any] = {"limit": limit, "data": data, "progress": progress}
     with _probes({name: bank.encoders[name] for name in bank.encoders}) as probes:
+        num_runs, run = 1 + len(names) * len(modes), 1
+        tell(f"[1/{num_runs}] intact")
         intact = evaluate(generator, tasks, folder / "intact", resume=False, **common)
         effects = []
         for name in names:
             for mode in modes:
+                run += 1
+                tell(f"[{run}/{num_runs}] {name}: {mode}")
                 probes[name].mode, generator.masking = mode, f":{name}={mode}"
                 evaluate(generator, tasks, folder / f"{name}-{mode}", resume=False, **common)
                 for entry in compare_predictions(folder / "intact", folder / f"{name}-{mode}", seed=seed):
@@ -170,6 +178,8 @@ def ablate(
                     )
             probes[name].mode = None
         costs = [_cost(probes[name], bank, max(probe.num_images for probe in probes.values())) for name in names]
+    adjusted = holm([effect.comparison.p_value for effect in effects])
+    effects = [replace(effect, adjusted=p) for effect, p in zip(effects, adjusted)]
     return Ablation(effects, costs, {task: routing_by_category(Path(result.path)) for task, result in intact.items()})
 
 
@@ -237,47 +247,6 @@ def routing_by_category(path: Path) -> dict[str, dict[str, float]]:
         category: {name: sum(weights[name] for weights in rows) / len(rows) for name in rows[0]}
         for category, rows in groups.items()
     }
-
-
-def ablation_markdown(ablation: Ablation) -> str:
-    """The ablation as Markdown tables."""
-    lines = [
-        "# Encoder ablation",
-        "",
-        f"{ablation.warning}",
-        "",
-        "| encoder | masked by | task | metric | intact | masked | change | 95 % | p |",
-    ]
-    lines.append("|" + " --- |" * 9)
-    for e in ablation.effects:
-        c = e.comparison
-        lines.append(
-            f"| {e.encoder} | {e.mode} | {e.task} | {e.metric} | {e.intact:.2f} | {e.masked:.2f} | "
-            f"{c.difference:+.2f} | {c.low:+.2f} – {c.high:+.2f} | {c.p_value:.4f} |"
-        )
-    lines += ["", "| encoder | ms / image | GFLOPs / image | effective rank | of width | runs on |", "|" + " --- |" * 6]
-    for cost in ablation.costs:
-        lines.append(
-            f"| {cost.encoder} | {cost.milliseconds:.2f} | {cost.gflops:.2f} | {cost.effective_rank:.1f} | "
-            f"{cost.width} | {100 * cost.share_of_images:.0f} % of images |"
-        )
-    for task, categories in ablation.routing.items():
-        if categories:
-            experts = list(next(iter(categories.values())))
-            lines += [
-                "",
-                f"Routing on {task}:",
-                "",
-                f"| category | {' | '.join(experts)} |",
-                "|" + " --- |" * (1 + len(experts)),
-            ]
-            lines += [f"| {name} | {' | '.join(f'{w[x]:.2f}' for x in experts)} |" for name, w in categories.items()]
-    return "\n".join(lines) + "\n"
-
-
-def plain_ablation(ablation: Ablation) -> dict[str, Any]:
-    """The ablation as JSON-ready data."""
-    return asdict(ablation)
 
 
 def _key(image: Tensor) -> str:

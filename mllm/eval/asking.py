@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from PIL import Image
+
 from mllm.errors import DataError
 from mllm.eval.cache import AnswerCache, cache_key
 from mllm.eval.generators.base import Generator
@@ -167,7 +169,9 @@ def _keep_thumbnails(folder: Path, loaded: Loaded) -> None:
         path = place / f"{digest[:24]}.jpg"
         if not path.exists():
             small = image.copy()
-            small.thumbnail((_THUMB, _THUMB))
+            small.thumbnail(
+                (_THUMB, _THUMB), Image.Resampling.BILINEAR, reducing_gap=1.0
+            )  # a ninth of the default's time
             part = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.part")
             small.save(part, "JPEG", quality=80)
             part.replace(path)

@@ -24,23 +24,38 @@ def load_model(checkpoint: str, *, dtype: str = "float32", device: str | None = 
 
 
 def open_generator(
-    checkpoint: str, *, kind: str = "hf", batch_size: int = 8, dtype: str = "float32", device: str | None = None
+    checkpoint: str,
+    *,
+    kind: str = "hf",
+    batch_size: int = 8,
+    dtype: str = "float32",
+    device: str | None = None,
+    base_url: str | None = None,
+    concurrency: int = 8,
 ) -> Any:
-    """A generator over a checkpoint. kind: ``hf`` (in this process) or ``vllm``. Under a launcher each process takes
-    the GPU of its LOCAL_RANK."""
+    """A generator over a checkpoint. kind: ``hf`` (in this process), ``vllm``, or ``openai`` (the server at
+    ``base_url``, which knows the checkpoint by this name). Under a launcher each process takes
+    the GPU of its LOCAL_RANK among those it sees."""
     import os
 
     if kind == "vllm":
         from mllm.eval.generators.vllm import VLLMGenerator
 
         return VLLMGenerator(checkpoint, dtype=dtype)
+    if kind == "openai":
+        from mllm.eval.generators.openai import OpenAIGenerator
+
+        if not base_url:
+            raise ConfigError("generator openai: where is the server? base_url, e.g. http://localhost:8000/v1")
+        return OpenAIGenerator(checkpoint, base_url, concurrency=concurrency)
     if kind != "hf":
-        raise ConfigError(f"generator {kind!r}: expected hf or vllm")
+        raise ConfigError(f"generator {kind!r}: expected hf, vllm or openai")
     from mllm.eval.generators.hf import HFGenerator
 
     if device is None and "LOCAL_RANK" in os.environ:
         import torch
 
-        device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else None
+        if torch.cuda.is_available():
+            device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     model, processor = load_model(checkpoint, dtype=dtype, device=device)
     return HFGenerator(model, processor, batch_size=batch_size, name=f"hf:{Path(checkpoint).name}")

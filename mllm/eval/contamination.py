@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from mllm.eval.results import scored_items
 
 _SIDE = 32
 _LOW = 8
+_FLAT = 1.0
+"""Standard deviation of gray levels (of 255) below which a picture counts as one colour."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,12 @@ class CleanScore:
     num_overlapping: int
 
 
-def perceptual_hash(image: Image.Image) -> int:
+def perceptual_hash(image: Image.Image) -> int | None:
     """64 bits that survive resizing, recompression and small colour changes: signs of the low 8 × 8 cosine
-    coefficients of a 32 × 32 gray copy against their median."""
+    coefficients of a 32 × 32 gray copy against their median. None for a picture of (nearly) one colour."""
     pixels = np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS), np.float64)
+    if pixels.std() < _FLAT:
+        return None
     angles = np.pi * (np.arange(_SIDE) + 0.5)[None] * np.arange(_LOW)[:, None] / _SIDE
     basis = np.cos(angles)
     low = (basis @ pixels @ basis.T).ravel()
@@ -65,6 +69,85 @@ def text_ngrams(text: str, n: int) -> set[tuple[str, ...]]:
     return {tuple(words[k : k + n]) for k in range(len(words) - n + 1)}
 
 
+class OverlapFinder:
+    """Collects, for several benchmarks at once, the nearest training sample to each benchmark sample.
+
+    max_distance: hash bits that may differ. A question counts as seen when at least ``min_share`` of its n-grams
+    occur in one training text; questions shorter than half an n-gram ("What is this?") are not evidence and are left
+    out, as are pictures of (nearly) one colour, whose hashes say nothing.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[TaskData],
+        *,
+        max_distance: int = 4,
+        ngram: int = 8,
+        min_share: float = 0.5,
+        images: bool = True,
+    ):
+        self.tasks, self.max_distance, self.ngram, self.min_share = list(tasks), max_distance, ngram, min_share
+        self._best: dict[tuple[int, str, str], Overlap] = {}
+        self._grams: dict[tuple[str, ...], list[tuple[int, str]]] = {}
+        self._totals: dict[tuple[int, str], int] = {}
+        hashes: list[int] = []
+        self._owners: list[tuple[int, str]] = []
+        for place, data in enumerate(self.tasks):
+            for item in data.items:
+                self._add_question(place, item.id, item.question)
+            for owner, value in _benchmark_hashes(data) if images else ():
+                hashes.append(value)
+                self._owners.append((place, owner))
+        self._hashes = np.array(hashes, np.uint64)
+        self._sizes = {len(gram) for gram in self._grams}
+
+    @property
+    def wants_pictures(self) -> bool:
+        """Whether training pictures are worth hashing."""
+        return bool(self._owners)
+
+    def _add_question(self, place: int, name: str, question: str) -> None:
+        found = text_ngrams(question, self.ngram)
+        if len(re.findall(r"\w+", question)) * 2 >= self.ngram:
+            self._totals[place, name] = len(found)
+            for gram in found:
+                self._grams.setdefault(gram, []).append((place, name))
+
+    def meet(self, name: str, text: str, hashes: Iterable[int | None]) -> None:
+        """One training sample: its id, what users and system said, the `perceptual_hash` of its pictures."""
+        seen: dict[tuple[int, str], int] = {}
+        for gram in {gram for size in self._sizes for gram in text_ngrams(text, size) if gram in self._grams}:
+            for owner in self._grams[gram]:
+                seen[owner] = seen.get(owner, 0) + 1
+        for (place, owner), count in seen.items():
+            share = count / self._totals[place, owner]
+            if share >= self.min_share:
+                self._keep(place, Overlap(owner, "text", name, share), -share)
+        for value in hashes if self.wants_pictures else ():
+            if value is None:
+                continue
+            distances = np.bitwise_count(self._hashes ^ np.uint64(value))
+            for position in np.flatnonzero(distances <= self.max_distance):
+                place, owner = self._owners[position]
+                distance = float(distances[position])
+                self._keep(place, Overlap(owner, "image", name, distance), distance)
+
+    def _keep(self, place: int, found: Overlap, badness: float) -> None:
+        key = (place, found.id, found.kind)
+        before = self._best.get(key)
+        if before is None or badness < (before.measure if found.kind == "image" else -before.measure):
+            self._best[key] = found
+
+    def overlaps(self) -> dict[str, list[Overlap]]:
+        """Task → overlaps, in the benchmark's order."""
+        result = {}
+        for place, data in enumerate(self.tasks):
+            order = {item.id: k for k, item in enumerate(data.items)}
+            mine = [overlap for (task, _, _), overlap in self._best.items() if task == place]
+            result[data.task.name] = sorted(mine, key=lambda overlap: (order[overlap.id], overlap.kind))
+        return result
+
+
 def find_overlaps(
     data: TaskData,
     training: Iterable[tuple[str, str, Sequence[Any]]],
@@ -74,66 +157,41 @@ def find_overlaps(
     min_share: float = 0.5,
     images: bool = True,
 ) -> list[Overlap]:
-    """Benchmark samples that training samples repeat, each with the nearest one found.
+    """Samples of one benchmark that training samples repeat, each with the nearest one found. training: ``(id, text,
+    images)`` triples, streamed; an image is anything `mllm.processing.images.load_image` takes. The limits are
+    `OverlapFinder`'s."""
+    finder = OverlapFinder([data], max_distance=max_distance, ngram=ngram, min_share=min_share, images=images)
+    for name, text, pictures in training:
+        finder.meet(name, text, picture_hashes(name, pictures) if finder.wants_pictures else ())
+    return finder.overlaps()[data.task.name]
 
-    training: ``(id, text, images)`` triples, streamed; an image is anything `mllm.processing.images.load_image` takes.
-    max_distance: hash bits that may differ. A question counts as seen when at least ``min_share`` of its n-grams
-    occur in one training text; questions shorter than half an n-gram ("What is this?") are not evidence and are left
-    out.
-    """
+
+def picture_hashes(name: str, pictures: Sequence[Any]) -> list[int | None]:
+    """Hashes of a training sample's pictures. Raises `DataError` for one that cannot be read."""
     from mllm.processing.images import load_image
 
-    hashes, owners = _benchmark_hashes(data) if images else (np.empty(0, np.uint64), [])
-    grams: dict[tuple[str, ...], list[str]] = {}
-    totals: dict[str, int] = {}
-    for item in data.items:
-        found = text_ngrams(item.question, ngram)
-        if len(re.findall(r"\w+", item.question)) * 2 >= ngram:
-            totals[item.id] = len(found)
-            for gram in found:
-                grams.setdefault(gram, []).append(item.id)
-    sizes = {len(gram) for gram in grams}
-    best: dict[tuple[str, str], Overlap] = {}
-    for name, text, pictures in training:
-        seen: dict[str, int] = {}
-        for gram in {gram for size in sizes for gram in text_ngrams(text, size) if gram in grams}:
-            for owner in grams[gram]:
-                seen[owner] = seen.get(owner, 0) + 1
-        for owner, count in seen.items():
-            _keep(best, Overlap(owner, "text", name, count / totals[owner]), larger=True, limit=min_share)
-        for position, source in enumerate(pictures if len(owners) else ()):
-            value = perceptual_hash(load_image(source, where=f"training sample {name}, image {position}"))
-            distances = np.bitwise_count(hashes ^ np.uint64(value))
-            for place in np.flatnonzero(distances <= max_distance):
-                _keep(
-                    best,
-                    Overlap(owners[place], "image", name, float(distances[place])),
-                    larger=False,
-                    limit=max_distance,
-                )
-    order = {item.id: k for k, item in enumerate(data.items)}
-    return sorted(best.values(), key=lambda overlap: (order[overlap.id], overlap.kind))
+    return [
+        perceptual_hash(load_image(source, where=f"training sample {name}, image {position}"))
+        for position, source in enumerate(pictures)
+    ]
 
 
-def _benchmark_hashes(data: TaskData) -> tuple[np.ndarray, list[str]]:
-    values, owners = [], []
+def _benchmark_hashes(data: TaskData) -> Iterator[tuple[str, int]]:
+    """(id, hash) of every picture that has one; each file is read once."""
+    known: dict[Any, int | None] = {}
     for item in data.items:
         for source in item.pictures:
-            if isinstance(source, Picture):
+            if not isinstance(source, Picture):
+                continue
+            key = source.source
+            if key not in known:
                 try:
-                    image, _ = source.load()
+                    known[key] = perceptual_hash(source.load()[0])
                 except DataError:
-                    continue  # the run names it
-                values.append(perceptual_hash(image))
-                owners.append(item.id)
-    return np.array(values, np.uint64), owners
-
-
-def _keep(best: dict[tuple[str, str], Overlap], found: Overlap, *, larger: bool, limit: float) -> None:
-    good = found.measure >= limit if larger else found.measure <= limit
-    before = best.get((found.id, found.kind))
-    if good and (before is None or (found.measure > before.measure if larger else found.measure < before.measure)):
-        best[found.id, found.kind] = found
+                    known[key] = None  # the run names it
+            value = known[key]
+            if value is not None:
+                yield item.id, value
 
 
 def training_samples(samples: Iterable[Any]) -> Iterator[tuple[str, str, Sequence[Any]]]:
@@ -143,11 +201,11 @@ def training_samples(samples: Iterable[Any]) -> Iterator[tuple[str, str, Sequenc
 
 
 def scores_without(
-    path: str | Path, overlaps: Sequence[Overlap], metrics: Sequence[str | Mapping[str, Any]]
+    path: str | Path, overlaps: Sequence[Overlap] | Set[str], metrics: Sequence[str | Mapping[str, Any]]
 ) -> list[CleanScore]:
-    """Headlines of a prediction file with and without the overlapping samples."""
+    """Headlines of a prediction file with and without the overlapping samples (or those of the given ids)."""
     rows = read_predictions(Path(path))
-    met = {overlap.id for overlap in overlaps}
+    met = overlaps if isinstance(overlaps, Set) else {overlap.id for overlap in overlaps}
     results = []
     for entry in metrics:
         metric = build_metric(entry)
@@ -155,6 +213,6 @@ def scores_without(
         if not items:
             raise DataError(f"{path}: no sample is scored by {metric.label}; rescore it first")
         parts = items, [item for item in items if item.id not in met], [item for item in items if item.id in met]
-        totals = [metric.aggregate(part)["score"] for part in parts]
+        totals = [metric.aggregate(part)["score"] if part else float("nan") for part in parts]
         results.append(CleanScore(metric.label, *totals, num_samples=len(items), num_overlapping=len(parts[2])))
     return results

@@ -125,6 +125,26 @@ class PredictionWriter:
         self.close()
 
 
+def answered_elsewhere(path: Path, header: Mapping[str, Any], wanted: set[str]) -> list[Row]:
+    """Answers to ``wanted`` ids in the same run's other files: a run that goes on with another number of processes
+    finds its questions in other shards. Files of another identity, and damaged ones, are left alone."""
+    rows: list[Row] = []
+    left = set(wanted)
+    stem = path.name.removesuffix(".jsonl").split(".shard-")[0]
+    for other in [path.with_name(f"{stem}.jsonl"), *sorted(path.parent.glob(f"{stem}.shard-*.jsonl"))]:
+        if not left or other == path or not other.exists():
+            continue
+        try:
+            before = json.loads(header_path(other).read_text(encoding="utf-8"))
+            found = _scan(other)[0] if before.get("identity") == header["identity"] else []
+        except (OSError, ValueError):
+            continue
+        fresh = [row for row in found if row["id"] in left and not row.get("error")]
+        left -= {row["id"] for row in fresh}
+        rows.extend(fresh)
+    return rows
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Replace a file's text: readers see the old or the new one, whole."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

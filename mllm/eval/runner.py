@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mllm.errors import ConfigError, DataError
-from mllm.eval.asking import Blind, answers, load_items
+from mllm.eval.asking import Blind, answers
+from mllm.eval.batch_check import check_generator
 from mllm.eval.cache import AnswerCache
 from mllm.eval.generators.base import Generator
+from mllm.eval.launch import RUN_ID, start_workers
 from mllm.eval.loading import TaskData, load_data
 from mllm.eval.metrics import Metric, build_metric
 from mllm.eval.predictions import (
     PredictionWriter,
+    answered_elsewhere,
     header_path,
     iterate_files,
     merge_shards,
@@ -28,8 +33,7 @@ from mllm.eval.predictions import (
 )
 from mllm.eval.progress import Progress
 from mllm.eval.results import TaskResult, score_fields, summarise
-from mllm.eval.task import TaskSpec, expand_tasks, load_task
-from mllm.types import Request
+from mllm.eval.task import TaskSpec, expand_tasks, load_task, load_tasks
 
 
 def evaluate(
@@ -57,7 +61,7 @@ def evaluate(
     this process answers every ``world``-th question and rank 0 joins the shards, so its return value is complete;
     other ranks return {}. thumbnails: pictures kept per task for the HTML report. strict: any unusable row raises.
     """
-    specs = [task if isinstance(task, TaskSpec) else load_task(task) for task in _expand(tasks)]
+    specs = load_tasks(tasks)
     mode: Blind | None = "gray" if blind is True else blind or None
     folder = Path(output_dir)
     results: dict[str, TaskResult] = {}
@@ -72,13 +76,6 @@ def evaluate(
             else:
                 results[spec.name].blind = result
     return results
-
-
-def _expand(tasks: Sequence[str | TaskSpec]) -> list[str | TaskSpec]:
-    expanded: list[str | TaskSpec] = []
-    for task in tasks:
-        expanded.extend([task] if isinstance(task, TaskSpec) else expand_tasks([task]))
-    return expanded
 
 
 def _run(
@@ -99,6 +96,9 @@ def _run(
     mine = [item for position, item in enumerate(data.items) if shard_of(position, rank, world)]
     started = time.perf_counter()
     with PredictionWriter(path, header, resume=resume) as writer:
+        if resume:
+            for row in answered_elsewhere(path, header, {item.id for item in mine} - set(writer.done)):
+                writer.append(row)
         todo = [item for item in mine if item.id not in writer.done]
         keep = {item.id for item in data.items[:thumbnails]} if blind is None else set()
         title = f"{spec.name}{f' ({blind})' if blind else ''}"
@@ -109,10 +109,10 @@ def _run(
         rows = [writer.done[item.id] for item in mine if item.id in writer.done]
     seconds = time.perf_counter() - started
     if world > 1:
-        write_atomic(path.with_suffix(".done"), json.dumps({"seconds": seconds, "answers": len(todo)}) + "\n")
+        write_atomic(path.with_suffix(".done"), _token([item.id for item in mine]) + "\n")
         if rank != 0:
             return None
-        _await_shards(folder, spec.name, blind, world)
+        _await_shards(folder, data, blind, world)
         path = merge_shards(folder, spec.name, [item.id for item in data.items], world, blind=blind)
         rows = read_predictions(path)
     result = summarise(rows, metrics, header, path=str(path))
@@ -143,6 +143,7 @@ def run_header(generator: Generator, data: TaskData, metrics: Sequence[Metric], 
     }
 
 
+@lru_cache(maxsize=1)
 def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
@@ -155,17 +156,38 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _await_shards(folder: Path, task: str, blind: str | None, world: int, patience: float = 24 * 3600) -> None:
-    markers = [prediction_path(folder, task, blind, rank, world).with_suffix(".done") for rank in range(world)]
+def _token(ids: Sequence[str]) -> str:
+    """What a process leaves when its share is answered: the launch and the questions it belongs to, so that what an
+    earlier, stopped run left is not taken for an answer."""
+    launch = [os.environ.get(name, "") for name in (RUN_ID, "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")]
+    return hashlib.sha256(json.dumps([launch, list(ids)]).encode()).hexdigest()
+
+
+def _await_shards(folder: Path, data: TaskData, blind: str | None, world: int, patience: float = 24 * 3600) -> None:
+    """Return when every process has left its mark for these questions. Raises `DataError` after ``patience``
+    seconds."""
+    names = [item.id for item in data.items]
+    expected = {
+        prediction_path(folder, data.task.name, blind, rank, world).with_suffix(".done"): _token(names[rank::world])
+        for rank in range(world)
+    }
     until = time.monotonic() + patience
-    while absent := [marker for marker in markers if not marker.exists()]:
+    while absent := [marker for marker, token in expected.items() if not _holds(marker, token)]:
         if time.monotonic() > until:
             raise DataError(
-                f"{task}: no result from {', '.join(marker.stem for marker in absent)} after {patience / 3600:g} h"
+                f"{data.task.name}: no result from {', '.join(marker.stem for marker in absent)} after "
+                f"{patience / 3600:g} h"
             )
         time.sleep(0.2)
-    for marker in markers:
+    for marker in expected:
         marker.unlink()
+
+
+def _holds(marker: Path, token: str) -> bool:
+    try:
+        return marker.read_text(encoding="utf-8").strip() == token
+    except OSError:
+        return False
 
 
 def rescore(
@@ -213,43 +235,6 @@ def report_again(folder: str | Path, *, show: bool = True) -> dict[str, TaskResu
     return results
 
 
-def check_batch(
-    make_generator: Callable[[int], Generator],
-    tasks: Sequence[str | TaskSpec],
-    *,
-    batch_sizes: Sequence[int] = (2, 5, 16),
-    num_items: int = 16,
-    data: Mapping[str, str | Path] | None = None,
-) -> list[dict[str, Any]]:
-    """Ask some items alone and in batches; one entry per differing answer: task, id, batch_size, alone, batched. An
-    empty list is what to hope for. make_generator: batch size → generator."""
-    differences: list[dict[str, Any]] = []
-    for task in _expand(tasks):
-        spec = task if isinstance(task, TaskSpec) else load_task(task)
-        loaded = load_data(spec, data=data, limit=num_items)
-        alone = _plain_answers(make_generator(1), loaded)
-        for size in batch_sizes:
-            batched = _plain_answers(make_generator(size), loaded)
-            differences.extend(
-                {"task": spec.name, "id": name, "batch_size": size, "alone": text, "batched": batched[name]}
-                for name, text in alone.items()
-                if batched[name] != text
-            )
-    return differences
-
-
-def _plain_answers(generator: Generator, data: TaskData) -> dict[str, str]:
-    options = data.task.generation.options()
-
-    def requests() -> Iterable[Request]:
-        for loaded in load_items(data.items, None):
-            if loaded.unusable is None:
-                yield Request(loaded.item.id, loaded.item.turns, loaded.images, dict(options))
-
-    return {response.id: response.text if response.error is None else f"error: {response.error}"
-            for response in generator.generate(requests())}  # fmt: skip
-
-
 def run_eval(
     checkpoint: str,
     tasks: Sequence[str],
@@ -264,23 +249,27 @@ def run_eval(
     data_dirs: Mapping[str, str | Path] | None = None,
     dtype: str = "float32",
     device: str | None = None,
-    generator: Literal["hf", "vllm"] = "hf",
+    generator: str = "hf",
+    base_url: str | None = None,
+    concurrency: int = 8,
     cache_dir: str | Path | None = None,
     overrides: Sequence[str] = (),
     strict: bool = False,
+    processes: int = 1,
     progress: bool = True,
 ) -> dict[str, TaskResult]:
     """Evaluate a checkpoint folder (or hub id) and write predictions, a table, Markdown, an HTML page and
     ``results.json``.
 
-    overrides: ``task.key.sub=value`` changes a task's declaration (``chartqa.generation.max_new_tokens=64``).
-    Started by a launcher that sets RANK and WORLD_SIZE (torchrun), the processes share the questions; rank 0 reports.
-    Raises `ConfigError`, `DataError` or `CheckpointError`.
+    generator: ``hf`` (in this process), ``vllm``, or ``openai`` (checkpoint names the model that the server at
+    ``base_url`` answers for, ``concurrency`` requests at once). overrides: ``task.key.sub=value`` changes a task's
+    declaration (``chartqa.generation.max_new_tokens=64``). processes: so many on this machine share the questions, each
+    on its own GPU where there are GPUs; started by a launcher that sets RANK and WORLD_SIZE (torchrun), this process
+    takes its share. Rank 0 joins the answers and reports. Raises `ConfigError`, `DataError` or `CheckpointError`.
     """
     from mllm.eval.checkpoint import open_generator
     from mllm.eval.report import write_report
 
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if not tasks:
         raise ConfigError("no task is named; see `mllm list tasks`")
     names = expand_tasks(tasks)
@@ -288,18 +277,41 @@ def run_eval(
     if unknown := sorted(set(data_dirs or {}) - set(names)):
         raise ConfigError(f"data for {', '.join(unknown)}: not among the tasks {', '.join(names)}")
     folder = Path(output_dir) if output_dir is not None else Path(checkpoint).parent / "eval"
-    model = open_generator(checkpoint, kind=generator, batch_size=batch_size, dtype=dtype, device=device)
+    if processes > 1 and "RANK" not in os.environ:
+        arguments = {
+            "checkpoint": checkpoint, "tasks": list(tasks), "output_dir": str(folder), "limit": limit,
+            "ids": None if ids is None else list(ids), "batch_size": batch_size, "blind": blind,
+            "check_batch": check_batch, "resume": resume, "dtype": dtype, "device": device, "generator": generator,
+            "data_dirs": {name: str(place) for name, place in (data_dirs or {}).items()}, "base_url": base_url,
+            "concurrency": concurrency, "cache_dir": None if cache_dir is None else str(cache_dir),
+            "overrides": list(overrides), "strict": strict, "progress": progress,
+        }  # fmt: skip
+        start_workers(processes, arguments)
+        return {name: _finished(folder, name, blind) for name in names}
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    model = open_generator(
+        checkpoint, kind=generator, batch_size=batch_size, dtype=dtype, device=device, base_url=base_url,
+        concurrency=concurrency,
+    )  # fmt: skip
     cache = AnswerCache(Path(cache_dir) / "answers.sqlite") if cache_dir is not None else None
     results = evaluate(
         model, specs, folder, limit=limit, ids=ids, blind=blind, resume=resume, data=data_dirs, cache=cache, rank=rank,
         world=world, strict=strict, progress=progress and rank == 0,
     )  # fmt: skip
-    differences = None
-    if check_batch and rank == 0:
-        differences = _check(model, specs, data_dirs)
-    if rank == 0:
-        write_report(results, folder, batch_differences=differences, show=progress)
+    if rank != 0:
+        return results
+    differences = check_generator(model, specs, data_dirs) if check_batch else None
+    write_report(results, folder, batch_differences=differences, show=progress)
     return results
+
+
+def _finished(folder: Path, task: str, blind: bool | Blind) -> TaskResult:
+    """A task's result from its files."""
+    result = rescore(prediction_path(folder, task), write=False)
+    if blind:
+        mode = "gray" if blind is True else blind
+        result.blind = rescore(prediction_path(folder, task, mode), write=False)
+    return result
 
 
 def _overridden(names: Sequence[str], overrides: Sequence[str]) -> list[TaskSpec]:
@@ -311,18 +323,3 @@ def _overridden(names: Sequence[str], overrides: Sequence[str]) -> list[TaskSpec
             raise ConfigError(f"override {override!r}: expected task.key=value with a task of {', '.join(names)}")
         changes[task].append(change)
     return [load_task(name, changes[name]) for name in names]
-
-
-def _check(model: Any, names: Sequence[str | TaskSpec], data: Mapping[str, str | Path] | None) -> list[dict[str, Any]]:
-    before = getattr(model, "batch_size", None)
-    if before is None:
-        raise ConfigError(f"generator {model.name} has no batch size of its own; check_batch needs the hf generator")
-
-    def sized(batch_size: int) -> Generator:
-        model.batch_size = batch_size
-        return model
-
-    try:
-        return check_batch(sized, names, data=data)
-    finally:
-        model.batch_size = before

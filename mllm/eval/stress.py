@@ -25,8 +25,9 @@ _MAX_ANSWERS = 200
 @dataclass(frozen=True)
 class StressResult:
     """accuracy: share answered right from words alone (0 to 1) with its interval; chance: uniform guessing over the
-    options (0 for open questions); majority: always the commonest letter or answer; bias: per sample, the probability
-    that the forest gives the right answer, by id."""
+    options (0 for open questions); majority: always the commonest letter or answer; num_left_out: scored samples of the
+    other kind; bias: per sample, the probability that the forest gives the right answer, by id; answered: ids that it
+    answers right."""
 
     task: str
     kind: str
@@ -36,6 +37,7 @@ class StressResult:
     num_samples: int
     num_left_out: int
     bias: dict[str, float]
+    answered: tuple[str, ...] = ()
 
 
 def stress_test(data: TaskData, *, folds: int = 5, trees: int = 200, seed: int = 0) -> StressResult:
@@ -71,7 +73,9 @@ def stress_test(data: TaskData, *, folds: int = 5, trees: int = 200, seed: int =
         majority = Counter(letters).most_common(1)[0][1] / len(used)
     estimate = mean_estimate(right.tolist(), clusters=clusters, binary=True)
     bias = {item.id: float(p) for item, p in zip(used, probability)}
-    return StressResult(data.task.name, kind, estimate, chance, majority, len(used), len(items) - len(used), bias)
+    answered = tuple(item.id for item, r in zip(used, right) if r)
+    left_out = len(items) - len(used)
+    return StressResult(data.task.name, kind, estimate, chance, majority, len(used), left_out, bias, answered)
 
 
 def _normal(text: str) -> str:

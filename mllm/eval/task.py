@@ -226,6 +226,14 @@ def expand_tasks(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(expanded))
 
 
+def load_tasks(tasks: Sequence[str | TaskSpec]) -> list[TaskSpec]:
+    """Tasks of names, suites, paths and ready specs, in order."""
+    specs: list[TaskSpec] = []
+    for task in tasks:
+        specs.extend([task] if isinstance(task, TaskSpec) else [load_task(name) for name in expand_tasks([task])])
+    return specs
+
+
 def data_folder(task: TaskSpec, data: Mapping[str, str | Path] | None = None) -> Path | None:
     """Where the task's files are: ``data[task]``, then ``$MLLM_DATA/<folder>`` if that exists, then the task's own
     default if that exists; None when nowhere. Raises `ConfigError` when ``data`` names a place that does not exist."""

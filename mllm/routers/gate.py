@@ -105,7 +105,8 @@ class GateRouter(Router):
         logits = self.logits(summary, text)
         open_experts = self.read_allowed(summary, allowed)
         noisy = logits
-        if self.training and self.config.noise:
+        learns = self.training and any(p.requires_grad for p in self.parameters())
+        if learns and self.config.noise:
             noisy = logits + self.config.noise * torch.randn_like(logits)
         probabilities = masked_softmax(noisy, open_experts)
         weights = self.select(probabilities)
@@ -113,7 +114,7 @@ class GateRouter(Router):
             explored = torch.rand(len(weights), 1, device=weights.device) < self.config.explore
             weights = torch.where(explored, random_weights(open_experts), weights)
         losses = {}
-        if self.training and self.config.losses:
+        if learns and self.config.losses:
             clean = masked_softmax(logits, open_experts)
             losses = {
                 name: factor * LOSSES[name](logits, clean, weights, open_experts)

@@ -1,7 +1,8 @@
 """What does the routing demo learn from? Three kinds of pictures whose shape hides each from the experts of the others.
 
-Square bar charts; handwritten digits, small in the middle of a tall strip; codes printed on a wide line. An expert that squashes
-everything to its own shape keeps the details of one kind and loses those of the other two: experts specialised by construction.
+Bar charts twice as wide as high; handwritten digits, small in the middle of a tall strip; codes printed on a wide line. Each expert
+keeps the details of one kind and loses those of the other two: one fits everything into a small wide frame, one sees only the middle
+square (never a chart's last bar), one only a flat line through the middle. Experts specialised by construction.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mllm.data.charts import COLOURS, LABELS, MAX_VALUE, Chart, Renderer
 from mllm.errors import UnavailableError
 
-VERSION = 1
+VERSION = 5
 """Raised when the data that a seed gives changes."""
 EXPERT_OF = {"charts": "chart", "digits": "digit", "text": "text"}
 """Kind of picture → the expert that was made for it (names as in the recipe ``routed_demo``)."""
@@ -29,15 +30,17 @@ TEXT_HEIGHT = 12
 STRIP = 32
 """Length of digit strips and text lines over their breadth."""
 ALPHABET = "ACEHKLNPTX"
-CODE_LENGTH = 2
+CODE_LENGTH = 1
 READ = "What is written here?"
 MEASURE = "How high is the last bar?"
 
 
 @dataclass(frozen=True)
 class RoutingDemoData:
-    """Where the files are. train, test: jsonl with messages, ``kind``, ``question`` and ``answer``."""
+    """Where the files are. train, test: jsonl with messages, ``kind``, ``question`` and ``answer``; specialise: the training rows
+    with ``experts``, the one made for the kind, which fixes their routing."""
 
+    specialise: Path
     train: Path
     test: Path
     counts: dict[str, int]
@@ -46,13 +49,14 @@ class RoutingDemoData:
 def prepare_routing_demo(
     output_dir: Path | str, *, num_train: int = 2000, num_test: int = 200, seed: int = 0
 ) -> RoutingDemoData:
-    """Write ``train.jsonl`` and ``test.jsonl`` with so many pictures of each kind, and the pictures. Deterministic by seed; does
-    nothing when the same data are there. Test digits are images that training has not seen."""
+    """Write ``train.jsonl``, ``specialise.jsonl`` and ``test.jsonl`` with so many pictures of each kind, and the pictures.
+    Deterministic by seed; does nothing when the same data are there. Test digits are images that training has not seen."""
     root = Path(output_dir)
     settings = {"version": VERSION, "num_train": num_train, "num_test": num_test, "seed": seed}
     mark = root / "manifest.json"
-    data = RoutingDemoData(root / "train.jsonl", root / "test.jsonl", {"train": 3 * num_train, "test": 3 * num_test})
-    if _complete(mark, settings, [data.train, data.test]):
+    files = [root / f"{name}.jsonl" for name in ("specialise", "train", "test")]
+    data = RoutingDemoData(*files, {"train": 3 * num_train, "test": 3 * num_test})
+    if _complete(mark, settings, files):
         return data
     root.mkdir(parents=True, exist_ok=True)
     renderer, digits = Renderer(CHART_SIZE), _digits(seed)
@@ -67,9 +71,10 @@ def prepare_routing_demo(
                 name = f"{split}/{kind}-{number:05d}.png"
                 Image.fromarray(pixels).save(root / name, compress_level=1)
                 rows.append(_row(f"{kind}-{split}-{number:05d}", name, kind, question, answer))
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (root / f"{split}.jsonl").write_text(text, encoding="utf-8")
-        hashes[f"{split}.jsonl"] = hashlib.sha256(text.encode()).hexdigest()
+        hashes |= _write(root / f"{split}.jsonl", rows)
+        if split == "train":
+            own = [{**row, "experts": [EXPERT_OF[row["kind"]]]} for row in rows]
+            hashes |= _write(root / "specialise.jsonl", own)
     mark.write_text(json.dumps({"settings": settings, "files": hashes}, indent=1), encoding="utf-8")
     return data
 
@@ -108,6 +113,13 @@ def train_routing_tokenizer(data: RoutingDemoData, output_dir: Path | str, *, vo
     return output
 
 
+def _write(path: Path, rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Write rows as jsonl; returns name → sha256."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
+    return {path.name: hashlib.sha256(text.encode()).hexdigest()}
+
+
 def _complete(mark: Path, settings: dict[str, Any], files: list[Path]) -> bool:
     try:
         manifest = json.loads(mark.read_text(encoding="utf-8"))
@@ -143,11 +155,12 @@ def _draw(
 
 
 def _chart(rng: random.Random, renderer: Renderer) -> tuple[np.ndarray, str, str]:
-    """A bar chart; the question is its last bar's height, in units of the axis."""
-    bars = rng.randint(2, 4)
+    """A bar chart, 2:1; the question is its last bar's height, in units of the axis. The last bar lies in the right quarter."""
+    bars = rng.randint(4, 5)
     heights = tuple(rng.randint(1, MAX_VALUE) for _ in range(bars))
     chart = Chart("bar", tuple(rng.sample(sorted(COLOURS), bars)), heights, LABELS[:bars])
-    return renderer.draw(chart), MEASURE, str(heights[-1])
+    wide = Image.fromarray(renderer.draw(chart)).resize((2 * CHART_SIZE, CHART_SIZE), Image.Resampling.BILINEAR)
+    return np.asarray(wide), MEASURE, str(heights[-1])
 
 
 def _digit_strip(rng: random.Random, digit: np.ndarray) -> np.ndarray:

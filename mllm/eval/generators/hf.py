@@ -133,6 +133,23 @@ class HFGenerator:
             )
         return responses
 
+    @torch.inference_mode()
+    def likelihood(self, request: Request, continuation: str) -> tuple[float, bool]:
+        """(log probability of ``continuation`` after the rendered request, whether greedy decoding would say it)."""
+        inputs = self._encode([request], [self.render(request)])
+        reply = self._tokenizer(continuation, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        reply = reply.to(self.model.device)
+        if not reply.shape[1]:
+            return 0.0, True
+        shape = inputs["input_ids"].shape
+        for name, value in list(inputs.items()):
+            if value.shape == shape and not torch.is_floating_point(value):  # ids, mask, kinds of token
+                more = reply if name == "input_ids" else torch.full_like(reply, int(name == "attention_mask"))
+                inputs[name] = torch.cat([value, more.to(value.dtype)], 1)
+        logits = self.model(**inputs).logits[0, -reply.shape[1] - 1 : -1].float()
+        chosen = torch.log_softmax(logits, -1).gather(1, reply[0][:, None])
+        return float(chosen.sum()), bool((logits.argmax(-1) == reply[0]).all())
+
     def _encode(self, requests: Sequence[Request], prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         nested = [list(request.images) for request in requests]
         images: Any = nested if self._ours else [image for row in nested for image in row]

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from mllm.errors import ConfigError
-from mllm.eval.ablate import WARNING, _Probe, ablate, ablation_markdown, effective_rank, encoder_bank
+from mllm.eval.ablate import WARNING, _Probe, ablate, effective_rank, encoder_bank
+from mllm.eval.ablation_report import ablation_study
 from mllm.eval.generators.hf import HFGenerator
+from mllm.eval.study import study_markdown
 from mllm.types import IMAGE_MARK, Request, Turn, VisionFeatures
 from tests.helpers import picture, tiny_model
 from tests.unit.eval.test_runner import make_data
@@ -66,6 +68,7 @@ def test_ablation_of_a_two_encoder_model(tiny, tmp_path):
         (name, mode) for name in ("semantic", "detail") for mode in ("drop", "shuffle", "mean")
     ]
     assert all(e.comparison.num_samples == 8 and e.task == "demo_charts" for e in found.effects)
+    assert all(e.adjusted >= e.comparison.p_value for e in found.effects)
     intact = (tmp_path / "o/intact/demo_charts.jsonl").read_text()
     changed = [(tmp_path / f"o/{e.encoder}-{e.mode}/demo_charts.jsonl").read_text() != intact for e in found.effects]
     assert all(changed), "every masking changes the answers of this model"
@@ -77,11 +80,12 @@ def test_ablation_of_a_two_encoder_model(tiny, tmp_path):
     expected = layers * 2 * n * (4 * d * d + 2 * d * ff + 2 * n * d) + 2 * 16 * d * 3 * 49
     assert semantic.gflops * 1e9 == pytest.approx(expected)
     assert 1 < semantic.effective_rank <= 32 and found.routing == {"demo_charts": {}}
-    text = ablation_markdown(found)
+    text = "\n".join(study_markdown(ablation_study(found)))
     assert (
         WARNING in text
-        and "| semantic | drop | demo_charts | relaxed_strict v1 |" in text
-        and "100 % of images" in text
+        and "| semantic | drop | demo_charts | relaxed_strict |" in text
+        and "| 100 % |" in text
+        and "Never run" not in text
     )
 
 
@@ -109,4 +113,7 @@ def test_routing_is_recorded_per_question_and_summed_by_category(tmp_path):
     assert set(found.routing["demo_charts"]) == {"a", "b"}
     weights = list(found.routing["demo_charts"].values())
     assert all(set(row) == {"detail"} and 0 <= row["detail"] <= 1 for row in weights)
-    assert "Routing on demo_charts:" in ablation_markdown(found)
+    text = "\n".join(study_markdown(ablation_study(found)))
+    assert (
+        "**Routing on demo_charts: mean weight of each expert by category**" in text and "| category | detail |" in text
+    )

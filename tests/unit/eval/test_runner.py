@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 
 from mllm.errors import ConfigError, DataError, UnavailableError
+from mllm.eval.batch_check import check_batch
 from mllm.eval.cache import AnswerCache
 from mllm.eval.loading import load_data
 from mllm.eval.predictions import header_path, merge_shards, prediction_path, read_predictions
 from mllm.eval.report import compare, markdown, write_report
-from mllm.eval.runner import check_batch, evaluate, rescore
+from mllm.eval.runner import evaluate, rescore
 from mllm.eval.task import expand_tasks, load_task
 from tests.unit.eval.rules import RuleGenerator, constant, pixel_rule
 
@@ -361,7 +362,9 @@ def test_report_has_table_markdown_and_one_page_with_pictures_and_filters(tmp_pa
     assert (
         "wrong (1)" in page
         and "metrics disagree (1)" in page
-        and 'data-f="wrong disagree"' in page
+        and 'data-f="wrong disagree d0 d1"' in page
+        and """onclick="f('demo-charts','d0')">relaxed_strict v1 and relaxed_pix2struct v1 disagree on 1 samples"""
+        in page
         and 'src="http' not in page
     )
     text = markdown({TASK: result})

@@ -1,0 +1,189 @@
+"""``mllm eval ablate / stress / contamination``: what stands behind a score?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Data = Annotated[list[str] | None, typer.Option("--data", help="Where a task's files are: task=/folder (repeatable).")]
+
+
+def folders(data: list[str] | None) -> dict[str, str]:
+    """``task=/folder`` options as a mapping. Raises `ConfigError`."""
+    from mllm.errors import ConfigError
+
+    found: dict[str, str] = {}
+    for item in data or []:
+        name, separator, folder = item.partition("=")
+        if not separator or not name or not folder:
+            raise ConfigError(f"--data {item}: expected task=/folder")
+        found[name] = folder
+    return found
+
+
+def listed(text: str | None) -> list[str] | None:
+    """Comma separated names; None when nothing is said."""
+    names = [entry.strip() for entry in (text or "").split(",") if entry.strip()]
+    return names or None
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _finish(study: Any, folder: Path) -> None:
+    """Print the study and put it into the folder's report, when there is a run to report."""
+    from mllm.eval.predictions import iterate_files
+    from mllm.eval.runner import report_again
+    from mllm.eval.study import print_study
+
+    print_study(study)
+    written = [folder / f"{study.name}.md", folder / f"{study.name}.json"]
+    if any(True for _ in iterate_files(folder)):
+        report_again(folder, show=False)
+        written += [folder / "report.md", folder / "report.html"]
+    typer.echo(" · ".join(map(str, written)))
+
+
+def ablate(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder of this toolkit.")],
+    tasks: Annotated[str, typer.Option(help="Tasks or suites, comma separated; see `mllm list tasks`.")],
+    encoders: Annotated[
+        str | None, typer.Option(help="Only these encoders or experts, comma separated; default: each one.")
+    ] = None,
+    modes: Annotated[
+        str, typer.Option(help="drop: zeros; shuffle: another picture's features; mean: the benchmark's mean.")
+    ] = "drop,shuffle,mean",
+    limit: Annotated[int | None, typer.Option(help="Only N samples of each task, spread evenly over it.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts per generation batch.")] = 8,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for ablation.md and .json; default <checkpoint>/../eval.")
+    ] = None,
+    data: Data = None,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: the GPU when there is one.")] = None,
+) -> None:
+    """Is each encoder worth its cost? Ask everything again with one encoder masked, and compare on the same samples.
+
+    Gives the score change with its interval for each encoder (or routed expert) and way of masking, latency and FLOPs per
+    image, the effective rank of its features before the connector, and, with a router, who is chosen for which category.
+    Masking is not retraining: a model trained without the encoder learns to do without it, and the two rankings differ
+    (arXiv 2606.03879). One run of the benchmark per encoder and mode: start with --limit.
+
+    [dim]mllm eval ablate runs/demo/final --tasks demo_charts --limit 100[/]
+    """
+    from mllm.eval.ablation_report import run_ablation
+
+    folder = output or Path(checkpoint).parent / "eval"
+    study = run_ablation(
+        checkpoint,
+        listed(tasks) or [],
+        folder,
+        encoders=listed(encoders),
+        modes=listed(modes) or [],  # type: ignore[arg-type]
+        limit=limit,
+        batch_size=batch_size,
+        data=folders(data),
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        say=_say,
+    )
+    _finish(study, folder)
+
+
+def stress(
+    tasks: Annotated[list[str], typer.Argument(help="Tasks or suites; see `mllm list tasks`.")],
+    scores: Annotated[
+        Path | None,
+        typer.Option(help="Predictions folder of a run: its scores are split by whether words alone answer."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for stress.md and .json; default: the --scores folder, else runs/stress."),
+    ] = None,
+    data: Data = None,
+    limit: Annotated[int | None, typer.Option(help="Only N samples of each task, spread evenly over it.")] = None,
+    folds: Annotated[int, typer.Option(help="Parts the benchmark is cut into; pictures stay whole.")] = 5,
+    trees: Annotated[int, typer.Option(help="Trees of the forest.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of the forest.")] = 0,
+) -> None:
+    """How much of a benchmark can be answered without seeing? A text-only random forest, trained and tested on it.
+
+    Needs no model and no GPU. Beside it stand guessing and always giving the commonest answer; what the forest gets
+    above them, the questions and options give away. With --scores, a run's score is split into questions that words
+    answer and questions that need seeing.
+
+    [dim]mllm eval stress scienceqa mmmu --data scienceqa=/data/ScienceQA --scores runs/my/eval[/]
+    """
+    from mllm.eval.stress_report import run_stress
+
+    folder = output or scores or Path("runs/stress")
+    study = run_stress(
+        tasks, folder, data=folders(data), limit=limit, folds=folds, trees=trees, seed=seed, scores=scores, say=_say
+    )
+    _finish(study, folder)
+
+
+def contamination(
+    train: Annotated[
+        list[str],
+        typer.Option(
+            help="Mixture, dataset, json/jsonl file, or a checkpoint (all its stages' data); repeatable.",
+            show_default=False,
+        ),
+    ],
+    tasks: Annotated[str, typer.Option(help="Tasks or suites, comma separated; see `mllm list tasks`.")],
+    scores: Annotated[
+        Path | None, typer.Option(help="Predictions folder of a run, scored with and without the overlaps.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for contamination.md and .json; default: the --scores folder, else runs/contamination."
+        ),
+    ] = None,
+    data: Data = None,
+    images: Annotated[bool, typer.Option(help="Compare pictures too (reads every training picture).")] = True,
+    max_distance: Annotated[int, typer.Option(help="Bits of 64 in which two pictures' hashes may differ.")] = 4,
+    ngram: Annotated[int, typer.Option(help="Words in a run that both texts must share.")] = 8,
+    min_share: Annotated[
+        float, typer.Option(help="Share of a question's runs that one training text must hold.")
+    ] = 0.5,
+    limit: Annotated[int | None, typer.Option(help="Only the first N rows of each training dataset.")] = None,
+    threads: Annotated[int, typer.Option(help="Threads that decode training pictures.")] = 4,
+) -> None:
+    """Were benchmark pictures or questions seen in training? Perceptual hashes and question n-grams, one pass.
+
+    Every hit names both samples, so that it can be looked at. With --scores, each metric is given on all samples, without
+    the overlapping ones, and on those alone, and the run's report gets the table.
+
+    [dim]mllm eval contamination --train runs/demo/final --tasks demo_charts --scores runs/demo/eval[/]
+    """
+    from mllm.eval.contamination_report import run_contamination
+
+    folder = output or scores or Path("runs/contamination")
+    study = run_contamination(
+        train,
+        listed(tasks) or [],
+        folder,
+        data=folders(data),
+        scores=scores,
+        max_distance=max_distance,
+        ngram=ngram,
+        min_share=min_share,
+        images=images,
+        limit=limit,
+        threads=threads,
+    )
+    _finish(study, folder)
+
+
+def add_to(group: typer.Typer) -> None:
+    """Register the three verbs in ``mllm eval``."""
+    group.command("ablate")(ablate)
+    group.command("stress")(stress)
+    group.command("contamination")(contamination)

@@ -1,0 +1,1 @@
+"""How do our models run inside other people's harnesses?"""

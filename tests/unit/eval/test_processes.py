@@ -1,0 +1,179 @@
+"""Do several processes answer every question exactly once, whatever is killed on the way?"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mllm.errors import ConfigError, UnavailableError
+from mllm.eval.launch import start_workers
+from mllm.eval.loading import load_data
+from mllm.eval.predictions import prediction_path, read_predictions
+from mllm.eval.runner import _await_shards, evaluate, run_eval
+from mllm.eval.task import load_task
+from tests.helpers import tiny_model
+from tests.unit.eval.rules import RuleGenerator, pixel_rule
+from tests.unit.eval.test_runner import TASK, make_data, run
+
+ROOT = Path(__file__).parents[3]
+
+
+def slow_share(folder: Path, output: Path, rank: int, world: int) -> None:
+    def rule(request):
+        time.sleep(0.003)
+        return pixel_rule(request)
+
+    run(folder, output, rule, rank=rank, world=world)
+
+
+def start(folder: Path, output: Path, world: int) -> list[multiprocessing.Process]:
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=slow_share, args=(folder, output, rank, world)) for rank in range(world)]
+    for worker in workers:
+        worker.start()
+    return workers  # type: ignore[return-value]
+
+
+def answered(output: Path) -> int:
+    """Different questions with an answer in any file."""
+    return len({row["id"] for path in output.glob("demo_charts*.jsonl") for row in read_predictions(path)})
+
+
+def test_three_processes_killed_at_random_points_and_started_again_answer_everything_once(tmp_path):
+    folder = make_data(tmp_path / "d", 120)
+    run(folder, tmp_path / "whole")
+    whole = (tmp_path / "whole/demo_charts.jsonl").read_text()
+    draw, output = random.Random(7), tmp_path / "o"
+    counts = []
+    for world in (3, 3, 2, 3):  # the number of processes changes on the way, too
+        workers = start(folder, output, world)
+        until = time.monotonic() + 60
+        while time.monotonic() < until and answered(output) <= (counts[-1] if counts else 0):
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0.0, 0.03))
+        victims = draw.sample(workers, draw.randint(1, world))
+        for worker in victims:
+            worker.kill()
+        for worker in workers:
+            if worker not in victims:
+                worker.terminate()
+            worker.join()
+        counts.append(answered(output))
+    assert counts == sorted(counts) and 0 < counts[-1] < 120, "killed on the way, and nothing that stood was lost"
+    workers = start(folder, output, 3)
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    assert (output / "demo_charts.jsonl").read_text() == whole
+    assert not list(output.glob("*.done"))
+
+
+def test_what_one_number_of_processes_answered_is_not_asked_again_by_another(tmp_path):
+    folder = make_data(tmp_path / "d", 12)
+    run(folder, tmp_path / "whole")
+    for rank in (1, 2):
+        run(folder, tmp_path / "o", rank=rank, world=3)
+    _, generator = run(folder, tmp_path / "o")
+    assert generator.asked == ["q0", "q3", "q6", "q9"]
+    assert sorted((tmp_path / "o/demo_charts.jsonl").read_text()) == sorted(
+        (tmp_path / "whole/demo_charts.jsonl").read_text()
+    )
+    _, generator = run(folder, tmp_path / "o", rank=1, world=2)
+    assert generator.asked == [], "a single run's answers serve a shared one"
+    _, generator = run(folder, tmp_path / "o", name="another model", rank=1, world=5)
+    assert len(generator.asked) == 3, "another model's answers do not"
+    _, generator = run(folder, tmp_path / "o", rank=3, world=5, resume=False)
+    assert len(generator.asked) == 2, "and starting over asks again"
+
+
+def test_marks_of_an_earlier_run_are_not_waited_on(tmp_path):
+    folder = make_data(tmp_path / "d", 9)
+    run(folder, tmp_path / "o", rank=1, world=2, limit=4)
+    mark = prediction_path(tmp_path / "o", TASK, None, 1, 2).with_suffix(".done")
+    assert mark.exists()
+    data = load_data(load_task(TASK), data={TASK: folder})
+    with pytest.raises(Exception, match=r"no result from .*shard-0000.*shard-0001"):
+        _await_shards(tmp_path / "o", data, None, 2, patience=0.0)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("processes")
+    model, processor = tiny_model(folder / "tokenizer")
+    model.save_pretrained(folder / "final")
+    processor.save_pretrained(folder / "final")
+    return folder / "final"
+
+
+@pytest.mark.slow
+def test_run_eval_shares_the_questions_among_processes(checkpoint, tmp_path, capfd):
+    folder = make_data(tmp_path / "d", 9)
+    common = {"data_dirs": {TASK: folder}, "device": "cpu", "overrides": [f"{TASK}.generation.max_new_tokens=4"]}
+    alone = run_eval(str(checkpoint), [TASK], output_dir=tmp_path / "one", progress=False, **common)[TASK]
+    shared = run_eval(str(checkpoint), [TASK], output_dir=tmp_path / "two", processes=2, blind="none", **common)[TASK]
+    assert (tmp_path / "two/demo_charts.jsonl").read_text() == (tmp_path / "one/demo_charts.jsonl").read_text()
+    assert shared.metrics == alone.metrics and shared.blind is not None and shared.blind.num_samples == 9
+    assert "demo_charts" in capfd.readouterr().out and (tmp_path / "two/report.html").exists()
+    sizes = [len(read_predictions(prediction_path(tmp_path / "two", TASK, None, rank, 2))) for rank in (0, 1)]
+    assert sizes == [5, 4]
+
+
+def test_a_process_that_fails_is_named_and_stops_the_others(tmp_path, capfd):
+    started = time.monotonic()
+    arguments = {"checkpoint": str(tmp_path / "nowhere"), "tasks": ["demo_chart"]}
+    with pytest.raises(UnavailableError, match=r"process \d of 2 ended with code 1"):
+        start_workers(2, arguments)
+    assert "unknown task 'demo_chart'" in capfd.readouterr().err and time.monotonic() - started < 60
+    with pytest.raises(ConfigError, match="at least 2"):
+        start_workers(1, arguments)
+
+
+ORPHAN = """
+import os, sys, time
+from mllm.eval import launch
+launch._follow(int(sys.argv[1]))
+time.sleep(60)
+"""
+PARENT = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", {orphan!r}, str(os.getpid())])
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_workers_end_when_the_process_that_started_them_is_killed():
+    command = [sys.executable, "-c", PARENT.format(orphan=ORPHAN)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    child = int(parent.stdout.readline())
+    time.sleep(1.0)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    until = time.monotonic() + 20
+    while time.monotonic() < until and _alive(child):
+        time.sleep(0.1)
+    assert not _alive(child)
+
+
+def _alive(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_a_shard_that_no_process_answered_is_missed(tmp_path):
+    folder = make_data(tmp_path / "d", 6)
+    evaluate(RuleGenerator(pixel_rule), [TASK], tmp_path / "o", data={TASK: folder}, progress=False, rank=1, world=2)
+    lines = (tmp_path / "o/demo_charts.shard-0001-of-0002.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["q1", "q3", "q5"]
+    assert not (tmp_path / "o/demo_charts.jsonl").exists()
