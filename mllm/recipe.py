@@ -42,6 +42,10 @@ class ModelSpec(StrictModel):
     connector: dict[str, Any] | None = None
     router: dict[str, Any] | None = None
     visual_tokenizer: dict[str, Any] | None = None
+    """What the model draws with: ``{encoder: name}`` (the tokenizer of that encoder), or ``{weights: folder}`` of a saved
+    tokenizer, or a whole config, perhaps with ``weights``."""
+    visual_head: dict[str, Any] | None = None
+    """How the model draws: ``{type: vocabulary | separate | depth | next_scale, …}``."""
     chat_template: str | None = None
     """Shipped template's name, or a path to a Jinja file; default: the tokenizer's own."""
     image_token: str = "<image>"
@@ -62,6 +66,10 @@ class ModelSpec(StrictModel):
             raise ValueError(
                 "a connector is given but no encoder; add one, or {type: raw_patches} for an encoder-free model"
             )
+        if self.visual_head is not None and self.visual_tokenizer is None:
+            raise ValueError(
+                "visual_head is given but no visual_tokenizer; add e.g. visual_tokenizer: {encoder: name} or {weights: folder}"
+            )
         return self
 
 
@@ -75,6 +83,9 @@ class LoraSpec(StrictModel):
     target: list[str] | Literal["all-linear"] = "all-linear"
     use_dora: bool = False
     use_rslora: bool = False
+    bits: Literal[4] | None = None
+    """4: keep the adapted linear layers' own weights in 4-bit NormalFloat while the adapter learns (QLoRA); needs
+    bitsandbytes, engine: none."""
 
 
 class LearnSpec(StrictModel):
@@ -104,6 +115,22 @@ class OptimizerSpec(StrictModel):
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """None: no clipping. Always written explicitly to DeepSpeed, whose own default is 1.0."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of a running average of the learning weights (e.g. 0.999); the stage then ends with the average. engine: none."""
+
+
+class DrawSpec(StrictModel):
+    """Pictures that a model with a visual head draws while it trains, to look at: PNG files under ``<output>/drawings``
+    and TensorBoard."""
+
+    prompts: list[str] = Field(min_length=1)
+    every: int = Field(default=500, ge=1)
+    """Optimizer steps between drawings; the last step always draws."""
+    cfg_scale: float = 1.0
+    temperature: float = Field(default=1.0, ge=0)
+    top_k: int = Field(default=0, ge=0)
+    top_p: float = Field(default=0.0, ge=0, le=1)
+    seed: int = 0
 
 
 class StageSpec(StrictModel):
@@ -144,6 +171,8 @@ class StageSpec(StrictModel):
     save_every: int | None = Field(default=None, ge=1)
     log_every: int = Field(default=1, ge=1)
     num_workers: int = Field(default=0, ge=0)
+    draw: DrawSpec | None = None
+    """Pictures to draw while training (models with a visual head)."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Settings of stages of another kind than sft."""
 

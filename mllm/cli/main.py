@@ -18,14 +18,19 @@ from mllm.cli import (
     data,
     demo,
     doctor,
+    draw,
     evaluate,
+    inspect,
     listing,
     parity,
+    plan,
     recipes,
     route,
+    runs,
     serve,
     tokenizer,
     train,
+    verify,
 )
 from mllm.errors import MllmError
 
@@ -56,9 +61,14 @@ def _root(
 
 for module in (
     demo,
+    plan,
+    inspect,
     train,
+    verify,
+    runs,
     evaluate,
     chat,
+    draw,
     serve,
     web_app,
     parity,

@@ -92,6 +92,7 @@ def collate(
         span = slice(start, start + len(sample))
         ids[row, span], labels[row, span], mask[row, span] = sample.input_ids, sample.labels, 1
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels, **join_images(samples)}
+    inputs |= join_targets(samples)
     return _batch(inputs, samples, [[len(sample)] for sample in samples])
 
 
@@ -130,6 +131,7 @@ def collate_packed(rows: Sequence[Sequence[EncodedSample]], *, max_length: int, 
     ends += [ends[-1]] * (padded + 1 - len(ends))
     samples = [sample for row in rows for sample in row]
     inputs = {"input_ids": ids, "labels": labels, "position_ids": positions, **join_images(samples)}
+    inputs |= join_targets(samples)
     batch = _batch(inputs, samples, [[len(sample) for sample in row] for row in rows])
     batch.segment_ids, batch.cu_seq_lens = segments, torch.tensor(ends, dtype=torch.int32)
     return batch
@@ -159,6 +161,22 @@ def join_images(samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
             parts = [F.pad(part, (0, width - part.shape[1]), value=-1) for part in parts]
         joined[key] = torch.cat(parts)
     return joined
+
+
+def join_targets(samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
+    """``target_images``: the images to draw of all samples end to end; nothing when there are none. Raises
+    `AlignmentError` for pictures and stored codes in one batch."""
+    parts = [(sample, sample.targets) for sample in samples if sample.targets is not None]
+    if not parts:
+        return {}
+    first = parts[0][1]
+    for sample, tensor in parts:
+        if tensor.dim() != first.dim():
+            raise AlignmentError(
+                f"sample {sample.id!r} of {sample.dataset}: images to draw come as pictures and as stored codes in one batch; "
+                "encode all of the mixture's pictures (mllm tokenizer encode), or none"
+            )
+    return {"target_images": torch.cat([tensor for _, tensor in parts])}
 
 
 def _batch(inputs: dict[str, Tensor], samples: Sequence[EncodedSample], lengths: list[list[int]]) -> Batch:

@@ -275,17 +275,24 @@ def train_tokenizer(data_dir: Path | str, output_dir: Path | str, *, vocab_size:
 
     Deterministic; does nothing when ``output_dir`` holds the tokenizer of the same text. Returns ``output_dir``.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    from mllm.processing.template import read_template
-
     root, output = Path(data_dir), Path(output_dir)
     text = [path.read_text(encoding="utf-8") for path in (root / name for name in TOKENIZER_TEXT)]
     stamp = hashlib.sha256("\n".join([str(VERSION), str(vocab_size), *text]).encode()).hexdigest()
     mark = output / "trained_on.txt"
     if mark.is_file() and mark.read_text() == stamp:
         return output
+    learn_bpe(_texts(text), vocab_size).save_pretrained(str(output))
+    mark.write_text(stamp)
+    return output
+
+
+def learn_bpe(lines: Iterable[str], vocab_size: int) -> Any:
+    """A byte-level BPE tokenizer learned from ``lines``, with the Vicuna template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from mllm.processing.template import read_template
+
     special = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<image>"]
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -294,7 +301,7 @@ def train_tokenizer(data_dir: Path | str, output_dir: Path | str, *, vocab_size:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(_texts(text), trainer)
+    tokenizer.train_from_iterator(lines, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -304,9 +311,7 @@ def train_tokenizer(data_dir: Path | str, output_dir: Path | str, *, vocab_size:
         model_max_length=4096,
     )
     fast.chat_template = read_template("vicuna")
-    fast.save_pretrained(str(output))
-    mark.write_text(stamp)
-    return output
+    return fast
 
 
 def _texts(files: Iterable[str]) -> Iterable[str]:

@@ -11,5 +11,6 @@ ENCODERS: Registry = Registry(
         "raw_patches": "mllm.encoders.raw_patches:RawPatches",
         "vary": "mllm.encoders.vary:VaryEncoder",
         "vggt": "mllm.encoders.vggt:VggtEncoder",
+        "visual_tokenizer": "mllm.visual_tokenizers.reader:TokenizerEncoder",
     },
 )

@@ -15,16 +15,19 @@ from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoToken
 from mllm.errors import ConfigError, UnavailableError
 from mllm.models.configuration_mllm import MllmConfig, language_model_config
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
+from mllm.models.visual_build import add_head_tokens, head_settings_of, tokenizer_settings, visual_span
 from mllm.processing.image_processor import MllmImageProcessor
 from mllm.processing.processor import MllmProcessor
 from mllm.processing.template import check_template, read_template
 from mllm.recipe import LanguageModelSpec, ModelSpec
+from mllm.visual_tokenizers.reader import load_tokenizer_weights
 
 VOCABULARY_MULTIPLE = 64
 
 
-def build_config(spec: ModelSpec, *, image_token_id: int | None = None) -> MllmConfig:
+def build_config(spec: ModelSpec, *, image_token_id: int | None = None, tokenizer: Any = None) -> MllmConfig:
     """The model's whole config. Needs no weights and, where the recipe states the language model's config, no network.
+    tokenizer: the text tokenizer, for the ids of a visual head's tokens (added to it where they are missing).
 
     Raises `ConfigError` when a grid does not fit a connector, naming the encoder.
     """
@@ -45,12 +48,27 @@ def build_config(spec: ModelSpec, *, image_token_id: int | None = None) -> MllmC
                     f"model.router.experts: {name!r} is no encoder of this model; it has {list(encoders)}"
                 )
     text = text_config(spec.language_model)
+    visual_tokenizer = tokenizer_settings(spec.visual_tokenizer, encoders)
+    if tokenizer is not None:
+        add_head_tokens(tokenizer, spec.visual_head, visual_tokenizer, encoders)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    visual_head = head_settings_of(
+        spec.visual_head,
+        visual_tokenizer,
+        encoders,
+        width=text.hidden_size,
+        id_of=None if tokenizer is None else tokenizer.convert_tokens_to_ids,
+        first_free=text.vocab_size + 1,
+        null=0 if tokenizer is None else tokenizer.pad_token_id,
+    )
     return MllmConfig(
         text_config=text,
         encoders=encoders,
         connector=connector,
         router=router,
-        visual_tokenizer=spec.visual_tokenizer,
+        visual_tokenizer=visual_tokenizer,
+        visual_head=visual_head,
         image_token_id=text.vocab_size if image_token_id is None else image_token_id,
         lm_head_bias=_head_has_bias(text),
     )
@@ -88,8 +106,11 @@ def build_processor(spec: ModelSpec, config: MllmConfig, tokenizer: Any) -> Mllm
         encoders={name: info.image for name, info in config.encoder_infos().items()},
         layout=config.layout(),
         experts=(config.router or {}).get("experts", ()),
+        code_encoders=[name for name, encoder in config.encoders.items() if encoder["type"] == "visual_tokenizer"],
     )
-    return MllmProcessor(images, tokenizer, chat_template=template, image_token=spec.image_token)
+    return MllmProcessor(
+        images, tokenizer, chat_template=template, image_token=spec.image_token, visual_span=visual_span(config)
+    )
 
 
 def add_image_token(tokenizer: Any, token: str) -> None:
@@ -123,7 +144,7 @@ def build_model(
     """
     tokenizer = load_tokenizer(spec.language_model)
     add_image_token(tokenizer, spec.image_token)
-    config = build_config(spec, image_token_id=tokenizer.convert_tokens_to_ids(spec.image_token))
+    config = build_config(spec, image_token_id=tokenizer.convert_tokens_to_ids(spec.image_token), tokenizer=tokenizer)
     processor = build_processor(spec, config, tokenizer)
     config.dtype = dtype
     for target in (config, config.text_config):
@@ -135,6 +156,7 @@ def build_model(
         model = MllmForConditionalGeneration(config)
     if load_weights:
         load_pretrained_parts(model, spec, dtype=dtype)
+        processor.image_processor.code_source = _codes_made_by(model)
     if len(tokenizer) > config.text_config.vocab_size:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=VOCABULARY_MULTIPLE, mean_resizing=False)
     _generation_defaults(model, tokenizer, processor)
@@ -159,6 +181,21 @@ def load_pretrained_parts(model: MllmForConditionalGeneration, spec: ModelSpec, 
         for encoder in model.model.vision_tower.encoders.values():
             if encoder.config.weights is not None:
                 encoder.load_pretrained()
+    weights = (spec.visual_tokenizer or {}).get("weights")
+    if model.model.visual_tokenizer is not None and weights is not None:
+        load_tokenizer_weights(model.model.visual_tokenizer, weights)
+
+
+def _codes_made_by(model: MllmForConditionalGeneration) -> str | None:
+    """Fingerprint of the model's visual tokenizer, so that stored codes of another one are refused."""
+    from mllm.visual_tokenizers.storage import fingerprint
+
+    tokenizers = [] if model.config.visual_tokenizer is None else [model.image_tokenizer]
+    if model.model.vision_tower is not None:
+        encoders = model.model.vision_tower.encoders.values()
+        tokenizers += [encoder.tokenizer for encoder in encoders if encoder.config.type == "visual_tokenizer"]
+    found = {fingerprint(tokenizer) for tokenizer in tokenizers}
+    return found.pop() if len(found) == 1 else None
 
 
 def _head_has_bias(text: Any) -> bool:

@@ -23,7 +23,8 @@ class MllmConfig(PreTrainedConfig):
     """Everything that is needed to build the model offline.
 
     text_config: the language model's HF config; encoders: name → resolved encoder config, in ``encoder_order``;
-    connector, router, visual_tokenizer, visual_head: component configs (None: the model has no such part);
+    connector, router, visual_tokenizer, visual_head: component configs (None: the model has no such part); visual_tokenizer
+    may be ``{"encoder": name}``, the tokenizer inside that encoder;
     image_token_id: the placeholder's id. The number of visual tokens is derived (`layout`), never stored.
     """
 

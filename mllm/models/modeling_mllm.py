@@ -13,17 +13,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, PreTrainedModel, SuppressTokensLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from mllm.errors import AlignmentError, CheckpointError
+from mllm.errors import AlignmentError, CheckpointError, ConfigError
 from mllm.models.configuration_mllm import MllmConfig, head_settings
 from mllm.models.loss import linear_cross_entropy
-from mllm.models.pipeline import EncoderBank, build_visual_parts
+from mllm.models.pipeline import EncoderBank, build_own_tokenizer, build_visual_parts, shared_tokenizer
 from mllm.models.routing import ask_gate, check_choices, encode_for_generation, encode_short, routing_loss_of_step
+from mllm.models.visual_grammar import image_grammar, vocabulary_offsets
+from mllm.models.visual_heads import build_head, head_config
+from mllm.models.visual_targets import lay_images, visual_losses
 from mllm.processing.layout import PRIMARY_PIXELS, pixel_keys
 from mllm.types import Routing, VisionFeatures
+from mllm.visual_tokenizers.grammar import ImageGrammarProcessor
 
 
 @dataclass
@@ -36,10 +40,14 @@ class MllmModelOutput(BaseModelOutputWithPast):
 
 @dataclass
 class MllmOutput(CausalLMOutputWithPast):
-    """As `CausalLMOutputWithPast`, with the visual tokens and the routing that were used."""
+    """As `CausalLMOutputWithPast`, with the visual tokens and the routing that were used.
+
+    losses: mean cross-entropy per code of each codebook, when the batch holds images to draw.
+    """
 
     image_hidden_states: Tensor | None = None
     routing: Any = None
+    losses: dict[str, Tensor] | None = None
 
 
 class MllmPreTrainedModel(PreTrainedModel):
@@ -116,9 +124,9 @@ class MllmPreTrainedModel(PreTrainedModel):
             parts["router"] = [f"{root}vision_tower.router."]
         if self.config.connector is not None:
             parts["connector"] = [f"{root}multi_modal_projector."]
-        if self.config.visual_tokenizer is not None:
+        if self.config.visual_tokenizer is not None and "encoder" not in self.config.visual_tokenizer:
             parts["visual_tokenizer"] = [f"{root}visual_tokenizer."]
-        if self.config.visual_head is not None:
+        if self.config.visual_head is not None and self.config.visual_head["type"] != "vocabulary":
             parts["visual_head"] = ["visual_head."]
         parts["language_model"] = [f"{root}language_model.", "lm_head."]
         return parts
@@ -145,6 +153,7 @@ class MllmModel(MllmPreTrainedModel):
     def __init__(self, config: MllmConfig):
         super().__init__(config)
         self.vision_tower, self.multi_modal_projector = build_visual_parts(config)
+        self.visual_tokenizer = build_own_tokenizer(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self._no_split_modules = list(getattr(self.language_model, "_no_split_modules", None) or [])
         self.pixel_keys = pixel_keys(list(config.encoders))
@@ -265,13 +274,19 @@ class MllmModel(MllmPreTrainedModel):
         expert_weights: Tensor | None = None,
         router_input_ids: Tensor | None = None,
         image_features: Tensor | None = None,
+        slot_mask: Tensor | None = None,
+        slot_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> MllmModelOutput:
-        """image_features ``(B, M, L)``: visual tokens computed before, in place of pixels."""
+        """image_features ``(B, M, L)``: visual tokens computed before, in place of pixels. pixel_values of a visual
+        tokenizer's encoder may be codes ``(B, S)``. slot_embeds ``(n, L)``: what stands where slot_mask ``(B, T)`` is
+        true, in place of token embeddings."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if slot_mask is not None and slot_embeds is not None:
+            inputs_embeds = inputs_embeds.masked_scatter(slot_mask.unsqueeze(-1), slot_embeds.to(inputs_embeds))
         kwargs.pop("num_image_patches", None)
         extra = {key: kwargs.pop(key) for key in list(kwargs) if key.startswith(f"{PRIMARY_PIXELS}_")}
         routing = None
@@ -326,6 +341,13 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
         self._no_split_modules = self.model._no_split_modules
         self._head = head_settings(text)
+        self.visual_config = None if config.visual_head is None else head_config(config.visual_head)
+        self.visual_head = (
+            None
+            if self.visual_config is None
+            else build_head(self.visual_config, self.image_tokenizer, text.hidden_size)
+        )
+        self._grammar: Any = None
         embedding = self.model.get_input_embeddings()
         name = next(n for n, m in self.model.language_model.named_modules() if m is embedding)
         self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{name}.weight"}
@@ -352,6 +374,66 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         return self.model.get_image_features(*args, **kwargs)
+
+    # Drawing ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def image_tokenizer(self) -> Any:
+        """The visual tokenizer the model draws with: its own, or that of one of its encoders."""
+        own = self.model.visual_tokenizer
+        return own if own is not None else shared_tokenizer(self.config, self.model.vision_tower)
+
+    @property
+    def head_scale(self) -> float:
+        return self._head.get("logit_scale", 1.0) / self._head.get("logits_scaling", 1.0)
+
+    @property
+    def head_softcap(self) -> float | None:
+        return self._head.get("final_logit_softcapping")
+
+    @property
+    def grammar(self) -> Any:
+        """The image grammar of a vocabulary head."""
+        if self._grammar is None:
+            self._grammar = image_grammar(self.visual_config, self.image_tokenizer)
+        return self._grammar
+
+    @property
+    def code_offsets(self) -> Tensor:
+        """``(S,)``: packed code s is the id ``offset[s] + code`` (vocabulary head)."""
+        return vocabulary_offsets(self.visual_config, self.image_tokenizer)
+
+    def is_visual(self, input_ids: Tensor) -> Tensor:
+        """Which of input_ids ``(B, T)`` stand for an image, read or drawn."""
+        tokens = self.visual_config.tokens
+        visual = input_ids == self.config.image_token_id
+        for name in ("start", "end", "code"):
+            visual |= input_ids == tokens[name]
+        if self.visual_head is None:
+            for first, end in self.grammar.reserved():
+                visual |= (input_ids >= first) & (input_ids < end)
+        return visual
+
+    def image_rules(self) -> Any:
+        """The logits processor that keeps generated text to what the visual head allows."""
+        tokens = self.visual_config.tokens
+        size = self.lm_head.weight.shape[0]
+        never = [i for i in (tokens["code"], self.config.image_token_id) if i is not None and i < size]
+        if self.visual_head is None:
+            return ImageGrammarProcessor(self.grammar, never=never)
+        return SuppressTokensLogitsProcessor([tokens["start"], tokens["end"], *never], device=self.device)
+
+    def generate_images(self, prompts: Any, **options: Any) -> Any:
+        """Draw one image per prompt; see `mllm.models.visual_generation.generate_images`."""
+        from mllm.models.visual_generation import generate_images
+
+        return generate_images(self, prompts, **options)
+
+    def generate_interleaved(self, prompts: Any, **options: Any) -> Any:
+        """Answer with text and images; see `mllm.models.visual_generation.generate_interleaved`."""
+        from mllm.models.visual_generation import generate_interleaved
+
+        return generate_interleaved(self, prompts, **options)
 
     def named_parts(self) -> dict[str, list[tuple[str, nn.Module]]]:
         modules = dict(self.named_modules())
@@ -388,12 +470,26 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
         routing_targets: Tensor | None = None,
+        target_images: Tensor | None = None,
         **kwargs: Any,
     ) -> MllmOutput:
         """labels ``(B, T)``: -100 carries no loss. skip_logits: with labels, compute the loss on supervised positions in chunks
         and return no logits (memory). Other encoders' pixels come as ``pixel_values_<name>``. routing_targets ``(images, E)``:
-        what the router should have chosen, as `GateRouter.supervised_loss` takes it; its loss is added."""
+        what the router should have chosen, as `GateRouter.supervised_loss` takes it; its loss is added. target_images: the
+        images that the spans of ``input_ids`` stand for, pixels ``(K, 3, H, W)`` in [-1, 1] or codes ``(K, S)``."""
         num_items = kwargs.pop("num_items_in_batch", None)
+        drawn = None
+        if target_images is not None and len(target_images):
+            if self.visual_config is None or input_ids is None:
+                raise ConfigError("target_images: this model draws nothing (no visual_head), or input_ids are missing")
+            if labels is not None and num_items is None:
+                num_items = (labels[:, 1:] != -100).sum().clamp(min=1)
+            drawn = lay_images(
+                self, target_images, input_ids, labels, attention_mask=attention_mask, position_ids=position_ids
+            )
+            input_ids, labels = drawn.input_ids, drawn.labels
+            attention_mask = drawn.inputs.pop("attention_mask", attention_mask)
+            kwargs |= drawn.inputs
         if self.routing_only:
             keys = self.model.pixel_keys
             given = {PRIMARY_PIXELS: pixel_values, **{key: kwargs.pop(key) for key in keys.values() if key in kwargs}}
@@ -426,8 +522,8 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
                 bias=self.lm_head.bias,
                 num_items_in_batch=num_items,
                 position_ids=position_ids,
-                scale=self._head.get("logit_scale", 1.0) / self._head.get("logits_scaling", 1.0),
-                softcap=self._head.get("final_logit_softcapping"),
+                scale=self.head_scale,
+                softcap=self.head_softcap,
             )
         else:
             keep = (
@@ -444,8 +540,16 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
                 )
         if loss is not None and outputs.routing is not None and self.training:
             loss = loss + routing_loss_of_step(self, outputs.routing, routing_targets, labels, num_items)
+        losses = None
+        if loss is not None and drawn is not None:
+            of_codes, losses = visual_losses(self, drawn, hidden, num_items)
+            loss = loss + of_codes
+        elif loss is not None and self.visual_head is not None and self.training:
+            # Ranks reduce the same gradients whether their batch holds an image to draw or not.
+            loss = loss + 0.0 * sum(p.float().sum() for p in self.visual_head.parameters() if p.requires_grad)
         return MllmOutput(
             loss=loss,
+            losses=losses,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -468,7 +572,8 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
     ) -> Any:
         """As in transformers, and for a model with a router: experts (names, name → weight, ``"none"``, or one entry per
         image) fixes the routing; expert_budget: most experts per image; expert_threshold: an expert below this probability
-        does not run. The routing of the call is in ``last_routing``, and in the output's ``routing`` with
+        does not run. A vocabulary head's images keep their grammar, for every sample of the batch; other heads' image tokens
+        are not generated (see `generate_images`). The routing of the call is in ``last_routing``, and in the output's ``routing`` with
         ``return_dict_in_generate``. A ``language_model`` router needs ``tokenizer=``."""
         tower = self.model.vision_tower
         pool = tower.experts if tower is not None else ()
@@ -484,6 +589,8 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
                 expert_threshold=expert_threshold,
                 tokenizer=kwargs.get("tokenizer"),
             )
+        if self.visual_config is not None:
+            kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or []), self.image_rules()]
         output = self.generate_text(inputs, *args, **kwargs)
         if self.last_routing is not None and not isinstance(output, Tensor):
             output.routing = self.last_routing
@@ -500,6 +607,7 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
             "expert_weights",
             "router_input_ids",
             "image_features",
+            "target_images",
             "num_image_patches",
         ]
 

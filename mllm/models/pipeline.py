@@ -114,7 +114,9 @@ class EncoderBank(nn.Module):
         if not idle:
             self.num_encoded[name] += len(pixels)
         parameter = next(encoder.parameters(), None)
-        pixels = pixels if parameter is None else pixels.to(parameter.device, parameter.dtype)
+        if parameter is not None:
+            codes = not pixels.is_floating_point() and hasattr(encoder, "tokenizer")  # stored codes in place of pixels
+            pixels = pixels.to(parameter.device, None if codes else parameter.dtype)
         return encoder(pixels, return_attention=True) if name in self.with_attention else encoder(pixels)
 
     def _encode_experts(self, pixels: Mapping[str, Tensor], routing: Routing) -> dict[str, VisionFeatures]:
@@ -212,3 +214,26 @@ def build_visual_parts(config: Any) -> tuple[EncoderBank | None, nn.Module | Non
     connector = build_connector(connector_config(config.connector), bank.infos, width)
     bank.with_attention = frozenset(connector.attention_from(connector.config, bank.infos))
     return bank, connector
+
+
+def build_own_tokenizer(config: Any) -> nn.Module | None:
+    """The visual tokenizer of an `MllmConfig`; None without one, or where an encoder's is used."""
+    if config.visual_tokenizer is None or "encoder" in config.visual_tokenizer:
+        return None
+    from mllm.visual_tokenizers.base import build_tokenizer
+
+    return build_tokenizer(config.visual_tokenizer)
+
+
+def shared_tokenizer(config: Any, bank: EncoderBank | None) -> Any:
+    """The visual tokenizer inside the encoder that ``visual_tokenizer: {encoder: name}`` names. Raises `ConfigError`."""
+    if config.visual_tokenizer is None:
+        raise ConfigError("visual_head: the model has no visual_tokenizer to draw with")
+    name = config.visual_tokenizer["encoder"]
+    encoder = bank.encoders[name] if bank is not None and name in bank.encoders else None
+    if not hasattr(encoder, "tokenizer"):
+        readers = [n for n, e in config.encoders.items() if e.get("type") == "visual_tokenizer"]
+        raise ConfigError(
+            f"visual_tokenizer.encoder: {name!r} is no encoder of type visual_tokenizer; the model has {readers or 'none'}"
+        )
+    return encoder.tokenizer

@@ -34,6 +34,8 @@ class EncodedSample:
     extras: dict[str, Tensor] = field(default_factory=dict)
     num_images: int = 0
     truncated: bool = False
+    targets: Tensor | None = None
+    """Images that the assistant draws, in order: pixels ``(K, 3, H, W)`` in [-1, 1], or packed codes ``(K, S)``."""
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])
@@ -59,12 +61,15 @@ def encode_text(processor: Any, turns: Sequence[Turn], *, where: str = "sample")
 
     Labels cover what the assistant says, turn by turn, and the special token that ends its turn, for any chat template: the
     answers are rendered between private-use marks, located, and the marks taken out again; that this changes nothing else is
-    checked. Raises `DataError` when a template does not reproduce an answer.
+    checked. An image in an assistant turn is one that the model draws, where it draws any (`VisualSpan`): its start, end and
+    code placeholders are labels. Raises `DataError` when a template does not reproduce an answer.
     """
     tokenizer = processor.tokenizer
     if not tokenizer.is_fast:
         raise ConfigError("the tokenizer has no fast version (no character offsets), which label masking needs")
-    turns = [Turn(t.role, _strip_private(t.content), t.learn) for t in turns]
+    span = getattr(processor, "span", None)
+    disarm = _strip_private if span is None else lambda text: span.disarm(_strip_private(text))
+    turns = [Turn(t.role, disarm(t.content), t.learn) for t in turns]
     plain = render_prompt(processor, turns, add_generation_prompt=False)
     marked_turns = [Turn(t.role, f"{_OPEN}{t.content}{_CLOSE}", t.learn) if t.role == "assistant" else t for t in turns]
     marked = render_prompt(processor, marked_turns, add_generation_prompt=False)
@@ -84,18 +89,28 @@ def encode_text(processor: Any, turns: Sequence[Turn], *, where: str = "sample")
     offsets = encoding["offset_mapping"]
     starts = [start for start, _ in offsets]
     cursor = 0
+    drawn: list[int] = []
     for (begin, end), turn in zip(spans, answers):
         while cursor < len(starts) and offsets[cursor][1] <= begin:
             cursor += 1
         position = cursor
         while position < len(starts) and starts[position] < end:
-            if turn.learn and int(ids[position]) != processor.image_token_id:
+            image = int(ids[position]) == processor.image_token_id
+            if image and span is not None:
+                drawn.append(position)
+                if position == cursor and turn.learn and text[offsets[position - 1][0] : begin] == " ":
+                    labels[position - 1] = ids[position - 1]  # before words the blank is part of the word, and learned
+            if turn.learn and (not image or span is not None):
                 labels[position] = ids[position]
             position += 1
         if turn.learn and position < len(starts) and int(ids[position]) in special:
             labels[position] = ids[position]
         cursor = position
     repeats = torch.where(ids == processor.image_token_id, processor.num_image_tokens, 1)
+    if span is not None and drawn:
+        repeats[drawn] = 1
+        places = (repeats.cumsum(0) - 1)[drawn].tolist()
+        return span.insert(ids.repeat_interleave(repeats), labels.repeat_interleave(repeats), places)
     return ids.repeat_interleave(repeats), labels.repeat_interleave(repeats)
 
 
@@ -112,6 +127,8 @@ def encode_sample(processor: Any, sample: Sample, max_length: int | None = None)
     marks = sum(turn.content.count(IMAGE_MARK) for turn in sample.turns)
     if marks != len(sample.images):
         raise AlignmentError(f"{where}: {marks} image placeholders and {len(sample.images)} images")
+    span = getattr(processor, "span", None)
+    inputs, targets = split_images(sample.turns, sample.images, drawn=span is not None)
     ids, labels = encode_text(processor, sample.turns, where=where)
     truncated = False
     if max_length is not None and len(ids) > max_length:
@@ -124,9 +141,50 @@ def encode_sample(processor: Any, sample: Sample, max_length: int | None = None)
     if num_images:
         routed = bool(processor.image_processor.experts)
         experts = {"experts": sample.meta["experts"]} if routed and sample.meta.get("experts") is not None else {}
-        encoded.pixels, encoded.extras = encode_pixels(processor, sample.images[:num_images], where=where, **experts)
+        encoded.pixels, encoded.extras = encode_pixels(processor, inputs[:num_images], where=where, **experts)
         encoded.extras.update(routing_inputs(processor, sample.turns, num_images))
+    if span is not None and targets:
+        kept = len(span.starts(ids))
+        span.check(ids, kept)
+        encoded.targets = encode_targets(processor, targets[:kept], where=where) if kept else None
     return encoded
+
+
+def split_images(turns: Sequence[Turn], images: Sequence[Any], *, drawn: bool) -> tuple[list[Any], list[Any]]:
+    """(images that are read, images that the assistant draws) of a sample; without ``drawn`` all are read."""
+    owners = [turn.role == "assistant" and drawn for turn in turns for _ in range(turn.content.count(IMAGE_MARK))]
+    return (
+        [image for image, own in zip(images, owners) if not own],
+        [image for image, own in zip(images, owners) if own],
+    )
+
+
+def encode_targets(processor: Any, images: Sequence[Any], *, where: str) -> Tensor:
+    """Images to draw: pixels ``(K, 3, H, W)`` as the visual tokenizer takes them, or codes ``(K, S)`` where the images
+    are given by stored codes. Raises `DataError` naming the sample."""
+    from mllm.processing.codes import read_codes
+    from mllm.processing.image_processor import stack_images
+    from mllm.processing.images import load_image, to_pixels_multi
+
+    settings, rows = (
+        getattr(processor, "processor", processor).image_processor,
+        [],
+    )  # a feature cache wraps the processor
+    try:
+        for position, image in enumerate(images):
+            name = f"image {position}"
+            codes = read_codes(image, where=name, source=getattr(settings, "code_source", None))
+            if codes is None:
+                picture = load_image(image, where=name, max_pixels=settings.max_pixels)
+                codes = to_pixels_multi(picture, {"": processor.span.image}, resampler=settings.resampler)[""]
+            elif len(codes) != processor.span.num_codes:
+                raise DataError(
+                    f"{name} has {len(codes)} codes, the model's tokenizer writes {processor.span.num_codes}"
+                )
+            rows.append(codes)
+        return stack_images(rows)
+    except (DataError, ConfigError) as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def encode_pixels(
@@ -218,6 +276,8 @@ def _shorten(processor: Any, ids: Tensor, labels: Tensor, max_length: int, where
     image_id, per_image = processor.image_token_id, max(processor.num_image_tokens, 1)
     inside = int((ids[:cut] == image_id).sum()) % per_image
     cut -= inside
+    span = getattr(processor, "span", None)
+    cut = cut if span is None else span.before_cut(ids, cut)
     if not (labels[1:cut] != IGNORE).any():
         raise DataError(
             f"{where}: {len(ids)} tokens do not fit max_length={max_length} (nothing to learn from would remain); set aside. "

@@ -12,6 +12,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from mllm.errors import DataError
 from mllm.processing.chat import pad_questions
+from mllm.processing.codes import read_codes
 from mllm.processing.images import load_image, to_pixels_multi
 from mllm.processing.layout import pixel_keys
 from mllm.routers.fixed import fixed_weights, fixed_weights_of
@@ -33,7 +34,8 @@ class MllmImageProcessor(BaseImageProcessor):
     """One picture → one pixel tensor per encoder, each at its own size and normalisation.
 
     encoders: name → `ImageSpec`, in the model's order; layout: how an image lies in the sequence; experts: routed encoders;
-    resampler: ``pil`` (exactly the published preprocessing) or ``torch`` (about twice as fast, within 2 of 255 levels of it).
+    code_encoders: those that read stored codes in place of pixels; code_source: fingerprint of the tokenizer such codes must
+    be from; resampler: ``pil`` (exactly the published preprocessing) or ``torch`` (about twice as fast, within 2 of 255 levels of it).
     """
 
     model_input_names = ["pixel_values"]
@@ -45,6 +47,8 @@ class MllmImageProcessor(BaseImageProcessor):
         encoder_order: Sequence[str] | None = None,
         layout: Any = None,
         experts: Sequence[str] = (),
+        code_encoders: Sequence[str] = (),
+        code_source: str | None = None,
         resampler: Literal["pil", "torch"] = "pil",
         max_pixels: int = 100_000_000,
         max_images: int = 1000,
@@ -56,6 +60,7 @@ class MllmImageProcessor(BaseImageProcessor):
         self.encoders = {name: _plain((encoders or {})[name]) for name in self.encoder_order}
         self.layout = _plain(layout or {"num_tokens": 0, "grid": (0, 0)})
         self.experts = list(experts)
+        self.code_encoders, self.code_source = list(code_encoders), code_source
         self.resampler, self.max_pixels, self.max_images = resampler, max_pixels, max_images
         self.model_input_names = [
             *pixel_keys(list(self.encoders)).values(),
@@ -99,10 +104,21 @@ class MllmImageProcessor(BaseImageProcessor):
         specs, keys = self.specs, pixel_keys(list(self.encoders))
         rows: dict[str, list[torch.Tensor]] = {name: [] for name in specs}
         for position, image in enumerate(flat):
-            picture = load_image(image, where=f"image {position}", max_pixels=self.max_pixels)
+            where = f"image {position}"
+            codes = read_codes(image, where=where, source=self.code_source) if self.code_encoders else None
+            if codes is not None:
+                others = [name for name in specs if name not in self.code_encoders]
+                if others:
+                    raise DataError(
+                        f"{where} is given by its codes, but encoder {others[0]!r} needs pixels; give the picture itself"
+                    )
+                for name in specs:
+                    rows[name].append(codes)
+                continue
+            picture = load_image(image, where=where, max_pixels=self.max_pixels)
             for name, pixels in to_pixels_multi(picture, specs, resampler=self.resampler).items():  # type: ignore[arg-type]
                 rows[name].append(pixels)
-        data: dict[str, Any] = {keys[name]: torch.stack(tensors) for name, tensors in rows.items() if tensors}
+        data: dict[str, Any] = {keys[name]: stack_images(tensors) for name, tensors in rows.items() if tensors}
         if self.experts and flat:
             data["expert_weights"] = fixed_weights_of(experts, self.experts, len(flat))
             if router_input_ids is not None:
@@ -115,6 +131,13 @@ class MllmImageProcessor(BaseImageProcessor):
         """``(1, E)`` weights of a routing by hand, as `mllm.routers.fixed.fixed_weights` reads it; None leaves the choice to
         the router (NaN)."""
         return fixed_weights(experts, self.experts)
+
+
+def stack_images(images: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Pixels or codes of several images as one tensor. Raises `DataError` for a mixture of the two."""
+    if len({image.dim() for image in images}) > 1:
+        raise DataError("some images are given as pictures and some as stored codes; one batch takes one kind")
+    return torch.stack(list(images))
 
 
 def _plain(spec: Any) -> Any:

@@ -11,10 +11,12 @@ from typing import Any
 
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
+from mllm.config import to_plain
 from mllm.errors import AlignmentError, ConfigError
 from mllm.processing.image_processor import MllmImagesKwargs
 from mllm.processing.layout import pixel_keys
 from mllm.processing.template import is_wrapped, with_images
+from mllm.processing.visual_span import VisualSpan
 
 
 class MllmProcessorKwargs(ProcessingKwargs, total=False):
@@ -25,7 +27,10 @@ class MllmProcessorKwargs(ProcessingKwargs, total=False):
 
 
 class MllmProcessor(ProcessorMixin):
-    """Tokenizer and image processor of one model: ``processor(text=…, images=…)``, chat template, token counts."""
+    """Tokenizer and image processor of one model: ``processor(text=…, images=…)``, chat template, token counts.
+
+    visual_span: how an image that the model draws lies in the text (`VisualSpan`), where it draws any.
+    """
 
     valid_processor_kwargs = MllmProcessorKwargs
 
@@ -35,8 +40,10 @@ class MllmProcessor(ProcessorMixin):
         tokenizer: Any = None,
         chat_template: str | None = None,
         image_token: str = "<image>",
+        visual_span: Any = None,
         **kwargs: Any,
     ):
+        self.visual_span = None if visual_span is None else to_plain(visual_span)
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
@@ -48,6 +55,11 @@ class MllmProcessor(ProcessorMixin):
             template = with_images(template, image_token)
         super().__init__(image_processor, tokenizer, chat_template=template)
         tokenizer.chat_template = template
+
+    @property
+    def span(self) -> VisualSpan | None:
+        """How an image to draw is written; None for a model that draws nothing."""
+        return None if self.visual_span is None else VisualSpan.model_validate(self.visual_span)
 
     @property
     def pixel_keys(self) -> dict[str, str]:

@@ -442,9 +442,9 @@ def fingerprint(model: nn.Module) -> str:
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 total = 0
-                bits = (
-                    parameter.detach().reshape(-1).view(torch.int16 if parameter.element_size() == 2 else torch.int32)
-                )
+                flat = parameter.detach().reshape(-1)
+                size = flat.element_size()
+                bits = flat.to(torch.int32) if size == 1 else flat.view(torch.int16 if size == 2 else torch.int32)
                 for number, part in enumerate(bits.split(1 << 24)):
                     places = torch.arange(1, part.numel() + 1, device=part.device, dtype=torch.int32)
                     total += (number + 1) * int((part * places).sum(dtype=torch.int64))

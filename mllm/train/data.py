@@ -45,7 +45,8 @@ class StageData:
         lengths = None
         if stage.packing or stage.group_by_length:
             tokenizer = processor.tokenizer.backend_tokenizer.to_str()
-            key = f"{tokenizer}|{processor.chat_template}|{processor.num_image_tokens}"
+            span = getattr(processor, "visual_span", None)
+            key = f"{tokenizer}|{processor.chat_template}|{processor.num_image_tokens}|{span}"
             tables = []
             for source in mixture.sources:
                 if distributed.is_main():  # the others read its cache

@@ -29,7 +29,7 @@ from mllm.errors import ConfigError, UnavailableError, did_you_mean
 from mllm.recipe import StageSpec
 from mllm.train import zero3
 from mllm.train.groups import Group
-from mllm.train.optim import MasterWeights, build_optimizer, check_engine
+from mllm.train.optim import MasterWeights, build_optimizer, check_engine, take_average, update_average
 from mllm.train.prepare import BATCH_NORMS
 
 SHIPPED = ("none", "zero1", "zero2", "zero3")
@@ -164,6 +164,8 @@ class Engine:
                         if parameter.grad is not None:
                             parameter.grad.mul_(scale)
                 self.optimizer.step()
+            if self.stage.optimizer.ema is not None:
+                update_average(self.optimizer, self.stage.optimizer.ema)
         for parameter in self.learning:
             parameter.grad = None
         return value
@@ -225,6 +227,11 @@ class Engine:
                 read(self._whole(name, parameter))
         if isinstance(self.optimizer, MasterWeights):
             self.optimizer.restore_parameters()
+
+    def finish(self) -> None:
+        """The last step is done: averaged weights, where they are kept, take the place of the last ones."""
+        if self.stage.optimizer.ema is not None:
+            take_average(self.optimizer)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole model's state on rank 0's CPU, an empty dict elsewhere. All processes must call it."""

@@ -87,7 +87,7 @@ def flop_model(model: Any, trained: Iterable[str]) -> FlopModel:
     matmul = adapters = 0.0
     for name, module in decoder.named_modules():
         if isinstance(module, nn.Linear):
-            size = float(_numel(module.weight))
+            size = float(module.in_features * module.out_features)
             adapters, matmul = (adapters + size, matmul) if ".lora_" in f".{name}" else (adapters, matmul + size)
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)

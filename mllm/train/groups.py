@@ -42,8 +42,12 @@ class Group:
 def recipe_parts(spec: ModelSpec) -> list[str]:
     """The parts that a recipe's model will have."""
     parts = ["language_model", *(f"encoders.{name}" for name in spec.encoders)]
-    parts += [name for name in ("connector", "router", "visual_tokenizer") if getattr(spec, name) is not None]
-    return [*parts, "visual_head"] if spec.visual_tokenizer is not None else parts
+    parts += [name for name in ("connector", "router") if getattr(spec, name) is not None]
+    if spec.visual_tokenizer is not None and "encoder" not in spec.visual_tokenizer:
+        parts.append("visual_tokenizer")
+    if spec.visual_head is not None and spec.visual_head.get("type") != "vocabulary":
+        parts.append("visual_head")
+    return parts
 
 
 def learning_by_part(known: list[str], stage: StageSpec) -> dict[str, LearnSpec]:
@@ -158,12 +162,18 @@ def _check(model: Any, groups: list[Group], specs: dict[str, LearnSpec]) -> None
 
 
 def set_modes(model: nn.Module) -> None:
-    """Training mode where something learns, evaluation mode (no dropout, fixed statistics) in frozen submodules."""
+    """Training mode where something learns, evaluation mode (no dropout, fixed statistics) in frozen submodules.
+
+    A frozen router stays in training mode: it goes on to explore, which the parts that learn need.
+    """
     model.train()
     for module in model.modules():
         parameters = list(module.parameters())
-        if parameters and not any(p.requires_grad for p in parameters):
+        frozen = parameters and not any(p.requires_grad for p in parameters)
+        if frozen:
             module.eval()
+        if getattr(module, "trains_when_frozen", False):
+            module.training = True
 
 
 def frozen_summary(model: Any) -> dict[str, int]:

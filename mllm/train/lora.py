@@ -1,11 +1,13 @@
 """How do low-rank adapters get onto one part of the model, and off again, merged?
 
 LoRA (Hu et al., arXiv 2106.09685), DoRA (Liu et al., arXiv 2402.09353) and rank-stabilised LoRA (Kalajdzievski, arXiv
-2312.03732) by the PEFT library, injected in place so that parts keep their names.
+2312.03732) by the PEFT library, injected in place so that parts keep their names; QLoRA (Dettmers et al., arXiv 2305.14314)
+with bitsandbytes' 4-bit layers below.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from torch import nn
@@ -47,6 +49,17 @@ def inject(
                 )
     if not chosen:
         raise ConfigError(f"learn.{part}.lora: this part has no linear layer to adapt")
+    if spec.bits is not None:
+        if part != "language_model" and not part.startswith("encoders."):
+            raise ConfigError(
+                f"learn.{part}.lora.bits: only language_model and encoders are worth 4 bits; leave it out"
+            )
+        if spec.use_dora:
+            raise ConfigError(
+                f"learn.{part}.lora: bits and use_dora exclude each other (DoRA needs the weights' norms); keep one"
+            )
+        for name in chosen:
+            _quantize(model, name, part)
     config = LoraConfig(
         r=spec.r,
         lora_alpha=spec.alpha if spec.alpha is not None else 2 * spec.r,  # type: ignore[arg-type]
@@ -58,6 +71,48 @@ def inject(
     )
     inject_adapter_in_model(config, model, adapter_name=adapter_name(part))
     return chosen
+
+
+def _quantize(model: nn.Module, name: str, part: str) -> None:
+    """Put a 4-bit copy of a linear layer in its place; on the meta device (a plan) nothing."""
+    try:
+        bnb: Any = importlib.import_module("bitsandbytes")
+    except ImportError:
+        raise UnavailableError(
+            f"learn.{part}.lora.bits needs the bitsandbytes package: pip install bitsandbytes, or leave bits out"
+        ) from None
+    old: Any = model.get_submodule(name)
+    if old.weight.is_meta:
+        return
+    new: Any = bnb.nn.Linear4bit(
+        old.in_features,
+        old.out_features,
+        old.bias is not None,
+        compute_dtype=old.weight.dtype,
+        quant_type="nf4",
+        device="meta",
+    )
+    new.weight = bnb.nn.Params4bit(old.weight.detach().clone(), requires_grad=False, quant_type="nf4", module=new)
+    new.bias = old.bias
+    new.support_avx512bf16_for_cpu = (
+        False  # its repacking at the first evaluation fails for widths that are no multiple of 64
+    )
+    new.to(old.weight.device)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def _dequantized(layer: Any) -> nn.Linear | None:
+    """A 4-bit layer as a plain one, None for a layer that is plain already."""
+    state = getattr(getattr(layer, "weight", None), "quant_state", None)
+    if state is None:
+        return None
+    bnb: Any = importlib.import_module("bitsandbytes")
+
+    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    weight = bnb.functional.dequantize_4bit(layer.weight.data, state).to(layer.compute_dtype)
+    plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), layer.bias
+    return plain
 
 
 def adapter_name(part: str) -> str:
@@ -87,9 +142,15 @@ def merge(model: nn.Module) -> int:
     wrapped = [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
     for name, layer in wrapped:
         tuner: Any = layer
-        tuner.merge(safe_merge=True)
+        base = tuner.get_base_layer()
+        plain = _dequantized(base)
+        if plain is None:
+            tuner.merge(safe_merge=True)
+        else:  # rounding the sum to 4 bits again would lose what was learned
+            for adapter in tuner.active_adapters:
+                plain.weight.data += tuner.get_delta_weight(adapter).to(plain.weight)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, tuner.get_base_layer())
+        setattr(model.get_submodule(parent), child, base if plain is None else plain)
         merged += 1
     if hasattr(model, "peft_config"):
         del model.peft_config  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -57,7 +58,7 @@ def _construct(groups: list[dict[str, Any]], spec: OptimizerSpec) -> torch.optim
     if spec.type == "muon":
         return Muon(groups, betas=spec.betas, eps=spec.eps)
     try:
-        import bitsandbytes  # type: ignore[import-not-found]
+        bitsandbytes: Any = importlib.import_module("bitsandbytes")
     except ImportError:
         raise UnavailableError(
             "optimizer.type adamw_8bit needs the bitsandbytes package: pip install bitsandbytes, or use adamw"
@@ -203,6 +204,34 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     return (work if wide else work.t()).to(matrix.dtype)
 
 
+AVERAGE = "average"
+"""Key of the running average beside the optimizer's own state, so that checkpoints hold it."""
+
+
+@torch.no_grad()
+def update_average(optimizer: Any, decay: float) -> None:
+    """Move the running average of every learning weight (its fp32 copy, where there is one) after a step; it starts with
+    the weights after the first one."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if AVERAGE in state:
+                state[AVERAGE].lerp_(parameter, 1 - decay)
+            else:
+                state[AVERAGE] = parameter.detach().clone()
+
+
+@torch.no_grad()
+def take_average(optimizer: Any) -> None:
+    """Put the running averages in the weights' place."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if AVERAGE in optimizer.state[parameter]:
+                parameter.copy_(optimizer.state[parameter][AVERAGE])
+    if isinstance(optimizer, MasterWeights):
+        optimizer.restore_parameters()
+
+
 def check_engine(spec: OptimizerSpec, stage_name: str, zero_stage: int) -> None:
     """Raises `ConfigError` for an optimizer that cannot work on ZeRO's flattened parameters."""
     if zero_stage and spec.type not in ZERO_OPTIMIZERS:
@@ -210,3 +239,5 @@ def check_engine(spec: OptimizerSpec, stage_name: str, zero_stage: int) -> None:
             f"stages.{stage_name}.optimizer.type {spec.type!r} does not work on ZeRO's flattened parameters; "
             f"use engine: none, or one of {', '.join(ZERO_OPTIMIZERS)}"
         )
+    if zero_stage and spec.ema is not None:
+        raise ConfigError(f"stages.{stage_name}.optimizer.ema: ZeRO keeps no average of its slices; use engine: none")

@@ -197,6 +197,7 @@ def memory_of(
     learned = sum(group.num_parameters for group in groups)
     share = processes if zero_stage else 1
     states = learned * (_STATE_BYTES[stage.optimizer.type] + (4 if size == 2 or zero_stage else 0)) // share
+    states += 4 * learned if stage.optimizer.ema is not None else 0
     gradients = size * learned // (processes if zero_stage >= 2 else 1)
     update = min(learned, 1 << 28) * 4 if zero_stage == 0 else (4 + size) * learned // share
     buckets = 2 * size * min(learned, 200_000_000) if zero_stage else 0
@@ -236,7 +237,7 @@ def _look_at_data(recipe: Recipe, stage: StageSpec, plan: StagePlan, processor: 
     try:
         mixture = open_mixture(stage, recipe.seed)
     except (ConfigError, DataError) as error:
-        plan.hazards.append(f"data cannot be read here: {error}")
+        plan.hazards.append(f"data cannot be read here, so memory is that of rows of max_length: {error}")
         plan.steps = stage.steps
         return
     plan.samples = len(mixture)

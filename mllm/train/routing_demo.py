@@ -54,8 +54,8 @@ def prepare_routing_demo(
     root = Path(output_dir)
     settings = {"version": VERSION, "num_train": num_train, "num_test": num_test, "seed": seed}
     mark = root / "manifest.json"
-    files = [root / f"{name}.jsonl" for name in ("specialise", "train", "test")]
-    data = RoutingDemoData(*files, {"train": 3 * num_train, "test": 3 * num_test})
+    specialise, train, test = files = [root / f"{name}.jsonl" for name in ("specialise", "train", "test")]
+    data = RoutingDemoData(specialise, train, test, {"train": 3 * num_train, "test": 3 * num_test})
     if _complete(mark, settings, files):
         return data
     root.mkdir(parents=True, exist_ok=True)

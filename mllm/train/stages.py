@@ -24,7 +24,13 @@ from mllm.train.run_info import RunInfo
 from mllm.train.tracking import Tracker, plot_loss
 from mllm.train.trainer import Run, check_stage, train
 
-STAGE_KINDS: dict[str, str] = {"sft": "mllm.train.stages:train_sft", "routing": "mllm.train.routing:train_routing"}
+STAGE_KINDS: dict[str, str] = {
+    "sft": "mllm.train.stages:train_sft",
+    "routing": "mllm.train.routing:train_routing",
+    "contrastive": "mllm.train.contrastive:train_contrastive",
+    "dpo": "mllm.train.preference:train_preference",
+    "grpo": "mllm.train.preference:train_preference",
+}
 """Kind → ``module:function``. The function takes (run, stage, previous stage's folder or None, folder to make) and
 returns whether the stage was finished; it writes the folder whole or not at all."""
 
@@ -50,6 +56,7 @@ def run_recipe(
     for stage in recipe.stages:
         stage_runner(stage)
         check_stage(stage, recipe)
+        check_options(stage)
     if not resume and _holds_a_run(folder):
         raise ConfigError(
             f"output {folder} already holds a run; go on with --resume, choose another with output=…, or delete it"
@@ -69,6 +76,14 @@ def stage_runner(stage: StageSpec) -> Callable[[Run, StageSpec, Path | None, Pat
         )
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def check_options(stage: StageSpec) -> None:
+    """What a kind asks of its stages beyond the common: ``check_<kind>`` in its module, where there is one. Raises
+    `ConfigError`."""
+    check = getattr(importlib.import_module(STAGE_KINDS[stage.kind].partition(":")[0]), f"check_{stage.kind}", None)
+    if check is not None:
+        check(stage)
 
 
 def _holds_a_run(folder: Path) -> bool:

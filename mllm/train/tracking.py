@@ -45,6 +45,11 @@ class Tracker:
         for service in self._services:
             service.log({f"{record['stage']}/{k}": v for k, v in numbers.items()}, step=global_step)
 
+    def log_images(self, name: str, pixels: Any, *, step: int) -> None:
+        """pixels ``(B, 3, H, W)`` in [0, 1]: to TensorBoard, where it is installed."""
+        if self._board is not None:
+            self._board.add_images(name, pixels.float().cpu(), step)
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()

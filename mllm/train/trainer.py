@@ -7,7 +7,7 @@ import math
 import random
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mllm.train import distributed
 from mllm.train.cached_stage import use_cache
 from mllm.train.checkpoint import CheckpointReader, Progress, fingerprint, latest_checkpoint, save_checkpoint
 from mllm.train.data import StageData, open_mixture
+from mllm.train.drawings import Drawings
 from mllm.train.engine import Engine, build_engine, choose_engine
 from mllm.train.flops import FlopModel, flop_model, peak_flops
 from mllm.train.groups import (
@@ -41,7 +42,7 @@ from mllm.train.schedule import rate_factor
 from mllm.train.tracking import Tracker
 
 SAVE_SECONDS = 20 * 60
-_COSMETIC = {"log_every", "save_every", "num_workers"}
+_COSMETIC = {"log_every", "save_every", "num_workers", "draw"}
 
 
 class TrainingDiverged(MllmError, ArithmeticError):
@@ -72,6 +73,8 @@ class Step:
     grad_norm: float
     counts: dict[str, float]
     save: bool
+    losses: dict[str, float] = field(default_factory=dict)
+    """Mean cross-entropy per code of each codebook, of this process's images to draw."""
 
 
 @dataclass
@@ -97,7 +100,7 @@ def train(run: Run, stage: StageSpec, model: Any, processor: Any) -> Engine | No
         session = open_session(run, stage, model, processor, stack)
         engine, progress, display = session.engine, session.progress, session.display
         steps = session.data.steps()
-        routing = watch_routing(model)
+        routing, draw = watch_routing(model), Drawings(run.output, stage, model, processor, run.tracker)
         peak = peak_flops(engine.device, DTYPES[stage.precision])[0] if session.flops else 0.0
         seed_everything(run.recipe.seed, stage.name)
         if session.checkpoint is not None:  # last: whatever was drawn while starting must not count
@@ -122,6 +125,7 @@ def train(run: Run, stage: StageSpec, model: Any, processor: Any) -> Engine | No
                 if run.tracker is not None:
                     run.tracker.log(record, global_step=progress.step)
             display.update(progress.step, record)
+            draw(progress.step, last=last)
             stop = _count_down(run)
             if not last and (step.save or stop or (stage.save_every and progress.step % stage.save_every == 0)):
                 progress.extra = {"data": session.data.state()}
@@ -130,6 +134,7 @@ def train(run: Run, stage: StageSpec, model: Any, processor: Any) -> Engine | No
             if stop and not last:
                 engine.close()
                 return None
+    engine.finish()
     if run.info is not None:
         dropped = dict(session.data.drops.counts)
         run.info.stage(stage.name, steps=progress.step, samples=progress.samples, dropped=dropped)
@@ -190,20 +195,27 @@ def optimizer_step(
     own = count_batches(micro, flops)
     own["save"] = float(save and distributed.is_main())
     counts = dict(zip(own, distributed.sum_numbers(list(own.values()))))
-    losses = []
+    losses, of_codes = [], []
     for index, batch in enumerate(micro):
         batch = batch.to(engine.device, non_blocking=True)
         inputs = attention_inputs(batch, attention)
         output = engine(**inputs, num_items_in_batch=counts["supervised"], skip_logits=engine.zero_stage != 3)
         engine.backward(output.loss, last=index == len(micro) - 1)
         losses.append(output.loss.detach())
+        of_codes.append(getattr(output, "losses", None))
     loss = distributed.sum_numbers([float(torch.stack(losses).float().sum())])[0]
     if not math.isfinite(loss):
         raise TrainingDiverged(_blame("loss", loss, micro))
     norm = engine.step()
     if not math.isfinite(norm):
         raise TrainingDiverged(_blame("gradient norm", norm, micro))
-    return Step(loss, norm, counts, save=counts["save"] > 0)
+    return Step(loss, norm, counts, save=counts["save"] > 0, losses=_mean_losses(of_codes))
+
+
+def _mean_losses(found: list[dict[str, torch.Tensor] | None]) -> dict[str, float]:
+    drawn = [losses for losses in found if losses]
+    names = dict.fromkeys(name for losses in drawn for name in losses)
+    return {name: sum(float(losses[name]) for losses in drawn) / len(drawn) for name in names}
 
 
 def _blame(what: str, value: float, micro: list[Any]) -> str:
@@ -255,6 +267,7 @@ def _record(
         "step": progress.step,
         "loss": step.loss,
         "grad_norm": step.grad_norm,
+        **({"code_loss": step.losses} if step.losses else {}),
         "lr": rates,
         "grad_norms": dict(engine.norms),
         "epoch": micro[0].epoch,
@@ -326,6 +339,19 @@ def check_stage(stage: StageSpec, recipe: Recipe) -> None:
         raise ConfigError(f"stages.{stage.name}: packing and group_by_length exclude each other; keep one")
     if stage.chat_template is not None:
         read_template(stage.chat_template)
-    choose_engine(stage)
-    learning_by_part(recipe_parts(recipe.model), stage)
+    engine = choose_engine(stage)
+    head = recipe.model.visual_head
+    if head is not None and engine.zero_stage == 3:
+        raise ConfigError(f"stages.{stage.name}.engine: a model with a visual_head trains with none, zero1 or zero2")
+    if head is not None and head.get("type") == "next_scale" and stage.packing:
+        raise ConfigError(f"stages.{stage.name}.packing: a next_scale head needs a mask of its own; set packing: false")
+    if stage.draw is not None and head is None:
+        raise ConfigError(
+            f"stages.{stage.name}.draw: the model draws nothing; give model.visual_head, or leave draw out"
+        )
+    for part, spec in learning_by_part(recipe_parts(recipe.model), stage).items():
+        if engine.zero_stage and spec.lora is not None and spec.lora.bits is not None:
+            raise ConfigError(
+                f"stages.{stage.name}.learn.{part}.lora.bits: 4-bit weights and ZeRO do not mix; use engine: none"
+            )
     open_mixture(stage, recipe.seed)

@@ -53,6 +53,8 @@ class VisualTokenizer(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         self.config = config
+        # `from_pretrained` gives only modules with a tensor of their own the chance to restore their buffers.
+        self.register_buffer("has_lost_buffers", torch.empty(0), persistent=False)
 
     image: ImageSpec
     grid: Grid
@@ -95,6 +97,20 @@ class VisualTokenizer(nn.Module):
 
     def embed(self, codes: VisualCodes) -> dict[str, Tensor]:
         """codes → codebook name → ``(B, N, D)``: the sum over depth or scales, the features a language model reads."""
+        raise NotImplementedError
+
+    @property
+    def feature_dims(self) -> dict[str, int]:
+        """Name of a part (``semantic``, ``pixel``) → its channels. The parts are the codebooks, unless one index
+        stands for both."""
+        return self.embed_dims
+
+    def feature_parts(self, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What `embed` gives, by part."""
+        return vectors
+
+    def quantized(self, pixels: Tensor) -> tuple[VisualCodes, dict[str, Tensor]]:
+        """Codes, and their vectors by codebook ``(B, N, D)`` with gradients passed straight through."""
         raise NotImplementedError
 
     def code_vectors(self, name: str, codes: Tensor) -> Tensor:

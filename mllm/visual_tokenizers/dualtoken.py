@@ -165,6 +165,10 @@ class DualToken(VisualTokenizer):
         pixel, semantic = self._encode(pixels)
         return self._codes(pixel.codes, semantic.codes)
 
+    def quantized(self, pixels: Tensor) -> tuple[VisualCodes, dict[str, Tensor]]:
+        pixel, semantic = self._encode(pixels)
+        return self._codes(pixel.codes, semantic.codes), {"pixel": pixel.quantized, "semantic": semantic.quantized}
+
     def embed(self, codes: VisualCodes) -> dict[str, Tensor]:
         self.check_codes(codes)
         return {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,9 +28,13 @@ def code_features(tokenizer: VisualTokenizer, codes: VisualCodes) -> VisionFeatu
     A codebook on a coarser grid is resized (nearest) to the finest one, so that no vectors are mixed. The sequence
     stays N long whatever the number of codebooks (DualToken, section 3.3 of its paper; TokenFlow's 40 channels).
     """
-    vectors = tokenizer.embed(codes)
+    return join_parts(tokenizer, tokenizer.embed(codes))
+
+
+def join_parts(tokenizer: VisualTokenizer, vectors: Mapping[str, Tensor]) -> VisionFeatures:
+    """Vectors by codebook, or by part of a shared one, ``(B, n, D)`` each → ``(B, N, sum of D)`` on the finest grid."""
     grid = feature_grid(tokenizer)
-    parts = [_on_grid(vectors[name], tokenizer.grids[name], grid) for name in tokenizer.codebooks]
+    parts = [_on_grid(part, tokenizer.grids.get(name, tokenizer.grid), grid) for name, part in vectors.items()]
     return VisionFeatures(tokens=torch.cat(parts, -1), grid=grid)
 
 

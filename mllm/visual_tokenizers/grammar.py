@@ -115,6 +115,7 @@ class ImageGrammarProcessor(LogitsProcessor):
     Outside an image, ids that only stand inside one are forbidden. end_of_text: forced after the image (an
     image-only answer); None: text goes on. variants: (id, id) right before the start of the image → the grammar for
     that size (ILLUME+ writes height and width tokens there); others use ``grammar``.
+    never: further ids that are not generated (placeholders).
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class ImageGrammarProcessor(LogitsProcessor):
         *,
         end_of_text: int | None = None,
         variants: Mapping[tuple[int, int], ImageGrammar] | None = None,
+        never: Sequence[int] = (),
     ):
         self.start_of_image = grammar.start_of_image
         self.sizes = list((variants or {}).keys())
@@ -137,7 +139,7 @@ class ImageGrammarProcessor(LogitsProcessor):
             table[row, : len(ranges)] = torch.tensor(ranges)
             self.lengths[row] = len(ranges)
         self.table = table
-        self.outside = sorted({r for g in grammars for r in g.reserved()})
+        self.outside = sorted({r for g in grammars for r in g.reserved()} | {(i, i + 1) for i in never})
 
     def _to(self, device: torch.device) -> None:
         if self.table.device != device:

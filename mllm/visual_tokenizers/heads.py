@@ -108,11 +108,12 @@ class DepthTransformer(nn.Module):
         top_k: int = 0,
         top_p: float = 0.0,
         generator: torch.Generator | None = None,
+        uniform: Tensor | None = None,
     ) -> Tensor:
         """Codes ``(B, Q)`` of one position. vectors_of: ids ``(B, 1, q)`` of the first depths → ``(B, 1, q, D)``.
 
         hidden ``(B, L)``; with guidance other than 1 it is ``(2B, L)``: conditional half, then unconditional half;
-        both halves are continued with the same drawn codes.
+        both halves are continued with the same drawn codes. uniform ``(B, Q)``: see `sample`.
         """
         guided = guidance != 1.0
         number = len(hidden) // 2 if guided else len(hidden)
@@ -122,12 +123,14 @@ class DepthTransformer(nn.Module):
             vectors = (
                 vectors_of(known) if codes.shape[1] else hidden.new_zeros(number, 1, 0, self.from_codes.in_features)
             )
+            vectors = vectors.to(hidden.dtype)
             if guided:
                 vectors = torch.cat([vectors, vectors])
             logits = self(hidden[:, None], vectors)[:, 0, -1]
             if guided:
                 conditional, unconditional = logits.chunk(2)
                 logits = guide(conditional, unconditional, guidance)
-            drawn = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+            draw = None if uniform is None else uniform[:, codes.shape[1]]
+            drawn = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, uniform=draw)
             codes = torch.cat([codes, drawn[:, None]], 1)
         return codes

@@ -130,6 +130,10 @@ class Illume(VisualTokenizer):
         semantic, pixel, _ = self._encode(pixels)
         return self._codes(semantic.codes, pixel.codes)
 
+    def quantized(self, pixels: Tensor) -> tuple[VisualCodes, dict[str, Tensor]]:
+        semantic, pixel, _ = self._encode(pixels)
+        return self._codes(semantic.codes, pixel.codes), {"semantic": semantic.quantized, "pixel": pixel.quantized}
+
     def embed(self, codes: VisualCodes) -> dict[str, Tensor]:
         self.check_codes(codes)
         return {

@@ -107,11 +107,13 @@ def generate_next_scale(
     guidance_offset: float = 7.5,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
+    uniform_of: Callable[[int], Tensor] | None = None,
 ) -> Tensor:
     """Draw all codes ``(B, sum(s²))``. passes: (top_k, top_p) of each look at a scale; the published schedules are
     ``((600, .6),)``, ``((1200, .8), (1, 0))`` and ``((1200, .8), (100, .8), (1, 0))``. Scale 0 gets the first one only.
 
-    guidance_offset: TokenFlow's t, reached at the last scale (`next_scale_guidance`).
+    guidance_offset: TokenFlow's t, reached at the last scale (`next_scale_guidance`). uniform_of: number of
+    codes n → ``(B, n)`` numbers to draw with (see `sample`), in place of ``generator``.
     """
     drawn: list[Tensor] = []
     picture: Tensor | None = None
@@ -125,7 +127,10 @@ def generate_next_scale(
             if unconditional is not None:
                 scale = next_scale_guidance(guidance_offset, index, len(scales))
                 logits = guide(conditional, unconditional, scale)
-            ids = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+            uniform = None if uniform_of is None else uniform_of(side * side)
+            ids = sample(
+                logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, uniform=uniform
+            )
             own = _map(vectors_of(ids), side)
             picture = own if grown is None else grown + own
             slots = _tokens(picture)

@@ -62,13 +62,24 @@ def sample(
     top_k: int = 0,
     top_p: float = 0.0,
     generator: torch.Generator | None = None,
+    uniform: Tensor | None = None,
 ) -> Tensor:
-    """Ids ``(…)`` drawn from logits ``(…, V)``; temperature 0 takes the largest."""
+    """Ids ``(…)`` drawn from logits ``(…, V)``; temperature 0 takes the largest.
+
+    uniform ``(…)`` in [0, 1): the draw is where the cumulated probabilities pass it, so what is drawn depends on these
+    numbers alone, not on the other samples of a batch; without it, ``generator`` draws.
+    """
     if temperature < 0:
         raise ConfigError(f"temperature {temperature} must be 0 or more")
     if temperature == 0 or top_k == 1:
         return logits.argmax(-1)
     weights = filter_logits(logits.float() / temperature, top_k=top_k, top_p=top_p).softmax(-1)
+    if uniform is not None:
+        cumulated = weights.double().cumsum(-1)
+        passed = cumulated <= uniform.to(cumulated)[..., None] * cumulated[..., -1:]
+        # Rounding may pass the last code that has any weight; a code without weight is never drawn.
+        last = torch.where(weights > 0, torch.arange(weights.shape[-1], device=weights.device), 0).amax(-1)
+        return torch.minimum(passed.sum(-1), last)
     return torch.multinomial(weights.flatten(0, -2), 1, generator=generator).view(logits.shape[:-1])
 
 

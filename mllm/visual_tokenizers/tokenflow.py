@@ -129,6 +129,17 @@ class TokenFlow(VisualTokenizer):
     def encode(self, pixels: Tensor) -> VisualCodes:
         return self._codes(self._quantize(pixels).codes)
 
+    def quantized(self, pixels: Tensor) -> tuple[VisualCodes, dict[str, Tensor]]:
+        out = self._quantize(pixels)
+        return self._codes(out.codes), {"shared": out.quantized}
+
+    @property
+    def feature_dims(self) -> dict[str, int]:
+        return dict(self.part_dims)
+
+    def feature_parts(self, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.split(vectors["shared"])
+
     def embed(self, codes: VisualCodes) -> dict[str, Tensor]:
         self.check_codes(codes)
         return {"shared": self.quantizer.embed(codes.codes["shared"])}

@@ -105,6 +105,10 @@ class VqTokenizer(VisualTokenizer):
     def encode(self, pixels: Tensor) -> VisualCodes:
         return self._codes(self._quantize(pixels).codes)
 
+    def quantized(self, pixels: Tensor) -> tuple[VisualCodes, dict[str, Tensor]]:
+        out = self._quantize(pixels)
+        return self._codes(out.codes), {"pixel": out.quantized}
+
     def embed(self, codes: VisualCodes) -> dict[str, Tensor]:
         self.check_codes(codes)
         return {"pixel": self.quantizer.embed(codes.codes["pixel"])}

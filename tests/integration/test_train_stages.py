@@ -119,7 +119,8 @@ def test_resuming_with_other_settings_says_which(tmp_path):
     [
         ({"packing": True, "group_by_length": True}, ConfigError, r"stages\.sft: packing and group_by_length exclude"),
         ({"engine": "zero9"}, ConfigError, r"stages\.sft\.engine"),
-        ({"kind": "grpo"}, ConfigError, r"stages\.sft\.kind: 'grpo'"),
+        ({"kind": "tokenizer"}, ConfigError, r"stages\.sft\.kind: 'tokenizer'"),
+        ({"kind": "grpo"}, ConfigError, r"stages\.sft\.options\.rewards: a grpo stage needs a reward"),
         ({"data": "no-such-mixture"}, ConfigError, r"stages\.sft\.data: unknown mixture or dataset 'no-such-mixture'"),
         ({"learn": {"connectr": 1e-3}}, ConfigError, "did you mean 'connector'"),
         ({"max_length": 8}, DataError, "100 samples one after another cannot be used"),
@@ -147,3 +148,23 @@ def test_a_stage_on_stored_features_learns_what_the_live_one_learns(tmp_path, mo
     learning = make_recipe(tmp_path, stages=[{**stage, "cache_features": True, "learn": {"encoders": 1e-5}}])
     with pytest.raises(ConfigError, match=r"stages\.align\.cache_features: encoders\.(semantic|detail) learns"):
         run_recipe(learning, output=tmp_path / "refused")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_language_model_in_four_bits_learns_by_its_adapter_and_goes_on_bit_equal(tmp_path, precision):
+    pytest.importorskip("bitsandbytes")
+    from safetensors.torch import load_file
+
+    learn = {"language_model": {"rate": 1e-2, "lora": {"r": 4, "bits": 4}}, "connector": 1e-3}
+    recipe = make_recipe(tmp_path, stages=[{"name": "sft", "steps": 4, "precision": precision, "learn": learn}])
+    run_recipe(recipe, output=tmp_path / "whole")
+    run_recipe(recipe, output=tmp_path / "cut", stop_after=2)
+    run_recipe(recipe, output=tmp_path / "cut", resume=True)
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    state = load_file(tmp_path / "whole" / "final" / "model.safetensors")
+    assert {t.dtype for t in state.values()} == {torch.float32 if precision == "fp32" else torch.bfloat16}
+    assert not [name for name in state if "quant" in name or "lora" in name]
+    zero = recipe.model_copy(deep=True)
+    zero.stages[0].engine = "zero2"
+    with pytest.raises(ConfigError, match="4-bit weights and ZeRO"):
+        run_recipe(zero, output=tmp_path / "zero")

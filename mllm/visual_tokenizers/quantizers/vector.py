@@ -29,6 +29,8 @@ class VectorQuantizerConfig(QuantizerConfig):
     parts: dict[str, int]
     """Part → channels, in channel order; one part is plain VQ, ``{semantic: 32, pixel: 8}`` is TokenFlow's shared
     mapping."""
+    part_order: list[str] = Field(default_factory=list)
+    """The order of ``parts``, kept apart because transformers writes JSON with sorted keys; filled in."""
     weights: dict[str, float] = Field(default_factory=dict)
     """Part → weight of its squared distance in the search (default 1; TokenFlow's code uses 1 for both)."""
     l2_norm: bool = False
@@ -43,6 +45,16 @@ class VectorQuantizerConfig(QuantizerConfig):
     entropy_weight: float = Field(default=0.0, ge=0)
     """Weight of (mean entropy per position - entropy of the mean); builds all distances of the batch when above 0."""
     entropy_temperature: float = Field(default=0.01, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ordered(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("parts"), dict):
+            return data
+        parts, order = data["parts"], data.get("part_order") or list(data["parts"])
+        if set(order) != set(parts):
+            raise ValueError(f"part_order {order} does not name the parts {list(parts)}; leave it out")
+        return {**data, "parts": {name: parts[name] for name in order}, "part_order": list(order)}
 
     @model_validator(mode="after")
     def _parts(self) -> VectorQuantizerConfig:

@@ -158,3 +158,59 @@ def test_another_architecture_other_settings_and_other_frozen_weights_are_refuse
         engine.model.frozen.weight[0, 0] += 1e-6  # type: ignore[union-attr, operator]
     with pytest.raises(CheckpointError, match="do not learn"):
         reader.check(engine.model, Progress(**{**now, "frozen": fingerprint(engine.model)}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_average_of_weights_survives_a_resume_and_is_what_a_stage_ends_with(tmp_path, precision):
+    def start() -> Engine:
+        engine = _engine(precision)
+        engine.stage.optimizer.ema = 0.8
+        return engine
+
+    torch.manual_seed(4)
+    whole = start()
+    by_hand: list[list[torch.Tensor]] = []
+    for _ in range(6):
+        _steps(whole, 1)
+        weights = [p.detach().clone() for group in whole.optimizer.param_groups for p in group["params"]]
+        last = by_hand[-1] if by_hand else weights
+        by_hand.append([a.lerp(w, 1 - 0.8) for a, w in zip(last, weights)])
+    torch.manual_seed(4)
+    first = start()
+    _steps(first, 3)
+    save_checkpoint(tmp_path, first, _progress())
+    second, reader = start(), latest_checkpoint(tmp_path)
+    assert reader is not None
+    reader.restore_weights(second.model)
+    reader.restore_engine(second)
+    reader.restore_random(second)
+    _steps(second, 3)
+    for engine in (whole, second):
+        engine.finish()
+        found = [p for group in engine.optimizer.param_groups for p in group["params"]]
+        assert all(torch.equal(a, b) for a, b in zip(found, by_hand[-1]))
+    for a, b in zip(whole.model.parameters(), second.model.parameters()):
+        assert torch.equal(a, b)
+    assert any(not torch.equal(a, b.to(a.dtype)) for a, b in zip(whole.learning, weights)), "not the last weights"
+
+
+def test_eight_bit_optimizer_state_goes_on_bit_equal(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    wide = lambda: nn.Sequential(nn.Linear(5, 90), nn.Linear(90, 90), nn.Linear(90, 2))  # noqa: E731
+
+    def start() -> Engine:
+        torch.manual_seed(0)
+        return _engine("fp32", "adamw_8bit", wide())
+
+    engine = start()
+    _steps(engine, 3)
+    kinds = {v.dtype for s in engine.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)}
+    assert torch.uint8 in kinds
+    save_checkpoint(tmp_path, engine, _progress())
+    wanted = _steps(engine, 3)
+    again, reader = start(), latest_checkpoint(tmp_path)
+    assert reader is not None
+    reader.restore_weights(again.model)
+    reader.restore_engine(again)
+    reader.restore_random(again)
+    assert _steps(again, 3) == wanted

@@ -9,7 +9,7 @@ from mllm.errors import ConfigError
 from mllm.recipe import StageSpec
 from mllm.train import lora
 from mllm.train.groups import apply_learning, frozen_summary, groups_table, no_decay_names, set_modes
-from tests.helpers import tiny_model
+from tests.helpers import TINY_CLIP, tiny_model
 
 
 @pytest.fixture
@@ -102,10 +102,14 @@ def test_the_table_shows_parts_counts_rates_and_decay(model):
     assert f"{count:,}" in text and "0.001" in text and "frozen" in text
 
 
-@pytest.mark.parametrize("kind", [{}, {"use_dora": True}, {"use_rslora": True}])
+@pytest.mark.parametrize("kind", [{}, {"use_dora": True}, {"use_rslora": True}, {"bits": 4}])
 @pytest.mark.parametrize("part", ["language_model", "encoders.semantic", "connector"])
 def test_merged_adapters_give_the_logits_of_the_unmerged_ones(model, part, kind):
     names = [n for n, _ in model.named_parameters()]
+    if kind.get("bits") and part == "connector":
+        with pytest.raises(ConfigError, match="only language_model and encoders"):
+            apply_learning(model, _stage({part: {"rate": 1e-3, "lora": {"r": 4, **kind}}}))
+        return
     groups = apply_learning(model, _stage({part: {"rate": 1e-3, "lora": {"r": 4, **kind}}}))
     learning = [n for n, p in model.named_parameters() if p.requires_grad]
     assert learning and all(lora.is_adapter(n) and model.part_of(n) == part for n in learning)
@@ -129,3 +133,17 @@ def test_merged_adapters_give_the_logits_of_the_unmerged_ones(model, part, kind)
         found = model(input_ids=ids, **pixels).logits
     assert (found - wanted).abs().max() < 1e-5
     assert [n for n, _ in model.named_parameters()] == names
+
+
+def test_a_frozen_router_goes_on_exploring_for_the_parts_that_learn(tmp_path):
+    router = {"type": "gate", "experts": ["spatial", "detail"], "hidden": 8, "explore": 1.0, "losses": {"z_loss": 0.1}}
+    encoders = {"semantic": dict(TINY_CLIP), "spatial": dict(TINY_CLIP), "detail": dict(TINY_CLIP)}
+    model, _ = tiny_model(tmp_path, encoders=encoders, router=router)
+    apply_learning(model, _stage({"connector": 1e-3}))
+    set_modes(model)
+    gate = model.model.vision_tower.router
+    routing = gate(torch.randn(64, gate.image_width), torch.randn(64, gate.text_width))
+    assert {tuple(row) for row in routing.weights.ne(0).int().tolist()} == {(1, 0), (0, 1), (1, 1)}
+    assert not routing.losses, "a frozen router has nothing to learn from losses of its own"
+    model.eval()
+    assert gate(torch.randn(64, gate.image_width)).weights.ne(0).sum(1).eq(1).all()

@@ -55,20 +55,43 @@ def test_hazards_are_named(tmp_path):
     assert "connector starts from random weights and learns in no stage" in text
 
 
-def test_memory_of_the_7b_recipes_is_near_what_one_h200_measured():
-    """Full fine-tuning of 7B, bf16 with fp32 copies, two GPUs, ZeRO-1, 2 × 4096 tokens, compiled: 101 GB were measured."""
+SMALL = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+}
+TWO_ENCODERS = {"spatial": {"preset": "dinov2-l", "image_size": 336, "layers": [-1]}}
+MEASURED = {
+    # Full fine-tuning on H200s, compiled, 2048 tokens a row, frozen encoders live: peak in GB, what the stage changes.
+    "7B ZeRO-1 on two, accumulating": (101, {"engine": "zero1", "batch_size": 2, "max_length": 4096}),
+    "1.1B ZeRO-1": (29, {"engine": "zero1", "batch_size": 4}),
+    "1.1B ZeRO-1 on two": (23, {"engine": "zero1", "batch_size": 4}),
+    "7B two encoders, bf16 states, eager": (92.8, {"engine": "none", "batch_size": 4, "compile": False}),
+    "7B two encoders, bf16 states": (78.4, {"engine": "none", "batch_size": 4}),
+    "7B, bf16 states, long rows": (122, {"engine": "none", "batch_size": 4, "max_length": 4096}),
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_memory_is_within_nine_per_cent_of_what_an_h200_measured(name):
+    measured, changes = MEASURED[name]
     recipe = load_recipe("llava_1_5")
+    if "1.1B" in name:
+        recipe.model.language_model.config |= SMALL
+    if "two encoders" in name:
+        recipe.model.encoders |= TWO_ENCODERS
+        recipe.model.connector = {"type": "channel_concat", "grid": [24, 24], "projector": {"depth": 2}}
     stage = recipe.stages[-1]
-    data = stage.model_dump() | {
-        "engine": "zero1",
-        "batch_size": 2,
-        "gradient_accumulation": 2,
-        "max_length": 4096,
-        "compile": True,
-        "gradient_checkpointing": False,
-    }
-    recipe.stages = [type(stage).model_validate(data)]
-    plan = plan_recipe(recipe, processes=2, with_data=False).stages[0]
-    assert plan.peak / 1e9 == pytest.approx(101, rel=0.15)
-    per_token = plan.flops_step_language_model / plan.tokens_step
-    assert per_token == pytest.approx(6 * 6.607e9 + 6 * 32 * 4096 * 4096, rel=0.03)
+    plain = {"compile": True, "gradient_checkpointing": False, "group_by_length": False}
+    accumulation = {"gradient_accumulation": 2 if "accumulating" in name else 1}
+    recipe.stages = [type(stage).model_validate(stage.model_dump() | plain | accumulation | changes)]
+    plan = plan_recipe(recipe, processes=2 if "on two" in name else 1, with_data=False).stages[0]
+    peak = plan.peak
+    if "bf16 states" in name:  # that benchmark keeps no fp32 copies: 4 instead of 12 bytes of optimizer state
+        peak -= 8 * sum(group.num_parameters for group in plan.groups)
+    assert peak / 1e9 == pytest.approx(measured, rel=0.09)
+    if name.startswith("7B ZeRO-1"):
+        per_token = plan.flops_step_language_model / plan.tokens_step
+        assert per_token == pytest.approx(6 * 6.607e9 + 6 * 32 * 4096 * 4096, rel=0.03)

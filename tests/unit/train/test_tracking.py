@@ -134,3 +134,18 @@ def test_a_comparison_of_two_runs_names_step_value_and_both_numbers():
         "a step 2: loss is 1.0 in the whole run and 1.0000000000000002 in the killed one",
         "a step 3: only in the killed run",
     ]
+
+
+def test_wandb_gets_every_record_without_a_network(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    recipe = make_recipe(tmp_path).model_copy(update={"track": ["wandb"]})
+    (tmp_path / "run").mkdir()
+    tracker = Tracker(tmp_path / "run", recipe)
+    tracker.start_stage("a", 0)
+    for step in (1, 2):
+        tracker.log(_record("a", step, 0.5 * step), global_step=step)
+    assert wandb.run.step >= 2 and wandb.run.name == "tiny" and wandb.run.config["seed"] == 3
+    tracker.close()
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")) and wandb.run is None

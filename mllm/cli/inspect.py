@@ -1,0 +1,50 @@
+"""``mllm inspect``: one HTML page of what the model really sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def inspect(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name (`mllm recipes ls`) or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes as key.sub=value, the same as for `mllm train`.", show_default=False),
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Samples of each stage; rows are shown whole.")] = 8,
+    stage: Annotated[str | None, typer.Option(help="Only this stage; default: every supervised one.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The page; default runs/<recipe>/inspect.html.")] = None,
+) -> None:
+    """One HTML page of what the model really sees: pixels, image tokens, loss mask, packing.
+
+    The first samples of each stage as training will make them: every encoder's pixels after preprocessing, which token each
+    patch becomes, the text coloured by whether it carries loss, where packed samples begin and their positions.
+    Look at it before a long run: is the answer green and the question grey, is the image whole and upright, does anything leak
+    into the next sample?
+
+    [dim]mllm inspect demo --n 4 --stage sft[/]
+    """
+    from mllm.recipe import load_recipe
+    from mllm.train.inspection import inspect_recipe
+    from mllm.train.inspection_page import write_page
+
+    loaded = load_recipe(recipe, overrides)
+    seen = inspect_recipe(loaded, num_samples=n, stage=stage)
+    path = write_page(seen, output or loaded.output_dir / "inspect.html", title=f"What {loaded.name} sees")
+    for part in seen:
+        learned = sum(s.num_learned for row in part.rows for s in row.samples)
+        tokens = sum(s.length for row in part.rows for s in row.samples)
+        slots = sum(row.slots for row in part.rows)
+        typer.echo(
+            f"{part.stage.name}: {part.num_samples} samples in {len(part.rows)} rows, {tokens} of {slots} slots used, "
+            f"{learned} tokens carry loss" + (f", {len(part.dropped)} samples dropped" if part.dropped else "")
+        )
+    typer.echo(f"page: {path}")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the verb."""
+    app.command()(inspect)

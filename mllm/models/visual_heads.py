@@ -1,0 +1,291 @@
+"""How do hidden states become the codes of an image, and codes the next inputs? One class per kind of head."""
+
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mllm.config import StrictModel, validate
+from mllm.errors import ConfigError, UnknownName
+from mllm.visual_tokenizers.heads import DepthTransformer, DepthTransformerConfig, GenerationHead
+from mllm.visual_tokenizers.next_scale import next_scale_inputs, split_scales
+from mllm.visual_tokenizers.sequence import CodeBlock, code_blocks, single_vectors
+
+
+class VisualHeadConfig(StrictModel):
+    """What every head's config has."""
+
+    type: str
+    text_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Share of drawn images that train without the text before them, which guidance needs."""
+    weights: dict[str, float] = Field(default_factory=dict)
+    """Codebook → weight of its loss; 1 where it is not named."""
+    tokens: dict[str, int] = Field(default_factory=dict)
+    """Ids: ``start``, ``end``, ``code`` (placeholder), ``null`` (stands for dropped text). Filled by `build_model`."""
+
+
+class VocabularyHeadConfig(VisualHeadConfig):
+    """Codes are ids of the language model's own vocabulary (ILLUME+, Show-o, TokenFlow's id space)."""
+
+    type: Literal["vocabulary"] = "vocabulary"
+    levels: list[dict[str, int]] = Field(default_factory=list)
+    """Per block of codes: ids ``start``, ``end`` and ``first`` (of code 0). Filled by `build_model`."""
+
+
+class SeparateHeadConfig(VisualHeadConfig):
+    """An output layer per codebook, and the codes' vectors through an aligner as inputs (Janus)."""
+
+    type: Literal["separate"] = "separate"
+    inner: int | None = Field(default=None, ge=1)
+    """Width between the head's two linear layers; default the language model's."""
+
+
+class DepthHeadConfig(VisualHeadConfig):
+    """One step per position; a depth transformer per codebook writes its codes (VILA-U, DualToken)."""
+
+    type: Literal["depth"] = "depth"
+    width: int = Field(default=512, ge=1)
+    layers: int = Field(default=4, ge=1)
+    heads: int = Field(default=8, ge=1)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+
+
+class NextScaleHeadConfig(VisualHeadConfig):
+    """A whole scale per step (VAR, TokenFlow)."""
+
+    type: Literal["next_scale"] = "next_scale"
+    inner: int | None = Field(default=None, ge=1)
+
+
+class VisualHead(nn.Module):
+    """Base of the heads that have weights. Hidden states at the start token and at the placeholders, all but the last
+    ones, predict an image's codes; its placeholders hold `slots`."""
+
+    Config: ClassVar[type[VisualHeadConfig]] = VisualHeadConfig
+    num_slots: int
+    """Placeholders of one image."""
+    num_steps: int
+    """Hidden states that predict: the start token's and those of the first ``num_steps - 1`` placeholders."""
+
+    def __init__(self, config: Any, tokenizer: Any, width: int):
+        super().__init__()
+        self.config, self.width = config, width
+        self.blocks: list[CodeBlock] = code_blocks(tokenizer)
+        self.num_codes: int = tokenizer.tokens_per_image
+
+    def _add_positions(self) -> None:
+        """A learned vector per place, added to inputs from the start token on: which code comes next."""
+        self.positions = nn.Parameter(torch.randn(self.num_slots + 1, self.width) * 0.02)
+
+    def start(self, embedding: Tensor) -> Tensor:
+        """What the start token's embedding ``(…, L)`` becomes."""
+        return embedding + self.positions[0].to(embedding.dtype)
+
+    def slots(self, codes: Tensor, tokenizer: Any) -> Tensor:
+        """Packed codes ``(K, S)`` → inputs at the placeholders ``(K, num_slots, L)``."""
+        raise NotImplementedError
+
+    def logits(self, hidden: Tensor, codes: Tensor, tokenizer: Any) -> dict[tuple[str, int], Tensor]:
+        """hidden ``(K, num_steps, L)`` and the true codes (for depth transformers) → (codebook, place of its first
+        code) → logits ``(K, n, size)``."""
+        raise NotImplementedError
+
+    def code_losses(self, hidden: Tensor, codes: Tensor, tokenizer: Any) -> dict[str, Tensor]:
+        """Codebook → cross-entropy ``(K, codes of the book)`` in fp32."""
+        losses: dict[str, list[Tensor]] = {}
+        for (book, start), logits in self.logits(hidden, codes, tokenizer).items():
+            target = codes[:, start : start + logits.shape[1]]
+            loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none")
+            losses.setdefault(book, []).append(loss.view(target.shape))
+        return {book: torch.cat(parts, 1) for book, parts in losses.items()}
+
+
+def _aligner(channels: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(channels, width), nn.GELU(), nn.Linear(width, width))
+
+
+class SeparateHead(VisualHead):
+    """One step per code, in the order of `code_blocks`."""
+
+    Config = SeparateHeadConfig
+
+    def __init__(self, config: Any, tokenizer: Any, width: int):
+        super().__init__(config, tokenizer, width)
+        self.num_slots = self.num_steps = self.num_codes
+        books = tokenizer.codebooks
+        self.heads = nn.ModuleDict(
+            {name: GenerationHead(width, config.inner or width, size) for name, (size, _) in books.items()}
+        )
+        self.aligners = nn.ModuleDict({name: _aligner(tokenizer.embed_dims[name], width) for name in books})
+        self._add_positions()
+
+    def inputs(self, block: CodeBlock, ids: Tensor, place: int, tokenizer: Any) -> Tensor:
+        """Inputs ``(K, n, L)`` for ids ``(K, n)`` of one block, whose first is code number ``place`` of the image."""
+        aligner = self.aligners[block.book]
+        vectors = single_vectors(tokenizer, block, ids).to(aligner[0].weight)
+        return aligner(vectors) + self.positions[place + 1 : place + 1 + ids.shape[1]]
+
+    def slots(self, codes: Tensor, tokenizer: Any) -> Tensor:
+        parts = [
+            self.inputs(block, codes[:, block.start : block.start + block.number], block.start, tokenizer)
+            for block in self.blocks
+        ]
+        return torch.cat(parts, 1)
+
+    def logits(self, hidden: Tensor, codes: Tensor, tokenizer: Any) -> dict[tuple[str, int], Tensor]:
+        return {(b.book, b.start): self.heads[b.book](hidden[:, b.start : b.start + b.number]) for b in self.blocks}
+
+
+class DepthHead(VisualHead):
+    """One step per position and grid: codebooks on the same grid are read together (side by side on channels) and
+    written each by its own depth transformer from the same hidden state (DualToken, section 3.3 of its paper)."""
+
+    Config = DepthHeadConfig
+
+    def __init__(self, config: Any, tokenizer: Any, width: int):
+        super().__init__(config, tokenizer, width)
+        if tokenizer.scales is not None:
+            raise ConfigError("visual_head.type: depth does not write multi-scale codes; use next_scale or separate")
+        self.books, self.dims = dict(tokenizer.codebooks), dict(tokenizer.embed_dims)
+        self.places = {name: min(b.start for b in self.blocks if b.book == name) for name in self.books}
+        groups: dict[tuple[int, int], list[str]] = {}
+        for name in self.books:
+            groups.setdefault(tuple(tokenizer.grids[name]), []).append(name)
+        self.groups = [(rows * columns, names) for (rows, columns), names in groups.items()]
+        self.num_slots = self.num_steps = sum(number for number, _ in self.groups)
+        sizes = DepthTransformerConfig(
+            width=config.width, layers=config.layers, heads=config.heads, dropout=config.dropout
+        )
+        self.heads = nn.ModuleDict(
+            {
+                name: DepthTransformer(sizes, hidden=width, code_dim=self.dims[name], size=size, depth=depth)
+                for name, (size, depth) in self.books.items()
+            }
+        )
+        self.aligners = nn.ModuleList(_aligner(sum(self.dims[n] for n in names), width) for _, names in self.groups)
+        self._add_positions()
+
+    def of_book(self, codes: Tensor, name: str) -> Tensor:
+        """Packed codes ``(K, S)`` → one book's ``(K, N, Q)``."""
+        depth = self.books[name][1]
+        number = next(b.number for b in self.blocks if b.book == name)
+        part = codes[:, self.places[name] : self.places[name] + number * depth]
+        return part.unflatten(1, (depth, number)).transpose(1, 2)
+
+    def inputs(self, group: int, codes: Mapping[str, Tensor], place: int, tokenizer: Any) -> Tensor:
+        """Inputs ``(K, n, L)`` for codes ``(K, n, Q)`` by book of one group, whose first position is step ``place``."""
+        aligner, names = self.aligners[group], self.groups[group][1]
+        vectors = torch.cat([tokenizer.code_vectors(name, codes[name]).sum(2) for name in names], -1)
+        number = vectors.shape[1]
+        return aligner(vectors.to(aligner[0].weight)) + self.positions[place + 1 : place + 1 + number]
+
+    def slots(self, codes: Tensor, tokenizer: Any) -> Tensor:
+        parts, place = [], 0
+        for index, (number, names) in enumerate(self.groups):
+            parts.append(self.inputs(index, {n: self.of_book(codes, n) for n in names}, place, tokenizer))
+            place += number
+        return torch.cat(parts, 1)
+
+    def logits(self, hidden: Tensor, codes: Tensor, tokenizer: Any) -> dict[tuple[str, int], Tensor]:
+        result, place = {}, 0
+        for number, names in self.groups:
+            states = hidden[:, place : place + number]
+            for name in names:
+                vectors = tokenizer.code_vectors(name, self.of_book(codes, name)).to(hidden.dtype)
+                logits = self.heads[name](states, vectors)  # (K, N, Q, size)
+                result[name, self.places[name]] = logits.transpose(1, 2).flatten(1, 2)
+            place += number
+        return result
+
+
+class NextScaleHead(VisualHead):
+    """One step per scale: its slots hold the picture so far, resized, and see one another; the first scale is a single
+    code, predicted at the start token. Level and place have embeddings of their own (TokenFlow)."""
+
+    Config = NextScaleHeadConfig
+
+    def __init__(self, config: Any, tokenizer: Any, width: int):
+        super().__init__(config, tokenizer, width)
+        if tokenizer.scales is None or tokenizer.scales[0] != 1 or len(tokenizer.codebooks) != 1:
+            raise ConfigError(
+                "visual_head.type: next_scale needs a multi-scale tokenizer of one codebook whose first scale is 1; "
+                f"{tokenizer.name} has scales {tokenizer.scales} and codebooks {list(tokenizer.codebooks)}"
+            )
+        ((self.book, (size, depth)),) = tokenizer.codebooks.items()
+        if depth != 1:
+            raise ConfigError(f"visual_head.type: next_scale needs one code per position, {tokenizer.name} has {depth}")
+        self.scales: tuple[int, ...] = tuple(tokenizer.scales)
+        self.num_steps, self.num_slots = self.num_codes, self.num_codes - 1
+        self.head = GenerationHead(width, config.inner or width, size)
+        self.aligner = _aligner(tokenizer.embed_dims[self.book], width)
+        self.levels = nn.Parameter(torch.randn(len(self.scales), width) * 0.02)
+        self._add_positions()
+
+    def vectors(self, ids: Tensor, tokenizer: Any) -> Tensor:
+        """Ids ``(K, n)`` → ``(K, n, C)`` fp32."""
+        return tokenizer.code_vectors(self.book, ids[..., None])[:, :, 0].float()
+
+    def place(self, scale: int) -> int:
+        """Number of the first code of scale number ``scale``."""
+        return sum(s * s for s in self.scales[:scale])
+
+    def inputs(self, pictures: Tensor, scale: int) -> Tensor:
+        """The picture so far ``(K, s², C)`` → inputs ``(K, s², L)`` of scale number ``scale`` ≥ 1."""
+        place = self.place(scale)
+        added = self.levels[scale] + self.positions[place : place + pictures.shape[1]]
+        return self.aligner(pictures.to(self.aligner[0].weight)) + added
+
+    def slots(self, codes: Tensor, tokenizer: Any) -> Tensor:
+        if len(self.scales) == 1:
+            return self.positions.new_zeros(len(codes), 0, self.width)
+        pictures = next_scale_inputs(codes, lambda ids: self.vectors(ids, tokenizer), self.scales)
+        parts = split_scales(pictures, self.scales[1:])
+        return torch.cat([self.inputs(part, index) for index, part in enumerate(parts, 1)], 1)
+
+    def logits(self, hidden: Tensor, codes: Tensor, tokenizer: Any) -> dict[tuple[str, int], Tensor]:
+        return {(self.book, 0): self.head(hidden)}
+
+
+HEADS: dict[str, type[VisualHead] | None] = {
+    "vocabulary": None,
+    "separate": SeparateHead,
+    "depth": DepthHead,
+    "next_scale": NextScaleHead,
+}
+"""Type → class; the vocabulary head has no weights of its own."""
+
+
+def head_config(value: Any, *, where: str = "visual_head") -> Any:
+    """The strict config of a mapping with ``type``. Raises `ConfigError` with the path to the key."""
+    if isinstance(value, VisualHeadConfig):
+        return value
+    if not isinstance(value, Mapping) or "type" not in value:
+        raise ConfigError(f"{where}: expected a mapping with type, one of {', '.join(HEADS)}")
+    if value["type"] not in HEADS:
+        raise UnknownName(f"{where}.type", value["type"], HEADS)
+    cls = HEADS[value["type"]]
+    return validate(VocabularyHeadConfig if cls is None else cls.Config, value, where=where)
+
+
+def check_weights(config: Any, tokenizer: Any) -> None:
+    """Raises `ConfigError` for a loss weight of a codebook that the tokenizer lacks."""
+    for name in config.weights:
+        if name not in tokenizer.codebooks:
+            raise ConfigError(
+                f"visual_head.weights: {tokenizer.name} has no codebook {name!r}; it has {', '.join(tokenizer.codebooks)}"
+            )
+
+
+def build_head(config: Any, tokenizer: Any, width: int) -> VisualHead | None:
+    """The head of a config; None for the vocabulary type. width: L."""
+    config = head_config(config)
+    check_weights(config, tokenizer)
+    cls = HEADS[config.type]
+    return None if cls is None else cls(config, tokenizer, width)

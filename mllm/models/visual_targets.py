@@ -1,0 +1,229 @@
+"""How do images that the model draws enter its inputs, and what is their loss?"""
+
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportOptionalMemberAccess=false
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm.errors import AlignmentError, ConfigError
+from mllm.models.loss import IGNORE, linear_cross_entropy
+from mllm.visual_tokenizers.next_scale import next_scale_mask
+from mllm.visual_tokenizers.sequence import code_blocks, pack_codes, unpack_codes
+
+
+@dataclass
+class DrawnImages:
+    """The K images to draw of a batch, laid into its inputs.
+
+    codes ``(K, S)``; input_ids, labels ``(B, T)`` for the language model's own loss; starts ``(K, 2)``: row and column of
+    each start token; learned ``(K,)``: whether an image's codes carry loss; inputs: more arguments for the model;
+    code_labels: vocabulary head, codebook → labels ``(B, T)``.
+    """
+
+    codes: Tensor
+    input_ids: Tensor
+    labels: Tensor | None
+    starts: Tensor
+    learned: Tensor
+    num_slots: int
+    inputs: dict[str, Any] = field(default_factory=dict)
+    code_labels: dict[str, Tensor] = field(default_factory=dict)
+
+
+def codes_of(tokenizer: Any, images: Tensor) -> Tensor:
+    """Pixels ``(K, 3, H, W)`` or packed codes ``(K, S)`` → packed codes. Raises `ConfigError` or `AlignmentError` for
+    what the tokenizer cannot decode."""
+    if not images.is_floating_point():
+        unpack_codes(tokenizer, images)
+        return images.long()
+    with torch.no_grad(), evaluating(tokenizer):
+        return pack_codes(tokenizer, tokenizer.encode(images))
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, every part's own mode again after."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def drop_text(
+    input_ids: Tensor, starts: Tensor, first: Tensor, null: int, keep: Tensor, labels: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """input_ids ``(B, T)`` with the text before some images replaced by ``null``: between ``first`` ``(K,)`` (a sample's
+    first token, which stays) and the images' start tokens, starts ``(K, 2)``. keep ``(B, T)``: tokens that are no text.
+    The labels there are taken out: nothing is to be learned from no text."""
+    input_ids = input_ids.clone()
+    labels = None if labels is None else labels.clone()
+    for (row, column), begin in zip(starts.tolist(), first.tolist()):
+        span = slice(begin + 1, column)
+        text = ~keep[row, span]
+        input_ids[row, span] = input_ids[row, span].masked_fill(text, null)
+        if labels is not None:
+            here = slice(begin + 1, column + 1)
+            text = torch.cat([text, text.new_ones(1)])
+            labels[row, here] = labels[row, here].masked_fill(text, IGNORE)
+    return input_ids, labels
+
+
+def lay_images(
+    model: Any,
+    images: Tensor,
+    input_ids: Tensor,
+    labels: Tensor | None,
+    *,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> DrawnImages:
+    """Put K images (pixels or packed codes) into the spans of ``input_ids``. Raises `AlignmentError` when the spans and
+    the images differ in number."""
+    config, head, tokenizer = model.visual_config, model.visual_head, model.image_tokenizer
+    tokens = config.tokens
+    codes = codes_of(tokenizer, images.to(input_ids.device))
+    slots = input_ids == tokens["code"]
+    starts = (input_ids == tokens["start"]).nonzero()
+    num_slots = tokenizer.tokens_per_image if head is None else head.num_slots
+    if len(starts) != len(codes) or int(slots.sum()) != len(codes) * num_slots:
+        raise AlignmentError(
+            f"{len(codes)} images to draw, but {len(starts)} starts of an image and {int(slots.sum())} code placeholders in the "
+            f"text (one image has {num_slots}); was it made by this model's own processor and not cut inside an image?"
+        )
+    places = slots.nonzero().view(len(codes), num_slots, 2)
+    if labels is None or not num_slots:
+        learned = torch.full((len(codes),), labels is not None, device=input_ids.device)
+    else:
+        learned = labels[places[:, 0, 0], places[:, 0, 1]] != IGNORE
+    drawn = DrawnImages(codes, input_ids, labels, starts, learned, num_slots)
+    if model.training and labels is not None and config.text_dropout > 0 and len(codes):
+        _drop_some(model, drawn, learned, attention_mask, position_ids)
+    if labels is not None:
+        drawn.labels = drawn.labels.masked_fill(slots, IGNORE)
+    if head is None:
+        _write_vocabulary(model, drawn, places)
+    else:
+        embeddings = model.model.embed_tokens(torch.tensor([tokens["start"]], device=input_ids.device))
+        first = head.start(embeddings)[None].expand(len(codes), 1, -1)
+        values = torch.cat([first, head.slots(codes, tokenizer).to(first)], 1)
+        drawn.inputs = {"slot_mask": slots | (input_ids == tokens["start"]), "slot_embeds": values.flatten(0, 1)}
+        if config.type == "next_scale":
+            drawn.inputs["attention_mask"] = scale_mask(
+                model, drawn, attention_mask, position_ids, first.dtype, head.scales
+            )
+    return drawn
+
+
+def _drop_some(
+    model: Any, drawn: DrawnImages, learned: Tensor, mask: Tensor | None, position_ids: Tensor | None
+) -> None:
+    chosen = (torch.rand(len(learned)) < model.visual_config.text_dropout).to(learned.device) & learned
+    starts = drawn.starts[chosen]
+    if not len(starts):
+        return
+    first = first_of_sample(starts, mask, position_ids)
+    keep = model.is_visual(drawn.input_ids)
+    null = model.visual_config.tokens["null"]
+    drawn.input_ids, drawn.labels = drop_text(drawn.input_ids, starts, first, null, keep, drawn.labels)
+
+
+def first_of_sample(starts: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+    """Column ``(K,)`` where the samples of the positions ``starts`` ``(K, 2)`` begin: padding may lie on the left, and
+    packed samples before them."""
+    rows, columns = starts.unbind(1)
+    if position_ids is not None:
+        return columns - position_ids[rows, columns]
+    return torch.zeros_like(columns) if mask is None else mask.to(torch.int64).argmax(1)[rows]
+
+
+def _write_vocabulary(model: Any, drawn: DrawnImages, places: Tensor) -> None:
+    """Codes as ids in the placeholders, and for each codebook the labels of its codes."""
+    offsets = model.code_offsets.to(drawn.codes.device)
+    ids = drawn.codes + offsets
+    rows, columns = places[..., 0], places[..., 1]
+    drawn.input_ids = drawn.input_ids.clone()
+    drawn.input_ids[rows, columns] = ids
+    if drawn.labels is None:
+        return
+    targets = ids.masked_fill(~drawn.learned[:, None], IGNORE)
+    for block in code_blocks(model.image_tokenizer):
+        labels = drawn.code_labels.setdefault(block.book, torch.full_like(drawn.labels, IGNORE))
+        part = slice(block.start, block.start + block.number)
+        labels[rows[:, part], columns[:, part]] = targets[:, part]
+
+
+def scale_mask(
+    model: Any,
+    drawn: DrawnImages,
+    mask: Tensor | None,
+    position_ids: Tensor | None,
+    dtype: torch.dtype,
+    scales: tuple[int, ...],
+) -> Tensor:
+    """Attention ``(B, 1, T, T)``, added to the scores: causal, full within a scale. Rows may hold several images.
+
+    Raises `ConfigError` for packed rows and for attention kernels that take no mask.
+    """
+    kernel = getattr(model.config.get_text_config(), "_attn_implementation", None) or "sdpa"
+    if kernel not in ("sdpa", "eager"):
+        raise ConfigError(f"a next_scale head needs attention: sdpa or eager in the stage (it has {kernel})")
+    if position_ids is not None and bool((position_ids[:, 1:] == 0).any()):
+        raise ConfigError("a next_scale head cannot train on packed rows; set packing: false")
+    batch, length = drawn.input_ids.shape
+    keep = torch.ones(batch, length, device=drawn.input_ids.device) if mask is None else mask
+    visible = torch.ones(length, length, dtype=torch.bool, device=keep.device).tril() & keep.bool()[:, None, :]
+    for row, column in drawn.starts.tolist():
+        start = torch.tensor([column + 1], device=keep.device)
+        visible[row] |= next_scale_mask(keep[row : row + 1], start, scales)[0]
+    visible |= torch.eye(length, dtype=torch.bool, device=keep.device)  # a padded query must see something
+    return torch.zeros(visible.shape, dtype=dtype, device=keep.device).masked_fill(~visible, torch.finfo(dtype).min)[
+        :, None
+    ]
+
+
+def visual_losses(
+    model: Any, drawn: DrawnImages, hidden: Tensor, items: Tensor | float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of the codes (weighted, a sum divided by ``items``) and the mean cross-entropy per code of each codebook.
+
+    Every supervised placeholder counts as one token: a position with several codes counts their mean.
+    """
+    config, head, tokenizer = model.visual_config, model.visual_head, model.image_tokenizer
+    weight = {name: config.weights.get(name, 1.0) for name in tokenizer.codebooks}
+    number = drawn.learned.sum()
+    report: dict[str, Tensor] = {}
+    total = hidden.new_zeros((), dtype=torch.float32)
+    if head is None:
+        for name, labels in drawn.code_labels.items():
+            loss = linear_cross_entropy(
+                hidden,
+                model.lm_head.weight,
+                labels,
+                bias=model.lm_head.bias,
+                num_items_in_batch=1,
+                scale=model.head_scale,
+                softcap=model.head_softcap,
+            )
+            total = total + weight[name] * loss / items
+            report[name] = loss.detach() / (labels != IGNORE).sum().clamp(min=1)
+        return total, report
+    rows, columns = drawn.starts.unbind(1)
+    slots = columns[:, None] + torch.arange(head.num_steps, device=hidden.device)
+    states = hidden[rows[:, None], slots]
+    share = drawn.num_slots / head.num_codes
+    for name, losses in head.code_losses(states, drawn.codes, tokenizer).items():
+        losses = losses * drawn.learned[:, None]
+        total = total + weight[name] * share * losses.sum() / items
+        report[name] = losses.sum().detach() / (number * losses.shape[1]).clamp(min=1)
+    return total, report

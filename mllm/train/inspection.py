@@ -1,0 +1,227 @@
+"""What does the model really see? Batches of a stage, made as training makes them, taken apart for a reader."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mllm.data.collate import Batch, Dropped
+from mllm.errors import ConfigError
+from mllm.models.build import build_config, build_processor, load_tokenizer
+from mllm.processing.chat import IGNORE
+from mllm.processing.template import for_training
+from mllm.recipe import Recipe, StageSpec
+from mllm.train.data import StageData, open_mixture
+from mllm.types import ImageLayout
+
+KINDS = ("sft",)
+"""Stage kinds whose samples are conversations that the model is trained to continue."""
+
+
+@dataclass
+class Run:
+    """Tokens ``start`` … ``stop`` of a sample that are alike. kind: image, learned, masked or special."""
+
+    kind: str
+    start: int
+    stop: int
+    text: str
+
+
+@dataclass
+class Picture:
+    """One image of a sample. pixels: encoder → what it is given, undone from normalisation; start: its first token."""
+
+    start: int
+    pixels: dict[str, Image.Image]
+
+
+@dataclass
+class SeenSample:
+    """One sample inside a row of ``row_length`` slots. positions: first and last position id; learned: what carries loss."""
+
+    id: str
+    dataset: str
+    offset: int
+    length: int
+    positions: tuple[int, int]
+    runs: list[Run]
+    learned: str
+    num_learned: int
+    pictures: list[Picture]
+    ids: list[int]
+    truncated: bool
+
+
+@dataclass
+class SeenRow:
+    """One row of a batch."""
+
+    slots: int
+    samples: list[SeenSample]
+    bounds: list[int] | None
+    """Packed: where attention's segments begin and end in this row, padding's own included."""
+
+
+@dataclass
+class SeenStage:
+    """What one stage's first batches hold. grids: encoder → (rows, columns, image height, image width)."""
+
+    stage: StageSpec
+    template: str
+    layout: ImageLayout | None
+    grids: dict[str, tuple[int, int, int, int]]
+    rows: list[SeenRow] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
+    num_samples: int = 0
+
+
+def inspect_recipe(recipe: Recipe, *, num_samples: int = 8, stage: str | None = None) -> list[SeenStage]:
+    """The first ``num_samples`` samples (whole rows) of every stage, or of one.
+
+    Built without a model. Raises `ConfigError` for an unknown stage or one without conversations, and what reading the data
+    raises.
+    """
+    from mllm.errors import UnknownName
+
+    names = [s.name for s in recipe.stages]
+    if stage is not None and stage not in names:
+        raise UnknownName("stage", stage, names)
+    chosen = [s for s in recipe.stages if s.kind in KINDS and stage in (None, s.name)]
+    if not chosen:
+        kinds = ", ".join(f"{s.name} ({s.kind})" for s in recipe.stages)
+        raise ConfigError(f"stages: none of kind {' or '.join(KINDS)} to look at; this recipe has {kinds}")
+    tokenizer = load_tokenizer(recipe.model.language_model)
+    config = build_config(recipe.model)
+    processor = build_processor(recipe.model, config, tokenizer)
+    return [_look(recipe, s, config, processor, num_samples) for s in chosen]
+
+
+def _look(recipe: Recipe, stage: StageSpec, config: Any, processor: Any, num_samples: int) -> SeenStage:
+    if stage.chat_template is not None:
+        processor = for_training(processor, stage.chat_template)
+    quiet = stage.model_copy(update={"num_workers": 0})
+    data = StageData(quiet, processor, open_mixture(stage, recipe.seed), cache=Path(recipe.output_dir) / "lengths")
+    infos = config.encoder_infos()
+    grids = {name: (*info.grid, info.image.height, info.image.width) for name, info in infos.items()}
+    layout = config.layout() if config.connector is not None else None
+    seen = SeenStage(stage, processor.chat_template, layout, grids)
+    while seen.num_samples < num_samples:
+        for micro in data.steps():
+            for batch in micro:
+                if seen.num_samples < num_samples:
+                    _add_batch(seen, batch, processor, num_samples)
+            if seen.num_samples >= num_samples:
+                break
+        else:
+            break  # the stage has no more
+    return seen
+
+
+def _add_batch(seen: SeenStage, batch: Batch, processor: Any, num_samples: int) -> None:
+    seen.dropped += batch.dropped
+    ids, labels = batch.inputs["input_ids"], batch.inputs["labels"]
+    mask, positions = batch.inputs.get("attention_mask"), batch.inputs.get("position_ids")
+    sample = image = 0
+    slots = ids.shape[1]
+    for row, lengths in enumerate(batch.lengths):
+        offset = 0 if mask is None else int(mask[row].argmax())
+        shown = SeenRow(slots, [], _bounds(batch, row, slots))
+        wanted = seen.num_samples < num_samples
+        for length in lengths:
+            count = int(batch.num_images[sample])
+            if wanted:
+                part = slice(offset, offset + length)
+                first = (
+                    (0, length - 1)
+                    if positions is None
+                    else (int(positions[row, part][0]), int(positions[row, part][-1]))
+                )
+                shown.samples.append(
+                    _sample(batch, sample, image, count, ids[row, part], labels[row, part], offset, first, processor)
+                )
+            sample, image, offset = sample + 1, image + count, offset + length
+        if wanted:
+            seen.rows.append(shown)
+            seen.num_samples += len(lengths)
+
+
+def _bounds(batch: Batch, row: int, slots: int) -> list[int] | None:
+    if batch.cu_seq_lens is None:
+        return None
+    low, high = row * slots, (row + 1) * slots
+    return sorted({int(end) - low for end in batch.cu_seq_lens if low <= end <= high})
+
+
+def _sample(
+    batch: Batch,
+    sample: int,
+    image: int,
+    count: int,
+    ids: Any,
+    labels: Any,
+    offset: int,
+    positions: Any,
+    processor: Any,
+) -> SeenSample:
+    numbers, targets = ids.tolist(), labels.tolist()
+    runs = _runs(numbers, targets, processor)
+    starts = [run.start for run in runs if run.kind == "image"]
+    pictures = [Picture(starts[k], _pixels(batch, image + k, processor)) for k in range(count)]
+    learned = [n for n in targets[1:] if n != IGNORE]  # the model never predicts a first token
+    return SeenSample(
+        id=batch.ids[sample],
+        dataset=batch.datasets[sample],
+        offset=offset,
+        length=len(numbers),
+        positions=positions,
+        runs=runs,
+        learned=processor.tokenizer.decode(learned),
+        num_learned=len(learned),
+        pictures=pictures,
+        ids=numbers,
+        truncated=batch.ids[sample] in batch.truncated,
+    )
+
+
+def _runs(ids: list[int], labels: list[int], processor: Any) -> list[Run]:
+    """Neighbouring tokens of one kind, decoded together so that characters of several tokens stay whole. Every image is
+    a run of its own."""
+    special = set(processor.tokenizer.all_special_ids)
+    per_image = processor.num_image_tokens
+
+    def kind(place: int) -> str:
+        if ids[place] == processor.image_token_id:
+            return "image"
+        if labels[place] != IGNORE and place:
+            return "learned"
+        return "special" if ids[place] in special else "masked"
+
+    runs: list[Run] = []
+    place = 0
+    while place < len(ids):
+        what, stop = kind(place), place + 1
+        if what == "image":
+            stop = min(place + per_image, len(ids))
+        while what != "image" and stop < len(ids) and kind(stop) == what:
+            stop += 1
+        text = "" if what == "image" else processor.tokenizer.decode(ids[place:stop])
+        runs.append(Run(what, place, stop, text))
+        place = stop
+    return runs
+
+
+def _pixels(batch: Batch, image: int, processor: Any) -> dict[str, Image.Image]:
+    """Encoder → its pixels as an 8-bit picture. Experts that a batch carries no pixels for are left out."""
+    pictures = {}
+    for name, spec in processor.image_processor.specs.items():
+        tensor = batch.inputs.get(processor.pixel_keys[name])
+        if tensor is None:
+            continue
+        values = tensor[image].float().numpy().transpose(1, 2, 0) * np.array(spec.std) + np.array(spec.mean)
+        pictures[name] = Image.fromarray((values * 255).round().clip(0, 255).astype(np.uint8))
+    return pictures

@@ -1,0 +1,187 @@
+"""Does a contrastive stage train the encoder that the next stage goes on with, the same on one and two processes?"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from mllm.errors import CheckpointError, ConfigError
+from mllm.train import run_recipe
+from mllm.train.stages import check_options
+from tests.helpers import TINY_CLIP
+from tests.integration.train_helpers import make_recipe, metrics
+
+COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "yellow": (220, 220, 20)}
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 320,
+    "max_position_embeddings": 24,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+VISION = {k: v for k, v in TINY_CLIP["architecture"].items() if k != "model_type"}
+
+
+def _data(folder, rows: int = 24) -> str:
+    """One square of a colour on another: the caption says which, the negatives exchange them or name a third."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names, data = list(COLOURS), []
+    for row in range(rows):
+        inner, outer = names[row % 4], names[(row + 1 + row // 4 % 3) % 4]
+        image = Image.new("RGB", (28, 28), COLOURS[outer])
+        image.paste(COLOURS[inner], (7, 7, 21, 21))
+        image.save(folder / f"{row}.png")
+        third = next(n for n in names if n not in (inner, outer))
+        data.append(
+            {
+                "id": str(row),
+                "image": f"{row}.png",
+                "conversations": [
+                    {"from": "human", "value": "<image>\nwhat is it?"},
+                    {"from": "gpt", "value": f"{inner} on {outer}"},
+                ],
+                "negatives": [f"{outer} on {inner}", f"{third} on {third}"],
+                "negative_scores": [0.6, 0.1],
+            }
+        )
+    path = folder / "pairs.json"
+    path.write_text(json.dumps(data))
+    return str(path)
+
+
+def _recipe(folder, *, options=None, after=True, **stage):
+    data = {"format": "llava", "path": _data(folder / "pairs")}
+    config = {"model_type": "clip", "text_config": TEXT, "vision_config": VISION, "projection_dim": 16}
+    stages = [
+        {
+            "name": "pairs",
+            "kind": "contrastive",
+            "steps": 4,
+            "batch_size": 4,
+            "data": data,
+            "learn": {"encoders.semantic": 2e-3},
+            "options": {
+                "config": config,
+                "tokenizer": str(folder / "tokenizer"),
+                "num_negatives": 2,
+                **(options or {}),
+            },
+            **stage,
+        }
+    ]
+    if after:
+        stages.append({"name": "sft", "steps": 1, "learn": {"connector": 1e-3}})
+    return make_recipe(folder, stages=stages, model={"encoders": {"semantic": TINY_CLIP}})
+
+
+def _encoder(folder):
+    state = load_file(folder / "model.safetensors")
+    return {k: v for k, v in state.items() if "vision_tower" in k}
+
+
+def test_the_tuned_encoder_goes_on_into_the_next_stage_and_is_kept_whole(tmp_path):
+    from transformers import CLIPModel
+
+    recipe = _recipe(tmp_path, steps=40, batch_size=8)
+    run_recipe(recipe)
+    output = tmp_path / "run"
+    losses = [float.fromhex(r["loss"]) for r in metrics(output) if r["stage"] == "pairs"]
+    assert sum(losses[-5:]) < 0.75 * sum(losses[:5]), losses
+    tuned, after = _encoder(output / "pairs"), _encoder(output / "final")
+    assert tuned and all(torch.equal(tuned[k], after[k]) for k in tuned), "the encoder is frozen in the second stage"
+    whole = CLIPModel.from_pretrained(output / "dual_encoders" / "pairs").state_dict()
+    for key, value in tuned.items():
+        name = "vision_model." + key.split("encoders.semantic.model.")[1]
+        assert torch.equal(value, whole[name]), key
+    short = _recipe(tmp_path, steps=1, after=False)
+    run_recipe(short, output=tmp_path / "short")
+    start = _encoder(tmp_path / "short" / "final")
+    assert max((start[k] - tuned[k]).abs().max().item() for k in tuned) > 1e-3, "it did learn"
+
+
+@pytest.mark.slow
+def test_two_processes_with_gathered_negatives_equal_one(tmp_path):
+    """The same four pairs a step, as one batch and as two processes' batches of two: InfoNCE with ranking on plain torch, then
+    the sigmoid loss under ZeRO-2."""
+
+    def recipe(batch_size: int, engine: str):
+        made, calm = _recipe(tmp_path, after=False), {"optimizer": {"eps": 1e-4}, "steps": 3, "batch_size": batch_size}
+        first = made.stages[0]
+        made.model.encoders["other"] = {
+            **TINY_CLIP,
+            "architecture": {"model_type": "siglip_vision_model", **VISION},
+        }
+        siglip = {"model_type": "siglip", "text_config": TEXT, "vision_config": VISION}
+        changes: list[dict] = [
+            {"options": {**first.options, "ranking_weight": 0.5}},
+            {
+                "name": "sigmoid",
+                "engine": engine,
+                "learn": {"encoders.other": 2e-3},
+                "options": {**first.options, "config": siglip, "loss": "sigmoid", "learn_text": 1e-3},
+            },
+        ]
+        made.stages = [type(first).model_validate(first.model_dump() | calm | change) for change in changes]
+        return made
+
+    run_recipe(recipe(4, "none"), output=tmp_path / "one")
+    run_recipe(recipe(2, "zero2"), output=tmp_path / "two", processes=2)
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert a["data"] == b["data"] and a["supervised"] == b["supervised"] == 4
+        assert float.fromhex(a["loss"]) == pytest.approx(float.fromhex(b["loss"]), abs=5e-6)
+        assert float.fromhex(a["grad_norm"]) == pytest.approx(float.fromhex(b["grad_norm"]), rel=1e-5)
+    one, two = (_encoder(tmp_path / name / "final") for name in ("one", "two"))
+    assert max((one[k] - two[k]).abs().max().item() for k in one) < 1e-6
+
+
+def test_an_interrupted_contrastive_stage_goes_on_bit_equal(tmp_path):
+    recipe = _recipe(tmp_path, steps=4, gradient_accumulation=2, save_every=1, options={"learn_text": False})
+    run_recipe(recipe, output=tmp_path / "whole")
+    run_recipe(recipe, output=tmp_path / "cut", stop_after=2)
+    assert not (tmp_path / "cut" / "final").exists()
+    run_recipe(recipe, output=tmp_path / "cut", resume=True)
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    name = "model.safetensors"
+    assert (tmp_path / "cut/final" / name).read_bytes() == (tmp_path / "whole/final" / name).read_bytes()
+    assert set(metrics(tmp_path / "whole")[0]["lr"]) == {"encoders.semantic"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"packing": True}, "has no packing"),
+        ({"engine": "zero3"}, "use none, zero1 or zero2"),
+        ({"learn": {"connector": 1e-3}}, "trains one encoder"),
+        ({"options": {"num_negative": 1}}, "did you mean 'num_negatives'"),
+        ({"options": {"ranking_weight": 1.0, "num_negatives": 1}}, "needs num_negatives of 2"),
+    ],
+)
+def test_settings_a_contrastive_stage_cannot_have_are_told_before_anything_is_trained(tmp_path, change, message):
+    recipe = _recipe(tmp_path)
+    stage = recipe.stages[0]
+    broken = type(stage).model_validate(stage.model_dump() | change)
+    with pytest.raises(ConfigError, match=message):
+        check_options(broken)
+
+
+def test_a_dual_model_of_another_architecture_is_refused(tmp_path):
+    recipe = _recipe(tmp_path, after=False)
+    recipe.stages[0].options["config"]["vision_config"] = {**VISION, "hidden_size": 16}
+    with pytest.raises(CheckpointError, match="another architecture"):
+        run_recipe(recipe)
+
+
+def test_rows_without_the_negatives_they_should_have_are_set_aside_by_name(tmp_path):
+    recipe = _recipe(tmp_path, after=False, options={"negatives": "neg_caption"})
+    from mllm.errors import DataError
+
+    with pytest.raises(DataError, match="no hard negative under 'neg_caption'"):
+        run_recipe(recipe)

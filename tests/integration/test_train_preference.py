@@ -1,0 +1,135 @@
+"""Do TRL's own DPO and GRPO trainers train our model class with pictures, launched by a recipe stage?"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from mllm.errors import ConfigError
+from mllm.train import run_recipe
+from mllm.train.preference import as_row, check_dpo, load_reward
+from mllm.train.stages import check_options
+from mllm.types import IMAGE_MARK, Sample, Turn
+from tests.helpers import picture
+from tests.integration.train_helpers import make_recipe
+
+pytestmark = pytest.mark.xdist_group("trl")  # it imports slowly: once
+
+
+def character_sum(completions, target, meta, **columns):
+    """A reward that differs between completions, and sees what the data say."""
+    assert len(completions) == len(target) == len(meta) and all("rejected" in m for m in meta)
+    return [float(sum(map(ord, c[-1]["content"])) % 97) for c in completions]
+
+
+def _recipe(folder, kind, options, **stage):
+    make_recipe(folder, rows=9)
+    path = folder / "data" / "mixed.json"
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps([{**row, "rejected": "it is not here"} for row in rows]))
+    common = {"name": kind, "kind": kind, "steps": 2, "batch_size": 2, "schedule": {"type": "constant", "warmup": 0}}
+    return make_recipe(folder, stages=[{**common, "options": options, **stage}])
+
+
+def _records(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_dpo_moves_towards_the_chosen_answers_and_goes_on_after_an_interruption(tmp_path):
+    learn = {"language_model": {"rate": 1e-2, "lora": {"r": 4}}, "connector": 1e-3}
+    recipe = _recipe(tmp_path, "dpo", {"beta": 0.5}, steps=6, learn=learn, save_every=2, batch_size=4)
+    run_recipe(recipe, stop_after=3)
+    assert not (tmp_path / "run" / "final").exists()
+    final = run_recipe(recipe, resume=True)
+    records = _records(tmp_path / "run")
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
+    assert records[0]["loss"] == pytest.approx(0.6931, abs=2e-3), "at the start the model is its own reference"
+    assert records[-1]["loss"] < 0.6 and records[-1]["rewards/margins"] > 0.1
+    assert set(records[0]["lr"]) == {"language_model", "connector"}
+    state = load_file(final / "model.safetensors")
+    assert not any("lora" in key or "base_layer" in key for key in state)
+    assert (final / "adapters.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_grpo_draws_scores_and_learns_with_two_encoders_and_a_reference(tmp_path):
+    rewards = ["tests.integration.test_train_preference:character_sum", "mllm.eval.metrics.relaxed:RelaxedStripped"]
+    options = {
+        "rewards": rewards,
+        "num_generations": 2,
+        "max_completion_length": 4,
+        "beta": 0.1,
+        "trl": {"temperature": 1.1},
+    }
+    final = run_recipe(_recipe(tmp_path, "grpo", options))
+    records = _records(tmp_path / "run")
+    assert [r["step"] for r in records] == [1, 2] and max(r["reward_std"] for r in records) > 0
+    assert max(r["grad_norm"] for r in records) > 0 and "kl" in records[-1]
+    assert {"rewards/character_sum/mean", "rewards/RelaxedStripped/mean"} <= set(records[0])
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
+
+    state = MllmForConditionalGeneration.from_pretrained(final).state_dict()
+    before = MllmForConditionalGeneration.from_pretrained(tmp_path / "run" / "references" / "grpo").state_dict()
+    moved = {
+        key.split(".")[-2 if key.startswith("lm_head") else 1] for key in state if (state[key] != before[key]).any()
+    }
+    assert moved == {"language_model", "multi_modal_projector", "lm_head"}, "frozen encoders stay"
+
+
+def test_rewards_come_by_dotted_name_as_functions_or_scoring_rules():
+    relaxed = load_reward("mllm.eval.metrics.relaxed:RelaxedStripped", where="x")
+    said = [[{"role": "assistant", "content": text}] for text in ("10.4", "11", "")]
+    assert relaxed(completions=said, target=["10"] * 3, meta=[{}] * 3) == [1.0, 0.0, 0.0]
+    spatial = load_reward("mllm.eval.metrics.vsibench:VsiBenchReward", where="x")
+    kind = {"question_type": "object_counting"}
+    found = spatial(completions=["<answer>4</answer>", "none"], target=["5", "5"], meta=[kind] * 2)
+    assert found[0] == pytest.approx(0.6, abs=0.11) and found[1] == 0.0
+    assert load_reward(f"{__name__}:character_sum", where="x") is character_sum
+    with pytest.raises(ConfigError, match="did you mean 'RelaxedStripped'"):
+        load_reward("mllm.eval.metrics.relaxed:RelaxedStriped", where="x")
+
+
+def test_a_row_keeps_images_where_the_conversation_has_them():
+    images = [picture(0), picture(1)]
+    turns = [
+        Turn("user", "hello"),
+        Turn("assistant", "hi"),
+        Turn("user", f"{IMAGE_MARK} or {IMAGE_MARK}?"),
+        Turn("assistant", "b"),
+    ]
+    stage = make_stage("dpo", {})
+    row = as_row(Sample("1", turns, images, "d", {"rejected": "a"}), "dpo", check_dpo(stage))
+    assert [[p["type"] for p in m["content"]] for m in row["prompt"]] == [
+        ["text"],
+        ["text"],
+        ["image", "text", "image", "text"],
+    ]
+    assert row["chosen"][0]["content"] == "b" and row["rejected"][0]["content"] == "a" and len(row["images"]) == 2
+
+
+def make_stage(kind, options, **changes):
+    from mllm.recipe import StageSpec
+
+    common = {"name": "s", "kind": kind, "steps": 1, "learn": {"connector": 1e-3}, "data": "x", "options": options}
+    return StageSpec.model_validate({**common, **changes})
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (("grpo", {}), "a grpo stage needs a reward"),
+        (("dpo", {"rewards": ["a:b"]}), "has no rewards"),
+        (("grpo", {"rewards": ["nonsense"]}), "package.module:name"),
+        (("dpo", {"bet": 1}), "did you mean 'beta'"),
+        (("dpo", {"trl": {"learning_rate": 1}}), "set from the stage's own keys"),
+        (("dpo", {}, {"packing": True}), "has no packing"),
+        (("dpo", {}, {"engine": "zero2"}), "TRL runs DeepSpeed itself"),
+    ],
+)
+def test_settings_a_preference_stage_cannot_have_are_told_first(stage, message):
+    kind, options, *changes = stage
+    with pytest.raises(ConfigError, match=message):
+        check_options(make_stage(kind, options, **(changes[0] if changes else {})))

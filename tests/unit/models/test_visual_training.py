@@ -1,0 +1,185 @@
+"""Is the loss of a batch that reads and draws the sum of what its tokens and codes say?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mllm.data.collate import collate, collate_packed
+from mllm.errors import AlignmentError, DataError
+from mllm.models.visual_targets import codes_of, drop_text, lay_images
+from mllm.processing.chat import IGNORE, encode_sample
+from mllm.types import IMAGE_MARK, Sample, Turn
+from mllm.visual_tokenizers.sequence import unpack_codes
+from tests.helpers import picture
+from tests.unit.models.drawing_models import PAIRS, batch, draw_sample, drawing_model, read_sample
+
+
+@pytest.mark.parametrize(("head", "tokenizer"), PAIRS)
+def test_the_loss_is_text_plus_weighted_codes_over_one_count(head: str, tokenizer: str, tmp_path: Path) -> None:
+    book = {"vq": "pixel", "tokenflow": "shared"}.get(tokenizer, "semantic")
+    model, processor = drawing_model(
+        tmp_path, head, tokenizer, visual_head={"weights": {book: 3.0}, "text_dropout": 0.0}
+    )
+    model.eval()
+    inputs = batch(
+        processor, draw_sample("Draw", picture(1)), read_sample(picture(2)), draw_sample("A longer one", picture(3))
+    )
+    assert inputs["target_images"].shape == (2, 3, 16, 16) and inputs["pixel_values"].shape[0] == 1
+    with torch.no_grad():
+        output, chunked = model(**inputs), model(**inputs, skip_logits=True)
+    torch.testing.assert_close(output.loss, chunked.loss, atol=1e-5, rtol=1e-5)
+    # By hand: cross-entropy of the text labels that are no codes, and of the codes, over all supervised tokens.
+    labels, code = inputs["labels"], model.visual_config.tokens["code"]
+    text = labels.masked_fill(labels == code, IGNORE)[:, 1:]
+    count = int((labels[:, 1:] != IGNORE).sum())
+    logits = output.logits[:, :-1]
+    expected = F.cross_entropy(logits.flatten(0, 1), text.flatten(), ignore_index=IGNORE, reduction="sum") / count
+    slots = int((labels == code).sum()) // 2
+    share = slots / model.image_tokenizer.tokens_per_image
+    assert set(output.losses) == set(model.image_tokenizer.codebooks)
+    for name, (_, depth) in model.image_tokenizer.codebooks.items():
+        number = 2 * model.image_tokenizer.num_positions[name] * depth
+        expected = expected + (3.0 if name == book else 1.0) * share * output.losses[name] * number / count
+    torch.testing.assert_close(output.loss, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("head", "tokenizer"), [("separate", "vq"), ("vocabulary", "vq"), ("depth", "dualtoken")])
+def test_packed_rows_and_stored_codes_give_the_loss_of_padded_pictures(
+    head: str, tokenizer: str, tmp_path: Path
+) -> None:
+    model, processor = drawing_model(tmp_path, head, tokenizer)
+    samples = [draw_sample("Draw", picture(1)), read_sample(picture(2)), draw_sample("More", picture(3))]
+    encoded = [encode_sample(processor, sample) for sample in samples]
+    padded = collate(encoded, pad_token_id=0).inputs
+    packed = collate_packed([encoded], max_length=400, pad_token_id=0).inputs
+    with torch.no_grad():
+        packed_codes = codes_of(model.image_tokenizer, padded["target_images"])
+        one, other, third = (
+            model(**inputs, skip_logits=True, use_cache=False).loss
+            for inputs in (padded, packed, {**padded, "target_images": packed_codes})
+        )
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert torch.equal(one, third)
+    given = unpack_codes(model.image_tokenizer, packed_codes[:1])
+    from_codes = encode_sample(processor, draw_sample("Draw", given))
+    assert torch.equal(from_codes.targets, packed_codes[:1]) and torch.equal(from_codes.input_ids, encoded[0].input_ids)
+    with pytest.raises(AlignmentError, match="as pictures and as stored codes in one batch"):
+        collate([from_codes, encoded[2]], pad_token_id=0)
+
+
+@pytest.mark.parametrize(
+    ("head", "tokenizer"),
+    [("separate", "illume"), ("vocabulary", "vq"), ("depth", "illume"), ("next_scale", "tokenflow")],
+)
+def test_a_head_learns_to_draw_and_read_two_images(head: str, tokenizer: str, tmp_path: Path) -> None:
+    changes = {"dropout": 0.0} if head == "depth" else {}
+    model, processor = drawing_model(tmp_path, head, tokenizer, scale=1.0, visual_head={"text_dropout": 0.1, **changes})
+    inputs = batch(
+        processor,
+        draw_sample("Draw a one", picture(1)),
+        draw_sample("Draw a two", picture(2)),
+        read_sample(picture(1), "one"),
+        read_sample(picture(2), "two"),
+    )
+    torch.manual_seed(0)
+    model.train()
+    model.image_tokenizer.requires_grad_(False).eval()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    for _ in range(90 if head == "vocabulary" else 50):
+        optimizer.zero_grad()
+        model(**inputs, skip_logits=True).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        codes = codes_of(model.image_tokenizer, inputs["target_images"])
+        read = model(**inputs).logits.argmax(-1)[:, :-1]
+    drawn = model.generate_images(["Draw a one", "Draw a two"], processor=processor, temperature=0, cfg_scale=1.5)
+    assert (drawn.packed == codes).float().mean() > 0.9
+    labels = inputs["labels"][2:, 1:]
+    assert (read[2:][labels != IGNORE] == labels[labels != IGNORE]).all()
+
+
+def test_text_before_an_image_is_dropped_and_its_labels_with_it(tmp_path: Path) -> None:
+    model, processor = drawing_model(tmp_path, "separate", visual_head={"text_dropout": 0.5})
+    sample = Sample(
+        "x", [Turn("user", "Say hi and draw"), Turn("assistant", "hi " + IMAGE_MARK + " done")], [picture(1)]
+    )
+    inputs = batch(processor, sample, draw_sample("Draw", picture(2)))
+    tokens, ids = model.visual_config.tokens, inputs["input_ids"]
+    starts = (ids == tokens["start"]).nonzero()
+    first = torch.zeros(2, dtype=torch.long)
+    dropped, labels = drop_text(ids, starts, first, tokens["null"], model.is_visual(ids), inputs["labels"])
+    for row, (_, column) in enumerate(starts.tolist()):
+        assert dropped[row, 0] == ids[row, 0] and (dropped[row, 1:column] == tokens["null"]).all()
+        assert torch.equal(dropped[row, column:], ids[row, column:])
+        assert (labels[row, : column + 1] == IGNORE).all() and torch.equal(
+            labels[row, column + 1 :], inputs["labels"][row, column + 1 :]
+        )
+    # It is applied in training alone, to about the stated share, and drawn from the global generator.
+    model.train()
+    torch.manual_seed(3)
+    arguments = (model, inputs["target_images"], ids, inputs["labels"])
+    kept = [int((lay_images(*arguments).input_ids == ids).all(1).sum()) for _ in range(100)]
+    torch.manual_seed(3)
+    assert kept == [int((lay_images(*arguments).input_ids == ids).all(1).sum()) for _ in range(100)]
+    assert 60 < sum(kept) < 140
+    model.eval()
+    assert torch.equal(lay_images(*arguments).input_ids, ids)
+
+
+def test_dropped_text_is_gone_for_the_drawing(tmp_path: Path) -> None:
+    model, processor = drawing_model(tmp_path, "vocabulary", visual_head={"text_dropout": 0.999999})
+    model.train()
+    model.image_tokenizer.eval()
+    losses = []
+    for prompt in ("Draw a 3", "Draw a 7"):
+        with torch.no_grad():
+            losses.append(model(**batch(processor, draw_sample(prompt, picture(1)))).losses["pixel"])
+    assert torch.equal(losses[0], losses[1])
+
+
+def test_an_image_that_is_not_learned_carries_no_loss(tmp_path: Path) -> None:
+    model, processor = drawing_model(tmp_path, "separate")
+    turns = [
+        Turn("user", "Draw"),
+        Turn("assistant", IMAGE_MARK, False),
+        Turn("user", "What is it?"),
+        Turn("assistant", "A seven"),
+    ]
+    sample = Sample("x", turns, [picture(1)])
+    inputs = batch(processor, sample)
+    output = model(**inputs)
+    assert output.losses["pixel"] == 0
+    output.loss.backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.visual_head.heads.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in model.visual_head.aligners.parameters())  # it is read
+
+
+def test_a_batch_without_drawings_still_reaches_the_head(tmp_path: Path) -> None:
+    model, processor = drawing_model(tmp_path, "separate")
+    model.train()
+    model(**batch(processor, read_sample(picture(1)))).loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.visual_head.parameters())
+
+
+def test_spans_are_written_masked_and_never_cut(tmp_path: Path) -> None:
+    _, processor = drawing_model(tmp_path, "separate", "illume")
+    span = processor.span
+    sample = Sample(
+        "x", [Turn("user", "Draw <image_start>"), Turn("assistant", "Here: " + IMAGE_MARK + "!")], [picture(1)]
+    )
+    encoded = encode_sample(processor, sample)
+    start = span.starts(encoded.input_ids)[0]
+    assert len(span.starts(encoded.input_ids)) == 1, "a typed <image_start> stays text"
+    assert torch.equal(encoded.input_ids[start : start + span.length], span.ids())
+    assert torch.equal(encoded.labels[start : start + span.length], span.ids())
+    assert encoded.num_images == 0 and encoded.targets.shape == (1, 3, 16, 16)
+    cut = encode_sample(processor, sample, max_length=start + 5)
+    assert len(cut) == start and cut.truncated and cut.targets is None
+    with pytest.raises(DataError, match="has 3 codes, the model's tokenizer writes 20"):
+        encode_sample(processor, draw_sample("Draw", torch.zeros(3, dtype=torch.int64)))
