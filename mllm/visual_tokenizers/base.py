@@ -136,6 +136,7 @@ class VisualTokenizer(nn.Module):
 
     def restore_buffers(self) -> None:
         """Recompute buffers that are not saved, lost when a model is built on the meta device."""
+        self.has_lost_buffers = torch.empty(0, device=next(self.parameters()).device)
         for module in self.modules():
             if module is not self and hasattr(module, "restore_buffers"):
                 module.restore_buffers()  # type: ignore[operator]
