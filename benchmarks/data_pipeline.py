@@ -108,9 +108,18 @@ def main() -> None:
         MllmImageProcessor(encoders=SPECS, layout=layout), shared, chat_template=read_template("chatml")
     )
 
+    turns = [Turn("user", f"{IMAGE_MARK}\n{QUESTION}"), Turn("assistant", ANSWER)]
+    fast = MllmProcessor(
+        MllmImageProcessor(encoders=SPECS, layout=layout, resampler="torch"),
+        shared,
+        chat_template=read_template("chatml"),
+    )
+
     def ours(data: bytes) -> Any:
-        turns = [Turn("user", f"{IMAGE_MARK}\n{QUESTION}"), Turn("assistant", ANSWER)]
         return encode_sample(processor, Sample("s", turns, [data]))
+
+    def ours_torch(data: bytes) -> Any:
+        return encode_sample(fast, Sample("s", turns, [data]))
 
     def pixels(**options: Any) -> Callable[[bytes], Any]:
         return lambda data: to_pixels_multi(load_image(data, where="s"), SPECS, **options)
@@ -143,7 +152,8 @@ def main() -> None:
         "two encoders' pixels, PIL, uint8": pixels(dtype=torch.uint8),
         "two encoders' pixels, torch, float32": pixels(resampler="torch"),
         "two encoders' pixels, torch, uint8": pixels(dtype=torch.uint8, resampler="torch"),
-        "mllm: two encoders, tokens, labels": ours,
+        "mllm (PIL): two encoders, tokens, labels": ours,
+        "mllm (torch): two encoders, tokens, labels": ours_torch,
         "transformers LLaVA (PIL): one encoder, tokens": llava(LlavaImageProcessorPil),
         "transformers LLaVA + SigLIP (PIL): two encoders, tokens": llava(
             LlavaImageProcessorPil, SiglipImageProcessorPil
