@@ -18,7 +18,7 @@ def page(
     host: Annotated[str, typer.Option(help="Address the page listens on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of the page.")] = 7860,
 ) -> None:
-    """Pictures, a question, the streamed answer and the experts that looked. What follows [bold]--[/] goes to
+    """Pictures, a question, the streamed answer and the experts that looked. What follows -- goes to
     [bold]mllm serve[/]; the key, if any, is read from MLLM_API_KEY.
 
     [dim]mllm app runs/demo/final -- --eager[/]

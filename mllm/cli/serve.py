@@ -38,7 +38,7 @@ def serve(
         list[str] | None, typer.Option(help="name=folder of a PEFT adapter on the language model (repeatable).")
     ] = None,
 ) -> None:
-    """Serve a checkpoint; what follows [bold]--[/] goes to vLLM unchanged.
+    """Serve a checkpoint; what follows -- goes to vLLM unchanged.
 
     [dim]MLLM_API_KEY=secret mllm serve runs/demo/final --port 8000 -- --max-num-seqs 64[/]
     """
