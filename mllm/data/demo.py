@@ -286,8 +286,8 @@ def train_tokenizer(data_dir: Path | str, output_dir: Path | str, *, vocab_size:
     return output
 
 
-def learn_bpe(lines: Iterable[str], vocab_size: int) -> Any:
-    """A byte-level BPE tokenizer learned from ``lines``, with the Vicuna template."""
+def learn_bpe(lines: Iterable[str], vocab_size: int, *, template: str = "vicuna", max_length: int = 4096) -> Any:
+    """A byte-level BPE tokenizer learned from ``lines``, with a shipped chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -308,9 +308,9 @@ def learn_bpe(lines: Iterable[str], vocab_size: int) -> Any:
         bos_token="<s>",
         eos_token="</s>",
         additional_special_tokens=special[3:],
-        model_max_length=4096,
+        model_max_length=max_length,
     )
-    fast.chat_template = read_template("vicuna")
+    fast.chat_template = read_template(template)
     return fast
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mllm.data.charts import COLOURS, LABELS, MAX_VALUE, Chart, Renderer
+from mllm.data.demo import learn_bpe
 from mllm.errors import UnavailableError
 
 VERSION = 5
@@ -82,34 +83,12 @@ def prepare_routing_demo(
 def train_routing_tokenizer(data: RoutingDemoData, output_dir: Path | str, *, vocab_size: int = 384) -> Path:
     """A byte-level BPE tokenizer (ChatML) learned from the questions alone, so that the letters of a code stay single tokens,
     saved for transformers. Returns ``output_dir``."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    from mllm.processing.template import read_template
-
     output = Path(output_dir)
     if (output / "tokenizer.json").is_file():
         return output
     rows = [json.loads(line) for line in data.train.read_text(encoding="utf-8").splitlines()]
-    special = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<image>"]
-    tokenizer = Tokenizer(models.BPE(unk_token=None))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator((f"user\n{row['question']}\nassistant\n" for row in rows), trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        additional_special_tokens=special[3:],
-        model_max_length=2048,
-    )
-    fast.chat_template = read_template("chatml")
-    fast.save_pretrained(str(output))
+    lines = (f"user\n{row['question']}\nassistant\n" for row in rows)
+    learn_bpe(lines, vocab_size, template="chatml", max_length=2048).save_pretrained(str(output))
     return output
 
 
