@@ -25,10 +25,10 @@ def worker(engine_name: str, options: dict, path: str) -> None:
     from transformers import LlamaConfig
 
     from benchmarks.train_packing import SIZES
+    from mllm import distributed
     from mllm.models.configuration_mllm import MllmConfig
     from mllm.models.modeling_mllm import MllmForConditionalGeneration
     from mllm.recipe import StageSpec
-    from mllm.train import distributed
     from mllm.train.engine import build_engine
     from mllm.train.groups import apply_learning, set_modes
     from mllm.train.prepare import prepare_model

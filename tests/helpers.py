@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
 
 TINY_LLM: dict[str, Any] = {
     "model_type": "llama",
@@ -106,3 +115,24 @@ def tiny_model(folder: Any, *, seed: int = 0, **changes: Any) -> tuple[Any, Any]
 def picture(seed: int = 0, *, size: tuple[int, int] = (40, 30)) -> Image.Image:
     """A random RGB picture, width × height."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def torchrun(script: Path, *arguments: str, processes: int = 2, timeout: float = 300) -> None:
+    """Run a Python file in several processes under torch's launcher; its last words when it fails."""
+    for port in range(20000 + os.getpid() % 10000, 32000, 7):  # below the range that outgoing connections draw from
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            break
+    # --standalone would look the machine's own name up, which a sandbox may not resolve.
+    launcher = ["--nproc-per-node", str(processes), "--master-addr", "127.0.0.1", "--master-port", str(port)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *launcher, str(script), *arguments],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    ) as running:  # fmt: skip
+        try:
+            said = running.communicate(timeout=timeout)[0]
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)
+            said = running.communicate()[0] + f"\n(killed after {timeout:.0f} s)"
+    assert running.returncode == 0, said[-3000:]

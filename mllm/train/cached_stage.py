@@ -7,10 +7,10 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+from mllm import distributed
 from mllm.errors import AlignmentError, ConfigError, DataError, UnavailableError
 from mllm.processing.chat import encode_sample
 from mllm.recipe import StageSpec
-from mllm.train import distributed
 from mllm.train.data import StageData
 from mllm.train.feature_cache import (
     CachedImageProcessor,

@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mllm import distributed
 from mllm.errors import CheckpointError
-from mllm.train import distributed
 from mllm.train.engine import Engine, Fragment
 
 FORMAT = 1

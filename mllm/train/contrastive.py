@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from mllm import distributed
 from mllm.config import StrictModel, validate
 from mllm.errors import ConfigError, DataError
 from mllm.processing.chat import IGNORE, EncodedSample
 from mllm.processing.images import load_image, to_pixels_multi
 from mllm.recipe import LearnSpec, StageSpec
-from mllm.train import distributed, lora
+from mllm.train import lora
 from mllm.train.contrastive_losses import LossName
 from mllm.train.dual_encoder import TEXT_PART, ContrastiveModel, build_dual, pass_weights
 from mllm.train.engine import choose_engine

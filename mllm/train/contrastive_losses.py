@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mllm.train import distributed
+from mllm import distributed
 
 LossName = Literal["infonce", "sigmoid"]
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mllm import distributed
 from mllm.data.collate import Batch
 from mllm.data.dataset import DataStream, DropLog
 from mllm.data.lengths import measure
@@ -17,7 +18,6 @@ from mllm.data.plan import make_plan
 from mllm.errors import ConfigError, DataError
 from mllm.processing.chat import encode_sample, encode_text
 from mllm.recipe import StageSpec
-from mllm.train import distributed
 from mllm.types import Sample
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from mllm import distributed
 from mllm.recipe import DrawSpec, StageSpec
-from mllm.train import distributed
 
 
 class Drawings:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import yaml
 
+from mllm import distributed
 from mllm.config import to_plain
 from mllm.errors import CheckpointError
 from mllm.recipe import Recipe, StageSpec
-from mllm.train import distributed, lora
+from mllm.train import lora
 from mllm.train.engine import Engine
 
 DONE = "stage.json"

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from mllm import errors
+from mllm.distributed import process_group
 from mllm.errors import ConfigError, MllmError
-from mllm.train.distributed import process_group
 
 PRELOADED = ("mllm.models.build", "mllm.train.stages")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mllm.train import distributed
+from mllm import distributed
 from mllm.train.flops import FlopModel
 
 

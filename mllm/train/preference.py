@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from mllm import distributed
 from mllm.config import StrictModel, validate
 from mllm.data.collate import Dropped
 from mllm.data.dataset import DropLog
@@ -29,7 +30,6 @@ from mllm.errors import AlignmentError, ConfigError, DataError, UnavailableError
 from mllm.processing.images import load_image
 from mllm.processing.template import parts_of
 from mllm.recipe import StageSpec
-from mllm.train import distributed
 from mllm.train.data import open_mixture
 from mllm.train.export import save_stage
 from mllm.train.groups import apply_learning, frozen_summary, groups_table, set_modes

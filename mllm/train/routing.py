@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
+from mllm import distributed
 from mllm.config import validate
 from mllm.errors import ConfigError, DataError
 from mllm.models.routing import routing_grid
@@ -21,7 +22,6 @@ from mllm.processing.chat import IGNORE, EncodedSample, encode_text, question_te
 from mllm.processing.images import load_image, to_pixels_multi
 from mllm.recipe import StageSpec
 from mllm.routers.build import build_router
-from mllm.train import distributed
 from mllm.train.export import save_stage
 from mllm.train.prepare import DTYPES
 from mllm.train.routing_labels import LabelRule, helpful_experts, labelled, open_sources, target_weights

@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from mllm import distributed
 from mllm.config import to_plain
 from mllm.data.collate import collate
 from mllm.data.sources import Source
 from mllm.errors import AlignmentError, ConfigError, DataError
 from mllm.models.loss import shift_labels
 from mllm.processing.chat import IGNORE, EncodedSample, encode_sample
-from mllm.train import distributed
 from mllm.train.routing_labels import NONE, LabelRule, helpful_experts, read_lines
 from mllm.types import Routing
 

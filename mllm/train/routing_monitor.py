@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from mllm import distributed
 from mllm.models.routing import routing_probabilities
 from mllm.routers.losses import entropy
-from mllm.train import distributed
 from mllm.types import Routing
 
 _log = logging.getLogger(__name__)

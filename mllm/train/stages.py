@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from mllm import distributed
 from mllm.errors import CheckpointError, ConfigError
 from mllm.plugins import load_plugins
 from mllm.recipe import Recipe, StageSpec
-from mllm.train import distributed
 from mllm.train.engine import choose_engine
 from mllm.train.export import is_finished, publish, save_stage
 from mllm.train.launch import launch

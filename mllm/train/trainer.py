@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from mllm import distributed
 from mllm.errors import ConfigError, MllmError
 from mllm.processing.template import for_training, read_template
 from mllm.recipe import Recipe, StageSpec
-from mllm.train import distributed
 from mllm.train.cached_stage import use_cache
 from mllm.train.checkpoint import CheckpointReader, Progress, fingerprint, latest_checkpoint, save_checkpoint
 from mllm.train.data import StageData, open_mixture

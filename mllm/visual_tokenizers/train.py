@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -14,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
 
+from mllm import distributed
 from mllm.config import to_plain
 from mllm.errors import CheckpointError, ConfigError
 from mllm.visual_tokenizers.base import VisualTokenizer, build_tokenizer
@@ -50,35 +49,15 @@ def train_tokenizer(
     output folder; the result is the one an uninterrupted run gives.
     """
     recipe = load_tokenizer_recipe(recipe_path, overrides)
-    with processes(recipe) as (rank, device):
+    device = torch.device(recipe.device) if recipe.device is not None else distributed.local_device()
+    with distributed.process_group(device=device):
         run = TokenizerRun(recipe, device)
         if resume:
             run.load_checkpoint()
-        elif rank == 0 and any(recipe.output_dir.glob("step-*")):
+        elif distributed.is_main() and any(recipe.output_dir.glob("step-*")):
             raise ConfigError(f"{recipe.output_dir} holds a run; go on with resume, or choose another output")
         run.fit()
         return run.finish()
-
-
-@contextlib.contextmanager
-def processes(recipe: TokenizerRecipe) -> Iterator[tuple[int, torch.device]]:
-    """Join torchrun's process group where there is one (NCCL on CUDA, Gloo on the CPU); gives rank and device."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if recipe.device is not None:
-        device = torch.device(recipe.device)
-    else:
-        device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    started = False
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        started = True
-    try:
-        yield (dist.get_rank() if dist.is_initialized() else 0), device
-    finally:
-        if started:
-            dist.destroy_process_group()
 
 
 class TokenizerRun:
@@ -86,8 +65,8 @@ class TokenizerRun:
 
     def __init__(self, recipe: TokenizerRecipe, device: torch.device):
         self.recipe, self.device = recipe, device
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = distributed.rank()
+        self.ranks = distributed.world_size()
         torch.manual_seed(recipe.seed)
         self.tokenizer = _initial_tokenizer(recipe).to(device).train()
         size = self.tokenizer.image.height
@@ -121,7 +100,7 @@ class TokenizerRun:
                     spec, self.tokenizer, self.images, seed=recipe.seed, directory=recipe.output_dir
                 )
             if self.ranks > 1:
-                dist.barrier()
+                distributed.barrier()
         return teacher
 
     def _judge_optimizer(self) -> torch.optim.Optimizer | None:
@@ -254,7 +233,7 @@ class TokenizerRun:
             (output / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
             self._log({"step": self.step, "evaluation": result})
         if self.ranks > 1:
-            dist.barrier()
+            distributed.barrier()
         return result
 
     def save_checkpoint(self) -> None:
@@ -277,7 +256,7 @@ class TokenizerRun:
             for old in checkpoints(output)[:-KEEP_CHECKPOINTS]:
                 shutil.rmtree(old)
         if self.ranks > 1:
-            dist.barrier()
+            distributed.barrier()
 
     def load_checkpoint(self) -> None:
         """Continue from the newest checkpoint of the output folder. Raises `CheckpointError` when there is none."""

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mllm.train import contrastive_losses, distributed
+from mllm import distributed
+from mllm.train import contrastive_losses
 from mllm.train.contrastive_losses import contrastive_loss, order_texts, ranking_loss
 from tests.golden.fill import check, load
 

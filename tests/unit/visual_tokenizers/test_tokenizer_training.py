@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +17,7 @@ from mllm.visual_tokenizers.perceptual import PerceptualLoss
 from mllm.visual_tokenizers.quantizers.initialise import initialise_codebooks
 from mllm.visual_tokenizers.recipe import PerceptualSpec, TokenizerRecipe, load_tokenizer_recipe, tokenizer_recipes
 from mllm.visual_tokenizers.train import train_tokenizer
+from tests.helpers import torchrun
 from tests.unit.visual_tokenizers.tokenizer_configs import CONV, HEAD, TINY
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -132,19 +129,19 @@ def test_an_enhanced_decoder_starts_anew_on_a_saved_tokenizer(tmp_path):
 
 TWO_PROCESSES = """
 import sys, torch, torch.distributed as dist
+from mllm.distributed import process_group
 from mllm.visual_tokenizers.recipe import load_tokenizer_recipe
-from mllm.visual_tokenizers.train import TokenizerRun, processes, train_tokenizer
+from mllm.visual_tokenizers.train import TokenizerRun, train_tokenizer
 train_tokenizer(sys.argv[1])
 restart = load_tokenizer_recipe(sys.argv[1], ["tokenizer.quantizer.codebook.restart=true", f"output={sys.argv[2]}"])
-dist.init_process_group("gloo")
-run = TokenizerRun(restart, torch.device("cpu"))
-for _ in range(3):
-    run.train_step()
-for name, tensor in run.tokenizer.state_dict().items():
-    other = tensor.clone()
-    dist.broadcast(other, src=0)
-    assert torch.equal(tensor, other), name
-dist.destroy_process_group()
+with process_group():
+    run = TokenizerRun(restart, torch.device("cpu"))
+    for _ in range(3):
+        run.train_step()
+    for name, tensor in run.tokenizer.state_dict().items():
+        other = tensor.clone()
+        dist.broadcast(other, src=0)
+        assert torch.equal(tensor, other), name
 """
 
 
@@ -158,16 +155,7 @@ def test_two_processes_train_what_one_does(tmp_path):
     path = recipe_file(two, batch_size=4, **shared)
     script = tmp_path / "go.py"
     script.write_text(TWO_PROCESSES)
-    with socket.socket() as probe:  # --standalone looks the machine's own name up, which a sandbox may not resolve
-        probe.bind(("127.0.0.1", 0))
-        address = ["--master-addr", "127.0.0.1", "--master-port", str(probe.getsockname()[1])]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *address, str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, str(path), str(tmp_path / "restart")],
-        env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(script, str(path), str(tmp_path / "restart"))
     first, second = weights(one), weights(two)
     worst = max(float((first[k].float() - second[k].float()).abs().max()) for k in first)
     assert worst < 2e-5, worst

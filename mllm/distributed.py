@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_groups_joined = 0
 _small: Any = None  # gloo group for Python objects and counters; with gloo as the main backend, the main group
 
 
@@ -36,21 +37,26 @@ def local_device() -> torch.device:
 
 @contextmanager
 def process_group(
-    *, process: int = 0, processes: int = 1, meeting_point: str | None = None, always: bool = False
+    *,
+    process: int = 0,
+    processes: int = 1,
+    meeting_point: str | None = None,
+    always: bool = False,
+    device: torch.device | None = None,
 ) -> Iterator[None]:
-    """Join the run's process group for the duration of the block.
+    """Join the run's process group for the duration of the block (NCCL on CUDA, Gloo on the CPU).
 
     meeting_point: ``file://`` address shared by all processes; None with one process (a group is then made only if
     ``always``, as DeepSpeed needs one), or when the environment of ``torchrun`` is there. A group that exists already
-    is used and kept.
+    is used and kept. device: where this process computes; `local_device` if not given.
     """
-    global _small
+    global _groups_joined, _small
     if dist.is_initialized() or (
         processes == 1 and meeting_point is None and not always and "WORLD_SIZE" not in os.environ
     ):
         yield
         return
-    device = local_device()
+    device = device or local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -60,9 +66,16 @@ def process_group(
         options |= {"init_method": meeting_point, "rank": process, "world_size": processes}
     elif "WORLD_SIZE" not in os.environ:
         options |= {"store": store.HashStore(), "rank": 0, "world_size": 1}
+    else:
+        # The launcher's store outlives a group, and each group would write its addresses under the same names: a
+        # process that joins its second group could read its neighbour's old address and wait for ever.
+        shared, process, processes = next(store.rendezvous("env://"))
+        prefixed = store.PrefixStore(f"mllm_group_{_groups_joined}", shared)
+        options |= {"store": prefixed, "rank": process, "world_size": processes}
     if device.type == "cuda":
         options["device_id"] = device
     dist.init_process_group(**options)
+    _groups_joined += 1
     _small = dist.new_group(backend="gloo") if backend != "gloo" else dist.group.WORLD
     try:
         yield
