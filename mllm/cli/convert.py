@@ -19,7 +19,7 @@ def convert(
     ] = None,
 ) -> None:
     """Turn a known checkpoint into ours."""
-    from mllm.models.state_dict import convert as convert_checkpoint
+    from mllm.models.conversion import convert as convert_checkpoint
 
     typer.echo(f"written: {convert_checkpoint(source, target, dtype=dtype, language_model=language_model)}")
 
@@ -31,7 +31,7 @@ def export(
     shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
 ) -> None:
     """Write one self-contained checkpoint: adapters merged, dtype chosen, sharded."""
-    from mllm.models.state_dict import export as export_checkpoint
+    from mllm.models.export import export as export_checkpoint
 
     typer.echo(f"written: {export_checkpoint(checkpoint, target, dtype=dtype, shard_size=shard_size)}")
 

@@ -8,140 +8,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel, SuppressTokensLogitsProcessor
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers import AutoModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
-from mllm.errors import AlignmentError, CheckpointError, ConfigError
+from mllm.errors import AlignmentError, ConfigError
 from mllm.models.configuration_mllm import MllmConfig, head_settings
+from mllm.models.drawing import DrawingMixin
+from mllm.models.generation import MultimodalGenerationMixin
 from mllm.models.loss import linear_cross_entropy
-from mllm.models.pipeline import EncoderBank, build_own_tokenizer, build_visual_parts, shared_tokenizer
-from mllm.models.routing import ask_gate, check_choices, encode_for_generation, encode_short, routing_loss_of_step
-from mllm.models.visual_grammar import image_grammar, vocabulary_offsets
+from mllm.models.modeling_base import MllmModelOutput, MllmOutput, MllmPreTrainedModel
+from mllm.models.pipeline import EncoderBank, build_own_tokenizer, build_visual_parts
+from mllm.models.routing import ask_gate, encode_short, routing_loss_of_step
 from mllm.models.visual_heads import build_head, head_config
 from mllm.models.visual_targets import lay_images, visual_losses
 from mllm.processing.layout import PRIMARY_PIXELS, pixel_keys
 from mllm.types import Routing, VisionFeatures
-from mllm.visual_tokenizers.grammar import ImageGrammarProcessor
-
-
-@dataclass
-class MllmModelOutput(BaseModelOutputWithPast):
-    """``image_hidden_states`` ``(B, M, L)``; routing: names and ``(B, E)`` weights, None without a router."""
-
-    image_hidden_states: Tensor | None = None
-    routing: Any = None
-
-
-@dataclass
-class MllmOutput(CausalLMOutputWithPast):
-    """As `CausalLMOutputWithPast`, with the visual tokens and the routing that were used.
-
-    losses: mean cross-entropy per code of each codebook, when the batch holds images to draw.
-    """
-
-    image_hidden_states: Tensor | None = None
-    routing: Any = None
-    losses: dict[str, Tensor] | None = None
-
-
-class MllmPreTrainedModel(PreTrainedModel):
-    """What both classes share: support flags, loading that refuses a checkpoint with gaps, parts by name."""
-
-    config_class = MllmConfig
-    config: MllmConfig
-    base_model_prefix = "model"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-    _skip_keys_device_placement = ["past_key_values"]
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Components initialise themselves; here only what belongs to this class, and buffers that no file holds."""
-        if hasattr(module, "restore_buffers"):
-            module.restore_buffers()
-        elif module is getattr(self, "lm_head", None):
-            nn.init.normal_(module.weight, std=getattr(self.config.get_text_config(), "initializer_range", 0.02))
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; a checkpoint with missing or foreign weights raises `CheckpointError` instead of being filled
-        with random ones, and LLaVA-1.5 and Prismatic checkpoints are recognised and converted."""
-        from mllm.models import state_dict
-
-        if args == () and kwargs.get("config") is None and cls is not MllmModel:
-            converted = state_dict.open_foreign(pretrained_model_name_or_path, **kwargs)
-            if converted is not None:
-                return converted
-        wants_info = kwargs.pop("output_loading_info", False)
-        try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
-        except (FileNotFoundError, OSError) as error:
-            raise CheckpointError(f"{pretrained_model_name_or_path}: cannot be loaded: {error}") from error
-        except Exception as error:
-            if type(error).__name__ == "SafetensorError":
-                raise CheckpointError(
-                    f"{pretrained_model_name_or_path}: a safetensors file is damaged or cut short ({error}); copy it again"
-                ) from error
-            raise
-        state_dict.refuse_gaps(str(pretrained_model_name_or_path), info, quantized=getattr(model, "hf_quantizer", None))
-        return (model, info) if wants_info else model
-
-    # Parts by name -------------------------------------------------------------------------------------------------
-
-    def named_parts(self) -> dict[str, list[tuple[str, nn.Module]]]:
-        """Part → its modules by name: ``language_model``, ``connector``, ``router``, ``encoders.<name>`` …"""
-        raise NotImplementedError
-
-    def part_of(self, parameter_name: str) -> str:
-        """The part that a parameter belongs to. Works on names with a PEFT or engine prefix too."""
-        for part, prefixes in self.part_prefixes().items():
-            for prefix in prefixes:
-                if parameter_name.startswith(prefix) or f".{prefix}" in parameter_name:
-                    return part
-        raise KeyError(f"parameter {parameter_name!r} belongs to no part")
-
-    def part_prefixes(self) -> dict[str, list[str]]:
-        """Part → prefixes of its parameters' names, most specific part first."""
-        root = "model." if hasattr(self, "model") else ""
-        parts: dict[str, list[str]] = {}
-        for name in self.config.encoders:
-            parts[f"encoders.{name}"] = [f"{root}vision_tower.encoders.{name}."]
-        if self.config.router is not None:
-            parts["router"] = [f"{root}vision_tower.router."]
-        if self.config.connector is not None:
-            parts["connector"] = [f"{root}multi_modal_projector."]
-        if self.config.visual_tokenizer is not None and "encoder" not in self.config.visual_tokenizer:
-            parts["visual_tokenizer"] = [f"{root}visual_tokenizer."]
-        if self.config.visual_head is not None and self.config.visual_head["type"] != "vocabulary":
-            parts["visual_head"] = ["visual_head."]
-        parts["language_model"] = [f"{root}language_model.", "lm_head."]
-        return parts
-
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        super().gradient_checkpointing_enable(*args, **kwargs)
-        for module in self.modules():
-            if hasattr(module, "set_gradient_checkpointing"):
-                module.set_gradient_checkpointing(True)
-
-    def gradient_checkpointing_disable(self) -> None:
-        super().gradient_checkpointing_disable()
-        for module in self.modules():
-            if hasattr(module, "set_gradient_checkpointing"):
-                module.set_gradient_checkpointing(False)
 
 
 class MllmModel(MllmPreTrainedModel):
@@ -331,8 +217,10 @@ class MllmModel(MllmPreTrainedModel):
             raise AlignmentError(f"{found} image placeholder tokens but no image was given (pixel_values is missing)")
 
 
-class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
+class MllmForConditionalGeneration(DrawingMixin, MultimodalGenerationMixin, MllmPreTrainedModel):
     """The model with its language-model head: train, generate, save, serve."""
+
+    opens_foreign = True
 
     def __init__(self, config: MllmConfig):
         super().__init__(config)
@@ -347,7 +235,6 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
             if self.visual_config is None
             else build_head(self.visual_config, self.image_tokenizer, text.hidden_size)
         )
-        self._grammar: Any = None
         embedding = self.model.get_input_embeddings()
         name = next(n for n, m in self.model.language_model.named_modules() if m is embedding)
         self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{name}.weight"}
@@ -375,14 +262,6 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         return self.model.get_image_features(*args, **kwargs)
 
-    # Drawing ---------------------------------------------------------------------------------------------------------
-
-    @property
-    def image_tokenizer(self) -> Any:
-        """The visual tokenizer the model draws with: its own, or that of one of its encoders."""
-        own = self.model.visual_tokenizer
-        return own if own is not None else shared_tokenizer(self.config, self.model.vision_tower)
-
     @property
     def head_scale(self) -> float:
         return self._head.get("logit_scale", 1.0) / self._head.get("logits_scaling", 1.0)
@@ -390,50 +269,6 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
     @property
     def head_softcap(self) -> float | None:
         return self._head.get("final_logit_softcapping")
-
-    @property
-    def grammar(self) -> Any:
-        """The image grammar of a vocabulary head."""
-        if self._grammar is None:
-            self._grammar = image_grammar(self.visual_config, self.image_tokenizer)
-        return self._grammar
-
-    @property
-    def code_offsets(self) -> Tensor:
-        """``(S,)``: packed code s is the id ``offset[s] + code`` (vocabulary head)."""
-        return vocabulary_offsets(self.visual_config, self.image_tokenizer)
-
-    def is_visual(self, input_ids: Tensor) -> Tensor:
-        """Which of input_ids ``(B, T)`` stand for an image, read or drawn."""
-        tokens = self.visual_config.tokens
-        visual = input_ids == self.config.image_token_id
-        for name in ("start", "end", "code"):
-            visual |= input_ids == tokens[name]
-        if self.visual_head is None:
-            for first, end in self.grammar.reserved():
-                visual |= (input_ids >= first) & (input_ids < end)
-        return visual
-
-    def image_rules(self) -> Any:
-        """The logits processor that keeps generated text to what the visual head allows."""
-        tokens = self.visual_config.tokens
-        size = self.lm_head.weight.shape[0]
-        never = [i for i in (tokens["code"], self.config.image_token_id) if i is not None and i < size]
-        if self.visual_head is None:
-            return ImageGrammarProcessor(self.grammar, never=never)
-        return SuppressTokensLogitsProcessor([tokens["start"], tokens["end"], *never], device=self.device)
-
-    def generate_images(self, prompts: Any, **options: Any) -> Any:
-        """Draw one image per prompt; see `mllm.models.visual_generation.generate_images`."""
-        from mllm.models.visual_generation import generate_images
-
-        return generate_images(self, prompts, **options)
-
-    def generate_interleaved(self, prompts: Any, **options: Any) -> Any:
-        """Answer with text and images; see `mllm.models.visual_generation.generate_interleaved`."""
-        from mllm.models.visual_generation import generate_interleaved
-
-        return generate_interleaved(self, prompts, **options)
 
     def named_parts(self) -> dict[str, list[tuple[str, nn.Module]]]:
         modules = dict(self.named_modules())
@@ -557,97 +392,3 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
             image_hidden_states=outputs.image_hidden_states,
             routing=outputs.routing,
         )
-
-    # Generation ----------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def generate(  # type: ignore[override]
-        self,
-        inputs: Tensor | None = None,
-        *args: Any,
-        experts: Any = None,
-        expert_budget: int | None = None,
-        expert_threshold: float | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As in transformers, and for a model with a router: experts (names, name → weight, ``"none"``, or one entry per
-        image) fixes the routing; expert_budget: most experts per image; expert_threshold: an expert below this probability
-        does not run. A vocabulary head's images keep their grammar, for every sample of the batch; other heads' image tokens
-        are not generated (see `generate_images`). The routing of the call is in ``last_routing``, and in the output's ``routing`` with
-        ``return_dict_in_generate``. A ``language_model`` router needs ``tokenizer=``."""
-        tower = self.model.vision_tower
-        pool = tower.experts if tower is not None else ()
-        check_choices(pool, experts, expert_budget, expert_threshold)
-        self.last_routing = None
-        pixels = kwargs.get(PRIMARY_PIXELS)
-        if pool and pixels is not None and len(pixels) and kwargs.get("image_features") is None:
-            kwargs, self.last_routing = encode_for_generation(
-                self,
-                kwargs,
-                experts=experts,
-                expert_budget=expert_budget,
-                expert_threshold=expert_threshold,
-                tokenizer=kwargs.get("tokenizer"),
-            )
-        if self.visual_config is not None:
-            kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or []), self.image_rules()]
-        output = self.generate_text(inputs, *args, **kwargs)
-        if self.last_routing is not None and not isinstance(output, Tensor):
-            output.routing = self.last_routing
-        return output
-
-    def generate_text(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own ``generate``: images are encoded where they stand, nothing is recorded."""
-        return super().generate(*args, **kwargs)
-
-    @property
-    def _image_inputs(self) -> list[str]:
-        return [
-            *self.model.pixel_keys.values(),
-            "expert_weights",
-            "router_input_ids",
-            "image_features",
-            "target_images",
-            "num_image_patches",
-        ]
-
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        own = set(self._image_inputs)
-        super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in own})
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: Any = None, is_first_iteration: bool | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, is_first_iteration=is_first_iteration, **kwargs
-        )
-        first = is_first_iteration
-        if first is None:
-            first = past_key_values is None or past_key_values.get_seq_length() == 0
-        if not first and kwargs.get("use_cache", True):
-            for key in self._image_inputs:
-                inputs.pop(key, None)
-        return inputs
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[Any, dict[str, Any]]:
-        """Beams and several return sequences: repeat each sample's images as a group, not image by image."""
-        images = {k: model_kwargs.pop(k) for k in self._image_inputs if model_kwargs.get(k) is not None}
-        source = input_ids
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        if images and expand_size > 1 and source is not None:
-            per_image = max(self.config.num_image_tokens, 1)
-            counts = ((source == self.config.image_token_id).sum(-1) // per_image).tolist()
-            images = {
-                key: torch.cat([part for group in value.split(counts) for part in [group] * expand_size])
-                for key, value in images.items()
-            }
-        model_kwargs.update(images)
-        return input_ids, model_kwargs

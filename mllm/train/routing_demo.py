@@ -1,8 +1,8 @@
 """What does the routing demo learn from? Three kinds of pictures whose shape hides each from the experts of the others.
 
-Bar charts twice as wide as high; handwritten digits, small in the middle of a tall strip; codes printed on a wide line. Each expert
+Bar charts twice as wide as high; handwritten digits, small in the middle of a tall strip; letters printed on a wide line. Each expert
 keeps the details of one kind and loses those of the other two: one fits everything into a small wide frame, one sees only the middle
-square (never a chart's last bar), one only a flat line through the middle. Experts specialised by construction.
+square (never a chart's last bar, nor a letter), one only a flat line through the middle. Experts specialised by construction.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mllm.data.charts import COLOURS, LABELS, MAX_VALUE, Chart, Renderer
 from mllm.data.demo import learn_bpe
 from mllm.errors import UnavailableError
 
-VERSION = 5
+VERSION = 6
 """Raised when the data that a seed gives changes."""
 EXPERT_OF = {"charts": "chart", "digits": "digit", "text": "text"}
 """Kind of picture → the expert that was made for it (names as in the recipe ``routed_demo``)."""
@@ -31,7 +31,8 @@ TEXT_HEIGHT = 12
 STRIP = 32
 """Length of digit strips and text lines over their breadth."""
 ALPHABET = "ACEHKLNPTX"
-CODE_LENGTH = 1
+COPIES = 6
+"""How often a line shows its letter. Shown once, a small model spends a whole training on finding the place."""
 READ = "What is written here?"
 MEASURE = "How high is the last bar?"
 
@@ -81,7 +82,7 @@ def prepare_routing_demo(
 
 
 def train_routing_tokenizer(data: RoutingDemoData, output_dir: Path | str, *, vocab_size: int = 384) -> Path:
-    """A byte-level BPE tokenizer (ChatML) learned from the questions alone, so that the letters of a code stay single tokens,
+    """A byte-level BPE tokenizer (ChatML) learned from the questions alone, so that letters stay single tokens,
     saved for transformers. Returns ``output_dir``."""
     output = Path(output_dir)
     if (output / "tokenizer.json").is_file():
@@ -129,8 +130,8 @@ def _draw(
     if kind == "digits":
         pixels, digit = rng.choice(digits)
         return _digit_strip(rng, pixels), READ, str(digit)
-    code = "".join(rng.choice(ALPHABET) for _ in range(CODE_LENGTH))
-    return _text_line(rng, code), READ, code
+    letter = rng.choice(ALPHABET)
+    return _text_line(rng, letter), READ, letter
 
 
 def _chart(rng: random.Random, renderer: Renderer) -> tuple[np.ndarray, str, str]:
@@ -152,18 +153,15 @@ def _digit_strip(rng: random.Random, digit: np.ndarray) -> np.ndarray:
     return strip
 
 
-def _text_line(rng: random.Random, code: str) -> np.ndarray:
-    """A pale line, ``STRIP`` times as broad as tall, with a code somewhere among noise."""
+def _text_line(rng: random.Random, letter: str) -> np.ndarray:
+    """A pale noisy line, ``STRIP`` times as broad as tall, with ``COPIES`` of a letter on it, none in the middle."""
     cell = TEXT_HEIGHT
     noise = np.random.default_rng(rng.getrandbits(32)).integers(200, 256, (TEXT_HEIGHT, TEXT_HEIGHT * STRIP, 1))
     image = Image.fromarray(noise.repeat(3, axis=2).astype(np.uint8))
     draw, font = ImageDraw.Draw(image), _font()
-    start = rng.randint(0, STRIP - len(code))
-    for place, letter in enumerate(code):
-        left = (start + place) * cell + cell / 2 + rng.uniform(-1, 1)
-        draw.text(
-            (left, cell / 2 + rng.uniform(-0.5, 0.5)), letter, font=font, fill=(rng.randint(0, 60),) * 3, anchor="mm"
-        )
+    for place in rng.sample([p for p in range(STRIP) if abs(p + 0.5 - STRIP / 2) > 2], COPIES):
+        centre = (place + 0.5) * cell + rng.uniform(-1, 1), cell / 2 + rng.uniform(-0.5, 0.5)
+        draw.text(centre, letter, font=font, fill=(rng.randint(0, 60),) * 3, anchor="mm")
     return np.asarray(image)
 
 

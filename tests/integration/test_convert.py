@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from mllm.errors import CheckpointError
+from mllm.models.conversion import convert, recognise
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
-from mllm.models.state_dict import convert, recognise
 from mllm.processing.processor import MllmProcessor
 from tests.helpers import picture, tiny_tokenizer
 

@@ -1,0 +1,78 @@
+"""What does a model that draws know of its images: tokenizer, grammar, ids, and how to start drawing?"""
+
+# transformers' and torch's own annotations (FloatTensor outputs, Tensor | Module attributes) do not fit their documented use.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportOptionalMemberAccess=false, reportAssignmentType=false, reportPrivateImportUsage=false, reportGeneralTypeIssues=false
+# pyright: reportIncompatibleVariableOverride=false, reportOptionalIterable=false
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import SuppressTokensLogitsProcessor
+
+from mllm.models.pipeline import shared_tokenizer
+from mllm.models.visual_grammar import image_grammar, vocabulary_offsets
+from mllm.visual_tokenizers.grammar import ImageGrammarProcessor
+
+
+class DrawingMixin:
+    """The drawing side of `MllmForConditionalGeneration`; means something when its config has a ``visual_head``."""
+
+    config: Any
+    model: Any
+    visual_config: Any
+    visual_head: Any
+    lm_head: Any
+    _grammar: Any = None
+
+    @property
+    def image_tokenizer(self) -> Any:
+        """The visual tokenizer the model draws with: its own, or that of one of its encoders."""
+        own = self.model.visual_tokenizer
+        return own if own is not None else shared_tokenizer(self.config, self.model.vision_tower)
+
+    @property
+    def grammar(self) -> Any:
+        """The image grammar of a vocabulary head."""
+        if self._grammar is None:
+            self._grammar = image_grammar(self.visual_config, self.image_tokenizer)
+        return self._grammar
+
+    @property
+    def code_offsets(self) -> Tensor:
+        """``(S,)``: packed code s is the id ``offset[s] + code`` (vocabulary head)."""
+        return vocabulary_offsets(self.visual_config, self.image_tokenizer)
+
+    def is_visual(self, input_ids: Tensor) -> Tensor:
+        """Which of input_ids ``(B, T)`` stand for an image, read or drawn."""
+        tokens = self.visual_config.tokens
+        visual = input_ids == self.config.image_token_id
+        for name in ("start", "end", "code"):
+            visual |= input_ids == tokens[name]
+        if self.visual_head is None:
+            for first, end in self.grammar.reserved():
+                visual |= (input_ids >= first) & (input_ids < end)
+        return visual
+
+    def image_rules(self) -> Any:
+        """The logits processor that keeps generated text to what the visual head allows."""
+        tokens = self.visual_config.tokens
+        size = self.lm_head.weight.shape[0]
+        never = [i for i in (tokens["code"], self.config.image_token_id) if i is not None and i < size]
+        if self.visual_head is None:
+            return ImageGrammarProcessor(self.grammar, never=never)
+        return SuppressTokensLogitsProcessor([tokens["start"], tokens["end"], *never], device=self.device)
+
+    def generate_images(self, prompts: Any, **options: Any) -> Any:
+        """Draw one image per prompt; see `mllm.models.visual_generation.generate_images`."""
+        from mllm.models.visual_generation import generate_images
+
+        return generate_images(self, prompts, **options)
+
+    def generate_interleaved(self, prompts: Any, **options: Any) -> Any:
+        """Answer with text and images; see `mllm.models.visual_generation.generate_interleaved`."""
+        from mllm.models.visual_generation import generate_interleaved
+
+        return generate_interleaved(self, prompts, **options)

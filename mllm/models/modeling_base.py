@@ -1,0 +1,135 @@
+"""What do the model classes share? Their outputs, support flags, loading that refuses gaps, and parts by name."""
+
+# transformers' and torch's own annotations (FloatTensor outputs, Tensor | Module attributes) do not fit their documented use.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportOptionalMemberAccess=false, reportAssignmentType=false, reportPrivateImportUsage=false, reportGeneralTypeIssues=false
+# pyright: reportIncompatibleVariableOverride=false, reportOptionalIterable=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from mllm.errors import CheckpointError
+from mllm.models.configuration_mllm import MllmConfig
+from mllm.models.weight_files import refuse_gaps
+
+
+@dataclass
+class MllmModelOutput(BaseModelOutputWithPast):
+    """``image_hidden_states`` ``(B, M, L)``; routing: names and ``(B, E)`` weights, None without a router."""
+
+    image_hidden_states: Tensor | None = None
+    routing: Any = None
+
+
+@dataclass
+class MllmOutput(CausalLMOutputWithPast):
+    """As `CausalLMOutputWithPast`, with the visual tokens and the routing that were used.
+
+    losses: mean cross-entropy per code of each codebook, when the batch holds images to draw.
+    """
+
+    image_hidden_states: Tensor | None = None
+    routing: Any = None
+    losses: dict[str, Tensor] | None = None
+
+
+class MllmPreTrainedModel(PreTrainedModel):
+    """What both classes share: support flags, loading that refuses a checkpoint with gaps, parts by name."""
+
+    config_class = MllmConfig
+    config: MllmConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    opens_foreign = False
+    """Whether `from_pretrained` converts checkpoints of other formats."""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = ["past_key_values"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Components initialise themselves; here only what belongs to this class, and buffers that no file holds."""
+        if hasattr(module, "restore_buffers"):
+            module.restore_buffers()
+        elif module is getattr(self, "lm_head", None):
+            nn.init.normal_(module.weight, std=getattr(self.config.get_text_config(), "initializer_range", 0.02))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a checkpoint with missing or foreign weights raises `CheckpointError` instead of being filled
+        with random ones, and LLaVA-1.5 and Prismatic checkpoints are recognised and converted."""
+        from mllm.models.conversion import open_foreign  # it builds subclasses of this class
+
+        if args == () and kwargs.get("config") is None and cls.opens_foreign:
+            converted = open_foreign(pretrained_model_name_or_path, **kwargs)
+            if converted is not None:
+                return converted
+        wants_info = kwargs.pop("output_loading_info", False)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except (FileNotFoundError, OSError) as error:
+            raise CheckpointError(f"{pretrained_model_name_or_path}: cannot be loaded: {error}") from error
+        except Exception as error:
+            if type(error).__name__ == "SafetensorError":
+                raise CheckpointError(
+                    f"{pretrained_model_name_or_path}: a safetensors file is damaged or cut short ({error}); copy it again"
+                ) from error
+            raise
+        refuse_gaps(str(pretrained_model_name_or_path), info, quantized=getattr(model, "hf_quantizer", None))
+        return (model, info) if wants_info else model
+
+    # Parts by name -------------------------------------------------------------------------------------------------
+
+    def named_parts(self) -> dict[str, list[tuple[str, nn.Module]]]:
+        """Part → its modules by name: ``language_model``, ``connector``, ``router``, ``encoders.<name>`` …"""
+        raise NotImplementedError
+
+    def part_of(self, parameter_name: str) -> str:
+        """The part that a parameter belongs to. Works on names with a PEFT or engine prefix too."""
+        for part, prefixes in self.part_prefixes().items():
+            for prefix in prefixes:
+                if parameter_name.startswith(prefix) or f".{prefix}" in parameter_name:
+                    return part
+        raise KeyError(f"parameter {parameter_name!r} belongs to no part")
+
+    def part_prefixes(self) -> dict[str, list[str]]:
+        """Part → prefixes of its parameters' names, most specific part first."""
+        root = "model." if hasattr(self, "model") else ""
+        parts: dict[str, list[str]] = {}
+        for name in self.config.encoders:
+            parts[f"encoders.{name}"] = [f"{root}vision_tower.encoders.{name}."]
+        if self.config.router is not None:
+            parts["router"] = [f"{root}vision_tower.router."]
+        if self.config.connector is not None:
+            parts["connector"] = [f"{root}multi_modal_projector."]
+        if self.config.visual_tokenizer is not None and "encoder" not in self.config.visual_tokenizer:
+            parts["visual_tokenizer"] = [f"{root}visual_tokenizer."]
+        if self.config.visual_head is not None and self.config.visual_head["type"] != "vocabulary":
+            parts["visual_head"] = ["visual_head."]
+        parts["language_model"] = [f"{root}language_model.", "lm_head."]
+        return parts
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        super().gradient_checkpointing_enable(*args, **kwargs)
+        for module in self.modules():
+            if hasattr(module, "set_gradient_checkpointing"):
+                module.set_gradient_checkpointing(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        super().gradient_checkpointing_disable()
+        for module in self.modules():
+            if hasattr(module, "set_gradient_checkpointing"):
+                module.set_gradient_checkpointing(False)

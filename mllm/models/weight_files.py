@@ -1,0 +1,87 @@
+"""Which weights does a checkpoint folder hold, and which are missing?"""
+
+# transformers' and torch's own annotations (FloatTensor outputs, Tensor | Module attributes) do not fit their documented use.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportOptionalMemberAccess=false, reportAssignmentType=false, reportPrivateImportUsage=false, reportGeneralTypeIssues=false
+# pyright: reportIncompatibleVariableOverride=false, reportOptionalIterable=false
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm.errors import CheckpointError
+
+_SHOWN = 5
+
+
+def refuse_gaps(where: str, info: Any, *, quantized: Any = None) -> None:
+    """Raise `CheckpointError` when a checkpoint lacks weights of the model, or holds some of another shape or name."""
+    details = info if isinstance(info, dict) else vars(info)
+    missing, foreign = sorted(details.get("missing_keys") or []), sorted(details.get("unexpected_keys") or [])
+    mismatched = sorted(
+        str(item[0] if isinstance(item, tuple) else item) for item in details.get("mismatched_keys") or []
+    )
+    problems = []
+    if missing:
+        problems.append(
+            f"{len(missing)} weights are missing ({some_names(missing)}); a shard may be absent: copy the folder again"
+        )
+    if mismatched:
+        problems.append(f"{len(mismatched)} weights have another shape ({some_names(mismatched)})")
+    if foreign and quantized is None:
+        problems.append(f"{len(foreign)} weights belong to no part of the model ({some_names(foreign)})")
+    if problems:
+        raise CheckpointError(f"{where}: " + "; ".join(problems))
+
+
+def some_names(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
+
+
+def chosen_dtype(dtype: Any, weights: Mapping[str, Tensor]) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return next(iter(weights.values())).dtype if dtype in (None, "auto") else getattr(torch, dtype)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of an HF folder: safetensors, else ``.bin`` read with ``weights_only``."""
+    from safetensors.torch import load_file
+
+    index = next(
+        (
+            folder / n
+            for n in ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+            if (folder / n).is_file()
+        ),
+        None,
+    )
+    if index is not None:
+        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    else:
+        files = [folder / n for n in ("model.safetensors", "pytorch_model.bin") if (folder / n).is_file()][:1]
+    if not files:
+        raise CheckpointError(f"{folder}: no weights (model.safetensors or pytorch_model.bin)")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{folder}: shard {file.name} is missing; copy the folder again")
+        tensors.update(load_file(file) if file.suffix == ".safetensors" else read_pickle(file))
+    return tensors
+
+
+def read_pickle(file: Path) -> Any:
+    """A torch pickle that holds tensors only; anything else is refused."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{file}: refused, it is not a plain tensor file ({str(error).splitlines()[0][:160]}). Convert it to safetensors where you "
+            "trust its origin"
+        ) from error
