@@ -23,6 +23,9 @@ def train(
         bool, typer.Option("--resume", help="Go on from the last complete checkpoint; finished stages are kept.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="Output folder; default runs/<recipe>.")] = None,
+    profile: Annotated[
+        int, typer.Option(min=0, help="Record so many steps of every stage with the profiler: <output>/profile.")
+    ] = 0,
     evaluate: Annotated[bool, typer.Option(help="Run the recipe's evaluation after the last stage.")] = True,
 ) -> None:
     """Train a recipe, stage by stage, into a Hugging Face checkpoint at <output>/final.
@@ -33,7 +36,7 @@ def train(
     from mllm.train.stages import run_recipe
 
     loaded = load_recipe(recipe, overrides)
-    final = run_recipe(loaded, processes=processes, resume=resume, output=output)
+    final = run_recipe(loaded, processes=processes, resume=resume, output=output, profile=profile)
     typer.echo(f"checkpoint: {final}")
     if evaluate and loaded.evaluation.tasks:
         from mllm.eval.runner import run_eval

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mllm.data.collate import Batch, Dropped, collate, collate_packed
 from mllm.data.mixture import Draw, Mixture
+from mllm.data.parallel import pool_context
 from mllm.data.plan import PackedPlan, Plan, PlannedBatch, Position
 from mllm.errors import AlignmentError, DataError
 from mllm.processing.chat import EncodedSample
@@ -154,6 +155,8 @@ class DataStream:
             pin_memory=self.pin_memory,
             prefetch_factor=self.prefetch_factor if self.num_workers else None,
             worker_init_fn=_start_worker if self.num_workers else None,
+            # Training processes that were spawned themselves would spawn workers too, and pickle whole datasets for it.
+            multiprocessing_context=pool_context() if self.num_workers else None,
             # Without a generator of its own, iter(DataLoader) draws from torch's global one and a resumed run's dropout
             # differs from the uninterrupted run's.
             generator=torch.Generator().manual_seed(0),

@@ -7,6 +7,9 @@ instead of ``(T, V)`` ones. The idea of fusing head and loss is that of Liger-Ke
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,6 +19,19 @@ from torch import Tensor
 IGNORE = -100
 DEFAULT_CHUNK = 4096
 CPU_CHUNK = 512
+_heard: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("heard", default=None)
+
+
+@contextmanager
+def hear_losses() -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Within the block, every `linear_cross_entropy` appends to what is yielded: the places in its flattened ``(B, T)``
+    that are supervised, and each one's loss (fp32, without gradient)."""
+    heard: list[tuple[Tensor, Tensor]] = []
+    token = _heard.set(heard)
+    try:
+        yield heard
+    finally:
+        _heard.reset(token)
 
 
 def shift_labels(labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
@@ -62,7 +78,11 @@ def linear_cross_entropy(
     labels = labels.index_select(0, rows)
     if chunk_size is None:
         chunk_size = DEFAULT_CHUNK if hidden.is_cuda else CPU_CHUNK
-    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, scale, softcap, chunk_size)  # type: ignore[assignment]
+    heard = _heard.get()
+    each = None if heard is None else torch.empty(count, dtype=torch.float32, device=hidden.device)
+    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, scale, softcap, chunk_size, each)  # type: ignore[assignment]
+    if heard is not None and each is not None:
+        heard.append((rows, each))
     return total / (count if num_items_in_batch is None else num_items_in_batch)
 
 
@@ -80,6 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         chunk_size: int,
+        each: Tensor | None,
     ) -> Tensor:
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         learns = need_hidden or need_weight or need_bias
@@ -101,7 +122,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             slope = logits.div(softcap).square_().neg_().add_(1.0) if softcap is not None and learns else None
             normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
             chosen = logits.gather(1, target[:, None])
-            total += (normaliser - chosen).sum()
+            losses = normaliser - chosen
+            total += losses.sum()
+            if each is not None:
+                each[rows] = losses[:, 0]
             if not learns:
                 continue
             grad = logits.sub_(normaliser).exp_()
@@ -132,7 +156,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (upstream,) = grad_outputs
         # The saved gradients are this call's own buffers: scaling them in place saves a (V, L) copy.
         scaled = [None if grad is None else grad.mul_(upstream.to(grad.dtype)) for grad in ctx.saved_tensors]
-        return *scaled, None, None, None, None
+        return *scaled, None, None, None, None, None
 
 
 def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,13 +24,22 @@ from torch import Tensor, nn
 
 from mllm import distributed
 from mllm.errors import CheckpointError
+from mllm.train.checkpoint_files import (
+    DELETING,
+    MANIFEST,
+    WRITING,
+    describe,
+    found,
+    problem_of,
+    remove,
+    sync_directory,
+    sync_file,
+    write_text,
+)
 from mllm.train.engine import Engine, Fragment
 
 FORMAT = 1
-MANIFEST = "manifest.json"
-_WRITING, _DELETING = ".writing-", ".deleting-"
 _FILE_BYTES = 2 << 30  # one tensor file's size: bounds the host memory that writing takes
-_WHOLE_HASH = 64 << 20  # larger files are hashed at their ends and at even distances
 _WEIGHTS = "weights"
 
 
@@ -66,7 +73,7 @@ def save_checkpoint(folder: Path, engine: Engine, progress: Progress, *, keep: i
     Raises `CheckpointError` on every process when one of them cannot write (full disk); earlier checkpoints stay.
     """
     name = f"step-{progress.step:08d}"
-    target, temporary = folder / name, folder / f"{_WRITING}{name}"
+    target, temporary = folder / name, folder / f"{WRITING}{name}"
     rank, error, entries = distributed.rank(), "", {}
     try:
         if distributed.is_main():
@@ -78,7 +85,7 @@ def save_checkpoint(folder: Path, engine: Engine, progress: Progress, *, keep: i
     _agree(error, target, temporary)
     try:
         files = [*_write_fragments(temporary, rank, engine), *_write_local(temporary, rank, engine)]
-        entries = {path.name: _describe(path) for path in files}
+        entries = {path.name: describe(path) for path in files}
     except (OSError, SafetensorError) as problem:
         error = str(problem)
     everything = _agree(error, target, temporary, entries)
@@ -89,17 +96,17 @@ def save_checkpoint(folder: Path, engine: Engine, progress: Progress, *, keep: i
                 "progress": asdict(progress),
                 "files": {k: v for part in everything for k, v in part.items()},
             }
-            _write_text(temporary / MANIFEST, json.dumps(manifest, indent=1))
+            write_text(temporary / MANIFEST, json.dumps(manifest, indent=1))
             if target.exists():
-                _remove(target)
+                remove(target)
             temporary.rename(target)
-            _sync_directory(folder)
+            sync_directory(folder)
         except OSError as problem:
             error = str(problem)
     _agree(error, target, temporary)
     if distributed.is_main():
-        for old in _found(folder)[:-keep]:
-            _remove(old)
+        for old in found(folder)[:-keep]:
+            remove(old)
     distributed.barrier()
     return target
 
@@ -111,7 +118,7 @@ def _agree(error: str, target: Path, temporary: Path, value: Any = None) -> list
         if problem:
             if distributed.is_main():
                 shutil.rmtree(temporary, ignore_errors=True)
-            earlier = [path.name for path in _found(target.parent)]
+            earlier = [path.name for path in found(target.parent)]
             raise CheckpointError(
                 f"{target}: process {number} could not write the checkpoint ({problem}). "
                 + (f"The previous one is intact ({earlier[-1]}); " if earlier else "")
@@ -132,7 +139,7 @@ def _write_fragments(folder: Path, rank: int, engine: Engine) -> list[Path]:
         if pending:
             path = folder / f"state-{rank:05d}-{len(files):04d}.safetensors"
             save_file(pending, path)
-            _sync_file(path)
+            sync_file(path)
             files.append(path)
             pending, size = {}, 0
 
@@ -161,7 +168,7 @@ def _write_fragments(folder: Path, rank: int, engine: Engine) -> list[Path]:
             flush()
     flush()
     path = folder / f"index-{rank:05d}.json"
-    _write_text(path, json.dumps(index))
+    write_text(path, json.dumps(index))
     return [*files, path]
 
 
@@ -176,14 +183,14 @@ def _write_local(folder: Path, rank: int, engine: Engine) -> list[Path]:
         tensors["rng.cuda"] = torch.cuda.get_rng_state(engine.device)
     path = folder / f"local-{rank:05d}.safetensors"
     save_file(tensors, path)
-    _sync_file(path)
+    sync_file(path)
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
     state = {
         "python": random.getstate(),
         "numpy": [kind, keys.tolist(), int(position), int(has_gauss), float(cached)],  # type: ignore[union-attr]
     }
     text = folder / f"random-{rank:05d}.json"
-    _write_text(text, json.dumps(state))
+    write_text(text, json.dumps(state))
     return [path, text]
 
 
@@ -198,12 +205,12 @@ def latest_checkpoint(folder: Path) -> CheckpointReader | None:
     """
     if distributed.is_main() and folder.is_dir():
         for path in folder.iterdir():
-            if path.name.startswith((_WRITING, _DELETING)):
+            if path.name.startswith((WRITING, DELETING)):
                 shutil.rmtree(path, ignore_errors=True)
     distributed.barrier()
     problems = []
-    for path in reversed(_found(folder)):
-        problem = distributed.gather_objects(_problem(path) if distributed.is_main() else None)[0]
+    for path in reversed(found(folder)):
+        problem = distributed.gather_objects(problem_of(path) if distributed.is_main() else None)[0]
         if problem is None:
             return CheckpointReader(path, [f"{p.name}: {text}" for p, text in problems])
         problems.append((path, problem))
@@ -352,87 +359,20 @@ _DTYPES = {
 
 
 def _difference(saved: str, now: str) -> str:
+    """``a.b: 1 then, 2 now`` for every setting that differs."""
     try:
-        a, b = json.loads(saved), json.loads(now)
-        return "; ".join(f"{k}: {a.get(k)!r} then, {b.get(k)!r} now" for k in {**a, **b} if a.get(k) != b.get(k))
+        a, b = _flat(json.loads(saved)), _flat(json.loads(now))
     except ValueError:
         return "signature differs"
+    different = [f"{k}: {a.get(k)!r} then, {b.get(k)!r} now" for k in {**a, **b} if a.get(k) != b.get(k)]
+    return "; ".join(different[:8]) + (f" and {len(different) - 8} more" if len(different) > 8 else "")
 
 
-# Files -------------------------------------------------------------------------------------------------------------
-
-
-def _found(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*")) if folder.is_dir() else []
-
-
-def _problem(path: Path) -> str | None:
-    """What is wrong with a checkpoint, None when it is complete."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    for name, entry in manifest.get("files", {}).items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != entry["size"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {entry['size']}"
-        if _hash(file) != entry["hash"]:
-            return f"{name} was changed after it was written"
-    return None
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "hash": _hash(path)}
-
-
-def _hash(path: Path) -> str:
-    """SHA-256 of a file; of a large one, of its length, both ends and 62 even places between, a megabyte each."""
-    size = path.stat().st_size
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        for start, length in _places(size):
-            stream.seek(start)
-            digest.update(stream.read(length))
-    return digest.hexdigest()
-
-
-def _places(size: int) -> Iterator[tuple[int, int]]:
-    block = 1 << 20
-    if size <= _WHOLE_HASH:
-        yield 0, size
-        return
-    for k in range(64):
-        yield (size - block) * k // 63, block
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    _sync_file(path)
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    """Delete a checkpoint such that a kill in between never leaves half of it under its name."""
-    grave = path.with_name(f"{_DELETING}{path.name}")
-    shutil.rmtree(grave, ignore_errors=True)
-    path.rename(grave)
-    shutil.rmtree(grave, ignore_errors=True)
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, item in value.items():
+        result |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+    return result
 
 
 def fingerprint(model: nn.Module) -> str:

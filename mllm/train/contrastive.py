@@ -26,6 +26,7 @@ from mllm.train.dual_encoder import TEXT_PART, ContrastiveModel, build_dual, pas
 from mllm.train.engine import choose_engine
 from mllm.train.export import save_stage
 from mllm.train.trainer import Run, seed_everything, train
+from mllm.train.wrapped_processor import WrappedProcessor
 from mllm.types import IMAGE_MARK, Sample
 
 
@@ -56,24 +57,16 @@ class ContrastiveOptions(StrictModel):
     """Tokens of a caption, longer ones are cut (and counted); default: what the text side has positions for."""
 
 
-class PairProcessor:
+class PairProcessor(WrappedProcessor):
     """A processor whose samples are one image with its caption and hard negatives."""
 
     def __init__(self, processor: Any, name: str, dual: Any, options: ContrastiveOptions):
-        self.inner, self.name, self.dual, self.options = processor, name, dual, options
+        super().__init__(processor)
+        self.name, self.dual, self.options = name, dual, options
         self.spec = processor.image_processor.specs[name]
         self.pixel_key = processor.pixel_keys[name]
         self.max_pixels = processor.image_processor.max_pixels
         self.length = min(options.max_text_length or dual.max_length, dual.max_length)
-        self.num_image_tokens = 0
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.inner.tokenizer
-
-    @property
-    def chat_template(self) -> Any:
-        return self.inner.chat_template
 
     def encode_sample(self, sample: Sample, max_length: int | None = None) -> EncodedSample:
         """Raises `DataError` naming a sample without image, caption, or the negatives and scores it should have."""

@@ -78,7 +78,9 @@ def _worker(
     folder: str,
     alive: Any,
 ) -> None:
-    os.environ.update(RANK=str(process), LOCAL_RANK=str(process), WORLD_SIZE=str(processes))
+    # As torchrun sets them; accelerate (TRL's trainers) takes processes without LOCAL_WORLD_SIZE for many machines.
+    total = str(processes)
+    os.environ.update(RANK=str(process), LOCAL_RANK=str(process), WORLD_SIZE=total, LOCAL_WORLD_SIZE=total)
     threading.Thread(target=_end_with_launcher, args=(alive,), daemon=True).start()
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))

@@ -22,6 +22,7 @@ from mllm.train.data import open_mixture, token_count
 from mllm.train.engine import choose_engine
 from mllm.train.flops import flop_model
 from mllm.train.groups import Group, apply_learning, frozen_summary
+from mllm.train.lora import has_adapters
 
 # Bytes per token and layer in bf16: (per hidden width, per feed-forward width). Compiled layers keep no fp32 copies in norms.
 _ACTIVATION_BYTES = {"eager": (26.0, 8.0), "compiled": (16.0, 6.0)}
@@ -90,17 +91,19 @@ def plan_recipe(recipe: Recipe, *, processes: int = 1, with_data: bool = True) -
     config = build_config(recipe.model)
     processor, problem = _processor(recipe, config)
     hazards = [] if problem is None else [problem]
-    stages = []
-    for stage in recipe.stages:
-        with torch.device("meta"):
-            model = MllmForConditionalGeneration(config)
-        stages.append(_plan_stage(recipe, stage, model, processor, processes, with_data))
     with torch.device("meta"):
         model = MllmForConditionalGeneration(config)
     parameters: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         part = model.part_of(name)
         parameters[part] = parameters.get(part, 0) + parameter.numel()
+    stages, clean = [], True
+    for stage in recipe.stages:
+        if not clean:  # the stage before put adapters in
+            with torch.device("meta"):
+                model = MllmForConditionalGeneration(config)
+        stages.append(_plan_stage(recipe, stage, model, processor, processes, with_data))
+        clean = not has_adapters(model)
     hazards += _recipe_hazards(recipe, parameters)
     last = 2 if recipe.stages[-1].precision == "bf16" else 4
     return RecipePlan(recipe.name, parameters, _joins(config), stages, hazards, last * sum(parameters.values()))

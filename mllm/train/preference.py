@@ -41,6 +41,7 @@ from mllm.train.trainer import Run, seed_everything
 from mllm.types import IMAGE_MARK, Sample
 
 _ATTEMPTS = 100
+_COMPLETE = "complete"  # a file that ends a checkpoint; transformers would pick up one that a kill left half written
 _OURS = {
     "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs", "seed",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "bf16", "fp16",
@@ -310,9 +311,9 @@ def _arguments(trl: Any, run: Run, stage: StageSpec, options: PreferenceOptions,
 
 
 def _last(folder: Path) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    """The newest of TRL's checkpoints that was written to its end."""
+    found = [path.parent for path in folder.glob(f"checkpoint-*/{_COMPLETE}")]
+    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
 
 
 def _transformers() -> Any:
@@ -322,7 +323,7 @@ def _transformers() -> Any:
 
 
 class _Log(_transformers().TrainerCallback):
-    """TRL's log lines as records of the run; honours ``stop_after``."""
+    """TRL's log lines as records of the run; marks complete checkpoints; honours ``stop_after``."""
 
     def __init__(self, run: Run, stage: StageSpec, display: StageDisplay):
         self.run, self.stage, self.display = run, stage, display
@@ -337,6 +338,10 @@ class _Log(_transformers().TrainerCallback):
         self.display.update(state.global_step, record)
         if self.run.tracker is not None:
             self.run.tracker.log(record, global_step=state.global_step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.run.stop_after is not None:

@@ -27,6 +27,7 @@ from mllm.train.prepare import DTYPES
 from mllm.train.routing_labels import LabelRule, helpful_experts, labelled, open_sources, target_weights
 from mllm.train.routing_losses import label_source
 from mllm.train.trainer import Run, train
+from mllm.train.wrapped_processor import WrappedProcessor
 from mllm.types import IMAGE_MARK, Sample, Turn
 
 
@@ -39,11 +40,12 @@ class RoutingOptions(LabelRule):
     """Samples at once while measuring."""
 
 
-class RoutingProcessor:
+class RoutingProcessor(WrappedProcessor):
     """A processor whose samples teach routing: what the model looks at is the same, what it learns is the label."""
 
     def __init__(self, processor: Any, config: Any, options: RoutingOptions):
-        self.inner, self.options = processor, options
+        super().__init__(processor)
+        self.options = options
         if config.router is None:
             raise ConfigError(
                 "a stage of kind routing needs a model with a router; add router: {type: gate, experts: […]}"
@@ -57,22 +59,6 @@ class RoutingProcessor:
         self.top_k = options.top_k or self.router.config.top_k
         rows, cols = routing_grid(config.layout(), self.router) if self.by_text else (0, 0)
         self.num_image_tokens = rows * cols
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.inner.tokenizer
-
-    @property
-    def chat_template(self) -> Any:
-        return self.inner.chat_template
-
-    @property
-    def image_token(self) -> str:
-        return self.inner.image_token
-
-    @property
-    def image_token_id(self) -> int:
-        return self.inner.image_token_id
 
     def encode_sample(self, sample: Sample, max_length: int | None = None) -> EncodedSample:
         """A labelled sample as tensors. Raises `DataError` naming it when its picture or text cannot be used."""

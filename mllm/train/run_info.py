@@ -9,7 +9,6 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,10 +35,12 @@ PACKAGES = (
     "pillow",
 )
 FILE = "run.json"
+_MOST_DIFF = 4 << 20
 
 
-def git_state(folder: Path | None = None) -> dict[str, Any]:
-    """Commit, whether files differ from it, and the hash of that difference; empty outside a repository."""
+def git_state(folder: Path | None = None, *, keep: Path | None = None) -> dict[str, Any]:
+    """Commit, whether files differ from it, and the hash of that difference; empty outside a repository. keep: where the
+    difference of tracked files is written, whole up to a few megabytes, under the name that is returned as ``diff``."""
     folder = folder or Path(mllm.__file__).resolve().parent
 
     def git(*arguments: str) -> str | None:
@@ -59,6 +60,10 @@ def git_state(folder: Path | None = None) -> dict[str, Any]:
     if state["dirty"]:
         difference = git("diff", "HEAD") or ""
         state["diff_sha256"] = hashlib.sha256((difference + status).encode()).hexdigest()
+        if keep is not None:
+            name = f"code-{state['diff_sha256'][:12]}.diff"
+            (keep / name).write_text(difference[:_MOST_DIFF], encoding="utf-8")
+            state["diff"] = name
     return state
 
 
@@ -77,15 +82,6 @@ def machine() -> dict[str, Any]:
     return {"platform": platform.platform(), "cpus": os.cpu_count(), "gpus": gpus, "cuda": torch.version.cuda}
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 class RunInfo:
     """`run.json` of one output folder; survives resuming. Written by one process only."""
 
@@ -100,7 +96,8 @@ class RunInfo:
         self.data |= {
             "recipe": to_plain(recipe),
             "seed": recipe.seed,
-            "git": git_state(),
+            "git": git_state(keep=output),
+            "hub_revisions": hub_revisions(to_plain(recipe.model)),
             "packages": package_versions(),
             "machine": machine(),
         }
@@ -123,14 +120,26 @@ class RunInfo:
         temporary.replace(self.path)
 
 
-def data_hashes(paths: Iterable[Path], *, limit: int = 1 << 30) -> dict[str, str]:
-    """Path → hash of each local data file; files beyond ``limit`` bytes are told by size and time of change."""
-    result = {}
-    for path in sorted({p for p in paths if p.is_file()}):
-        facts = path.stat()
-        result[str(path)] = (
-            file_hash(path) if facts.st_size <= limit else f"size {facts.st_size}, mtime {facts.st_mtime_ns}"
-        )
+def hub_revisions(model: Any) -> dict[str, str]:
+    """``id@revision`` → commit, for every hub repository that a model's settings name and this machine has in its cache."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    result: dict[str, str] = {}
+    if isinstance(model, dict):
+        revision = str(model.get("revision") or "main")
+        for name in (model.get("source"), model.get("tokenizer")):
+            if isinstance(name, str) and name.count("/") == 1 and not Path(name).exists():
+                name = name.removeprefix("hf-hub:")
+                reference = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "refs" / revision
+                if reference.is_file():
+                    result[f"{name}@{revision}"] = reference.read_text(encoding="utf-8").strip()
+                elif len(revision) == 40:
+                    result[f"{name}@{revision}"] = revision
+        for value in model.values():
+            result |= hub_revisions(value)
+    elif isinstance(model, list):
+        for value in model:
+            result |= hub_revisions(value)
     return result
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from mllm.train.run_info import RunInfo
 from mllm.train.tracking import Tracker, plot_loss
 from mllm.train.trainer import Run, check_stage, train
 
+_log = logging.getLogger(__name__)
 STAGE_KINDS: dict[str, str] = {
     "sft": "mllm.train.stages:train_sft",
     "routing": "mllm.train.routing:train_routing",
@@ -42,12 +46,14 @@ def run_recipe(
     resume: bool = False,
     output: str | Path | None = None,
     stop_after: int | None = None,
+    profile: int = 0,
 ) -> Path:
     """Train every stage of a recipe that is not finished; returns ``<output>/final``, a Hugging Face directory.
 
     processes: on this machine, started for the caller. resume: go on in a folder that holds a run; without it such a
     folder is refused. stop_after: end with a checkpoint after so many optimizer steps (the returned folder may then not
-    exist yet). Raises `ConfigError` before anything is trained, and what `mllm.train.trainer.train` raises.
+    exist yet). profile: record so many steps of every stage with the profiler, into ``<output>/profile``. Raises
+    `ConfigError` before anything is trained, and what `mllm.train.trainer.train` raises.
     """
     folder = Path(output) if output is not None else recipe.output_dir
     if processes < 1:
@@ -62,7 +68,7 @@ def run_recipe(
             f"output {folder} already holds a run; go on with --resume, choose another with output=…, or delete it"
         )
     needs_group = any(choose_engine(stage).zero_stage for stage in recipe.stages)
-    launch(_train_recipe, processes, recipe, folder, resume, stop_after, needs_group=needs_group)
+    launch(_train_recipe, processes, recipe, folder, resume, stop_after, profile, needs_group=needs_group)
     return folder / "final"
 
 
@@ -90,8 +96,13 @@ def _holds_a_run(folder: Path) -> bool:
     return folder.is_dir() and any((folder / name).exists() for name in ("run.json", "checkpoints", "final"))
 
 
-def _train_recipe(recipe: Recipe, folder: Path, resume: bool, stop_after: int | None) -> None:
+def _train_recipe(recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, profile: int) -> None:
     """The body of every process."""
+    with _full_disk_told(folder):
+        _train(recipe, folder, resume, stop_after, profile)
+
+
+def _train(recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, profile: int) -> None:
     _quiet_libraries()
     load_plugins(recipe.plugins)
     main, info, tracker = distributed.is_main(), None, None
@@ -100,16 +111,38 @@ def _train_recipe(recipe: Recipe, folder: Path, resume: bool, stop_after: int | 
         info = RunInfo(folder, recipe, processes=distributed.world_size(), resume=resume)
         tracker = Tracker(folder, recipe)
     distributed.barrier()
-    run = Run(recipe, folder, resume, tracker, info, stop_after)
+    run = Run(recipe, folder, resume, tracker, info, stop_after, profile)
     try:
         finished = _train_stages(run)
     finally:
         if tracker is not None:
-            tracker.close()
-            plot_loss(folder, [stage.name for stage in recipe.stages])
+            _finish_records(tracker, folder, recipe)
     if finished and main:
         publish(folder / recipe.stages[-1].name, folder / "final")
     distributed.barrier()
+
+
+@contextmanager
+def _full_disk_told(folder: Path) -> Iterator[None]:
+    """A full disk met by records rather than by a checkpoint (which tells it itself) as `CheckpointError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise CheckpointError(
+            f"{folder}: the disk is full ({error}). Complete checkpoints and finished stages in it are intact; free space, "
+            "then go on with --resume (a folder in which nothing was trained yet: delete it)"
+        ) from error
+
+
+def _finish_records(tracker: Tracker, folder: Path, recipe: Recipe) -> None:
+    """Close the records and draw the loss; what goes wrong here hides no error of the training."""
+    try:
+        tracker.close()
+        plot_loss(folder, [stage.name for stage in recipe.stages])
+    except OSError as error:
+        _log.warning("records and loss plot of %s could not be finished: %s", folder, error)
 
 
 def _quiet_libraries() -> None:
@@ -130,11 +163,11 @@ def _train_stages(run: Run) -> bool:
             distributed.barrier()
             if not stage_runner(stage)(run, stage, previous, folder):
                 return False
-            if distributed.is_main():
-                shutil.rmtree(run.checkpoints(stage), ignore_errors=True)
-            distributed.barrier()
         elif distributed.is_main():
             Console(stderr=True).print(f"stage {stage.name} is finished ({folder})", highlight=False)
+        if distributed.is_main():  # a run killed right after the stage was written left its checkpoints behind
+            shutil.rmtree(run.checkpoints(stage), ignore_errors=True)
+        distributed.barrier()
         previous = folder
     return True
 

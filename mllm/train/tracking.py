@@ -124,13 +124,14 @@ def plot_loss(output: Path, stages: Sequence[str]) -> Path | None:
     FigureCanvasAgg(figure)
     for axes, (stage, points) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
         steps, losses = zip(*points)
-        smooth, value = [], losses[0]
+        smooth, total, weight = [], 0.0, 0.0  # divided by its weight: the first values do not pull on the rest
         for loss in losses:
-            value = 0.9 * value + 0.1 * loss
-            smooth.append(value)
+            total, weight = 0.9 * total + 0.1 * loss, 0.9 * weight + 0.1
+            smooth.append(total / weight)
         axes.plot(steps, losses, alpha=0.3, linewidth=0.8)
         axes.plot(steps, smooth, linewidth=1.4)
         axes.set(title=stage, xlabel="step", ylabel="loss")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     path = output / "loss.png"
     figure.savefig(path, dpi=120)

@@ -6,7 +6,7 @@ import json
 import math
 import random
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 from mllm import distributed
-from mllm.errors import ConfigError, MllmError
+from mllm.errors import ConfigError
 from mllm.processing.template import for_training, read_template
 from mllm.recipe import Recipe, StageSpec
 from mllm.train.cached_stage import use_cache
 from mllm.train.checkpoint import CheckpointReader, Progress, fingerprint, latest_checkpoint, save_checkpoint
 from mllm.train.data import StageData, open_mixture
+from mllm.train.dataset_loss import DatasetLoss
 from mllm.train.drawings import Drawings
 from mllm.train.engine import Engine, build_engine, choose_engine
 from mllm.train.flops import FlopModel, flop_model, peak_flops
@@ -33,8 +34,10 @@ from mllm.train.groups import (
     recipe_parts,
     set_modes,
 )
+from mllm.train.guard import SpikeGuard, diverged
 from mllm.train.meter import Meter, count_batches
 from mllm.train.prepare import DTYPES, attention_inputs, prepare_model
+from mllm.train.profiling import StepProfiler
 from mllm.train.progress import StageDisplay
 from mllm.train.routing_monitor import watch_routing
 from mllm.train.run_info import RunInfo
@@ -43,10 +46,6 @@ from mllm.train.tracking import Tracker
 
 SAVE_SECONDS = 20 * 60
 _COSMETIC = {"log_every", "save_every", "num_workers", "draw"}
-
-
-class TrainingDiverged(MllmError, ArithmeticError):
-    """The loss or the gradient is not finite; the message names the samples of the step."""
 
 
 @dataclass
@@ -60,6 +59,8 @@ class Run:
     info: RunInfo | None
     stop_after: int | None = None
     """Optimizer steps this start of the run may still do; None: no limit."""
+    profile: int = 0
+    """Steps of every stage to record with the profiler."""
 
     def checkpoints(self, stage: StageSpec) -> Path:
         return self.output / "checkpoints" / stage.name
@@ -88,6 +89,8 @@ class Session:
     flops: FlopModel | None
     checkpoint: CheckpointReader | None
     display: StageDisplay
+    datasets: DatasetLoss | None = None
+    """Of a mixture of several datasets."""
 
 
 def train(run: Run, stage: StageSpec, model: Any, processor: Any) -> Engine | None:
@@ -106,21 +109,28 @@ def train(run: Run, stage: StageSpec, model: Any, processor: Any) -> Engine | No
         if session.checkpoint is not None:  # last: whatever was drawn while starting must not count
             session.checkpoint.restore_random(engine)
         meter, saved = Meter(session.flops, peak, engine.device), time.monotonic()
+        name = f"{stage.name}-{distributed.rank()}"
+        spikes = SpikeGuard(run.output / "spikes" / f"{name}.jsonl")
+        profiler = StepProfiler(run.output / "profile", name, run.profile)
+        stack.callback(profiler.close)
         while progress.step < progress.total_steps:
+            profiler()
             waited = time.perf_counter()
             micro = next(steps)
             waited = time.perf_counter() - waited
             engine.set_rate_factor(rate_factor(stage.schedule, progress.step, progress.total_steps))
             rates = engine.rates()
             wish = time.monotonic() - saved > SAVE_SECONDS
-            step = optimizer_step(engine, micro, session.attention, session.flops, save=wish)
+            step = optimizer_step(engine, micro, session.attention, session.flops, save=wish, datasets=session.datasets)
             progress.step += 1
+            spikes(stage.name, progress.step, {"loss": step.loss, "grad_norm": step.grad_norm}, micro)
             progress.samples += int(step.counts["samples"])
             meter.add(step.counts, (step.counts["model_flops"], step.counts["total_flops"]), waited)
             last = progress.step == progress.total_steps
             record = None
             if progress.step % stage.log_every == 0 or last:
                 record = _record(stage, progress, step, rates, engine, meter, micro)
+                record |= session.datasets.report() if session.datasets is not None else {}
                 record |= routing.report() if routing is not None else {}
                 if run.tracker is not None:
                     run.tracker.log(record, global_step=progress.step)
@@ -130,14 +140,21 @@ def train(run: Run, stage: StageSpec, model: Any, processor: Any) -> Engine | No
             if not last and (step.save or stop or (stage.save_every and progress.step % stage.save_every == 0)):
                 progress.extra = {"data": session.data.state()}
                 save_checkpoint(run.checkpoints(stage), engine, progress)
+                _record_place(run, stage, session)
                 saved = time.monotonic()
             if stop and not last:
                 engine.close()
                 return None
     engine.finish()
+    ran = routing.ran if routing is not None else {}
+    if ran:
+        shown = ", ".join(f"{name} {count:,}" for name, count in sorted(ran.items(), key=lambda item: -item[1]))
+        display.print(f"{stage.name}: images by the experts that ran on them: {shown}")
     if run.info is not None:
         dropped = dict(session.data.drops.counts)
-        run.info.stage(stage.name, steps=progress.step, samples=progress.samples, dropped=dropped)
+        more = {"experts_ran": ran} if ran else {}
+        run.info.stage(stage.name, dropped=dropped, **more)
+        _record_place(run, stage, session)
     return engine
 
 
@@ -180,17 +197,25 @@ def open_session(run: Run, stage: StageSpec, model: Any, processor: Any, stack: 
     _record_start(run, stage, groups, mixture, attention, progress)
     display.start(progress.total_steps, progress.step)
     stack.callback(display.close)
-    return Session(engine, data, progress, attention, flops, checkpoint, display)
+    names = [source.name for source in mixture.sources]
+    datasets = DatasetLoss(names, device) if len(names) > 1 else None
+    return Session(engine, data, progress, attention, flops, checkpoint, display, datasets)
 
 
 def optimizer_step(
-    engine: Engine, micro: list[Any], attention: str, flops: FlopModel | None, *, save: bool = False
+    engine: Engine,
+    micro: list[Any],
+    attention: str,
+    flops: FlopModel | None,
+    *,
+    save: bool = False,
+    datasets: DatasetLoss | None = None,
 ) -> Step:
     """Forward and backward of all micro-batches, then the update. The loss is the mean over all supervised tokens of
     the step, on all processes, however they are spread.
 
-    save: this process asks for a checkpoint; the main process's wish is what counts. Raises `TrainingDiverged` before
-    anything is updated when the loss is not finite.
+    save: this process asks for a checkpoint; the main process's wish is what counts. datasets: told each token's loss.
+    Raises `TrainingDiverged` before anything is updated when the loss is not finite.
     """
     own = count_batches(micro, flops)
     own["save"] = float(save and distributed.is_main())
@@ -199,16 +224,18 @@ def optimizer_step(
     for index, batch in enumerate(micro):
         batch = batch.to(engine.device, non_blocking=True)
         inputs = attention_inputs(batch, attention)
-        output = engine(**inputs, num_items_in_batch=counts["supervised"], skip_logits=engine.zero_stage != 3)
+        with datasets.of(batch) if datasets is not None else nullcontext([]) as outputs:
+            output = engine(**inputs, num_items_in_batch=counts["supervised"], skip_logits=engine.zero_stage != 3)
+            outputs.append(output)
         engine.backward(output.loss, last=index == len(micro) - 1)
         losses.append(output.loss.detach())
         of_codes.append(getattr(output, "losses", None))
     loss = distributed.sum_numbers([float(torch.stack(losses).float().sum())])[0]
     if not math.isfinite(loss):
-        raise TrainingDiverged(_blame("loss", loss, micro))
+        raise diverged("loss", loss, micro)
     norm = engine.step()
     if not math.isfinite(norm):
-        raise TrainingDiverged(_blame("gradient norm", norm, micro))
+        raise diverged("gradient norm", norm, micro)
     return Step(loss, norm, counts, save=counts["save"] > 0, losses=_mean_losses(of_codes))
 
 
@@ -216,16 +243,6 @@ def _mean_losses(found: list[dict[str, torch.Tensor] | None]) -> dict[str, float
     drawn = [losses for losses in found if losses]
     names = dict.fromkeys(name for losses in drawn for name in losses)
     return {name: sum(float(losses[name]) for losses in drawn) / len(drawn) for name in names}
-
-
-def _blame(what: str, value: float, micro: list[Any]) -> str:
-    own = [f"{dataset}/{key}" for batch in micro for dataset, key in zip(batch.datasets, batch.ids)]
-    names = [name for part in distributed.gather_objects(own) for name in part]
-    shown = ", ".join(names[:32]) + (f" and {len(names) - 32} more" if len(names) > 32 else "")
-    return (
-        f"the {what} became {value}. Samples of this step: {shown}. The last checkpoint is untouched; lower the rate "
-        "or max_grad_norm, or put the sample on the quarantine list (mllm data check), and go on with --resume"
-    )
 
 
 def seed_everything(seed: int, stage: str, *, same: bool = False) -> None:
@@ -302,6 +319,13 @@ def _record_start(
                 for g in groups
             ],
         )
+
+
+def _record_place(run: Run, stage: StageSpec, session: Session) -> None:
+    """How far the stage is, and the sampler's place, in ``run.json``."""
+    if run.info is not None:
+        done = session.progress
+        run.info.stage(stage.name, steps=done.step, samples=done.samples, sampler=session.data.state())
 
 
 def _count_down(run: Run) -> bool:

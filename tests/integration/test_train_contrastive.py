@@ -107,6 +107,27 @@ def test_the_tuned_encoder_goes_on_into_the_next_stage_and_is_kept_whole(tmp_pat
     assert max((start[k] - tuned[k]).abs().max().item() for k in tuned) > 1e-3, "it did learn"
 
 
+def test_an_open_clip_encoder_learns_with_ranked_negatives_and_goes_on_into_the_next_stage(tmp_path):
+    from open_clip import CLIP
+
+    vision = {"image_size": 28, "layers": 2, "width": 32, "head_width": 16, "patch_size": 7}
+    text = {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    architecture = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    options = {"config": None, "tokenizer": None, "ranking_weight": 0.5, "ranking_floor": 0.05}
+    recipe = _recipe(tmp_path, steps=12, batch_size=8, options=options)
+    recipe.model.encoders["semantic"] = {"type": "open_clip", "architecture": architecture, "layers": [-1]}
+    run_recipe(recipe)
+    output = tmp_path / "run"
+    losses = [float.fromhex(r["loss"]) for r in metrics(output) if r["stage"] == "pairs"]
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3]), losses
+    tuned, after = _encoder(output / "pairs"), _encoder(output / "final")
+    assert tuned and all(torch.equal(tuned[k], after[k]) for k in tuned), "the encoder is frozen in the second stage"
+    whole = CLIP(16, vision, text)  # what is kept opens in open_clip alone, and is the tuned encoder
+    whole.load_state_dict(load_file(output / "dual_encoders" / "pairs" / "open_clip_model.safetensors"))
+    for key, value in tuned.items():
+        assert torch.equal(value, whole.state_dict()["visual." + key.split("encoders.semantic.model.")[1]]), key
+
+
 @pytest.mark.slow
 def test_two_processes_with_gathered_negatives_equal_one(tmp_path):
     """The same four pairs a step, as one batch and as two processes' batches of two: InfoNCE with ranking on plain torch, then

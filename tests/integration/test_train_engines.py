@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.train import run_recipe
 from tests.integration.train_helpers import make_recipe, metrics
 
 PARTITION_ALL = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+OFFLOADED = {
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "cpu"},
+    }
+}
 _CALM = {
     "steps": 3,
     "gradient_accumulation": 2,
@@ -30,7 +40,7 @@ def _recipe(folder, engines, learns, batch_size, **changes):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("engines", "model"),
-    [(("zero2", "zero1", PARTITION_ALL, "zero3"), {}), ((PARTITION_ALL, "none"), ROUTED)],
+    [(("zero2", "zero1", PARTITION_ALL, "zero3", OFFLOADED), {}), ((PARTITION_ALL, "none"), ROUTED)],
     ids=["every engine", "routed"],
 )
 def test_two_processes_with_text_only_ranks_equal_one_process_in_every_engine(tmp_path, engines, model):
@@ -40,6 +50,7 @@ def test_two_processes_with_text_only_ranks_equal_one_process_in_every_engine(tm
         {"connector": 3e-3, "encoders.detail": {"rate": 1e-3, "last_layers": 1}},
         {"language_model": 1e-3},
         {"language_model": {"rate": 1e-3, "lora": {"r": 4}}, "connector": 1e-3},
+        {"language_model": 1e-3, "connector": 3e-3},
     ]
     if model:
         learns[1] = {"router": 1e-3, "encoders": 1e-3}
@@ -53,4 +64,8 @@ def test_two_processes_with_text_only_ranks_equal_one_process_in_every_engine(tm
         wanted, found = (load_file(tmp_path / run / stage / "model.safetensors") for run in ("one", "two"))
         assert set(wanted) == set(found) and len(wanted) > 50
         assert max((wanted[name] - found[name]).abs().max().item() for name in wanted) < 1e-6
-    assert one.name == two.name == "final"
+    models = [MllmForConditionalGeneration.from_pretrained(final).eval() for final in (one, two)]
+    ids = torch.randint(5, 200, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted, found = (model(input_ids=ids).logits for model in models)
+    assert wanted.std() > 0.1 and (wanted - found).abs().max() < 1e-5

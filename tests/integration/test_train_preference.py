@@ -43,6 +43,9 @@ def test_dpo_moves_towards_the_chosen_answers_and_goes_on_after_an_interruption(
     recipe = _recipe(tmp_path, "dpo", {"beta": 0.5}, steps=6, learn=learn, save_every=2, batch_size=4)
     run_recipe(recipe, stop_after=3)
     assert not (tmp_path / "run" / "final").exists()
+    half = tmp_path / "run" / "checkpoints" / "dpo" / "checkpoint-5"
+    half.mkdir()  # what a kill while saving leaves: it must not be gone on from
+    (half / "trainer_state.json").write_text("{")
     final = run_recipe(recipe, resume=True)
     records = _records(tmp_path / "run")
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
@@ -77,6 +80,29 @@ def test_grpo_draws_scores_and_learns_with_two_encoders_and_a_reference(tmp_path
         key.split(".")[-2 if key.startswith("lm_head") else 1] for key in state if (state[key] != before[key]).any()
     }
     assert moved == {"language_model", "multi_modal_projector", "lm_head"}, "frozen encoders stay"
+
+
+@pytest.mark.slow
+def test_two_processes_prefer_what_one_does_and_draw_for_the_next_stage(tmp_path):
+    """Two pairs a process and one step of four pairs: the same losses; then GRPO goes on from there."""
+    calm = {"steps": 2, "optimizer": {"eps": 1e-4}, "learn": {"language_model": 1e-3, "connector": 1e-3}}
+    one = _recipe(tmp_path, "dpo", {"beta": 0.5}, batch_size=4, **calm)
+    two = _recipe(tmp_path, "dpo", {"beta": 0.5}, batch_size=2, **calm)
+    for recipe in (one, two):
+        recipe.model.language_model.config["attention_dropout"] = 0.0
+    options = {"rewards": [f"{__name__}:character_sum"], "num_generations": 2, "max_completion_length": 3}
+    draw = {"name": "grpo", "kind": "grpo", "steps": 1, "batch_size": 2, "options": options}
+    two.stages.append(type(two.stages[0]).model_validate(two.stages[0].model_dump() | draw))
+    run_recipe(one, output=tmp_path / "one")
+    run_recipe(two, output=tmp_path / "two", processes=2)
+    wanted, found = _records(tmp_path / "one"), _records(tmp_path / "two")
+    assert [(r["stage"], r["step"]) for r in found] == [("dpo", 1), ("dpo", 2), ("grpo", 1)]
+    for a, b in zip(wanted, found):
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-5) and a["lr"] == b["lr"]
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    states = (load_file(tmp_path / run / "dpo" / "model.safetensors") for run in ("one", "two"))
+    assert max((a - b).abs().max().item() for a, b in zip(*(s.values() for s in states))) < 1e-5
+    assert found[-1]["reward_std"] > 0 and (tmp_path / "two" / "final" / "model.safetensors").is_file()
 
 
 def test_rewards_come_by_dotted_name_as_functions_or_scoring_rules():

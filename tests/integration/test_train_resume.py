@@ -3,44 +3,92 @@
 from __future__ import annotations
 
 import json
-import shutil
+import resource
+import signal
 from pathlib import Path
 
 import pytest
 
+from mllm.errors import CheckpointError
 from mllm.train import run_recipe
 from mllm.train.launch import WorkerFailed
 from mllm.train.verify import verify_resume
-from tests.integration.train_helpers import kill_when, kill_workers_when, logged_steps, make_recipe, metrics, start
+from tests.integration.kill_points import aim, plugin, run, spare
+from tests.integration.train_helpers import make_recipe, metrics, write_data
 
 MIXED = {"learn": {"language_model": 1e-3, "connector": 3e-3, "encoders": 1e-4}, "optimizer": {"weight_decay": 0.1}}
+MOMENTS: dict[str, dict] = {
+    # Saving: tensors half written, written but not indexed, the manifest half written, everything but the new name.
+    r"open .*first/\.writing-step-00000001/state-": {"half": True},
+    r"open .*first/\.writing-step-00000002/index-": {},
+    r"open .*first/\.writing-step-00000003/manifest": {"after": 1, "half": True},
+    r"os.rename .*first/\.writing-step-00000005": {},
+    # Pruning the oldest checkpoint; in the second epoch.
+    r"shutil.rmtree .*first/\.deleting-step-": {"after": 2},
+    # The stage's last folder: its model is there and the rest is not, everything but the new name.
+    r"open .*\.writing-first/recipe.yaml": {},
+    r"os.rename .*\.writing-first": {},
+    # Between the stages: nothing yet of the second, checkpoints of the first half removed; the record being replaced.
+    r"shutil.rmtree .*checkpoints/first$": {},
+    r"shutil.rmtree .*checkpoints/first\b": {"after": 3},
+    r"os.rename .*/metrics\.tmp": {},
+    r"os.rename .*/run\.tmp": {"after": 2},
+    r"open .*second/\.writing-step-00000002/random-": {},
+    r"os.link .*\.writing-final": {"after": 1},
+}
 
 
 @pytest.mark.slow
-def test_one_process_killed_while_saving_in_the_second_epoch_goes_on_bit_equal(tmp_path):
-    stage = {
-        "name": "sft",
-        "epochs": 3,
-        "gradient_accumulation": 2,
-        "packing": True,
-        "num_workers": 1,
-        "save_every": 1,
-        **MIXED,
-    }
-    recipe = make_recipe(tmp_path, stages=[stage], rows=20)
-    run_recipe(recipe, output=tmp_path / "whole")
+def test_a_run_killed_at_every_step_of_saving_exporting_and_changing_stages_goes_on_bit_equal(tmp_path):
+    """One run, killed again and again: a weighted mixture with workers and accumulation in fp32 over two epochs, then
+    packing in bf16. Numbers, samples and the final weights must be those of the run that was left alone."""
+    common = {"data": _mixture(tmp_path), "gradient_accumulation": 2, "save_every": 1, **MIXED}
+    stages = [
+        {"name": "first", "epochs": 2, "num_workers": 1, **common},
+        {"name": "second", "epochs": 3, "packing": True, "precision": "bf16", **common},
+    ]
+    recipe = make_recipe(tmp_path, stages=stages)
+    recipe.plugins = [plugin(tmp_path)]
+    assert run(recipe, tmp_path / "whole", resume=False) == 0
     wanted = metrics(tmp_path / "whole")
-    assert len(wanted) >= 6 and wanted[-1]["samples"] > 40
-    killed = tmp_path / "killed"
-    process = start(recipe, tmp_path, killed)
-    checkpoints = killed / "checkpoints" / "sft"
-    kill_when(process, lambda: logged_steps(killed) >= 4 and list(checkpoints.glob(".writing-*")))
-    assert not (killed / "final").exists()
-    run_recipe(recipe, output=killed, resume=True)
-    assert metrics(killed) == wanted
-    assert not list(checkpoints.glob(".*"))
+    assert [r["stage"] for r in wanted].count("first") == 8 and wanted[-1]["samples"] == 48
+    output = tmp_path / "killed"
+    for number, (pattern, more) in enumerate(MOMENTS.items()):
+        aim(tmp_path, output, pattern, **more)
+        assert run(recipe, output, resume=number > 0) == -signal.SIGKILL, pattern
+        assert not (output / "final").exists(), pattern
+    spare(tmp_path)
+    assert run(recipe, output, resume=True) == 0
+    assert metrics(output) == wanted
+    assert not list(output.rglob(".*")) and not list((output / "checkpoints").iterdir())
+    assert len(json.loads((output / "run.json").read_text())["starts"]) == 1 + len(MOMENTS)
     for name in ("model.safetensors", "config.json"):
-        assert (killed / "final" / name).read_bytes() == (tmp_path / "whole" / "final" / name).read_bytes()
+        assert (output / "final" / name).read_bytes() == (tmp_path / "whole" / "final" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("room", "message"),
+    [
+        (600, "run: the disk is full"),
+        (200_000, r"sft: the trained stage could not be written.*last checkpoint is intact"),
+    ],
+)
+def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(tmp_path, monkeypatch, room, message):
+    """No file may grow beyond ``room`` bytes: first the records do not fit, then the weights."""
+    recipe = make_recipe(tmp_path, stages=[{"name": "sft", "steps": 3, "learn": {"connector": 1e-3}}], rows=6)
+    monkeypatch.setattr("mllm.train.run_info.git_state", lambda **_: {})  # a developer's difference may be large
+    output, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    run_recipe(recipe, output=output, stop_after=1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=message):
+            run_recipe(recipe, output=output, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (output / "sft").exists() and [p.name for p in (output / "checkpoints" / "sft").iterdir()] == [
+        "step-00000001"
+    ]
+    assert run_recipe(recipe, output=output, resume=True).is_dir()
 
 
 @pytest.mark.slow
@@ -53,37 +101,46 @@ def test_a_recipe_can_be_checked_for_exact_resume(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_killed_in_every_stage_go_on_bit_equal_under_zero(tmp_path):
-    """Each stage is killed after a step that no checkpoint holds; the resumed run must repeat what was logged
-    exactly."""
-    common = {"epochs": 1, "batch_size": 1, "gradient_accumulation": 2, "save_every": 2, **MIXED}
+    """ZeRO-2 and ZeRO-3, fp32 and bf16; each stage is killed once, in one process or the other, while it saves or after
+    a step that no checkpoint holds."""
+    common = {"data": _mixture(tmp_path), "steps": 4, "batch_size": 1, "gradient_accumulation": 2, "save_every": 2}
     stages = [
-        {"name": "two", "engine": "zero2", **common},
-        {"name": "three", "engine": "zero3", **common},
-        {"name": "half", "engine": "zero3", **common, "precision": "bf16"},
+        {"name": "two", "engine": "zero2", **common, **MIXED},
+        {"name": "two_half", "engine": "zero2", **common, **MIXED, "precision": "bf16", "packing": True},
+        {"name": "three", "engine": "zero3", **common, **MIXED, "packing": True, "num_workers": 1},
+        {"name": "three_half", "engine": "zero3", **common, **MIXED, "precision": "bf16"},
     ]
-    recipe = make_recipe(tmp_path, stages=stages, rows=22)
-    output = tmp_path / "run"
-    remembered: list[dict] = []
-    for number, stage in enumerate(stages):
-        with (
-            kill_workers_when(lambda name=stage["name"]: _reached(output, name, 3)),
-            pytest.raises(WorkerFailed, match="SIGKILL"),
-        ):
+    recipe = make_recipe(tmp_path, stages=stages)
+    recipe.plugins = [plugin(tmp_path)]
+    run_recipe(recipe, output=tmp_path / "whole", processes=2)
+    output = tmp_path / "killed"
+    moments: list[tuple[str, dict]] = [
+        (r"open .*two/\.writing-step-00000002/state-00001", {"process": 1, "half": True}),
+        (r"os.rename .*two_half/\.writing-step-00000002", {}),
+        (r"os.rename .*three/\.writing-step-00000002", {"after": 1}),
+        (r"open .*\.writing-three_half/recipe.yaml", {}),
+    ]
+    for number, (pattern, more) in enumerate(moments):
+        aim(tmp_path, output, pattern, **more)
+        with pytest.raises(WorkerFailed, match="SIGKILL"):
             run_recipe(recipe, output=output, processes=2, resume=number > 0)
-        shutil.rmtree(output / "checkpoints" / stage["name"] / "step-00000004", ignore_errors=True)
-        remembered += [r for r in metrics(output) if r["stage"] == stage["name"]]
-        assert remembered[-1]["step"] >= 3 and remembered[-1]["stage"] == stage["name"]
+    spare(tmp_path)
     run_recipe(recipe, output=output, processes=2, resume=True)
-    found = {(r["stage"], r["step"]): r for r in metrics(output)}
-    assert [k for k in found if k[0] == "half"] == [("half", step) for step in range(1, 7)]
-    for record in remembered:
-        assert found[record["stage"], record["step"]] == record
+    assert metrics(output) == metrics(tmp_path / "whole") and len(metrics(output)) == 16
     history = json.loads((output / "run.json").read_text())
-    assert len(history["starts"]) == 4 and set(history["stages"]) == {"two", "three", "half"}
+    assert len(history["starts"]) == 5 and set(history["stages"]) == {s["name"] for s in stages}
+    for name in ("model.safetensors", "config.json"):
+        assert (output / "final" / name).read_bytes() == (tmp_path / "whole" / "final" / name).read_bytes()
 
 
-def _reached(output: Path, stage: str, step: int) -> bool:
-    try:
-        return any(r["stage"] == stage and r["step"] >= step for r in metrics(output))
-    except (FileNotFoundError, ValueError):
-        return False
+def _mixture(folder: Path) -> dict:
+    """Two datasets, one drawn three times as often."""
+    paths = [
+        write_data(folder / "data", rows=16),
+        write_data(folder / "data", rows=10, name="other", text_only_every=2),
+    ]
+    weights = zip(paths, (3, 1))
+    return {
+        "datasets": [{"dataset": {"format": "llava", "path": str(p)}, "weight": w} for p, w in weights],
+        "epoch_size": 16,
+    }

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from mllm.config import validate
-from mllm.errors import ConfigError, DataError
+from mllm.errors import CheckpointError, ConfigError, DataError
 from mllm.recipe import Recipe, load_recipe
 from mllm.train import run_recipe
 from mllm.train.checkpoint import latest_checkpoint
-from mllm.train.trainer import TrainingDiverged
-from tests.integration.train_helpers import make_recipe, metrics
+from mllm.train.guard import TrainingDiverged
+from tests.integration.train_helpers import make_recipe, metrics, write_data
 
 TWO = [
     {"name": "align", "steps": 3, "learn": {"connector": 1e-2}},
@@ -103,12 +103,41 @@ def test_a_loss_that_is_not_finite_names_the_samples_and_leaves_the_checkpoint(t
     assert reader is not None and reader.progress.step >= 1 and not reader.passed_over
 
 
+def test_a_run_tells_each_datasets_loss_the_experts_that_ran_and_where_time_went(tmp_path):
+    mixed = {"format": "llava", "path": str(write_data(tmp_path / "data", rows=8))}
+    other = {"format": "llava", "path": str(write_data(tmp_path / "data", rows=8, name="other", text_only_every=0))}
+    data = {"datasets": [{"dataset": mixed}, {"dataset": other}]}
+    router = {"router": {"type": "gate", "experts": ["detail"], "top_k": 1, "explore": 1.0}}
+    learn = {"language_model": 1e-3, "router": 1e-3}
+    recipe = make_recipe(
+        tmp_path, stages=[{"name": "sft", "epochs": 1, "batch_size": 4, "data": data, "learn": learn}], model=router
+    )
+    run_recipe(recipe, profile=1)
+    output = tmp_path / "run"
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert {name for r in records for name in r["dataset_loss"]} == {"mixed", "other"}
+    for record in records:
+        assert min(record["dataset_loss"].values()) <= record["loss"] + 1e-6
+        assert sum(record["routing"]["ran"].values()) == record["images"]
+        assert set(record["grad_norms"]) == {"language_model", "router"} and 0 <= record["data_wait"] <= 1
+    stage = json.loads((output / "run.json").read_text())["stages"]["sft"]
+    assert stage["experts_ran"] == {"detail": sum(r["images"] for r in records)}
+    assert stage["sampler"]["position"] == {"window": 1, "batch": 0} and stage["samples"] == 16
+    trace = json.loads((output / "profile" / "sft-0.json").read_text())
+    assert any("AdamW" in str(event.get("name")) for event in trace["traceEvents"])
+    assert "aten::mm" in (output / "profile" / "sft-0.txt").read_text()
+
+
 def test_resuming_with_other_settings_says_which(tmp_path):
     recipe = make_recipe(tmp_path, stages=[{"name": "sft", "steps": 4}])
     run_recipe(recipe, stop_after=1)
     changed = validate(Recipe, {**recipe.model_dump(), "seed": 4})
-    with pytest.raises(Exception, match="seed: 3 then, 4 now"):
+    with pytest.raises(CheckpointError, match=r"settings \(seed: 3 then, 4 now\)"):
         run_recipe(changed, resume=True)
+    deeper = recipe.model_copy(deep=True)
+    deeper.model.language_model.config["num_hidden_layers"] = 3
+    with pytest.raises(CheckpointError, match=r"\(model.language_model.config.num_hidden_layers: 2 then, 3 now\)"):
+        run_recipe(deeper, resume=True)
     faster = recipe.model_copy(deep=True)
     faster.stages[0].num_workers, faster.stages[0].log_every = 1, 2
     assert run_recipe(faster, resume=True).is_dir()

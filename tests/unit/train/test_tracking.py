@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from mllm.data.collate import collate, collate_packed
 from mllm.errors import UnavailableError
+from mllm.processing.chat import encode_sample
+from mllm.train.dataset_loss import DatasetLoss
 from mllm.train.flops import flop_model, peak_flops
+from mllm.train.guard import SpikeGuard
 from mllm.train.meter import Meter
-from mllm.train.run_info import RunInfo, data_hashes, git_state
+from mllm.train.prepare import attention_inputs
+from mllm.train.run_info import RunInfo, git_state, hub_revisions
 from mllm.train.tracking import Tracker, plot_loss, read_metrics
 from mllm.train.verify import compare
+from mllm.types import Sample, Turn
 from tests.helpers import tiny_model
 from tests.integration.train_helpers import make_recipe
 
@@ -121,7 +129,22 @@ def test_run_json_holds_commit_packages_starts_and_data_hashes(tmp_path):
     dirty = git_state(repository)
     assert len(clean["commit"]) == 40 and clean["dirty"] is False and dirty["dirty"] is True and dirty["diff_sha256"]
     assert git_state(tmp_path / "nowhere") == {}
-    assert next(iter(data_hashes([repository / "new"]).values())).startswith("2d711642b726b044")
+    (repository / "code").write_text("first\n")
+    for command in (["add", "code"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "-m", "y"]):
+        subprocess.run(["git", "-C", str(repository), *command], check=True)
+    (repository / "code").write_text("second\n")
+    kept = git_state(repository, keep=tmp_path)["diff"]
+    assert "-first\n+second" in (tmp_path / kept).read_text()
+
+
+def test_hub_revisions_are_the_commits_in_this_machines_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    reference = tmp_path / "models--org--llm" / "refs" / "main"
+    reference.parent.mkdir(parents=True)
+    reference.write_text("a" * 40)
+    weights = {"source": "org/eye", "revision": "b" * 40}
+    model = {"language_model": {"source": "org/llm"}, "encoders": {"vision": {"weights": weights}, "other": "absent/x"}}
+    assert hub_revisions(model) == {"org/llm@main": "a" * 40, f"org/eye@{'b' * 40}": "b" * 40}
 
 
 def test_a_comparison_of_two_runs_names_step_value_and_both_numbers():
@@ -149,3 +172,46 @@ def test_wandb_gets_every_record_without_a_network(tmp_path, monkeypatch):
     assert wandb.run.step >= 2 and wandb.run.name == "tiny" and wandb.run.config["seed"] == 3
     tracker.close()
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")) and wandb.run is None
+
+
+def test_a_leap_of_loss_or_gradient_names_the_samples_and_ordinary_noise_does_not(tmp_path, caplog):
+    guard = SpikeGuard(tmp_path / "spikes" / "sft-0.jsonl")
+    batch = SimpleNamespace(datasets=["a", "b"], ids=["1", "2"])
+    torch.manual_seed(0)
+    for step in range(200):
+        noise = torch.randn(2).tolist()
+        guard("sft", step, {"loss": 2 + 0.3 * noise[0], "grad_norm": 1.5 * 1.6 ** noise[1]}, [batch])
+    assert not guard.spikes and not caplog.records and not guard.path.exists()
+    with caplog.at_level(logging.WARNING):
+        guard("sft", 200, {"loss": 9.0, "grad_norm": 1.5}, [batch])
+    assert "sft step 200: loss leapt to 9" in caplog.text and "a/1, b/2" in caplog.text
+    (line,) = guard.path.read_text().splitlines()
+    assert json.loads(line) | {"median": 0} == {
+        "stage": "sft", "step": 200, "what": "loss", "value": 9.0, "median": 0, "samples": ["a/1", "b/2"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("skip_logits", [True, False], ids=["fused", "from logits"])
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_the_loss_of_each_dataset_is_that_of_its_own_samples(tmp_path, packing, skip_logits):
+    model, processor = tiny_model(tmp_path)
+    texts = {"a": ["hi", "what is it"], "b": ["no it is not"]}
+    samples = [
+        encode_sample(processor, Sample(f"{name}{k}", [Turn("user", "say"), Turn("assistant", text)], [], name, {}))
+        for name, group in texts.items()
+        for k, text in enumerate(group)
+    ]
+    order = [samples[0], samples[2], samples[1]]
+    options = {"pad_token_id": 0}
+    batch = collate_packed([order[:2], order[2:]], max_length=64, **options) if packing else collate(order, **options)
+    meter, inputs = DatasetLoss(["a", "b"], torch.device("cpu")), attention_inputs(batch, "sdpa")
+    for _ in range(2):
+        with torch.no_grad(), meter.of(batch) as outputs:
+            outputs.append(model(**inputs, skip_logits=skip_logits))
+    found = meter.report()["dataset_loss"]
+    assert meter.report() == {}
+    for name in texts:
+        alone = collate([s for s in samples if s.dataset == name], **options)
+        with torch.no_grad():
+            wanted = model(**attention_inputs(alone, "sdpa"), skip_logits=True).loss.item()
+        assert found[name] == pytest.approx(wanted, rel=1e-5)

@@ -1,0 +1,37 @@
+"""What do stages share that make other samples of the same data: captions and near misses, or questions about experts?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mllm.processing.chat import EncodedSample
+from mllm.types import Sample
+
+
+class WrappedProcessor:
+    """A processor in a stage's data pipeline: reads text as ``inner`` does, and says by `encode_sample` what is learned."""
+
+    num_image_tokens = 0
+
+    def __init__(self, inner: Any):
+        self.inner = inner
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.inner.tokenizer
+
+    @property
+    def chat_template(self) -> Any:
+        return self.inner.chat_template
+
+    @property
+    def image_token(self) -> str:
+        return self.inner.image_token
+
+    @property
+    def image_token_id(self) -> int:
+        return self.inner.image_token_id
+
+    def encode_sample(self, sample: Sample, max_length: int | None = None) -> EncodedSample:
+        """A sample as tensors. Raises `DataError` naming it when it cannot be used."""
+        raise NotImplementedError
