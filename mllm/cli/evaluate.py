@@ -115,10 +115,12 @@ def rescore(
     predictions: Annotated[Path, typer.Argument(help="A predictions .jsonl of an earlier run.")],
     metrics: Annotated[str | None, typer.Option(help="Other metrics than the task's own, comma separated.")] = None,
 ) -> None:
-    """Score stored predictions again, without a model."""
+    """Score stored predictions again, without a model: new scores go into the file, the table to the console."""
+    from mllm.eval.report import print_results
     from mllm.eval.runner import rescore as rescore_file
 
-    rescore_file(predictions, metrics=listed(metrics))
+    result = rescore_file(predictions, metrics=listed(metrics))
+    print_results({result.task: result})
 
 
 @evaluation.command("compare")

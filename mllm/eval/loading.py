@@ -67,12 +67,15 @@ class TaskData:
         return dict(Counter(problem.kind for problem in self.problems))
 
     def describe_problems(self) -> list[str]:
-        """One line per kind: how many, and the first few by name."""
+        """One line per kind and column: how many, and the first few by name."""
+        groups: dict[tuple[str, str], list[Problem]] = {}
+        for problem in self.problems:
+            column = problem.message.partition(":")[0] if problem.message.startswith("column ") else ""
+            groups.setdefault((problem.kind, column), []).append(problem)
         lines = []
-        for kind, count in self.problem_counts().items():
-            ids = [problem for problem in self.problems if problem.kind == kind]
-            names = ", ".join(problem.id for problem in ids[:_SHOWN]) + (" …" if count > _SHOWN else "")
-            lines.append(f"{count} × {kind}: {names} ({ids[0].message})")
+        for (kind, _), group in groups.items():
+            names = ", ".join(problem.id for problem in group[:_SHOWN]) + (" …" if len(group) > _SHOWN else "")
+            lines.append(f"{len(group)} × {kind}: {names} ({group[0].message})")
         return lines
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from mllm.errors import ConfigError, DataError, UnavailableError
 from mllm.eval.pictures import Picture
+from mllm.eval.refer import refer_rows
 from mllm.eval.task import JoinSpec, SourceSpec, TaskSpec
 
 Row = dict[str, Any]
@@ -241,6 +242,12 @@ def _read_mme(source: SourceSpec, files: Sequence[tuple[Path, Row]], place: Path
             }  # fmt: skip
 
 
+def _read_refer(source: SourceSpec, files: Sequence[tuple[Path, Row]], place: Path) -> Iterator[Row]:
+    for path, fields in files:
+        for row in refer_rows(path):
+            yield {**row, **fields, "_file": path.stem}
+
+
 def _from_hub(task: TaskSpec, source: SourceSpec) -> Iterator[Row]:
     try:
         import datasets
@@ -289,5 +296,5 @@ def _lazy(table: Any, number: int, name: str) -> Callable[[], bytes]:
 
 _FORMATS: dict[str, Callable[[SourceSpec, Sequence[tuple[Path, Row]], Path], Iterator[Row]]] = {
     "json": _read_json_source, "jsonl": _read_jsonl, "tsv": _read_table, "csv": _read_table, "parquet": _read_parquet,
-    "hub": _read_parquet, "mme": _read_mme,
+    "hub": _read_parquet, "mme": _read_mme, "refer": _read_refer,
 }  # fmt: skip

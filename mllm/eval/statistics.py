@@ -91,7 +91,8 @@ def mean_estimate(
     """The mean of per-sample scores with standard error and 95 % interval.
 
     Scores of 0 and 1 get a Wilson interval; under clustering with the effective size n · (SE / clustered SE)², or the
-    number of clusters where all scores are equal. Other scores get mean ± 1.96 SE.
+    number of clusters where all scores are equal. Other scores get mean ± 1.96 SE, and Wilson's where they lie in 0 to 1
+    and that would leave it or be a point.
     """
     num_samples = len(values)
     if num_samples == 0:
@@ -102,7 +103,9 @@ def mean_estimate(
     error = clustered_standard_error(values, clusters) if clustered and clusters else standard_error(values)
     num_clusters = len(set(clusters)) if clustered and clusters else None
     name = "clustered SE (sandwich G/(G-1))" if clustered else "SE"
-    if binary:
+    low, high = value - Z95 * error, value + Z95 * error
+    shares = min(values) >= 0 and max(values) <= 1
+    if binary or (shares and (error == 0 or low < 0 or high > 1)):  # shares vary less than right and wrong: it covers
         size = float(num_samples)
         if clustered:
             plain = standard_error(values)
@@ -110,9 +113,7 @@ def mean_estimate(
             size = min(size, float(num_samples))
         low, high = wilson_interval(value * size, size)
         return Estimate(value, error, low, high, num_samples, num_clusters, f"Wilson, {name}")
-    return Estimate(
-        value, error, value - Z95 * error, value + Z95 * error, num_samples, num_clusters, f"normal, {name}"
-    )
+    return Estimate(value, error, low, high, num_samples, num_clusters, f"normal, {name}")
 
 
 def bootstrap_estimate(

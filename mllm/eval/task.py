@@ -67,9 +67,9 @@ class SourceSpec(StrictModel):
     """One file layout the benchmark comes in. The first source whose files are all in the folder is read."""
 
     name: str
-    format: Literal["json", "jsonl", "tsv", "csv", "parquet", "mme", "hub"]
-    """mme: MME's folders of pictures and question files. hub: a hub dataset, from its parquet files in the folder when
-    they are there, else downloaded through ``datasets``."""
+    format: Literal["json", "jsonl", "tsv", "csv", "parquet", "mme", "refer", "hub"]
+    """mme: MME's folders of pictures and question files. refer: a ``refs(…).p`` file with ``instances.json`` beside it.
+    hub: a hub dataset, from its parquet files in the folder when they are there, else downloaded through ``datasets``."""
     files: list[FileSpec] = Field(default_factory=list)
     records: str | None = None
     """json: dotted path to the list (or mapping) of rows inside the file."""

@@ -1,10 +1,11 @@
-"""Which verb does ``mllm eval`` run when none is named?"""
+"""What does ``mllm eval`` run and say?"""
 
 from __future__ import annotations
 
 from typer.testing import CliRunner
 
 from mllm.cli.evaluate import evaluation
+from tests.unit.eval.test_runner import make_data, run
 
 
 def test_a_checkpoint_in_place_of_a_verb_is_evaluated_and_a_mistyped_verb_is_not(tmp_path):
@@ -14,3 +15,11 @@ def test_a_checkpoint_in_place_of_a_verb_is_evaluated_and_a_mistyped_verb_is_not
     assert "no_such_task" in f"{found.output}{found.exception}"
     mistyped = runner.invoke(evaluation, ["rescor", "predictions.jsonl"])
     assert mistyped.exit_code == 2 and "Did you mean" in mistyped.output and "rescore" in mistyped.output
+
+
+def test_rescore_shows_the_new_scores(tmp_path):
+    run(make_data(tmp_path / "d", 4), tmp_path / "o")
+    said = CliRunner().invoke(
+        evaluation, ["rescore", str(tmp_path / "o/demo_charts.jsonl"), "--metrics", "exact_match,anls_rrc"]
+    )
+    assert said.exit_code == 0 and "exact_match" in said.output and "anls_rrc" in said.output and "n=4" in said.output

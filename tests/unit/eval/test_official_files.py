@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mllm.errors import DataError
 from mllm.eval.loading import load_data
 from mllm.eval.pictures import Frames
 from mllm.eval.runner import evaluate
@@ -463,6 +465,30 @@ def test_refcoco_one_row_per_sentence_and_the_picture_gives_the_size(tmp_path):
         and result.metrics[0].details["iou"] == pytest.approx(100.0)
     )
     assert result.metrics[0].num_clusters == 1
+
+
+@pytest.mark.parametrize("refs, task, split", [("unc", "refcoco_testa", "testA"), ("unc", "refcoco_plus_testb", "testB"),
+                                               ("umd", "refcocog_val", "val")])  # fmt: skip
+def test_refcoco_official_references_and_instances(refs, task, split, tmp_path):
+    sentences = [{"sent": "left cup", "raw": "Left cup", "tokens": ["left", "cup"], "sent_id": k} for k in range(2)]
+    reference = {"ref_id": 3, "ann_id": 11, "image_id": 5, "split": split, "category_id": 1, "sentences": sentences,
+                 "sent_ids": [0, 1], "file_name": "COCO_train2014_000000000005_11.jpg"}  # fmt: skip
+    folder = tmp_path / "d"
+    write(folder / "instances.json", {"images": [{"id": 5, "file_name": "COCO_train2014_000000000005.jpg"}],
+                                      "annotations": [{"id": 11, "image_id": 5, "bbox": [2.0, 1.0, 10.0, 5.0]}]})  # fmt: skip
+    (folder / f"refs({refs}).p").write_bytes(pickle.dumps([reference, reference | {"split": "train"}], protocol=0))
+    picture(folder / "train2014/COCO_train2014_000000000005.jpg", size=(20, 10))
+    # the box is 0.1 0.1 0.6 0.6; the other reply shares 4 of its 10 columns, and has 4 columns of its own: 4 / 14
+    result = run(task, folder, lambda r: "[0.1, 0.1, 0.6, 0.6]" if r.id == "3#0" else "[0.4, 0.1, 0.8, 0.6]", tmp_path)
+    assert result.num_samples == 2 and result.metrics[0].value == 50.0 and result.metrics[0].num_clusters == 1
+    assert result.metrics[0].details["iou"] == pytest.approx(100 * (1 + 4 / 14) / 2) and result.problems == []
+
+
+def test_a_reference_file_that_would_run_code_is_refused(tmp_path):
+    (tmp_path / "refs(unc).p").write_bytes(pickle.dumps([Path("x")]))
+    write(tmp_path / "instances.json", {"images": [], "annotations": []})
+    with pytest.raises(DataError, match="expected plain lists and mappings"):
+        load_data(load_task("refcoco_val"), data={"refcoco_val": tmp_path})
 
 
 def test_mvbench_twenty_files_with_bounds(tmp_path):

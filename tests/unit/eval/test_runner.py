@@ -74,6 +74,7 @@ def test_bad_rows_are_named_and_counted_never_dropped_in_silence(tmp_path):
         {**good, "id": "noimage", "image": "nowhere.png"},
         {**good, "id": "noanswer", "answer": ""},
         {"id": "nofields"},
+        {"id": "unanswered", "image": "0.png", "question": "?", "kind": "a"},
         {**good, "id": "broken", "image": "broken.png"},
     ]
     folder = make_data(tmp_path / "d", 4, extra)
@@ -89,7 +90,8 @@ def test_bad_rows_are_named_and_counted_never_dropped_in_silence(tmp_path):
     ):
         assert words in told, words
     assert "'question' is undefined" in told and "the row's fields: id" in told
-    assert result.metrics[0].num_scored == 4 and result.num_unusable == 4 and result.num_samples == 6
+    assert "1 × unusable row: unanswered (column answers (answer)" in told, "each cause has its own line"
+    assert result.metrics[0].num_scored == 4 and result.num_unusable == 5 and result.num_samples == 6
     assert "broken" not in generator.asked and "noanswer" in generator.asked
     rows = {row["id"]: row for row in read_predictions(tmp_path / "o/demo_charts.jsonl")}
     assert rows["noanswer"]["scores"] == {} and "not an image" in rows["broken"]["unusable"]
@@ -314,6 +316,27 @@ def test_rescore_needs_no_model_and_agrees_with_the_run(tmp_path):
     header_path(path).unlink()
     with pytest.raises(DataError, match="needed to rescore"):
         rescore(path)
+
+
+def rescore_for_ever(path):
+    while True:
+        rescore(path, ["exact_match"])
+        rescore(path)
+
+
+def test_kill_minus_nine_while_rescoring_loses_no_answer(tmp_path):
+    result, _ = run(make_data(tmp_path / "d", 200), tmp_path / "o")
+    path, generator = tmp_path / "o/demo_charts.jsonl", random.Random(3)
+    whole = path.read_text()
+    for _ in range(6):
+        process = multiprocessing.get_context("fork").Process(target=rescore_for_ever, args=(path,))
+        process.start()
+        time.sleep(generator.uniform(0.02, 0.12))
+        process.kill()
+        process.join()
+        assert [row["id"] for row in read_predictions(path)] == [json.loads(line)["id"] for line in whole.splitlines()]
+    again = rescore(path, load_task(TASK).metrics)
+    assert path.read_text() == whole and again.metrics == result.metrics
 
 
 def test_a_generator_that_loses_or_invents_answers_is_caught(tmp_path):

@@ -130,3 +130,12 @@ def test_unequal_lengths_are_refused():
         paired_comparison([1.0], [1.0, 0.0])
     with pytest.raises(DataError, match="cluster names"):
         clustered_standard_error([1.0, 0.0], ["a"])
+
+
+def test_partial_credit_near_0_and_1_stays_inside_and_is_no_point():
+    nearly = mean_estimate([1.0] * 9 + [0.8])
+    assert nearly.low < nearly.value < nearly.high <= 1 and nearly.method.startswith("Wilson")
+    perfect, none = mean_estimate([1.0] * 10), mean_estimate([0.0] * 10)
+    assert perfect.low == pytest.approx(1 - none.high) and 0.6 < perfect.low < 0.8
+    middle = mean_estimate([0.2, 0.5, 0.7, 0.4, 0.6] * 4)
+    assert middle.method.startswith("normal") and mean_estimate([20.0, 31.0]).method.startswith("normal")
