@@ -21,6 +21,9 @@ def serve(
     max_pixels: Annotated[
         int, typer.Option(help="Largest picture, width × height; read before anything is decoded.")
     ] = 16_000_000,
+    max_drawings: Annotated[
+        int, typer.Option(help="Drawings per request to /v1/images/generations (models that draw).")
+    ] = 4,
     max_body_mb: Annotated[float, typer.Option(help="Largest request body, in MiB.")] = 32.0,
     media_domain: Annotated[
         list[str] | None,
@@ -57,6 +60,7 @@ def serve(
             "max_model_len": max_model_len,
             "max_images": max_images,
             "max_pixels": max_pixels,
+            "max_drawings": max_drawings,
             "max_body_mb": max_body_mb,
             "media_domains": media_domain or [],
             "tensor_parallel": tensor_parallel,

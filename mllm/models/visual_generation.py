@@ -151,7 +151,7 @@ def _need_processor(processor: Any) -> Any:
     return processor
 
 
-def _prefix(processor: Any, prompt: Any, where: str) -> Tensor:
+def prompt_prefix(processor: Any, prompt: Any, where: str) -> Tensor:
     """Ids from the conversation's start to the start token of the image to draw, as training has them."""
     turns = as_turns(prompt)
     ids, _ = encode_text(processor, [*turns, Turn("assistant", IMAGE_MARK)], where=where)
@@ -179,10 +179,10 @@ def _prompt_embeddings(
 ) -> tuple[Tensor, Tensor]:
     """Embeddings ``(R, T, L)`` and mask ``(R, T)`` of the prompts; guided, R is 2B."""
     device, tokens = model.device, model.visual_config.tokens
-    rows = [_prefix(processor, prompt, f"prompt {number}") for number, prompt in enumerate(prompts)]
+    rows = [prompt_prefix(processor, prompt, f"prompt {number}") for number, prompt in enumerate(prompts)]
     guided = drawing.guidance != 1.0
     if guided and negative is not None:
-        rows += [_prefix(processor, negative, "negative_prompt")] * len(prompts)
+        rows += [prompt_prefix(processor, negative, "negative_prompt")] * len(prompts)
     ids, mask = _left_pad(rows, tokens["null"], device)
     if guided and negative is None:
         last = ids.shape[1] - 1

@@ -8,12 +8,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from mllm.errors import CheckpointError
 
@@ -85,3 +88,54 @@ def read_pickle(file: Path) -> Any:
             f"{file}: refused, it is not a plain tensor file ({str(error).splitlines()[0][:160]}). Convert it to safetensors where you "
             "trust its origin"
         ) from error
+
+
+def read_part(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors of our checkpoint whose names begin with ``prefix``, without it; other shards are not opened.
+
+    Raises `CheckpointError` for a missing or damaged shard, and when nothing has that name.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    try:
+        if index.is_file():
+            places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = sorted({file for name, file in places.items() if name.startswith(prefix)})
+        else:
+            files = ["model.safetensors"]
+        found = {}
+        for file in files:
+            with safe_open(folder / file, "pt") as tensors:
+                names = [name for name in tensors.keys() if name.startswith(prefix)]  # noqa: SIM118 (no mapping)
+                found |= {name.removeprefix(prefix): tensors.get_tensor(name) for name in names}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: {error}; copy the checkpoint again") from error
+    if not found:
+        raise CheckpointError(f"{folder}: no weights named {prefix}…")
+    return found
+
+
+def published_renamings(module: nn.Module) -> dict[str, list[WeightRenaming]]:
+    """Path of every transformers model inside ``module`` → its renamings from published to present weight names.
+
+    transformers 5 saves its models under their published names (DINOv2's ``attention.attention.query``) and renames on
+    loading; encoders that are transformers models need the same here.
+    """
+    found: dict[str, list[WeightRenaming]] = {}
+    for path, child in module.named_modules():
+        if isinstance(child, PreTrainedModel) and not any(path.startswith(f"{seen}.") for seen in found):
+            transforms = get_model_conversion_mapping(child, add_legacy=False)
+            found[path] = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    return found
+
+
+def present_name(name: str, renamings: Mapping[str, Sequence[WeightRenaming]]) -> str:
+    """A checkpoint's weight name as the module has it."""
+    for path, transforms in renamings.items():
+        if name.startswith(f"{path}."):
+            inner = name[len(path) + 1 :]
+            for transform in transforms:
+                inner = transform.rename_source_key(inner)[0]
+            return f"{path}.{inner}"
+    return name

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import Field
 
 from mllm.config import StrictModel
-from mllm.errors import DataError
+from mllm.errors import ConfigError, DataError, UnavailableError
 from mllm.processing.images import image_size
 from mllm.serve.routes import FirstPassFailed, Routes, pictures, told
 
@@ -33,6 +33,7 @@ _CACHE_KEYS = ("uuid",)
 _OBJECTS = ("structured_outputs", "response_format", "stream_options")
 """Fields that must hold an object; vLLM stumbles over anything else with a 500."""
 CHAT = "/chat/completions"
+DRAW = "/images/generations"
 _MAX_DEPTH = 64
 
 
@@ -49,6 +50,14 @@ class GuardSettings(StrictModel):
     image_token: str = "<image>"
     router: dict[str, Any] | None = None
     """The checkpoint's router config; None: nothing is routed."""
+    checkpoint: str | None = None
+    """Whose visual tokenizer decodes drawings; None: nothing is drawn."""
+    cannot_draw: str = "this model draws no images: its config has no visual_head"
+    """What a drawing request is told where ``checkpoint`` is None."""
+    max_drawings: int = Field(default=4, ge=1)
+    """Most pictures one request may ask for."""
+    name: str | None = None
+    """The served model's name."""
 
 
 class Refused(Exception):
@@ -74,6 +83,8 @@ class Guard:
         self.settings = settings or GuardSettings.model_validate_json(os.environ.get(ENVIRONMENT, "{}"))
         self.api_key = api_key if api_key is not None else os.environ.get("VLLM_API_KEY")
         self.routes = Routes(self.settings.router) if self.settings.router else None
+        self._studio: Any = None
+        self._studio_lock = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -94,6 +105,9 @@ class Guard:
                 return
             body = await self.read_body(scope, receive)
             body, experts = await self.admit(scope, body)
+            if scope["method"] == "POST" and path.endswith(DRAW):
+                await _answer(send, 200, await self.draw(scope, body, receive))
+                return
         except Refused as refusal:
             await _answer(send, refusal.status, error_body(refusal.status, str(refusal)))
             return
@@ -210,6 +224,8 @@ class Guard:
         """Take the per-request settings out; returns the routing they fix, the only one that is accepted."""
         if data.get("media_io_kwargs"):
             raise Refused(400, "media_io_kwargs is not accepted")
+        if isinstance(data.get("vllm_xargs"), dict) and any(str(key).startswith("mllm_") for key in data["vllm_xargs"]):
+            raise Refused(400, f"vllm_xargs: names that begin with mllm_ are the server's own; draw at /v1{DRAW}")
         settings = data.pop("mm_processor_kwargs", None)
         if not settings:
             return None
@@ -224,14 +240,56 @@ class Guard:
         except (ValueError, TypeError) as error:
             raise Refused(400, f"experts: {error}") from None
 
+    async def draw(self, scope: Scope, body: bytes, receive: Receive) -> bytes:
+        """The answer to an image request; stops drawing when the client goes away."""
+        if self.settings.checkpoint is None:
+            raise Refused(400, self.settings.cannot_draw)
+        from mllm.serve.image_api import Busy, ImagesRequest, ImageStudio
+
+        try:
+            request = ImagesRequest.model_validate(json.loads(body or b"{}"))
+        except ValueError as error:
+            raise Refused(400, _said(error)) from None
+        if request.n > self.settings.max_drawings:
+            raise Refused(
+                400, f"n: {request.n} pictures in one request; at most {self.settings.max_drawings} are drawn"
+            )
+        if request.model not in (None, self.settings.name):
+            raise Refused(404, f"model {request.model!r} is not served here; this is {self.settings.name!r}")
+        client = getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
+        if client is None:
+            raise Refused(404, "this server has no engine")
+        async with self._studio_lock:
+            if self._studio is None:
+                self._studio = await asyncio.to_thread(ImageStudio, self.settings.checkpoint)
+        drawing = asyncio.create_task(self._studio.draw(client, request))
+        gone = asyncio.create_task(_gone(receive))
+        try:
+            await asyncio.wait({drawing, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not drawing.done():
+                raise _Gone
+            return json.dumps(drawing.result()).encode()
+        except Busy as error:
+            raise Refused(503, str(error)) from None
+        except (ConfigError, UnavailableError, ValueError) as error:  # ValueError: vLLM's, a prompt too long
+            raise Refused(400, str(error)) from None
+        except (_Gone, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            raise Refused(500, f"the engine could not draw: {type(error).__name__}") from error
+        finally:
+            drawing.cancel()
+            gone.cancel()
+
     def information(self) -> dict[str, Any]:
-        """What a client can ask for: pictures per request, experts, and who routes."""
+        """What a client can ask for: pictures per request, experts, who routes, and whether it draws."""
         router = self.settings.router or {}
         return {
             "max_images": self.settings.max_images,
             "experts": list(router.get("experts", [])),
             "router": router.get("type"),
             "media_domains": self.settings.media_domains,
+            "draws": self.settings.checkpoint is not None,
         }
 
     async def _statistics(self, scope: Scope) -> dict[str, Any]:
@@ -245,13 +303,28 @@ class _Gone(Exception):
     """The client went away."""
 
 
+async def _gone(receive: Receive) -> None:
+    """Returns when the client has gone away."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _said(error: ValueError) -> str:
+    """A validation error on one line: the fields and what is wrong with them."""
+    if not hasattr(error, "errors"):
+        return str(error)
+    found = error.errors()  # type: ignore[attr-defined]
+    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}" for e in found)
+
+
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
 def error_body(status: int, message: str) -> bytes:
     """An error in OpenAI's form."""
-    kind = {401: "AuthenticationError", 408: "RequestTimeout", 413: "RequestTooLarge"}.get(status, "BadRequestError")
+    kinds = {401: "AuthenticationError", 404: "NotFoundError", 408: "RequestTimeout", 413: "RequestTooLarge"}
+    kind = kinds.get(status, "BadRequestError" if status < 500 else "InternalServerError")
     return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": status}}).encode()
 
 

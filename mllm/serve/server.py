@@ -13,6 +13,7 @@ from pydantic import Field
 
 from mllm.config import StrictModel
 from mllm.errors import ConfigError, UnavailableError
+from mllm.serve.drawing import PROCESSOR, SCHEDULER
 from mllm.serve.guard import ENVIRONMENT, GuardSettings
 
 NO_DOMAIN = "no-media-domain.invalid"
@@ -31,6 +32,8 @@ class ServeSettings(StrictModel):
     max_model_len: int | None = Field(default=None, gt=0)
     max_images: int = Field(default=8, ge=0)
     max_pixels: int = Field(default=16_000_000, gt=0)
+    max_drawings: int = Field(default=4, ge=1)
+    """Most pictures that one request to ``/v1/images/generations`` may ask for."""
     max_body_mb: float = Field(default=32.0, gt=0)
     media_domains: list[str] = Field(default_factory=list)
     tensor_parallel: int = Field(default=1, ge=1)
@@ -56,7 +59,8 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         )
     routed = router is not None
     arguments = ["--model", settings.checkpoint, "--host", settings.host, "--port", str(settings.port)]
-    arguments += ["--served-model-name", settings.name or Path(settings.checkpoint.rstrip("/")).name]
+    name = settings.name or Path(settings.checkpoint.rstrip("/")).name
+    arguments += ["--served-model-name", name]
     arguments += ["--dtype", settings.dtype, "--seed", "0", "--chat-template-content-format", "openai"]
     arguments += ["--limit-mm-per-prompt", json.dumps({"image": settings.max_images})]
     if _vllm_source_has("image_mode: str | None", "multimodal/media/image.py"):
@@ -81,6 +85,11 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         arguments += ["--override-generation-config", json.dumps({"temperature": 0.0})]
     if routed and _vllm_source_has("trust_request_mm_kwargs", "entrypoints/**/cli_args.py"):
         arguments += ["--trust-request-mm-kwargs"]  # the guard lets nothing but checked experts through
+    draws, cannot_draw = _drawing(config, settings)
+    if config.visual_head is not None and settings.backend != "transformers":
+        arguments += ["--logits-processors", PROCESSOR]
+    if draws:  # a guided drawing is two requests in step
+        arguments += ["--scheduler-cls", SCHEDULER, "--no-async-scheduling"]
     if settings.lora:
         arguments += ["--enable-lora", "--lora-modules", *settings.lora]
     guard = GuardSettings(
@@ -90,6 +99,10 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         max_pixels=settings.max_pixels,
         image_token=_image_token(settings.checkpoint),
         router=router,
+        checkpoint=settings.checkpoint if draws else None,
+        cannot_draw=cannot_draw,
+        max_drawings=settings.max_drawings,
+        name=name,
     )
     environment = {
         ENVIRONMENT: guard.model_dump_json(),
@@ -142,6 +155,18 @@ def _read(checkpoint: str) -> tuple[Any, dict[str, Any]]:
     except OSError:
         generation = {}
     return config, generation
+
+
+def _drawing(config: Any, settings: ServeSettings) -> tuple[bool, str]:
+    """Whether the server draws, and what a drawing request is told where it does not."""
+    kind = (config.visual_head or {}).get("type")
+    if kind is None:
+        return False, "this model draws no images: its config has no visual_head"
+    if kind != "vocabulary":
+        return False, f"visual_head {kind}: the server draws with a vocabulary head only; draw with `mllm draw`"
+    if settings.backend == "transformers":
+        return False, "--backend transformers does not draw; serve with --backend native"
+    return True, ""
 
 
 def _image_token(checkpoint: str) -> str:

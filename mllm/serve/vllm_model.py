@@ -3,14 +3,11 @@ model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.config import VllmConfig
 from vllm.distributed import (
@@ -32,6 +29,7 @@ from mllm.errors import CheckpointError, UnavailableError
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.pipeline import build_visual_parts
 from mllm.models.routing import short_image
+from mllm.models.weight_files import present_name, published_renamings
 from mllm.processing.layout import PRIMARY_PIXELS, pixel_keys
 from mllm.serve.memory import FeatureMemory
 from mllm.serve.stats import EncoderClock
@@ -225,31 +223,6 @@ def language_architectures(text_config: Any) -> list[str]:
             f"text_config.model_type: vLLM has no causal language model for {text_config.model_type!r}; try its "
             "Transformers backend (--model-impl transformers)"
         ) from None
-
-
-def published_renamings(module: nn.Module) -> dict[str, list[WeightRenaming]]:
-    """Path of every transformers model inside ``module`` → its renamings from published to present weight names.
-
-    transformers 5 saves its models under their published names (DINOv2's ``attention.attention.query``) and renames on
-    loading; encoders that are transformers models need the same here.
-    """
-    found: dict[str, list[WeightRenaming]] = {}
-    for path, child in module.named_modules():
-        if isinstance(child, PreTrainedModel) and not any(path.startswith(f"{seen}.") for seen in found):
-            transforms = get_model_conversion_mapping(child, add_legacy=False)
-            found[path] = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    return found
-
-
-def present_name(name: str, renamings: Mapping[str, Sequence[WeightRenaming]]) -> str:
-    """A checkpoint's weight name as the module has it."""
-    for path, transforms in renamings.items():
-        if name.startswith(f"{path}."):
-            inner = name[len(path) + 1 :]
-            for transform in transforms:
-                inner = transform.rename_source_key(inner)[0]
-            return f"{path}.{inner}"
-    return name
 
 
 def _stacked(value: Tensor | list[Tensor]) -> Tensor:

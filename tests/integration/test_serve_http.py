@@ -5,12 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
-import socket
-import subprocess
-import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -18,20 +13,14 @@ from PIL import Image
 
 from mllm.types import IMAGE_MARK, Turn
 from tests.helpers import TINY_CLIP, TINY_LLM, TINY_TIMM, picture
-from tests.integration.test_serve_vllm import DINO, ROOT, write_checkpoint
+from tests.integration.serving import serving
+from tests.integration.test_serve_vllm import DINO, write_checkpoint
 
 httpx = pytest.importorskip("httpx")
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("vllm")]
 
-KEY = "a-key-for-the-test"
 TOKENS = 8
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -78,52 +67,9 @@ def secrets(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(checkpoint, tmp_path_factory):
-    port = free_port()
-    log = tmp_path_factory.mktemp("log") / "server.log"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "MLLM_API_KEY": KEY,
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "mllm.cli.main",
-        "serve",
-        checkpoint,
-        "--port",
-        str(port),
-        "--name",
-        "tiny",
-        "--eager",
-    ]
-    command += ["--dtype", "float32", "--max-model-len", "2048", "--max-images", "3", "--max-body-mb", "2"]
-    command += ["--max-pixels", "1000000", "--", "--block-size", "32", "--max-num-seqs", "8"]
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
-    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, headers={"authorization": f"Bearer {KEY}"})
-    try:
-        deadline = time.time() + 900
-        while True:
-            if process.poll() is not None or time.time() > deadline:
-                pytest.fail("the server did not start:\n" + log.read_text(errors="replace")[-4000:])
-            try:
-                if client.get("/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(1)
+    options = ["--max-model-len", "2048", "--max-images", "3", "--max-body-mb", "2", "--max-pixels", "1000000"]
+    with serving(checkpoint, tmp_path_factory.mktemp("log") / "server.log", *options) as client:
         yield client
-    finally:
-        client.close()
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
 
 
 @pytest.fixture(scope="module")

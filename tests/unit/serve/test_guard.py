@@ -346,3 +346,16 @@ def test_websockets_are_closed():
 
     asyncio.run(Guard(Echo(), GuardSettings(), api_key="")({"type": "websocket", "path": "/v1/realtime"}, None, send))
     assert sent == [{"type": "websocket.close", "code": 1008}]
+
+
+def test_a_model_without_a_vocabulary_head_says_why_it_does_not_draw():
+    app = Echo()
+    answer = ask(app, {"prompt": "a seven"}, path="/v1/images/generations", cannot_draw="draw with `mllm draw`")
+    assert answer.status_code == 400 and "mllm draw" in answer.json()["error"]["message"]
+    assert app.bodies == []
+
+
+def test_the_drawing_requests_of_the_server_cannot_be_written_by_a_client():
+    app = Echo()
+    answer = ask(app, {"messages": [], "vllm_xargs": {"mllm_drawing": "x"}})
+    assert answer.status_code == 400 and "vllm_xargs" in answer.json()["error"]["message"]
