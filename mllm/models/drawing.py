@@ -16,6 +16,14 @@ from mllm.models.pipeline import shared_tokenizer
 from mllm.models.visual_grammar import image_grammar, vocabulary_offsets
 from mllm.visual_tokenizers.grammar import ImageGrammarProcessor
 
+VLLM_PROCESSOR = "mllm.serve.vllm_drawing:DrawingProcessor"
+"""For vLLM's ``logits_processors``: the image grammar of a model with a visual head, and its drawings."""
+
+
+def vllm_options(config: Any) -> dict[str, Any]:
+    """What a vLLM engine of this checkpoint needs so that its text follows `DrawingMixin.image_rules`."""
+    return {"logits_processors": [VLLM_PROCESSOR]} if getattr(config, "visual_head", None) is not None else {}
+
 
 class DrawingMixin:
     """The drawing side of `MllmForConditionalGeneration`; means something when its config has a ``visual_head``."""

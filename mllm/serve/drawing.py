@@ -20,8 +20,6 @@ from mllm.visual_tokenizers.sequence import code_blocks
 
 KEY = "mllm_drawing"
 """Where `DrawingRequest` stands in ``SamplingParams.extra_args``."""
-PROCESSOR = "mllm.serve.vllm_drawing:DrawingProcessor"
-"""For vLLM's ``logits_processors``."""
 SCHEDULER = "mllm.serve.vllm_scheduler.PairScheduler"
 """For vLLM's ``scheduler_cls``, with ``async_scheduling=False``."""
 
@@ -145,7 +143,7 @@ def draw_with_engine(
     """Packed codes ``(B, S)`` of one picture per prompt from an offline vLLM engine; settings as `generate_images` takes
     them, and the same codes.
 
-    llm: made with ``logits_processors=[PROCESSOR], scheduler_cls=SCHEDULER, async_scheduling=False``. Raises
+    llm: made with `mllm.models.drawing.vllm_options` and ``scheduler_cls=SCHEDULER, async_scheduling=False``. Raises
     `BrokenDrawing`.
     """
     sets = [

@@ -13,7 +13,8 @@ from pydantic import Field
 
 from mllm.config import StrictModel
 from mllm.errors import ConfigError, UnavailableError
-from mllm.serve.drawing import PROCESSOR, SCHEDULER
+from mllm.models.drawing import VLLM_PROCESSOR
+from mllm.serve.drawing import SCHEDULER
 from mllm.serve.guard import ENVIRONMENT, GuardSettings
 
 NO_DOMAIN = "no-media-domain.invalid"
@@ -87,7 +88,7 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         arguments += ["--trust-request-mm-kwargs"]  # the guard lets nothing but checked experts through
     draws, cannot_draw = _drawing(config, settings)
     if config.visual_head is not None and settings.backend != "transformers":
-        arguments += ["--logits-processors", PROCESSOR]
+        arguments += ["--logits-processors", VLLM_PROCESSOR]
     if draws:  # a guided drawing is two requests in step
         arguments += ["--scheduler-cls", SCHEDULER, "--no-async-scheduling"]
     if settings.lora:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mllm.errors import UnavailableError
+from mllm.models.drawing import vllm_options
 from mllm.models.routing import ANSWER_TOKENS
 from mllm.processing.chat import encode_text, question_text, render_prompt, routing_inputs
 from mllm.processing.template import messages_of
@@ -144,6 +145,8 @@ def open_vllm(
 ) -> Any:
     """A vLLM engine inside this process. Raises `UnavailableError` without vLLM."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from transformers import AutoConfig
+
     try:
         from vllm import LLM
     except ImportError:
@@ -158,6 +161,7 @@ def open_vllm(
         "enforce_eager": True,
         "seed": 0,
         "max_num_seqs": 8,
+        **({} if model_impl == "transformers" else vllm_options(AutoConfig.from_pretrained(checkpoint))),
         **options,
     }
     return LLM(checkpoint, **settings)

@@ -18,8 +18,9 @@ os.environ.update(
 from transformers import AutoProcessor
 from vllm import LLM
 
+from mllm.models.drawing import vllm_options
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
-from mllm.serve.drawing import PROCESSOR, SCHEDULER, BrokenDrawing, DrawingPlan, draw_with_engine
+from mllm.serve.drawing import SCHEDULER, BrokenDrawing, DrawingPlan, draw_with_engine
 
 PROMPTS = ["Draw a seven, please", "One", "Hello, draw something of great beauty", "A cat"]
 
@@ -46,7 +47,7 @@ def main(folder: str) -> None:
         max_num_batched_tokens=256,
         enforce_eager=True,
         seed=0,
-        logits_processors=[PROCESSOR],
+        **vllm_options(model.config),
         scheduler_cls=SCHEDULER,
         async_scheduling=False,
     )

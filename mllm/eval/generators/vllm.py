@@ -8,6 +8,7 @@ from typing import Any
 
 from mllm.errors import UnavailableError
 from mllm.eval.generators.base import answer_text, checkpoint_hash, hf_messages
+from mllm.models.drawing import vllm_options
 from mllm.types import Request, Response
 
 _WINDOW = 1024
@@ -35,13 +36,14 @@ class VLLMGenerator:
             raise UnavailableError(
                 "the vLLM generator needs vllm; install mllm[serve] (GPU) or mllm[serve-cpu]"
             ) from None
-        from transformers import AutoProcessor
+        from transformers import AutoConfig, AutoProcessor
 
         self.name, self._dtype, self._hash = f"vllm:{checkpoint}", dtype, model_hash or checkpoint_hash(checkpoint)
         self._engine_options = dict(engine or {})
         self.processor = AutoProcessor.from_pretrained(checkpoint)
         self._ours = hasattr(self.processor, "pixel_keys")
-        self.llm = LLM(model=checkpoint, dtype=dtype, limit_mm_per_prompt={"image": max_images}, **self._engine_options)
+        options = {**vllm_options(AutoConfig.from_pretrained(checkpoint)), **self._engine_options}
+        self.llm = LLM(model=checkpoint, dtype=dtype, limit_mm_per_prompt={"image": max_images}, **options)
 
     def fingerprint(self) -> str:
         """Weights by hash or name, precision, vLLM's version."""
