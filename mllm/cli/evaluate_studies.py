@@ -63,6 +63,7 @@ def ablate(
     ] = None,
     data: Data = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Keep answers that are already there.")] = True,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: the GPU when there is one.")] = None,
 ) -> None:
@@ -71,7 +72,8 @@ def ablate(
     Gives the score change with its interval for each encoder (or routed expert) and way of masking, latency and FLOPs per
     image, the effective rank of its features before the connector, and, with a router, who is chosen for which category.
     Masking is not retraining: a model trained without the encoder learns to do without it, and the two rankings differ
-    (arXiv 2606.03879). One run of the benchmark per encoder and mode: start with --limit.
+    (arXiv 2606.03879). One run of the benchmark per encoder and mode: start with --limit. Killed or stopped, the same
+    command goes on where it was.
 
     [dim]mllm eval ablate runs/demo/final --tasks demo_charts --limit 100[/]
     """
@@ -90,6 +92,7 @@ def ablate(
         seed=seed,
         dtype=dtype,
         device=device,
+        resume=resume,
         say=_say,
     )
     _finish(study, folder)

@@ -6,6 +6,8 @@ Masking an encoder of a trained model is not training without it; the two rank e
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,8 +21,12 @@ from torch import Tensor
 from mllm.errors import ConfigError, DataError
 from mllm.eval.compare import compare_predictions
 from mllm.eval.generators.hf import HFGenerator
-from mllm.eval.runner import evaluate
+from mllm.eval.loading import load_data
+from mllm.eval.predictions import PredictionWriter, header_path, prediction_path
+from mllm.eval.results import TaskResult
+from mllm.eval.runner import evaluate, run_header
 from mllm.eval.statistics import Comparison, holm
+from mllm.eval.task import TaskSpec, load_tasks
 from mllm.types import VisionFeatures
 
 Mode = Literal["drop", "shuffle", "mean"]
@@ -76,6 +82,7 @@ class _Probe:
     def __init__(self, name: str, encoder: torch.nn.Module):
         self.name, self.encoder = name, encoder
         self.mode: Mode | None = None
+        self.gathering = True
         self.pool: list[Tensor] = []
         self.keys: list[str] = []
         self.seconds: list[float] = []
@@ -84,13 +91,15 @@ class _Probe:
         self._handles = [encoder.register_forward_pre_hook(self._before), encoder.register_forward_hook(self._after)]
 
     def _before(self, module: Any, arguments: Any) -> None:
-        if self.mode is None:
+        if self.gathering:
             _synchronise(arguments[0])
             self._started = time.perf_counter()
 
     def _after(self, module: Any, arguments: Any, output: VisionFeatures) -> VisionFeatures:
         pixels = arguments[0]
-        if self.mode is None:
+        if self.mode is not None:
+            return replace(output, tokens=self._masked(pixels, output.tokens), prefix=None)
+        if self.gathering:
             _synchronise(output.tokens)
             if len(pixels):
                 self.seconds.append((time.perf_counter() - self._started) / len(pixels))
@@ -99,8 +108,7 @@ class _Probe:
                 if len(self.pool) < _POOL and (key := _key(image)) not in self.keys:
                     self.pool.append(tokens.detach().float().cpu())
                     self.keys.append(key)
-            return output
-        return replace(output, tokens=self._masked(pixels, output.tokens), prefix=None)
+        return output
 
     def _masked(self, pixels: Tensor, tokens: Tensor) -> Tensor:
         if self.mode == "drop" or not len(tokens):
@@ -115,6 +123,13 @@ class _Probe:
             raise DataError(f"encoder {self.name}: shuffling needs at least two different pictures in the benchmark")
         place = int(key[:12], 16) % len(self.pool)
         return self.pool[(place + 1) % len(self.pool) if self.keys[place] == key else place]
+
+    def state(self) -> dict[str, Any]:
+        return {"keys": self.keys, "seconds": self.seconds, "num_images": self.num_images}
+
+    def restore(self, state: Mapping[str, Any], pool: list[Tensor]) -> None:
+        self.keys, self.seconds, self.num_images = list(state["keys"]), list(state["seconds"]), state["num_images"]
+        self.pool = pool
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -142,6 +157,7 @@ def ablate(
     batch_size: int = 8,
     data: Mapping[str, str | Path] | None = None,
     seed: int = 0,
+    resume: bool = True,
     progress: bool = True,
     say: Callable[[str], None] | None = None,
 ) -> Ablation:
@@ -149,7 +165,9 @@ def ablate(
     same samples.
 
     drop: features are zeros; shuffle: those of another picture of the benchmark; mean: the mean over its pictures,
-    position by position. say: told what comes next. Raises `ConfigError` for an unknown encoder or mode.
+    position by position. resume: keep the answers that stand in ``output_dir``; only an intact task that was cut short
+    is asked again whole, since the encoders' features are gathered while it runs. say: told what comes next. Raises
+    `ConfigError` for an unknown encoder or mode, and for answers of another model, data or setting in the folder.
     """
     bank = encoder_bank(model)
     names = list(encoders or bank.encoders)
@@ -161,18 +179,24 @@ def ablate(
     generator = _Masked(model, processor, batch_size=batch_size)
     tell = say or (lambda text: None)
     common: dict[str, Any] = {"limit": limit, "data": data, "progress": progress}
+    specs = load_tasks(tasks)
     with _probes({name: bank.encoders[name] for name in bank.encoders}) as probes:
         num_runs, run = 1 + len(names) * len(modes), 1
         tell(f"[1/{num_runs}] intact")
-        intact = evaluate(generator, tasks, folder / "intact", resume=False, **common)
+        intact = _intact(generator, specs, folder / "intact", probes, resume, common)
+        for probe in probes.values():
+            probe.gathering = False
         effects = []
         for name in names:
             for mode in modes:
                 run += 1
                 tell(f"[{run}/{num_runs}] {name}: {mode}")
-                probes[name].mode, generator.masking = mode, f":{name}={mode}"
-                evaluate(generator, tasks, folder / f"{name}-{mode}", resume=False, **common)
-                for entry in compare_predictions(folder / "intact", folder / f"{name}-{mode}", seed=seed):
+                place = folder / f"{name}-{mode}"
+                probes[name].mode, generator.masking = mode, f":{name}={mode}{_pool_name(probes[name], mode)}"
+                for spec in specs:
+                    kept = resume and _made_by(generator, prediction_path(place, spec.name))
+                    evaluate(generator, [spec], place, resume=kept, **common)
+                for entry in compare_predictions(folder / "intact", place, seed=seed):
                     effects.append(
                         Effect(name, mode, entry.task, entry.metric, entry.value_a, entry.value_b, entry.comparison)
                     )
@@ -181,6 +205,80 @@ def ablate(
     adjusted = holm([effect.comparison.p_value for effect in effects])
     effects = [replace(effect, adjusted=p) for effect, p in zip(effects, adjusted)]
     return Ablation(effects, costs, {task: routing_by_category(Path(result.path)) for task, result in intact.items()})
+
+
+def _intact(
+    generator: _Masked,
+    specs: Sequence[TaskSpec],
+    folder: Path,
+    probes: Mapping[str, _Probe],
+    resume: bool,
+    common: Mapping[str, Any],
+) -> dict[str, TaskResult]:
+    """The intact run, task by task; what the probes gathered is kept beside the predictions of each finished task."""
+    results: dict[str, TaskResult] = {}
+    history: list[Any] = []
+    for spec in specs:
+        loaded = load_data(spec, data=common["data"], limit=common["limit"])
+        header = run_header(generator, loaded, spec.build_metrics(), None)
+        path = prediction_path(folder, spec.name)
+        if resume:
+            with PredictionWriter(path, header):
+                pass  # refuses answers of another run
+        history = [*history, header["identity"], _digest([item.id for item in loaded.items])]
+        gathered = path.with_suffix(".probes.safetensors")
+        finished = resume and _restore(gathered, probes, history)
+        if not finished:
+            gathered.unlink(missing_ok=True)
+        results |= evaluate(generator, [spec], folder, resume=finished, **common)
+        if not finished:
+            _keep(gathered, probes, history)
+    return results
+
+
+def _keep(path: Path, probes: Mapping[str, _Probe], history: Sequence[Any]) -> None:
+    """Write what the probes gathered, whole or not at all."""
+    from safetensors.torch import save_file
+
+    tensors = {f"{name}.{k}": t.contiguous() for name, probe in probes.items() for k, t in enumerate(probe.pool)}
+    states = {name: probe.state() for name, probe in probes.items()}
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    save_file(tensors, part, {"history": _digest(history), "probes": json.dumps(states)})
+    part.replace(path)
+
+
+def _restore(path: Path, probes: Mapping[str, _Probe], history: Sequence[Any]) -> bool:
+    """Give the probes what they gathered before; False when nothing was kept of the same tasks, model and samples."""
+    from safetensors import safe_open
+
+    if not path.is_file():
+        return False
+    with safe_open(path, "pt") as stored:
+        about = stored.metadata()
+        states = json.loads(about["probes"])
+        if about["history"] != _digest(history) or set(states) != set(probes):
+            return False
+        for name, state in states.items():
+            probes[name].restore(state, [stored.get_tensor(f"{name}.{k}") for k in range(len(state["keys"]))])
+    return True
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _pool_name(probe: _Probe, mode: Mode) -> str:
+    """Answers that hang on other pictures' features are named after those pictures."""
+    return "" if mode == "drop" else f":{_digest(probe.keys)}"
+
+
+def _made_by(generator: _Masked, path: Path) -> bool:
+    """Whether the predictions at ``path`` are this model's, masked with the same pictures."""
+    try:
+        before = json.loads(header_path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return before.get("identity", {}).get("model") == generator.fingerprint()
 
 
 def encoder_bank(model: Any) -> Any:
@@ -227,11 +325,9 @@ def _gflops(probe: _Probe, info: Any) -> float:
     parameter = next(probe.encoder.parameters(), None)
     kind = {"dtype": parameter.dtype, "device": parameter.device} if parameter is not None else {}
     pixels = torch.zeros(1, 3, info.image.height, info.image.width, **kind)
-    counted = probe.num_images, list(probe.seconds), list(probe.pool), list(probe.keys)
     # the counter does not know every fused attention kernel; the plain one it does
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         probe.encoder(pixels)
-    probe.num_images, probe.seconds, probe.pool, probe.keys = counted
     return counter.get_total_flops() / 1e9
 
 

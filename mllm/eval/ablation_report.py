@@ -31,11 +31,12 @@ def run_ablation(
     seed: int = 0,
     dtype: str = "float32",
     device: str | None = None,
+    resume: bool = True,
     progress: bool = True,
     say: Callable[[str], None] | None = None,
 ) -> Study:
     """Ablate a checkpoint's encoders and experts; predictions go to ``output_dir/ablation/``, ``ablation.json`` and
-    ``ablation.md`` to ``output_dir``. Raises what `ablate` raises."""
+    ``ablation.md`` to ``output_dir``. resume: keep the answers that stand there. Raises what `ablate` raises."""
     from mllm.eval.checkpoint import load_model
 
     names = expand_tasks(tasks)
@@ -45,7 +46,7 @@ def run_ablation(
     model, processor = load_model(checkpoint, dtype=dtype, device=device)
     found = ablate(
         model, processor, names, folder / "ablation", encoders=encoders, modes=modes, limit=limit,
-        batch_size=batch_size, data=data, seed=seed, progress=progress, say=say,
+        batch_size=batch_size, data=data, seed=seed, resume=resume, progress=progress, say=say,
     )  # fmt: skip
     study = ablation_study(found)
     save_study(study, folder)

@@ -10,13 +10,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from mllm.eval.compare import TaskComparison, compare_predictions
 from mllm.eval.page import html_page
 from mllm.eval.predictions import read_predictions, write_atomic
 from mllm.eval.results import MetricResult, TaskResult
-from mllm.eval.study import Study, finite, load_studies, markdown_table, number, p_text, study_markdown
+from mllm.eval.study import Study, finite, load_studies, markdown_table, number, p_text, print_table, study_markdown
 
 _COMPARED = ("task", "metric", "A", "B", "B − A", "95 %", "p", "p (Holm)", "B better/worse", "method")
 
@@ -118,6 +117,28 @@ def _batch_note(differences: Sequence[Mapping[str, Any]] | None) -> list[str]:
     ]
 
 
+def console_lines(rows: Sequence[tuple[str, ...]], width: int) -> list[str]:
+    """The table as lines, of at most ``width`` characters where that can be; names are never broken. Task and metric
+    stand beside the numbers; in a narrower terminal the task, then the metric too, stand above them, and columns
+    without any number are left out."""
+    columns = list(range(2, len(_HEADINGS)))
+
+    def numbers(cells: Sequence[str]) -> str:
+        return "  ".join(cells[k].rjust(max(len(row[k]) for row in (_HEADINGS, *rows))) for k in columns)
+
+    tasks, metrics = (max(len(row[k]) for row in (_HEADINGS, *rows)) for k in (0, 1))
+    whole = [f"{row[0]:{tasks}}  {row[1]:{metrics}}  {numbers(row)}" for row in (_HEADINGS, *rows)]
+    if len(whole[0]) <= width:
+        return whole
+    columns = [k for k in columns if any(row[k] != "–" for row in rows)]
+    beside = 2 + metrics + 2 + len(numbers(_HEADINGS)) <= width
+    lines = [f"{_HEADINGS[0]:{metrics + 2}}  {numbers(_HEADINGS)}" if beside else numbers(_HEADINGS).rjust(width)]
+    for row in rows:
+        lines += [row[0]] if row[0] else []
+        lines += [f"  {row[1]:{metrics}}  {numbers(row)}"] if beside else [f"  {row[1]}", numbers(row).rjust(width)]
+    return lines
+
+
 def print_results(
     results: Mapping[str, TaskResult],
     batch_differences: Sequence[Mapping[str, Any]] | None = None,
@@ -125,12 +146,10 @@ def print_results(
 ) -> None:
     """The table and its notes on the console."""
     console = console or Console()
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for position, heading in enumerate(_HEADINGS):
-        table.add_column(heading, justify="left" if position < 2 else "right", no_wrap=position > 1, overflow="fold")
-    for row in _table_rows(results):
-        table.add_row(*map(escape, row))
-    console.print(table)
+    head, *lines = console_lines(_table_rows(results), console.width)
+    console.print(f"[bold]{escape(head)}[/]", highlight=False, soft_wrap=True)
+    for line in lines:
+        console.print(escape(line), highlight=False, soft_wrap=True)
     for note in [*_notes(results), *_batch_note(batch_differences)]:
         console.print(f"[dim]{escape(note)}[/]", highlight=False)
 
@@ -162,17 +181,16 @@ def compare(first: str | Path, second: str | Path, *, seed: int = 0, show: bool 
     """Compare two runs on matched samples and print the table. See `compare_predictions`."""
     comparisons = compare_predictions(first, second, seed=seed)
     if show:
-        console = Console()
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for position, heading in enumerate(_COMPARED):
-            table.add_column(heading, justify="left" if position < 2 or position == len(_COMPARED) - 1 else "right")
+        rows = []
         for entry in comparisons:
             result = entry.comparison
             counts = f"{result.wins}/{result.losses}" if result.wins or result.losses else "–"
-            table.add_row(
-                entry.task, entry.metric, number(entry.value_a), number(entry.value_b), number(result.difference),
-                "–" if result.low != result.low else f"{result.low:.2f} – {result.high:.2f}",
-                p_text(result.p_value), p_text(entry.adjusted), counts, result.method,
+            rows.append(
+                (
+                    entry.task, entry.metric, number(entry.value_a), number(entry.value_b), number(result.difference),
+                    "–" if result.low != result.low else f"{result.low:.2f} – {result.high:.2f}",
+                    p_text(result.p_value), p_text(entry.adjusted), counts, result.method,
+                )
             )  # fmt: skip
-        console.print(table)
+        print_table(Console(), _COMPARED, rows, (0, 1, len(_COMPARED) - 1))
     return comparisons

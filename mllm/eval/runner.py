@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ from mllm.errors import ConfigError, DataError
 from mllm.eval.asking import Blind, answers
 from mllm.eval.batch_check import check_generator
 from mllm.eval.cache import AnswerCache
+from mllm.eval.data_check import check_data
 from mllm.eval.generators.base import Generator
 from mllm.eval.launch import RUN_ID, start_workers
 from mllm.eval.loading import TaskData, load_data
 from mllm.eval.metrics import Metric, build_metric
 from mllm.eval.predictions import (
     PredictionWriter,
+    Row,
     answered_elsewhere,
     header_path,
     iterate_files,
@@ -106,7 +108,10 @@ def _run(
             for row in answers(generator, spec, todo, metrics, blind, cache, folder, keep):
                 writer.append(row)
                 bar.advance()
-        rows = [writer.done[item.id] for item in mine if item.id in writer.done]
+    if stale := _other_scores(writer.done.values(), metrics):
+        writer.done |= {row["id"]: row | score_fields(row, metrics) for row in stale}
+        write_lines(path, writer.done.values())
+    rows = [writer.done[item.id] for item in mine if item.id in writer.done]
     seconds = time.perf_counter() - started
     if world > 1:
         write_atomic(path.with_suffix(".done"), _token([item.id for item in mine]) + "\n")
@@ -119,6 +124,16 @@ def _run(
     result.header["seconds"] = round(seconds, 3)
     write_atomic(header_path(path), json.dumps(result.header, indent=2, ensure_ascii=False) + "\n")
     return result
+
+
+def _other_scores(rows: Iterable[Row], metrics: Sequence[Metric]) -> list[Row]:
+    """Rows that were scored by other metrics, or other versions of them, before a run went on: `rescore` leaves such."""
+    labels = [metric.label for metric in metrics]
+    return [
+        row
+        for row in rows
+        if row["target"] is not None and not row.get("unusable") and list(row.get("scores", {})) != labels
+    ]
 
 
 def run_header(generator: Generator, data: TaskData, metrics: Sequence[Metric], blind: str | None) -> dict[str, Any]:
@@ -276,6 +291,8 @@ def run_eval(
     specs = _overridden(names, overrides)  # a misspelt task is found before the model is loaded
     if unknown := sorted(set(data_dirs or {}) - set(names)):
         raise ConfigError(f"data for {', '.join(unknown)}: not among the tasks {', '.join(names)}")
+    if os.environ.get("RANK", "0") == "0":
+        check_data(specs, data_dirs)
     folder = Path(output_dir) if output_dir is not None else Path(checkpoint).parent / "eval"
     if processes > 1 and "RANK" not in os.environ:
         arguments = {

@@ -18,6 +18,8 @@ from mllm.eval.task import JoinSpec, SourceSpec, TaskSpec
 
 Row = dict[str, Any]
 _REFERENCE_LENGTH = 64
+_LISTED = 4
+"""Files of a layout that a message names."""
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
@@ -50,20 +52,43 @@ def find_sources(task: TaskSpec, place: Path | None) -> list[Found]:
                 found.append(
                     Found(source, folder, partial(_decorate, source, partial(read, source, files, folder), folder))
                 )
-        layouts = "; ".join(f"{source.name}: {', '.join(_patterns(source))}" for source in task.sources)
         if not found:
-            raise ConfigError(f"{task.name}: {place} holds none of its file layouts. Looked for {layouts}")
+            raise ConfigError(f"{task.name}: {place} holds none of its file layouts. Looked for {_layouts(task)}")
         return found
     for source in task.sources:
         if source.format == "hub":
             found.append(Found(source, Path(), partial(_decorate, source, partial(_from_hub, task, source), Path())))
     if not found:
-        layouts = "; ".join(f"{source.name}: {', '.join(_patterns(source))}" for source in task.sources)
-        raise UnavailableError(
-            f"{task.name}: no data. Say where its files are with data.{task.name}=/path, or put them into "
-            f"$MLLM_DATA/{task.folder or task.name}. Layouts: {layouts}"
-        )
+        raise UnavailableError(f"{task.name}: no data. {whereabouts(task)}")
     return found
+
+
+def whereabouts(task: TaskSpec) -> str:
+    """Which files a task wants, where they come from, and how to say where they are."""
+    origin = {
+        f"hf download {source.hub} --repo-type dataset{f' --revision {source.revision}' if source.revision else ''} "
+        f"--local-dir /folder": None
+        for source in task.sources
+        if source.hub
+    }
+    return (
+        f"Say where its files are with --data {task.name}=/folder (in Python: data={{{task.name!r}: folder}}), or put "
+        f"them into $MLLM_DATA/{task.folder or task.name}. One of these will do:\n    "
+        + _layouts(task).replace("; ", "\n    ")
+        + "".join(f"\n    from the hub: {command}" for command in origin)
+        + (f"\n    about the benchmark: {task.paper}" if task.paper else "")
+    )
+
+
+def _layouts(task: TaskSpec) -> str:
+    """Each source with the files it wants."""
+    told = []
+    for source in task.sources:
+        patterns = _patterns(source)
+        more = len(patterns) > _LISTED
+        files = ", ".join(patterns[:_LISTED]) + (f" … ({len(patterns)} in all)" if more else "")
+        told.append(f"{source.name}: {files}")
+    return "; ".join(told)
 
 
 def _patterns(source: SourceSpec) -> list[str]:
@@ -75,11 +100,13 @@ def _patterns(source: SourceSpec) -> list[str]:
             for c in source.configs
             for pattern in (f"{c}/{source.split}-*.parquet", f"data/{c}/{source.split}-*.parquet")
         ]
-    return ["<category>/*.txt"] if source.format == "mme" else [file.path for file in source.files]
+    return ["<category>/*.txt"] if source.format == "mme" else [*source.needs, *(file.path for file in source.files)]
 
 
 def _locate(source: SourceSpec, place: Path) -> list[tuple[Path, Row]]:
     """Files of a source in a folder, with the fields they add; empty when one is missing."""
+    if any(not any(place.glob(needed)) for needed in source.needs):
+        return []
     if source.format == "mme":
         return [(path, {}) for path in sorted(place.glob("*/**/*.txt")) if path.parent.name != "eval_tool"]
     if source.format == "hub":
@@ -261,8 +288,7 @@ def _from_hub(task: TaskSpec, source: SourceSpec) -> Iterator[Row]:
             table = datasets.load_dataset(hub, config, split=split, revision=source.revision)
         except Exception as error:
             raise UnavailableError(
-                f"{task.name}: {source.hub} could not be loaded ({type(error).__name__}: {error}). "
-                f"Say where its files are with data.{task.name}=/path or $MLLM_DATA/{task.folder or task.name}"
+                f"{task.name}: {source.hub} could not be loaded ({type(error).__name__}: {error}). {whereabouts(task)}"
             ) from None
         other: dict[str, Row] = {}
         if source.join is not None:

@@ -106,16 +106,37 @@ def print_study(study: Study, console: Console | None = None) -> None:
     """Tables, then notes, on the console."""
     console = console or Console()
     for table in study.tables:
-        shown = RichTable(box=None, pad_edge=False, header_style="bold", title=table.caption, title_justify="left")
-        for position, heading in enumerate(table.headings):
-            words = position < table.num_text
-            shown.add_column(heading, justify="left" if words else "right", no_wrap=not words, overflow="fold")
-        for row in table.rows:
-            shown.add_row(*map(escape, row))
-        console.print(shown)
+        console.print(f"[italic]{escape(table.caption)}[/]", highlight=False)
+        print_table(console, table.headings, table.rows, range(table.num_text))
         console.print()
     for note in study.notes:
         console.print(f"[dim]{escape(note)}[/]", highlight=False)
+
+
+def print_table(console: Console, headings: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int]) -> None:
+    """A table whose ``words`` columns are text and whose others are numbers. Where it is wider than the console, a
+    row's words stand in a line above its numbers, so that no name is broken; a table of words alone is folded."""
+    cells = [tuple(headings), *map(tuple, rows)]
+    sizes = [max(len(row[k]) for row in cells) for k in range(len(headings))]
+    numbers = [k for k in range(len(headings)) if k not in words]
+    if not numbers and sum(sizes) + 2 * len(sizes) - 2 > console.width:
+        shown = RichTable(box=None, pad_edge=False, header_style="bold")
+        for heading in headings:
+            shown.add_column(heading, overflow="fold")
+        for row in rows:
+            shown.add_row(*map(escape, row))
+        console.print(shown)
+        return
+
+    def laid(row: Sequence[str], columns: Sequence[int]) -> str:
+        return "  ".join(row[k].ljust(sizes[k]) if k in words else row[k].rjust(sizes[k]) for k in columns).rstrip()
+
+    lines = [[laid(row, range(len(headings)))] for row in cells]
+    if len(lines[0][0]) > console.width or any(len(line[0]) > console.width for line in lines):
+        lines = [[" · ".join(row[k] for k in words), "  " + laid(row, numbers)] for row in cells]
+    for position, line in enumerate(lines):
+        for text in line:
+            console.print(escape(text), highlight=False, soft_wrap=True, style="bold" if position == 0 else None)
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -71,6 +71,8 @@ class SourceSpec(StrictModel):
     """mme: MME's folders of pictures and question files. refer: a ``refs(…).p`` file with ``instances.json`` beside it.
     hub: a hub dataset, from its parquet files in the folder when they are there, else downloaded through ``datasets``."""
     files: list[FileSpec] = Field(default_factory=list)
+    needs: list[str] = Field(default_factory=list)
+    """Other files or folders (``*`` allowed) that must be there, where two layouts name their question files alike."""
     records: str | None = None
     """json: dotted path to the list (or mapping) of rows inside the file."""
     join: JoinSpec | None = None
@@ -84,7 +86,7 @@ class SourceSpec(StrictModel):
     """tsv: where ``image`` holds another row's key instead of a picture (short text), that row's picture is used; this
     is the key's field."""
     hub: str | None = None
-    """Hub dataset id."""
+    """Hub dataset id; with another format, where the files come from."""
     configs: list[str] = Field(default_factory=list)
     split: str | None = None
     revision: str | None = None
@@ -243,7 +245,7 @@ def data_folder(task: TaskSpec, data: Mapping[str, str | Path] | None = None) ->
     if given is not None:
         path = Path(given).expanduser()
         if not path.exists():
-            raise ConfigError(f"data.{task.name}={given}: no such file or folder")
+            raise ConfigError(f"--data {task.name}={given}: no such file or folder")
         return path
     places = []
     if root := os.environ.get("MLLM_DATA"):

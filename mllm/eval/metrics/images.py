@@ -116,7 +116,7 @@ class Psnr(_Picture):
 
 class Ssim(_Picture):
     name = "ssim"
-    protocol = "SSIM: Gaussian 11 × 11, sigma 1.5, K 0.01 / 0.03, per RGB channel or on luma as stated, then mean"
+    protocol = "SSIM: Gaussian 11 × 11, sigma 1.5, K 0.01 / 0.03, whole windows only, per RGB channel or on luma as stated, then mean"
     unit = ""
 
     def __init__(self, data_range: float | None = None, channels: Literal["rgb", "luma"] = "rgb"):

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import random
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
 from mllm.errors import ConfigError
-from mllm.eval.ablate import WARNING, _Probe, ablate, effective_rank, encoder_bank
+from mllm.eval.ablate import WARNING, Ablation, _Probe, ablate, effective_rank, encoder_bank
 from mllm.eval.ablation_report import ablation_study
 from mllm.eval.generators.hf import HFGenerator
 from mllm.eval.study import study_markdown
@@ -117,3 +124,80 @@ def test_routing_is_recorded_per_question_and_summed_by_category(tmp_path):
     assert (
         "**Routing on demo_charts: mean weight of each expert by category**" in text and "| category | detail |" in text
     )
+
+
+def answered(folder: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in folder.glob("*/*.jsonl"))
+
+
+def table(found: Ablation) -> tuple:
+    """Everything but the time, which no two runs share."""
+    return found.effects, [replace(cost, milliseconds=0.0) for cost in found.costs], found.routing
+
+
+def ablate_alone(model, processor, data: Path, output: Path) -> None:
+    torch.set_num_threads(1)
+    ablate(model, processor, ["demo_charts"], output, data={"demo_charts": data}, batch_size=2, progress=False)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_kill_minus_nine_at_random_points_then_the_same_table_and_no_finished_run_asked_again(
+    tiny, tmp_path, monkeypatch, seed
+):
+    model, processor = tiny
+    data, output, draw = make_data(tmp_path / "d", 6), tmp_path / "o", random.Random(seed)
+    common = {"data": {"demo_charts": data}, "batch_size": 2, "progress": False}
+    whole = ablate(model, processor, ["demo_charts"], tmp_path / "whole", **common)
+    # 6 intact answers, then 6 for each of 6 maskings: within the intact run, and twice among the masked ones
+    for target in (draw.randint(1, 4), *sorted(draw.sample(range(8, 40), 2))):
+        process = multiprocessing.get_context("fork").Process(
+            target=ablate_alone, args=(model, processor, data, output)
+        )
+        process.start()
+        until = time.monotonic() + 60
+        while time.monotonic() < until and answered(output) < target and process.is_alive():
+            time.sleep(0.001)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL and target <= answered(output) < 42
+    stood = {path.parent.name: path.read_text() for path in output.glob("*/demo_charts.jsonl")}
+    finished = [name for name, text in stood.items() if text.count("\n") == 6]
+    assert "intact" in finished
+    asked = []
+    answer = HFGenerator.generate
+
+    def counted(self, requests):
+        for response in answer(self, requests):
+            asked.append((self.masking.split(":")[1].replace("=", "-") if self.masking else "intact", response.id))
+            yield response
+
+    monkeypatch.setattr(HFGenerator, "generate", counted)
+    again = ablate(model, processor, ["demo_charts"], output, **common)
+    assert table(again) == table(whole) and not {name for name, _ in asked} & set(finished)
+    assert (
+        len(asked)
+        == len(set(asked))
+        == 42 - sum(sum(line.endswith("\n") for line in text.splitlines(keepends=True)) for text in stood.values())
+    ), "what stood of an unfinished masking is kept, too"
+    for path in output.glob("*/demo_charts.jsonl"):
+        assert sorted(path.read_text().splitlines()) == sorted(
+            (tmp_path / "whole" / path.relative_to(output)).read_text().splitlines()
+        )
+    asked.clear()
+    assert ablate(model, processor, ["demo_charts"], output, **common) == again and asked == []
+
+
+def test_another_limit_masks_with_other_pictures_and_another_model_is_refused(tiny, tmp_path):
+    model, processor = tiny
+    data = make_data(tmp_path / "d", 8)
+    common = {"data": {"demo_charts": data}, "batch_size": 4, "progress": False, "encoders": ["detail"]}
+    ablate(model, processor, ["demo_charts"], tmp_path / "o", limit=4, modes=["mean"], **common)
+    found = ablate(model, processor, ["demo_charts"], tmp_path / "o", modes=["mean"], **common)
+    fresh = ablate(model, processor, ["demo_charts"], tmp_path / "fresh", modes=["mean"], **common)
+    assert table(found) == table(fresh) and found.effects[0].comparison.num_samples == 8
+    other, processor = tiny_model(tmp_path / "tokenizer")
+    with torch.no_grad():
+        next(other.parameters()).add_(1.0)
+    with pytest.raises(ConfigError, match="answers of another run"):
+        ablate(other, processor, ["demo_charts"], tmp_path / "o", modes=["mean"], **common)
+    ablate(other, processor, ["demo_charts"], tmp_path / "o", modes=["mean"], resume=False, **common)

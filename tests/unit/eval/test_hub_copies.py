@@ -9,7 +9,7 @@ import pytest
 
 from mllm.eval.loading import load_data
 from mllm.eval.task import load_task
-from tests.unit.eval.test_official_files import parquet, png, prompt_of, run
+from tests.unit.eval.test_official_files import parquet, png, prompt_of, run, write
 
 IMAGE = {"bytes": png(), "path": "a.png"}
 TEN = ["cat"] * 2 + ["dog"] * 8
@@ -149,3 +149,53 @@ def test_mmbenchs_copy_gives_its_second_level_category(tmp_path: Path):
     parquet(tmp_path / "d" / file, rows, ("image",))
     items = load_data(load_task("mmbench"), data={"mmbench": tmp_path / "d"}).items
     assert {item.meta["l2_category"] for item in items} == {"coarse"} and items[0].meta["options"] == ["sun", "moon"]
+
+
+def frames(place: Path, count: int = 3) -> None:
+    """A folder of frames where a video would be."""
+    place.mkdir(parents=True, exist_ok=True)
+    for k in range(count):
+        (place / f"{k}.png").write_bytes(png(k))
+
+
+def test_mvbenchs_hub_branch_of_cut_clips_is_read_without_bounds(tmp_path: Path):
+    task = load_task("mvbench")
+    hub = next(source for source in task.sources if source.name == "hub (OpenGVLab, branch video)")
+    assert len(hub.files) == 20
+    for file in hub.files:
+        rows = [{"video": f"{k}_1.5_9.0.mp4", "question": "What?", "candidates": ["x", "y", "z"], "answer": "y",
+                 "start": 1.5, "end": 9.0} for k in range(2)]  # fmt: skip
+        write(tmp_path / "d" / file.path, rows)
+        for row in rows:
+            frames(tmp_path / "d" / file.fields["place"] / row["video"])
+    # in every task the first is right; the second is right in the three tasks that end in "count" or "order"
+    result = run(
+        "mvbench", tmp_path / "d",
+        lambda r: "B" if r.id.endswith("/0") or "count/" in r.id or "order/" in r.id else "(C) z", tmp_path,
+    )  # fmt: skip
+    lenient, strict = result.metrics
+    assert result.header["source"] == hub.name and result.problems == [] and result.num_samples == 40
+    assert lenient.value == strict.value == pytest.approx(100 * 23 / 40)
+    item = load_data(task, data={"mvbench": tmp_path / "d"}).items[0]
+    assert item.pictures[0].start is None and item.pictures[0].count == 16 and item.target == "y"
+    assert prompt_of(item).endswith(
+        "Question: What?\nOption:\n(A) x\n(B) y\n(C) z\n"
+        "Answer with the option's letter from the given choices directly."
+    )
+
+
+def test_videommes_hub_copy_of_two_lengths(tmp_path: Path):
+    common = {"video_id": "1", "domain": "d", "sub_category": "s", "task_type": "t", "question": "Which?", "url": "u",
+              "options": ["A. x.", "B. y.", "C. z.", "D. w."]}  # fmt: skip
+    rows = [common | {"question_id": f"00{k}-1", "videoID": name, "duration": duration, "answer": answer}
+            for k, (name, duration, answer) in enumerate((("abc", "short", "B"), ("abc", "short", "C"), ("de", "long", "B"),
+                                                          ("de", "long", "B")))]  # fmt: skip
+    parquet(tmp_path / "d/videomme/test-00000-of-00001.parquet", rows)
+    for name in ("abc", "de"):
+        frames(tmp_path / f"d/data/{name}.mp4")
+    result = run("videomme", tmp_path / "d", "The best answer is: B", tmp_path)
+    official = result.metrics[0]
+    assert result.header["source"] == "hub (lmms-lab)" and official.value == 75.0 and official.num_clusters == 2
+    item = load_data(load_task("videomme"), data={"videomme": tmp_path / "d"}).items[0]
+    assert item.category == "short" and item.num_images == 32
+    assert prompt_of(item).endswith("Which?\nA. x.\nB. y.\nC. z.\nD. w.\nThe best answer is:")

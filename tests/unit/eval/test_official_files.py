@@ -316,6 +316,30 @@ def test_mmstar_tsv_and_hub(tmp_path):
     assert run("mmstar", tmp_path / "h", "B", tmp_path).metrics[0].value == 100.0
 
 
+def test_mmstar_tsv_lists_the_options_of_its_columns(tmp_path):
+    encoded = base64.b64encode(png(77)).decode()
+    head = ["index", "question", "A", "B", "C", "D", "answer", "category", "l2_category", "image"]
+    rows = [
+        ["0", "Which shape?", "round", "square", "flat", "none", "A", "coarse perception", "image style", encoded],
+        ["1", "How many?", "1", "2", "", "nan", "B", "math", "geometry", encoded],
+        ["2", "Where?", "left", "right", "up", "down", "C", "math", "geometry", encoded],
+        ["3", "Who?", "he", "she", "they", "we", "C", "math", "geometry", encoded],
+    ]
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/MMStar.tsv").write_text("\n".join("\t".join(row) for row in [head, *rows]) + "\n")
+    items = load_data(load_task("mmstar"), data={"mmstar": tmp_path / "d"}).items
+    assert prompt_of(items[1]) == (
+        f"{IMAGE_MARK}\nHow many?\nA. 1\nB. 2\nAnswer with the option's letter from the given choices directly."
+    )
+    assert items[0].pictures[0].read() == png(77) and items[0].meta["l2_category"] == "image style"
+    # a letter, a letter and its text, an option's words (which the ranked reading does not know), the wrong letter
+    replies = {"0": "A", "1": "B. 2", "2": "Up.", "3": "(D)"}
+    result = run("mmstar", tmp_path / "d", lambda r: replies[r.id], tmp_path)
+    letters, ranked = result.metrics
+    assert result.header["source"] == "tsv" and result.problems == []
+    assert letters.value == 75.0 and ranked.value == 50.0 and ranked.num_unparsed == 1
+
+
 def test_seed_keeps_only_pictures(tmp_path):
     row = {"choice_a": "1", "choice_b": "2", "choice_c": "3", "choice_d": "4", "answer": "C", "data_id": "x.jpg",
            "question": "?",
@@ -493,13 +517,14 @@ def test_a_reference_file_that_would_run_code_is_refused(tmp_path):
 
 def test_mvbench_twenty_files_with_bounds(tmp_path):
     task = load_task("mvbench")
-    for file in task.sources[0].files:
+    official = next(source for source in task.sources if source.name == "official")
+    for file in official.files:
         kind = Path(file.path).stem
         row = {"video": "v", "question": "What?", "candidates": ["x", "y"], "answer": "y"}
         if kind in ("action_sequence", "episodic_reasoning"):
             row |= {"start": 0.0, "end": 2.0}
         write(tmp_path / f"d/json/{kind}.json", [row])
-    for place in {file.fields["place"] for file in task.sources[0].files}:
+    for place in {file.fields["place"] for file in official.files}:
         for k in range(4):
             picture(tmp_path / f"d/{place}v/{k}.png")
     data = load_data(task, data={"mvbench": tmp_path / "d"})

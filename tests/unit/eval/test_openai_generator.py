@@ -14,7 +14,12 @@ from PIL import Image
 
 from mllm.errors import ConfigError
 from mllm.eval.generators.openai import OpenAIGenerator
+from mllm.eval.loading import load_data
+from mllm.eval.predictions import read_predictions
+from mllm.eval.runner import evaluate
+from mllm.eval.task import load_task
 from mllm.types import IMAGE_MARK, Request, Turn
+from tests.unit.eval.test_runner import TASK, make_data
 
 
 class Server(ThreadingHTTPServer):
@@ -26,6 +31,9 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.lock, self.under_way, self.most, self.bodies = threading.Lock(), 0, 0, []
         self.refusals: dict[str, list[int]] = {}
+        self.hangs: dict[str, int] = {}
+        self.arrivals: dict[str, list[float]] = {}
+        self.free = threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
@@ -43,6 +51,13 @@ class Handler(BaseHTTPRequestHandler):
         content = body["messages"][-1]["content"]
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
         words = " ".join(part["text"] for part in parts if part["type"] == "text")
+        with self.server.lock:
+            self.server.arrivals.setdefault(words, []).append(time.monotonic())
+            hangs = self.server.hangs.get(words, 0)
+            self.server.hangs[words] = hangs - 1
+        if hangs > 0:
+            self.server.free.wait(30)  # says nothing until the test is over
+            return
         time.sleep(0.01)
         with self.server.lock:
             self.server.bodies.append((body, self.headers["Authorization"], self.path))
@@ -69,6 +84,7 @@ class Handler(BaseHTTPRequestHandler):
 def server():
     made = Server()
     yield made
+    made.free.set()
     made.shutdown()
     made.server_close()
 
@@ -114,6 +130,42 @@ def test_busy_and_broken_servers_are_asked_again_refusals_are_not(server):
     )
     tries = [body["messages"][-1]["content"][-1]["text"] for body, _, _ in server.bodies]
     assert tries.count("word0") == 4 and tries.count("word1") == 1 and tries.count("word2") == 4
+
+
+def test_a_server_that_hangs_is_asked_again_with_growing_pauses_and_not_for_ever(server):
+    server.hangs = {"word1": 1, "word3": 100}
+    generator = generator_for(server, concurrency=4, max_retries=2, timeout=0.25)
+    generator.first_pause = 0.2
+    answers = list(generator.generate(requests(6)))
+    assert sorted(answer.id for answer in answers) == [f"r{k}" for k in range(6)], "each once"
+    texts = {answer.id: answer.text for answer in answers}
+    assert texts == {f"r{k}": f"word{k} {3 + k}x5" if k != 3 else "" for k in range(6)}
+    errors = {answer.id: answer.error for answer in answers if answer.error is not None}
+    assert list(errors) == ["r3"] and "ReadTimeout" in errors["r3"]
+    tries = {words: len(times) for words, times in server.arrivals.items()}
+    assert tries == {"word0": 1, "word1": 2, "word2": 1, "word3": 3, "word4": 1, "word5": 1}
+    first, second, third = server.arrivals["word3"]
+    # a pause is the first one, doubled each time, times 0.5 to 1.5; the time-out comes before it
+    assert second - first >= 0.25 + 0.1 - 0.01 and third - second >= 0.25 + 0.2 - 0.01
+
+
+def test_a_run_against_a_server_that_hangs_answers_every_question_once(server, tmp_path):
+    folder = make_data(tmp_path / "d", 8)
+    prompts = {item.id: item.turns[-1].content for item in load_data(load_task(TASK), data={TASK: folder}).items}
+    server.hangs = {
+        prompts["q2"].replace(IMAGE_MARK, "").strip("\n"): 1,
+        prompts["q5"].replace(IMAGE_MARK, "").strip(): 9,
+    }
+    common = {"data": {TASK: folder}, "progress": False}
+    hasty = generator_for(server, concurrency=3, max_retries=1, timeout=0.3)
+    result = evaluate(hasty, [TASK], tmp_path / "o", **common)[TASK]
+    assert result.num_errors == 1 and result.num_samples == 8 and "q5" in result.problems[-1]
+    server.hangs.clear()
+    result = evaluate(hasty, [TASK], tmp_path / "o", **common)[TASK]
+    rows = read_predictions(tmp_path / "o/demo_charts.jsonl")
+    assert sorted(row["id"] for row in rows) == [f"q{k}" for k in range(8)] and result.num_errors == 0
+    tries = sorted(len(times) for times in server.arrivals.values())
+    assert tries == [1] * 6 + [2, 3], "one hung once; one was given up after two tries and asked again by the next run"
 
 
 def test_a_server_that_is_not_there_is_an_error_of_each_request():

@@ -210,6 +210,28 @@ def test_ssim_agrees_with_scipys_gaussian_filter_on_the_inner_pixels():
     assert ssim(255 * a, 255 * b, data_range=255) == pytest.approx(ssim(a, b, data_range=1))
 
 
+@pytest.mark.parametrize("shape", [(40, 32, 3), (11, 57, 3), (64, 48, 1)])
+@pytest.mark.parametrize("data_range", [1.0, 255.0])
+def test_psnr_and_ssim_agree_with_torchmetrics(shape, data_range):
+    torchmetrics = pytest.importorskip("torchmetrics.functional.image")
+    import torch
+
+    generator = np.random.default_rng(3)
+    ramp = np.linspace(0, 1, shape[1])[None, :, None] * np.ones(shape)
+    a = np.clip(ramp + 0.2 * generator.standard_normal(shape), 0, 1) * data_range
+    b = np.clip(a + 0.05 * data_range * generator.standard_normal(shape), 0, data_range)
+    x, y = (torch.from_numpy(picture).permute(2, 0, 1)[None] for picture in (a, b))
+    expected = torchmetrics.peak_signal_noise_ratio(x, y, data_range=data_range).item()
+    assert psnr(a, b, data_range=data_range) == pytest.approx(expected, abs=1e-5) and 20 < expected < 35
+    _, windows = torchmetrics.structural_similarity_index_measure(
+        x, y, data_range=data_range, sigma=1.5, return_full_image=True
+    )
+    expected = (
+        windows[..., 5:-5, 5:-5].mean().item()
+    )  # it mirrors the borders; ours, as published, has whole windows only
+    assert ssim(a, b, data_range=data_range) == pytest.approx(expected, abs=1e-6) and 0.3 < expected < 0.99
+
+
 def test_frechet_distance_of_known_gaussians():
     generator = np.random.default_rng(1)
     x = generator.standard_normal((4000, 3))
@@ -232,3 +254,19 @@ def test_frechet_distance_agrees_with_scipys_matrix_root():
     s, t = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * sqrtm(s @ t).real)
     assert frechet_distance(a, b) == pytest.approx(expected)
+
+
+def test_frechet_distance_of_wide_and_of_few_features():
+    from scipy.linalg import sqrtm
+
+    generator = np.random.default_rng(4)
+    mixing = generator.standard_normal((64, 64)) / 8
+    a, b = generator.standard_normal((300, 64)) @ mixing, 0.5 + generator.standard_normal((280, 64)) @ mixing.T
+    s, t = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * sqrtm(s @ t).real)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9) == frechet_distance(b, a)
+    # fewer samples than features: the covariances are singular, where the root of the product is ill-conditioned
+    few, other = a[:20], b[:30]
+    s, t = np.cov(few, rowvar=False), np.cov(other, rowvar=False)
+    expected = ((few.mean(0) - other.mean(0)) ** 2).sum() + np.trace(s + t - 2 * sqrtm(s @ t).real)
+    assert frechet_distance(few, other) == pytest.approx(expected, rel=1e-5)

@@ -17,8 +17,9 @@ from mllm.eval.batch_check import check_batch
 from mllm.eval.cache import AnswerCache
 from mllm.eval.loading import load_data
 from mllm.eval.predictions import header_path, merge_shards, prediction_path, read_predictions
-from mllm.eval.report import compare, markdown, write_report
-from mllm.eval.runner import evaluate, rescore
+from mllm.eval.report import compare, console_lines, markdown, print_results, write_report
+from mllm.eval.runner import evaluate, rescore, run_eval
+from mllm.eval.sources import whereabouts
 from mllm.eval.task import expand_tasks, load_task
 from tests.unit.eval.rules import RuleGenerator, constant, pixel_rule
 
@@ -113,7 +114,7 @@ def test_a_wrong_file_stops_at_once_with_the_fields_it_has(tmp_path):
 
 def test_data_is_found_by_environment_and_its_absence_says_what_to_type(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UnavailableError, match=r"data\.demo_charts=/path.*MLLM_DATA/demo_charts"):
+    with pytest.raises(UnavailableError, match=r"--data demo_charts=/folder.*MLLM_DATA/demo_charts"):
         load_data(load_task(TASK))
     make_data(tmp_path / "root/demo_charts")
     monkeypatch.setenv("MLLM_DATA", str(tmp_path / "root"))
@@ -339,6 +340,43 @@ def test_kill_minus_nine_while_rescoring_loses_no_answer(tmp_path):
     assert path.read_text() == whole and again.metrics == result.metrics
 
 
+@pytest.mark.parametrize("seed", [5, 6])
+def test_a_rescore_killed_anywhere_then_a_run_and_a_rescore_lose_and_double_nothing(tmp_path, seed):
+    folder, draw = make_data(tmp_path / "d", 200), random.Random(seed)
+    whole, _ = run(folder, tmp_path / "whole")
+    text = (tmp_path / "whole/demo_charts.jsonl").read_text()
+    names = [f"q{k}" for k in range(200)]
+    run(folder, tmp_path / "o", ids=names[:120])  # a run that is not over
+    path, stood = tmp_path / "o/demo_charts.jsonl", 0
+    for turn in range(4):
+        before = len(read_predictions(path))
+        process = multiprocessing.get_context("fork").Process(target=rescore_for_ever, args=(path,))
+        process.start()
+        time.sleep(draw.uniform(0.01, 0.12))
+        process.kill()
+        process.join()
+        if turn % 2:
+            rescore(path)
+        stood = len(read_predictions(path))
+        assert stood == before >= 120
+        _, generator = run(folder, tmp_path / "o", ids=names[: 140 + 20 * turn])
+        assert len(generator.asked) == len(read_predictions(path)) - stood == 20, "only what was missing is asked"
+    again = rescore(path)
+    assert sorted(path.read_text().splitlines()) == sorted(text.splitlines())
+    assert [m.value for m in again.metrics] == [m.value for m in whole.metrics] and again.num_samples == 200
+    assert again.disagreements == whole.disagreements
+
+
+def test_a_run_after_a_rescore_with_other_metrics_has_every_score_on_every_line(tmp_path):
+    folder = make_data(tmp_path / "d", 12)
+    whole, _ = run(folder, tmp_path / "whole")
+    run(folder, tmp_path / "o", limit=6)
+    rescore(tmp_path / "o/demo_charts.jsonl", ["exact_match"])
+    result, generator = run(folder, tmp_path / "o")
+    assert len(generator.asked) == 6 and [m.num_scored for m in result.metrics] == [12] * len(whole.metrics)
+    assert result.metrics == whole.metrics and result.disagreements == whole.disagreements
+
+
 def test_a_generator_that_loses_or_invents_answers_is_caught(tmp_path):
     folder = make_data(tmp_path / "d")
 
@@ -397,6 +435,67 @@ def test_report_has_table_markdown_and_one_page_with_pictures_and_filters(tmp_pa
     )
     stored = json.loads(paths["results.json"].read_text())
     assert stored["tasks"][TASK]["score"] == pytest.approx(6 / 7) and stored["tasks"][TASK]["blind"]["num_samples"] == 7
+
+
+def test_the_console_table_never_breaks_a_name_and_fits_a_terminal_of_eighty(tmp_path, capsys, monkeypatch):
+    row = ("demo_charts", "relaxed_pix2struct", "85.71 %", "10.20", "65.0 – 93.4", "0.00", "1000", "12", "500")
+    rows = [row, ("", "mmmu(random_fallback=42)", "5.00 %", "1.00", "1.0 – 9.4", "–", "10", "0", "–")]
+    wide, nested, stacked = (console_lines(rows, width) for width in (120, 95, 80))
+    assert wide[1].startswith("demo_charts  relaxed_pix2struct        85.71 %  10.20")
+    assert nested[1:3] == ["demo_charts", nested[2]] and nested[2].startswith("  relaxed_pix2struct        85.71 %")
+    assert stacked[1:3] == ["demo_charts", "  relaxed_pix2struct"] and stacked[3].endswith("1000        12       500")
+    for lines, width in ((wide, 120), (nested, 95), (stacked, 80)):
+        assert max(map(len, lines)) <= width and all(
+            any(name in line for line in lines) for name in (row[1], rows[1][1])
+        )
+    without = console_lines([(*row[:5], "–", *row[6:8], "–") for row in rows], 80)
+    assert (
+        "blind" not in without[0] and "clusters" not in without[0] and without[2].startswith("  relaxed_pix2struct  ")
+    )
+    result, _ = run(make_data(tmp_path / "d", 6), tmp_path / "o")
+    monkeypatch.setenv("COLUMNS", "80")
+    print_results({TASK: result})
+    shown = capsys.readouterr().out.splitlines()
+    assert "relaxed_pix2struct" in "".join(shown) and max(map(len, shown)) <= 80
+
+
+def test_data_that_is_not_there_is_told_for_every_task_before_a_model_is_loaded(tmp_path, monkeypatch):
+    import datasets
+
+    def refuse(hub, config, **kwargs):
+        if hub == "lmms-lab/POPE":
+            return object()  # this one can be had
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", refuse)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UnavailableError) as caught:
+        run_eval("nowhere", ["quick", "mvbench"], data_dirs={"cv_bench": "empty"}, output_dir=tmp_path / "o")
+    told = str(caught.value)
+    assert told.startswith("the data of 4 of 5 tasks is not there\n- chartqa: ") and "pope" not in told
+    for words in (
+        "lmms-lab/ChartQA could not be loaded (ConnectionError: no network)",
+        "--data chartqa=/folder",
+        "$MLLM_DATA/chartqa",
+        "official: test/test_human.json, test/test_augmented.json",
+        "hf download lmms-lab/ChartQA --repo-type dataset --local-dir /folder",
+        "tsv: MMStar*.tsv",
+        "cv_bench: empty holds none of its file layouts. Looked for official: test_2d.jsonl, test_3d.jsonl",
+        "hf download OpenGVLab/MVBench --repo-type dataset --revision video --local-dir /folder",
+    ):
+        assert words in told, words
+    with pytest.raises(UnavailableError, match=r"^mmstar: Lin-Chen/MMStar could not be loaded"):
+        run_eval("nowhere", ["mmstar"], output_dir=tmp_path / "o")
+
+
+@pytest.mark.parametrize("suite", ["charts", "vqa", "documents", "spatial", "quick"])
+def test_every_task_of_a_suite_loads_with_its_metrics_and_says_what_files_it_wants(suite):
+    names = expand_tasks([suite])
+    assert len(names) >= 4
+    for name in names:
+        spec = load_task(name)
+        assert spec.build_metrics() and f"--data {name}=/folder" in whereabouts(spec)
 
 
 def test_compare_is_paired_and_refuses_unmatched_sets(tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 from mllm.cli.main import app
@@ -17,7 +19,7 @@ from mllm.eval.contamination import OverlapFinder, find_overlaps, perceptual_has
 from mllm.eval.contamination_report import read_training, run_contamination, training_sources
 from mllm.eval.loading import load_data
 from mllm.eval.runner import evaluate, report_again
-from mllm.eval.study import Study, Table, load_studies, save_study, study_html, study_markdown
+from mllm.eval.study import Study, Table, load_studies, print_table, save_study, study_html, study_markdown
 from mllm.eval.task import load_task
 from tests.helpers import tiny_model
 from tests.unit.eval.rules import RuleGenerator, constant
@@ -220,3 +222,25 @@ def test_a_report_is_made_anew_from_its_predictions(tmp_path):
     assert "demo_charts" in invoke("report", str(tmp_path / "o"))
     with pytest.raises(ConfigError, match="holds no finished prediction file"):
         report_again(tmp_path / "d")
+
+
+def test_a_table_wider_than_the_console_stacks_words_over_numbers_and_breaks_no_name():
+    headings = ("encoder", "task", "score", "method")
+    rows = [("semantic", "demo_charts", "1.25", "cluster bootstrap"), ("spatial", "x", "10.00", "McNemar exact")]
+
+    def shown(width: int, words=(0, 1, 3)) -> list[str]:
+        console = Console(width=width, file=io.StringIO())
+        print_table(console, headings, rows, words)
+        return console.file.getvalue().splitlines()
+
+    assert shown(80) == [
+        "encoder   task         score  method",
+        "semantic  demo_charts   1.25  cluster bootstrap",
+        "spatial   x            10.00  McNemar exact",
+    ]
+    assert shown(45) == [
+        "encoder · task · method", "  score",
+        "semantic · demo_charts · cluster bootstrap", "   1.25",
+        "spatial · x · McNemar exact", "  10.00",
+    ]  # fmt: skip
+    assert all(len(line) <= 30 for line in shown(30, words=(0, 1, 2, 3))), "words alone are folded"
