@@ -17,6 +17,8 @@ from mllm.models.drawing import VLLM_PROCESSOR
 from mllm.serve.drawing import SCHEDULER
 from mllm.serve.guard import ENVIRONMENT, GuardSettings
 
+CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Widths of an attention head that vLLM's CPU kernels take (0.26 to 0.32); with another the engine dies at the first request."""
 NO_DOMAIN = "no-media-domain.invalid"
 """Matches no host (RFC 2606): vLLM takes an empty list of media domains for "every host"."""
 
@@ -123,6 +125,7 @@ def serve(settings: ServeSettings) -> None:
         raise UnavailableError("vLLM is not installed: pip install 'mllm[serve]', or 'mllm[serve-cpu]' without a GPU")
     api_key = os.environ.get("MLLM_API_KEY") or os.environ.get("VLLM_API_KEY")
     arguments, environment = plan(settings, api_key)
+    _check_heads(settings.checkpoint)
     if not api_key and settings.host not in ("127.0.0.1", "localhost", "::1"):
         raise ConfigError(
             f"--host {settings.host} is reachable from outside: set a key in the environment variable MLLM_API_KEY"
@@ -156,6 +159,18 @@ def _read(checkpoint: str) -> tuple[Any, dict[str, Any]]:
     except OSError:
         generation = {}
     return config, generation
+
+
+def _check_heads(checkpoint: str) -> None:
+    import torch
+
+    text = _read(checkpoint)[0].get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if not torch.cuda.is_available() and width not in CPU_HEADS:
+        raise ConfigError(
+            f"{checkpoint}: its language model has attention heads of {width}, and vLLM on a CPU takes "
+            f"{', '.join(map(str, CPU_HEADS))}; serve it on a GPU, or ask it with `mllm chat {checkpoint}`"
+        )
 
 
 def _drawing(config: Any, settings: ServeSettings) -> tuple[bool, str]:

@@ -60,17 +60,13 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     return float(difference + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
-def linear_probe(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, decay: float = 1e-3
-) -> float:
-    """Accuracy in [0, 1] of multinomial logistic regression from features ``(n, D)``, standardised on the training set.
-
-    Full-batch L-BFGS on the penalised likelihood (``decay/2 · |W|²`` per sample): deterministic, no rate to tune.
-    """
+def predict_linear(train: Tensor, train_labels: Tensor, test: Tensor, *, decay: float = 1e-3) -> Tensor:
+    """Classes ``(m,)`` that multinomial logistic regression on ``train`` ``(n, D)`` predicts for ``test`` ``(m, D)``;
+    see `linear_probe`."""
     train, test = train.double(), test.double()
     mean, std = train.mean(0), train.std(0).clamp_min(1e-6)
     train, test = (train - mean) / std, (test - mean) / std
-    classes = int(max(train_labels.max(), test_labels.max())) + 1
+    classes = int(train_labels.max()) + 1
     weight = torch.zeros(train.shape[1], classes, dtype=torch.float64, device=train.device, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, device=train.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
@@ -83,7 +79,17 @@ def linear_probe(
 
     with torch.enable_grad():
         optimizer.step(closure)
-    predicted = (test @ weight + bias).argmax(1)
+    return (test @ weight + bias).argmax(1)
+
+
+def linear_probe(
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, decay: float = 1e-3
+) -> float:
+    """Accuracy in [0, 1] of multinomial logistic regression from features ``(n, D)``, standardised on the training set.
+
+    Full-batch L-BFGS on the penalised likelihood (``decay/2 · |W|²`` per sample): deterministic, no rate to tune.
+    """
+    predicted = predict_linear(train, train_labels, test, decay=decay)
     return float((predicted == test_labels).double().mean())
 
 

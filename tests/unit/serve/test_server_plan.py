@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from mllm.errors import ConfigError
 from mllm.serve.guard import ENVIRONMENT, GuardSettings
 from mllm.serve.server import NO_DOMAIN, ServeSettings, plan, serve
-from tests.helpers import TINY_CLIP, TINY_TIMM, tiny_model
+from tests.helpers import TINY_CLIP, TINY_LLM, TINY_TIMM, tiny_model
 
 ROUTED = {
     "encoders": {"semantic": dict(TINY_CLIP), "spatial": dict(TINY_TIMM)},
@@ -105,3 +106,15 @@ def test_an_open_port_needs_a_key(checkpoints, monkeypatch):
 def test_what_is_no_checkpoint_of_ours_is_named(tmp_path):
     with pytest.raises(ConfigError, match="no checkpoint"):
         plan(ServeSettings(checkpoint=str(tmp_path)))
+
+
+def test_heads_that_the_cpu_kernels_do_not_take_are_refused_before_the_start(tmp_path, monkeypatch):
+    pytest.importorskip("vllm")
+    config = {**TINY_LLM, "hidden_size": 80}  # two heads of 40
+    language_model = {"config": config, "tokenizer": str(tmp_path / "made")}
+    model, processor = tiny_model(tmp_path / "made", language_model=language_model)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="heads of 40"):
+        serve(ServeSettings(checkpoint=str(tmp_path)))
