@@ -11,7 +11,8 @@ import typer
 def chat(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder (or hub id).")],
     image: Annotated[
-        list[Path] | None, typer.Option("--image", "-i", help="Picture for the first question (repeatable).")
+        list[str] | None,
+        typer.Option("--image", "-i", help="Picture, a file or an address, for the first question (repeatable)."),
     ] = None,
     question: Annotated[
         str | None, typer.Option("--question", "-q", help="Ask this one question, print the answer, stop.")
@@ -23,8 +24,8 @@ def chat(
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
-    """Ask about pictures. Inside: [bold]/image PATH[/] adds a picture to the next question, [bold]/reset[/] starts anew,
-    [bold]/quit[/] ends."""
+    """Ask about pictures. Inside: [bold]/image PATH[/] (or a pasted path or address) adds a picture to the next question,
+    [bold]/reset[/] starts anew, [bold]/quit[/] ends."""
     from mllm.models.chat import ChatSession
 
     session = ChatSession.load(checkpoint, dtype=dtype)
@@ -38,7 +39,7 @@ def chat(
     if question is not None:
         typer.echo(session.ask(question, **options))
         return
-    typer.echo(f"{checkpoint}: ready. /image PATH, /reset, /quit")
+    typer.echo(f"{checkpoint}: ready. /image PATH or address, /reset, /quit")
     while True:
         try:
             line = typer.prompt("you", prompt_suffix="> ").strip()
@@ -48,14 +49,29 @@ def chat(
             return
         if line == "/reset":
             session.reset()
-        elif line.startswith("/image"):
+        elif picture := _picture_of(line):
             try:
-                session.add_image(Path(line.removeprefix("/image").strip().strip("'\"")))
+                session.add_image(picture)
+                typer.echo(f"+ {picture}")
             except ValueError as error:
                 typer.echo(f"! {error}")
         elif line:
             session.stream(line, lambda text: typer.echo(text, nl=False), **options)
             typer.echo("")
+
+
+def _picture_of(line: str) -> str | None:
+    """The file or address that a line adds: after ``/image``, or pasted alone; None for a question."""
+    asked = line.startswith("/image ") or line == "/image"
+    place = line.removeprefix("/image").strip().strip("'\"") if asked else line.strip("'\"")
+    if asked:
+        return place or "/image (no file given)"
+    if place.startswith(("http://", "https://")) and " " not in place:
+        return place
+    try:
+        return place if Path(place).is_file() else None
+    except OSError:  # a question longer than a path may be
+        return None
 
 
 def add_to(app: typer.Typer) -> None:

@@ -10,10 +10,33 @@ from typing import Any
 import torch
 from transformers import AutoProcessor, TextIteratorStreamer
 
+from mllm.errors import DataError
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.processing.chat import render_prompt, routing_inputs
 from mllm.processing.images import load_image
 from mllm.types import IMAGE_MARK, Turn
+
+MAX_DOWNLOAD = 32 * 2**20
+"""Bytes of a picture that is fetched."""
+
+
+def fetch(address: str) -> bytes:
+    """What lies at an address; redirects are followed to http and https only. Raises `DataError` naming it."""
+    import httpx  # comes with huggingface_hub
+
+    data = bytearray()
+    try:
+        with httpx.stream("GET", address, follow_redirects=True, timeout=30) as response:
+            response.raise_for_status()
+            for part in response.iter_bytes():
+                data += part
+                if len(data) > MAX_DOWNLOAD:
+                    raise DataError(
+                        f"{address}: more than {MAX_DOWNLOAD // 2**20} MiB, which is no picture to ask about"
+                    )
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise DataError(f"{address}: cannot be fetched ({error})") from error
+    return bytes(data)
 
 
 class ChatSession:
@@ -37,8 +60,12 @@ class ChatSession:
         self._pending: list[Any] = []
 
     def add_image(self, source: str | Path | bytes | Any) -> None:
-        """Add a picture to the next question. Raises `DataError` naming it."""
-        self._pending.append(load_image(source, where=str(source)))
+        """Add a picture to the next question: a file, an address (http or https), or what `load_image` takes. Raises
+        `DataError` naming it."""
+        where = str(source)
+        if isinstance(source, str) and source.startswith(("http://", "https://")):
+            source = fetch(source)
+        self._pending.append(load_image(source, where=where))
 
     def ask(self, question: str, **options: Any) -> str:
         """The answer as text."""

@@ -66,9 +66,6 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
     arguments += ["--served-model-name", name]
     arguments += ["--dtype", settings.dtype, "--seed", "0", "--chat-template-content-format", "openai"]
     arguments += ["--limit-mm-per-prompt", json.dumps({"image": settings.max_images})]
-    if _vllm_source_has("image_mode: str | None", "multimodal/media/image.py"):
-        # our processor converts, as in training; an older vLLM converts first, which the processor then undoes
-        arguments += ["--media-io-kwargs", json.dumps({"image": {"image_mode": None}})]
     arguments += ["--allowed-media-domains", *(settings.media_domains or [NO_DOMAIN])]
     arguments += ["--middleware", "mllm.serve.guard.Guard"]
     arguments += ["--worker-extension-cls", "mllm.serve.stats.VisualStatistics"]

@@ -102,8 +102,8 @@ class MllmDummyInputsBuilder(BaseDummyInputsBuilder[MllmProcessingInfo]):
 
 
 def read_as_in_training(items: Any) -> None:
-    """Decode pictures again by our own rules where vLLM already made them RGB by its own (before 0.30 or so it always
-    does: palettes, alpha and 16 bits then look otherwise)."""
+    """Decode pictures again by our own rules where vLLM already made them RGB by its own: palettes, alpha, CMYK and 16
+    bits would look otherwise."""
     for index, item in enumerate(getattr(items, "data", ())):
         encoded = getattr(item, "original_bytes", None)
         if encoded is None:

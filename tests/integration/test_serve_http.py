@@ -162,7 +162,7 @@ def test_streaming_gives_the_same_text_piece_by_piece(server):
     assert len(pieces) > 2 and "".join(pieces) == whole
 
 
-@pytest.mark.parametrize("kind", ["rgba", "palette", "grey16", "turned", "animated"])
+@pytest.mark.parametrize("kind", ["rgba", "palette", "grey16", "turned", "animated", "cmyk"])
 def test_unusual_pictures_are_read_as_in_training(server, generate, kind):
     base = picture(9, size=(50, 34))
     options = {}
@@ -179,12 +179,14 @@ def test_unusual_pictures_are_read_as_in_training(server, generate, kind):
         exif = Image.Exif()
         exif[0x0112] = 6
         options = {"exif": exif}
+    elif kind == "cmyk":
+        image = base.convert("CMYK")
     else:
         image = base.quantize(16)
     url = (
         encode(image, "GIF", save_all=True, append_images=[picture(10, size=(50, 34)).quantize(16)])
         if kind == "animated"
-        else encode(image, **options)
+        else encode(image, "JPEG" if kind == "cmyk" else "PNG", **options)
     )
     response = ask(server, "what?", url, mm_processor_kwargs={"experts": ["spatial"]})
     assert response.status_code == 200, response.text
@@ -262,6 +264,17 @@ def test_the_two_passes_of_a_routing_run_the_first_encoder_once(server):
     after = server.get("/mllm/stats").json()["workers"][0]
     assert after["semantic"]["images"] - before["semantic"]["images"] == 1
     assert after["connector"]["images"] - before["connector"]["images"] == 2
+
+
+def test_a_json_schema_passes_through(server):
+    # A bare enum: a random model would fill an object's gaps with white space to the end of its tokens.
+    wanted = {
+        "type": "json_schema",
+        "json_schema": {"name": "colour", "schema": {"enum": ["red", "blue"]}, "strict": True},
+    }
+    response = ask(server, "colour?", response_format=wanted, max_tokens=40, ignore_eos=False)
+    assert response.status_code == 200, response.text
+    assert json.loads(response.json()["choices"][0]["message"]["content"]) in ("red", "blue")
 
 
 def test_structured_output_passes_through(server):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from tests.helpers import TINY_CLIP, TINY_TIMM, tiny_model
+from mllm.processing.images import load_image
+from tests.helpers import TINY_CLIP, TINY_TIMM, picture, tiny_model
+from tests.unit.models.drawing_models import drawing_model
 
 ROOT = Path(__file__).parents[2]
 DINO = {
@@ -132,6 +137,68 @@ def test_the_parity_command_compares_all_paths_and_vllms_transformers_backend(tm
         "transformers",
         "--output",
         str(report),
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads(report.read_text())
+    assert {d["path"] for d in found["differences"]} == {"forward", "vLLM one by one", "vLLM batched, caches warm"}
+    assert all(d["first"] is None and not d["notes"] for d in found["differences"])
+    assert max(d["gap"] for d in found["differences"]) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "kind", ["RGB", "RGBA", "L", "LA", "P", "P transparent", "RGB transparent", "I;16", "1", "CMYK", "turned"]
+)
+def test_a_picture_that_vllm_decoded_becomes_the_one_of_training(kind):
+    pytest.importorskip("vllm")
+    from vllm.multimodal.media.image import ImageMediaIO
+    from vllm.multimodal.parse import ImageProcessorItems
+
+    from mllm.serve.vllm_processing import read_as_in_training
+
+    data = encoded_picture(kind)
+    items = ImageProcessorItems([ImageMediaIO().load_bytes(data)])
+    read_as_in_training(items)
+    ours = load_image(items.get(0), where="served", max_pixels=None)
+    assert np.array_equal(np.asarray(ours), np.asarray(load_image(data, where="training", max_pixels=None)))
+
+
+def encoded_picture(kind: str) -> bytes:
+    """A file's bytes in one of the forms that are not plain RGB."""
+    base = picture(9, size=(50, 34))
+    options: dict = {}
+    if kind in ("RGBA", "LA"):
+        image = base.convert("RGB" if kind == "RGBA" else "L")
+        image.putalpha(Image.linear_gradient("L").resize(base.size))
+    elif kind.startswith("P"):
+        image = base.quantize(16)
+        options = {"transparency": 3} if kind == "P transparent" else {}
+    elif kind == "RGB transparent":
+        image, options = base.copy(), {"transparency": (0, 0, 255)}
+        image.paste((0, 0, 255), (5, 5, 30, 20))
+    elif kind == "I;16":
+        image = Image.fromarray(np.arange(50 * 34, dtype="uint16").reshape(34, 50) * 38)
+    elif kind == "turned":
+        image = base
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        options = {"exif": exif}
+    else:
+        image = base.convert(kind)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG" if kind == "CMYK" else "PNG", **options)
+    return buffer.getvalue()
+
+
+def test_images_read_through_a_visual_tokenizer_get_the_tokens_of_generate(tmp_path):
+    """The checkpoint also holds the tokenizer a second time, under its own name, and a visual head."""
+    pytest.importorskip("vllm")
+    model, processor = drawing_model(tmp_path / "made", "separate", "dualtoken")
+    folder = str(tmp_path / "checkpoint")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    report = tmp_path / "report.json"
+    done = run(
+        *("-m", "mllm.cli.main", "parity", folder, "--cases", "7", "--tokens", "6", "--output", str(report)),
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads(report.read_text())
