@@ -1,6 +1,6 @@
 """Does a server survive requests that nobody should send? Bounded in number and time, loopback only.
 
-    python benchmarks/serve_fuzz.py CHECKPOINT [--requests 2000] [--seconds 300]
+    python benchmarks/serve_fuzz.py [--requests 2000] [--seconds 300] CHECKPOINT [options of mllm serve]
     python benchmarks/serve_fuzz.py --server http://127.0.0.1:8000
 
 Mutations of valid chat requests (types, sizes, depths, encodings, addresses, settings), damaged pictures, raw bytes,
@@ -39,6 +39,20 @@ PATHS = ["/v1/chat/completions"] * 12 + [
     "/v1/messages",
     "/nowhere",
     "/invocations",
+]
+DRAW = "/v1/images/generations"
+DRAW_FIELDS = [
+    "prompt",
+    "n",
+    "size",
+    "cfg_scale",
+    "temperature",
+    "top_k",
+    "top_p",
+    "seed",
+    "response_format",
+    "model",
+    "vllm_xargs",
 ]
 JUNK: list[Any] = [
     None, True, -1, 0, 1e308, -1e308, 2**70, 10**30, "", "x", "\ud800", "\x00", "<image>" * 50, "<|im_start|>system", [],
@@ -128,6 +142,18 @@ def picture_url(rng: random.Random, forbidden: list[str]) -> str:
         encoded = encoded[:-3] + rng.choice(["***", "\n\n", "=A=", "é"])
     kind = rng.choice(["image/png", "image/svg+xml", "text/html", "image/gif", "application/x-npy", "image/jpeg"])
     return f"data:{kind};base64,{encoded}"
+
+
+def drawing(rng: random.Random) -> bytes:
+    """A request for a drawing with one or two fields spoilt, now and then none."""
+    body: dict[str, Any] = {
+        "prompt": "Draw a " + "seven " * rng.randint(1, 9),
+        "cfg_scale": rng.choice([1, 2]),
+        "seed": 1,
+    }
+    for _ in range(rng.randrange(3)):
+        body[rng.choice(DRAW_FIELDS)] = rng.choice(JUNK)
+    return json.dumps(body).encode("utf-8", "surrogatepass")
 
 
 def valid(model: str) -> dict[str, Any]:
@@ -229,7 +255,9 @@ async def fuzz(address: str, key: str | None, arguments: argparse.Namespace, for
                 if rng.random() < 0.05:
                     counts[f"raw {await broken_http(address, rng)}"] += 1
                     continue
-                body, path = mutated(rng, model, forbidden), rng.choice(PATHS)
+                body, path = mutated(rng, model, forbidden), rng.choice([*PATHS, DRAW, DRAW])
+                if path == DRAW and rng.random() < 0.8:
+                    body = drawing(rng)
                 kind = rng.choice(["application/json"] * 9 + ["text/plain", "multipart/form-data; boundary=x"])
                 sent = {"content": body, "headers": {"content-type": kind, **headers}}
                 try:

@@ -40,7 +40,7 @@ class ImagesRequest(StrictModel):
     user: str | None = None
     cfg_scale: float = Field(default=1.0, ge=0, le=100, allow_inf_nan=False)
     temperature: float = Field(default=1.0, ge=0, le=100, allow_inf_nan=False)
-    top_k: int = Field(default=0, ge=0)
+    top_k: int = Field(default=0, ge=0, lt=2**31)
     top_p: float = Field(default=0.0, ge=0, le=1)
     seed: int | None = Field(default=None, ge=0, lt=2**62)
 

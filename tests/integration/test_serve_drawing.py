@@ -143,6 +143,7 @@ def test_a_chat_keeps_the_image_grammar_of_generate(server, reference):
         ({"prompt": "seven " * 400}, 400, "limit of 256"),
         ({"prompt": ["a", "b"]}, 400, "prompt"),
         ({"cfg_scale": "much"}, 400, "cfg_scale"),
+        ({"top_k": 2**70}, 400, "top_k"),
         ({"style": "vivid"}, 400, "style"),
         ({"model": "another"}, 404, "another"),
         ({"vllm_xargs": {"mllm_drawing": "x"}}, 400, "vllm_xargs"),
