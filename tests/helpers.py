@@ -117,14 +117,19 @@ def picture(seed: int = 0, *, size: tuple[int, int] = (40, 30)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
-def torchrun(script: Path, *arguments: str, processes: int = 2, timeout: float = 300) -> None:
-    """Run a Python file in several processes under torch's launcher; its last words when it fails."""
-    for port in range(20000 + os.getpid() % 10000, 32000, 7):  # below the range that outgoing connections draw from
+def free_port() -> int:
+    """A port nobody listens on, below the range that outgoing connections draw from."""
+    for port in range(20000 + os.getpid() % 10000, 32000, 7):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            break
+            return port
+    raise OSError("no free port between 20000 and 32000")
+
+
+def torchrun(script: Path, *arguments: str, processes: int = 2, timeout: float = 300) -> None:
+    """Run a Python file in several processes under torch's launcher; its last words when it fails."""
     # --standalone would look the machine's own name up, which a sandbox may not resolve.
-    launcher = ["--nproc-per-node", str(processes), "--master-addr", "127.0.0.1", "--master-port", str(port)]
+    launcher = ["--nproc-per-node", str(processes), "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     with subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *launcher, str(script), *arguments],

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import SuppressTokensLogitsProcessor
 
 from mllm.models.pipeline import shared_tokenizer
-from mllm.models.visual_grammar import image_grammar, vocabulary_offsets
+from mllm.models.visual_grammar import image_grammar, never_written, visual_tokens, vocabulary_offsets
 from mllm.visual_tokenizers.grammar import ImageGrammarProcessor
 
 VLLM_PROCESSOR = "mllm.serve.vllm_drawing:DrawingProcessor"
@@ -55,23 +55,15 @@ class DrawingMixin:
 
     def is_visual(self, input_ids: Tensor) -> Tensor:
         """Which of input_ids ``(B, T)`` stand for an image, read or drawn."""
-        tokens = self.visual_config.tokens
-        visual = input_ids == self.config.image_token_id
-        for name in ("start", "end", "code"):
-            visual |= input_ids == tokens[name]
-        if self.visual_head is None:
-            for first, end in self.grammar.reserved():
-                visual |= (input_ids >= first) & (input_ids < end)
-        return visual
+        grammar = self.grammar if self.visual_head is None else None
+        return visual_tokens(input_ids, self.visual_config, grammar, self.config.image_token_id)
 
     def image_rules(self) -> Any:
         """The logits processor that keeps generated text to what the visual head allows."""
-        tokens = self.visual_config.tokens
-        size = self.lm_head.weight.shape[0]
-        never = [i for i in (tokens["code"], self.config.image_token_id) if i is not None and i < size]
+        never = never_written(self.visual_config, self.config.image_token_id, self.lm_head.weight.shape[0])
         if self.visual_head is None:
             return ImageGrammarProcessor(self.grammar, never=never)
-        return SuppressTokensLogitsProcessor([tokens["start"], tokens["end"], *never], device=self.device)
+        return SuppressTokensLogitsProcessor(never, device=self.device)
 
     def generate_images(self, prompts: Any, **options: Any) -> Any:
         """Draw one image per prompt; see `mllm.models.visual_generation.generate_images`."""

@@ -49,13 +49,18 @@ def tokenizer_settings(value: Mapping[str, Any] | None, encoders: Mapping[str, A
     return to_plain(tokenizer_config(data, where=where))
 
 
-def empty_tokenizer(settings: Mapping[str, Any], encoders: Mapping[str, Any]) -> VisualTokenizer:
-    """The tokenizer of `tokenizer_settings` on the meta device, for its sizes."""
+def resolved_settings(settings: Mapping[str, Any], encoders: Mapping[str, Any]) -> dict[str, Any]:
+    """The tokenizer's whole config for `tokenizer_settings`, those of the encoder that it may name."""
     if "encoder" in settings:
         encoder = encoders[settings["encoder"]]
         settings = encoder["tokenizer"] if isinstance(encoder, Mapping) else encoder.tokenizer
+    return dict(settings)
+
+
+def empty_tokenizer(settings: Mapping[str, Any], encoders: Mapping[str, Any]) -> VisualTokenizer:
+    """The tokenizer of `tokenizer_settings` on the meta device, for its sizes."""
     with torch.device("meta"):
-        return build_tokenizer(dict(settings))
+        return build_tokenizer(resolved_settings(settings, encoders))
 
 
 def head_settings_of(

@@ -72,6 +72,25 @@ def vocabulary_offsets(config: Any, tokenizer: Any) -> Tensor:
     return torch.cat([torch.full((b.number,), ids["first"]) for b, ids in zip(blocks, config.levels)])
 
 
+def visual_tokens(input_ids: Tensor, config: Any, grammar: ImageGrammar | None, image_token_id: int | None) -> Tensor:
+    """Which of input_ids ``(…)`` stand for an image, read or drawn. grammar: that of a vocabulary head."""
+    visual = torch.isin(
+        input_ids, torch.tensor([config.tokens[name] for name in ("start", "end", "code")]).to(input_ids)
+    )
+    if image_token_id is not None:
+        visual |= input_ids == image_token_id
+    for first, end in grammar.reserved() if grammar is not None else ():
+        visual |= (input_ids >= first) & (input_ids < end)
+    return visual
+
+
+def never_written(config: Any, image_token_id: int | None, size: int) -> list[int]:
+    """Ids below ``size`` that a text answer never holds: placeholders and, where images are no ids, their marks."""
+    never = [i for i in (config.tokens["code"], image_token_id) if i is not None and i < size]
+    marks = [] if isinstance(config, VocabularyHeadConfig) else [config.tokens["start"], config.tokens["end"]]
+    return [*marks, *never]
+
+
 def make_span(config: Any, tokenizer: Any, num_slots: int, *, resize: Any = "squash") -> VisualSpan:
     """The tokens of a drawn image for a resolved head. num_slots: placeholders of a head with weights."""
     tokens = config.tokens

@@ -14,14 +14,28 @@ from mllm.config import StrictModel
 from mllm.errors import AlignmentError, ConfigError, UnavailableError
 from mllm.models.visual_build import empty_tokenizer
 from mllm.models.visual_generation import prompt_prefix, sample_seeds
-from mllm.models.visual_grammar import image_grammar
+from mllm.models.visual_grammar import image_grammar, visual_tokens
 from mllm.models.visual_heads import VocabularyHeadConfig, head_config
+from mllm.models.visual_targets import drop_text
 from mllm.visual_tokenizers.sequence import code_blocks
 
 KEY = "mllm_drawing"
 """Where `DrawingRequest` stands in ``SamplingParams.extra_args``."""
 SCHEDULER = "mllm.serve.vllm_scheduler.PairScheduler"
 """For vLLM's ``scheduler_cls``, with ``async_scheduling=False``."""
+
+
+NO_HEAD = "this model draws no images: its config has no visual_head"
+
+
+def refusal(config: Any) -> str | None:
+    """Why vLLM cannot draw with a checkpoint of this config; None: it can."""
+    if config.visual_head is None:
+        return NO_HEAD
+    head = head_config(config.visual_head)
+    if not isinstance(head, VocabularyHeadConfig):
+        return f"visual_head.type {head.type}: vLLM draws with a vocabulary head only; draw with `mllm draw`"
+    return None
 
 
 def pair_of(sampling: Any) -> str | None:
@@ -62,18 +76,14 @@ class DrawingPlan:
     """
 
     def __init__(self, config: Any, processor: Any):
-        if config.visual_head is None:
-            raise UnavailableError("this model draws no images: its config has no visual_head")
-        head = head_config(config.visual_head)
-        if not isinstance(head, VocabularyHeadConfig):
-            raise UnavailableError(
-                f"visual_head.type {head.type}: vLLM draws with a vocabulary head only; draw with `mllm draw`"
-            )
-        self.processor, self.tokens = processor, head.tokens
+        why = refusal(config)
+        if why is not None:
+            raise UnavailableError(why)
+        self.processor, self.head = processor, head_config(config.visual_head)
+        self.null = self.head.tokens["null"]
         self.image_token_id = config.image_token_id
-        self.tokenizer = tokenizer = empty_tokenizer(config.visual_tokenizer, config.encoders)
-        self.blocks, self.grammar = code_blocks(tokenizer), image_grammar(head, tokenizer)
-        self.num_codes = tokenizer.tokens_per_image
+        tokenizer = empty_tokenizer(config.visual_tokenizer, config.encoders)
+        self.blocks, self.grammar = code_blocks(tokenizer), image_grammar(self.head, tokenizer)
         if any(block.size < 2 for block in self.blocks):
             raise UnavailableError("a codebook of one code cannot be drawn through vLLM; draw with `mllm draw`")
 
@@ -84,12 +94,10 @@ class DrawingPlan:
             raise ConfigError("prompt: drawing from pictures is not served; draw with `mllm draw --image`")
         if not guided:
             return [ids.tolist()]
-        visual = torch.isin(ids, torch.tensor([self.tokens[name] for name in ("start", "end", "code")]))
-        for first, end in self.grammar.reserved():
-            visual |= (ids >= first) & (ids < end)
-        free = ids.masked_fill(~visual, self.tokens["null"])
-        free[0] = ids[0]  # a sample's first token stays, as in training
-        return [ids.tolist(), free.tolist()]
+        keep = visual_tokens(ids, self.head, self.grammar, self.image_token_id)
+        start, first = torch.tensor([[0, len(ids) - 1]]), torch.zeros(1, dtype=torch.long)
+        free, _ = drop_text(ids[None], start, first, self.null, keep[None])
+        return [ids.tolist(), free[0].tolist()]
 
     def requests(self, prompt: Any, *, cfg_scale: float = 1.0, **options: Any) -> list[tuple[list[int], Any]]:
         """One or, guided, two (prompt ids, ``SamplingParams``) that draw one picture. options: temperature, top_k,
@@ -102,7 +110,7 @@ class DrawingPlan:
                 drawing=drawing,
                 free=bool(index),
                 ranges=self.grammar.ranges,
-                broken=self.tokens["null"],
+                broken=self.null,
                 cfg_scale=cfg_scale,
                 **options,
             )
@@ -110,7 +118,7 @@ class DrawingPlan:
                 temperature=0,
                 max_tokens=len(self.grammar.ranges),
                 ignore_eos=True,
-                stop_token_ids=[self.tokens["null"]],
+                stop_token_ids=[self.null],
                 detokenize=False,
                 extra_args={KEY: request.model_dump()},
             )

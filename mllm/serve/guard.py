@@ -16,6 +16,7 @@ from pydantic import Field
 from mllm.config import StrictModel
 from mllm.errors import ConfigError, DataError, UnavailableError
 from mllm.processing.images import image_size
+from mllm.serve.drawing import NO_HEAD
 from mllm.serve.routes import FirstPassFailed, Routes, pictures, told
 
 Scope = MutableMapping[str, Any]
@@ -52,7 +53,7 @@ class GuardSettings(StrictModel):
     """The checkpoint's router config; None: nothing is routed."""
     checkpoint: str | None = None
     """Whose visual tokenizer decodes drawings; None: nothing is drawn."""
-    cannot_draw: str = "this model draws no images: its config has no visual_head"
+    cannot_draw: str = NO_HEAD
     """What a drawing request is told where ``checkpoint`` is None."""
     max_drawings: int = Field(default=4, ge=1)
     """Most pictures one request may ask for."""
@@ -256,9 +257,7 @@ class Guard:
             )
         if request.model not in (None, self.settings.name):
             raise Refused(404, f"model {request.model!r} is not served here; this is {self.settings.name!r}")
-        client = getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
-        if client is None:
-            raise Refused(404, "this server has no engine")
+        client = _engine(scope)
         async with self._studio_lock:
             if self._studio is None:
                 self._studio = await asyncio.to_thread(ImageStudio, self.settings.checkpoint)
@@ -293,10 +292,15 @@ class Guard:
         }
 
     async def _statistics(self, scope: Scope) -> dict[str, Any]:
-        client = getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
-        if client is None:
-            raise Refused(404, "this server has no engine")
-        return {"workers": await client.collective_rpc("visual_statistics", timeout=10)}
+        return {"workers": await _engine(scope).collective_rpc("visual_statistics", timeout=10)}
+
+
+def _engine(scope: Scope) -> Any:
+    """vLLM's client of the engine behind the server."""
+    client = getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
+    if client is None:
+        raise Refused(404, "this server has no engine")
+    return client
 
 
 class _Gone(Exception):

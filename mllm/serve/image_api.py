@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import random
 import time
 import uuid
+from collections.abc import Coroutine, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +19,12 @@ from torch import Tensor
 
 from mllm.config import StrictModel
 from mllm.errors import ConfigError, MllmError, UnavailableError
+from mllm.models.visual_build import resolved_settings
 from mllm.models.visual_generation import decode_packed, to_pil
 from mllm.models.weight_files import present_name, published_renamings, read_part
 from mllm.serve.drawing import BrokenDrawing, DrawingPlan
 from mllm.visual_tokenizers.base import VisualTokenizer, build_tokenizer
 
-PATH = "/images/generations"
 ATTEMPTS = 3
 """How often a guided pair that came apart (a preemption) is drawn again."""
 
@@ -68,12 +70,7 @@ class ImageStudio:
         # OpenAI's clients expect other pictures at every call; the seed that was used is in the answer.
         first = random.SystemRandom().randrange(2**53) if request.seed is None else request.seed
         seeds = [first + number for number in range(request.n)]
-        tasks = [asyncio.create_task(self._draw_one(client, request, seed)) for seed in seeds]
-        try:
-            drawn = await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()  # the others, when one fails or the client has gone
+        drawn = await _together(self._draw_one(client, request, seed) for seed in seeds)
         pictures = await asyncio.to_thread(self._paint, torch.stack([codes for codes, _, _ in drawn]))
         asked, made = (sum(count[place] for count in drawn) for place in (1, 2))
         return {
@@ -88,7 +85,7 @@ class ImageStudio:
         """Codes ``(S,)``, prompt tokens, drawn tokens."""
         settings = request.model_dump(include={"cfg_scale", "temperature", "top_k", "top_p"})
         limit = getattr(getattr(getattr(client, "vllm_config", None), "model_config", None), "max_model_len", None)
-        for attempt in range(ATTEMPTS):
+        for _ in range(ATTEMPTS):
             requests = self.plan.requests(request.prompt, seed=seed, **settings)
             needed = len(requests[0][0]) + requests[0][1].max_tokens
             if limit is not None and needed > limit:
@@ -97,26 +94,16 @@ class ImageStudio:
                 )
             name = uuid.uuid4().hex
             options = _one_engine(client, seed)
-            halves = [
-                asyncio.create_task(_answer(client, ids, sampling, f"draw-{name}-{index}", options))
+            answers = await _together(
+                _answer(client, ids, sampling, f"draw-{name}-{index}", options)
                 for index, (ids, sampling) in enumerate(requests)
-            ]
-            try:
-                answers = await asyncio.gather(*halves)
-            finally:
-                for half in halves:
-                    half.cancel()
-            try:
+            )
+            with contextlib.suppress(BrokenDrawing):
                 codes = self.plan.read(answers)
-            except BrokenDrawing:
-                if attempt + 1 == ATTEMPTS:
-                    raise Busy(
-                        "the engine is too busy to keep the two halves of a guided drawing together; try again later, or "
-                        "with cfg_scale 1"
-                    ) from None
-                continue
-            return codes, sum(len(ids) for ids, _ in requests), sum(len(answer) for answer in answers)
-        raise AssertionError("unreachable")
+                return codes, sum(len(ids) for ids, _ in requests), sum(len(answer) for answer in answers)
+        raise Busy(
+            "the engine is too busy to keep the two halves of a guided drawing together; try again later, or with cfg_scale 1"
+        )
 
     def _paint(self, packed: Tensor) -> list[str]:
         """Codes ``(n, S)`` → PNG files in base64."""
@@ -126,6 +113,16 @@ class ImageStudio:
             to_pil(decode_packed(self, row))[0].save(file, "PNG")
             files.append(base64.b64encode(file.getvalue()).decode())
         return files
+
+
+async def _together(parts: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """What all of them give; when one fails, or the client goes away, the others are cancelled."""
+    tasks = [asyncio.create_task(part) for part in parts]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def _answer(client: Any, ids: list[int], sampling: Any, name: str, options: dict[str, Any]) -> list[int]:
@@ -152,11 +149,9 @@ def _load_tokenizer(config: Any, checkpoint: str) -> VisualTokenizer:
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(checkpoint))
-    settings, prefix = config.visual_tokenizer, "model.visual_tokenizer."
-    if "encoder" in settings:
-        prefix = f"model.vision_tower.encoders.{settings['encoder']}.tokenizer."
-        settings = config.encoders[settings["encoder"]]["tokenizer"]
-    tokenizer = build_tokenizer(dict(settings))
+    owner = config.visual_tokenizer.get("encoder")
+    prefix = "model.visual_tokenizer." if owner is None else f"model.vision_tower.encoders.{owner}.tokenizer."
+    tokenizer = build_tokenizer(resolved_settings(config.visual_tokenizer, config.encoders))
     renamings = published_renamings(tokenizer)
     weights = {present_name(name, renamings): tensor.float() for name, tensor in read_part(folder, prefix).items()}
     missing, foreign = tokenizer.load_state_dict(weights, strict=False)

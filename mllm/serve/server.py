@@ -14,7 +14,7 @@ from pydantic import Field
 from mllm.config import StrictModel
 from mllm.errors import ConfigError, UnavailableError
 from mllm.models.drawing import VLLM_PROCESSOR
-from mllm.serve.drawing import SCHEDULER
+from mllm.serve.drawing import SCHEDULER, refusal
 from mllm.serve.guard import ENVIRONMENT, GuardSettings
 
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -85,10 +85,10 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         arguments += ["--override-generation-config", json.dumps({"temperature": 0.0})]
     if routed and _vllm_source_has("trust_request_mm_kwargs", "entrypoints/**/cli_args.py"):
         arguments += ["--trust-request-mm-kwargs"]  # the guard lets nothing but checked experts through
-    draws, cannot_draw = _drawing(config, settings)
+    cannot_draw = _cannot_draw(config, settings)
     if config.visual_head is not None and settings.backend != "transformers":
         arguments += ["--logits-processors", VLLM_PROCESSOR]
-    if draws:  # a guided drawing is two requests in step
+    if not cannot_draw:  # a guided drawing is two requests in step
         arguments += ["--scheduler-cls", SCHEDULER, "--no-async-scheduling"]
     if settings.lora:
         arguments += ["--enable-lora", "--lora-modules", *settings.lora]
@@ -99,7 +99,7 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         max_pixels=settings.max_pixels,
         image_token=_image_token(settings.checkpoint),
         router=router,
-        checkpoint=settings.checkpoint if draws else None,
+        checkpoint=None if cannot_draw else settings.checkpoint,
         cannot_draw=cannot_draw,
         max_drawings=settings.max_drawings,
         name=name,
@@ -170,16 +170,10 @@ def _check_heads(checkpoint: str) -> None:
         )
 
 
-def _drawing(config: Any, settings: ServeSettings) -> tuple[bool, str]:
-    """Whether the server draws, and what a drawing request is told where it does not."""
-    kind = (config.visual_head or {}).get("type")
-    if kind is None:
-        return False, "this model draws no images: its config has no visual_head"
-    if kind != "vocabulary":
-        return False, f"visual_head {kind}: the server draws with a vocabulary head only; draw with `mllm draw`"
-    if settings.backend == "transformers":
-        return False, "--backend transformers does not draw; serve with --backend native"
-    return True, ""
+def _cannot_draw(config: Any, settings: ServeSettings) -> str:
+    """What a drawing request is told; empty where the server draws."""
+    backend = "--backend transformers does not draw; serve with --backend native"
+    return refusal(config) or (backend if settings.backend == "transformers" else "")
 
 
 def _image_token(checkpoint: str) -> str:

@@ -13,7 +13,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.visual_build import empty_tokenizer
 from mllm.models.visual_generation import SampleNoise
-from mllm.models.visual_grammar import image_grammar
+from mllm.models.visual_grammar import image_grammar, never_written
 from mllm.models.visual_heads import VocabularyHeadConfig, head_config
 from mllm.serve.drawing import KEY, DrawingRequest
 from mllm.visual_tokenizers.sampling import guide, sample
@@ -38,13 +38,11 @@ class TextRules:
         if not isinstance(config, MllmConfig) or config.visual_head is None or config.visual_tokenizer is None:
             return
         head, size = head_config(config.visual_head), config.get_text_config().vocab_size
-        never = [i for i in (head.tokens["code"], config.image_token_id) if i is not None and i < size]
+        never = never_written(head, config.image_token_id, size)
         if isinstance(head, VocabularyHeadConfig):
             grammar = image_grammar(head, empty_tokenizer(config.visual_tokenizer, config.encoders))
             self.start, self.ranges = grammar.start_of_image, grammar.ranges
             never += [i for low, high in grammar.reserved() for i in range(low, high)]
-        else:
-            never += [head.tokens["start"], head.tokens["end"]]
         self.never = torch.tensor(sorted(set(never)), device=device)
 
     def add(self, index: int, prompt: list[int] | None, output: list[int]) -> None:

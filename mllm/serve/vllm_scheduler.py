@@ -28,6 +28,8 @@ class PairScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         self._halves: dict[str, tuple[Any, float]] = {}
         self._pairs: list[tuple[Any, Any]] = []
+        # The attribute that says how many requests may run at once: newer versions tell it from the runner's slots.
+        self._seats = "max_num_active_reqs" if hasattr(self, "max_num_active_reqs") else "max_num_running_reqs"
 
     def add_request(self, request: Any) -> None:
         pair = pair_of(request.sampling_params)
@@ -46,25 +48,23 @@ class PairScheduler(Scheduler):
         if not self._pairs:
             return super().schedule(*args, **kwargs)
         # Seats that become free are kept, so that two are free soon.
-        name = "max_num_active_reqs" if hasattr(self, "max_num_active_reqs") else "max_num_running_reqs"
-        seats = getattr(self, name)
-        setattr(self, name, min(seats, len(self.running) + entering))
+        seats = getattr(self, self._seats)
+        setattr(self, self._seats, min(seats, len(self.running) + entering))
         try:
             return super().schedule(*args, **kwargs)
         finally:
-            setattr(self, name, seats)
+            setattr(self, self._seats, seats)
 
     def admit(self) -> int:
         """Put pairs ahead of everything else that waits, while seats and tokens of this step last; how many requests that
         are."""
-        seats = self.max_num_running_reqs - len(self.running)
+        seats = getattr(self, self._seats) - len(self.running)
         tokens = self.max_num_scheduled_tokens - len(self.running)
-        most = max(self.max_num_scheduled_tokens, 1)
         entering = []
         while self._pairs:
             needed = sum(request.num_tokens for request in self._pairs[0])
             alone = not self.running and not entering  # nothing will ever be freer than that
-            if not alone and (seats < 2 or tokens < min(needed, most)):
+            if not alone and (seats < 2 or tokens < min(needed, self.max_num_scheduled_tokens)):
                 break
             entering += self._pairs.pop(0)
             seats, tokens = seats - 2, tokens - needed

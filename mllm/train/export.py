@@ -16,6 +16,7 @@ from mllm.config import to_plain
 from mllm.errors import CheckpointError
 from mllm.recipe import Recipe, StageSpec
 from mllm.train import lora
+from mllm.train.checkpoint_files import sync_directory, sync_file
 from mllm.train.engine import Engine
 
 DONE = "stage.json"
@@ -50,11 +51,11 @@ def save_stage(
             (temporary / DONE).write_text(json.dumps({"stage": stage.name, "files": sizes}, indent=1), encoding="utf-8")
             for path in temporary.iterdir():
                 if path.is_file():
-                    _sync(path)
+                    sync_file(path)
             if folder.exists():
                 shutil.rmtree(folder)
             temporary.rename(folder)
-            _sync(folder.parent)
+            sync_directory(folder.parent)
         except Exception as problem:  # the other processes wait for the answer, whatever went wrong
             shutil.rmtree(temporary, ignore_errors=True)
             error = f"{type(problem).__name__}: {problem}"
@@ -128,11 +129,3 @@ def publish(source: Path, target: Path) -> None:
     if target.exists():
         shutil.rmtree(target)
     temporary.rename(target)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

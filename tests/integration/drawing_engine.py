@@ -4,16 +4,7 @@ since vLLM patches transformers; prints one line of JSON."""
 from __future__ import annotations
 
 import json
-import os
 import sys
-
-os.environ.update(
-    OMP_NUM_THREADS="1",
-    VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_CPU_OMP_THREADS_BIND="nobind",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_NO_USAGE_STATS="1",
-)
 
 from transformers import AutoProcessor
 from vllm import LLM

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,15 +13,20 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, free_port
 
 KEY = "a-key-for-the-test"
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+VLLM_ON_CPU = {
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""Environment of a process that runs vLLM in a test."""
 
 
 @contextmanager
@@ -31,15 +35,7 @@ def serving(checkpoint: str, log: Path, *options: str) -> Iterator[Any]:
     import httpx
 
     port = free_port()
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "MLLM_API_KEY": KEY,
-    }
+    environment = {**os.environ, **VLLM_ON_CPU, "MLLM_API_KEY": KEY}
     command = [sys.executable, "-m", "mllm.cli.main", "serve", checkpoint, "--port", str(port), "--name", "tiny"]
     command += ["--eager", "--dtype", "float32", *options, "--", "--block-size", "32", "--max-num-seqs", "8"]
     with log.open("wb") as out:

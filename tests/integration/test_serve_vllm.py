@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 from mllm.processing.images import load_image
-from tests.helpers import TINY_CLIP, TINY_TIMM, picture, tiny_model
+from tests.helpers import ROOT, TINY_CLIP, TINY_TIMM, picture, tiny_model
+from tests.integration.serving import VLLM_ON_CPU
 from tests.unit.models.drawing_models import drawing_model
 
-ROOT = Path(__file__).parents[2]
 DINO = {
     "type": "hf",
     "architecture": {
@@ -54,15 +54,7 @@ def write_checkpoint(folder: Path, **changes) -> str:
 
 
 def run(*command: str, timeout: float = 900) -> subprocess.CompletedProcess:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    }
+    environment = {**os.environ, **VLLM_ON_CPU, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     return subprocess.run(
         [sys.executable, *command],
         env=environment,

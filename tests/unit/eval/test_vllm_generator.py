@@ -7,12 +7,12 @@ import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 
 from mllm.eval.generators.base import checkpoint_hash
-from tests.helpers import tiny_model
+from tests.helpers import ROOT, tiny_model
+from tests.integration.serving import VLLM_ON_CPU
 
 SCRIPT = textwrap.dedent(
     """
@@ -46,10 +46,9 @@ def test_vllm_in_process_agrees_with_the_model(tmp_path):
     processor.save_pretrained(tmp_path / "checkpoint")
     expected = {r.id: r for r in HFGenerator(model, processor, batch_size=3).generate(iter(questions(7)))}
     (tmp_path / "run.py").write_text(SCRIPT)
-    root = Path(__file__).parents[3]
-    environment = {**os.environ, "PYTHONPATH": str(root), "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **VLLM_ON_CPU}
     arguments = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "checkpoint"), str(tmp_path / "out.json")]
-    ran = subprocess.run(arguments, env=environment, cwd=root, capture_output=True, text=True, timeout=600)
+    ran = subprocess.run(arguments, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = json.loads((tmp_path / "out.json").read_text())
     assert checkpoint_hash(str(tmp_path / "checkpoint")) in found["fingerprint"]
