@@ -157,10 +157,24 @@ def build_model(
     if load_weights:
         load_pretrained_parts(model, spec, dtype=dtype)
         processor.image_processor.code_source = _codes_made_by(model)
-    if len(tokenizer) > config.text_config.vocab_size:
+    known = config.text_config.vocab_size
+    if len(tokenizer) > known:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=VOCABULARY_MULTIPLE, mean_resizing=False)
+        _start_new_rows(model, known)
     _generation_defaults(model, tokenizer, processor)
     return model, processor
+
+
+def _start_new_rows(model: MllmForConditionalGeneration, known: int) -> None:
+    """Initial values for the embeddings of added tokens, as small as the language model's own: torch's, with a deviation of 1,
+    are 50 times too large and drown what is learned beside them."""
+    deviation = getattr(model.config.get_text_config(), "initializer_range", 0.02)
+    tables = {
+        id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None
+    }
+    with torch.no_grad():
+        for table in tables.values():
+            table[known:].normal_(std=deviation)
 
 
 def load_pretrained_parts(model: MllmForConditionalGeneration, spec: ModelSpec, *, dtype: torch.dtype) -> None:

@@ -277,3 +277,18 @@ def test_config_json_is_self_sufficient(tiny: tuple[Any, Any], tmp_path: Any) ->
         built = MllmForConditionalGeneration(config)
     assert {n: p.shape for n, p in built.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
     assert config.num_image_tokens == 16 and mllm.models is not None
+
+
+def test_embeddings_of_added_tokens_start_as_small_as_the_language_models_own(tmp_path):
+    """In a vocabulary that grows for placeholders or visual codes; torch's own start is 50 times larger."""
+    from mllm.models.build import build_model
+    from tests.helpers import TINY_LLM, tiny_spec, tiny_tokenizer
+
+    for tied in (False, True):
+        small = {**TINY_LLM, "vocab_size": 200, "tie_word_embeddings": tied}
+        tiny_tokenizer().save_pretrained(str(tmp_path))
+        spec = tiny_spec(str(tmp_path), language_model={"config": small, "tokenizer": str(tmp_path)})
+        model, _ = build_model(spec)
+        for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+            assert len(table) > 200
+            assert 0.01 < float(table[200:].std()) < 0.04
