@@ -66,7 +66,7 @@ class DrawingRequest(StrictModel):
 
 
 class BrokenDrawing(AlignmentError):
-    """vLLM did not run a guided pair in step (one was preempted, aborted or scheduled alone); drawing again may work."""
+    """vLLM did not run a guided pair in step: one half came late or was aborted, or both do not fit into the engine."""
 
 
 class DrawingPlan:
@@ -131,7 +131,8 @@ class DrawingPlan:
         if any(list(answer) != first for answer in answers) or len(first) != len(self.grammar.ranges):
             raise BrokenDrawing(
                 f"the drawing stopped after {len(first)} of {len(self.grammar.ranges)} tokens: its guided pair did not "
-                "stay together in the engine; draw again, with fewer pictures at once or more KV-cache memory"
+                "stay together in the engine; draw again, or give the engine more KV-cache memory or tokens at once "
+                "(max_num_batched_tokens)"
             )
         image = self.grammar.read(torch.tensor([self.grammar.start_of_image, *first]))[0]
         return torch.cat([image[block.name] for block in self.blocks])

@@ -17,7 +17,7 @@ from mllm.config import StrictModel
 from mllm.errors import ConfigError, DataError, UnavailableError
 from mllm.processing.images import image_size
 from mllm.serve.drawing import NO_HEAD
-from mllm.serve.routes import FirstPassFailed, Routes, pictures, told
+from mllm.serve.routes import ClientGone, FirstPassFailed, Routes, disconnected, pictures, told
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -105,7 +105,7 @@ class Guard:
                 await self.app(scope, receive, send)
                 return
             body = await self.read_body(scope, receive)
-            body, experts = await self.admit(scope, body)
+            body, experts = await self.admit(scope, body, receive)
             if scope["method"] == "POST" and path.endswith(DRAW):
                 await _answer(send, 200, await self.draw(scope, body, receive))
                 return
@@ -115,7 +115,7 @@ class Guard:
         except FirstPassFailed as failure:
             await _answer(send, failure.status, failure.body)
             return
-        except _Gone:
+        except ClientGone:
             return
         await self.app(_with_length(scope, len(body)), _replay(body, receive), _announcing(send, experts))
 
@@ -140,7 +140,7 @@ class Guard:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise _Gone
+                        raise ClientGone
                     body += message.get("body", b"")
                     if len(body) > limit:
                         raise Refused(413, f"the body is above the limit of {limit} bytes")
@@ -149,7 +149,7 @@ class Guard:
         except TimeoutError:
             raise Refused(408, f"the body did not arrive within {self.settings.body_timeout:g} s") from None
 
-    async def admit(self, scope: Scope, body: bytes) -> tuple[bytes, str | None]:
+    async def admit(self, scope: Scope, body: bytes, receive: Receive) -> tuple[bytes, str | None]:
         """The body as the engine may see it, and the experts it will use where that is known."""
         if not body.strip() or "json" not in (_header(scope, b"content-type") or "json"):
             return body, None
@@ -171,7 +171,7 @@ class Guard:
             raise Refused(400, f"{count} pictures in one request; at most {self.settings.max_images} are served")
         weights = self._settings(data, count)
         if self.routes is not None and weights is None and scope["path"].endswith(CHAT) and self.routes.needed(data):
-            weights = await self.routes.decide(self.app, scope, data)
+            weights = await self.routes.decide(self.app, scope, data, receive)
         if weights is not None:
             data["mm_processor_kwargs"] = {"experts": weights}
         body = json.dumps(data, ensure_ascii=False).encode("utf-8", "replace")
@@ -262,17 +262,17 @@ class Guard:
             if self._studio is None:
                 self._studio = await asyncio.to_thread(ImageStudio, self.settings.checkpoint)
         drawing = asyncio.create_task(self._studio.draw(client, request))
-        gone = asyncio.create_task(_gone(receive))
+        gone = asyncio.create_task(disconnected(receive))
         try:
             await asyncio.wait({drawing, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not drawing.done():
-                raise _Gone
+                raise ClientGone
             return json.dumps(drawing.result()).encode()
         except Busy as error:
             raise Refused(503, str(error)) from None
         except (ConfigError, UnavailableError, ValueError) as error:  # ValueError: vLLM's, a prompt too long
             raise Refused(400, str(error)) from None
-        except (_Gone, asyncio.CancelledError):
+        except (ClientGone, asyncio.CancelledError):
             raise
         except Exception as error:
             raise Refused(500, f"the engine could not draw: {type(error).__name__}") from error
@@ -301,16 +301,6 @@ def _engine(scope: Scope) -> Any:
     if client is None:
         raise Refused(404, "this server has no engine")
     return client
-
-
-class _Gone(Exception):
-    """The client went away."""
-
-
-async def _gone(receive: Receive) -> None:
-    """Returns when the client has gone away."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _said(error: ValueError) -> str:

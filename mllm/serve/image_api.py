@@ -26,7 +26,7 @@ from mllm.serve.drawing import BrokenDrawing, DrawingPlan
 from mllm.visual_tokenizers.base import VisualTokenizer, build_tokenizer
 
 ATTEMPTS = 3
-"""How often a guided pair that came apart (a preemption) is drawn again."""
+"""How often a guided pair that came apart (one half was late) is drawn again."""
 
 
 class ImagesRequest(StrictModel):
@@ -84,14 +84,9 @@ class ImageStudio:
     async def _draw_one(self, client: Any, request: ImagesRequest, seed: int) -> tuple[Tensor, int, int]:
         """Codes ``(S,)``, prompt tokens, drawn tokens."""
         settings = request.model_dump(include={"cfg_scale", "temperature", "top_k", "top_p"})
-        limit = getattr(getattr(getattr(client, "vllm_config", None), "model_config", None), "max_model_len", None)
         for _ in range(ATTEMPTS):
             requests = self.plan.requests(request.prompt, seed=seed, **settings)
-            needed = len(requests[0][0]) + requests[0][1].max_tokens
-            if limit is not None and needed > limit:
-                raise ConfigError(
-                    f"prompt: with its drawing it has {needed} tokens, above this server's limit of {limit}"
-                )
+            check_room(getattr(client, "vllm_config", None), [(len(ids), s.max_tokens) for ids, s in requests])
             name = uuid.uuid4().hex
             options = _one_engine(client, seed)
             answers = await _together(
@@ -113,6 +108,30 @@ class ImageStudio:
             to_pil(decode_packed(self, row))[0].save(file, "PNG")
             files.append(base64.b64encode(file.getvalue()).decode())
         return files
+
+
+def check_room(engine: Any, requests: list[tuple[int, int]]) -> None:
+    """Raise `ConfigError` for a drawing that an engine can never hold. engine: vLLM's config, as far as it is known;
+    requests: tokens of the prompt and of the drawing, twice for a guided one."""
+    known = lambda part, name: getattr(getattr(engine, part, None), name, None)  # noqa: E731
+    needed, limit = sum(requests[0]), known("model_config", "max_model_len")
+    if limit and needed > limit:
+        raise ConfigError(f"prompt: with its drawing it has {needed} tokens, above this server's limit of {limit}")
+    if len(requests) < 2:
+        return
+    unguided = "shorten it, or draw with cfg_scale 1"
+    read, step = sum(prompt for prompt, _ in requests), known("scheduler_config", "max_num_batched_tokens")
+    if step and read > step:
+        raise ConfigError(f"prompt: guided, it has {read} tokens, and this server reads {step} at once; {unguided}")
+    blocks, size = known("cache_config", "num_gpu_blocks"), known("cache_config", "block_size")
+    if blocks and size:
+        usable = blocks // (known("parallel_config", "data_parallel_size") or 1) - 1  # vLLM keeps one to itself
+        wanted = sum(-(-(prompt + drawn) // size) for prompt, drawn in requests)
+        if wanted > usable:
+            raise ConfigError(
+                f"prompt: a guided drawing of it fills {wanted} blocks of the KV cache, and this server has {usable}; "
+                + unguided
+            )
 
 
 async def _together(parts: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:

@@ -17,6 +17,10 @@ _KEPT = ("model", "chat_template_kwargs", "cache_salt", "user", "priority")
 Weights = list[dict[str, float]]
 
 
+class ClientGone(Exception):
+    """The client went away before its answer began."""
+
+
 class FirstPassFailed(Exception):
     """The engine refused the routing request; the client gets that answer."""
 
@@ -30,7 +34,8 @@ class Routes:
 
     vLLM runs encoders without knowing of conversations, so a ``language_model`` router is two requests behind one: the
     first asks, with a short image and no expert, which experts help; its answer is a field of the second. As
-    `mllm.models.routing.ask_language_model`, picture by picture.
+    `mllm.models.routing.ask_language_model`, picture by picture. The first goes to vLLM's own endpoint, not to its engine:
+    chat templates and their arguments, adapters, the fetching of pictures and refusals stay vLLM's, as for the second.
     """
 
     def __init__(self, router: Mapping[str, Any]):
@@ -49,10 +54,17 @@ class Routes:
         """Whether a request must be routed by the language model first."""
         return self.two_passes and bool(pictures(data))
 
-    async def decide(self, app: Any, scope: MutableMapping[str, Any], data: Mapping[str, Any]) -> Weights:
-        """Make the first pass, for all pictures at once. Raises `FirstPassFailed`."""
+    async def decide(self, app: Any, scope: MutableMapping[str, Any], data: Mapping[str, Any], receive: Any) -> Weights:
+        """Make the first pass, for all pictures at once. receive: tells when the client goes away, which ends it. Raises
+        `FirstPassFailed` and `ClientGone`."""
         asked = [self.first_pass(data, part, question) for part, question in pictures(data)]
-        answers = await asyncio.gather(*(_call(app, scope, body) for body in asked))
+        left = asyncio.create_task(disconnected(receive))
+        try:
+            answers = await asyncio.gather(*(_call(app, scope, body, left) for body in asked))
+            if left.done():
+                raise ClientGone
+        finally:
+            left.cancel()
         chosen: list[str] = []
         for status, body in answers:
             if status != 200:
@@ -102,8 +114,16 @@ def _text(part: Mapping[str, Any]) -> str:
     return text if isinstance(text, str) else ""
 
 
-async def _call(app: Any, scope: MutableMapping[str, Any], data: dict[str, Any]) -> tuple[int, bytes]:
-    """Ask the wrapped app itself; returns status and body."""
+async def disconnected(receive: Any) -> None:
+    """Returns when the client has gone away."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _call(
+    app: Any, scope: MutableMapping[str, Any], data: dict[str, Any], left: asyncio.Task[None]
+) -> tuple[int, bytes]:
+    """Ask the wrapped app itself; returns status and body. It is told that the client went away when ``left`` ends."""
     body = json.dumps(data, ensure_ascii=False).encode("utf-8", "replace")
     dropped = (b"content-length", b"transfer-encoding", b"x-request-id")
     headers = [(k, v) for k, v in scope["headers"] if k.lower() not in dropped]
@@ -114,7 +134,8 @@ async def _call(app: Any, scope: MutableMapping[str, Any], data: dict[str, Any])
     async def receive() -> MutableMapping[str, Any]:
         nonlocal asked
         if asked:
-            await asyncio.Event().wait()
+            await asyncio.wait([left])
+            return {"type": "http.disconnect"}
         asked = True
         return {"type": "http.request", "body": body, "more_body": False}
 

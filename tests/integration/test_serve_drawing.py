@@ -31,12 +31,16 @@ def checkpoint(tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def drawn(checkpoint):
-    done = run("-m", "tests.integration.drawing_engine", checkpoint)
+def found_by(module, checkpoint):
+    done = run("-m", f"tests.integration.{module}", checkpoint)
     line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
     assert line is not None, done.stderr[-4000:]
     return json.loads(line.removeprefix("RESULT "))
+
+
+@pytest.fixture(scope="module")
+def drawn(checkpoint):
+    return found_by("drawing_engine", checkpoint)
 
 
 def test_guidance_and_prompts_move_the_codes(drawn):
@@ -58,6 +62,28 @@ def test_a_seed_draws_what_generate_images_draws_with_it_again_and_again(drawn):
 def test_half_a_pair_stops_with_a_clear_error_and_the_engine_goes_on(drawn):
     assert "did not stay together" in drawn["alone"]
     assert drawn["after_alone"]
+
+
+@pytest.fixture(scope="module")
+def crowded(checkpoint):
+    return found_by("drawing_engine_preemption", checkpoint)
+
+
+@pytest.mark.parametrize("load", ["together", "backwards", "after_aborts"])
+def test_where_memory_is_short_chats_are_preempted_guided_pairs_are_not_and_all_get_what_they_get_alone(crowded, load):
+    assert sum(crowded["alone_preempted"].values()) == 0 and crowded["differ"] >= 8
+    assert crowded[load] == [True] * 10
+    preempted = crowded[f"{load}_preempted"]
+    assert preempted["chat"] > 0 and preempted["one"] > 0 and preempted["pair"] == 0
+
+
+def test_a_pair_that_is_preempted_is_drawn_to_its_end(crowded):
+    assert crowded["emptied_preempted"]["pair"] >= 2
+    assert crowded["emptied"] == [True] * 10
+
+
+def test_a_chat_waits_for_the_drawings_before_it_and_no_others(crowded):
+    assert crowded["ended_before_chat"] <= 5
 
 
 @pytest.fixture(scope="module")

@@ -338,6 +338,32 @@ def test_what_the_engine_says_to_the_first_pass_reaches_the_client():
     assert len(app.bodies) == 1
 
 
+def test_a_client_that_leaves_during_the_first_pass_ends_it():
+    seen: list[Any] = []
+
+    async def slow(scope, receive, send):
+        seen.append(json.loads((await receive())["body"])["mm_processor_kwargs"])
+        seen.append((await receive())["type"])  # as vLLM listens, while it generates
+
+    async def go():
+        body = json.dumps(chat(picture(), {"type": "text", "text": "?"}, picture())).encode()
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive():
+            if messages:
+                return messages.pop()
+            while len(seen) < 2:  # both pictures are asked about
+                await asyncio.sleep(0)
+            return {"type": "http.disconnect"}
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+        guard = Guard(slow, GuardSettings(router=LETTERS), api_key="")
+        await asyncio.wait_for(guard(scope, receive, lambda message: seen.append(message)), timeout=5)
+
+    asyncio.run(go())
+    assert seen == [{"routing_pass": True}] * 2 + ["http.disconnect"] * 2
+
+
 def test_websockets_are_closed():
     sent = []
 
