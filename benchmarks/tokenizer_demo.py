@@ -3,7 +3,12 @@
 Trains a small teacher and the three ``tokenizer_demo_*`` recipes on real digits and rendered charts, then compares
 them on held-out images: PSNR, SSIM, bits, code usage, and a linear probe on the quantised features.
 
-    python benchmarks/tokenizer_demo.py --output runs/tokenizer_demo
+    python benchmarks/tokenizer_demo.py --output runs/tokenizer_demo                     # one CPU core, about 12 minutes
+    python benchmarks/tokenizer_demo.py --device cuda --processes 3                      # one GPU, about a minute
+    python benchmarks/tokenizer_demo.py --larger --processes 3 --output runs/tokenizer_larger     # one H200, about 200 s
+
+``--larger``: 128-pixel coloured digits and 6000 charts, books of 4096 codes and more, networks of twice the width, bf16.
+There the number of steps is what ``--seconds`` allows, measured at the start and the same for all tokenizers.
 """
 
 from __future__ import annotations
@@ -12,89 +17,192 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from processes import choose_device, run_jobs
 from safetensors.torch import save_file
 
 from mllm.visual_tokenizers.base import VisualTokenizer
 from mllm.visual_tokenizers.evaluate import evaluate_tokenizer, linear_probe, probe_tokenizer
-from mllm.visual_tokenizers.images import DigitsAndChartsOptions, ImageSource, load_images, to_pixels
-from mllm.visual_tokenizers.recipe import ImagesSpec, SupervisedTeacherSpec, load_tokenizer_recipe
+from mllm.visual_tokenizers.images import ImageSource, load_images, to_pixels
+from mllm.visual_tokenizers.recipe import SupervisedTeacherSpec, TokenizerRecipe, load_tokenizer_recipe
 from mllm.visual_tokenizers.teacher import EncoderTeacher, train_classifier
-from mllm.visual_tokenizers.train import train_tokenizer
+from mllm.visual_tokenizers.train import TokenizerRun, train_tokenizer
 
 RECIPES = ("tokenizer_demo_single", "tokenizer_demo_single_semantic", "tokenizer_demo_dual")
+_CONVOLUTION = "{channels: 16, multipliers: [1, 2, 4, 8], num_res_blocks: 1, groups: 8}"
+_BOOK = "codebook: {learn: ema, decay: 0.98, restart: true, restart_below: 0.1}"
+_TEACHER = "{type: small_vit, image_size: 128, patch_size: 16, width: 96, depth: 3, heads: 4}"
+_ANY = [
+    "tokenizer.image_size=128",
+    "tokenizer.z_channels=128",
+    "images.options={charts: 6000, colour: true}",
+    "kmeans=512",
+    "batch_size=64",
+    "steps=3000",
+    "schedule.warmup=100",
+    "ema=0.99",
+    "precision=bf16",
+]
+_SINGLE = [
+    *_ANY,
+    f"tokenizer.encoder={_CONVOLUTION}",
+    f"tokenizer.quantizer={{type: vq, size: 4608, parts: {{pixel: 16}}, beta: 0.25, {_BOOK}}}",
+]
+LARGER = {
+    "tokenizer_demo_single": _SINGLE,
+    "tokenizer_demo_single_semantic": [
+        *_SINGLE,
+        "tokenizer.semantic_head={teacher_dim: 96, width: 128, depth: 1, heads: 4}",
+        f"teacher.encoder={_TEACHER}",
+    ],
+    "tokenizer_demo_dual": [
+        *_ANY,
+        f"tokenizer.semantic_encoder={_TEACHER}",
+        "tokenizer.semantic_width=96",
+        f"tokenizer.semantic_quantizer={{type: vq, size: 512, parts: {{semantic: 16}}, {_BOOK}}}",
+        f"tokenizer.pixel_encoder={_CONVOLUTION}",
+        f"tokenizer.decoder={_CONVOLUTION}",
+        f"tokenizer.pixel_quantizer={{type: vq, size: 4096, parts: {{pixel: 16}}, beta: 0.25, {_BOOK}}}",
+    ],
+}
+"""Changes of each recipe: 256 positions with one code, beside 64 semantic codes where there are two books; 4608 entries."""
 
 
-def train_teacher(path: Path, images: ImageSource, held_out: ImageSource, steps: int) -> float:
-    """Train the teacher of the recipes on the images' classes, save it, and return its held-out accuracy."""
-    settings = load_tokenizer_recipe("tokenizer_demo_dual").tokenizer["semantic_encoder"]
-    settings = {**settings, "weights": None}
-    teacher = EncoderTeacher(settings)
+def demo_recipe(
+    name: str, output: Path, device: str, *, larger: bool = False, overrides: list[str] | None = None
+) -> TokenizerRecipe:
+    """A demo recipe that reads the teacher in ``output`` and writes into ``output/<name>``."""
+    return load_tokenizer_recipe(name, demo_overrides(name, output, device, larger=larger) + (overrides or []))
+
+
+def demo_overrides(name: str, output: Path, device: str, *, larger: bool = False) -> list[str]:
+    """The overrides that make `demo_recipe` of a shipped recipe."""
+    chosen = [*(LARGER[name] if larger else []), f"output={output / name}", f"device={device}"]
+    recipe = load_tokenizer_recipe(name)
+    weights = output / "teacher.safetensors"
+    if recipe.tokenizer["type"] == "illume":
+        chosen.append(f"tokenizer.semantic_encoder.weights={weights}")
+    if recipe.teacher is not None:
+        chosen.append(f"teacher.encoder.weights={weights}")
+    return chosen
+
+
+def train_teacher(
+    path: Path, recipe: TokenizerRecipe, images: ImageSource, held_out: ImageSource, steps: int, device: str = "cpu"
+) -> float:
+    """Train the teacher of a dual recipe on the images' classes, save it, and return its held-out accuracy."""
+    settings = {**recipe.tokenizer["semantic_encoder"], "weights": None}
+    teacher = EncoderTeacher(settings).to(device)
     sizes = {key: settings[key] for key in ("width", "depth", "heads", "patch_size")}
-    layer = train_classifier(
-        teacher, images, SupervisedTeacherSpec(steps=steps, batch_size=48, rate=2e-3, **sizes), seed=0
-    )
+    spec = SupervisedTeacherSpec(steps=steps, batch_size=48, rate=2e-3, **sizes)
+    layer = train_classifier(teacher, images, spec, seed=0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.contiguous() for key, value in teacher.encoder.encoder.state_dict().items()}, str(path))
+    weights = teacher.encoder.encoder.state_dict()
+    save_file({key: value.cpu().contiguous() for key, value in weights.items()}, str(path))
     assert held_out.labels is not None
+    right = 0
     with torch.no_grad():
-        pixels = to_pixels(held_out.batch(range(len(held_out))))
-        return float((layer(teacher(pixels)["pooled"]).argmax(1) == held_out.labels).float().mean())
+        for part in torch.arange(len(held_out)).split(512):
+            logits = layer(teacher(to_pixels(held_out.batch(part.tolist()), device))["pooled"])
+            right += int((logits.argmax(1).cpu() == held_out.labels[part]).sum())
+    return right / len(held_out)
 
 
-def pixel_probe(images: ImageSource, held_out: ImageSource) -> float:
+def pixel_probe(images: ImageSource, held_out: ImageSource, device: str = "cpu") -> float:
     """Linear probe on 8 × 8 block means of the raw pixels, for scale."""
     assert images.labels is not None and held_out.labels is not None
-    reduce = lambda x: torch.nn.functional.avg_pool2d(to_pixels(x), x.shape[-1] // 8).flatten(1)  # noqa: E731
-    a, b = (reduce(source.batch(range(len(source)))) for source in (images, held_out))
-    return linear_probe(a, images.labels, b, held_out.labels)
+    found = []
+    for source in (images, held_out):
+        parts = [to_pixels(source.batch(p.tolist()), device) for p in torch.arange(len(source)).split(512)]
+        found.append(torch.cat([torch.nn.functional.avg_pool2d(x, x.shape[-1] // 8).flatten(1) for x in parts]))
+    return linear_probe(found[0], images.labels.to(device), found[1], held_out.labels.to(device))
+
+
+def measured_steps(recipe: TokenizerRecipe, seconds: float) -> int:
+    """As many of the recipe's steps as fit in ``seconds``, by the time of some of them."""
+    run = TokenizerRun(recipe, torch.device(recipe.device or "cpu"))
+    run.train_step()
+    begun = time.perf_counter()
+    while run.step < 25 and time.perf_counter() - begun < seconds / 8:
+        run.train_step()
+    each = (time.perf_counter() - begun) / (run.step - 1)
+    return max(1, min(recipe.steps, int(seconds / each)))
+
+
+def train_and_score(job: tuple[str, list[str], bool]) -> dict[str, Any]:
+    """One tokenizer: trained, saved, and its scores on the held-out images. job: recipe, overrides, whether to probe all
+    positions side by side too."""
+    name, overrides, positions = job
+    begun = time.perf_counter()
+    recipe = load_tokenizer_recipe(name, overrides)
+    train_tokenizer(name, overrides)
+    trained = time.perf_counter()
+    tokenizer = VisualTokenizer.from_pretrained(recipe.output_dir / "final").to(recipe.device or "cpu")
+    images, held_out = (load_images(recipe.images, tokenizer.image.height, split) for split in ("train", "held_out"))
+    row = evaluate_tokenizer(tokenizer, held_out)
+    row["codebook_entries"] = sum(size for size, _ in tokenizer.codebooks.values())
+    row["probe_mean"] = probe_tokenizer(tokenizer, images, held_out)
+    if positions:
+        row["probe_positions"] = probe_tokenizer(tokenizer, images, held_out, pool=False)
+    row["steps"] = recipe.steps
+    row["training_seconds"] = round(trained - begun, 1)
+    row["seconds"] = round(time.perf_counter() - begun, 1)
+    return {name: row}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="runs/tokenizer_demo")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: CUDA where there is one")
+    parser.add_argument("--larger", action="store_true", help="the proof that is sized for one H200")
+    parser.add_argument("--processes", type=int, default=1, help="tokenizers that are trained side by side")
+    parser.add_argument("--seconds", type=float, default=120, help="with --larger: training time of all tokenizers")
     parser.add_argument("--steps", type=int, help="training steps of each recipe instead of its own")
     parser.add_argument("--teacher-steps", type=int, default=1000)
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES))
+    parser.add_argument("overrides", nargs="*", help="changes of every recipe, key.sub=value")
     arguments = parser.parse_args()
-    output = Path(arguments.output)
+    device, output = choose_device(arguments.device), Path(arguments.output)
     start = time.perf_counter()
-    options = DigitsAndChartsOptions(charts=600).model_dump()
-    spec = ImagesSpec(type="digits_and_charts", options=options)
-    images, held_out = (load_images(spec, 64, split) for split in ("train", "held_out"))
+    dual = demo_recipe("tokenizer_demo_dual", output, device, larger=arguments.larger, overrides=arguments.overrides)
+    size = dual.tokenizer["image_size"]
+    images, held_out = (load_images(dual.images, size, split) for split in ("train", "held_out"))
     teacher = output / "teacher.safetensors"
-    report = {
+    report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "train_images": len(images),
         "held_out_images": len(held_out),
-        "teacher_accuracy": train_teacher(teacher, images, held_out, arguments.teacher_steps),
+        "image_size": size,
+        "teacher_accuracy": train_teacher(teacher, dual, images, held_out, arguments.teacher_steps, device),
         "teacher_seconds": round(time.perf_counter() - start, 1),
-        "raw_pixel_blocks_probe": pixel_probe(images, held_out),
-        "tokenizers": {},
+        "raw_pixel_blocks_probe": pixel_probe(images, held_out, device),
     }
     print(json.dumps(report), flush=True)
-    for name in arguments.recipes:
-        begun = time.perf_counter()
-        recipe = load_tokenizer_recipe(name)
-        overrides = [f"output={output / name}"]
-        if recipe.tokenizer["type"] == "illume":
-            overrides.append(f"tokenizer.semantic_encoder.weights={teacher}")
-        if recipe.teacher is not None:
-            overrides.append(f"teacher.encoder.weights={teacher}")
-        if arguments.steps:
-            overrides.append(f"steps={arguments.steps}")
-        train_tokenizer(name, overrides)
-        tokenizer = VisualTokenizer.from_pretrained(output / name / "final")
-        row = evaluate_tokenizer(tokenizer, held_out)
-        row["codebook_entries"] = sum(size for size, _ in tokenizer.codebooks.values())
-        row["probe_mean"] = probe_tokenizer(tokenizer, images, held_out)
-        row["probe_positions"] = probe_tokenizer(tokenizer, images, held_out, pool=False)
-        row["seconds"] = round(time.perf_counter() - begun, 1)
-        report["tokenizers"][name] = row
-        print(json.dumps({name: row}), flush=True)
+    steps = arguments.steps
+    if arguments.larger and steps is None:
+        steps = measured_steps(dual, arguments.seconds / len(arguments.recipes))
+    changes = [*arguments.overrides, *([f"steps={steps}"] if steps else [])]
+    # Of the larger pictures all positions make features of thousands of channels, which a CPU would probe for minutes.
+    positions = device == "cuda" or not arguments.larger
+    jobs = [
+        (n, demo_overrides(n, output, device, larger=arguments.larger) + changes, positions) for n in arguments.recipes
+    ]
+    if arguments.processes > 1:
+        rows = run_jobs(train_and_score, jobs, processes=arguments.processes)
+    else:
+        rows = []
+        for job in jobs:
+            rows.append(train_and_score(job))
+            print(json.dumps(rows[-1]), flush=True)
+    found = {name: row for each in rows if "error" not in each for name, row in each.items()}
+    report["tokenizers"] = {name: found[name] for name in arguments.recipes if name in found}
     report["seconds"] = round(time.perf_counter() - start, 1)
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(table(report))
+    if any("error" in row for row in rows):
+        raise SystemExit(1)
 
 
 def table(report: dict) -> str:
@@ -104,9 +212,10 @@ def table(report: dict) -> str:
     ]
     for name, row in report["tokenizers"].items():
         usage = " ".join(f"{value['used']:.0%}" for value in row["usage"].values())
+        side_by_side = f"{row['probe_positions']['all']:.1%}" if "probe_positions" in row else "-"
         lines.append(
             f"{name:34}{row['codebook_entries']:>8}{row['bits_per_image']:>7.0f}{row['compression']:>7.0f}{row['psnr']:>7.2f}"
-            f"{row['ssim']:>7.3f}{usage:>18}{row['probe_mean']['all']:>7.1%}{row['probe_positions']['all']:>8.1%}"
+            f"{row['ssim']:>7.3f}{usage:>18}{row['probe_mean']['all']:>7.1%}{side_by_side:>8}"
         )
     lines.append("probe: mean of the quantised features over positions; probe*: all positions side by side")
     return "\n".join(lines)

@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -67,6 +68,12 @@ def search(arguments: argparse.Namespace, device: torch.device) -> dict:
         "blocked_without_refinement": measure(
             lambda: nearest_codes(z, table, refine=False), device, warm=1, repeats=arguments.repeats
         ),
+        "blocked_by_scores_at_once": {
+            f"2**{power}": measure(
+                partial(nearest_codes, z, table, max_scores=2**power), device, warm=1, repeats=arguments.repeats
+            )
+            for power in ((22, 23, 25, 27) if device.type == "cuda" else ())
+        },
         "scores_if_all_at_once_gib": arguments.positions * arguments.codes * 4 / 2**30,
     }
     if arguments.naive:
@@ -78,9 +85,12 @@ def search(arguments: argparse.Namespace, device: torch.device) -> dict:
 def model(arguments: argparse.Namespace, device: torch.device) -> dict:
     recipe = load_tokenizer_recipe(arguments.recipe)
     tokenizer = build_tokenizer(recipe.tokenizer).to(device)
+    if arguments.channels_last:
+        tokenizer = tokenizer.to(memory_format=torch.channels_last)
     size, batch = tokenizer.image.height, arguments.batch
     pixels = torch.rand(batch, 3, size, size, device=device) * 2 - 1
     result: dict = {"recipe": arguments.recipe, "batch": batch, "tokens_per_image": tokenizer.tokens_per_image}
+    result["channels_last"] = arguments.channels_last
     autocast = lambda: torch.autocast(device.type, dtype=torch.bfloat16)  # noqa: E731
     tokenizer.eval()
     with torch.no_grad(), autocast():
@@ -153,6 +163,7 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=64 * 729)
     parser.add_argument("--codes", type=int, default=32768)
     parser.add_argument("--dim", type=int, default=40)
+    parser.add_argument("--channels-last", action="store_true", help="keep convolutions' channels last in memory")
     parser.add_argument("--naive", action="store_true", help="also hold all distances at once (needs 12 GiB or more)")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)

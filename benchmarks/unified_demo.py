@@ -5,6 +5,9 @@ Trains a teacher, the tokenizer of ``recipes/tokenizer_unified_demo.yaml`` on di
 same weights read held-out digits from their codes alone. Writes ``report.json`` and ``unified_demo.html``.
 
     python benchmarks/unified_demo.py                     # runs/unified_demo, two CPU cores
+    python benchmarks/unified_demo.py --larger --output runs/unified_larger     # one H200, about 150 s
+
+``--larger``: networks of twice the width, a language model of 6 layers of 256, 3000 steps of 64 samples, 1000 drawings.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from processes import choose_device
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -42,24 +46,71 @@ from mllm.visual_tokenizers.teacher import EncoderTeacher, train_classifier
 from mllm.visual_tokenizers.train import train_tokenizer
 
 SIZE = 64
+DEFAULT_OUTPUT = Path("runs/unified_demo")
+_CONVOLUTION = "{channels: 16, multipliers: [1, 2, 4, 8], num_res_blocks: 1, groups: 8}"
+_NETWORKS = [
+    f"tokenizer.pixel_encoder={_CONVOLUTION}",
+    f"tokenizer.decoder={_CONVOLUTION}",
+    "tokenizer.z_channels=128",
+]
+LARGER_TOKENIZER = [*_NETWORKS, "steps=1500", "batch_size=64", "ema=0.99"]
+"""Changes of recipes/tokenizer_unified_demo.yaml."""
+LARGER_MODEL = [
+    *(f"model.encoders.codes.{change}" for change in _NETWORKS),
+    "model.language_model.config.hidden_size=256",
+    "model.language_model.config.intermediate_size=704",
+    "model.language_model.config.num_hidden_layers=6",
+    "model.language_model.config.num_attention_heads=8",
+    "model.language_model.config.num_key_value_heads=8",
+    "model.language_model.config.attention_dropout=0.1",
+    "stages.unified.learn={connector: 1.0e-3, language_model: 1.0e-3, visual_head: 1.0e-3}",
+    "stages.unified.steps=3000",
+    "stages.unified.batch_size=64",
+    "stages.unified.optimizer.weight_decay=0.1",
+    "stages.unified.draw=null",
+]
+"""Changes of recipes/unified_demo.yaml."""
 
 
-def make_tokenizer(output: Path, teacher_steps: int, steps: int | None) -> dict[str, Any]:
+def model_overrides(output: Path, *, larger: bool = False) -> list[str]:
+    """The overrides that make recipes/unified_demo.yaml read data, text tokenizer and tokenizer from ``output``."""
+    if output == DEFAULT_OUTPUT:  # what the recipe names
+        return [f"output={output / 'model'}", *(LARGER_MODEL if larger else [])]
+    datasets = [
+        {
+            "dataset": {"name": name, "format": "messages", "path": str(output / "data" / f"{part}_train.jsonl")},
+            "repeat": n,
+        }
+        for name, part, n in (("unified_read", "read", 1), ("unified_draw", "draw", 2))
+    ]
+    return [
+        f"output={output / 'model'}",
+        f"model.language_model.tokenizer={output / 'text_tokenizer'}",
+        f"model.encoders.codes.weights.source={output / 'tokenizer' / 'final'}",
+        f"stages.unified.data={json.dumps({'datasets': datasets})}",
+        *(LARGER_MODEL if larger else []),
+    ]
+
+
+def make_tokenizer(
+    output: Path, teacher_steps: int, steps: int | None, device: str = "cpu", *, larger: bool = False
+) -> dict[str, Any]:
     """Teacher and tokenizer, trained unless they are there; returns the tokenizer's held-out scores."""
-    recipe = load_tokenizer_recipe("tokenizer_unified_demo")
+    changes = [*(LARGER_TOKENIZER if larger else []), *([f"steps={steps}"] if steps else []), f"device={device}"]
+    recipe = load_tokenizer_recipe("tokenizer_unified_demo", changes)
     images, held_out = (load_images(recipe.images, SIZE, split) for split in ("train", "held_out"))
     settings = {**recipe.tokenizer["semantic_encoder"], "weights": None}
     weights, folder = output / "teacher.safetensors", output / "tokenizer"
     if not (folder / "final" / "model.safetensors").is_file():
-        teacher = EncoderTeacher(settings)
+        teacher = EncoderTeacher(settings).to(device)
         sizes = {key: settings[key] for key in ("width", "depth", "heads", "patch_size")}
         spec = SupervisedTeacherSpec(steps=teacher_steps, batch_size=48, rate=2e-3, **sizes)
         train_classifier(teacher, images, spec, seed=0)
         weights.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in teacher.encoder.encoder.state_dict().items()}, str(weights))
+        save_file({k: v.cpu().contiguous() for k, v in teacher.encoder.encoder.state_dict().items()}, str(weights))
         overrides = [f"output={folder}", f"tokenizer.semantic_encoder.weights={weights}"]
-        train_tokenizer("tokenizer_unified_demo", [*overrides, *([f"steps={steps}"] if steps else [])])
-    tokenizer = VisualTokenizer.from_pretrained(folder / "final")
+        train_tokenizer("tokenizer_unified_demo", [*overrides, *changes])
+    tokenizer = VisualTokenizer.from_pretrained(folder / "final").to(device)
     return {
         **evaluate_tokenizer(tokenizer, held_out),
         "codebook_entries": sum(size for size, _ in tokenizer.codebooks.values()),
@@ -80,7 +131,7 @@ class Judge:
     @staticmethod
     def blocks(pixels: Tensor) -> np.ndarray:
         """``(B, 3, H, W)`` in [0, 1] → ``(B, 64)``."""
-        return F.adaptive_avg_pool2d(pixels.mean(1, keepdim=True), 8).flatten(1).numpy()
+        return F.adaptive_avg_pool2d(pixels.mean(1, keepdim=True), 8).flatten(1).cpu().numpy()
 
     def __call__(self, pixels: Tensor) -> np.ndarray:
         """The digit of each image."""
@@ -105,7 +156,7 @@ def read_digits(model: Any, processor: Any, codes: Tensor, batch_size: int = 64)
     ids = ids.repeat_interleave(torch.where(ids == processor.image_token_id, processor.num_image_tokens, 1))
     answers: list[str] = []
     for part in codes.split(batch_size):
-        inputs = ids.expand(len(part), -1)
+        inputs = ids.to(part.device).expand(len(part), -1)
         out = model.generate(
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
@@ -134,16 +185,18 @@ def statistics(values: np.ndarray) -> dict[str, float]:
     return {n: round(float(v), 4) for n, v in zip(names, np.quantile(values, [0, 0.25, 0.5, 0.75]))}
 
 
-def evaluate(checkpoint: Path, number: int, cfg_scale: float, temperature: float) -> tuple[dict[str, Any], Any]:
+def evaluate(
+    checkpoint: Path, number: int, cfg_scale: float, temperature: float, device: str = "cpu"
+) -> tuple[dict[str, Any], Any]:
     """Every figure of the model, and what the page shows."""
-    model = MllmForConditionalGeneration.from_pretrained(str(checkpoint)).eval()
+    model = MllmForConditionalGeneration.from_pretrained(str(checkpoint)).eval().to(device)
     processor = MllmProcessor.from_pretrained(str(checkpoint))
     spec = ImagesSpec(type="digits_and_charts", options={"charts": 0})
     real, held_out = (load_images(spec, SIZE, split) for split in ("train", "held_out"))
     assert held_out.labels is not None
     tokenizer, judge = model.image_tokenizer, Judge(real)
     with torch.no_grad():
-        parts = [to_pixels(source.batch(range(len(source)))) for source in (real, held_out)]
+        parts = [to_pixels(source.batch(range(len(source))), device) for source in (real, held_out)]
         known, unseen = (torch.cat([pack_codes(tokenizer, tokenizer.encode(p)) for p in x.split(128)]) for x in parts)
     truth = held_out.labels.numpy()
     started = time.perf_counter()
@@ -170,7 +223,7 @@ def evaluate(checkpoint: Path, number: int, cfg_scale: float, temperature: float
         "read_from_codes": float(np.mean([a == str(t) for a, t in zip(answers, truth)])),
         "read_held_out_digits": len(truth),
     }
-    return figures, (asked, seen, drawn, judge.nearest(drawn.pixels), (parts[0] / 2 + 0.5), judge)
+    return figures, (asked, seen, drawn, judge.nearest(drawn.pixels), (parts[0] / 2 + 0.5).cpu(), judge)
 
 
 def page(path: Path, report: dict[str, Any], shown: Any) -> None:
@@ -211,27 +264,33 @@ def _img(picture: Image.Image, width: int = 64) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: CUDA where there is one")
+    parser.add_argument("--larger", action="store_true", help="the proof that is sized for one H200")
     parser.add_argument("--teacher-steps", type=int, default=600)
     parser.add_argument("--tokenizer-steps", type=int, help="instead of the recipe's")
     parser.add_argument("--steps", type=int, help="training steps of the model instead of the recipe's")
-    parser.add_argument("--drawings", type=int, default=200)
+    parser.add_argument("--drawings", type=int, help="default 200, with --larger 1000")
     parser.add_argument("--cfg-scale", type=float, default=2.0)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("overrides", nargs="*", help="changes of recipes/unified_demo.yaml, key.sub=value")
     arguments = parser.parse_args()
-    output, started, cpu = Path("runs/unified_demo"), time.perf_counter(), time.process_time()
+    device, larger, output = choose_device(arguments.device), arguments.larger, arguments.output
+    started, cpu = time.perf_counter(), time.process_time()
     prepare_drawing(output / "data")
     train_text_tokenizer(output / "text_tokenizer")
-    report: dict[str, Any] = {"tokenizer": make_tokenizer(output, arguments.teacher_steps, arguments.tokenizer_steps)}
+    scores = make_tokenizer(output, arguments.teacher_steps, arguments.tokenizer_steps, device, larger=larger)
+    report: dict[str, Any] = {"device": device, "tokenizer": scores}
     report["seconds"] = {"tokenizer": round(time.perf_counter() - started, 1)}
     print(json.dumps(report), flush=True)
     begun = time.perf_counter()
     steps = [f"stages.unified.steps={arguments.steps}"] if arguments.steps else []
-    recipe = load_recipe("unified_demo", [f"output={output / 'model'}", *steps, *arguments.overrides])
+    recipe = load_recipe("unified_demo", [*model_overrides(output, larger=larger), *steps, *arguments.overrides])
     final = run_recipe(recipe, resume=True)
     report["seconds"]["model"] = round(time.perf_counter() - begun, 1)
     begun = time.perf_counter()
-    report["model"], shown = evaluate(final, arguments.drawings, arguments.cfg_scale, arguments.temperature)
+    drawings = arguments.drawings or (1000 if larger else 200)
+    report["model"], shown = evaluate(final, drawings, arguments.cfg_scale, arguments.temperature, device)
     report["seconds"] |= {
         "evaluation": round(time.perf_counter() - begun, 1),
         "all": round(time.perf_counter() - started, 1),

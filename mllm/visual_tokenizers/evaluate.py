@@ -189,8 +189,10 @@ def probe_tokenizer(
     """Held-out linear-probe accuracy from the quantised features of each codebook (or half) and of all together."""
     if train.labels is None or held_out.labels is None:
         raise DataError("a linear probe needs images with classes")
+    device = tokenizer.last_layer().device
     a, b = (code_features(tokenizer, images, pool=pool) for images in (train, held_out))
-    return {name: linear_probe(a[name], train.labels, b[name], held_out.labels) for name in a}
+    known, asked = train.labels.to(device), held_out.labels.to(device)
+    return {name: linear_probe(a[name].to(device), known, b[name].to(device), asked) for name in a}
 
 
 @torch.no_grad()

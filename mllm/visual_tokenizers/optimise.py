@@ -100,8 +100,10 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
 def update_average(average: dict[str, Tensor], module: nn.Module, decay: float) -> None:
     """Moving average of the parameters; buffers (moving-average codebooks, counts) are copied."""
     parameters = {name for name, _ in module.named_parameters()}
-    for key, value in module.state_dict().items():
-        if key in parameters and value.dtype.is_floating_point:
-            average[key].lerp_(value.detach(), 1 - decay)
-        else:
-            average[key].copy_(value)
+    state = module.state_dict()
+    moving = [key for key, value in state.items() if key in parameters and value.dtype.is_floating_point]
+    if moving:  # one call for all of them: on CUDA a launch each would take longer than the sums
+        own, new = [average[key] for key in moving], [state[key].detach() for key in moving]
+        torch._foreach_lerp_(own, new, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+    for key in state.keys() - set(moving):
+        average[key].copy_(state[key])

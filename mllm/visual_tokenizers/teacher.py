@@ -119,20 +119,22 @@ def _supervised(spec: SupervisedTeacherSpec, images: ImageSource, seed: int, dir
 
 
 def train_classifier(teacher: Teacher, images: ImageSource, spec: SupervisedTeacherSpec, *, seed: int) -> nn.Linear:
-    """Train ``teacher`` and a linear layer on its pooled feature to tell the classes; returns the layer."""
+    """Train ``teacher`` and a linear layer on its pooled feature to tell the classes, on the teacher's
+    device; returns the layer."""
     if images.labels is None:
         raise DataError("teacher.supervised: these images have no classes; give teacher.encoder instead")
+    device = next(teacher.parameters()).device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layer = nn.Linear(teacher.width, len(images.classes))
+        layer = nn.Linear(teacher.width, len(images.classes)).to(device)
         optimizer = torch.optim.AdamW([*teacher.parameters(), *layer.parameters()], lr=spec.rate, weight_decay=0.01)
         generator = torch.Generator().manual_seed(seed)
         for step in range(spec.steps):
             for group in optimizer.param_groups:
                 group["lr"] = spec.rate * min(1.0, (step + 1) / 20) * (1 - step / spec.steps)
             picks = torch.randint(len(images), (spec.batch_size,), generator=generator)
-            logits = layer(teacher(to_pixels(images.batch(picks.tolist())))["pooled"])
-            loss = F.cross_entropy(logits, images.labels[picks])
+            logits = layer(teacher(to_pixels(images.batch(picks.tolist()), device))["pooled"])
+            loss = F.cross_entropy(logits, images.labels[picks].to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -158,7 +158,7 @@ class TokenizerRun:
         if self.average is not None:
             update_average(self.average, self.tokenizer, recipe.ema)
         self.step += 1
-        return {key: float(value.detach() if isinstance(value, Tensor) else value) for key, value in logged.items()}
+        return _as_numbers(logged)
 
     def _update(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> float:
         """Average gradients over ranks, clip, step; returns the gradient's norm before clipping."""
@@ -276,6 +276,13 @@ class TokenizerRun:
                 raise CheckpointError(f"{found[-1]} has no discriminator; it was trained without losses.adversarial")
             self.losses.discriminator.load_state_dict(state["discriminator"])
             self.judge_optimizer.load_state_dict(state["judge_optimizer"])
+
+
+def _as_numbers(logged: dict[str, Tensor | float]) -> dict[str, float]:
+    """Scalars as Python numbers, all tensors fetched from the device at once."""
+    tensors = {key: value.detach().double() for key, value in logged.items() if isinstance(value, Tensor)}
+    fetched = dict(zip(tensors, torch.stack(list(tensors.values())).tolist())) if tensors else {}
+    return {key: fetched[key] if key in fetched else float(value) for key, value in logged.items()}
 
 
 def _initial_tokenizer(recipe: TokenizerRecipe) -> VisualTokenizer:

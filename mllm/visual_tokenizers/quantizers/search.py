@@ -50,23 +50,31 @@ def nearest_codes(z: Tensor, table: Tensor, *, max_scores: int = MAX_SCORES, ref
     """
     z, table = z.detach().float(), table.detach().float()
     num_positions, num_entries = z.shape[0], table.shape[0]
-    ids = torch.empty(num_positions, dtype=torch.int64, device=z.device)
-    if num_positions == 0:
-        return ids
+    first, second = (torch.zeros(num_positions, dtype=torch.int64, device=z.device) for _ in range(2))
+    refine = refine and num_entries > 1
     bias = -0.5 * table.double().square().sum(1).float()
     rows = max(1, max_scores // num_entries)
     with _exact_matmul(z.device):
         for start in range(0, num_positions, rows):
-            block = z[start : start + rows]
-            scores = torch.addmm(bias, block, table.T)
+            scores = torch.addmm(bias, z[start : start + rows], table.T)
             best = scores.argmax(1)
-            if refine and num_entries > 1:
-                scores.scatter_(1, best[:, None], -torch.inf)
-                candidates = torch.stack([best, scores.argmax(1)], 1).sort(1).values
-                distance = (block[:, None].double() - table[candidates].double()).square().sum(-1)
-                best = torch.where(distance[:, 1] < distance[:, 0], candidates[:, 1], candidates[:, 0])
-            ids[start : start + rows] = best
-    return ids
+            first[start : start + rows] = best
+            if refine:
+                second[start : start + rows] = scores.scatter_(1, best[:, None], -torch.inf).argmax(1)
+        return _nearer(z, table, first, second) if refine else first
+
+
+def _nearer(z: Tensor, table: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Of two candidates per position the one whose direct fp64 distance is smaller, the lower index where they are equal."""
+    low, high = torch.minimum(first, second), torch.maximum(first, second)
+    chosen = torch.empty_like(low)
+    rows = max(1, MAX_SCORES // (2 * z.shape[1]))  # fp64 copies of as many numbers as the search itself holds
+    for start in range(0, len(z), rows):
+        part = slice(start, start + rows)
+        own = z[part].double()
+        to_low, to_high = ((own - table[ids[part]].double()).square().sum(1) for ids in (low, high))
+        chosen[part] = torch.where(to_high < to_low, high[part], low[part])
+    return chosen
 
 
 def squared_distances(z: Tensor, table: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ import yaml
 
 from mllm.errors import CheckpointError, ConfigError, MllmError, UnavailableError
 from mllm.visual_tokenizers.base import VisualTokenizer, build_tokenizer
-from mllm.visual_tokenizers.optimise import epoch_order, rate_factor
+from mllm.visual_tokenizers.optimise import epoch_order, rate_factor, update_average
 from mllm.visual_tokenizers.perceptual import PerceptualLoss
 from mllm.visual_tokenizers.quantizers.initialise import initialise_codebooks
 from mllm.visual_tokenizers.recipe import PerceptualSpec, TokenizerRecipe, load_tokenizer_recipe, tokenizer_recipes
-from mllm.visual_tokenizers.train import train_tokenizer
+from mllm.visual_tokenizers.train import _as_numbers, train_tokenizer
 from tests.helpers import torchrun
 from tests.unit.visual_tokenizers.tokenizer_configs import CONV, HEAD, TINY
 
@@ -251,3 +251,23 @@ def test_every_shipped_tokenizer_recipe_builds_on_meta():
         with torch.device("meta"):
             tokenizer = build_tokenizer(recipe.tokenizer)
         assert tokenizer.bits_per_image > 0
+
+
+def test_the_average_moves_parameters_and_copies_buffers():
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(EMA_VQ)
+    before = {key: torch.randn_like(value) for key, value in tokenizer.state_dict().items()}
+    average = {key: value.clone() for key, value in before.items()}
+    update_average(average, tokenizer, 0.9)
+    parameters = dict(tokenizer.named_parameters())
+    assert parameters.keys() < average.keys()
+    for key, value in tokenizer.state_dict().items():
+        expected = torch.lerp(before[key], value, 1 - 0.9) if key in parameters else value
+        assert torch.equal(average[key], expected), key
+
+
+def test_logged_scalars_become_numbers_in_their_order():
+    named = {"l1": torch.tensor(0.1, requires_grad=True), "norm": 2.5, "used": torch.tensor(0.75)}
+    numbers = _as_numbers(named)
+    assert list(numbers) == list(named) and numbers == {"l1": torch.tensor(0.1).item(), "norm": 2.5, "used": 0.75}
+    assert _as_numbers({"norm": 1.0}) == {"norm": 1.0}
