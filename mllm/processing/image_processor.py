@@ -137,7 +137,7 @@ def stack_images(images: Sequence[torch.Tensor]) -> torch.Tensor:
     """Pixels or codes of several images as one tensor. Raises `DataError` for a mixture of the two."""
     if len({image.dim() for image in images}) > 1:
         raise DataError("some images are given as pictures and some as stored codes; one batch takes one kind")
-    return torch.stack(list(images))
+    return images[0][None] if len(images) == 1 else torch.stack(list(images))  # one picture need not be copied
 
 
 def _plain(spec: Any) -> Any:

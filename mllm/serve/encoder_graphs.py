@@ -1,0 +1,126 @@
+"""How do encoders run without the CPU launching every kernel? One set of CUDA graphs per encoder, by batch size."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm.errors import UnavailableError
+from mllm.models.compilation import repeated_layers
+from mllm.types import VisionFeatures
+
+MAX_BATCH = 32
+"""Above this many images the GPU is busy for longer than the CPU needs to launch the kernels."""
+_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, MAX_BATCH)
+"""At most a quarter of a batch is padding."""
+
+
+class EncoderGraphs:
+    """CUDA graphs of an encoder bank: each encoder has its own, so that routed experts run on their images alone.
+
+    ``install()`` puts them in front of the encoders' ``forward``: hooks, weights and names stay as they are. A batch is
+    padded to the next captured size; a larger one, stored codes in place of pixels, or a call that asks for attention maps
+    or gives scenes, runs as before.
+    """
+
+    def __init__(self, encoders: Mapping[str, nn.Module], max_images: int):
+        """max_images: the most images that one step of the engine encodes."""
+        self.encoders = dict(encoders)
+        self.sizes = sizes_up_to(max_images)
+        self.graphs: dict[str, dict[int, _Graph]] = {name: {} for name in self.encoders}
+
+    def install(self) -> None:
+        """Capture every encoder at every size, on the device and in the dtype of its weights. Raises `UnavailableError`
+        naming an encoder that cannot be captured."""
+        pool = torch.cuda.graph_pool_handle()
+        for name, encoder in self.encoders.items():
+            forward = encoder.forward
+            if next(encoder.parameters(), None) is None:  # raw patches: nothing that takes time
+                continue
+            pixels = blank_pixels(encoder, self.sizes[-1])
+            for size in reversed(self.sizes):  # the largest first: the others fit into its memory
+                try:
+                    self.graphs[name][size] = _capture(forward, pixels[:size], pool)
+                except RuntimeError as error:
+                    raise UnavailableError(
+                        f"encoder {name!r} cannot be captured in a CUDA graph ({str(error).splitlines()[0]}); serve without "
+                        "cudagraph_mm_encoder"
+                    ) from error
+            encoder.forward = partial(self._run, name, forward)
+
+    def _run(self, name: str, forward: Any, pixels: Tensor, **options: Any) -> VisionFeatures:
+        count = len(pixels)
+        asked = any(value is not None and value is not False for value in options.values())
+        captured = self.graphs[name]
+        if asked or not 0 < count <= self.sizes[-1] or pixels.shape[1:] != captured[self.sizes[-1]].pixels.shape[1:]:
+            return forward(pixels, **options)
+        return captured[self.sizes[bisect_left(self.sizes, count)]](pixels)
+
+
+class _Graph:
+    """One captured batch size: where its pixels go and where its features come out."""
+
+    def __init__(self, graph: Any, pixels: Tensor, features: VisionFeatures):
+        self.graph, self.pixels, self.features = graph, pixels, features
+
+    def __call__(self, pixels: Tensor) -> VisionFeatures:
+        count = len(pixels)
+        self.pixels[:count].copy_(pixels)
+        self.graph.replay()
+        prefix = self.features.prefix
+        # Copies: the next replay writes over what this one gave.
+        return replace(
+            self.features,
+            tokens=self.features.tokens[:count].clone(),
+            prefix=None if prefix is None else prefix[:count].clone(),
+        )
+
+
+def _capture(forward: Any, pixels: Tensor, pool: Any) -> _Graph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(
+        side
+    ):  # libraries choose their kernels, and layers are compiled, before anything is recorded
+        for _ in range(2):
+            forward(pixels)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        features = forward(pixels)
+    return _Graph(graph, pixels, features)
+
+
+def compile_encoders(encoders: Mapping[str, nn.Module]) -> int:
+    """Compile the encoders' repeated layers in place, for any batch size; returns how many layers."""
+    layers = [layer for encoder in encoders.values() for layer in repeated_layers(encoder)]
+    for layer in layers:
+        layer.compile(dynamic=True)
+    return len(layers)
+
+
+def warm_up(encoders: Mapping[str, nn.Module]) -> None:
+    """Run compiled encoders once on one image and on two: one image is a case of its own for the compiler."""
+    for encoder in encoders.values():
+        for size in (2, 1):
+            encoder.forward(blank_pixels(encoder, size))  # past the hooks, which count images
+
+
+def blank_pixels(encoder: Any, size: int) -> Tensor:
+    """``(size, 3, H, W)`` zeros as an encoder takes them, on its device and in its dtype."""
+    image = encoder.describe(encoder.config).image
+    weight = next(encoder.parameters(), None)
+    place = {} if weight is None else {"device": weight.device, "dtype": weight.dtype}
+    return torch.zeros(size, 3, image.height, image.width, **place)
+
+
+def sizes_up_to(max_images: int) -> list[int]:
+    """Batch sizes to capture where a step encodes at most ``max_images``."""
+    top = max(1, min(max_images, MAX_BATCH))
+    return [size for size in _SIZES if size < top] + [top]

@@ -1,0 +1,41 @@
+"""Which batch sizes are captured, and does compiling an encoder leave its features alone?"""
+
+import pytest
+import torch
+
+from mllm.models.pipeline import EncoderBank
+from mllm.serve.encoder_graphs import MAX_BATCH, compile_encoders, sizes_up_to, warm_up
+from tests.helpers import TINY_CLIP
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"), [(0, [1]), (1, [1]), (5, [1, 2, 3, 4, 5]), (11, [1, 2, 3, 4, 5, 6, 7, 8, 10, 11])]
+)
+def test_captured_sizes_end_at_what_one_step_encodes(most, sizes):
+    assert sizes_up_to(most) == sizes
+
+
+def test_padding_is_at_most_a_quarter_of_a_captured_batch():
+    sizes = sizes_up_to(1000)
+    assert sizes[-1] == MAX_BATCH
+    for count in range(1, MAX_BATCH + 1):
+        padded = next(size for size in sizes if size >= count)
+        assert (padded - count) / padded <= 0.25
+
+
+def test_compiled_encoders_give_the_same_features_at_every_batch_size():
+    torch.manual_seed(0)
+    bank = EncoderBank({"only": dict(TINY_CLIP)}).eval()
+    for encoder in bank.encoders.values():
+        encoder.to_empty(device="cpu")
+        encoder.restore_buffers()
+        for parameter in encoder.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    size = bank.infos["only"].image
+    pixels = torch.randn(3, 3, size.height, size.width)
+    with torch.no_grad():
+        plain = {count: bank({"only": pixels[:count]})[0]["only"].tokens for count in (1, 2, 3)}
+        assert compile_encoders(dict(bank.encoders)) > 0
+        warm_up(dict(bank.encoders))
+        for count, expected in plain.items():
+            assert torch.allclose(bank({"only": pixels[:count]})[0]["only"].tokens, expected, atol=1e-5, rtol=1e-4)
