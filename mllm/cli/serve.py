@@ -44,6 +44,9 @@ def serve(
     """Serve a checkpoint; what follows -- goes to vLLM unchanged.
 
     [dim]MLLM_API_KEY=secret mllm serve runs/demo/final --port 8000 -- --max-num-seqs 64[/]
+
+    [dim]mllm serve CKPT -- --quantization fp8[/] · the encoders in CUDA graphs of their own:
+    [dim]-- --compilation-config '{"cudagraph_mm_encoder": true}'[/]
     """
     from mllm.config import validate
     from mllm.serve.server import ServeSettings
