@@ -37,26 +37,26 @@ VOCABULARY = ("model.visual_head={type: vocabulary, text_dropout: 0.1}", _rates(
 
 
 class Variant(NamedTuple):
-    """Changes of the recipe, and where the embeddings of new tokens start. None: as `build_model` leaves them. Else a number:
-    normal, of the language model's ``initializer_range``, those of codes made of the tokenizer's vectors and this many times as
-    large (0: random like the others)."""
+    """Changes of the recipe, and where the embeddings of new tokens start, in units of the language model's
+    ``initializer_range``: normal ones (``random``), or for codes the tokenizer's vectors (``vectors``). None: as `build_model`
+    starts them."""
 
     overrides: tuple[str, ...]
-    start: float | None = None
+    random: float | None = None
+    vectors: float | None = None
 
 
 VARIANTS: dict[str, Variant] = {
     "separate": Variant(()),
     "vocabulary": Variant(VOCABULARY),
-    "vocabulary_small_start": Variant(VOCABULARY, 0.0),
-    "vocabulary_small_start_1800_steps": Variant((*VOCABULARY, "stages.unified.steps=1800"), 0.0),
-    "vocabulary_small_start_3600_steps": Variant((*VOCABULARY, "stages.unified.steps=3600"), 0.0),
-    "vocabulary_small_start_rate_5e-3": Variant((*VOCABULARY, _rates(5e-3)), 0.0),
-    "vocabulary_small_start_rate_1e-3": Variant((*VOCABULARY, _rates(1e-3)), 0.0),
-    "vocabulary_small_start_untied": Variant((*VOCABULARY, _UNTIED), 0.0),
-    "vocabulary_from_codebook": Variant(VOCABULARY, 1.0),
-    "vocabulary_from_codebook_untied": Variant((*VOCABULARY, _UNTIED), 1.0),
+    "vocabulary_large_start": Variant(VOCABULARY, random=50.0),
+    "vocabulary_1800_steps": Variant((*VOCABULARY, "stages.unified.steps=1800")),
     "vocabulary_3600_steps": Variant((*VOCABULARY, "stages.unified.steps=3600")),
+    "vocabulary_rate_5e-3": Variant((*VOCABULARY, _rates(5e-3))),
+    "vocabulary_rate_1e-3": Variant((*VOCABULARY, _rates(1e-3))),
+    "vocabulary_untied": Variant((*VOCABULARY, _UNTIED)),
+    "vocabulary_from_codebook": Variant(VOCABULARY, vectors=1.0),
+    "vocabulary_from_codebook_untied": Variant((*VOCABULARY, _UNTIED), vectors=1.0),
 }
 
 
@@ -83,8 +83,8 @@ def run_variant(job: Job) -> dict[str, Any]:
     if job.steps:
         changes.append(f"stages.unified.steps={job.steps}")
     recipe = load_recipe("unified_demo", changes)
-    if variant.start is not None:
-        recipe = with_started_rows(recipe, changes, folder / "language_model", variant.start)
+    if variant.random is not None or variant.vectors is not None:
+        recipe = with_started_rows(recipe, changes, folder / "language_model", variant)
     final = run_recipe(recipe, resume=True)
     trained = time.perf_counter()
     figures, _ = evaluate(final, job.drawings, 2.0, 1.0, job.device)
@@ -106,7 +106,7 @@ def run_variant(job: Job) -> dict[str, Any]:
     }
 
 
-def with_started_rows(recipe: Recipe, changes: list[str], folder: Path, scale: float) -> Recipe:
+def with_started_rows(recipe: Recipe, changes: list[str], folder: Path, variant: Variant) -> Recipe:
     """The recipe with a language model that is saved in ``folder`` with every id in its vocabulary already, the rows of new
     tokens started as `Variant` says. With the tokenizer's vectors under a random projection, codes that look alike start alike.
     """
@@ -116,13 +116,13 @@ def with_started_rows(recipe: Recipe, changes: list[str], folder: Path, scale: f
     size = model.config.text_config.initializer_range
     embeddings: Any = model.get_input_embeddings()
     table, output = embeddings.weight.detach(), model.lm_head.weight.detach()
-    rows = torch.randn(len(table) - known, table.shape[1]) * size
+    rows = torch.randn(len(table) - known, table.shape[1]) * size * (variant.random or 1.0)
     table[known:], output[known:] = rows, rows
-    if scale:
+    if variant.vectors is not None:
         for block, ids in zip(code_blocks(model.image_tokenizer), model.visual_config.levels):
             vectors = single_vectors(model.image_tokenizer, block, torch.arange(block.size)[None])[0]
             place = slice(ids["first"], ids["first"] + block.size)
-            table[place] = output[place] = projected(vectors, table.shape[1], seed=recipe.seed) * size * scale
+            table[place] = output[place] = projected(vectors, table.shape[1], seed=recipe.seed) * size * variant.vectors
     model.config.text_config.vocab_size = len(table)
     language: Any = AutoModelForCausalLM.from_config(model.config.text_config)
     language.base_model.load_state_dict(model.model.language_model.state_dict())
