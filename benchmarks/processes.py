@@ -41,7 +41,8 @@ def run_jobs(
     """
     end = None if limit is None else time.monotonic() + limit
     rows: list[dict[str, Any]] = []
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    # A GPU's process does small operations on the CPU: more threads only wait for each other.
+    threads = 1 if torch.cuda.is_available() else max(1, (os.cpu_count() or 1) // processes)
     with multiprocessing.get_context("spawn").Pool(processes, _start, (min(threads, 8),)) as pool:
         results = pool.imap_unordered(_Caught(work), jobs)
         for _ in jobs:

@@ -68,6 +68,7 @@ LARGER_MODEL = [
     "stages.unified.batch_size=64",
     "stages.unified.optimizer.weight_decay=0.1",
     "stages.unified.draw=null",
+    "stages.unified.num_workers=8",
 ]
 """Changes of recipes/unified_demo.yaml."""
 

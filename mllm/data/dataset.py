@@ -19,6 +19,7 @@ from mllm.data.parallel import pool_context
 from mllm.data.plan import PackedPlan, Plan, PlannedBatch, Position
 from mllm.errors import AlignmentError, DataError
 from mllm.processing.chat import EncodedSample
+from mllm.threads import one_thread
 from mllm.types import Sample
 
 _log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class PlannedDataset(Dataset):
     ):
         self.mixture, self.encode, self.collate_rows, self.packed = mixture, encode, collate_rows, packed
 
+    @one_thread()
     def __getitem__(self, planned: PlannedBatch) -> Batch:
         dropped: list[Dropped] = []
         rows = []

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mllm import distributed
 from mllm.config import to_plain
 from mllm.errors import CheckpointError, ConfigError
+from mllm.threads import one_thread
 from mllm.visual_tokenizers.base import VisualTokenizer, build_tokenizer
 from mllm.visual_tokenizers.images import augment, load_images, to_pixels
 from mllm.visual_tokenizers.losses import TokenizerLosses
@@ -56,8 +57,10 @@ def train_tokenizer(
             run.load_checkpoint()
         elif distributed.is_main() and any(recipe.output_dir.glob("step-*")):
             raise ConfigError(f"{recipe.output_dir} holds a run; go on with resume, or choose another output")
-        run.fit()
-        return run.finish()
+        # On a GPU the CPU's part is small operations; on the CPU they need the cores.
+        with one_thread() if device.type == "cuda" else contextlib.nullcontext():
+            run.fit()
+            return run.finish()
 
 
 class TokenizerRun:

@@ -13,6 +13,7 @@ import torch
 
 from mllm.errors import AlignmentError, UnavailableError
 from mllm.eval.generators.base import answer_text, cut_at_stops, hf_messages
+from mllm.threads import one_thread
 from mllm.types import IMAGE_MARK, Request, Response
 
 _WINDOW = 16
@@ -154,6 +155,7 @@ class HFGenerator:
         chosen = torch.log_softmax(logits, -1).gather(1, reply[0][:, None])
         return float(chosen.sum()), bool((logits.argmax(-1) == reply[0]).all())
 
+    @one_thread()
     def _encode(self, requests: Sequence[Request], prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         nested = [list(request.images) for request in requests]
         images: Any = nested if self._ours else [image for row in nested for image in row]

@@ -199,6 +199,20 @@ def contents(batch: Batch) -> tuple:
     return batch.ids, tensors, batch.dropped, batch.position
 
 
+def test_a_batch_is_prepared_in_one_thread_and_the_others_come_back(folder, processor):
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        batches = stream(folder, processor)
+        encode = batches.dataset.encode
+        batches.dataset.encode = lambda sample: (seen.append(torch.get_num_threads()), encode(sample))[1]
+        for _ in batches:
+            assert torch.get_num_threads() == 3
+        assert set(seen) == {1}
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("kind", [None, "packing", "group_by_length"])
 def test_workers_change_nothing_and_any_batch_is_a_place_to_resume(folder, processor, kind):
     whole = [contents(b) for b in stream(folder, processor, kind=kind)]
