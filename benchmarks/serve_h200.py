@@ -5,9 +5,12 @@ downloads.
 
 128 requests of one 640×480 picture (576 visual tokens) and a short question, 64 new tokens each, all sent at once;
 caches off; three passes, best of the last two. ``ours``: CLIP-L/336 + DINOv2-L on channels. A section's name says how:
-``eager``, ``graphs``, ``graphs_encoders`` (CUDA graphs, the encoders' own too), ``graphs_compiled`` (and the encoders compiled), ``fp8``
-(language model quantised online), ``cached`` (caches on, 8 pictures asked again and again). Beside the rate stand the
-GPU time of the visual parts, the CPU time of a request's preparation, and a pass of one new token (prefill alone).
+``eager``, ``graphs``, ``graphs_encoders`` (CUDA graphs, the encoders' own too), ``graphs_compiled`` (and the encoders
+compiled), ``fp8`` (language model quantised online), ``cached`` (caches on, 8 pictures asked again and again), ``tp2``
+(two GPUs share the language model and split the pictures). ``served_…`` is `mllm serve` and HTTP requests with JPEG
+pictures in place of vLLM's ``LLM``; there ``dp2`` too: an engine on each of two GPUs behind one address. Beside the rate
+stand the GPU time of the visual parts, the CPU time of a request's preparation, and a pass of one new token (prefill
+alone).
 ``encoders``: our two encoders without vLLM, plain, compiled and in graphs. ``hf``: the same checkpoint through
 `generate`, batches of 32, and 16 greedy answers as reference for the bf16 agreement of ``ours_*``: tokens up to the
 first difference, the reference's log-probability gap between the two tokens there, and, given the reference's own
@@ -21,6 +24,7 @@ Every section is a process of its own; one JSON line each, printed as it ends; a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -243,6 +247,8 @@ def section_engine(name: str, work: Path, small: bool) -> dict:
         settings |= {"enable_prefix_caching": False, "mm_processor_cache_gb": 0}
     if "fp8" in options:
         settings["quantization"] = "fp8"
+    if "tp2" in options:
+        settings |= {"tensor_parallel_size": 2, "mm_encoder_tp_mode": "data"}
     if "compiled" in options:
         settings["compilation_config"] = {"compile_mm_encoder": True, "cudagraph_mm_encoder": not small}
     elif "encoders" in options:
@@ -293,6 +299,7 @@ def section_engine(name: str, work: Path, small: bool) -> dict:
         "requests_per_s": round(count / best, 2),
         "tokens_per_s": round(count * NEW_TOKENS / best, 1),
         "one_token_passes_s": _round(seconds[1]),
+        "slowest_visual_calls_s": llm.apply_model(importable.slowest_visual_calls)[0],
         "visual_parts_of_third_pass": visual,
         "preparation_ms_per_request": round(1000 * sum(preparation) / max(1, len(preparation)), 2),
         **profile,
@@ -303,6 +310,120 @@ def section_engine(name: str, work: Path, small: bool) -> dict:
         except Exception as error:  # a result without agreement is still a result
             result["agreement_error"] = f"{type(error).__name__}: {error}"[:500]
     return result
+
+
+def section_served(name: str, work: Path, small: bool) -> dict:
+    """`mllm serve` and 128 clients at once: three passes of requests with pictures in base64, and what the server counted."""
+    import asyncio
+    import base64
+    import io
+    import socket
+    import urllib.request
+
+    from mllm.serve.guard import STATISTICS
+
+    options = name.split("_")
+    folder = work / "ours"
+    if not (folder / "config.json").exists():
+        write_ours(folder, small, "cpu", weights=False)
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "mllm.cli.main",
+        "serve",
+        str(folder),
+        "--port",
+        str(port),
+        "--max-model-len",
+        "2048",
+    ]
+    command += ["--dtype", "float32" if small else "bfloat16"]
+    command += ["--tensor-parallel", "2"] if "tp2" in options else []
+    command += [] if "graphs" in options else ["--eager"]
+    command += ["--", "--max-num-seqs", "256"]
+    command += ["--block-size", "32"] if small else ["--gpu-memory-utilization", "0.85"]
+    command += [] if "cached" in options else ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0"]
+    command += ["--data-parallel-size", "2"] if "dp2" in options else []
+    command += [] if list(folder.glob("*.safetensors")) else ["--load-format", "dummy"]
+    log, count, address = work / f"{name}.server.log", 8 if small else REQUESTS, f"http://127.0.0.1:{port}"
+    started = time.perf_counter()
+    server = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=2)
+                break
+            except OSError:
+                if server.poll() is not None or time.perf_counter() - started > 400:
+                    raise RuntimeError(log.read_text(errors="replace")[-2500:]) from None
+                time.sleep(0.5)
+        loaded = time.perf_counter() - started
+        texts = questions()
+
+        def body(index: int, image) -> dict:
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", quality=90)
+            url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+            content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": texts[index]}]
+            message = {"role": "user", "content": content}
+            return {
+                "model": "ours",
+                "messages": [message],
+                "max_tokens": NEW_TOKENS,
+                "ignore_eos": True,
+                "temperature": 0,
+            }
+
+        async def ask(client, request: dict) -> tuple[float, str, int]:
+            sent = time.perf_counter()
+            answer = await client.post("/v1/chat/completions", json=request)
+            answer.raise_for_status()
+            found = answer.json()
+            return (
+                time.perf_counter() - sent,
+                found["choices"][0]["message"]["content"],
+                found["usage"]["completion_tokens"],
+            )
+
+        async def passes() -> tuple[list[float], list[float], list[list[str]]]:
+            import httpx
+
+            seconds, waits, answers = [], [], []
+            limits = httpx.Limits(max_connections=None)
+            async with httpx.AsyncClient(base_url=address, timeout=300, limits=limits) as client:
+                for number in range(4):  # the last pass asks what the one before asked
+                    images = pictures(count, 10 + min(number, 2))
+                    requests = [body(index, images[index]) for index in range(count)]
+                    begun = time.perf_counter()
+                    rows = await asyncio.gather(*(ask(client, request) for request in requests))
+                    seconds.append(time.perf_counter() - begun)
+                    assert all(tokens == NEW_TOKENS for _, _, tokens in rows)
+                    waits = sorted(wait for wait, _, _ in rows)
+                    answers.append([text for _, text, _ in rows])
+            return seconds, waits, answers
+
+        seconds, waits, answers = asyncio.run(passes())
+        lines = urllib.request.urlopen(f"{address}/metrics", timeout=10).read().decode().splitlines()
+        return {
+            "loaded_s": round(loaded, 1),
+            "passes_s": _round(seconds),
+            "requests_per_s": round(count / min(seconds[1:]), 2),
+            "latency_s": {"p50": round(waits[len(waits) // 2], 3), "p95": round(waits[int(len(waits) * 0.95)], 3)},
+            "same answers in the last two passes": sum(a == b for a, b in zip(*answers[-2:], strict=True)),
+            "of": count,
+            "finished": [x for x in lines if x.startswith("vllm:request_success_total") and 'reason="length"' in x],
+            "visual_parts": json.loads(urllib.request.urlopen(f"{address}{STATISTICS}", timeout=10).read()),
+        }
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, 15)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, 9)
 
 
 def time_preparation() -> list[float]:
@@ -334,6 +455,22 @@ def watch_visual_parts(model) -> None:
         clock.watch(name, module)
         module.register_forward_hook(lambda *_, name=name: calls.__setitem__(name, calls[name] + 1))
     model._measured = (clock, calls)
+    model._took = took = []
+    inner = model.embed_multimodal
+
+    def timed(**kwargs):  # on the CPU: without waiting for the GPU, so what is long is preparation or compilation
+        started = time.perf_counter()
+        try:
+            return inner(**kwargs)
+        finally:
+            took.append(round(time.perf_counter() - started, 3))
+
+    model.embed_multimodal = timed
+
+
+def slowest_visual_calls(model) -> list[float]:
+    """The CPU's seconds in the slowest calls of the visual part."""
+    return sorted(model._took, reverse=True)[:4]
 
 
 def read_visual_clock(model) -> dict:
@@ -632,6 +769,7 @@ def main() -> None:
         try:
             engine = partial(section_engine, arguments.inner)
             own = {"encoders": section_encoders, "hf": section_hf, "noise": section_noise}
+            engine = partial(section_served, arguments.inner) if arguments.inner.startswith("served") else engine
             run = own.get(arguments.inner, engine)
             result = run(arguments.work, arguments.small)
         except BaseException:

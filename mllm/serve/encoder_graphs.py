@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -105,10 +105,11 @@ def compile_encoders(encoders: Mapping[str, nn.Module]) -> int:
     return len(layers)
 
 
-def warm_up(encoders: Mapping[str, nn.Module]) -> None:
-    """Run compiled encoders once on one image and on two: one image is a case of its own for the compiler."""
+@torch.inference_mode()  # as requests run: tensors made outside it are another case for the compiler
+def run_blank(encoders: Mapping[str, nn.Module], sizes: Iterable[int]) -> None:
+    """Run every encoder on ``size`` blank images, for every size."""
     for encoder in encoders.values():
-        for size in (2, 1):
+        for size in sizes:
             encoder.forward(blank_pixels(encoder, size))  # past the hooks, which count images
 
 

@@ -18,6 +18,7 @@ from mllm.errors import ConfigError, DataError, UnavailableError
 from mllm.processing.images import image_size
 from mllm.serve.drawing import NO_HEAD
 from mllm.serve.routes import ClientGone, FirstPassFailed, Routes, disconnected, pictures, told
+from mllm.serve.stats import read_statistics
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -292,7 +293,7 @@ class Guard:
         }
 
     async def _statistics(self, scope: Scope) -> dict[str, Any]:
-        return {"workers": await _engine(scope).collective_rpc("visual_statistics", timeout=10)}
+        return {"workers": await read_statistics(_engine(scope))}
 
 
 def _engine(scope: Scope) -> Any:

@@ -49,7 +49,7 @@ class ServeSettings(StrictModel):
 
 
 def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str], dict[str, str]]:
-    """Arguments of vLLM's server and environment variables to set. Reads the checkpoint's configs; starts nothing.
+    """Arguments of ``vllm serve`` and environment variables to set. Reads the checkpoint's configs; starts nothing.
 
     Raises `ConfigError` for a checkpoint that is not ours or settings that do not fit it.
     """
@@ -61,7 +61,7 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
             "does not hand to encoders; use --backend native"
         )
     routed = router is not None
-    arguments = ["--model", settings.checkpoint, "--host", settings.host, "--port", str(settings.port)]
+    arguments = [settings.checkpoint, "--host", settings.host, "--port", str(settings.port)]
     name = settings.name or Path(settings.checkpoint.rstrip("/")).name
     arguments += ["--served-model-name", name]
     arguments += ["--dtype", settings.dtype, "--seed", "0", "--chat-template-content-format", "openai"]
@@ -127,9 +127,14 @@ def serve(settings: ServeSettings) -> None:
         raise ConfigError(
             f"--host {settings.host} is reachable from outside: set a key in the environment variable MLLM_API_KEY"
         )
+    import torch
+
+    if torch.cuda.is_available():  # the CPU only prepares pictures; with a thread per core small operations wait for it
+        environment.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
     os.environ.update(environment)
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments])
+    # The command, not the server's module: it alone starts several processes for HTTP and pictures (--api-server-count).
+    os.execv(sys.executable, [sys.executable, "-m", "mllm.serve.vllm_command", "serve", *arguments])
 
 
 def _read(checkpoint: str) -> tuple[Any, dict[str, Any]]:

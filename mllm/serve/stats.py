@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -67,6 +68,18 @@ class VisualStatistics:
         """Part → images and seconds; empty for a model without a clock."""
         clock = getattr(self.get_model(), "clock", None)  # type: ignore[attr-defined]
         return clock.read() if clock is not None else {}
+
+
+async def read_statistics(client: Any, *, timeout: float = 10.0) -> list[dict[str, dict[str, float]]]:
+    """`VisualStatistics` of every worker of every engine. client: vLLM's ``AsyncLLM``."""
+    core = getattr(client, "engine_core", None)
+    engines = list(getattr(core, "core_engines", ()))
+    if len(engines) < 2 or not hasattr(core, "_call_utility_async"):
+        return await client.collective_rpc("visual_statistics", timeout=timeout)
+    # Of data-parallel engines vLLM's own call asks all and hands on the first one's answer.
+    call = ("collective_rpc", "visual_statistics", timeout, (), None)
+    answers = await asyncio.gather(*(core._call_utility_async(*call, engine=engine) for engine in engines))
+    return [worker for workers in answers for worker in workers]
 
 
 def _now() -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.config import VllmConfig
 from vllm.distributed import (
+    get_pp_group,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_gather,
@@ -36,7 +37,7 @@ from mllm.models.pipeline import build_visual_parts
 from mllm.models.routing import short_image
 from mllm.models.weight_files import present_name, published_renamings
 from mllm.processing.layout import PRIMARY_PIXELS, pixel_keys
-from mllm.serve.encoder_graphs import EncoderGraphs, compile_encoders, warm_up
+from mllm.serve.encoder_graphs import EncoderGraphs, compile_encoders, run_blank
 from mllm.serve.memory import FeatureMemory
 from mllm.serve.stats import EncoderClock
 from mllm.serve.vllm_processing import MllmDummyInputsBuilder, MllmMultiModalProcessor, MllmProcessingInfo, short_grid
@@ -97,7 +98,7 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
         for name, encoder in getattr(self.vision_tower, "encoders", {}).items():
             self.clock.watch(name, encoder)
         self.clock.watch("connector", self.multi_modal_projector)
-        self._prepare_encoders = self._encoder_speedups(vllm_config)
+        self._prepare_encoders = self._encoder_preparation(vllm_config)
         if torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
             # This process only stacks pixels on the CPU; with a thread per core one stack took 40 to 120 ms on 16 cores,
             # while the GPU waited (H200, vLLM 0.26).
@@ -111,32 +112,41 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
             )
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
-    def _encoder_speedups(self, vllm_config: VllmConfig) -> list[Callable[[], object]]:
-        """What vLLM's ``compile_mm_encoder`` and ``cudagraph_mm_encoder`` ask for, to be done once weights are there."""
+    def _encoder_preparation(self, vllm_config: VllmConfig) -> list[Callable[[], object]]:
+        """What is to be done before the first request, once weights are there: what vLLM's ``compile_mm_encoder`` and
+        ``cudagraph_mm_encoder`` ask for, and on a GPU a pass of the most images that one step encodes."""
         encoders = dict(getattr(self.vision_tower, "encoders", {}))
         settings, eager = vllm_config.compilation_config, vllm_config.model_config.enforce_eager
-        if eager or not encoders:
+        if not encoders or not get_pp_group().is_first_rank:
             return []
         todo: list[Callable[[], object]] = []
-        if settings.compile_mm_encoder:
+        tokens = self.config.num_image_tokens if self.short_grid is None else math.prod(self.short_grid)
+        most = vllm_config.scheduler_config.max_num_batched_tokens // tokens
+        if settings.compile_mm_encoder and not eager:
             compile_encoders(encoders)
-            todo.append(partial(warm_up, encoders))
-        if settings.cudagraph_mm_encoder and torch.cuda.is_available():
-            tokens = self.config.num_image_tokens if self.short_grid is None else math.prod(self.short_grid)
-            most = vllm_config.scheduler_config.max_num_batched_tokens // tokens
-            todo.append(EncoderGraphs(encoders, most).install)
+            todo.append(partial(run_blank, encoders, (2, 1)))  # one image is a case of its own for the compiler
+        if torch.cuda.is_available():
+            if settings.cudagraph_mm_encoder and not eager:
+                todo.append(EncoderGraphs(encoders, most).install)
+            todo.append(partial(run_blank, encoders, (max(1, most),)))
         return todo
 
-    @torch.no_grad()  # always: a profiling run with gradients would make compiled encoders compile anew
+    @torch.inference_mode()
+    def _get_encoders_ready(self) -> None:
+        """vLLM's memory profile is the first to come here, with the language model alone (model runner V2) or with
+        images: what the encoders hold and need is counted, and no request waits for them."""
+        started = time.perf_counter()
+        while self._prepare_encoders:
+            self._prepare_encoders.pop(0)()
+        _log.info("Encoders made ready in %.1f s", time.perf_counter() - started)
+
+    @torch.inference_mode()  # always: requests run in it, and a profiling run outside it makes compiled encoders compile twice
     def embed_multimodal(self, **kwargs: Any) -> list[Tensor]:
         """Visual tokens, one ``(M, L)`` tensor per image (``(m, L)`` in a routing request)."""
         if kwargs.get(PRIMARY_PIXELS) is None:
             return []
-        if self._prepare_encoders:  # vLLM's memory profile is the first to come here, so what they hold is counted
-            started = time.perf_counter()
-            while self._prepare_encoders:
-                self._prepare_encoders.pop(0)()
-            _log.info("Encoders compiled or captured in %.1f s", time.perf_counter() - started)
+        if self._prepare_encoders:
+            self._get_encoders_ready()
         pixels = {name: _stacked(kwargs[key]) for name, key in self.pixel_keys.items()}
         weights = None if kwargs.get("expert_weights") is None else _stacked(kwargs["expert_weights"])
         text = self._question_summary(kwargs.get("router_input_ids"))
@@ -201,6 +211,8 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
+        if self._prepare_encoders:
+            self._get_encoders_ready()
         if intermediate_tensors is not None:
             inputs_embeds = None
         return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
