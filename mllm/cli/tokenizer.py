@@ -8,6 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
+_DEVICE = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda, cuda:1 … or mps.")]
+_BATCH_SIZE = Annotated[int, typer.Option(help="Images at a time.", min=1)]
+_DTYPE = Annotated[
+    str, typer.Option(help="float32, or bfloat16 for the networks; weights, codebooks and search stay in float32.")
+]
+_SHARD_SIZE = 4096
+
 tokenizer = typer.Typer(help="Visual tokenizers: image ↔ discrete codes.", no_args_is_help=True)
 
 
@@ -47,7 +54,7 @@ def train(
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="A saved tokenizer.")],
     recipe: Annotated[str, typer.Option(help="Recipe whose images are measured on (its held-out part).")],
-    limit: Annotated[int | None, typer.Option(help="Only the first N images.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N images.", min=1)] = None,
     probe: Annotated[
         bool, typer.Option(help="Linear-probe accuracy of the quantised features, where images have classes.")
     ] = True,
@@ -56,52 +63,148 @@ def evaluate(
     ] = None,
     features: Annotated[
         str | None,
-        typer.Option(help="Network for a Fréchet distance: `teacher`, a catalogue encoder, or an encoder's YAML/JSON."),
+        typer.Option(
+            help="Network for a Fréchet distance: `teacher`, a catalogue encoder, an encoder's YAML/JSON, or "
+            "`inception=WEIGHTS`, the FID network, for rFID."
+        ),
+    ] = None,
+    zero_shot: Annotated[
+        str | None,
+        typer.Option(
+            help="Name the class of each image by its semantic codes: the whole CLIP or SigLIP model (folder or hub name) "
+            "whose vision side is the teacher."
+        ),
+    ] = None,
+    templates: Annotated[
+        Path | None,
+        typer.Option(help="For --zero-shot: a file of templates, one per line; `a photo of a {}.` if none."),
     ] = None,
     questions: Annotated[
         str | None,
         typer.Option(help="Answer from the codes alone: `classes` (which digit), `charts`, or a JSONL file."),
     ] = None,
+    device: _DEVICE = "auto",
+    batch_size: _BATCH_SIZE = 32,
+    dtype: _DTYPE = "float32",
 ) -> None:
-    """PSNR, SSIM, tokens and bits per image, code usage, linear probe; a picture of originals and reconstructions."""
-    from mllm.visual_tokenizers.base import VisualTokenizer
+    """PSNR, SSIM, tokens and bits per image, code usage, linear probe; a picture of originals and reconstructions.
+
+    More on demand: rFID, zero-shot accuracy of the semantic codes, answers to questions.
+
+    [dim]mllm tokenizer eval CKPT --recipe NAME --features inception=weights-inception-2015-12-05-6726825d.pth[/]
+
+    [dim]mllm tokenizer eval CKPT --recipe NAME --zero-shot google/siglip2-so400m-patch16-256 --device cuda[/]
+    """
+    from mllm.errors import ConfigError
     from mllm.visual_tokenizers.evaluate import comparison_grid, evaluate_tokenizer, probe_tokenizer
     from mllm.visual_tokenizers.images import load_images, to_pixels
     from mllm.visual_tokenizers.recipe import load_tokenizer_recipe
+    from mllm.visual_tokenizers.running import watched
 
-    model = VisualTokenizer.from_pretrained(folder)
+    if templates is not None and zero_shot is None:
+        raise ConfigError("--templates goes with --zero-shot MODEL")
+    model = _open(folder, device, dtype)
     spec = load_tokenizer_recipe(recipe).images
     images = load_images(spec, model.image.height, "test")
-    network = None
-    if features is not None:
-        network, described = _feature_network(features, recipe, model, folder)
-    result = evaluate_tokenizer(model, images, limit=limit, features=network)
+    number = len(images) if limit is None else min(limit, len(images))
+    network, described = (None, {}) if features is None else _feature_network(features, recipe, model, folder)
+    # First, since a model that does not fit is told before the long part.
+    named = None if zero_shot is None else _zero_shot(zero_shot, templates, recipe, model, images, batch_size, limit)
+    with watched("reconstruct", images, total=number) as (seen,):
+        result = evaluate_tokenizer(model, seen, batch_size=batch_size, limit=limit, features=network)
     if network is not None:
-        number, width = result["images"], described.pop("width")
-        distance = {"value": result["frechet_distance"], "network": described, "images": number}
-        if number < 2 * width:
-            distance["warning"] = f"biased: {number} images for {width} features; use at least {2 * width}"
-            typer.echo(f"frechet_distance is {distance['warning']}", err=True)
-        result["frechet_distance"] = distance
+        key = "rfid" if described["name"].startswith("inception=") else "frechet_distance"
+        result[key] = _described_distance(key, result.pop("frechet_distance"), described, number)
+    if named is not None:
+        result["zero_shot"] = named
     if questions is not None:
-        result["questions"] = _question_scores(questions, spec, model)
+        result["questions"] = _question_scores(questions, spec, model, batch_size)
     if probe and images.labels is not None:
-        result["linear_probe"] = probe_tokenizer(model, load_images(spec, model.image.height, "train"), images)
+        train = load_images(spec, model.image.height, "train")
+        with watched("probe", train, images) as (first, second):
+            result["linear_probe"] = probe_tokenizer(model, first, second, batch_size=batch_size)
     picture = grid or folder / "grid.png"
     comparison_grid(model, to_pixels(images.batch(range(min(8, len(images)))))).save(picture)
-    typer.echo(json.dumps({**result, "grid": str(picture)}, indent=2))
+    result |= {"device": str(model.last_layer().device), "dtype": dtype, "grid": str(picture)}
+    typer.echo(json.dumps(result, indent=2))
+
+
+def _open(folder: Path, device: str, dtype: str) -> Any:
+    """The saved tokenizer on its device, computing in its type."""
+    from mllm.errors import ConfigError
+    from mllm.visual_tokenizers.base import VisualTokenizer
+    from mllm.visual_tokenizers.running import choose_device, run_in_bfloat16
+
+    if dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"--dtype {dtype}: give float32 or bfloat16")
+    model = VisualTokenizer.from_pretrained(folder).to(choose_device(device))
+    return run_in_bfloat16(model) if dtype == "bfloat16" else model
+
+
+def _described_distance(key: str, value: float, described: dict[str, Any], number: int) -> dict[str, Any]:
+    """A Fréchet distance with its network and number of images, and what makes it no result to compare with."""
+    width, network = described["width"], {k: v for k, v in described.items() if k != "published"}
+    distance: dict[str, Any] = {"value": value, "network": network, "images": number}
+    warnings = []
+    if number < 2 * width:
+        warnings.append(f"biased: {number} images for {width} features; use at least {2 * width}")
+    if not described.get("published", True):
+        warnings.append("these are not the weights that published FIDs are measured with")
+    if warnings:
+        distance["warning"] = "; ".join(warnings)
+        typer.echo(f"{key} is {distance['warning']}" if number < 2 * width else f"{key}: {warnings[0]}", err=True)
+    return distance
+
+
+def _zero_shot(
+    name: str, templates: Path | None, recipe: str, model: Any, images: Any, batch_size: int, limit: int | None
+) -> dict[str, Any]:
+    from transformers.utils import logging as transformers_logging
+
+    from mllm.eval.statistics import wilson_interval
+    from mllm.visual_tokenizers.images import load_images
+    from mllm.visual_tokenizers.joint import TEMPLATE, JointModel, read_templates
+    from mllm.visual_tokenizers.recipe import load_tokenizer_recipe
+    from mllm.visual_tokenizers.running import watched
+    from mllm.visual_tokenizers.zero_shot import teacher_tap, zero_shot
+
+    transformers_logging.disable_progress_bar()
+    whole = load_tokenizer_recipe(recipe)
+    teacher_tap(whole, model)  # what cannot be measured is told before a large model is read
+    lines = (TEMPLATE,) if templates is None else read_templates(templates)
+    train = load_images(whole.images, model.image.height, "train")
+    joint = JointModel.open(name)
+    number = len(images) if limit is None else min(limit, len(images))
+    with watched("zero-shot", images, total=number) as (seen,):
+        row = zero_shot(model, joint, whole, train, seen, templates=lines, batch_size=batch_size, limit=limit)
+    return {
+        "accuracy": row["correct"] / row["n"],
+        "interval_95": wilson_interval(row["correct"], row["n"]),
+        "teacher_accuracy": row["teacher_correct"] / row["n"],
+        "chance": 1 / row["classes"],
+        "n": row["n"],
+        "cosine": row["cosine"],
+        "model": name,
+        "templates": len(lines),
+    }
 
 
 def _feature_network(name: str, recipe: str, model: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
-    """Pixels in [-1, 1] → ``(B, D)``, and what it is: network, sha256 of its state, width."""
+    """Pixels in [-1, 1] → ``(B, D)``, and what it is: network, sha256 of its state or file, width."""
     import hashlib
 
     from mllm.config import read_yaml
     from mllm.errors import ConfigError
     from mllm.visual_tokenizers.images import load_images
+    from mllm.visual_tokenizers.inception import InceptionFeatures
     from mllm.visual_tokenizers.recipe import load_tokenizer_recipe
     from mllm.visual_tokenizers.teacher import TEACHER_FILE, EncoderTeacher, build_teacher
 
+    device = model.last_layer().device
+    if name.partition("=")[0] == "inception":
+        inception = InceptionFeatures(name.partition("=")[2]).to(device)
+        described = {"name": name, "sha256": inception.sha256, "width": inception.width}
+        return inception, {**described, "published": inception.published}
     if name == "teacher":
         whole = load_tokenizer_recipe(recipe)
         if whole.teacher is None:
@@ -123,7 +226,6 @@ def _feature_network(name: str, recipe: str, model: Any, folder: Path) -> tuple[
             raise ConfigError(f"--features {name}: its config names no weights; a random network measures nothing")
         teacher.encoder.load_pretrained()
         teacher.requires_grad_(False).eval()
-    device = model.last_layer().device
     digest = hashlib.sha256()
     for key, value in sorted(teacher.state_dict().items()):
         digest.update(key.encode() + value.detach().float().contiguous().cpu().numpy().tobytes())
@@ -161,10 +263,11 @@ def _chart_questions(size: int, split: str, *, number: int = 400) -> Any:
     return gather_questions(drawn, split)
 
 
-def _question_scores(name: str, spec: Any, model: Any) -> dict[str, Any]:
+def _question_scores(name: str, spec: Any, model: Any, batch_size: int) -> dict[str, Any]:
     from mllm.eval.statistics import wilson_interval
     from mllm.visual_tokenizers.images import load_images
-    from mllm.visual_tokenizers.questions import answer_questions, class_questions, read_questions
+    from mllm.visual_tokenizers.questions import QuestionSet, answer_questions, class_questions, read_questions
+    from mllm.visual_tokenizers.running import watched
 
     size = model.image.height
     if name == "classes":
@@ -173,7 +276,10 @@ def _question_scores(name: str, spec: Any, model: Any) -> dict[str, Any]:
         parts = _chart_questions(size, "train"), _chart_questions(size, "test", number=200)
     else:
         parts = read_questions(Path(name), size)
-    scores = answer_questions(model, *parts)
+    pictures = [part.images for part in parts]
+    with watched("questions", *pictures, total=2 * sum(map(len, pictures))) as (first, second):
+        seen = (QuestionSet(first, parts[0].questions), QuestionSet(second, parts[1].questions))
+        scores = answer_questions(model, *seen, batch_size=batch_size)
     return {
         source: {
             kind: {
@@ -195,16 +301,22 @@ def encode(
         Path, typer.Option(help="Folder for the code shards; a second call goes on where the first ended.")
     ],
     split: Annotated[str, typer.Option(help="train or test.")] = "train",
+    device: _DEVICE = "auto",
+    batch_size: _BATCH_SIZE = 32,
+    dtype: _DTYPE = "float32",
 ) -> None:
     """Write the codes of a recipe's images to disk, in shards; resumable."""
-    from mllm.visual_tokenizers.base import VisualTokenizer
     from mllm.visual_tokenizers.images import load_images
     from mllm.visual_tokenizers.recipe import load_tokenizer_recipe
+    from mllm.visual_tokenizers.running import watched
     from mllm.visual_tokenizers.storage import encode_images
 
-    model = VisualTokenizer.from_pretrained(folder)
+    model = _open(folder, device, dtype)
     images = load_images(load_tokenizer_recipe(recipe).images, model.image.height, split)
-    typer.echo(f"{encode_images(model, images, output)} shards written to {output}")
+    done = min(len(images), _SHARD_SIZE * len(list(output.glob("codes-*.safetensors"))))
+    with watched("encode", images, done=done) as (seen,):
+        number = encode_images(model, seen, output, batch_size=batch_size, shard_size=_SHARD_SIZE)
+    typer.echo(f"{number} shards written to {output}")
 
 
 def add_to(app: typer.Typer) -> None:

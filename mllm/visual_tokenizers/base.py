@@ -62,6 +62,8 @@ class VisualTokenizer(nn.Module):
     codebooks: dict[str, tuple[int, int]]
     """Codebook name → (size, codes per position)."""
     scales: tuple[int, ...] | None = None
+    compute_dtype: str = "float32"
+    """What the networks compute in; see `run_in_bfloat16`."""
 
     @property
     def grids(self) -> dict[str, Grid]:

@@ -18,9 +18,14 @@ from mllm.visual_tokenizers.base import VisualTokenizer, as_unit_range
 from mllm.visual_tokenizers.images import ImageSource, to_pixels
 
 
+def _double(x: Tensor) -> Tensor:
+    """``x`` in fp64; on the CPU where its device has none (Apple's GPUs)."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def psnr(made: Tensor, real: Tensor, *, data_range: float = 1.0) -> Tensor:
     """Peak signal-to-noise ratio of each image ``(B, …)``, in dB; identical images give infinity."""
-    error = (made.double() - real.double()).square().flatten(1).mean(1)
+    error = (_double(made) - _double(real)).square().flatten(1).mean(1)
     return 10 * torch.log10(data_range**2 / error)
 
 
@@ -35,10 +40,10 @@ def ssim(made: Tensor, real: Tensor, *, data_range: float = 1.0) -> Tensor:
     if min(made.shape[-2:]) < 11:
         raise DataError(f"SSIM needs images of at least 11×11, got {tuple(made.shape[-2:])}")
     channels = made.shape[1]
-    line = torch.exp(-((torch.arange(11, dtype=torch.float64, device=made.device) - 5) ** 2) / (2 * 1.5**2))
+    a, b = _double(made), _double(real)
+    line = torch.exp(-((torch.arange(11, dtype=torch.float64, device=a.device) - 5) ** 2) / (2 * 1.5**2))
     line = line / line.sum()
     window = (line[:, None] * line[None]).expand(channels, 1, 11, 11)
-    a, b = made.double(), real.double()
     mean = lambda x: F.conv2d(x, window, groups=channels)  # noqa: E731
     mean_a, mean_b = mean(a), mean(b)
     var_a, var_b, both = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2, mean(a * b) - mean_a * mean_b
@@ -49,8 +54,11 @@ def ssim(made: Tensor, real: Tensor, *, data_range: float = 1.0) -> Tensor:
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
     """Fréchet distance of two sets of features ``(n, D)`` as Gaussians: ``|μ₁-μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½)``. With
-    Inception features of real and reconstructed images this is rFID; other features give other numbers."""
-    a, b = first.double(), second.double()
+    Inception features of real and reconstructed images this is rFID; other features give other numbers. Raises
+    `DataError` for fewer than two images."""
+    if min(len(first), len(second)) < 2:
+        raise DataError(f"a Fréchet distance needs at least 2 images, got {len(first)} and {len(second)}")
+    a, b = _double(first), _double(second)
     difference = (a.mean(0) - b.mean(0)).square().sum()
     cov_a, cov_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)
     # The eigenvalues of Σ₁Σ₂ are those of the symmetric Σ₁^½ Σ₂ Σ₁^½.
@@ -63,7 +71,8 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 def predict_linear(train: Tensor, train_labels: Tensor, test: Tensor, *, decay: float = 1e-3) -> Tensor:
     """Classes ``(m,)`` that multinomial logistic regression on ``train`` ``(n, D)`` predicts for ``test`` ``(m, D)``;
     see `linear_probe`."""
-    train, test = train.double(), test.double()
+    train, test = _double(train), _double(test)
+    train_labels = train_labels.to(train.device)
     mean, std = train.mean(0), train.std(0).clamp_min(1e-6)
     train, test = (train - mean) / std, (test - mean) / std
     classes = int(train_labels.max()) + 1
@@ -90,7 +99,7 @@ def linear_probe(
     Full-batch L-BFGS on the penalised likelihood (``decay/2 · |W|²`` per sample): deterministic, no rate to tune.
     """
     predicted = predict_linear(train, train_labels, test, decay=decay)
-    return float((predicted == test_labels).double().mean())
+    return float(_double(predicted == test_labels.to(predicted.device)).mean())
 
 
 class CodeCounter:
@@ -184,20 +193,20 @@ def code_features(
 
 
 def probe_tokenizer(
-    tokenizer: VisualTokenizer, train: ImageSource, held_out: ImageSource, *, pool: bool = True
+    tokenizer: VisualTokenizer, train: ImageSource, held_out: ImageSource, *, pool: bool = True, batch_size: int = 64
 ) -> dict[str, float]:
     """Held-out linear-probe accuracy from the quantised features of each codebook (or half) and of all together."""
     if train.labels is None or held_out.labels is None:
         raise DataError("a linear probe needs images with classes")
     device = tokenizer.last_layer().device
-    a, b = (code_features(tokenizer, images, pool=pool) for images in (train, held_out))
-    known, asked = train.labels.to(device), held_out.labels.to(device)
-    return {name: linear_probe(a[name].to(device), known, b[name].to(device), asked) for name in a}
+    a, b = (code_features(tokenizer, images, pool=pool, batch_size=batch_size) for images in (train, held_out))
+    return {name: linear_probe(a[name].to(device), train.labels, b[name].to(device), held_out.labels) for name in a}
 
 
 @torch.no_grad()
 def comparison_grid(tokenizer: VisualTokenizer, pixels: Tensor, *, gap: int = 2, least: int = 64) -> Image.Image:
     """Originals above, reconstructions below. Small images are enlarged (nearest) to at least ``least`` pixels."""
+    pixels = pixels.to(tokenizer.last_layer().device)
     made = tokenizer.decode(tokenizer.encode(pixels))
     rows = [(as_unit_range(x) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy() for x in (pixels, made)]
     factor = max(1, -(-least // pixels.shape[-1]))

@@ -85,7 +85,7 @@ def read_questions(path: Path, size: int, *, held_out: int = 5) -> tuple[Questio
 
 
 def answer_questions(
-    tokenizer: VisualTokenizer, train: QuestionSet, held_out: QuestionSet, *, width: int = 48
+    tokenizer: VisualTokenizer, train: QuestionSet, held_out: QuestionSet, *, width: int = 48, batch_size: int = 64
 ) -> dict[str, dict[str, dict[str, int]]]:
     """Correct held-out answers of one linear reader: ``codes`` (each position's quantised features), ``blank`` (question
     alone) and ``pixels`` (averaged to about as many numbers) → kind or ``total`` → ``correct``, ``n``.
@@ -95,7 +95,9 @@ def answer_questions(
     """
     if not train.questions or not held_out.questions:
         raise DataError("questions: training and held-out part both need questions")
-    codes = [code_features(tokenizer, part.images, pool=False)["all"] for part in (train, held_out)]
+    codes = [
+        code_features(tokenizer, part.images, pool=False, batch_size=batch_size)["all"] for part in (train, held_out)
+    ]
     pixels = [_small_pixels(part.images, codes[0].shape[1]) for part in (train, held_out)]
     words = sorted({word for _, _, text, _ in train.questions for word in _words(text)})
     answers = {answer: i for i, answer in enumerate(sorted({row[3] for row in train.questions}))}

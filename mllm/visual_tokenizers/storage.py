@@ -42,7 +42,8 @@ def encode_images(
     shards this call wrote. Finished shards are kept, so a call after an interruption goes on; ranks take every
     ``ranks``-th shard.
 
-    Raises `DataError` when the folder holds codes of another tokenizer, image number or shard size.
+    Raises `DataError` when the folder holds codes of another tokenizer, type (`run_in_bfloat16`), image number or shard
+    size.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -53,10 +54,11 @@ def encode_images(
         "grid": list(tokenizer.grid),
         "scales": None if tokenizer.scales is None else list(tokenizer.scales),
         "codebooks": {name: list(size) for name, size in tokenizer.codebooks.items()},
+        "dtype": tokenizer.compute_dtype,
     }
     file = directory / INDEX_FILE
     if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = {"dtype": "float32", **json.loads(file.read_text(encoding="utf-8"))}
         different = [key for key in index if found.get(key) != index[key]]
         if different:
             raise DataError(f"{directory} holds other codes ({', '.join(different)} differ); choose another folder")

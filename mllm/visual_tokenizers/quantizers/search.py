@@ -49,6 +49,8 @@ def nearest_codes(z: Tensor, table: Tensor, *, max_scores: int = MAX_SCORES, ref
     the nearest code also where fp32 products cannot tell them apart; equal distances give the lowest index.
     """
     z, table = z.detach().float(), table.detach().float()
+    if z.device.type == "mps":  # Apple's GPUs have no fp64
+        return nearest_codes(z.cpu(), table.cpu(), max_scores=max_scores, refine=refine).to(z.device)
     num_positions, num_entries = z.shape[0], table.shape[0]
     first, second = (torch.zeros(num_positions, dtype=torch.int64, device=z.device) for _ in range(2))
     refine = refine and num_entries > 1
