@@ -72,7 +72,7 @@ class VisualStatistics:
 
 async def read_statistics(client: Any, *, timeout: float = 10.0) -> list[dict[str, dict[str, float]]]:
     """`VisualStatistics` of every worker of every engine. client: vLLM's ``AsyncLLM``."""
-    core = getattr(client, "engine_core", None)
+    core: Any = getattr(client, "engine_core", None)
     engines = list(getattr(core, "core_engines", ()))
     if len(engines) < 2 or not hasattr(core, "_call_utility_async"):
         return await client.collective_rpc("visual_statistics", timeout=timeout)
