@@ -8,9 +8,9 @@ caches off; three passes, best of the last two. ``ours``: CLIP-L/336 + DINOv2-L 
 ``eager``, ``graphs``, ``graphs_encoders`` (CUDA graphs, the encoders' own too), ``graphs_compiled`` (and the encoders
 compiled), ``fp8`` (language model quantised online), ``cached`` (caches on, 8 pictures asked again and again), ``tp2``
 (two GPUs share the language model and split the pictures). ``served_…`` is `mllm serve` and HTTP requests with JPEG
-pictures in place of vLLM's ``LLM``; there ``dp2`` too (an engine on each of two GPUs behind one address) and ``api4`` (four
-processes for HTTP and pictures). Beside the rate stand the GPU time of the visual parts, the CPU time of a request's
-preparation, and a pass of one new token (prefill alone).
+pictures in place of vLLM's ``LLM``; there ``dp2`` too (an engine on each of two GPUs behind one address), ``pp2`` (layers on
+two GPUs) and ``api4`` (four processes for HTTP and pictures). Beside the rate stand the GPU time of the visual parts, the CPU
+time of a request's preparation, and a pass of one new token (prefill alone).
 ``encoders``: our two encoders without vLLM, plain, compiled and in graphs. ``hf``: the same checkpoint through
 `generate`, batches of 32, and 16 greedy answers as reference for the bf16 agreement of ``ours_*``: tokens up to the
 first difference, the reference's log-probability gap between the two tokens there, and, given the reference's own
@@ -347,6 +347,7 @@ def section_served(name: str, work: Path, small: bool) -> dict:
     command += ["--block-size", "32"] if small else ["--gpu-memory-utilization", "0.85"]
     command += [] if "cached" in options else ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0"]
     command += ["--data-parallel-size", "2"] if "dp2" in options else []
+    command += ["--pipeline-parallel-size", "2"] if "pp2" in options else []
     command += ["--api-server-count", "4"] if "api4" in options else []
     command += [] if list(folder.glob("*.safetensors")) else ["--load-format", "dummy"]
     log, count, address = work / f"{name}.server.log", 8 if small else REQUESTS, f"http://127.0.0.1:{port}"

@@ -3,7 +3,8 @@
 #
 #   benchmarks/serve_matrix.sh [vllm:torch:torchvision:transformers …]
 #
-# Versions without a CPU build (0.33) are not covered. Figures of the last run: benchmarks/results/serve_matrix.txt
+# Versions without a CPU build (0.33) are asked at the processor's level: benchmarks/serve_processor.py, with the version's package installed by --no-deps
+# over the environment of another. Figures of the last runs: benchmarks/results/serve_matrix.txt
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -gt 0 ] || set -- 0.26.0:2.11.0:0.26.0:5.14.1 0.32.0:2.13.0:0.28.0:5.19.0
