@@ -5,9 +5,10 @@ Trains a teacher, the tokenizer of ``recipes/tokenizer_unified_demo.yaml`` on di
 same weights read held-out digits from their codes alone. Writes ``report.json`` and ``unified_demo.html``.
 
     python benchmarks/unified_demo.py                     # runs/unified_demo, two CPU cores
-    python benchmarks/unified_demo.py --larger --output runs/unified_larger     # one H200, about 150 s
+    python benchmarks/unified_demo.py --larger --output runs/unified_larger     # one H200, about 330 s
 
-``--larger``: networks of twice the width, a language model of 6 layers of 256, 3000 steps of 64 samples, 1000 drawings.
+``--larger``: networks of twice the width, a language model of 6 layers of 256, 3000 steps of 64 samples, 1000 drawings. That is enough
+to know the 1438 training digits by heart, and the report says how many drawings are copies: benchmarks/results/unified_h200.txt.
 """
 
 from __future__ import annotations

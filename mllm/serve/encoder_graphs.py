@@ -107,9 +107,9 @@ def compile_encoders(encoders: Mapping[str, nn.Module]) -> int:
 
 @torch.inference_mode()  # as requests run: tensors made outside it are another case for the compiler
 def run_blank(encoders: Mapping[str, nn.Module], sizes: Iterable[int]) -> None:
-    """Run every encoder on ``size`` blank images, for every size."""
+    """Run every encoder that has weights on ``size`` blank images, for every size."""
     for encoder in encoders.values():
-        for size in sizes:
+        for size in () if next(encoder.parameters(), None) is None else sizes:
             encoder.forward(blank_pixels(encoder, size))  # past the hooks, which count images
 
 

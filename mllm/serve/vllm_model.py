@@ -121,14 +121,16 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
             return []
         todo: list[Callable[[], object]] = []
         tokens = self.config.num_image_tokens if self.short_grid is None else math.prod(self.short_grid)
-        most = vllm_config.scheduler_config.max_num_batched_tokens // tokens
+        scheduler, media = vllm_config.scheduler_config, vllm_config.model_config.multimodal_config
+        asked = scheduler.max_num_seqs * (media.get_limit_per_prompt("image") if media is not None else 1)
+        most = max(1, min(scheduler.max_num_batched_tokens // tokens, asked))
         if settings.compile_mm_encoder and not eager:
             compile_encoders(encoders)
             todo.append(partial(run_blank, encoders, (2, 1)))  # one image is a case of its own for the compiler
         if torch.cuda.is_available():
             if settings.cudagraph_mm_encoder and not eager:
                 todo.append(EncoderGraphs(encoders, most).install)
-            todo.append(partial(run_blank, encoders, (max(1, most),)))
+            todo.append(partial(run_blank, encoders, (most,)))
         return todo
 
     @torch.inference_mode()
