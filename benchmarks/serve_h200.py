@@ -317,51 +317,29 @@ def section_served(name: str, work: Path, small: bool) -> dict:
     import asyncio
     import base64
     import io
-    import socket
     import urllib.request
 
+    from mllm.serve.app import start_server
     from mllm.serve.guard import STATISTICS
 
     options = name.split("_")
     folder = work / "ours"
     if not (folder / "config.json").exists():
         write_ours(folder, small, "cpu", weights=False)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "mllm.cli.main",
-        "serve",
-        str(folder),
-        "--port",
-        str(port),
-        "--max-model-len",
-        "2048",
-    ]
-    command += ["--dtype", "float32" if small else "bfloat16"]
-    command += ["--tensor-parallel", "2"] if "tp2" in options else []
-    command += [] if "graphs" in options else ["--eager"]
-    command += ["--", "--max-num-seqs", "256"]
-    command += ["--block-size", "32"] if small else ["--gpu-memory-utilization", "0.85"]
-    command += [] if "cached" in options else ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0"]
-    command += ["--data-parallel-size", "2"] if "dp2" in options else []
-    command += ["--pipeline-parallel-size", "2"] if "pp2" in options else []
-    command += ["--api-server-count", "4"] if "api4" in options else []
-    command += [] if list(folder.glob("*.safetensors")) else ["--load-format", "dummy"]
-    log, count, address = work / f"{name}.server.log", 8 if small else REQUESTS, f"http://127.0.0.1:{port}"
+    settings = ["--max-model-len", "2048", "--dtype", "float32" if small else "bfloat16"]
+    settings += ["--tensor-parallel", "2"] if "tp2" in options else []
+    settings += [] if "graphs" in options else ["--eager"]
+    settings += ["--", "--max-num-seqs", "256"]
+    settings += ["--block-size", "32"] if small else ["--gpu-memory-utilization", "0.85"]
+    settings += [] if "cached" in options else ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0"]
+    settings += ["--data-parallel-size", "2"] if "dp2" in options else []
+    settings += ["--pipeline-parallel-size", "2"] if "pp2" in options else []
+    settings += ["--api-server-count", "4"] if "api4" in options else []
+    settings += [] if list(folder.glob("*.safetensors")) else ["--load-format", "dummy"]
+    count = 8 if small else REQUESTS
     started = time.perf_counter()
-    server = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT)
+    server, address = start_server(str(folder), settings, timeout=400)
     try:
-        while True:
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=2)
-                break
-            except OSError:
-                if server.poll() is not None or time.perf_counter() - started > 400:
-                    raise RuntimeError(log.read_text(errors="replace")[-2500:]) from None
-                time.sleep(0.5)
         loaded = time.perf_counter() - started
         texts = questions()
 
@@ -766,10 +744,9 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     if arguments.inner:
         try:
-            engine = partial(section_engine, arguments.inner)
+            engine = section_served if arguments.inner.startswith("served") else section_engine
             own = {"encoders": section_encoders, "hf": section_hf, "noise": section_noise}
-            engine = partial(section_served, arguments.inner) if arguments.inner.startswith("served") else engine
-            run = own.get(arguments.inner, engine)
+            run = own.get(arguments.inner, partial(engine, arguments.inner))
             result = run(arguments.work, arguments.small)
         except BaseException:
             result = {"error": traceback.format_exc()[-3000:]}

@@ -13,7 +13,6 @@ _BATCH_SIZE = Annotated[int, typer.Option(help="Images at a time.", min=1)]
 _DTYPE = Annotated[
     str, typer.Option(help="float32, or bfloat16 for the networks; weights, codebooks and search stay in float32.")
 ]
-_SHARD_SIZE = 4096
 
 tokenizer = typer.Typer(help="Visual tokenizers: image ↔ discrete codes.", no_args_is_help=True)
 
@@ -309,13 +308,13 @@ def encode(
     from mllm.visual_tokenizers.images import load_images
     from mllm.visual_tokenizers.recipe import load_tokenizer_recipe
     from mllm.visual_tokenizers.running import watched
-    from mllm.visual_tokenizers.storage import encode_images
+    from mllm.visual_tokenizers.storage import SHARD_SIZE, encode_images
 
     model = _open(folder, device, dtype)
     images = load_images(load_tokenizer_recipe(recipe).images, model.image.height, split)
-    done = min(len(images), _SHARD_SIZE * len(list(output.glob("codes-*.safetensors"))))
+    done = min(len(images), SHARD_SIZE * len(list(output.glob("codes-*.safetensors"))))
     with watched("encode", images, done=done) as (seen,):
-        number = encode_images(model, seen, output, batch_size=batch_size, shard_size=_SHARD_SIZE)
+        number = encode_images(model, seen, output, batch_size=batch_size)
     typer.echo(f"{number} shards written to {output}")
 
 

@@ -156,7 +156,6 @@ class DataStream:
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             prefetch_factor=self.prefetch_factor if self.num_workers else None,
-            worker_init_fn=_start_worker if self.num_workers else None,
             # Training processes that were spawned themselves would spawn workers too, and pickle whole datasets for it.
             multiprocessing_context=pool_context() if self.num_workers else None,
             # Without a generator of its own, iter(DataLoader) draws from torch's global one and a resumed run's dropout
@@ -182,7 +181,3 @@ class DataStream:
 
 def _collate_single(rows: list[list[EncodedSample]], **options: Any) -> Batch:
     return collate([row[0] for row in rows], **options)
-
-
-def _start_worker(_: int) -> None:
-    torch.set_num_threads(1)

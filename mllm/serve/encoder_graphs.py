@@ -31,7 +31,7 @@ class EncoderGraphs:
 
     def __init__(self, encoders: Mapping[str, nn.Module], max_images: int):
         """max_images: the most images that one step of the engine encodes."""
-        self.encoders = dict(encoders)
+        self.encoders = with_weights(encoders)
         self.sizes = sizes_up_to(max_images)
         self.graphs: dict[str, dict[int, _Graph]] = {name: {} for name in self.encoders}
 
@@ -41,8 +41,6 @@ class EncoderGraphs:
         pool = torch.cuda.graph_pool_handle()
         for name, encoder in self.encoders.items():
             forward = encoder.forward
-            if next(encoder.parameters(), None) is None:  # raw patches: nothing that takes time
-                continue
             pixels = blank_pixels(encoder, self.sizes[-1])
             for size in reversed(self.sizes):  # the largest first: the others fit into its memory
                 try:
@@ -108,17 +106,21 @@ def compile_encoders(encoders: Mapping[str, nn.Module]) -> int:
 @torch.inference_mode()  # as requests run: tensors made outside it are another case for the compiler
 def run_blank(encoders: Mapping[str, nn.Module], sizes: Iterable[int]) -> None:
     """Run every encoder that has weights on ``size`` blank images, for every size."""
-    for encoder in encoders.values():
-        for size in () if next(encoder.parameters(), None) is None else sizes:
+    for encoder in with_weights(encoders).values():
+        for size in sizes:
             encoder.forward(blank_pixels(encoder, size))  # past the hooks, which count images
 
 
+def with_weights(encoders: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The encoders that have some; raw patches take no time."""
+    return {name: encoder for name, encoder in encoders.items() if next(encoder.parameters(), None) is not None}
+
+
 def blank_pixels(encoder: Any, size: int) -> Tensor:
-    """``(size, 3, H, W)`` zeros as an encoder takes them, on its device and in its dtype."""
+    """``(size, 3, H, W)`` zeros as an encoder takes them, on the device and in the dtype of its weights."""
     image = encoder.describe(encoder.config).image
-    weight = next(encoder.parameters(), None)
-    place = {} if weight is None else {"device": weight.device, "dtype": weight.dtype}
-    return torch.zeros(size, 3, image.height, image.width, **place)
+    weight = next(encoder.parameters())
+    return torch.zeros(size, 3, image.height, image.width, device=weight.device, dtype=weight.dtype)
 
 
 def sizes_up_to(max_images: int) -> list[int]:

@@ -7,9 +7,8 @@ import os
 
 def main() -> None:
     """Parse and run ``vllm serve``: the checkpoint, then its options."""
-    os.environ.setdefault(
-        "VLLM_WORKER_MULTIPROC_METHOD", "spawn"
-    )  # as vLLM's command does: CUDA does not survive a fork
+    # As vLLM's command does: CUDA does not survive a fork.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser

@@ -15,6 +15,7 @@ from mllm.types import VisualCodes
 from mllm.visual_tokenizers.base import VisualTokenizer
 from mllm.visual_tokenizers.images import ImageSource, to_pixels
 
+SHARD_SIZE = 4096
 INDEX_FILE = "codes.json"
 
 
@@ -34,7 +35,7 @@ def encode_images(
     directory: str | Path,
     *,
     batch_size: int = 32,
-    shard_size: int = 4096,
+    shard_size: int = SHARD_SIZE,
     rank: int = 0,
     ranks: int = 1,
 ) -> int:
