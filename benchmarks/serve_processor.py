@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mllm.serve.vllm_plugin import register
+from mllm.serve.vllm.plugin import register
 from tests.helpers import TINY_CLIP, TINY_TIMM, picture, tiny_model
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {

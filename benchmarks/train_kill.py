@@ -82,7 +82,7 @@ def _train(recipe: Any, output: Path, resume: bool, processes: int) -> None:
 def start(recipe: Any, output: Path, *, resume: bool, processes: int, kill_after: float | None = None) -> int:
     """Train in processes forked from a server that has imported everything; the exit code. kill_after: seconds."""
     context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mllm.models.build", "mllm.train.stages"])
+    context.set_forkserver_preload(["mllm.models.build", "mllm.train.run"])
     child = context.Process(target=_train, args=(recipe, output, resume, processes))
     child.start()
     timer = None

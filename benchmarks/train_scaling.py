@@ -1,7 +1,7 @@
 """How well do the engines scale from one GPU to several?
 
 A language model of a stated size, random weights, bf16 with fp32 copies, rows of a stated length; the optimizer step is
-`mllm.train.trainer`'s, the engines are `mllm.train.engine`'s. Prints one JSON line for each engine and number of processes. Goal: at
+`mllm.train.trainer`'s, the engines are `mllm.train.engine.base`'s. Prints one JSON line for each engine and number of processes. Goal: at
 least 0.93 of perfect scaling on two GPUs.
 
     python benchmarks/train_scaling.py --size 1b --engines none zero1 zero2 zero3 --processes 1 2
@@ -29,8 +29,8 @@ def worker(engine_name: str, options: dict, path: str) -> None:
     from mllm.models.configuration_mllm import MllmConfig
     from mllm.models.modeling_mllm import MllmForConditionalGeneration
     from mllm.recipe import StageSpec
-    from mllm.train.engine import build_engine
-    from mllm.train.groups import apply_learning, set_modes
+    from mllm.train.engine.base import build_engine
+    from mllm.train.engine.groups import apply_learning, set_modes
     from mllm.train.prepare import prepare_model
 
     device = distributed.local_device()

@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from unified_demo import evaluate, make_tokenizer, model_overrides
 
-from mllm.data.drawing import prepare_drawing, train_text_tokenizer
+from mllm.demo.drawing import prepare_drawing, train_text_tokenizer
 from mllm.models.build import build_model
 from mllm.recipe import Recipe, load_recipe
-from mllm.train.stages import run_recipe
+from mllm.train.run import run_recipe
 from mllm.visual_tokenizers.sequence import code_blocks, single_vectors
 
 

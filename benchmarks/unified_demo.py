@@ -30,13 +30,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from mllm.data.drawing import REQUESTS, drawing_request, prepare_drawing, train_text_tokenizer
+from mllm.demo.drawing import REQUESTS, drawing_request, prepare_drawing, train_text_tokenizer
+from mllm.models.image_generation.generate import GeneratedImages
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
-from mllm.models.visual_generation import GeneratedImages
 from mllm.processing.chat import render_prompt
 from mllm.processing.processor import MllmProcessor
 from mllm.recipe import load_recipe
-from mllm.train.stages import run_recipe
+from mllm.train.run import run_recipe
 from mllm.types import IMAGE_MARK, Turn
 from mllm.visual_tokenizers.base import VisualTokenizer
 from mllm.visual_tokenizers.evaluate import evaluate_tokenizer, probe_tokenizer

@@ -32,9 +32,9 @@ def demo(
     started = time.perf_counter()
     from rich.console import Console
 
-    from mllm.data.demo import prepare_demo, train_tokenizer
+    from mllm.demo.charts_and_digits import prepare_demo, train_tokenizer
     from mllm.recipe import load_recipe
-    from mllm.train.stages import run_recipe
+    from mllm.train.run import run_recipe
 
     console = Console()
     console.rule("1  data: charts from real and random tables, handwritten digits")
@@ -49,7 +49,7 @@ def demo(
     final = run_recipe(recipe, processes=processes, resume=resume)
 
     console.rule("3  evaluation on held-out charts and digits, with and without the picture")
-    from mllm.eval.runner import run_eval
+    from mllm.eval.run import run_eval
 
     results = run_eval(
         str(final),

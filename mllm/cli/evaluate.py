@@ -83,7 +83,7 @@ def run(
     [dim]mllm eval run CKPT --tasks charts --data chartqa=/data/ChartQA --processes 8 --dtype bfloat16[/]
     """
     from mllm.errors import ConfigError
-    from mllm.eval.runner import run_eval
+    from mllm.eval.run import run_eval
 
     if blind_as not in ("gray", "none"):
         raise ConfigError(f"--blind-as {blind_as}: expected gray or none")
@@ -116,8 +116,8 @@ def rescore(
     metrics: Annotated[str | None, typer.Option(help="Other metrics than the task's own, comma separated.")] = None,
 ) -> None:
     """Score stored predictions again, without a model: new scores go into the file, the table to the console."""
-    from mllm.eval.report import print_results
-    from mllm.eval.runner import rescore as rescore_file
+    from mllm.eval.report.show import print_results
+    from mllm.eval.run import rescore as rescore_file
 
     result = rescore_file(predictions, metrics=listed(metrics))
     print_results({result.task: result})
@@ -130,7 +130,7 @@ def compare(
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
 ) -> None:
     """Paired comparison on matched ids: difference, interval, p value, Holm over tasks."""
-    from mllm.eval.report import compare as compare_runs
+    from mllm.eval.report.show import compare as compare_runs
 
     compare_runs(first, second, seed=seed)
 
@@ -140,7 +140,7 @@ def report(
     folder: Annotated[Path, typer.Argument(help="Folder of an earlier run.")],
 ) -> None:
     """Make a run's report anew: its predictions under the metrics as they are now, with the studies beside them."""
-    from mllm.eval.runner import report_again
+    from mllm.eval.run import report_again
 
     report_again(folder)
 

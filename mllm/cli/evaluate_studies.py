@@ -36,8 +36,8 @@ def _say(text: str) -> None:
 def _finish(study: Any, folder: Path) -> None:
     """Print the study and put it into the folder's report, when there is a run to report."""
     from mllm.eval.predictions import iterate_files
-    from mllm.eval.runner import report_again
-    from mllm.eval.study import print_study
+    from mllm.eval.run import report_again
+    from mllm.eval.studies.study import print_study
 
     print_study(study)
     written = [folder / f"{study.name}.md", folder / f"{study.name}.json"]
@@ -77,7 +77,7 @@ def ablate(
 
     [dim]mllm eval ablate runs/demo/final --tasks demo_charts --limit 100[/]
     """
-    from mllm.eval.ablation_report import run_ablation
+    from mllm.eval.studies.ablation_report import run_ablation
 
     folder = output or Path(checkpoint).parent / "eval"
     study = run_ablation(
@@ -122,7 +122,7 @@ def stress(
 
     [dim]mllm eval stress scienceqa mmmu --data scienceqa=/data/ScienceQA --scores runs/my/eval[/]
     """
-    from mllm.eval.stress_report import run_stress
+    from mllm.eval.studies.stress_report import run_stress
 
     folder = output or scores or Path("runs/stress")
     study = run_stress(
@@ -166,7 +166,7 @@ def contamination(
 
     [dim]mllm eval contamination --train runs/demo/final --tasks demo_charts --scores runs/demo/eval[/]
     """
-    from mllm.eval.contamination_report import run_contamination
+    from mllm.eval.studies.contamination_report import run_contamination
 
     folder = output or scores or Path("runs/contamination")
     study = run_contamination(

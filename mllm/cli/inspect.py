@@ -28,8 +28,8 @@ def inspect(
     [dim]mllm inspect demo --n 4 --stage sft[/]
     """
     from mllm.recipe import load_recipe
-    from mllm.train.inspection import inspect_recipe
-    from mllm.train.inspection_page import write_page
+    from mllm.train.preflight.inspection import inspect_recipe
+    from mllm.train.preflight.inspection_page import write_page
 
     loaded = load_recipe(recipe, overrides)
     seen = inspect_recipe(loaded, num_samples=n, stage=stage)

@@ -36,8 +36,8 @@ def plan(
 
     from mllm.errors import ConfigError
     from mllm.recipe import load_recipe
-    from mllm.train.plan import plan_recipe
-    from mllm.train.plan_report import plan_tables, too_large
+    from mllm.train.preflight.plan import plan_recipe
+    from mllm.train.preflight.plan_report import plan_tables, too_large
 
     if processes < 1 or peak <= 0 or not 0 < mfu <= 1:
         raise ConfigError("--processes is at least 1, --peak is positive, and --mfu is a share between 0 and 1")

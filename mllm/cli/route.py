@@ -38,8 +38,8 @@ def label(
     [dim]mllm route label runs/routed_demo/final runs/routed_demo/data/train.jsonl[/]
     """
     from mllm.errors import ConfigError
-    from mllm.train.routing_labels import LabelFile, LabelRule, labels_path
-    from mllm.train.routing_losses import label_source
+    from mllm.train.stages.routing.labels import LabelFile, LabelRule, labels_path
+    from mllm.train.stages.routing.losses import label_source
 
     sources = _sources(data)
     if output is not None and len(sources) > 1:
@@ -100,7 +100,7 @@ def report(
     from rich.console import Console
 
     from mllm.models.routing import check_choices
-    from mllm.train.routing_report import routing_report
+    from mllm.train.stages.routing.report import routing_report
 
     model, processor = _open(checkpoint, dtype, device)
     bank = getattr(model.model, "vision_tower", None)
@@ -159,7 +159,7 @@ def _open(checkpoint: str, dtype: str, device: str | None) -> tuple[Any, Any]:
 
 def _sources(data: str) -> list[tuple[Any, int]]:
     from mllm.data.check import guess_spec
-    from mllm.train.routing_labels import open_sources
+    from mllm.train.stages.routing.labels import open_sources
 
     path = Path(data)
     if path.suffix in (".json", ".jsonl") and path.is_file():

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mllm.train.routing_report import RouteReport, markdown_table, write_card
+from mllm.train.stages.routing.report import RouteReport, markdown_table, write_card
 from mllm.types import Request, Response
 
 
@@ -83,7 +83,7 @@ def score_routings(
     """Evaluate the tasks once per way of running; prints a table, and puts it into the model card."""
     from mllm.eval.checkpoint import load_model
     from mllm.eval.generators.hf import HFGenerator
-    from mllm.train.flops import flop_model
+    from mllm.train.observe.flops import flop_model
 
     inner = HFGenerator(model, processor, batch_size=batch_size, name="hf")
     bank = model.model.vision_tower
@@ -120,7 +120,7 @@ def score_routings(
 def _evaluate(
     inner: Any, name: str, options: dict[str, Any], tasks: Sequence[str], folder: Path, limit: int | None
 ) -> tuple[dict[str, float], float, int]:
-    from mllm.eval.runner import evaluate
+    from mllm.eval.run import evaluate
 
     generator = WithOptions(inner, name, options)
     found = evaluate(generator, tasks, folder / name.replace(" ", "_"), limit=limit, resume=False, thumbnails=0)

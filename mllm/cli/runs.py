@@ -20,8 +20,8 @@ def list_runs(
     from rich.console import Console
     from rich.table import Table
 
-    from mllm.train.run_info import FILE
-    from mllm.train.tracking import read_metrics
+    from mllm.train.observe.run_info import FILE
+    from mllm.train.observe.tracking import read_metrics
 
     table = Table("run", "started", "commit", "stages", "steps", "last loss", "finished", box=None, pad_edge=False)
     for path in sorted(folder.glob(f"*/{FILE}")):
@@ -54,7 +54,7 @@ def diff(
     from rich.markup import escape
     from rich.table import Table
 
-    from mllm.train.run_diff import diff_runs
+    from mllm.train.observe.run_diff import diff_runs
 
     console, found = Console(), diff_runs(a, b)
     if found.settings:

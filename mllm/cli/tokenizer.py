@@ -160,7 +160,7 @@ def _zero_shot(
 ) -> dict[str, Any]:
     from transformers.utils import logging as transformers_logging
 
-    from mllm.eval.statistics import wilson_interval
+    from mllm.eval.report.statistics import wilson_interval
     from mllm.visual_tokenizers.images import load_images
     from mllm.visual_tokenizers.joint import TEMPLATE, JointModel, read_templates
     from mllm.visual_tokenizers.recipe import load_tokenizer_recipe
@@ -240,7 +240,7 @@ def _chart_questions(size: int, split: str, *, number: int = 400) -> Any:
     import numpy as np
     from PIL import Image
 
-    from mllm.data.charts import COLOURS, LABELS, MAX_VALUE, Chart, Renderer, questions
+    from mllm.demo.charts import COLOURS, LABELS, MAX_VALUE, Chart, Renderer, questions
     from mllm.visual_tokenizers.questions import gather_questions
 
     generator, renderer, drawn = random.Random(1 if split == "train" else 2), Renderer(), []
@@ -263,7 +263,7 @@ def _chart_questions(size: int, split: str, *, number: int = 400) -> Any:
 
 
 def _question_scores(name: str, spec: Any, model: Any, batch_size: int) -> dict[str, Any]:
-    from mllm.eval.statistics import wilson_interval
+    from mllm.eval.report.statistics import wilson_interval
     from mllm.visual_tokenizers.images import load_images
     from mllm.visual_tokenizers.questions import QuestionSet, answer_questions, class_questions, read_questions
     from mllm.visual_tokenizers.running import watched

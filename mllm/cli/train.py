@@ -33,13 +33,13 @@ def train(
     [dim]mllm train demo stages.sft.steps=20 --output runs/try[/]
     """
     from mllm.recipe import load_recipe
-    from mllm.train.stages import run_recipe
+    from mllm.train.run import run_recipe
 
     loaded = load_recipe(recipe, overrides)
     final = run_recipe(loaded, processes=processes, resume=resume, output=output, profile=profile)
     typer.echo(f"checkpoint: {final}")
     if evaluate and loaded.evaluation.tasks:
-        from mllm.eval.runner import run_eval
+        from mllm.eval.run import run_eval
 
         run_eval(
             str(final),

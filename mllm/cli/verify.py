@@ -30,7 +30,7 @@ def verify_resume(
     """
     from mllm.errors import ConfigError
     from mllm.recipe import load_recipe
-    from mllm.train.verify import verify_resume as verify
+    from mllm.train.preflight.verify import verify_resume as verify
 
     if keep is not None and keep.exists() and any(keep.iterdir()):
         raise ConfigError(f"--keep {keep} is not empty; choose another folder")

@@ -22,7 +22,7 @@ SOURCES: Registry = Registry(
         "sharegpt": "mllm.data.sources:ShareGptSource",
         "messages": "mllm.data.sources:MessagesSource",
         "columns": "mllm.data.columns:ColumnsSource",
-        "routing_labels": "mllm.train.routing_labels:LabelledSource",
+        "routing_labels": "mllm.train.stages.routing.labels:LabelledSource",
     },
 )
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")

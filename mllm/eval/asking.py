@@ -15,12 +15,12 @@ from PIL import Image
 
 from mllm.errors import DataError
 from mllm.eval.cache import AnswerCache, cache_key
+from mllm.eval.data.loading import Item
+from mllm.eval.data.pictures import Picture, blank
 from mllm.eval.generators.base import Generator
-from mllm.eval.loading import Item
 from mllm.eval.metrics import Metric
-from mllm.eval.pictures import Picture, blank
 from mllm.eval.predictions import Row
-from mllm.eval.results import score_fields
+from mllm.eval.report.results import score_fields
 from mllm.eval.task import TaskSpec
 from mllm.types import IMAGE_MARK, Request, Response, Turn
 

@@ -82,7 +82,7 @@ def _follow(parent: int) -> None:
 def main(arguments: Mapping[str, Any]) -> None:
     """One worker."""
     from mllm.errors import MllmError
-    from mllm.eval.runner import run_eval
+    from mllm.eval.run import run_eval
 
     if _PARENT in os.environ:
         _follow(int(os.environ[_PARENT]))

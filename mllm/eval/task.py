@@ -11,8 +11,8 @@ from pydantic import Field, field_validator, model_validator
 from mllm import assets
 from mllm.config import StrictModel, apply_overrides, read_yaml, validate
 from mllm.errors import ConfigError, MllmError
+from mllm.eval.data.templates import check_expression, check_template
 from mllm.eval.metrics import Metric, build_metric
-from mllm.eval.templates import check_expression, check_template
 
 
 class FileSpec(StrictModel):

@@ -14,8 +14,8 @@ from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoToken
 
 from mllm.errors import ConfigError, UnavailableError
 from mllm.models.configuration_mllm import MllmConfig, language_model_config
+from mllm.models.image_generation.build import add_head_tokens, head_settings_of, tokenizer_settings, visual_span
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
-from mllm.models.visual_build import add_head_tokens, head_settings_of, tokenizer_settings, visual_span
 from mllm.processing.image_processor import MllmImageProcessor
 from mllm.processing.processor import MllmProcessor
 from mllm.processing.template import check_template, read_template

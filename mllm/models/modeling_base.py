@@ -69,7 +69,7 @@ class MllmPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; a checkpoint with missing or foreign weights raises `CheckpointError` instead of being filled
         with random ones, and LLaVA-1.5 and Prismatic checkpoints are recognised and converted."""
-        from mllm.models.conversion import open_foreign  # it builds subclasses of this class
+        from mllm.models.foreign.conversion import open_foreign  # it builds subclasses of this class
 
         if args == () and kwargs.get("config") is None and cls.opens_foreign:
             converted = open_foreign(pretrained_model_name_or_path, **kwargs)

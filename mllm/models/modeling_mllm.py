@@ -18,14 +18,14 @@ from transformers.utils import can_return_tuple
 
 from mllm.errors import AlignmentError, ConfigError
 from mllm.models.configuration_mllm import MllmConfig, head_settings
-from mllm.models.drawing import DrawingMixin
 from mllm.models.generation import MultimodalGenerationMixin
+from mllm.models.image_generation.heads import build_head, head_config
+from mllm.models.image_generation.settings import DrawingMixin
+from mllm.models.image_generation.targets import lay_images, visual_losses
 from mllm.models.loss import linear_cross_entropy
 from mllm.models.modeling_base import MllmModelOutput, MllmOutput, MllmPreTrainedModel
 from mllm.models.pipeline import EncoderBank, build_own_tokenizer, build_visual_parts
 from mllm.models.routing import ask_gate, encode_short, routing_loss_of_step
-from mllm.models.visual_heads import build_head, head_config
-from mllm.models.visual_targets import lay_images, visual_losses
 from mllm.processing.layout import PRIMARY_PIXELS, pixel_keys
 from mllm.types import Routing, VisionFeatures
 

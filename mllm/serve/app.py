@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mllm.errors import DataError, MllmError, UnavailableError
-from mllm.serve.client import ServerClient
+from mllm.serve.http.client import ServerClient
 
 DECIDE = "the model decides"
 

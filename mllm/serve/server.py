@@ -13,9 +13,9 @@ from pydantic import Field
 
 from mllm.config import StrictModel
 from mllm.errors import ConfigError, UnavailableError
-from mllm.models.drawing import VLLM_PROCESSOR
-from mllm.serve.drawing import SCHEDULER, refusal
-from mllm.serve.guard import ENVIRONMENT, GuardSettings
+from mllm.models.image_generation.settings import VLLM_PROCESSOR
+from mllm.serve.http.admission import ENVIRONMENT, GuardSettings
+from mllm.serve.images.requests import SCHEDULER, refusal
 
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Widths of an attention head that vLLM's CPU kernels take (0.26 to 0.32); with another the engine dies at the first request."""
@@ -67,8 +67,8 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
     arguments += ["--dtype", settings.dtype, "--seed", "0", "--chat-template-content-format", "openai"]
     arguments += ["--limit-mm-per-prompt", json.dumps({"image": settings.max_images})]
     arguments += ["--allowed-media-domains", *(settings.media_domains or [NO_DOMAIN])]
-    arguments += ["--middleware", "mllm.serve.guard.Guard"]
-    arguments += ["--worker-extension-cls", "mllm.serve.stats.VisualStatistics"]
+    arguments += ["--middleware", "mllm.serve.http.admission.Guard"]
+    arguments += ["--worker-extension-cls", "mllm.serve.http.stats.VisualStatistics"]
     if settings.backend != "auto":
         arguments += ["--model-impl", {"native": "vllm"}.get(settings.backend, settings.backend)]
     if settings.max_model_len is not None:
@@ -134,7 +134,7 @@ def serve(settings: ServeSettings) -> None:
     os.environ.update(environment)
     sys.stdout.flush()
     # The command, not the server's module: it alone starts several processes for HTTP and pictures (--api-server-count).
-    os.execv(sys.executable, [sys.executable, "-m", "mllm.serve.vllm_command", "serve", *arguments])
+    os.execv(sys.executable, [sys.executable, "-m", "mllm.serve.vllm.command", "serve", *arguments])
 
 
 def _read(checkpoint: str) -> tuple[Any, dict[str, Any]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mllm.errors import UnavailableError
-from mllm.models.drawing import vllm_options
+from mllm.models.image_generation.settings import vllm_options
 from mllm.models.routing import ANSWER_TOKENS
 from mllm.processing.chat import encode_text, question_text, render_prompt, routing_inputs
 from mllm.processing.template import messages_of

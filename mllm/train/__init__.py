@@ -9,7 +9,7 @@ __all__ = ["run_recipe"]
 
 def __getattr__(name: str) -> Any:
     if name == "run_recipe":
-        from mllm.train.stages import run_recipe
+        from mllm.train.run import run_recipe
 
         return run_recipe
     raise AttributeError(f"module 'mllm.train' has no attribute {name!r}")

@@ -17,7 +17,7 @@ from mllm import errors
 from mllm.distributed import process_group
 from mllm.errors import ConfigError, MllmError
 
-PRELOADED = ("mllm.models.build", "mllm.train.stages")
+PRELOADED = ("mllm.models.build", "mllm.train.run")
 
 
 class WorkerFailed(MllmError, RuntimeError):

@@ -18,14 +18,10 @@ from mllm import distributed
 from mllm.errors import ConfigError
 from mllm.processing.template import for_training, read_template
 from mllm.recipe import Recipe, StageSpec
-from mllm.train.cached_stage import use_cache
-from mllm.train.checkpoint import CheckpointReader, Progress, fingerprint, latest_checkpoint, save_checkpoint
+from mllm.train.checkpoint.resume import CheckpointReader, Progress, fingerprint, latest_checkpoint, save_checkpoint
 from mllm.train.data import StageData, open_mixture
-from mllm.train.dataset_loss import DatasetLoss
-from mllm.train.drawings import Drawings
-from mllm.train.engine import Engine, build_engine, choose_engine
-from mllm.train.flops import FlopModel, flop_model, peak_flops
-from mllm.train.groups import (
+from mllm.train.engine.base import Engine, build_engine, choose_engine
+from mllm.train.engine.groups import (
     Group,
     apply_learning,
     frozen_summary,
@@ -34,15 +30,19 @@ from mllm.train.groups import (
     recipe_parts,
     set_modes,
 )
-from mllm.train.guard import SpikeGuard, diverged
-from mllm.train.meter import Meter, count_batches
+from mllm.train.engine.schedule import rate_factor
+from mllm.train.features.stage import use_cache
+from mllm.train.observe.dataset_loss import DatasetLoss
+from mllm.train.observe.drawings import Drawings
+from mllm.train.observe.flops import FlopModel, flop_model, peak_flops
+from mllm.train.observe.meter import Meter, count_batches
+from mllm.train.observe.profiling import StepProfiler
+from mllm.train.observe.progress import StageDisplay
+from mllm.train.observe.run_info import RunInfo
+from mllm.train.observe.spikes import SpikeGuard, diverged
+from mllm.train.observe.tracking import Tracker
 from mllm.train.prepare import DTYPES, attention_inputs, prepare_model
-from mllm.train.profiling import StepProfiler
-from mllm.train.progress import StageDisplay
-from mllm.train.routing_monitor import watch_routing
-from mllm.train.run_info import RunInfo
-from mllm.train.schedule import rate_factor
-from mllm.train.tracking import Tracker
+from mllm.train.stages.routing.monitor import watch_routing
 
 SAVE_SECONDS = 20 * 60
 _COSMETIC = {"log_every", "save_every", "num_workers", "draw"}

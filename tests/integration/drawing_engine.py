@@ -9,9 +9,9 @@ import sys
 from transformers import AutoProcessor
 from vllm import LLM
 
-from mllm.models.drawing import vllm_options
+from mllm.models.image_generation.settings import vllm_options
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
-from mllm.serve.drawing import SCHEDULER, BrokenDrawing, DrawingPlan, draw_with_engine
+from mllm.serve.images.requests import SCHEDULER, BrokenDrawing, DrawingPlan, draw_with_engine
 
 PROMPTS = ["Draw a seven, please", "One", "Hello, draw something of great beauty", "A cat"]
 

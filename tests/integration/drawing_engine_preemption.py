@@ -11,9 +11,9 @@ from transformers import AutoProcessor
 from vllm import LLM, SamplingParams
 
 from mllm.models.configuration_mllm import MllmConfig
-from mllm.models.drawing import vllm_options
+from mllm.models.image_generation.settings import vllm_options
 from mllm.processing.chat import render_prompt
-from mllm.serve.drawing import KEY, SCHEDULER, DrawingPlan
+from mllm.serve.images.requests import KEY, SCHEDULER, DrawingPlan
 from mllm.types import Turn
 
 BLOCKS = 13

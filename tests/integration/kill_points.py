@@ -77,7 +77,7 @@ class _Hook:
 def run(recipe: Recipe, output: Path, *, resume: bool) -> int:
     """Train in one process, forked from a server that has imported everything; its exit code, -9 when it was killed."""
     context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mllm.models.build", "mllm.train.stages"])
+    context.set_forkserver_preload(["mllm.models.build", "mllm.train.run"])
     child = context.Process(target=_train, args=(recipe, output, resume))
     child.start()
     child.join()

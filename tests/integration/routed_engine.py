@@ -52,7 +52,7 @@ def main(folder: str) -> None:
     asked_references = parity.trace_generate(model, processor, asked, num_tokens=TOKENS)
     result["routings"] = [trace.routing for trace in asked_references]
 
-    engine = {"block_size": 32, "max_model_len": 512, "worker_extension_cls": "mllm.serve.stats.VisualStatistics"}
+    engine = {"block_size": 32, "max_model_len": 512, "worker_extension_cls": "mllm.serve.http.stats.VisualStatistics"}
     llm = parity.open_vllm(folder, model_impl="vllm", **engine)
 
     def equal(cases, known, **options):

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from mllm.errors import CheckpointError
-from mllm.models.conversion import convert, recognise
+from mllm.models.foreign.conversion import convert, recognise
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.processing.processor import MllmProcessor
 from tests.helpers import picture, tiny_tokenizer

@@ -18,9 +18,16 @@ from mllm.processing.processor import MllmProcessor
 from mllm.recipe import Recipe
 from mllm.routers.build import build_router
 from mllm.train import run_recipe
-from mllm.train.routing_labels import LabelFile, LabelRule, helpful_experts, labels_path, open_sources, target_weights
-from mllm.train.routing_losses import label_source
-from mllm.train.routing_monitor import RoutingMonitor
+from mllm.train.stages.routing.labels import (
+    LabelFile,
+    LabelRule,
+    helpful_experts,
+    labels_path,
+    open_sources,
+    target_weights,
+)
+from mllm.train.stages.routing.losses import label_source
+from mllm.train.stages.routing.monitor import RoutingMonitor
 from mllm.types import IMAGE_MARK, Turn
 from tests.helpers import TINY_CLIP, tiny_spec, tiny_tokenizer
 from tests.integration.train_helpers import LLM

@@ -145,7 +145,7 @@ def test_a_picture_that_vllm_decoded_becomes_the_one_of_training(kind):
     from vllm.multimodal.media.image import ImageMediaIO
     from vllm.multimodal.parse import ImageProcessorItems
 
-    from mllm.serve.vllm_processing import read_as_in_training
+    from mllm.serve.vllm.processing import read_as_in_training
 
     data = encoded_picture(kind)
     items = ImageProcessorItems([ImageMediaIO().load_bytes(data)])

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from mllm.cli.main import app
 from mllm.errors import ConfigError, UnknownName
 from mllm.train import run_recipe
-from mllm.train.inspection import inspect_recipe
-from mllm.train.run_diff import diff_runs
-from mllm.train.verify import ResumeReport
+from mllm.train.observe.run_diff import diff_runs
+from mllm.train.preflight.inspection import inspect_recipe
+from mllm.train.preflight.verify import ResumeReport
 from tests.helpers import picture
 from tests.integration.train_helpers import make_recipe
 
@@ -127,7 +127,7 @@ def test_two_runs_are_told_apart_by_settings_data_and_the_first_number_that_diff
 
 
 def test_verify_resume_passes_on_what_the_check_found(tmp_path, monkeypatch):
-    from mllm.train import verify
+    from mllm.train.preflight import verify
 
     path = _file(make_recipe(tmp_path), tmp_path)
     asked = {}

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from mllm.errors import CheckpointError, ConfigError
 from mllm.train import run_recipe
-from mllm.train.stages import check_options
+from mllm.train.run import check_options
 from tests.helpers import TINY_CLIP
 from tests.integration.train_helpers import make_recipe, metrics
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from mllm.errors import ConfigError
 from mllm.train import run_recipe
-from mllm.train.preference import as_row, check_dpo, load_reward
-from mllm.train.stages import check_options
+from mllm.train.run import check_options
+from mllm.train.stages.preference.stage import as_row, check_dpo, load_reward
 from mllm.types import IMAGE_MARK, Sample, Turn
 from tests.helpers import picture
 from tests.integration.train_helpers import make_recipe

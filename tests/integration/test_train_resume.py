@@ -12,7 +12,7 @@ import pytest
 from mllm.errors import CheckpointError
 from mllm.train import run_recipe
 from mllm.train.launch import WorkerFailed
-from mllm.train.verify import verify_resume
+from mllm.train.preflight.verify import verify_resume
 from tests.integration.kill_points import aim, plugin, run, spare
 from tests.integration.train_helpers import make_recipe, metrics, write_data
 
@@ -76,7 +76,9 @@ def test_a_run_killed_at_every_step_of_saving_exporting_and_changing_stages_goes
 def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(tmp_path, monkeypatch, room, message):
     """No file may grow beyond ``room`` bytes: first the records do not fit, then the weights."""
     recipe = make_recipe(tmp_path, stages=[{"name": "sft", "steps": 3, "learn": {"connector": 1e-3}}], rows=6)
-    monkeypatch.setattr("mllm.train.run_info.git_state", lambda **_: {})  # a developer's difference may be large
+    monkeypatch.setattr(
+        "mllm.train.observe.run_info.git_state", lambda **_: {}
+    )  # a developer's difference may be large
     output, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
     run_recipe(recipe, output=output, stop_after=1)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))

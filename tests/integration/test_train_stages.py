@@ -11,8 +11,8 @@ from mllm.config import validate
 from mllm.errors import CheckpointError, ConfigError, DataError
 from mllm.recipe import Recipe, load_recipe
 from mllm.train import run_recipe
-from mllm.train.checkpoint import latest_checkpoint
-from mllm.train.guard import TrainingDiverged
+from mllm.train.checkpoint.resume import latest_checkpoint
+from mllm.train.observe.spikes import TrainingDiverged
 from tests.integration.train_helpers import make_recipe, metrics, write_data
 
 TWO = [

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from mllm.cli.draw import add_to
-from mllm.data.drawing import prepare_drawing, train_text_tokenizer
+from mllm.demo.drawing import prepare_drawing, train_text_tokenizer
 from mllm.errors import ConfigError
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.processing.processor import MllmProcessor
 from mllm.recipe import Recipe
-from mllm.train.stages import run_recipe
+from mllm.train.run import run_recipe
 from mllm.visual_tokenizers.base import build_tokenizer
 from mllm.visual_tokenizers.images import DigitsAndCharts, DigitsAndChartsOptions
 from mllm.visual_tokenizers.storage import encode_images

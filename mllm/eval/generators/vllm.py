@@ -8,7 +8,7 @@ from typing import Any
 
 from mllm.errors import UnavailableError
 from mllm.eval.generators.base import answer_text, checkpoint_hash, hf_messages
-from mllm.models.drawing import vllm_options
+from mllm.models.image_generation.settings import vllm_options
 from mllm.types import Request, Response
 
 _WINDOW = 1024

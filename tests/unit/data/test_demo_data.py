@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from mllm.data.charts import ANSWER_TYPES, COLOURS, KINDS, Chart, Renderer, caption, questions
 from mllm.data.check import check
-from mllm.data.demo import DIGIT_QUESTIONS, blind_score, prepare_demo, train_tokenizer
 from mllm.data.sources import open_source
 from mllm.data.spec import DatasetSpec
-from mllm.data.tables import draw_chart, real_tables
+from mllm.demo.charts import ANSWER_TYPES, COLOURS, KINDS, Chart, Renderer, caption, questions
+from mllm.demo.charts_and_digits import DIGIT_QUESTIONS, blind_score, prepare_demo, train_tokenizer
+from mllm.demo.tables import draw_chart, real_tables
 
 
 def answers(chart: Chart) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mllm.data.drawing import NAMES, REQUESTS, drawing_request, prepare_drawing, train_text_tokenizer
+from mllm.demo.drawing import NAMES, REQUESTS, drawing_request, prepare_drawing, train_text_tokenizer
 
 
 def test_the_same_digits_are_read_and_drawn_in_the_tokenizers_split(tmp_path: Path) -> None:

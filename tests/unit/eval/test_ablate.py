@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from mllm.errors import ConfigError
-from mllm.eval.ablate import WARNING, Ablation, _Probe, ablate, effective_rank, encoder_bank
-from mllm.eval.ablation_report import ablation_study
 from mllm.eval.generators.hf import HFGenerator
-from mllm.eval.study import study_markdown
+from mllm.eval.studies.ablate import WARNING, Ablation, _Probe, ablate, effective_rank, encoder_bank
+from mllm.eval.studies.ablation_report import ablation_study
+from mllm.eval.studies.study import study_markdown
 from mllm.types import IMAGE_MARK, Request, Turn, VisionFeatures
 from tests.helpers import picture, tiny_model
 from tests.unit.eval.test_runner import make_data

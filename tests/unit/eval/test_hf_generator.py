@@ -12,7 +12,7 @@ from PIL import Image
 from mllm.errors import ConfigError
 from mllm.eval.generators.base import Generator, cut_at_stops, hf_messages
 from mllm.eval.generators.hf import HFGenerator, weights_hash
-from mllm.eval.runner import run_eval
+from mllm.eval.run import run_eval
 from mllm.types import IMAGE_MARK, Request, Turn
 from tests.helpers import tiny_model
 from tests.unit.eval.test_runner import make_data

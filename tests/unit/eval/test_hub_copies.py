@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mllm.eval.loading import load_data
+from mllm.eval.data.loading import load_data
 from mllm.eval.task import load_task
 from tests.unit.eval.test_official_files import parquet, png, prompt_of, run, write
 

@@ -11,10 +11,16 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from mllm.errors import DataError
-from mllm.eval.contamination import find_overlaps, perceptual_hash, scores_without, text_ngrams, training_samples
-from mllm.eval.loading import load_data
-from mllm.eval.runner import evaluate
-from mllm.eval.stress import stress_test
+from mllm.eval.data.loading import load_data
+from mllm.eval.run import evaluate
+from mllm.eval.studies.contamination import (
+    find_overlaps,
+    perceptual_hash,
+    scores_without,
+    text_ngrams,
+    training_samples,
+)
+from mllm.eval.studies.stress import stress_test
 from mllm.eval.task import load_task
 from mllm.types import Sample, Turn
 from tests.unit.eval.rules import RuleGenerator

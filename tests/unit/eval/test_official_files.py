@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from mllm.errors import DataError
-from mllm.eval.loading import load_data
-from mllm.eval.pictures import Frames
-from mllm.eval.runner import evaluate
+from mllm.eval.data.loading import load_data
+from mllm.eval.data.pictures import Frames
+from mllm.eval.run import evaluate
 from mllm.eval.task import load_task
 from mllm.types import IMAGE_MARK
 from tests.unit.eval.rules import RuleGenerator, constant

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from mllm.errors import ConfigError
+from mllm.eval.data.loading import load_data
 from mllm.eval.generators.openai import OpenAIGenerator
-from mllm.eval.loading import load_data
 from mllm.eval.predictions import read_predictions
-from mllm.eval.runner import evaluate
+from mllm.eval.run import evaluate
 from mllm.eval.task import load_task
 from mllm.types import IMAGE_MARK, Request, Turn
 from tests.unit.eval.test_runner import TASK, make_data

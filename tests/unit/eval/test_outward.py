@@ -15,10 +15,10 @@ from PIL import Image
 
 from mllm.errors import ConfigError, DataError, UnavailableError
 from mllm.eval.checkpoint import open_generator
-from mllm.eval.outward.messages import interleaved, turns_and_images, with_images
-from mllm.eval.outward.vlmevalkit import MllmVLMEval, main, message_parts
+from mllm.eval.harnesses.messages import interleaved, turns_and_images, with_images
+from mllm.eval.harnesses.vlmevalkit import MllmVLMEval, main, message_parts
 from mllm.eval.predictions import read_predictions
-from mllm.eval.runner import evaluate
+from mllm.eval.run import evaluate
 from mllm.types import IMAGE_MARK, Request, Turn
 from tests.helpers import picture, tiny_model
 from tests.unit.eval.test_runner import make_data
@@ -120,7 +120,7 @@ def test_vlmevalkit_is_started_with_the_checkpoint_in_its_table(checkpoint, aske
         "name = sys.argv[sys.argv.index('--model') + 1]\nmodel = supported_VLM[name](device='cpu', max_new_tokens=16)\n"
         "print(name, sys.argv[-1], repr(model.generate(sys.argv[-2:], dataset='X')))\n"
     )
-    command = [sys.executable, "-m", "mllm.eval.outward.vlmevalkit", str(checkpoint), str(tmp_path / "run.py")]
+    command = [sys.executable, "-m", "mllm.eval.harnesses.vlmevalkit", str(checkpoint), str(tmp_path / "run.py")]
     done = subprocess.run(
         [*command, "--data", str(folder / "0.png"), "How many 0?"], capture_output=True, text=True, cwd=ROOT, check=True
     )
@@ -192,7 +192,7 @@ def test_the_simple_model_gives_our_answers_too(checkpoint, asked):
     pytest.importorskip("lmms_eval")
     from lmms_eval.api.instance import Instance
 
-    from mllm.eval.outward.lmms_eval_model import MllmSimple
+    from mllm.eval.harnesses.lmms_eval_model import MllmSimple
 
     folder, ours = asked
     model = MllmSimple(str(checkpoint), device="cpu", batch_size="4")
@@ -219,7 +219,7 @@ def test_the_simple_model_gives_our_answers_too(checkpoint, asked):
 
 def test_lmms_eval_settings_become_ours(caplog):
     pytest.importorskip("lmms_eval")
-    from mllm.eval.outward.lmms_eval_model import options
+    from mllm.eval.harnesses.lmms_eval_model import options
 
     assert options({"temperature": 0, "until": ["\n\n"], "top_p": 1.0}) == {"max_new_tokens": 1024, "do_sample": False}
     sampled = options({"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 8, "num_beams": 1, "until": "Q:"})
@@ -234,7 +234,7 @@ def test_lmms_eval_likelihoods_are_those_of_the_model(checkpoint):
     pytest.importorskip("lmms_eval")
     from lmms_eval.api.instance import Instance
 
-    from mllm.eval.outward.lmms_eval_model import MllmChat, MllmSimple
+    from mllm.eval.harnesses.lmms_eval_model import MllmChat, MllmSimple
 
     model = MllmSimple(str(checkpoint), device="cpu")
     model.task_dict = {"t": {"test": [{"image": picture(0)}, {"image": picture(1)}]}}
@@ -268,7 +268,7 @@ def test_lmms_eval_rounds_go_on_until_the_task_ends_them(checkpoint):
     pytest.importorskip("lmms_eval")
     from lmms_eval.api.instance import Instance
 
-    from mllm.eval.outward.lmms_eval_model import MllmChat, MllmSimple
+    from mllm.eval.harnesses.lmms_eval_model import MllmChat, MllmSimple
 
     meta = {"metadata": {"task": "t", "doc_id": 0, "repeats": 1}}
     settings = {"max_new_tokens": 4}

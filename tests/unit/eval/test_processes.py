@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from mllm.errors import ConfigError, UnavailableError
+from mllm.eval.data.loading import load_data
 from mllm.eval.launch import start_workers
-from mllm.eval.loading import load_data
 from mllm.eval.predictions import prediction_path, read_predictions
-from mllm.eval.runner import _await_shards, evaluate, run_eval
+from mllm.eval.run import _await_shards, evaluate, run_eval
 from mllm.eval.task import load_task
 from tests.helpers import tiny_model
 from tests.unit.eval.rules import RuleGenerator, pixel_rule

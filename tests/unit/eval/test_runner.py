@@ -13,13 +13,13 @@ import pytest
 from PIL import Image
 
 from mllm.errors import ConfigError, DataError, UnavailableError
-from mllm.eval.batch_check import check_batch
 from mllm.eval.cache import AnswerCache
-from mllm.eval.loading import load_data
+from mllm.eval.data.loading import load_data
+from mllm.eval.data.sources import whereabouts
 from mllm.eval.predictions import header_path, merge_shards, prediction_path, read_predictions
-from mllm.eval.report import compare, console_lines, markdown, print_results, write_report
-from mllm.eval.runner import evaluate, rescore, run_eval
-from mllm.eval.sources import whereabouts
+from mllm.eval.report.show import compare, console_lines, markdown, print_results, write_report
+from mllm.eval.run import evaluate, rescore, run_eval
+from mllm.eval.studies.batch_check import check_batch
 from mllm.eval.task import expand_tasks, load_task
 from tests.unit.eval.rules import RuleGenerator, constant, pixel_rule
 

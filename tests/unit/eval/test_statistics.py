@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mllm.errors import DataError
-from mllm.eval.statistics import (
+from mllm.eval.report.statistics import (
     bootstrap_estimate,
     clustered_standard_error,
     holm,

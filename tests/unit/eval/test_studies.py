@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 
 from mllm.cli.main import app
 from mllm.errors import ConfigError, DataError
-from mllm.eval.ablate import WARNING
-from mllm.eval.contamination import OverlapFinder, find_overlaps, perceptual_hash
-from mllm.eval.contamination_report import read_training, run_contamination, training_sources
-from mllm.eval.loading import load_data
-from mllm.eval.runner import evaluate, report_again
-from mllm.eval.study import Study, Table, load_studies, print_table, save_study, study_html, study_markdown
+from mllm.eval.data.loading import load_data
+from mllm.eval.run import evaluate, report_again
+from mllm.eval.studies.ablate import WARNING
+from mllm.eval.studies.contamination import OverlapFinder, find_overlaps, perceptual_hash
+from mllm.eval.studies.contamination_report import read_training, run_contamination, training_sources
+from mllm.eval.studies.study import Study, Table, load_studies, print_table, save_study, study_html, study_markdown
 from mllm.eval.task import load_task
 from tests.helpers import tiny_model
 from tests.unit.eval.rules import RuleGenerator, constant

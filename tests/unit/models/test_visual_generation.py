@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from mllm.errors import AlignmentError, ConfigError
+from mllm.models.image_generation.generate import decode_packed, read_interleaved
+from mllm.models.image_generation.targets import lay_images
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
-from mllm.models.visual_generation import decode_packed, read_interleaved
-from mllm.models.visual_targets import lay_images
 from mllm.processing.chat import render_prompt
 from mllm.processing.processor import MllmProcessor
 from mllm.types import IMAGE_MARK, Turn

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from mllm.data.collate import collate, collate_packed
 from mllm.errors import AlignmentError, DataError
-from mllm.models.visual_targets import codes_of, drop_text, lay_images
+from mllm.models.image_generation.targets import codes_of, drop_text, lay_images
 from mllm.processing.chat import IGNORE, encode_sample
 from mllm.types import IMAGE_MARK, Sample, Turn
 from mllm.visual_tokenizers.sequence import unpack_codes

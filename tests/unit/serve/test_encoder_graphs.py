@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mllm.models.pipeline import EncoderBank
-from mllm.serve.encoder_graphs import MAX_BATCH, compile_encoders, run_blank, sizes_up_to
+from mllm.serve.vllm.encoder_graphs import MAX_BATCH, compile_encoders, run_blank, sizes_up_to
 from tests.helpers import TINY_CLIP
 
 

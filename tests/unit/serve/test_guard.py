@@ -12,7 +12,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from mllm.serve.guard import Guard, GuardSettings
+from mllm.serve.http.admission import Guard, GuardSettings
 
 ROUTER = {"type": "constant", "experts": ["text", "charts"]}
 LETTERS = {

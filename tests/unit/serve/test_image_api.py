@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from mllm.errors import ConfigError
-from mllm.serve.image_api import check_room
+from mllm.serve.images.api import check_room
 
 
 def engine(*, length=256, step=512, blocks=9, engines=1):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mllm.models.pipeline import EncoderBank
-from mllm.serve.memory import FeatureMemory
+from mllm.serve.vllm.feature_memory import FeatureMemory
 from tests.helpers import TINY_CLIP, TINY_TIMM
 
 

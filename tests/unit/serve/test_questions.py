@@ -9,7 +9,7 @@ from mllm.processing.chat import pad_questions, render_prompt, routing_inputs
 from mllm.processing.image_processor import MllmImageProcessor
 from mllm.processing.processor import MllmProcessor
 from mllm.processing.template import shipped_templates
-from mllm.serve.questions import QuestionReader
+from mllm.serve.vllm.questions import QuestionReader
 from mllm.types import IMAGE_MARK, Turn
 from tests.helpers import tiny_tokenizer
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mllm.errors import ConfigError
-from mllm.serve.guard import ENVIRONMENT, GuardSettings
+from mllm.serve.http.admission import ENVIRONMENT, GuardSettings
 from mllm.serve.server import NO_DOMAIN, ServeSettings, plan, serve
 from tests.helpers import TINY_CLIP, TINY_LLM, TINY_TIMM, tiny_model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mllm.serve.stats import EncoderClock, VisualStatistics
+from mllm.serve.http.stats import EncoderClock, VisualStatistics
 from mllm.types import VisionFeatures
 
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from mllm.errors import CheckpointError
 from mllm.recipe import StageSpec
-from mllm.train.checkpoint import Progress, fingerprint, latest_checkpoint, save_checkpoint
-from mllm.train.engine import Engine
-from mllm.train.groups import Group
+from mllm.train.checkpoint.resume import Progress, fingerprint, latest_checkpoint, save_checkpoint
+from mllm.train.engine.base import Engine
+from mllm.train.engine.groups import Group
 
 
 class Net(nn.Module):

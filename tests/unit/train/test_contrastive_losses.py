@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from mllm import distributed
-from mllm.train import contrastive_losses
-from mllm.train.contrastive_losses import contrastive_loss, order_texts, ranking_loss
+from mllm.train.stages.contrastive import losses as contrastive_losses
+from mllm.train.stages.contrastive.losses import contrastive_loss, order_texts, ranking_loss
 from tests.golden.fill import check, load
 
 GOLDEN = Path(__file__).parents[2] / "golden"

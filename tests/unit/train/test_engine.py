@@ -11,8 +11,8 @@ from torch import nn
 
 from mllm.errors import ConfigError
 from mllm.recipe import StageSpec
-from mllm.train.engine import Engine, choose_engine
-from mllm.train.groups import Group
+from mllm.train.engine.base import Engine, choose_engine
+from mllm.train.engine.groups import Group
 
 
 def _stage(**changes) -> StageSpec:

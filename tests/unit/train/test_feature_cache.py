@@ -9,8 +9,8 @@ import torch
 
 from mllm.errors import UnavailableError
 from mllm.processing.images import to_pixels_multi
-from mllm.train import feature_cache
-from mllm.train.feature_cache import (
+from mllm.train.features import cache as feature_cache
+from mllm.train.features.cache import (
     Codec,
     FeaturesInPlaceOfPixels,
     FeatureStore,

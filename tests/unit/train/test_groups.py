@@ -8,7 +8,7 @@ import torch
 from mllm.errors import ConfigError
 from mllm.recipe import StageSpec
 from mllm.train import lora
-from mllm.train.groups import apply_learning, frozen_summary, groups_table, no_decay_names, set_modes
+from mllm.train.engine.groups import apply_learning, frozen_summary, groups_table, no_decay_names, set_modes
 from tests.helpers import TINY_CLIP, tiny_model
 
 

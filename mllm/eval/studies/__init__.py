@@ -1,0 +1,1 @@
+"""What does a score mean: ablation, stress, contamination, comparison?"""

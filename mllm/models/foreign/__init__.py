@@ -1,0 +1,1 @@
+"""How do checkpoints of other projects become ours?"""

@@ -1,0 +1,1 @@
+"""How does a model draw: grammar, heads, targets, generation."""

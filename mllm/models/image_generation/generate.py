@@ -1,0 +1,474 @@
+"""How does the model draw: prompts → codes → images, with guidance, from one cache?"""
+
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportOptionalMemberAccess=false, reportPrivateImportUsage=false
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import DynamicCache
+
+from mllm.errors import AlignmentError, ConfigError
+from mllm.models.image_generation.targets import drop_text, evaluating, first_of_sample
+from mllm.processing.chat import encode_pixels, encode_text, render_prompt, split_images
+from mllm.types import IMAGE_MARK, Turn, VisualCodes
+from mllm.visual_tokenizers.base import as_unit_range
+from mllm.visual_tokenizers.next_scale import generate_next_scale
+from mllm.visual_tokenizers.sampling import guide, sample
+from mllm.visual_tokenizers.sequence import code_blocks, unpack_codes
+
+
+@dataclass
+class GeneratedImages:
+    """pixels ``(B, 3, H, W)`` in [0, 1]; packed ``(B, S)``: the codes in sequence order; codes: the same by codebook."""
+
+    pixels: Tensor
+    packed: Tensor
+    codes: VisualCodes
+
+    def pil(self) -> list[Image.Image]:
+        """The images as RGB pictures."""
+        return to_pil(self.pixels)
+
+
+@dataclass
+class InterleavedAnswer:
+    """parts: text (str) and images (PIL) in the order in which they were generated; ids ``(T,)``: the generated tokens;
+    packed: codes ``(S,)`` of each image."""
+
+    parts: list[str | Image.Image]
+    ids: Tensor
+    packed: list[Tensor] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """The text parts, joined."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def images(self) -> list[Image.Image]:
+        return [part for part in self.parts if not isinstance(part, str)]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How codes are drawn from logits."""
+
+    guidance: float
+    temperature: float
+    top_k: int
+    top_p: float
+    noise: SampleNoise
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """Logits ``(R, V)``, R being B or, guided, 2B (with the text, then without) → ids ``(B,)``."""
+        if self.guidance != 1.0:
+            conditional, unconditional = logits.float().chunk(2)
+            logits = guide(conditional, unconditional, self.guidance)
+        uniform = self.noise.take(1)[:, 0]
+        return sample(logits.float(), temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, uniform=uniform)
+
+    def repeated(self, inputs: Tensor) -> Tensor:
+        """The same inputs for both branches of guidance."""
+        return torch.cat([inputs, inputs]) if self.guidance != 1.0 else inputs
+
+
+class SampleNoise:
+    """Uniform numbers from a generator per sample, so that what a sample draws does not depend on its batch."""
+
+    def __init__(self, seeds: Iterable[int], device: Any):
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.device = device
+
+    def take(self, number: int) -> Tensor:
+        """``(B, number)`` float64 in [0, 1)."""
+        drawn = [torch.rand(number, generator=g, dtype=torch.float64) for g in self.generators]
+        return torch.stack(drawn).to(self.device)
+
+
+def sample_seeds(seed: int | Sequence[int] | None, number: int) -> list[int]:
+    """A seed per sample: ``seed`` plus its place, or the given ones; None: fresh ones."""
+    if seed is None:
+        return [int(s) for s in torch.randint(0, 2**62, (number,))]
+    if isinstance(seed, int):
+        return [seed + place for place in range(number)]
+    if len(seed) != number:
+        raise ConfigError(f"seed: {len(seed)} seeds for {number} prompts; give one number, or one per prompt")
+    return [int(s) for s in seed]
+
+
+def to_pil(pixels: Tensor) -> list[Image.Image]:
+    """``(B, 3, H, W)`` in [0, 1] → RGB pictures."""
+    array = (pixels.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(np.ascontiguousarray(image)) for image in array]
+
+
+def side_by_side(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """Pictures of one size in rows of ``columns`` (default: one row)."""
+    columns = columns or len(pictures)
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (width * columns, height * -(-len(pictures) // columns)), "white")
+    for place, picture in enumerate(pictures):
+        sheet.paste(picture, (place % columns * width, place // columns * height))
+    return sheet
+
+
+# Prompts ---------------------------------------------------------------------------------------------------------------
+
+
+def as_turns(prompt: Any) -> list[Turn]:
+    """A question (str) or a conversation (turns that end with the user's) as turns."""
+    if isinstance(prompt, str):
+        return [Turn("user", prompt)]
+    turns = list(prompt)
+    if not turns or turns[-1].role != "user":
+        raise ConfigError("a prompt is a text, or turns of which the last one is the user's")
+    return turns
+
+
+def _need_head(model: Any) -> None:
+    if model.visual_config is None:
+        raise ConfigError(
+            "this model draws no images: its config has no visual_head. Train one with model.visual_tokenizer and "
+            "model.visual_head in the recipe (see recipes/unified_demo.yaml)"
+        )
+
+
+def _need_processor(processor: Any) -> Any:
+    if processor is None or getattr(processor, "span", None) is None:
+        raise ConfigError(
+            "processor: give this model's own processor (MllmProcessor.from_pretrained of the same folder), which knows how "
+            "its images are written"
+        )
+    return processor
+
+
+def prompt_prefix(processor: Any, prompt: Any, where: str) -> Tensor:
+    """Ids from the conversation's start to the start token of the image to draw, as training has them."""
+    turns = as_turns(prompt)
+    ids, _ = encode_text(processor, [*turns, Turn("assistant", IMAGE_MARK)], where=where)
+    return ids[: processor.span.starts(ids)[-1] + 1]
+
+
+def _left_pad(rows: Sequence[Tensor], pad: int, device: Any) -> tuple[Tensor, Tensor]:
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, longest - len(row) :] = row
+        mask[number, longest - len(row) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+@torch.no_grad()
+def _prompt_embeddings(
+    model: Any,
+    processor: Any,
+    prompts: Sequence[Any],
+    images: Sequence[Sequence[Any]] | None,
+    drawing: Drawing,
+    negative: Any,
+) -> tuple[Tensor, Tensor]:
+    """Embeddings ``(R, T, L)`` and mask ``(R, T)`` of the prompts; guided, R is 2B."""
+    device, tokens = model.device, model.visual_config.tokens
+    rows = [prompt_prefix(processor, prompt, f"prompt {number}") for number, prompt in enumerate(prompts)]
+    guided = drawing.guidance != 1.0
+    if guided and negative is not None:
+        rows += [prompt_prefix(processor, negative, "negative_prompt")] * len(prompts)
+    ids, mask = _left_pad(rows, tokens["null"], device)
+    if guided and negative is None:
+        last = ids.shape[1] - 1
+        starts = torch.tensor([[row, last] for row in range(len(ids))], device=device)
+        without, _ = drop_text(
+            ids, starts, first_of_sample(starts, mask, None), tokens["null"], model.is_visual(ids) | (mask == 0)
+        )
+        ids, mask = torch.cat([ids, without]), torch.cat([mask, mask])
+    read, drawn = [], []
+    for prompt, given in zip(prompts, images or [[]] * len(prompts)):
+        inputs, targets = split_images(as_turns(prompt), list(given), drawn=True)
+        read, drawn = [*read, *inputs], [*drawn, *targets]
+    if drawn:
+        raise ConfigError(
+            "generate_images: images in assistant turns of a prompt are not supported; ask with text and images"
+        )
+    embeddings = model.model.embed_tokens(ids)
+    if model.visual_head is not None:
+        embeddings[:, -1] = model.visual_head.start(embeddings[:, -1])
+    found = int((ids == model.config.image_token_id).sum())
+    if read:
+        pixels, _ = encode_pixels(processor, read, where="generate_images")
+        by_name = {name: pixels[key].to(device) for name, key in model.model.pixel_keys.items()}
+        features, _ = model.model.encode_images(by_name)
+        if guided and negative is None:
+            features = torch.cat([features, features])
+        embeddings = model.model.merge_images(ids, embeddings, features)
+    elif found:
+        raise AlignmentError(f"{found} image placeholder tokens in the prompts but no image was given (images=)")
+    return embeddings, mask
+
+
+class CachedDecoder:
+    """The language model with its cache: embeddings in, last hidden states out."""
+
+    def __init__(self, model: Any, mask: Tensor):
+        self.model, self.mask = model, mask
+        self.cache: Any = DynamicCache(config=model.config.get_text_config())
+
+    def __call__(self, inputs: Tensor, *, full: bool = False) -> Tensor:
+        """inputs ``(R, n, L)`` → hidden states ``(R, n, L)``. full: the n inputs see one another."""
+        rows, number = inputs.shape[:2]
+        past = self.cache.get_seq_length()
+        if past:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(rows, number)], 1)
+        positions = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -number:]
+        mask: Tensor = self.mask
+        if full:
+            forbidden = torch.finfo(inputs.dtype).min * (mask == 0).to(inputs.dtype)
+            mask = forbidden[:, None, None].expand(rows, 1, number, mask.shape[1])
+        output = self.model.model.language_model(
+            inputs_embeds=inputs,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        return output.last_hidden_state
+
+    def forget(self, number: int) -> None:
+        """Take the last ``number`` inputs out of the cache."""
+        self.cache.crop(self.cache.get_seq_length() - number)
+        self.mask = self.mask[:, : self.mask.shape[1] - number]
+
+
+# Heads -----------------------------------------------------------------------------------------------------------------
+
+
+def _draw_separate(model: Any, decoder: CachedDecoder, hidden: Tensor, drawing: Drawing) -> Tensor:
+    head, tokenizer, codes = model.visual_head, model.image_tokenizer, []
+    for block in head.blocks:
+        for place in range(block.start, block.start + block.number):
+            codes.append(drawing.draw(head.heads[block.book](hidden)))
+            if place + 1 < head.num_codes:
+                inputs = head.inputs(block, codes[-1][:, None], place, tokenizer)
+                hidden = decoder(drawing.repeated(inputs).to(hidden))[:, -1]
+    return torch.stack(codes, 1)
+
+
+def _draw_vocabulary(model: Any, decoder: CachedDecoder, hidden: Tensor, drawing: Drawing) -> Tensor:
+    """Ids in the grammar's ranges; where only one id is allowed nothing is drawn."""
+    grammar, codes = model.grammar, []
+    reserved = {level.first: level.size for level in grammar.levels}
+    total = model.image_tokenizer.tokens_per_image
+    for low, high in grammar.ranges:
+        is_code = reserved.get(low) == high - low and len(codes) < total
+        if is_code:
+            codes.append(drawing.draw(model.compute_logits(hidden)[:, low:high]))
+            ids = codes[-1] + low
+        else:
+            ids = torch.full((len(drawing.noise.generators),), low, device=hidden.device)
+        if len(codes) == total and is_code:
+            break
+        hidden = decoder(model.model.embed_tokens(drawing.repeated(ids[:, None])))[:, -1]
+    return torch.stack(codes, 1)
+
+
+def _draw_depth(model: Any, decoder: CachedDecoder, hidden: Tensor, drawing: Drawing) -> Tensor:
+    head, tokenizer, place = model.visual_head, model.image_tokenizer, 0
+    found: dict[str, list[Tensor]] = {name: [] for name in head.books}
+    for index, (number, names) in enumerate(head.groups):
+        for _ in range(number):
+            drawn = {}
+            for name in names:
+                depth = head.books[name][1]
+                drawn[name] = head.heads[name].generate(
+                    hidden,
+                    partial(tokenizer.code_vectors, name),
+                    guidance=drawing.guidance,
+                    temperature=drawing.temperature,
+                    top_k=drawing.top_k,
+                    top_p=drawing.top_p,
+                    uniform=drawing.noise.take(depth),
+                )
+                found[name].append(drawn[name])
+            place += 1
+            if place < head.num_steps:
+                inputs = head.inputs(index, {n: ids[:, None] for n, ids in drawn.items()}, place - 1, tokenizer)
+                hidden = decoder(drawing.repeated(inputs).to(hidden))[:, -1]
+    return torch.cat([torch.stack(parts, 1).transpose(1, 2).flatten(1) for parts in found.values()], 1)
+
+
+def _draw_next_scale(
+    model: Any, decoder: CachedDecoder, hidden: Tensor, drawing: Drawing, passes: Sequence[tuple[int, float]] | None
+) -> Tensor:
+    head, tokenizer = model.visual_head, model.image_tokenizer
+
+    def predict(index: int, slots: Tensor | None, commit: bool) -> tuple[Tensor, Tensor | None]:
+        states = hidden[:, None]
+        if slots is not None:
+            inputs = head.inputs(slots, index)
+            states = decoder(drawing.repeated(inputs).to(hidden), full=True)
+            if not commit:
+                decoder.forget(inputs.shape[1])
+        logits = head.head(states).float()
+        if drawing.guidance == 1.0:
+            return logits, None
+        conditional, unconditional = logits.chunk(2)
+        return conditional, unconditional
+
+    return generate_next_scale(
+        predict,
+        lambda ids: head.vectors(ids, tokenizer),
+        head.scales,
+        passes=passes or ((drawing.top_k, drawing.top_p),),
+        guidance_offset=drawing.guidance - 1.0,
+        temperature=drawing.temperature,
+        uniform_of=drawing.noise.take,
+    )
+
+
+@torch.no_grad()
+def generate_images(
+    model: Any,
+    prompts: Any,
+    *,
+    processor: Any = None,
+    images: Sequence[Sequence[Any]] | None = None,
+    cfg_scale: float = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    seed: int | Sequence[int] | None = None,
+    negative_prompt: Any = None,
+    passes: Sequence[tuple[int, float]] | None = None,
+    batch_size: int | None = None,
+) -> GeneratedImages:
+    """One image per prompt.
+
+    prompts: texts, or conversations (lists of `Turn`) whose pictures to read are in ``images``, one list per prompt.
+    cfg_scale s: logits are ``u + s (c - u)``, u from the same prompt with its text taken out (or from
+    ``negative_prompt``); both branches run in one batch with one cache; 1 is no guidance, and half the work. A next_scale head
+    reaches s at its last scale, from 1 at the first (TokenFlow). temperature 0 takes the most likely code; top_k and top_p
+    as in `filter_logits`. seed: sample k draws from a generator of its own, seeded ``seed + k``, whatever the batch. passes:
+    (top_k, top_p) of each look at a scale (next_scale). batch_size: most prompts at once.
+
+    Raises `ConfigError` for a model without visual head or a processor of another model.
+    """
+    _need_head(model)
+    processor = _need_processor(processor)
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    prompts = list(prompts)
+    if not prompts:
+        raise ConfigError("prompts is empty: nothing to draw")
+    if images is not None and len(images) != len(prompts):
+        raise ConfigError(f"images: {len(images)} lists of pictures for {len(prompts)} prompts")
+    if passes is not None and model.visual_config.type != "next_scale":
+        raise ConfigError(
+            f"passes: only a next_scale head looks at a scale again; this one is {model.visual_config.type}"
+        )
+    seeds, parts = sample_seeds(seed, len(prompts)), []
+    size = batch_size or len(prompts)
+    with evaluating(model):
+        for start in range(0, len(prompts), size):
+            part = slice(start, start + size)
+            drawing = Drawing(cfg_scale, temperature, top_k, top_p, SampleNoise(seeds[part], model.device))
+            given = None if images is None else images[part]
+            embeddings, mask = _prompt_embeddings(model, processor, prompts[part], given, drawing, negative_prompt)
+            decoder = CachedDecoder(model, mask)
+            hidden = decoder(embeddings)[:, -1]
+            kind = model.visual_config.type
+            if kind == "next_scale":
+                parts.append(_draw_next_scale(model, decoder, hidden, drawing, passes))
+            else:
+                draw = {"separate": _draw_separate, "vocabulary": _draw_vocabulary, "depth": _draw_depth}[kind]
+                parts.append(draw(model, decoder, hidden, drawing))
+        packed = torch.cat(parts)
+        pixels = torch.cat([decode_packed(model, chunk) for chunk in packed.split(size)])
+    return GeneratedImages(pixels, packed, unpack_codes(model.image_tokenizer, packed))
+
+
+@torch.no_grad()
+def decode_packed(model: Any, packed: Tensor) -> Tensor:
+    """Packed codes ``(B, S)`` → pixels ``(B, 3, H, W)`` in [0, 1]. Raises `AlignmentError` for another length and
+    `ConfigError` for ids out of range."""
+    tokenizer = model.image_tokenizer
+    return as_unit_range(tokenizer.decode(unpack_codes(tokenizer, packed)))
+
+
+# Text and images -------------------------------------------------------------------------------------------------------
+
+
+def read_interleaved(model: Any, tokenizer: Any, ids: Tensor) -> InterleavedAnswer:
+    """Generated ids ``(T,)`` of a vocabulary head → text parts and images. Raises `AlignmentError` for an image that is
+    cut or breaks the grammar, with its position."""
+    grammar, blocks = model.grammar, code_blocks(model.image_tokenizer)
+    found = grammar.read(ids.cpu())
+    packed = [torch.cat([image[block.name] for block in blocks]) for image in found]
+    pictures = to_pil(decode_packed(model, torch.stack(packed).to(model.device))) if packed else []
+    parts: list[str | Image.Image] = []
+    last = 0
+    starts = (ids == grammar.start_of_image).nonzero().flatten().tolist()
+    for start, picture in zip(starts, pictures):
+        parts += [_text(tokenizer, ids[last:start]), picture]
+        last = start + grammar.length
+    parts.append(_text(tokenizer, ids[last:]))
+    return InterleavedAnswer([part for part in parts if not isinstance(part, str) or part], ids, packed)
+
+
+def _text(tokenizer: Any, ids: Tensor) -> str:
+    return tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+
+
+@torch.no_grad()
+def generate_interleaved(
+    model: Any,
+    prompts: Any,
+    *,
+    processor: Any = None,
+    images: Sequence[Sequence[Any]] | None = None,
+    max_new_tokens: int = 1024,
+    **options: Any,
+) -> list[InterleavedAnswer]:
+    """Answers that hold text and images as the model chooses; needs a vocabulary head, whose images are ids like any
+    others: ``generate`` with the image grammar enforced for every sample. options: as `generate` takes them. Raises
+    `AlignmentError` when ``max_new_tokens`` ends inside an image."""
+    _need_head(model)
+    processor = _need_processor(processor)
+    if model.visual_head is not None:
+        raise ConfigError(
+            f"generate_interleaved needs a vocabulary head, this one is {model.visual_config.type}; ask for text with "
+            "generate and for images with generate_images"
+        )
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    rows, read = [], []
+    for number, prompt in enumerate(prompts):
+        turns = [Turn(t.role, processor.span.disarm(t.content), t.learn) for t in as_turns(prompt)]
+        inputs, targets = split_images(turns, list(images[number]) if images is not None else [], drawn=True)
+        if targets:
+            raise ConfigError("generate_interleaved: images in assistant turns of a prompt are not supported")
+        read += inputs
+        ids = processor.tokenizer(render_prompt(processor, turns), add_special_tokens=False, return_tensors="pt")
+        ids = ids["input_ids"][0]
+        rows.append(ids.repeat_interleave(torch.where(ids == processor.image_token_id, processor.num_image_tokens, 1)))
+    ids, mask = _left_pad(rows, processor.tokenizer.pad_token_id, model.device)
+    pixels = {}
+    if read:
+        pixels = {k: v.to(model.device) for k, v in encode_pixels(processor, read, where="prompts")[0].items()}
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        return_dict_in_generate=False,
+        **pixels,
+        **options,
+    )
+    return [read_interleaved(model, processor.tokenizer, row[ids.shape[1] :]) for row in output]

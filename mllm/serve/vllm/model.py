@@ -1,0 +1,278 @@
+"""Which vLLM model runs our checkpoints? The same encoders, router and connector in front of vLLM's own language
+model."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+)
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsMultiModal, SupportsPP
+from vllm.model_executor.models.module_mapping import MultiModelKeys
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    WeightsMapper,
+    init_vllm_registered_model,
+    maybe_prefix,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from mllm.errors import CheckpointError, UnavailableError
+from mllm.models.configuration_mllm import MllmConfig
+from mllm.models.pipeline import build_visual_parts
+from mllm.models.routing import short_image
+from mllm.models.weight_files import present_name, published_renamings
+from mllm.processing.layout import PRIMARY_PIXELS, pixel_keys
+from mllm.serve.http.stats import EncoderClock
+from mllm.serve.vllm.encoder_graphs import EncoderGraphs, compile_encoders, run_blank
+from mllm.serve.vllm.feature_memory import FeatureMemory
+from mllm.serve.vllm.processing import MllmDummyInputsBuilder, MllmMultiModalProcessor, MllmProcessingInfo, short_grid
+
+_log = logging.getLogger("vllm.mllm")  # below vLLM's own logger, which has a handler
+_VISUAL = ("vision_tower.", "multi_modal_projector.")
+_NOT_SERVED = ("model.visual_tokenizer.", "visual_head.")
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    MllmMultiModalProcessor, info=MllmProcessingInfo, dummy_inputs=MllmDummyInputsBuilder
+)
+class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, SupportsPP):
+    """Encoder bank and connector as in training (`build_visual_parts`), replicated under tensor parallelism; the
+    language model, with its head, is vLLM's."""
+
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_prefix={
+            "model.language_model.": "language_model.model.",
+            "model.vision_tower.": "vision_tower.",
+            "model.multi_modal_projector.": "multi_modal_projector.",
+            "lm_head.": "language_model.lm_head.",
+        }
+    )
+
+    supports_encoder_tp_data = True
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        if modality.startswith("image"):
+            return "<image>"
+        raise ValueError(f"{modality} input is not supported; only images are")
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: MllmConfig = vllm_config.model_config.hf_config  # type: ignore[assignment]
+        self.config = config
+        if config.connector is None:
+            raise UnavailableError(
+                "this checkpoint is text-only (its config has no connector); serve its language model"
+            )
+        self.pixel_keys = pixel_keys(list(config.encoders))
+        self.layout = config.layout()
+        self.short_grid = short_grid(config) if (config.router or {}).get("type") == "language_model" else None
+        self.vision_tower: Any
+        self.multi_modal_projector: Any
+        self.language_model: Any
+        self.configure_mm_token_handling(config.text_config.vocab_size, [config.image_token_id or 0])
+        with self._mark_tower_model(vllm_config, "image"):
+            bank, connector = build_visual_parts(config)
+            assert bank is not None and connector is not None
+            self.vision_tower = bank.to(vllm_config.model_config.dtype)
+            self.multi_modal_projector = connector.to(vllm_config.model_config.dtype)
+        mode = vllm_config.model_config.multimodal_config.mm_encoder_tp_mode  # type: ignore[union-attr]
+        self.shares_images = mode == "data" and get_tensor_model_parallel_world_size() > 1
+        self.memory = FeatureMemory(bank) if self.short_grid is not None else None
+        self.clock = EncoderClock()
+        for name, encoder in getattr(self.vision_tower, "encoders", {}).items():
+            self.clock.watch(name, encoder)
+        self.clock.watch("connector", self.multi_modal_projector)
+        self._prepare_encoders = self._encoder_preparation(vllm_config)
+        if torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+            # This process only stacks pixels on the CPU; with a thread per core one stack took 40 to 120 ms on 16 cores,
+            # while the GPU waited (H200, vLLM 0.26).
+            torch.set_num_threads(1)
+        with self._mark_language_model(vllm_config):
+            self.language_model = init_vllm_registered_model(
+                vllm_config=vllm_config,
+                hf_config=config.text_config,
+                prefix=maybe_prefix(prefix, "language_model"),
+                architectures=language_architectures(config.text_config),
+            )
+        self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+
+    def _encoder_preparation(self, vllm_config: VllmConfig) -> list[Callable[[], object]]:
+        """What is to be done before the first request, once weights are there: what vLLM's ``compile_mm_encoder`` and
+        ``cudagraph_mm_encoder`` ask for, and on a GPU a pass of the most images that one step encodes."""
+        encoders = dict(getattr(self.vision_tower, "encoders", {}))
+        settings, eager = vllm_config.compilation_config, vllm_config.model_config.enforce_eager
+        if not encoders or not get_pp_group().is_first_rank:
+            return []
+        todo: list[Callable[[], object]] = []
+        tokens = self.config.num_image_tokens if self.short_grid is None else math.prod(self.short_grid)
+        scheduler, media = vllm_config.scheduler_config, vllm_config.model_config.multimodal_config
+        asked = scheduler.max_num_seqs * (media.get_limit_per_prompt("image") if media is not None else 1)
+        most = max(1, min(scheduler.max_num_batched_tokens // tokens, asked))
+        if settings.compile_mm_encoder and not eager:
+            compile_encoders(encoders)
+            todo.append(partial(run_blank, encoders, (2, 1)))  # one image is a case of its own for the compiler
+        if torch.cuda.is_available():
+            if settings.cudagraph_mm_encoder and not eager:
+                todo.append(EncoderGraphs(encoders, most).install)
+            todo.append(partial(run_blank, encoders, (most,)))
+        return todo
+
+    @torch.inference_mode()
+    def _get_encoders_ready(self) -> None:
+        """vLLM's memory profile is the first to come here, with the language model alone (model runner V2) or with
+        images: what the encoders hold and need is counted, and no request waits for them."""
+        started = time.perf_counter()
+        while self._prepare_encoders:
+            self._prepare_encoders.pop(0)()
+        _log.info("Encoders made ready in %.1f s", time.perf_counter() - started)
+
+    @torch.inference_mode()  # always: requests run in it, and a profiling run outside it makes compiled encoders compile twice
+    def embed_multimodal(self, **kwargs: Any) -> list[Tensor]:
+        """Visual tokens, one ``(M, L)`` tensor per image (``(m, L)`` in a routing request)."""
+        if kwargs.get(PRIMARY_PIXELS) is None:
+            return []
+        if self._prepare_encoders:
+            self._get_encoders_ready()
+        pixels = {name: _stacked(kwargs[key]) for name, key in self.pixel_keys.items()}
+        weights = None if kwargs.get("expert_weights") is None else _stacked(kwargs["expert_weights"])
+        text = self._question_summary(kwargs.get("router_input_ids"))
+        count = len(pixels[next(iter(pixels))])
+        short = self._routing_pass(kwargs.get("routing_pass"), count)
+        rows = self._own_rows(count)
+        if rows is None:
+            tokens = list(self._encode(pixels, weights, text, short))
+        else:
+            own = {name: value[rows] for name, value in pixels.items()}
+            own_weights, own_text = (None if value is None else value[rows] for value in (weights, text))
+            part = self._encode(own, own_weights, own_text, [short[row] for row in rows])
+            tokens = list(tensor_model_parallel_all_gather(part.contiguous(), dim=0)[:count])
+        for index in [row for row, flag in enumerate(short) if flag]:
+            assert self.short_grid is not None
+            tokens[index] = short_image(tokens[index][None], self.layout, self.short_grid)[0]
+        return tokens
+
+    def _encode(
+        self, pixels: dict[str, Tensor], weights: Tensor | None, text: Tensor | None, short: list[bool]
+    ) -> Tensor:
+        """Encoders, router and connector, as `MllmModel.encode_images`: ``(B, M, L)``."""
+        base = None if self.memory is None else self.memory.encode(pixels, keep=short)
+        features, routing = self.vision_tower(pixels, expert_weights=weights, text=text, base=base)
+        parameter = next(self.multi_modal_projector.parameters(), None)
+        if parameter is not None:
+            for feature in features.values():
+                feature.tokens = feature.tokens.to(parameter.device, parameter.dtype)
+        return self.multi_modal_projector(features, routing, text)
+
+    def _own_rows(self, count: int) -> list[int] | None:
+        """Images that this rank encodes under ``--mm-encoder-tp-mode data`` (the last one repeated where they do not
+        divide evenly); None: all of them."""
+        if not self.shares_images:
+            return None
+        ranks = get_tensor_model_parallel_world_size()
+        each = -(-count // ranks)
+        first = get_tensor_model_parallel_rank() * each
+        return [min(first + number, count - 1) for number in range(each)]
+
+    def _routing_pass(self, flags: Any, num_images: int) -> list[bool]:
+        """Per image, whether it belongs to the routing request of a ``language_model`` router."""
+        if flags is None or self.short_grid is None:
+            return [False] * num_images
+        return [bool(flag) for flag in _stacked(flags).flatten().tolist()]
+
+    def _question_summary(self, questions: Any) -> Tensor | None:
+        """Mean embedding ``(B, L)`` of the questions; ids padded with -1. As `MllmModel._question_summary`."""
+        if questions is None:
+            return None
+        rows = [row.reshape(-1) for item in questions for row in (item if item.ndim > 1 else [item])]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+        real = ids.ge(0).unsqueeze(-1)
+        embeddings = self.get_language_model().embed_input_ids(ids.clamp(min=0).flatten()).view(*ids.shape, -1)
+        return (embeddings * real).sum(1) / real.sum(1).clamp(min=1)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if self._prepare_encoders:
+            self._get_encoders_ready()
+        if intermediate_tensors is not None:
+            inputs_embeds = None
+        return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        return self.language_model.compute_logits(hidden_states)
+
+    def get_mm_mapping(self) -> MultiModelKeys:
+        return MultiModelKeys.from_string_field(
+            language_model="language_model", connector="multi_modal_projector", tower_model="vision_tower"
+        )
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load a checkpoint as `save_pretrained` wrote it. Raises `CheckpointError` naming a visual weight that has
+        no place or another shape; vLLM itself checks that nothing is missing."""
+        loaded: set[str] = set()
+        rest = self._load_visual(weights, loaded)
+        return AutoWeightsLoader(self).load_weights(rest, mapper=self.hf_to_vllm_mapper) | loaded
+
+    def _load_visual(self, weights: Iterable[tuple[str, Tensor]], loaded: set[str]) -> Iterator[tuple[str, Tensor]]:
+        """Copy encoders', router's and connector's tensors (buffers too) into place; hand on all others."""
+        places = {name: tensor for name, tensor in self.state_dict().items() if name.startswith(_VISUAL)}
+        renamings = published_renamings(self)
+        for original, tensor in weights:
+            if original.startswith(_NOT_SERVED) or ".lora_" in original:
+                continue  # not used here, or an adapter file that vLLM finds beside the merged model
+            name = original.removeprefix("model.")
+            if not name.startswith(_VISUAL):
+                yield original, tensor
+                continue
+            if not places:  # images are switched off (limit 0), and vLLM left the modules out
+                continue
+            if name not in places:
+                name = present_name(name, renamings)
+            place = places.get(name)
+            if place is None:
+                raise CheckpointError(f"weight {original!r} has no place in the encoders and connector of this config")
+            if place.shape != tensor.shape:
+                raise CheckpointError(
+                    f"weight {original!r} has shape {tuple(tensor.shape)}, this config needs {tuple(place.shape)}"
+                )
+            place.copy_(tensor)
+            loaded.add(name)
+
+
+def language_architectures(text_config: Any) -> list[str]:
+    """The language model's class names for vLLM: those of its config, else HF's class for its type."""
+    if text_config.architectures:
+        return list(text_config.architectures)
+    try:
+        return [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text_config.model_type]]
+    except KeyError:
+        raise UnavailableError(
+            f"text_config.model_type: vLLM has no causal language model for {text_config.model_type!r}; try its "
+            "Transformers backend (--model-impl transformers)"
+        ) from None
+
+
+def _stacked(value: Tensor | list[Tensor]) -> Tensor:
+    """``(B, …)`` whether vLLM hands over a tensor or a list of rows."""
+    return value if isinstance(value, Tensor) else torch.stack(list(value))

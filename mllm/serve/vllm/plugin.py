@@ -1,0 +1,22 @@
+"""How does vLLM come to know our architecture? It calls `register` through the entry point ``vllm.general_plugins``."""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Register config, processor and model class; no remote code is needed afterwards.
+
+    vLLM calls this in every process it starts (API server, engine core, worker, model inspection), sometimes more
+    than once, so it is cheap, repeatable and touches no device. Encoders, connectors and routers of third parties
+    (entry points ``mllm.plugins``) are registered as well, since a served checkpoint may be built from them.
+    """
+    from vllm import ModelRegistry
+
+    from mllm.models.registration import ARCHITECTURE
+    from mllm.models.registration import register as register_with_transformers
+    from mllm.plugins import load_plugins
+
+    load_plugins()
+    register_with_transformers()
+    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(ARCHITECTURE, f"mllm.serve.vllm.model:{ARCHITECTURE}")

@@ -1,0 +1,196 @@
+"""How do a request's pictures and prompt become the native vLLM model's inputs?
+
+Only what is the same in vLLM 0.26 to 0.33 is overridden, and nothing that moved between modules is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from io import BytesIO
+from typing import Any
+
+from PIL import Image
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.processing import (
+    BaseDummyInputsBuilder,
+    BaseMultiModalProcessor,
+    BaseProcessingInfo,
+    PromptReplacement,
+)
+
+from mllm.errors import AlignmentError, ConfigError
+from mllm.models.configuration_mllm import MllmConfig
+from mllm.models.routing import routing_grid
+from mllm.processing.chat import pad_questions
+from mllm.processing.images import load_image
+from mllm.processing.layout import pixel_keys
+from mllm.processing.processor import MllmProcessor
+from mllm.routers.build import build_router
+from mllm.routers.fixed import fixed_weights_of
+from mllm.serve.vllm.questions import QuestionReader
+
+MODALITY = "image"
+
+
+def short_grid(config: MllmConfig) -> tuple[int, int]:
+    """Rows and columns of an image in a routing request of a ``language_model`` router."""
+    return routing_grid(config.layout(), build_router(dict(config.router or {}), 0, 0))
+
+
+class MllmProcessingInfo(BaseProcessingInfo):
+    """What vLLM may ask about the model's inputs."""
+
+    def get_hf_config(self) -> MllmConfig:  # type: ignore[override]
+        return self.ctx.get_hf_config(MllmConfig)
+
+    def get_hf_processor(self, **kwargs: object) -> MllmProcessor:  # type: ignore[override]
+        """The checkpoint's processor. A request's settings go to the call, not here: vLLM would load and keep one
+        processor per distinct setting."""
+        return self.ctx.get_hf_processor(MllmProcessor)
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        return {MODALITY: None}
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        return {MODALITY: self.num_image_tokens}
+
+    @cached_property
+    def num_image_tokens(self) -> int:
+        """M: placeholder tokens of one image."""
+        return self.get_hf_config().num_image_tokens
+
+    @cached_property
+    def asks_language_model(self) -> bool:
+        """Whether the language model routes, by answering a request of its own."""
+        return (self.get_hf_config().router or {}).get("type") == "language_model"
+
+    @cached_property
+    def num_short_tokens(self) -> int:
+        """Placeholder tokens of one image in a routing request; as many as ever for models that make none."""
+        if not self.asks_language_model:
+            return self.num_image_tokens
+        rows, cols = short_grid(self.get_hf_config())
+        return rows * cols
+
+    @cached_property
+    def question_reader(self) -> QuestionReader | None:
+        """For models whose router or connector may look at the question."""
+        processor = self.get_hf_processor()
+        return QuestionReader(processor) if processor.image_processor.experts else None
+
+
+class MllmDummyInputsBuilder(BaseDummyInputsBuilder[MllmProcessingInfo]):
+    """Pictures for memory profiling."""
+
+    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        return self.info.get_hf_processor().image_token * mm_counts.get(MODALITY, 0)
+
+    def get_dummy_mm_data(
+        self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        specs = self.info.get_hf_processor().image_processor.specs.values()
+        return {
+            MODALITY: self._get_dummy_images(
+                width=max(spec.width for spec in specs),
+                height=max(spec.height for spec in specs),
+                num_images=mm_counts.get(MODALITY, 0),
+                overrides=mm_options.get(MODALITY) if mm_options else None,
+            )
+        }
+
+
+def read_as_in_training(items: Any) -> None:
+    """Decode pictures again by our own rules where vLLM already made them RGB by its own: palettes, alpha, CMYK and 16
+    bits would look otherwise."""
+    for index, item in enumerate(getattr(items, "data", ())):
+        encoded = getattr(item, "original_bytes", None)
+        if encoded is None:
+            continue
+        with Image.open(BytesIO(encoded)) as header:
+            original = header.mode
+        if item.media.mode != original:
+            item.media = load_image(encoded, where=f"image {index}", max_pixels=None)
+
+
+class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
+    """Pixels of every encoder as one batched field each; routing and question as fields beside them.
+
+    A request's ``mm_processor_kwargs={"experts": […]}`` fixes its routing. vLLM shares an image's visual tokens
+    between requests by a hash over the image and these settings, so two routings never mix; the question's token ids,
+    which a learned router reads, are put among the settings for the same reason.
+    """
+
+    def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        count = inputs.mm_data_items.get_all_counts().get(MODALITY, 0)
+        self._check_placeholders(inputs.prompt, count)
+        if count:
+            read_as_in_training(inputs.mm_data_items[MODALITY])
+        if self.info.question_reader is not None and count:
+            inputs = replace(inputs, hf_processor_mm_kwargs=self.with_routing(inputs, count))
+        return super().apply(inputs, *args, **kwargs)
+
+    def with_routing(self, inputs: Any, num_images: int) -> dict[str, Any]:
+        """A request's settings with its questions, and with a fixed routing written out image by image. Raises
+        `ConfigError` for a routing that names no expert of this model, or is missing where the engine cannot decide
+        it."""
+        nested = dict(inputs.hf_processor_mm_kwargs.get("images_kwargs") or {})
+        settings = {**inputs.hf_processor_mm_kwargs, **nested}
+        settings.pop("images_kwargs", None)
+        assert self.info.question_reader is not None
+        questions = self.info.question_reader(inputs.prompt, num_images)
+        settings["router_input_ids"] = pad_questions(questions).numpy()  # an array: hashed at once
+        settings["routing_pass"] = bool(settings.get("routing_pass", False))
+        pool = self.info.get_hf_processor().image_processor.experts
+        weights = fixed_weights_of(settings.get("experts"), pool, num_images)
+        if (
+            self.info.asks_language_model
+            and not settings["routing_pass"]
+            and weights.isnan().any()
+            and self._is_real(inputs.prompt)
+        ):
+            raise ConfigError(
+                "this model's language model routes by answering first, which takes two requests: use `mllm serve`, "
+                'which makes both, or fix the routing with mm_processor_kwargs={"experts": […]}'
+            )
+        free = weights.isnan().any(dim=-1).tolist()
+        rows = [None if f else dict(zip(pool, row, strict=True)) for f, row in zip(free, weights.tolist(), strict=True)]
+        settings["experts"] = None if all(free) else rows
+        return settings
+
+    def _check_placeholders(self, prompt: str | Sequence[int], num_images: int) -> None:
+        """Raise `AlignmentError` where a prompt lost placeholders (a truncated one does); vLLM itself would call it
+        its own mistake."""
+        processor = self.info.get_hf_processor()
+        mark = processor.image_token if isinstance(prompt, str) else processor.image_token_id
+        found = prompt.count(mark)  # type: ignore[arg-type]
+        if found < num_images:
+            raise AlignmentError(f"{found} image placeholders in the prompt and {num_images} images")
+
+    def _is_real(self, prompt: str | Sequence[int]) -> bool:
+        """Whether a prompt holds anything but placeholders: those that vLLM makes up for profiling do not."""
+        processor = self.info.get_hf_processor()
+        if isinstance(prompt, str):
+            return bool(prompt.replace(processor.image_token, "").strip())
+        return any(token != processor.image_token_id for token in prompt)
+
+    def _cached_apply_hf_processor(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Past vLLM's cache of processed images where the processor is given one question per image: on a partial hit
+        the cache hands over the missing images only, and image k would get another image's question."""
+        if "router_input_ids" in inputs.hf_processor_mm_kwargs:
+            return self._apply_hf_processor(inputs, *args, **kwargs)
+        return super()._cached_apply_hf_processor(inputs, *args, **kwargs)
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
+        pixels = pixel_keys(list(self.info.get_hf_config().encoders)).values()
+        names = [*pixels, "expert_weights", "router_input_ids", "routing_pass"]
+        return {name: MultiModalFieldConfig.batched(MODALITY) for name in names}
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
+    ) -> Sequence[PromptReplacement]:
+        token = self.info.get_hf_processor().image_token_id
+        short = bool(hf_processor_mm_kwargs.get("routing_pass"))
+        count = self.info.num_short_tokens if short else self.info.num_image_tokens
+        return [PromptReplacement(modality=MODALITY, target=[token], replacement=[token] * count)]

@@ -1,0 +1,131 @@
+"""How does a trained stage become a Hugging Face directory?"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mllm import distributed
+from mllm.config import to_plain
+from mllm.errors import CheckpointError
+from mllm.recipe import Recipe, StageSpec
+from mllm.train import lora
+from mllm.train.checkpoint.files import sync_directory, sync_file
+from mllm.train.engine.base import Engine
+
+DONE = "stage.json"
+
+
+def save_stage(
+    engine: Engine, processor: Any, recipe: Recipe, stage: StageSpec, folder: Path, record: dict[str, Any]
+) -> None:
+    """Write model (adapters merged), processor, ``recipe.yaml`` and ``run.json`` to ``folder``: whole or not at all.
+
+    All processes must call it; the engine is closed. Raises `CheckpointError` everywhere when the disk is full.
+    """
+    model: Any = engine.model
+    state = engine.state_dict() if engine.zero_stage == 3 else None
+    engine.close()
+    error = ""
+    if distributed.is_main():
+        temporary = folder.with_name(f".writing-{folder.name}")
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            exported = model if state is None else rebuild(model, state)
+            if lora.has_adapters(exported):
+                save_adapters(exported, temporary / "adapters.safetensors")
+                lora.merge(exported)
+            write_model(exported, processor, temporary)
+            (temporary / "recipe.yaml").write_text(
+                yaml.safe_dump(to_plain(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8"
+            )
+            (temporary / "run.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+            sizes = {p.name: p.stat().st_size for p in sorted(temporary.iterdir()) if p.is_file()}
+            (temporary / DONE).write_text(json.dumps({"stage": stage.name, "files": sizes}, indent=1), encoding="utf-8")
+            for path in temporary.iterdir():
+                if path.is_file():
+                    sync_file(path)
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.rename(folder)
+            sync_directory(folder.parent)
+        except Exception as problem:  # the other processes wait for the answer, whatever went wrong
+            shutil.rmtree(temporary, ignore_errors=True)
+            error = f"{type(problem).__name__}: {problem}"
+    error = distributed.gather_objects(error)[0]
+    if error:
+        raise CheckpointError(
+            f"{folder}: the trained stage could not be written ({error}). Its last checkpoint is intact; free space or "
+            "cure the cause, then go on with --resume"
+        )
+
+
+def write_model(model: Any, processor: Any, folder: Path) -> None:
+    """``save_pretrained`` of model and processor."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def rebuild(model: Any, state: dict[str, torch.Tensor]) -> Any:
+    """A CPU model of the same structure (adapters included) that holds ``state``: the partitioned one cannot be
+    saved."""
+    with torch.device("meta"):
+        fresh = type(model)(model.config)
+    if any(lora.is_adapter(name) for name in state):
+        _inject_like(model, fresh)
+    fresh.load_state_dict(state, strict=True, assign=True)
+    fresh.tie_weights()
+    fresh.generation_config = model.generation_config
+    return fresh
+
+
+def _inject_like(model: Any, fresh: Any) -> None:
+    from peft import inject_adapter_in_model
+
+    with torch.device("meta"):
+        for name, config in model.peft_config.items():
+            inject_adapter_in_model(config, fresh, adapter_name=name)
+
+
+def save_adapters(model: Any, path: Path) -> None:
+    """The adapters' tensors alone, by their names in the unmerged model."""
+    from safetensors.torch import save_file
+
+    save_file({n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if lora.is_adapter(n)}, path)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a stage's folder is there and whole. Raises `CheckpointError` for one that was damaged later."""
+    marker = folder / DONE
+    if not marker.is_file():
+        return False
+    for name, size in json.loads(marker.read_text(encoding="utf-8"))["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise CheckpointError(
+                f"{path}: is missing or has changed since stage {folder.name} was finished; delete {folder} to redo it"
+            )
+    return True
+
+
+def publish(source: Path, target: Path) -> None:
+    """Make ``target`` the same directory as ``source``, by hard links where the file system has them; at once."""
+    temporary = target.with_name(f".writing-{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for path in sorted(source.iterdir()):
+        if path.is_file():
+            try:
+                os.link(path, temporary / path.name)
+            except OSError:
+                shutil.copy2(path, temporary / path.name)
+    if target.exists():
+        shutil.rmtree(target)
+    temporary.rename(target)

@@ -1,0 +1,392 @@
+"""How does a killed run go on exactly where it was?
+
+A checkpoint is a directory that is written under another name, closed with a manifest of sizes and hashes, and renamed:
+it is complete or absent. It holds safetensors and JSON only. Weights and optimizer state are stored as runs of elements
+by parameter name (`Fragment`), so a checkpoint fits any number of processes and any engine; with the same number it is
+exact to the bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mllm import distributed
+from mllm.errors import CheckpointError
+from mllm.train.checkpoint.files import (
+    DELETING,
+    MANIFEST,
+    WRITING,
+    describe,
+    found,
+    problem_of,
+    remove,
+    sync_directory,
+    sync_file,
+    write_text,
+)
+from mllm.train.engine.base import Engine, Fragment
+
+FORMAT = 1
+_FILE_BYTES = 2 << 30  # one tensor file's size: bounds the host memory that writing takes
+_WEIGHTS = "weights"
+
+
+@dataclass
+class Progress:
+    """Where a stage is.
+
+    step: optimizer steps done; samples: consumed by all processes; total_steps: the stage's length; frozen: fingerprint
+    of the weights that do not learn; signature: the settings as JSON; extra: the data's place.
+    """
+
+    stage: str
+    step: int = 0
+    samples: int = 0
+    total_steps: int = 0
+    world_size: int = 1
+    engine: str = "none"
+    precision: str = "fp32"
+    seed: int = 0
+    frozen: str = ""
+    signature: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+# Writing -----------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(folder: Path, engine: Engine, progress: Progress, *, keep: int = 2) -> Path:
+    """Write ``folder/step-…`` and drop all but the newest ``keep``. All processes must call it.
+
+    Raises `CheckpointError` on every process when one of them cannot write (full disk); earlier checkpoints stay.
+    """
+    name = f"step-{progress.step:08d}"
+    target, temporary = folder / name, folder / f"{WRITING}{name}"
+    rank, error, entries = distributed.rank(), "", {}
+    try:
+        if distributed.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+    except OSError as problem:
+        error = str(problem)
+    _agree(error, target, temporary)
+    try:
+        files = [*_write_fragments(temporary, rank, engine), *_write_local(temporary, rank, engine)]
+        entries = {path.name: describe(path) for path in files}
+    except (OSError, SafetensorError) as problem:
+        error = str(problem)
+    everything = _agree(error, target, temporary, entries)
+    if distributed.is_main():
+        try:
+            manifest = {
+                "format": FORMAT,
+                "progress": asdict(progress),
+                "files": {k: v for part in everything for k, v in part.items()},
+            }
+            write_text(temporary / MANIFEST, json.dumps(manifest, indent=1))
+            if target.exists():
+                remove(target)
+            temporary.rename(target)
+            sync_directory(folder)
+        except OSError as problem:
+            error = str(problem)
+    _agree(error, target, temporary)
+    if distributed.is_main():
+        for old in found(folder)[:-keep]:
+            remove(old)
+    distributed.barrier()
+    return target
+
+
+def _agree(error: str, target: Path, temporary: Path, value: Any = None) -> list[Any]:
+    """Every process's value; raises on all of them when one had an error."""
+    answers = distributed.gather_objects((error, value))
+    for number, (problem, _) in enumerate(answers):
+        if problem:
+            if distributed.is_main():
+                shutil.rmtree(temporary, ignore_errors=True)
+            earlier = [path.name for path in found(target.parent)]
+            raise CheckpointError(
+                f"{target}: process {number} could not write the checkpoint ({problem}). "
+                + (f"The previous one is intact ({earlier[-1]}); " if earlier else "")
+                + "free space or choose another output, then go on with --resume"
+            )
+    return [answer for _, answer in answers]
+
+
+def _write_fragments(folder: Path, rank: int, engine: Engine) -> list[Path]:
+    """Tensor files of this process's fragments, and the index that says what is where."""
+    index: list[dict[str, Any]] = []
+    files: list[Path] = []
+    pending: dict[str, Tensor] = {}
+    size = 0
+
+    def flush() -> None:
+        nonlocal pending, size
+        if pending:
+            path = folder / f"state-{rank:05d}-{len(files):04d}.safetensors"
+            save_file(pending, path)
+            sync_file(path)
+            files.append(path)
+            pending, size = {}, 0
+
+    for fragment in engine.fragments():
+        entry: dict[str, Any] = {
+            "name": fragment.name,
+            "start": fragment.start,
+            "length": fragment.length,
+            "tensors": {},
+        }
+        entry["numbers"] = {}
+        for key, value in [(_WEIGHTS, fragment.flat), *fragment.state.items()]:
+            if not isinstance(value, Tensor) or value.dim() == 0:
+                number = value.item() if isinstance(value, Tensor) else value
+                if isinstance(number, (int, float, bool)):
+                    entry["numbers"][key] = {"value": number, "tensor": isinstance(value, Tensor)}
+                continue
+            whole = value.numel() != fragment.like.numel()
+            piece = value if whole else value.reshape(-1)[fragment.offset : fragment.offset + fragment.length]
+            label = f"{fragment.name}|{key}"
+            pending[label] = piece.detach().cpu().contiguous().clone()
+            size += pending[label].numel() * pending[label].element_size()
+            entry["tensors"][key] = {"file": len(files), "whole": whole}
+        index.append(entry)
+        if size >= _FILE_BYTES:
+            flush()
+    flush()
+    path = folder / f"index-{rank:05d}.json"
+    write_text(path, json.dumps(index))
+    return [*files, path]
+
+
+def _write_local(folder: Path, rank: int, engine: Engine) -> list[Path]:
+    """What differs between processes: random generators and the model's persistent buffers."""
+    persistent = set(engine.model.state_dict())
+    tensors = {
+        f"buffer.{n}": b.detach().cpu().contiguous().clone() for n, b in engine.model.named_buffers() if n in persistent
+    }
+    tensors["rng.torch"] = torch.get_rng_state()
+    if engine.device.type == "cuda":
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(engine.device)
+    path = folder / f"local-{rank:05d}.safetensors"
+    save_file(tensors, path)
+    sync_file(path)
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    state = {
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), int(position), int(has_gauss), float(cached)],  # type: ignore[union-attr]
+    }
+    text = folder / f"random-{rank:05d}.json"
+    write_text(text, json.dumps(state))
+    return [path, text]
+
+
+# Reading -----------------------------------------------------------------------------------------------------------
+
+
+def latest_checkpoint(folder: Path) -> CheckpointReader | None:
+    """The newest complete checkpoint in ``folder``, None without one. Remains of interrupted writes are removed.
+
+    A damaged one (a missing, shortened or changed file) is passed over in favour of the one before it; when only
+    damaged ones are there, `CheckpointError` says what is wrong with the newest.
+    """
+    if distributed.is_main() and folder.is_dir():
+        for path in folder.iterdir():
+            if path.name.startswith((WRITING, DELETING)):
+                shutil.rmtree(path, ignore_errors=True)
+    distributed.barrier()
+    problems = []
+    for path in reversed(found(folder)):
+        problem = distributed.gather_objects(problem_of(path) if distributed.is_main() else None)[0]
+        if problem is None:
+            return CheckpointReader(path, [f"{p.name}: {text}" for p, text in problems])
+        problems.append((path, problem))
+    if problems:
+        path, problem = problems[0]
+        raise CheckpointError(
+            f"{path}: {problem}; no earlier checkpoint is complete. Delete {folder} to start the stage again"
+        )
+    return None
+
+
+class CheckpointReader:
+    """A complete checkpoint. passed_over: newer, damaged ones."""
+
+    def __init__(self, path: Path, passed_over: list[str] | None = None):
+        self.path, self.passed_over = path, passed_over or []
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest.get("format") != FORMAT:
+            raise CheckpointError(f"{path}: written in format {manifest.get('format')}, this version reads {FORMAT}")
+        self.progress = Progress(**manifest["progress"])
+        self._sources: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+        for index in sorted(path.glob("index-*.json")):
+            owner = int(index.stem.rpartition("-")[2])
+            for entry in json.loads(index.read_text(encoding="utf-8")):
+                self._sources.setdefault(entry["name"], []).append((owner, entry))
+        self._open: dict[tuple[int, int], Any] = {}
+
+    def check(self, model: nn.Module, progress: Progress) -> None:
+        """Raises `CheckpointError` when this checkpoint is not of this stage and model."""
+        saved = self.progress
+        if saved.signature != progress.signature:
+            raise CheckpointError(
+                f"{self.path}: was written with other settings ({_difference(saved.signature, progress.signature)}); "
+                "resume with the recipe it was started with, or give another output folder"
+            )
+        learning = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+        stored = {name: sum(entry["length"] for _, entry in parts) for name, parts in self._sources.items()}
+        wrong = sorted(n for n in {*learning, *stored} if learning.get(n) != stored.get(n))
+        if wrong:
+            raise CheckpointError(
+                f"{self.path}: is of another architecture: {wrong[0]} has {stored.get(wrong[0], 'no')} elements there "
+                f"and {learning.get(wrong[0], 'none')} here ({len(wrong)} parameters differ)"
+            )
+        if saved.frozen != progress.frozen:
+            raise CheckpointError(
+                f"{self.path}: the weights that do not learn in stage {saved.stage!r} are not those it was started "
+                "with; was the previous stage's folder or the downloaded model changed?"
+            )
+
+    def restore_weights(self, model: nn.Module) -> None:
+        """Copy learning weights and buffers into a model before its engine is built; casts as the engine would."""
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    flat = torch.empty(parameter.numel(), dtype=torch.float32)
+                    self._read(name, _WEIGHTS, 0, flat)
+                    parameter.copy_(flat.view_as(parameter))
+            own = load_file(self._local(), device="cpu")
+            buffers = dict(model.named_buffers())
+            for key, value in own.items():
+                if key.startswith("buffer."):
+                    buffers[key.removeprefix("buffer.")].copy_(value)
+
+    def restore_engine(self, engine: Engine) -> None:
+        """Fill fp32 weights and optimizer state."""
+        with torch.no_grad():
+            engine.load_fragments(self._fill)
+        self._open.clear()
+
+    def _fill(self, fragment: Fragment) -> None:
+        first = self._sources[fragment.name][0][1]
+        self._read_into(fragment, _WEIGHTS, fragment.flat)
+        for key, saved in first["numbers"].items():
+            value = saved["value"]
+            device = fragment.like.device if fragment.like.is_cuda else "cpu"
+            fragment.state[key] = (
+                torch.tensor(float(value), dtype=torch.float32, device=device) if saved["tensor"] else value
+            )
+        for key, saved in first["tensors"].items():
+            if key == _WEIGHTS:
+                continue
+            owner = self._sources[fragment.name][0][0]
+            if saved["whole"]:
+                fragment.state[key] = (
+                    self._file(owner, saved["file"]).get_tensor(f"{fragment.name}|{key}").to(fragment.like.device)
+                )
+                continue
+            if key not in fragment.state:
+                kind = self._file(owner, saved["file"]).get_slice(f"{fragment.name}|{key}").get_dtype()
+                fragment.state[key] = torch.zeros_like(fragment.like, dtype=_DTYPES[kind], requires_grad=False)
+            self._read_into(fragment, key, fragment.state[key].view(-1))
+
+    def _read_into(self, fragment: Fragment, key: str, destination: Tensor) -> None:
+        part = torch.empty(fragment.length, dtype=destination.dtype)
+        self._read(fragment.name, key, fragment.start, part)
+        destination[fragment.offset : fragment.offset + fragment.length].copy_(part)
+
+    def _read(self, name: str, key: str, start: int, destination: Tensor) -> None:
+        """Fill ``destination`` with elements ``start`` … of a parameter's tensor, from whichever processes wrote
+        them."""
+        end = start + destination.numel()
+        for owner, entry in self._sources[name]:
+            low, high = max(start, entry["start"]), min(end, entry["start"] + entry["length"])
+            if low < high:
+                stored = self._file(owner, entry["tensors"][key]["file"]).get_slice(f"{name}|{key}")
+                piece = stored[low - entry["start"] : high - entry["start"]]
+                destination[low - start : high - start] = piece.to(destination.dtype)
+
+    def _file(self, owner: int, number: int) -> Any:
+        key = (owner, number)
+        if key not in self._open:
+            self._open[key] = safe_open(self.path / f"state-{owner:05d}-{number:04d}.safetensors", framework="pt")
+        return self._open[key]
+
+    def _local(self) -> Path:
+        path = self.path / f"local-{distributed.rank():05d}.safetensors"
+        return path if path.is_file() else self.path / "local-00000.safetensors"
+
+    def restore_random(self, engine: Engine) -> bool:
+        """Set every random generator; call it last, after the data loader was started. False: more processes than
+        before, so this one has no state of its own and keeps its fresh one."""
+        rank = distributed.rank()
+        text = self.path / f"random-{rank:05d}.json"
+        if self.progress.world_size != distributed.world_size() or not text.is_file():
+            return False
+        state = json.loads(text.read_text(encoding="utf-8"))
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        kind, keys, position, has_gauss, cached = state["numpy"]
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+        own = load_file(self._local(), device="cpu")
+        if "rng.cuda" in own and engine.device.type == "cuda":
+            torch.cuda.set_rng_state(own["rng.cuda"], engine.device)
+        torch.set_rng_state(own["rng.torch"])
+        return True
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+}
+
+
+def _difference(saved: str, now: str) -> str:
+    """``a.b: 1 then, 2 now`` for every setting that differs."""
+    try:
+        a, b = _flat(json.loads(saved)), _flat(json.loads(now))
+    except ValueError:
+        return "signature differs"
+    different = [f"{k}: {a.get(k)!r} then, {b.get(k)!r} now" for k in {**a, **b} if a.get(k) != b.get(k)]
+    return "; ".join(different[:8]) + (f" and {len(different) - 8} more" if len(different) > 8 else "")
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, item in value.items():
+        result |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+    return result
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of all weights that do not learn: a changed bit, or two exchanged values, change it."""
+    digest = hashlib.sha256()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                total = 0
+                flat = parameter.detach().reshape(-1)
+                size = flat.element_size()
+                bits = flat.to(torch.int32) if size == 1 else flat.view(torch.int16 if size == 2 else torch.int32)
+                for number, part in enumerate(bits.split(1 << 24)):
+                    places = torch.arange(1, part.numel() + 1, device=part.device, dtype=torch.int32)
+                    total += (number + 1) * int((part * places).sum(dtype=torch.int64))
+                digest.update(f"{name} {tuple(parameter.shape)} {total}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,254 @@
+"""How do gradients of several processes become one update? Plain torch here, DeepSpeed's ZeRO in `mllm.train.engine.zero`.
+
+Every engine is given losses that are already divided by the supervised tokens of the whole optimizer step, over
+micro-batches and processes; gradients are summed, never averaged, so a process with few tokens weighs little. Every
+learning parameter has a gradient at every step, a zero one where nothing was used: that is what ZeRO-1/2 need, and
+`none` does the same, so engines agree. Groups are formed by parameter names; ZeRO-3's parameters have one dimension
+only.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mllm import assets
+from mllm.errors import ConfigError, did_you_mean
+from mllm.recipe import StageSpec
+from mllm.train.engine.groups import Group
+from mllm.train.engine.optim import MasterWeights, build_optimizer, check_engine, take_average, update_average
+
+SHIPPED = ("none", "zero1", "zero2", "zero3")
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """What ``engine:`` of a stage means. zero_stage: 0 without DeepSpeed; config: DeepSpeed's, without what the stage
+    fixes."""
+
+    name: str
+    zero_stage: int
+    config: dict[str, Any] | None = None
+
+
+def choose_engine(stage: StageSpec) -> EngineChoice:
+    """Resolve ``stage.engine``: a name, a DeepSpeed json file, or its content. Raises `ConfigError`."""
+    where = f"stages.{stage.name}.engine"
+    if stage.engine == "none":
+        return EngineChoice("none", 0)
+    if isinstance(stage.engine, dict):
+        config, name = dict(stage.engine), "deepspeed"
+    elif stage.engine in SHIPPED:
+        config, name = json.loads(assets.shipped_text(f"recipes/deepspeed/{stage.engine}.json")), stage.engine
+    elif stage.engine.endswith(".json"):
+        config, name = _read_json(stage.engine, where), stage.engine
+    else:
+        raise ConfigError(
+            f"{where}: unknown engine {stage.engine!r}{did_you_mean(stage.engine, SHIPPED)}. "
+            f"Known: {', '.join(SHIPPED)}, or a DeepSpeed json file"
+        )
+    zero_stage = config.get("zero_optimization", {}).get("stage", 0)
+    if zero_stage not in (1, 2, 3):
+        raise ConfigError(
+            f"{where}: zero_optimization.stage is {zero_stage!r}; 1, 2 or 3 is expected (engine: none is without ZeRO)"
+        )
+    for key, cure in (("optimizer", "optimizer"), ("scheduler", "schedule")):
+        if key in config:
+            raise ConfigError(
+                f"{where}: the json has {key!r}; that belongs in the stage's own {cure}: key, delete it there"
+            )
+    if config.get("fp16", {}).get("enabled") is True:
+        raise ConfigError(f"{where}: the json enables fp16; this toolkit trains in bf16 or fp32 (stage key precision)")
+    check_engine(stage.optimizer, stage.name, zero_stage)
+    return EngineChoice(name, zero_stage, config)
+
+
+def _read_json(path: str, where: str) -> dict[str, Any]:
+    for candidate in (Path(path).expanduser(), *(root / path for root in assets.roots())):
+        if candidate.is_file():
+            try:
+                config = json.loads(candidate.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ConfigError(f"{where}: {candidate} is not valid JSON: {error}") from None
+            if not isinstance(config, dict):
+                raise ConfigError(f"{where}: {candidate} does not hold a DeepSpeed config")
+            return config
+    raise ConfigError(f"{where}: no such file {path}")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A run of one parameter's elements that this process owns: elements ``start`` to ``start + length`` of the
+    flattened parameter are elements ``offset`` … of ``flat`` (its fp32 weights) and of every tensor in ``state``."""
+
+    name: str
+    start: int
+    length: int
+    flat: Tensor
+    offset: int
+    state: dict[str, Any]
+    like: Tensor
+    """What the optimizer updates: state tensors have its shape."""
+
+
+class Engine:
+    """One process: forward is the model's own; gradients of several processes are summed before the update."""
+
+    zero_stage = 0
+
+    def __init__(self, model: nn.Module, groups: list[Group], stage: StageSpec, device: torch.device):
+        self.model, self.device, self.stage = model, device, stage
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.names = {id(p): n for n, p in model.named_parameters()}
+        self.learning = [p for p in model.parameters() if p.requires_grad]
+        self.norms: dict[str, float] = {}
+        """Gradient norm by part of the last step, where the engine knows it."""
+        self._start(groups)
+
+    def _start(self, groups: list[Group]) -> None:
+        if self.world_size > 1:
+            for parameter in self.learning:
+                dist.broadcast(parameter.data, src=0)
+        self.optimizer: Any = build_optimizer(
+            self.model, groups, self.stage.optimizer, master=self.learning[0].dtype != torch.float32
+        )
+
+    def __call__(self, **batch: Any) -> Any:
+        return self.model(**batch)
+
+    def set_rate_factor(self, factor: float) -> None:
+        """Set every group's rate to its peak times ``factor``."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_rate"] * factor
+
+    def rates(self) -> dict[str, float]:
+        """Group name → its present rate."""
+        return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of one micro-batch; last: the optimizer step follows."""
+        loss.backward()
+
+    @torch.no_grad()
+    def step(self) -> float:
+        """Sum gradients over processes, clip, update. Returns the norm before clipping; when it is not finite, nothing
+        is updated."""
+        for parameter in self.learning:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.world_size > 1:
+            self._sum_gradients()
+        norm, scale = self._norm_and_scale()
+        value = float(norm)
+        if math.isfinite(value):
+            if isinstance(self.optimizer, MasterWeights):
+                self.optimizer.step(scale)
+            else:
+                if self.stage.optimizer.max_grad_norm is not None:
+                    torch._foreach_mul_([p.grad for p in self.learning if p.grad is not None], scale)  # type: ignore[attr-defined]
+                self.optimizer.step()
+            if self.stage.optimizer.ema is not None:
+                update_average(self.optimizer, self.stage.optimizer.ema)
+        for parameter in self.learning:
+            parameter.grad = None
+        return value
+
+    def _norm_and_scale(self) -> tuple[Tensor, Tensor]:
+        gradients = [p.grad for p in self.learning if p.grad is not None]
+        each = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))  # type: ignore[attr-defined]
+        norm = torch.linalg.vector_norm(each)
+        limit = self.stage.optimizer.max_grad_norm
+        scale = torch.ones_like(norm) if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0)
+        self._part_norms(each)
+        return norm, scale
+
+    def _part_norms(self, each: Tensor) -> None:
+        if not hasattr(self.model, "part_of"):
+            return
+        squares: dict[str, float] = {}
+        for parameter, value in zip(self.learning, each.tolist()):
+            part = self.model.part_of(self.names[id(parameter)])  # type: ignore[operator]
+            squares[part] = squares.get(part, 0.0) + value * value
+        self.norms = {part: math.sqrt(value) for part, value in squares.items()}
+
+    def _sum_gradients(self, bucket_size: int = 1 << 25) -> None:
+        """All-reduce in fp32, a few large buckets instead of one message a parameter."""
+        bucket: list[Tensor] = []
+        size = 0
+        gradients = [p.grad for p in self.learning if p.grad is not None]
+        for index, gradient in enumerate(gradients):
+            bucket.append(gradient)
+            size += gradient.numel()
+            if size >= bucket_size or index == len(gradients) - 1:
+                flat = torch.cat([g.flatten().float() for g in bucket])
+                dist.all_reduce(flat)
+                for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket])):
+                    gradient.copy_(part.view_as(gradient))
+                bucket, size = [], 0
+
+    # State ---------------------------------------------------------------------------------------------------------
+
+    def fragments(self) -> Iterator[Fragment]:
+        """What this process owns of the learning parameters' fp32 weights and optimizer state. Replicas share the
+        work."""
+        index = 0
+        for group in self.optimizer.param_groups:
+            for name, parameter in zip(group["names"], group["params"]):
+                if index % self.world_size == self.rank:
+                    yield self._whole(name, parameter)
+                index += 1
+
+    def _whole(self, name: str, parameter: Tensor) -> Fragment:
+        return Fragment(
+            name, 0, parameter.numel(), parameter.detach().view(-1), 0, self.optimizer.state[parameter], parameter
+        )
+
+    def load_fragments(self, read: Callable[[Fragment], None]) -> None:
+        """Fill what this process holds: ``read`` fills one fragment in place."""
+        for group in self.optimizer.param_groups:
+            for name, parameter in zip(group["names"], group["params"]):
+                read(self._whole(name, parameter))
+        if isinstance(self.optimizer, MasterWeights):
+            self.optimizer.restore_parameters()
+
+    def finish(self) -> None:
+        """The last step is done: averaged weights, where they are kept, take the place of the last ones."""
+        if self.stage.optimizer.ema is not None:
+            take_average(self.optimizer)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The whole model's state on rank 0's CPU, an empty dict elsewhere. All processes must call it."""
+        if self.rank != 0:
+            return {}
+        return {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+        self.optimizer = None
+        free_memory()
+
+
+def free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def build_engine(model: nn.Module, groups: list[Group], stage: StageSpec, device: torch.device) -> Engine:
+    """The engine a stage asks for. The model is on ``device`` and in the stage's precision already."""
+    choice = choose_engine(stage)
+    if choice.zero_stage == 0:
+        return Engine(model, groups, stage, device)
+    from mllm.train.engine.zero import ZeroEngine
+
+    return ZeroEngine(model, groups, stage, device, choice)

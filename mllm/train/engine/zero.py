@@ -1,0 +1,223 @@
+"""How do several processes share one model's gradients and optimizer state? DeepSpeed's ZeRO, imported here only.
+
+Micro-batch sizes, clipping and precision are always written out for DeepSpeed, whose own defaults (clipping at 1.0) are not
+the stage's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm.errors import UnavailableError
+from mllm.recipe import StageSpec
+from mllm.train.engine import zero3
+from mllm.train.engine.base import Engine, EngineChoice, Fragment
+from mllm.train.engine.groups import Group
+from mllm.train.engine.optim import build_optimizer
+from mllm.train.prepare import BATCH_NORMS
+
+
+class ZeroEngine(Engine):
+    """DeepSpeed ZeRO with our own AdamW, explicit clipping and explicit batch sizes."""
+
+    def __init__(
+        self, model: nn.Module, groups: list[Group], stage: StageSpec, device: torch.device, choice: EngineChoice
+    ):
+        self.choice, self.zero_stage = choice, choice.zero_stage
+        super().__init__(model, groups, stage, device)
+
+    def _start(self, groups: list[Group]) -> None:
+        self._lent_local_rank = "LOCAL_RANK" not in os.environ
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it while it trains, process group or not
+        try:
+            self._start_deepspeed(groups)
+        except BaseException:
+            self._take_back_local_rank()
+            raise
+
+    def _take_back_local_rank(self) -> None:
+        """A ``LOCAL_RANK`` left behind makes accelerate (and `transformers.Trainer`) wait for other processes."""
+        if self._lent_local_rank:
+            os.environ.pop("LOCAL_RANK", None)
+            self._lent_local_rank = False
+
+    def _start_deepspeed(self, groups: list[Group]) -> None:
+        deepspeed = import_deepspeed()
+        optimizer = build_optimizer(self.model, groups, self.stage.optimizer)
+        visual: list[nn.Module] = []
+        if self.zero_stage == 3:
+            self._mark_leaves(deepspeed)
+            visual = self._visual_modules()
+            zero3.open_before(visual)
+        # DeepSpeed casts buffers too, and rotary tables in bf16 place distant tokens wrongly: put the exact ones back.
+        norms = {id(b) for m in self.model.modules() if isinstance(m, BATCH_NORMS) for b in m.buffers()}
+        buffers = {
+            name: b.detach().clone()
+            for name, b in self.model.named_buffers()
+            if b.is_floating_point() and id(b) not in norms
+        }
+        self.engine: Any = deepspeed.initialize(
+            model=self.model,
+            optimizer=optimizer,
+            config=self._config(),
+            dist_init_required=False,
+        )[0]
+        zero3.close_after(visual)
+        for name, value in buffers.items():
+            module_name, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(module_name)
+            module._buffers[leaf] = value.to(self.device)
+        self.optimizer = optimizer
+        self.zero: Any = self.engine.optimizer
+
+    def _visual_modules(self) -> list[nn.Module]:
+        """Every module outside the language model: those hand our dataclasses to each other."""
+        decoder = getattr(self.model, "get_decoder", lambda: None)()
+        inside = {id(m) for m in decoder.modules()} if decoder is not None else set()
+        return [m for m in self.model.modules() if id(m) not in inside and m is not self.model]
+
+    def _mark_leaves(self, deepspeed: Any) -> None:
+        """Modules whose submodules run on some processes only are gathered whole (attribute ``gathers_whole``)."""
+        leaves = {type(m) for m in self.model.modules() if getattr(m, "gathers_whole", False)}
+        if leaves:
+            deepspeed.utils.set_z3_leaf_modules(self.model, list(leaves))
+
+    def _config(self) -> dict[str, Any]:
+        stage, config = self.stage, json.loads(json.dumps(self.choice.config))
+        learned = sum(p.numel() for p in self.learning)
+        zero = config["zero_optimization"]
+        for key in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
+            if isinstance(zero.get(key), int):
+                zero[key] = min(
+                    zero[key], max(learned, 1 << 10)
+                )  # DeepSpeed allocates whole buckets, on a small model too
+        if self.device.type == "cpu":
+            zero["overlap_comm"] = False
+            if isinstance(zero.get("offload_optimizer"), dict):
+                zero["offload_optimizer"]["pin_memory"] = False
+        config.update(
+            train_micro_batch_size_per_gpu=stage.batch_size,
+            gradient_accumulation_steps=stage.gradient_accumulation,
+            train_batch_size=stage.batch_size * stage.gradient_accumulation * self.world_size,
+            gradient_clipping=stage.optimizer.max_grad_norm or 0.0,
+            bf16={**config.get("bf16", {}), "enabled": stage.precision == "bf16"},
+            zero_allow_untested_optimizer=True,
+            zero_force_ds_cpu_optimizer=False,
+        )
+        config.setdefault("steps_per_print", 10**9)
+        config.setdefault("wall_clock_breakdown", False)
+        return config
+
+    def __call__(self, **batch: Any) -> Any:
+        return self.engine(**batch)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        # DeepSpeed averages over processes: undo it. Its own division by the accumulation steps is off, and so is its
+        # count of
+        # them, because a stage's last step may have fewer.
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self) -> float:
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else math.nan
+
+    # State ---------------------------------------------------------------------------------------------------------
+
+    def fragments(self) -> Iterator[Fragment]:
+        return self._zero3_fragments() if self.zero_stage == 3 else self._zero12_fragments()
+
+    def _zero12_fragments(self) -> Iterator[Fragment]:
+        """ZeRO-1/2 lay a group's parameters end to end and give each process one equal slice of that."""
+        for index, parameters in enumerate(self.zero.round_robin_bit16_groups):
+            flat = self.zero.single_partition_of_fp32_groups[index]
+            low = self.rank * int(self.zero.partition_size[index])
+            high = low + int(self.zero.partition_size[index])
+            for parameter, offset in zip(parameters, self.zero.round_robin_bit16_offsets[index]):
+                begin, end = max(offset, low), min(offset + parameter.numel(), high)
+                if begin < end:
+                    name, state = self.names[id(parameter)], self.optimizer.state[flat]
+                    yield Fragment(name, begin - offset, end - begin, flat.detach(), begin - low, state, flat)
+
+    def _zero3_fragments(self) -> Iterator[Fragment]:
+        """ZeRO-3 gives each process one equal slice of every parameter, and lays those end to end."""
+        for parameters, flat in zip(self.zero.fp16_groups, self.zero.fp32_partitioned_groups_flat):
+            offset = 0
+            for parameter in parameters:
+                size = parameter.partition_numel()
+                start = self.rank * size
+                length = min(size, parameter.ds_numel - start)
+                if length > 0:
+                    name, state = self.names[id(parameter)], self.optimizer.state[flat]
+                    yield Fragment(name, start, length, flat.detach(), offset, state, flat)
+                offset += size
+
+    def load_fragments(self, read: Callable[[Fragment], None]) -> None:
+        for fragment in self.fragments():
+            read(fragment)
+        # The low-precision copies were loaded into the model before the engine was built; in fp32 they are the same
+        # numbers.
+
+    def state_dict(self) -> dict[str, Tensor]:
+        if self.zero_stage != 3:
+            return super().state_dict()
+        import deepspeed
+
+        state: dict[str, Tensor] = {}
+        seen: dict[int, Tensor] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if self.rank == 0:
+                    if id(parameter) not in seen:
+                        seen[id(parameter)] = parameter.detach().cpu().clone()
+                    state[name] = seen[id(parameter)]
+        if self.rank == 0:
+            persistent = set(self.model.state_dict())
+            for name, buffer in self.model.named_buffers():
+                if name in persistent:
+                    state[name] = buffer.detach().cpu().clone()
+        return state
+
+    def close(self) -> None:
+        if self.engine is not None:
+            self.engine.destroy()
+        self.engine = self.zero = None
+        self._take_back_local_rank()
+        super().close()
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, told not to compile anything. Raises `UnavailableError` when it is not installed.
+
+    On a CPU it would build its shared-memory communication op at the first start, minutes of it; gloo does without.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+    try:
+        import deepspeed
+        import deepspeed.comm
+        import deepspeed.ops
+    except ImportError:
+        raise UnavailableError(
+            "engines zero1, zero2, zero3 need DeepSpeed: pip install 'mllm[train]', or use engine: none"
+        ) from None
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed calls collectives by names that torch is giving up; its users can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not deepspeed.comm.is_initialized():
+        deepspeed.comm.init_distributed(
+            dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False
+        )
+    return deepspeed

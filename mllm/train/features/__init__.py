@@ -1,0 +1,1 @@
+"""How do frozen encoders run once per picture and not once per epoch?"""

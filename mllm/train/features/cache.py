@@ -1,0 +1,336 @@
+"""How are frozen encoders run once per picture instead of once per epoch?
+
+Features are kept on disk by the hash of the picture's bytes, in one store per encoder, whose name is the hash of everything that
+decides its features: weights, config, transform and storage precision. A store is a set of shards; a shard has one writer, a data
+file and an index that is appended to only after the data are on disk, so a kill leaves nothing half-written behind and any number of
+readers may look on. Stages, runs and recipes share the stores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import uuid
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mllm.config import to_plain
+from mllm.errors import ConfigError, DataError, UnavailableError
+from mllm.processing.images import load_image, read_bytes, to_pixels_multi
+from mllm.train.checkpoint.resume import fingerprint
+from mllm.types import VisionFeatures
+
+_RECORD = struct.Struct("<32sIQI")  # key, place of the shard's row, bytes of the data file after it, checksum
+_BLOCK = 64  # features that share one int8 scale: per-token scales ruin tokens with one large channel
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def cache_root() -> Path:
+    """Where stores lie: ``$MLLM_CACHE/features``, by default below ``~/.cache/mllm``."""
+    return Path(os.environ.get("MLLM_CACHE", "~/.cache/mllm")).expanduser() / "features"
+
+
+class Codec(NamedTuple):
+    """Features ``(N, D)`` ↔ bytes. int8: absolute maximum per block of 64 channels, scales in fp32."""
+
+    precision: str
+    tokens: int
+    width: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of one picture's features."""
+        if self.precision == "int8":
+            return self.tokens * (self._blocks * _BLOCK + 4 * self._blocks)
+        return self.tokens * self.width * (4 if self.precision == "fp32" else 2)
+
+    @property
+    def _blocks(self) -> int:
+        return -(-self.width // _BLOCK)
+
+    def encode(self, features: Tensor) -> bytes:
+        features = features.detach().cpu()
+        if self.precision != "int8":
+            return features.to(_DTYPES[self.precision]).contiguous().view(torch.uint8).numpy().tobytes()
+        padded = torch.nn.functional.pad(features.float(), (0, self._blocks * _BLOCK - self.width))
+        blocks = padded.view(self.tokens, self._blocks, _BLOCK)
+        scales = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+        values = (blocks / scales).round().to(torch.int8)
+        return values.numpy().tobytes() + scales.float().numpy().tobytes()
+
+    def decode(self, data: bytes | memoryview) -> Tensor:
+        """``(N, D)`` in the stored type; fp32 for int8."""
+        raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        if self.precision != "int8":
+            return raw.view(_DTYPES[self.precision]).view(self.tokens, self.width)
+        cut = self.tokens * self._blocks * _BLOCK
+        values = raw[:cut].view(torch.int8).view(self.tokens, self._blocks, _BLOCK)
+        scales = raw[cut:].view(torch.float32).view(self.tokens, self._blocks, 1)
+        return (values * scales).view(self.tokens, -1)[:, : self.width].contiguous()
+
+
+class FeatureStore:
+    """One encoder's features by picture. ``add`` appends to a shard of this process alone; ``refresh`` sees others' work."""
+
+    def __init__(self, folder: Path, codec: Codec, about: dict[str, Any]):
+        self.folder, self.codec = folder, codec
+        folder.mkdir(parents=True, exist_ok=True)
+        marker = folder / "store.json"
+        if not marker.is_file():
+            temporary = folder / f".store-{uuid.uuid4().hex}"
+            temporary.write_text(json.dumps({**about, **codec._asdict()}, indent=1), encoding="utf-8")
+            temporary.replace(marker)
+        self._rows: dict[bytes, tuple[str, int]] = {}
+        self._read: dict[str, int] = {}
+        self._maps: dict[str, np.memmap] = {}
+        self._writer: tuple[str, Any, Any, int] | None = None
+        self.refresh()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}, "_writer": None}  # workers open the files themselves
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._rows
+
+    def refresh(self) -> None:
+        """Read what has been added to any shard's index; a last record that is cut or wrong is left for later."""
+        for path in sorted(self.folder.glob("*.index")):
+            size = self.folder / f"{path.stem}.data"
+            available = size.stat().st_size if size.is_file() else 0
+            with path.open("rb") as stream:
+                stream.seek(self._read.get(path.stem, 0))
+                while len(record := stream.read(_RECORD.size)) == _RECORD.size:
+                    key, row, end, check = _RECORD.unpack(record)
+                    if check != zlib.crc32(record[:-4]) or end > available:
+                        break
+                    self._rows.setdefault(key, (path.stem, row))
+                    self._read[path.stem] = self._read.get(path.stem, 0) + _RECORD.size
+
+    def get(self, key: bytes) -> Tensor:
+        """Features ``(N, D)``. Raises KeyError for a picture that is not stored."""
+        shard, row = self._rows[key]
+        start, end = row * self.codec.size, (row + 1) * self.codec.size
+        mapped = self._maps.get(shard)
+        if mapped is None or len(mapped) < end:
+            mapped = self._maps[shard] = np.memmap(self.folder / f"{shard}.data", dtype=np.uint8, mode="r")
+        return self.codec.decode(mapped[start:end].tobytes())
+
+    def add(self, items: Iterable[tuple[bytes, Tensor]]) -> None:
+        """Store features ``(N, D)`` by key: data first, flushed to disk, then their index."""
+        if self._writer is None:
+            name = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+            self._writer = (
+                name,
+                (self.folder / f"{name}.data").open("xb"),
+                (self.folder / f"{name}.index").open("xb"),
+                0,
+            )
+        name, data, index, row = self._writer
+        records = []
+        for key, features in items:
+            encoded = self.codec.encode(features)
+            assert len(encoded) == self.codec.size, (len(encoded), self.codec)
+            data.write(encoded)
+            head = struct.pack("<32sIQ", key, row, (row + 1) * self.codec.size)
+            records.append(head + struct.pack("<I", zlib.crc32(head)))
+            row += 1
+        data.flush()
+        os.fsync(data.fileno())
+        index.write(b"".join(records))
+        index.flush()
+        self._writer = (name, data, index, row)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer[1].close()
+            self._writer[2].close()
+            self._writer = None
+
+
+def picture_key(image: Any, *, where: str = "image") -> bytes:
+    """Hash of a picture's bytes (of its pixels, when it is not a file). Raises `DataError` when it cannot be read."""
+    if isinstance(image, (str, bytes, Path)):
+        return hashlib.blake2b(read_bytes(image, where=where), digest_size=32).digest()
+    picture = load_image(image, where=where)
+    head = f"{picture.mode} {picture.size}".encode()
+    return hashlib.blake2b(head + picture.tobytes(), digest_size=32).digest()
+
+
+class CachedImageProcessor:
+    """Stands where a processor's image processor stands: pictures → stored features ``(images, N, D)`` under the batch keys of
+    their encoders' pixels. Raises `DataError` for a picture that could not be stored (it cannot be decoded)."""
+
+    def __init__(self, stores: dict[str, FeatureStore], keys: dict[str, str], dtype: torch.dtype):
+        self.stores, self.keys, self.dtype = stores, keys, dtype
+        self.experts: tuple[str, ...] = ()
+
+    def __call__(self, images: Sequence[Any], **_: Any) -> dict[str, Tensor]:
+        hashes = [picture_key(image, where=f"image {k}") for k, image in enumerate(images)]
+        result = {}
+        for name, store in self.stores.items():
+            rows = []
+            for k, key in enumerate(hashes):
+                if key not in store:
+                    store.refresh()
+                if key not in store:
+                    raise DataError(f"image {k}: has no stored features; it could not be decoded, or was changed since")
+                rows.append(store.get(key).to(self.dtype))
+            result[self.keys[name]] = torch.stack(rows)
+        return result
+
+
+class CachedProcessor:
+    """A processor whose pictures come from the cache; all else is the processor's own."""
+
+    def __init__(self, processor: Any, image_processor: CachedImageProcessor):
+        self.processor, self.image_processor = processor, image_processor
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("processor", "image_processor"):  # while unpickling
+            raise AttributeError(name)
+        return getattr(self.processor, name)
+
+
+def why_not(model: Any, learning: Iterable[str]) -> str | None:
+    """Why a model's features cannot be cached in a stage, None when they can. learning: the stage's parts."""
+    bank = getattr(getattr(model, "model", model), "vision_tower", None)
+    if bank is None:
+        return "the model has no encoder"
+    learning_encoders = [part for part in learning if part.startswith("encoders.")]
+    if learning_encoders:
+        return f"{learning_encoders[0]} learns, so its features change"
+    if bank.experts:
+        return "the model routes pictures to experts"
+    if getattr(bank, "with_attention", None):
+        return "the connector reads an encoder's attention maps"
+    for name, encoder in bank.encoders.items():
+        if getattr(encoder.config, "keep_prefix", False):
+            return f"encoder {name} hands on prefix tokens"
+    return None
+
+
+def open_stores(model: Any, precision: str, *, root: Path | None = None) -> dict[str, FeatureStore]:
+    """A store for every encoder of a model, by what decides its features."""
+    bank = model.model.vision_tower
+    stores = {}
+    for name, encoder in bank.encoders.items():
+        info = bank.infos[name]
+        requires_grad = [p.requires_grad for p in encoder.parameters()]
+        assert not any(requires_grad), name
+        dtype = str(next(encoder.parameters(), torch.empty(0)).dtype)
+        about = {"config": to_plain(encoder.config), "weights": fingerprint(encoder), "computed in": dtype}
+        digest = hashlib.sha256(json.dumps([about, precision], sort_keys=True).encode()).hexdigest()[:32]
+        codec = Codec(precision, info.grid[0] * info.grid[1], info.width)
+        stores[name] = FeatureStore((root or cache_root()) / digest, codec, about)
+    return stores
+
+
+def estimate(stores: dict[str, FeatureStore], pictures: int) -> int:
+    """Bytes that so many pictures take."""
+    return pictures * sum(store.codec.size for store in stores.values())
+
+
+def check_space(stores: dict[str, FeatureStore], pictures: int) -> None:
+    """Raises `UnavailableError` when the disk cannot hold the features, with both numbers."""
+    needed = estimate(stores, pictures)
+    folder = next(iter(stores.values())).folder
+    free = shutil.disk_usage(folder).free
+    if needed > 0.95 * free:
+        raise UnavailableError(
+            f"cache_features: {pictures:,} pictures need {needed / 1e9:.1f} GB in {folder.parent}, where {free / 1e9:.1f} GB are "
+            "free; set MLLM_CACHE to a larger disk, cache_features: int8, or leave it out"
+        )
+
+
+@torch.no_grad()
+def fill(
+    model: Any,
+    stores: dict[str, FeatureStore],
+    images: Iterable[Any],
+    *,
+    resampler: Any = "pil",
+    max_pixels: int | None = None,
+    batch_size: int = 32,
+    progress: Any = None,
+) -> tuple[int, int]:
+    """Compute and store what is missing of these pictures; returns (stored, could not be decoded). progress: called with 1 for
+    every picture looked at."""
+    bank = model.model.vision_tower
+    specs = {name: info.image for name, info in bank.infos.items()}
+    seen: set[bytes] = set()
+    pending: list[tuple[bytes, dict[str, Tensor]]] = []
+    stored = failed = 0
+
+    def flush() -> None:
+        nonlocal stored
+        if not pending:
+            return
+        for name, store in stores.items():
+            encoder = bank.encoders[name]
+            parameter = next(encoder.parameters(), torch.empty(0))
+            pixels = torch.stack([row[name] for _, row in pending]).to(parameter.device, parameter.dtype)
+            features = encoder(pixels).tokens
+            store.add((key, tokens) for (key, _), tokens in zip(pending, features) if key not in store)
+        stored += len(pending)
+        pending.clear()
+
+    for number, image in enumerate(images):
+        try:
+            key = picture_key(image, where=f"image {number}")
+            if key not in seen and not all(key in store for store in stores.values()):
+                seen.add(key)
+                picture = load_image(image, where=f"image {number}", max_pixels=max_pixels)
+                pending.append((key, to_pixels_multi(picture, specs, resampler=resampler)))
+        except DataError:
+            failed += 1
+        if len(pending) == batch_size:
+            flush()
+        if progress is not None:
+            progress(1)
+    flush()
+    for store in stores.values():
+        store.refresh()
+    return stored, failed
+
+
+class FeaturesInPlaceOfPixels:
+    """While open, a model's encoders take features ``(B, N, D)`` where they take pixels, and give zeros for the black pictures with
+    which text-only batches keep processes in step. Names and state stay as they are."""
+
+    def __init__(self, model: Any):
+        self.bank = model.model.vision_tower
+
+    def __enter__(self) -> FeaturesInPlaceOfPixels:
+        for name, encoder in self.bank.encoders.items():
+            encoder.forward = _PassOn(encoder, self.bank.infos[name])
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for encoder in self.bank.encoders.values():
+            encoder.__dict__.pop("forward", None)
+
+
+class _PassOn:
+    def __init__(self, encoder: nn.Module, info: Any):
+        self.shape = (info.grid[0] * info.grid[1], info.width)
+        self.grid = info.grid
+
+    def __call__(self, pixels: Tensor, **_: Any) -> VisionFeatures:
+        if pixels.dim() == 4:
+            return VisionFeatures(pixels.new_zeros(len(pixels), *self.shape), self.grid)
+        if tuple(pixels.shape[1:]) != self.shape:
+            raise ConfigError(f"stored features have shape {tuple(pixels.shape[1:])}, this encoder gives {self.shape}")
+        return VisionFeatures(pixels, self.grid)

@@ -1,0 +1,305 @@
+"""What will a recipe cost, and what is wrong with it, before any GPU is paid for?
+
+Built on the meta device in seconds. Memory is counted by what each engine keeps; activations by a fit to measured 7B steps on one
+H200 (bytes per token and layer as a multiple of the hidden and feed-forward widths). Operations as in `mllm.train.observe.flops`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from mllm.errors import ConfigError, DataError, MllmError
+from mllm.models.build import build_config, build_processor, load_tokenizer
+from mllm.models.configuration_mllm import MllmConfig
+from mllm.models.loss import DEFAULT_CHUNK
+from mllm.models.modeling_mllm import MllmForConditionalGeneration
+from mllm.recipe import Recipe, StageSpec
+from mllm.train.data import open_mixture, token_count
+from mllm.train.engine.base import choose_engine
+from mllm.train.engine.groups import Group, apply_learning, frozen_summary
+from mllm.train.lora import has_adapters
+from mllm.train.observe.flops import flop_model
+
+# Bytes per token and layer in bf16: (per hidden width, per feed-forward width). Compiled layers keep no fp32 copies in norms.
+_ACTIVATION_BYTES = {"eager": (26.0, 8.0), "compiled": (16.0, 6.0)}
+_FROZEN_SHARE = 0.6  # of that, when gradients only pass through: inputs of matrix products need not be kept
+_SAMPLED_ROWS = 256
+_STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "muon": 4, "sgd": 4}
+
+
+@dataclass
+class StagePlan:
+    """One stage's figures. Memory in bytes of one GPU; flops of one optimizer step over all processes."""
+
+    name: str
+    groups: list[Group]
+    frozen: dict[str, int]
+    memory: dict[str, int]
+    flops_step: float
+    flops_step_language_model: float
+    tokens_step: int
+    row_length: int = 0
+    """Tokens of the longest row that memory is stated for."""
+    accumulates: bool = False
+    """Gradients stay while the next micro-batch's activations are made."""
+    samples: int | None = None
+    steps: int | None = None
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of some samples (before truncation)."""
+    truncated: float | None = None
+    """Share of samples longer than ``max_length``."""
+    checkpoint_bytes: int = 0
+    hazards: list[str] = field(default_factory=list)
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the fullest moment: what stays, and the larger of the backward pass and the update. Where nothing is
+        accumulated, gradients appear while activations go."""
+        memory = self.memory
+        stays = sum(v for k, v in memory.items() if k not in ("activations and loss", "update", "gradients"))
+        backward = memory["activations and loss"] + (memory["gradients"] if self.accumulates else 0)
+        return stays + max(backward, memory["gradients"] + memory["update"])
+
+    def seconds(self, *, peak_flops: float, mfu: float, processes: int) -> float | None:
+        """Time of the stage at a model FLOP utilisation of the language model alone."""
+        if self.steps is None:
+            return None
+        return self.steps * self.flops_step_language_model / (peak_flops * mfu * processes)
+
+
+@dataclass
+class RecipePlan:
+    """Everything `mllm plan` shows."""
+
+    recipe: str
+    parameters: dict[str, int]
+    joins: list[str]
+    stages: list[StagePlan]
+    hazards: list[str]
+    final_bytes: int
+
+
+def plan_recipe(recipe: Recipe, *, processes: int = 1, with_data: bool = True) -> RecipePlan:
+    """Plan a recipe for so many GPUs. with_data: look at the stages' data where they are on this machine.
+
+    Raises `ConfigError` for what would end training at its start.
+    """
+    config = build_config(recipe.model)
+    processor, problem = _processor(recipe, config)
+    hazards = [] if problem is None else [problem]
+    with torch.device("meta"):
+        model = MllmForConditionalGeneration(config)
+    parameters: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = model.part_of(name)
+        parameters[part] = parameters.get(part, 0) + parameter.numel()
+    stages, clean = [], True
+    for stage in recipe.stages:
+        if not clean:  # the stage before put adapters in
+            with torch.device("meta"):
+                model = MllmForConditionalGeneration(config)
+        stages.append(_plan_stage(recipe, stage, model, processor, processes, with_data))
+        clean = not has_adapters(model)
+    hazards += _recipe_hazards(recipe, parameters)
+    last = 2 if recipe.stages[-1].precision == "bf16" else 4
+    return RecipePlan(recipe.name, parameters, _joins(config), stages, hazards, last * sum(parameters.values()))
+
+
+def _processor(recipe: Recipe, config: MllmConfig) -> tuple[Any, str | None]:
+    """The processor, as far as this machine has the tokenizer: planning fetches nothing."""
+    import huggingface_hub.constants as hub
+
+    before = hub.HF_HUB_OFFLINE
+    hub.HF_HUB_OFFLINE = True
+    try:
+        return build_processor(recipe.model, config, load_tokenizer(recipe.model.language_model)), None
+    except ConfigError:
+        raise
+    except MllmError as error:
+        return None, (
+            f"lengths are not known, the tokenizer is not on this machine: {error} "
+            "(model.language_model.tokenizer=/folder), or fetch it once"
+        )
+    finally:
+        hub.HF_HUB_OFFLINE = before
+
+
+def _joins(config: MllmConfig) -> list[str]:
+    """One line for each thing that is handed on: pixels, grid, features, visual tokens."""
+    lines = []
+    for name, info in config.encoder_infos().items():
+        rows, columns = info.grid
+        lines.append(
+            f"encoders.{name}: 3 × {info.image.height} × {info.image.width} pixels → {rows} × {columns} = {rows * columns} × {info.width}"
+        )
+    if config.connector is not None:
+        width = config.get_text_config().hidden_size
+        lines.append(f"connector ({config.connector['type']}): → {config.num_image_tokens} visual tokens × {width}")
+    return lines
+
+
+def _plan_stage(
+    recipe: Recipe, stage: StageSpec, model: Any, processor: Any, processes: int, with_data: bool
+) -> StagePlan:
+    choice = choose_engine(stage)
+    groups = apply_learning(model, stage)
+    rows = stage.batch_size * stage.gradient_accumulation * processes
+    plan = StagePlan(stage.name, groups, frozen_summary(model), {}, 0.0, 0.0, rows * stage.max_length)
+    if with_data:
+        _look_at_data(recipe, stage, plan, processor, rows)
+    elif stage.steps is not None:
+        plan.steps = stage.steps
+    length = stage.max_length
+    if plan.lengths and not stage.packing:
+        length = min(length, round(float(np.mean(np.minimum(plan.lengths, stage.max_length)))))
+    images = rows * (
+        max(1, round(stage.max_length / max(np.mean(plan.lengths), 1))) if stage.packing and plan.lengths else 1
+    )
+    images = images if model.config.connector is not None else 0
+    plan.tokens_step = rows * length
+    flops = flop_model(model, {group.part for group in groups})
+    inner = float(np.mean(plan.lengths)) if stage.packing and plan.lengths else length
+    step = flops.step(
+        tokens=plan.tokens_step,
+        squares=plan.tokens_step * inner,
+        supervised=round(0.4 * plan.tokens_step),
+        images=images,
+    )
+    plan.flops_step, plan.flops_step_language_model = step.total, step.language_model
+    plan.row_length, plan.accumulates = _longest_row(stage, plan), stage.gradient_accumulation > 1
+    plan.memory = memory_of(
+        model, stage, groups, zero_stage=choice.zero_stage, processes=processes, row_length=plan.row_length
+    )
+    learned = sum(group.num_parameters for group in groups)
+    plan.checkpoint_bytes = 2 * learned * (4 + _STATE_BYTES[stage.optimizer.type])
+    plan.hazards = _stage_hazards(recipe, stage, model, plan, choice.zero_stage, rows)
+    return plan
+
+
+def _longest_row(stage: StageSpec, plan: StagePlan) -> int:
+    """Packed rows have max_length. Others are padded to the longest sample: of those looked at, a quarter more if there
+    are others; max_length where no data is here."""
+    if stage.packing or not plan.lengths:
+        return stage.max_length
+    longest = max(plan.lengths)
+    if plan.samples is None or len(plan.lengths) < plan.samples:
+        longest = longest * 5 // 4
+    return min(stage.max_length, -(-longest // 8) * 8)
+
+
+def memory_of(
+    model: Any, stage: StageSpec, groups: list[Group], *, zero_stage: int, processes: int, row_length: int
+) -> dict[str, int]:
+    """Bytes on one GPU by what they are for. ``update``: buffers of the optimizer step, when activations are gone."""
+    size = 2 if stage.precision == "bf16" else 4
+    total = sum(p.numel() for p in model.parameters())
+    learned = sum(group.num_parameters for group in groups)
+    share = processes if zero_stage else 1
+    states = learned * (_STATE_BYTES[stage.optimizer.type] + (4 if size == 2 or zero_stage else 0)) // share
+    states += 4 * learned if stage.optimizer.ema is not None else 0
+    gradients = size * learned // (processes if zero_stage >= 2 else 1)
+    update = min(learned, 1 << 28) * 4 if zero_stage == 0 else (4 + size) * learned // share
+    buckets = 2 * size * min(learned, 200_000_000) if zero_stage else 0
+    return {
+        "weights": size * total // (processes if zero_stage == 3 else 1),
+        "gradients": gradients,
+        "optimizer states": states,
+        "communication": buckets,
+        "activations and loss": _activations(model, stage, groups, size, row_length),
+        "update": update,
+    }
+
+
+def _activations(model: Any, stage: StageSpec, groups: list[Group], size: int, row_length: int) -> int:
+    config = model.config.get_text_config()
+    tokens = stage.batch_size * row_length
+    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    per_width, per_inner = _ACTIVATION_BYTES["compiled" if stage.compile else "eager"]
+    layer = (per_width * width + per_inner * inner) * size / 2
+    parts = {group.part for group in groups}
+    if "language_model" not in parts:
+        layer *= _FROZEN_SHARE
+    kept = layer + size * width * layers if stage.gradient_checkpointing else layer * layers
+    memory = tokens * kept
+    for name, info in model.config.encoder_infos().items():
+        encoder = model.model.vision_tower.encoders[name]
+        blocks = sum(1 for group, _ in encoder.layer_groups() if group.startswith("layers."))
+        places = info.grid[0] * info.grid[1]
+        one = places * info.width * (per_width + 4 * per_inner) * size / 2
+        memory += stage.batch_size * one * (blocks if f"encoders.{name}" in parts else 1)
+    chunk = min(DEFAULT_CHUNK, tokens)
+    head = 8 * config.vocab_size * width if "language_model" in parts else 0
+    return int(memory + chunk * config.vocab_size * (4 + size) + head)
+
+
+def _look_at_data(recipe: Recipe, stage: StageSpec, plan: StagePlan, processor: Any, rows: int) -> None:
+    try:
+        mixture = open_mixture(stage, recipe.seed)
+    except (ConfigError, DataError) as error:
+        plan.hazards.append(f"data cannot be read here, so memory is that of rows of max_length: {error}")
+        plan.steps = stage.steps
+        return
+    plan.samples = len(mixture)
+    if processor is not None:
+        for draw in mixture.locate(range(min(_SAMPLED_ROWS, len(mixture)))):
+            try:
+                plan.lengths.append(token_count(processor, mixture.sources[draw.dataset][draw.row]))
+            except MllmError:
+                continue
+    if plan.lengths:
+        plan.truncated = float(np.mean(np.array(plan.lengths) > stage.max_length))
+    if stage.steps is not None:
+        plan.steps = stage.steps
+        return
+    samples = stage.epochs * len(mixture) if stage.epochs else 0
+    if stage.packing and plan.lengths:
+        samples *= float(np.mean(np.minimum(plan.lengths, stage.max_length))) / stage.max_length / 0.97
+    plan.steps = max(1, round(samples / rows + 0.499))
+
+
+def _stage_hazards(
+    recipe: Recipe, stage: StageSpec, model: Any, plan: StagePlan, zero_stage: int, rows: int
+) -> list[str]:
+    hazards = list(plan.hazards)
+    config = model.config.get_text_config()
+    tokens = model.config.num_image_tokens
+    if tokens + 16 > stage.max_length:
+        hazards.append(f"max_length {stage.max_length} hardly holds one image of {tokens} tokens and a question")
+    if stage.max_length > getattr(config, "max_position_embeddings", stage.max_length):
+        hazards.append(
+            f"max_length {stage.max_length} exceeds the language model's {config.max_position_embeddings} positions"
+        )
+    if zero_stage == 3 and recipe.model.router is not None:
+        hazards.append(
+            "zero3 with routed experts: every expert runs on every rank, one image for nothing; zero2 is faster"
+        )
+    if zero_stage == 3 and stage.compile:
+        hazards.append("compile and zero3 exclude each other")
+    if stage.precision == "fp32" and sum(g.num_parameters for g in plan.groups) > 1e9:
+        hazards.append("fp32 with more than a billion learning parameters: bf16 keeps fp32 copies where they matter")
+    if plan.samples is not None and plan.samples < rows:
+        hazards.append(f"{plan.samples} samples are fewer than the {rows} of one step")
+    if plan.truncated and plan.truncated > 0.02:
+        hazards.append(f"{plan.truncated:.0%} of the samples looked at are longer than max_length {stage.max_length}")
+    if not stage.packing and plan.lengths and np.mean(plan.lengths) < 0.5 * max(plan.lengths) and rows > 1:
+        hazards.append("lengths differ widely: packing or group_by_length would save padding")
+    return hazards
+
+
+def _recipe_hazards(recipe: Recipe, parameters: dict[str, int]) -> list[str]:
+    hazards = []
+    ever = {part for stage in recipe.stages for part in stage.learn}
+    for part in ("connector", "router"):
+        if part in parameters and part not in ever:
+            hazards.append(f"{part} starts from random weights and learns in no stage")
+    for name, value in recipe.model.encoders.items():
+        weights = value.get("weights", value.get("preset")) if isinstance(value, dict) else value
+        if not weights and f"encoders.{name}" not in ever and "encoders" not in ever:
+            hazards.append(f"encoders.{name} starts from random weights and learns in no stage")
+    if recipe.model.language_model.source is None and "language_model" not in ever:
+        hazards.append("language_model starts from random weights and learns in no stage")
+    return hazards

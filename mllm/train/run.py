@@ -1,0 +1,202 @@
+"""How is a whole recipe trained: stage after stage, each from the one before, none twice?"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from mllm import distributed
+from mllm.errors import CheckpointError, ConfigError
+from mllm.plugins import load_plugins
+from mllm.recipe import Recipe, StageSpec
+from mllm.train.checkpoint.export import is_finished, publish, save_stage
+from mllm.train.engine.base import choose_engine
+from mllm.train.launch import launch
+from mllm.train.observe.run_info import RunInfo
+from mllm.train.observe.tracking import Tracker, plot_loss
+from mllm.train.prepare import DTYPES
+from mllm.train.trainer import Run, check_stage, train
+
+_log = logging.getLogger(__name__)
+STAGE_KINDS: dict[str, str] = {
+    "sft": "mllm.train.run:train_sft",
+    "routing": "mllm.train.stages.routing.stage:train_routing",
+    "contrastive": "mllm.train.stages.contrastive.stage:train_contrastive",
+    "dpo": "mllm.train.stages.preference.stage:train_preference",
+    "grpo": "mllm.train.stages.preference.stage:train_preference",
+}
+"""Kind → ``module:function``. The function takes (run, stage, previous stage's folder or None, folder to make) and
+returns whether the stage was finished; it writes the folder whole or not at all."""
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    processes: int = 1,
+    resume: bool = False,
+    output: str | Path | None = None,
+    stop_after: int | None = None,
+    profile: int = 0,
+) -> Path:
+    """Train every stage of a recipe that is not finished; returns ``<output>/final``, a Hugging Face directory.
+
+    processes: on this machine, started for the caller. resume: go on in a folder that holds a run; without it such a
+    folder is refused. stop_after: end with a checkpoint after so many optimizer steps (the returned folder may then not
+    exist yet). profile: record so many steps of every stage with the profiler, into ``<output>/profile``. Raises
+    `ConfigError` before anything is trained, and what `mllm.train.trainer.train` raises.
+    """
+    folder = Path(output) if output is not None else recipe.output_dir
+    if processes < 1:
+        raise ConfigError(f"--processes is {processes}; 1 or more is expected")
+    load_plugins(recipe.plugins)
+    for stage in recipe.stages:
+        stage_runner(stage)
+        check_stage(stage, recipe)
+        check_options(stage)
+    if not resume and _holds_a_run(folder):
+        raise ConfigError(
+            f"output {folder} already holds a run; go on with --resume, choose another with output=…, or delete it"
+        )
+    needs_group = any(choose_engine(stage).zero_stage for stage in recipe.stages)
+    launch(_train_recipe, processes, recipe, folder, resume, stop_after, profile, needs_group=needs_group)
+    return folder / "final"
+
+
+def stage_runner(stage: StageSpec) -> Callable[[Run, StageSpec, Path | None, Path], bool]:
+    """The function that trains stages of this kind."""
+    target = STAGE_KINDS.get(stage.kind)
+    if target is None:
+        known = ", ".join(sorted(STAGE_KINDS))
+        raise ConfigError(
+            f"stages.{stage.name}.kind: {stage.kind!r} cannot be trained by this installation. Known: {known}"
+        )
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def check_options(stage: StageSpec) -> None:
+    """What a kind asks of its stages beyond the common: ``check_<kind>`` in its module, where there is one. Raises
+    `ConfigError`."""
+    check = getattr(importlib.import_module(STAGE_KINDS[stage.kind].partition(":")[0]), f"check_{stage.kind}", None)
+    if check is not None:
+        check(stage)
+
+
+def _holds_a_run(folder: Path) -> bool:
+    return folder.is_dir() and any((folder / name).exists() for name in ("run.json", "checkpoints", "final"))
+
+
+def _train_recipe(recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, profile: int) -> None:
+    """The body of every process."""
+    with _full_disk_told(folder):
+        _train(recipe, folder, resume, stop_after, profile)
+
+
+def _train(recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, profile: int) -> None:
+    _quiet_libraries()
+    load_plugins(recipe.plugins)
+    main, info, tracker = distributed.is_main(), None, None
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        info = RunInfo(folder, recipe, processes=distributed.world_size(), resume=resume)
+        tracker = Tracker(folder, recipe)
+    distributed.barrier()
+    run = Run(recipe, folder, resume, tracker, info, stop_after, profile)
+    try:
+        finished = _train_stages(run)
+    finally:
+        if tracker is not None:
+            _finish_records(tracker, folder, recipe)
+    if finished and main:
+        publish(folder / recipe.stages[-1].name, folder / "final")
+    distributed.barrier()
+
+
+@contextmanager
+def _full_disk_told(folder: Path) -> Iterator[None]:
+    """A full disk met by records rather than by a checkpoint (which tells it itself) as `CheckpointError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise CheckpointError(
+            f"{folder}: the disk is full ({error}). Complete checkpoints and finished stages in it are intact; free space, "
+            "then go on with --resume (a folder in which nothing was trained yet: delete it)"
+        ) from error
+
+
+def _finish_records(tracker: Tracker, folder: Path, recipe: Recipe) -> None:
+    """Close the records and draw the loss; what goes wrong here hides no error of the training."""
+    try:
+        tracker.close()
+        plot_loss(folder, [stage.name for stage in recipe.stages])
+    except OSError as error:
+        _log.warning("records and loss plot of %s could not be finished: %s", folder, error)
+
+
+def _quiet_libraries() -> None:
+    """No second progress bar under ours, and DeepSpeed need not announce which accelerator it guesses."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns about guessing it
+
+
+def _train_stages(run: Run) -> bool:
+    """Whether all stages are finished now."""
+    previous: Path | None = None
+    for stage in run.recipe.stages:
+        folder = run.output / stage.name
+        if not is_finished(folder):
+            distributed.barrier()
+            if not stage_runner(stage)(run, stage, previous, folder):
+                return False
+        elif distributed.is_main():
+            Console(stderr=True).print(f"stage {stage.name} is finished ({folder})", highlight=False)
+        if distributed.is_main():  # a run killed right after the stage was written left its checkpoints behind
+            shutil.rmtree(run.checkpoints(stage), ignore_errors=True)
+        distributed.barrier()
+        previous = folder
+    return True
+
+
+def train_sft(run: Run, stage: StageSpec, previous: Path | None, folder: Path) -> bool:
+    """Supervised fine-tuning: next-token loss on what the assistant says."""
+    model, processor = start_model(run.recipe, stage, previous)
+    engine = train(run, stage, model, processor)
+    del model
+    if engine is None:
+        return False
+    record = dict(run.info.data) if run.info is not None else {}
+    save_stage(engine, processor, run.recipe, stage, folder, record)
+    return True
+
+
+def start_model(recipe: Recipe, stage: StageSpec, previous: Path | None) -> tuple[Any, Any]:
+    """The model a stage starts from: the previous stage's, else the recipe's with published weights. Parts without
+    weights depend on the recipe's seed alone and are equal on all processes."""
+    from mllm.models.build import build_model
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
+    from mllm.processing.processor import MllmProcessor
+
+    dtype = DTYPES[stage.precision]
+    if previous is None:
+        torch.manual_seed(recipe.seed)
+        return build_model(recipe.model, dtype=dtype)
+    try:
+        model = MllmForConditionalGeneration.from_pretrained(str(previous), dtype=dtype)
+        return model, MllmProcessor.from_pretrained(str(previous))
+    except OSError as error:
+        raise CheckpointError(f"{previous}: the previous stage cannot be read ({error})") from error

@@ -1,0 +1,1 @@
+"""How is a CLIP-style encoder itself trained? The stage kind contrastive."""

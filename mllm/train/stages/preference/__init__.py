@@ -1,0 +1,1 @@
+"""How does a model learn from preferences or rewards? The stage kinds dpo and grpo."""
