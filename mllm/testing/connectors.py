@@ -135,19 +135,24 @@ def check_empty_batch(name: str, case: Case) -> None:
 
 
 def check_save_and_load(name: str, case: Case) -> None:
-    """A connector built again and loaded from a file gives the same output, bit by bit; the config survives as JSON."""
+    """A connector built again and loaded from a file gives the same output; the config survives as JSON."""
     from safetensors.torch import load_file, save_file
 
     first, second = _build(case, seed=0), _build(case, seed=1)
     want = _run(first, 2)
-    assert not torch.equal(_run(second, 2), want), "the seed changes nothing: are the parameters initialised at all?"
+    assert not _same(_run(second, 2), want), "the seed changes nothing: are the parameters initialised at all?"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "connector.safetensors"
         save_file({key: value.contiguous() for key, value in first.state_dict().items()}, path)
         second.load_state_dict(load_file(path), strict=True)
-    assert torch.equal(_run(second, 2), want), "saved and loaded, the output differs"
+    assert _same(_run(second, 2), want), "saved and loaded, the output differs"
     again = connector_config(first.config.model_dump(mode="json"))
     assert again == first.config, "the config does not survive JSON"
+
+
+def _same(have: Tensor, want: Tensor) -> bool:
+    """Equal but for rounding: a processor may sum in another order where a matrix lies elsewhere in memory."""
+    return torch.allclose(have, want, rtol=1e-5, atol=1e-6)
 
 
 def check_bfloat16(name: str, case: Case) -> None:
@@ -199,16 +204,16 @@ def check_routing(name: str, case: Case) -> None:
         assert torch.isfinite(want).all(), f"routing to {chosen or 'no expert'} gives values that are not finite"
         absent = [expert for expert in experts if expert not in chosen]
         changed = {**features, **{expert: other[expert] for expert in absent}}
-        assert torch.equal(connector(changed, Routing(experts, weights), text), want), (
+        assert _same(connector(changed, Routing(experts, weights), text), want), (
             f"routed to {chosen or 'no expert'}, the features of absent experts {absent} change the output"
         )
         without = {key: value for key, value in features.items() if key not in absent}
-        assert torch.equal(connector(without, Routing(experts, weights), text), want), (
+        assert _same(connector(without, Routing(experts, weights), text), want), (
             f"routed to {chosen or 'no expert'}, leaving out the features of {absent} changes the output"
         )
         for expert in chosen:
             moved = connector({**features, expert: other[expert]}, Routing(experts, weights), text)
-            assert not torch.equal(moved, want), f"routed to {expert!r}, its features do not change the output"
+            assert not _same(moved, want), f"routed to {expert!r}, its features do not change the output"
 
 
 def check_gate_gradient(name: str, case: Case) -> None:

@@ -17,6 +17,10 @@ from mllm.encoders.catalogue import build_encoder, encoder_config
 from mllm.errors import ConfigError
 from mllm.types import VisionFeatures
 
+#: Largest difference, relative to the largest feature, of the same weights in other memory: a processor may choose
+#: another order of summing by where a matrix lies.
+ROUNDING = 1e-5
+
 
 def resolve_example(spec: str | Mapping[str, Any] | EncoderConfig) -> EncoderConfig:
     """A resolved config: of a registered type's `VisionEncoder.tiny`, of a shipped entry, or of a config."""
@@ -92,7 +96,7 @@ def check_meta_build(config: EncoderConfig) -> None:
     late.restore_buffers()
     pixels = sample_pixels(config, 2)
     error = _differ(_features(late, pixels), _features(real, pixels))
-    assert error == 0, f"after a meta build and restore_buffers features differ by {error:.1e}; a buffer is lost"
+    assert error <= ROUNDING, f"after a meta build and restore_buffers features differ by {error:.1e}; a buffer is lost"
 
 
 def check_empty_batch(config: EncoderConfig) -> None:
@@ -105,7 +109,7 @@ def check_empty_batch(config: EncoderConfig) -> None:
 
 
 def check_save_and_load(config: EncoderConfig) -> None:
-    """A state dict through safetensors makes another encoder give identical features."""
+    """A state dict through safetensors makes another encoder give the same features."""
     from safetensors.torch import load_file, save_file
 
     one, other = build_example(config, seed=0), build_example(config, seed=1)
@@ -114,7 +118,8 @@ def check_save_and_load(config: EncoderConfig) -> None:
         save_file({key: value.contiguous() for key, value in one.state_dict().items()}, path)
         other.load_state_dict(load_file(path))
     pixels = sample_pixels(config, 2)
-    assert _differ(_features(other, pixels), _features(one, pixels)) == 0, "features differ after saving and loading"
+    error = _differ(_features(other, pixels), _features(one, pixels))
+    assert error <= ROUNDING, f"features differ by {error:.1e} after saving and loading"
 
 
 def check_bfloat16(config: EncoderConfig) -> None:

@@ -294,9 +294,8 @@ class CheckpointReader:
                 continue
             owner = self._sources[fragment.name][0][0]
             if saved["whole"]:
-                fragment.state[key] = (
-                    self._file(owner, saved["file"]).get_tensor(f"{fragment.name}|{key}").to(fragment.like.device)
-                )
+                stored = self._file(owner, saved["file"]).get_tensor(f"{fragment.name}|{key}")
+                fragment.state[key] = stored.to(fragment.like.device, copy=True)  # not a view of the mapped file
                 continue
             if key not in fragment.state:
                 kind = self._file(owner, saved["file"]).get_slice(f"{fragment.name}|{key}").get_dtype()

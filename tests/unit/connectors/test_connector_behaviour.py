@@ -53,7 +53,7 @@ def test_llavas_projector_is_linear_gelu_linear_with_its_parameter_names():
     }
     x = torch.randn(3, 6)
     by_hand = projector[2](F.gelu(projector[0](x)))
-    assert torch.equal(projector(x), by_hand)
+    torch.testing.assert_close(projector(x), by_hand)
 
 
 def test_hidden_widths_count_from_the_input_and_missing_ones_are_the_output_width():
@@ -68,7 +68,7 @@ def test_bilinear_resampling_runs_in_fp32_and_comes_back_in_the_inputs_dtype(ali
     method = "bilinear_corners" if align else "bilinear"
     image = tokens.transpose(1, 2).reshape(2, 5, 3, 4)
     want = F.interpolate(image, size=(5, 6), mode="bilinear", align_corners=align).flatten(2).transpose(1, 2)
-    assert torch.equal(resample(tokens, (3, 4), (5, 6), method), want)
+    torch.testing.assert_close(resample(tokens, (3, 4), (5, 6), method), want)
     half = resample(tokens.bfloat16(), (3, 4), (5, 6), method)
     exact = resample(tokens.bfloat16().float(), (3, 4), (5, 6), method)
     assert half.dtype == torch.bfloat16 and torch.equal(half, exact.bfloat16())
@@ -139,7 +139,7 @@ def test_channel_concat_joins_in_the_models_order():
     connector = build_connector({"type": "channel_concat", "projector": {"depth": 1}}, encoders, 4)
     features = features_of(connector, 2)
     want = connector.projector(torch.cat([features["b"].tokens, features["a"].tokens], dim=-1))
-    assert torch.equal(connector(features), want)
+    torch.testing.assert_close(connector(features), want)
 
 
 def test_sequence_concat_keeps_encoders_apart_and_interleave_takes_turns():
@@ -148,7 +148,7 @@ def test_sequence_concat_keeps_encoders_apart_and_interleave_takes_turns():
         connector = build_connector({"type": name, "projector": {"depth": 1}}, encoders, 4)
         features = features_of(connector, 2)
         parts = [connector.projectors[key](features[key].tokens) for key in encoders]
-        assert torch.equal(connector(features), torch.cat(parts, dim=1)[:, order])
+        torch.testing.assert_close(connector(features), torch.cat(parts, dim=1)[:, order])
 
 
 def test_sequence_concat_of_other_grids_is_one_row_and_of_equal_columns_is_stacked():
@@ -193,7 +193,7 @@ def test_absent_experts_channels_are_zeros():
         "spatial": VisionFeatures(features["spatial"].tokens * torch.tensor([1.0, 0.0])[:, None, None], (8, 8)),
         "text": VisionFeatures(features["text"].tokens * torch.tensor([0.0, 1.0])[:, None, None], (3, 5)),
     }
-    assert torch.equal(connector(features, routing), connector(zeroed))
+    torch.testing.assert_close(connector(features, routing), connector(zeroed))
 
 
 def test_an_absent_experts_tokens_are_zero_vectors_in_sequence():
@@ -264,7 +264,7 @@ def test_mova_at_initialisation_is_the_mlp_of_the_pooled_base_for_any_routing_an
     want = connector.projector(pooled.flatten(2).transpose(1, 2))
     for routing in (None, sample_routing(("x", "y"), 3), Routing(("x", "y"), torch.zeros(3, 2))):
         for text in (None, torch.randn(3, 8)):
-            assert torch.equal(connector(features, routing, text), want)
+            torch.testing.assert_close(connector(features, routing, text), want)
 
 
 def test_mova_skips_unrouted_experts_per_image_and_gives_what_running_all_of_them_gives():
@@ -292,7 +292,7 @@ def test_mova_with_nothing_routed_equals_the_path_without_experts_and_depends_on
     features = features_of(connector, 2)
     none = Routing(("x", "y", "z"), torch.zeros(2, 3))
     want = connector(features, none)
-    assert torch.equal(connector({"base": features["base"]}, none), want)
+    torch.testing.assert_close(connector({"base": features["base"]}, none), want)
     assert not torch.equal(connector(features, Routing(("x", "y", "z"), torch.ones(2, 3) / 3)), want)
 
 

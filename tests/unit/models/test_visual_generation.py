@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -129,10 +130,13 @@ def test_saved_and_loaded_the_model_draws_and_reads_the_same(drawer: Any, tmp_pa
         assert torch.equal(one_, other), f"the tokenizer's {name} is not saved inside the model"
     expected = model.generate_images(PROMPTS, processor=processor, seed=1, cfg_scale=2.0)
     got = again.generate_images(PROMPTS, processor=reread, seed=1, cfg_scale=2.0)
-    assert torch.equal(expected.packed, got.packed) and torch.equal(expected.pixels, got.pixels)
+    assert torch.equal(expected.packed, got.packed)
+    # loaded weights lie elsewhere in memory, where a matrix product may round otherwise
+    torch.testing.assert_close(expected.pixels, got.pixels, rtol=1e-5, atol=1e-6)
     samples = draw_sample("Draw", picture(1)), read_sample(picture(2))
     with torch.no_grad():
-        assert torch.equal(model(**batch(processor, *samples)).loss, again(**batch(reread, *samples)).loss)
+        losses = model(**batch(processor, *samples)).loss, again(**batch(reread, *samples)).loss
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
 
 
 def test_the_same_weights_answer_in_text_without_image_tokens(drawer: Any) -> None:
@@ -210,7 +214,8 @@ def test_an_interleaved_answer_is_parsed_into_text_and_images(writer: Any) -> No
         ".",
     ]
     assert torch.equal(torch.stack(answer.packed), drawn.packed) and answer.text == "Here:  and ."
-    assert [p.tobytes() for p in answer.images] == [p.tobytes() for p in drawn.pil()]
+    for ours, theirs in zip(answer.images, drawn.pil(), strict=True):
+        assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() <= 1, "equal but for rounding to 8 bits"
     with pytest.raises(
         AlignmentError, match=rf"image at position 6 is cut off after 9 of {len(grammar.ranges)} tokens"
     ):

@@ -51,8 +51,10 @@ def test_adamw_equals_torch_adamw_with_the_same_groups():
             betas=(0.9, 0.95),
         ),
     )
-    for a, b in zip(ours.parameters(), theirs.parameters()):
-        assert torch.equal(a, b)
+    for a, b in zip(
+        ours.parameters(), theirs.parameters()
+    ):  # fused and plain: some processors round a vector's root otherwise
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd", "muon"])
@@ -73,7 +75,8 @@ def test_master_weights_learn_from_updates_that_bf16_would_swallow(kind):
     copies = dict(zip(map(id, optimizer.parameters), optimizer.masters))
     for wanted, p, before in zip(reference.parameters(), model.parameters(), start):
         copy = copies[id(p)]
-        assert torch.equal(copy, wanted), "the fp32 copies follow the fp32 optimizer exactly"
+        # three steps move a weight by 3e-6: the tolerance is a tenth of one step
+        torch.testing.assert_close(copy, wanted, rtol=0, atol=1e-7)
         assert not torch.equal(copy, before.float())
         assert torch.equal(p, copy.bfloat16())
 

@@ -48,8 +48,9 @@ def test_codes_in_place_of_pixels_give_the_same_features(name: str) -> None:
         assert packed.shape == (3, encoder.num_codes) and packed.dtype == torch.int64
         from_pixels, from_codes = encoder(pixels()), encoder(packed)
         expected = code_features(encoder.tokenizer, encoder.tokenizer.encode(pixels()))
-    assert torch.equal(from_pixels.tokens, from_codes.tokens) and from_pixels.grid == from_codes.grid
-    assert torch.equal(from_pixels.tokens, expected.tokens)
+    assert from_pixels.grid == from_codes.grid
+    for other in (from_codes, expected):
+        torch.testing.assert_close(from_pixels.tokens, other.tokens, rtol=1e-5, atol=1e-6)
     learned = encoder(pixels())  # with gradients: the same values
     assert torch.allclose(learned.tokens, from_pixels.tokens, atol=1e-6)
     learned.tokens.square().sum().backward()
@@ -71,7 +72,7 @@ def test_packing_keeps_every_code_in_its_place(name: str) -> None:
         depths = codes.codes[block.book]
         full = tokenizer.code_vectors(block.book, depths)[:, :, block.depth]
         own = full if tokenizer.scales is None else full[:, block.start : block.start + block.number]
-        assert torch.equal(single_vectors(tokenizer, block, ids), own)
+        torch.testing.assert_close(single_vectors(tokenizer, block, ids), own, rtol=1e-5, atol=1e-6)
 
 
 def test_parts_of_the_features_are_named() -> None:
@@ -81,7 +82,7 @@ def test_parts_of_the_features_are_named() -> None:
         both, semantic, pixel = (
             reader("dualtoken", features=part)(pixels()).tokens for part in ("both", "semantic", "pixel")
         )
-    assert torch.equal(both, torch.cat([pixel, semantic], -1))
+    torch.testing.assert_close(both, torch.cat([pixel, semantic], -1), rtol=1e-5, atol=1e-6)
     with pytest.raises(ConfigError, match=r"features: vq has no semantic part; it has pixel"):
         reader("vq", features="semantic")
 
@@ -117,7 +118,8 @@ def test_a_saved_tokenizer_is_read_by_folder_alone(tmp_path: Path) -> None:
     encoder = build_encoder(config)
     encoder.load_pretrained()
     with torch.no_grad():
-        assert torch.equal(encoder.eval()(pixels()).tokens, code_features(tokenizer, tokenizer.encode(pixels())).tokens)
+        wanted = code_features(tokenizer, tokenizer.encode(pixels())).tokens
+        torch.testing.assert_close(encoder.eval()(pixels()).tokens, wanted, rtol=1e-5, atol=1e-6)
     with pytest.raises(ConfigError, match="holds no saved visual tokenizer"):
         encoder_config({"type": "visual_tokenizer", "weights": {"source": str(tmp_path)}}, where="encoder")
     other = build_encoder(
@@ -152,7 +154,7 @@ def test_stored_codes_stand_for_pictures_in_the_processor(tmp_path: Path) -> Non
     assert from_codes.shape == (3, 32)
     with torch.no_grad():
         seen, read = (model.get_image_features(v).pooler_output for v in (from_pictures, from_codes))
-    assert torch.equal(seen, read)
+    torch.testing.assert_close(seen, read, rtol=1e-5, atol=1e-6)
     with pytest.raises(DataError, match="3 images; there is no number 3"):
         read_codes(f"{tmp_path}/codes/codes.json#3", where="image")
     with pytest.raises(DataError, match="one batch takes one kind"):
@@ -176,7 +178,7 @@ def test_beside_a_continuous_encoder_it_is_one_of_the_connectors_inputs(tmp_path
     model.save_pretrained(saved)
     again = type(model).from_pretrained(saved)
     with torch.no_grad():
-        assert torch.equal(again.get_image_features(**values).pooler_output, features)
+        torch.testing.assert_close(again.get_image_features(**values).pooler_output, features, rtol=1e-5, atol=1e-6)
 
 
 def test_a_tokenizer_keeps_its_config_through_sorted_json() -> None:

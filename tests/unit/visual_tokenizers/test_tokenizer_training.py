@@ -263,7 +263,7 @@ def test_the_average_moves_parameters_and_copies_buffers():
     assert parameters.keys() < average.keys()
     for key, value in tokenizer.state_dict().items():
         expected = torch.lerp(before[key], value, 1 - 0.9) if key in parameters else value
-        assert torch.equal(average[key], expected), key
+        torch.testing.assert_close(average[key], expected, rtol=1e-6, atol=1e-7, msg=key)
 
 
 def test_logged_scalars_become_numbers_in_their_order():
