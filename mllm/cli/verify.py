@@ -24,7 +24,8 @@ def verify_resume(
     """Does this recipe resume exactly on this machine? A few steps, killed and resumed, compared.
 
     Trains a few steps of every stage twice, once whole and once killed (SIGKILL) in every stage and resumed, and compares
-    losses, gradient norms, rates and sample ids bit for bit. Exit code 1 and one line for each difference when they differ.
+    losses, gradient norms, rates and sample ids bit for bit (on one machine that is what resuming promises, on any
+    processor; between machines rounding differs). Exit code 1 and one line for each difference when they differ.
 
     [dim]mllm verify-resume demo --steps 6[/]
     """
