@@ -19,7 +19,7 @@ def convert(
     ] = None,
 ) -> None:
     """Turn a known checkpoint into ours."""
-    from mllm.models.foreign.conversion import convert as convert_checkpoint
+    from mllm.models.foreign.convert import convert as convert_checkpoint
 
     typer.echo(f"written: {convert_checkpoint(source, target, dtype=dtype, language_model=language_model)}")
 

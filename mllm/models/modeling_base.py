@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from mllm.errors import CheckpointError
 from mllm.models.configuration_mllm import MllmConfig
+from mllm.models.foreign.read import ForeignCheckpoint, read_foreign, recognise
 from mllm.models.weight_files import refuse_gaps
 
 
@@ -69,12 +71,13 @@ class MllmPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; a checkpoint with missing or foreign weights raises `CheckpointError` instead of being filled
         with random ones, and LLaVA-1.5 and Prismatic checkpoints are recognised and converted."""
-        from mllm.models.foreign.conversion import open_foreign  # it builds subclasses of this class
-
-        if args == () and kwargs.get("config") is None and cls.opens_foreign:
-            converted = open_foreign(pretrained_model_name_or_path, **kwargs)
-            if converted is not None:
-                return converted
+        path = pretrained_model_name_or_path
+        if args == () and kwargs.get("config") is None and cls.opens_foreign and isinstance(path, (str, Path)):
+            kind = recognise(path)
+            if kind is not None:
+                model = cls.from_foreign(read_foreign(Path(path), kind, dtype=kwargs.get("dtype") or "auto"))
+                device_map = kwargs.get("device_map")
+                return model if device_map is None else model.to(device_map)
         wants_info = kwargs.pop("output_loading_info", False)
         try:
             model, info = super().from_pretrained(
@@ -90,6 +93,28 @@ class MllmPreTrainedModel(PreTrainedModel):
             raise
         refuse_gaps(str(pretrained_model_name_or_path), info, quantized=getattr(model, "hf_quantizer", None))
         return (model, info) if wants_info else model
+
+    @classmethod
+    def from_foreign(cls, found: ForeignCheckpoint) -> Any:
+        """A model in eval mode with every weight of a foreign checkpoint. Raises `CheckpointError` for weights that are missing,
+        of another shape, or without a place."""
+        model = cls(found.config).to(found.dtype)
+        for name in found.unread:
+            model.get_submodule(f"model.vision_tower.encoders.{name}").load_pretrained()  # type: ignore[operator]
+        wanted = model.state_dict()
+        own = tuple(f"model.vision_tower.encoders.{name}." for name in found.unread)
+        tensors = dict(found.tensors)
+        info = {
+            "missing_keys": [name for name in wanted if name not in tensors and not name.startswith(own)],
+            "unexpected_keys": [name for name in tensors if name not in wanted],
+            "mismatched_keys": [n for n, t in tensors.items() if n in wanted and wanted[n].shape != t.shape],
+        }
+        refuse_gaps(str(found.where), info)
+        model.load_state_dict(tensors, strict=False)
+        model.tie_weights()
+        if found.generation is not None:
+            model.generation_config = found.generation
+        return model.eval()
 
     # Parts by name -------------------------------------------------------------------------------------------------
 

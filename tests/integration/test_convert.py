@@ -17,8 +17,9 @@ from transformers import (
     LlavaProcessor,
 )
 
-from mllm.errors import CheckpointError
-from mllm.models.foreign.conversion import convert, recognise
+from mllm.errors import CheckpointError, ConfigError
+from mllm.models.foreign.convert import convert
+from mllm.models.foreign.read import recognise
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.processing.processor import MllmProcessor
 from tests.helpers import picture, tiny_tokenizer
@@ -165,3 +166,139 @@ def test_prismatic_runs_come_in(tmp_path: Path) -> None:
     torch.save({"model": print}, folder / "checkpoints" / "latest-checkpoint.pt")
     with pytest.raises(CheckpointError, match="refused, it is not a plain tensor file"):
         convert(str(folder), tmp_path / "again")
+
+
+def original_llava(folder: Path, tensors: dict[str, Any] | None = None, **settings: Any) -> None:
+    """A random checkpoint in the authors' own layout, its CLIP tower beside it."""
+    from safetensors.torch import save_file
+    from transformers import CLIPVisionModel, LlamaForCausalLM
+
+    vision, text, pixels, patch = SIZES["small"]
+    torch.manual_seed(0)
+    tower = CLIPVisionModel(CLIPVisionConfig(image_size=pixels, patch_size=patch, projection_dim=16, **vision))
+    llm = LlamaForCausalLM(LlamaConfig(vocab_size=320, **text))
+    tower.save_pretrained(folder / "clip")
+    state = {
+        **{k: v.contiguous() for k, v in llm.state_dict().items()},
+        "model.mm_projector.0.weight": torch.randn(64, 32),
+        "model.mm_projector.0.bias": torch.randn(64),
+        "model.mm_projector.2.weight": torch.randn(64, 64),
+        "model.mm_projector.2.bias": torch.randn(64),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16),
+    } | (tensors or {})
+    save_file({k: v for k, v in state.items() if v is not None}, folder / "model.safetensors")
+    config = {
+        **llm.config.to_dict(),
+        "model_type": "llava",
+        "mm_vision_tower": str(folder / "clip"),
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_use_im_start_end": False,
+        "image_aspect_ratio": "pad",
+        "mm_hidden_size": 32,
+        "tune_mm_mlp_adapter": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    tiny_tokenizer(template=None).save_pretrained(folder)
+
+
+def test_the_authors_own_layout_comes_in_with_its_padding(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    original_llava(tmp_path / "theirs")
+    convert(str(tmp_path / "theirs"), tmp_path / "ours")
+    processor = MllmProcessor.from_pretrained(tmp_path / "ours")
+    wide = picture(1, size=(64, 16))
+    pixels = processor(text="<image>", images=wide, return_tensors="pt")["pixel_values"][0]
+    padded = pixels[:, 0].std(dim=-1).max()  # the first row of a wide picture is padding: one colour
+    assert float(padded) < 1e-5 and float(pixels.std()) > 0.1
+
+
+LOST = {
+    "no output head": ({"lm_head.weight": None}, {}, "lm_head.weight.*is missing"),
+    "two heads where one is said": ({}, {"tie_word_embeddings": True}, "ties the output head"),
+    "a layer of a larger model": ({"model.layers.7.mlp.up_proj.weight": torch.ones(2, 2)}, {}, "belong to no part"),
+    "an unknown part": ({"model.image_newline": torch.ones(64)}, {}, "no place in the converted model.*image_newline"),
+    "a trained tower that is not there": ({}, {"unfreeze_mm_vision_tower": True}, "holds none of its"),
+    "a missing weight": ({"model.norm.weight": None}, {}, "1 weights are missing.*norm"),
+    "start and end tokens": ({}, {"mm_use_im_start_end": True}, "mm_use_im_start_end: True is not supported"),
+    "class token": ({}, {"mm_vision_select_feature": "cls_patch"}, "cls_patch.*is not supported"),
+    "tiles": ({}, {"image_aspect_ratio": "anyres"}, "anyres.*is not supported"),
+    "an unread setting": ({}, {"mm_gate_strength": 0.5}, "does not know .mm_gate_strength"),
+    "another language model": ({}, {"model_type": "llava_mpt"}, "model_type 'llava_mpt' is not supported"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(LOST))
+def test_what_conversion_would_lose_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    tensors, settings, message = LOST[case]
+    original_llava(tmp_path, tensors, **settings)
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        convert(str(tmp_path), tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+PROCESSORS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "padded to a square": ({"do_pad": True, "image_processor_type": "LlavaImageProcessor"}, None),
+    "bilinear": ({"resample": 2}, None),
+    "not normalised": ({"do_normalize": False}, None),
+    "not resized": ({"do_resize": False}, "do_resize: False is not supported"),
+    "another scale": ({"rescale_factor": 0.5}, "rescale_factor: 0.5"),
+    "resized larger than its crop": ({"size": {"shortest_edge": 40}}, "resized to 40 and cropped to"),
+    "another processor": ({"image_processor_type": "LlavaNextImageProcessor"}, "LlavaNextImageProcessor' is not supported"),
+    "an unread setting": ({"do_equalise": True}, "does not know .do_equalise"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", sorted(PROCESSORS))
+def test_image_settings_are_kept_or_refused(case: str, tmp_path: Path) -> None:
+    from transformers import LlavaImageProcessor
+
+    from mllm.models.foreign.pictures import image_settings
+    from mllm.processing.pixels import to_pixels
+    from mllm.types import ImageSpec
+
+    changes, refused = PROCESSORS[case]
+    base = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).to_dict()
+    given = json.loads(json.dumps({**base, **changes}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(given))
+    if refused:
+        with pytest.raises(ConfigError, match=refused):
+            image_settings(tmp_path)
+        return
+    ours = image_settings(tmp_path)
+    height, width = ours.pop("image_size")
+    image = picture(3, size=(61, 30))
+    pixels = to_pixels(image, ImageSpec(height=height, width=width, **ours), resampler="torch")
+    reader = LlavaImageProcessor(**{k: v for k, v in given.items() if k != "image_processor_type"})
+    theirs = reader(image, return_tensors="pt")["pixel_values"][0]
+    scale = 1 if given["do_normalize"] else 0.27
+    assert (pixels - theirs).abs().max() < 0.03 * scale * 4
+    assert (pixels - theirs).abs().mean() < 0.003
+
+
+def test_transformers_layout_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    llava("small", tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    head = next(name for name in whole if name.endswith("lm_head.weight"))
+    norm = next(name for name in whole if name.endswith("layers.0.input_layernorm.weight"))
+    for change, message in (
+        ({head: None}, "1 weights are missing"),
+        ({norm: None}, "1 weights are missing"),
+        ({"model.second_tower.weight": torch.ones(2)}, "belong to no part"),
+    ):
+        save_file({k: v for k, v in (whole | change).items() if v is not None}, file, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=message):
+            MllmForConditionalGeneration.from_pretrained(tmp_path)
+    save_file(whole, file, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vision_pooling": "max"}))
+    with pytest.raises(ConfigError, match=r"does not know .vision_pooling: max"):
+        MllmForConditionalGeneration.from_pretrained(tmp_path)
+    tied = config | {"tie_word_embeddings": True, "text_config": config["text_config"] | {"tie_word_embeddings": True}}
+    (tmp_path / "config.json").write_text(json.dumps(tied))
+    with pytest.raises(CheckpointError, match="ties the output head"):
+        MllmForConditionalGeneration.from_pretrained(tmp_path)

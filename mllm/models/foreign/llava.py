@@ -1,85 +1,107 @@
 """What does a LLaVA-1.5 checkpoint hold, in transformers' layout and in the authors' own?"""
 
-# transformers' and torch's own annotations (FloatTensor outputs, Tensor | Module attributes) do not fit their documented use.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportOptionalMemberAccess=false, reportAssignmentType=false, reportPrivateImportUsage=false, reportGeneralTypeIssues=false
-# pyright: reportIncompatibleVariableOverride=false, reportOptionalIterable=false
-
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 from typing import Any
 
 from mllm.errors import CheckpointError, ConfigError, UnavailableError
-from mllm.models.foreign.conversion import assemble, converted_processor
-from mllm.models.weight_files import chosen_dtype, read_tensors
+from mllm.models.foreign.parts import decoder_tensors, encoder_tensors, head_tensors, model_config, projector_tensors
+from mllm.models.foreign.pictures import image_settings
+from mllm.models.foreign.read import ForeignCheckpoint, find_tokenizer
+from mllm.models.foreign.settings import Settings, read_json
+from mllm.models.foreign.tensors import Tensors, output_head
+from mllm.models.weight_files import chosen_dtype, read_tensors, refuse_gaps
+
+_LANGUAGE_MODELS = {
+    "llava": "llama",
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_qwen": "qwen2",
+    "llava_qwen2": "qwen2",
+}
+"""``model_type`` of the authors' layout → transformers' language model. MPT and others compute something else."""
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "silu": "silu",
+    "relu": "relu",
+}
 
 
-def read_llava(folder: Path, dtype: Any) -> tuple[Any, Any]:
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
+def read_llava(folder: Path, dtype: Any) -> ForeignCheckpoint:
+    """transformers' layout. Its own class reads the file, and says what it would have filled with random numbers."""
+    from transformers import LlavaForConditionalGeneration
 
+    _check_hf_settings(folder)
     try:
-        source = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        loaded: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except Exception as error:
         raise CheckpointError(f"{folder}: transformers cannot read this LLaVA checkpoint: {error}") from error
-    config: LlavaConfig = source.config
-    if config.vision_feature_select_strategy not in ("default", "full"):
-        raise ConfigError(
-            f"{folder}: vision_feature_select_strategy {config.vision_feature_select_strategy!r} is not supported"
-        )
-    if config.vision_feature_select_strategy == "full":
-        raise ConfigError(
-            f"{folder}: this checkpoint keeps the class token among the visual tokens, which no connector of ours does"
-        )
+    source, info = loaded
+    refuse_gaps(str(folder), info)
+    config = source.config
     layers = config.vision_feature_layer
+    stored = Tensors(read_tensors(folder), folder)
+    head = {
+        k.rsplit(".", 1)[1]: v for n in ("language_model.", "") for k, v in stored.take(f"{n}lm_head.", to="x.").items()
+    }
+    embedding = source.get_input_embeddings().weight
+    inner, tower = source.model, source.model.vision_tower.state_dict()
+    projector = {
+        f"projector.{ours}.{kind}": tensor
+        for ours, theirs in ((0, inner.multi_modal_projector.linear_1), (2, inner.multi_modal_projector.linear_2))
+        for kind, tensor in theirs.state_dict().items()
+    }
     encoder = {
         "type": "hf",
         "architecture": config.vision_config.to_dict(),
         "layers": [layers] if isinstance(layers, int) else list(layers),
-        **_preprocessing(folder),
+        **image_settings(folder),
     }
-    spec = {
-        "encoders": {"vision": encoder},
-        "connector": {
-            "type": "mlp",
-            "depth": 2,
-            "activation": _activation(config.projector_hidden_act, folder),
-            "bias": getattr(config, "multimodal_projector_bias", True),
-        },
+    connector = {
+        "type": "mlp",
+        "depth": 2,
+        "activation": _activation(config.projector_hidden_act, folder),
+        "bias": getattr(config, "multimodal_projector_bias", True),
     }
-    model = assemble(
-        spec,
+    tied = bool(
+        getattr(config, "tie_word_embeddings", False) or getattr(config.text_config, "tie_word_embeddings", False)
+    )
+    head = output_head(
+        embedding.to("cpu"), {k: v.to(embedding.dtype) for k, v in head.items()}, tied=tied, where=folder
+    )
+    ours = model_config(
+        {"vision": encoder},
+        connector,
         text=config.text_config,
         image_token_id=config.image_token_id,
+        head_bias="bias" in head,
         dtype=source.dtype,
-        decoder=source.model.language_model.state_dict(),
-        head=source.lm_head.state_dict(),
-        encoders={"vision": source.model.vision_tower.state_dict()},
-        projector={
-            f"projector.{ours}.{kind}": tensor
-            for ours, theirs in (
-                (0, source.model.multi_modal_projector.linear_1),
-                (2, source.model.multi_modal_projector.linear_2),
-            )
-            for kind, tensor in theirs.state_dict().items()
-        },
-        where=folder,
     )
-    model.generation_config = source.generation_config
-    return model, converted_processor(folder, model, "vicuna")
+    tensors = {
+        **decoder_tensors(inner.language_model.state_dict()),
+        **head_tensors(head),
+        **encoder_tensors(ours, "vision", tower, folder),
+        **projector_tensors(projector),
+    }
+    return ForeignCheckpoint(
+        ours, tensors, source.dtype, folder, "vicuna", find_tokenizer(folder), generation=source.generation_config
+    )
 
 
-def read_llava_original(folder: Path, dtype: Any) -> tuple[Any, Any]:
+def read_llava_original(folder: Path, dtype: Any) -> ForeignCheckpoint:
     """liuhaotian's layout: an LLM checkpoint with ``model.mm_projector.*``, the encoder by hub id."""
-    from transformers import AutoConfig, LlamaConfig
+    from transformers import AutoConfig
 
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("mm_projector_type", "linear") != "mlp2x_gelu":
-        raise ConfigError(f"{folder}: mm_projector_type {config.get('mm_projector_type')!r}; LLaVA-1.5 has mlp2x_gelu")
-    weights = read_tensors(folder)
-    vision = config["mm_vision_tower"]
+    settings = Settings(read_json(folder / "config.json"), folder / "config.json")
+    text = _text_config(settings, folder)
+    vision = settings.take("mm_vision_tower")
+    resize = _check_original_settings(settings)
+    trained_tower = bool(settings.take("unfreeze_mm_vision_tower"))
+    layer = settings.take("mm_vision_select_layer", -2)
+    settings.finish()
     try:
         architecture = AutoConfig.from_pretrained(vision)
     except OSError as error:
@@ -87,72 +109,116 @@ def read_llava_original(folder: Path, dtype: Any) -> tuple[Any, Any]:
             f"{folder}: its encoder {vision!r} cannot be read; put a local path into mm_vision_tower"
         ) from error
     architecture = getattr(architecture, "vision_config", architecture)
-    text = LlamaConfig(
-        **{k: v for k, v in config.items() if not k.startswith("mm_") and k not in ("model_type", "architectures")}
+    stored = Tensors(read_tensors(folder), folder)
+    decoder = {
+        k: v for part in ("layers.", "embed_tokens.", "norm.") for k, v in stored.take(f"model.{part}", to=part).items()
+    }
+    if "embed_tokens.weight" not in decoder:
+        raise CheckpointError(f"{folder}: model.embed_tokens.weight is missing; a shard may be absent: copy it again")
+    head = output_head(
+        decoder["embed_tokens.weight"], stored.take("lm_head."), tied=bool(text.tie_word_embeddings), where=folder
     )
-    encoder_weights = {
-        k.removeprefix("model.vision_tower.vision_tower."): v for k, v in weights.items() if ".vision_tower." in k
+    projector = stored.take("model.mm_projector.", to="projector.")
+    tower = {
+        **stored.take("model.vision_tower.vision_tower.vision_model."),
+        **stored.take("model.vision_tower.vision_tower."),
     }
-    spec = {
-        "encoders": {
-            "vision": {
-                "type": "hf",
-                "architecture": architecture.to_dict(),
-                "layers": [config.get("mm_vision_select_layer", -2)],
-                "weights": {"source": vision},
-            }
-        },
-        "connector": {"type": "mlp", "depth": 2},
-    }
-    projector = {
-        k.replace("model.mm_projector.", "projector."): v
-        for k, v in weights.items()
-        if k.startswith("model.mm_projector.")
-    }
-    model = assemble(
-        spec,
+    stored.finish()
+    if trained_tower and not tower:
+        raise CheckpointError(
+            f"{folder}: its config says that the encoder was trained (unfreeze_mm_vision_tower), but the file holds none of its "
+            "weights; the published encoder would be another one. Copy the checkpoint again"
+        )
+    chosen = chosen_dtype(dtype, decoder)
+    encoder = {"type": "hf", "architecture": architecture.to_dict(), "layers": [layer], "weights": {"source": vision}}
+    ours = model_config(
+        {"vision": {**encoder, **resize}},
+        {"type": "mlp", "depth": 2},
         text=text,
         image_token_id=text.vocab_size,
-        dtype=chosen_dtype(dtype, weights),
-        decoder={
-            k.removeprefix("model."): v
-            for k, v in weights.items()
-            if re.match(r"model\.(layers|embed_tokens|norm)\.", k)
-        },
-        head={"weight": weights["lm_head.weight"]},
-        encoders={"vision": {k.removeprefix("vision_model."): v for k, v in encoder_weights.items()}}
-        if encoder_weights
-        else {},
-        projector=projector,
-        where=folder,
+        head_bias="bias" in head,
+        dtype=chosen,
     )
-    if not encoder_weights:
-        model.model.vision_tower.encoders["vision"].load_pretrained()
-    return model, converted_processor(folder, model, "vicuna")
+    tensors = {**decoder_tensors(decoder), **head_tensors(head), **projector_tensors(projector)}
+    if tower:
+        tensors |= encoder_tensors(ours, "vision", tower, folder)
+    unread = () if tower else ("vision",)
+    return ForeignCheckpoint(ours, tensors, chosen, folder, "vicuna", find_tokenizer(folder), unread)
 
 
-def _preprocessing(folder: Path) -> dict[str, Any]:
-    """Image settings of an HF image processor file, as encoder config."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            data = json.loads((folder / name).read_text(encoding="utf-8"))
-            data = data.get("image_processor", data)
-            if "image_mean" not in data:
-                continue
-            size = data.get("crop_size") or data.get("size") or {}
-            if isinstance(size, int):
-                size = {"height": size, "width": size}
-            pixels = (size["height"], size["width"]) if "height" in size else (size.get("shortest_edge"),) * 2
-            result = {"mean": data["image_mean"], "std": data["image_std"]}
-            if pixels[0]:
-                result["image_size"] = pixels
-            result["resize"] = "crop" if data.get("do_center_crop") else "squash"
-            return result
-    return {}
+def _check_hf_settings(folder: Path) -> None:
+    settings = Settings(read_json(folder / "config.json"), folder / "config.json")
+    if settings.take("vision_feature_select_strategy", "default") == "full":
+        raise ConfigError(
+            f"{folder}: this checkpoint keeps the class token among the visual tokens (vision_feature_select_strategy: full), which "
+            "no connector of ours does"
+        )
+    settings.expect("vision_feature_select_strategy", ("default", None), "ours drops the class token")
+    settings.harmless("model_type", "vision_config", "text_config", "image_token_(index|id)", "projector_hidden_act")
+    settings.harmless("vision_feature_layer", "multimodal_projector_bias", "image_seq_length", "tie_word_embeddings")
+    settings.harmless(*_ABOUT_THE_FILE)
+    settings.finish()
+
+
+_ABOUT_THE_FILE = (
+    "architectures",
+    "transformers_version",
+    "(torch_)?dtype",
+    "_name_or_path",
+    "_commit_hash",
+    "auto_map",
+    "ignore_index",
+    "(pad|bos|eos|unk)_token_id",
+    "vocab_size",
+    "hidden_size",
+    "use_cache",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "return_dict",
+    "output_(hidden_states|attentions)",
+    "chunk_size_feed_forward",
+    "is_encoder_decoder",
+)
+"""Keys that say nothing about what is computed from inputs."""
+
+
+def _check_original_settings(settings: Settings) -> dict[str, Any]:
+    """Refuse what our model cannot honour. Returns how pictures are fitted, as encoder config."""
+    tiles = "tiles are read from checkpoints of transformers' LLaVA-NeXT only"
+    settings.expect("mm_projector_type", ("mlp2x_gelu",), "LLaVA-1.5 has mlp2x_gelu")
+    settings.expect("mm_vision_select_feature", ("patch", None), "the class token would be one more visual token")
+    for key in ("mm_use_im_start_end", "mm_use_im_patch_token"):
+        settings.expect(key, (False, None), "tokens around the picture that our prompts do not write")
+    settings.expect("mm_patch_merge_type", ("flat", None), tiles)
+    settings.expect("use_mm_proj", (True, None), "a model without projector")
+    settings.expect("mm_resampler_type", (None,), "a resampler between encoder and projector")
+    for key in ("s2", "s2_scales", "mm_use_s2", "mm_spatial_pool_mode", "mm_newline_position"):
+        settings.expect(key, (None, False), "another way of looking at the picture")
+    shape = settings.expect("image_aspect_ratio", ("pad", "square", None), tiles)
+    settings.harmless("mm_hidden_size", "mm_vision_tower_lr", "mm_projector_lr", "pretrain_mm_mlp_adapter")
+    settings.harmless("(tune|freeze)_mm_.*", "image_grid_pinpoints", "image_crop_resolution", "image_split_resolution")
+    settings.harmless("tokenizer_(padding_side|model_max_length)", "max_sequence_length", "pretraining_tp")
+    settings.harmless("model_type", "mm_tunable_parts", "vision_tower_pretrained", *_ABOUT_THE_FILE)
+    return {"resize": "letterbox"} if shape == "pad" else {}
+
+
+def _text_config(settings: Settings, folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    kind = settings.take("model_type", "llava")
+    if kind not in _LANGUAGE_MODELS:
+        raise ConfigError(
+            f"{folder}: model_type {kind!r} is not supported; known: {', '.join(sorted(_LANGUAGE_MODELS))}"
+        )
+    blank = AutoConfig.for_model(_LANGUAGE_MODELS[kind])
+    known = {*blank.to_dict(), "rope_theta", "rope_scaling", "head_dim"} - {"model_type", "architectures"}
+    return AutoConfig.for_model(
+        _LANGUAGE_MODELS[kind], **{key: settings.take(key) for key in sorted(known) if key in settings}
+    )
 
 
 def _activation(name: str, where: Path) -> str:
-    known = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "silu": "silu", "relu": "relu"}
-    if name not in known:
+    if name not in _ACTIVATIONS:
         raise ConfigError(f"{where}: projector activation {name!r} is not supported")
-    return known[name]
+    return _ACTIVATIONS[name]

@@ -1,13 +1,7 @@
 """What does a Prismatic run hold?"""
 
-# transformers' and torch's own annotations (FloatTensor outputs, Tensor | Module attributes) do not fit their documented use.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportOptionalMemberAccess=false, reportAssignmentType=false, reportPrivateImportUsage=false, reportGeneralTypeIssues=false
-# pyright: reportIncompatibleVariableOverride=false, reportOptionalIterable=false
-
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from mllm.errors import CheckpointError, ConfigError, UnavailableError
-from mllm.models.foreign.conversion import assemble, converted_processor
+from mllm.models.foreign.parts import decoder_tensors, encoder_tensors, head_tensors, model_config, projector_tensors
+from mllm.models.foreign.read import ForeignCheckpoint, find_tokenizer
+from mllm.models.foreign.settings import Settings, read_json
+from mllm.models.foreign.tensors import Tensors, output_head
 from mllm.models.weight_files import chosen_dtype, read_pickle
 
 _PRISMATIC_ENCODERS: dict[str, dict[str, str]] = {
@@ -37,68 +34,108 @@ _PRISMATIC_ENCODERS: dict[str, dict[str, str]] = {
 _PRISMATIC_RESIZE = {"resize-naive": "squash", "resize-crop": "crop", "letterbox": "letterbox"}
 
 
-def read_prismatic(folder: Path, dtype: Any, language_model: str | None) -> tuple[Any, Any]:
+_PROJECTORS = {"linear": 1, "gelu-mlp": 2, "fused-gelu-mlp": 3}
+"""Part of ``arch_specifier`` → linear layers."""
+
+
+def read_prismatic(folder: Path, dtype: Any, language_model: str | None) -> ForeignCheckpoint:
     """A Prismatic run: ``config.json`` and ``checkpoints/latest-checkpoint.pt`` (or ``.safetensors``) with ``projector``,
     ``llm_backbone`` and, when it was trained, ``vision_backbone``."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model"]
-    backbone, architecture = config["vision_backbone_id"], config.get("arch_specifier", "")
-    featurizers = config.get("timm_models") or _PRISMATIC_ENCODERS.get(backbone)
+    settings = Settings(read_json(folder / "config.json")["model"], folder / "config.json")
+    featurizers, encoders = _encoders(settings, folder)
+    architecture = settings.take("arch_specifier") or ""
+    settings.harmless(
+        "type", "model_id", "llm_backbone_id", "llm_max_length", "(align|finetune)_.*", "reduce_in_full_precision"
+    )
+    settings.harmless("enable_.*", "pretrained_checkpoint", "seed", "hf_token", "wandb_.*", "trackers", "stage")
+    settings.finish()
+    parts = _read_checkpoint(folder / "checkpoints")
+    unknown = sorted(set(parts) - {"projector", "llm_backbone", "vision_backbone"})
+    if unknown or not {"projector", "llm_backbone"} <= set(parts):
+        raise CheckpointError(
+            f"{folder}: the checkpoint holds {sorted(parts)}, expected projector, llm_backbone and perhaps vision_backbone"
+        )
+    llm = Tensors(parts["llm_backbone"], folder)
+    decoder = llm.take("llm.model.")
+    if "embed_tokens.weight" not in decoder:
+        raise CheckpointError(
+            f"{folder}: llm.model.embed_tokens.weight is missing; the checkpoint is cut, copy it again"
+        )
+    text = _prismatic_text_config(decoder, language_model)
+    head = output_head(
+        decoder["embed_tokens.weight"], llm.take("llm.lm_head."), tied=bool(text.tie_word_embeddings), where=folder
+    )
+    llm.finish()
+    chosen = chosen_dtype(dtype, decoder)
+    projector = dict(parts["projector"])
+    ours = model_config(
+        encoders,
+        _connector(projector, architecture, len(encoders), folder),
+        text=text,
+        image_token_id=decoder["embed_tokens.weight"].shape[0],
+        head_bias="bias" in head,
+        dtype=chosen,
+    )
+    tensors = {**decoder_tensors(decoder), **head_tensors(head), **projector_tensors(projector)}
+    vision = Tensors(parts.get("vision_backbone", {}), folder)
+    towers = {name: vision.take(f"{key}.") for name, key in zip(encoders, featurizers)}
+    vision.finish()
+    for name, tower in towers.items():
+        if tower:
+            tensors |= encoder_tensors(ours, name, tower, folder)
+    unread = tuple(name for name, tower in towers.items() if not tower)
+    if unread and len(unread) < len(towers):
+        raise CheckpointError(
+            f"{folder}: vision_backbone holds weights of some encoders and none of {', '.join(unread)}"
+        )
+    source = Path(language_model) if language_model else folder
+    return ForeignCheckpoint(ours, tensors, chosen, folder, "prismatic", find_tokenizer(source), unread)
+
+
+def _encoders(settings: Settings, folder: Path) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """Prismatic's names of the encoders, and theirs and settings in our words."""
+    backbone = settings.take("vision_backbone_id")
+    featurizers = settings.take("timm_models") or _PRISMATIC_ENCODERS.get(backbone)
     if featurizers is None:
         raise ConfigError(
             f"{folder}: vision_backbone_id {backbone!r} is not known; known: {', '.join(_PRISMATIC_ENCODERS)}"
         )
-    weights = _read_checkpoint(folder / "checkpoints")
-    parts = {name: weights[name] for name in ("projector", "llm_backbone") if name in weights}
-    if len(parts) < 2:
-        raise CheckpointError(f"{folder}: the checkpoint holds {sorted(weights)}, expected projector and llm_backbone")
-    size = int(re.search(r"(\d+)px", backbone).group(1)) if re.search(r"\d+px", backbone) else 224  # type: ignore[union-attr]
+    strategy = settings.take("image_resize_strategy", "letterbox")
+    if strategy not in _PRISMATIC_RESIZE:
+        raise ConfigError(f"{folder}: image_resize_strategy {strategy!r} is not supported")
+    pixels = re.search(r"(\d+)px", backbone)
+    size = settings.take("image_size", int(pixels.group(1)) if pixels else 224)
+    options = settings.take("timm_options", {})
     names = ["spatial", "semantic"] if len(featurizers) == 2 else ["vision"]
-    resize = _PRISMATIC_RESIZE.get(config.get("image_resize_strategy", "letterbox"))
-    if resize is None:
-        raise ConfigError(f"{folder}: image_resize_strategy {config['image_resize_strategy']!r} is not supported")
     encoders = {
         name: {
             "type": "timm",
             "architecture": model,
-            "options": config.get("timm_options", {}),
-            "image_size": config.get("image_size", size),
+            "options": options,
+            "image_size": size,
             "layers": [-2],
             "final_norm": False,
-            "resize": resize,
+            "resize": _PRISMATIC_RESIZE[strategy],
             "weights": {"source": "timm", "licence": "Apache-2.0"},
         }
         for name, model in zip(names, featurizers.values())
     }
-    projector = dict(parts["projector"])
+    return list(featurizers), encoders
+
+
+def _connector(projector: Mapping[str, Tensor], architecture: str, num_encoders: int, folder: Path) -> dict[str, Any]:
     linear = sorted({int(k.split(".")[1]) for k in projector if k.endswith("weight")})
-    if "fused" in architecture and len(linear) != 3:
-        raise CheckpointError(f"{folder}: {architecture} should have 3 linear layers, the checkpoint has {len(linear)}")
+    named = architecture.removeprefix("no-align+").removeprefix("full-align+") or None
+    expected = _PROJECTORS.get(named) if named is not None else len(linear)
+    if expected is None:
+        raise ConfigError(f"{folder}: arch_specifier {architecture!r} is not known; known: {', '.join(_PROJECTORS)}")
+    if expected != len(linear):
+        raise CheckpointError(
+            f"{folder}: {architecture} should have {expected} linear layers, the checkpoint has {len(linear)}"
+        )
     hidden = [projector[f"projector.{i}.weight"].shape[0] for i in linear[:-1]]
     shape = {"depth": len(linear), **({"hidden": hidden} if hidden else {})}
-    connector = {"type": "channel_concat", "projector": shape} if len(encoders) > 1 else {"type": "mlp", **shape}
-    decoder = {k.removeprefix("llm."): v for k, v in parts["llm_backbone"].items()}
-    text = _prismatic_text_config(decoder, language_model)
-    vision = weights.get("vision_backbone", {})
-    model = assemble(
-        {"encoders": encoders, "connector": connector},
-        text=text,
-        image_token_id=decoder["model.embed_tokens.weight"].shape[0],
-        dtype=chosen_dtype(dtype, decoder),
-        decoder={k.removeprefix("model."): v for k, v in decoder.items() if k.startswith("model.")},
-        head={"weight": decoder.get("lm_head.weight", decoder["model.embed_tokens.weight"])},
-        encoders={
-            name: {k.removeprefix(f"{key}."): v for k, v in vision.items() if k.startswith(f"{key}.")}
-            for name, key in zip(names, featurizers)
-            if any(k.startswith(f"{key}.") for k in vision)
-        },
-        projector=projector,
-        where=folder,
-    )
-    for name, encoder in model.model.vision_tower.encoders.items():
-        if not any(k.startswith(f"{list(featurizers)[names.index(name)]}.") for k in vision):
-            encoder.load_pretrained()
-    tokenizer = Path(language_model) if language_model else folder
-    return model, converted_processor(tokenizer, model, "prismatic")
+    return {"type": "channel_concat", "projector": shape} if num_encoders > 1 else {"type": "mlp", **shape}
 
 
 def _prismatic_text_config(decoder: Mapping[str, Tensor], language_model: str | None) -> Any:
@@ -112,7 +149,7 @@ def _prismatic_text_config(decoder: Mapping[str, Tensor], language_model: str | 
             raise UnavailableError(f"--language-model {language_model}: its config cannot be read") from error
     from transformers import LlamaConfig
 
-    vocabulary, hidden = decoder["model.embed_tokens.weight"].shape
+    vocabulary, hidden = decoder["embed_tokens.weight"].shape
     head = 128
     if hidden % head:
         raise ConfigError(
@@ -121,10 +158,10 @@ def _prismatic_text_config(decoder: Mapping[str, Tensor], language_model: str | 
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
-        intermediate_size=decoder["model.layers.0.mlp.gate_proj.weight"].shape[0],
-        num_hidden_layers=1 + max(int(k.split(".")[2]) for k in decoder if k.startswith("model.layers.")),
+        intermediate_size=decoder["layers.0.mlp.gate_proj.weight"].shape[0],
+        num_hidden_layers=1 + max(int(k.split(".")[1]) for k in decoder if k.startswith("layers.")),
         num_attention_heads=hidden // head,
-        num_key_value_heads=decoder["model.layers.0.self_attn.k_proj.weight"].shape[0] // head,
+        num_key_value_heads=decoder["layers.0.self_attn.k_proj.weight"].shape[0] // head,
         rms_norm_eps=1e-5,
     )
 
