@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class MllmError(Exception):
@@ -37,6 +38,23 @@ class CheckpointError(MllmError, RuntimeError):
 
 class UnavailableError(MllmError, RuntimeError):
     """A feature was asked for that this installation lacks; the message says what to install or change."""
+
+
+@contextlib.contextmanager
+def blamed_on(where: str) -> Iterator[None]:
+    """Whatever is raised inside is one sample's fault and ends no run: `DataError` that opens with ``where``.
+
+    `DataError` and `AlignmentError` pass, since they name the sample themselves; so do `UnavailableError` and MemoryError,
+    which no other sample would be spared.
+    """
+    try:
+        yield
+    except (DataError, AlignmentError, UnavailableError, MemoryError):
+        raise
+    except Exception as error:  # tokenizers, templates and table readers raise whatever they like
+        text = " ".join(str(error).split())
+        kind = "" if isinstance(error, MllmError) else f"{type(error).__name__}: "
+        raise DataError(f"{where}: {kind}{text[:300]}") from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

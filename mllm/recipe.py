@@ -171,6 +171,8 @@ class StageSpec(StrictModel):
     save_every: int | None = Field(default=None, ge=1)
     log_every: int = Field(default=1, ge=1)
     num_workers: int = Field(default=0, ge=0)
+    max_bad_share: float = Field(default=0.05, ge=0, le=1)
+    """Share of a dataset's samples that may be unusable (each is named and replaced) before the run stops."""
     draw: DrawSpec | None = None
     """Pictures to draw while training (models with a visual head)."""
     options: dict[str, Any] = Field(default_factory=dict)

@@ -17,7 +17,7 @@ from mllm.data.files import JsonRows
 from mllm.data.parallel import chunks, pool_context
 from mllm.data.sources import Source, open_source
 from mllm.data.spec import ColumnMap, DatasetSpec, load_dataset
-from mllm.errors import AlignmentError, ConfigError, DataError
+from mllm.errors import AlignmentError, ConfigError, DataError, blamed_on
 from mllm.processing.images import image_hash, load_image
 from mllm.types import IMAGE_MARK, Sample
 
@@ -277,9 +277,10 @@ def _check_row(source: Source, processor: Any, max_length: int | None, row: int)
     length = 0
     if problem is None and processor is not None:
         try:
-            length = tokens_of(sample, processor)
-            if max_length is not None and length > max_length and hasattr(processor, "num_image_tokens"):
-                problem = _cut(sample, processor, max_length, where)
+            with blamed_on(where):
+                length = tokens_of(sample, processor)
+                if max_length is not None and length > max_length and hasattr(processor, "num_image_tokens"):
+                    problem = _cut(sample, processor, max_length, where)
         except DataError as error:
             problem = ("unreadable", str(error))
     return _Row(row, sample.id, problem, digest.digest(), len(sample.images), length)

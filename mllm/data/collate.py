@@ -22,6 +22,8 @@ class Dropped(NamedTuple):
     row: int
     id: str
     reason: str
+    kind: str = ""
+    """What went wrong, in a few words that are the same for many samples."""
 
 
 @dataclass

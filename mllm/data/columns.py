@@ -10,11 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mllm.data.conversations import message_turns, plain_text
+from mllm.data.blind import refuse_blind, refuse_other_media
+from mllm.data.cells import as_list, conversation_cell, plain_cell
+from mllm.data.conversations import PLACEHOLDER, message_turns, plain_text
 from mllm.data.files import matching_files
-from mllm.data.sources import Source, as_list, resolve_image
+from mllm.data.sources import Source, resolve_image
 from mllm.data.spec import ColumnMap, DatasetSpec, expand_path
-from mllm.errors import ConfigError, DataError, UnavailableError, did_you_mean
+from mllm.errors import AlignmentError, ConfigError, DataError, UnavailableError, did_you_mean
 from mllm.types import IMAGE_MARK, Sample, Turn
 
 _log = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ class ColumnsSource(Source):
         self.root: Path | None = None
         self._path: Path | None = None
         self._table = self._load()
-        self._check_columns()
+        self.known = self._check_columns()
         self._table = self._undecoded(self._table)
         self.random_access = not spec.streaming  # type: ignore[misc]
         self._stream: Iterator[Any] | None = None
@@ -61,7 +63,7 @@ class ColumnsSource(Source):
         return self._path.with_name(self._path.name + ".quarantine.jsonl")
 
     def sample(self, index: int) -> Sample:
-        row = self._row(index)
+        row = {key: plain_cell(value) for key, value in self._row(index).items()}
         columns = self.columns
         identity = str(row[columns.id]) if columns.id and row.get(columns.id) is not None else str(index)
         where = self.where(index, identity)
@@ -69,9 +71,14 @@ class ColumnsSource(Source):
         images = [resolve_image(item, self.root, where) for item in found]
         meta = {name: row.get(name) for name in columns.meta}
         if columns.messages is not None:
-            turns, images = message_turns(row[columns.messages], images, where=where)
+            turns, images = message_turns(conversation_cell(row[columns.messages], where), images, where=where)
+            images = [resolve_image(item, self.root, where) for item in images]
         else:
             turns = self._question(row, len(images), meta, where)
+        refuse_other_media(row, where)
+        if not images and not self.spec.typed_images:
+            read = [name for name in (columns.image, columns.images) if name]
+            refuse_blind(row, turns, known=read, where=where, keys=self.known, cure="columns.image: {}")
         if columns.system is not None and row.get(columns.system):
             turns = [Turn("system", plain_text(str(row[columns.system]))), *turns]
         return Sample(identity, turns, images, self.name, meta)
@@ -84,9 +91,23 @@ class ColumnsSource(Source):
         if len(answers) > 1:
             meta["answers"] = [str(answer) for answer in answers]
         values = {**row, "question": row[self.columns.question]}
-        text = plain_text(self.spec.prompt.format_map(values))
-        marks = (IMAGE_MARK + "\n") * num_images
-        return [Turn("user", marks + text), Turn("assistant", plain_text(str(answers[0])))]
+        if empty := [name for name in _fields(self.spec.prompt) if values.get(name) is None]:
+            raise DataError(f"{where}: {empty[0]} is empty, and the prompt shows it")
+        text = self._shown(plain_text(self.spec.prompt.format_map(values)), num_images, where)
+        return [Turn("user", text), Turn("assistant", plain_text(str(answers[0])))]
+
+    def _shown(self, text: str, num_images: int, where: str) -> str:
+        """The prompt with its pictures: where ``<image>`` stands, else before the text. Raises `AlignmentError` when there
+        are more or fewer marks than pictures."""
+        marks = 0 if self.spec.typed_images else text.count(PLACEHOLDER)
+        if not num_images or not marks:
+            return (IMAGE_MARK + "\n") * num_images + text
+        if marks != num_images:
+            raise AlignmentError(
+                f"{where}: {marks} {PLACEHOLDER} placeholders in the prompt and {num_images} images (typed_images: true says "
+                "that they are text)"
+            )
+        return text.replace(PLACEHOLDER, IMAGE_MARK)
 
     def _row(self, index: int) -> Mapping[str, Any]:
         if not self.spec.streaming:
@@ -159,7 +180,8 @@ class ColumnsSource(Source):
         except Exception as error:
             raise DataError(f"{where}: {path} does not load: {error}") from error
 
-    def _check_columns(self) -> None:
+    def _check_columns(self) -> list[str]:
+        """The table's columns, once those that are named are among them and none that shows something is forgotten."""
         known = self._table.column_names
         if known is None:  # a stream whose features are not declared
             known = list(next(iter(self._table)))
@@ -170,6 +192,19 @@ class ColumnsSource(Source):
                     f"dataset {self.spec.name}: columns: no column {name!r}{did_you_mean(name, known)}. "
                     f"Columns: {', '.join(known)}"
                 )
+        if self.columns.image is None and self.columns.images is None:
+            self._refuse_forgotten_pictures()
+        return list(known)
+
+    def _refuse_forgotten_pictures(self) -> None:
+        """Raises `ConfigError` when a table of pictures is declared without any: every row would be learned blind."""
+        pictures = [name for name, feature in (self._table.features or {}).items() if _is_image(feature)]
+        unread = [name for name in pictures if name not in self.columns.used()]
+        if unread and not self.spec.typed_images:
+            raise ConfigError(
+                f"dataset {self.spec.name}: column {unread[0]!r} holds pictures and columns names no image, so every row would "
+                f"be learned without; write columns.image: {unread[0]} (images for a list), or typed_images: true for text alone"
+            )
 
     def _undecoded(self, table: Any) -> Any:
         """The table with its images left as ``{"bytes", "path"}``: they are decoded once, where their errors are named,
@@ -189,6 +224,13 @@ class ColumnsSource(Source):
             if name in (table.column_names or [])
         ]
         return table.select_columns(used) if used else table
+
+
+def _is_image(feature: Any) -> bool:
+    import datasets
+
+    inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", feature)
+    return isinstance(inner, datasets.Image)
 
 
 def _fields(template: str) -> list[str]:

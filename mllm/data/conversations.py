@@ -26,10 +26,10 @@ _ROLES = {
 
 def role_of(name: Any, where: str) -> Any:
     """``user``, ``assistant`` or ``system``. Raises `DataError` naming the sample."""
-    try:
-        return _ROLES[name]
-    except (KeyError, TypeError):
-        raise DataError(f"{where}: unknown role {name!r}; known: {', '.join(_ROLES)}") from None
+    role = _ROLES.get(name.strip(" _:").lower()) if isinstance(name, str) else None  # `_user`, `USER:`
+    if role is None:
+        raise DataError(f"{where}: unknown role {name!r}; known: {', '.join(_ROLES)}")
+    return role
 
 
 def plain_text(text: str) -> str:
@@ -57,6 +57,8 @@ def placeholder_turns(entries: Sequence[Any], num_images: int, *, where: str, im
         del turns[first]
     if not num_images:
         return turns
+    if has_exchanges(entries):
+        return show_first(turns, num_images, where=where)
     return mark_placeholders(turns, num_images, where=where, image_first=image_first)
 
 
@@ -80,6 +82,24 @@ def mark_placeholders(turns: list[Turn], num_images: int, *, where: str, image_f
             turn.content = (IMAGE_MARK + "\n") * count + rest
         else:
             turn.content = turn.content.replace(PLACEHOLDER, IMAGE_MARK)
+    return turns
+
+
+def has_exchanges(entries: Any) -> bool:
+    """Whether entries are questions with their answers, ``{"user", "assistant"}``, as The Cauldron's and FineVision's
+    ``texts`` are."""
+    return isinstance(entries, Sequence) and bool(entries) and all(map(_is_exchange, entries))
+
+
+def show_first(turns: list[Turn], num_images: int, *, where: str) -> list[Turn]:
+    """The images before the first question, for data sets that mark no places; typed marks are obeyed where there are
+    some."""
+    if any(PLACEHOLDER in turn.content for turn in turns):
+        return mark_placeholders(turns, num_images, where=where)
+    first = next((turn for turn in turns if turn.role == "user"), None)
+    if first is None:
+        raise AlignmentError(f"{where}: {num_images} images and no question to show them with")
+    first.content = (IMAGE_MARK + "\n") * num_images + first.content
     return turns
 
 
@@ -130,7 +150,8 @@ def message_turns(messages: Sequence[Any], images: Sequence[Any], *, where: str)
             )
         return turns, found
     if images:
-        turns = mark_placeholders(turns, len(images), where=where)
+        place = show_first if has_exchanges(messages) else mark_placeholders
+        turns = place(turns, len(images), where=where)
     return turns, list(images)
 
 
@@ -150,7 +171,21 @@ def _entries(entries: Any, where: str) -> list[Mapping[str, Any]]:
     for entry in entries:
         if not isinstance(entry, Mapping):
             raise DataError(f"{where}: a turn is {type(entry).__name__}, expected an object with a role and text")
-    return list(entries)
+    return [turn for entry in entries for turn in (_of_exchange(entry) if _is_exchange(entry) else [entry])]
+
+
+def _is_exchange(entry: Any) -> bool:
+    named = ("role", "from", "content", "value")
+    return (
+        isinstance(entry, Mapping)
+        and "user" in entry
+        and "assistant" in entry
+        and not any(entry.get(k) is not None for k in named)
+    )
+
+
+def _of_exchange(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [{"role": role, "content": entry[role]} for role in ("user", "assistant")]
 
 
 def _learn(entry: Mapping[str, Any], where: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from mllm.data.collate import Batch, Dropped, collate, collate_packed
 from mllm.data.mixture import Draw, Mixture
 from mllm.data.parallel import pool_context
 from mllm.data.plan import PackedPlan, Plan, PlannedBatch, Position
-from mllm.errors import AlignmentError, DataError
+from mllm.errors import AlignmentError, DataError, blamed_on
 from mllm.processing.chat import EncodedSample
 from mllm.threads import one_thread
 from mllm.types import Sample
@@ -29,10 +29,10 @@ _MAX_ATTEMPTS = 100
 class PlannedDataset(Dataset):
     """A planned batch → `Batch`. Holds no state, so workers, their number and a resume change nothing.
 
-    encode: sample → `EncodedSample` (e.g. ``partial(encode_sample, processor, max_length=2048)``). A sample that raises
-    `DataError` or `AlignmentError` is replaced by the next good row of its dataset (in a packed row it is left out, and
-    replaced only when nothing else is in the row) and listed in ``Batch.dropped``. 100 bad rows one after another end
-    the run.
+    encode: sample → `EncodedSample` (e.g. ``partial(encode_sample, processor, max_length=2048)``). A sample that cannot be
+    read or encoded, whatever it raises, is replaced by the next good row of its dataset (in a packed row it is left out,
+    and replaced only when nothing else is in the row) and listed in ``Batch.dropped``. 100 bad rows one after another end
+    the run. room: tokens of a packed row; a sample that turns out longer than it was planned is left out too.
     """
 
     def __init__(
@@ -42,35 +42,48 @@ class PlannedDataset(Dataset):
         *,
         collate_rows: Callable[[list[list[EncodedSample]]], Batch],
         packed: bool = False,
+        room: int | None = None,
     ):
         self.mixture, self.encode, self.collate_rows, self.packed = mixture, encode, collate_rows, packed
+        self.room = room
 
     @one_thread()
     def __getitem__(self, planned: PlannedBatch) -> Batch:
         dropped: list[Dropped] = []
         rows = []
         for draws in planned.rows:
-            samples = [] if self.packed else [self._good(draws[0], dropped)]
-            if self.packed:
-                loaded = (self._load(draw, dropped) for draw in draws)
-                samples = [sample for sample in loaded if sample is not None]
-                if not samples:
-                    samples = [self._good(draws[0], dropped, first_attempt=1)]
-            rows.append(samples)
+            rows.append(self._packed_row(draws, dropped) if self.packed else [self._good(draws[0], dropped)])
         batch = self.collate_rows(rows)
         batch.dropped, batch.epoch = dropped, planned.epoch
         batch.position, batch.following = planned.position, planned.following
         return batch
 
+    def _packed_row(self, draws: tuple[Draw, ...], dropped: list[Dropped]) -> list[EncodedSample]:
+        samples: list[EncodedSample] = []
+        for draw in draws:
+            sample = self._load(draw, dropped)
+            if sample is None:
+                continue
+            used = sum(map(len, samples)) + len(sample)
+            if self.room is not None and used > self.room:
+                name = self.mixture.sources[draw.dataset].name
+                reason = f"{name}, sample {sample.id!r} (row {draw.row}): longer than when its packed row was planned"
+                dropped.append(Dropped(name, draw.row, sample.id, reason, "changed"))
+                continue
+            samples.append(sample)
+        return samples or [self._good(draws[0], dropped, first_attempt=1)]
+
     def _load(self, draw: Draw, dropped: list[Dropped]) -> EncodedSample | None:
         source = self.mixture.sources[draw.dataset]
-        identity = str(draw.row)
+        identity, kind = str(draw.row), "cannot be read"
         try:
             sample = source[draw.row]
-            identity = sample.id
-            return self.encode(sample)
+            identity, kind = sample.id, "cannot be encoded"
+            with blamed_on(source.where(draw.row, sample.id)):
+                return self.encode(sample)
         except (DataError, AlignmentError) as error:
-            dropped.append(Dropped(source.name, draw.row, identity, str(error)))
+            kind = "placeholders and images differ" if isinstance(error, AlignmentError) else kind
+            dropped.append(Dropped(source.name, draw.row, identity, str(error), kind))
             return None
 
     def _good(self, draw: Draw, dropped: list[Dropped], first_attempt: int = 0) -> EncodedSample:
@@ -91,16 +104,52 @@ class DropLog:
     def __init__(self, path: Path | str | None = None, *, shown: int = 20):
         self.path, self.shown = Path(path) if path else None, shown
         self.counts: Counter[str] = Counter()
+        self.kinds: dict[str, Counter[str]] = {}
+        """Dataset → how often for which kind of reason."""
 
     def __call__(self, dropped: Iterable[Dropped]) -> None:
         for item in dropped:
             self.counts[item.dataset] += 1
+            self.kinds.setdefault(item.dataset, Counter())[item.kind] += 1
             if sum(self.counts.values()) <= self.shown:
                 _log.warning("dropped: %s", item.reason)
             if self.path is not None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(item._asdict(), ensure_ascii=False) + "\n")
+
+
+class BadShare:
+    """Ends a run in which too many samples cannot be used: what is trained on would no longer be the data.
+
+    share: what part of a dataset's samples may be bad, of those tried so far, of at least 100 (so that a few bad rows end
+    no short run). Raises `DataError` with the counts, the last reason and the cure.
+    """
+
+    _FEWEST = 100
+
+    def __init__(self, share: float):
+        self.share = share
+        self.good: Counter[str] = Counter()
+        self.bad: Counter[str] = Counter()
+
+    def __call__(self, batch: Batch) -> None:
+        self.good.update(batch.datasets)
+        for item in batch.dropped:
+            self.bad[item.dataset] += 1
+        for name in {item.dataset for item in batch.dropped}:
+            found = [item for item in batch.dropped if item.dataset == name]
+            self.check(name, found, self.good[name] + self.bad[name], number=self.bad[name])
+
+    def check(self, dataset: str, bad: Sequence[Dropped], tried: int, *, number: int | None = None) -> None:
+        """Raises `DataError` for too many of one dataset. number: how many were bad in all; default: ``bad``'s."""
+        number = len(bad) if number is None else number
+        if number > self.share * max(tried, self._FEWEST):
+            raise DataError(
+                f"{dataset}: {number} of the {tried} samples tried so far cannot be used, more than max_bad_share "
+                f"{self.share:g} allows. The last: {bad[-1].reason}. See all with `mllm data check`; then mend them, leave "
+                "them out with --write-quarantine, or raise the stage's max_bad_share"
+            )
 
 
 class _PlanSampler(Sampler):
@@ -132,10 +181,13 @@ class DataStream:
         pin_memory: bool = False,
         prefetch_factor: int = 4,
         on_drop: Callable[[list[Dropped]], None] | None = None,
+        max_bad_share: float = 1.0,
     ):
         self.plan, self.rank, self.num_workers = plan, rank, num_workers
         self.pin_memory, self.prefetch_factor = pin_memory, prefetch_factor
         self.on_drop = on_drop if on_drop is not None else DropLog()
+        self.bad_share = BadShare(max_bad_share)
+        room = plan.max_length if isinstance(plan, PackedPlan) else None
         if isinstance(plan, PackedPlan):
             rows: Any = partial(collate_packed, max_length=plan.max_length, pad_token_id=pad_token_id)
         else:
@@ -145,7 +197,9 @@ class DataStream:
                 padding_side=padding_side,
                 pad_to_multiple_of=pad_to_multiple_of,
             )
-        self.dataset = PlannedDataset(plan.mixture, encode, collate_rows=rows, packed=isinstance(plan, PackedPlan))
+        self.dataset = PlannedDataset(
+            plan.mixture, encode, collate_rows=rows, packed=isinstance(plan, PackedPlan), room=room
+        )
         self.position = Position()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -166,6 +220,7 @@ class DataStream:
             self.position = batch.following
             if batch.dropped:
                 self.on_drop(batch.dropped)
+            self.bad_share(batch)
             yield batch
 
     def state_dict(self) -> dict[str, Any]:

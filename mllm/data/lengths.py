@@ -13,7 +13,7 @@ import numpy as np
 
 from mllm.data.parallel import chunks, pool_context
 from mllm.data.sources import Source
-from mllm.errors import AlignmentError, DataError
+from mllm.errors import AlignmentError, DataError, blamed_on
 from mllm.types import Sample
 
 
@@ -26,22 +26,38 @@ def measure(
     cache: Path | str | None = None,
     processes: int = 1,
     progress: Callable[[int], None] | None = None,
+    on_bad: Callable[[int, str], None] | None = None,
 ) -> np.ndarray:
-    """Tokens of every row (of the first ``rows``), int32; 0 where the row or ``length`` raises (it will be dropped and
-    named when its turn comes).
+    """Tokens of every row (of the first ``rows``), int32; 0 where the row or ``length`` raises.
 
     Visual tokens are counted without opening images. key: what ``length`` depends on (tokenizer, template, visual
-    tokens); with it and ``cache``, a folder, the table is stored and read back as long as the dataset's fingerprint is
-    the same.
+    tokens); with it and ``cache``, a folder, the table is stored and read back as long as the dataset's rows and the way
+    they are read are the same. on_bad: told number and reason of every row that has no length; rows that a stored table
+    has none for are then tried again.
     """
-    stored, total = None, min(len(source), rows or len(source))
+    stored, total, table = None, min(len(source), rows or len(source)), None
     if cache is not None and key:
-        digest = hashlib.sha256(f"{source.fingerprint}\n{key}\n{total}".encode()).hexdigest()[:24]
-        stored = Path(cache) / f"{source.name}-{digest}.npy"
+        content = f"{source.fingerprint}\n{source.reading}\n{key}\n{total}"
+        stored = Path(cache) / f"{source.name}-{hashlib.sha256(content.encode()).hexdigest()[:24]}.npy"
         if stored.is_file():
             table = np.load(stored)
-            if len(table) == total:
-                return table
+    if table is None or len(table) != total:
+        table = _measure_all(source, length, total, processes, progress)
+        _store(table, stored)
+    if on_bad is not None and (bad := np.flatnonzero(table == 0)).size:
+        for row in bad.tolist():
+            table[row] = _length(source, length, row, on_bad)
+        _store(table, stored)
+    return table
+
+
+def _measure_all(
+    source: Source,
+    length: Callable[[Sample], int],
+    total: int,
+    processes: int,
+    progress: Callable[[int], None] | None,
+) -> np.ndarray:
     parts = chunks(total, 512)
     work = partial(_measure_rows, source, length)
     tables = []
@@ -56,20 +72,29 @@ def measure(
             tables.append(part)
             if progress:
                 progress(len(part))
-    table = np.concatenate(tables) if tables else np.zeros(0, np.int32)
+    return np.concatenate(tables) if tables else np.zeros(0, np.int32)
+
+
+def _store(table: np.ndarray, stored: Path | None) -> None:
     if stored is not None:
         stored.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=stored.parent, suffix=".tmp", delete=False) as file:
             np.save(file, table)
         Path(file.name).replace(stored)
-    return table
 
 
 def _measure_rows(source: Source, length: Callable[[Sample], int], rows: range) -> np.ndarray:
-    table = np.zeros(len(rows), np.int32)
-    for place, row in enumerate(rows):
-        try:
-            table[place] = length(source[row])
-        except (DataError, AlignmentError):
-            table[place] = 0
-    return table
+    return np.array([_length(source, length, row) for row in rows], np.int32)
+
+
+def _length(
+    source: Source, length: Callable[[Sample], int], row: int, on_bad: Callable[[int, str], None] | None = None
+) -> int:
+    try:
+        sample = source[row]
+        with blamed_on(source.where(row, sample.id)):
+            return length(sample)
+    except (DataError, AlignmentError) as error:
+        if on_bad is not None:
+            on_bad(row, str(error))
+        return 0

@@ -11,11 +11,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from mllm.data.blind import refuse_blind, refuse_other_media
+from mllm.data.cells import as_list, conversation_cell, given, plain_cell
 from mllm.data.conversations import embeds_images, message_turns, placeholder_turns
 from mllm.data.files import Files, matching_files
 from mllm.data.spec import SOURCES, DatasetSpec, expand_path
-from mllm.errors import DataError
-from mllm.types import Sample
+from mllm.errors import DataError, blamed_on
+from mllm.types import Sample, Turn
 
 
 class Source(Sequence):
@@ -40,6 +42,12 @@ class Source(Sequence):
         """Changes when the rows change; recorded in ``run.json`` and in quarantine lists."""
         raise NotImplementedError
 
+    @property
+    def reading(self) -> str:
+        """How rows become samples, as far as the declaration decides it: the other half of what a sample's text is."""
+        told = ("format", "columns", "prompt", "image_first", "image_key", "typed_images")
+        return json.dumps({name: self.spec.model_dump(mode="json")[name] for name in told}, sort_keys=True)
+
     def quarantine_path(self) -> Path:
         """Where this dataset's list of bad samples lies, whether it exists or not."""
         if self.spec.quarantine:
@@ -55,7 +63,12 @@ class Source(Sequence):
             raise TypeError("a source takes one row number")
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: row {index} of {len(self)}")
-        return self.sample(int(index))
+        number = int(index)
+        with blamed_on(self.where(number)):
+            sample = self.sample(number)
+        for turn in sample.turns:
+            _refuse_half_characters(turn.content, f"{self.where(number, sample.id)}: the {turn.role}'s turn")
+        return sample
 
     def where(self, index: int, identity: Any = None) -> str:
         """How errors name a sample."""
@@ -104,14 +117,25 @@ class JsonSource(Source):
     def row(self, index: int) -> tuple[dict[str, Any], str, Path]:
         """(row, its id, folder its image paths start from)."""
         file, position = self.rows.locate(index)
-        row = file[position]
+        row = {key: plain_cell(value) for key, value in file[position].items()}
         identity = row.get("id")
         return row, str(identity) if identity is not None else str(index), self.root or file.path.parent
 
+    @property
+    def image_keys(self) -> tuple[str, ...]:
+        """Keys that a row's pictures are read from, the first that holds something."""
+        return (self.spec.image_key,) if self.spec.image_key else ("image", "images")
+
     def images(self, row: dict[str, Any], root: Path, where: str) -> list[Any]:
-        """``image`` (one or a list) or ``images``, paths resolved."""
-        value = row.get("image") if row.get("image") not in (None, "") else row.get("images")
+        """``image`` (one or a list) or ``images``, or what the declaration names; paths resolved."""
+        value = next((row[key] for key in self.image_keys if given(row.get(key))), None)
         return [resolve_image(item, root, where) for item in as_list(value)]
+
+    def refuse_blind(self, row: dict[str, Any], turns: list[Turn], images: list[Any], where: str) -> None:
+        """Raises for a row that would be learned without what it shows (`mllm.data.blind`)."""
+        refuse_other_media(row, where)
+        if not images and not self.spec.typed_images:
+            refuse_blind(row, turns, known=self.image_keys, where=where)
 
 
 class LlavaSource(JsonSource):
@@ -122,15 +146,16 @@ class LlavaSource(JsonSource):
         row, identity, root = self.row(index)
         where = self.where(index, identity)
         images = self.images(row, root, where)
-        conversation = row.get("conversations", row.get("conversation", row.get("messages")))
+        keys = ("conversations", "conversation", "messages")
+        conversation = next((row[key] for key in keys if row.get(key) is not None), None)
         if conversation is None:
             raise DataError(f"{where}: no conversations; keys are {sorted(row)}")
+        conversation = conversation_cell(conversation, where)
         if isinstance(row.get("system"), str) and row["system"]:
             conversation = [{"from": "system", "value": row["system"]}, *conversation]
         turns = placeholder_turns(conversation, len(images), where=where, image_first=self.spec.image_first)
-        return Sample(
-            identity, turns, images, self.name, _rest(row, "conversations", "conversation", "messages", "system")
-        )
+        self.refuse_blind(row, turns, images, where)
+        return Sample(identity, turns, images, self.name, _rest(row, *keys, "system", *self.image_keys))
 
 
 class ShareGptSource(LlavaSource):
@@ -147,29 +172,31 @@ class MessagesSource(JsonSource):
         where = self.where(index, identity)
         if "messages" not in row:
             raise DataError(f"{where}: no messages; keys are {sorted(row)}")
-        listed = as_list(row.get("images"))
-        if not listed and not embeds_images(
-            row["messages"]
-        ):  # a picture beside the messages, for strings or bare parts
-            listed = as_list(row.get("image"))
-        turns, images = message_turns(row["messages"], listed, where=where)
+        messages = conversation_cell(row["messages"], where)
+        listed = as_list(row.get(self.spec.image_key or "images"))
+        if not listed and self.spec.image_key is None and not embeds_images(messages):
+            listed = as_list(row.get("image"))  # a picture beside the messages, for strings or bare parts
+        turns, images = message_turns(messages, listed, where=where)
+        self.refuse_blind(row, turns, images, where)
         images = [resolve_image(image, root, where) for image in images]
-        return Sample(identity, turns, images, self.name, _rest(row, "messages"))
+        return Sample(identity, turns, images, self.name, _rest(row, "messages", *self.image_keys))
+
+
+def _refuse_half_characters(text: str, where: str) -> None:
+    """Raises `DataError` for half of a surrogate pair, which JSON can write and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where} holds half of a surrogate pair ({text[error.start]!a}, character {error.start}): a character that was "
+            "cut in two, often an emoji; write it whole or take it out"
+        ) from None
 
 
 def open_source(spec: DatasetSpec) -> Source:
     """The source that a declaration means. Raises `DataError` when its files are missing, `ConfigError` for a bad
     format."""
     return SOURCES.get(spec.format)(spec)
-
-
-def as_list(value: Any) -> list[Any]:
-    """None → [], a list → itself, anything else → one entry."""
-    if value is None or (isinstance(value, str) and not value):
-        return []
-    if isinstance(value, (list, tuple)):
-        return [item for item in value if item is not None]
-    return [value]
 
 
 def resolve_image(item: Any, root: Path | None, where: str) -> Any:

@@ -80,6 +80,11 @@ class DatasetSpec(StrictModel):
     split: str = "train"
     image_root: str | None = None
     """Folder that relative image paths start from; default: the folder of the file."""
+    image_key: str | None = None
+    """Formats llava, sharegpt and messages: the row's key for its picture or pictures; default: ``image`` or ``images``."""
+    typed_images: bool = False
+    """``<image>`` in a row without pictures is text that somebody typed. Without this such a row is refused: a model would
+    be trained blind when pictures lie under another key."""
     columns: ColumnMap | None = None
     prompt: str = "{question}"
     """Format columns: what the user says; ``{column}`` for any column."""
@@ -117,9 +122,13 @@ class DatasetSpec(StrictModel):
         if self.format == "columns":
             if self.columns is None:
                 raise ValueError("format columns needs columns: which column is the question, the answer, the image")
+            if self.image_key is not None:
+                raise ValueError("format columns takes its picture from columns.image or columns.images, not image_key")
         else:
             if self.columns is not None:
                 raise ValueError(f"columns belongs to format columns, not {self.format}")
+            if self.image_key is not None and self.format not in ("llava", "sharegpt", "messages"):
+                raise ValueError("image_key belongs to the formats llava, sharegpt and messages")
             if self.hub is not None and self.format in ("llava", "sharegpt", "messages"):
                 raise ValueError(
                     f"a hub dataset is read by format columns, not {self.format} (columns: {{messages: …}})"

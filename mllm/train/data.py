@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mllm import distributed
-from mllm.data.collate import Batch
-from mllm.data.dataset import DataStream, DropLog
+from mllm.data.collate import Batch, Dropped
+from mllm.data.dataset import BadShare, DataStream, DropLog
 from mllm.data.lengths import measure
 from mllm.data.mixture import Draw, Mixture
 from mllm.data.plan import make_plan
@@ -42,18 +42,8 @@ class StageData:
     def __init__(self, stage: StageSpec, processor: Any, mixture: Mixture, *, cache: Path, log: Path | None = None):
         self.stage, self.mixture = stage, mixture
         world, rank = distributed.world_size(), distributed.rank()
-        lengths = None
-        if stage.packing or stage.group_by_length:
-            tokenizer = processor.tokenizer.backend_tokenizer.to_str()
-            span = getattr(processor, "visual_span", None)
-            key = f"{tokenizer}|{processor.chat_template}|{processor.num_image_tokens}|{span}"
-            tables = []
-            for source in mixture.sources:
-                if distributed.is_main():  # the others read its cache
-                    measure(source, partial(token_count, processor), key=key, cache=cache)
-                distributed.barrier()
-                tables.append(measure(source, partial(token_count, processor), key=key, cache=cache))
-            lengths = tables
+        self.drops = DropLog(log)
+        lengths = self._lengths(processor, cache) if stage.packing or stage.group_by_length else None
         total = None if stage.epochs is None else max(1, round(stage.epochs * len(mixture)))
         self.plan = make_plan(
             mixture,
@@ -65,7 +55,6 @@ class StageData:
             lengths=lengths,
             max_length=stage.max_length,
         )
-        self.drops = DropLog(log)
         self.stream = DataStream(
             self.plan,
             partial(encode_sample, processor, max_length=stage.max_length),
@@ -75,8 +64,34 @@ class StageData:
             pad_to_multiple_of=None if stage.packing else 8,
             pin_memory=distributed.local_device().type == "cuda",
             on_drop=self.drops,
+            max_bad_share=stage.max_bad_share,
         )
         self.micro_batches = None if total is None else self.plan.num_batches()
+
+    def _lengths(self, processor: Any, cache: Path) -> list[Any]:
+        """Every dataset's token counts, measured once by the main process. Rows that cannot be measured are named, for
+        packing plans around them; too many of them raise `DataError`."""
+        tokenizer = processor.tokenizer.backend_tokenizer.to_str()
+        span = getattr(processor, "visual_span", None)
+        key = f"{tokenizer}|{processor.chat_template}|{processor.num_image_tokens}|{span}"
+        count, tables = partial(token_count, processor), []
+        for source, left_out, rows in zip(
+            self.mixture.sources, self.mixture.quarantined, self.mixture.num_rows, strict=True
+        ):
+            bad: list[Dropped] = []
+
+            def on_bad(row: int, reason: str, name: str = source.name, known: Any = left_out, found: Any = bad) -> None:
+                if row not in known:
+                    found.append(Dropped(name, row, str(row), reason, "cannot be measured"))
+
+            if distributed.is_main():  # the others read its cache
+                measure(source, count, key=key, cache=cache, on_bad=on_bad)
+            distributed.barrier()
+            tables.append(measure(source, count, key=key, cache=cache))
+            if self.stage.packing:
+                self.drops(bad)
+                BadShare(self.stage.max_bad_share).check(source.name, bad, rows)
+        return tables
 
     @property
     def total_steps(self) -> int:

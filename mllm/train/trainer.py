@@ -45,7 +45,7 @@ from mllm.train.prepare import DTYPES, attention_inputs, prepare_model
 from mllm.train.stages.routing.monitor import watch_routing
 
 SAVE_SECONDS = 20 * 60
-_COSMETIC = {"log_every", "save_every", "num_workers", "draw"}
+_COSMETIC = {"log_every", "save_every", "num_workers", "draw", "max_bad_share"}
 
 
 @dataclass

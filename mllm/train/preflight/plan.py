@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mllm.errors import ConfigError, DataError, MllmError
+from mllm.errors import ConfigError, DataError, MllmError, blamed_on
 from mllm.models.build import build_config, build_processor, load_tokenizer
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.loss import DEFAULT_CHUNK
@@ -247,7 +247,9 @@ def _look_at_data(recipe: Recipe, stage: StageSpec, plan: StagePlan, processor: 
     if processor is not None:
         for draw in mixture.locate(range(min(_SAMPLED_ROWS, len(mixture)))):
             try:
-                plan.lengths.append(token_count(processor, mixture.sources[draw.dataset][draw.row]))
+                sample = mixture.sources[draw.dataset][draw.row]
+                with blamed_on(sample.id):
+                    plan.lengths.append(token_count(processor, sample))
             except MllmError:
                 continue
     if plan.lengths:

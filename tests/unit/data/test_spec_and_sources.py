@@ -104,7 +104,7 @@ def test_a_typed_placeholder_without_an_image_stays_text(tmp_path):
         llava("<image>\nWhat does this say?", answer="It says <image>."),
         llava("plain", image=""),
     ]
-    text_only, with_answer, empty = (source(tmp_path, rows, "llava")[i] for i in range(3))
+    text_only, with_answer, empty = (source(tmp_path, rows, "llava", typed_images=True)[i] for i in range(3))
     assert text_only.images == [] and text_only.turns[0].content == "How do I write <image> in HTML?"
     assert with_answer.turns[0].content.count(IMAGE_MARK) == 1 and with_answer.turns[1].content == "It says <image>."
     assert empty.images == []
@@ -200,7 +200,7 @@ def test_string_messages_take_images_from_the_list(tmp_path):
         },
         {"messages": [{"role": "user", "content": "what is <image>?"}, {"role": "assistant", "content": "a tag"}]},
     ]
-    data = source(tmp_path, rows, "messages")
+    data = source(tmp_path, rows, "messages", typed_images=True)
     assert data[0].turns[0].content == f"{IMAGE_MARK}a"
     assert data[1].turns[0].content == "what is <image>?" and data[1].images == []
 
@@ -269,7 +269,7 @@ def parquet(tmp_path_factory):
         }
     )
     rows = [
-        {"img": picture(i) if i != 2 else None, "query": f"q{i} <image>?", "label": [f"a{i}", f"b{i}"], "who": "human"}
+        {"img": picture(i) if i != 2 else None, "query": f"q{i}?", "label": [f"a{i}", f"b{i}"], "who": "human"}
         for i in range(10)
     ]
     path = tmp_path_factory.mktemp("columns") / "data.parquet"
@@ -291,12 +291,12 @@ def test_columns_of_a_table_make_samples(parquet, streaming):
     data = open_source(spec)
     assert len(data) == 10
     sample = data[3]
-    assert sample.turns[0].content == f"{IMAGE_MARK}\nq3 <image>?\nIn short." and sample.turns[1].content == "a3"
+    assert sample.turns[0].content == f"{IMAGE_MARK}\nq3?\nIn short." and sample.turns[1].content == "a3"
     assert sample.meta == {"who": "human", "answers": ["a3", "b3"]}
     assert (
         isinstance(sample.images[0], dict) and load_image(sample.images[0], where="t").tobytes() == picture(3).tobytes()
     )
-    assert data[2].images == [] and data[2].turns[0].content == "q2 <image>?\nIn short."
+    assert data[2].images == [] and data[2].turns[0].content == "q2?\nIn short."
     assert [data[i].turns[1].content for i in (9, 0, 5, 4)] == ["a9", "a0", "a5", "a4"]
 
 

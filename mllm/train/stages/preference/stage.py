@@ -13,6 +13,7 @@ import copy
 import importlib
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -25,8 +26,8 @@ from pydantic import Field
 from mllm import distributed
 from mllm.config import StrictModel, validate
 from mllm.data.collate import Dropped
-from mllm.data.dataset import DropLog
-from mllm.errors import AlignmentError, ConfigError, DataError, UnavailableError, did_you_mean
+from mllm.data.dataset import BadShare, DropLog
+from mllm.errors import AlignmentError, ConfigError, DataError, UnavailableError, blamed_on, did_you_mean
 from mllm.processing.images import load_image
 from mllm.processing.template import parts_of
 from mllm.recipe import StageSpec
@@ -211,6 +212,7 @@ def make_rows(run: Run, stage: StageSpec, options: PreferenceOptions, drops: Dro
 
     mixture = open_mixture(stage, run.recipe.seed)
     draws = mixture.locate(range(len(mixture)))
+    share, tried = BadShare(stage.max_bad_share), Counter[str]()
 
     def read(index: int) -> dict[str, Any]:
         draw = draws[index]
@@ -218,9 +220,16 @@ def make_rows(run: Run, stage: StageSpec, options: PreferenceOptions, drops: Dro
             now = mixture.substitute(draw, attempt) if attempt else draw
             source = mixture.sources[now.dataset]
             try:
-                return as_row(source[now.row], stage.kind, options, max_pixels=max_pixels)
+                sample = source[now.row]
+                with blamed_on(source.where(now.row, sample.id)):
+                    row = as_row(sample, stage.kind, options, max_pixels=max_pixels)
+                tried[source.name] += 1
+                return row
             except (DataError, AlignmentError) as error:
-                drops([Dropped(source.name, now.row, str(now.row), str(error))])
+                bad = [Dropped(source.name, now.row, str(now.row), str(error), "cannot be read")]
+                drops(bad)
+                tried[source.name] += 1
+                share.check(source.name, bad, tried[source.name], number=drops.counts[source.name])
                 reason = str(error)
         raise DataError(f"{source.name}: {_ATTEMPTS} samples one after another cannot be used. The last: {reason}")
 

@@ -18,7 +18,7 @@ from mllm import distributed
 from mllm.config import to_plain
 from mllm.data.collate import collate
 from mllm.data.sources import Source
-from mllm.errors import AlignmentError, ConfigError, DataError
+from mllm.errors import AlignmentError, ConfigError, DataError, blamed_on
 from mllm.models.loss import shift_labels
 from mllm.processing.chat import IGNORE, EncodedSample, encode_sample
 from mllm.train.stages.routing.labels import NONE, LabelRule, helpful_experts, read_lines
@@ -165,7 +165,9 @@ def _entries(
     usable: list[tuple[int, EncodedSample]] = []
     for row in rows:
         try:
-            encoded = encode_sample(processor, source[row], max_length)
+            sample = source[row]
+            with blamed_on(source.where(row, sample.id)):
+                encoded = encode_sample(processor, sample, max_length)
         except (DataError, AlignmentError) as error:
             entries.append({"row": row, "losses": None, "reason": str(error)})
             continue

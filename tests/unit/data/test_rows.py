@@ -1,0 +1,250 @@
+"""Does every odd row become what it means, or is it named, counted and replaced while training goes on?"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from mllm.data.check import check
+from mllm.data.dataset import DataStream, DropLog
+from mllm.data.mixture import Mixture
+from mllm.data.plan import make_plan
+from mllm.data.sources import open_source
+from mllm.data.spec import DatasetSpec
+from mllm.errors import AlignmentError, ConfigError, DataError
+from mllm.processing.chat import encode_sample
+from mllm.types import IMAGE_MARK
+from tests.helpers import picture
+from tests.unit.data.test_collate_and_dataset import processor  # noqa: F401  (fixture)
+
+CASES = Path(__file__).resolve().parents[2] / "golden" / "rows"
+TURNS = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "It."}]
+
+
+def among_good(tmp_path: Path, case: str | dict, *, good: int = 63) -> Path:
+    """A file of so many good rows with one other row, number 7, among them."""
+    shutil.copy(CASES / "a.png", tmp_path / "a.png")
+    row = json.loads((CASES / case).read_text()) if isinstance(case, str) else case
+    if "conversations" in row:
+        talk = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "It."}]
+        rows = [{"id": f"g{i}", "image": "a.png", "conversations": talk} for i in range(good)]
+    else:
+        rows = [{"id": f"g{i}", "images": ["a.png"], "messages": TURNS} for i in range(good)]
+    rows.insert(7, row)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def spec(path: Path, **options) -> DatasetSpec:
+    text = path.read_text()
+    return DatasetSpec(name="d", format="llava" if '"conversations"' in text else "messages", path=str(path), **options)
+
+
+def stream(spec: DatasetSpec, processor, *, total=64, encode=None, **options):  # noqa: F811
+    log = DropLog()
+    plan = make_plan(Mixture({"datasets": [{"dataset": spec}]}), batch_size=8, total=total)
+    encode = encode or partial(encode_sample, processor, max_length=256)
+    return log, DataStream(plan, encode, pad_token_id=0, on_drop=log, **options)
+
+
+BAD = {
+    "image_key_misnamed.jsonl": r"1 <image> placeholder and no image.*keys id, img_path, conversations.*image_key: img_path",
+    "messages_no_images.jsonl": r"1 <image> placeholder and no image.*keys id, image_path, messages.*image_key: image_path",
+    "lone_surrogate.jsonl": r"the assistant's turn holds half of a surrogate pair \('\\ud83d', character 4\)",
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_row_is_named_by_the_check_and_replaced_in_training(tmp_path, processor, case):  # noqa: F811
+    declared = spec(among_good(tmp_path, case))
+    with pytest.raises((AlignmentError, DataError), match=BAD[case]):
+        open_source(declared)[7]
+    report = check(declared, progress=False, write=False)
+    assert [problem.row for problem in report.problems] == [7] and report.checked == 64
+    log, batches = stream(declared, processor)
+    found = list(batches)
+    assert sum(len(batch.ids) for batch in found) == 64 and log.counts == {"d": 1}
+    dropped = [item for batch in found for item in batch.dropped]
+    assert [item.row for item in dropped] == [7] and dropped[0].reason == report.problems[0].reason
+
+
+@pytest.mark.parametrize("case", ["nul_char.jsonl", "special_in_user.jsonl", "special_in_answer.jsonl"])
+def test_odd_text_is_text(tmp_path, processor, case):  # noqa: F811
+    declared = spec(among_good(tmp_path, case))
+    assert check(declared, processor, progress=False, write=False).num_bad == 0
+    log, batches = stream(declared, processor)
+    assert sorted(i for batch in batches for i in batch.ids) == sorted(["7", *(f"g{i}" for i in range(63))])
+    assert not log.counts
+
+
+def test_the_key_can_be_named_and_typed_marks_allowed(tmp_path):
+    path = among_good(tmp_path, "image_key_misnamed.jsonl", good=0)
+    sample = open_source(spec(path, image_key="img_path"))[0]
+    assert sample.images == [str(tmp_path / "a.png")] and IMAGE_MARK in sample.turns[0].content
+    typed = open_source(spec(path, typed_images=True))[0]
+    assert typed.images == [] and typed.turns[0].content.startswith("<image>")
+    with pytest.raises(ValueError, match="image_key belongs to the formats llava"):
+        DatasetSpec(name="d", format="routing_labels", path="x", image_key="a")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"images": [], "messages": TURNS}, "1 <image> placeholder and no image"),
+        ({"images": None, "image": float("nan"), "messages": TURNS}, "1 <image> placeholder and no image"),
+        ({"pictures": ["b.png"], "messages": [{"role": "user", "content": "What?"}, TURNS[1]]}, "pictures looks like"),
+        ({"videos": ["a.mp4"], "images": ["a.png"], "messages": TURNS}, "has videos, which training does not read"),
+        ({"messages": [TURNS[0], {**TURNS[1], "content": "<image>"}], "photo_path": "x"}, "2 <image> placeholders"),
+    ],
+)
+def test_no_row_is_learned_without_what_it_shows(tmp_path, change, expected):
+    with pytest.raises((AlignmentError, DataError), match=expected):
+        open_source(spec(among_good(tmp_path, change, good=0)))[0]
+
+
+def test_text_rows_with_harmless_keys_stay(tmp_path):
+    row = {"image_id": 7, "image_url": "", "source": "https://example.org/a.png", "image": None}
+    row["messages"] = [{"role": "user", "content": "What?"}, TURNS[1]]
+    assert open_source(spec(among_good(tmp_path, row, good=0)))[0].images == []
+
+
+def test_a_mark_in_a_question_column_is_the_images_place(tmp_path, processor):  # noqa: F811
+    file = CASES / "question_column_with_image_mark.parquet"
+    columns = {"question": "question", "answer": "answer", "image": "image"}
+    declared = DatasetSpec(name="d", format="columns", path=str(file), columns=columns)
+    sample = open_source(declared)[0]
+    assert sample.turns[0].content == f"{IMAGE_MARK}\nWhat colour?" and len(sample.images) == 1
+    _, batches = stream(declared, processor, total=8)
+    batch = next(iter(batches))
+    text = processor.tokenizer.decode(batch.inputs["input_ids"][0])
+    assert "< image>" not in text and text.count("<image>") == processor.num_image_tokens
+    typed = open_source(declared.model_copy(update={"typed_images": True}))[0]
+    assert typed.turns[0].content == f"{IMAGE_MARK}\n<image>\nWhat colour?"
+    twice = declared.model_copy(update={"prompt": "<image> {question}"})
+    with pytest.raises(AlignmentError, match="2 <image> placeholders in the prompt and 1 images"):
+        open_source(twice)[0]
+    blind = declared.model_copy(update={"columns": declared.columns.model_copy(update={"image": None})})
+    with pytest.raises(
+        AlignmentError, match=r"no image; pictures are read from no column, .*keys question, answer, image"
+    ):
+        open_source(blind)[0]
+
+
+def test_whatever_encoding_raises_is_the_samples(tmp_path, processor):  # noqa: F811
+    declared = spec(among_good(tmp_path, {"id": "odd", "images": ["a.png"], "messages": TURNS}))
+
+    def encode(sample):
+        if sample.id == "odd":
+            raise TypeError("TextInputSequence must be str")
+        return encode_sample(processor, sample, 256)
+
+    log, batches = stream(declared, processor, encode=encode)
+    found = list(batches)
+    dropped = [item for batch in found for item in batch.dropped]
+    assert [item.reason for item in dropped] == ["d, sample 'odd' (row 7): TypeError: TextInputSequence must be str"]
+    assert sum(len(batch.ids) for batch in found) == 64 and log.kinds == {"d": {"cannot be encoded": 1}}
+
+
+def test_too_many_bad_samples_end_the_run_with_counts_and_cure(tmp_path, processor):  # noqa: F811
+    declared = spec(among_good(tmp_path, "lone_surrogate.jsonl"))
+
+    def encode(sample):
+        if int(sample.id[1:] or 0) % 4 == 0:
+            raise ValueError("no")
+        return encode_sample(processor, sample, 256)
+
+    _, batches = stream(declared, processor, encode=encode, max_bad_share=0.05, total=640)
+    with pytest.raises(
+        DataError, match=r"^d: \d+ of the \d+ samples tried so far .* max_bad_share 0\.05 .*--write-quar"
+    ):
+        list(batches)
+    _, batches = stream(declared, processor, encode=encode, max_bad_share=0.5, total=640)
+    assert sum(len(batch.ids) for batch in batches) == 640
+
+
+# ---------------------------------------------------------------------------------------------------------------- cells
+
+
+def test_conversations_as_text_nan_and_numpy_in_cells_are_read(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    shutil.copy(CASES / "a.png", tmp_path / "a.png")
+    talk = json.dumps(TURNS)
+    frame = pandas.DataFrame(
+        {
+            "talk": [talk, json.dumps([{**TURNS[0], "content": "What?"}, TURNS[1]]), "[broken"],
+            "pics": [["a.png"], None, ["a.png"]],
+            "system": ["be kind", float("nan"), None],
+        }
+    )
+    frame.to_parquet(tmp_path / "t.parquet")
+    columns = {"messages": "talk", "images": "pics", "system": "system"}
+    data = open_source(DatasetSpec(name="t", format="columns", path=str(tmp_path / "t.parquet"), columns=columns))
+    assert [turn.role for turn in data[0].turns] == ["system", "user", "assistant"]
+    assert data[0].images == [str(tmp_path / "a.png")]
+    assert [turn.role for turn in data[1].turns] == ["user", "assistant"] and data[1].images == []
+    with pytest.raises(DataError, match="text that looks like JSON and is none"):
+        data[2]
+    text = tmp_path / "t.jsonl"
+    text.write_text(json.dumps({"image": "a.png", "conversations": talk}) + "\n")
+    assert open_source(DatasetSpec(name="t", format="llava", path=str(text)))[0].images == [str(tmp_path / "a.png")]
+
+
+def test_an_empty_cell_is_never_shown_or_learned(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pandas.DataFrame({"q": ["a", "b", "c"], "hint": ["x", None, "y"], "a": ["1", "2", float("nan")]}).to_parquet(
+        tmp_path / "t.parquet"
+    )
+    declared = DatasetSpec(
+        name="t", format="columns", path=str(tmp_path / "t.parquet"), columns={"question": "q", "answer": "a"},
+        prompt="{q} {hint}",
+    )  # fmt: skip
+    data = open_source(declared)
+    assert data[0].turns[0].content == "a x"
+    with pytest.raises(DataError, match="hint is empty, and the prompt shows it"):
+        data[1]
+    with pytest.raises(DataError, match="a is empty"):
+        data[2]
+
+
+def test_numpy_cells_and_roles_of_hub_sets_are_read():
+    import numpy as np
+
+    from mllm.data.cells import as_list, plain_cell
+    from mllm.data.conversations import message_turns
+
+    cell = np.array(
+        [{"user": "What?", "assistant": "It.", "source": "x"}, {"user": "And?", "assistant": "No."}], object
+    )
+    turns, images = message_turns(plain_cell(cell), ["a.png", "b.png"], where="s")
+    assert [(t.role, t.content) for t in turns][:2] == [
+        ("user", f"{IMAGE_MARK}\n{IMAGE_MARK}\nWhat?"),
+        ("assistant", "It."),
+    ]
+    assert len(turns) == 4 and images == ["a.png", "b.png"]
+    named = [{"role": "_user", "content": "<image>"}, {"role": "ASSISTANT", "content": "b"}]
+    assert [turn.role for turn in message_turns(named, ["a.png"], where="s")[0]] == ["user", "assistant"]
+    assert as_list(np.array(["a.png", None], object)) == ["a.png"] and as_list(float("nan")) == []
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    assert as_list(pixels)[0] is pixels and plain_cell(np.float64("nan")) is None and plain_cell(np.int64(3)) == 3
+
+
+def test_a_table_of_pictures_declared_without_any_is_refused(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"pic": datasets.Image(), "q": datasets.Value("string"), "a": datasets.Value("string")}
+    )
+    table = datasets.Dataset.from_list([{"pic": picture(1), "q": "what?", "a": "it"}], features=features)
+    table.to_parquet(str(tmp_path / "t.parquet"))
+    options = {"name": "t", "format": "columns", "path": str(tmp_path / "t.parquet")}
+    with pytest.raises(
+        ConfigError, match=r"column 'pic' holds pictures and columns names no image.*columns.image: pic"
+    ):
+        open_source(DatasetSpec(**options, columns={"question": "q", "answer": "a"}))
+    assert (
+        open_source(DatasetSpec(**options, columns={"question": "q", "answer": "a"}, typed_images=True))[0].images == []
+    )
