@@ -109,7 +109,7 @@ def _train(recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, p
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         info = RunInfo(folder, recipe, processes=distributed.world_size(), resume=resume)
-        tracker = Tracker(folder, recipe)
+        tracker = Tracker(folder, recipe, info)
     distributed.barrier()
     run = Run(recipe, folder, resume, tracker, info, stop_after, profile)
     try:

@@ -133,7 +133,7 @@ def train(run: Run, stage: StageSpec, model: Any, processor: Any) -> Engine | No
                 record |= session.datasets.report() if session.datasets is not None else {}
                 record |= routing.report() if routing is not None else {}
                 if run.tracker is not None:
-                    run.tracker.log(record, global_step=progress.step)
+                    run.tracker.log(record)
             display.update(progress.step, record)
             draw(progress.step, last=last)
             stop = _count_down(run)

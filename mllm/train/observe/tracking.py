@@ -10,22 +10,39 @@ from typing import Any
 
 from mllm.errors import UnavailableError
 from mllm.recipe import Recipe
+from mllm.train.observe.run_info import RunInfo
 
 FILE = "metrics.jsonl"
 
 
 class Tracker:
-    """Writes one record per logged step. Made on the main process only."""
+    """Writes one record per logged step. Made on the main process only.
 
-    def __init__(self, output: Path, recipe: Recipe):
+    TensorBoard and the services get one step number per run, which grows from stage to stage: most of them drop what comes under a
+    number that they have passed.
+
+    Args:
+        output: The run's folder.
+        recipe: Its ``track`` names the services.
+        info: The run's record, where a service's own run id is kept, so that a resumed run goes on with the same curves.
+    """
+
+    def __init__(self, output: Path, recipe: Recipe, info: RunInfo | None = None):
         self.path = output / FILE
         self.output = output
         self._file: Any = None
-        self._board: Any = _tensorboard(output)
-        self._services: list[Any] = [_service(name, recipe, output) for name in recipe.track]
+        self._board: Any = None
+        self._before = 0
+        self._stages = [stage.name for stage in recipe.stages]
+        self._info = info
+        self._services: list[Any] = [_service(name, recipe, output, info) for name in recipe.track]
 
     def start_stage(self, stage: str, step: int) -> None:
         """Drop what an interrupted run logged for this stage after ``step``: those steps come again."""
+        self._before = self._steps_before(stage)
+        if self._board is None:
+            begun = self._before + step
+            self._board = _tensorboard(self.output, purge_step=begun + 1 if begun else None)
         if self._file is not None:
             self._file.close()
         kept = [r for r in read_metrics(self.output) if r["stage"] != stage or r["step"] <= step]
@@ -34,21 +51,27 @@ class Tracker:
         temporary.replace(self.path)
         self._file = self.path.open("a", encoding="utf-8")
 
-    def log(self, record: dict[str, Any], *, global_step: int) -> None:
-        """record: ``stage``, ``step`` and numbers; nested mappings of numbers become ``a/b``."""
+    def _steps_before(self, stage: str) -> int:
+        """Optimizer steps of the stages before this one, as the run recorded them."""
+        done = self._info.data["stages"] if self._info is not None else {}
+        earlier = self._stages[: self._stages.index(stage)] if stage in self._stages else []
+        return sum(int(done.get(name, {}).get("total_steps", 0)) for name in earlier)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """record: ``stage``, ``step`` (of the stage) and numbers; nested mappings of numbers become ``a/b``."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         numbers = {k: v for k, v in _flat(record).items() if isinstance(v, (int, float)) and math.isfinite(v)}
         if self._board is not None:
             for key, value in numbers.items():
-                self._board.add_scalar(f"{record['stage']}/{key}", value, record["step"])
+                self._board.add_scalar(f"{record['stage']}/{key}", value, self._before + record["step"])
         for service in self._services:
-            service.log({f"{record['stage']}/{k}": v for k, v in numbers.items()}, step=global_step)
+            service.log({f"{record['stage']}/{k}": v for k, v in numbers.items()}, step=self._before + record["step"])
 
     def log_images(self, name: str, pixels: Any, *, step: int) -> None:
-        """pixels ``(B, 3, H, W)`` in [0, 1]: to TensorBoard, where it is installed."""
+        """pixels ``(B, 3, H, W)`` in [0, 1], at a step of the stage: to TensorBoard, where it is installed."""
         if self._board is not None:
-            self._board.add_images(name, pixels.float().cpu(), step)
+            self._board.add_images(name, pixels.float().cpu(), self._before + step)
 
     def close(self) -> None:
         if self._file is not None:
@@ -83,15 +106,15 @@ def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def _tensorboard(output: Path) -> Any:
+def _tensorboard(output: Path, purge_step: int | None) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(output / "tensorboard"))
+    return SummaryWriter(str(output / "tensorboard"), purge_step=purge_step)
 
 
-def _service(name: str, recipe: Recipe, output: Path) -> Any:
+def _service(name: str, recipe: Recipe, output: Path, info: RunInfo | None) -> Any:
     """wandb or trackio, as asked for by ``track:``. Raises `UnavailableError` when it is not installed."""
     try:
         module = __import__(name)
@@ -100,9 +123,15 @@ def _service(name: str, recipe: Recipe, output: Path) -> Any:
             f"track: {name} is not installed: pip install {name}, or take it out of track:"
         ) from None
     options: dict[str, Any] = {"project": "mllm", "name": recipe.name, "config": recipe.model_dump(mode="json")}
+    known = dict(info.data.get("trackers", {})) if info is not None else {}
     if name == "wandb":
-        options |= {"dir": str(output), "resume": "allow"}
+        options |= {"dir": str(output), "resume": "allow", "id": known.get(name)}
+    elif known.get(name):
+        options |= {"name": known[name], "resume": "allow"}  # trackio knows runs by their name
     run = module.init(**options)
+    own = getattr(run, "id" if name == "wandb" else "name", None)
+    if info is not None and own:
+        info.set(trackers={**known, name: str(own)})
     return run if hasattr(run, "log") and hasattr(run, "finish") else module
 
 

@@ -35,13 +35,13 @@ def test_records_of_steps_that_come_again_are_dropped_and_a_cut_line_is_ignored(
     tracker = Tracker(tmp_path, recipe)
     tracker.start_stage("a", 0)
     for step in (1, 2, 3):
-        tracker.log(_record("a", step, 0.1 + step), global_step=step)
+        tracker.log(_record("a", step, 0.1 + step))
     tracker.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "a", "st')
     tracker = Tracker(tmp_path, recipe)
     tracker.start_stage("a", 2)
-    tracker.log(_record("a", 3, 9.0), global_step=3)
+    tracker.log(_record("a", 3, 9.0))
     tracker.close()
     assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(1, 1.1), (2, 2.1), (3, 9.0)]
     path = plot_loss(tmp_path, ["a", "b"])
@@ -168,10 +168,51 @@ def test_wandb_gets_every_record_without_a_network(tmp_path, monkeypatch):
     tracker = Tracker(tmp_path / "run", recipe)
     tracker.start_stage("a", 0)
     for step in (1, 2):
-        tracker.log(_record("a", step, 0.5 * step), global_step=step)
+        tracker.log(_record("a", step, 0.5 * step))
     assert wandb.run.step >= 2 and wandb.run.name == "tiny" and wandb.run.config["seed"] == 3
     tracker.close()
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")) and wandb.run is None
+
+
+def test_one_step_number_grows_over_all_stages_and_a_resumed_run_goes_on_under_the_same_id(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    recipe = make_recipe(tmp_path, stages=[{"name": "a", "steps": 3}, {"name": "b", "steps": 4}])
+    recipe = recipe.model_copy(update={"track": ["wandb"]})
+    folder = tmp_path / "run"
+    folder.mkdir()
+
+    def start(*, resume: bool) -> tuple[RunInfo, Tracker, list[int]]:
+        info = RunInfo(folder, recipe, processes=1, resume=resume)
+        tracker = Tracker(folder, recipe, info)
+        sent: list[int] = []
+        log = tracker._services[0].log
+        tracker._services[0].log = lambda values, step: (sent.append(step), log(values, step=step))
+        return info, tracker, sent
+
+    info, tracker, sent = start(resume=False)
+    for stage, steps in (("a", (1, 2, 3)), ("b", (1, 2, 3))):  # killed in b at 3, its last checkpoint was at 2
+        info.stage(stage, total_steps={"a": 3, "b": 4}[stage])
+        tracker.start_stage(stage, 0)
+        for step in steps:
+            tracker.log(_record(stage, step, 1.0))
+    assert sent == [1, 2, 3, 4, 5, 6]
+    first = info.data["trackers"]["wandb"]
+    tracker.close()
+
+    info, tracker, sent = start(resume=True)
+    tracker.start_stage("b", 2)
+    for step in (3, 4):
+        tracker.log(_record("b", step, 7.0))
+    assert sent == [6, 7] and info.data["trackers"]["wandb"] == first
+    tracker.close()
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    assert [(e.step, e.value) for e in board.Scalars("b/loss")] == [(4, 1.0), (5, 1.0), (6, 7.0), (7, 7.0)]
+    assert [e.step for e in board.Scalars("a/loss")] == [1, 2, 3]
 
 
 def test_a_leap_of_loss_or_gradient_names_the_samples_and_ordinary_noise_does_not(tmp_path, caplog):

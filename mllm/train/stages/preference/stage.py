@@ -175,6 +175,8 @@ def train_preference(run: Run, stage: StageSpec, previous: Path | None, folder: 
         begun = int(last.rpartition("-")[2]) if last else 0
         if run.tracker is not None:
             run.tracker.start_stage(stage.name, begun)
+        if run.info is not None:
+            run.info.stage(stage.name, total_steps=steps)
         display.start(steps, begun)
         try:
             trainer.train(resume_from_checkpoint=last)
@@ -346,7 +348,7 @@ class _Log(_transformers().TrainerCallback):
         record.setdefault("grad_norm", 0.0)
         self.display.update(state.global_step, record)
         if self.run.tracker is not None:
-            self.run.tracker.log(record, global_step=state.global_step)
+            self.run.tracker.log(record)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
