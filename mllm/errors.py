@@ -32,6 +32,10 @@ class DataError(MllmError, ValueError):
     """A sample or file cannot be used; the message names it."""
 
 
+class MissingFile(DataError):
+    """A file that a sample names is not there."""
+
+
 class CheckpointError(MllmError, RuntimeError):
     """A checkpoint is incomplete, foreign or of another architecture."""
 

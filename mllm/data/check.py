@@ -17,7 +17,8 @@ from mllm.data.files import JsonRows
 from mllm.data.parallel import chunks, pool_context
 from mllm.data.sources import Source, open_source
 from mllm.data.spec import ColumnMap, DatasetSpec, load_dataset
-from mllm.errors import AlignmentError, ConfigError, DataError, blamed_on
+from mllm.errors import AlignmentError, ConfigError, DataError, MissingFile, blamed_on
+from mllm.processing.codes import read_codes
 from mllm.processing.images import image_hash, load_image
 from mllm.types import IMAGE_MARK, Sample
 
@@ -258,19 +259,12 @@ def _check_row(source: Source, processor: Any, max_length: int | None, row: int)
     problem: tuple[str, str] | None = None
     for position, image in enumerate(sample.images):
         here = f"{where}, image {position}"
-        if (
-            isinstance(image, str)
-            and not image.startswith("data:")
-            and not Path(image.removeprefix("file://")).is_file()
-        ):
-            remote = image.startswith(("http://", "https://"))
-            problem = ("missing image", f"{here}: {'is remote' if remote else 'no such file'}: {image}")
-            break
         try:
-            load_image(image, where=here)
+            if read_codes(image, where=here) is None:
+                load_image(image, where=here)
             digest.update(image_hash(image, where=here).encode())
         except DataError as error:
-            problem = ("corrupt image", str(error))
+            problem = ("missing image" if isinstance(error, MissingFile) else "corrupt image", str(error))
             break
     if problem is None and not any(t.role == "assistant" and t.learn and t.content.strip() for t in sample.turns):
         problem = ("no labels", f"{where}: no assistant turn to learn from")

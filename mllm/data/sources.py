@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,7 @@ from mllm.data.conversations import embeds_images, message_turns, placeholder_tu
 from mllm.data.files import Files, matching_files
 from mllm.data.spec import SOURCES, DatasetSpec, expand_path
 from mllm.errors import DataError, blamed_on
+from mllm.processing.references import refer
 from mllm.types import Sample, Turn
 
 
@@ -200,16 +200,11 @@ def open_source(spec: DatasetSpec) -> Source:
 
 
 def resolve_image(item: Any, root: Path | None, where: str) -> Any:
-    """Relative paths start from ``root``; URIs, bytes, pictures and absolute paths pass."""
-    if isinstance(item, dict) and item.get("bytes") is None and isinstance(item.get("path"), str):
-        item = item["path"]
-    if isinstance(item, os.PathLike):
-        item = os.fspath(item)
-    if not isinstance(item, str) or item.startswith(("data:", "http://", "https://", "file://", "/")) or root is None:
-        return item
-    if not item:
-        raise DataError(f"{where}: an image path is empty")
-    return str(root / item)
+    """A picture's entry as it is kept in a sample: files as paths, relative ones from ``root``; all else as it is. Raises
+    `DataError` for what refers to no picture."""
+    reference = refer(item, where=where, root=root)
+    local = reference.kind in ("file", "codes") and isinstance(reference.value, (str, Path))
+    return str(reference.value) if local else item
 
 
 def _rest(row: dict[str, Any], *used: str) -> dict[str, Any]:

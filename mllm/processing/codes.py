@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm.errors import CheckpointError, DataError
+from mllm.errors import CheckpointError, DataError, MissingFile
+from mllm.processing.references import CODES
 from mllm.types import VisualCodes
-
-_REFERENCE = re.compile(r"^(.*)codes\.json#(\d+)$")
 
 
 def read_codes(image: Any, *, where: str, source: str | None = None) -> Tensor | None:
@@ -30,14 +28,15 @@ def read_codes(image: Any, *, where: str, source: str | None = None) -> Tensor |
         return packed[0].long()
     if isinstance(image, Tensor) and image.dim() == 1 and not image.is_floating_point():
         return image.long()
-    found = _REFERENCE.match(image) if isinstance(image, str) else None
+    found = CODES.match(image) if isinstance(image, str) else None
     if found is None:
         return None
     folder, row = found.group(1) or ".", int(found.group(2))
     try:
         stored = _open(folder)
     except CheckpointError as error:
-        raise DataError(f"{where}: {error}") from error
+        kind = DataError if (Path(folder) / "codes.json").is_file() else MissingFile
+        raise kind(f"{where}: {error}") from error
     if source is not None and stored.index["tokenizer"] != source:
         raise DataError(
             f"{where}: {folder} holds codes of another tokenizer than the model's; encode the images again "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import io
 import os
@@ -14,8 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageSequence
 
-from mllm.errors import DataError
+from mllm.errors import DataError, MissingFile
+from mllm.processing.codes import read_codes
 from mllm.processing.pixels import normalize, resize, to_pixels, to_pixels_multi
+from mllm.processing.references import refer
 
 __all__ = [
     "MAX_PIXELS",
@@ -50,7 +50,7 @@ _ROTATIONS = {
 def load_image(source: Any, *, where: str, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
     """The picture as a decoded 8-bit RGB image, upright.
 
-    source: path, ``file://`` or base64 ``data:`` URI, encoded bytes, PIL image, numpy array (H, W), (H, W, 1|3|4) of
+    source: path, ``file:`` or base64 ``data:`` URI, base64 text, encoded bytes, PIL image, numpy array (H, W), (H, W, 1|3|4) of
     uint8, uint16, bool or float in [0, 1], or `datasets`' ``{"bytes", "path"}``. The EXIF orientation is applied, alpha
     is laid on white, 16 bits are scaled to 8, and of an animation the first frame is taken. ``where`` (sample id, file,
     field) opens every error. Raises `DataError` for what is missing, truncated, empty, not an image, or larger than
@@ -86,7 +86,8 @@ def image_size(source: Any, *, where: str) -> tuple[int, int]:
 
 
 def image_hash(source: Any, *, where: str = "image") -> str:
-    """sha256 hex digest of the encoded bytes; of mode, size and pixels for PIL images and arrays, which have none."""
+    """sha256 hex digest of the encoded bytes; of mode, size and pixels for PIL images and arrays, which have none; of the
+    codes where those are what is stored."""
     if isinstance(source, Image.Image):
         digest = hashlib.sha256(f"{source.mode} {source.size} ".encode())
         digest.update(source.tobytes())
@@ -95,43 +96,33 @@ def image_hash(source: Any, *, where: str = "image") -> str:
         digest = hashlib.sha256(f"{source.dtype} {source.shape} ".encode())
         digest.update(np.ascontiguousarray(source).tobytes())
         return digest.hexdigest()
+    codes = read_codes(source, where=where)
+    if codes is not None:
+        return hashlib.sha256(codes.numpy().tobytes()).hexdigest()
     return hashlib.sha256(read_bytes(source, where=where)).hexdigest()
 
 
 def read_bytes(source: Any, *, where: str) -> bytes:
     """The encoded file behind a path, URI, bytes or ``{"bytes", "path"}``. Raises `DataError` opening with
     ``where``."""
-    if isinstance(source, Mapping):
-        inner = source.get("bytes")
-        source = inner if inner is not None else source.get("path")
-        if source is None:
-            raise DataError(f"{where}: an image entry has neither bytes nor path")
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return bytes(source)
-    if isinstance(source, os.PathLike):
-        source = os.fspath(source)
-    if not isinstance(source, str):
-        raise DataError(
-            f"{where}: cannot read an image from {type(source).__name__}; give a path, bytes, a data: URI, a PIL "
-            "image, a numpy array or {'bytes': …, 'path': …}"
-        )
-    if source.startswith("data:"):
-        header, separator, body = source.partition(",")
-        if not separator or not header.endswith(";base64"):
-            raise DataError(f"{where}: a data: URI must read data:image/…;base64,… but starts {header[:60]!r}")
-        try:
-            return base64.b64decode("".join(body.split()), validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise DataError(f"{where}: the base64 of a data: URI is damaged ({error})") from None
-    if source.startswith(("http://", "https://")):
-        raise DataError(
+    reference = refer(source, where=where)
+    if reference.kind == "bytes":
+        return reference.encoded(where)
+    if reference.kind == "remote":
+        raise MissingFile(
             f"{where}: {_shown(source)} is remote; download it and give the local path (nothing is fetched in training)"
         )
-    path = Path(source.removeprefix("file://")).expanduser()
+    if reference.kind == "codes":
+        raise DataError(
+            f"{where}: {_shown(source)} names stored codes where pixels are needed; give the picture itself"
+        )
+    if reference.kind == "pixels":
+        raise DataError(f"{where}: {type(source).__name__} holds pixels and no encoded file")
+    path: Path = reference.value
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise DataError(f"{where}: no such image file: {_shown(str(path))}") from None
+        raise MissingFile(f"{where}: no such image file: {_shown(str(path))}") from None
     except OSError as error:
         raise DataError(f"{where}: image file {_shown(str(path))} cannot be read ({error.strerror})") from None
     except ValueError as error:  # a NUL inside the path

@@ -85,15 +85,15 @@ def picture(value: Any, folder: Path) -> Picture | Frames:
     store it, a PIL image, or one already made. Raises `DataError`."""
     if isinstance(value, Picture | Frames):
         return replace(value, path=folder / value.path) if isinstance(value, Frames) else value
-    if isinstance(value, str | Path) and str(value):
-        return Picture(folder / Path(value), str(value))
-    if isinstance(value, bytes):
-        return Picture(value, "image bytes")
-    if isinstance(value, dict) and ("bytes" in value or "path" in value):
-        if value.get("bytes"):
-            return Picture(value["bytes"], str(value.get("path") or "image bytes"))
-        if value.get("path"):
-            return Picture(folder / value["path"], str(value["path"]))
+    if isinstance(value, str | Path | bytes | dict) and value:
+        from mllm.processing.references import refer  # as training reads it
+
+        reference = refer(value, where="image", root=folder)
+        name = value.get("path") if isinstance(value, dict) else value
+        label = str(name) if name and not isinstance(name, bytes) and len(str(name)) < 200 else "image bytes"
+        if reference.kind in ("bytes", "file"):
+            return Picture(reference.value if reference.kind == "file" else reference.encoded("image"), label)
+        raise DataError(f"image {label}: is {reference.kind}; give a file or its bytes")
     if isinstance(value, Image.Image):
         buffer = io.BytesIO()
         value.save(buffer, "PNG")

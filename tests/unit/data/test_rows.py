@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import shutil
 from functools import partial
@@ -248,3 +250,85 @@ def test_a_table_of_pictures_declared_without_any_is_refused(tmp_path):
     assert (
         open_source(DatasetSpec(**options, columns={"question": "q", "answer": "a"}, typed_images=True))[0].images == []
     )
+
+
+# ------------------------------------------------------------------------------------------------------------ references
+
+
+def test_check_training_and_evaluation_read_a_pictures_reference_alike(tmp_path, processor):  # noqa: F811
+    from mllm.eval.data.pictures import picture as evaluated
+
+    encoded = (CASES / "a.png").read_bytes()
+    buffer = io.BytesIO()
+    picture(3, size=(64, 48)).save(buffer, "JPEG")
+    (tmp_path / "my picture.png").write_bytes(encoded)
+    (tmp_path / "100%25.png").write_bytes(encoded)
+    references = {
+        "base64": base64.b64encode(encoded).decode(),
+        "base64 jpeg": base64.b64encode(buffer.getvalue()).decode(),
+        "data": "data:image/png;base64," + base64.b64encode(encoded).decode(),
+        "uri": f"file://{tmp_path}/my%20picture.png",
+        "short uri": f"file:{tmp_path}/my%20picture.png",
+        "local uri": f"file://localhost{tmp_path}/my%20picture.png",
+        "literal": f"file://{tmp_path}/100%25.png",
+        "path": "my picture.png",
+        "entry": {"bytes": None, "path": "my picture.png"},
+        "text bytes": {"bytes": base64.b64encode(encoded).decode(), "path": None},
+    }
+    rows = [{"id": name, "images": [entry], "messages": TURNS} for name, entry in references.items()]
+    path = tmp_path / "r.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    declared = spec(path)
+    assert [problem.reason for problem in check(declared, progress=False, write=False).problems] == []
+    log, batches = stream(declared, processor, total=len(rows))
+    assert {i for batch in batches for i in batch.ids} == set(references) and not log.counts
+    assert open_source(declared)[3].images == [str(tmp_path / "my picture.png")]
+    for entry in references.values():
+        found = evaluated(entry, tmp_path)
+        assert not found.missing() and found.load()[0].size in ((20, 20), (64, 48))
+
+
+def test_a_reference_that_cannot_be_read_is_the_same_fault_for_check_and_training(tmp_path, processor):  # noqa: F811
+    broken = base64.b64encode((CASES / "a.png").read_bytes()).decode()[:-9]
+    faults = {
+        "gone": ("gone.png", "missing image", "no such image file"),
+        "long": ("x" * 5000, "corrupt image", "cannot be read"),
+        "cut": (broken, "corrupt image", "base64 of a picture is damaged"),
+        "other": ("file://elsewhere/a.png", "unreadable", "a file of another machine"),
+        "remote": ("https://example.org/a.png", "missing image", "is remote"),
+        "codes": ("none/codes.json#0", "missing image", "holds no stored codes"),
+    }
+    rows = [{"id": name, "images": [entry], "messages": TURNS} for name, (entry, _, _) in faults.items()]
+    path = tmp_path / "r.jsonl"
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, {"messages": [{**TURNS[0], "content": "?"}, TURNS[1]]}])
+    )
+    report = check(spec(path), progress=False, write=False)
+    assert {problem.id if problem.kind != "unreadable" else "other": problem.kind for problem in report.problems} == {
+        name: kind for name, (_, kind, _) in faults.items()
+    }
+    _, batches = stream(spec(path), processor, total=7)
+    reasons = {item.row: item.reason for batch in batches for item in batch.dropped}
+    for row, (name, (_, _, said)) in enumerate(faults.items()):
+        assert said in report.problems[row].reason and name in report.problems[row].reason
+        assert row in reasons and (said in reasons[row] or name == "codes")
+
+
+def test_stored_codes_are_a_picture_for_the_check_too(tmp_path):
+    from mllm.processing.images import load_image
+    from mllm.visual_tokenizers.base import build_tokenizer
+    from mllm.visual_tokenizers.images import load_images
+    from mllm.visual_tokenizers.recipe import ImagesSpec
+    from mllm.visual_tokenizers.storage import encode_images
+    from tests.unit.visual_tokenizers.tokenizer_configs import TINY
+
+    images = load_images(ImagesSpec(type="digits_and_charts", options={"charts": 3, "digits": False}), 16, "train")
+    encode_images(build_tokenizer(TINY["vq"]), images, tmp_path / "codes")
+    drawn = [{"role": "user", "content": "Draw it."}, {"role": "assistant", "content": "<image>"}]
+    rows = [{"id": str(k), "images": [f"codes/codes.json#{k}"], "messages": drawn} for k in (0, 2, 3)]
+    path = tmp_path / "r.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems = check(spec(path), progress=False, write=False).problems
+    assert [problem.row for problem in problems] == [2] and "there is no number 3" in problems[0].reason
+    with pytest.raises(DataError, match="names stored codes where pixels are needed"):
+        load_image(f"{tmp_path}/codes/codes.json#0", where="s")
