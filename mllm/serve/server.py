@@ -13,6 +13,7 @@ from pydantic import Field
 
 from mllm.config import StrictModel
 from mllm.errors import ConfigError, UnavailableError
+from mllm.install import install_hint
 from mllm.models.image_generation.settings import VLLM_PROCESSOR
 from mllm.serve.http.admission import ENVIRONMENT, GuardSettings
 from mllm.serve.images.requests import SCHEDULER, refusal
@@ -119,7 +120,7 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
 def serve(settings: ServeSettings) -> None:
     """Become vLLM's server process; does not return. The API key comes from the environment, ``MLLM_API_KEY``."""
     if importlib.util.find_spec("vllm") is None:
-        raise UnavailableError("vLLM is not installed: pip install 'mllm[serve]', or 'mllm[serve-cpu]' without a GPU")
+        raise UnavailableError(f"vLLM is not installed: {install_hint('serve')}, or with serve-cpu without a GPU")
     api_key = os.environ.get("MLLM_API_KEY") or os.environ.get("VLLM_API_KEY")
     arguments, environment = plan(settings, api_key)
     _check_heads(settings.checkpoint)

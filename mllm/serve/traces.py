@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mllm.errors import UnavailableError
+from mllm.install import install_hint
 from mllm.models.image_generation.settings import vllm_options
 from mllm.models.routing import ANSWER_TOKENS
 from mllm.processing.chat import encode_text, question_text, render_prompt, routing_inputs
@@ -151,7 +152,7 @@ def open_vllm(
         from vllm import LLM
     except ImportError:
         raise UnavailableError(
-            "vLLM is not installed: pip install 'mllm[serve]', or 'mllm[serve-cpu]' without a GPU"
+            f"vLLM is not installed: {install_hint('serve')}, or with serve-cpu without a GPU"
         ) from None
     settings: dict[str, Any] = {
         "dtype": dtype,

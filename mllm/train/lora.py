@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from mllm.errors import ConfigError, UnavailableError, did_you_mean
+from mllm.install import install_hint, package_hint
 from mllm.recipe import LoraSpec
 
 _WRAPPED = ".base_layer."
@@ -29,7 +30,7 @@ def inject(
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise UnavailableError(f"learn.{part}.lora needs the peft package: pip install 'mllm[train]'") from None
+        raise UnavailableError(f"learn.{part}.lora needs the peft package: {install_hint('train')}") from None
     linear = {
         f"{prefix}.{name}" if name else prefix: module
         for prefix, root in modules
@@ -79,7 +80,7 @@ def _quantize(model: nn.Module, name: str, part: str) -> None:
         bnb: Any = importlib.import_module("bitsandbytes")
     except ImportError:
         raise UnavailableError(
-            f"learn.{part}.lora.bits needs the bitsandbytes package: pip install bitsandbytes, or leave bits out"
+            f"learn.{part}.lora.bits needs the bitsandbytes package: {package_hint('bitsandbytes')}, or leave bits out"
         ) from None
     old: Any = model.get_submodule(name)
     if old.weight.is_meta:

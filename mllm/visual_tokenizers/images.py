@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from mllm.config import StrictModel, validate
 from mllm.errors import DataError, UnavailableError
+from mllm.install import install_hint
 from mllm.registry import Registry
 from mllm.visual_tokenizers.recipe import ImagesSpec
 
@@ -203,7 +204,7 @@ class DigitsAndCharts(ImageSource):
             from sklearn.datasets import load_digits
         except ImportError as error:
             raise UnavailableError(
-                "images.type digits_and_charts needs scikit-learn: pip install scikit-learn"
+                f"images.type digits_and_charts needs scikit-learn: {install_hint('train')}"
             ) from error
         data: Any = load_digits()
         return data.images, data.target

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm.errors import CheckpointError, ConfigError, UnavailableError
+from mllm.install import install_hint
 from mllm.visual_tokenizers.base import as_unit_range
 
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -41,7 +42,7 @@ class InceptionFeatures(nn.Module):
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
-            raise UnavailableError("rFID needs torch-fidelity: pip install torch-fidelity") from error
+            raise UnavailableError(f"rFID needs torch-fidelity: {install_hint('eval')}") from error
         content = path.read_bytes()
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.published = self.sha256.startswith(WEIGHTS_FILE.removesuffix(".pth").rpartition("-")[2])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm.errors import ConfigError, UnavailableError
+from mllm.install import package_hint
 from mllm.recipe import OptimizerSpec
 from mllm.train.engine.groups import Group
 
@@ -61,7 +62,7 @@ def _construct(groups: list[dict[str, Any]], spec: OptimizerSpec) -> torch.optim
         bitsandbytes: Any = importlib.import_module("bitsandbytes")
     except ImportError:
         raise UnavailableError(
-            "optimizer.type adamw_8bit needs the bitsandbytes package: pip install bitsandbytes, or use adamw"
+            f"optimizer.type adamw_8bit needs the bitsandbytes package: {package_hint('bitsandbytes')}, or use adamw"
         ) from None
     return bitsandbytes.optim.AdamW8bit(groups, betas=spec.betas, eps=spec.eps)
 

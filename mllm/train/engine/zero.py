@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm.errors import UnavailableError
+from mllm.install import install_hint
 from mllm.recipe import StageSpec
 from mllm.train.engine import zero3
 from mllm.train.engine.base import Engine, EngineChoice, Fragment
@@ -210,7 +211,7 @@ def import_deepspeed() -> Any:
         import deepspeed.ops
     except ImportError:
         raise UnavailableError(
-            "engines zero1, zero2, zero3 need DeepSpeed: pip install 'mllm[train]', or use engine: none"
+            f"engines zero1, zero2, zero3 need DeepSpeed: {install_hint('train')}, or use engine: none"
         ) from None
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed calls collectives by names that torch is giving up; its users can do nothing about it.

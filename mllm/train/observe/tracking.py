@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.errors import UnavailableError
+from mllm.install import package_hint
 from mllm.recipe import Recipe
 from mllm.train.observe.run_info import RunInfo
 
@@ -120,7 +121,7 @@ def _service(name: str, recipe: Recipe, output: Path, info: RunInfo | None) -> A
         module = __import__(name)
     except ImportError:
         raise UnavailableError(
-            f"track: {name} is not installed: pip install {name}, or take it out of track:"
+            f"track: {name} is not installed: {package_hint(name)}, or take it out of track:"
         ) from None
     options: dict[str, Any] = {"project": "mllm", "name": recipe.name, "config": recipe.model_dump(mode="json")}
     known = dict(info.data.get("trackers", {})) if info is not None else {}

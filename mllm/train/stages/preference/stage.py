@@ -28,6 +28,7 @@ from mllm.config import StrictModel, validate
 from mllm.data.collate import Dropped
 from mllm.data.dataset import BadShare, DropLog
 from mllm.errors import AlignmentError, ConfigError, DataError, UnavailableError, blamed_on, did_you_mean
+from mllm.install import package_hint
 from mllm.processing.images import load_image
 from mllm.processing.template import parts_of
 from mllm.recipe import StageSpec
@@ -202,7 +203,7 @@ def import_trl(where: str) -> Any:
         import trl
     except ImportError:
         raise UnavailableError(
-            f"{where}: preference and reward stages are run by TRL: pip install 'trl>=1.16'"
+            f"{where}: preference and reward stages are run by TRL: {package_hint('trl>=1.16')}"
         ) from None
     return trl
 

@@ -1,0 +1,53 @@
+"""How was this copy installed, and what does one type to get what it lacks?"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+from functools import cache
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+DISTRIBUTION = "mllm-toolkit"
+"""The name to install by. The import name is ``mllm``; on the package index the plain name is another project's."""
+
+
+def install_hint(*extras: str) -> str:
+    """The command that installs this copy again with these extras: ``pip install -e '/path[train]'`` for a checkout.
+
+    Args:
+        extras: Names of pyproject's optional dependencies.
+    """
+    flag, source, reference = _source()
+    return f"{_installer()} install {flag}'{source}[{','.join(extras)}]{reference}'"
+
+
+def package_hint(*packages: str) -> str:
+    """The command that installs other packages into this environment."""
+    quoted = " ".join(f"'{name}'" if set(name) & set("<>=[ ") else name for name in packages)
+    return f"{_installer()} install {quoted}"
+
+
+@cache
+def _installer() -> str:
+    """``pip``, or ``uv pip`` in an environment that holds no pip."""
+    return "pip" if importlib.util.find_spec("pip") is not None else "uv pip"
+
+
+@cache
+def _source() -> tuple[str, str, str]:
+    """(``-e `` or nothing, what to install, `` @ address`` or nothing): where this copy came from, else the package index."""
+    checkout = Path(__file__).resolve().parents[1]
+    try:
+        origin = importlib.metadata.distribution(DISTRIBUTION).read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return ("-e ", str(checkout), "") if (checkout / "pyproject.toml").is_file() else ("", DISTRIBUTION, "")
+    if origin is None:
+        return "", DISTRIBUTION, ""
+    found = json.loads(origin)
+    url, editable = found.get("url", ""), bool(found.get("dir_info", {}).get("editable"))
+    if url.startswith("file://"):
+        return ("-e " if editable else ""), unquote(urlparse(url).path), ""
+    commit = found.get("vcs_info", {}).get("commit_id")
+    return "", DISTRIBUTION, f" @ {found['vcs_info']['vcs']}+{url}@{commit}" if commit else f" @ {url}"
