@@ -15,21 +15,34 @@ def check(
     source: Annotated[
         str, typer.Argument(help="A dataset's name (`mllm list datasets`), its YAML, or a json/jsonl file.")
     ],
-    images: Annotated[
-        Path | None, typer.Option(help="Folder that image paths are relative to; default: beside the file.")
+    image_root: Annotated[
+        Path | None,
+        typer.Option("--image-root", "--images", help="Folder that image paths start from; default: beside the file."),
     ] = None,
     checkpoint: Annotated[str | None, typer.Option(help="Checkpoint (or tokenizer) to count tokens with.")] = None,
+    write_quarantine: Annotated[
+        bool, typer.Option("--write-quarantine", help="Write the list of bad samples that training leaves out.")
+    ] = False,
     quarantine: Annotated[
-        Path | None, typer.Option(help="Where to write the list of bad samples; training honours it.")
+        Path | None, typer.Option(help="Write that list here; default: beside the file, where training looks.")
     ] = None,
     processes: Annotated[int, typer.Option(help="Worker processes.")] = 1,
     limit: Annotated[int | None, typer.Option(help="Only the first N samples.")] = None,
 ) -> None:
-    """Report corrupt images, missing files, mismatched placeholders, samples without labels, duplicates and lengths."""
+    """Report corrupt images, missing files, mismatched placeholders, samples without labels, duplicates and lengths.
+
+    Nothing is written unless you ask for it: --write-quarantine makes the list of bad rows that training leaves out, each for
+    as long as the files it was judged by stay as they are."""
     from mllm.data.check import check_source
 
     report = check_source(
-        source, images=images, checkpoint=checkpoint, quarantine=quarantine, processes=processes, limit=limit
+        source,
+        image_root=image_root,
+        checkpoint=checkpoint,
+        quarantine=quarantine,
+        write=write_quarantine,
+        processes=processes,
+        limit=limit,
     )
     report.print()
     if report.num_bad:

@@ -15,6 +15,15 @@ import numpy as np
 
 from mllm.data.files import JsonRows
 from mllm.data.parallel import chunks, pool_context
+from mllm.data.quarantine import (
+    IMAGE_KINDS,
+    ROW_KINDS,
+    Entry,
+    content_of,
+    has_labels,
+    read_quarantine,
+    write_quarantine,
+)
 from mllm.data.sources import Source, open_source
 from mllm.data.spec import ColumnMap, DatasetSpec, load_dataset
 from mllm.errors import AlignmentError, ConfigError, DataError, MissingFile, blamed_on
@@ -28,28 +37,23 @@ KINDS = {
     "missing image": "image files that are not there",
     "corrupt image": "images that do not decode",
     "no labels": "samples with nothing to learn from",
+    "not encodable": "samples that tokenizer or template refuse",
     "too long": "samples that lose all their labels when cut",
 }
-
-
-class Problem(NamedTuple):
-    """Why a row cannot be trained on."""
-
-    row: int
-    id: str
-    kind: str
-    reason: str
+LISTED = (*IMAGE_KINDS, *ROW_KINDS)
+"""Kinds that the data alone decide. The others depend on tokenizer and settings: a list must not carry them to another run."""
 
 
 @dataclass
 class CheckReport:
-    """What `check` found. ``problems`` went to ``quarantine``; duplicates are only reported."""
+    """What `check` found. Those of ``problems`` that the data alone decide went to ``quarantine``, where that was asked for;
+    duplicates are only reported."""
 
     name: str
     rows: int
     checked: int
     fingerprint: str
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[Entry] = field(default_factory=list)
     duplicates: list[tuple[int, int]] = field(default_factory=list)
     """(row, earlier row with the same text and images)."""
     num_repeated_ids: int = 0
@@ -59,6 +63,8 @@ class CheckReport:
     lengths: np.ndarray | None = None
     """Tokens of every checked row (0: not usable), when a tokenizer was given."""
     quarantine: Path | None = None
+    found_list: str | None = None
+    """What a list that lies there already does to training."""
 
     @property
     def num_bad(self) -> int:
@@ -107,13 +113,19 @@ class CheckReport:
         if self.lengths is not None and (self.lengths > 0).any():
             console.print(_histogram(self.lengths[self.lengths > 0]))
         if self.quarantine is not None:
-            console.print(f"{self.num_bad} rows on the quarantine list {self.quarantine}; training leaves them out")
+            listed = sum(problem.kind in LISTED for problem in self.problems)
+            console.print(f"{listed} rows on the quarantine list {self.quarantine}; training leaves them out")
+            return
+        if self.found_list is not None:
+            console.print(f"a list is there already. {self.found_list}", soft_wrap=True)
+        if self.num_bad:
+            console.print("nothing was written; with --write-quarantine training leaves these rows out", soft_wrap=True)
 
 
 class _Row(NamedTuple):
     row: int
     id: str
-    problem: tuple[str, str] | None
+    problem: Entry | None
     digest: bytes
     num_images: int
     length: int
@@ -127,15 +139,15 @@ def check(
     processes: int = 1,
     limit: int | None = None,
     quarantine: Path | str | None = None,
-    write: bool = True,
+    write: bool | None = None,
     progress: bool = True,
 ) -> CheckReport:
-    """Read every row of a dataset, decode every image, count every token, and write the quarantine list.
+    """Read every row of a dataset, decode every image, count every token; when asked, write the quarantine list.
 
     dataset: a declaration, a source, a YAML's name or path, or a json, jsonl or table file (`guess_spec`). processor:
     an `mllm` processor, or a tokenizer (then text only is counted). max_length: also find samples that would lose all
-    labels when cut. quarantine: default beside the data, where training looks for it; write=False leaves disk alone.
-    The list is replaced, and is empty when all is well.
+    labels when cut. write: put the bad rows on the list that training leaves out, at ``quarantine`` (naming a place asks
+    for it too) or beside the data, where training looks. The list is replaced, and is empty when all is well.
     """
     source = dataset if isinstance(dataset, Source) else open_source(_spec(dataset))
     total = min(len(source), limit or len(source))
@@ -153,28 +165,44 @@ def check(
                 rows.extend(part)
                 advance(len(part))
     report = _report(source, rows, counted=processor is not None)
-    if write:
+    if write if write is not None else quarantine is not None:
         report.quarantine = Path(quarantine) if quarantine else source.quarantine_path()
-        _write_quarantine(report)
+        head = {
+            "dataset": report.name,
+            "fingerprint": report.fingerprint,
+            "rows": report.rows,
+            "checked": report.checked,
+        }
+        write_quarantine(report.quarantine, head, (p for p in report.problems if p.kind in LISTED))
+    elif source.quarantine_path().is_file():
+        report.found_list = _found_list(source)
     return report
+
+
+def _found_list(source: Source) -> str | None:
+    try:
+        return read_quarantine(source).describe(source.name, len(source))
+    except DataError as error:
+        return str(error)
 
 
 def check_source(
     source: str | Path,
     *,
-    images: Path | str | None = None,
+    image_root: Path | str | None = None,
     checkpoint: str | None = None,
     quarantine: Path | str | None = None,
+    write: bool = False,
     processes: int = 1,
     limit: int | None = None,
 ) -> CheckReport:
-    """`check` for the command line. images: folder that image paths start from; checkpoint: model or tokenizer to count
+    """`check` for the command line. image_root: folder that image paths start from; checkpoint: model or tokenizer to count
     with."""
     spec = _spec(source)
-    if images is not None:
-        spec = spec.model_copy(update={"image_root": str(images)})
+    if image_root is not None:
+        spec = spec.model_copy(update={"image_root": str(image_root)})
     processor = load_counter(checkpoint) if checkpoint else None
-    return check(spec, processor, processes=processes, limit=limit, quarantine=quarantine)
+    return check(spec, processor, processes=processes, limit=limit, quarantine=quarantine, write=write or None)
 
 
 def load_counter(checkpoint: str) -> Any:
@@ -248,15 +276,18 @@ def _check_rows(source: Source, processor: Any, max_length: int | None, rows: ra
 
 
 def _check_row(source: Source, processor: Any, max_length: int | None, row: int) -> _Row:
+    def bad(kind: str, reason: str, identity: str = str(row), **more: Any) -> _Row:
+        return _Row(row, identity, Entry(row, identity, kind, reason, **more), b"", 0, 0)
+
     try:
         sample = source[row]
     except AlignmentError as error:
-        return _Row(row, str(row), ("placeholders", str(error)), b"", 0, 0)
+        return bad("placeholders", str(error))
     except DataError as error:
-        return _Row(row, str(row), ("unreadable", str(error)), b"", 0, 0)
+        return bad("unreadable", str(error))
     where = source.where(row, sample.id)
     digest = hashlib.sha256(json.dumps([(t.role, t.content) for t in sample.turns]).encode())
-    problem: tuple[str, str] | None = None
+    count = len(sample.images)
     for position, image in enumerate(sample.images):
         here = f"{where}, image {position}"
         try:
@@ -264,20 +295,23 @@ def _check_row(source: Source, processor: Any, max_length: int | None, row: int)
                 load_image(image, where=here)
             digest.update(image_hash(image, where=here).encode())
         except DataError as error:
-            problem = ("missing image" if isinstance(error, MissingFile) else "corrupt image", str(error))
-            break
-    if problem is None and not any(t.role == "assistant" and t.learn and t.content.strip() for t in sample.turns):
-        problem = ("no labels", f"{where}: no assistant turn to learn from")
+            kind = "missing image" if isinstance(error, MissingFile) else "corrupt image"
+            found = bad(kind, str(error), sample.id, image=position, content=content_of(image))
+            return found._replace(num_images=count)
+    if not has_labels(sample):
+        return bad("no labels", f"{where}: no assistant turn to learn from", sample.id)._replace(num_images=count)
     length = 0
-    if problem is None and processor is not None:
+    if processor is not None:
         try:
             with blamed_on(where):
                 length = tokens_of(sample, processor)
                 if max_length is not None and length > max_length and hasattr(processor, "num_image_tokens"):
                     problem = _cut(sample, processor, max_length, where)
-        except DataError as error:
-            problem = ("unreadable", str(error))
-    return _Row(row, sample.id, problem, digest.digest(), len(sample.images), length)
+                    if problem is not None:
+                        return bad(*problem, sample.id)._replace(num_images=count)
+        except (DataError, AlignmentError) as error:
+            return bad("not encodable", str(error), sample.id)._replace(num_images=count)
+    return _Row(row, sample.id, None, digest.digest(), count, length)
 
 
 def _cut(sample: Sample, processor: Any, max_length: int, where: str) -> tuple[str, str] | None:
@@ -299,7 +333,7 @@ def _report(source: Source, rows: list[_Row], *, counted: bool) -> CheckReport:
         ids.add(row.id)
         report.num_images += row.num_images
         if row.problem is not None:
-            report.problems.append(Problem(row.row, row.id, *row.problem))
+            report.problems.append(row.problem)
             continue
         report.num_text_only += row.num_images == 0
         if row.digest in seen:
@@ -309,24 +343,6 @@ def _report(source: Source, rows: list[_Row], *, counted: bool) -> CheckReport:
     if counted:
         report.lengths = np.array([0 if row.problem else row.length for row in rows], np.int32)
     return report
-
-
-def _write_quarantine(report: CheckReport) -> None:
-    path = report.quarantine
-    assert path is not None
-    header = {"dataset": report.name, "fingerprint": report.fingerprint, "rows": report.rows, "checked": report.checked}
-    lines = [header, *(problem._asdict() for problem in report.problems)]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial_file = path.with_name(path.name + ".tmp")
-        partial_file.write_text(
-            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
-        )
-        partial_file.replace(path)
-    except OSError as error:
-        raise DataError(
-            f"{path}: the quarantine list cannot be written ({error.strerror}); name another place for it"
-        ) from None
 
 
 class _progress:

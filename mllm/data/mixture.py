@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mllm.data.sources import Source, open_source, read_quarantine
+from mllm.data.quarantine import Quarantine, read_quarantine
+from mllm.data.sources import Source, open_source
 from mllm.data.spec import DatasetSpec, MixtureSpec, load_mixture
 from mllm.errors import DataError
 
@@ -52,7 +53,8 @@ class Mixture:
         if sources is None:
             sources = [open_source(s) for s in specs if isinstance(s, DatasetSpec)]
         self.sources = list(sources)
-        self.quarantined: list[dict[int, str]] = [read_quarantine(source) for source in self.sources]
+        self.quarantines: list[Quarantine] = [read_quarantine(source) for source in self.sources]
+        self.quarantined: list[dict[int, str]] = [quarantine.rows for quarantine in self.quarantines]
         self._allowed: list[np.ndarray | None] = []
         self.sizes: list[int] = []
         for item, source, bad in zip(self.spec.datasets, self.sources, self.quarantined, strict=True):
@@ -83,8 +85,16 @@ class Mixture:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Dataset → hash of its rows."""
-        return {source.name: source.fingerprint for source in self.sources}
+        """Dataset → hash of its rows, and of which are left out where some are: another set means another order."""
+        return {
+            source.name: source.fingerprint + (f"-{left_out.digest()}" if left_out.rows else "")
+            for source, left_out in zip(self.sources, self.quarantines, strict=True)
+        }
+
+    def left_out(self) -> list[str]:
+        """One line for every dataset with a quarantine list: how many rows it leaves out, and why."""
+        told = (q.describe(s.name, len(s)) for s, q in zip(self.sources, self.quarantines, strict=True))
+        return [line for line in told if line is not None]
 
     def locate(self, numbers: int | Sequence[int] | np.ndarray) -> list[Draw]:
         """The draws at these positions of the stream."""

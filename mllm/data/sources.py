@@ -209,33 +209,3 @@ def resolve_image(item: Any, root: Path | None, where: str) -> Any:
 
 def _rest(row: dict[str, Any], *used: str) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in {"id", "image", "images", *used}}
-
-
-def read_quarantine(source: Source, path: Path | None = None) -> dict[int, str]:
-    """Row → reason of a dataset's quarantine list, {} when there is none.
-
-    Raises `DataError` when the list was made for other contents of the file (its row numbers would hit innocent
-    samples).
-    """
-    path = path or source.quarantine_path()
-    if not path.is_file():
-        return {}
-    bad: dict[int, str] = {}
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-                if "row" in entry:
-                    bad[int(entry["row"])] = str(entry.get("reason", ""))
-                elif entry["fingerprint"] != source.fingerprint:
-                    raise DataError(
-                        f"{path} was made for another version of {source.name} ({entry.get('rows')} rows then, "
-                        f"{len(source)} now); run `mllm data check` again or delete it"
-                    )
-            except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-                if isinstance(error, DataError):
-                    raise
-                raise DataError(f"{path}, line {number}: not an entry of a quarantine list ({error!r})") from None
-    return bad

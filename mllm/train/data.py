@@ -11,7 +11,7 @@ from typing import Any
 
 from mllm import distributed
 from mllm.data.collate import Batch, Dropped
-from mllm.data.dataset import BadShare, DataStream, DropLog
+from mllm.data.dataset import BadShare, DataStream, DropLog, dropped_rows
 from mllm.data.lengths import measure
 from mllm.data.mixture import Draw, Mixture
 from mllm.data.plan import make_plan
@@ -29,6 +29,35 @@ def open_mixture(stage: StageSpec, seed: int) -> Mixture:
     except (ConfigError, DataError) as error:
         kind = ConfigError if isinstance(error, ConfigError) else DataError
         raise kind(f"stages.{stage.name}.data: {error}") from error
+
+
+def tell_left_out(mixture: Mixture, display: Any, info: Any, stage: StageSpec) -> None:
+    """Show and record which rows never come because a quarantine list holds them. display, info: `StageDisplay`, and
+    `RunInfo` or None."""
+    for line in mixture.left_out():
+        display.print(f"{stage.name}: {line}")
+    if info is not None:
+        lists = zip(mixture.sources, mixture.quarantines, strict=True)
+        info.stage(stage.name, quarantined={s.name: q.record() for s, q in lists if q.rows or q.stale})
+
+
+def tell_dropped(run: Any, stage: StageSpec, display: Any) -> None:
+    """Show and record, at a stage's end, which rows could not be used on any process, in any start of the run."""
+    distributed.barrier()  # all have written what they met
+    if run.info is None:
+        return
+    found = dropped_rows(run.output / "dropped", stage.name)
+    for name, kinds in found.items():
+        reasons = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+        display.print(
+            f"{stage.name}: {sum(kinds.values()):,} rows of {name} could not be used and were replaced ({reasons}); each is "
+            f"named in {run.output / 'dropped'}"
+        )
+    run.info.stage(
+        stage.name,
+        dropped={name: sum(kinds.values()) for name, kinds in found.items()},
+        dropped_reasons={name: dict(kinds) for name, kinds in found.items()},
+    )
 
 
 def token_count(processor: Any, sample: Sample) -> int:

@@ -19,7 +19,7 @@ from mllm.errors import ConfigError
 from mllm.processing.template import for_training, read_template
 from mllm.recipe import Recipe, StageSpec
 from mllm.train.checkpoint.resume import CheckpointReader, Progress, fingerprint, latest_checkpoint, save_checkpoint
-from mllm.train.data import StageData, open_mixture
+from mllm.train.data import StageData, open_mixture, tell_dropped, tell_left_out
 from mllm.train.engine.base import Engine, build_engine, choose_engine
 from mllm.train.engine.groups import (
     Group,
@@ -150,10 +150,10 @@ def train(run: Run, stage: StageSpec, model: Any, processor: Any) -> Engine | No
     if ran:
         shown = ", ".join(f"{name} {count:,}" for name, count in sorted(ran.items(), key=lambda item: -item[1]))
         display.print(f"{stage.name}: images by the experts that ran on them: {shown}")
+    tell_dropped(run, stage, display)
     if run.info is not None:
-        dropped = dict(session.data.drops.counts)
-        more = {"experts_ran": ran} if ran else {}
-        run.info.stage(stage.name, dropped=dropped, **more)
+        if ran:
+            run.info.stage(stage.name, experts_ran=ran)
         _record_place(run, stage, session)
     return engine
 
@@ -183,6 +183,7 @@ def open_session(run: Run, stage: StageSpec, model: Any, processor: Any, stack: 
     flops = _flop_model(model, groups)
     display = StageDisplay(stage.name, active=distributed.is_main())
     display.print(groups_table(stage, groups, frozen_summary(model)))
+    tell_left_out(mixture, display, run.info, stage)
     if use_cache(stage, data, model, processor, {group.part for group in groups}, display, stack) and flops is not None:
         flops.cached = True
     checkpoint = latest_checkpoint(run.checkpoints(stage)) if run.resume else None

@@ -244,6 +244,7 @@ def _look_at_data(recipe: Recipe, stage: StageSpec, plan: StagePlan, processor: 
         plan.steps = stage.steps
         return
     plan.samples = len(mixture)
+    plan.hazards += mixture.left_out()
     if processor is not None:
         for draw in mixture.locate(range(min(_SAMPLED_ROWS, len(mixture)))):
             try:

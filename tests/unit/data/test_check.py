@@ -44,7 +44,7 @@ KINDS = {1: "corrupt image", 3: "missing image", 4: "placeholders", 5: "no label
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_every_kind_of_damage_is_found_and_quarantined(damaged, processes):
-    report = check(damaged, processes=processes, progress=False)
+    report = check(damaged, processes=processes, progress=False, write=True)
     assert {p.row: p.kind for p in report.problems} == KINDS
     assert report.num_bad == 8 and report.checked == report.rows == 13
     assert report.duplicates == [(8, 0)] and report.num_repeated_ids == 1 and report.num_text_only == 1
@@ -59,6 +59,8 @@ def test_every_kind_of_damage_is_found_and_quarantined(damaged, processes):
 def test_the_report_prints_and_a_repaired_file_has_an_empty_list(damaged):
     out = io.StringIO()
     check(damaged, progress=False).print(Console(file=out, width=200))
+    assert "nothing was written" in out.getvalue() and not damaged.with_name("bad.jsonl.quarantine.jsonl").exists()
+    check(damaged, progress=False, write=True).print(Console(file=out, width=200))
     text = out.getvalue()
     for phrase in ("13 of 13 rows", "do not decode", "1.png", "row 8 repeats row 0", "8 rows on the quarantine list"):
         assert phrase in text, phrase
@@ -66,7 +68,7 @@ def test_the_report_prints_and_a_repaired_file_has_an_empty_list(damaged):
     damaged.write_text("\n".join(good))
     with pytest.raises(DataError, match="another version of bad"):
         Mixture({"format": "messages", "path": str(damaged)})
-    report = check_source(str(damaged))
+    report = check_source(str(damaged), write=True)
     assert report.num_bad == 0 and len(report.quarantine.read_text().splitlines()) == 1
     assert len(Mixture({"format": "messages", "path": str(damaged)})) == 5
 
@@ -88,7 +90,7 @@ def test_limit_quarantine_place_and_images_folder(damaged, tmp_path):
     report = check_source(damaged, limit=3, quarantine=tmp_path / "q" / "list.jsonl")
     assert report.checked == 3 and [p.row for p in report.problems] == [1]
     assert (tmp_path / "q" / "list.jsonl").is_file()
-    elsewhere = check_source(damaged, images=tmp_path / "nowhere", limit=1, quarantine=tmp_path / "l.jsonl")
+    elsewhere = check_source(damaged, image_root=tmp_path / "nowhere", limit=1, quarantine=tmp_path / "l.jsonl")
     assert "nowhere" in elsewhere.problems[0].reason
 
 
@@ -109,3 +111,34 @@ def test_files_explain_themselves_or_say_what_to_write(tmp_path, damaged):
         check("nothing.jsonl")
     with pytest.raises(ConfigError, match="unknown dataset 'demo_chart', did you mean 'demo_charts'"):
         check("demo_chart")
+
+
+def test_a_list_from_before_the_pictures_arrived_leaves_out_only_what_is_still_bad(damaged, tmp_path):
+    from mllm.data.quarantine import read_quarantine
+    from mllm.data.sources import open_source
+
+    report = check(damaged, progress=False, write=True)
+    source = open_source(guess_spec(damaged))
+    assert sorted(read_quarantine(source).rows) == sorted(KINDS)
+    picture(3).save(tmp_path / "3.png")  # it arrived
+    (tmp_path / "1.png").write_bytes((tmp_path / "2.png").read_bytes()[:90])  # other contents: to be judged anew
+    found = read_quarantine(source)
+    assert sorted(found.stale) == [1, 3] and sorted(found.rows) == sorted(set(KINDS) - {1, 3})
+    mixed = Mixture({"format": "messages", "path": str(damaged)})
+    (line,) = mixed.left_out()
+    assert "6 of 13 rows are left out by" in line and "2 rows on that list are trained on again" in line
+    assert "2 no labels" in line and mixed.fingerprints["bad"] != source.fingerprint
+    again = check(damaged, progress=False)
+    assert "trained on again" in (again.found_list or "") and again.quarantine is None
+    older = [json.loads(line) for line in report.quarantine.read_text().splitlines()]
+    report.quarantine.write_text(
+        "".join(json.dumps({k: v for k, v in e.items() if k not in ("image", "content")}) + "\n" for e in older)
+    )
+    assert 3 in read_quarantine(source).stale and 10 in read_quarantine(source).rows
+
+
+def test_what_depends_on_tokenizer_or_settings_stays_off_the_list(damaged, processor):  # noqa: F811
+    report = check(damaged, processor, max_length=12, progress=False, write=True)
+    assert {p.kind for p in report.problems} >= {"too long"}
+    kinds = [json.loads(line).get("kind") for line in report.quarantine.read_text().splitlines()]
+    assert "too long" not in kinds and "corrupt image" in kinds

@@ -12,7 +12,8 @@ import pytest
 
 import mllm.data.files
 from mllm.data.files import JsonRows, matching_files
-from mllm.data.sources import open_source, read_quarantine
+from mllm.data.quarantine import read_quarantine
+from mllm.data.sources import open_source
 from mllm.data.spec import DatasetSpec, load_dataset, load_mixture
 from mllm.errors import AlignmentError, ConfigError, DataError, UnknownName
 from mllm.types import IMAGE_MARK
@@ -392,9 +393,9 @@ def test_missing_files_and_variables_say_what_to_do(tmp_path, monkeypatch):
 def test_a_quarantine_list_of_another_version_is_refused(tmp_path):
     data = source(tmp_path, [llava("a", image=None)] * 3, "llava")
     listed = data.quarantine_path()
-    assert listed == tmp_path / "d.jsonl.quarantine.jsonl" and read_quarantine(data) == {}
+    assert listed == tmp_path / "d.jsonl.quarantine.jsonl" and read_quarantine(data).rows == {}
     write_jsonl(listed, [{"fingerprint": data.fingerprint, "rows": 3}, {"row": 1, "id": "s1", "reason": "bad"}])
-    assert read_quarantine(data) == {1: "bad"}
+    assert read_quarantine(data).rows == {1: "bad"}
     write_jsonl(listed, [{"fingerprint": "other", "rows": 9}, {"row": 1, "reason": "bad"}])
     with pytest.raises(DataError, match="another version of d"):
         read_quarantine(data)

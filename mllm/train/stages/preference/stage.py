@@ -27,13 +27,14 @@ from mllm import distributed
 from mllm.config import StrictModel, validate
 from mllm.data.collate import Dropped
 from mllm.data.dataset import BadShare, DropLog
+from mllm.data.mixture import Mixture
 from mllm.errors import AlignmentError, ConfigError, DataError, UnavailableError, blamed_on, did_you_mean
 from mllm.install import package_hint
 from mllm.processing.images import load_image
 from mllm.processing.template import parts_of
 from mllm.recipe import StageSpec
 from mllm.train.checkpoint.export import save_stage
-from mllm.train.data import open_mixture
+from mllm.train.data import open_mixture, tell_dropped, tell_left_out
 from mllm.train.engine.groups import apply_learning, frozen_summary, groups_table, set_modes
 from mllm.train.engine.optim import build_optimizer
 from mllm.train.engine.schedule import rate_factor
@@ -141,7 +142,9 @@ def train_preference(run: Run, stage: StageSpec, previous: Path | None, folder: 
     model, processor = start_model(run.recipe, stage.model_copy(update={"precision": "fp32"}), previous)
     display = StageDisplay(stage.name, active=distributed.is_main())
     drops = DropLog(run.output / "dropped" / f"{stage.name}-{distributed.rank()}.jsonl")
-    rows = make_rows(run, stage, options, drops, max_pixels=processor.image_processor.max_pixels)
+    mixture = open_mixture(stage, run.recipe.seed)
+    tell_left_out(mixture, display, run.info, stage)
+    rows = make_rows(mixture, stage, options, drops, max_pixels=processor.image_processor.max_pixels)
     reference = _reference(run, stage, options, model, processor)
     seed_everything(run.recipe.seed, f"{stage.name}/adapters", same=True)
     groups = apply_learning(model, stage)
@@ -189,8 +192,9 @@ def train_preference(run: Run, stage: StageSpec, previous: Path | None, folder: 
     model.__dict__.pop("forward", None)  # TRL's
     model.requires_grad_(True).to("cpu", torch.bfloat16 if stage.precision == "bf16" else torch.float32)
     model.config.dtype = next(model.parameters()).dtype
+    tell_dropped(run, stage, display)
     if run.info is not None:
-        run.info.stage(stage.name, steps=done, dropped=dict(drops.counts))
+        run.info.stage(stage.name, steps=done)
     record = dict(run.info.data) if run.info is not None else {}
     engine: Any = SimpleNamespace(model=model, zero_stage=0, close=lambda: None)
     save_stage(engine, processor, run.recipe, stage, folder, record)
@@ -208,12 +212,13 @@ def import_trl(where: str) -> Any:
     return trl
 
 
-def make_rows(run: Run, stage: StageSpec, options: PreferenceOptions, drops: DropLog, *, max_pixels: int | None) -> Any:
+def make_rows(
+    mixture: Mixture, stage: StageSpec, options: PreferenceOptions, drops: DropLog, *, max_pixels: int | None
+) -> Any:
     """The stage's samples as a `datasets` table that reads each row, pictures included, when it is asked for. A row that
     cannot be used is replaced by its dataset's next good one and logged."""
     import datasets
 
-    mixture = open_mixture(stage, run.recipe.seed)
     draws = mixture.locate(range(len(mixture)))
     share, tried = BadShare(stage.max_bad_share), Counter[str]()
 
