@@ -117,6 +117,8 @@ class OptimizerSpec(StrictModel):
     """None: no clipping. Always written explicitly to DeepSpeed, whose own default is 1.0."""
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay of a running average of the learning weights (e.g. 0.999); the stage then ends with the average. engine: none."""
+    fused: bool | None = None
+    """AdamW's whole update in one kernel, for bf16 weights under engine: none on CUDA. Default: where it can be."""
 
 
 class DrawSpec(StrictModel):

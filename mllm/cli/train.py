@@ -32,10 +32,15 @@ def train(
 
     [dim]mllm train demo stages.sft.steps=20 --output runs/try[/]
     """
+    from mllm import progress
     from mllm.recipe import load_recipe
-    from mllm.train.run import run_recipe
 
+    progress.begin()
     loaded = load_recipe(recipe, overrides)
+    progress.tell(f"recipe {loaded.name}: {', '.join(stage.name for stage in loaded.stages)}")
+    with progress.phase("importing torch and transformers"):
+        from mllm.train.run import run_recipe
+
     final = run_recipe(loaded, processes=processes, resume=resume, output=output, profile=profile)
     typer.echo(f"checkpoint: {final}")
     if evaluate and loaded.evaluation.tasks:

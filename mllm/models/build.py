@@ -7,15 +7,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from mllm.errors import ConfigError, UnavailableError
+from mllm import progress
+from mllm.errors import CheckpointError, ConfigError, UnavailableError
 from mllm.models.configuration_mllm import MllmConfig, language_model_config
 from mllm.models.image_generation.build import add_head_tokens, head_settings_of, tokenizer_settings, visual_span
-from mllm.models.modeling_mllm import MllmForConditionalGeneration
+from mllm.models.modeling_mllm import MllmForConditionalGeneration, language_model_left_out
+from mllm.models.weight_files import refuse_gaps, some_names
 from mllm.processing.image_processor import MllmImageProcessor
 from mllm.processing.processor import MllmProcessor
 from mllm.processing.template import check_template, read_template
@@ -135,13 +138,19 @@ def load_tokenizer(spec: LanguageModelSpec) -> Any:
 
 
 def build_model(
-    spec: ModelSpec, *, dtype: torch.dtype = torch.float32, load_weights: bool = True
+    spec: ModelSpec,
+    *,
+    dtype: torch.dtype = torch.float32,
+    load_weights: bool = True,
+    device: torch.device | None = None,
 ) -> tuple[MllmForConditionalGeneration, MllmProcessor]:
     """Model and processor of a recipe. load_weights: read the language model's and encoders' published weights (a part
-    without a source starts from its own initialisation); False: every part is initialised.
+    without a source starts from its own initialisation); False: every part is initialised. device: where parts are
+    initialised and weights are read to (default: the CPU); initial values depend on the kind of device.
 
     The vocabulary grows when the tokenizer (image token included) needs it.
     """
+    device = torch.device("cpu") if device is None else device
     tokenizer = load_tokenizer(spec.language_model)
     add_image_token(tokenizer, spec.image_token)
     config = build_config(spec, image_token_id=tokenizer.convert_tokens_to_ids(spec.image_token), tokenizer=tokenizer)
@@ -152,10 +161,14 @@ def build_model(
             value = getattr(tokenizer, name)
             if value is not None and getattr(target, name, None) is None:
                 setattr(target, name, value)
-    with _default_dtype(dtype):
+    published = load_weights and spec.language_model.source is not None
+    left_out = language_model_left_out() if published else nullcontext()
+    with progress.phase(f"building the model on {device}"), _default_dtype(dtype), device, left_out:
         model = MllmForConditionalGeneration(config)
+    if published:
+        read_language_model(model, spec.language_model, dtype=dtype, device=device)
     if load_weights:
-        load_pretrained_parts(model, spec, dtype=dtype)
+        load_pretrained_parts(model, spec)
         processor.image_processor.code_source = _codes_made_by(model)
     known = config.text_config.vocab_size
     if len(tokenizer) > known:
@@ -177,27 +190,67 @@ def _start_new_rows(model: MllmForConditionalGeneration, known: int) -> None:
             table[known:].normal_(std=deviation)
 
 
-def load_pretrained_parts(model: MllmForConditionalGeneration, spec: ModelSpec, *, dtype: torch.dtype) -> None:
-    """Read published weights into the language model and every encoder that names some."""
-    if spec.language_model.source is not None:
+def read_language_model(
+    model: MllmForConditionalGeneration, spec: LanguageModelSpec, *, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Put the published language model, read straight to ``device``, into a model that was built without one.
+
+    Raises `UnavailableError` for a source that cannot be read, `CheckpointError` for one that lacks weights.
+    """
+    assert spec.source is not None
+    with progress.phase(f"reading weights of {spec.source}") as reading:
         try:
-            source = AutoModelForCausalLM.from_pretrained(
-                spec.language_model.source, revision=spec.language_model.revision, dtype=dtype
+            source, info = AutoModelForCausalLM.from_pretrained(
+                spec.source,
+                revision=spec.revision,
+                config=model.config.text_config,
+                dtype=dtype,
+                output_loading_info=True,
+                **placed_on(device),
             )
         except OSError as error:
             raise UnavailableError(
-                f"model.language_model.source: weights of {spec.language_model.source!r} cannot be read ({_first_line(error)})"
+                f"model.language_model.source: weights of {spec.source!r} cannot be read ({_first_line(error)})"
             ) from error
-        model.model.language_model.load_state_dict(source.base_model.state_dict())
-        model.lm_head.load_state_dict(source.get_output_embeddings().state_dict())
-        model.tie_weights()
+        reading.num_bytes = num_bytes(source)
+    refuse_gaps(f"model.language_model.source: {spec.source}", {**info, "unexpected_keys": []})
+    decoder, head = source.base_model, source.get_output_embeddings()
+    wanted = {name: value.shape for name, value in model.model.language_model.state_dict().items()}
+    found = {name: value.shape for name, value in decoder.state_dict().items()}
+    if wanted != found:
+        raise CheckpointError(
+            f"model.language_model.source: {spec.source} is no plain {model.config.text_config.model_type}: "
+            f"{some_names(sorted(set(wanted.items()) ^ set(found.items())))}"
+        )
+    source.config.name_or_path = ""
+    model.config.text_config = source.config  # transformers gave the modules a copy of it
+    model.model.language_model = decoder.train(model.training)
+    model.lm_head.load_state_dict(head.state_dict(), assign=True)
+    model.tie_weights()
+
+
+def load_pretrained_parts(model: MllmForConditionalGeneration, spec: ModelSpec) -> None:
+    """Read published weights into every encoder and visual tokenizer that names some."""
     if model.model.vision_tower is not None:
-        for encoder in model.model.vision_tower.encoders.values():
+        for name, encoder in model.model.vision_tower.encoders.items():
             if encoder.config.weights is not None:
-                encoder.load_pretrained()
+                with progress.phase(f"reading weights of encoder {name}") as reading:
+                    encoder.load_pretrained()
+                    reading.num_bytes = num_bytes(encoder)
     weights = (spec.visual_tokenizer or {}).get("weights")
     if model.model.visual_tokenizer is not None and weights is not None:
-        load_tokenizer_weights(model.model.visual_tokenizer, weights)
+        with progress.phase("reading weights of the visual tokenizer"):
+            load_tokenizer_weights(model.model.visual_tokenizer, weights)
+
+
+def placed_on(device: torch.device) -> dict[str, Any]:
+    """What ``from_pretrained`` is told so that it reads weights straight to a device."""
+    return {} if device.type == "cpu" else {"device_map": {"": device}}
+
+
+def num_bytes(module: torch.nn.Module) -> int:
+    """Bytes of a module's parameters."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def _codes_made_by(model: MllmForConditionalGeneration) -> str | None:

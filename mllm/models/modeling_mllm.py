@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -29,6 +31,18 @@ from mllm.models.routing import ask_gate, encode_short, routing_loss_of_step
 from mllm.processing.layout import PRIMARY_PIXELS, pixel_keys
 from mllm.types import Routing, VisionFeatures
 
+_language_model_follows: ContextVar[bool] = ContextVar("_language_model_follows", default=False)
+
+
+@contextmanager
+def language_model_left_out() -> Iterator[None]:
+    """Models built inside have a language model without memory: one with published weights is put in its place."""
+    token = _language_model_follows.set(True)
+    try:
+        yield
+    finally:
+        _language_model_follows.reset(token)
+
 
 class MllmModel(MllmPreTrainedModel):
     """Encoders, router, connector and decoder, without the language-model head."""
@@ -40,7 +54,8 @@ class MllmModel(MllmPreTrainedModel):
         super().__init__(config)
         self.vision_tower, self.multi_modal_projector = build_visual_parts(config)
         self.visual_tokenizer = build_own_tokenizer(config)
-        self.language_model = AutoModel.from_config(config.text_config)
+        with torch.device("meta") if _language_model_follows.get() else nullcontext():
+            self.language_model = AutoModel.from_config(config.text_config)
         self._no_split_modules = list(getattr(self.language_model, "_no_split_modules", None) or [])
         self.pixel_keys = pixel_keys(list(config.encoders))
         self.post_init()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mllm import errors
+from mllm import errors, progress
 from mllm.distributed import process_group
 from mllm.errors import ConfigError, MllmError
 
@@ -38,6 +38,7 @@ def launch(function: Callable[..., Any], processes: int, *arguments: Any, needs_
     if torch.cuda.is_available() and processes > available:
         raise ConfigError(f"--processes {processes}: this machine has {available} GPU(s)")
     folder = tempfile.mkdtemp(prefix="mllm-launch-")
+    progress.tell(f"starting {processes} processes …")
     try:
         _start(function, processes, arguments, folder)
     finally:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mllm import distributed
+from mllm import distributed, progress
 from mllm.errors import CheckpointError, ConfigError
 from mllm.plugins import load_plugins
 from mllm.recipe import Recipe, StageSpec
@@ -68,7 +68,11 @@ def run_recipe(
             f"output {folder} already holds a run; go on with --resume, choose another with output=…, or delete it"
         )
     needs_group = any(choose_engine(stage).zero_stage for stage in recipe.stages)
-    launch(_train_recipe, processes, recipe, folder, resume, stop_after, profile, needs_group=needs_group)
+    progress.begin()
+    try:
+        launch(_train_recipe, processes, recipe, folder, resume, stop_after, profile, needs_group=needs_group)
+    finally:
+        progress.end()
     return folder / "final"
 
 
@@ -103,6 +107,7 @@ def _train_recipe(recipe: Recipe, folder: Path, resume: bool, stop_after: int | 
 
 
 def _train(recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, profile: int) -> None:
+    progress.begin()
     _quiet_libraries()
     load_plugins(recipe.plugins)
     main, info, tracker = distributed.is_main(), None, None
@@ -184,19 +189,35 @@ def train_sft(run: Run, stage: StageSpec, previous: Path | None, folder: Path) -
     return True
 
 
-def start_model(recipe: Recipe, stage: StageSpec, previous: Path | None) -> tuple[Any, Any]:
-    """The model a stage starts from: the previous stage's, else the recipe's with published weights. Parts without
-    weights depend on the recipe's seed alone and are equal on all processes."""
-    from mllm.models.build import build_model
+def start_device(recipe: Recipe) -> torch.device:
+    """Where models are built and weights are read to: this process's GPU. The CPU where 4-bit copies take the place of
+    layers, whose whole weights need not fit the GPU."""
+    for stage in recipe.stages:
+        for spec in stage.learning().values():
+            if spec.lora is not None and spec.lora.bits is not None:
+                return torch.device("cpu")
+    return distributed.local_device()
+
+
+def start_model(
+    recipe: Recipe, stage: StageSpec, previous: Path | None, *, device: torch.device | None = None
+) -> tuple[Any, Any]:
+    """The model a stage starts from, on ``device`` (default: `start_device`): the previous stage's, else the recipe's with
+    published weights. Parts without weights depend on the recipe's seed and the kind of device alone and are equal on all
+    processes."""
+    from mllm.models.build import build_model, num_bytes, placed_on
     from mllm.models.modeling_mllm import MllmForConditionalGeneration
     from mllm.processing.processor import MllmProcessor
 
     dtype = DTYPES[stage.precision]
+    device = device or start_device(recipe)
     if previous is None:
         torch.manual_seed(recipe.seed)
-        return build_model(recipe.model, dtype=dtype)
+        return build_model(recipe.model, dtype=dtype, device=device)
     try:
-        model = MllmForConditionalGeneration.from_pretrained(str(previous), dtype=dtype)
+        with progress.phase(f"reading weights of {previous}") as reading:
+            model = MllmForConditionalGeneration.from_pretrained(str(previous), dtype=dtype, **placed_on(device))
+            reading.num_bytes = num_bytes(model)
         return model, MllmProcessor.from_pretrained(str(previous))
     except OSError as error:
         raise CheckpointError(f"{previous}: the previous stage cannot be read ({error})") from error

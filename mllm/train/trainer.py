@@ -17,6 +17,7 @@ import torch
 from mllm import distributed
 from mllm.errors import ConfigError
 from mllm.processing.template import for_training, read_template
+from mllm.progress import phase
 from mllm.recipe import Recipe, StageSpec
 from mllm.train.checkpoint.resume import CheckpointReader, Progress, fingerprint, latest_checkpoint, save_checkpoint
 from mllm.train.data import StageData, open_mixture, tell_dropped, tell_left_out
@@ -113,15 +114,21 @@ def train(run: Run, stage: StageSpec, model: Any, processor: Any) -> Engine | No
         spikes = SpikeGuard(run.output / "spikes" / f"{name}.jsonl")
         profiler = StepProfiler(run.output / "profile", name, run.profile)
         stack.callback(profiler.close)
+        first = True
         while progress.step < progress.total_steps:
             profiler()
             waited = time.perf_counter()
-            micro = next(steps)
+            with phase("loading the first batch", when=first):
+                micro = next(steps)
             waited = time.perf_counter() - waited
             engine.set_rate_factor(rate_factor(stage.schedule, progress.step, progress.total_steps))
             rates = engine.rates()
             wish = time.monotonic() - saved > SAVE_SECONDS
-            step = optimizer_step(engine, micro, session.attention, session.flops, save=wish, datasets=session.datasets)
+            with phase("first step" + (", compiling" if stage.compile else ""), when=first):
+                step = optimizer_step(
+                    engine, micro, session.attention, session.flops, save=wish, datasets=session.datasets
+                )
+            first = False
             progress.step += 1
             spikes(stage.name, progress.step, {"loss": step.loss, "grad_norm": step.grad_norm}, micro)
             progress.samples += int(step.counts["samples"])
@@ -169,7 +176,8 @@ def open_session(run: Run, stage: StageSpec, model: Any, processor: Any, stack: 
     groups = apply_learning(model, stage)
     set_modes(model)
     attention = prepare_model(model, stage, device=device, zero_stage=choice.zero_stage)
-    data = StageData(stage, processor, mixture, cache=run.output / "lengths", log=_drop_log(run, stage))
+    with phase("planning batches"):
+        data = StageData(stage, processor, mixture, cache=run.output / "lengths", log=_drop_log(run, stage))
     progress = Progress(
         stage=stage.name,
         total_steps=data.total_steps,
@@ -190,7 +198,8 @@ def open_session(run: Run, stage: StageSpec, model: Any, processor: Any, stack: 
     if checkpoint is not None:
         checkpoint.check(model, progress)
         checkpoint.restore_weights(model)
-    engine = build_engine(model, groups, stage, device)
+    with phase(f"starting engine {choice.name}"):
+        engine = build_engine(model, groups, stage, device)
     stack.push(lambda failed, *_: engine.close() if failed else None)
     if checkpoint is not None:
         checkpoint.restore_engine(engine)
@@ -352,6 +361,7 @@ def _drop_log(run: Run, stage: StageSpec) -> Path:
 def _signature(recipe: Recipe, stage: StageSpec, data: dict[str, str]) -> str:
     """What must be the same when a stage is resumed."""
     settings = stage.model_dump(mode="json", exclude=_COSMETIC)
+    settings["optimizer"].pop("fused", None)  # how the update is computed, not which
     return json.dumps(
         {**settings, "seed": recipe.seed, "model": recipe.model.model_dump(mode="json"), "rows": data}, sort_keys=True
     )

@@ -26,6 +26,7 @@ from mllm.errors import ConfigError, did_you_mean
 from mllm.recipe import StageSpec
 from mllm.train.engine.groups import Group
 from mllm.train.engine.optim import MasterWeights, build_optimizer, check_engine, take_average, update_average
+from mllm.train.engine.reduce import OverlappedSum
 
 SHIPPED = ("none", "zero1", "zero2", "zero3")
 
@@ -101,9 +102,10 @@ class Fragment:
 
 
 class Engine:
-    """One process: forward is the model's own; gradients of several processes are summed before the update."""
+    """Replicas: forward is the model's own; gradients of several processes are summed while backward runs."""
 
     zero_stage = 0
+    reduction: OverlappedSum | None = None
 
     def __init__(self, model: nn.Module, groups: list[Group], stage: StageSpec, device: torch.device):
         self.model, self.device, self.stage = model, device, stage
@@ -119,6 +121,7 @@ class Engine:
         if self.world_size > 1:
             for parameter in self.learning:
                 dist.broadcast(parameter.data, src=0)
+        self.reduction = OverlappedSum(self.learning) if self.world_size > 1 else None
         self.optimizer: Any = build_optimizer(
             self.model, groups, self.stage.optimizer, master=self.learning[0].dtype != torch.float32
         )
@@ -137,17 +140,19 @@ class Engine:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of one micro-batch; last: the optimizer step follows."""
+        if last and self.reduction is not None:
+            self.reduction.start()
         loss.backward()
 
     @torch.no_grad()
     def step(self) -> float:
         """Sum gradients over processes, clip, update. Returns the norm before clipping; when it is not finite, nothing
         is updated."""
+        if self.reduction is not None:
+            self.reduction.finish()
         for parameter in self.learning:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        if self.world_size > 1:
-            self._sum_gradients()
         norm, scale = self._norm_and_scale()
         value = float(norm)
         if math.isfinite(value):
@@ -180,21 +185,6 @@ class Engine:
             part = self.model.part_of(self.names[id(parameter)])  # type: ignore[operator]
             squares[part] = squares.get(part, 0.0) + value * value
         self.norms = {part: math.sqrt(value) for part, value in squares.items()}
-
-    def _sum_gradients(self, bucket_size: int = 1 << 25) -> None:
-        """All-reduce in fp32, a few large buckets instead of one message a parameter."""
-        bucket: list[Tensor] = []
-        size = 0
-        gradients = [p.grad for p in self.learning if p.grad is not None]
-        for index, gradient in enumerate(gradients):
-            bucket.append(gradient)
-            size += gradient.numel()
-            if size >= bucket_size or index == len(gradients) - 1:
-                flat = torch.cat([g.flatten().float() for g in bucket])
-                dist.all_reduce(flat)
-                for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket])):
-                    gradient.copy_(part.view_as(gradient))
-                bucket, size = [], 0
 
     # State ---------------------------------------------------------------------------------------------------------
 
@@ -234,6 +224,9 @@ class Engine:
 
     def close(self) -> None:
         """Free what the engine holds."""
+        if self.reduction is not None:
+            self.reduction.close()
+            self.reduction = None
         self.optimizer = None
         free_memory()
 

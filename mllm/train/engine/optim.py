@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mllm.errors import ConfigError, UnavailableError
 from mllm.install import package_hint
 from mllm.recipe import OptimizerSpec
+from mllm.train.engine.fused_adamw import FusedAdamW, available
 from mllm.train.engine.groups import Group
 
 ZERO_OPTIMIZERS = ("adamw", "sgd")
@@ -70,7 +71,8 @@ def _construct(groups: list[dict[str, Any]], spec: OptimizerSpec) -> torch.optim
 class MasterWeights:
     """fp32 copies of bf16 parameters, updated in fp32 and copied back: rates of 1e-5 vanish in bf16's 8 bits otherwise.
 
-    Gradients are cast bucket by bucket, so their fp32 copies never exist all at once. Looks like the inner optimizer.
+    AdamW on CUDA: one kernel for all of it (`mllm.train.engine.fused_adamw`). Elsewhere gradients are cast bucket by
+    bucket, so their fp32 copies never exist all at once. Looks like the inner optimizer.
     """
 
     def __init__(self, groups: list[dict[str, Any]], spec: OptimizerSpec):
@@ -78,6 +80,15 @@ class MasterWeights:
         self.masters = [nn.Parameter(p.detach().float(), requires_grad=True) for p in self.parameters]
         by_id = {id(p): m for p, m in zip(self.parameters, self.masters)}
         self.inner = _construct([{**g, "params": [by_id[id(p)] for p in g["params"]]} for g in groups], spec)
+        pairs = list(zip(self.parameters, self.masters))
+        self.fused: FusedAdamW | None = None
+        if spec.type == "adamw" and spec.fused is not False and all(_suits(p) for p in self.parameters):
+            self.fused = FusedAdamW(self.inner, pairs)  # type: ignore[arg-type]
+        elif spec.fused:
+            raise ConfigError(
+                "optimizer.fused: true needs adamw and CUDA with Triton; leave it out, and the plain update is used"
+            )
+        self._plain = pairs if self.fused is None else self.fused.small
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -90,7 +101,10 @@ class MasterWeights:
     @torch.no_grad()
     def step(self, scale: Tensor | float = 1.0) -> None:
         """Update from the low-precision parameters' gradients, multiplied by ``scale``."""
-        for bucket in _buckets(list(zip(self.parameters, self.masters))):
+        if self.fused is not None:
+            device = self.masters[0].device
+            self.fused.step(torch.as_tensor(scale, dtype=torch.float32, device=device))
+        for bucket in _buckets(self._plain):
             for parameter, copy in bucket:
                 if parameter.grad is not None:
                     copy.grad = parameter.grad.float().mul_(scale)
@@ -102,8 +116,15 @@ class MasterWeights:
 
     def restore_parameters(self) -> None:
         """Write the fp32 copies into the model (after they were loaded)."""
+        if self.fused is not None:
+            self.fused.forget_counts()
         with torch.no_grad():
             _copy(self.parameters, self.masters)
+
+
+def _suits(parameter: Tensor) -> bool:
+    """Whether the fused update can be used for a parameter."""
+    return available(parameter.device) and parameter.is_contiguous()
 
 
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

@@ -11,6 +11,8 @@ from torch import nn
 
 from mllm.errors import ConfigError, UnavailableError
 from mllm.recipe import OptimizerSpec, ScheduleSpec
+from mllm.train.engine import fused_adamw
+from mllm.train.engine.fused_adamw import reference_update
 from mllm.train.engine.groups import Group
 from mllm.train.engine.optim import MasterWeights, build_optimizer, check_engine, orthogonalise
 from mllm.train.engine.schedule import rate_factor, warmup_steps
@@ -149,3 +151,61 @@ def test_schedules_warm_up_and_end_where_they_should():
     linear = ScheduleSpec(type="linear", warmup=4)
     assert [rate_factor(linear, s, 8) for s in (0, 3, 4, 6)] == [0.25, 1.0, 1.0, 0.5]
     assert rate_factor(ScheduleSpec(type="constant", warmup=0), 5, 8) == 1.0
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
+def test_the_fused_kernels_reference_is_torchs_adamw_over_a_hundred_clipped_steps(kind):
+    """In fp32 to 1e-6, low-precision weights exactly the rounded copies; rates change from step to step."""
+    generator = torch.Generator().manual_seed(0)
+    parameter = torch.randn(40, 30, generator=generator).to(kind)
+    master, wanted = parameter.float(), nn.Parameter(parameter.float())
+    mean, square = torch.zeros_like(master), torch.zeros_like(master)
+    theirs = torch.optim.AdamW([wanted], lr=1.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for step in range(1, 101):
+        gradient = (torch.randn(40, 30, generator=generator) * 10.0 ** (step % 5 - 3)).to(kind)
+        scale, rate = torch.tensor(1.0 / (1 + step % 3)), 1e-3 * (1 + step % 7)
+        wanted.grad, theirs.param_groups[0]["lr"] = gradient.float() * scale, rate
+        theirs.step()
+        numbers = {"rate": rate, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "step": step}
+        reference_update(parameter, gradient, master, mean, square, scale=scale, **numbers)
+    assert (master - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+    assert torch.equal(parameter, master.to(kind))
+    state = theirs.state[wanted]
+    for ours, key in ((mean, "exp_avg"), (square, "exp_avg_sq")):
+        assert (ours - state[key]).abs().max() <= 1e-6 * state[key].abs().max()
+
+
+def test_large_tensors_take_the_fused_road_and_small_ones_torchs(monkeypatch):
+    """The kernel itself needs CUDA; here its reference stands in its place and everything around it is real: states,
+    counts after loading, groups, freed gradients."""
+    monkeypatch.setattr(fused_adamw, "SMALLEST", 20)
+    monkeypatch.setattr(fused_adamw, "fused_update", reference_update)
+    monkeypatch.setattr("mllm.train.engine.optim.available", lambda device: True)
+    spec = OptimizerSpec(betas=(0.9, 0.95))
+    ours, theirs = _model().bfloat16(), _model().bfloat16()
+    fused = build_optimizer(ours, _groups(ours), spec, master=True)
+    assert fused.fused is not None and len(fused.fused.small) == 2 and len(fused.fused.large) == 2
+    plain = build_optimizer(theirs, _groups(theirs), spec.model_copy(update={"fused": False}), master=True)
+    assert plain.fused is None
+    generator = torch.Generator().manual_seed(1)
+    for step in range(8):
+        if step == 4:  # as after a checkpoint was read
+            fused.restore_parameters()
+        for a, b in zip(ours.parameters(), theirs.parameters()):
+            a.grad = torch.randn(a.shape, generator=generator).bfloat16()
+            b.grad = a.grad.clone()
+        for optimizer in (fused, plain):
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2 / (1 + step)
+            optimizer.step(torch.tensor(0.5))
+        assert all(p.grad is None for p in ours.parameters())
+    for a, b in zip(fused.masters, plain.masters):
+        assert (a - b).abs().max() < 1e-6
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.allclose(fused.state[a][key], plain.state[b][key], rtol=1e-5, atol=1e-9)
+
+
+def test_a_fused_update_that_cannot_be_is_refused():
+    model = _model().bfloat16()
+    with pytest.raises(ConfigError, match=r"optimizer\.fused"):
+        build_optimizer(model, _groups(model), OptimizerSpec(fused=True), master=True)

@@ -139,7 +139,9 @@ def train_preference(run: Run, stage: StageSpec, previous: Path | None, folder: 
 
     options = check_dpo(stage)
     trl = import_trl(f"stages.{stage.name}.kind")
-    model, processor = start_model(run.recipe, stage.model_copy(update={"precision": "fp32"}), previous)
+    # On the CPU: its fp32 copy, and the reference's, would stand on the GPU beside what TRL keeps there.
+    whole = stage.model_copy(update={"precision": "fp32"})
+    model, processor = start_model(run.recipe, whole, previous, device=torch.device("cpu"))
     display = StageDisplay(stage.name, active=distributed.is_main())
     drops = DropLog(run.output / "dropped" / f"{stage.name}-{distributed.rank()}.jsonl")
     mixture = open_mixture(stage, run.recipe.seed)

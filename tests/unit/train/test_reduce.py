@@ -1,0 +1,75 @@
+"""Are gradients summed over processes as one process would have them, also those that only some processes have?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import nn
+
+from mllm.train.engine.reduce import OverlappedSum, _buckets
+
+
+class _Forked(nn.Module):
+    """Three parts; a sample asks for one of the first two, nobody for the third."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.parts = nn.ModuleList(nn.Linear(5, 3) for _ in range(3))
+        self.head = nn.Linear(3, 1)
+
+    def forward(self, x, part):
+        return self.head(torch.tanh(self.parts[part](x))).square().sum()
+
+
+def _sample(micro: int, rank: int) -> torch.Tensor:
+    return torch.randn(4, 5, generator=torch.Generator().manual_seed(10 * micro + rank))
+
+
+def _work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = _Forked()
+    learning = list(model.parameters())
+    reduction = OverlappedSum(learning, bucket_elements=8)
+    for step in range(2):
+        for parameter in learning:
+            parameter.grad = None
+        for micro in range(2):
+            if micro == 1:
+                reduction.start()
+            # Rank 0 uses the first part, rank 1 the second one; a loss of two forward passes in the last micro-batch.
+            loss = model(_sample(4 * step + micro, rank), rank) + micro * model(_sample(4 * step + 2, rank), rank)
+            loss.backward()
+        reduction.finish()
+        torch.save([p.grad.clone() for p in learning], f"{folder}/gradients-{step}-{rank}.pt")
+    reduction.close()
+    dist.destroy_process_group()
+
+
+def test_two_processes_with_different_parts_equal_one(tmp_path: Path):
+    torch.multiprocessing.spawn(_work, args=(str(tmp_path),), nprocs=2)
+    for step in range(2):
+        model = _Forked()
+        for rank in range(2):
+            for micro in range(2):
+                part = model(_sample(4 * step + micro, rank), rank)
+                (part + micro * model(_sample(4 * step + 2, rank), rank)).backward()
+        found = [torch.load(tmp_path / f"gradients-{step}-{rank}.pt") for rank in range(2)]
+        for (name, parameter), first, second in zip(model.named_parameters(), *found, strict=True):
+            wanted = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            assert torch.equal(first, second), name
+            assert (first - wanted).abs().max() < 1e-5, name
+            assert parameter.grad is not None or name.startswith("parts.2")
+
+
+@pytest.mark.parametrize("limit", [1, 20, 10**6])
+def test_buckets_hold_every_parameter_once_last_ones_first(limit):
+    parameters = [nn.Parameter(torch.zeros(n)) for n in (3, 40, 5, 7)]
+    buckets = _buckets(parameters, limit)
+    assert [p.numel() for bucket in buckets for p in bucket] == [7, 5, 40, 3]
+    assert all(sum(p.numel() for p in bucket[:-1]) < limit for bucket in buckets)
