@@ -151,10 +151,12 @@ def build_model(
     The vocabulary grows when the tokenizer (image token included) needs it.
     """
     device = torch.device("cpu") if device is None else device
-    tokenizer = load_tokenizer(spec.language_model)
-    add_image_token(tokenizer, spec.image_token)
-    config = build_config(spec, image_token_id=tokenizer.convert_tokens_to_ids(spec.image_token), tokenizer=tokenizer)
-    processor = build_processor(spec, config, tokenizer)
+    with progress.phase("reading tokenizer and configs"):
+        tokenizer = load_tokenizer(spec.language_model)
+        add_image_token(tokenizer, spec.image_token)
+        image_id = tokenizer.convert_tokens_to_ids(spec.image_token)
+        config = build_config(spec, image_token_id=image_id, tokenizer=tokenizer)
+        processor = build_processor(spec, config, tokenizer)
     config.dtype = dtype
     for target in (config, config.text_config):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):

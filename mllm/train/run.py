@@ -58,17 +58,18 @@ def run_recipe(
     folder = Path(output) if output is not None else recipe.output_dir
     if processes < 1:
         raise ConfigError(f"--processes is {processes}; 1 or more is expected")
-    load_plugins(recipe.plugins)
-    for stage in recipe.stages:
-        stage_runner(stage)
-        check_stage(stage, recipe)
-        check_options(stage)
+    progress.begin()
+    with progress.phase("checking the recipe and its data"):
+        load_plugins(recipe.plugins)
+        for stage in recipe.stages:
+            stage_runner(stage)
+            check_stage(stage, recipe)
+            check_options(stage)
     if not resume and _holds_a_run(folder):
         raise ConfigError(
             f"output {folder} already holds a run; go on with --resume, choose another with output=…, or delete it"
         )
     needs_group = any(choose_engine(stage).zero_stage for stage in recipe.stages)
-    progress.begin()
     try:
         launch(_train_recipe, processes, recipe, folder, resume, stop_after, profile, needs_group=needs_group)
     finally:
@@ -113,8 +114,9 @@ def _train(recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, p
     main, info, tracker = distributed.is_main(), None, None
     if main:
         folder.mkdir(parents=True, exist_ok=True)
-        info = RunInfo(folder, recipe, processes=distributed.world_size(), resume=resume)
-        tracker = Tracker(folder, recipe, info)
+        with progress.phase("opening the run's records"):
+            info = RunInfo(folder, recipe, processes=distributed.world_size(), resume=resume)
+            tracker = Tracker(folder, recipe, info)
     distributed.barrier()
     run = Run(recipe, folder, resume, tracker, info, stop_after, profile)
     try:
@@ -205,9 +207,10 @@ def start_model(
     """The model a stage starts from, on ``device`` (default: `start_device`): the previous stage's, else the recipe's with
     published weights. Parts without weights depend on the recipe's seed and the kind of device alone and are equal on all
     processes."""
-    from mllm.models.build import build_model, num_bytes, placed_on
-    from mllm.models.modeling_mllm import MllmForConditionalGeneration
-    from mllm.processing.processor import MllmProcessor
+    with progress.phase("importing the model's classes"):
+        from mllm.models.build import build_model, num_bytes, placed_on
+        from mllm.models.modeling_mllm import MllmForConditionalGeneration
+        from mllm.processing.processor import MllmProcessor
 
     dtype = DTYPES[stage.precision]
     device = device or start_device(recipe)

@@ -1,0 +1,232 @@
+"""What do the benchmarks of whole trainings share? A recipe with real pictures, and `mllm train` watched from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+LLAMAS = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+CLIP_L = {
+    "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+    "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
+}  # fmt: skip
+DINO_L = {
+    "model_type": "dinov2", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 518,
+    "patch_size": 14, "mlp_ratio": 4,
+}  # fmt: skip
+WORDS = ["the", "picture", "shows", "a", "number", "of", "coloured", "stripes", "that", "cross", "each", "other", "and"]
+
+
+def text_config(size: str) -> dict:
+    return {"model_type": "llama", "vocab_size": 32064, **LLAMAS[size], "max_position_embeddings": 4096}
+
+
+def write_data(folder: Path, *, rows: int, pictures: int) -> Path:
+    """LLaVA-format rows with one JPEG (640 × 480) each, one in eight without; answers of 40 to 900 characters."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    y, x = np.mgrid[0:480, 0:640]
+    for number in range(pictures):
+        waves = [np.sin(x / (7 + number % 11 + k) + y / (13 + number % 7 - k)) for k in range(3)]
+        pixels = np.stack([(127 * (wave + 1)).astype(np.uint8) for wave in waves], axis=-1)
+        Image.fromarray(pixels).save(folder / f"{number}.jpg", quality=90)
+    data = []
+    for row in range(rows):
+        length = 40 + (row * 7919) % 860
+        answer = " ".join(WORDS[(row + k) % len(WORDS)] for k in range(length // 5))
+        image = {} if row % 8 == 7 else {"image": f"{row % pictures}.jpg"}
+        question = ("<image>\n" if image else "") + "What can be seen, and what is it made of?"
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        data.append({"id": str(row), **image, "conversations": turns})
+    path = folder / "rows.json"
+    path.write_text(json.dumps(data), encoding="utf-8")
+    return path
+
+
+def write_recipe(folder: Path, size: str, *, name: str, source: Path | None = None, **stage) -> Path:
+    """A recipe file: a Llama of the size, CLIP-L/336 and DINOv2-L/336 live and frozen, joined on channels."""
+    from tests.helpers import TINY_CLIP, TINY_TIMM, tiny_tokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer, data = folder / "tokenizer", folder / "data" / "rows.json"
+    if not tokenizer.is_dir():
+        tiny_tokenizer().save_pretrained(str(tokenizer))
+    if not data.is_file():
+        write_data(folder / "data", rows=64 if size == "tiny" else 1024, pictures=8 if size == "tiny" else 128)
+    encoders: dict = {"semantic": TINY_CLIP, "spatial": TINY_TIMM}
+    if size != "tiny":
+        clip = {"type": "hf", "architecture": CLIP_L, "layers": [-2], "final_norm": False}
+        encoders = {"semantic": clip, "spatial": {"type": "hf", "architecture": DINO_L, "image_size": 336}}
+    llm = {"source": str(source)} if source is not None else {"config": text_config(size)}
+    recipe = {
+        "name": name,
+        "seed": 1,
+        "output": str(folder / name),
+        "model": {
+            "language_model": {**llm, "tokenizer": str(tokenizer)},
+            "encoders": encoders,
+            "connector": {"type": "channel_concat", "projector": {"depth": 2}},
+            "chat_template": "chatml",
+        },
+        "stages": [
+            {
+                "name": "sft",
+                "learn": {"language_model": 2e-5, "connector": 2e-5},
+                "data": {"format": "llava", "path": str(data)},
+                "batch_size": 2,
+                "max_length": 4096 if size != "tiny" else 1200,
+                "packing": True,
+                "precision": "bf16",
+                "optimizer": {"betas": [0.9, 0.95]},
+                "schedule": {"type": "cosine", "warmup": 0.03},
+                **stage,
+            }
+        ],
+    }
+    path = folder / f"{name}.json"  # JSON is YAML
+    path.write_text(json.dumps(recipe, indent=1), encoding="utf-8")
+    return path
+
+
+@dataclass
+class Watched:
+    """What was seen of one `mllm train`: lines with the second they came at, and the logged steps."""
+
+    lines: list[tuple[float, str]] = field(default_factory=list)
+    steps: list[dict] = field(default_factory=list)
+    first_step: float | None = None
+    peak_own_gb: float = 0.0
+    """Memory of the command and all its processes that no file backs, at its largest."""
+    code: int | None = None
+    """None: ended by us, once the steps were there."""
+
+    def second_of(self, pattern: str) -> float | None:
+        return next((second for second, line in self.lines if re.search(pattern, line)), None)
+
+    def line_of(self, pattern: str) -> str | None:
+        return next((line for _, line in self.lines if re.search(pattern, line)), None)
+
+    def middle(self, key: str, skip: int) -> float | None:
+        """Median of a logged number over the steps after the first ``skip``."""
+        values = [step[key] for step in self.steps[skip:] if step.get(key) is not None]
+        return median(values) if values else None
+
+
+def watch(recipe: Path, *, steps: int, limit: float, arguments: tuple[str, ...] = (), **environment: str) -> Watched:
+    """Run `mllm train` until so many steps are logged, then end it; its lines are echoed."""
+    output = recipe.with_suffix("")
+    command = [sys.executable, "-m", "mllm.cli.main", "train", str(recipe), "--no-evaluate", *arguments]
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
+    seen, began, metrics = Watched(), time.monotonic(), output / "metrics.jsonl"
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **environment},
+    ) as process:
+
+        def read() -> None:
+            assert process.stdout is not None
+            for line in process.stdout:
+                seen.lines.append((round(time.monotonic() - began, 2), line.rstrip()))
+                print(f"    {time.monotonic() - began:7.2f} | {line.rstrip()[:200]}", flush=True)
+
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        while time.monotonic() - began < limit:
+            seen.code = process.poll()
+            text = metrics.read_text(encoding="utf-8") if metrics.is_file() else ""
+            complete = text[: text.rfind("\n") + 1].splitlines()
+            seen.steps = [json.loads(line) for line in complete]
+            if seen.steps and seen.first_step is None:
+                seen.first_step = round(time.monotonic() - began, 2)
+            seen.peak_own_gb = max(seen.peak_own_gb, _own_memory(process.pid))
+            if seen.code is not None or len(seen.steps) >= steps:
+                break
+            time.sleep(0.1)
+        if seen.code is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reader.join(5)
+    return seen
+
+
+def _own_memory(session: int) -> float:
+    """GB of memory without a file behind it, of all processes of a session."""
+    total = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            # The command's name is in brackets and may hold anything; the session is the 4th field after it.
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session:
+                found = re.search(r"RssAnon:\s+(\d+) kB", (folder / "status").read_text())
+                total += int(found.group(1)) if found else 0
+        except (OSError, IndexError):  # it has just ended
+            continue
+    return round(total * 1024 / 1e9, 2)
+
+
+def versions() -> dict:
+    import torch
+    import transformers
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    found = {"device": name, "gpus": torch.cuda.device_count(), "torch": torch.__version__}
+    return {**found, "transformers": transformers.__version__, "date": time.strftime("%Y-%m-%d")}
+
+
+def run_sections(
+    script: str, sections: dict[str, float], options: list[str], *, limit: float, results: Path
+) -> list[dict]:
+    """Every section (name → seconds it may take) in a process of its own; the JSON lines they print, collected and
+    written to ``results``. A section that fails or takes too long loses only its own figures."""
+    began, rows = time.monotonic(), []
+    for name, seconds in sections.items():
+        left = limit - (time.monotonic() - began)
+        if left < min(seconds, 30):
+            rows.append({"section": name, "error": "no time left"})
+            continue
+        print(f"== {name} (at {time.monotonic() - began:.0f} s)", flush=True)
+        command = [sys.executable, script, "--section", name, *options]
+        path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, start_new_session=True, env={**os.environ, "PYTHONPATH": path}
+        )
+        killer = threading.Timer(min(seconds, left), os.killpg, (process.pid, signal.SIGKILL))
+        killer.start()
+        assert process.stdout is not None
+        found = []
+        for line in process.stdout:
+            if line.startswith("{"):
+                found.append({"section": name, **json.loads(line)})
+                print(json.dumps(found[-1]), flush=True)
+            else:
+                print(line, end="", flush=True)
+        code = process.wait()
+        killer.cancel()
+        if code:
+            found.append({"section": name, "error": f"exit code {code}"})
+        rows += found
+        results.parent.mkdir(parents=True, exist_ok=True)
+        results.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return rows
