@@ -153,19 +153,21 @@ def watch(recipe: Path, *, steps: int, limit: float, arguments: tuple[str, ...] 
 
         reader = threading.Thread(target=read, daemon=True)
         reader.start()
-        while time.monotonic() - began < limit:
-            seen.code = process.poll()
-            text = metrics.read_text(encoding="utf-8") if metrics.is_file() else ""
-            complete = text[: text.rfind("\n") + 1].splitlines()
-            seen.steps = [json.loads(line) for line in complete]
-            if seen.steps and seen.first_step is None:
-                seen.first_step = round(time.monotonic() - began, 2)
-            seen.peak_own_gb = max(seen.peak_own_gb, _own_memory(process.pid))
-            if seen.code is not None or len(seen.steps) >= steps:
-                break
-            time.sleep(0.1)
-        if seen.code is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        try:
+            while time.monotonic() - began < limit:
+                seen.code = process.poll()
+                text = metrics.read_text(encoding="utf-8") if metrics.is_file() else ""
+                complete = text[: text.rfind("\n") + 1].splitlines()
+                seen.steps = [json.loads(line) for line in complete]
+                if seen.steps and seen.first_step is None:
+                    seen.first_step = round(time.monotonic() - began, 2)
+                seen.peak_own_gb = max(seen.peak_own_gb, _own_memory(process.pid))
+                if seen.code is not None or len(seen.steps) >= steps:
+                    break
+                time.sleep(0.1)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         reader.join(5)
     return seen
@@ -212,7 +214,7 @@ def run_sections(
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, start_new_session=True, env={**os.environ, "PYTHONPATH": path}
         )
-        killer = threading.Timer(min(seconds, left), os.killpg, (process.pid, signal.SIGKILL))
+        killer = threading.Timer(min(seconds, left), process.terminate)
         killer.start()
         assert process.stdout is not None
         found = []

@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -67,7 +68,7 @@ def kernel(options: argparse.Namespace, folder: Path) -> dict:
                 one(weights[which], gradient, copies[which], *states[which], scale=scale, **numbers)
             torchs.grad, optimizer.param_groups[0]["lr"] = gradient.float() * scale, rate
             optimizer.step()
-        largest = torchs.abs().max()
+        largest = torchs.detach().abs().max()
         found[str(shape)] = {
             "kernel - reference": float((copies[0] - copies[1]).abs().max() / largest),
             "kernel - torch": float((copies[0] - torchs).abs().max() / largest),
@@ -103,7 +104,7 @@ def update(options: argparse.Namespace, folder: Path) -> dict:
             for parameter in model:
                 parameter.grad = torch.full_like(parameter, 1e-3)
             scale = torch.full((), 0.5, device=options.device)
-            times.append(_timed(lambda: optimizer.step(scale), options.device))
+            times.append(_timed(optimizer.step, scale, options.device))
         seconds = sorted(times[2:])[3]
         label = {True: "fused", False: "plain", None: "plain"}[fused]
         result[label] = {
@@ -117,13 +118,13 @@ def update(options: argparse.Namespace, folder: Path) -> dict:
     return result
 
 
-def _timed(work, device: str) -> float:
+def _timed(work, argument, device: str) -> float:
     import torch
 
     if device == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
-    work()
+    work(argument)
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began
@@ -184,6 +185,7 @@ def main() -> None:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="train-real-"))
     if options.section:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what it started is ended too
         work = {"kernel": kernel, "update": update, "matmul": matmul}.get(options.section)
         found = work(options, folder) if work else training(options, folder, options.section)
         print(json.dumps(found), flush=True)
@@ -192,6 +194,7 @@ def main() -> None:
     results = Path(os.environ.get("OUT", folder)) / "train_real.txt"
     passed = ["--size", options.size, "--device", options.device, "--folder", str(folder)]
     passed += ["--patience", str(options.patience), "--workers", str(options.workers)]
+    write_recipe(folder, options.size, name="data", steps=1)
     try:
         rows = run_sections(__file__, chosen, passed, limit=options.limit * options.patience, results=results)
         rows.insert(0, {**versions(), "size": options.size})

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -119,6 +120,7 @@ def main() -> None:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="train-start-"))
     if options.section:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what it started is ended too
         work = {"check": check, "publish": publish}.get(options.section)
         found = work(options, folder) if work else start(options, folder, options.section)
         print(json.dumps(found), flush=True)
@@ -128,6 +130,7 @@ def main() -> None:
     results = Path(os.environ.get("OUT", folder)) / "train_start.txt"
     passed = ["--size", options.size, "--device", options.device, "--folder", str(folder)]
     passed += ["--patience", str(options.patience)]
+    write_recipe(folder, options.size, name="data", steps=1)
     try:
         rows = run_sections(__file__, chosen, passed, limit=options.limit * options.patience, results=results)
         rows.insert(0, {**versions(), "size": options.size})
