@@ -59,6 +59,17 @@ def run_recipe(
     if processes < 1:
         raise ConfigError(f"--processes is {processes}; 1 or more is expected")
     progress.begin()
+    try:
+        _check_run(recipe, folder, resume)
+        needs_group = any(choose_engine(stage).zero_stage for stage in recipe.stages)
+        launch(_train_recipe, processes, recipe, folder, resume, stop_after, profile, needs_group=needs_group)
+    finally:
+        progress.end()
+    return folder / "final"
+
+
+def _check_run(recipe: Recipe, folder: Path, resume: bool) -> None:
+    """Raises `ConfigError` or `DataError` for what would end the run later."""
     with progress.phase("checking the recipe and its data"):
         load_plugins(recipe.plugins)
         for stage in recipe.stages:
@@ -69,12 +80,6 @@ def run_recipe(
         raise ConfigError(
             f"output {folder} already holds a run; go on with --resume, choose another with output=…, or delete it"
         )
-    needs_group = any(choose_engine(stage).zero_stage for stage in recipe.stages)
-    try:
-        launch(_train_recipe, processes, recipe, folder, resume, stop_after, profile, needs_group=needs_group)
-    finally:
-        progress.end()
-    return folder / "final"
 
 
 def stage_runner(stage: StageSpec) -> Callable[[Run, StageSpec, Path | None, Path], bool]:

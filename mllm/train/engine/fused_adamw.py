@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SMALLEST = 1 << 16
 """Elements below which a tensor is left to torch's own update, which takes many tensors in one launch."""
@@ -103,7 +103,7 @@ class FusedAdamW:
     pairs: (low-precision parameter, its fp32 copy). The smaller ones are left to the optimizer itself.
     """
 
-    def __init__(self, optimizer: torch.optim.AdamW, pairs: Sequence[tuple[Tensor, Tensor]]):
+    def __init__(self, optimizer: torch.optim.AdamW, pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]):
         self.optimizer = optimizer
         self.large = {id(copy): parameter for parameter, copy in pairs if copy.numel() >= SMALLEST}
         self.small = [(parameter, copy) for parameter, copy in pairs if copy.numel() < SMALLEST]
