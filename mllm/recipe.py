@@ -144,7 +144,7 @@ class StageSpec(StrictModel):
     """Part → learning rate, or a mapping with ``rate`` and more. Parts: ``language_model``, ``connector``, ``router``,
     ``visual_tokenizer``, ``visual_head``, ``encoders`` (all) or ``encoders.<name>``. Absent = frozen."""
     data: str | dict[str, Any] | list[Any]
-    """Mixture's name, dataset's name, or an inline mixture."""
+    """Mixture's or dataset's name, a json, jsonl or table file, a folder, a hub id, a list of these, or an inline mixture."""
     epochs: float | None = Field(default=None, gt=0)
     steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=1, ge=1)

@@ -13,7 +13,7 @@ data = typer.Typer(help="Look at training data: what is broken, how long samples
 @data.command("check")
 def check(
     source: Annotated[
-        str, typer.Argument(help="A dataset's name (`mllm list datasets`), its YAML, or a json/jsonl file.")
+        str, typer.Argument(help="A dataset's name (`mllm list datasets`), its YAML, a file, a folder, or a hub id.")
     ],
     image_root: Annotated[
         Path | None,

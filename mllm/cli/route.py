@@ -158,12 +158,8 @@ def _open(checkpoint: str, dtype: str, device: str | None) -> tuple[Any, Any]:
 
 
 def _sources(data: str) -> list[tuple[Any, int]]:
-    from mllm.data.check import guess_spec
     from mllm.train.stages.routing.labels import open_sources
 
-    path = Path(data)
-    if path.suffix in (".json", ".jsonl") and path.is_file():
-        return open_sources(guess_spec(path).model_dump(mode="json"))
     return open_sources(data)
 
 

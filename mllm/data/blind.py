@@ -10,7 +10,7 @@ from mllm.data.conversations import PLACEHOLDER
 from mllm.errors import AlignmentError, DataError
 from mllm.types import Turn
 
-_PICTURE_NAMES = ("image", "img", "picture", "photo", "pixel")
+_PICTURE_NAMES = ("image", "img", "pic", "photo", "pixel", "frame", "file_name")
 _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jp2", ".tga")
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 

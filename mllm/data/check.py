@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mllm.data.files import JsonRows
 from mllm.data.parallel import chunks, pool_context
 from mllm.data.quarantine import (
     IMAGE_KINDS,
@@ -25,8 +24,8 @@ from mllm.data.quarantine import (
     write_quarantine,
 )
 from mllm.data.sources import Source, open_source
-from mllm.data.spec import ColumnMap, DatasetSpec, load_dataset
-from mllm.errors import AlignmentError, ConfigError, DataError, MissingFile, blamed_on
+from mllm.data.spec import DatasetSpec, load_dataset
+from mllm.errors import AlignmentError, DataError, MissingFile, blamed_on
 from mllm.processing.codes import read_codes
 from mllm.processing.images import image_hash, load_image
 from mllm.types import IMAGE_MARK, Sample
@@ -63,6 +62,8 @@ class CheckReport:
     lengths: np.ndarray | None = None
     """Tokens of every checked row (0: not usable), when a tokenizer was given."""
     quarantine: Path | None = None
+    recognised: str | None = None
+    """How data without a declaration were read."""
     found_list: str | None = None
     """What a list that lies there already does to training."""
 
@@ -98,6 +99,8 @@ class CheckReport:
         from rich.table import Table
 
         console = console or Console()
+        if self.recognised is not None:
+            console.print(self.recognised, soft_wrap=True)
         console.print(
             f"[bold]{self.name}[/]: {self.checked} of {self.rows} rows checked, {self.num_images} images, "
             f"{self.num_text_only} text-only samples"
@@ -144,7 +147,7 @@ def check(
 ) -> CheckReport:
     """Read every row of a dataset, decode every image, count every token; when asked, write the quarantine list.
 
-    dataset: a declaration, a source, a YAML's name or path, or a json, jsonl or table file (`guess_spec`). processor:
+    dataset: a declaration, a source, a YAML's name or path, or data themselves (`mllm.data.recognise`). processor:
     an `mllm` processor, or a tokenizer (then text only is counted). max_length: also find samples that would lose all
     labels when cut. write: put the bad rows on the list that training leaves out, at ``quarantine`` (naming a place asks
     for it too) or beside the data, where training looks. The list is replaced, and is empty when all is well.
@@ -165,6 +168,7 @@ def check(
                 rows.extend(part)
                 advance(len(part))
     report = _report(source, rows, counted=processor is not None)
+    report.recognised = source.spec.recognised
     if write if write is not None else quarantine is not None:
         report.quarantine = Path(quarantine) if quarantine else source.quarantine_path()
         head = {
@@ -217,34 +221,6 @@ def load_counter(checkpoint: str) -> Any:
         raise DataError(f"{checkpoint}: no processor or tokenizer loads from there ({error})") from error
 
 
-def guess_spec(path: Path) -> DatasetSpec:
-    """A declaration for a file without one, by what its first row holds. Raises `ConfigError` when that does not
-    tell."""
-    options: dict[str, Any] = {"name": path.stem, "path": str(path)}
-    if path.suffix not in (".json", ".jsonl"):
-        raise ConfigError(
-            f"{path}: a table needs to be told what its columns mean; write a dataset YAML with format: columns"
-        )
-    rows = JsonRows(path)
-    if not len(rows):
-        raise DataError(f"{path} holds no rows")
-    first = rows[0]
-    if "messages" in first:
-        return DatasetSpec(format="messages", **options)
-    if "conversations" in first or "conversation" in first:
-        return DatasetSpec(format="sharegpt", **options)
-    if "question" in first and ("answer" in first or "label" in first):
-        image = next((name for name in ("image", "images") if name in first), None)
-        answer = "answer" if "answer" in first else "label"
-        columns = ColumnMap(question="question", answer=answer, id="id" if "id" in first else None)
-        columns = columns.model_copy(update={image: image}) if image else columns
-        return DatasetSpec(format="columns", columns=columns, **options)
-    raise ConfigError(
-        f"{path}: the first row has the keys {', '.join(first)}; expected messages, conversations, or question and "
-        "answer. Write a dataset YAML with format: columns"
-    )
-
-
 def tokens_of(sample: Sample, processor: Any) -> int:
     """Tokens of a sample: as the model gets them with an `mllm` processor; the turns' text alone with a tokenizer."""
     if hasattr(processor, "num_image_tokens"):
@@ -261,14 +237,7 @@ def quantiles(lengths: np.ndarray) -> dict[str, int]:
 
 
 def _spec(dataset: DatasetSpec | str | Path) -> DatasetSpec:
-    if isinstance(dataset, DatasetSpec):
-        return dataset
-    path = Path(dataset)
-    if path.suffix in (".yaml", ".yml") or not path.is_file():
-        if path.suffix in (".json", ".jsonl", ".parquet", ".csv"):
-            raise DataError(f"no such file: {path}")
-        return load_dataset(str(dataset))
-    return guess_spec(path)
+    return dataset if isinstance(dataset, DatasetSpec) else load_dataset(str(dataset))
 
 
 def _check_rows(source: Source, processor: Any, max_length: int | None, rows: range) -> list[_Row]:

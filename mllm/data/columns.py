@@ -207,23 +207,29 @@ class ColumnsSource(Source):
             )
 
     def _undecoded(self, table: Any) -> Any:
-        """The table with its images left as ``{"bytes", "path"}``: they are decoded once, where their errors are named,
-        and not at all for samples that are only counted."""
-        import datasets
-
-        for name, feature in (table.features or {}).items():
-            if isinstance(feature, datasets.Image):
-                table = table.cast_column(name, datasets.Image(decode=False))
-            elif isinstance(getattr(feature, "feature", None), datasets.Image):
-                table = table.cast_column(name, type(feature)(datasets.Image(decode=False)))
-            elif isinstance(feature, list) and feature and isinstance(feature[0], datasets.Image):
-                table = table.cast_column(name, [datasets.Image(decode=False)])
+        """The columns that are used, images as they are stored."""
+        table = undecoded(table)
         used = [
             name
             for name in dict.fromkeys([*self.columns.used(), *_fields(self.spec.prompt)])
             if name in (table.column_names or [])
         ]
         return table.select_columns(used) if used else table
+
+
+def undecoded(table: Any) -> Any:
+    """A table with its images left as ``{"bytes", "path"}``: they are decoded once, where their errors are named, and not at
+    all for samples that are only counted."""
+    import datasets
+
+    for name, feature in (table.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            table = table.cast_column(name, type(feature)(datasets.Image(decode=False)))
+        elif isinstance(feature, list) and feature and isinstance(feature[0], datasets.Image):
+            table = table.cast_column(name, [datasets.Image(decode=False)])
+    return table
 
 
 def _is_image(feature: Any) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from mllm import assets
 from mllm.config import StrictModel, read_yaml, validate
@@ -103,6 +103,17 @@ class DatasetSpec(StrictModel):
     homepage: str = ""
     download: list[str] = Field(default_factory=list)
     """What to fetch by hand when ``path`` is missing."""
+    _recognised: str | None = PrivateAttr(default=None)
+
+    @property
+    def recognised(self) -> str | None:
+        """How data without a declaration are read; None for what was declared."""
+        return self._recognised
+
+    def with_note(self, note: str) -> DatasetSpec:
+        """The same, saying how it came about."""
+        self._recognised = note
+        return self
 
     @field_validator("format")
     @classmethod
@@ -180,7 +191,12 @@ class MixtureSpec(StrictModel):
 
 
 def load_dataset(name: str) -> DatasetSpec:
-    """A dataset by the name of its YAML, or by path. Raises `ConfigError` with the path to the key."""
+    """A dataset by the name or path of its YAML, or data themselves (`mllm.data.recognise`). Raises `ConfigError` with the path
+    to the key."""
+    if _is_data(name):
+        from mllm.data.recognise import recognise
+
+        return recognise(name)
     path = assets.find("data/datasets", name, kind="dataset")
     data = read_yaml(path)
     if isinstance(data, dict):
@@ -189,8 +205,11 @@ def load_dataset(name: str) -> DatasetSpec:
 
 
 def load_mixture(data: str | Mapping[str, Any] | list[Any] | MixtureSpec, *, where: str = "data") -> MixtureSpec:
-    """A mixture from what a stage's ``data`` may be: a mixture's or dataset's name, a list of names or items, an inline
-    mixture (``datasets: …``) or dataset (``format: …``). Every dataset in the result is a full `DatasetSpec`."""
+    """A mixture from what a stage's ``data`` may be: a mixture's or dataset's name, data themselves (a file, a folder, a hub
+    id), a list of these or of items, an inline mixture (``datasets: …``) or dataset (``format: …``).
+
+    Every dataset in the result is a full `DatasetSpec`.
+    """
     if isinstance(data, MixtureSpec):
         mixture = data
     elif isinstance(data, str):
@@ -235,7 +254,15 @@ def _named(name: str) -> MixtureSpec:
         return validate(MixtureSpec, content, where=mixtures[name].name)
     if name in datasets:
         return MixtureSpec(name=name, datasets=[MixtureItem(dataset=name)])
+    if _is_data(name):
+        return MixtureSpec(datasets=[MixtureItem(dataset=load_dataset(name))])
     raise UnknownName("mixture or dataset", name, [*mixtures, *datasets])
+
+
+def _is_data(name: str) -> bool:
+    from mllm.data.recognise import is_data  # reads tables and files, which need declarations
+
+    return name not in assets.available("data/datasets") and is_data(name)
 
 
 def _stem(spec: DatasetSpec) -> str:

@@ -34,6 +34,9 @@ def open_mixture(stage: StageSpec, seed: int) -> Mixture:
 def tell_left_out(mixture: Mixture, display: Any, info: Any, stage: StageSpec) -> None:
     """Show and record which rows never come because a quarantine list holds them. display, info: `StageDisplay`, and
     `RunInfo` or None."""
+    for source in mixture.sources:
+        if source.spec.recognised is not None:
+            display.print(f"{stage.name}: {source.spec.recognised}")
     for line in mixture.left_out():
         display.print(f"{stage.name}: {line}")
     if info is not None:

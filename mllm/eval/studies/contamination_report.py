@@ -39,7 +39,7 @@ class TrainingRead:
 def training_sources(names: Sequence[str]) -> list[Any]:
     """Sources of samples that ``names`` mean, each once: mixtures, datasets (names or YAML), json or jsonl files, and
     checkpoint folders (the data of every stage of their ``recipe.yaml``). Raises `ConfigError` or `UnknownName`."""
-    from mllm.data.check import guess_spec
+    from mllm.data.recognise import recognise
     from mllm.data.sources import open_source
     from mllm.data.spec import DatasetSpec, load_mixture
 
@@ -49,7 +49,7 @@ def training_sources(names: Sequence[str]) -> list[Any]:
         if place.suffix in (".json", ".jsonl"):
             if not place.is_file():
                 raise ConfigError(f"--train {name}: no such file")
-            specs.append(guess_spec(place))
+            specs.append(recognise(place))
             continue
         declared: list[Any] = [name]
         if place.is_dir():

@@ -8,8 +8,9 @@ import json
 import pytest
 from rich.console import Console
 
-from mllm.data.check import check, check_source, guess_spec
+from mllm.data.check import check, check_source
 from mllm.data.mixture import Mixture
+from mllm.data.recognise import recognise
 from mllm.errors import ConfigError, DataError
 from tests.helpers import picture, tiny_tokenizer
 from tests.unit.data.test_collate_and_dataset import processor  # noqa: F401  (fixture)
@@ -95,7 +96,7 @@ def test_limit_quarantine_place_and_images_folder(damaged, tmp_path):
 
 
 def test_files_explain_themselves_or_say_what_to_write(tmp_path, damaged):
-    assert guess_spec(damaged).format == "messages"
+    assert recognise(damaged).format == "messages"
     cases = {
         "sharegpt": {"conversations": []},
         "columns": {"question": "q", "answer": "a", "image": "x.png"},
@@ -103,11 +104,11 @@ def test_files_explain_themselves_or_say_what_to_write(tmp_path, damaged):
     for format, row in cases.items():
         path = tmp_path / f"{format}.jsonl"
         path.write_text(json.dumps(row) + "\n")
-        assert guess_spec(path).format == format
+        assert recognise(path).format == format
     (tmp_path / "odd.jsonl").write_text('{"foo": 1}\n')
     with pytest.raises(ConfigError, match="the first row has the keys foo"):
-        guess_spec(tmp_path / "odd.jsonl")
-    with pytest.raises(DataError, match=r"no such file: nothing\.jsonl"):
+        recognise(tmp_path / "odd.jsonl")
+    with pytest.raises(DataError, match=r"no such file or folder: nothing\.jsonl"):
         check("nothing.jsonl")
     with pytest.raises(ConfigError, match="unknown dataset 'demo_chart', did you mean 'demo_charts'"):
         check("demo_chart")
@@ -118,7 +119,7 @@ def test_a_list_from_before_the_pictures_arrived_leaves_out_only_what_is_still_b
     from mllm.data.sources import open_source
 
     report = check(damaged, progress=False, write=True)
-    source = open_source(guess_spec(damaged))
+    source = open_source(recognise(damaged))
     assert sorted(read_quarantine(source).rows) == sorted(KINDS)
     picture(3).save(tmp_path / "3.png")  # it arrived
     (tmp_path / "1.png").write_bytes((tmp_path / "2.png").read_bytes()[:90])  # other contents: to be judged anew
@@ -142,3 +143,22 @@ def test_what_depends_on_tokenizer_or_settings_stays_off_the_list(damaged, proce
     assert {p.kind for p in report.problems} >= {"too long"}
     kinds = [json.loads(line).get("kind") for line in report.quarantine.read_text().splitlines()]
     assert "too long" not in kinds and "corrupt image" in kinds
+
+
+def test_the_command_writes_only_when_asked_and_says_how_it_read_the_file(damaged, tmp_path):
+    from typer.testing import CliRunner
+
+    from mllm.cli.main import app
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    moved = damaged.rename(elsewhere / damaged.name)
+    listed = moved.with_name("bad.jsonl.quarantine.jsonl")
+    missing = CliRunner().invoke(app, ["data", "check", str(moved)])
+    assert missing.exit_code == 1 and not listed.exists()
+    told = " ".join(missing.output.split())
+    assert (
+        "has no declaration; by its first rows it is read as format messages" in told and "nothing was written" in told
+    )
+    found = CliRunner().invoke(app, ["data", "check", str(moved), "--image-root", str(tmp_path), "--write-quarantine"])
+    assert found.exit_code == 1 and len(listed.read_text().splitlines()) == 1 + len(KINDS)

@@ -1,0 +1,113 @@
+"""Is every common layout of data recognised without a declaration, and does it say how it is read?"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mllm.data.mixture import Mixture
+from mllm.data.recognise import recognise
+from mllm.data.sources import open_source
+from mllm.errors import ConfigError, DataError
+from mllm.types import IMAGE_MARK
+from tests.helpers import picture
+
+CASES = Path(__file__).resolve().parents[2] / "golden" / "rows"
+TURNS = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "It."}]
+TALK = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "It."}]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copy(CASES / "a.png", tmp_path / "a.png")
+    return tmp_path
+
+
+def first(place: Path | str):
+    """The first sample of data that nobody declared."""
+    mixed = Mixture(str(place), shuffle=False)
+    return mixed.sources[0].spec, mixed.sources[0][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "format"),
+    [
+        ("m.jsonl", [{"images": ["a.png"], "messages": TURNS}], "messages"),
+        ("m.json", [{"image": "a.png", "messages": TURNS}], "messages"),
+        ("s.json", [{"image": "a.png", "conversations": TALK}], "sharegpt"),
+        ("t.jsonl", [{"image": "a.png", "conversations": json.dumps(TALK)}], "sharegpt"),
+        ("f.jsonl", [{"image": ["a.png"], "messages": TALK}], "sharegpt"),
+        ("q.jsonl", [{"image": "a.png", "question": "What?", "answer": "It."}], "columns"),
+        ("c.csv", [{"picture": "a.png", "query": "What?", "label": "It."}], "columns"),
+        ("p.parquet", [{"images": ["a.png"], "texts": [{"user": "What?", "assistant": "It."}]}], "columns"),
+        ("j.parquet", [{"image": "a.png", "conversations": json.dumps(TALK)}], "columns"),
+    ],
+)
+def test_files_are_read_by_what_their_first_rows_hold(folder, name, rows, format):
+    pandas = pytest.importorskip("pandas")
+    path = folder / name
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif path.suffix == ".jsonl":
+        path.write_text("{broken\n" * (format != "columns") + "".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".csv":
+        pandas.DataFrame(rows).to_csv(path, index=False)
+    else:
+        pandas.DataFrame(rows).to_parquet(path)
+    spec = recognise(path)
+    assert spec.format == format and f"read as format {format}" in spec.recognised and spec.name == path.stem
+    sample = open_source(spec)[1 if path.suffix == ".jsonl" and format != "columns" else 0]
+    assert (
+        sample.images == [str(folder / "a.png")] and sample.turns[0].content.replace("\n", "") == f"{IMAGE_MARK}What?"
+    )
+    assert sample.turns[1].content == "It."
+
+
+def test_folders_globs_and_saved_tables_are_read_too(folder):
+    datasets = pytest.importorskip("datasets")
+    for name in ("b", "c"):
+        (folder / f"{name}.jsonl").write_text(json.dumps({"images": ["a.png"], "messages": TURNS}) + "\n")
+    for place in (folder, folder / "*.jsonl"):
+        spec, sample = first(place)
+        assert spec.format == "messages" and len(open_source(spec)) == 2 and sample.images == [str(folder / "a.png")]
+    features = datasets.Features(
+        {"pic": datasets.Image(), "q": datasets.Value("string"), "a": datasets.Value("string")}
+    )
+    table = datasets.Dataset.from_list([{"pic": picture(1), "q": "What?", "a": "It."}], features=features)
+    table = table.rename_columns({"q": "question", "a": "answer"})
+    table.save_to_disk(str(folder / "saved"))
+    spec, sample = first(folder / "saved")
+    assert spec.columns.image == "pic" and len(sample.images) == 1 and "image: pic" in spec.recognised
+    named = Mixture([str(folder / "b.jsonl"), {"dataset": str(folder / "c.jsonl"), "repeat": 2}], shuffle=False)
+    assert [source.name for source in named.sources] == ["b", "c"] and len(named) == 3
+
+
+def test_what_does_not_tell_says_what_to_write(folder, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (folder / "a.jsonl").write_text('{"foo": 1}\n')
+    with pytest.raises(ConfigError, match="the first row has the keys foo"):
+        recognise(folder / "a.jsonl")
+    (folder / "two.jsonl").write_text('{"question": "q", "answer": "a", "img": "a.png", "photo": "b.png"}\n')
+    with pytest.raises(ConfigError, match="the columns img and photo look like pictures"):
+        recognise(folder / "two.jsonl")
+    with pytest.raises(DataError, match="no such file or folder"):
+        Mixture(str(folder / "none.parquet"))
+    (folder / "mixed").mkdir()
+    (folder / "mixed" / "a.csv").write_text("a,b\n")
+    (folder / "mixed" / "a.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"holds \.csv, \.json files; name the file, or a glob"):
+        recognise(folder / "mixed")
+    with pytest.raises(DataError, match="no data set of that name loads from the hub"):
+        Mixture("nobody-here/nothing")
+    (folder / "e.json").write_text("[]")
+    with pytest.raises(DataError, match="holds no rows"):
+        recognise(folder / "e.json")
+
+
+def test_misnamed_pictures_are_not_guessed(folder):
+    shutil.copy(CASES / "image_key_misnamed.jsonl", folder / "m.jsonl")
+    spec = recognise(folder / "m.jsonl")
+    assert spec.image_key is None and "no pictures in its first rows" in spec.recognised
