@@ -3,7 +3,8 @@
     python benchmarks/serve_fuzz.py [--requests 2000] [--seconds 300] CHECKPOINT [options of mllm serve]
     python benchmarks/serve_fuzz.py --server http://127.0.0.1:8000
 
-Mutations of valid chat requests (types, sizes, depths, encodings, addresses, settings), damaged pictures, raw bytes,
+What vLLM reads of mutated requests is compared with what was admitted by ``benchmarks/admission_fuzz.py`` (no engine).
+Here: mutations of valid chat requests (types, sizes, depths, encodings, addresses, settings), damaged pictures, raw bytes,
 broken HTTP and slow or vanishing clients. Counts answers by status; prints every 5xx. Fails when the server answers
 5xx, reads the forbidden file or address, or no longer answers a valid request as it did at the start.
 """
@@ -39,6 +40,8 @@ PATHS = ["/v1/chat/completions"] * 12 + [
     "/v1/messages",
     "/nowhere",
     "/invocations",
+    "/scale_elastic_ep",
+    "/v1/messages/count_tokens",
 ]
 DRAW = "/v1/images/generations"
 DRAW_FIELDS = [

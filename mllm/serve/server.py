@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import secrets
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +16,17 @@ from mllm.config import StrictModel
 from mllm.errors import ConfigError, UnavailableError
 from mllm.install import install_hint
 from mllm.models.image_generation.settings import VLLM_PROCESSOR
-from mllm.serve.http.admission import ENVIRONMENT, GuardSettings
+from mllm.serve.http.admission import ENVIRONMENT, AdmissionSettings
+from mllm.serve.http.keys import CLIENTS
 from mllm.serve.images.requests import SCHEDULER, refusal
 
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Widths of an attention head that vLLM's CPU kernels take (0.26 to 0.32); with another the engine dies at the first request."""
 NO_DOMAIN = "no-media-domain.invalid"
 """Matches no host (RFC 2606): vLLM takes an empty list of media domains for "every host"."""
+
+SALT = "MLLM_CACHE_SALT"
+"""Environment variable: what cache names are made with, where several servers share a cache; default: a new one each."""
 
 
 class ServeSettings(StrictModel):
@@ -54,6 +59,8 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
 
     Raises `ConfigError` for a checkpoint that is not ours or settings that do not fit it.
     """
+    if any(option.split("=")[0] == "--api-key" for option in settings.extra):
+        raise ConfigError(f"--api-key would be readable in the list of processes; set {CLIENTS} in the environment")
     config, generation = _read(settings.checkpoint)
     router = config.router
     if settings.backend == "transformers" and router is not None:
@@ -68,7 +75,7 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
     arguments += ["--dtype", settings.dtype, "--seed", "0", "--chat-template-content-format", "openai"]
     arguments += ["--limit-mm-per-prompt", json.dumps({"image": settings.max_images})]
     arguments += ["--allowed-media-domains", *(settings.media_domains or [NO_DOMAIN])]
-    arguments += ["--middleware", "mllm.serve.http.admission.Guard"]
+    arguments += ["--middleware", "mllm.serve.http.admission.Admission"]
     arguments += ["--worker-extension-cls", "mllm.serve.http.stats.VisualStatistics"]
     if settings.backend != "auto":
         arguments += ["--model-impl", {"native": "vllm"}.get(settings.backend, settings.backend)]
@@ -82,10 +89,11 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         arguments += ["--gpu-memory-utilization", str(settings.gpu_memory)]
     if settings.eager:
         arguments += ["--enforce-eager"]
-    if not generation.get("do_sample", False):  # vLLM reads temperatures, but not do_sample: greedy must be said
+    greedy = not generation.get("do_sample", False)
+    if greedy:  # vLLM reads temperatures, but not do_sample: greedy must be said
         arguments += ["--override-generation-config", json.dumps({"temperature": 0.0})]
     if routed and _vllm_source_has("trust_request_mm_kwargs", "entrypoints/**/cli_args.py"):
-        arguments += ["--trust-request-mm-kwargs"]  # the guard lets nothing but checked experts through
+        arguments += ["--trust-request-mm-kwargs"]  # nothing but checked experts is admitted
     cannot_draw = _cannot_draw(config, settings)
     if config.visual_head is not None and settings.backend != "transformers":
         arguments += ["--logits-processors", VLLM_PROCESSOR]
@@ -93,27 +101,30 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         arguments += ["--scheduler-cls", SCHEDULER, "--no-async-scheduling"]
     if settings.lora:
         arguments += ["--enable-lora", "--lora-modules", *settings.lora]
-    guard = GuardSettings(
+    admission = AdmissionSettings(
         max_body_bytes=int(settings.max_body_mb * 2**20),
         media_domains=settings.media_domains,
         max_images=settings.max_images,
         max_pixels=settings.max_pixels,
         image_token=_image_token(settings.checkpoint),
+        image_token_id=config.image_token_id,
+        greedy=greedy,
         router=router,
         checkpoint=None if cannot_draw else settings.checkpoint,
         cannot_draw=cannot_draw,
         max_drawings=settings.max_drawings,
         name=name,
+        salt=_salt(settings.extra),
     )
     environment = {
-        ENVIRONMENT: guard.model_dump_json(),
+        ENVIRONMENT: admission.model_dump_json(),
         "VLLM_MAX_IMAGE_PIXELS": str(settings.max_pixels),
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
         "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": str(max(1, int(settings.max_body_mb))),
         "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
     }
     if api_key:
-        environment["VLLM_API_KEY"] = api_key
+        environment[CLIENTS] = api_key
     return [*arguments, *settings.extra], environment
 
 
@@ -121,12 +132,13 @@ def serve(settings: ServeSettings) -> None:
     """Become vLLM's server process; does not return. The API key comes from the environment, ``MLLM_API_KEY``."""
     if importlib.util.find_spec("vllm") is None:
         raise UnavailableError(f"vLLM is not installed: {install_hint('serve')}, or with serve-cpu without a GPU")
-    api_key = os.environ.get("MLLM_API_KEY") or os.environ.get("VLLM_API_KEY")
+    api_key = os.environ.get(CLIENTS) or os.environ.pop("VLLM_API_KEY", None)
+    os.environ.pop("VLLM_API_KEY", None)  # vLLM would check one key itself, on some of the routes only
     arguments, environment = plan(settings, api_key)
     _check_heads(settings.checkpoint)
     if not api_key and settings.host not in ("127.0.0.1", "localhost", "::1"):
         raise ConfigError(
-            f"--host {settings.host} is reachable from outside: set a key in the environment variable MLLM_API_KEY"
+            f"--host {settings.host} is reachable from outside: set a key in the environment variable {CLIENTS}"
         )
     import torch
 
@@ -180,6 +192,15 @@ def _cannot_draw(config: Any, settings: ServeSettings) -> str:
     """What a drawing request is told; empty where the server draws."""
     backend = "--backend transformers does not draw; serve with --backend native"
     return refusal(config) or (backend if settings.backend == "transformers" else "")
+
+
+def _salt(extra: list[str]) -> str:
+    """What cache names are made with, where it is given; servers that hand features to one another must share it."""
+    if salt := os.environ.get(SALT):
+        return salt
+    if any(option.startswith(("--ec-transfer-config", "--kv-transfer-config")) for option in extra):
+        raise ConfigError(f"servers that share features need the same secret in the environment variable {SALT}")
+    return secrets.token_hex(16)
 
 
 def _image_token(checkpoint: str) -> str:

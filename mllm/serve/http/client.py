@@ -26,7 +26,7 @@ class ServerClient:
         return self._get("/v1/models")["data"][0]["id"]
 
     def information(self) -> dict[str, Any]:
-        """Experts, router and limits (`Guard.information`); empty for another kind of server."""
+        """Experts, router and limits (`Admission.information`); empty for another kind of server."""
         response = self.http.get("/mllm/info")
         return response.json() if response.status_code == 200 else {}
 

@@ -11,6 +11,7 @@ from mllm.models.routing import ANSWER_TOKENS
 from mllm.processing.chat import question_text
 from mllm.routers.build import build_router, router_config
 from mllm.routers.fixed import fixed_weights_of
+from mllm.serve.http.reading import write_json
 from mllm.types import IMAGE_MARK
 
 _KEPT = ("model", "chat_template_kwargs", "cache_salt", "user", "priority")
@@ -93,7 +94,7 @@ def told(weights: Weights) -> str:
 
 
 def pictures(data: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], str]]:
-    """Every picture of a chat request with the question of its turn."""
+    """Every picture of an admitted chat request (`Content`) with the question of its turn."""
     messages = data.get("messages")
     found: list[tuple[Mapping[str, Any], str]] = []
     for message in messages if isinstance(messages, list) else []:
@@ -106,7 +107,7 @@ def pictures(data: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], str]]:
 
 
 def _is_picture(part: Mapping[str, Any]) -> bool:
-    return part.get("type") in ("image_url", "input_image") or ("type" not in part and "image_url" in part)
+    return part.get("type") == "image_url"
 
 
 def _text(part: Mapping[str, Any]) -> str:
@@ -124,7 +125,7 @@ async def _call(
     app: Any, scope: MutableMapping[str, Any], data: dict[str, Any], left: asyncio.Task[None]
 ) -> tuple[int, bytes]:
     """Ask the wrapped app itself; returns status and body. It is told that the client went away when ``left`` ends."""
-    body = json.dumps(data, ensure_ascii=False).encode("utf-8", "replace")
+    body = write_json(data)
     dropped = (b"content-length", b"transfer-encoding", b"x-request-id")
     headers = [(k, v) for k, v in scope["headers"] if k.lower() not in dropped]
     inner = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}

@@ -30,7 +30,10 @@ ATTEMPTS = 3
 
 
 class ImagesRequest(StrictModel):
-    """OpenAI's image request, and our settings of drawing: those of `generate_images`, under the same names."""
+    """OpenAI's image request, and our settings of drawing: those of `generate_images`, under the same names.
+
+    Of OpenAI's own settings those values pass that change nothing here; another one is refused, not ignored.
+    """
 
     prompt: str = Field(min_length=1, max_length=32_000)
     model: str | None = None
@@ -38,8 +41,13 @@ class ImagesRequest(StrictModel):
     size: str | None = None
     response_format: Literal["b64_json"] | None = None
     output_format: Literal["png"] | None = None
+    output_compression: Literal[100] | None = None
     quality: Literal["auto", "standard"] | None = None
-    user: str | None = None
+    style: Literal["natural"] | None = None
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+    stream: Literal[False] | None = None
+    partial_images: Literal[0] | None = None
     cfg_scale: float = Field(default=1.0, ge=0, le=100, allow_inf_nan=False)
     temperature: float = Field(default=1.0, ge=0, le=100, allow_inf_nan=False)
     top_k: int = Field(default=0, ge=0, lt=2**31)

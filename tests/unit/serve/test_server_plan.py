@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mllm.errors import ConfigError
-from mllm.serve.http.admission import ENVIRONMENT, GuardSettings
+from mllm.serve.http.admission import ENVIRONMENT, AdmissionSettings
 from mllm.serve.server import NO_DOMAIN, ServeSettings, plan, serve
 from tests.helpers import TINY_CLIP, TINY_LLM, TINY_TIMM, tiny_model
 
@@ -49,9 +49,9 @@ def test_the_defaults_are_safe(checkpoints):
         "--enable-mm-embeds",
     ):
         assert option not in arguments
-    guard = GuardSettings.model_validate_json(environment[ENVIRONMENT])
-    assert (guard.max_body_bytes, guard.max_pixels, guard.media_domains) == (32 * 2**20, 16_000_000, [])
-    assert guard.router is None
+    admission = AdmissionSettings.model_validate_json(environment[ENVIRONMENT])
+    assert (admission.max_body_bytes, admission.max_pixels, admission.media_domains) == (32 * 2**20, 16_000_000, [])
+    assert admission.router is None
 
 
 def test_greedy_checkpoints_are_served_greedily(checkpoints):
@@ -59,11 +59,11 @@ def test_greedy_checkpoints_are_served_greedily(checkpoints):
     assert json.loads(value_of(arguments, "--override-generation-config")) == {"temperature": 0.0}
 
 
-def test_a_routed_checkpoint_tells_the_guard_its_experts(checkpoints):
+def test_a_routed_checkpoint_tells_the_admission_its_experts(checkpoints):
     arguments, environment = plan(ServeSettings(checkpoint=checkpoints["routed"]), "secret")
-    guard = GuardSettings.model_validate_json(environment[ENVIRONMENT])
-    assert guard.router is not None and guard.router["experts"] == ["spatial"]
-    assert environment["VLLM_API_KEY"] == "secret" and "secret" not in arguments
+    admission = AdmissionSettings.model_validate_json(environment[ENVIRONMENT])
+    assert admission.router is not None and admission.router["experts"] == ["spatial"]
+    assert environment["MLLM_API_KEY"] == "secret" and "secret" not in arguments
 
 
 def test_the_transformers_backend_is_refused_where_it_would_answer_differently(checkpoints):

@@ -1,0 +1,311 @@
+"""In which one form do conversations and pictures reach the engine, whatever form a client chose for them?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mllm.serve.http.errors import Refused, shown
+from mllm.serve.http.fields import CHAT, COMPLETIONS, COUNT, DRAW, MESSAGES, RESPONSES, TOKENIZE
+from mllm.serve.http.reading import read_object
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_TEXTS = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "summary_text": "text",
+    "reasoning_text": "text",
+    "refusal": "refusal",
+    "thinking": "thinking",
+}
+"""Kinds of text part, and the field that holds the text."""
+_IGNORED = frozenset({"cache_control", "annotations", "logprobs", "citations", "signature", "id", "index", "status"})
+"""What clients send back of an earlier answer, and no answer depends on."""
+
+
+@dataclass
+class Picture:
+    """A picture of a request. address: as the client wrote it; write: puts the checked address into the request."""
+
+    address: str
+    write: Callable[[str, str | None], None]
+
+
+class Content:
+    """Rewrites the conversation of one request: known parts only, placeholders in texts pulled apart, pictures listed.
+
+    image_token: the text that stands for a picture in the prompt, which no client may write.
+    """
+
+    def __init__(self, image_token: str):
+        self.image_token = image_token
+        self.pictures: list[Picture] = []
+
+    def rewrite(self, path: str, data: Mapping[str, Any]) -> dict[str, Any]:
+        """The request with its conversation in canonical form. Raises `Refused`."""
+        kept = {name: value for name, value in data.items() if name not in ("messages", "input")}
+        made: dict[str, Any] = self.clean(kept)
+        if path in (CHAT, TOKENIZE) and "messages" in data:
+            made["messages"] = [self._message(item) for item in _objects(data["messages"], "messages")]
+        elif path in (MESSAGES, COUNT):
+            made["messages"] = [self._turn(item) for item in _objects(data.get("messages"), "messages")]
+            if made.get("system") is not None:
+                made["system"] = self._blocks(data["system"], "system", self._text_only)
+        elif path == RESPONSES:
+            made["input"] = self._input(data.get("input"))
+            _functions_only(made.get("tools"))
+        elif path in (COMPLETIONS, TOKENIZE, DRAW) and "prompt" not in data:
+            raise Refused(400, "prompt is missing")
+        if "messages" in data and "prompt" in data:
+            raise Refused(400, "either messages or prompt, not both")
+        return made
+
+    def clean(self, value: Any) -> Any:
+        """The value with every placeholder in its texts pulled apart. Raises `Refused` for one in a key."""
+        if isinstance(value, str):
+            token = self.image_token
+            return value.replace(token, token[:1] + " " + token[1:])
+        if isinstance(value, list):
+            return [self.clean(item) for item in value]
+        if isinstance(value, dict):
+            if any(self.image_token in name for name in value):
+                raise Refused(400, f"a key holds {self.image_token}")
+            return {name: self.clean(item) for name, item in value.items()}
+        return value
+
+    def _message(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A chat message."""
+        made: dict[str, Any] = {"role": _one_of(message.get("role"), ROLES, "role")}
+        made["content"] = self._parts(message.get("content"), self._part)
+        for name, value in message.items():
+            if name in made or name in _IGNORED or value is None:
+                continue
+            if name == "tool_calls":
+                made[name] = [self._call(call) for call in _objects(value, name)]
+            elif name in ("name", "tool_call_id", "reasoning", "reasoning_content", "refusal") and isinstance(
+                value, str
+            ):
+                made[name] = self.clean(value)
+            else:
+                raise Refused(400, f"messages: {shown(name)} is not a field of a message, or not of this type")
+        return made
+
+    def _parts(self, content: Any, part: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+        """A message's content: text, nothing, or a list of parts."""
+        if content is None:
+            return None
+        if isinstance(content, str):
+            return self.clean(content)
+        if not isinstance(content, list):
+            raise Refused(400, f"content must be a text or a list of parts, not {type(content).__name__}")
+        made: list[dict[str, Any]] = []
+        for item in content:
+            if isinstance(item, str):
+                item = {"type": "text", "text": item}
+            if not isinstance(item, dict):
+                raise Refused(400, f"a part of content must be an object, not {type(item).__name__}")
+            made.append(part(item))
+            self._keep_apart(made)
+        return made
+
+    def _part(self, part: dict[str, Any]) -> dict[str, Any]:
+        """A part of a chat message."""
+        kind = part.get("type")
+        if kind is None:
+            kind = "image_url" if "image_url" in part else "text"
+        if kind in ("image_url", "input_image"):
+            _only(part, ("type", "image_url", "detail"))
+            made: dict[str, Any] = {"type": "image_url", "image_url": {}}
+            self._add(part.get("image_url"), lambda url, key: _write_part(made, made["image_url"], url, key))
+            return made
+        field = _TEXTS.get(kind) if isinstance(kind, str) else None
+        if field is None:
+            raise Refused(400, f"a part of type {shown(kind)}: this server takes text and image_url")
+        if kind not in ("refusal", "thinking"):
+            kind = "text"
+        return self._text(part, field, kind)
+
+    def _text(self, part: dict[str, Any], field: str, kind: str) -> dict[str, Any]:
+        _only(part, ("type", field))
+        if not isinstance(part.get(field), str):
+            raise Refused(400, f"a part of type {kind} needs its {field} as a text")
+        return {"type": kind, field: self.clean(part[field])}
+
+    def _keep_apart(self, parts: list[dict[str, Any]]) -> None:
+        """Two texts side by side must not make a placeholder together."""
+        if len(parts) < 2:
+            return
+        before, after = (
+            next((part[f] for f in ("text", "refusal", "thinking") if f in part), None) for part in parts[-2:]
+        )
+        if not before or not after or not isinstance(before, str) or not isinstance(after, str):
+            return
+        reach = len(self.image_token) - 1
+        if self.image_token in before[-reach:] + after[:reach]:
+            name = next(f for f in ("text", "refusal", "thinking") if f in parts[-1])
+            parts[-1][name] = " " + after
+
+    def _call(self, call: dict[str, Any]) -> dict[str, Any]:
+        """An earlier tool call. Its arguments are JSON inside a text: read here, since the template reads them too."""
+        _only(call, ("id", "type", "function"))
+        function = call.get("function")
+        if call.get("type", "function") != "function" or not isinstance(function, dict):
+            raise Refused(400, 'tool_calls: expected {"id": …, "type": "function", "function": {…}}')
+        _only(function, ("name", "arguments"))
+        made = {"name": function.get("name"), "arguments": self._arguments(function.get("arguments"))}
+        if not isinstance(made["name"], str):
+            raise Refused(400, "tool_calls: function.name must be a text")
+        return self.clean({"id": str(call.get("id") or ""), "type": "function", "function": made})
+
+    def _arguments(self, value: Any) -> str:
+        if value is not None and not isinstance(value, str):
+            raise Refused(400, "arguments must be the text of a JSON object")
+        return json.dumps(self.clean(read_object(value or "", "arguments")), ensure_ascii=False)
+
+    def _turn(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message in Anthropic's form."""
+        _only(message, ("role", "content"))
+        role = _one_of(message.get("role"), ("user", "assistant", "system"), "role")
+        return {"role": role, "content": self._blocks(message.get("content"), "content", self._block)}
+
+    def _blocks(self, content: Any, where: str, block: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+        if content is None:
+            raise Refused(400, f"{where} is missing")
+        return self._parts(content, block)
+
+    def _text_only(self, block: dict[str, Any]) -> dict[str, Any]:
+        if block.get("type") != "text":
+            raise Refused(400, f"a block of type {shown(block.get('type'))} here: only text is taken")
+        return self._text(block, "text", "text")
+
+    def _block(self, block: dict[str, Any]) -> dict[str, Any]:
+        kind = block.get("type")
+        if kind in ("text", "thinking"):
+            return self._text(block, kind, kind)
+        if kind == "image":
+            return self._image_block(block)
+        if kind == "tool_use":
+            _only(block, ("type", "id", "name", "input"))
+            if not isinstance(block.get("input") or {}, dict):
+                raise Refused(400, "tool_use: input must be an object")
+            return self.clean({"type": kind, **{name: block.get(name) for name in ("id", "name", "input")}})
+        if kind == "tool_result":
+            _only(block, ("type", "tool_use_id", "content", "is_error"))
+            return {
+                "type": kind,
+                "tool_use_id": self.clean(str(block.get("tool_use_id") or "")),
+                "content": self._parts(block.get("content"), self._result_block),
+            }
+        raise Refused(400, f"a block of type {shown(kind)}: this server takes text, image, tool_use and tool_result")
+
+    def _result_block(self, block: dict[str, Any]) -> dict[str, Any]:
+        return self._image_block(block) if block.get("type") == "image" else self._text_only(block)
+
+    def _image_block(self, block: dict[str, Any]) -> dict[str, Any]:
+        """Anthropic's picture: base64 and its media type, or an address."""
+        _only(block, ("type", "source"))
+        source = block.get("source")
+        made: dict[str, Any] = {"type": "image", "source": {}}
+        if not isinstance(source, dict) or source.get("type") not in ("base64", "url"):
+            raise Refused(400, 'image: source must be {"type": "base64", "media_type": …, "data": …} or of type url')
+        if source["type"] == "base64":
+            _only(source, ("type", "media_type", "data"))
+            kind, data = source.get("media_type"), source.get("data")
+            if not isinstance(kind, str) or not isinstance(data, str) or "," in kind or ";" in kind:
+                raise Refused(400, "image: source needs media_type and data as texts")
+            address: Any = f"data:{kind};base64,{data}"
+        else:
+            _only(source, ("type", "url"))
+            address = source.get("url")
+        self._add(address, lambda url, _: made["source"].update(_anthropic_source(url)))
+        return made
+
+    def _input(self, value: Any) -> Any:
+        """The conversation of a Responses request."""
+        if isinstance(value, str):
+            return self.clean(value)
+        return [self._item(item) for item in _objects(value, "input")]
+
+    def _item(self, item: dict[str, Any]) -> dict[str, Any]:
+        kind = item.get("type", "message" if "role" in item else None)
+        if kind == "message":
+            _only(item, ("type", "role", "content"))
+            role = _one_of(item.get("role"), ROLES[:4], "role")
+            parts = self._parts(item.get("content"), lambda part: self._response_part(part, role))
+            if parts is None:
+                raise Refused(400, "input: content is missing")
+            return {"type": kind, "role": role, "content": parts}
+        if kind == "function_call":
+            _only(item, ("type", "call_id", "name", "arguments"))
+            made = {name: str(item.get(name) or "") for name in ("call_id", "name")}
+            return self.clean({"type": kind, **made, "arguments": self._arguments(item.get("arguments"))})
+        if kind == "function_call_output":
+            _only(item, ("type", "call_id", "output"))
+            if not isinstance(item.get("output"), str):
+                raise Refused(400, "input: output must be a text")
+            return self.clean({"type": kind, "call_id": str(item.get("call_id") or ""), "output": item["output"]})
+        raise Refused(
+            400, f"input: an item of type {shown(kind)}; this server takes message, function_call and its output"
+        )
+
+    def _response_part(self, part: dict[str, Any], role: str) -> dict[str, Any]:
+        if part.get("type") == "input_image":
+            _only(part, ("type", "image_url", "detail"))
+            made: dict[str, Any] = {"type": "input_image", "detail": "auto"}
+            self._add(part.get("image_url"), lambda url, key: _write_part(made, made, url, key, "image_url"))
+            return made
+        made = self._part(part)
+        if made["type"] != "text":
+            raise Refused(400, "input: a part must be input_text, input_image or output_text")
+        return {**made, "type": "output_text" if role == "assistant" else "input_text"}
+
+    def _add(self, address: Any, write: Callable[[str, str | None], None]) -> None:
+        if isinstance(address, dict):
+            _only(address, ("url", "detail"))
+            address = address.get("url")
+        if not isinstance(address, str) or not address.strip():
+            raise Refused(400, "a picture without an address: image_url.url must be a data: URI or an address")
+        self.pictures.append(Picture(address, write))
+
+
+def _write_part(part: dict[str, Any], holder: dict[str, Any], url: str, key: str | None, field: str = "url") -> None:
+    holder[field] = url
+    if key is not None:
+        part["uuid"] = key
+
+
+def _anthropic_source(url: str) -> dict[str, Any]:
+    if not url.startswith("data:"):
+        return {"type": "url", "url": url}
+    kind, _, data = url.removeprefix("data:").partition(";base64,")
+    return {"type": "base64", "media_type": kind, "data": data}
+
+
+def _objects(value: Any, name: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
+        raise Refused(400, f"{name} must be a list of objects")
+    return value
+
+
+def _one_of(value: Any, known: tuple[str, ...], name: str) -> str:
+    if value not in known:
+        raise Refused(400, f"{name} {shown(value)}: expected {', '.join(known)}")
+    return value
+
+
+def _only(part: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    """Raise `Refused` for a field that is neither known, ignored nor null."""
+    for name, value in part.items():
+        if name == "uuid" and value is not None:
+            raise Refused(400, "uuid is not accepted: pictures are cached by their content only")
+        if name not in known and name not in _IGNORED and value is not None:
+            raise Refused(400, f"{shown(name)} is not a field of {shown(part.get('type', 'this part'))}")
+
+
+def _functions_only(tools: Any) -> None:
+    for tool in tools if isinstance(tools, list) else []:
+        if not isinstance(tool, dict) or tool.get("type") != "function":
+            raise Refused(400, 'tools: only {"type": "function", …} is served')
