@@ -37,6 +37,7 @@ class VggtConfig(ImageEncoderConfig):
     num_heads: int = Field(default=16, gt=0)
     patch_size: int = Field(default=14, gt=0)
     num_registers: int = Field(default=4, ge=0)
+    """Register tokens of the aggregator and of its DINOv2, which has as many (as upstream)."""
     patch_embed: Literal["dinov2", "conv"] = "dinov2"
     dinov2_depth: int = Field(default=24, gt=0)
     dinov2_image_size: int = Field(default=518, gt=0)
@@ -119,7 +120,7 @@ class DinoV2(nn.Module):
         self.patch_size = config.patch_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + self.side**2, width) * 0.02)
-        self.register_tokens = nn.Parameter(torch.zeros(1, 4, width))
+        self.register_tokens = nn.Parameter(torch.zeros(1, config.num_registers, width))
         self.patch_embed = PatchConv(width, config.patch_size)
         self.blocks = nn.ModuleList(
             Block(width, config.num_heads, qk_norm=False, scale=1.0, eps=1e-6) for _ in range(config.dinov2_depth)
@@ -172,7 +173,7 @@ class Aggregator(nn.Module):
         """pixels ``(B, 3, H, W)``, ImageNet-normalised, the views of a scene side by side; views: how many each scene
         has, in order; wanted: layer counts → ``{count: (B, 1 + R + N, 2 C)}``."""
         if isinstance(self.patch_embed, DinoV2):
-            patches = self.patch_embed(pixels, self.run)[:, 5:]  # class token and DINOv2's four registers
+            patches = self.patch_embed(pixels, self.run)[:, self.num_special :]  # after class token and registers
         else:
             patches = self.patch_embed(pixels)
         later = torch.tensor([0 if view == 0 else 1 for count in views for view in range(count)], device=pixels.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,9 +16,16 @@ _EXACT_TYPES = ("Fact Checking", "Multi Choice")
 _UNQUOTED = re.compile(r"(?<!['\w])\w[^,]*?(?!['\w])")
 
 
+_LONGEST_LIST = 20_000  # characters; what is longer is read as text
+
+
 def _as_list(text: str) -> list[str] | None:
+    if len(text) > _LONGEST_LIST or not text.lstrip(" \t").startswith(("[", "(")):
+        return None  # Python's parser takes its time over what cannot be a list
     try:
-        value = ast.literal_eval(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            value = ast.literal_eval(text)
     except (SyntaxError, ValueError, MemoryError, RecursionError, TypeError):
         return None
     return [str(entry).strip(" '") for entry in value] if isinstance(value, list) else None

@@ -17,6 +17,7 @@ class MmBenchCircular(Letter):
     """
 
     name = "mmbench_circular"
+    version = "2"
     group_key = "group"
     protocol = (
         "MMBench circular: a question is right only if every order of its options is answered right (our letter rule)"

@@ -12,8 +12,9 @@ from mllm.errors import ConfigError, DataError
 from mllm.eval.metrics.base import Metric, Score, Scored, mean
 
 Box = tuple[float, float, float, float]
-_NUM = r"(-?\d+(?:\.\d+)?)"
-_BOX = re.compile(rf"[\[(<]?\s*{_NUM}\s*,\s*{_NUM}\s*\)?\s*,\s*\(?\s*{_NUM}\s*,\s*{_NUM}\s*[\])>]?")
+_NUM = r"((?:-|(?<!\d))\d++(?:\.\d++)?)"
+_COMMA = r"\s*+,\s*+"
+_BOX = re.compile(rf"{_NUM}{_COMMA}{_NUM}\s*+(?:\)\s*+)?,\s*+(?:\(\s*+)?{_NUM}{_COMMA}{_NUM}")
 _THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
@@ -42,8 +43,8 @@ class BoxIou(Metric):
 
     name = "box_iou"
     protocol = (
-        "referring-expression accuracy at IoU 0.5; the model's coordinate convention is stated, reversed corners are"
-        " swapped"
+        "referring-expression accuracy at IoU 0.5; the first four numbers parted by commas, in any or no brackets "
+        "(lmms-eval wants square ones); the model's coordinate convention is stated, reversed corners are swapped"
     )
 
     def __init__(

@@ -9,10 +9,9 @@ from typing import Any
 
 from mllm.errors import DataError
 from mllm.eval.metrics.base import Metric, Score, Scored, group_means
+from mllm.eval.metrics.choosing import LETTERS, choose
 from mllm.eval.metrics.text import collapse, references
 from mllm.eval.metrics.vqa import strip_punctuation
-
-LETTERS = string.ascii_uppercase
 
 
 def option_texts(meta: Mapping[str, Any]) -> dict[str, str]:
@@ -53,44 +52,18 @@ class _LetterMetric(Metric):
         return Score(None, "", rule) if letter is None else Score(float(letter in gold), letter, rule)
 
 
-_SAYS = re.compile(
-    r"(?:answer|option|choice)(?:\s+(?:is|would be|should be))?\s*[:：]?\s*(?:option\s+|choice\s+)?"
-    r"[\(\[\"'*]*([A-Z])(?![A-Za-z0-9'’])",
-    re.IGNORECASE,
-)
-_LEADING = re.compile(r"[\s\(\[\"'*]*([A-Za-z])\s*(?:[\)\]\.:*]|,(?!\s*(?:and\s+|or\s+)?\(?[A-Z]\b)|$)")
-
-
 class Letter(_LetterMetric):
     name = "letter"
+    version = "2"
     protocol = (
-        "our letter rule: the reply is a letter, starts with one followed by a mark, says 'answer is X', names exactly "
-        "one option as (X), or is exactly one option's text; anything else is unparsed, never guessed"
+        "our letter rule: the reply is a letter or one option's text, or says its choice ('answer is X', 'X is "
+        "correct', 'Final answer: X', a letter by itself); a correction replaces what stood before it; what is denied, "
+        "offered together (A or C), asked or supposed is no choice, and without one choice it is unparsed, never "
+        "guessed. Thoughts are not read; of a reply over 10 000 characters, the first 2 000 and the last 8 000 are"
     )
 
     def read(self, reply: str, options: Mapping[str, str]) -> tuple[str | None, str]:
-        legal = set(options) or set(LETTERS)
-        text = reply.strip()
-        if not text:
-            return None, "empty"
-        if (found := _LEADING.match(text)) and found[1].upper() in legal:
-            return found[1].upper(), "leading letter"
-        said = {m[1].upper() for m in _SAYS.finditer(text) if m[1].isupper()} & legal
-        if len(said) == 1:
-            return said.pop(), "answer is X"
-        bracketed = set(re.findall(r"\(([A-Z])\)", text)) & legal
-        if len(bracketed) == 1:
-            return bracketed.pop(), "one (X)"
-        bare = collapse(text).rstrip(".").lower()
-        equal = [letter for letter, option in options.items() if collapse(option).rstrip(".").lower() == bare]
-        if len(equal) == 1:
-            return equal[0], "option's text"
-        alone = set(re.findall(r"(?<![A-Za-z0-9'’])([A-Z])(?![A-Za-z0-9'’])", text)) & legal
-        article = alone == {"A"} and not re.search(r"A\W*$", text)
-        if len(alone) == 1 and not article and len(text.split()) <= 6:
-            return alone.pop(), "only letter in a short reply"
-        several = len(said | bracketed | alone) > 1
-        return None, "several letters" if several else "no letter"
+        return choose(reply, options)
 
 
 _PHRASES = (
@@ -184,15 +157,18 @@ class LetterAi2d(_LetterMetric):
         return (bare, "whole reply") if len(bare) == 1 and bare in LETTERS else (None, "no letter")
 
 
-_VIDEOMME_PREFIXES = (
-    "The best answer is", "The correct answer is", "The answer is", "The answer", "Answer:", "Option:",
+_VIDEOMME_PREFIXES = (  # the last two are four in the published list, whose missing commas join them
+    "The best answer is", "The correct answer is", "The answer is", "The answer",
+    "The best option isThe correct option is", "Best answer:Best option:",
 )  # fmt: skip
 
 
 class LetterVideoMme(_LetterMetric):
     name = "letter_videomme"
+    version = "2"
     protocol = (
-        "VideoMME's own rule: known prefixes removed; over ten words without A-D nothing; else the first A-D anywhere"
+        "VideoMME's own rule: its four prefixes ('The answer is' and three like it) removed, then the first A-D "
+        "anywhere, so 'Answer: B' is A"
     )
 
     def read(self, reply: str, options: Mapping[str, str]) -> tuple[str | None, str]:
@@ -225,7 +201,7 @@ class LetterCvBench(_LetterMetric):
     is_mean = False
 
     def read(self, reply: str, options: Mapping[str, str]) -> tuple[str | None, str]:
-        found = re.match(r"\s*\(?\s*([A-Za-z])", reply)
+        found = re.match(r"\s*+\(?\s*+([A-Za-z])", reply)
         return (found[1].upper(), "leading letter") if found else (None, "no letter")
 
     def aggregate(self, items: list[Scored]) -> dict[str, float]:  # type: ignore[override]

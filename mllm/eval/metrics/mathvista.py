@@ -10,7 +10,7 @@ from typing import Any
 from mllm.eval.metrics.base import Metric, Score, Scored, group_means
 from mllm.eval.metrics.text import edit_distance, plain_float, references
 
-_QUOTED = re.compile(r'The answer is "(.*)"\.')
+_QUOTED = 'The answer is "'
 _SAYS = re.compile(
     r"(?:answer|result)(?:\s+is|\s*[:=])\s*(?:approximately\s+|about\s+)?(.+?)(?:\.(?!\d)|\n|$)", re.IGNORECASE
 )
@@ -25,8 +25,8 @@ def extract(reply: str, choices: Sequence[str], question_type: str, answer_type:
         return reply, "a choice"
     if plain_float(reply) is not None:
         return reply, "a number"
-    if found := _QUOTED.search(reply):
-        return found[1], "quoted answer"
+    if (quoted := _quoted(reply)) is not None:
+        return quoted, "quoted answer"
     said = _SAYS.findall(reply)
     tail = said[-1].strip(" *$`\"'") if said else ""
     if question_type != "multi_choice" and answer_type in ("integer", "float"):
@@ -35,6 +35,17 @@ def extract(reply: str, choices: Sequence[str], question_type: str, answer_type:
                 return numbers[-1].replace(",", ""), rule
         return "", "no number"
     return (tail, "after 'answer is'") if tail else (reply, "whole reply")
+
+
+def _quoted(reply: str) -> str | None:
+    """What the published pattern ``The answer is "(.*)"\\.`` finds: the first line that holds one, up to its last
+    quote. The pattern itself reads the rest of the line anew from each of its beginnings."""
+    for line in reply.split("\n"):
+        start = line.find(_QUOTED)
+        end = line.rfind('".', start + len(_QUOTED)) if start >= 0 else -1
+        if end >= 0:
+            return line[start + len(_QUOTED) : end]
+    return None
 
 
 def normalise(extraction: str, meta: Mapping[str, Any]) -> tuple[str | None, str]:

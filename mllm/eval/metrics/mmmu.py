@@ -48,10 +48,10 @@ def read_choice(reply: str, options: Mapping[str, str], patterns: Sequence[str])
 
 
 _KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
-_NUMBER_FORMS = (
-    r"-?\b\d{1,3}(?:,\d{3})+\b",
-    r"-?\d+(?:\.\d+)?[eE][+-]?\d+",
-    r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",
+_NUMBER_FORMS = (  # the published patterns; a run of digits is entered at its beginning only, so a long one costs its length
+    re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b"),
+    re.compile(r"(?:-|(?<!\d))\d++(?:\.\d++)?[eE][+-]?\d++"),
+    re.compile(r"(?:-?\.\d++|(?:-|(?<!\d))(?:\d++\.\d++|\d++\b))(?![eE][+-]?\d)(?![,\d])"),
 )
 
 
@@ -80,7 +80,7 @@ def read_open(reply: str) -> list[str | float]:
         if shortest and shortest not in _END_MARKS:
             tails.append(shortest)
     tails = tails or ["\n".join(lines)]
-    claims = tails + [number for tail in tails for form in _NUMBER_FORMS for number in re.findall(form, tail)]
+    claims = tails + [number for tail in tails for form in _NUMBER_FORMS for number in form.findall(tail)]
     return list(dict.fromkeys(value for claim in claims for value in normalise_open(claim)))
 
 

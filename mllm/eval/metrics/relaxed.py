@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
@@ -11,17 +13,24 @@ from mllm.eval.metrics.base import Metric, Score
 from mllm.eval.metrics.text import collapse, percent_or_float, references
 
 _TOLERANCE = Decimal("0.05")
+_MOST_DIGITS = 1_000  # a longer run of digits is no answer, and in time no `Decimal` either
 _YEARS = range(1800, 2101)
 _END_MARKS = ".,;:!?\"'`*"
-_CURRENCY = "$€£¥₹"
+_CURRENCY = (  # as a sign, or as a code that stands alone or touches the number
+    r"(?:(?:US|U\.S\.|CA?|AU?|NZ|HK|SG|S|NT|R|MX)?\$|[€£¥₹₩₽₺₫฿]|"
+    r"(?:USD|EUR|GBP|JPY|CNY|RMB|INR|CHF|CAD|AUD|HKD|SGD|KRW|BRL|MXN|SEK|NOK|DKK|Rs\.?)(?![A-Za-z]))"
+)
 _SCALES = {
     "hundred": 2, "thousand": 3, "thousands": 3, "k": 3, "million": 6, "millions": 6, "mn": 6, "m": 6,
-    "billion": 9, "billions": 9, "bn": 9, "b": 9, "trillion": 12, "trillions": 12, "tn": 12,
+    "billion": 9, "billions": 9, "bn": 9, "b": 9, "trillion": 12, "trillions": 12, "tn": 12, "t": 12,
 }  # fmt: skip
+_SCALE_NAMES = {3: "thousand", 6: "million", 9: "billion", 12: "trillion"}
 _NUMBER = re.compile(
-    r"([-+−]?)\s*((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:e([-+]?\d{1,3}))?", re.ASCII | re.IGNORECASE
+    rf"((?:[-+−–]|{_CURRENCY}|\s)*+)((?:\d{{1,3}}(?:,\d{{3}})++|\d++)(?:\.\d++)?|\.\d++)(?:e([-+]?\d{{1,3}}))?+",
+    re.ASCII | re.IGNORECASE,
 )
-_UNIT = re.compile(r"[^\W\d]*(?:[ /.²³°'\"-]*[^\W\d]+){0,3}\.?|°[CFcf]?")
+_MONEY = re.compile(rf"\s*{_CURRENCY}\s*", re.IGNORECASE)
+_UNIT = re.compile(r"[^\W\d]*+(?:[ /.²³°'\"-]++[^\W\d]++){0,3}+\.?|°[CFcf]?")
 
 
 def relaxed_match(target: str, prediction: str) -> tuple[bool, str]:
@@ -60,53 +69,100 @@ class RelaxedStripped(RelaxedPix2Struct):
         return prediction.strip()
 
 
-def quantity(text: str) -> tuple[Decimal, str, bool] | None:
-    """(number, unit, percent sign?) of text that is one number with at most a unit; None otherwise."""
-    text = text.strip().lstrip(_CURRENCY).strip()
-    negative = text.startswith("(") and text.endswith(")")  # accountants' minus
-    if negative:
-        text = text[1:-1].strip().lstrip(_CURRENCY)
-    found = _NUMBER.match(text)
-    if found is None:
-        return None
-    sign, digits, exponent = found.groups()
+@dataclass(frozen=True)
+class Quantity:
+    """One way to read text that is one number with at most a unit. ``how`` names the choice made, where there is one."""
+
+    value: Decimal
+    unit: str
+    percent: bool
+    how: str = ""
+
+
+def quantities(text: str) -> list[Quantity]:
+    """Every reading of text that is one number with at most a unit; empty for other text.
+
+    Sign and currency stand in any order (``-$5``, ``$-5``, ``US$5``, ``5 USD``); brackets are an accountant's minus. A
+    letter that can be a unit or a scale (``5 m``: metres, millions) gives a reading for each, the unit first.
+    """
+    text = text.strip()
+    if (money := _MONEY.match(text)) and text[money.end() :].startswith("("):
+        text = text[money.end() :]
+    bracketed = text.startswith("(") and text.endswith(")")
+    found = _NUMBER.match(text[1:-1] if bracketed else text)
+    if found is None or len(found[2]) > _MOST_DIGITS:
+        return []
+    before, digits, exponent = found.groups()
+    signs = [mark for mark in before if mark in "-+−–"]
+    if len(signs) + bracketed > 1:
+        return []
     value = Decimal(digits.replace(",", "")) * (Decimal(10) ** int(exponent) if exponent else 1)
-    if sign in ("-", "−") or negative:
+    if bracketed or (signs and signs[0] != "+"):
         value = -value
-    rest = text[found.end() :].strip()
+    rest = found.string[found.end() :].strip()
     percent = rest.startswith("%") or rest.lower() in ("percent", "per cent", "percentage points")
     rest = "" if percent and not rest.startswith("%") else rest.lstrip("%").strip()
+    readings = []
+    for scale, unit, how in _scales(_without_money(rest)):
+        if _UNIT.fullmatch(unit := _without_money(unit)):
+            readings.append(Quantity(value * Decimal(10) ** scale, unit.lower(), percent, how))
+    return readings
+
+
+def _scales(rest: str) -> list[tuple[int, str, str]]:
+    """(power of ten, unit, which reading this is) of what stands behind a number."""
     word, _, tail = rest.partition(" ")
-    if word.lower().rstrip(".") in _SCALES and (len(word) > 1 or not tail):
-        value *= Decimal(10) ** _SCALES[word.lower().rstrip(".")]
-        rest = tail.strip()
-    rest = rest.strip(_CURRENCY).strip()
-    return (value, rest.lower(), percent) if _UNIT.fullmatch(rest) else None
+    scale = _SCALES.get(word.lower().rstrip("."))
+    if scale is None:
+        return [(0, rest, "")]
+    if len(word.rstrip(".")) > 1:
+        return [(scale, tail.strip(), "")]
+    return [(0, rest, f"{word} as a unit"), (scale, tail.strip(), f"{word} as {_SCALE_NAMES[scale]}")]
+
+
+def _without_money(text: str) -> str:
+    """The text without a currency at either end."""
+    if found := _MONEY.match(text):
+        text = text[found.end() :]
+    word = text.rpartition(" ")[2]
+    return text[: len(text) - len(word)].strip() if word and _MONEY.fullmatch(word) else text.strip()
 
 
 def _near(predicted: Decimal, wanted: Decimal) -> bool:
     return predicted == wanted if wanted == 0 else abs(predicted - wanted) <= _TOLERANCE * abs(wanted)
 
 
+def _same_quantity(wanted: Sequence[Quantity], predicted: Sequence[Quantity]) -> tuple[bool, str]:
+    """Whether some reading of the one is near some reading of the other → (right?, which decided)."""
+    comparable = False
+    for goal, given in itertools.product(wanted, predicted):
+        if goal.unit and given.unit and goal.unit != given.unit:
+            continue
+        comparable = True
+        values = [given.value]
+        if goal.percent != given.percent:
+            values.append(given.value / 100 if given.percent else given.value * 100)
+        if any(_near(value, goal.value) for value in values):
+            choices = ", ".join(dict.fromkeys(how for how in (given.how, goal.how) if how))
+            return True, "number within 5%" + (f" ({choices})" if choices else "")
+    return False, "number within 5%" if comparable else "different units"
+
+
 def strict_match(target: str, prediction: str, *, year: bool = False) -> tuple[bool, str]:
     """The strict rule on one reference → (right?, which comparison decided). Decimal arithmetic, so no rounding luck.
 
     A target that is an integer in 1800–2100 and carries no unit, or one flagged ``year``, must be met exactly.
-    Thousands separators, currency signs and units are read; two different units do not match; ``5%`` is 5 and is 0.05.
+    Thousands separators, signs, currencies and units are read; two different units do not match; ``5%`` is 5 and is
+    0.05; a letter that can be a unit or a scale (``5 m``) is tried both ways and the rule names the one that fitted.
     A zero target needs zero. Trailing punctuation never decides.
     """
     target, prediction = (collapse(text).strip(" ") for text in (target, prediction))
     bare_target, bare_prediction = (text.rstrip(_END_MARKS + " ") for text in (target, prediction))
-    wanted, predicted = quantity(bare_target), quantity(bare_prediction)
-    if year or (wanted is not None and bare_target.isdigit() and len(bare_target) == 4 and int(bare_target) in _YEARS):
+    wanted, predicted = quantities(bare_target), quantities(bare_prediction)
+    if year or (wanted and bare_target.isdigit() and len(bare_target) == 4 and int(bare_target) in _YEARS):
         return bare_prediction.lower() == bare_target.lower(), "year, exact"
-    if wanted is not None and predicted is not None:
-        if wanted[1] and predicted[1] and wanted[1] != predicted[1]:
-            return False, "different units"
-        readings = [predicted[0]]
-        if wanted[2] != predicted[2]:
-            readings.append(predicted[0] / 100 if predicted[2] else predicted[0] * 100)
-        return any(_near(reading, wanted[0]) for reading in readings), "number within 5%"
+    if wanted and predicted:
+        return _same_quantity(wanted, predicted)
     outer = [text.startswith("[") and text.endswith("]") for text in (bare_target, bare_prediction)]
     if all(outer):
         pairs = [[part.strip(" '\"") for part in text[1:-1].split(",")] for text in (bare_target, bare_prediction)]
@@ -118,9 +174,11 @@ def strict_match(target: str, prediction: str, *, year: bool = False) -> tuple[b
 
 class RelaxedStrict(Metric):
     name = "relaxed_strict"
+    version = "2"
     protocol = (
-        "relaxed accuracy, strict: years exact, zero needs zero, thousands, currency, units and % are read, "
-        "trailing punctuation ignored, 5 % in exact decimal arithmetic"
+        "relaxed accuracy, strict: years exact, zero needs zero, thousands, sign and currency in any order, units and % "
+        "are read, k, m, b and t are tried as a unit and as a scale (the rule says which), trailing punctuation "
+        "ignored, 5 % in exact decimal arithmetic"
     )
 
     def score(self, prediction: str, target: Any, meta: Mapping[str, Any]) -> Score:

@@ -32,7 +32,8 @@ def data_points(table: str, *, transposed: bool = False) -> dict[str, str]:
 
 
 def relative_distance(target: float, prediction: float) -> float:
-    """``min(1, |t - p| / |t|)``; for a target of 0: 0 when the prediction is 0, else 1."""
+    """``min(1, |t - p| / |t|)``; for a target of 0: 0 when the prediction is 0, else 1 (DePlot's code has these two the
+    wrong way round)."""
     return min(abs((target - prediction) / target), 1.0) if target else float(bool(prediction))
 
 
@@ -71,7 +72,8 @@ class RmsF1(Metric):
 
     name = "rms_f1"
     protocol = (
-        "DePlot's RMS: true F1 of the matched data points, best over references and over the transposed prediction"
+        "DePlot's RMS: true F1 of the matched data points, best over references and over the transposed prediction; "
+        "the token <0x0A> ends a line"
     )
     binary = False
 
@@ -110,21 +112,37 @@ def table_numbers(table: str) -> list[float]:
 
 
 class Rnss(Metric):
+    """Relative number set similarity (DePlot, arXiv 2212.10505).
+
+    upstream_compat: DePlot's code gives a target of 0 the distance 1 from a predicted 0 and 0 from anything else; True
+    does the same.
+    """
+
     name = "rnss"
-    protocol = "DePlot's relative number set similarity: best assignment of the tables' numbers by relative distance"
+    protocol = (
+        "DePlot's relative number set similarity: best assignment of the tables' numbers by relative distance; a target "
+        "of 0 is met by 0 only (DePlot's code has it the other way round: upstream_compat); the token <0x0A> ends a line"
+    )
     binary = False
+
+    def __init__(self, upstream_compat: bool = False):
+        self.upstream_compat = upstream_compat
 
     def score(self, prediction: str, target: Any, meta: Mapping[str, Any]) -> Score:
         given = table_numbers(prediction)
         values = [self._similarity(table_numbers(reference), given) for reference in references(target)]
         return Score(max(values), f"{len(given)} numbers", "number set")
 
-    @staticmethod
-    def _similarity(wanted: Sequence[float], given: Sequence[float]) -> float:
+    def _distance(self, target: float, prediction: float) -> float:
+        if self.upstream_compat and not target:
+            return float(not prediction)
+        return relative_distance(target, prediction)
+
+    def _similarity(self, wanted: Sequence[float], given: Sequence[float]) -> float:
         if not wanted or not given:
             return float(not wanted and not given)
         from scipy.optimize import linear_sum_assignment
 
-        cost = np.array([[relative_distance(t, p) for p in given] for t in wanted])
+        cost = np.array([[self._distance(t, p) for p in given] for t in wanted])
         rows, columns = linear_sum_assignment(cost)
         return float(1 - cost[rows, columns].sum() / max(len(wanted), len(given)))

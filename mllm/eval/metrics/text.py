@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 from mllm.errors import DataError
 
@@ -20,7 +21,22 @@ def references(target: Any) -> list[str]:
     raise DataError(f"target {target!r} holds no reference answer; expected a string or a non-empty list of strings")
 
 
-@lru_cache(maxsize=65536)
+T = TypeVar("T")
+_REMEMBERED = 1_000  # characters: longer texts are worked out anew, a cache of them would fill the memory
+
+
+def remember_short(function: Callable[..., T]) -> Callable[..., T]:
+    """An `lru_cache` for functions of strings that keeps no long ones."""
+    cached = lru_cache(maxsize=65536)(function)
+
+    @wraps(function)
+    def call(*texts: str) -> T:
+        return (cached if all(len(text) <= _REMEMBERED for text in texts) else function)(*texts)
+
+    return call
+
+
+@remember_short
 def edit_distance(left: str, right: str) -> int:
     """Levenshtein distance: insertions, deletions and substitutions, each at cost 1.
 

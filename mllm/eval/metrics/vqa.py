@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 from mllm.eval.metrics.base import Metric, Score, Scored, group_means
-from mllm.eval.metrics.text import references
+from mllm.eval.metrics.text import references, remember_short
 
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA = re.compile(r"(?<=\d),+(?=\d)")
@@ -60,13 +59,13 @@ def _one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-@lru_cache(maxsize=65536)
+@remember_short
 def normalise_vqa(text: str) -> str:
     """VQAv2's normal form: punctuation, then words."""
     return normalise_words(strip_punctuation(_one_line(text)))
 
 
-@lru_cache(maxsize=65536)
+@remember_short
 def normalise_m4c(text: str) -> str:
     """TextVQA's normal form (M4C): lower case, commas and question marks gone, possessives split, then VQAv2's."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
@@ -81,6 +80,9 @@ def consensus(answer: str, humans: Sequence[str]) -> tuple[float, int]:
         return float(matches), matches
     total = sum(min(1.0, (matches - (human == answer)) / 3) for human in humans)
     return total / len(humans), matches
+
+
+_ALONE = "human answer is compared directly (the published formula can only give it 0)"
 
 
 class _Consensus(Metric):
@@ -104,7 +106,10 @@ class _Consensus(Metric):
 
 class VqaEvalAi(_Consensus):
     name = "vqa_evalai"
-    protocol = "VQA accuracy as the EvalAI server and papers use it: prediction and human answers always normalised"
+    protocol = (
+        "VQA accuracy as the EvalAI server and papers use it: prediction and human answers always normalised; a single "
+        f"{_ALONE}"
+    )
 
     def normalise(self, text: str) -> str:
         return normalise_vqa(text)
@@ -112,7 +117,9 @@ class VqaEvalAi(_Consensus):
 
 class TextVqaM4c(_Consensus):
     name = "textvqa_m4c"
-    protocol = "VQA accuracy with M4C's answer processor: commas and ? removed first, possessives split"
+    protocol = (
+        f"VQA accuracy with M4C's answer processor: commas and ? removed first, possessives split; a single {_ALONE}"
+    )
 
     def normalise(self, text: str) -> str:
         return normalise_m4c(text)
@@ -121,7 +128,8 @@ class TextVqaM4c(_Consensus):
 class VqaOfficial(_Consensus):
     name = "vqa_official"
     protocol = (
-        "VQA accuracy by the published script: nothing is normalised when the human answers are all the same string"
+        "VQA accuracy by the published script: nothing is normalised when the human answers are all the same string; a "
+        f"single {_ALONE}"
     )
 
     def score(self, prediction: str, target: Any, meta: Mapping[str, Any]) -> Score:

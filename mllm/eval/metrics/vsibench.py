@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,7 +44,8 @@ class VsiBench(Metric):
     name = "vsibench"
     protocol = (
         "VSI-Bench: first space-separated token; mean relative accuracy for numbers, letter equality for choices; "
-        "mean of tasks"
+        "mean of tasks. A negative target counts by its size and 0 is met by 0 (the published ratio gives 1 to anything, "
+        "or divides by zero)"
     )
     binary = False
     is_mean = False
@@ -85,8 +85,10 @@ def _kind(meta: Mapping[str, Any]) -> str:
 
 def clean_answer(text: str) -> str:
     """Content of the last ``<answer>`` pair if there is one, in one line of lower case, trailing dots off."""
-    found = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
-    return " ".join((found[-1] if found else text).split()).rstrip(".").lower()
+    answer, place = text, 0
+    while (start := text.find("<answer>", place)) >= 0 and (end := text.find("</answer>", start)) >= 0:
+        answer, place = text[start + len("<answer>") : end], end
+    return " ".join(answer.split()).rstrip(".").lower()
 
 
 class VsiBenchReward(VsiBench):

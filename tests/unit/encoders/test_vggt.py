@@ -59,6 +59,21 @@ def test_dinov2_resizes_its_positions_like_vggts():
     check(meta, outputs, have)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("registers", [0, 2])
+def test_the_number_of_registers_reaches_the_aggregator_and_its_dinov2(registers):
+    encoder = build_encoder(
+        encoder_config({**TINY, "patch_embed": "dinov2", "num_registers": registers, "keep_prefix": True}, where="e")
+    )
+    model = encoder.eval().model
+    assert model.patch_embed.register_tokens.shape[1] == model.register_token.shape[2] == registers
+    before = encoder(pixels := torch.randn(1, 3, 16, 20))
+    assert before.prefix.shape[1] == 1 + registers
+    for parameter in (model.patch_embed.register_tokens, model.register_token)[: 2 if registers else 0]:
+        parameter.add_(1.0)
+    assert torch.equal(encoder(pixels).tokens, before.tokens) == (registers == 0)
+
+
 def golden_encoder(**changes):
     meta, inputs, outputs = load(GOLDEN / "vggt_aggregator_conv.json")
     sizes = {"width": 32, "num_heads": 2, "depth": 2, "patch_embed": "conv", "image_size": [42, 56]}

@@ -124,6 +124,23 @@ def test_rnss_worked_by_hand():
     assert build_metric("rnss").score("x", ["1 | 2"], {}).value == 0.0
 
 
+def test_rnss_meets_a_zero_with_zero_where_deplots_code_does_the_reverse():
+    ours, theirs = build_metric("rnss"), build_metric({"name": "rnss", "upstream_compat": True})
+    assert (ours.score("0", ["0"], {}).value, theirs.score("0", ["0"], {}).value) == (1.0, 0.0)
+    assert (ours.score("7", ["0"], {}).value, theirs.score("7", ["0"], {}).value) == (0.0, 1.0)
+    assert ours.score("3", ["4"], {}).value == theirs.score("3", ["4"], {}).value == 0.75
+    assert "upstream_compat" in ours.protocol and theirs.label == "rnss(upstream_compat=True) v1"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("box_iou", "brackets"), ("vsibench", "negative target"), ("rms_f1", "<0x0A>"), ("rnss", "<0x0A>")]
+    + [(name, "single human answer") for name in ("vqa_evalai", "vqa_official", "textvqa_m4c")],
+)
+def test_a_deviation_kept_on_purpose_is_stated_in_the_protocol(name, words):
+    assert words in build_metric(name).protocol
+
+
 # Boxes and masks ------------------------------------------------------------------------------------------------------
 
 SIZE = {"width": 100, "height": 50}

@@ -59,12 +59,12 @@ def test_a_line_holds_prompt_hash_output_extraction_scores_and_rules(tmp_path):
     assert (
         len(row["images"]) == 1 and len(row["images"][0]) == 64 and row["output"] == " 3. " and row["extracted"] == "3"
     )
-    assert row["scores"]["relaxed_strict v1"] == {"value": 1.0, "extracted": "3", "rule": "number within 5%"}
+    assert row["scores"]["relaxed_strict v2"] == {"value": 1.0, "extracted": "3", "rule": "number within 5%"}
     assert (
         row["scores"]["relaxed_pix2struct v1"]["value"] == 1.0 and row["cluster"] == "1.png" and row["category"] == "b"
     )
     assert result.metrics[0].value == pytest.approx(100 / 12) and result.metrics[0].num_clusters == 6
-    assert result.protocol.startswith("demo_charts v1 · relaxed_strict v1 · prompt ")
+    assert result.protocol.startswith("demo_charts v1 · relaxed_strict v2 · prompt ")
     assert result.score == pytest.approx(1 / 12)
 
 
@@ -313,7 +313,7 @@ def test_rescore_needs_no_model_and_agrees_with_the_run(tmp_path):
     again = rescore(path)
     assert path.read_text() == before and again.metrics == result.metrics
     other = rescore(path, ["exact_match", "relaxed_strict"], write=False)
-    assert [m.label for m in other.metrics] == ["exact_match v1", "relaxed_strict v1"] and path.read_text() == before
+    assert [m.label for m in other.metrics] == ["exact_match v1", "relaxed_strict v2"] and path.read_text() == before
     header_path(path).unlink()
     with pytest.raises(DataError, match="needed to rescore"):
         rescore(path)
@@ -424,14 +424,14 @@ def test_report_has_table_markdown_and_one_page_with_pictures_and_filters(tmp_pa
         "wrong (1)" in page
         and "metrics disagree (1)" in page
         and 'data-f="wrong disagree d0 d1"' in page
-        and """onclick="f('demo-charts','d0')">relaxed_strict v1 and relaxed_pix2struct v1 disagree on 1 samples"""
+        and """onclick="f('demo-charts','d0')">relaxed_strict v2 and relaxed_pix2struct v1 disagree on 1 samples"""
         in page
         and 'src="http' not in page
     )
     text = markdown({TASK: result})
     assert (
-        "| demo_charts | relaxed_strict | 85.71 % |" in text
-        and "relaxed_strict v1 and relaxed_pix2struct v1 disagree on 1" in text
+        "| demo_charts | relaxed_strict v2 | 85.71 % |" in text
+        and "relaxed_strict v2 and relaxed_pix2struct v1 disagree on 1" in text
     )
     stored = json.loads(paths["results.json"].read_text())
     assert stored["tasks"][TASK]["score"] == pytest.approx(6 / 7) and stored["tasks"][TASK]["blind"]["num_samples"] == 7
