@@ -190,7 +190,8 @@ def main() -> None:
         found = work(options, folder) if work else training(options, folder, options.section)
         print(json.dumps(found), flush=True)
         return
-    chosen = {name: SECTIONS[name] * options.patience for name in options.sections or SECTIONS}
+    names = options.sections or [name for name in SECTIONS if "3 rows" not in name]
+    chosen = {name: SECTIONS[name] * options.patience for name in names}
     results = Path(os.environ.get("OUT", folder)) / "train_real.txt"
     passed = ["--size", options.size, "--device", options.device, "--folder", str(folder)]
     passed += ["--patience", str(options.patience), "--workers", str(options.workers)]

@@ -23,19 +23,24 @@ def repeated_layers(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def compile_layers(model: Any, *, language_model: bool = True, encoders: bool = True) -> int:
-    """Compile every repeated layer of the language model and the encoders in place (static shapes); returns how many.
+def compile_layers(model: Any, *, language_model: bool = True, encoders: bool = True, fixed_length: bool = True) -> int:
+    """Compile every repeated layer of the language model and the encoders in place; returns how many.
+
+    fixed_length: every batch has the same rows and tokens (packing), so the language model is compiled for that shape
+    alone. Otherwise, and in encoders, whose number of images differs from batch to batch, torch compiles for any size
+    once it has seen a second one; a compilation for each would soon reach its limit, and the rest would run uncompiled.
 
     ``layer.compile()`` keeps names and state dict as they are and sits below gradient checkpointing. Worth it on CUDA: one
     H200 gained 1.23 times from it on a 7B model. Masks, placeholder checks and merging stay outside compiled code.
     """
     count = 0
-    parts: list[nn.Module] = [model.get_decoder()] if language_model else []
+    text: list[nn.Module] = [model.get_decoder()] if language_model else []
+    parts: list[tuple[nn.Module, bool | None]] = [(part, False if fixed_length else None) for part in text]
     tower = getattr(getattr(model, "model", model), "vision_tower", None)
     if encoders and tower is not None:
-        parts.extend(tower.encoders.values())
-    for part in parts:
+        parts.extend((encoder, None) for encoder in tower.encoders.values())
+    for part, dynamic in parts:
         for layer in repeated_layers(part):
-            layer.compile(dynamic=False)
+            layer.compile(dynamic=dynamic)
             count += 1
     return count

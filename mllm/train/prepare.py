@@ -44,7 +44,7 @@ def prepare_model(model: Any, stage: StageSpec, *, device: torch.device, zero_st
             raise ConfigError(
                 f"stages.{stage.name}.compile: compiled layers and zero3 do not work together; use zero1 or zero2"
             )
-        compile_layers(model)
+        compile_layers(model, fixed_length=stage.packing)
     return chosen
 
 

@@ -1,0 +1,42 @@
+"""Is a model compiled for few shapes, however many there are?"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mllm.models.compilation import compile_layers
+from tests.helpers import tiny_model
+
+
+def test_batches_of_many_sizes_need_few_graphs_and_change_nothing(tmp_path, monkeypatch):
+    """Pictures differ in number from batch to batch, and rows in length without packing: one graph for each would reach
+    torch's limit of eight."""
+    model, _ = tiny_model(tmp_path)
+    sizes = [(2 + k, 8 * (2 + k)) for k in range(10)]
+    pixels = {"semantic": torch.randn(12, 3, 28, 28), "detail": torch.randn(12, 3, 32, 32)}
+    ids = torch.randint(5, 200, (2, 96), generator=torch.Generator().manual_seed(0))
+
+    def run(images: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = model.model.encode_images({name: value[:images] for name, value in pixels.items()})[0]
+        return tokens, model(input_ids=ids[:, :length], use_cache=False).logits
+
+    with torch.no_grad():
+        wanted = [run(*size) for size in sizes]
+    compile_module = nn.Module.compile
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **given: compile_module(self, backend=backend, **given))
+    torch._dynamo.reset()
+    assert compile_layers(model, fixed_length=False) == 2 + 2 + 2  # the third CLIP block is not built
+    with torch.no_grad():
+        for size, (tokens, logits) in zip(sizes, wanted, strict=True):
+            found = run(*size)
+            assert (found[0] - tokens).abs().max() < 1e-5 and (found[1] - logits).abs().max() < 1e-5
+    torch._dynamo.reset()
+    # Three kinds of layers, each for the first size and for any; transformers may break a layer in two graphs.
+    assert 3 <= len(graphs) <= 14, len(graphs)
