@@ -1,16 +1,19 @@
 """How well do the engines scale from one GPU to several?
 
 A language model of a stated size, random weights, bf16 with fp32 copies, rows of a stated length; the optimizer step is
-`mllm.train.trainer`'s, the engines are `mllm.train.engine.base`'s. Prints one JSON line for each engine and number of processes. Goal: at
-least 0.93 of perfect scaling on two GPUs.
+`mllm.train.trainer`'s, the engines are `mllm.train.engine.base`'s. First, in fp32 and tiny: does every engine give one
+process's weights? Then one JSON line for each engine and number of processes, each in processes of its own, and a table;
+also in $OUT/train_scaling.txt. Goal: at least 0.97 of perfect scaling on two GPUs, 0.95 on four.
 
-    python benchmarks/train_scaling.py --size 1b --engines none zero1 zero2 zero3 --processes 1 2
+    python benchmarks/train_scaling.py --size 1b --processes 1 2
+    python benchmarks/train_scaling.py --size 7b --processes 1 2 4 --rows 2 --length 4096 --compile
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -19,6 +22,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.big_run import run_sections, versions
 
 
 def worker(engine_name: str, options: dict, path: str) -> None:
@@ -90,6 +95,31 @@ def worker(engine_name: str, options: dict, path: str) -> None:
     engine.close()
 
 
+def check(folder: Path, engines: list[str], processes: list[int]) -> dict:
+    """Losses and final weights of a tiny fp32 recipe with and without pictures, by engine and processes: how far from one
+    process's?"""
+    from safetensors.torch import load_file
+
+    from mllm.train import run_recipe
+    from tests.integration.train_helpers import make_recipe
+
+    def weights(engine: str, count: int) -> dict:
+        most = max(processes)
+        calm = {"eps": 1e-5}  # Adam turns rounding noise in near-zero gradients into whole steps otherwise
+        stage = {"name": "sft", "steps": 3, "batch_size": most // count, "engine": engine, "optimizer": calm}
+        recipe = make_recipe(folder, stages=[stage])
+        recipe.model.language_model.config["attention_dropout"] = 0.0
+        return load_file(run_recipe(recipe, output=folder / f"{engine}-{count}", processes=count) / "model.safetensors")
+
+    wanted, found = weights("none", 1), {}
+    for engine in engines:
+        for count in processes:
+            if (engine, count) != ("none", 1):
+                got = weights(engine, count)
+                found[f"{engine} x {count}"] = max((wanted[n] - got[n]).abs().max().item() for n in wanted)
+    return {"weights differ from one process's by": found}
+
+
 def main() -> None:
     from mllm.train.launch import launch
 
@@ -103,16 +133,42 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--limit", type=float, default=470.0, help="Seconds for all sections together.")
+    parser.add_argument("--seconds", type=float, default=80.0, help="Seconds for one engine on some processes.")
+    parser.add_argument("--section", help=argparse.SUPPRESS)
     options = vars(parser.parse_args())
-    path = Path(tempfile.mkdtemp()) / "result.json"
-    for engine in options["engines"]:
-        single = None
-        for processes in options["processes"]:
-            launch(worker, processes, engine, options, str(path), needs_group=engine != "none")
-            result = json.loads(path.read_text(encoding="utf-8"))
-            single = single or result["tokens_per_second"]
-            result["scaling"] = round(result["tokens_per_second"] / single / processes * options["processes"][0], 3)
-            print(json.dumps(result), flush=True)
+    section = options["section"]
+    if section == "check":
+        with tempfile.TemporaryDirectory() as name:
+            print(json.dumps(check(Path(name), options["engines"], options["processes"])), flush=True)
+        return
+    if section:
+        engine, _, count = section.partition(" x ")
+        with tempfile.TemporaryDirectory() as name:
+            path = Path(name) / "result.json"
+            launch(worker, int(count), engine, options, str(path), needs_group=engine != "none")
+            print(path.read_text(encoding="utf-8"), flush=True)
+        return
+    order = [(engine, count) for count in options["processes"] for engine in options["engines"]]
+    sections = {"check": 3 * options["seconds"]}
+    sections |= {f"{engine} x {count}": options["seconds"] for engine, count in order}
+    passed = []
+    for key in ("size", "engines", "processes", "rows", "length", "accumulation", "steps", "warmup"):
+        value = options[key]
+        passed += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    passed += ["--compile"] if options["compile"] else []
+    results = Path(os.environ.get("OUT", tempfile.mkdtemp())) / "train_scaling.txt"
+    rows = run_sections(__file__, sections, passed, limit=options["limit"], results=results)
+    single = next((r["tokens_per_second"] for r in rows if r.get("engine") == "none" and r["processes"] == 1), None)
+    for row in rows:
+        if single and "tokens_per_second" in row:
+            row["of one GPU per GPU"] = round(row["tokens_per_second"] / single / row["processes"], 3)
+    rows.insert(0, versions())
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    print("engine x processes | tokens/s | TFLOP/s a GPU | of `none` on one GPU, per GPU | memory GB")
+    for row in rows[1:]:
+        shown = [row.get(k, "") for k in ("tokens_per_second", "tflops_per_gpu", "of one GPU per GPU", "memory_gb")]
+        print(" | ".join(map(str, [row["section"], *shown])), row.get("error", ""))
 
 
 if __name__ == "__main__":
