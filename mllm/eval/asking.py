@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections import deque
@@ -97,6 +98,29 @@ def answers(
         raise DataError(
             f"generator {generator.name} left {len(asked)} requests without an answer: {', '.join(list(asked)[:5])}"
         )
+
+
+class SamePictures:
+    """Whether a stored answer is to the pictures that its question has now, by their bytes. Videos, and blind runs, which show
+    no picture, are not compared. changed: ids of answers to other pictures."""
+
+    def __init__(self, items: Sequence[Item], blind: Blind | None):
+        self._items = {item.id: item for item in items} if blind is None else {}
+        self.changed: list[str] = []
+
+    def __call__(self, row: Row) -> bool:
+        item = self._items.get(row["id"])
+        if item is None or not all(isinstance(source, Picture) for source in item.pictures):
+            return True
+        try:
+            now = [hashlib.sha256(source.read()).hexdigest() for source in item.pictures if isinstance(source, Picture)]
+        except DataError:
+            now = []
+        if now == row.get("images"):
+            return True
+        if not row.get("unusable"):
+            self.changed.append(row["id"])
+        return False
 
 
 def load_items(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +62,26 @@ class PredictionWriter:
     """Appends rows, one JSON line each. A line goes to the operating system in one write, so a killed process leaves
     whole lines and at most one torn one; the disk is synced at most every quarter second and at the end."""
 
-    def __init__(self, path: Path, header: Mapping[str, Any], *, resume: bool = True):
-        """Opens (or resumes) the file. ``done`` then holds the rows that stand: the torn line and answers that failed
-        are dropped. Raises `ConfigError` when the file was made with another model, task, data or settings."""
+    def __init__(
+        self,
+        path: Path,
+        header: Mapping[str, Any],
+        *,
+        resume: bool = True,
+        stands: Callable[[Row], bool] = lambda row: True,
+    ):
+        """Opens (or resumes) the file. ``done`` then holds the rows that stand: the torn line, answers that failed and
+        those that ``stands`` denies (to pictures that are others now) are dropped.
+
+        Raises `ConfigError` when the file was made with another model, task, data or settings.
+        """
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.done: dict[str, Row] = {}
         if resume and self.path.exists():
             self._check_header(header)
             rows, torn = _scan(self.path)
-            kept = [row for row in rows if not row.get("error")]
+            kept = [row for row in rows if not row.get("error") and stands(row)]
             if torn or len(kept) < len(rows):
                 write_lines(self.path, kept)
             self.done = {row["id"]: row for row in kept}

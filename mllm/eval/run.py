@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.errors import ConfigError, DataError
-from mllm.eval.asking import Blind, answers
+from mllm.eval.asking import Blind, SamePictures, answers
 from mllm.eval.cache import AnswerCache
 from mllm.eval.data.check import check_data
 from mllm.eval.data.loading import TaskData, load_data
@@ -97,10 +97,14 @@ def _run(
     path = prediction_path(folder, spec.name, blind, rank, world)
     mine = [item for position, item in enumerate(data.items) if shard_of(position, rank, world)]
     started = time.perf_counter()
-    with PredictionWriter(path, header, resume=resume) as writer:
+    stands = SamePictures(mine, blind)
+    with PredictionWriter(path, header, resume=resume, stands=stands) as writer:
         if resume:
             for row in answered_elsewhere(path, header, {item.id for item in mine} - set(writer.done)):
-                writer.append(row)
+                if stands(row):
+                    writer.append(row)
+        if stands.changed and progress:
+            print(f"{spec.name}: {len(stands.changed)} answers were to other pictures than are there now; asked again")
         todo = [item for item in mine if item.id not in writer.done]
         keep = {item.id for item in data.items[:thumbnails]} if blind is None else set()
         title = f"{spec.name}{f' ({blind})' if blind else ''}"

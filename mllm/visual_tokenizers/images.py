@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,6 +47,14 @@ class ImageSource:
     def batch(self, indices: Sequence[int]) -> Tensor:
         """uint8 ``(B, 3, size, size)``."""
         raise NotImplementedError
+
+    def contents(self, indices: Sequence[int]) -> list[str]:
+        """16 hex digits for each image that change when the image does: what stored results are tied to."""
+        return [hashlib.sha256(image.numpy().tobytes()).hexdigest()[:16] for image in self.batch(indices)]
+
+    def describe(self, index: int) -> str:
+        """How errors name an image."""
+        return f"image {index}"
 
 
 def load_images(spec: ImagesSpec, size: int, split: str) -> ImageSource:
@@ -127,6 +136,19 @@ class FolderImages(ImageSource):
 
     def batch(self, indices: Sequence[int]) -> Tensor:
         return torch.from_numpy(np.stack(list(self._pool.map(self._read, indices)))).permute(0, 3, 1, 2)
+
+    def contents(self, indices: Sequence[int]) -> list[str]:
+        """Of the files' bytes: nothing is decoded."""
+        return list(self._pool.map(self._content, indices))
+
+    def describe(self, index: int) -> str:
+        return f"image {index} ({self.files[index]})"
+
+    def _content(self, index: int) -> str:
+        try:
+            return hashlib.sha256(self.files[index].read_bytes()).hexdigest()[:16]
+        except OSError as error:
+            raise DataError(f"{self.files[index]}: cannot be read ({error.strerror})") from None
 
 
 CHARTS = ("bar", "line", "pie", "scatter")

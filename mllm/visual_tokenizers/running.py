@@ -67,6 +67,12 @@ class WatchedImages(ImageSource):
         self._advance(len(indices))
         return found
 
+    def contents(self, indices: Sequence[int]) -> list[str]:
+        return self._images.contents(indices)
+
+    def describe(self, index: int) -> str:
+        return self._images.describe(index)
+
 
 @contextmanager
 def watched(

@@ -41,10 +41,10 @@ def encode_images(
 ) -> int:
     """Write the codes of ``images`` as ``codes-00000.safetensors`` … of ``shard_size`` images; returns how many
     shards this call wrote. Finished shards are kept, so a call after an interruption goes on; ranks take every
-    ``ranks``-th shard.
+    ``ranks``-th shard. Each shard records the contents of the images that it was made from.
 
     Raises `DataError` when the folder holds codes of another tokenizer, type (`run_in_bfloat16`), image number or shard
-    size.
+    size, or of other images: replaced, or in another order.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -71,15 +71,17 @@ def encode_images(
     tokenizer.eval()
     for number in range(rank, -(-len(images) // shard_size), ranks):
         shard = _shard(directory, number)
+        last = min((number + 1) * shard_size, len(images))
+        contents = images.contents(range(number * shard_size, last))
         if shard.is_file():
+            _check_contents(shard, contents, images, number * shard_size)
             continue
         found_codes: dict[str, list[Tensor]] = {name: [] for name in tokenizer.codebooks}
-        last = min((number + 1) * shard_size, len(images))
         for start in range(number * shard_size, last, batch_size):
             pixels = to_pixels(images.batch(range(start, min(start + batch_size, last))), device)
             for name, ids in tokenizer.encode(pixels).codes.items():
                 found_codes[name].append(ids.to(torch.int32).cpu())
-        _write(shard, {name: torch.cat(parts) for name, parts in found_codes.items()})
+        _write(shard, {name: torch.cat(parts) for name, parts in found_codes.items()}, contents)
         written += 1
     return written
 
@@ -88,12 +90,30 @@ def _shard(directory: Path, number: int) -> Path:
     return directory / f"codes-{number:05d}.safetensors"
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+def _write(path: Path, tensors: dict[str, Tensor], contents: list[str]) -> None:
     from safetensors.torch import save_file
 
     part = path.with_suffix(".part")
-    save_file(tensors, str(part))
+    save_file(tensors, str(part), metadata={"contents": " ".join(contents)})
     part.replace(path)
+
+
+def _check_contents(shard: Path, contents: list[str], images: ImageSource, first: int) -> None:
+    """Raises `DataError` naming the first image that is not the one whose codes a shard holds."""
+    from safetensors import safe_open
+
+    with safe_open(str(shard), framework="pt") as file:
+        recorded = ((file.metadata() or {}).get("contents") or "").split()
+    cure = "encode into another folder, or delete this one"
+    if not recorded:
+        raise DataError(f"{shard} does not say which images it was made from, so it cannot be gone on from; {cure}")
+    different = [place for place, pair in enumerate(zip(recorded, contents)) if pair[0] != pair[1]]
+    if different:
+        moved = "is now at another place" if recorded[different[0]] in contents else "was replaced or taken away"
+        raise DataError(
+            f"{shard}: the codes of {len(different)} images are of other pictures, the first {images.describe(first + different[0])}: "
+            f"what was encoded there {moved}; {cure}"
+        )
 
 
 class StoredCodes:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from mllm.data.sources import open_source
+from mllm.data.spec import DatasetSpec
 from mllm.errors import ConfigError, DataError
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.processing.chat import render_prompt, routing_inputs
@@ -29,7 +31,7 @@ from mllm.train.stages.routing.labels import (
 from mllm.train.stages.routing.losses import label_source
 from mllm.train.stages.routing.monitor import RoutingMonitor
 from mllm.types import IMAGE_MARK, Turn
-from tests.helpers import TINY_CLIP, tiny_spec, tiny_tokenizer
+from tests.helpers import TINY_CLIP, picture, tiny_spec, tiny_tokenizer
 from tests.integration.train_helpers import LLM
 
 EXPERTS = ["left", "right"]
@@ -232,7 +234,7 @@ def test_the_language_model_learns_to_route_and_answers_with_the_experts_it_name
     assert not model.last_routing.weights.any()
 
 
-def test_measured_losses_are_the_models_own_and_survive_a_kill(tmp_path: Path) -> None:
+def test_measured_losses_are_the_models_own_and_survive_a_kill(tmp_path: Path, monkeypatch: Any) -> None:
     recipe = routed_recipe(tmp_path, [{"name": "sft", "steps": 1}], rows=9, text_only_every=5)
     from mllm.models.build import build_model
     from mllm.processing.chat import encode_sample
@@ -258,9 +260,13 @@ def test_measured_losses_are_the_models_own_and_survive_a_kill(tmp_path: Path) -
     part = tmp_path / "killed.jsonl.part0"
     part.write_text("\n".join(lines[:5]) + '\n{"row": 7, "los')
     seen: list[int] = []
-    inner = type(source).sample
-    counting = type("Counting", (type(source),), {"sample": lambda self, row: (seen.append(row), inner(self, row))[1]})
-    source.__class__ = counting
+    rows = {source[row].id: row for row in range(9)}
+
+    def counting(processor: Any, sample: Any, length: int | None) -> Any:
+        seen.append(rows[sample.id])
+        return encode_sample(processor, sample, length)
+
+    monkeypatch.setattr("mllm.train.stages.routing.losses.encode_sample", counting)
     assert (
         label_source(model, processor, source, tmp_path / "killed.jsonl", batch_size=4).read_text() == path.read_text()
     )
@@ -270,6 +276,17 @@ def test_measured_losses_are_the_models_own_and_survive_a_kill(tmp_path: Path) -
     assert path.stat().st_mtime_ns == before and len(seen) == 5, "a complete file is left alone"
     with pytest.raises(DataError, match=r"was made with margin 0\.05, now it is 0\.2"):
         label_source(model, processor, source, path, rule=LabelRule(margin=0.2))
+
+    image = source[5].images[0]
+    picture(77).save(image)  # replaced: its losses are of another picture
+    seen.clear()
+    label_source(model, processor, source, path)
+    assert seen == [5] and LabelFile(path).rows[5]["losses"] != whole.rows[5]["losses"]
+    spec = DatasetSpec(name="rows", format="routing_labels", path=str(path))
+    picture(78).save(image)
+    measured = open_source(spec)
+    with pytest.raises(DataError, match="is not the one its routing losses were measured on"):
+        measured[[row for row in range(9) if whole.rows[row]["losses"] is not None].index(5)]
 
 
 def test_the_command_line_labels_data_and_reports_choices_scores_and_savings(tmp_path: Path) -> None:

@@ -222,8 +222,10 @@ def why_not(model: Any, learning: Iterable[str]) -> str | None:
     return None
 
 
-def open_stores(model: Any, precision: str, *, root: Path | None = None) -> dict[str, FeatureStore]:
-    """A store for every encoder of a model, by what decides its features."""
+def open_stores(
+    model: Any, precision: str, *, resampler: Any = "pil", root: Path | None = None
+) -> dict[str, FeatureStore]:
+    """A store for every encoder of a model, by what decides its features. resampler: what pictures are scaled with."""
     bank = model.model.vision_tower
     stores = {}
     for name, encoder in bank.encoders.items():
@@ -232,6 +234,7 @@ def open_stores(model: Any, precision: str, *, root: Path | None = None) -> dict
         assert not any(requires_grad), name
         dtype = str(next(encoder.parameters(), torch.empty(0)).dtype)
         about = {"config": to_plain(encoder.config), "weights": fingerprint(encoder), "computed in": dtype}
+        about |= {"image": to_plain(info.image), "resampler": str(resampler)}
         digest = hashlib.sha256(json.dumps([about, precision], sort_keys=True).encode()).hexdigest()[:32]
         codec = Codec(precision, info.grid[0] * info.grid[1], info.width)
         stores[name] = FeatureStore((root or cache_root()) / digest, codec, about)

@@ -52,7 +52,7 @@ def use_cache(
             return False
         raise ConfigError(f"stages.{stage.name}.cache_features: {problem}; set it to auto, or leave it out")
     precision = stage.precision if stage.cache_features in (True, "auto") else str(stage.cache_features)
-    stores = open_stores(model, precision)
+    stores = open_stores(model, precision, resampler=processor.image_processor.resampler)
     images = list(_images(data))
     total = int(distributed.sum_numbers([len(images)])[0])
     try:

@@ -294,6 +294,14 @@ def test_lengths_are_cached_by_contents_and_key(folder, processor, tmp_path):
     measure(source, length, key="other", cache=tmp_path)
     assert len(asked) == 58
     assert len(measure(source, length, key="k", cache=tmp_path, rows=5)) == 5
+    read_otherwise = Mixture({"format": "messages", "path": str(folder / "train.jsonl"), "typed_images": True}).sources[
+        0
+    ]
+    measure(read_otherwise, length, key="k", cache=tmp_path)
+    assert len(asked) == 92, "how rows are read decides their length too"
+    bad: list[tuple[int, str]] = []
+    measure(source, length, key="k", cache=tmp_path, on_bad=lambda row, reason: bad.append((row, reason)))
+    assert [row for row, _ in bad] == [11] and "s11" in bad[0][1] and len(asked) == 92
     assert (measure(source, _turns, processes=2) == 2).sum() == 29
 
 

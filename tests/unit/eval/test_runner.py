@@ -164,6 +164,16 @@ def test_resume_keeps_answers_drops_a_torn_line_and_asks_only_the_rest(tmp_path)
     assert path.read_text() == expected and again.metrics[0].value == whole.metrics[0].value
 
 
+def test_answers_to_pictures_that_were_replaced_are_asked_again(tmp_path):
+    folder = make_data(tmp_path / "d")
+    run(folder, tmp_path / "o")
+    before = {row["id"]: row["images"] for row in read_predictions(tmp_path / "o/demo_charts.jsonl")}
+    Image.new("RGB", (16, 12), (200, 100, 50)).save(folder / "2.png")  # shown by q4 and q5
+    _, generator = run(folder, tmp_path / "o")
+    after = {row["id"]: row["images"] for row in read_predictions(tmp_path / "o/demo_charts.jsonl")}
+    assert generator.asked == ["q4", "q5"] and {name for name in after if after[name] != before[name]} == {"q4", "q5"}
+
+
 def test_a_damaged_or_doubled_line_is_refused(tmp_path):
     folder = make_data(tmp_path / "d")
     run(folder, tmp_path / "o")

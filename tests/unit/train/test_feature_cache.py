@@ -109,6 +109,8 @@ def test_other_weights_other_precision_and_another_transform_have_stores_of_thei
     next(model.model.vision_tower.encoders["semantic"].parameters()).data.mul_(1.001)
     folders |= {store.folder for store in open_stores(model, "fp32", root=tmp_path).values()}
     assert len(folders) == 5
+    folders |= {store.folder for store in open_stores(model, "fp32", resampler="torch", root=tmp_path).values()}
+    assert len(folders) == 7, "the resampler decides features too"
 
 
 def test_learning_encoders_are_not_cached_and_a_full_disk_is_told_before_anything_is_written(

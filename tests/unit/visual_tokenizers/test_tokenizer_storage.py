@@ -12,6 +12,7 @@ from mllm.visual_tokenizers.features import code_features, feature_info
 from mllm.visual_tokenizers.images import load_images, to_pixels
 from mllm.visual_tokenizers.recipe import ImagesSpec
 from mllm.visual_tokenizers.storage import StoredCodes, encode_images
+from tests.helpers import picture
 from tests.unit.visual_tokenizers.tokenizer_configs import TINY
 
 IMAGES = ImagesSpec(type="digits_and_charts", options={"charts": 44, "digits": False})
@@ -47,6 +48,29 @@ def test_codes_of_another_tokenizer_are_refused(tmp_path):
         StoredCodes(tmp_path, other)
     with pytest.raises(CheckpointError, match="holds no stored codes"):
         StoredCodes(tmp_path / "none")
+
+
+def test_codes_of_pictures_that_were_replaced_or_reordered_are_never_kept(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(6):
+        picture(number, size=(20, 20)).save(pictures / f"{number}.png")
+    spec = ImagesSpec(type="folder", options={"path": str(pictures), "held_out": 1})
+    tokenizer = build_tokenizer(TINY["vq"]).eval()
+    images = load_images(spec, 16, "train")
+    assert encode_images(tokenizer, images, tmp_path / "codes", shard_size=2) == 3
+    assert encode_images(tokenizer, load_images(spec, 16, "train"), tmp_path / "codes", shard_size=2) == 0
+    first, second = images.files[0], images.files[1]
+    kept = first.read_bytes()
+    picture(9, size=(20, 20)).save(first)
+    with pytest.raises(
+        DataError, match=rf"codes of 1 images are of other pictures, the first image 0 \({first}\).*replaced"
+    ):
+        encode_images(tokenizer, load_images(spec, 16, "train"), tmp_path / "codes", shard_size=2)
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(kept)
+    with pytest.raises(DataError, match=r"codes of 2 images are of other pictures.*is now at another place"):
+        encode_images(tokenizer, load_images(spec, 16, "train"), tmp_path / "codes", shard_size=2)
 
 
 @pytest.mark.parametrize("name", sorted(TINY))

@@ -21,6 +21,7 @@ from mllm.data.mixture import Mixture
 from mllm.data.sources import Source, open_source
 from mllm.data.spec import SOURCES, DatasetSpec, load_mixture
 from mllm.errors import ConfigError, DataError
+from mllm.processing.images import image_hash
 from mllm.types import Sample
 
 FORMAT = "routing_labels"
@@ -66,6 +67,14 @@ def labels_path(source: Source) -> Path:
     if isinstance(path, Path) and path.is_file():
         return path.with_name(f"{path.name}.routing.jsonl")
     return Path("runs/routing") / f"{source.name}.routing.jsonl"
+
+
+def content_of(sample: Sample) -> str:
+    """A hash of what a sample says and shows: what its losses are of. Raises `DataError` for a picture that cannot be read."""
+    digest = hashlib.sha256(json.dumps([[turn.role, turn.content, turn.learn] for turn in sample.turns]).encode())
+    for position, image in enumerate(sample.images):
+        digest.update(image_hash(image, where=f"sample {sample.id!r} of {sample.dataset}, image {position}").encode())
+    return digest.hexdigest()[:16]
 
 
 class LabelFile:
@@ -145,6 +154,11 @@ class LabelledSource(Source):
         row = self._rows[index]
         sample = self.inner[row]
         entry = self.labels.rows[row]
+        if entry.get("content") is not None and content_of(sample) != entry["content"]:
+            raise DataError(
+                f"{self.labels.path}, row {row}: the text or a picture of sample {sample.id!r} is not the one its routing losses "
+                "were measured on; run mllm route label again"
+            )
         sample.meta = {**sample.meta, "routing": entry["losses"]}
         if entry.get("experts") is not None:
             sample.meta["experts"] = entry["experts"]

@@ -21,7 +21,7 @@ from mllm.data.sources import Source
 from mllm.errors import AlignmentError, ConfigError, DataError, blamed_on
 from mllm.models.loss import shift_labels
 from mllm.processing.chat import IGNORE, EncodedSample, encode_sample
-from mllm.train.stages.routing.labels import NONE, LabelRule, helpful_experts, read_lines
+from mllm.train.stages.routing.labels import NONE, LabelRule, content_of, helpful_experts, read_lines
 from mllm.types import Routing
 
 
@@ -104,10 +104,13 @@ def label_source(
         "made_by": made_by,
     }
     known = _known(path, header)
+    if distributed.is_main():
+        known = _unchanged(source, known)  # one process's word: files may arrive meanwhile
+    known = distributed.gather_objects(known if distributed.is_main() else None)[0]
     if len(known) < total:
         rank, world = distributed.rank(), distributed.world_size()
         own = path.with_name(f"{path.name}.part{rank}")
-        done = {**known, **_known(own, header)}
+        done = {**known, **_unchanged(source, _known(own, header))}
         todo = [row for row in range(total) if row not in done and row % world == rank]
         _measure(model, processor, source, own, header, todo, total, rule.margin, top_k, batch_size, max_length)
         distributed.barrier()
@@ -128,6 +131,19 @@ def _known(path: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
                 f"{path} was made with {key} {found.get(key)!r}, now it is {header[key]!r}; delete it, or choose another output"
             )
     return {row: entry for row, entry in rows.items() if row < header["rows"]}
+
+
+def _unchanged(source: Source, rows: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Of measured rows, those whose text and pictures are what they were."""
+    kept = {}
+    for row, entry in rows.items():
+        try:
+            same = entry.get("content") is not None and entry["content"] == content_of(source[row])
+        except (DataError, AlignmentError):
+            same = False
+        if same:
+            kept[row] = entry
+    return kept
 
 
 def _measure(
@@ -163,18 +179,21 @@ def _entries(
 ) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     usable: list[tuple[int, EncodedSample]] = []
+    contents: dict[int, str | None] = {}
     for row in rows:
         try:
             sample = source[row]
             with blamed_on(source.where(row, sample.id)):
                 encoded = encode_sample(processor, sample, max_length)
+                contents[row] = content_of(sample)
         except (DataError, AlignmentError) as error:
             entries.append({"row": row, "losses": None, "reason": str(error)})
             continue
         if encoded.num_images:
             usable.append((row, encoded))
         else:
-            entries.append({"row": row, "id": encoded.id, "losses": None, "reason": "no image"})
+            about = {"row": row, "id": encoded.id, "content": contents[row]}
+            entries.append({**about, "losses": None, "reason": "no image"})
     if not usable:
         return entries
     device = next(model.parameters()).device
@@ -184,7 +203,8 @@ def _entries(
     for (row, sample), values in zip(usable, found):
         losses = {name: round(value, 5) for name, value in zip(names, values)}
         label = helpful_experts(losses, margin=margin, top_k=top_k)
-        entries.append({"row": row, "id": sample.id, "losses": losses, "experts": label})
+        about = {"row": row, "id": sample.id, "content": contents[row]}
+        entries.append({**about, "losses": losses, "experts": label})
     return entries
 
 
