@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from mllm.data.lengths import measure
 from mllm.data.mixture import Draw, Mixture
 from mllm.data.plan import make_plan
 from mllm.errors import ConfigError, DataError
+from mllm.odd_settings import odd_settings
 from mllm.processing.chat import encode_sample, encode_text
 from mllm.recipe import StageSpec
 from mllm.types import Sample
@@ -42,6 +43,22 @@ def tell_left_out(mixture: Mixture, display: Any, info: Any, stage: StageSpec) -
     if info is not None:
         lists = zip(mixture.sources, mixture.quarantines, strict=True)
         info.stage(stage.name, quarantined={s.name: q.record() for s, q in lists if q.rows or q.stale})
+
+
+def tell_odd_settings(stage: StageSpec, steps: int, samples: int, display: Any) -> None:
+    """Show the settings that mean nothing together, before anything is trained with them."""
+    rows = stage.batch_size * stage.gradient_accumulation * distributed.world_size()
+    for line in odd_settings(stage, steps=steps, samples=samples, rows=rows):
+        display.print(f"[yellow]! {stage.name}: {line}")
+
+
+def tell_idle(stage: StageSpec, parts: Iterable[str], moved: set[str], display: Any) -> None:
+    """Show the parts that were to learn and never got a gradient: clipping and decay had nothing to act on."""
+    for part in sorted(set(parts) - moved):
+        display.print(
+            f"[yellow]! {stage.name}: {part} learned nothing, its gradient was zero in every step: do the data use it (rows "
+            "with images, for encoders and connectors)?"
+        )
 
 
 def tell_dropped(run: Any, stage: StageSpec, display: Any) -> None:

@@ -20,7 +20,7 @@ from mllm.processing.template import for_training, read_template
 from mllm.progress import phase
 from mllm.recipe import Recipe, StageSpec
 from mllm.train.checkpoint.resume import CheckpointReader, Progress, fingerprint, latest_checkpoint, save_checkpoint
-from mllm.train.data import StageData, open_mixture, tell_dropped, tell_left_out
+from mllm.train.data import StageData, open_mixture, tell_dropped, tell_idle, tell_left_out, tell_odd_settings
 from mllm.train.engine.base import Engine, build_engine, choose_engine
 from mllm.train.engine.groups import (
     Group,
@@ -115,6 +115,7 @@ def train(run: Run, stage: StageSpec, model: Any, processor: Any) -> Engine | No
         profiler = StepProfiler(run.output / "profile", name, run.profile)
         stack.callback(profiler.close)
         first = True
+        moved: set[str] = set()  # parts that got a gradient at some step
         while progress.step < progress.total_steps:
             profiler()
             waited = time.perf_counter()
@@ -130,6 +131,7 @@ def train(run: Run, stage: StageSpec, model: Any, processor: Any) -> Engine | No
                 )
             first = False
             progress.step += 1
+            moved.update(name for name, norm in engine.norms.items() if norm > 0)
             spikes(stage.name, progress.step, {"loss": step.loss, "grad_norm": step.grad_norm}, micro)
             progress.samples += int(step.counts["samples"])
             meter.add(step.counts, (step.counts["model_flops"], step.counts["total_flops"]), waited)
@@ -157,6 +159,8 @@ def train(run: Run, stage: StageSpec, model: Any, processor: Any) -> Engine | No
     if ran:
         shown = ", ".join(f"{name} {count:,}" for name, count in sorted(ran.items(), key=lambda item: -item[1]))
         display.print(f"{stage.name}: images by the experts that ran on them: {shown}")
+    if session.checkpoint is None:  # else the steps before were not seen
+        tell_idle(stage, engine.norms, moved, display)
     tell_dropped(run, stage, display)
     if run.info is not None:
         if ran:
@@ -191,6 +195,7 @@ def open_session(run: Run, stage: StageSpec, model: Any, processor: Any, stack: 
     flops = _flop_model(model, groups)
     display = StageDisplay(stage.name, active=distributed.is_main())
     display.print(groups_table(stage, groups, frozen_summary(model)))
+    tell_odd_settings(stage, data.total_steps, len(mixture), display)
     tell_left_out(mixture, display, run.info, stage)
     if use_cache(stage, data, model, processor, {group.part for group in groups}, display, stack) and flops is not None:
         flops.cached = True
@@ -372,6 +377,11 @@ def check_stage(stage: StageSpec, recipe: Recipe) -> None:
     parts that the model lacks, data that are not there. Nothing is built."""
     if stage.packing and stage.group_by_length:
         raise ConfigError(f"stages.{stage.name}: packing and group_by_length exclude each other; keep one")
+    if stage.kind == "sft" and stage.options:
+        raise ConfigError(
+            f"stages.{stage.name}.options.{next(iter(stage.options))}: an sft stage has no options, so this would be ignored; "
+            "take it out, or write the kind it is for"
+        )
     if stage.chat_template is not None:
         read_template(stage.chat_template)
     engine = choose_engine(stage)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from mllm import distributed
 from mllm.config import to_plain
 from mllm.errors import CheckpointError, ConfigError
+from mllm.odd_settings import interval_problems, schedule_problems
 from mllm.threads import one_thread
 from mllm.visual_tokenizers.base import VisualTokenizer, build_tokenizer
 from mllm.visual_tokenizers.images import augment, load_images, to_pixels
@@ -61,6 +63,21 @@ def train_tokenizer(
         with one_thread() if device.type == "cuda" else contextlib.nullcontext():
             run.fit()
             return run.finish()
+
+
+def odd_tokenizer_settings(recipe: TokenizerRecipe, epoch: int) -> list[str]:
+    """One line for each combination of settings that cannot have been meant. epoch: whole steps in one pass over the images."""
+    adversarial = recipe.losses.adversarial
+    every: dict[str, tuple[int | None, str]] = {
+        "save_every": (recipe.save_every, "no checkpoint is written on the way"),
+        "log_every": (recipe.log_every, "only the last step is logged"),
+        "evaluate_every": (recipe.evaluate_every, "it is evaluated at its end only"),
+        "losses.adversarial.start": (adversarial.start if adversarial else None, "the discriminator never joins in"),
+    }
+    found = schedule_problems(recipe.schedule, recipe.steps) + interval_problems(every, recipe.steps)
+    if epoch == 0:
+        found.append(f"batch_size {recipe.batch_size}: one step over all processes is more than all training images")
+    return found
 
 
 class TokenizerRun:
@@ -182,6 +199,8 @@ class TokenizerRun:
             recipe.output_dir.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(to_plain(recipe), sort_keys=False, allow_unicode=True)
             (recipe.output_dir / RECIPE_FILE).write_text(text, encoding="utf-8")
+            for line in odd_tokenizer_settings(recipe, len(self.images) // (recipe.batch_size * self.ranks)):
+                print(f"! {recipe.name}: {line}", file=sys.stderr)
         start = time.perf_counter()
         with progress(recipe.name, recipe.steps, self.step, shown=self.rank == 0) as advance:
             while self.step < recipe.steps:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from mllm.data.check import check
-from mllm.errors import DataError
+from mllm.errors import ConfigError, DataError
 from mllm.train import run_recipe
+from mllm.train.preflight.plan import plan_recipe
 from tests.integration.train_helpers import make_recipe
 
 CASES = Path(__file__).resolve().parents[1] / "golden" / "rows"
@@ -59,6 +60,24 @@ def test_bad_rows_are_replaced_counted_and_told_and_a_list_is_honoured_while_it_
     assert listed["rows"] == 3 and listed["stale"] == 1 and listed["kinds"]["no labels"] == 1
     assert record["dropped"] == {} and "it is read as format messages" in " ".join(told.split())
     assert "sft: rows: 3 of 70 rows are left out by" in " ".join(told.split()) and "trained on again" in told
+
+
+def test_training_says_which_settings_mean_nothing_and_which_part_never_learned(tmp_path, capsys):
+    path = tmp_path / "text.jsonl"
+    talk = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "It."}]
+    path.write_text((json.dumps({"messages": talk}) + "\n") * 8)
+    stage = {"name": "sft", "steps": 2, "data": str(path), "schedule": {"warmup": 5}, "save_every": 9}
+    run_recipe(make_recipe(tmp_path, stages=[stage]))
+    told = " ".join("".join(capsys.readouterr()).split())
+    assert "! sft: schedule.warmup 5 is not shorter than the 2 steps" in told
+    assert "! sft: save_every 9 is beyond the 2 steps" in told
+    assert "! sft: connector learned nothing, its gradient was zero in every step" in told
+    assert "language_model learned nothing" not in told
+    planned = plan_recipe(make_recipe(tmp_path, stages=[stage])).stages[0].hazards
+    assert any("schedule.warmup 5" in line for line in planned) and any("save_every 9" in line for line in planned)
+    assert any("connector learns, and none of the 8 samples looked at has an image" in line for line in planned)
+    with pytest.raises(ConfigError, match=r"stages\.sft\.options\.beta: an sft stage has no options"):
+        run_recipe(make_recipe(tmp_path / "other", stages=[{**stage, "options": {"beta": 1}}]))
 
 
 def test_a_run_stops_when_more_than_its_share_is_bad(tmp_path):

@@ -17,6 +17,7 @@ from mllm.models.build import build_config, build_processor, load_tokenizer
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.loss import DEFAULT_CHUNK
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
+from mllm.odd_settings import odd_settings
 from mllm.recipe import Recipe, StageSpec
 from mllm.train.data import open_mixture, token_count
 from mllm.train.engine.base import choose_engine
@@ -50,6 +51,8 @@ class StagePlan:
     steps: int | None = None
     lengths: list[int] = field(default_factory=list)
     """Tokens of some samples (before truncation)."""
+    with_images: int = 0
+    """How many of those have a picture."""
     truncated: float | None = None
     """Share of samples longer than ``max_length``."""
     checkpoint_bytes: int = 0
@@ -251,6 +254,7 @@ def _look_at_data(recipe: Recipe, stage: StageSpec, plan: StagePlan, processor: 
                 sample = mixture.sources[draw.dataset][draw.row]
                 with blamed_on(sample.id):
                     plan.lengths.append(token_count(processor, sample))
+                plan.with_images += bool(sample.images)
             except MllmError:
                 continue
     if plan.lengths:
@@ -284,8 +288,12 @@ def _stage_hazards(
         hazards.append("compile and zero3 exclude each other")
     if stage.precision == "fp32" and sum(g.num_parameters for g in plan.groups) > 1e9:
         hazards.append("fp32 with more than a billion learning parameters: bf16 keeps fp32 copies where they matter")
+    hazards += odd_settings(stage, steps=plan.steps, samples=plan.samples, rows=rows)
     if plan.samples is not None and plan.samples < rows:
         hazards.append(f"{plan.samples} samples are fewer than the {rows} of one step")
+    seeing = [group.part for group in plan.groups if group.part == "connector" or group.part.startswith("encoders.")]
+    if seeing and plan.lengths and not plan.with_images:
+        hazards.append(f"{seeing[0]} learns, and none of the {len(plan.lengths)} samples looked at has an image")
     if plan.truncated and plan.truncated > 0.02:
         hazards.append(f"{plan.truncated:.0%} of the samples looked at are longer than max_length {stage.max_length}")
     if not stage.packing and plan.lengths and np.mean(plan.lengths) < 0.5 * max(plan.lengths) and rows > 1:

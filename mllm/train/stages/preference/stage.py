@@ -34,7 +34,7 @@ from mllm.processing.images import load_image
 from mllm.processing.template import parts_of
 from mllm.recipe import StageSpec
 from mllm.train.checkpoint.export import save_stage
-from mllm.train.data import open_mixture, tell_dropped, tell_left_out
+from mllm.train.data import open_mixture, tell_dropped, tell_left_out, tell_odd_settings
 from mllm.train.engine.groups import apply_learning, frozen_summary, groups_table, set_modes
 from mllm.train.engine.optim import build_optimizer
 from mllm.train.engine.schedule import rate_factor
@@ -159,6 +159,7 @@ def train_preference(run: Run, stage: StageSpec, previous: Path | None, folder: 
     per_row = options.num_generations if stage.kind == "grpo" else 1
     per_step = stage.batch_size * stage.gradient_accumulation * distributed.world_size()
     steps = stage.steps or max(1, math.ceil(float(stage.epochs or 1) * len(rows) * per_row / per_step))
+    tell_odd_settings(stage, steps, len(rows), display)
     optimizer = build_optimizer(model, groups, stage.optimizer)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(stage.schedule, step, steps))
     checkpoints = run.checkpoints(stage)
