@@ -157,8 +157,8 @@ def build_model(
         image_id = tokenizer.convert_tokens_to_ids(spec.image_token)
         config = build_config(spec, image_token_id=image_id, tokenizer=tokenizer)
         processor = build_processor(spec, config, tokenizer)
-    config.dtype = dtype
     for target in (config, config.text_config):
+        target.dtype = dtype  # else the language model is made in its source's
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(tokenizer, name)
             if value is not None and getattr(target, name, None) is None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationMixin, SuppressTokensLogitsProcessor
 
+from mllm.errors import AlignmentError, ConfigError
 from mllm.models.routing import check_choices, encode_for_generation
 from mllm.processing.layout import PRIMARY_PIXELS
 from mllm.types import Routing
@@ -40,7 +41,12 @@ class MultimodalGenerationMixin(GenerationMixin):
         image) fixes the routing; expert_budget: most experts per image; expert_threshold: an expert below this probability
         does not run. A vocabulary head's images keep their grammar, for every sample of the batch; other heads' image tokens
         are not generated (see `generate_images`). The routing of the call is in ``last_routing``, and in the output's ``routing`` with
-        ``return_dict_in_generate``. A ``language_model`` router needs ``tokenizer=``."""
+        ``return_dict_in_generate``. A ``language_model`` router needs ``tokenizer=``.
+
+        The placeholder of images that are read is never generated. Raises `AlignmentError` for a prompt that ends in padding,
+        `ConfigError` for ways to generate that would not see the images."""
+        refuse_right_padding(self, inputs if inputs is not None else kwargs.get("input_ids"), kwargs)
+        self._refuse_blind_decoding(args, kwargs)
         tower = self.model.vision_tower
         pool = tower.experts if tower is not None else ()
         check_choices(pool, experts, expert_budget, expert_threshold)
@@ -55,12 +61,55 @@ class MultimodalGenerationMixin(GenerationMixin):
                 expert_threshold=expert_threshold,
                 tokenizer=kwargs.get("tokenizer"),
             )
-        if self.visual_config is not None:
-            kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or []), self.image_rules()]
+        rules = self._token_rules()
+        if rules is not None:
+            kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or []), rules]
         output = self.generate_text(inputs, *args, **kwargs)
         if self.last_routing is not None and not isinstance(output, Tensor):
             output.routing = self.last_routing
         return output
+
+    def _token_rules(self) -> Any:
+        """What may be generated: a placeholder never, since nothing would stand for it."""
+        if self.visual_config is not None:
+            return self.image_rules()
+        placeholder = self.config.image_token_id
+        if placeholder is None or placeholder >= self.get_output_embeddings().weight.shape[0]:
+            return None
+        return SuppressTokensLogitsProcessor([placeholder], device="cpu" if self.device.type == "meta" else self.device)
+
+    def _refuse_blind_decoding(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        settings = [kwargs.get("generation_config", args[0] if args else None), self.generation_config]
+
+        def setting(name: str) -> Any:
+            values = [kwargs.get(name), *(getattr(config, name, None) for config in settings)]
+            return next((value for value in values if value is not None), None)
+
+        if setting("assistant_early_exit") is not None:
+            raise ConfigError(
+                "assistant_early_exit: this model cannot draft with its first layers; give prompt_lookup_num_tokens, or a smaller "
+                "model as assistant_model"
+            )
+        if not any(kwargs.get(key) is not None for key in self._image_inputs):
+            return
+        if setting("prefill_chunk_size") is not None:
+            raise ConfigError(
+                f"prefill_chunk_size={setting('prefill_chunk_size')}: a prompt with images is read whole, chunks would lose them; "
+                "leave it out"
+            )
+        assistant = kwargs.get("assistant_model")
+        if assistant is None:
+            return
+        theirs = (
+            getattr(getattr(assistant, "model", None), "pixel_keys", None),
+            assistant.config.to_dict().get("image_token_id"),
+        )
+        if theirs != (self.model.pixel_keys, self.config.image_token_id):
+            raise ConfigError(
+                f"assistant_model: {type(assistant).__name__} does not read the prompt's images as this model does (encoders "
+                f"{', '.join(self.model.pixel_keys)}, placeholder {self.config.image_token_id}); give an mllm model with the same "
+                "encoders, or prompt_lookup_num_tokens"
+            )
 
     def generate_text(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own ``generate``: images are encoded where they stand, nothing is recorded."""
@@ -84,12 +133,11 @@ class MultimodalGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: Any = None, is_first_iteration: bool | None = None, **kwargs: Any
     ) -> dict[str, Any]:
+        # An assistant's first pass is not called one, yet it reads the prompt: what counts is an empty cache.
+        first = bool(is_first_iteration) or past_key_values is None or past_key_values.get_seq_length() == 0
         inputs = super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, past_key_values=past_key_values, is_first_iteration=first, **kwargs
         )
-        first = is_first_iteration
-        if first is None:
-            first = past_key_values is None or past_key_values.get_seq_length() == 0
         if not first and kwargs.get("use_cache", True):
             for key in self._image_inputs:
                 inputs.pop(key, None)
@@ -117,3 +165,25 @@ class MultimodalGenerationMixin(GenerationMixin):
             }
         model_kwargs.update(images)
         return input_ids, model_kwargs
+
+
+def refuse_right_padding(model: Any, input_ids: Tensor | None, given: Any) -> None:
+    """Raises `AlignmentError` when a row of the prompt ends in padding: its answer would continue the padding.
+
+    input_ids ``(B, T)``; given: the call's arguments; without an attention mask, a padding id that ends no text tells."""
+    mask = given.get("attention_mask")
+    if mask is not None:
+        if mask.ndim != 2 or not mask.shape[1]:
+            return
+        ended = mask[:, -1] == 0
+    else:
+        pad, stops = (getattr(model.generation_config, name, None) for name in ("pad_token_id", "eos_token_id"))
+        if input_ids is None or pad is None or pad in (stops if isinstance(stops, list) else [stops]):
+            return
+        ended = input_ids[:, -1] == pad
+    rows = ended.nonzero()[:, 0].tolist()
+    if rows:
+        raise AlignmentError(
+            f"prompt {rows[0]} of {len(ended)} ends in padding, and its answer would continue that. Pad on the left: "
+            "processor(..., padding=True, padding_side='left'), or processor.tokenizer.padding_side = 'left'"
+        )

@@ -45,6 +45,25 @@ def shift_labels(labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
     return shifted
 
 
+def without_placeholders(
+    labels: Tensor, placeholder: int | None, num_items: Tensor | float | None
+) -> tuple[Tensor, Tensor | float | None]:
+    """labels ``(B, T)`` in which placeholders of images carry no loss, and the step's count of labels to match.
+
+    Other trainers' collators copy ``input_ids``, and their count of the whole step holds placeholders too. Seen from here
+    is this batch alone: it gets the part of the count that its own share of words is, so that batches weigh as that trainer
+    meant them to and the loss is a mean over words.
+    """
+    if placeholder is None:
+        return labels, num_items
+    words = labels.masked_fill(labels == placeholder, IGNORE)
+    if num_items is not None:
+        counted, kept = ((x[:, 1:] != IGNORE).sum() for x in (labels, words))
+        share = torch.where(kept > 0, kept / counted.clamp(min=1), 1.0)
+        num_items = num_items * share.to(num_items.device if isinstance(num_items, Tensor) else share.device)
+    return words, num_items
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

@@ -24,9 +24,9 @@ from mllm.models.generation import MultimodalGenerationMixin
 from mllm.models.image_generation.heads import build_head, head_config
 from mllm.models.image_generation.settings import DrawingMixin
 from mllm.models.image_generation.targets import lay_images, visual_losses
-from mllm.models.loss import linear_cross_entropy
+from mllm.models.loss import linear_cross_entropy, without_placeholders
 from mllm.models.modeling_base import MllmModelOutput, MllmOutput, MllmPreTrainedModel
-from mllm.models.pipeline import EncoderBank, build_own_tokenizer, build_visual_parts
+from mllm.models.pipeline import EncoderBank, build_own_tokenizer, build_visual_parts, home_of
 from mllm.models.routing import ask_gate, encode_short, routing_loss_of_step
 from mllm.processing.layout import PRIMARY_PIXELS, pixel_keys
 from mllm.types import Routing, VisionFeatures
@@ -56,7 +56,11 @@ class MllmModel(MllmPreTrainedModel):
         self.visual_tokenizer = build_own_tokenizer(config)
         with torch.device("meta") if _language_model_follows.get() else nullcontext():
             self.language_model = AutoModel.from_config(config.text_config)
-        self._no_split_modules = list(getattr(self.language_model, "_no_split_modules", None) or [])
+        tower = self.vision_tower
+        parts = [self.multi_modal_projector, self.visual_tokenizer]
+        parts += [] if tower is None else [tower.router, *tower.encoders.values()]
+        whole = {type(part).__name__ for part in parts if part is not None}  # ``device_map`` puts each on one device
+        self._no_split_modules = [*(getattr(self.language_model, "_no_split_modules", None) or ()), *sorted(whole)]
         self.pixel_keys = pixel_keys(list(config.encoders))
         self.post_init()
 
@@ -92,7 +96,7 @@ class MllmModel(MllmPreTrainedModel):
         parameter = next(self.multi_modal_projector.parameters(), None)
         if parameter is not None:
             for feature in features.values():
-                feature.tokens = feature.tokens.to(parameter.device, parameter.dtype)
+                feature.tokens = feature.tokens.to(home_of(parameter, feature.tokens), parameter.dtype)
         return self.multi_modal_projector(features, routing, text)
 
     def question_summary(self, router_input_ids: Tensor | None) -> Tensor | None:
@@ -224,11 +228,16 @@ class MllmModel(MllmPreTrainedModel):
         )
 
     def _refuse_orphans(self, input_ids: Tensor | None, past_key_values: Any) -> None:
-        """Placeholders without an image would be read as ordinary tokens: refuse them (prefill and training only)."""
-        if input_ids is None or torch.compiler.is_compiling() or input_ids.shape[1] == 1:
+        """Placeholders without an image would be read as ordinary tokens: refuse them (all but single tokens after a
+        cache, which are generated, and no placeholder ever is)."""
+        if (
+            input_ids is None
+            or torch.compiler.is_compiling()
+            or (input_ids.shape[1] == 1 and past_key_values is not None)
+        ):
             return
         found = int((input_ids == self.config.image_token_id).sum()) if self.config.image_token_id is not None else 0
-        if found and (past_key_values is None or past_key_values.get_seq_length() == 0):
+        if found:
             raise AlignmentError(f"{found} image placeholder tokens but no image was given (pixel_values is missing)")
 
 
@@ -242,7 +251,7 @@ class MllmForConditionalGeneration(DrawingMixin, MultimodalGenerationMixin, Mllm
         self.model = MllmModel(config)
         text = config.get_text_config()
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
-        self._no_split_modules = self.model._no_split_modules
+        self._no_split_modules = list(self.model._no_split_modules)
         self._head = head_settings(text)
         self.visual_config = None if config.visual_head is None else head_config(config.visual_head)
         self.visual_head = (
@@ -323,12 +332,15 @@ class MllmForConditionalGeneration(DrawingMixin, MultimodalGenerationMixin, Mllm
         target_images: Tensor | None = None,
         **kwargs: Any,
     ) -> MllmOutput:
-        """labels ``(B, T)``: -100 carries no loss. skip_logits: with labels, compute the loss on supervised positions in chunks
-        and return no logits (memory). Other encoders' pixels come as ``pixel_values_<name>``. routing_targets ``(images, E)``:
-        what the router should have chosen, as `GateRouter.supervised_loss` takes it; its loss is added. target_images: the
-        images that the spans of ``input_ids`` stand for, pixels ``(K, 3, H, W)`` in [-1, 1] or codes ``(K, S)``."""
+        """labels ``(B, T)``: -100 carries no loss, nor do placeholders of images that are read. skip_logits: with labels,
+        compute the loss on supervised positions in chunks and return no logits (memory). Other encoders' pixels come as
+        ``pixel_values_<name>``. routing_targets ``(images, E)``: what the router should have chosen, as
+        `GateRouter.supervised_loss` takes it; its loss is added. target_images: the images that the spans of ``input_ids``
+        stand for, pixels ``(K, 3, H, W)`` in [-1, 1] or codes ``(K, S)``."""
         num_items = kwargs.pop("num_items_in_batch", None)
         drawn = None
+        if labels is not None:
+            labels, num_items = without_placeholders(labels, self.config.image_token_id, num_items)
         if target_images is not None and len(target_images):
             if self.visual_config is None or input_ids is None:
                 raise ConfigError("target_images: this model draws nothing (no visual_head), or input_ids are missing")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -116,8 +117,9 @@ class EncoderBank(nn.Module):
         parameter = next(encoder.parameters(), None)
         if parameter is not None:
             codes = not pixels.is_floating_point() and hasattr(encoder, "tokenizer")  # stored codes in place of pixels
-            pixels = pixels.to(parameter.device, None if codes else parameter.dtype)
-        return encoder(pixels, return_attention=True) if name in self.with_attention else encoder(pixels)
+            pixels = pixels.to(home_of(parameter, pixels), None if codes else parameter.dtype)
+        with fetched(encoder):
+            return encoder(pixels, return_attention=True) if name in self.with_attention else encoder(pixels)
 
     def _encode_experts(self, pixels: Mapping[str, Tensor], routing: Routing) -> dict[str, VisionFeatures]:
         """Every expert on the images routed to it, grouped, its features scattered back among zeros."""
@@ -150,7 +152,7 @@ class EncoderBank(nn.Module):
             )
         info, parameter = self.infos[name], next(encoder.parameters(), pixels)
         tokens = torch.zeros(
-            batch, info.grid[0] * info.grid[1], info.width, dtype=parameter.dtype, device=parameter.device
+            batch, info.grid[0] * info.grid[1], info.width, dtype=parameter.dtype, device=home_of(parameter, pixels)
         )
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())
         if batch and (used_elsewhere or (learning and _several_ranks())):
@@ -214,6 +216,24 @@ def build_visual_parts(config: Any) -> tuple[EncoderBank | None, nn.Module | Non
     connector = build_connector(connector_config(config.connector), bank.infos, width)
     bank.with_attention = frozenset(connector.attention_from(connector.config, bank.infos))
     return bank, connector
+
+
+def home_of(parameter: Tensor, visitor: Tensor) -> torch.device:
+    """Where a tensor goes to meet a weight: to its device; offloaded weights (accelerate's) are fetched to their visitors."""
+    return visitor.device if parameter.is_meta else parameter.device
+
+
+def fetched(module: nn.Module) -> ExitStack:
+    """While entered, offloaded weights of every submodule are there: accelerate fetches them for a module's ``forward``, and
+    libraries of encoders read some elsewhere."""
+    stack = ExitStack()
+    offloaded = [m for m in module.modules() if getattr(getattr(m, "_hf_hook", None), "offload", False)]
+    if offloaded:
+        from accelerate.utils import align_module_device
+
+        for part in offloaded:
+            stack.enter_context(align_module_device(part))
+    return stack
 
 
 def build_own_tokenizer(config: Any) -> nn.Module | None:

@@ -7,8 +7,10 @@
 
 # No `from __future__ import annotations`: transformers reads the kwargs class's annotations as types, not strings.
 
-from typing import Any
+from typing import Any, Unpack
 
+from torch import Tensor
+from transformers import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from mllm.config import to_plain
@@ -16,7 +18,7 @@ from mllm.errors import AlignmentError, ConfigError
 from mllm.processing.image_processor import MllmImagesKwargs
 from mllm.processing.layout import pixel_keys
 from mllm.processing.template import is_wrapped, with_images
-from mllm.processing.visual_span import VisualSpan
+from mllm.processing.visual_span import IGNORE, VisualSpan
 
 
 class MllmProcessorKwargs(ProcessingKwargs, total=False):
@@ -26,8 +28,22 @@ class MllmProcessorKwargs(ProcessingKwargs, total=False):
     }
 
 
+class MllmBatch(BatchFeature):
+    """What the processor returns. ``labels`` put into it (TRL's collators copy ``input_ids``) never hold a placeholder: an
+    image that is read is not learned, by whatever trainer counts the labels."""
+
+    placeholder: int | None = None
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key == "labels" and isinstance(value, Tensor) and self.placeholder is not None:
+            value = value.masked_fill(value == self.placeholder, IGNORE)
+        super().__setitem__(key, value)
+
+
 class MllmProcessor(ProcessorMixin):
     """Tokenizer and image processor of one model: ``processor(text=…, images=…)``, chat template, token counts.
+
+    It pads on the left, as generation needs; training states its own side.
 
     visual_span: how an image that the model draws lies in the text (`VisualSpan`), where it draws any.
     """
@@ -55,6 +71,19 @@ class MllmProcessor(ProcessorMixin):
             template = with_images(template, image_token)
         super().__init__(image_processor, tokenizer, chat_template=template)
         tokenizer.chat_template = template
+        tokenizer.padding_side = "left"
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: Any = None,
+        videos: Any = None,
+        audio: Any = None,
+        **kwargs: Unpack[ProcessingKwargs],  # vLLM reads this annotation
+    ) -> MllmBatch:
+        batch = MllmBatch(super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs))
+        batch.placeholder = self.image_token_id
+        return batch
 
     @property
     def span(self) -> VisualSpan | None:
