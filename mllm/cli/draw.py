@@ -29,15 +29,18 @@ def draw(
     import torch
     from transformers import AutoProcessor
 
+    from mllm.damage import naming_damage
     from mllm.models.modeling_mllm import MllmForConditionalGeneration
     from mllm.types import IMAGE_MARK, Turn
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = MllmForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
+    with naming_damage(checkpoint):
+        model = MllmForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
+        processor = AutoProcessor.from_pretrained(checkpoint)
     asked = [[Turn("user", IMAGE_MARK * len(image or []) + prompt)] for prompt in prompts]
     drawn = model.generate_images(
         asked,
-        processor=AutoProcessor.from_pretrained(checkpoint),
+        processor=processor,
         images=[[str(path) for path in image] for _ in prompts] if image else None,
         cfg_scale=cfg_scale,
         temperature=temperature,

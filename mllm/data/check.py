@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mllm.damage import naming_damage
 from mllm.data.parallel import chunks, pool_context
 from mllm.data.quarantine import (
     IMAGE_KINDS,
@@ -216,7 +217,8 @@ def load_counter(checkpoint: str) -> Any:
     import mllm  # noqa: F401  (registers the processor with AutoProcessor)
 
     try:
-        return transformers.AutoProcessor.from_pretrained(checkpoint)
+        with naming_damage(checkpoint):
+            return transformers.AutoProcessor.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
         raise DataError(f"{checkpoint}: no processor or tokenizer loads from there ({error})") from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from mllm.damage import naming_damage, read_json
 from mllm.encoders.hf_models import NOISE, model_class, new_model, prepare, unwrap
 from mllm.encoders.weights import local_path, read_weights, shorten, strip_prefix, unavailable
 from mllm.errors import CheckpointError
@@ -22,7 +22,8 @@ def read_published_config(weights: WeightsSource) -> tuple[dict[str, Any], dict[
     """(architecture, preprocessing overrides) that a hub id or folder publishes. Raises `UnavailableError`."""
     path = local_path(weights.source)
     try:
-        full = AutoConfig.from_pretrained(str(path or weights.source), revision=weights.revision)
+        with naming_damage(path or weights.source):
+            full = AutoConfig.from_pretrained(str(path or weights.source), revision=weights.revision)
     except (OSError, ValueError) as error:
         if path is not None:
             raise CheckpointError(f"weights: {path} has no readable config.json ({error})") from error
@@ -48,7 +49,7 @@ def _read_preprocessing(weights: WeightsSource, path: Path | None) -> dict[str, 
             raise unavailable(weights.source, error) from error
     if file is None or not file.is_file():
         return {}
-    published = json.loads(file.read_text(encoding="utf-8"))
+    published = read_json(file)
     found: dict[str, Any] = {}
     if published.get("do_normalize", True) and "image_mean" in published:
         found["mean"], found["std"] = tuple(published["image_mean"]), tuple(published["image_std"])
@@ -69,13 +70,16 @@ def load_donor(model: nn.Module, native: Any, weights: WeightsSource) -> nn.Modu
         return _donor_from_tensors(read_weights(path), native, needed, str(path))
     prepare(native)
     try:
-        donor, report = model_class(native).from_pretrained(
-            str(path or weights.source),
-            revision=weights.revision,
-            config=native,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
+        with naming_damage(path or weights.source):
+            donor, report = model_class(native).from_pretrained(
+                str(path or weights.source),
+                revision=weights.revision,
+                config=native,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+    except CheckpointError as error:
+        raise CheckpointError(f"weights: {error}") from error
     except RuntimeError as error:
         raise CheckpointError(f"weights: {weights.source} does not fit this encoder: {error}") from error
     except Exception as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +12,7 @@ from open_clip.pretrained import download_pretrained, download_pretrained_from_h
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+from mllm.damage import read_json
 from mllm.encoders import timm as timm_adapter
 from mllm.encoders.base import EncoderConfig
 from mllm.encoders.library import ImageEncoderConfig, LayerOutput, LibraryEncoder, map_to_tokens, take_layers
@@ -138,7 +138,7 @@ def read_architecture(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         path = Path(name).expanduser()
         if not path.is_file():
             raise ConfigError(f"architecture: no such file {name}")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         found = data.get("preprocess_cfg", {})
         return data.get("model_cfg", data), {key: tuple(found[key]) for key in ("mean", "std") if key in found}
     settings = open_clip.get_model_config(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mllm.damage import damage_of, read_json, read_safetensors
 from mllm.errors import CheckpointError, UnavailableError
 from mllm.types import Grid
 
@@ -53,16 +53,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         return _read_directory(path)
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"weights: {path} is not a readable safetensors file ({error})") from error
+        return read_safetensors(path)
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        if problem := damage_of(path):
+            raise CheckpointError(f"weights: {problem}") from error
         raise CheckpointError(
             f"weights: {path} does not load with weights_only=True ({' '.join(str(error).split())[:160]}). It is "
             "damaged or holds code, which is not run here; convert it to .safetensors in an environment you trust."
@@ -79,7 +75,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def _read_directory(path: Path) -> dict[str, Tensor]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = sorted(set(read_json(index)["weight_map"].values()))
     else:
         files = sorted(file.name for file in path.glob("*.safetensors"))
     if not files:

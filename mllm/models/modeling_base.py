@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from mllm.damage import naming_damage
 from mllm.errors import CheckpointError
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.foreign.read import ForeignCheckpoint, read_foreign, recognise
@@ -80,9 +81,10 @@ class MllmPreTrainedModel(PreTrainedModel):
                 return model if device_map is None else model.to(device_map)
         wants_info = kwargs.pop("output_loading_info", False)
         try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
+            with naming_damage(pretrained_model_name_or_path):
+                model, info = super().from_pretrained(
+                    pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+                )
         except (FileNotFoundError, OSError) as error:
             raise CheckpointError(f"{pretrained_model_name_or_path}: cannot be loaded: {error}") from error
         except Exception as error:

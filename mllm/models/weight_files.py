@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
+from mllm.damage import damage_in, damage_of, read_json, read_safetensors
 from mllm.errors import CheckpointError
 
 _SHOWN = 5
@@ -55,8 +55,6 @@ def chosen_dtype(dtype: Any, weights: Mapping[str, Tensor]) -> torch.dtype:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of an HF folder: safetensors, else ``.bin`` read with ``weights_only``."""
-    from safetensors.torch import load_file
-
     index = next(
         (
             folder / n
@@ -66,7 +64,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         None,
     )
     if index is not None:
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
     else:
         files = [folder / n for n in ("model.safetensors", "pytorch_model.bin") if (folder / n).is_file()][:1]
     if not files:
@@ -75,7 +73,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     for file in files:
         if not file.is_file():
             raise CheckpointError(f"{folder}: shard {file.name} is missing; copy the folder again")
-        tensors.update(load_file(file) if file.suffix == ".safetensors" else read_pickle(file))
+        tensors.update(read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file))
     return tensors
 
 
@@ -84,6 +82,8 @@ def read_pickle(file: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
+        if problem := damage_of(file):
+            raise CheckpointError(problem) from error
         raise CheckpointError(
             f"{file}: refused, it is not a plain tensor file ({str(error).splitlines()[0][:160]}). Convert it to safetensors where you "
             "trust its origin"
@@ -100,7 +100,7 @@ def read_part(folder: Path, prefix: str) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     try:
         if index.is_file():
-            places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            places: dict[str, str] = read_json(index)["weight_map"]
             files = sorted({file for name, file in places.items() if name.startswith(prefix)})
         else:
             files = ["model.safetensors"]
@@ -110,7 +110,7 @@ def read_part(folder: Path, prefix: str) -> dict[str, Tensor]:
                 names = [name for name in tensors.keys() if name.startswith(prefix)]  # noqa: SIM118 (no mapping)
                 found |= {name.removeprefix(prefix): tensors.get_tensor(name) for name in names}
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: {error}; copy the checkpoint again") from error
+        raise CheckpointError(damage_in(folder) or f"{folder}: {error}; copy the checkpoint again") from error
     if not found:
         raise CheckpointError(f"{folder}: no weights named {prefix}…")
     return found

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mllm.damage import naming_damage
 from mllm.errors import ConfigError, UnavailableError
 from mllm.serve.traces import (
     Case,
@@ -168,8 +169,9 @@ def run_parity(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     adapter, base = _adapter_base(checkpoint)
-    processor = AutoProcessor.from_pretrained(base)
-    model: Any = MllmForConditionalGeneration.from_pretrained(base, dtype=getattr(torch, dtype)).to(device).eval()
+    with naming_damage(base):
+        processor = AutoProcessor.from_pretrained(base)
+        model: Any = MllmForConditionalGeneration.from_pretrained(base, dtype=getattr(torch, dtype)).to(device).eval()
     experts = list((model.config.router or {}).get("experts", ()))
     images = 5 if model.config.connector is not None else 0
     cases = list(cases) if cases is not None else standard_cases(num_cases, max_images=images, experts=experts)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mllm.config import StrictModel
+from mllm.damage import naming_damage
 from mllm.errors import ConfigError, UnavailableError
 from mllm.install import install_hint
 from mllm.models.image_generation.settings import VLLM_PROCESSOR
@@ -157,7 +158,8 @@ def _read(checkpoint: str) -> tuple[Any, dict[str, Any]]:
     from mllm.models.configuration_mllm import MllmConfig
 
     try:
-        config = AutoConfig.from_pretrained(checkpoint)
+        with naming_damage(checkpoint):
+            config = AutoConfig.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{checkpoint}: no checkpoint that can be read ({str(error).splitlines()[0][:200]})"
@@ -206,7 +208,8 @@ def _salt(extra: list[str]) -> str:
 def _image_token(checkpoint: str) -> str:
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(checkpoint).image_token
+    with naming_damage(checkpoint):
+        return AutoProcessor.from_pretrained(checkpoint).image_token
 
 
 def _vllm_source_has(text: str, files: str) -> bool:

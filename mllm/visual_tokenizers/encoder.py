@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mllm.config import StrictModel, validate
+from mllm.damage import naming_damage, read_safetensors
 from mllm.errors import CheckpointError, ConfigError
 from mllm.types import Grid, WeightsSource
 from mllm.visual_tokenizers.networks.transformer import Block
@@ -52,12 +53,10 @@ class SmallVit(nn.Module):
         """The weights its config names; nothing without any."""
         if self.weights is None:
             return
-        from safetensors.torch import load_file
-
         if not Path(self.weights).is_file():
             raise CheckpointError(f"small_vit.weights: {self.weights} does not exist")
         try:
-            self.load_state_dict(load_file(self.weights))
+            self.load_state_dict(read_safetensors(self.weights))
         except RuntimeError as error:
             raise CheckpointError(f"small_vit.weights: {self.weights} does not fit: {error}") from error
 
@@ -105,9 +104,10 @@ class QwenVision(nn.Module):
             return
         cls: Any = type(self.model)
         try:
-            model, found = cls.from_pretrained(
-                weights.source, revision=weights.revision, config=self.model.config, output_loading_info=True
-            )
+            with naming_damage(weights.source):
+                model, found = cls.from_pretrained(
+                    weights.source, revision=weights.revision, config=self.model.config, output_loading_info=True
+                )
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"qwen2_vl_vision.weights: {weights.source!r} cannot be read ({reason})") from error

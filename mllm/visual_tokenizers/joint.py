@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mllm.damage import naming_damage
 from mllm.errors import CheckpointError, ConfigError, DataError
 from mllm.types import ImageSpec
 
@@ -58,7 +59,8 @@ class JointModel(nn.Module):
         source, _, revision = (str(folder), "", "") if folder.is_dir() else name.partition("@")
         options = {"revision": revision} if revision else {}
         try:
-            config = AutoConfig.from_pretrained(source, **options)
+            with naming_damage(source):
+                config = AutoConfig.from_pretrained(source, **options)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{name}: no model of transformers ({_first_line(error)}); give a folder with config.json, or a hub name"
@@ -76,7 +78,12 @@ class JointModel(nn.Module):
         if len(tokenizer) - len(set(tokenizer.all_special_ids)) < 2:  # transformers 5 makes one up where there is none
             raise ConfigError(f"{name}: its text tokenizer is missing; {cure}")
         try:
-            model, found = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
+            with naming_damage(source):
+                model, found = AutoModel.from_pretrained(
+                    source, dtype=torch.float32, output_loading_info=True, **options
+                )
+        except CheckpointError:
+            raise
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{name}: its weights cannot be read ({_first_line(error)})") from error
         if found["missing_keys"]:

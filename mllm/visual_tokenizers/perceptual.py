@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from mllm.damage import read_safetensors
 from mllm.errors import CheckpointError, UnavailableError
 from mllm.visual_tokenizers.recipe import PerceptualSpec
 
@@ -81,7 +82,5 @@ def read_weights(path: str, key: str) -> dict[str, Tensor]:
             f"{key}: {file} does not exist. Supply the weights, or leave this part of the recipe out"
         )
     if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(str(file))
+        return read_safetensors(file)
     return torch.load(file, map_location="cpu", weights_only=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm.damage import naming_damage, read_json
 from mllm.errors import CheckpointError, DataError
 from mllm.types import VisualCodes
 from mllm.visual_tokenizers.base import VisualTokenizer
@@ -59,7 +60,7 @@ def encode_images(
     }
     file = directory / INDEX_FILE
     if file.is_file():
-        found = {"dtype": "float32", **json.loads(file.read_text(encoding="utf-8"))}
+        found = {"dtype": "float32", **read_json(file)}
         different = [key for key in index if found.get(key) != index[key]]
         if different:
             raise DataError(f"{directory} holds other codes ({', '.join(different)} differ); choose another folder")
@@ -130,14 +131,15 @@ class StoredCodes:
         file = self.directory / INDEX_FILE
         if not file.is_file():
             raise CheckpointError(f"{self.directory}: no {INDEX_FILE}; this folder holds no stored codes")
-        self.index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        self.index: dict[str, Any] = read_json(file)
         if tokenizer is not None and fingerprint(tokenizer) != self.index["tokenizer"]:
             raise CheckpointError(f"{self.directory}: codes of another tokenizer; encode the images again")
         number = -(-self.index["images"] // self.index["shard_size"])
         missing = [i for i in range(number) if not _shard(self.directory, i).is_file()]
         if missing:
             raise CheckpointError(f"{self.directory}: shards {missing[:5]} of {number} are missing; encode again")
-        self._shards = [safe_open(str(_shard(self.directory, i)), framework="pt") for i in range(number)]
+        with naming_damage(self.directory):
+            self._shards = [safe_open(str(_shard(self.directory, i)), framework="pt") for i in range(number)]
 
     def __len__(self) -> int:
         return self.index["images"]

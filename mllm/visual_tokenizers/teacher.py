@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mllm.damage import read_safetensors
 from mllm.errors import CheckpointError, ConfigError, DataError
 from mllm.types import Grid
 from mllm.visual_tokenizers.base import VisualTokenizer
@@ -99,7 +100,7 @@ def build_teacher(
 
 
 def _supervised(spec: SupervisedTeacherSpec, images: ImageSource, seed: int, directory: Path | None) -> Teacher:
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     settings = {
         "type": "small_vit",
@@ -109,7 +110,7 @@ def _supervised(spec: SupervisedTeacherSpec, images: ImageSource, seed: int, dir
     teacher = EncoderTeacher(settings)
     file = None if directory is None else directory / TEACHER_FILE
     if file is not None and file.is_file():
-        teacher.load_state_dict(load_file(str(file)))
+        teacher.load_state_dict(read_safetensors(file))
         return teacher
     train_classifier(teacher, images, spec, seed=seed)
     if file is not None:

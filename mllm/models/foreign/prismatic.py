@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mllm.damage import read_safetensors
 from mllm.errors import CheckpointError, ConfigError, UnavailableError
 from mllm.models.foreign.parts import decoder_tensors, encoder_tensors, head_tensors, model_config, projector_tensors
 from mllm.models.foreign.read import ForeignCheckpoint, find_tokenizer
@@ -174,10 +175,8 @@ def _read_checkpoint(folder: Path) -> dict[str, dict[str, Tensor]]:
     if file is None:
         raise CheckpointError(f"{folder}: no latest-checkpoint.pt or .safetensors")
     if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
         parts: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in load_file(file).items():
+        for key, tensor in read_safetensors(file).items():
             part, _, name = key.partition(".")
             parts.setdefault(part, {})[name] = tensor
         return parts

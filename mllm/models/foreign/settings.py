@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from mllm import damage
 from mllm.errors import CheckpointError, ConfigError
 
 
@@ -56,10 +56,7 @@ class Settings:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises `CheckpointError` for a damaged file."""
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error}); the checkpoint is damaged, copy it again") from error
+    data = damage.read_json(file)
     if not isinstance(data, dict):
         raise CheckpointError(f"{file}: holds a {type(data).__name__}, expected an object")
     return data

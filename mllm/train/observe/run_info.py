@@ -17,6 +17,7 @@ import torch
 
 import mllm
 from mllm.config import to_plain
+from mllm.damage import read_json
 from mllm.recipe import Recipe
 
 PACKAGES = (
@@ -89,7 +90,7 @@ class RunInfo:
         self.path = output / FILE
         self.data: dict[str, Any] = {}
         if resume and self.path.is_file():
-            self.data = json.loads(self.path.read_text(encoding="utf-8"))
+            self.data = read_json(self.path)
         self.data.setdefault("started", _now())
         self.data.setdefault("stages", {})
         self.data.setdefault("starts", [])

@@ -1,0 +1,167 @@
+"""Why does a file not open? What it looks like, and what to do, where a library would give a traceback."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mllm.errors import CheckpointError, MllmError
+
+_LFS = b"version https://git-lfs.github.com/spec/"
+_AGAIN = "download or copy it again"
+_LARGEST_JSON = 256 << 20
+_CHECKED = (".json", ".safetensors", ".bin", ".pt", ".pth", ".model", ".gguf", ".yaml")
+
+
+def damage_of(path: str | Path) -> str | None:
+    """One sentence on what is wrong with a file, starting with its path; None when nothing is to be seen.
+
+    Looks for an absent or empty file, a Git LFS pointer, a web page, an archive, half a JSON, and a safetensors file that is
+    shorter than its header says. Reads headers only, and JSON files whole.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            head = stream.read(512)
+    except FileNotFoundError:
+        if path.is_symlink():
+            return f"{path}: a link to {path.readlink()}, which is not there (a git-annex or cache file that was not copied); {_AGAIN}"
+        return f"{path}: no such file"
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})"
+    problem = _look(path, size, head)
+    return None if problem is None else f"{path}: {problem}"
+
+
+def _look(path: Path, size: int, head: bytes) -> str | None:
+    if size == 0:
+        return f"is empty (0 bytes); {_AGAIN}"
+    if head.startswith(_LFS):
+        real = next(
+            (line.split()[1] for line in head.decode("utf-8", "replace").splitlines() if line.startswith("size ")), "?"
+        )
+        return (
+            f"is a Git LFS pointer ({size} bytes) in place of a file of {real} bytes: run `git lfs pull` in its folder, or fetch it "
+            "with `hf download`"
+        )
+    start = head.lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        return f"is a web page, the answer of a login or error page in place of the file; {_AGAIN}"
+    if head.startswith(b"\x1f\x8b") or (
+        head.startswith(b"PK\x03\x04") and path.suffix in (".safetensors", ".json", ".gguf")
+    ):
+        return "is an archive; unpack it first"
+    if not head.strip(b"\0"):
+        return f"begins with zeros, as an interrupted download leaves it; {_AGAIN}"
+    if path.suffix == ".json":
+        return _json_problem(path, size)
+    if path.suffix == ".safetensors":
+        return _tensor_problem(path, size, head)
+    if path.suffix == ".gguf" and not head.startswith(b"GGUF"):
+        return "is not a GGUF file (it does not begin with GGUF)"
+    return None
+
+
+def _json_problem(path: Path, size: int) -> str | None:
+    if size > _LARGEST_JSON:
+        return None
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        text = error.doc.rstrip()
+        ends = error.pos >= len(text) or error.msg.startswith("Unterminated")
+        found = "ends in the middle (cut short?)" if ends else error.msg
+        return f"not valid JSON: {found}, line {error.lineno}, column {error.colno}; {_AGAIN}"
+    except UnicodeDecodeError as error:
+        return f"not valid JSON: no UTF-8 text (byte {error.start}); {_AGAIN}"
+    return None
+
+
+def _tensor_problem(path: Path, size: int, head: bytes) -> str | None:
+    """The safetensors format: 8 bytes with the header's length, a JSON header with offsets, the tensors' bytes."""
+    length = int.from_bytes(head[:8], "little")
+    if size < 8 or length > size - 8:
+        told = (
+            f"its header should have {length} bytes"
+            if size >= 8 and length < 1 << 32
+            else "its first bytes are no header"
+        )
+        return f"not a whole safetensors file ({size} bytes, {told}): cut short or of another kind; {_AGAIN}"
+    with path.open("rb") as stream:
+        stream.seek(8)
+        header = stream.read(length)
+    try:
+        entries = json.loads(header)
+        needed = 8 + length + max((e["data_offsets"][1] for k, e in entries.items() if k != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return f"not a safetensors file: its header is no JSON table of tensors; {_AGAIN}"
+    if needed != size:
+        return f"has {size} bytes and its header needs {needed}: {'cut short' if size < needed else 'something was added'}; {_AGAIN}"
+    return None
+
+
+def damage_in(folder: str | Path) -> str | None:
+    """The first damaged file of a checkpoint folder (configs first), as `damage_of` says it, or a shard that is missing."""
+    folder = Path(folder)
+    if folder.is_file():
+        return damage_of(folder)
+    if not folder.is_dir():
+        return None
+    files = sorted((p for p in folder.iterdir() if p.suffix in _CHECKED), key=lambda p: (p.suffix != ".json", p.name))
+    for path in files:
+        if problem := damage_of(path):
+            return problem
+        if path.name.endswith(".index.json"):
+            shards = sorted(set(json.loads(path.read_text(encoding="utf-8")).get("weight_map", {}).values()))
+            if absent := [name for name in shards if not (folder / name).exists()]:
+                return f"{folder}: shard {absent[0]} of {len(shards)} that {path.name} names is missing; copy the folder again"
+    return None
+
+
+@contextmanager
+def naming_damage(*places: str | Path | None) -> Iterator[None]:
+    """Turn what a library raises over a damaged file in ``places`` (folders, files or hub ids) into a `CheckpointError` that
+    names the file; any other error passes unchanged."""
+    try:
+        yield
+    except MllmError:
+        raise
+    except Exception as error:
+        for place in places:
+            if place is not None and (problem := damage_in(local_copy(place))):
+                raise CheckpointError(problem) from error
+        raise
+
+
+def local_copy(place: str | Path) -> Path:
+    """Where the files of a folder or hub id lie on this machine, as far as is known without asking the hub."""
+    path = Path(place).expanduser()
+    if path.exists() or str(place).count("/") != 1:
+        return path
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(str(place), "config.json")
+    return Path(found).parent if isinstance(found, str) else path
+
+
+def read_json(path: str | Path) -> Any:
+    """A JSON file's content. Raises `CheckpointError` that names the file and says what it looks like."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(damage_of(path) or f"{path}: cannot be read ({error})") from error
+
+
+def read_safetensors(path: str | Path) -> dict[str, Any]:
+    """A safetensors file's tensors. Raises `CheckpointError` that names the file and says what it looks like."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(str(path))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(damage_of(path) or f"{path}: cannot be read ({error}); {_AGAIN}") from error

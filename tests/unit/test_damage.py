@@ -1,0 +1,150 @@
+"""Is a damaged file named, with what it looks like and what to do, wherever weights and configs are opened?"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from mllm.damage import damage_in, damage_of, read_json, read_safetensors
+from mllm.encoders.hf_weights import load_donor, read_published_config
+from mllm.encoders.weights import read_weights
+from mllm.errors import CheckpointError
+from mllm.eval.checkpoint import load_model
+from mllm.models.build import build_model, load_tokenizer
+from mllm.models.chat import ChatSession
+from mllm.models.export import export
+from mllm.models.weight_files import read_part, read_tensors
+from mllm.serve.server import ServeSettings, plan
+from mllm.types import WeightsSource
+from mllm.visual_tokenizers import VISUAL_TOKENIZERS
+from mllm.visual_tokenizers.base import VisualTokenizer, build_tokenizer
+from tests.helpers import TINY_LLM, tiny_model, tiny_spec, tiny_tokenizer
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 988097824\n"
+LOOKS = {
+    "cut": "cut short",
+    "lfs": r"Git LFS pointer .* 988097824 bytes: run `git lfs pull`",
+    "page": "web page",
+    "empty": "is empty",
+    "zeros": "begins with zeros",
+}
+
+
+def damage(path: Path, kind: str) -> None:
+    whole = path.read_bytes()
+    cut = whole[: len(whole) * 2 // 3]
+    page = b"<!DOCTYPE html><title>Sign in</title>"
+    path.write_bytes(
+        {"cut": cut, "lfs": POINTER.encode(), "page": page, "empty": b"", "zeros": bytes(len(whole))}[kind]
+    )
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``ours``: a checkpoint; ``clip``, ``llm``: published parts; ``tokenizer``: a visual tokenizer."""
+    folder = tmp_path_factory.mktemp("parts")
+    model, processor = tiny_model(folder / "words")
+    for part in (model, processor):
+        part.save_pretrained(folder / "ours")
+    clip = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7
+    )  # fmt: skip
+    CLIPVisionModel(clip).save_pretrained(folder / "clip")
+    LlamaForCausalLM(LlamaConfig(**{k: v for k, v in TINY_LLM.items() if k != "model_type"})).save_pretrained(
+        folder / "llm"
+    )
+    tiny_tokenizer().save_pretrained(folder / "llm")
+    build_tokenizer(VISUAL_TOKENIZERS.get("vq").tiny()).save_pretrained(folder / "tokenizer")
+    return folder
+
+
+@pytest.mark.parametrize("kind", LOOKS)
+def test_what_a_file_looks_like(tmp_path: Path, kind: str) -> None:
+    save_file({"a": torch.ones(64), "b": torch.zeros(3, 5)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mllm", "list": list(range(50))}))
+    assert damage_in(tmp_path) is None
+    for name, read in (("model.safetensors", read_safetensors), ("config.json", read_json)):
+        whole = (tmp_path / name).read_bytes()
+        damage(tmp_path / name, kind)
+        with pytest.raises(CheckpointError, match=LOOKS[kind]) as caught:
+            read(tmp_path / name)
+        assert str(caught.value).startswith(str(tmp_path / name)) and "\n" not in str(caught.value)
+        assert damage_in(tmp_path) == damage_of(tmp_path / name)
+        (tmp_path / name).write_bytes(whole)
+
+
+def test_other_damage(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.symlink_to(tmp_path / "gone")
+    assert "a link to" in str(damage_of(file))
+    file.unlink()
+    file.write_bytes(b"\x1f\x8b" + bytes(100))
+    assert "archive" in str(damage_of(file))
+    save_file({"a": torch.ones(4)}, file)
+    file.write_bytes(file.read_bytes() + b"more")
+    assert "something was added" in str(damage_of(file))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}})
+    )
+    assert "shard model-00002-of-00002.safetensors of 1" in str(damage_in(tmp_path))
+    (tmp_path / "word.gguf").write_bytes(b"GGML" + bytes(10))
+    assert "not a GGUF file" in str(damage_of(tmp_path / "word.gguf"))
+
+
+OPENERS = {
+    "ours": {
+        "load_model": lambda f: load_model(str(f)),
+        "chat": lambda f: ChatSession.load(str(f)),
+        "export": lambda f: export(f, f.parent / "exported"),
+        "tensors": read_tensors,
+        "part": lambda f: read_part(f, "model."),
+    },
+    "clip": {
+        "weights": lambda f: load_donor(
+            CLIPVisionModel(CLIPVisionConfig.from_pretrained(f)),
+            CLIPVisionConfig.from_pretrained(f),
+            WeightsSource(source=str(f)),
+        ),
+        "folder": read_weights,
+    },
+    "llm": {"build": lambda f: build_model(tiny_spec(str(f), language_model={"source": str(f)}))},
+    "tokenizer": {"tokenizer": VisualTokenizer.from_pretrained},
+}
+
+
+@pytest.mark.parametrize("kind", ["cut", "lfs"])
+@pytest.mark.parametrize("part", OPENERS)
+def test_every_opener_of_weights_names_the_file(parts: Path, tmp_path: Path, part: str, kind: str) -> None:
+    folder = shutil.copytree(parts / part, tmp_path / part)
+    damage(folder / "model.safetensors", kind)
+    for name, call in OPENERS[part].items():
+        with pytest.raises(CheckpointError, match=LOOKS[kind]) as caught:
+            call(folder)
+        assert f"{folder}/model.safetensors" in str(caught.value) and "\n" not in str(caught.value), name
+
+
+@pytest.mark.parametrize(
+    ("part", "file", "call"),
+    [
+        ("ours", "config.json", lambda f: load_model(str(f))),
+        ("ours", "config.json", lambda f: plan(ServeSettings(checkpoint=str(f)))),
+        ("ours", "tokenizer.json", lambda f: load_model(str(f))),
+        ("ours", "processor_config.json", lambda f: ChatSession.load(str(f))),
+        ("clip", "config.json", lambda f: read_published_config(WeightsSource(source=str(f)))),
+        ("llm", "tokenizer.json", lambda f: load_tokenizer(tiny_spec(str(f)).language_model)),
+        ("llm", "config.json", lambda f: build_model(tiny_spec(str(f), language_model={"source": str(f)}))),
+        ("tokenizer", "config.json", VisualTokenizer.from_pretrained),
+    ],
+)  # fmt: skip
+def test_every_opener_of_configs_names_the_file(parts: Path, tmp_path: Path, part: str, file: str, call) -> None:
+    folder = shutil.copytree(parts / part, tmp_path / part)
+    damage(folder / file, "cut")
+    with pytest.raises(CheckpointError, match=r"ends in the middle|not valid JSON") as caught:
+        call(folder)
+    assert str(folder / file) in str(caught.value) and "\n" not in str(caught.value)
