@@ -21,6 +21,7 @@ _LAZY = {
     "MllmImageProcessor": "mllm.processing.image_processor",
     "ChatSession": "mllm.models.chat",
     "load_recipe": "mllm.recipe",
+    "use_plugins": "mllm.plugins",
 }
 __all__ = ["__version__", *_LAZY]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,13 +11,15 @@ from pydantic import Field, field_validator, model_validator
 from mllm import assets
 from mllm.config import StrictModel, apply_overrides, read_yaml, validate
 from mllm.errors import ConfigError
+from mllm.plugins import load_plugins
 
 
 class LanguageModelSpec(StrictModel):
     """Any Hugging Face causal language model."""
 
     source: str | None = None
-    """Hub id or local path; its weights are loaded by the first stage."""
+    """Hub id, local folder or GGUF file (on disk, or ``owner/name/file.gguf``; its weights become plain ones); read by the
+    first stage."""
     revision: str | None = None
     licence: str = "unknown"
     commercial: bool | None = None
@@ -220,6 +223,7 @@ class Recipe(StrictModel):
     source: str = ""
     """Paper or repository the hyper-parameters are from."""
     plugins: list[str] = Field(default_factory=list)
+    """Modules, or ``.py`` files seen from the working directory or from the recipe's folder, that register components."""
     seed: int = 0
     output: str = ""
     """Output folder; default ``runs/<name>``."""
@@ -243,8 +247,9 @@ class Recipe(StrictModel):
         return Path(self.output or f"runs/{self.name}")
 
 
-def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
-    """A recipe by name or path, with ``key.sub=value`` overrides (list items by position or by their ``name``).
+def load_recipe(name: str, overrides: list[str] | None = None, *, trusted: bool = True) -> Recipe:
+    """A recipe by name or path, with ``key.sub=value`` overrides (list items by position or by their ``name``), and its
+    plug-ins loaded. trusted: False for a recipe that is only read, such as a checkpoint's: its plug-ins are left alone.
 
     Raises `ConfigError` with the path to the key.
     """
@@ -253,4 +258,16 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of keys at the top level")
     data.setdefault("name", path.stem)
-    return validate(Recipe, apply_overrides(data, overrides or []), where=path.name)
+    recipe = validate(Recipe, apply_overrides(data, overrides or []), where=path.name)
+    if trusted:
+        recipe.plugins = [seen_from_here(module, path.parent) for module in recipe.plugins]
+        load_plugins(recipe.plugins)
+    return recipe
+
+
+def seen_from_here(module: str, folder: Path) -> str:
+    """A recipe's plug-in as `load_plugins` takes it: a file that is not in the working directory lies beside the recipe."""
+    beside = [folder / module, folder / Path(module).name]
+    if not module.endswith(".py") or Path(module).expanduser().is_file():
+        return module
+    return next((os.path.relpath(path) for path in beside if path.is_file()), module)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 from mllm.errors import ConfigError, UnknownName
+from mllm.plugins import load_plugins
 
 T = TypeVar("T")
 
@@ -14,7 +15,8 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Name → class. Built-ins are ``"module:Class"`` strings, imported when first asked for, so listing needs no torch.
 
-    A name has one owner: registering it twice raises.
+    A name has one owner: registering it twice raises. Plug-ins are imported when a name is not known without them, or when
+    all names are asked for.
     """
 
     def __init__(self, kind: str, builtins: Mapping[str, str] | None = None):
@@ -45,11 +47,12 @@ class Registry(Generic[T]):
     def get(self, name: str) -> type[T]:
         """The class registered under ``name``. Raises `UnknownName`."""
         if name not in self._classes:
-            if name not in self._lazy:
+            if name not in self:
                 raise UnknownName(self.kind, name, self)
-            module, _, attribute = self._lazy[name].partition(":")
-            cls = getattr(importlib.import_module(module), attribute)
-            self._classes.setdefault(name, cls)
+            if name in self._lazy:
+                module, _, attribute = self._lazy[name].partition(":")
+                cls = getattr(importlib.import_module(module), attribute)
+                self._classes.setdefault(name, cls)
         return self._classes[name]
 
     def where(self, name: str) -> str:
@@ -60,10 +63,14 @@ class Registry(Generic[T]):
         return f"{cls.__module__}:{cls.__qualname__}"
 
     def __iter__(self) -> Iterator[str]:
+        load_plugins()
         return iter(sorted({*self._lazy, *self._classes}))
 
     def __contains__(self, name: object) -> bool:
+        if name not in self._lazy and name not in self._classes:
+            load_plugins()
         return name in self._lazy or name in self._classes
 
     def __len__(self) -> int:
+        load_plugins()
         return len({*self._lazy, *self._classes})

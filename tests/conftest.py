@@ -19,3 +19,11 @@ def no_launcher_variables_left_behind() -> Iterator[None]:
     for name, value in before.items():
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
     assert after == before, "a test left launcher variables in the environment"
+
+
+@pytest.fixture(autouse=True)
+def no_plugins_left_behind() -> Iterator[None]:
+    """`use_plugins` also speaks to the processes that later tests start."""
+    before = os.environ.get("MLLM_PLUGINS")
+    yield
+    os.environ.pop("MLLM_PLUGINS", None) if before is None else os.environ.update({"MLLM_PLUGINS": before})

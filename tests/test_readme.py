@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mllm.plugins import load_plugins
+from mllm.testing import find_check
+
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 MLLM = str(Path(sys.executable).parent / "mllm")
 
@@ -72,11 +75,20 @@ def test_the_commands_run(place: Path) -> None:
     assert (place / "runs/my/final/model.safetensors").is_file() and (place / "ours/config.json").is_file()
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("readme")
-def test_the_plugin_example_keeps_the_contract(tmp_path: Path) -> None:
-    (tmp_path / "my_encoder.py").write_text(block("plugin"))
-    assert "keeps the contract" in run([MLLM, "check", "mean-colour", "--plugin", "my_encoder.py"], tmp_path)
+@pytest.mark.parametrize(
+    ("name", "components"),
+    [
+        ("plugin", ["mean-colour"]),
+        ("plugin-routing", ["sum", "linear"]),
+        ("plugin-rules", ["first_word", "always_yes", "pairs"]),
+    ],
+)
+def test_the_plugin_examples_keep_the_contract(tmp_path: Path, name: str, components: list[str]) -> None:
+    """In this process: `mllm check` as a command is run by tests/integration/test_plugins.py."""
+    (tmp_path / "example.py").write_text(block(name))
+    load_plugins([str(tmp_path / "example.py")])
+    for component in components:
+        find_check(component)[1]()
 
 
 def test_import_and_help_load_no_torch() -> None:

@@ -8,26 +8,35 @@ import typer
 
 
 def check(
-    name: Annotated[str, typer.Argument(help="A registered encoder, connector or router, or a shipped encoder entry.")],
-    plugin: Annotated[list[str] | None, typer.Option(help="Plugin module or .py file that registers it.")] = None,
+    name: Annotated[str, typer.Argument(help="A registered name, or a shipped encoder entry; see `mllm list`.")],
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            help="Where several go by the name: encoder, connector, router, visual-tokenizer, metric, generator, format."
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Generators: the checkpoint that answers the check's questions.")
+    ] = None,
 ) -> None:
-    """Does a component keep the contract: shapes, token counts, meta build, save and load, dtype, gradients, empty batch?
+    """Does a component keep the contract? What is asserted of the project's own is asserted of a plug-in's.
+
+    Encoders, connectors, routers, visual tokenizers: shapes, token counts, meta build, save and load, dtype, gradients, empty
+    batch. Metrics: odd replies, aggregates. Generators: every request answered once. Dataset formats: rows, marks, pictures.
 
     [dim]mllm check my-encoder --plugin my_encoder.py[/]
     """
     from mllm.errors import MllmError, UnknownName
-    from mllm.plugins import load_plugins
     from mllm.testing import find_check
 
-    load_plugins(plugin or [])
-    kind, run = find_check(name)
+    found, run = find_check(name, kind=kind, checkpoint=checkpoint)
     try:
         run()
     except UnknownName:
         raise
     except AssertionError as error:
-        raise MllmError(f"{kind} {name!r} breaks the contract: {error}") from error
-    typer.echo(f"{kind} {name!r} keeps the contract")
+        raise MllmError(f"{found} {name!r} breaks the contract: {error}") from error
+    typer.echo(f"{found} {name!r} keeps the contract")
 
 
 def add_to(app: typer.Typer) -> None:

@@ -16,6 +16,8 @@ class Kind(StrEnum):
     routers = "routers"
     visual_tokenizers = "visual-tokenizers"
     metrics = "metrics"
+    generators = "generators"
+    formats = "formats"
     tasks = "tasks"
     suites = "suites"
     datasets = "datasets"
@@ -26,15 +28,11 @@ class Kind(StrEnum):
 
 def list_(
     kind: Annotated[Kind, typer.Argument(help="What to list.")],
-    plugin: Annotated[list[str] | None, typer.Option(help="Plugin module or .py file to load first.")] = None,
 ) -> None:
     """Names that recipes can use; encoders with their weights' source and licence."""
     from rich.console import Console
     from rich.table import Table
 
-    from mllm.plugins import load_plugins
-
-    load_plugins(plugin or [])
     console = Console()
     if kind is Kind.encoders:
         from mllm.encoders import ENCODERS
@@ -80,6 +78,8 @@ def list_(
         Kind.routers: ("mllm.routers", "ROUTERS"),
         Kind.visual_tokenizers: ("mllm.visual_tokenizers", "VISUAL_TOKENIZERS"),
         Kind.metrics: ("mllm.eval.metrics", "METRICS"),
+        Kind.generators: ("mllm.eval.generators", "GENERATORS"),
+        Kind.formats: ("mllm.data.spec", "SOURCES"),
     }[kind]
     registry = getattr(importlib.import_module(module), attribute)
     for name in registry:

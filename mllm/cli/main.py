@@ -34,6 +34,7 @@ from mllm.cli import (
     train,
     verify,
 )
+from mllm.cli.plugin_option import add_plugin_option
 from mllm.errors import MllmError
 
 
@@ -97,6 +98,7 @@ for module in (
     doctor,
 ):
     module.add_to(app)
+add_plugin_option(app)
 
 
 def main() -> None:

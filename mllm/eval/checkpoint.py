@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from mllm.damage import naming_damage
 from mllm.errors import ConfigError
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -19,8 +19,10 @@ def load_model(checkpoint: str, *, dtype: str = "float32", device: str | None = 
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
-    return model.to(torch.device(place)).eval(), AutoProcessor.from_pretrained(checkpoint)
+    with naming_damage(checkpoint):
+        model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
+        processor = AutoProcessor.from_pretrained(checkpoint)
+    return model.to(torch.device(place)).eval(), processor
 
 
 def open_generator(
@@ -33,29 +35,14 @@ def open_generator(
     base_url: str | None = None,
     concurrency: int = 8,
 ) -> Any:
-    """A generator over a checkpoint. kind: ``hf`` (in this process), ``vllm``, or ``openai`` (the server at
-    ``base_url``, which knows the checkpoint by this name). Under a launcher each process takes
-    the GPU of its LOCAL_RANK among those it sees."""
-    import os
+    """A generator over a checkpoint. kind: ``hf`` (in this process), ``vllm``, ``openai`` (the server at ``base_url``, which
+    knows the checkpoint by this name), or a plug-in's. Raises `UnknownName`."""
+    from mllm.eval.generators import GENERATORS, GeneratorSettings
 
-    if kind == "vllm":
-        from mllm.eval.generators.vllm import VLLMGenerator
-
-        return VLLMGenerator(checkpoint, dtype=dtype)
-    if kind == "openai":
-        from mllm.eval.generators.openai import OpenAIGenerator
-
-        if not base_url:
-            raise ConfigError("generator openai: where is the server? base_url, e.g. http://localhost:8000/v1")
-        return OpenAIGenerator(checkpoint, base_url, concurrency=concurrency)
-    if kind != "hf":
-        raise ConfigError(f"generator {kind!r}: expected hf, vllm or openai")
-    from mllm.eval.generators.hf import HFGenerator
-
-    if device is None and "LOCAL_RANK" in os.environ:
-        import torch
-
-        if torch.cuda.is_available():
-            device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
-    model, processor = load_model(checkpoint, dtype=dtype, device=device)
-    return HFGenerator(model, processor, batch_size=batch_size, name=f"hf:{Path(checkpoint).name}")
+    settings = GeneratorSettings(batch_size, dtype, device, base_url, concurrency)
+    generator: Any = GENERATORS.get(kind)
+    if not hasattr(generator, "open"):
+        raise ConfigError(
+            f"generator {kind!r}: {generator.__name__} has no class method open(checkpoint, settings), which makes one for a checkpoint"
+        )
+    return generator.open(checkpoint, settings)

@@ -7,11 +7,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from mllm.checkpoint_code import KEY, Part, admit_code, record_code
 from mllm.config import to_plain
 from mllm.errors import ConfigError
 from mllm.types import EncoderInfo, ImageLayout
@@ -25,7 +28,8 @@ class MllmConfig(PreTrainedConfig):
     text_config: the language model's HF config; encoders: name → resolved encoder config, in ``encoder_order``;
     connector, router, visual_tokenizer, visual_head: component configs (None: the model has no such part); visual_tokenizer
     may be ``{"encoder": name}``, the tokenizer inside that encoder;
-    image_token_id: the placeholder's id. The number of visual tokens is derived (`layout`), never stored.
+    image_token_id: the placeholder's id; plugins: the code of third parties that the checkpoint carries
+    (`mllm.checkpoint_code`). The number of visual tokens is derived (`layout`), never stored.
     """
 
     model_type = "mllm"
@@ -43,6 +47,7 @@ class MllmConfig(PreTrainedConfig):
         visual_head: Any = None,
         image_token_id: int | None = None,
         lm_head_bias: bool = False,
+        plugins: Sequence[Mapping[str, Any]] = (),
         **kwargs: Any,
     ):
         if text_config is None:
@@ -59,8 +64,28 @@ class MllmConfig(PreTrainedConfig):
         self.visual_head = None if visual_head is None else to_plain(visual_head)
         self.image_token_id = image_token_id
         self.lm_head_bias = lm_head_bias
+        self.plugins = [dict(entry) for entry in plugins]
         kwargs.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As in transformers. Raises `CheckpointError` when the model needs plug-in code that is not allowed to run."""
+        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))  # Auto classes say it too
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        place = str(kwargs.get("name_or_path") or config_dict.get("_name_or_path") or "")
+        fetch = partial(_checkpoint_file, place, config_dict.get("_commit_hash"))
+        admit_code(place or "config", config_dict.get(KEY) or (), list(component_types(config_dict)), fetch)
+        return super().from_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """As in transformers; the plug-in files that define the model's parts are copied beside ``config.json``."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        self.plugins = record_code(component_types(vars(self)), save_directory)
+        super().save_pretrained(save_directory, **kwargs)
 
     def encoder_infos(self) -> dict[str, EncoderInfo]:
         """Encoder name → sizes, in the model's order."""
@@ -79,6 +104,32 @@ class MllmConfig(PreTrainedConfig):
     def num_image_tokens(self) -> int:
         """M: placeholder tokens of one image."""
         return self.layout().num_tokens
+
+
+def component_types(config: Mapping[str, Any]) -> Iterator[Part]:
+    """The components that a config names, with the registries that know them."""
+    from mllm.connectors import CONNECTORS
+    from mllm.encoders import ENCODERS
+    from mllm.routers import ROUTERS
+    from mllm.visual_tokenizers import VISUAL_TOKENIZERS
+
+    single = {"connector": CONNECTORS, "router": ROUTERS, "visual_tokenizer": VISUAL_TOKENIZERS}
+    named = [(key, registry, config.get(key)) for key, registry in single.items()]
+    for name, encoder in (config.get("encoders") or {}).items():
+        named.append((f"encoders.{name}", ENCODERS, encoder))
+        named.append((f"encoders.{name}.tokenizer", VISUAL_TOKENIZERS, encoder.get("tokenizer")))
+    for where, registry, part in named:
+        if isinstance(part, Mapping) and isinstance(part.get("type"), str):  # a tokenizer may be ``{"encoder": name}``
+            yield Part(where, registry, part["type"])
+
+
+def _checkpoint_file(place: str, revision: str | None, name: str) -> Path:
+    """A file of a checkpoint folder or hub repository. A hub file is downloaded, to be read."""
+    if Path(place).is_dir() or not place:
+        return Path(place) / name
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(place, name, revision=revision))
 
 
 def language_model_config(data: Mapping[str, Any]) -> PreTrainedConfig:

@@ -6,17 +6,20 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from mllm.errors import UnknownName
+from mllm.errors import ConfigError, UnknownName
 
 # kind → its registry and its check, imported when first needed
 _KINDS = {
     "encoder": ("mllm.encoders:ENCODERS", "mllm.testing.encoders:check_encoder"),
     "connector": ("mllm.connectors:CONNECTORS", "mllm.testing.connectors:check_connector"),
     "router": ("mllm.routers:ROUTERS", "mllm.testing.routers:check_router"),
-    "visual tokenizer": (
+    "visual-tokenizer": (
         "mllm.visual_tokenizers:VISUAL_TOKENIZERS",
         "mllm.testing.visual_tokenizers:check_visual_tokenizer",
     ),
+    "metric": ("mllm.eval.metrics:METRICS", "mllm.testing.metrics:check_metric"),
+    "generator": ("mllm.eval.generators:GENERATORS", "mllm.testing.generators:check_generator"),
+    "format": ("mllm.data.spec:SOURCES", "mllm.testing.formats:check_format"),
 }
 
 
@@ -25,19 +28,29 @@ def _load(target: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def find_check(name: str) -> tuple[str, Callable[[], Any]]:
+def find_check(name: str, *, kind: str | None = None, checkpoint: str | None = None) -> tuple[str, Callable[[], Any]]:
     """The kind of a registered component, or of a shipped encoder entry, and a function that runs its contract checks.
 
-    Raises `UnknownName` when nothing goes by ``name``.
+    kind: look among these only; else the first kind that knows the name. checkpoint: what a generator is opened on. Raises
+    `UnknownName` when nothing goes by ``name``, `ConfigError` for an unknown kind.
     """
+    if kind is not None and kind not in _KINDS:
+        raise UnknownName("kind of component", kind, _KINDS)
+    if checkpoint is not None:
+        kind = kind or "generator"
+        if kind != "generator":
+            raise ConfigError(f"--checkpoint is for generators, not for a {kind}")
+    options = {} if checkpoint is None else {"checkpoint": checkpoint}
     known: list[str] = []
-    for kind, (registry, check) in _KINDS.items():
+    for each in [kind] if kind is not None else _KINDS:
+        registry, check = _KINDS[each]
         names = _load(registry)
         if name in names:
-            return kind, lambda check=check: _load(check)(name)
+            return each, lambda check=check: _load(check)(name, **options)
         known.extend(names)
-    entries = _load("mllm.encoders.catalogue:catalogue")()
-    if name in entries:
-        return "encoder", lambda: _load("mllm.testing.encoders:check_encoder")(name)
-    known.extend(entries)
-    raise UnknownName("component", name, known)
+    if kind in (None, "encoder"):
+        entries = _load("mllm.encoders.catalogue:catalogue")()
+        if name in entries:
+            return "encoder", lambda: _load("mllm.testing.encoders:check_encoder")(name)
+        known.extend(entries)
+    raise UnknownName(kind or "component", name, known)

@@ -12,7 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mllm.checkpoint_code import KEY, Part, admit_code, record_code
 from mllm.config import StrictModel, to_plain, validate
+from mllm.damage import read_json, read_safetensors
 from mllm.errors import CheckpointError, ConfigError
 from mllm.types import Grid, ImageSpec, VisualCodes
 from mllm.visual_tokenizers import VISUAL_TOKENIZERS
@@ -149,6 +151,11 @@ class VisualTokenizer(nn.Module):
         out."""
         return self.last_layer().dtype
 
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """The smallest sensible config of this type; the contract tests build it."""
+        raise NotImplementedError
+
     def check_pixels(self, pixels: Tensor) -> Tensor:
         """``pixels`` in the tokenizer's type. Raises `ConfigError` unless it is ``(B, 3, height, width)`` of this
         tokenizer's image size."""
@@ -178,32 +185,48 @@ class VisualTokenizer(nn.Module):
                 raise ConfigError(f"codes of {key!r}: id {bad} is out of range 0 to {size - 1}")
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors``."""
+        """Write ``config.json`` and ``model.safetensors``, and the plug-in file that defines the class, if one does."""
         from safetensors.torch import save_file
 
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / CONFIG_FILE).write_text(json.dumps(to_plain(self.config), indent=2) + "\n", encoding="utf-8")
+        config = to_plain(self.config)
+        if code := record_code(_parts(config), directory):
+            config[KEY] = code
+        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tensors = {key: value.detach().contiguous().cpu() for key, value in self.state_dict().items()}
         save_file(tensors, str(directory / WEIGHTS_FILE), metadata={"format": "pt"})
 
     @staticmethod
     def from_pretrained(directory: str | Path) -> VisualTokenizer:
         """The tokenizer saved in a directory, in evaluation mode. Raises `CheckpointError` naming the file."""
-        from safetensors.torch import load_file
-
         directory = Path(directory)
         for file in (CONFIG_FILE, WEIGHTS_FILE):
             if not (directory / file).is_file():
                 raise CheckpointError(
                     f"{directory}: no {file}; a saved visual tokenizer has {CONFIG_FILE} and {WEIGHTS_FILE}"
                 )
-        tokenizer = build_tokenizer(json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8")))
+        tokenizer = build_tokenizer(stored_config(directory))
         try:
-            tokenizer.load_state_dict(load_file(str(directory / WEIGHTS_FILE)))
+            tokenizer.load_state_dict(read_safetensors(directory / WEIGHTS_FILE))
         except RuntimeError as error:
             raise CheckpointError(f"{directory / WEIGHTS_FILE} does not fit its config: {error}") from error
         return tokenizer.eval()
+
+
+def stored_config(directory: str | Path) -> dict[str, Any]:
+    """The config of a tokenizer saved in a directory. Raises `CheckpointError`, also when it needs plug-in code that is not
+    allowed to run."""
+    directory = Path(directory)
+    config = read_json(directory / CONFIG_FILE)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{directory / CONFIG_FILE}: expected a mapping of keys")
+    admit_code(str(directory), config.pop(KEY, None) or (), _parts(config), lambda name: directory / name)
+    return config
+
+
+def _parts(config: Mapping[str, Any]) -> list[Part]:
+    return [Part("visual_tokenizer", VISUAL_TOKENIZERS, config["type"])] if isinstance(config.get("type"), str) else []
 
 
 def tokenizer_config(value: Any, *, where: str = "visual_tokenizer") -> VisualTokenizerConfig:

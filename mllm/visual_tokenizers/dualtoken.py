@@ -96,6 +96,22 @@ class DualToken(VisualTokenizer):
         self.from_codes = ResidualBlock(width, config.decoder_channels, config.decoder.groups, first_kernel=1)
         self.decoder = ConvolutionalDecoder(config.decoder, config.decoder_channels)
 
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        vision = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
+        residual = {"type": "residual", "size": 16, "dim": 8, "depth": 2}
+        return {
+            "type": "dualtoken",
+            "vision": {**vision, "image_size": 16, "patch_size": 4},
+            "layer_pixel": 1,
+            "layer_semantic": 2,
+            "pixel_quantizer": residual,
+            "semantic_quantizer": residual,
+            "decoder": {"channels": 16, "multipliers": [1, 2], "num_res_blocks": 1, "groups": 8},
+            "decoder_channels": 32,
+            "decoder_grid": [8, 8],
+        }
+
     @property
     def embed_dims(self) -> dict[str, int]:
         return {"pixel": self.pixel_quantizer.dim, "semantic": self.semantic_quantizer.dim}

@@ -78,6 +78,33 @@ class Illume(VisualTokenizer):
         self.from_codes = nn.Conv2d(merged, config.z_channels, 1)
         self.decoder = ConvolutionalDecoder(config.decoder, config.z_channels, condition_channels=merged)
 
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        convolution = {"channels": 16, "multipliers": [1, 2, 2], "num_res_blocks": 1, "groups": 8}
+        frozen = {"codebook": {"learn": "frozen_linear"}}
+        return {
+            "type": "illume",
+            "image_size": 16,
+            "semantic_encoder": {
+                "type": "small_vit",
+                "image_size": 16,
+                "patch_size": 8,
+                "width": 24,
+                "depth": 1,
+                "heads": 2,
+            },
+            "semantic_width": 16,
+            "semantic_depth": 1,
+            "semantic_heads": 2,
+            "semantic_quantizer": {"type": "vq", "size": 16, "parts": {"semantic": 8}, **frozen},
+            "pixel_encoder": {**convolution, "sampling": "shuffle"},
+            "z_channels": 16,
+            "pixel_quantizer": {"type": "vq", "size": 32, "parts": {"pixel": 8}, **frozen},
+            "decoder": convolution,
+            "noise_images": 0.5,
+            "noise_positions": 0.5,
+        }
+
     @property
     def grids(self) -> dict[str, Grid]:
         return {"semantic": self.semantic_grid, "pixel": self.grid}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from mllm.encoders.base import EncoderConfig, VisionEncoder
 from mllm.errors import CheckpointError, ConfigError, UnavailableError
 from mllm.types import EncoderInfo, VisionFeatures, VisualCodes
-from mllm.visual_tokenizers.base import CONFIG_FILE, VisualTokenizer, build_tokenizer, tokenizer_config
+from mllm.visual_tokenizers.base import CONFIG_FILE, VisualTokenizer, build_tokenizer, stored_config, tokenizer_config
 from mllm.visual_tokenizers.features import feature_grid, join_parts
 from mllm.visual_tokenizers.sequence import unpack_codes
 
@@ -135,7 +134,7 @@ def _stored_config(config: Any) -> dict[str, Any]:
             f"weights.source: {config.weights.source} holds no saved visual tokenizer (no {CONFIG_FILE}); train one with "
             "`mllm tokenizer train`, or write its config under tokenizer"
         )
-    return json.loads(file.read_text(encoding="utf-8"))
+    return stored_config(file.parent)
 
 
 def load_tokenizer_weights(tokenizer: VisualTokenizer, folder: str | Path) -> None:

@@ -180,6 +180,7 @@ def load_tokenizer_recipe(name: str | Path, overrides: list[str] | None = None) 
     """A tokenizer recipe by name or path, with ``key.sub=value`` overrides. Raises `ConfigError` with the path to
     the key."""
     from mllm.plugins import load_plugins
+    from mllm.recipe import seen_from_here
     from mllm.visual_tokenizers.base import tokenizer_config
 
     path = assets.find("recipes", str(name), kind="tokenizer recipe")
@@ -188,6 +189,7 @@ def load_tokenizer_recipe(name: str | Path, overrides: list[str] | None = None) 
         raise ConfigError(f"{path}: expected a mapping of keys at the top level")
     data.setdefault("name", path.stem)
     recipe = validate(TokenizerRecipe, apply_overrides(data, overrides or []), where=path.name)
+    recipe.plugins = [seen_from_here(module, path.parent) for module in recipe.plugins]
     load_plugins(recipe.plugins)
     tokenizer_config(recipe.tokenizer, where=f"{path.name}.tokenizer")
     return recipe

@@ -96,6 +96,19 @@ class TokenFlow(VisualTokenizer):
         self.from_pixel = nn.Conv2d(self.part_dims["pixel"], config.z_channels, 1)
         self.decoder = ConvolutionalDecoder(config.decoder or config.encoder, config.z_channels)
 
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        shared = {"type": "vq", "size": 32, "parts": {"semantic": 8, "pixel": 4}, "l2_norm": True}
+        return {
+            "type": "tokenflow",
+            "image_size": 16,
+            "student": {"type": "small_vit", "image_size": 16, "patch_size": 4, "width": 24, "depth": 1, "heads": 2},
+            "encoder": {"channels": 16, "multipliers": [1, 2, 2], "num_res_blocks": 1, "groups": 8},
+            "z_channels": 16,
+            "quantizer": {"type": "multi_scale", "scales": [1, 2, 4], "inner": shared},
+            "semantic_head": {"teacher_dim": 24, "width": 24, "depth": 1, "heads": 2},
+        }
+
     @property
     def embed_dims(self) -> dict[str, int]:
         return {"shared": self.quantizer.dim}

@@ -86,6 +86,12 @@ class VqTokenizer(VisualTokenizer):
         head = config.semantic_head
         self.semantic_head = None if head is None else SemanticHead(head, self.quantizer.dim, self.grid)
 
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        convolution = {"channels": 16, "multipliers": [1, 2, 2], "num_res_blocks": 1, "groups": 8}
+        quantizer = {"type": "vq", "size": 32, "parts": {"pixel": 8}}
+        return {"type": "vq", "image_size": 16, "encoder": convolution, "z_channels": 16, "quantizer": quantizer}
+
     @property
     def embed_dims(self) -> dict[str, int]:
         return {"pixel": self.quantizer.dim}

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from mllm.types import IMAGE_MARK, Request, Response, Turn
 
 
+@dataclass(frozen=True)
+class GeneratorSettings:
+    """What the user says about generation, whoever generates. device: None, the generator's own choice; base_url,
+    concurrency: for generators that ask a server."""
+
+    batch_size: int = 8
+    dtype: str = "float32"
+    device: str | None = None
+    base_url: str | None = None
+    concurrency: int = 8
+
+
 @runtime_checkable
 class Generator(Protocol):
     """Answers requests, in any order, each exactly once. Knows nothing of tasks.
 
-    A request that cannot be answered gives a `Response` with ``error``; it never stops the others.
+    A request that cannot be answered gives a `Response` with ``error``; it never stops the others. A class registered in
+    `GENERATORS` also has ``open(checkpoint, settings)``, a class method that makes one for a checkpoint folder, hub id or
+    model's name (`GeneratorSettings`).
     """
 
     name: str

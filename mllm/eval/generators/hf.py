@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from mllm.errors import AlignmentError, UnavailableError
-from mllm.eval.generators.base import answer_text, cut_at_stops, hf_messages
+from mllm.eval.generators.base import GeneratorSettings, answer_text, cut_at_stops, hf_messages
+from mllm.plugins import code_hashes
 from mllm.threads import one_thread
 from mllm.types import IMAGE_MARK, Request, Response
 
@@ -46,10 +49,23 @@ class HFGenerator:
         self._tokenizer = tokenizer
         self._ours = type(model).__module__.startswith("mllm.") or hasattr(processor, "pixel_keys")
 
+    @classmethod
+    def open(cls, checkpoint: str, settings: GeneratorSettings) -> HFGenerator:
+        """A checkpoint folder or hub id. Under a launcher each process takes the GPU of its LOCAL_RANK among those it
+        sees."""
+        from mllm.eval.checkpoint import load_model
+
+        device = settings.device
+        if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+            device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+        model, processor = load_model(checkpoint, dtype=settings.dtype, device=device)
+        return cls(model, processor, batch_size=settings.batch_size, name=f"hf:{Path(checkpoint).name}")
+
     def fingerprint(self) -> str:
-        """Architecture, precision, a hash over every weight and one over the processor's settings."""
+        """Architecture, precision, a hash over every weight, one over the processor's settings, and those of plug-in code."""
         if self._model_hash is None:
-            self._model_hash = f"{weights_hash(self.model)}:{processor_hash(self.processor)}"
+            code = "".join(f":{sha256[:16]}" for sha256 in code_hashes(type(m) for m in self.model.modules()))
+            self._model_hash = f"{weights_hash(self.model)}:{processor_hash(self.processor)}{code}"
         implementation = getattr(self.model.config, "_attn_implementation", "")
         return f"hf:{type(self.model).__name__}:{self.model.dtype}:{implementation}:{self._model_hash}"
 

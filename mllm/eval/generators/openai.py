@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from mllm.errors import ConfigError, UnavailableError
-from mllm.eval.generators.base import answer_text
+from mllm.eval.generators.base import GeneratorSettings, answer_text
 from mllm.types import IMAGE_MARK, Request, Response, Turn
 
 _RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
@@ -57,6 +57,13 @@ class OpenAIGenerator:
         limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
         self._client = httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=timeout, limits=limits)
         self._httpx = httpx
+
+    @classmethod
+    def open(cls, checkpoint: str, settings: GeneratorSettings) -> OpenAIGenerator:
+        """The server at ``settings.base_url``, asked for the model of this name."""
+        if not settings.base_url:
+            raise ConfigError("generator openai: where is the server? base_url, e.g. http://localhost:8000/v1")
+        return cls(checkpoint, settings.base_url, concurrency=settings.concurrency)
 
     def fingerprint(self) -> str:
         """Model and endpoint by name: what runs behind them cannot be hashed."""

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 from mllm.errors import UnavailableError
-from mllm.eval.generators.base import answer_text, checkpoint_hash, hf_messages
+from mllm.eval.generators.base import GeneratorSettings, answer_text, checkpoint_hash, hf_messages
 from mllm.models.image_generation.settings import vllm_options
 from mllm.types import Request, Response
 
@@ -44,6 +44,11 @@ class VLLMGenerator:
         self._ours = hasattr(self.processor, "pixel_keys")
         options = {**vllm_options(AutoConfig.from_pretrained(checkpoint)), **self._engine_options}
         self.llm = LLM(model=checkpoint, dtype=dtype, limit_mm_per_prompt={"image": max_images}, **options)
+
+    @classmethod
+    def open(cls, checkpoint: str, settings: GeneratorSettings) -> VLLMGenerator:
+        """A checkpoint folder or hub id."""
+        return cls(checkpoint, dtype=settings.dtype)
 
     def fingerprint(self) -> str:
         """Weights by hash or name, precision, vLLM's version."""

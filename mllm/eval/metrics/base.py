@@ -53,6 +53,10 @@ class Metric:
     unit: ClassVar[str] = "%"
     group_key: ClassVar[str | None] = None
     """Key of ``meta`` whose samples the score joins (a picture, a question); a bootstrap draws whole groups."""
+    reads_text: ClassVar[bool] = True
+    """False: predictions are pictures, not replies."""
+    example: ClassVar[tuple[Any, Mapping[str, Any]] | None] = None
+    """A (target, meta) that the rule takes, for `mllm check`, where it takes none of the usual ones."""
     options: Mapping[str, Any] = {}
 
     def score(self, prediction: str, target: Any, meta: Mapping[str, Any]) -> Score:

@@ -85,6 +85,7 @@ def frechet_distance(generated: Any, real: Any) -> float:
 
 
 class _Picture(Metric):
+    reads_text = False
     binary = False
     scale = 1.0
 

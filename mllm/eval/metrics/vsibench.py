@@ -49,6 +49,7 @@ class VsiBench(Metric):
     )
     binary = False
     is_mean = False
+    example = (["3"], {"question_type": "object_counting"})
 
     def score(self, prediction: str, target: Any, meta: Mapping[str, Any]) -> Score:
         kind, wanted = _kind(meta), references(target)[0]

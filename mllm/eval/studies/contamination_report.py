@@ -60,7 +60,8 @@ def training_sources(names: Sequence[str]) -> list[Any]:
                 )
             from mllm.recipe import load_recipe
 
-            declared = [stage.data for stage in load_recipe(str(place / "recipe.yaml")).stages if stage.data]
+            recipe = load_recipe(str(place / "recipe.yaml"), trusted=False)
+            declared = [stage.data for stage in recipe.stages if stage.data]
         for data in declared:
             specs += [item.dataset for item in load_mixture(data).datasets if isinstance(item.dataset, DatasetSpec)]
     unique = {repr(spec.model_dump()): spec for spec in specs}

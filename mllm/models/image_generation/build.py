@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from mllm.errors import ConfigError
 from mllm.models.image_generation.grammar import head_tokens, make_span, resolve_head
 from mllm.models.image_generation.heads import build_head, check_weights, head_config
 from mllm.processing.visual_span import VisualSpan
-from mllm.visual_tokenizers.base import CONFIG_FILE, VisualTokenizer, build_tokenizer, tokenizer_config
+from mllm.visual_tokenizers.base import CONFIG_FILE, VisualTokenizer, build_tokenizer, stored_config, tokenizer_config
 
 
 def tokenizer_settings(value: Mapping[str, Any] | None, encoders: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -45,7 +44,7 @@ def tokenizer_settings(value: Mapping[str, Any] | None, encoders: Mapping[str, A
                 f"{where}.weights: {value.get('weights')} holds no saved visual tokenizer (no {CONFIG_FILE}); train one with "
                 "`mllm tokenizer train`, or write its config out beside weights"
             )
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = stored_config(file.parent)
     return to_plain(tokenizer_config(data, where=where))
 
 

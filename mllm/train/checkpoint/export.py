@@ -14,6 +14,7 @@ import yaml
 from mllm import distributed
 from mllm.config import to_plain
 from mllm.errors import CheckpointError
+from mllm.plugins import copy_files
 from mllm.recipe import Recipe, StageSpec
 from mllm.train import lora
 from mllm.train.checkpoint.files import sync_directory, sync_file
@@ -25,7 +26,7 @@ DONE = "stage.json"
 def save_stage(
     engine: Engine, processor: Any, recipe: Recipe, stage: StageSpec, folder: Path, record: dict[str, Any]
 ) -> None:
-    """Write model (adapters merged), processor, ``recipe.yaml`` and ``run.json`` to ``folder``: whole or not at all.
+    """Write model (adapters merged), processor, ``recipe.yaml`` with its plug-ins, and ``run.json`` to ``folder``: whole or not at all.
 
     All processes must call it; the engine is closed. Raises `CheckpointError` everywhere when the disk is full.
     """
@@ -46,6 +47,7 @@ def save_stage(
             (temporary / "recipe.yaml").write_text(
                 yaml.safe_dump(to_plain(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8"
             )
+            copy_files(recipe.plugins, temporary)
             (temporary / "run.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
             sizes = {p.name: p.stat().st_size for p in sorted(temporary.iterdir()) if p.is_file()}
             (temporary / DONE).write_text(json.dumps({"stage": stage.name, "files": sizes}, indent=1), encoding="utf-8")

@@ -1,0 +1,110 @@
+"""Does a metric keep the contract? Each check raises AssertionError with a sentence on what broke."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mllm.errors import MllmError
+from mllm.eval.metrics import METRICS, Metric, Score, Scored, build_metric
+
+_REPLIES = (
+    "", " ", "\n", "A", "(B)", "yes", "No.", "The answer is 12 %", "[0.1, 0.2, 0.3, 0.4]", "$5 and -3.2e9", "ünïcödé 漢字 🙂",
+    "\x00", "\ud800", "A" * 2000, "1 " * 2000, "|a|b|\n|1|2|",
+)  # fmt: skip
+_TARGETS: tuple[Any, ...] = (
+    "yes", ["yes"] * 10, ["yes"], "A", 1, 1.0, [0.1, 0.2, 0.5, 0.6], [1.0, 2.0, 30.0, 40.0], "entry | x\n1 | 2", {"answer": "yes"},
+)  # fmt: skip
+_META: dict[str, Any] = {
+    "options": ["red", "blue"], "category": "all", "width": 64, "height": 48, "question": "Is it?", "question_type": "free_form",
+    "answer_type": "text", "type": "Factoid", "pair": "0", "group": "0",
+}  # fmt: skip
+
+Example = tuple[Any, Mapping[str, Any]]
+
+
+def example_of(metric: Metric) -> Example:
+    """A (target, meta) that the metric can use: its own `Metric.example`, else the first of some usual ones."""
+    if metric.example is not None:
+        return metric.example
+    problems = []
+    for target in _TARGETS:
+        try:
+            metric.score("yes", target, _META)
+        except (MllmError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            problems.append(f"{target!r}: {type(error).__name__}: {error}")
+            continue
+        return target, _META
+    raise AssertionError(
+        "no usual target can be scored; give the class an attribute example = (target, meta) that its rule takes "
+        f"({problems[0]}; {len(problems) - 1} others)"
+    )
+
+
+def check_words(metric: Metric | type[Metric], example: Example | None = None) -> None:
+    """It says its name, its version and whose rule it is."""
+    for attribute in ("name", "version", "protocol"):
+        value = getattr(metric, attribute)
+        assert isinstance(value, str) and value.strip(), (
+            f"{attribute} is {value!r}; a score without it cannot be compared"
+        )
+
+
+def check_odd_replies(metric: Metric, example: Example) -> None:
+    """Whatever a model says gets a `Score`: a finite value, or None where nothing could be read; the same every time."""
+    for reply in _REPLIES:
+        try:
+            one, two = (metric.score(reply, *example) for _ in range(2))
+        except Exception as error:
+            raise AssertionError(f"the reply {reply[:40]!r} raises {type(error).__name__}: {error}") from error
+        assert isinstance(one, Score), f"score gives {type(one).__name__}, expected a Score"
+        assert one == two, f"the reply {reply[:40]!r} is scored {one.value}, then {two.value}"
+        if one.value is None:
+            continue
+        assert math.isfinite(one.value), f"the reply {reply[:40]!r} is scored {one.value}; what cannot be read is None"
+        assert not metric.binary or one.value in (0, 1), (
+            f"binary is set, but the reply {reply[:40]!r} is scored {one.value}"
+        )
+
+
+def check_aggregate(metric: Metric, example: Example) -> None:
+    """The headline is there with and without samples; unread replies are no error."""
+    target, meta = example
+    items = [Scored(str(k), metric.score(reply, target, meta), target, meta) for k, reply in enumerate(_REPLIES)]
+    for chosen in (items, items[:1], [Scored("0", Score(None), target, meta)]):
+        totals = metric.aggregate(chosen)
+        assert "score" in totals and all(isinstance(v, int | float) for v in totals.values()), (
+            f"aggregate gives {totals}"
+        )
+        assert math.isfinite(totals["score"]), f"the headline of {len(chosen)} samples is {totals['score']}"
+    assert math.isnan(metric.aggregate([])["score"]), "without samples the headline is not NaN"
+    forth, back = metric.aggregate(items)["score"], metric.aggregate(items[::-1])["score"]
+    assert math.isclose(forth, back, rel_tol=1e-9, abs_tol=1e-9), (
+        f"the order of samples changes the headline: {forth}, {back}"
+    )
+
+
+CHECKS: tuple[Callable[[Metric, Example], None], ...] = (
+    check_words,
+    check_odd_replies,
+    check_aggregate,
+)
+
+
+def check_metric(name: str) -> list[str]:
+    """Run every check on the metric registered under ``name`` (of a metric of pictures, its words alone); returns the checks'
+    names. Raises `AssertionError` naming the check and what broke, or `UnknownName`."""
+    cls = METRICS.get(name)
+    assert isinstance(cls, type) and issubclass(cls, Metric), f"{cls} is no subclass of mllm.eval.metrics.Metric"
+    if not cls.reads_text:
+        check_words(cls)
+        return [check_words.__name__]
+    metric = build_metric(name)
+    example = example_of(metric)
+    for check in CHECKS:
+        try:
+            check(metric, example)
+        except AssertionError as error:
+            raise AssertionError(f"{check.__name__}: {error}") from error
+    return [check.__name__ for check in CHECKS]
