@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,10 +15,12 @@ import torch
 from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mllm import progress
+from mllm.damage import naming_damage
 from mllm.errors import CheckpointError, ConfigError, UnavailableError
 from mllm.models.configuration_mllm import MllmConfig, language_model_config
 from mllm.models.image_generation.build import add_head_tokens, head_settings_of, tokenizer_settings, visual_span
 from mllm.models.modeling_mllm import MllmForConditionalGeneration, language_model_left_out
+from mllm.models.text_source import begins_every_text, dense_options, opened_by
 from mllm.models.weight_files import refuse_gaps, some_names
 from mllm.processing.image_processor import MllmImageProcessor
 from mllm.processing.processor import MllmProcessor
@@ -25,6 +28,7 @@ from mllm.processing.template import check_template, read_template
 from mllm.recipe import LanguageModelSpec, ModelSpec
 from mllm.visual_tokenizers.reader import load_tokenizer_weights
 
+_log = logging.getLogger(__name__)
 VOCABULARY_MULTIPLE = 64
 
 
@@ -82,7 +86,10 @@ def text_config(spec: LanguageModelSpec) -> Any:
     if spec.config is not None:
         return language_model_config(spec.config)
     try:
-        config = AutoConfig.from_pretrained(spec.source, revision=spec.revision)
+        assert spec.source is not None
+        with naming_damage(spec.source):
+            place, options = opened_by(spec.source, spec.revision)
+            config = AutoConfig.from_pretrained(place, **options)
     except OSError as error:
         raise UnavailableError(
             f"model.language_model.source: {spec.source!r} cannot be read ({_first_line(error)}). Give a local path, or connect to "
@@ -105,6 +112,7 @@ def build_processor(spec: ModelSpec, config: MllmConfig, tokenizer: Any) -> Mllm
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     check_template(tokenizer, template)
+    _tell_a_missing_start(spec.language_model, tokenizer, template)
     images = MllmImageProcessor(
         encoders={name: info.image for name, info in config.encoder_infos().items()},
         layout=config.layout(),
@@ -114,6 +122,21 @@ def build_processor(spec: ModelSpec, config: MllmConfig, tokenizer: Any) -> Mllm
     return MllmProcessor(
         images, tokenizer, chat_template=template, image_token=spec.image_token, visual_span=visual_span(config)
     )
+
+
+def _tell_a_missing_start(spec: LanguageModelSpec, tokenizer: Any, template: str) -> None:
+    """Warn when the language model expects its BOS token before every text and the template does not write it."""
+    source = spec.source or spec.tokenizer
+    if source is None or not begins_every_text(source, tokenizer):
+        return
+    said = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template=template, tokenize=False)
+    if not said.startswith(tokenizer.bos_token):
+        _log.warning(
+            "model.chat_template: %s was trained with %s before every text, and this template does not write it; begin the template "
+            "with {{ bos_token }}, unless you train the language model long enough to do without",
+            source,
+            tokenizer.bos_token,
+        )
 
 
 def add_image_token(tokenizer: Any, token: str) -> None:
@@ -130,7 +153,9 @@ def load_tokenizer(spec: LanguageModelSpec) -> Any:
             "model.language_model.tokenizer: a model from scratch needs a tokenizer (hub id or local path)"
         )
     try:
-        return AutoTokenizer.from_pretrained(source, revision=spec.revision if spec.tokenizer is None else None)
+        with naming_damage(source):
+            place, options = opened_by(source, spec.revision if spec.tokenizer is None else None)
+            return AutoTokenizer.from_pretrained(place, **options)
     except (OSError, ValueError) as error:
         raise UnavailableError(
             f"model.language_model.tokenizer: {source!r} cannot be read ({_first_line(error)}). Give a local path"
@@ -202,14 +227,17 @@ def read_language_model(
     assert spec.source is not None
     with progress.phase(f"reading weights of {spec.source}") as reading:
         try:
-            source, info = AutoModelForCausalLM.from_pretrained(
-                spec.source,
-                revision=spec.revision,
-                config=model.config.text_config,
-                dtype=dtype,
-                output_loading_info=True,
-                **placed_on(device),
-            )
+            with naming_damage(spec.source):
+                place, options = opened_by(spec.source, spec.revision)
+                source, info = AutoModelForCausalLM.from_pretrained(
+                    place,
+                    **options,
+                    **dense_options(spec.source),
+                    config=model.config.text_config,
+                    dtype=dtype,
+                    output_loading_info=True,
+                    **placed_on(device),
+                )
         except OSError as error:
             raise UnavailableError(
                 f"model.language_model.source: weights of {spec.source!r} cannot be read ({_first_line(error)})"

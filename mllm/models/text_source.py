@@ -1,0 +1,68 @@
+"""Where does a language model come from: a hub id, a folder, or one GGUF file?"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from mllm.damage import damage_of
+from mllm.errors import CheckpointError, UnavailableError
+from mllm.install import install_hint
+
+SUFFIX = ".gguf"
+
+
+def is_gguf(source: str | None) -> bool:
+    """Whether a recipe's ``source`` names a GGUF file."""
+    return source is not None and source.lower().endswith(SUFFIX)
+
+
+def opened_by(source: str, revision: str | None = None) -> tuple[str, dict[str, Any]]:
+    """(name, options) that ``from_pretrained`` of transformers' Auto classes takes for a recipe's source.
+
+    source: a hub id or folder; or a GGUF file, on disk or as ``owner/name/file.gguf`` on the hub. Raises `UnavailableError`
+    without the gguf package or the file, `CheckpointError` for a damaged one.
+    """
+    if not is_gguf(source):
+        return source, {"revision": revision}
+    if importlib.util.find_spec("gguf") is None:
+        raise UnavailableError(f"{source}: reading GGUF needs the gguf package: {install_hint('gguf')}")
+    path = Path(source).expanduser()
+    if path.is_file():
+        if problem := damage_of(path):
+            raise CheckpointError(problem)
+        return str(path.parent), {"gguf_file": path.name}
+    owner, _, rest = source.partition("/")
+    name, _, file = rest.partition("/")
+    if not file or owner in ("", ".", "..", "~"):
+        raise UnavailableError(
+            f"{source}: no such GGUF file; give its path, or owner/name/file.gguf of a hub repository"
+        )
+    return f"{owner}/{name}", {"gguf_file": file, "revision": revision}
+
+
+def dense_options(source: str) -> dict[str, Any]:
+    """What makes the weights of a GGUF file plain tensors, which train and are saved as such; nothing for other sources."""
+    if not is_gguf(source):
+        return {}
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # before transformers kept GGUF weights packed they always became plain
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def begins_every_text(source: str, tokenizer: Any) -> bool:
+    """Whether the model was trained with its BOS token before every text: what the tokenizer does by itself, or what a GGUF file
+    says, whose tokenizer transformers builds without it (Gemma's answers are noise then)."""
+    if tokenizer.bos_token_id is None:
+        return False
+    if is_gguf(source) and Path(source).expanduser().is_file():
+        from gguf import GGUFReader
+
+        fields = GGUFReader(Path(source).expanduser()).fields
+        added = fields.get("tokenizer.ggml.add_bos_token")
+        model = fields.get("tokenizer.ggml.model")
+        return bool(added.contents()) if added is not None else model is not None and model.contents() == "llama"
+    return list(tokenizer("a").input_ids[:1]) == [tokenizer.bos_token_id]
