@@ -29,11 +29,19 @@ def export(
     target: Annotated[Path, typer.Argument(help="Folder to write.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = "auto",
     shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
+    remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--remote-code",
+            help="Put the code beside the weights: opens with trust_remote_code=True where this toolkit is not installed.",
+        ),
+    ] = False,
 ) -> None:
     """Write one self-contained checkpoint: adapters merged, dtype chosen, sharded."""
     from mllm.models.export import export as export_checkpoint
 
-    typer.echo(f"written: {export_checkpoint(checkpoint, target, dtype=dtype, shard_size=shard_size)}")
+    made = export_checkpoint(checkpoint, target, dtype=dtype, shard_size=shard_size, remote_code=remote_code)
+    typer.echo(f"written: {made}")
 
 
 def add_to(app: typer.Typer) -> None:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from mllm.damage import naming_damage, read_json
 from mllm.errors import ConfigError
 
 
-def export(checkpoint: str | Path, target: str | Path, *, dtype: str = "auto", shard_size: str = "5GB") -> Path:
-    """One self-contained checkpoint: PEFT adapters merged, dtype chosen, sharded safetensors."""
+def export(
+    checkpoint: str | Path,
+    target: str | Path,
+    *,
+    dtype: str = "auto",
+    shard_size: str = "5GB",
+    remote_code: bool = False,
+) -> Path:
+    """One self-contained checkpoint: PEFT adapters merged, dtype chosen, sharded safetensors. remote_code: it also opens without
+    this toolkit (`mllm.models.remote_code`)."""
     from transformers import AutoProcessor
 
     from mllm.models.modeling_mllm import MllmForConditionalGeneration
@@ -18,8 +26,9 @@ def export(checkpoint: str | Path, target: str | Path, *, dtype: str = "auto", s
     if (target / "config.json").exists():
         raise ConfigError(f"{target} already holds a checkpoint; choose another folder")
     adapter = checkpoint / "adapter_config.json"
-    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else checkpoint
-    model = MllmForConditionalGeneration.from_pretrained(base, dtype=dtype)
+    base = read_json(adapter)["base_model_name_or_path"] if adapter.is_file() else checkpoint
+    with naming_damage(base):
+        model = MllmForConditionalGeneration.from_pretrained(base, dtype=dtype)
     if adapter.is_file():
         from peft import PeftModel
 
@@ -31,4 +40,8 @@ def export(checkpoint: str | Path, target: str | Path, *, dtype: str = "auto", s
         else base
     )
     AutoProcessor.from_pretrained(source).save_pretrained(target)
+    if remote_code:
+        from mllm.models.remote_code import write_remote_code
+
+        write_remote_code(target)
     return target
