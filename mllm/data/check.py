@@ -262,9 +262,10 @@ def _check_row(source: Source, processor: Any, max_length: int | None, row: int)
     for position, image in enumerate(sample.images):
         here = f"{where}, image {position}"
         try:
-            if read_codes(image, where=here) is None:
-                load_image(image, where=here)
-            digest.update(image_hash(image, where=here).encode())
+            with blamed_on(here):
+                if read_codes(image, where=here) is None:
+                    load_image(image, where=here)
+                digest.update(image_hash(image, where=here).encode())
         except DataError as error:
             kind = "missing image" if isinstance(error, MissingFile) else "corrupt image"
             found = bad(kind, str(error), sample.id, image=position, content=content_of(image))

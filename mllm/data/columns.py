@@ -13,7 +13,7 @@ from typing import Any
 from mllm.data.blind import refuse_blind, refuse_other_media
 from mllm.data.cells import as_list, conversation_cell, plain_cell
 from mllm.data.conversations import PLACEHOLDER, message_turns, plain_text
-from mllm.data.files import matching_files
+from mllm.data.files import file_hash, matching_files
 from mllm.data.sources import Source, resolve_image
 from mllm.data.spec import ColumnMap, DatasetSpec, expand_path
 from mllm.errors import AlignmentError, ConfigError, DataError, UnavailableError, did_you_mean
@@ -37,6 +37,7 @@ class ColumnsSource(Source):
         self.columns: ColumnMap = spec.columns
         self.root: Path | None = None
         self._path: Path | None = None
+        self._files: list[Path] = []
         self._table = self._load()
         self.known = self._check_columns()
         self._table = self._undecoded(self._table)
@@ -55,6 +56,8 @@ class ColumnsSource(Source):
     def fingerprint(self) -> str:
         if self.spec.streaming:
             return f"{self.spec.hub or self.spec.path}@{self.spec.revision}:{self.spec.subset}:{self.spec.split}"
+        if self._files:  # what they hold: `datasets` goes by path and time, so that a copy would be another table
+            return file_hash(self._files)
         return str(getattr(self._table, "_fingerprint", ""))
 
     def quarantine_path(self) -> Path:
@@ -165,7 +168,7 @@ class ColumnsSource(Source):
                     )
                 table = table[spec.split]
             return table.to_iterable_dataset() if spec.streaming else table
-        files = matching_files(path, tuple(_READERS), where=where)
+        files = self._files = matching_files(path, tuple(_READERS), where=where)
         suffixes = {file.suffix for file in files}
         if len(suffixes) > 1 or not suffixes <= set(_READERS):
             raise ConfigError(

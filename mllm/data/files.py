@@ -17,6 +17,8 @@ import numpy as np
 from mllm.errors import DataError
 
 _CHUNK = 1 << 24
+_BESIDE = (".quarantine.jsonl", ".routing.jsonl")
+"""How files of ours are called that lie beside data and are none."""
 
 
 class JsonRows(Sequence):
@@ -60,8 +62,7 @@ class JsonRows(Sequence):
     @cached_property
     def sha256(self) -> str:
         """Hash of the whole file."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_hash([self.path])
 
     def _index_lines(self) -> tuple[np.ndarray, np.ndarray]:
         breaks: list[np.ndarray] = []
@@ -157,8 +158,16 @@ class Files(Sequence):
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the one file, or of the files' hashes."""
-        hashes = [file.sha256 for file in self.files]
-        return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+        return file_hash([file.path for file in self.files])
+
+
+def file_hash(paths: Sequence[Path]) -> str:
+    """sha256 of the one file, or of the files' hashes in their order."""
+    hashes = []
+    for path in paths:
+        with path.open("rb") as file:
+            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def matching_files(path: Path, suffixes: Sequence[str], *, where: str) -> list[Path]:
@@ -166,10 +175,10 @@ def matching_files(path: Path, suffixes: Sequence[str], *, where: str) -> list[P
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix in suffixes and not p.name.endswith(".quarantine.jsonl"))
+        found = sorted(p for p in path.iterdir() if p.suffix in suffixes and not p.name.endswith(_BESIDE))
         expected = f"a file ending in {', '.join(suffixes)} inside it"
     elif any(sign in path.name for sign in "*?["):
-        found = sorted(p for p in path.parent.glob(path.name) if not p.name.endswith(".quarantine.jsonl"))
+        found = sorted(p for p in path.parent.glob(path.name) if not p.name.endswith(_BESIDE))
         expected = "a match"
     else:
         raise DataError(f"{where}: no such file or folder: {path}")

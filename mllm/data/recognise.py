@@ -140,9 +140,22 @@ def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     if found:
         yield from found
         return
+    if head.lstrip().startswith("{") and len(head) < _HEAD:
+        _refuse_one_object(path, head)
     rows = JsonRows(path)
     for number in range(min(len(rows), _LOOKED_AT)):
         yield rows[number]
+
+
+def _refuse_one_object(path: Path, text: str) -> None:
+    """Raises `DataError` for a file that wraps its rows in an object."""
+    try:
+        whole = json.loads(text)
+    except ValueError:
+        return
+    lists = [key for key, value in whole.items() if isinstance(value, list)]
+    hint = f"; write the list under {lists[0]!r} to a file of its own" if lists else ""
+    raise DataError(f"{path} holds one object, and a list of rows, or a row a line, is expected{hint}")
 
 
 def _list_items(text: str) -> Iterator[Mapping[str, Any]]:

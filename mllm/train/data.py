@@ -129,16 +129,23 @@ class StageData:
         ):
             bad: list[Dropped] = []
 
-            def on_bad(row: int, reason: str, name: str = source.name, known: Any = left_out, found: Any = bad) -> None:
-                if row not in known:
+            def on_bad(
+                row: int,
+                reason: str,
+                name: str = source.name,
+                known: Any = left_out,
+                found: Any = bad,
+                last: int = rows,
+            ) -> None:
+                if row not in known and row < last:
                     found.append(Dropped(name, row, str(row), reason, "cannot be measured"))
 
             if distributed.is_main():  # the others read its cache
                 measure(source, count, key=key, cache=cache, on_bad=on_bad)
-            distributed.barrier()
+            bad = distributed.gather_objects(bad)[0]  # every process stops where one does
             tables.append(measure(source, count, key=key, cache=cache))
             if self.stage.packing:
-                self.drops(bad)
+                self.drops(bad if distributed.is_main() else [])
                 BadShare(self.stage.max_bad_share).check(source.name, bad, rows)
         return tables
 

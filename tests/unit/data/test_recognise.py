@@ -102,6 +102,9 @@ def test_what_does_not_tell_says_what_to_write(folder, monkeypatch):
         recognise(folder / "mixed")
     with pytest.raises(DataError, match="no data set of that name loads from the hub"):
         Mixture("nobody-here/nothing")
+    (folder / "wrapped.json").write_text(json.dumps({"info": 1, "data": [{"messages": TURNS}]}, indent=1))
+    with pytest.raises(DataError, match=r"holds one object, and a list of rows.*under 'data' to a file of its own"):
+        recognise(folder / "wrapped.json")
     (folder / "e.json").write_text("[]")
     with pytest.raises(DataError, match="holds no rows"):
         recognise(folder / "e.json")

@@ -79,7 +79,7 @@ def test_a_broken_line_is_reported_only_when_read(tmp_path):
 
 
 def test_folders_and_globs_mean_their_files_without_quarantine_lists(tmp_path):
-    for name in ("b.jsonl", "a.jsonl", "a.jsonl.quarantine.jsonl", "c.txt"):
+    for name in ("b.jsonl", "a.jsonl", "a.jsonl.quarantine.jsonl", "a.jsonl.routing.jsonl", "c.txt"):
         write_jsonl(tmp_path / name, [{"a": 1}])
     assert [p.name for p in matching_files(tmp_path, (".jsonl",), where="d")] == ["a.jsonl", "b.jsonl"]
     assert [p.name for p in matching_files(tmp_path / "*.jsonl", (".jsonl",), where="d")] == ["a.jsonl", "b.jsonl"]
@@ -312,6 +312,18 @@ def test_a_wrong_column_is_named_with_the_right_ones(parquet):
         open_source(
             DatasetSpec(name="t", format="columns", path=str(parquet), columns={**COLUMNS, "question": "querry"})
         )
+
+
+def test_a_tables_fingerprint_is_its_content_wherever_it_lies(tmp_path, parquet):
+    def fingerprint(path):
+        return open_source(DatasetSpec(name="t", format="columns", path=str(path), columns=COLUMNS)).fingerprint
+
+    copy = tmp_path / "other name.parquet"
+    copy.write_bytes(parquet.read_bytes())
+    assert fingerprint(copy) == fingerprint(parquet)
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_parquet(str(parquet)).select(range(9)).to_parquet(str(copy))
+    assert fingerprint(copy) != fingerprint(parquet)
 
 
 def test_saved_datasets_and_csv_are_read(tmp_path, parquet):
