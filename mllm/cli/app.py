@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from mllm.cli import arguments
+
 
 def page(
     context: typer.Context,
@@ -23,6 +25,8 @@ def page(
 
     [dim]mllm app runs/demo/final -- --eager[/]
     """
+    if server is None and checkpoint is not None:
+        arguments.checkpoint(checkpoint)
     from mllm.serve.app import run_page
 
     run_page(checkpoint, server=server, host=host, port=port, serve_options=list(context.args))

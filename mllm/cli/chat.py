@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mllm.cli import arguments
+
 
 def chat(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder (or hub id).")],
@@ -26,6 +28,11 @@ def chat(
 ) -> None:
     """Ask about pictures. Inside: [bold]/image PATH[/] (or a pasted path or address) adds a picture to the next question,
     [bold]/reset[/] starts anew, [bold]/quit[/] ends."""
+    arguments.checkpoint(checkpoint)
+    arguments.dtype(dtype)
+    arguments.pictures(image)
+    arguments.at_least(max_new_tokens, 1, "--max-new-tokens")
+    arguments.at_least(temperature, 0, "--temperature")
     from mllm.models.chat import ChatSession
 
     session = ChatSession.load(checkpoint, dtype=dtype)

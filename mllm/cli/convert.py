@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mllm.cli import arguments
+
 
 def convert(
     source: Annotated[
@@ -19,6 +21,10 @@ def convert(
     ] = None,
 ) -> None:
     """Turn a known checkpoint into ours."""
+    if not Path(source).is_dir():
+        arguments.checkpoint(source)
+    arguments.new_folder(target)
+    arguments.dtype(dtype)
     from mllm.models.foreign.convert import convert as convert_checkpoint
 
     typer.echo(f"written: {convert_checkpoint(source, target, dtype=dtype, language_model=language_model)}")
@@ -38,6 +44,10 @@ def export(
     ] = False,
 ) -> None:
     """Write one self-contained checkpoint: adapters merged, dtype chosen, sharded."""
+    arguments.checkpoint(checkpoint)
+    arguments.new_folder(target)
+    arguments.dtype(dtype)
+    arguments.shard_size(shard_size)
     from mllm.models.export import export as export_checkpoint
 
     made = export_checkpoint(checkpoint, target, dtype=dtype, shard_size=shard_size, remote_code=remote_code)

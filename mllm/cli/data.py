@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mllm.cli import arguments
+
 data = typer.Typer(help="Look at training data: what is broken, how long samples are.", no_args_is_help=True)
 
 
@@ -33,6 +35,11 @@ def check(
 
     Nothing is written unless you ask for it: --write-quarantine makes the list of bad rows that training leaves out, each for
     as long as the files it was judged by stay as they are."""
+    arguments.training_data(source)
+    if checkpoint is not None and not Path(checkpoint).is_dir():  # a folder may hold a tokenizer alone
+        arguments.checkpoint(checkpoint)
+    arguments.at_least(processes, 1, "--processes")
+    arguments.at_least(limit, 1, "--limit")
     from mllm.data.check import check_source
 
     report = check_source(

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mllm.cli import arguments
+
 NEXT = """next:
   mllm chat {run}/final --image {image}
   mllm eval run {run}/final --tasks demo_charts --blind
@@ -32,8 +34,13 @@ def demo(
     started = time.perf_counter()
     from rich.console import Console
 
-    from mllm.demo.charts_and_digits import prepare_demo, train_tokenizer
     from mllm.recipe import load_recipe
+
+    changes = [f"output={output}", f"model.language_model.tokenizer={output / 'tokenizer'}", *(overrides or [])]
+    recipe = load_recipe("demo", changes)
+    for value, option in ((charts, "--charts"), (processes, "--processes"), (limit, "--limit")):
+        arguments.at_least(value, 1, option)
+    from mllm.demo.charts_and_digits import prepare_demo, train_tokenizer
     from mllm.train.run import run_recipe
 
     console = Console()
@@ -42,10 +49,6 @@ def demo(
     train_tokenizer(output / "data", output / "tokenizer")
 
     console.rule("2  training: two stages, two encoders, a language model from scratch")
-    recipe = load_recipe(
-        "demo",
-        [f"output={output}", f"model.language_model.tokenizer={output / 'tokenizer'}", *(overrides or [])],
-    )
     final = run_recipe(recipe, processes=processes, resume=resume)
 
     console.rule("3  evaluation on held-out charts and digits, with and without the picture")

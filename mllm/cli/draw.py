@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from mllm.cli import arguments
+from mllm.errors import ConfigError
+
 
 def draw(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder (or hub id) whose model has a visual head.")],
@@ -26,6 +29,11 @@ def draw(
 
     [dim]mllm draw runs/unified_demo/model/final "Draw a 7." --cfg-scale 2[/]
     """
+    arguments.checkpoint(checkpoint)
+    arguments.dtype(dtype)
+    arguments.pictures(image)
+    if output.is_file():
+        raise ConfigError(f"--output {output} is a file; expected a folder")
     import torch
     from transformers import AutoProcessor
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mllm.cli import evaluate_studies
+from mllm.cli import arguments, evaluate_studies
 from mllm.cli.evaluate_studies import Data, folders, listed
 
 
@@ -83,6 +83,16 @@ def run(
     [dim]mllm eval run CKPT --tasks charts --data chartqa=/data/ChartQA --processes 8 --dtype bfloat16[/]
     """
     from mllm.errors import ConfigError
+
+    arguments.one_of(generator, ("hf", "vllm", "openai"), "--generator")
+    if generator != "openai":
+        arguments.checkpoint(checkpoint)
+    elif not base_url:
+        raise ConfigError("--generator openai: where is the server? --base-url http://localhost:8000/v1")
+    arguments.dtype(dtype, auto=False)
+    arguments.device(device)
+    for value, option in ((limit, "--limit"), (batch_size, "--batch-size"), (processes, "--processes")):
+        arguments.at_least(value, 1, option)
     from mllm.eval.run import run_eval
 
     if blind_as not in ("gray", "none"):

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mllm.cli import arguments
+
 Data = Annotated[list[str] | None, typer.Option("--data", help="Where a task's files are: task=/folder (repeatable).")]
 
 
@@ -77,6 +79,10 @@ def ablate(
 
     [dim]mllm eval ablate runs/demo/final --tasks demo_charts --limit 100[/]
     """
+    arguments.checkpoint(checkpoint)
+    arguments.dtype(dtype, auto=False)
+    arguments.device(device)
+    arguments.tasks(listed(tasks) or [])
     from mllm.eval.studies.ablation_report import run_ablation
 
     folder = output or Path(checkpoint).parent / "eval"
@@ -122,6 +128,7 @@ def stress(
 
     [dim]mllm eval stress scienceqa mmmu --data scienceqa=/data/ScienceQA --scores runs/my/eval[/]
     """
+    arguments.tasks(tasks)
     from mllm.eval.studies.stress_report import run_stress
 
     folder = output or scores or Path("runs/stress")
@@ -166,6 +173,11 @@ def contamination(
 
     [dim]mllm eval contamination --train runs/demo/final --tasks demo_charts --scores runs/demo/eval[/]
     """
+    for place in train:
+        if Path(place).expanduser().is_dir():
+            continue
+        arguments.training_data(place)
+    arguments.tasks(listed(tasks) or [])
     from mllm.eval.studies.contamination_report import run_contamination
 
     folder = output or scores or Path("runs/contamination")

@@ -27,11 +27,15 @@ def inspect(
 
     [dim]mllm inspect demo --n 4 --stage sft[/]
     """
+    from mllm.errors import ConfigError
     from mllm.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    if stage is not None and stage not in (names := [known.name for known in loaded.stages]):
+        raise ConfigError(f"--stage {stage}: {loaded.name} has the stages {', '.join(names)}")
     from mllm.train.preflight.inspection import inspect_recipe
     from mllm.train.preflight.inspection_page import write_page
 
-    loaded = load_recipe(recipe, overrides)
     seen = inspect_recipe(loaded, num_samples=n, stage=stage)
     path = write_page(seen, output or loaded.output_dir / "inspect.html", title=f"What {loaded.name} sees")
     for part in seen:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from mllm.cli import arguments
+
 
 def parity(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder, or a PEFT adapter trained on one.")],
@@ -35,6 +37,13 @@ def parity(
 
     Exits with 1 when anything differs from [bold]generate[/]. Log probabilities differ by rounding: in float32 by less than 1e-4.
     """
+    arguments.checkpoint(checkpoint)
+    arguments.dtype(dtype, auto=False)
+    arguments.device(device)
+    arguments.one_of(backend, ("auto", "native", "transformers"), "--backend")
+    arguments.pictures(image)
+    arguments.at_least(cases, 1, "--cases")
+    arguments.at_least(tokens, 1, "--tokens")
     from rich.console import Console
     from rich.table import Table
 

@@ -36,12 +36,14 @@ def plan(
 
     from mllm.errors import ConfigError
     from mllm.recipe import load_recipe
-    from mllm.train.preflight.plan import plan_recipe
-    from mllm.train.preflight.plan_report import plan_tables, too_large
 
     if processes < 1 or peak <= 0 or not 0 < mfu <= 1:
         raise ConfigError("--processes is at least 1, --peak is positive, and --mfu is a share between 0 and 1")
-    planned = plan_recipe(load_recipe(recipe, overrides), processes=processes, with_data=data)
+    loaded = load_recipe(recipe, overrides)
+    from mllm.train.preflight.plan import plan_recipe
+    from mllm.train.preflight.plan_report import plan_tables, too_large
+
+    planned = plan_recipe(loaded, processes=processes, with_data=data)
     problems = too_large(planned, memory)
     console = Console()
     for item in plan_tables(planned, peak_flops=peak * 1e12, mfu=mfu, processes=processes):

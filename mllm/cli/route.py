@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mllm.cli import arguments
+
 route = typer.Typer(help="Routed vision experts: labels to train on, reports on what is chosen.", no_args_is_help=True)
 
 _CHECKPOINT = Annotated[str, typer.Argument(help="A checkpoint folder, or a recipe whose run is finished.")]
@@ -37,6 +39,7 @@ def label(
     A recipe's stage of [bold]kind: routing[/] with [bold]options: {labels: data}[/] trains the router on the result.
     [dim]mllm route label runs/routed_demo/final runs/routed_demo/data/train.jsonl[/]
     """
+    _checked(checkpoint, data, dtype, device)
     from mllm.errors import ConfigError
     from mllm.train.stages.routing.labels import LabelFile, LabelRule, labels_path
     from mllm.train.stages.routing.losses import label_source
@@ -95,6 +98,10 @@ def report(
 
     [dim]mllm route report runs/routed_demo/final runs/routed_demo/data/test.jsonl --tasks routed_demo[/]
     """
+    _checked(checkpoint, data, dtype, device)
+    if baseline is not None:
+        arguments.checkpoint(baseline)
+    arguments.tasks(task.strip() for task in (tasks or "").split(",") if task.strip())
     import json
 
     from rich.console import Console
@@ -130,6 +137,13 @@ def report(
     path = folder / "report.json"
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
     console.print(f"{path}", highlight=False, soft_wrap=True)
+
+
+def _checked(checkpoint: str, data: str, dtype: str, device: str | None) -> None:
+    arguments.checkpoint(_folder(checkpoint))
+    arguments.training_data(data)
+    arguments.dtype(dtype, auto=False)
+    arguments.device(device)
 
 
 def _folder(checkpoint: str) -> str:

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mllm.errors import ConfigError
+
 runs = typer.Typer(help="Finished and interrupted runs: list them, compare two.", no_args_is_help=True)
 
 
@@ -23,6 +25,8 @@ def list_runs(
     from mllm.train.observe.run_info import FILE
     from mllm.train.observe.tracking import read_metrics
 
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder")
     table = Table("run", "started", "commit", "stages", "steps", "last loss", "finished", box=None, pad_edge=False)
     for path in sorted(folder.glob(f"*/{FILE}")):
         info = json.loads(path.read_text(encoding="utf-8"))

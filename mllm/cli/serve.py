@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from mllm.cli import arguments
+from mllm.errors import ConfigError
 
 
 def serve(
@@ -48,6 +52,13 @@ def serve(
     [dim]mllm serve CKPT -- --quantization fp8[/] · the encoders in CUDA graphs of their own:
     [dim]-- --compilation-config '{"cudagraph_mm_encoder": true}'[/]
     """
+    arguments.checkpoint(checkpoint)
+    arguments.dtype(dtype)
+    arguments.one_of(backend, ("auto", "native", "transformers"), "--backend")
+    for adapter in lora or []:
+        if not (place := adapter.partition("=")[2]):
+            raise ConfigError(f"--lora {adapter}: expected name=folder")
+        arguments.folder_of(Path(place), "a PEFT adapter", "adapter_config.json")
     from mllm.config import validate
     from mllm.serve.server import ServeSettings
     from mllm.serve.server import serve as start

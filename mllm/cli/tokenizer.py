@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mllm.cli import arguments
+
 _DEVICE = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda, cuda:1 … or mps.")]
 _BATCH_SIZE = Annotated[int, typer.Option(help="Images at a time.", min=1)]
 _DTYPE = Annotated[
@@ -44,6 +46,9 @@ def train(
 
     [dim]mllm tokenizer train tokenizer_demo_dual steps=200[/]
     """
+    from mllm.visual_tokenizers.recipe import read_tokenizer_recipe
+
+    read_tokenizer_recipe(recipe, overrides)
     from mllm.visual_tokenizers.train import train_tokenizer
 
     typer.echo(json.dumps(train_tokenizer(recipe, overrides, resume), indent=2))
@@ -95,6 +100,8 @@ def evaluate(
     [dim]mllm tokenizer eval CKPT --recipe NAME --zero-shot google/siglip2-so400m-patch16-256 --device cuda[/]
     """
     from mllm.errors import ConfigError
+
+    _checked(folder, recipe, device, dtype)
     from mllm.visual_tokenizers.evaluate import comparison_grid, evaluate_tokenizer, probe_tokenizer
     from mllm.visual_tokenizers.images import load_images, to_pixels
     from mllm.visual_tokenizers.recipe import load_tokenizer_recipe
@@ -126,6 +133,15 @@ def evaluate(
     comparison_grid(model, to_pixels(images.batch(range(min(8, len(images)))))).save(picture)
     result |= {"device": str(model.last_layer().device), "dtype": dtype, "grid": str(picture)}
     typer.echo(json.dumps(result, indent=2))
+
+
+def _checked(folder: Path, recipe: str, device: str, dtype: str) -> None:
+    from mllm.visual_tokenizers.recipe import read_tokenizer_recipe
+
+    arguments.folder_of(folder, "a saved visual tokenizer")
+    read_tokenizer_recipe(recipe)
+    arguments.device(device)
+    arguments.one_of(dtype, ("float32", "bfloat16"), "--dtype")
 
 
 def _open(folder: Path, device: str, dtype: str) -> Any:
@@ -305,6 +321,8 @@ def encode(
     dtype: _DTYPE = "float32",
 ) -> None:
     """Write the codes of a recipe's images to disk, in shards; resumable."""
+    _checked(folder, recipe, device, dtype)
+    arguments.one_of(split, ("train", "test"), "--split")
     from mllm.visual_tokenizers.images import load_images
     from mllm.visual_tokenizers.recipe import load_tokenizer_recipe
     from mllm.visual_tokenizers.running import watched

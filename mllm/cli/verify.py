@@ -31,11 +31,13 @@ def verify_resume(
     """
     from mllm.errors import ConfigError
     from mllm.recipe import load_recipe
-    from mllm.train.preflight.verify import verify_resume as verify
 
     if keep is not None and keep.exists() and any(keep.iterdir()):
         raise ConfigError(f"--keep {keep} is not empty; choose another folder")
-    report = verify(load_recipe(recipe, overrides), processes=processes, steps=steps, folder=keep, limit=limit)
+    loaded = load_recipe(recipe, overrides)
+    from mllm.train.preflight.verify import verify_resume as verify
+
+    report = verify(loaded, processes=processes, steps=steps, folder=keep, limit=limit)
     for line in report.differences[:40]:
         typer.echo(line)
     if len(report.differences) > 40:

@@ -11,7 +11,7 @@ from mllm import assets
 from mllm.config import StrictModel, apply_overrides, read_yaml, validate
 from mllm.errors import ConfigError
 from mllm.recipe import HardwareSpec, OptimizerSpec, ScheduleSpec
-from mllm.visual_tokenizers.networks.discriminator import DiscriminatorConfig
+from mllm.visual_tokenizers.networks.settings import DiscriminatorConfig
 
 PREFIX = "tokenizer_"
 """Recipes in ``recipes/`` whose file name starts with this are tokenizer recipes."""
@@ -176,6 +176,16 @@ class TokenizerRecipe(StrictModel):
         return Path(self.output or f"runs/{self.name}")
 
 
+def read_tokenizer_recipe(name: str | Path, overrides: list[str] | None = None) -> TokenizerRecipe:
+    """What a recipe file says, its tokenizer's own settings not looked at yet (they need its class, and so torch)."""
+    path = assets.find("recipes", str(name), kind="tokenizer recipe")
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys at the top level")
+    data.setdefault("name", path.stem)
+    return validate(TokenizerRecipe, apply_overrides(data, overrides or []), where=path.name)
+
+
 def load_tokenizer_recipe(name: str | Path, overrides: list[str] | None = None) -> TokenizerRecipe:
     """A tokenizer recipe by name or path, with ``key.sub=value`` overrides. Raises `ConfigError` with the path to
     the key."""
@@ -183,12 +193,7 @@ def load_tokenizer_recipe(name: str | Path, overrides: list[str] | None = None) 
     from mllm.recipe import seen_from_here
     from mllm.visual_tokenizers.base import tokenizer_config
 
-    path = assets.find("recipes", str(name), kind="tokenizer recipe")
-    data = read_yaml(path)
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys at the top level")
-    data.setdefault("name", path.stem)
-    recipe = validate(TokenizerRecipe, apply_overrides(data, overrides or []), where=path.name)
+    recipe, path = read_tokenizer_recipe(name, overrides), assets.find("recipes", str(name), kind="tokenizer recipe")
     recipe.plugins = [seen_from_here(module, path.parent) for module in recipe.plugins]
     load_plugins(recipe.plugins)
     tokenizer_config(recipe.tokenizer, where=f"{path.name}.tokenizer")

@@ -13,8 +13,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import mllm
 from mllm.config import to_plain
 from mllm.damage import read_json
@@ -69,6 +67,8 @@ def git_state(folder: Path | None = None, *, keep: Path | None = None) -> dict[s
 
 
 def package_versions() -> dict[str, str]:
+    import torch  # whoever only reads a run's file does without
+
     versions = {"python": platform.python_version(), "mllm": mllm.__version__}
     for name in PACKAGES:
         try:
@@ -79,6 +79,8 @@ def package_versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
+    import torch
+
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"platform": platform.platform(), "cpus": os.cpu_count(), "gpus": gpus, "cuda": torch.version.cuda}
 

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mllm.config import StrictModel
-
-
-class DiscriminatorConfig(StrictModel):
-    type: Literal["patch", "residual"] = "patch"
-    """patch: PatchGAN with batch norm (TokenFlow, VQGAN). residual: group-norm residual blocks (DualToken)."""
-    channels: int = Field(default=64, ge=1)
-    num_layers: int = Field(default=3, ge=1)
+from mllm.visual_tokenizers.networks.settings import DiscriminatorConfig
 
 
 class PatchDiscriminator(nn.Module):

@@ -10,6 +10,7 @@ from tests.unit.eval.test_runner import make_data, run
 
 def test_a_checkpoint_in_place_of_a_verb_is_evaluated_and_a_mistyped_verb_is_not(tmp_path):
     (tmp_path / "rescor").mkdir()
+    (tmp_path / "rescor" / "config.json").write_text("{}")
     runner = CliRunner()
     found = runner.invoke(evaluation, [str(tmp_path / "rescor"), "--tasks", "no_such_task"])
     assert "no_such_task" in f"{found.output}{found.exception}"

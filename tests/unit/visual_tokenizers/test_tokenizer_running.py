@@ -159,6 +159,9 @@ def test_the_commands_take_device_batch_size_and_type(tmp_path, inception, monke
     assert result["rfid"]["value"] > 0 and result["rfid"]["images"] == 3
     assert "biased: 3 images for 2048 features" in result["rfid"]["warning"]
     assert "not the weights" in result["rfid"]["warning"] and "rfid is biased" in done.stderr
-    for wrong, message in ((["--dtype", "int8"], "give float32 or bfloat16"), (["--templates", "x"], "goes with")):
+    for wrong, message in (
+        (["--dtype", "int8"], "expected one of float32, bfloat16"),
+        (["--templates", "x"], "goes with"),
+    ):
         done = CliRunner().invoke(app, ["tokenizer", "eval", *common, *wrong])
         assert done.exit_code != 0 and message in str(done.exception)
