@@ -32,7 +32,7 @@ from mllm.processing.images import image_hash, load_image
 from mllm.types import IMAGE_MARK, Sample
 
 KINDS = {
-    "unreadable": "rows that are not a conversation",
+    "unreadable": "rows that cannot be read as a conversation",
     "placeholders": "placeholders and images differ in number",
     "missing image": "image files that are not there",
     "corrupt image": "images that do not decode",
@@ -108,12 +108,18 @@ class CheckReport:
         )
         table = Table("found", "rows", "example", box=None, pad_edge=False)
         for kind, count in self.counts().items():
-            example = next((problem.reason for problem in self.problems if problem.kind == kind), "")
-            table.add_row(KINDS[kind], f"[red]{count}[/]" if count else "0", _short(example))
+            table.add_row(KINDS[kind], f"[red]{count}[/]" if count else "0", "below" if count else "")
         example = "row {} repeats row {}".format(*self.duplicates[0]) if self.duplicates else ""
         table.add_row("duplicates (reported only)", str(len(self.duplicates)), example)
         table.add_row("ids used again (reported only)", str(self.num_repeated_ids), "")
         console.print(table)
+        for (
+            kind,
+            count,
+        ) in self.counts().items():  # whole: what is wrong, with the row's keys and the cure, must be readable
+            if count:
+                example = next(problem.reason for problem in self.problems if problem.kind == kind)
+                console.print(f"{kind}: {example[:1000]}", markup=False, highlight=False, soft_wrap=True)
         if self.lengths is not None and (self.lengths > 0).any():
             console.print(_histogram(self.lengths[self.lengths > 0]))
         if self.quarantine is not None:
@@ -348,8 +354,3 @@ def _histogram(lengths: np.ndarray, bins: int = 12) -> str:
     for low, high, count in zip(edges[:-1], edges[1:], counts):
         lines.append(f"{low:>7}-{high - 1:<7} {'█' * round(40 * count / top)} {count}")
     return "\n".join(lines)
-
-
-def _short(text: str, width: int = 110) -> str:
-    """The two ends of a long text: the sample's name stands in front, the file's name and the reason behind."""
-    return text if len(text) <= width else f"{text[: width // 3]}…{text[-(width - width // 3 - 1) :]}"

@@ -160,5 +160,10 @@ def test_the_command_writes_only_when_asked_and_says_how_it_read_the_file(damage
     assert (
         "has no declaration; by its first rows it is read as format messages" in told and "nothing was written" in told
     )
+    misnamed = tmp_path / "misnamed.jsonl"
+    talk = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "It."}]
+    misnamed.write_text(json.dumps({"id": 1, "img_path": "0.png", "conversations": talk}) + "\n")
+    shown = " ".join(CliRunner().invoke(app, ["data", "check", str(misnamed)]).output.split())
+    assert "pictures are read from image or images, the row has the keys id, img_path, conversations" in shown
     found = CliRunner().invoke(app, ["data", "check", str(moved), "--image-root", str(tmp_path), "--write-quarantine"])
     assert found.exit_code == 1 and len(listed.read_text().splitlines()) == 1 + len(KINDS)

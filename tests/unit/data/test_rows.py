@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import json
 import shutil
@@ -150,6 +151,20 @@ def test_whatever_encoding_raises_is_the_samples(tmp_path, processor):  # noqa: 
     dropped = [item for batch in found for item in batch.dropped]
     assert [item.reason for item in dropped] == ["d, sample 'odd' (row 7): TypeError: TextInputSequence must be str"]
     assert sum(len(batch.ids) for batch in found) == 64 and log.kinds == {"d": {"cannot be encoded": 1}}
+
+
+def test_a_template_that_refuses_one_conversation_ends_no_run(tmp_path, processor):  # noqa: F811
+    two = [{"role": "user", "content": "And?"}, {**TURNS[0], "content": "<image>What?"}, TURNS[1]]
+    declared = spec(among_good(tmp_path, {"id": "twice", "images": ["a.png"], "messages": two}))
+    strict = copy.copy(processor)
+    strict.chat_template = (
+        "{%- for m in messages -%}{%- if loop.previtem is defined and loop.previtem.role == m.role -%}"
+        "{{ raise_exception('roles must alternate') }}{%- endif -%}{%- endfor -%}" + processor.chat_template
+    )
+    _, batches = stream(declared, strict)
+    dropped = [item for batch in batches for item in batch.dropped]
+    assert len(dropped) == 1 and "sample 'twice' (row 7)" in dropped[0].reason and "must alternate" in dropped[0].reason
+    assert [p.kind for p in check(declared, strict, progress=False).problems] == ["not encodable"]
 
 
 def test_too_many_bad_samples_end_the_run_with_counts_and_cure(tmp_path, processor):  # noqa: F811

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -71,7 +72,7 @@ def labels_path(source: Source) -> Path:
 
 def content_of(sample: Sample) -> str:
     """A hash of what a sample says and shows: what its losses are of. Raises `DataError` for a picture that cannot be read."""
-    digest = hashlib.sha256(json.dumps([[turn.role, turn.content, turn.learn] for turn in sample.turns]).encode())
+    digest = hashlib.sha256(json.dumps([asdict(turn) for turn in sample.turns], sort_keys=True, default=str).encode())
     for position, image in enumerate(sample.images):
         digest.update(image_hash(image, where=f"sample {sample.id!r} of {sample.dataset}, image {position}").encode())
     return digest.hexdigest()[:16]
