@@ -51,6 +51,9 @@ class ModelSpec(StrictModel):
     """How the model draws: ``{type: vocabulary | separate | depth | next_scale, …}``."""
     chat_template: str | None = None
     """Shipped template's name, or a path to a Jinja file; default: the tokenizer's own."""
+    template_options: dict[str, Any] = Field(default_factory=dict)
+    """Values of the chat template's own variables (``{enable_thinking: false}``), in training, `generate`, evaluation and
+    serving alike. A request may still give others."""
     image_token: str = "<image>"
 
     @field_validator("encoders")

@@ -109,10 +109,18 @@ class VisualCodes:
 class Turn:
     """One message. ``content`` may hold ``<image>`` markers only where the sample's images go (see `Sample`)."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
     learn: bool = True
     """Assistant turns only: whether its tokens carry loss."""
+    thoughts: str | None = None
+    """Assistant turns only: ``reasoning_content``, what was thought before ``content`` was said."""
+    calls: list[dict[str, Any]] | None = None
+    """Assistant turns only: ``tool_calls`` as OpenAI has them, arguments as a mapping."""
+    call_id: str | None = None
+    """Tool turns only: the call that this is the result of."""
+    name: str | None = None
+    """Tool turns only: the tool."""
 
 
 @dataclass

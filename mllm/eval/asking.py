@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -162,7 +162,7 @@ def _load(item: Item, blind: Blind | None) -> Loaded:
 
 
 def _without_images(turns: Sequence[Turn]) -> list[Turn]:
-    return [Turn(turn.role, turn.content.replace(IMAGE_MARK, "").lstrip("\n"), turn.learn) for turn in turns]
+    return [replace(turn, content=turn.content.replace(IMAGE_MARK, "").lstrip("\n")) for turn in turns]
 
 
 def _row(loaded: Loaded, metrics: Sequence[Metric], response: Response, key: str, *, image_size: bool) -> Row:

@@ -20,11 +20,13 @@ from mllm.errors import CheckpointError, ConfigError, UnavailableError
 from mllm.models.configuration_mllm import MllmConfig, language_model_config
 from mllm.models.image_generation.build import add_head_tokens, head_settings_of, tokenizer_settings, visual_span
 from mllm.models.modeling_mllm import MllmForConditionalGeneration, language_model_left_out
+from mllm.models.stops import set_stops
 from mllm.models.text_source import begins_every_text, dense_options, opened_by
 from mllm.models.weight_files import refuse_gaps, some_names
 from mllm.processing.image_processor import MllmImageProcessor
 from mllm.processing.processor import MllmProcessor
-from mllm.processing.template import check_template, read_template
+from mllm.processing.template import check_template, is_wrapped, read_template, unwrapped
+from mllm.processing.turns import special_ids
 from mllm.recipe import LanguageModelSpec, ModelSpec
 from mllm.visual_tokenizers.reader import load_tokenizer_weights
 
@@ -111,8 +113,13 @@ def build_processor(spec: ModelSpec, config: MllmConfig, tokenizer: Any) -> Mllm
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    template = unwrapped(template)  # the tokenizer may be one of our own checkpoints
     check_template(tokenizer, template)
     _tell_a_missing_start(spec.language_model, tokenizer, template)
+    if spec.template_options and is_wrapped(template):
+        raise ConfigError(
+            "model.template_options: this tokenizer's template was saved by an older version; give model.chat_template"
+        )
     images = MllmImageProcessor(
         encoders={name: info.image for name, info in config.encoder_infos().items()},
         layout=config.layout(),
@@ -120,7 +127,12 @@ def build_processor(spec: ModelSpec, config: MllmConfig, tokenizer: Any) -> Mllm
         code_encoders=[name for name, encoder in config.encoders.items() if encoder["type"] == "visual_tokenizer"],
     )
     return MllmProcessor(
-        images, tokenizer, chat_template=template, image_token=spec.image_token, visual_span=visual_span(config)
+        images,
+        tokenizer,
+        chat_template=template,
+        image_token=spec.image_token,
+        visual_span=visual_span(config),
+        template_options=spec.template_options,
     )
 
 
@@ -141,7 +153,7 @@ def _tell_a_missing_start(spec: LanguageModelSpec, tokenizer: Any, template: str
 
 def add_image_token(tokenizer: Any, token: str) -> None:
     """Make ``token`` a special token of the tokenizer, where it is none."""
-    if tokenizer.get_vocab().get(token) not in tokenizer.all_special_ids:
+    if tokenizer.get_vocab().get(token) not in special_ids(tokenizer):
         tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
 
 
@@ -201,7 +213,8 @@ def build_model(
     if len(tokenizer) > known:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=VOCABULARY_MULTIPLE, mean_resizing=False)
         _start_new_rows(model, known)
-    _generation_defaults(model, tokenizer, processor)
+    set_stops(model, processor, source=spec.language_model.source, revision=spec.language_model.revision)
+    model.generation_config.do_sample = False
     return model, processor
 
 
@@ -300,23 +313,6 @@ def _head_has_bias(text: Any) -> bool:
         causal = AutoModelForCausalLM.from_config(text)
     head = causal.get_output_embeddings()
     return head is not None and getattr(head, "bias", None) is not None
-
-
-def _generation_defaults(model: Any, tokenizer: Any, processor: MllmProcessor) -> None:
-    """Generation stops where the assistant's turn ends: at the tokenizer's EOS and at the template's end-of-turn token."""
-    from mllm.processing.chat import encode_text
-    from mllm.types import Turn
-
-    stops = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    _, labels = encode_text(processor, [Turn("user", "a"), Turn("assistant", "b")], where="chat template")
-    last = int(labels[labels != -100][-1]) if (labels != -100).any() else None
-    if last in set(tokenizer.all_special_ids) and last not in stops:
-        stops.append(last)
-    generation = model.generation_config
-    generation.eos_token_id = stops if len(stops) != 1 else stops[0]
-    generation.pad_token_id = tokenizer.pad_token_id
-    generation.bos_token_id = tokenizer.bos_token_id
-    generation.do_sample = False
 
 
 class _default_dtype:

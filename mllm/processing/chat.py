@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,10 +11,8 @@ from torch import Tensor
 
 from mllm.errors import AlignmentError, ConfigError, DataError
 from mllm.processing.template import messages_of
+from mllm.processing.turns import IGNORE, find_replies, label_text, renderer, special_ids
 from mllm.types import IMAGE_MARK, Sample, Turn
-
-IGNORE = -100
-_OPEN, _CLOSE = "\ue000", "\ue001"
 
 
 @dataclass
@@ -46,72 +43,76 @@ class EncodedSample:
         return int((self.labels[1:] != IGNORE).sum())
 
 
-def render_prompt(processor: Any, turns: Sequence[Turn], *, add_generation_prompt: bool = True) -> str:
+def render_prompt(
+    processor: Any, turns: Sequence[Turn], *, tools: Any = None, add_generation_prompt: bool = True
+) -> str:
     """The conversation as the model reads it, one placeholder per image."""
-    return processor.tokenizer.apply_chat_template(
-        messages_of(turns, IMAGE_MARK),
-        chat_template=processor.chat_template,
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-    )
+    return renderer(processor, tools)(messages_of(turns, IMAGE_MARK), add_generation_prompt)
 
 
-def encode_text(processor: Any, turns: Sequence[Turn], *, where: str = "sample") -> tuple[Tensor, Tensor]:
+def encode_text(
+    processor: Any, turns: Sequence[Turn], *, tools: Any = None, where: str = "sample"
+) -> tuple[Tensor, Tensor]:
     """Token ids and labels ``(T,)`` of a conversation, placeholders expanded.
 
-    Labels cover what the assistant says, turn by turn, and the special token that ends its turn, for any chat template: the
-    answers are rendered between private-use marks, located, and the marks taken out again; that this changes nothing else is
-    checked. An image in an assistant turn is one that the model draws, where it draws any (`VisualSpan`): its start, end and
-    code placeholders are labels. Raises `DataError` when a template does not reproduce an answer.
+    Learned is everything between the generation prompt and the end of the assistant's turn, that end included, turn by turn,
+    for any chat template (`mllm.processing.turns`). An image in an assistant turn is one that the model draws, where it draws
+    any (`VisualSpan`): its start, end and code placeholders are labels. tools: what the assistant may call, as OpenAI
+    describes it. Raises `DataError` when a template does not reproduce what is said.
     """
     tokenizer = processor.tokenizer
     if not tokenizer.is_fast:
         raise ConfigError("the tokenizer has no fast version (no character offsets), which label masking needs")
     span = getattr(processor, "span", None)
-    disarm = _strip_private if span is None else lambda text: span.disarm(_strip_private(text))
-    turns = [Turn(t.role, disarm(t.content), t.learn) for t in turns]
-    plain = render_prompt(processor, turns, add_generation_prompt=False)
-    marked_turns = [Turn(t.role, f"{_OPEN}{t.content}{_CLOSE}", t.learn) if t.role == "assistant" else t for t in turns]
-    marked = render_prompt(processor, marked_turns, add_generation_prompt=False)
-    answers = [turn for turn in turns if turn.role == "assistant"]
-    spans, text = _take_marks(marked)
-    if len(spans) != len(answers):
-        raise DataError(
-            f"{where}: the chat template renders {len(spans)} of {len(answers)} assistant turns; labels cannot be placed"
-        )
-    if text != plain:
-        spans = _realign(spans, text, plain, where)
-        text = plain
-    encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
-    ids = torch.tensor(encoding["input_ids"], dtype=torch.long)
-    labels = torch.full_like(ids, IGNORE)
-    special = set(tokenizer.all_special_ids)
-    offsets = encoding["offset_mapping"]
-    starts = [start for start, _ in offsets]
-    cursor = 0
-    drawn: list[int] = []
-    for (begin, end), turn in zip(spans, answers):
-        while cursor < len(starts) and offsets[cursor][1] <= begin:
-            cursor += 1
-        position = cursor
-        while position < len(starts) and starts[position] < end:
-            image = int(ids[position]) == processor.image_token_id
-            if image and span is not None:
-                drawn.append(position)
-                if position == cursor and turn.learn and text[offsets[position - 1][0] : begin] == " ":
-                    labels[position - 1] = ids[position - 1]  # before words the blank is part of the word, and learned
-            if turn.learn and (not image or span is not None):
-                labels[position] = ids[position]
-            position += 1
-        if turn.learn and position < len(starts) and int(ids[position]) in special:
-            labels[position] = ids[position]
-        cursor = position
-    repeats = torch.where(ids == processor.image_token_id, processor.num_image_tokens, 1)
-    if span is not None and drawn:
-        repeats[drawn] = 1
-        places = (repeats.cumsum(0) - 1)[drawn].tolist()
-        return span.insert(ids.repeat_interleave(repeats), labels.repeat_interleave(repeats), places)
-    return ids.repeat_interleave(repeats), labels.repeat_interleave(repeats)
+    if span is not None:
+        turns = [replace(turn, content=span.disarm(turn.content)) for turn in turns]
+    learn = [turn.learn for turn in turns]
+    text, replies = find_replies(
+        renderer(processor, tools),
+        messages_of(turns, IMAGE_MARK),
+        template=processor.chat_template,
+        tokens=[token.content for token in tokenizer.added_tokens_decoder.values()],
+        learn=learn,
+        tools=tools,
+        where=where,
+    )
+    ids, labels, places = label_text(tokenizer, text, replies, [learn[reply.turn] for reply in replies])
+    images = ids == processor.image_token_id
+    repeats = torch.where(images, processor.num_image_tokens, 1)
+    if span is None:
+        labels[images] = IGNORE
+        return ids.repeat_interleave(repeats), labels.repeat_interleave(repeats)
+    own = torch.zeros_like(images)
+    for place in places:
+        own[place] = True
+    labels[images & ~own] = IGNORE
+    drawn = (images & own).nonzero().flatten()
+    repeats[drawn] = 1
+    after = (repeats.cumsum(0) - 1)[drawn].tolist()
+    return span.insert(ids.repeat_interleave(repeats), labels.repeat_interleave(repeats), after)
+
+
+def turn_ends(processor: Any) -> list[int]:
+    """Ids of the tokens by which the chat template ends what the assistant says, mid-way, at the end and after a tool call.
+    A template that ends turns with plain text has none."""
+    tokenizer = processor.tokenizer
+    call = {"id": "callprobe", "type": "function", "function": {"name": "probe", "arguments": {"x": 1}}}
+    probes = [
+        [Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")],
+        [Turn("user", "a"), Turn("assistant", "b")],
+        [Turn("user", "a"), Turn("assistant", "", calls=[call])],
+    ]
+    closing = special_ids(tokenizer) | set(tokenizer.added_tokens_decoder)
+    found: list[int] = []
+    for turns in probes:
+        try:
+            ids, labels = encode_text(processor, turns, where="chat template")
+        except DataError:
+            continue
+        learned = (labels != IGNORE).tolist()
+        last = [k for k in range(len(ids)) if learned[k] and not (k + 1 < len(ids) and learned[k + 1])]
+        found += [int(ids[k]) for k in last if int(ids[k]) in closing and int(ids[k]) not in found]
+    return found
 
 
 def encode_sample(processor: Any, sample: Sample, max_length: int | None = None) -> EncodedSample:
@@ -129,7 +130,7 @@ def encode_sample(processor: Any, sample: Sample, max_length: int | None = None)
         raise AlignmentError(f"{where}: {marks} image placeholders and {len(sample.images)} images")
     span = getattr(processor, "span", None)
     inputs, targets = split_images(sample.turns, sample.images, drawn=span is not None)
-    ids, labels = encode_text(processor, sample.turns, where=where)
+    ids, labels = encode_text(processor, sample.turns, tools=sample.meta.get("tools"), where=where)
     truncated = False
     if max_length is not None and len(ids) > max_length:
         ids, labels = _shorten(processor, ids, labels, max_length, where)
@@ -225,49 +226,6 @@ def pad_questions(ids: Sequence[Sequence[int]]) -> Tensor:
     """Token ids of several questions as ``(B, T)`` int64, padded with -1."""
     width = max([1, *(len(row) for row in ids)])
     return torch.tensor([[*row, *[-1] * (width - len(row))] for row in ids], dtype=torch.long).reshape(len(ids), width)
-
-
-def _strip_private(text: str) -> str:
-    return text.replace(_OPEN, "").replace(_CLOSE, "")
-
-
-def _take_marks(marked: str) -> tuple[list[tuple[int, int]], str]:
-    spans: list[tuple[int, int]] = []
-    out: list[str] = []
-    length = 0
-    begin = None
-    for piece in re.split(f"([{_OPEN}{_CLOSE}])", marked):
-        if piece == _OPEN:
-            begin = length
-        elif piece == _CLOSE:
-            if begin is not None:
-                spans.append((begin, length))
-            begin = None
-        else:
-            out.append(piece)
-            length += len(piece)
-    return spans, "".join(out)
-
-
-def _realign(spans: list[tuple[int, int]], text: str, plain: str, where: str) -> list[tuple[int, int]]:
-    """Spans in ``plain`` when the template trims answers: the same text up to white space around the answers."""
-    moved: list[tuple[int, int]] = []
-    cursor, last = 0, 0
-    for begin, end in spans:
-        between = text[last:begin]
-        position = cursor + len(between)
-        answer = text[begin:end]
-        for candidate in (answer, answer.strip(), answer.lstrip(), answer.rstrip()):
-            if plain.startswith(between, cursor) and plain.startswith(candidate, position):
-                moved.append((position, position + len(candidate)))
-                cursor = position + len(candidate)
-                break
-        else:
-            raise DataError(f"{where}: the chat template rewrites assistant turns; labels cannot be placed")
-        last = end
-    if plain[cursor:] != text[last:]:
-        raise DataError(f"{where}: the chat template rewrites assistant turns; labels cannot be placed")
-    return moved
 
 
 def _shorten(processor: Any, ids: Tensor, labels: Tensor, max_length: int, where: str) -> tuple[Tensor, Tensor]:

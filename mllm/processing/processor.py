@@ -17,7 +17,7 @@ from mllm.config import to_plain
 from mllm.errors import AlignmentError, ConfigError
 from mllm.processing.image_processor import MllmImagesKwargs
 from mllm.processing.layout import pixel_keys
-from mllm.processing.template import is_wrapped, with_images
+from mllm.processing.template import is_wrapped, wrap
 from mllm.processing.visual_span import IGNORE, VisualSpan
 
 
@@ -45,7 +45,8 @@ class MllmProcessor(ProcessorMixin):
 
     It pads on the left, as generation needs; training states its own side.
 
-    visual_span: how an image that the model draws lies in the text (`VisualSpan`), where it draws any.
+    visual_span: how an image that the model draws lies in the text (`VisualSpan`), where it draws any; template_options: values
+    of the chat template's own variables (``{"enable_thinking": False}``), kept inside the saved template.
     """
 
     valid_processor_kwargs = MllmProcessorKwargs
@@ -57,6 +58,7 @@ class MllmProcessor(ProcessorMixin):
         chat_template: str | None = None,
         image_token: str = "<image>",
         visual_span: Any = None,
+        template_options: Any = None,
         **kwargs: Any,
     ):
         self.visual_span = None if visual_span is None else to_plain(visual_span)
@@ -67,8 +69,9 @@ class MllmProcessor(ProcessorMixin):
                 f"the tokenizer has no token {image_token!r}; add it as a special token before the processor is made"
             )
         template = chat_template or getattr(tokenizer, "chat_template", None)
+        self.template_options = dict(template_options or {})
         if isinstance(template, str) and not is_wrapped(template):
-            template = with_images(template, image_token)
+            template = wrap(tokenizer, template, image_token, self.template_options)
         super().__init__(image_processor, tokenizer, chat_template=template)
         tokenizer.chat_template = template
         tokenizer.padding_side = "left"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,11 @@ from mllm.errors import ConfigError, UnknownName
 
 _FOLDER = Path(__file__).parent / "templates"
 _MARK = "{#- mllm: images and escapes -#}"
+_BODY = "{#- mllm: the template +#}"
+_GIVEN = {
+    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "bos_token", "eos_token", "unk_token",
+    "pad_token", "image_token", "raise_exception", "strftime_now", "range", "namespace", "dict",
+}  # fmt: skip
 
 
 def shipped_templates() -> dict[str, Path]:
@@ -27,40 +34,48 @@ def read_template(name: str) -> str:
     raise UnknownName("chat template", name, shipped_templates())
 
 
-def with_images(template: str, image_token: str) -> str:
+def with_images(
+    template: str, image_token: str, *, escapes: Sequence[str] = (), options: Mapping[str, Any] | None = None
+) -> str:
     """The same template, preceded by a pass that turns every message's content into one string.
 
     An image part becomes the placeholder, with a line break before text that does not begin with white space; a placeholder
-    that a user typed is pulled apart (``<image>`` → ``< image>``), so it never takes an image's slot. Because the rule lives
-    in the template, transformers, training and vLLM all apply the same one. Wrapping twice changes nothing. The template
-    sees the placeholder as ``image_token``.
+    that somebody typed is pulled apart (``<image>`` → ``< image>``), so it never takes an image's slot, and so is each of
+    ``escapes``, the tokens by which turns begin and end. No content is no text. options: values of the template's own
+    variables (``enable_thinking`` …) where the caller gives none. Because all that lives in the template, transformers,
+    training and vLLM apply the same one. Wrapping twice changes nothing. The template sees the placeholder as ``image_token``.
     """
     if template.startswith(_MARK):
         return template
-    typed, harmless = repr(image_token), repr(image_token[:1] + " " + image_token[1:])
+    tokens = list(dict.fromkeys([image_token, *escapes]))
+    typed = repr(image_token)
+    replaced = "".join(f" | replace({token!r}, {disarm(token, [token])!r})" for token in tokens)
     return (
         _MARK
+        + "{#- "
+        + json.dumps(tokens)
+        + " -#}"
+        + "".join(
+            f"{{%- if {name} is not defined -%}}{{%- set {name} = {_literal(value)} -%}}{{%- endif -%}}"
+            for name, value in (options or {}).items()
+        )
         + "{%- set flat = namespace(messages=[], text='', open=false) -%}"
         + "{%- for message in messages -%}"
         + "{%- if message['content'] is string -%}"
-        + "{%- set flat.text = message['content'] | replace("
-        + typed
-        + ", "
-        + harmless
-        + ") -%}"
+        + "{%- set flat.text = message['content']"
+        + replaced
+        + " -%}"
         + "{%- else -%}"
         + "{%- set flat.text = '' -%}{%- set flat.open = false -%}"
-        + "{%- for content in message['content'] -%}"
+        + "{%- for content in message['content'] or [] -%}"
         + "{%- if content['type'] in ['image', 'image_url'] -%}"
         + "{%- set flat.text = flat.text + "
         + typed
         + " -%}{%- set flat.open = true -%}"
         + "{%- elif content['type'] == 'text' and content['text'] -%}"
-        + "{%- set part = content['text'] | replace("
-        + typed
-        + ", "
-        + harmless
-        + ") -%}"
+        + "{%- set part = content['text']"
+        + replaced
+        + " -%}"
         + "{%- if flat.open and part[0] not in [' ', '\\n', '\\t'] -%}{%- set flat.text = flat.text + '\\n' -%}{%- endif -%}"
         + "{%- set flat.text = flat.text + part -%}{%- set flat.open = false -%}"
         + "{%- endif -%}"
@@ -71,8 +86,79 @@ def with_images(template: str, image_token: str) -> str:
         + "{%- set messages = flat.messages -%}{%- set image_token = "
         + typed
         + " -%}"
+        + _BODY
         + template
     )
+
+
+def wrap(tokenizer: Any, template: str, image_token: str, options: Mapping[str, Any] | None = None) -> str:
+    """`with_images` with the escapes of this tokenizer. Raises `ConfigError` for an option that the template does not read."""
+    template = unwrapped(template)
+    known = template_variables(template) if options else []
+    for name in options or {}:
+        if name not in known:
+            raise ConfigError(
+                f"model.template_options: the chat template does not read {name!r}; it reads {', '.join(known) or 'none'}"
+            )
+    return with_images(template, image_token, escapes=control_tokens(tokenizer, template), options=options)
+
+
+def unwrapped(template: str) -> str:
+    """What `with_images` was given; a template that it did not make stays as it is."""
+    return template.partition(_BODY)[2] if template.startswith(_MARK) and _BODY in template else template
+
+
+def escapes_of(template: Any) -> list[str]:
+    """The texts that a wrapped template pulls apart where somebody typed them."""
+    found = re.match(re.escape(_MARK) + r"\{#- (\[.*?\]) -#\}", str(template), re.DOTALL)
+    return json.loads(found[1]) if found else []
+
+
+def disarm(text: str, tokens: Sequence[str]) -> str:
+    """``text`` with each of ``tokens`` pulled apart after its first character, as a wrapped template does it."""
+    for token in tokens:
+        if token in text:
+            text = text.replace(token, token[:1] + " " + token[1:])
+    return text
+
+
+def control_tokens(tokenizer: Any, template: str) -> list[str]:
+    """Special tokens that the template writes around turns, BOS and EOS: what a user must not be able to type."""
+    messages = [{"role": role, "content": "x"} for role in ("system", "user", "assistant", "user")]
+    ids: set[int] = set()
+    for probe in (messages, messages[1:]):
+        try:
+            text = tokenizer.apply_chat_template(
+                probe, chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+        except Exception:  # no system turns, say; what does not render at all is told by `check_template`
+            continue
+        ids |= set(tokenizer(text, add_special_tokens=False)["input_ids"])
+    special = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
+        tokenizer.all_special_ids
+    )
+    found = [tokenizer.convert_ids_to_tokens(number) for number in sorted(ids & special)]
+    return list(dict.fromkeys([*found, *(t for t in (tokenizer.bos_token, tokenizer.eos_token) if t)]))
+
+
+def template_variables(template: str) -> list[str]:
+    """Names that a template reads and that are the caller's to set (``enable_thinking`` …)."""
+    from jinja2 import meta
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)  # transformers' own tag
+    environment = ImmutableSandboxedEnvironment(extensions=[loopcontrols])
+    return sorted(meta.find_undeclared_variables(environment.parse(plain)) - _GIVEN)
+
+
+def _literal(value: Any) -> str:
+    """A plain value as Jinja writes it."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{str(key)!r}: {_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return repr(value) if isinstance(value, str) else json.dumps(value).replace("null", "none")
 
 
 def check_template(tokenizer: Any, template: str) -> None:
@@ -99,7 +185,7 @@ def check_template(tokenizer: Any, template: str) -> None:
 def for_training(processor: Any, name: str) -> Any:
     """A processor that shares everything with ``processor`` but renders with another template (shipped name or Jinja file):
     what one training stage reads. Raises `ConfigError` when what the assistant says gets lost."""
-    template = with_images(read_template(name), processor.image_token)
+    template = wrap(processor.tokenizer, read_template(name), processor.image_token)
     probe = "mllm-assistant-probe"
     messages = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": probe}]
     text = processor.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
@@ -129,6 +215,13 @@ def parts_of(content: str, mark: str) -> list[dict[str, str]]:
 def messages_of(turns: Sequence[Any], mark: str) -> list[dict[str, Any]]:
     """Turns (`mllm.types.Turn`) as chat messages."""
     return [
-        {"role": turn.role, "content": parts_of(turn.content, mark) if mark in turn.content else turn.content}
+        {
+            "role": turn.role,
+            "content": parts_of(turn.content, mark) if mark in turn.content else turn.content,
+            **({"reasoning_content": turn.thoughts} if turn.thoughts else {}),
+            **({"tool_calls": turn.calls} if turn.calls else {}),
+            **({"tool_call_id": turn.call_id} if turn.call_id else {}),
+            **({"name": turn.name} if turn.name else {}),
+        }
         for turn in turns
     ]

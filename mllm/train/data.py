@@ -82,7 +82,8 @@ def tell_dropped(run: Any, stage: StageSpec, display: Any) -> None:
 
 def token_count(processor: Any, sample: Sample) -> int:
     """Tokens of a sample, visual ones included, without opening its images."""
-    return len(encode_text(processor, sample.turns, where=f"sample {sample.id!r}")[0])
+    where = f"sample {sample.id!r}"
+    return len(encode_text(processor, sample.turns, tools=sample.meta.get("tools"), where=where)[0])
 
 
 class StageData:

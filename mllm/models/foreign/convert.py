@@ -46,6 +46,7 @@ def converted_processor(found: ForeignCheckpoint, model: Any) -> Any:
     from transformers import AutoTokenizer
 
     from mllm.models.build import build_processor
+    from mllm.models.stops import set_stops
     from mllm.recipe import ModelSpec
 
     if found.tokenizer is None:
@@ -67,4 +68,5 @@ def converted_processor(found: ForeignCheckpoint, model: Any) -> Any:
     model.config.image_token_id = processor.image_token_id
     if len(tokenizer) > model.config.text_config.vocab_size:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+    set_stops(model, processor, source=str(found.tokenizer))
     return processor

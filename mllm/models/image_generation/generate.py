@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -451,7 +451,7 @@ def generate_interleaved(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     rows, read = [], []
     for number, prompt in enumerate(prompts):
-        turns = [Turn(t.role, processor.span.disarm(t.content), t.learn) for t in as_turns(prompt)]
+        turns = [replace(t, content=processor.span.disarm(t.content)) for t in as_turns(prompt)]
         inputs, targets = split_images(turns, list(images[number]) if images is not None else [], drawn=True)
         if targets:
             raise ConfigError("generate_interleaved: images in assistant turns of a prompt are not supported")

@@ -14,6 +14,7 @@ from mllm.errors import ConfigError
 from mllm.models.build import build_config, build_processor, load_tokenizer
 from mllm.processing.chat import IGNORE
 from mllm.processing.template import for_training
+from mllm.processing.turns import special_ids
 from mllm.recipe import Recipe, StageSpec
 from mllm.train.data import StageData, open_mixture
 from mllm.types import ImageLayout
@@ -191,7 +192,7 @@ def _sample(
 def _runs(ids: list[int], labels: list[int], processor: Any) -> list[Run]:
     """Neighbouring tokens of one kind, decoded together so that characters of several tokens stay whole. Every image is
     a run of its own."""
-    special = set(processor.tokenizer.all_special_ids)
+    special = special_ids(processor.tokenizer)
     per_image = processor.num_image_tokens
 
     def kind(place: int) -> str:

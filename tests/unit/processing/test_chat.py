@@ -12,6 +12,7 @@ from mllm.processing.chat import IGNORE, encode_sample, encode_text, render_prom
 from mllm.processing.image_processor import MllmImageProcessor
 from mllm.processing.processor import MllmProcessor
 from mllm.processing.template import check_template, for_training, shipped_templates, with_images
+from mllm.processing.turns import special_ids
 from mllm.types import IMAGE_MARK, ImageLayout, ImageSpec, Sample, Turn
 from tests.helpers import picture, tiny_tokenizer
 
@@ -43,7 +44,8 @@ def all_templates() -> dict[str, str]:
 
 
 def reference_labels(processor: MllmProcessor, turns: list[Turn]) -> list[int]:
-    """Token by token: everything the model would have to produce after each generation prompt, up to the turn's end token."""
+    """Token by token: everything the model would have to produce after each generation prompt, up to the token that ends the
+    turn; where no special token does, up to what the next turn begins with."""
     tokenizer = processor.tokenizer
 
     def ids(text: str) -> list[int]:
@@ -58,14 +60,9 @@ def reference_labels(processor: MllmProcessor, turns: list[Turn]) -> list[int]:
         before = ids(render_prompt(processor, turns[:k], add_generation_prompt=True))
         after = ids(render_prompt(processor, turns[: k + 1], add_generation_prompt=False))
         assert full[: len(before)] == before and full[: len(after)] == after
-        said = tokenizer(turn.content.strip(), add_special_tokens=False)["input_ids"]
-        start = next(i for i in range(len(before), len(after)) if full[i : i + len(said)] == said)
-        stop = start + len(said)
-        while start > len(before) and turn.content.startswith(" "):
-            start -= 1
-        labels[start:stop] = full[start:stop]
-        if stop < len(full) and full[stop] in tokenizer.all_special_ids:
-            labels[stop] = full[stop]
+        ends = [i for i in range(len(before), len(after)) if full[i] in special_ids(tokenizer)]
+        stop = ends[-1] + 1 if ends else len(after)
+        labels[len(before) : stop] = full[len(before) : stop]
     return labels
 
 

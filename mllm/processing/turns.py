@@ -1,0 +1,304 @@
+"""Which part of a rendered conversation is each assistant turn, from the generation prompt to its end?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm.errors import DataError
+from mllm.processing.template import disarm, escapes_of
+
+IGNORE = -100
+_THOUGHT_TAGS = re.compile(r"</?think(?:ing)?>")
+_THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
+Render = Callable[[Sequence[Mapping[str, Any]], bool], str]
+"""(messages, add_generation_prompt) → text."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What one assistant turn adds to the text. turn: its place among the messages; ``begin`` to ``end``: its characters, from
+    the end of the generation prompt to the end of the turn, that end included; prompted: the text before ``begin`` is what
+    `generate` is asked for this turn, byte for byte; lead: what the template writes between prompt and answer."""
+
+    turn: int
+    begin: int
+    end: int
+    prompted: bool
+    lead: str = ""
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of control tokens. ``all_special_ids`` alone leaves out added tokens with ``special=True`` that have no name of
+    their own (Phi-3's ``<|end|>``, Gemma's ``<end_of_turn>``)."""
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def renderer(processor: Any, tools: Any = None, **options: Any) -> Render:
+    """The processor's chat template as a function. options: variables of the template."""
+    template = processor.chat_template
+
+    def render(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        return processor.tokenizer.apply_chat_template(
+            named_thoughts(messages, template),
+            tools=tools,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **options,
+        )
+
+    return render
+
+
+def named_thoughts(messages: Sequence[Mapping[str, Any]], template: Any) -> list[dict[str, Any]]:
+    """The same messages with ``reasoning_content`` under the name by which the template reads thoughts."""
+    found = [dict(message) for message in messages]
+    if not any("reasoning_content" in message for message in found):
+        return found
+    key = next((k for k in _THOUGHT_KEYS if re.search(rf"""(\.|\[['"]|\(['"]){k}\b""", str(template))), None)
+    for message in found:
+        if "reasoning_content" in message and key not in (None, "reasoning_content"):
+            message[key] = message.pop("reasoning_content")
+    return found
+
+
+def find_replies(
+    render: Render,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    template: str,
+    tokens: Sequence[str],
+    learn: Sequence[bool] | None = None,
+    tools: Any = None,
+    where: str,
+) -> tuple[str, list[Reply]]:
+    """(text, assistant turns in it) of a conversation.
+
+    tokens: texts of the tokenizer's added tokens, one of which may end a turn; learn: for each message whether it will be
+    learned. Raises `DataError` where the template refuses the conversation, or loses or rewrites what the assistant says,
+    calls or thinks, what a tool answers, or which tools there are.
+    """
+    try:
+        text = render(messages, False)
+    except Exception as error:
+        raise DataError(f"{where}: the chat template refuses this conversation: {first_line(error)}") from error
+    escapes = escapes_of(template)
+    _check_tools(render, text, messages, tools, escapes, template, where)
+    replies: list[Reply] = []
+    cursor = 0
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        reply = _find(render, text, messages, index, cursor, tokens, escapes, where)
+        thoughts = learn is None or learn[index]
+        _check_said(text[reply.begin : reply.end], message, escapes, thoughts, f"{where}: turn {index + 1}")
+        replies.append(reply)
+        cursor = reply.end
+    return text, replies
+
+
+def _find(
+    render: Render,
+    text: str,
+    messages: Sequence[Mapping[str, Any]],
+    index: int,
+    cursor: int,
+    tokens: Sequence[str],
+    escapes: Sequence[str],
+    where: str,
+) -> Reply:
+    pieces = said(messages[index], escapes)
+    prompt = _attempt(render, messages[:index], True) if index else None
+    begin, prompted = None, False
+    if prompt is not None and len(prompt) >= cursor and text.startswith(prompt):
+        begin, prompted = len(prompt), True
+    elif pieces:
+        begin = _place(text, prompt or "", pieces[0], cursor)
+    if begin is None:
+        raise DataError(
+            f"{where}: turn {index + 1}: the chat template does not show where the assistant begins to speak; "
+            "labels cannot be placed"
+        )
+    stop = len(text) if index == len(messages) - 1 else 0
+    if not stop:
+        closed = _attempt(render, messages[: index + 1], False)
+        stop = len(closed) if closed is not None and len(closed) > begin and text.startswith(closed) else 0
+    last = _last(text, begin, stop or len(text), pieces)
+    end = _end_of(text, begin, stop, last, tokens)
+    first = text.find(pieces[0], begin, end) if pieces else end
+    return Reply(index, begin, end, prompted, text[begin:first] if pieces and first >= 0 else "")
+
+
+def _place(text: str, prompt: str, piece: str, cursor: int) -> int | None:
+    """Where an answer begins whose generation prompt is not a prefix of the text: where the two part, or soon after."""
+    same = next((i for i, (a, b) in enumerate(zip(text, prompt)) if a != b), min(len(text), len(prompt)))
+    parted = max(cursor, same)
+    for back in range(min(parted - cursor, len(piece)) + 1):  # the answer may begin as the prompt would go on
+        if text.startswith(piece, parted - back):
+            return parted - back
+    found = text.find(piece, parted)
+    return found if found >= 0 else None
+
+
+def _last(text: str, begin: int, stop: int, pieces: Sequence[str]) -> int | None:
+    """Where the last thing said ends, when all is found in order; None where something is missing."""
+    place = begin
+    for piece in pieces:
+        found = text.find(piece, place, stop)
+        if found < 0:
+            return None
+        place = found + len(piece)
+    return place
+
+
+def _end_of(text: str, begin: int, stop: int, last: int | None, tokens: Sequence[str]) -> int:
+    """Where the turn ends. stop: end of what the template renders for it with all before, 0 where that is unknown."""
+    if stop:
+        end = begin + len(text[begin:stop].rstrip())
+        return stop if last is not None and last >= end else end  # nothing but white space ends it: that is the end
+    after = begin if last is None else last
+    blank = len(text[after:]) - len(text[after:].lstrip())
+    closing = max((token for token in tokens if text.startswith(token, after + blank)), key=len, default=None)
+    return after if closing is None else after + blank + len(closing)
+
+
+def said(message: Mapping[str, Any], escapes: Sequence[str]) -> list[str]:
+    """What of an assistant's message must be found in the text, in order: thoughts, words, places of images (the first of
+    ``escapes``)."""
+    pieces = [_split_thoughts(str(message[key]), escapes) for key in _THOUGHT_KEYS if message.get(key)]
+    content = message.get("content") or ""
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        if part.get("type") in ("image", "image_url"):
+            pieces.append([escapes[0]] if escapes else [])
+        else:
+            pieces.append(_split_thoughts(part.get("text") or "", escapes))
+    return [piece for found in pieces for piece in found]
+
+
+def _split_thoughts(text: str, escapes: Sequence[str]) -> list[str]:
+    return [piece.strip() for piece in _THOUGHT_TAGS.split(disarm(text, escapes)) if piece.strip()]
+
+
+def _check_said(
+    region: str, message: Mapping[str, Any], escapes: Sequence[str], with_thoughts: bool, where: str
+) -> None:
+    """Raise `DataError` unless everything the assistant says stands in its turn."""
+    pieces = said(message, escapes)
+    content = message.get("content")
+    tagged = isinstance(content, str) and "</think" in content
+    if not with_thoughts and (tagged or any(message.get(key) for key in _THOUGHT_KEYS)):
+        pieces = pieces[-1:]  # templates may leave the thoughts of earlier turns out; this one is not learned
+    if _last(region, 0, len(region), pieces) is None:
+        answer = said({"content": message.get("content")}, escapes)
+        if (tagged or len(answer) < len(pieces)) and answer and answer[-1] in region:
+            raise DataError(
+                f"{where}: the chat template leaves the assistant's thoughts out. Use a template that renders them; where only "
+                "earlier turns lose theirs, give those turns learn: false, or make a sample that ends with each"
+            )
+        raise DataError(
+            f"{where}: the chat template rewrites assistant turns or leaves words out; labels cannot be placed"
+        )
+    for call in message.get("tool_calls") or []:
+        function = call.get("function") or call
+        arguments = function.get("arguments")
+        keys = list(arguments) if isinstance(arguments, Mapping) else []
+        if any(str(word) not in region for word in (function.get("name"), *keys)):
+            raise DataError(
+                f"{where}: the chat template has no tool calls (or renders {function.get('name')!r} without its name or "
+                "arguments). Use the language model's own template if it has them, or leave such samples out"
+            )
+
+
+def _check_tools(
+    render: Render,
+    text: str,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Any,
+    escapes: Sequence[str],
+    template: str,
+    where: str,
+) -> None:
+    for tool in tools or []:
+        name = (tool.get("function") or tool).get("name") if isinstance(tool, Mapping) else None
+        if name is None or str(name) not in text:
+            raise DataError(f"{where}: the chat template does not render tools (tool {name!r} is not in the text)")
+    results = [(i, m) for i, m in enumerate(messages) if m["role"] == "tool"]
+    if not results:
+        return
+    for index, message in results:
+        if any(piece not in text for piece in said({"content": message.get("content")}, escapes)):
+            raise DataError(f"{where}: turn {index + 1}: the chat template leaves the tool's result out")
+    for role in ("assistant", "user"):
+        others = [dict(m, role=role) if m["role"] == "tool" else m for m in messages]
+        if _attempt(render, others, False) == text:
+            raise DataError(
+                f"{where}: the chat template has no tool results: it would show them as the {role}'s words. Use the language "
+                "model's own template if it has them, or leave such samples out"
+            )
+
+
+def _attempt(render: Render, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str | None:
+    """The text, or None where the template refuses (each in its own way)."""
+    try:
+        return render(messages, add_generation_prompt)
+    except Exception:
+        return None
+
+
+def label_text(
+    tokenizer: Any, text: str, replies: Sequence[Reply], learn: Sequence[bool]
+) -> tuple[Tensor, Tensor, list[slice]]:
+    """Ids ``(T,)``, labels ``(T,)`` and each reply's tokens. learn: for each reply. Where a token would reach over the end of a
+    generation prompt, the text is tokenised in two parts, as generation has it."""
+    ids, offsets = _tokenise(tokenizer, text, [reply.begin for reply in replies])
+    labels = torch.full((len(ids),), IGNORE, dtype=torch.long)
+    numbers = torch.tensor(ids, dtype=torch.long)
+    places: list[slice] = []
+    position = 0
+    for reply, learned in zip(replies, learn, strict=True):
+        while position < len(ids) and offsets[position][0] < reply.begin:
+            position += 1
+        start = position
+        while position < len(ids) and offsets[position][0] < reply.end:
+            position += 1
+        places.append(slice(start, position))
+        if learned:
+            labels[start:position] = numbers[start:position]
+    return numbers, labels, places
+
+
+def _tokenise(tokenizer: Any, text: str, cuts: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+    added = tokenizer.added_tokens_decoder
+    wanted = iter(sorted(cuts))
+    cut = next(wanted, None)
+    crossed = []
+    for number, (start, end) in zip(ids, offsets):
+        while cut is not None and cut <= start:
+            cut = next(wanted, None)
+        if cut is not None and start < cut < end and number not in added:
+            crossed.append(cut)
+    if not crossed:
+        return ids, offsets
+    anchor = tokenizer.eos_token
+    ids, offsets = [], []
+    for begin, end in zip([0, *crossed], [*crossed, len(text)]):
+        lead = anchor if begin else ""  # after a special token nothing is put before the first word
+        part = tokenizer(lead + text[begin:end], return_offsets_mapping=True, add_special_tokens=False)
+        skip = 1 if begin else 0
+        ids += part["input_ids"][skip:]
+        offsets += [(a - len(lead) + begin, b - len(lead) + begin) for a, b in part["offset_mapping"][skip:]]
+    return ids, offsets
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's message, one line of at most 200 characters."""
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
