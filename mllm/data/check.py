@@ -234,7 +234,9 @@ def tokens_of(sample: Sample, processor: Any) -> int:
     if hasattr(processor, "num_image_tokens"):
         from mllm.processing.chat import encode_text
 
-        return len(encode_text(processor, sample.turns, where=f"sample {sample.id!r}")[0])
+        return len(
+            encode_text(processor, sample.turns, tools=sample.meta.get("tools"), where=f"sample {sample.id!r}")[0]
+        )
     return sum(len(processor(turn.content.replace(IMAGE_MARK, ""))["input_ids"]) for turn in sample.turns)
 
 
@@ -295,7 +297,7 @@ def _check_row(source: Source, processor: Any, max_length: int | None, row: int)
 def _cut(sample: Sample, processor: Any, max_length: int, where: str) -> tuple[str, str] | None:
     from mllm.processing.chat import IGNORE, encode_text
 
-    ids, labels = encode_text(processor, sample.turns, where=where)
+    ids, labels = encode_text(processor, sample.turns, tools=sample.meta.get("tools"), where=where)
     cut = max_length - int((ids[:max_length] == processor.image_token_id).sum()) % max(processor.num_image_tokens, 1)
     if (labels[1:cut] != IGNORE).any():
         return None

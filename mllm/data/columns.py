@@ -16,6 +16,7 @@ from mllm.data.conversations import PLACEHOLDER, message_turns, plain_text
 from mllm.data.files import file_hash, matching_files
 from mllm.data.sources import Source, resolve_image
 from mllm.data.spec import ColumnMap, DatasetSpec, expand_path
+from mllm.data.tools import tools_of
 from mllm.errors import AlignmentError, ConfigError, DataError, UnavailableError, did_you_mean
 from mllm.types import IMAGE_MARK, Sample, Turn
 
@@ -76,6 +77,8 @@ class ColumnsSource(Source):
         if columns.messages is not None:
             turns, images = message_turns(conversation_cell(row[columns.messages], where), images, where=where)
             images = [resolve_image(item, self.root, where) for item in images]
+            if row.get("tools"):
+                meta["tools"] = tools_of(row, where)
         else:
             turns = self._question(row, len(images), meta, where)
         refuse_other_media(row, where)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mllm.data.tools import beside_content
 from mllm.errors import AlignmentError, DataError
 from mllm.types import IMAGE_MARK, Turn
 
@@ -21,11 +22,14 @@ _ROLES = {
     "model": "assistant",
     "system": "system",
     "developer": "system",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
 }
 
 
 def role_of(name: Any, where: str) -> Any:
-    """``user``, ``assistant`` or ``system``. Raises `DataError` naming the sample."""
+    """``user``, ``assistant``, ``system`` or ``tool``. Raises `DataError` naming the sample."""
     role = _ROLES.get(name.strip(" _:").lower()) if isinstance(name, str) else None  # `_user`, `USER:`
     if role is None:
         raise DataError(f"{where}: unknown role {name!r}; known: {', '.join(_ROLES)}")
@@ -49,9 +53,12 @@ def placeholder_turns(entries: Sequence[Any], num_images: int, *, where: str, im
         speaker, text = (
             entry.get(first, entry.get(second)) for first, second in (("from", "role"), ("value", "content"))
         )
+        role = role_of(speaker, where)
+        more = beside_content(entry, role, where)
+        text = "" if text is None and more.get("calls") else text
         if not isinstance(text, str):
             raise DataError(f"{where}: a turn's text is {type(text).__name__}, expected a string")
-        turns.append(Turn(role_of(speaker, where), plain_text(text), _learn(entry, where)))
+        turns.append(Turn(role, plain_text(text), _learn(entry, where), **more))
     first = next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
     while first < len(turns) and turns[first].role == "assistant":
         del turns[first]
@@ -121,6 +128,7 @@ def message_turns(messages: Sequence[Any], images: Sequence[Any], *, where: str)
     pending = list(images)
     for entry in entries:
         role = role_of(entry.get("role", entry.get("from")), where)
+        more = beside_content(entry, role, where)
         content = entry.get("content", entry.get("value"))
         if isinstance(content, list):
             pieces = []
@@ -138,11 +146,13 @@ def message_turns(messages: Sequence[Any], images: Sequence[Any], *, where: str)
             content = "".join(pieces)
         elif isinstance(content, str):
             content = plain_text(content)
+        elif content is None and role == "assistant" and (more.get("calls") or more.get("thoughts")):
+            content = ""
         elif content is None and role == "assistant":
-            raise DataError(f"{where}: an assistant message has no content (tool calls are not supported)")
+            raise DataError(f"{where}: an assistant message has no content and no tool call")
         else:
             raise DataError(f"{where}: content is {type(content).__name__}, expected a string or a list of parts")
-        turns.append(Turn(role, content, _learn(entry, where)))
+        turns.append(Turn(role, content, _learn(entry, where), **more))
     if with_parts:
         if pending:
             raise AlignmentError(

@@ -67,7 +67,8 @@ class Quarantine:
 
 def has_labels(sample: Sample) -> bool:
     """Whether some assistant turn is to be learned."""
-    return any(turn.role == "assistant" and turn.learn and turn.content.strip() for turn in sample.turns)
+    taught = (turn for turn in sample.turns if turn.role == "assistant" and turn.learn)
+    return any(turn.content.strip() or turn.calls or turn.thoughts for turn in taught)
 
 
 def content_of(image: Any) -> str | None:

@@ -15,6 +15,7 @@ from mllm.data.cells import as_list, conversation_cell, given, plain_cell
 from mllm.data.conversations import embeds_images, message_turns, placeholder_turns
 from mllm.data.files import Files, matching_files
 from mllm.data.spec import SOURCES, DatasetSpec, expand_path
+from mllm.data.tools import tools_of
 from mllm.errors import DataError, blamed_on
 from mllm.processing.references import refer
 from mllm.types import Sample, Turn
@@ -179,7 +180,10 @@ class MessagesSource(JsonSource):
         turns, images = message_turns(messages, listed, where=where)
         self.refuse_blind(row, turns, images, where)
         images = [resolve_image(image, root, where) for image in images]
-        return Sample(identity, turns, images, self.name, _rest(row, "messages", *self.image_keys))
+        meta = _rest(row, "messages", *self.image_keys)
+        if row.get("tools"):
+            meta["tools"] = tools_of(row, where)
+        return Sample(identity, turns, images, self.name, meta)
 
 
 def _refuse_half_characters(text: str, where: str) -> None:

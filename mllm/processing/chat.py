@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mllm.errors import AlignmentError, ConfigError, DataError
 from mllm.processing.template import messages_of
-from mllm.processing.turns import IGNORE, find_replies, label_text, renderer, special_ids
+from mllm.processing.turns import IGNORE, added_texts, find_replies, label_text, renderer, special_ids
 from mllm.types import IMAGE_MARK, Sample, Turn
 
 
@@ -71,7 +71,7 @@ def encode_text(
         renderer(processor, tools),
         messages_of(turns, IMAGE_MARK),
         template=processor.chat_template,
-        tokens=[token.content for token in tokenizer.added_tokens_decoder.values()],
+        tokens=added_texts(tokenizer),
         learn=learn,
         tools=tools,
         where=where,

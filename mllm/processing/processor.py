@@ -17,6 +17,7 @@ from mllm.config import to_plain
 from mllm.errors import AlignmentError, ConfigError
 from mllm.processing.image_processor import MllmImagesKwargs
 from mllm.processing.layout import pixel_keys
+from mllm.processing.masks import apply_template
 from mllm.processing.template import is_wrapped, wrap
 from mllm.processing.visual_span import IGNORE, VisualSpan
 
@@ -87,6 +88,15 @@ class MllmProcessor(ProcessorMixin):
         batch = MllmBatch(super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs))
         batch.placeholder = self.image_token_id
         return batch
+
+    def apply_chat_template(
+        self, conversation: Any, *args: Any, return_assistant_tokens_mask: bool = False, **kwargs: Any
+    ) -> Any:
+        """As in transformers, for any chat template: ``return_assistant_tokens_mask`` gives ``assistant_masks``, 1 where training
+        takes a loss. Tokenised is what the template writes, without a second BOS."""
+        return apply_template(
+            super().apply_chat_template, self, conversation, args, return_assistant_tokens_mask, kwargs
+        )
 
     @property
     def span(self) -> VisualSpan | None:

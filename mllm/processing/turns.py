@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mllm.errors import DataError
-from mllm.processing.template import disarm, escapes_of
+from mllm.processing.template import disarm, escapes_of, template_variables, unwrapped
 
 IGNORE = -100
 _THOUGHT_TAGS = re.compile(r"</?think(?:ing)?>")
@@ -120,31 +121,32 @@ def _find(
     if prompt is not None and len(prompt) >= cursor and text.startswith(prompt):
         begin, prompted = len(prompt), True
     elif pieces:
-        begin = _place(text, prompt or "", pieces[0], cursor)
+        begin = _place(text, prompt or "", pieces, cursor)
     if begin is None:
         raise DataError(
             f"{where}: turn {index + 1}: the chat template does not show where the assistant begins to speak; "
             "labels cannot be placed"
         )
-    stop = len(text) if index == len(messages) - 1 else 0
-    if not stop:
-        closed = _attempt(render, messages[: index + 1], False)
-        stop = len(closed) if closed is not None and len(closed) > begin and text.startswith(closed) else 0
-    last = _last(text, begin, stop or len(text), pieces)
-    end = _end_of(text, begin, stop, last, tokens)
+    last = index == len(messages) - 1
+    closed = text if last else _attempt(render, messages[: index + 1], False)
+    if closed is not None and len(closed) > begin and text.startswith(closed):
+        end = _end_of(text, begin, len(closed), _last(text, begin, len(closed), pieces))
+    else:
+        end = _end_by_token(text, _last(text, begin, len(text), pieces) or begin, closed or "", tokens)
     first = text.find(pieces[0], begin, end) if pieces else end
     return Reply(index, begin, end, prompted, text[begin:first] if pieces and first >= 0 else "")
 
 
-def _place(text: str, prompt: str, piece: str, cursor: int) -> int | None:
+def _place(text: str, prompt: str, pieces: Sequence[str], cursor: int) -> int | None:
     """Where an answer begins whose generation prompt is not a prefix of the text: where the two part, or soon after."""
     same = next((i for i, (a, b) in enumerate(zip(text, prompt)) if a != b), min(len(text), len(prompt)))
     parted = max(cursor, same)
-    for back in range(min(parted - cursor, len(piece)) + 1):  # the answer may begin as the prompt would go on
-        if text.startswith(piece, parted - back):
-            return parted - back
-    found = text.find(piece, parted)
-    return found if found >= 0 else None
+    for piece in pieces:  # the first may be left out
+        for back in range(min(parted - cursor, len(piece)) + 1):  # the answer may begin as the prompt would go on
+            if text.startswith(piece, parted - back):
+                return parted - back
+    found = [place for place in (text.find(piece, parted) for piece in pieces) if place >= 0]
+    return min(found, default=None)
 
 
 def _last(text: str, begin: int, stop: int, pieces: Sequence[str]) -> int | None:
@@ -158,15 +160,21 @@ def _last(text: str, begin: int, stop: int, pieces: Sequence[str]) -> int | None
     return place
 
 
-def _end_of(text: str, begin: int, stop: int, last: int | None, tokens: Sequence[str]) -> int:
-    """Where the turn ends. stop: end of what the template renders for it with all before, 0 where that is unknown."""
-    if stop:
-        end = begin + len(text[begin:stop].rstrip())
-        return stop if last is not None and last >= end else end  # nothing but white space ends it: that is the end
-    after = begin if last is None else last
-    blank = len(text[after:]) - len(text[after:].lstrip())
-    closing = max((token for token in tokens if text.startswith(token, after + blank)), key=len, default=None)
-    return after if closing is None else after + blank + len(closing)
+def _end_of(text: str, begin: int, stop: int, last: int | None) -> int:
+    """Where a turn ends that is rendered up to ``stop``; last: where the last thing said ends."""
+    end = begin + len(text[begin:stop].rstrip())
+    return stop if last is not None and last >= end else end  # nothing but white space ends it: that is the end
+
+
+def _end_by_token(text: str, after: int, closed: str, tokens: Sequence[str]) -> int:
+    """Where a turn ends that the template renders otherwise when more follows (Qwen3's thoughts). closed: the conversation that
+    ends with it, for the token that does."""
+    ends = [token for token in tokens if closed.rstrip().endswith(token)]
+    if ends:
+        closing = max(ends, key=len)
+        found = text.find(closing, after)
+        return after if found < 0 else found + len(closing)
+    return after
 
 
 def said(message: Mapping[str, Any], escapes: Sequence[str]) -> list[str]:
@@ -253,11 +261,11 @@ def _attempt(render: Render, messages: Sequence[Mapping[str, Any]], add_generati
 
 
 def label_text(
-    tokenizer: Any, text: str, replies: Sequence[Reply], learn: Sequence[bool]
+    tokenizer: Any, text: str, replies: Sequence[Reply], learn: Sequence[bool], *, parts: bool = True
 ) -> tuple[Tensor, Tensor, list[slice]]:
-    """Ids ``(T,)``, labels ``(T,)`` and each reply's tokens. learn: for each reply. Where a token would reach over the end of a
-    generation prompt, the text is tokenised in two parts, as generation has it."""
-    ids, offsets = _tokenise(tokenizer, text, [reply.begin for reply in replies])
+    """Ids ``(T,)``, labels ``(T,)`` and each reply's tokens. learn: for each reply; parts: where the answer would change the
+    last tokens of its prompt, tokenise the text in parts, so that the prompt's tokens are those that `generate` is given."""
+    ids, offsets = _tokenise(tokenizer, text, [reply.begin for reply in replies] if parts else [])
     labels = torch.full((len(ids),), IGNORE, dtype=torch.long)
     numbers = torch.tensor(ids, dtype=torch.long)
     places: list[slice] = []
@@ -275,22 +283,25 @@ def label_text(
 
 
 def _tokenise(tokenizer: Any, text: str, cuts: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and offsets of the text; cut in parts after those prompts whose last tokens would be others with the answer behind
+    them (a token over the border; GPT-2's pattern, which reads a line break by what follows)."""
     encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-    added = tokenizer.added_tokens_decoder
-    wanted = iter(sorted(cuts))
-    cut = next(wanted, None)
-    crossed = []
-    for number, (start, end) in zip(ids, offsets):
-        while cut is not None and cut <= start:
-            cut = next(wanted, None)
-        if cut is not None and start < cut < end and number not in added:
-            crossed.append(cut)
-    if not crossed:
+    added, starts = tokenizer.added_tokens_decoder, [start for start, _ in offsets]
+    needed = []
+    for cut in cuts:
+        stop = bisect_left(starts, cut)
+        first = next((k for k in range(stop - 1, -1, -1) if ids[k] in added), 0)  # added tokens part the text
+        if stop and ids[stop - 1] in added:
+            continue
+        alone = tokenizer(text[starts[first] : cut], add_special_tokens=False)["input_ids"] if stop else []
+        if alone != ids[first:stop]:
+            needed.append(cut)
+    if not needed:
         return ids, offsets
     anchor = tokenizer.eos_token
     ids, offsets = [], []
-    for begin, end in zip([0, *crossed], [*crossed, len(text)]):
+    for begin, end in zip([0, *needed], [*needed, len(text)]):
         lead = anchor if begin else ""  # after a special token nothing is put before the first word
         part = tokenizer(lead + text[begin:end], return_offsets_mapping=True, add_special_tokens=False)
         skip = 1 if begin else 0
@@ -302,3 +313,86 @@ def _tokenise(tokenizer: Any, text: str, cuts: Sequence[int]) -> tuple[list[int]
 def first_line(error: BaseException) -> str:
     """An exception's message, one line of at most 200 characters."""
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+def template_notes(processor: Any, *, where: str = "chat template") -> list[str]:
+    """What a user should know before training with this template: where generation is asked in another way than was trained,
+    what is learned beside the answers, and whether anything ends a turn. [] where all is as expected."""
+    notes = _notes(processor, {}, where)
+    if not any(note.cure for note in notes):
+        return [note.text for note in notes]
+    return [note.text + (_cure(processor, len(notes), where) if note.cure else "") for note in notes]
+
+
+@dataclass(frozen=True)
+class _Note:
+    text: str
+    cure: bool
+    """Whether another value of a template's variable may help."""
+
+
+def _notes(processor: Any, options: Mapping[str, Any], where: str) -> list[_Note]:
+    talk = [("user", "mllm-asks"), ("assistant", "mllm-says"), ("user", "mllm-asks-on"), ("assistant", "mllm-says-on")]
+    messages = [{"role": role, "content": content} for role, content in talk]
+    tokenizer, template = processor.tokenizer, processor.chat_template
+    render = renderer(processor, **options)
+    known = {"template": template, "tokens": added_texts(tokenizer), "where": where}
+    text, (one,) = find_replies(render, messages[:2], **known)
+    asked = render(messages[:1], True)
+    notes: list[_Note] = []
+    if not one.prompted:
+        notes.append(
+            _Note(
+                f"{where}: generate is asked {_tail(asked)}, but trained is {_tail(text[: one.begin])}: no prefix.",
+                True,
+            )
+        )
+    if one.lead.strip():
+        notes.append(_Note(f"{where}: every answer begins with {one.lead!r}, which is learned and generated.", True))
+    if not text[one.begin : one.end].rstrip().startswith(one.lead + "mllm-says") or not _closing(tokenizer, text, one):
+        notes.append(
+            _Note(f"{where}: no token ends the assistant's turn (it ends {text[one.end - 6 : one.end]!r}); generation stops only at EOS "
+                  "or max_new_tokens.", False)
+        )  # fmt: skip
+    try:
+        both, (first, second) = find_replies(render, messages, **known)
+    except DataError as error:
+        return [*notes, _Note(f"{where}: conversations of several turns are refused ({error}).", False)]
+    leads = {first.lead, second.lead}
+    if len(leads) > 1 or not (first.prompted and second.prompted):
+        notes.append(
+            _Note(
+                f"{where}: of several turns only the last is trained as it is generated: an earlier answer follows "
+                f"{_tail(both[: first.begin] + first.lead)}, the last {_tail(both[: second.begin] + second.lead)}. Where that matters make "
+                "a sample of each turn, or give model.chat_template one that renders all turns alike.",
+                False,
+            )
+        )
+    return notes
+
+
+def _closing(tokenizer: Any, text: str, reply: Reply) -> bool:
+    ids = tokenizer(text[reply.begin : reply.end], add_special_tokens=False)["input_ids"]
+    return bool(ids) and (ids[-1] in special_ids(tokenizer) or ids[-1] in tokenizer.added_tokens_decoder)
+
+
+def _cure(processor: Any, problems: int, where: str) -> str:
+    """The setting of one of the template's variables that leaves fewer things to note."""
+    for name in template_variables(unwrapped(processor.chat_template)):
+        for value in (False, True):
+            try:
+                left = len(_notes(processor, {name: value}, where))
+            except DataError:
+                continue
+            if left < problems:
+                return f" Cure: model.template_options: {{{name}: {str(value).lower()}}}"
+    return " Cure: another model.chat_template"
+
+
+def _tail(text: str) -> str:
+    return repr("…" + text[-40:] if len(text) > 40 else text)
+
+
+def added_texts(tokenizer: Any) -> list[str]:
+    """Texts of the tokenizer's added tokens."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values()]
