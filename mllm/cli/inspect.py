@@ -22,11 +22,14 @@ def inspect(
 
     The first samples of each stage as training will make them: every encoder's pixels after preprocessing, which token each
     patch becomes, the text coloured by whether it carries loss, where packed samples begin and their positions.
+    The terminal shows one row of each stage, what is learned in green, and the tokens at which generation stops.
     Look at it before a long run: is the answer green and the question grey, is the image whole and upright, does anything leak
     into the next sample?
 
     [dim]mllm inspect demo --n 4 --stage sft[/]
     """
+    from rich.console import Console
+
     from mllm.errors import ConfigError
     from mllm.recipe import load_recipe
 
@@ -37,11 +40,16 @@ def inspect(
     from mllm.train.preflight.inspection_page import write_page
 
     seen = inspect_recipe(loaded, num_samples=n, stage=stage)
+    console = Console()
     path = write_page(seen, output or loaded.output_dir / "inspect.html", title=f"What {loaded.name} sees")
     for part in seen:
         learned = sum(s.num_learned for row in part.rows for s in row.samples)
         tokens = sum(s.length for row in part.rows for s in row.samples)
         slots = sum(row.slots for row in part.rows)
+        if part.first is not None:
+            console.print(part.first, soft_wrap=True)
+        for note in part.notes:
+            console.print(f"{part.stage.name}: {note}", highlight=False, markup=False, soft_wrap=True)
         typer.echo(
             f"{part.stage.name}: {part.num_samples} samples in {len(part.rows)} rows, {tokens} of {slots} slots used, "
             f"{learned} tokens carry loss" + (f", {len(part.dropped)} samples dropped" if part.dropped else "")

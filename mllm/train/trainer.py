@@ -42,6 +42,7 @@ from mllm.train.observe.progress import StageDisplay
 from mllm.train.observe.run_info import RunInfo
 from mllm.train.observe.spikes import SpikeGuard, diverged
 from mllm.train.observe.tracking import Tracker
+from mllm.train.preflight.first_row import what_is_learned
 from mllm.train.prepare import DTYPES, attention_inputs, prepare_model
 from mllm.train.stages.routing.monitor import watch_routing
 
@@ -197,6 +198,9 @@ def open_session(run: Run, stage: StageSpec, model: Any, processor: Any, stack: 
     display.print(groups_table(stage, groups, frozen_summary(model)))
     tell_odd_settings(stage, data.total_steps, len(mixture), display)
     tell_left_out(mixture, display, run.info, stage)
+    if distributed.is_main():
+        for line in what_is_learned(processor, data, model.generation_config.eos_token_id):
+            display.print(line)
     if use_cache(stage, data, model, processor, {group.part for group in groups}, display, stack) and flops is not None:
         flops.cached = True
     checkpoint = latest_checkpoint(run.checkpoints(stage)) if run.resume else None

@@ -14,9 +14,10 @@ from mllm.errors import ConfigError
 from mllm.models.build import build_config, build_processor, load_tokenizer
 from mllm.processing.chat import IGNORE
 from mllm.processing.template import for_training
-from mllm.processing.turns import special_ids
+from mllm.processing.turns import special_ids, template_notes
 from mllm.recipe import Recipe, StageSpec
 from mllm.train.data import StageData, open_mixture
+from mllm.train.preflight.first_row import show_row, stop_line
 from mllm.types import ImageLayout
 
 KINDS = ("sft",)
@@ -79,6 +80,10 @@ class SeenStage:
     rows: list[SeenRow] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
     num_samples: int = 0
+    first: Any = None
+    """The first sample as `rich` text, what is learned green."""
+    notes: list[str] = field(default_factory=list)
+    """What to know of the chat template; where generation stops."""
 
 
 def inspect_recipe(recipe: Recipe, *, num_samples: int = 8, stage: str | None = None) -> list[SeenStage]:
@@ -111,6 +116,7 @@ def _look(recipe: Recipe, stage: StageSpec, config: Any, processor: Any, num_sam
     grids = {name: (*info.grid, info.image.height, info.image.width) for name, info in infos.items()}
     layout = config.layout() if config.connector is not None else None
     seen = SeenStage(stage, processor.chat_template, layout, grids)
+    seen.notes = [*template_notes(processor), stop_line(processor)]
     while seen.num_samples < num_samples:
         for micro in data.steps():
             for batch in micro:
@@ -137,6 +143,8 @@ def _add_batch(seen: SeenStage, batch: Batch, processor: Any, num_samples: int) 
             count = int(batch.num_images[sample])
             if wanted:
                 part = slice(offset, offset + length)
+                if seen.first is None:
+                    seen.first = show_row(ids[row, part].tolist(), labels[row, part].tolist(), processor)
                 first = (
                     (0, length - 1)
                     if positions is None

@@ -347,3 +347,44 @@ def test_stored_codes_are_a_picture_for_the_check_too(tmp_path):
     assert [problem.row for problem in problems] == [2] and "there is no number 3" in problems[0].reason
     with pytest.raises(DataError, match="names stored codes where pixels are needed"):
         load_image(f"{tmp_path}/codes/codes.json#0", where="s")
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("reasoning_content.jsonl", "leaves the assistant's thoughts out"),
+        ("call_with_text.jsonl", "has no tools"),
+        ("call_with_empty_content.jsonl", "has no tools"),
+    ],
+)
+def test_thoughts_and_calls_that_the_template_lacks_are_named_and_replaced(tmp_path, processor, case, reason):  # noqa: F811
+    declared = spec(among_good(tmp_path, case))
+    report = check(declared, processor, progress=False, write=False)
+    assert [problem.row for problem in report.problems] == [7] and reason in report.problems[0].reason
+    log, batches = stream(declared, processor)
+    assert sum(len(batch.ids) for batch in batches) == 64 and log.counts == {"d": 1}
+
+
+def test_a_call_is_read_as_openai_writes_it(tmp_path):
+    sample = open_source(spec(among_good(tmp_path, "call_with_empty_content.jsonl", good=0)))[0]
+    turn = sample.turns[1]
+    assert turn.content == "" and turn.calls[0]["function"] == {"name": "zoom", "arguments": {"box": [0, 0, 5, 5]}}
+    talk = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": None, "tool_calls": turn.calls},
+        {"role": "tool", "content": [{"type": "text", "text": "five"}], "tool_call_id": "1"},
+        {"role": "assistant", "content": "Five.", "reasoning_content": "It said so."},
+    ]
+    row = {"messages": talk, "tools": json.dumps([{"type": "function", "function": {"name": "zoom"}}])}
+    sample = open_source(spec(among_good(tmp_path, row, good=0)))[0]
+    assert [t.role for t in sample.turns] == ["user", "assistant", "tool", "assistant"]
+    assert sample.turns[2].content == "five" and sample.turns[3].thoughts == "It said so."
+    assert sample.meta["tools"][0]["function"]["name"] == "zoom"
+    for change, message in (
+        ({"content": None}, "no content and no tool call"),
+        ({"content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "arguments of f are no JSON"),
+        ({"content": "", "function_call": {"name": "f"}}, "function_call is OpenAI's old form"),
+    ):
+        row = {"messages": [talk[0], {"role": "assistant", **change}]}
+        with pytest.raises(DataError, match=message):
+            open_source(spec(among_good(tmp_path, row, good=0)))[0]
