@@ -95,7 +95,7 @@ def test_inspect_escapes_what_data_say_and_names_unknown_stages(tmp_path):
     recipe = make_recipe(tmp_path, rows=1)
     data = tmp_path / "data" / "mixed.json"
     rows = json.loads(data.read_text())
-    rows[0]["conversations"][0]["value"] = "<script>alert(1)</script> & <image>"
+    rows[0]["conversations"][0]["value"] = "<script>alert(1)</script> & x"
     data.write_text(json.dumps(rows))
     page = tmp_path / "page.html"
     _run("inspect", _file(recipe, tmp_path), "--n", "1", "--output", str(page))
