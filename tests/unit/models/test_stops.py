@@ -74,7 +74,7 @@ def test_template_options_are_kept_and_a_misspelt_one_is_named(source: Path, tmp
     )  # fmt: skip
     data = {"language_model": {"source": str(source)}, "chat_template": str(jinja)}
     parts = {"encoders": {"a": dict(TINY_CLIP)}, "connector": {"type": "mlp"}}
-    with pytest.raises(ConfigError, match="does not read 'thinkin'; it reads .*thinking"):
+    with pytest.raises(ConfigError, match=r"does not read 'thinkin'; it reads .*thinking"):
         build_model(
             ModelSpec.model_validate({**data, **parts, "template_options": {"thinkin": False}}), load_weights=False
         )
