@@ -79,9 +79,11 @@ def picture(value: Any) -> Image.Image:
 
 def video(value: Any, frames: int) -> list[Any]:
     """Evenly spaced pictures of a video file or folder of frames; a list of pictures is taken as it is."""
+    from mllm.processing.references import file_path
+
     if isinstance(value, list | tuple):
         return [picture(entry) for entry in value]
-    path = Path(str(value).removeprefix("file://"))
+    path = Path(file_path(str(value), "video") if str(value).startswith("file:") else str(value))
     if not path.exists():
         raise DataError(f"{path}: no such video")
     return [image for image, _ in Frames(path, frames).load()]

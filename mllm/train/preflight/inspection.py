@@ -110,7 +110,7 @@ def inspect_recipe(recipe: Recipe, *, num_samples: int = 8, stage: str | None = 
 def _look(recipe: Recipe, stage: StageSpec, config: Any, processor: Any, num_samples: int) -> SeenStage:
     if stage.chat_template is not None:
         processor = for_training(processor, stage.chat_template)
-    quiet = stage.model_copy(update={"num_workers": 0})
+    quiet = stage.model_copy(update={"num_workers": 0, "max_bad_share": 1.0})  # the page shows what is dropped
     data = StageData(quiet, processor, open_mixture(stage, recipe.seed), cache=Path(recipe.output_dir) / "lengths")
     infos = config.encoder_infos()
     grids = {name: (*info.grid, info.image.height, info.image.width) for name, info in infos.items()}
