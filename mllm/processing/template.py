@@ -65,9 +65,10 @@ def with_images(
         + "{%- set flat.text = message['content']"
         + replaced
         + " -%}"
+        + "{%- elif not message['content'] -%}{%- set flat.text = '' -%}"
         + "{%- else -%}"
         + "{%- set flat.text = '' -%}{%- set flat.open = false -%}"
-        + "{%- for content in message['content'] or [] -%}"
+        + "{%- for content in message['content'] -%}"  # in this form: vLLM looks for it to hand parts over as they are
         + "{%- if content['type'] in ['image', 'image_url'] -%}"
         + "{%- set flat.text = flat.text + "
         + typed

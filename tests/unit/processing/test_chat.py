@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from mllm.errors import AlignmentError, ConfigError, DataError
 from mllm.processing.chat import IGNORE, encode_sample, encode_text, render_prompt
@@ -178,3 +179,38 @@ def test_a_stage_may_read_captions_only(tmp_path: Path) -> None:
     (tmp_path / "lossy.jinja").write_text("{% for m in messages %}x{% endfor %}")
     with pytest.raises(ConfigError, match="nothing could be learned"):
         for_training(processor, str(tmp_path / "lossy.jinja"))
+
+
+def test_no_content_is_no_text_and_vllm_hands_parts_over_as_they_are() -> None:
+    import jinja2
+
+    processor = processor_with("{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}")
+    call = {"function": {"name": "f", "arguments": {}}}
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert processor.apply_chat_template(talk) == "user:q;assistant:;"
+    tree = jinja2.Environment().parse(
+        processor.chat_template
+    )  # vLLM reads the template's tree for how content is taken
+    loops = [loop.iter for loop in tree.find_all(jinja2.nodes.For)]
+    assert any(isinstance(i, jinja2.nodes.Getitem) and getattr(i.arg, "value", None) == "content" for i in loops)
+
+
+def test_tokens_are_what_the_template_writes_without_a_second_start() -> None:
+    processor = processor_with(LLAMA3.replace("{{ bos_token }}", ""))
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", processor.tokenizer.bos_token_id)]
+    )
+    assert processor.tokenizer("a")["input_ids"][0] == processor.tokenizer.bos_token_id
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    found = processor.apply_chat_template(
+        [talk, [talk[0], {"role": "assistant", "content": "a longer answer"}]], tokenize=True, return_dict=True,
+        return_assistant_tokens_mask=True, return_tensors="pt", processor_kwargs={"padding": True},
+    )  # fmt: skip
+    for row, text in enumerate(("a", "a longer answer")):
+        ids, labels = encode_text(processor, [Turn("user", "q"), Turn("assistant", text)])
+        real = found["attention_mask"][row].bool()
+        assert torch.equal(found["input_ids"][row][real], ids)
+        assert torch.equal(found["assistant_masks"][row][real].bool(), labels != IGNORE)
+        assert not found["assistant_masks"][row][~real].any()
+    with pytest.raises(ConfigError, match="needs tokenize=True and return_dict=True"):
+        processor.apply_chat_template(talk, return_assistant_tokens_mask=True)
