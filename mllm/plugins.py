@@ -2,7 +2,7 @@
 
 Three ways in: the entry-point group ``mllm.plugins`` of installed packages, a recipe's ``plugins:``, and files or modules that
 the user names (``--plugin``, `use_plugins`, ``$MLLM_PLUGINS``). Code that travels inside a checkpoint is a fourth, and runs only
-where the user allows it: `mllm.models.checkpoint_code`.
+where the user allows it: `mllm.checkpoint_code`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def use_plugins(modules: Iterable[str]) -> None:
     known = _named()
     for module in modules:
         if module.endswith(".py"):
-            module = str(_existing(module).resolve())
+            module = str(_existing(module).absolute())  # the hub's cache links to files without a suffix: links stay
         if os.pathsep in module:
             raise ConfigError(
                 f"plugins: {module} holds a {os.pathsep!r}, which separates plug-ins in ${VARIABLE}; rename it"
@@ -82,7 +82,7 @@ def load_plugins(modules: Iterable[str] = ()) -> None:
 def copy_files(modules: Iterable[str], folder: Path) -> None:
     """Copy the plug-in files among ``modules`` (as they were loaded) to ``folder``; what lies there already stays."""
     by_path = {file.path: file.content for file in _files.values()}
-    for path in (Path(module).expanduser().resolve() for module in modules if module.endswith(".py")):
+    for path in (Path(module).expanduser().absolute() for module in modules if module.endswith(".py")):
         target = folder / path.name
         if not target.exists():
             target.write_bytes(by_path.get(path) or path.read_bytes())
@@ -129,7 +129,7 @@ def load_source(name: str, content: bytes) -> None:
 
 def _load(module: str) -> None:
     if module.endswith(".py"):
-        path = _existing(module).resolve()
+        path = _existing(module).absolute()
         _run(module, LoadedFile(path, path.read_bytes()))
     else:
         _run(module, None)

@@ -1,4 +1,4 @@
-"""``mllm convert`` and ``mllm export``: weights in from other formats, a self-contained checkpoint out."""
+"""``mllm convert``, ``export`` and ``push``: weights in from other formats, a self-contained checkpoint out, to the hub."""
 
 from __future__ import annotations
 
@@ -54,7 +54,33 @@ def export(
     typer.echo(f"written: {made}")
 
 
+def push(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, such as runs/my/final.")],
+    repository: Annotated[str, typer.Argument(help="owner/name on the hub; made if it is not there.")],
+    scores: Annotated[
+        Path | None, typer.Option(help="Folder of an evaluation, for the card; default: eval beside the checkpoint.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+    message: Annotated[str, typer.Option(help="Commit message.")] = "Upload a checkpoint",
+    card_only: Annotated[bool, typer.Option("--card-only", help="Print the model card and send nothing.")] = False,
+) -> None:
+    """Send a checkpoint to the hub with a model card: encoders and their licences, recipe, scores with their rules.
+
+    Log in first with `hf auth login`, or set HF_TOKEN. A README.md of your own in the folder is kept.
+
+    [dim]mllm push runs/demo/final me/my-model --private[/]
+    """
+    from mllm.models.card import model_card
+    from mllm.models.card import push as push_checkpoint
+
+    if card_only:
+        typer.echo(model_card(checkpoint, repository, scores=scores))
+        return
+    typer.echo(f"pushed: {push_checkpoint(checkpoint, repository, scores=scores, private=private, message=message)}")
+
+
 def add_to(app: typer.Typer) -> None:
-    """Register both verbs."""
+    """Register the three verbs."""
     app.command()(convert)
     app.command()(export)
+    app.command()(push)

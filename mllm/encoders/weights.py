@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mllm.damage import damage_of, read_json, read_safetensors
 from mllm.errors import CheckpointError, UnavailableError
+from mllm.hub import hub_reason
 from mllm.types import Grid
 
 _FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -37,9 +38,8 @@ def local_path(source: str) -> Path | None:
 
 def unavailable(source: str, error: Exception) -> UnavailableError:
     """The error for weights that cannot be fetched."""
-    reason = " ".join(str(error).split())[:200]
     return UnavailableError(
-        f"weights: {source!r} could not be fetched ({type(error).__name__}: {reason}). Without network access, "
+        f"weights: {source!r} could not be fetched: {hub_reason(error, source)}. Without network access, "
         "download it elsewhere and set weights.source to the local path."
     )
 

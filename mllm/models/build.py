@@ -17,6 +17,7 @@ from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoToken
 from mllm import progress
 from mllm.damage import naming_damage
 from mllm.errors import CheckpointError, ConfigError, UnavailableError
+from mllm.hub import hub_reason
 from mllm.models.configuration_mllm import MllmConfig, language_model_config
 from mllm.models.image_generation.build import add_head_tokens, head_settings_of, tokenizer_settings, visual_span
 from mllm.models.modeling_mllm import MllmForConditionalGeneration, language_model_left_out
@@ -94,8 +95,7 @@ def text_config(spec: LanguageModelSpec) -> Any:
             config = AutoConfig.from_pretrained(place, **options)
     except OSError as error:
         raise UnavailableError(
-            f"model.language_model.source: {spec.source!r} cannot be read ({_first_line(error)}). Give a local path, or connect to "
-            "the hub once so that it is in the cache"
+            f"model.language_model.source: {spec.source!r} cannot be read: {hub_reason(error, spec.source)}"
         ) from error
     return config.get_text_config()
 
@@ -170,7 +170,7 @@ def load_tokenizer(spec: LanguageModelSpec) -> Any:
             return AutoTokenizer.from_pretrained(place, **options)
     except (OSError, ValueError) as error:
         raise UnavailableError(
-            f"model.language_model.tokenizer: {source!r} cannot be read ({_first_line(error)}). Give a local path"
+            f"model.language_model.tokenizer: {source!r} cannot be read: {hub_reason(error, source)}"
         ) from error
 
 
@@ -253,7 +253,7 @@ def read_language_model(
                 )
         except OSError as error:
             raise UnavailableError(
-                f"model.language_model.source: weights of {spec.source!r} cannot be read ({_first_line(error)})"
+                f"model.language_model.source: weights of {spec.source!r} cannot be read: {hub_reason(error, spec.source)}"
             ) from error
         reading.num_bytes = num_bytes(source)
     refuse_gaps(f"model.language_model.source: {spec.source}", {**info, "unexpected_keys": []})
@@ -325,7 +325,3 @@ class _default_dtype:
 
     def __exit__(self, *exception: Any) -> None:
         torch.set_default_dtype(self.before)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

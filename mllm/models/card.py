@@ -1,0 +1,180 @@
+"""What does a checkpoint's page on the hub say, and how does it get there?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mllm.checkpoint_code import KEY
+from mllm.damage import damage_in, read_json
+from mllm.errors import ConfigError, UnavailableError
+from mllm.hub import hub_reason
+
+_MARK = "<!-- written by mllm push -->"
+
+
+def push(
+    checkpoint: str | Path,
+    repository: str,
+    *,
+    scores: str | Path | None = None,
+    private: bool = False,
+    message: str = "Upload a checkpoint",
+) -> str:
+    """Send a checkpoint folder with its model card to ``owner/name`` on the hub; returns the commit's address.
+
+    scores: folder of an evaluation (``results.json``); default: ``eval`` beside the checkpoint, where there is one. A README.md
+    that was not written here is kept as it is. Raises `ConfigError` for a folder that holds no checkpoint, `UnavailableError`
+    with the reason when the hub refuses.
+    """
+    folder = Path(checkpoint)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder}: no checkpoint (config.json is missing)")
+    if repository.count("/") != 1 or not all(repository.split("/")):
+        raise ConfigError(f"{repository!r}: expected owner/name")
+    if problem := damage_in(folder):
+        raise ConfigError(f"{problem}; nothing was sent")
+    from huggingface_hub import HfApi
+
+    card = folder / "README.md"
+    if not card.is_file() or _MARK in card.read_text(encoding="utf-8"):
+        card.write_text(model_card(folder, repository, scores=scores), encoding="utf-8")
+    hub = HfApi()
+    try:
+        hub.create_repo(repository, private=private, exist_ok=True)
+        sent = hub.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message=message, ignore_patterns=["*.pyc", ".*"]
+        )
+    except Exception as error:  # the hub's client and what lies under it raise many kinds
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            reason = "the hub does not know you, or you may not write there; `hf auth login`, or set HF_TOKEN to a token that may write"
+        else:
+            reason = hub_reason(error, repository)
+        raise UnavailableError(f"{repository}: not pushed: {reason}") from error
+    return str(sent.commit_url)
+
+
+def model_card(folder: Path, repository: str, *, scores: str | Path | None = None) -> str:
+    """The card: parts with their licences, how to open it, the recipe, and scores with the rules that gave them."""
+    config = read_json(folder / "config.json")
+    recipe = (
+        yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        if (folder / "recipe.yaml").is_file()
+        else {}
+    )
+    parts = _parts(config, recipe)
+    place = Path(scores) if scores is not None else folder.parent / "eval"
+    if scores is not None and not (place / "results.json").is_file():
+        raise ConfigError(f"--scores {place}: no results.json; `mllm eval run` writes it")
+    sections = [
+        "---\n" + yaml.safe_dump(_metadata(parts), sort_keys=False, allow_unicode=True) + "---",
+        _MARK,
+        f"# {repository.split('/')[1]}\n\n{recipe.get('description') or 'A multimodal language model.'}",
+        "## Parts\n\n" + _table(("part", "from", "licence", "commercial use"), parts),
+        _opening(repository, config),
+        _scores(place / "results.json"),
+        _training(recipe),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _parts(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    words = {True: "yes", False: "no", None: "not known"}
+    text = (recipe.get("model") or {}).get("language_model") or {}
+    kind = (config.get("text_config") or {}).get("model_type", "?")
+    rows = [
+        (
+            "language model",
+            text.get("source") or f"{kind}, from scratch",
+            text.get("licence") or "unknown",
+            words[text.get("commercial")],
+        )
+    ]
+    for name, encoder in (config.get("encoders") or {}).items():
+        weights = encoder.get("weights") or {}
+        source = weights.get("source") or f"{encoder.get('type')}, from scratch"
+        rows.append((f"encoder {name}", source, weights.get("licence") or "unknown", words[weights.get("commercial")]))
+    for part in ("connector", "router", "visual_tokenizer", "visual_head"):
+        if config.get(part):
+            rows.append(
+                (
+                    part.replace("_", " "),
+                    str(config[part].get("type", config[part].get("encoder"))),
+                    "this toolkit's",
+                    "yes",
+                )
+            )
+    return rows
+
+
+def _metadata(parts: list[tuple[str, str, str, str]]) -> dict[str, Any]:
+    """The card's head: the hub finds models by it. Several licences are ``other``, since all of them bind."""
+    licences = sorted({licence.lower() for part, _, licence, _ in parts if part.startswith(("language", "encoder"))})
+    licence = (
+        {"license": licences[0]}
+        if len(licences) == 1 and licences[0] != "unknown"
+        else {"license": "other", "license_name": "see-parts"}
+    )
+    sources = sorted({source for _, source, _, _ in parts if source.count("/") == 1 and " " not in source})
+    base = {"base_model": sources} if sources else {}
+    return {
+        "library_name": "mllm",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["mllm", "multimodal"],
+        **licence,
+        **base,
+    }
+
+
+def _opening(repository: str, config: Mapping[str, Any]) -> str:
+    files = [entry.get("file") or entry.get("module") for entry in config.get(KEY) or ()]
+    remote = bool(config.get("auto_map"))
+    trust = ", trust_remote_code=True" if remote else ""
+    first = "" if remote else "import mllm  # pip install mllm-toolkit; makes the classes known to transformers\n"
+    code = (
+        f"{first}from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
+        f'model = AutoModelForImageTextToText.from_pretrained("{repository}"{trust})\n'
+        f'processor = AutoProcessor.from_pretrained("{repository}"{trust})'
+    )
+    plugins = ", ".join(f"`{name}`" for name in files)
+    said = (
+        f"\n\nParts of it are defined in {plugins}, code of its authors: read it, then open it with `--plugin`."
+        if files and not remote
+        else ""
+    )
+    return f"## Opening it\n\n```python\n{code}\n```{said}"
+
+
+def _scores(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    rows = []
+    for name, task in json.loads(path.read_text(encoding="utf-8"))["tasks"].items():
+        for metric in task["metrics"]:
+            value = "-" if metric["value"] is None else f"{metric['value']:.2f}"
+            limited = " (a part of it)" if task["header"].get("limited") else ""
+            rows.append(
+                (f"{name}{limited}", value, str(task["num_samples"]), metric["label"], metric.get("protocol", ""))
+            )
+    return "## Scores\n\n" + _table(("task", "score", "samples", "rule", "whose rule"), rows)
+
+
+def _training(recipe: Mapping[str, Any]) -> str:
+    if not recipe:
+        return ""
+    stages = [
+        (s["name"], s.get("kind", "sft"), ", ".join(s["learn"]), str(s.get("steps") or f"{s.get('epochs')} epochs"))
+        for s in recipe.get("stages", [])
+    ]
+    source = f"\n\nHyper-parameters from: {recipe['source']}" if recipe.get("source") else ""
+    table = _table(("stage", "kind", "learns", "steps"), stages)
+    return f"## Training\n\n{table}{source}\n\nThe whole recipe: `recipe.yaml`; what ran: `run.json`."
+
+
+def _table(head: tuple[str, ...], rows: list[Any]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in lines)
