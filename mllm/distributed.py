@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 _groups_joined = 0
+_destroy: Callable[[], Any] | None = None  # what ends the present group, None: torch
 _small: Any = None  # gloo group for Python objects and counters; with gloo as the main backend, the main group
 
 
@@ -50,7 +51,7 @@ def process_group(
     ``always``, as DeepSpeed needs one), or when the environment of ``torchrun`` is there. A group that exists already
     is used and kept. device: where this process computes; `local_device` if not given.
     """
-    global _groups_joined, _small
+    global _groups_joined, _small, _destroy
     if dist.is_initialized() or (
         processes == 1 and meeting_point is None and not always and "WORLD_SIZE" not in os.environ
     ):
@@ -80,8 +81,15 @@ def process_group(
     try:
         yield
     finally:
-        _small = None
-        dist.destroy_process_group()
+        destroy, _small, _destroy = _destroy or dist.destroy_process_group, None, None
+        destroy()
+
+
+def end_group_with(destroy: Callable[[], Any]) -> None:
+    """Let ``destroy`` end the present group in place of torch: a library that keeps groups must forget them with it, or
+    the next run in this process uses groups that are gone."""
+    global _destroy
+    _destroy = destroy
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mllm.distributed import end_group_with
 from mllm.errors import UnavailableError
 from mllm.install import install_hint
 from mllm.recipe import StageSpec
@@ -221,4 +222,5 @@ def import_deepspeed() -> Any:
         deepspeed.comm.init_distributed(
             dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False
         )
+    end_group_with(deepspeed.comm.destroy_process_group)
     return deepspeed
