@@ -177,6 +177,8 @@ class StageSpec(StrictModel):
     """Store frozen encoders' features on disk on first use, in the stage's precision or the one given. auto: where that is
     possible."""
     save_every: int | None = Field(default=None, ge=1)
+    keep_state: bool = False
+    """Keep the optimizer's state when the stage is done, so that ``mllm train --extend`` can go on with more steps."""
     log_every: int = Field(default=1, ge=1)
     num_workers: int = Field(default=0, ge=0)
     max_bad_share: float = Field(default=0.05, ge=0, le=1)

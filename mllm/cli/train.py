@@ -22,6 +22,14 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last complete checkpoint; finished stages are kept.")
     ] = False,
+    extend: Annotated[
+        bool,
+        typer.Option(
+            "--extend",
+            help="As --resume, and the last stage may be longer than it was: it goes on from its optimizer's state, which "
+            "stages.<name>.keep_state=true keeps when a stage is done.",
+        ),
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Output folder; default runs/<recipe>.")] = None,
     profile: Annotated[
         int, typer.Option(min=0, help="Record so many steps of every stage with the profiler: <output>/profile.")
@@ -41,7 +49,7 @@ def train(
     with progress.phase("importing torch and transformers"):
         from mllm.train.run import run_recipe
 
-    final = run_recipe(loaded, processes=processes, resume=resume, output=output, profile=profile)
+    final = run_recipe(loaded, processes=processes, resume=resume, output=output, profile=profile, extend=extend)
     typer.echo(f"checkpoint: {final}")
     if evaluate and loaded.evaluation.tasks:
         from mllm.eval.run import run_eval

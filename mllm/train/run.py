@@ -19,7 +19,9 @@ from mllm import distributed, progress
 from mllm.errors import CheckpointError, ConfigError
 from mllm.plugins import load_plugins
 from mllm.recipe import Recipe, StageSpec
-from mllm.train.checkpoint.export import is_finished, publish, save_stage
+from mllm.train.checkpoint.export import finished_otherwise, is_finished, publish, save_stage
+from mllm.train.checkpoint.files import found
+from mllm.train.checkpoint.resume import LENGTH
 from mllm.train.engine.base import choose_engine
 from mllm.train.launch import launch
 from mllm.train.observe.run_info import RunInfo
@@ -47,12 +49,14 @@ def run_recipe(
     output: str | Path | None = None,
     stop_after: int | None = None,
     profile: int = 0,
+    extend: bool = False,
 ) -> Path:
     """Train every stage of a recipe that is not finished; returns ``<output>/final``, a Hugging Face directory.
 
     processes: on this machine, started for the caller. resume: go on in a folder that holds a run; without it such a
     folder is refused. stop_after: end with a checkpoint after so many optimizer steps (the returned folder may then not
-    exist yet). profile: record so many steps of every stage with the profiler, into ``<output>/profile``. Raises
+    exist yet). profile: record so many steps of every stage with the profiler, into ``<output>/profile``. extend: resume, and let the last
+    stage be longer than it was: it goes on from its optimizer's state (``keep_state``), with the schedule of the new length. Raises
     `ConfigError` before anything is trained, and what `mllm.train.trainer.train` raises.
     """
     folder = Path(output) if output is not None else recipe.output_dir
@@ -60,16 +64,17 @@ def run_recipe(
         raise ConfigError(f"--processes is {processes}; 1 or more is expected")
     progress.begin()
     try:
-        _check_run(recipe, folder, resume)
+        resume = resume or extend
+        _check_run(recipe, folder, resume, extend)
         needs_group = any(choose_engine(stage).zero_stage for stage in recipe.stages)
-        launch(_train_recipe, processes, recipe, folder, resume, stop_after, profile, needs_group=needs_group)
+        launch(_train_recipe, processes, recipe, folder, resume, stop_after, profile, extend, needs_group=needs_group)
     finally:
         progress.end()
     return folder / "final"
 
 
-def _check_run(recipe: Recipe, folder: Path, resume: bool) -> None:
-    """Raises `ConfigError` or `DataError` for what would end the run later."""
+def _check_run(recipe: Recipe, folder: Path, resume: bool, extend: bool) -> None:
+    """Raises `ConfigError`, `DataError` or `CheckpointError` for what would end the run later."""
     with progress.phase("checking the recipe and its data"):
         load_plugins(recipe.plugins)
         for stage in recipe.stages:
@@ -79,6 +84,24 @@ def _check_run(recipe: Recipe, folder: Path, resume: bool) -> None:
     if not resume and _holds_a_run(folder):
         raise ConfigError(
             f"output {folder} already holds a run; go on with --resume, choose another with output=…, or delete it"
+        )
+    for stage in recipe.stages:
+        if is_finished(folder / stage.name):
+            _check_finished(recipe, stage, folder, extend and stage is recipe.stages[-1])
+
+
+def _check_finished(recipe: Recipe, stage: StageSpec, folder: Path, extend: bool) -> None:
+    """Raises `CheckpointError` for a finished stage that the recipe now describes otherwise: nothing of that would be done."""
+    changed = finished_otherwise(folder / stage.name, recipe, stage, leave_out=LENGTH if extend else ())
+    if changed:
+        raise CheckpointError(
+            f"{folder / stage.name}: the stage is finished, with other settings ({changed}), and is not trained again. Give "
+            "another output folder, or delete this one; more steps of a last stage: --extend"
+        )
+    if extend and not found(folder / "checkpoints" / stage.name):
+        raise CheckpointError(
+            f"{folder / stage.name}: --extend: the optimizer's state was not kept when the stage was finished. Train with "
+            f"stages.{stage.name}.keep_state=true, or add a stage, which goes on from the weights alone"
         )
 
 
@@ -106,13 +129,15 @@ def _holds_a_run(folder: Path) -> bool:
     return folder.is_dir() and any((folder / name).exists() for name in ("run.json", "checkpoints", "final"))
 
 
-def _train_recipe(recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, profile: int) -> None:
+def _train_recipe(
+    recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, profile: int, extend: bool
+) -> None:
     """The body of every process."""
     with _full_disk_told(folder):
-        _train(recipe, folder, resume, stop_after, profile)
+        _train(recipe, folder, resume, stop_after, profile, extend)
 
 
-def _train(recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, profile: int) -> None:
+def _train(recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, profile: int, extend: bool) -> None:
     progress.begin()
     _quiet_libraries()
     load_plugins(recipe.plugins)
@@ -123,7 +148,7 @@ def _train(recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, p
             info = RunInfo(folder, recipe, processes=distributed.world_size(), resume=resume)
             tracker = Tracker(folder, recipe, info)
     distributed.barrier()
-    run = Run(recipe, folder, resume, tracker, info, stop_after, profile)
+    run = Run(recipe, folder, resume, tracker, info, stop_after, profile, extend)
     try:
         finished = _train_stages(run)
     finally:
@@ -171,13 +196,14 @@ def _train_stages(run: Run) -> bool:
     previous: Path | None = None
     for stage in run.recipe.stages:
         folder = run.output / stage.name
-        if not is_finished(folder):
+        if not is_finished(folder) or (run.extend and stage is run.recipe.stages[-1]):
             distributed.barrier()
             if not stage_runner(stage)(run, stage, previous, folder):
                 return False
         elif distributed.is_main():
             Console(stderr=True).print(f"stage {stage.name} is finished ({folder})", highlight=False)
-        if distributed.is_main():  # a run killed right after the stage was written left its checkpoints behind
+        # A run killed right after the stage was written left its checkpoints behind.
+        if distributed.is_main() and not stage.keep_state:
             shutil.rmtree(run.checkpoints(stage), ignore_errors=True)
         distributed.barrier()
         previous = folder

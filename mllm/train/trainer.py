@@ -19,7 +19,14 @@ from mllm.errors import ConfigError
 from mllm.processing.template import for_training, read_template
 from mllm.progress import phase
 from mllm.recipe import Recipe, StageSpec
-from mllm.train.checkpoint.resume import CheckpointReader, Progress, fingerprint, latest_checkpoint, save_checkpoint
+from mllm.train.checkpoint.resume import (
+    COSMETIC,
+    CheckpointReader,
+    Progress,
+    fingerprint,
+    latest_checkpoint,
+    save_checkpoint,
+)
 from mllm.train.data import StageData, open_mixture, tell_dropped, tell_idle, tell_left_out, tell_odd_settings
 from mllm.train.engine.base import Engine, build_engine, choose_engine
 from mllm.train.engine.groups import (
@@ -47,7 +54,6 @@ from mllm.train.prepare import DTYPES, attention_inputs, prepare_model
 from mllm.train.stages.routing.monitor import watch_routing
 
 SAVE_SECONDS = 20 * 60
-_COSMETIC = {"log_every", "save_every", "num_workers", "draw", "max_bad_share"}
 
 
 @dataclass
@@ -63,6 +69,8 @@ class Run:
     """Optimizer steps this start of the run may still do; None: no limit."""
     profile: int = 0
     """Steps of every stage to record with the profiler."""
+    extend: bool = False
+    """The last stage may be longer than when it was started, or finished."""
 
     def checkpoints(self, stage: StageSpec) -> Path:
         return self.output / "checkpoints" / stage.name
@@ -147,7 +155,8 @@ def train(run: Run, stage: StageSpec, model: Any, processor: Any) -> Engine | No
             display.update(progress.step, record)
             draw(progress.step, last=last)
             stop = _count_down(run)
-            if not last and (step.save or stop or (stage.save_every and progress.step % stage.save_every == 0)):
+            due = step.save or stop or bool(stage.save_every and progress.step % stage.save_every == 0)
+            if stage.keep_state if last else due:
                 progress.extra = {"data": session.data.state()}
                 save_checkpoint(run.checkpoints(stage), engine, progress)
                 _record_place(run, stage, session)
@@ -205,14 +214,14 @@ def open_session(run: Run, stage: StageSpec, model: Any, processor: Any, stack: 
         flops.cached = True
     checkpoint = latest_checkpoint(run.checkpoints(stage)) if run.resume else None
     if checkpoint is not None:
-        checkpoint.check(model, progress)
+        checkpoint.check(model, progress, longer=run.extend)
         checkpoint.restore_weights(model)
     with phase(f"starting engine {choice.name}"):
         engine = build_engine(model, groups, stage, device)
     stack.push(lambda failed, *_: engine.close() if failed else None)
     if checkpoint is not None:
         checkpoint.restore_engine(engine)
-        _go_on(checkpoint, data, progress, display)
+        _go_on(checkpoint, data, progress, display, longer=run.extend)
     _record_start(run, stage, groups, mixture, attention, progress)
     display.start(progress.total_steps, progress.step)
     stack.callback(display.close)
@@ -273,12 +282,20 @@ def seed_everything(seed: int, stage: str, *, same: bool = False) -> None:
     torch.manual_seed(value)
 
 
-def _go_on(checkpoint: CheckpointReader, data: StageData, progress: Progress, display: StageDisplay) -> None:
+def _go_on(
+    checkpoint: CheckpointReader, data: StageData, progress: Progress, display: StageDisplay, *, longer: bool
+) -> None:
     saved = checkpoint.progress
     same = saved.world_size == progress.world_size
     data.restore(saved.extra["data"])
     progress.step, progress.samples = saved.step, saved.samples
-    progress.total_steps = saved.total_steps if same else saved.step + data.remaining_steps(saved.step, same)
+    whole = progress.total_steps if longer else saved.total_steps
+    progress.total_steps = whole if same else saved.step + data.remaining_steps(saved.step, same)
+    if longer and progress.total_steps <= saved.step == saved.total_steps:
+        raise ConfigError(
+            f"--extend: stage {saved.stage} has done its {saved.step} steps and is to have {progress.total_steps}; give more, as "
+            f"stages.{saved.stage}.steps={2 * saved.step}"
+        )
     for name in checkpoint.passed_over:
         display.print(f"[yellow]passed over a damaged checkpoint: {name}")
     display.print(f"going on at step {saved.step} of {progress.total_steps} ({checkpoint.path})")
@@ -369,7 +386,7 @@ def _drop_log(run: Run, stage: StageSpec) -> Path:
 
 def _signature(recipe: Recipe, stage: StageSpec, data: dict[str, str]) -> str:
     """What must be the same when a stage is resumed."""
-    settings = stage.model_dump(mode="json", exclude=_COSMETIC)
+    settings = stage.model_dump(mode="json", exclude=COSMETIC)
     settings["optimizer"].pop("fused", None)  # how the update is computed, not which
     return json.dumps(
         {**settings, "seed": recipe.seed, "model": recipe.model.model_dump(mode="json"), "rows": data}, sort_keys=True

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mllm.errors import CheckpointError
+from mllm.errors import CheckpointError, ConfigError
 from mllm.train import run_recipe
 from mllm.train.launch import WorkerFailed
 from mllm.train.preflight.verify import verify_resume
@@ -146,3 +146,29 @@ def _mixture(folder: Path) -> dict:
         "datasets": [{"dataset": {"format": "llava", "path": str(p)}, "weight": w} for p, w in weights],
         "epoch_size": 16,
     }
+
+
+def test_a_finished_run_says_what_differs_and_is_extended_from_its_optimizers_state(tmp_path):
+    def recipe(**changes):
+        stage = {"name": "sft", "steps": 2, "schedule": {"type": "constant", "warmup": 0}, "keep_state": True}
+        return make_recipe(tmp_path, stages=[{**stage, **changes}], rows=6)
+
+    output = tmp_path / "run"
+    run_recipe(recipe(), output=output)
+    with pytest.raises(
+        CheckpointError, match=r"sft: the stage is finished, with other settings \(batch_size: 2 then, 3 now"
+    ):
+        run_recipe(recipe(batch_size=3), output=output, resume=True)
+    with pytest.raises(CheckpointError, match=r"steps: 2 then, 4 now.*more steps of a last stage: --extend"):
+        run_recipe(recipe(steps=4), output=output, resume=True)
+    with pytest.raises(
+        ConfigError, match=r"sft has done its 2 steps and is to have 2; give more, as stages.sft.steps=4"
+    ):
+        run_recipe(recipe(), output=output, extend=True)
+    run_recipe(recipe(steps=4, keep_state=False), output=output, extend=True)
+    run_recipe(recipe(steps=4), output=tmp_path / "whole")
+    assert metrics(output) == metrics(tmp_path / "whole") and len(metrics(output)) == 4
+    weights = [(folder / "final" / "model.safetensors").read_bytes() for folder in (output, tmp_path / "whole")]
+    assert weights[0] == weights[1]
+    with pytest.raises(CheckpointError, match=r"optimizer's state was not kept.*stages.sft.keep_state=true"):
+        run_recipe(recipe(steps=6), output=output, extend=True)

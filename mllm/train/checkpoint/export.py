@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mllm.plugins import copy_files
 from mllm.recipe import Recipe, StageSpec
 from mllm.train import lora
 from mllm.train.checkpoint.files import sync_directory, sync_file
+from mllm.train.checkpoint.resume import COSMETIC, difference
 from mllm.train.engine.base import Engine
 
 DONE = "stage.json"
@@ -115,6 +117,21 @@ def is_finished(folder: Path) -> bool:
                 f"{path}: is missing or has changed since stage {folder.name} was finished; delete {folder} to redo it"
             )
     return True
+
+
+def finished_otherwise(folder: Path, recipe: Recipe, stage: StageSpec, *, leave_out: Collection[str] = ()) -> str:
+    """What the recipe a finished stage was trained with says otherwise of it, its model or its seed; empty: nothing."""
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        return ""
+    saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+
+    def settings(plain: dict[str, Any]) -> str:
+        own = next((s for s in plain.get("stages", []) if s.get("name") == stage.name), {})
+        own = {key: value for key, value in own.items() if key not in COSMETIC}
+        return json.dumps({**own, "model": plain.get("model"), "seed": plain.get("seed")}, sort_keys=True)
+
+    return difference(settings(saved), settings(to_plain(recipe)), leave_out=leave_out)
 
 
 def publish(source: Path, target: Path) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import random
 import shutil
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,10 @@ from mllm.train.engine.base import Engine, Fragment
 FORMAT = 1
 _FILE_BYTES = 2 << 30  # one tensor file's size: bounds the host memory that writing takes
 _WEIGHTS = "weights"
+COSMETIC = {"log_every", "save_every", "keep_state", "num_workers", "draw", "max_bad_share"}
+"""A stage's settings that change no weight."""
+LENGTH = ("steps", "epochs")
+"""A stage's settings that ``--extend`` may change."""
 
 
 @dataclass
@@ -238,12 +243,14 @@ class CheckpointReader:
                 self._sources.setdefault(entry["name"], []).append((owner, entry))
         self._open: dict[tuple[int, int], Any] = {}
 
-    def check(self, model: nn.Module, progress: Progress) -> None:
-        """Raises `CheckpointError` when this checkpoint is not of this stage and model."""
+    def check(self, model: nn.Module, progress: Progress, *, longer: bool = False) -> None:
+        """Raises `CheckpointError` when this checkpoint is not of this stage and model. longer: the stage's length may
+        differ."""
         saved = self.progress
-        if saved.signature != progress.signature:
+        changed = difference(saved.signature, progress.signature, leave_out=LENGTH if longer else ())
+        if changed:
             raise CheckpointError(
-                f"{self.path}: was written with other settings ({_difference(saved.signature, progress.signature)}); "
+                f"{self.path}: was written with other settings ({changed}); "
                 "resume with the recipe it was started with, or give another output folder"
             )
         learning = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
@@ -357,13 +364,16 @@ _DTYPES = {
 }
 
 
-def _difference(saved: str, now: str) -> str:
-    """``a.b: 1 then, 2 now`` for every setting that differs."""
+def difference(saved: str, now: str, *, leave_out: Collection[str] = ()) -> str:
+    """``a.b: 1 then, 2 now`` for every setting of two JSON texts that differs; empty when none does."""
+    if saved == now:
+        return ""
     try:
         a, b = _flat(json.loads(saved)), _flat(json.loads(now))
     except ValueError:
         return "signature differs"
-    different = [f"{k}: {a.get(k)!r} then, {b.get(k)!r} now" for k in {**a, **b} if a.get(k) != b.get(k)]
+    keys = [k for k in {**a, **b} if a.get(k) != b.get(k) and k not in leave_out]
+    different = [f"{k}: {a.get(k)!r} then, {b.get(k)!r} now" for k in keys]
     return "; ".join(different[:8]) + (f" and {len(different) - 8} more" if len(different) > 8 else "")
 
 
