@@ -74,7 +74,7 @@ class MultimodalGenerationMixin(GenerationMixin):
         if self.visual_config is not None:
             return self.image_rules()
         placeholder = self.config.image_token_id
-        if placeholder is None or placeholder >= self.get_output_embeddings().weight.shape[0]:
+        if placeholder is None or placeholder >= self.config.get_text_config().vocab_size:
             return None
         return SuppressTokensLogitsProcessor([placeholder], device="cpu" if self.device.type == "meta" else self.device)
 

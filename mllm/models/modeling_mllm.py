@@ -127,7 +127,7 @@ class MllmModel(MllmPreTrainedModel):
         """Token embeddings ``(B, T, L)``; the image placeholder's id may lie outside the vocabulary."""
         image_id = self.config.image_token_id
         embeddings = self.get_input_embeddings()
-        if image_id is not None and image_id >= embeddings.weight.shape[0]:
+        if image_id is not None and image_id >= self.config.get_text_config().vocab_size:
             input_ids = input_ids.masked_fill(input_ids == image_id, 0)
         return embeddings(input_ids)
 
@@ -381,7 +381,7 @@ class MllmForConditionalGeneration(DrawingMixin, MultimodalGenerationMixin, Mllm
                 hidden,
                 self.lm_head.weight,
                 labels,
-                bias=self.lm_head.bias,
+                bias=getattr(self.lm_head, "bias", None),  # PEFT's wrapper for trained tokens has none
                 num_items_in_batch=num_items,
                 position_ids=position_ids,
                 scale=self.head_scale,

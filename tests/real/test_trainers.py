@@ -113,3 +113,39 @@ def test_accelerate_trains_it_like_a_plain_loop(cut_model: Any):
             optimizer.zero_grad()
             found.append(float(loss))
     assert found[:2] == pytest.approx(found[2:], abs=1e-5) and found[1] < found[0]
+
+
+def test_rows_of_added_tokens_start_at_the_mean_and_spread_of_the_models_own(cut_model: Any):
+    """0.136 in SmolLM2, where its config's ``initializer_range`` says 0.02."""
+    model, processor = cut_model
+    table = model.get_input_embeddings().weight.detach()
+    known, added = table[: processor.image_token_id], table[processor.image_token_id :]
+    assert len(added) == 64
+    assert abs(float(added.std() / known.std()) - 1) < 0.05
+    gap = added.mean(0) - known.mean(0)
+    assert float(gap.std()) < 2 * float(known.std()) / 64**0.5
+
+
+def test_peft_trains_chosen_tokens_beside_its_adapters_and_merges_them(cut_model: Any):
+    from peft import LoraConfig, get_peft_model
+
+    model, processor = cut_model
+    batch = processor(text="<image> what is it?", images=picture(3), return_tensors="pt")
+    chosen = int(batch["input_ids"][0, -1])
+    settings = LoraConfig(r=4, target_modules=r".*language_model.*q_proj", trainable_token_indices=[chosen])
+    adapted = get_peft_model(copy.deepcopy(model), settings)
+    learning = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    assert sum(p.shape == (1, 576) for p in learning) == 1
+    optimizer = torch.optim.SGD(learning, lr=1e-3)
+    plain, chunked = (adapted(**batch, labels=batch["input_ids"], skip_logits=skip).loss for skip in (False, True))
+    assert float(plain.detach()) == pytest.approx(float(chunked.detach()), abs=1e-4)
+    chunked.backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert float(adapted(**batch, labels=batch["input_ids"]).loss) < float(plain)
+    with torch.no_grad():
+        expected = adapted.eval()(**batch).logits
+        merged = adapted.merge_and_unload()
+        torch.testing.assert_close(merged(**batch).logits, expected, atol=1e-3, rtol=1e-4)
+    moved = (merged.get_input_embeddings().weight != model.get_input_embeddings().weight).any(1).nonzero()
+    assert moved.flatten().tolist() == [chosen]
