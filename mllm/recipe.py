@@ -43,6 +43,8 @@ class ModelSpec(StrictModel):
     encoders: dict[str, str | dict[str, Any]] = Field(default_factory=dict)
     """Your name → a shipped entry (`mllm list encoders`), or ``{preset: entry, …changes}``, or a whole config."""
     connector: dict[str, Any] | None = None
+    views: dict[str, Any] | None = None
+    """How a picture is looked at: ``{type: single}`` (the default: once, as a whole) or ``{type: tiles, …}``."""
     router: dict[str, Any] | None = None
     visual_tokenizer: dict[str, Any] | None = None
     """What the model draws with: ``{encoder: name}`` (the tokenizer of that encoder), or ``{weights: folder}`` of a saved
@@ -72,6 +74,8 @@ class ModelSpec(StrictModel):
             raise ValueError(
                 "a connector is given but no encoder; add one, or {type: raw_patches} for an encoder-free model"
             )
+        if self.views is not None and self.connector is None:
+            raise ValueError("views are given but no connector; add encoders and e.g. connector: {type: mlp}")
         if self.visual_head is not None and self.visual_tokenizer is None:
             raise ValueError(
                 "visual_head is given but no visual_tokenizer; add e.g. visual_tokenizer: {encoder: name} or {weights: folder}"

@@ -58,15 +58,84 @@ class WeightsSource(StrictModel):
     """Where use is restricted to or excluded from, in words."""
 
 
-class ImageLayout(StrictModel):
-    """How one image lies in the token sequence. Made by `mllm.processing.layout` only."""
+class ViewLayout(StrictModel):
+    """What a connector makes of one view: how many tokens, in which order. `Connector.layout` gives it."""
 
     num_tokens: int = Field(ge=0)
-    """M: placeholder tokens the image becomes, separators included."""
+    """M: visual tokens of the view, separators included."""
     grid: Grid
-    """Rows and columns of the visual tokens that carry position."""
+    """Rows and columns of the tokens that carry position."""
     row_separators: bool = False
     """A learned separator token closes every row (included in ``num_tokens``)."""
+    in_place: bool = True
+    """A cell of the grid shows that place of the view, so that the maps of neighbouring views can be laid side by side."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tokens of one visual that lie together: a map in raster order, or tokens of the vocabulary.
+
+    num_tokens: all of them, separators included; grid: (time, rows, columns) of those that carry position; row_separators:
+    a learned token closes every row; newlines: it is the visual's own one, not the connector's; view: the first view that
+    the map is taken from; tiles: (rows, columns) of views laid side by side; corner: the (row, column) of their joined map
+    where the block begins; ids: the vocabulary's tokens, for a block of these.
+    """
+
+    num_tokens: int
+    grid: tuple[int, int, int] = (0, 0, 0)
+    row_separators: bool = False
+    newlines: bool = False
+    view: int = 0
+    tiles: Grid = (1, 1)
+    corner: Grid = (0, 0)
+    ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class VisualLayout:
+    """How one visual lies in the token sequence. Made by `mllm.processing.layout` only. num_views: views that each encoder
+    has of it."""
+
+    blocks: tuple[Block, ...]
+    num_views: int = 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the sequence that stand for the visual, the vocabulary's among them included."""
+        return sum(block.num_tokens for block in self.blocks)
+
+    @property
+    def num_placeholders(self) -> int:
+        """M: visual tokens, those that the connector gives."""
+        return sum(block.num_tokens for block in self.blocks if not block.ids)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(time, rows, columns) of the largest map: where the visual is seen best."""
+        return max(self.blocks, key=lambda block: block.num_tokens if not block.ids else -1).grid
+
+    @property
+    def separators(self) -> tuple[int, ...]:
+        """Places of the learned tokens that close a row."""
+        places: list[int] = []
+        for start, block in self.starts():
+            if block.row_separators:
+                time, rows, columns = block.grid
+                places += [start + (row + 1) * (columns + 1) - 1 for row in range(time * rows)]
+        return tuple(places)
+
+    @property
+    def literals(self) -> tuple[tuple[int, int], ...]:
+        """(place, id) of the tokens that are ordinary vocabulary."""
+        return tuple((start + k, token) for start, block in self.starts() for k, token in enumerate(block.ids))
+
+    def starts(self) -> list[tuple[int, Block]]:
+        """Every block with the place of its first token."""
+        places, place = [], 0
+        for block in self.blocks:
+            places.append((place, block))
+            place += block.num_tokens
+        return places
 
 
 @dataclass

@@ -23,7 +23,7 @@ from mllm.connectors.layers import (
     split_heads,
 )
 from mllm.errors import AlignmentError, ConfigError
-from mllm.types import EncoderInfo, ImageLayout, ImageSpec, Routing, VisionFeatures
+from mllm.types import EncoderInfo, ImageSpec, Routing, ViewLayout, VisionFeatures
 
 
 class BiasedCrossAttention(nn.Module):
@@ -122,7 +122,7 @@ class AttentionBiasConnector(Connector):
         self.reset_parameters()
 
     @classmethod
-    def layout(cls, config: AttentionBiasConfig, encoders: Mapping[str, EncoderInfo]) -> ImageLayout:
+    def layout(cls, config: AttentionBiasConfig, encoders: Mapping[str, EncoderInfo]) -> ViewLayout:
         query, source = config.roles(encoders)
         grid, other = encoders[query].grid, encoders[source].grid
         if grid != other:
@@ -131,7 +131,7 @@ class AttentionBiasConnector(Connector):
                 f"{shown(other)}; an attention map cannot be resampled, so give both the same grid through their "
                 f"image sizes"
             )
-        return ImageLayout(num_tokens=grid[0] * grid[1], grid=grid)
+        return ViewLayout(num_tokens=grid[0] * grid[1], grid=grid)
 
     @classmethod
     def attention_from(cls, config: AttentionBiasConfig, encoders: Mapping[str, EncoderInfo]) -> dict[str, int]:
@@ -150,7 +150,7 @@ class AttentionBiasConnector(Connector):
     def output_layers(self) -> list[nn.Module]:
         return [self.fusion.mlp_norm]
 
-    def forward(
+    def view_tokens(
         self, features: Mapping[str, VisionFeatures], routing: Routing | None = None, text: Tensor | None = None
     ) -> Tensor:
         source = self.roles[1]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from mllm.config import StrictModel
-from mllm.types import EncoderInfo, ImageLayout, Routing, VisionFeatures
+from mllm.connectors.joining import join_views
+from mllm.types import EncoderInfo, Routing, ViewLayout, VisionFeatures, VisualLayout
 
 
 class ConnectorConfig(StrictModel):
@@ -31,10 +34,13 @@ class Connector(nn.Module):
         """encoders: name → sizes, in the model's order; width: L, the language model's hidden size."""
         super().__init__()
         self.config, self.encoders, self.width = config, dict(encoders), width
+        self.register_parameter("newline", None)
+        self.newline: nn.Parameter | None
+        """``(L,)``: closes the rows of a visual that is seen in several views, for views that ask for it (`add_newline`)."""
 
     @classmethod
-    def layout(cls, config: Any, encoders: Mapping[str, EncoderInfo]) -> ImageLayout:
-        """How many tokens one image becomes. Pure arithmetic. Raises `ConfigError` when an encoder's grid does not
+    def layout(cls, config: Any, encoders: Mapping[str, EncoderInfo]) -> ViewLayout:
+        """How many tokens one view becomes. Pure arithmetic. Raises `ConfigError` when an encoder's grid does not
         fit."""
         raise NotImplementedError
 
@@ -59,14 +65,50 @@ class Connector(nn.Module):
             reset = getattr(module, "reset_parameters", None)
             if module is not self and reset is not None:
                 reset()
+        if self.newline is not None:
+            nn.init.normal_(self.newline, std=1 / math.sqrt(self.width))
         if self.config.zero_init_output:
             for layer in self.output_layers():
                 for parameter in layer.parameters(recurse=False):
                     nn.init.zeros_(parameter)
 
+    def add_newline(self) -> None:
+        """Give the connector a learned newline token (LLaVA-NeXT's ``image_newline``)."""
+        self.newline = nn.Parameter(torch.empty(self.width))
+        nn.init.normal_(self.newline, std=1 / math.sqrt(self.width))
+
     def forward(
+        self,
+        features: Mapping[str, VisionFeatures],
+        routing: Routing | None = None,
+        text: Tensor | None = None,
+        layouts: Sequence[VisualLayout] | None = None,
+    ) -> Tensor:
+        """features of all views by encoder name, routing and text ``(B, L)`` of the B visuals, and their layouts (None: one
+        view each) → the visuals' tokens ``(ΣM, L)``, one visual after another."""
+        if layouts is None:
+            return self.view_tokens(features, routing, text).flatten(0, 1)
+        routing, text = _per_view(layouts, routing, text)
+        tokens = self.view_tokens(features, routing, text)
+        return join_views(tokens, layouts, self.layout(self.config, self.encoders), self.newline)
+
+    def view_tokens(
         self, features: Mapping[str, VisionFeatures], routing: Routing | None = None, text: Tensor | None = None
     ) -> Tensor:
-        """features of B images by encoder name → ``(B, M, L)``; text ``(B, L)``: the question's summary, for connectors
-        that look at it. B = 0 is legal. An expert that no image of the batch uses may be absent from ``features``."""
+        """features of V views by encoder name → ``(V, M, L)``; text ``(V, L)``: the question's summary, for connectors
+        that look at it. V = 0 is legal. An expert that no view of the batch uses may be absent from ``features``."""
         raise NotImplementedError
+
+
+def _per_view(
+    layouts: Sequence[VisualLayout], routing: Routing | None, text: Tensor | None
+) -> tuple[Routing | None, Tensor | None]:
+    """Routing and text of visuals, repeated for each of their views."""
+    counts = [layout.num_views for layout in layouts]
+    if all(count == 1 for count in counts):
+        return routing, text
+    repeats = torch.tensor(counts)
+    if routing is not None:
+        weights = routing.weights.repeat_interleave(repeats.to(routing.weights.device), dim=0)
+        routing = Routing(routing.experts, weights, routing.logits, routing.losses)
+    return routing, None if text is None else text.repeat_interleave(repeats.to(text.device), dim=0)

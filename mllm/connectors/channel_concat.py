@@ -24,7 +24,7 @@ from mllm.connectors.layers import (
     resampled_width,
     weigh,
 )
-from mllm.types import EncoderInfo, Grid, ImageLayout, ImageSpec, Routing, VisionFeatures
+from mllm.types import EncoderInfo, Grid, ImageSpec, Routing, ViewLayout, VisionFeatures
 
 
 class ChannelConcatConfig(ConnectorConfig):
@@ -64,14 +64,14 @@ class ChannelConcatConnector(Connector):
         self.reset_parameters()
 
     @classmethod
-    def layout(cls, config: ChannelConcatConfig, encoders: Mapping[str, EncoderInfo]) -> ImageLayout:
+    def layout(cls, config: ChannelConcatConfig, encoders: Mapping[str, EncoderInfo]) -> ViewLayout:
         at_least("connector channel_concat", encoders, 1)
         grid = config.grid or next(iter(encoders.values())).grid
         for name in config.interpolation if isinstance(config.interpolation, dict) else ():
             known_encoder("connector channel_concat: interpolation", name, encoders)
         for name, info in encoders.items():
             check_grid("connector channel_concat", name, info.grid, grid, config.method(name))
-        return ImageLayout(num_tokens=grid[0] * grid[1], grid=grid)
+        return ViewLayout(num_tokens=grid[0] * grid[1], grid=grid)
 
     @classmethod
     def tiny(cls) -> tuple[dict[str, Any], dict[str, EncoderInfo], int]:
@@ -86,7 +86,7 @@ class ChannelConcatConnector(Connector):
     def output_layers(self) -> list[nn.Module]:
         return [self.projector[-1]]
 
-    def forward(
+    def view_tokens(
         self, features: Mapping[str, VisionFeatures], routing: Routing | None = None, text: Tensor | None = None
     ) -> Tensor:
         joined = []

@@ -27,7 +27,7 @@ from mllm.connectors.layers import (
 )
 from mllm.connectors.pooling import check_pooling
 from mllm.errors import ConfigError
-from mllm.types import EncoderInfo, Grid, ImageLayout, ImageSpec, Routing, VisionFeatures
+from mllm.types import EncoderInfo, Grid, ImageSpec, Routing, ViewLayout, VisionFeatures
 
 
 class PooledProjector(nn.Module):
@@ -149,7 +149,7 @@ class MervConnector(Connector):
         )
 
     @classmethod
-    def layout(cls, config: MervConfig, encoders: Mapping[str, EncoderInfo]) -> ImageLayout:
+    def layout(cls, config: MervConfig, encoders: Mapping[str, EncoderInfo]) -> ViewLayout:
         at_least("connector merv", encoders, 1)
         for name, info in encoders.items():
             if config.pooling == "average":
@@ -159,7 +159,7 @@ class MervConnector(Connector):
                     f"connector merv: encoder {name!r} has width {info.width}, not a multiple of num_heads "
                     f"({config.num_heads}); set num_heads, or pooling: average"
                 )
-        return ImageLayout(num_tokens=config.grid[0] * config.grid[1], grid=config.grid)
+        return ViewLayout(num_tokens=config.grid[0] * config.grid[1], grid=config.grid)
 
     @classmethod
     def tiny(cls) -> tuple[dict[str, Any], dict[str, EncoderInfo], int]:
@@ -183,7 +183,7 @@ class MervConnector(Connector):
         bias = None if routing is None else unblind(torch.stack([b.float() for b in biases], dim=-1))
         return self.mixture(torch.stack(pooled, dim=1), bias)
 
-    def forward(
+    def view_tokens(
         self, features: Mapping[str, VisionFeatures], routing: Routing | None = None, text: Tensor | None = None
     ) -> Tensor:
         return self.mix(features, routing)[0]

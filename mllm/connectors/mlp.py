@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mllm.connectors import CONNECTORS
 from mllm.connectors.base import Connector, ConnectorConfig
 from mllm.connectors.layers import ProjectorConfig, build_projector, read_features, single
-from mllm.types import EncoderInfo, ImageLayout, ImageSpec, Routing, VisionFeatures
+from mllm.types import EncoderInfo, ImageSpec, Routing, ViewLayout, VisionFeatures
 
 
 class LinearConfig(ConnectorConfig):
@@ -41,9 +41,9 @@ class MlpConnector(Connector):
         return self.config
 
     @classmethod
-    def layout(cls, config: Any, encoders: Mapping[str, EncoderInfo]) -> ImageLayout:
+    def layout(cls, config: Any, encoders: Mapping[str, EncoderInfo]) -> ViewLayout:
         grid = encoders[single(f"connector {config.type}", encoders)].grid
-        return ImageLayout(num_tokens=grid[0] * grid[1], grid=grid)
+        return ViewLayout(num_tokens=grid[0] * grid[1], grid=grid)
 
     @classmethod
     def tiny(cls) -> tuple[dict[str, Any], dict[str, EncoderInfo], int]:
@@ -56,7 +56,7 @@ class MlpConnector(Connector):
     def output_layers(self) -> list[nn.Module]:
         return [self.projector[-1]]
 
-    def forward(
+    def view_tokens(
         self, features: Mapping[str, VisionFeatures], routing: Routing | None = None, text: Tensor | None = None
     ) -> Tensor:
         (tokens,) = read_features(self.encoders, features, routing).values()

@@ -26,7 +26,7 @@ from mllm.connectors.layers import (
     split_heads,
 )
 from mllm.errors import AlignmentError, ConfigError
-from mllm.types import EncoderInfo, Grid, ImageLayout, ImageSpec, Routing, VisionFeatures
+from mllm.types import EncoderInfo, Grid, ImageSpec, Routing, ViewLayout, VisionFeatures
 
 HEAD_WIDTH = 64
 
@@ -217,7 +217,7 @@ class MovaConnector(Connector):
         self.reset_parameters()
 
     @classmethod
-    def layout(cls, config: MovaConfig, encoders: Mapping[str, EncoderInfo]) -> ImageLayout:
+    def layout(cls, config: MovaConfig, encoders: Mapping[str, EncoderInfo]) -> ViewLayout:
         base, experts = config.split(encoders)
         grid, width = encoders[base].grid, encoders[base].width
         if width % HEAD_WIDTH:
@@ -241,7 +241,7 @@ class MovaConnector(Connector):
                 f"connector mova: base encoder {base!r} has grid {shown(grid)}, which cannot be averaged to "
                 f"output_grid {shown(output)}; choose one from 1×1 to {shown(grid)}"
             )
-        return ImageLayout(num_tokens=output[0] * output[1], grid=output)
+        return ViewLayout(num_tokens=output[0] * output[1], grid=output)
 
     @classmethod
     def tiny(cls) -> tuple[dict[str, Any], dict[str, EncoderInfo], int]:
@@ -260,7 +260,7 @@ class MovaConnector(Connector):
         super().reset_parameters()
         nn.init.zeros_(self.positions)
 
-    def forward(
+    def view_tokens(
         self, features: Mapping[str, VisionFeatures], routing: Routing | None = None, text: Tensor | None = None
     ) -> Tensor:
         tokens = read_features(self.encoders, features, routing)

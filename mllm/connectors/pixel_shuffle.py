@@ -12,7 +12,7 @@ from mllm.connectors import CONNECTORS
 from mllm.connectors.base import Connector, ConnectorConfig
 from mllm.connectors.layers import ProjectorConfig, build_projector, read_features, shown, single
 from mllm.errors import ConfigError
-from mllm.types import EncoderInfo, Grid, ImageLayout, ImageSpec, Routing, VisionFeatures
+from mllm.types import EncoderInfo, Grid, ImageSpec, Routing, ViewLayout, VisionFeatures
 
 
 class PixelShuffleConfig(ConnectorConfig):
@@ -47,7 +47,7 @@ class PixelShuffleConnector(Connector):
         self.reset_parameters()
 
     @classmethod
-    def layout(cls, config: PixelShuffleConfig, encoders: Mapping[str, EncoderInfo]) -> ImageLayout:
+    def layout(cls, config: PixelShuffleConfig, encoders: Mapping[str, EncoderInfo]) -> ViewLayout:
         name = single("connector pixel_shuffle", encoders)
         grid, factor = encoders[name].grid, config.factor
         if grid[0] % factor or grid[1] % factor:
@@ -58,7 +58,7 @@ class PixelShuffleConnector(Connector):
                 f"factor, or use connector: {{type: average_pool, grid: [{grid[0] // factor}, {grid[1] // factor}]}}"
             )
         rows, cols = grid[0] // factor, grid[1] // factor
-        return ImageLayout(num_tokens=rows * cols, grid=(rows, cols))
+        return ViewLayout(num_tokens=rows * cols, grid=(rows, cols))
 
     @classmethod
     def tiny(cls) -> tuple[dict[str, Any], dict[str, EncoderInfo], int]:
@@ -68,7 +68,7 @@ class PixelShuffleConnector(Connector):
     def output_layers(self) -> list[nn.Module]:
         return [self.projector[-1]]
 
-    def forward(
+    def view_tokens(
         self, features: Mapping[str, VisionFeatures], routing: Routing | None = None, text: Tensor | None = None
     ) -> Tensor:
         (tokens,) = read_features(self.encoders, features, routing).values()

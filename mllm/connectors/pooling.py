@@ -12,7 +12,7 @@ from mllm.connectors import CONNECTORS
 from mllm.connectors.base import Connector, ConnectorConfig
 from mllm.connectors.layers import ProjectorConfig, build_projector, read_features, resample, shown, single
 from mllm.errors import ConfigError
-from mllm.types import EncoderInfo, Grid, ImageLayout, ImageSpec, Routing, VisionFeatures
+from mllm.types import EncoderInfo, Grid, ImageSpec, Routing, ViewLayout, VisionFeatures
 
 
 class AveragePoolConfig(ConnectorConfig):
@@ -54,10 +54,10 @@ class AveragePoolConnector(Connector):
         self.reset_parameters()
 
     @classmethod
-    def layout(cls, config: AveragePoolConfig, encoders: Mapping[str, EncoderInfo]) -> ImageLayout:
+    def layout(cls, config: AveragePoolConfig, encoders: Mapping[str, EncoderInfo]) -> ViewLayout:
         name = single("connector average_pool", encoders)
         check_pooling("connector average_pool", name, encoders[name].grid, config.grid, overlap=config.overlap)
-        return ImageLayout(num_tokens=config.grid[0] * config.grid[1], grid=config.grid)
+        return ViewLayout(num_tokens=config.grid[0] * config.grid[1], grid=config.grid)
 
     @classmethod
     def tiny(cls) -> tuple[dict[str, Any], dict[str, EncoderInfo], int]:
@@ -67,7 +67,7 @@ class AveragePoolConnector(Connector):
     def output_layers(self) -> list[nn.Module]:
         return [self.projector[-1]]
 
-    def forward(
+    def view_tokens(
         self, features: Mapping[str, VisionFeatures], routing: Routing | None = None, text: Tensor | None = None
     ) -> Tensor:
         (tokens,) = read_features(self.encoders, features, routing).values()

@@ -24,7 +24,7 @@ from mllm.connectors.layers import (
     unblind,
 )
 from mllm.errors import ConfigError
-from mllm.types import EncoderInfo, Grid, ImageLayout, ImageSpec, Routing, VisionFeatures
+from mllm.types import EncoderInfo, Grid, ImageSpec, Routing, ViewLayout, VisionFeatures
 
 
 class ResamplerConfig(ConnectorConfig):
@@ -108,10 +108,10 @@ class ResamplerConnector(Connector):
         self.reset_parameters()
 
     @classmethod
-    def layout(cls, config: ResamplerConfig, encoders: Mapping[str, EncoderInfo]) -> ImageLayout:
+    def layout(cls, config: ResamplerConfig, encoders: Mapping[str, EncoderInfo]) -> ViewLayout:
         at_least("connector resampler", encoders, 1)
         grid = config.output_grid
-        return ImageLayout(num_tokens=grid[0] * grid[1], grid=grid)
+        return ViewLayout(num_tokens=grid[0] * grid[1], grid=grid, in_place=False)
 
     @classmethod
     def tiny(cls) -> tuple[dict[str, Any], dict[str, EncoderInfo], int]:
@@ -129,7 +129,7 @@ class ResamplerConnector(Connector):
         super().reset_parameters()
         nn.init.trunc_normal_(self.queries, std=1 / math.sqrt(self.hidden))
 
-    def forward(
+    def view_tokens(
         self, features: Mapping[str, VisionFeatures], routing: Routing | None = None, text: Tensor | None = None
     ) -> Tensor:
         values, positions, biases = [], [], []

@@ -23,7 +23,7 @@ from mllm.connectors.layers import (
     resampled_width,
     weigh,
 )
-from mllm.types import EncoderInfo, Grid, ImageLayout, ImageSpec, Routing, VisionFeatures
+from mllm.types import EncoderInfo, Grid, ImageSpec, Routing, ViewLayout, VisionFeatures
 
 
 class SequenceConcatConfig(ConnectorConfig):
@@ -76,7 +76,7 @@ class SequenceConcatConnector(Connector):
         return {name: config.grid or info.grid for name, info in encoders.items()}
 
     @classmethod
-    def layout(cls, config: Any, encoders: Mapping[str, EncoderInfo]) -> ImageLayout:
+    def layout(cls, config: Any, encoders: Mapping[str, EncoderInfo]) -> ViewLayout:
         at_least(f"connector {config.type}", encoders, 1)
         grids = cls.target_grids(config, encoders)
         for name, info in encoders.items():
@@ -84,11 +84,12 @@ class SequenceConcatConnector(Connector):
         return cls.joined(list(grids.values()))
 
     @classmethod
-    def joined(cls, grids: list[Grid]) -> ImageLayout:
+    def joined(cls, grids: list[Grid]) -> ViewLayout:
         """Layout of the grids in sequence: stacked where their columns agree, else one row."""
         total = sum(rows * cols for rows, cols in grids)
         same = len({cols for _, cols in grids}) == 1
-        return ImageLayout(num_tokens=total, grid=(sum(rows for rows, _ in grids), grids[0][1]) if same else (1, total))
+        grid = (sum(rows for rows, _ in grids), grids[0][1]) if same else (1, total)
+        return ViewLayout(num_tokens=total, grid=grid, in_place=len(grids) == 1)
 
     @classmethod
     def tiny(cls) -> tuple[dict[str, Any], dict[str, EncoderInfo], int]:
@@ -111,7 +112,7 @@ class SequenceConcatConnector(Connector):
             projected.append(weigh(self.projectors[name](tokens), weight))
         return projected
 
-    def forward(
+    def view_tokens(
         self, features: Mapping[str, VisionFeatures], routing: Routing | None = None, text: Tensor | None = None
     ) -> Tensor:
         return torch.cat(self.project(features, routing), dim=1)
@@ -128,16 +129,17 @@ class InterleaveConnector(SequenceConcatConnector):
         return {name: config.grid or next(iter(encoders.values())).grid for name in encoders}
 
     @classmethod
-    def joined(cls, grids: list[Grid]) -> ImageLayout:
+    def joined(cls, grids: list[Grid]) -> ViewLayout:
         rows, cols = grids[0]
-        return ImageLayout(num_tokens=rows * cols * len(grids), grid=(rows, cols * len(grids)))
+        grid = (rows, cols * len(grids))
+        return ViewLayout(num_tokens=grid[0] * grid[1], grid=grid, in_place=len(grids) == 1)
 
     @classmethod
     def tiny(cls) -> tuple[dict[str, Any], dict[str, EncoderInfo], int]:
         config, encoders, width = super().tiny()
         return {**config, "interpolation": "bilinear"}, encoders, width
 
-    def forward(
+    def view_tokens(
         self, features: Mapping[str, VisionFeatures], routing: Routing | None = None, text: Tensor | None = None
     ) -> Tensor:
         return torch.stack(self.project(features, routing), dim=2).flatten(1, 2)

@@ -26,7 +26,7 @@ from mllm.connectors.layers import (
     weigh,
 )
 from mllm.errors import ConfigError
-from mllm.types import EncoderInfo, Grid, ImageLayout, ImageSpec, Routing, VisionFeatures
+from mllm.types import EncoderInfo, Grid, ImageSpec, Routing, ViewLayout, VisionFeatures
 
 # Shape letters here: S = B * cells queries, r = side of an encoder's window, W hidden width.
 
@@ -202,7 +202,7 @@ class SpatialAggregatorConfig(ConnectorConfig):
     num_heads: int = Field(default=16, ge=1)
     sampler: Literal["joint", "sep"] = "joint"
     row_separators: bool = True
-    """A learned token closes every row (`ImageLayout.row_separators`)."""
+    """A learned token closes every row (`ViewLayout.row_separators`)."""
     projector: ProjectorConfig = Field(default_factory=ProjectorConfig)
 
     def side(self, encoder: str, info: EncoderInfo) -> int:
@@ -241,7 +241,7 @@ class SpatialAggregatorConnector(Connector):
         self.reset_parameters()
 
     @classmethod
-    def layout(cls, config: SpatialAggregatorConfig, encoders: Mapping[str, EncoderInfo]) -> ImageLayout:
+    def layout(cls, config: SpatialAggregatorConfig, encoders: Mapping[str, EncoderInfo]) -> ViewLayout:
         where = "connector spatial_aggregator"
         at_least(where, encoders, 1)
         for name, side in config.windows.items():
@@ -252,7 +252,7 @@ class SpatialAggregatorConnector(Connector):
         for name, info in encoders.items():
             side = config.side(name, info)
             check_grid(where, name, info.grid, (rows * side, cols * side), config.interpolation)
-        return ImageLayout(
+        return ViewLayout(
             num_tokens=rows * (cols + config.row_separators), grid=config.grid, row_separators=config.row_separators
         )
 
@@ -275,7 +275,7 @@ class SpatialAggregatorConnector(Connector):
         if self.row_separator is not None:
             nn.init.normal_(self.row_separator, std=1 / math.sqrt(self.width))
 
-    def forward(
+    def view_tokens(
         self, features: Mapping[str, VisionFeatures], routing: Routing | None = None, text: Tensor | None = None
     ) -> Tensor:
         rows, cols = self.config.grid

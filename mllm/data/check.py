@@ -231,12 +231,10 @@ def load_counter(checkpoint: str) -> Any:
 
 def tokens_of(sample: Sample, processor: Any) -> int:
     """Tokens of a sample: as the model gets them with an `mllm` processor; the turns' text alone with a tokenizer."""
-    if hasattr(processor, "num_image_tokens"):
-        from mllm.processing.chat import encode_text
+    if hasattr(processor, "image_layouts"):
+        from mllm.processing.chat import count_tokens
 
-        return len(
-            encode_text(processor, sample.turns, tools=sample.meta.get("tools"), where=f"sample {sample.id!r}")[0]
-        )
+        return count_tokens(processor, sample, where=f"sample {sample.id!r}")
     return sum(len(processor(turn.content.replace(IMAGE_MARK, ""))["input_ids"]) for turn in sample.turns)
 
 
@@ -285,7 +283,7 @@ def _check_row(source: Source, processor: Any, max_length: int | None, row: int)
         try:
             with blamed_on(where):
                 length = tokens_of(sample, processor)
-                if max_length is not None and length > max_length and hasattr(processor, "num_image_tokens"):
+                if max_length is not None and length > max_length and hasattr(processor, "image_layouts"):
                     problem = _cut(sample, processor, max_length, where)
                     if problem is not None:
                         return bad(*problem, sample.id)._replace(num_images=count)
@@ -295,10 +293,13 @@ def _check_row(source: Source, processor: Any, max_length: int | None, row: int)
 
 
 def _cut(sample: Sample, processor: Any, max_length: int, where: str) -> tuple[str, str] | None:
-    from mllm.processing.chat import IGNORE, encode_text
+    from mllm.processing.chat import IGNORE, encode_text, split_images
+    from mllm.processing.layout import before_cut, visual_spans
 
-    ids, labels = encode_text(processor, sample.turns, tools=sample.meta.get("tools"), where=where)
-    cut = max_length - int((ids[:max_length] == processor.image_token_id).sum()) % max(processor.num_image_tokens, 1)
+    drawn = getattr(processor, "span", None) is not None
+    layouts = processor.image_layouts(split_images(sample.turns, sample.images, drawn=drawn)[0], where=where)
+    ids, labels = encode_text(processor, sample.turns, tools=sample.meta.get("tools"), where=where, layouts=layouts)
+    cut = before_cut(visual_spans(ids, processor.image_token_id, layouts), max_length)
     if (labels[1:cut] != IGNORE).any():
         return None
     return "too long", f"{where}: {len(ids)} tokens, and no label within max_length={max_length}"

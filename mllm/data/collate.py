@@ -31,7 +31,7 @@ class Batch:
     """B rows of T tokens. ``inputs`` go to the model by name; the rest tells what they are.
 
     inputs: ``input_ids``, ``labels`` ``(B, T)``; ``attention_mask`` ``(B, T)`` when padded, ``position_ids`` ``(B, T)``
-    (from 0 in every sample) when packed; pixels and other per-image tensors of all images, in the order of the samples.
+    (from 0 in every sample) when packed; pixels (of all views) and other per-image tensors of all images, in the order of the samples.
     """
 
     inputs: dict[str, Tensor]
@@ -142,7 +142,8 @@ def collate_packed(rows: Sequence[Sequence[EncodedSample]], *, max_length: int, 
 def join_images(samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
     """Per-image tensors of all samples end to end, by batch key; rows of token ids are widened with -1.
 
-    Every key must cover every image. Raises `AlignmentError` with both numbers, naming the first sample that differs.
+    Every key must cover every image, pixels every view of it. Raises `AlignmentError` with both numbers, naming the first
+    sample that differs.
     """
     joined: dict[str, Tensor] = {}
     for key in dict.fromkeys(key for sample in samples for key in (*sample.pixels, *sample.extras)):
@@ -150,9 +151,11 @@ def join_images(samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
         for sample in samples:
             tensor = sample.pixels.get(key, sample.extras.get(key))
             found = 0 if tensor is None else tensor.shape[0]
-            if found != sample.num_images:
+            expected = sample.num_views.get(key, sample.num_images)
+            if found != expected:
+                what = "images" if expected == sample.num_images else "views of its images"
                 raise AlignmentError(
-                    f"sample {sample.id!r} of {sample.dataset}: {sample.num_images} images and {found} entries of {key}"
+                    f"sample {sample.id!r} of {sample.dataset}: {expected} {what} and {found} entries of {key}"
                 )
             if tensor is not None and found:
                 parts.append(tensor)

@@ -28,6 +28,8 @@ from mllm.processing.image_processor import MllmImageProcessor
 from mllm.processing.processor import MllmProcessor
 from mllm.processing.template import check_template, is_wrapped, read_template, unwrapped
 from mllm.processing.turns import special_ids
+from mllm.processing.views import VIEWS
+from mllm.processing.views.base import views_config
 from mllm.recipe import LanguageModelSpec, ModelSpec
 from mllm.visual_tokenizers.reader import load_tokenizer_weights
 
@@ -43,13 +45,13 @@ def build_config(spec: ModelSpec, *, image_token_id: int | None = None, tokenize
     """
     from mllm.connectors.build import connector_config
     from mllm.encoders.catalogue import encoder_config
-    from mllm.processing.layout import image_layout
+    from mllm.processing.layout import layout_rules
 
     encoders = {name: encoder_config(value, where=f"model.encoders.{name}") for name, value in spec.encoders.items()}
     connector = None if spec.connector is None else connector_config(spec.connector, where="model.connector")
     infos = {name: config.info for name, config in encoders.items() if config.info is not None}
     if connector is not None:
-        image_layout(infos, connector)  # a misfit is told now, before anything is built
+        layout_rules(spec, infos)  # a misfit is told now, before anything is built
     router = dict(spec.router) if spec.router is not None else None
     if router is not None:
         for name in router.get("experts", []):
@@ -57,6 +59,8 @@ def build_config(spec: ModelSpec, *, image_token_id: int | None = None, tokenize
                 raise ConfigError(
                     f"model.router.experts: {name!r} is no encoder of this model; it has {list(encoders)}"
                 )
+    if connector is not None:
+        check_views(spec, encoders)
     text = text_config(spec.language_model)
     visual_tokenizer = tokenizer_settings(spec.visual_tokenizer, encoders)
     if tokenizer is not None:
@@ -76,12 +80,31 @@ def build_config(spec: ModelSpec, *, image_token_id: int | None = None, tokenize
         text_config=text,
         encoders=encoders,
         connector=connector,
+        views=None if spec.views is None else views_config(spec.views),
         router=router,
         visual_tokenizer=visual_tokenizer,
         visual_head=visual_head,
         image_token_id=text.vocab_size if image_token_id is None else image_token_id,
         lm_head_bias=_head_has_bias(text),
     )
+
+
+def check_views(spec: ModelSpec, encoders: dict[str, Any]) -> None:
+    """Raise `ConfigError` for parts that take whole pictures only, where the model looks at them in several views."""
+    views = views_config(spec.views)
+    if not VIEWS.get(views.type).needs_size:
+        return
+    if (spec.router or {}).get("type") == "language_model":
+        raise ConfigError(
+            f"model.views: a language_model router asks with whole pictures, not {views.type}; use {{type: gate}}, or leave "
+            "views out"
+        )
+    codes = [name for name, config in encoders.items() if config.type == "visual_tokenizer"]
+    if codes:
+        raise ConfigError(
+            f"model.views: encoder {codes[0]!r} reads a visual tokenizer's codes, which stand for whole pictures, not "
+            f"{views.type}; leave views out"
+        )
 
 
 def text_config(spec: LanguageModelSpec) -> Any:
@@ -122,7 +145,8 @@ def build_processor(spec: ModelSpec, config: MllmConfig, tokenizer: Any) -> Mllm
         )
     images = MllmImageProcessor(
         encoders={name: info.image for name, info in config.encoder_infos().items()},
-        layout=config.layout(),
+        layout=config.view_layout(),
+        views=config.views,
         experts=(config.router or {}).get("experts", ()),
         code_encoders=[name for name, encoder in config.encoders.items() if encoder["type"] == "visual_tokenizer"],
     )

@@ -17,7 +17,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from mllm.checkpoint_code import KEY, Part, admit_code, record_code
 from mllm.config import to_plain
 from mllm.errors import ConfigError
-from mllm.types import EncoderInfo, ImageLayout
+from mllm.processing.layout import LayoutRules, layout_rules
+from mllm.types import EncoderInfo, ViewLayout, VisualLayout
 
 _HEAD_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
@@ -27,7 +28,8 @@ class MllmConfig(PreTrainedConfig):
 
     text_config: the language model's HF config; encoders: name → resolved encoder config, in ``encoder_order``;
     connector, router, visual_tokenizer, visual_head: component configs (None: the model has no such part); visual_tokenizer
-    may be ``{"encoder": name}``, the tokenizer inside that encoder;
+    may be ``{"encoder": name}``, the tokenizer inside that encoder; views: the way of looking at a picture (None: once, as a
+    whole);
     image_token_id: the placeholder's id; plugins: the code of third parties that the checkpoint carries
     (`mllm.checkpoint_code`). The number of visual tokens is derived (`layout`), never stored.
     """
@@ -42,6 +44,7 @@ class MllmConfig(PreTrainedConfig):
         encoders: Mapping[str, Any] | None = None,
         encoder_order: list[str] | None = None,
         connector: Any = None,
+        views: Any = None,
         router: Any = None,
         visual_tokenizer: Any = None,
         visual_head: Any = None,
@@ -59,6 +62,7 @@ class MllmConfig(PreTrainedConfig):
         self.encoder_order = list(encoder_order if encoder_order is not None else encoders or {})
         self.encoders = {name: to_plain((encoders or {})[name]) for name in self.encoder_order}
         self.connector = None if connector is None else to_plain(connector)
+        self.views = None if views is None else to_plain(views)
         self.router = None if router is None else to_plain(router)
         self.visual_tokenizer = None if visual_tokenizer is None else to_plain(visual_tokenizer)
         self.visual_head = None if visual_head is None else to_plain(visual_head)
@@ -91,30 +95,30 @@ class MllmConfig(PreTrainedConfig):
         """Encoder name → sizes, in the model's order."""
         return {name: EncoderInfo.model_validate(config["info"]) for name, config in self.encoders.items()}
 
-    def layout(self) -> ImageLayout:
-        """How one image lies in the token sequence; a model without images has none (``num_tokens == 0``)."""
-        if self.connector is None:
-            return ImageLayout(num_tokens=0, grid=(0, 0))
-        from mllm.connectors.build import connector_config
-        from mllm.processing.layout import image_layout
+    def layout_rules(self) -> LayoutRules:
+        """How visuals are looked at and lie in the token sequence; a model without images gives them no token."""
+        return layout_rules(self, self.encoder_infos())
 
-        return image_layout(self.encoder_infos(), connector_config(self.connector))
+    def view_layout(self) -> ViewLayout:
+        """What the connector makes of one view."""
+        return self.layout_rules().view
 
-    @property
-    def num_image_tokens(self) -> int:
-        """M: placeholder tokens of one image."""
-        return self.layout().num_tokens
+    def layout(self, size: tuple[int, int] | None = None) -> VisualLayout:
+        """How a visual of this (height, width) lies in the token sequence; the size matters for some views only."""
+        return self.layout_rules().layout(size)
 
 
 def component_types(config: Mapping[str, Any]) -> Iterator[Part]:
     """The components that a config names, with the registries that know them."""
     from mllm.connectors import CONNECTORS
     from mllm.encoders import ENCODERS
+    from mllm.processing.views import VIEWS
     from mllm.routers import ROUTERS
     from mllm.visual_tokenizers import VISUAL_TOKENIZERS
 
     single = {"connector": CONNECTORS, "router": ROUTERS, "visual_tokenizer": VISUAL_TOKENIZERS}
     named = [(key, registry, config.get(key)) for key, registry in single.items()]
+    named.append(("views", VIEWS, config.get("views") or {"type": "single"}))
     for name, encoder in (config.get("encoders") or {}).items():
         named.append((f"encoders.{name}", ENCODERS, encoder))
         named.append((f"encoders.{name}.tokenizer", VISUAL_TOKENIZERS, encoder.get("tokenizer")))

@@ -15,7 +15,8 @@ from transformers import GenerationMixin, SuppressTokensLogitsProcessor
 
 from mllm.errors import AlignmentError, ConfigError
 from mllm.models.routing import check_choices, encode_for_generation
-from mllm.processing.layout import PRIMARY_PIXELS
+from mllm.processing.layout import IMAGE_SIZES, visuals_of_rows
+from mllm.processing.pixel_keys import PRIMARY_PIXELS
 from mllm.types import Routing
 
 
@@ -119,6 +120,7 @@ class MultimodalGenerationMixin(GenerationMixin):
     def _image_inputs(self) -> list[str]:
         return [
             *self.model.pixel_keys.values(),
+            IMAGE_SIZES,
             "expert_weights",
             "router_input_ids",
             "image_features",
@@ -157,14 +159,31 @@ class MultimodalGenerationMixin(GenerationMixin):
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         if images and expand_size > 1 and source is not None:
-            per_image = max(self.config.num_image_tokens, 1)
-            counts = ((source == self.config.image_token_id).sum(-1) // per_image).tolist()
+            counts = self._rows_of_samples(source, images)
             images = {
-                key: torch.cat([part for group in value.split(counts) for part in [group] * expand_size])
+                key: torch.cat([part for group in value.split(counts[key]) for part in [group] * expand_size])
                 for key, value in images.items()
             }
         model_kwargs.update(images)
         return input_ids, model_kwargs
+
+    def _rows_of_samples(self, input_ids: Tensor, images: dict[str, Tensor]) -> dict[str, list[int]]:
+        """For every image input, how many of its rows belong to each sample of the batch: one per image, per view where it
+        is pixels, per visual token where it is features."""
+        pixels = set(self.model.pixel_keys.values())
+        sizes = images.get(IMAGE_SIZES)
+        tokens: list[int] = (input_ids == self.config.image_token_id).sum(-1).tolist()
+        flat: set[str] = {key for key, value in images.items() if key == "image_features" and value.dim() == 2}
+        if flat == set(images):
+            return dict.fromkeys(flat, tokens)
+        count = next(len(value) for key, value in images.items() if key not in flat) if sizes is None else len(sizes)
+        owned = visuals_of_rows(tokens, self.model.rules.layouts(sizes, count))
+        return {
+            key: tokens
+            if key in flat
+            else [sum(layout.num_views if key in pixels else 1 for layout in row) for row in owned]
+            for key in images
+        }
 
 
 def refuse_right_padding(model: Any, input_ids: Tensor | None, given: Any) -> None:

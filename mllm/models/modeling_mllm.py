@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -28,8 +28,8 @@ from mllm.models.loss import linear_cross_entropy, without_placeholders
 from mllm.models.modeling_base import MllmModelOutput, MllmOutput, MllmPreTrainedModel
 from mllm.models.pipeline import EncoderBank, build_own_tokenizer, build_visual_parts, home_of
 from mllm.models.routing import ask_gate, encode_short, routing_loss_of_step
-from mllm.processing.layout import PRIMARY_PIXELS, pixel_keys
-from mllm.types import Routing, VisionFeatures
+from mllm.processing.pixel_keys import PRIMARY_PIXELS, PixelKeys
+from mllm.types import Routing, VisionFeatures, VisualLayout
 
 _language_model_follows: ContextVar[bool] = ContextVar("_language_model_follows", default=False)
 
@@ -61,7 +61,8 @@ class MllmModel(MllmPreTrainedModel):
         parts += [] if tower is None else [tower.router, *tower.encoders.values()]
         whole = {type(part).__name__ for part in parts if part is not None}  # ``device_map`` puts each on one device
         self._no_split_modules = [*(getattr(self.language_model, "_no_split_modules", None) or ()), *sorted(whole)]
-        self.pixel_keys = pixel_keys(list(config.encoders))
+        self.pixel_keys = PixelKeys(config.encoders)
+        self.rules = config.layout_rules()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -79,25 +80,41 @@ class MllmModel(MllmPreTrainedModel):
         *,
         expert_weights: Tensor | None = None,
         router_input_ids: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         **options: Any,
     ) -> tuple[Tensor, Routing | None]:
-        """pixels: encoder name → ``(B, 3, H, W)``; expert_weights ``(B, E)`` fixes the routing; router_input_ids ``(B, T)``:
-        the questions' token ids, padded with -1; options: ``base`` and limits, see `EncoderBank.forward`. Returns visual
-        tokens ``(B, M, L)`` and the routing."""
+        """pixels: encoder name → ``(V, 3, H, W)``, all views of B images; expert_weights ``(B, E)`` fixes the routing;
+        router_input_ids ``(B, T)``: the questions' token ids, padded with -1; image_sizes ``(B, 2)``: (height, width), where
+        the views depend on them; options: ``base`` and limits, see `EncoderBank.forward`. Returns visual tokens ``(ΣM, L)``,
+        one image after another, and the routing."""
         if self.vision_tower is None or self.multi_modal_projector is None:
             raise AlignmentError("images were given to a text-only model (its config has no connector)")
         text = self.question_summary(router_input_ids)
+        layouts = self.visual_layouts(image_sizes)
+        options = options if layouts is None else {**options, "layouts": layouts}
         features, routing = self.vision_tower(pixels, expert_weights=expert_weights, text=text, **options)
-        return self.connect(features, routing, text), routing
+        return self.connect(features, routing, text, layouts), routing
 
-    def connect(self, features: Mapping[str, VisionFeatures], routing: Routing | None, text: Tensor | None) -> Tensor:
-        """Features of B images by encoder name → visual tokens ``(B, M, L)``."""
+    def visual_layouts(self, image_sizes: Tensor | None) -> list[VisualLayout] | None:
+        """How each image of a batch lies in the sequence; None where all lie alike, in one view."""
+        return self.rules.layouts(image_sizes) if self.rules.needs_size else None
+
+    def connect(
+        self,
+        features: Mapping[str, VisionFeatures],
+        routing: Routing | None,
+        text: Tensor | None,
+        layouts: Sequence[VisualLayout] | None = None,
+    ) -> Tensor:
+        """Features of all views by encoder name → visual tokens ``(ΣM, L)``, one image after another."""
         assert self.multi_modal_projector is not None
         parameter = next(self.multi_modal_projector.parameters(), None)
         if parameter is not None:
             for feature in features.values():
                 feature.tokens = feature.tokens.to(home_of(parameter, feature.tokens), parameter.dtype)
-        return self.multi_modal_projector(features, routing, text)
+        if layouts is None:
+            return self.multi_modal_projector(features, routing, text)
+        return self.multi_modal_projector(features, routing, text, layouts)
 
     def question_summary(self, router_input_ids: Tensor | None) -> Tensor | None:
         if router_input_ids is None:
@@ -112,13 +129,21 @@ class MllmModel(MllmPreTrainedModel):
         pixel_values: Tensor,
         expert_weights: Tensor | None = None,
         router_input_ids: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """Visual tokens of B images; other encoders' pixels as ``pixel_values_<name>``. ``pooler_output`` ``(B, M, L)``."""
-        pixels = {name: kwargs[key] for name, key in self.pixel_keys.items() if kwargs.get(key) is not None}
-        if self.pixel_keys:
-            pixels[next(iter(self.pixel_keys))] = pixel_values
-        tokens, routing = self.encode_images(pixels, expert_weights=expert_weights, router_input_ids=router_input_ids)
+        """Visual tokens of B images; other encoders' pixels as ``pixel_values_<name>``. ``pooler_output`` ``(B, M, L)``; a
+        tuple of B ``(M, L)`` where images differ in M (views that depend on ``image_sizes``)."""
+        pixels = self.pixel_keys.by_encoder({**kwargs, PRIMARY_PIXELS: pixel_values})
+        joined, routing = self.encode_images(
+            pixels, expert_weights=expert_weights, router_input_ids=router_input_ids, image_sizes=image_sizes
+        )
+        layouts = self.visual_layouts(image_sizes)
+        tokens: Any
+        if layouts is None:
+            tokens = joined.view(len(pixel_values), self.rules.layout().num_placeholders, joined.shape[-1])
+        else:
+            tokens = joined.split([layout.num_placeholders for layout in layouts])
         output = BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tokens)
         output.routing = routing
         return output
@@ -131,20 +156,24 @@ class MllmModel(MllmPreTrainedModel):
             input_ids = input_ids.masked_fill(input_ids == image_id, 0)
         return embeddings(input_ids)
 
-    def merge_images(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_tokens: Tensor) -> Tensor:
-        """Put visual tokens ``(B, M, L)`` into the placeholders, in order. Raises `AlignmentError` when the counts differ."""
+    def merge_images(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_tokens: Any) -> Tensor:
+        """Put visual tokens ``(ΣM, L)``, ``(B, M, L)`` or a sequence of ``(M, L)`` into the placeholders, in order. Raises
+        `AlignmentError` when the counts differ."""
         if input_ids is None:
             placeholder = self.embed_tokens(torch.tensor([[self.config.image_token_id]], device=inputs_embeds.device))
             mask = (inputs_embeds == placeholder.to(inputs_embeds)).all(-1)
         else:
             mask = input_ids == self.config.image_token_id
-        image_tokens = image_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
+        if not isinstance(image_tokens, Tensor):
+            image_tokens = torch.cat(list(image_tokens))
+        images = f" ({len(image_tokens)} images × {image_tokens.shape[1]})" if image_tokens.dim() == 3 else ""
+        image_tokens = image_tokens.reshape(-1, image_tokens.shape[-1]).to(inputs_embeds.device, inputs_embeds.dtype)
         if not torch.compiler.is_compiling():
-            found, given = int(mask.sum()), image_tokens.shape[0] * image_tokens.shape[1]
+            found, given = int(mask.sum()), len(image_tokens)
             if found != given:
                 raise AlignmentError(
-                    f"{found} image placeholder tokens for {given} visual tokens ({image_tokens.shape[0]} images × "
-                    f"{image_tokens.shape[1]}); was the text made by this model's own processor and not truncated?"
+                    f"{found} image placeholder tokens for {given} visual tokens{images}; was the text made by this model's "
+                    "own processor and not truncated?"
                 )
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_tokens)
 
@@ -156,12 +185,15 @@ class MllmModel(MllmPreTrainedModel):
         if not any(p.requires_grad or hasattr(p, "ds_id") for p in parameters):
             return inputs_embeds
         infos = self.vision_tower.infos  # type: ignore[union-attr]
+        size = next((info.image.height, info.image.width) for info in infos.values())
+        views = self.rules.layout(size).num_views
         pixels = {
-            name: inputs_embeds.new_zeros(1, 3, info.image.height, info.image.width) for name, info in infos.items()
+            name: inputs_embeds.new_zeros(views, 3, info.image.height, info.image.width) for name, info in infos.items()
         }
         routed = bool(self.vision_tower.experts)  # type: ignore[union-attr]
         question = torch.zeros(1, 1, dtype=torch.long, device=inputs_embeds.device) if routed else None
-        tokens, routing = self.encode_images(pixels, router_input_ids=question)
+        sizes = torch.tensor([size]) if self.rules.needs_size else None
+        tokens, routing = self.encode_images(pixels, router_input_ids=question, image_sizes=sizes)
         idle = tokens.sum() * 0.0
         if routing is not None:
             idle = idle + routing.weights.sum() * 0.0 + sum(loss * 0.0 for loss in routing.losses.values())
@@ -179,12 +211,14 @@ class MllmModel(MllmPreTrainedModel):
         expert_weights: Tensor | None = None,
         router_input_ids: Tensor | None = None,
         image_features: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         slot_mask: Tensor | None = None,
         slot_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> MllmModelOutput:
-        """image_features ``(B, M, L)``: visual tokens computed before, in place of pixels. pixel_values of a visual
-        tokenizer's encoder may be codes ``(B, S)``. slot_embeds ``(n, L)``: what stands where slot_mask ``(B, T)`` is
+        """image_features ``(ΣM, L)`` or ``(B, M, L)``: visual tokens computed before, in place of pixels. pixel_values: all
+        views of the images; of a visual tokenizer's encoder they may be codes ``(B, S)``. image_sizes ``(B, 2)``: the
+        pictures' (height, width), for views that depend on them. slot_embeds ``(n, L)``: what stands where slot_mask ``(B, T)`` is
         true, in place of token embeddings."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -193,18 +227,19 @@ class MllmModel(MllmPreTrainedModel):
         if slot_mask is not None and slot_embeds is not None:
             inputs_embeds = inputs_embeds.masked_scatter(slot_mask.unsqueeze(-1), slot_embeds.to(inputs_embeds))
         kwargs.pop("num_image_patches", None)
-        extra = {key: kwargs.pop(key) for key in list(kwargs) if key.startswith(f"{PRIMARY_PIXELS}_")}
+        extra = {key: kwargs.pop(key) for key in self.pixel_keys.values() if key in kwargs}
         routing = None
         if image_features is None and pixel_values is not None and pixel_values.shape[0]:
             output = self.get_image_features(
                 pixel_values,
                 expert_weights=expert_weights,
                 router_input_ids=router_input_ids,
+                image_sizes=image_sizes,
                 return_dict=True,
                 **extra,
             )
             image_features, routing = output.pooler_output, output.routing
-        if image_features is not None and image_features.shape[0]:
+        if image_features is not None and len(image_features):
             inputs_embeds = self.merge_images(input_ids, inputs_embeds, image_features)
         elif self.vision_tower is not None:
             self._refuse_orphans(input_ids, past_key_values)
@@ -334,9 +369,9 @@ class MllmForConditionalGeneration(DrawingMixin, MultimodalGenerationMixin, Mllm
     ) -> MllmOutput:
         """labels ``(B, T)``: -100 carries no loss, nor do placeholders of images that are read. skip_logits: with labels,
         compute the loss on supervised positions in chunks and return no logits (memory). Other encoders' pixels come as
-        ``pixel_values_<name>``. routing_targets ``(images, E)``: what the router should have chosen, as
-        `GateRouter.supervised_loss` takes it; its loss is added. target_images: the images that the spans of ``input_ids``
-        stand for, pixels ``(K, 3, H, W)`` in [-1, 1] or codes ``(K, S)``."""
+        ``pixel_values_<name>``, image_sizes ``(B, 2)`` beside them where the views depend on them. routing_targets
+        ``(images, E)``: what the router should have chosen, as `GateRouter.supervised_loss` takes it; its loss is added.
+        target_images: the images that the spans of ``input_ids`` stand for, pixels ``(K, 3, H, W)`` in [-1, 1] or codes ``(K, S)``."""
         num_items = kwargs.pop("num_items_in_batch", None)
         drawn = None
         if labels is not None:
@@ -353,9 +388,8 @@ class MllmForConditionalGeneration(DrawingMixin, MultimodalGenerationMixin, Mllm
             attention_mask = drawn.inputs.pop("attention_mask", attention_mask)
             kwargs |= drawn.inputs
         if self.routing_only:
-            keys = self.model.pixel_keys
-            given = {PRIMARY_PIXELS: pixel_values, **{key: kwargs.pop(key) for key in keys.values() if key in kwargs}}
-            pixels = {name: given[key] for name, key in keys.items() if given.get(key) is not None}
+            kwargs[PRIMARY_PIXELS] = pixel_values
+            pixels = self.model.pixel_keys.pop(kwargs)
             if not self.model.vision_tower.router.asks_language_model:  # type: ignore[union-attr]
                 routing = ask_gate(self, pixels, router_input_ids)
                 loss = routing_loss_of_step(self, routing, routing_targets, labels, num_items)

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,7 +20,7 @@ from mllm.connectors.build import build_connector, connector_config
 from mllm.encoders.catalogue import build_encoder, encoder_config
 from mllm.errors import AlignmentError, ConfigError
 from mllm.models.routing import limit_routing
-from mllm.types import Routing, VisionFeatures
+from mllm.types import Routing, VisionFeatures, VisualLayout
 
 
 class EncoderBank(nn.Module):
@@ -58,11 +58,17 @@ class EncoderBank(nn.Module):
         return [name for name in self.encoders if name not in self.experts]
 
     def route(
-        self, features: Mapping[str, VisionFeatures], text: Tensor | None, allowed: Tensor | None = None
+        self,
+        features: Mapping[str, VisionFeatures],
+        text: Tensor | None,
+        allowed: Tensor | None = None,
+        *,
+        layouts: Sequence[VisualLayout] | None = None,
     ) -> Routing:
-        """Ask the router, given the always-on encoders' features of B images and the questions' mean embedding."""
+        """Ask the router, given the always-on encoders' features of B images (of all their views, where ``layouts`` tell of
+        several) and the questions' mean embedding."""
         assert self.router is not None
-        parts = [features[name].tokens.mean(dim=1) for name in self.always_on]
+        parts = [_per_visual(features[name].tokens.mean(dim=1), layouts) for name in self.always_on]
         if parts:
             summary = torch.cat(parts, dim=-1)
         else:
@@ -79,32 +85,37 @@ class EncoderBank(nn.Module):
         base: Mapping[str, VisionFeatures] | None = None,
         expert_budget: int | None = None,
         expert_threshold: float | None = None,
+        layouts: Sequence[VisualLayout] | None = None,
     ) -> tuple[dict[str, VisionFeatures], Routing | None]:
-        """pixels: encoder name → ``(B, 3, H, W)``; expert_weights ``(B, E)`` fixes the routing (rows of NaN: not fixed);
-        text ``(B, L)``; base: what `encode_base` gave for these pixels, to save running it again; expert_budget,
-        expert_threshold: see `mllm.models.routing.limit_routing`. Returns features in the model's order and the routing,
-        None for a model without router."""
-        self._check(pixels, list(self.encoders))
+        """pixels: encoder name → ``(V, 3, H, W)``, the views of B images as ``layouts`` tell (None: one each);
+        expert_weights ``(B, E)`` fixes the routing (rows of NaN: not fixed); text ``(B, L)``; base: what `encode_base` gave
+        for these pixels, to save running it again; expert_budget, expert_threshold: see
+        `mllm.models.routing.limit_routing`. Returns features in the model's order and the routing, None for a model without
+        router."""
+        self._check(pixels, list(self.encoders), layouts)
         features = dict(base) if base is not None else self.encode_base(pixels)
-        routing = self._routing(features, expert_weights, text) if self.experts else None
+        routing = self._routing(features, expert_weights, text, layouts) if self.experts else None
         if routing is not None:
             fixed = None if expert_weights is None else ~expert_weights.isnan().any(dim=-1)
             routing = limit_routing(routing, budget=expert_budget, threshold=expert_threshold, fixed=fixed)
-            features |= self._encode_experts(pixels, routing)
+            features |= self._encode_experts(pixels, routing, layouts)
         return {name: features[name] for name in self.encoders}, routing
 
     def encode_base(self, pixels: Mapping[str, Tensor]) -> dict[str, VisionFeatures]:
         """Features of the always-on encoders; the experts' pixels are not needed."""
-        self._check(pixels, self.always_on)
+        self._check(pixels, self.always_on, None)
         return {name: self._encode(name, pixels[name]) for name in self.always_on}
 
-    def _check(self, pixels: Mapping[str, Tensor], needed: list[str]) -> None:
+    def _check(self, pixels: Mapping[str, Tensor], needed: list[str], layouts: Sequence[VisualLayout] | None) -> None:
         missing = [name for name in needed if name not in pixels]
         if missing:
             raise AlignmentError(f"no pixels for encoder {missing[0]!r}; got {sorted(pixels)}, need {needed}")
         counts = {name: pixels[name].shape[0] for name in needed}
         if len(set(counts.values())) > 1:
             raise AlignmentError(f"encoders were given different numbers of images: {counts}")
+        views = None if layouts is None else sum(layout.num_views for layout in layouts)
+        if layouts is not None and any(count != views for count in counts.values()):
+            raise AlignmentError(f"{len(layouts)} images have {views} views; pixels were given for {counts}")
 
     def encode_expert(self, name: str, pixels: Tensor) -> VisionFeatures:
         """Features of one expert on all of B images, whatever the routing."""
@@ -121,9 +132,13 @@ class EncoderBank(nn.Module):
         with fetched(encoder):
             return encoder(pixels, return_attention=True) if name in self.with_attention else encoder(pixels)
 
-    def _encode_experts(self, pixels: Mapping[str, Tensor], routing: Routing) -> dict[str, VisionFeatures]:
-        """Every expert on the images routed to it, grouped, its features scattered back among zeros."""
+    def _encode_experts(
+        self, pixels: Mapping[str, Tensor], routing: Routing, layouts: Sequence[VisualLayout] | None
+    ) -> dict[str, VisionFeatures]:
+        """Every expert on (all views of) the images routed to it, grouped, its features scattered back among zeros."""
         used = routing.weights.detach().ne(0).cpu()  # one transfer for all experts
+        if layouts is not None:
+            used = used.repeat_interleave(torch.tensor([layout.num_views for layout in layouts]), dim=0)
         elsewhere = self._used_by_any_rank(used)
         return {
             name: self._encode_routed(name, pixels[name], used[:, index].nonzero()[:, 0], elsewhere[index])
@@ -173,7 +188,13 @@ class EncoderBank(nn.Module):
         dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
         return [bool(a) and p for a, p in zip(anywhere.tolist(), partitioned)]
 
-    def _routing(self, features: Mapping[str, VisionFeatures], fixed: Tensor | None, text: Tensor | None) -> Routing:
+    def _routing(
+        self,
+        features: Mapping[str, VisionFeatures],
+        fixed: Tensor | None,
+        text: Tensor | None,
+        layouts: Sequence[VisualLayout] | None,
+    ) -> Routing:
         if fixed is not None and fixed.shape[-1] != len(self.experts):
             raise AlignmentError(
                 f"expert_weights has {fixed.shape[-1]} columns, the model {len(self.experts)} experts {self.experts}"
@@ -185,7 +206,7 @@ class EncoderBank(nn.Module):
         )
         if fixed is not None and not together and not fixed.isnan().any():
             return Routing(self.experts, fixed)
-        routing = self.route(features, text)
+        routing = self.route(features, text, layouts=layouts)
         if fixed is not None:
             fixed = fixed.to(routing.weights)
             free = fixed.isnan().any(dim=-1, keepdim=True)
@@ -196,6 +217,13 @@ class EncoderBank(nn.Module):
 def _scatter(values: Tensor, rows: Tensor, batch: int) -> Tensor:
     """Rows ``(R, …)`` put into zeros ``(batch, …)`` at ``rows``."""
     return values.new_zeros(batch, *values.shape[1:]).index_copy(0, rows, values)
+
+
+def _per_visual(values: Tensor, layouts: Sequence[VisualLayout] | None) -> Tensor:
+    """Values ``(V, D)`` of views averaged to ``(B, D)`` of their visuals."""
+    if layouts is None or len(layouts) == len(values):
+        return values
+    return torch.stack([part.mean(dim=0) for part in values.split([layout.num_views for layout in layouts])])
 
 
 def _several_ranks() -> bool:
@@ -214,6 +242,8 @@ def build_visual_parts(config: Any) -> tuple[EncoderBank | None, nn.Module | Non
     width = config.get_text_config().hidden_size
     bank = EncoderBank(config.encoders, config.router, text_width=width)
     connector = build_connector(connector_config(config.connector), bank.infos, width)
+    if config.layout_rules().newlines:
+        connector.add_newline()
     bank.with_attention = frozenset(connector.attention_from(connector.config, bank.infos))
     return bank, connector
 

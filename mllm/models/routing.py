@@ -15,9 +15,10 @@ from torch import Tensor
 
 from mllm.errors import AlignmentError, ConfigError
 from mllm.processing.chat import render_prompt
+from mllm.processing.layout import IMAGE_SIZES
 from mllm.routers.fixed import fixed_weights_of
 from mllm.routers.language_model import RoutingAnswer, pool_routing_tokens
-from mllm.types import IMAGE_MARK, Grid, ImageLayout, Routing, Turn
+from mllm.types import IMAGE_MARK, Grid, Routing, Turn, ViewLayout
 
 ANSWER_TOKENS = 16
 
@@ -135,9 +136,9 @@ def encode_for_generation(
     """
     body, bank = model.model, model.model.vision_tower
     inputs = dict(inputs)
-    pixels = {name: inputs.pop(key) for name, key in body.pixel_keys.items() if inputs.get(key) is not None}
+    pixels, sizes = body.pixel_keys.pop(inputs), inputs.pop(IMAGE_SIZES, None)
     weights, questions = inputs.pop("expert_weights", None), inputs.pop("router_input_ids", None)
-    count = len(next(iter(pixels.values())))
+    count = len(next(iter(pixels.values()))) if sizes is None else len(sizes)
     if experts is not None:
         weights = fixed_weights_of(experts, bank.experts, count)
     base = bank.encode_base(pixels)
@@ -156,6 +157,7 @@ def encode_for_generation(
         pixels,
         expert_weights=weights,
         router_input_ids=questions,
+        image_sizes=sizes,
         base=base,
         expert_budget=expert_budget,
         expert_threshold=expert_threshold,
@@ -167,7 +169,7 @@ def encode_for_generation(
 # The language model as router ----------------------------------------------------------------------------------------
 
 
-def routing_grid(layout: ImageLayout, router: Any) -> Grid:
+def routing_grid(layout: ViewLayout, router: Any) -> Grid:
     """Rows and columns that an image's visual tokens are averaged to in the routing pass: the router's ``grid``, or half
     the model's own (MoVA: 24×24 → 12×12)."""
     if router.config.grid is not None:
@@ -176,7 +178,7 @@ def routing_grid(layout: ImageLayout, router: Any) -> Grid:
     return max(1, rows // 2), max(1, cols // 2)
 
 
-def short_image(tokens: Tensor, layout: ImageLayout, grid: Grid) -> Tensor:
+def short_image(tokens: Tensor, layout: ViewLayout, grid: Grid) -> Tensor:
     """Visual tokens ``(B, M, L)`` averaged to ``(B, rows * cols, L)``; row separators are left out."""
     rows, cols = layout.grid
     if layout.row_separators:
@@ -193,8 +195,10 @@ def encode_short(
     base = bank.encode_base(pixels) if base is None else base
     count = len(next(iter(base.values())).tokens)
     none = Routing(bank.experts, torch.zeros(count, len(bank.experts), device=next(iter(base.values())).tokens.device))
-    layout = model.config.layout()
-    return short_image(body.connect(dict(base), none, text), layout, routing_grid(layout, bank.router))
+    layout = body.rules.view
+    tokens = body.connect(dict(base), none, text)
+    tokens = tokens.view(count, layout.num_tokens, tokens.shape[-1])
+    return short_image(tokens, layout, routing_grid(layout, bank.router))
 
 
 def routing_text(

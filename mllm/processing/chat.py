@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 
 from mllm.errors import AlignmentError, ConfigError, DataError
+from mllm.processing.layout import before_cut, expand, visual_spans
 from mllm.processing.template import messages_of
 from mllm.processing.turns import IGNORE, added_texts, find_replies, label_text, renderer, special_ids
-from mllm.types import IMAGE_MARK, Sample, Turn
+from mllm.types import IMAGE_MARK, Sample, Turn, VisualLayout
 
 
 @dataclass
 class EncodedSample:
     """One sample ready to be batched.
 
-    input_ids, labels ``(T,)`` int64 (labels -100 where no loss is taken); pixels: batch key → ``(num_images, 3, H, W)``;
-    extras: further per-image tensors by batch key (``router_input_ids``, ``expert_weights`` …); truncated: text was cut.
+    input_ids, labels ``(T,)`` int64 (labels -100 where no loss is taken); pixels: batch key → ``(V, 3, H, W)``, the views of
+    all images; extras: further per-image tensors by batch key (``image_sizes``, ``router_input_ids`` …); num_views: V by
+    batch key, where it is not the number of images; truncated: text was cut.
     """
 
     id: str
@@ -31,6 +33,7 @@ class EncodedSample:
     extras: dict[str, Tensor] = field(default_factory=dict)
     num_images: int = 0
     truncated: bool = False
+    num_views: dict[str, int] = field(default_factory=dict)
     targets: Tensor | None = None
     """Images that the assistant draws, in order: pixels ``(K, 3, H, W)`` in [-1, 1], or packed codes ``(K, S)``."""
 
@@ -51,9 +54,15 @@ def render_prompt(
 
 
 def encode_text(
-    processor: Any, turns: Sequence[Turn], *, tools: Any = None, where: str = "sample"
+    processor: Any,
+    turns: Sequence[Turn],
+    *,
+    tools: Any = None,
+    where: str = "sample",
+    layouts: Sequence[VisualLayout] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Token ids and labels ``(T,)`` of a conversation, placeholders expanded.
+    """Token ids and labels ``(T,)`` of a conversation, placeholders expanded as ``layouts`` say: one for each image that is
+    read, in order (None: every image has the same number of tokens).
 
     Learned is everything between the generation prompt and the end of the assistant's turn, that end included, turn by turn,
     for any chat template (`mllm.processing.turns`). An image in an assistant turn is one that the model draws, where it draws
@@ -78,18 +87,29 @@ def encode_text(
     )
     ids, labels, places = label_text(tokenizer, text, replies, [learn[reply.turn] for reply in replies])
     images = ids == processor.image_token_id
-    repeats = torch.where(images, processor.num_image_tokens, 1)
-    if span is None:
-        labels[images] = IGNORE
-        return ids.repeat_interleave(repeats), labels.repeat_interleave(repeats)
     own = torch.zeros_like(images)
-    for place in places:
-        own[place] = True
+    if span is not None:
+        for place in places:
+            own[place] = True
     labels[images & ~own] = IGNORE
-    drawn = (images & own).nonzero().flatten()
-    repeats[drawn] = 1
-    after = (repeats.cumsum(0) - 1)[drawn].tolist()
-    return span.insert(ids.repeat_interleave(repeats), labels.repeat_interleave(repeats), after)
+    read, drawn = ((images & kind).nonzero().flatten() for kind in (~own, own))
+    given: Sequence[VisualLayout] = (
+        processor.image_layouts([None] * len(read), where=where) if layouts is None else layouts
+    )
+    if len(given) != len(read):
+        raise AlignmentError(f"{where}: {len(read)} image placeholders and {len(given)} images")
+    longer, repeats = expand(ids, read.tolist(), given)
+    labels = labels.repeat_interleave(repeats)
+    if span is None:
+        return longer, labels
+    return span.insert(longer, labels, (repeats.cumsum(0) - 1)[drawn].tolist())
+
+
+def count_tokens(processor: Any, sample: Sample, *, where: str) -> int:
+    """Tokens of a sample, visual ones included; of its images at most the headers are read."""
+    drawn = getattr(processor, "span", None) is not None
+    layouts = processor.image_layouts(split_images(sample.turns, sample.images, drawn=drawn)[0], where=where)
+    return len(encode_text(processor, sample.turns, tools=sample.meta.get("tools"), where=where, layouts=layouts)[0])
 
 
 def turn_ends(processor: Any) -> list[int]:
@@ -130,20 +150,23 @@ def encode_sample(processor: Any, sample: Sample, max_length: int | None = None)
         raise AlignmentError(f"{where}: {marks} image placeholders and {len(sample.images)} images")
     span = getattr(processor, "span", None)
     inputs, targets = split_images(sample.turns, sample.images, drawn=span is not None)
-    ids, labels = encode_text(processor, sample.turns, tools=sample.meta.get("tools"), where=where)
-    truncated = False
+    layouts = processor.image_layouts(inputs, where=where)
+    ids, labels = encode_text(processor, sample.turns, tools=sample.meta.get("tools"), where=where, layouts=layouts)
+    truncated, spans = False, visual_spans(ids, processor.image_token_id, layouts)
     if max_length is not None and len(ids) > max_length:
-        ids, labels = _shorten(processor, ids, labels, max_length, where)
+        ids, labels = _shorten(processor, ids, labels, max_length, where, spans)
         truncated = True
     if not (labels[1:] != IGNORE).any():
         raise DataError(f"{where}: no token carries loss (no assistant turn to learn from)")
-    num_images = int((ids == processor.image_token_id).sum()) // max(processor.num_image_tokens, 1)
+    num_images = sum(stop <= len(ids) for _, stop in spans)
     encoded = EncodedSample(sample.id, sample.dataset, ids, labels, num_images=num_images, truncated=truncated)
     if num_images:
         routed = bool(processor.image_processor.experts)
         experts = {"experts": sample.meta["experts"]} if routed and sample.meta.get("experts") is not None else {}
         encoded.pixels, encoded.extras = encode_pixels(processor, inputs[:num_images], where=where, **experts)
         encoded.extras.update(routing_inputs(processor, sample.turns, num_images))
+        views = sum(layout.num_views for layout in layouts[:num_images])
+        encoded.num_views = dict.fromkeys(encoded.pixels, views)
     if span is not None and targets:
         kept = len(span.starts(ids))
         span.check(ids, kept)
@@ -196,8 +219,7 @@ def encode_pixels(
         data = dict(processor.image_processor(list(images), **options))
     except (DataError, ConfigError) as error:
         raise DataError(f"{where}: {error}") from error
-    keys = set(processor.pixel_keys.values())
-    return {k: v for k, v in data.items() if k in keys}, {k: v for k, v in data.items() if k not in keys}
+    return processor.pixel_keys.split(data)
 
 
 def routing_inputs(processor: Any, turns: Sequence[Turn], num_images: int) -> dict[str, Tensor]:
@@ -228,17 +250,17 @@ def pad_questions(ids: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([[*row, *[-1] * (width - len(row))] for row in ids], dtype=torch.long).reshape(len(ids), width)
 
 
-def _shorten(processor: Any, ids: Tensor, labels: Tensor, max_length: int, where: str) -> tuple[Tensor, Tensor]:
-    """Cut text at the end; if the cut falls into an image span, cut before the span; some label must remain."""
-    cut = max_length
-    image_id, per_image = processor.image_token_id, max(processor.num_image_tokens, 1)
-    inside = int((ids[:cut] == image_id).sum()) % per_image
-    cut -= inside
+def _shorten(
+    processor: Any, ids: Tensor, labels: Tensor, max_length: int, where: str, spans: Sequence[tuple[int, int]]
+) -> tuple[Tensor, Tensor]:
+    """Cut text at the end; if the cut falls into an image (``spans``), cut before it; some label must remain."""
+    cut = before_cut(spans, max_length)
     span = getattr(processor, "span", None)
     cut = cut if span is None else span.before_cut(ids, cut)
     if not (labels[1:cut] != IGNORE).any():
+        longest = max((stop - start for start, stop in spans), default=0)
         raise DataError(
             f"{where}: {len(ids)} tokens do not fit max_length={max_length} (nothing to learn from would remain); set aside. "
-            f"Raise max_length, or use a connector with fewer tokens per image ({processor.num_image_tokens})"
+            f"Raise max_length, or use a connector with fewer tokens per image ({longest})"
         )
     return ids[:cut], labels[:cut]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -13,10 +15,13 @@ from transformers.processing_utils import ImagesKwargs
 from mllm.errors import DataError
 from mllm.processing.chat import pad_questions
 from mllm.processing.codes import read_codes
-from mllm.processing.images import load_image, to_pixels_multi
-from mllm.processing.layout import pixel_keys
+from mllm.processing.images import image_size, load_image, to_pixels_multi
+from mllm.processing.layout import IMAGE_SIZES, LayoutRules
+from mllm.processing.pixel_keys import PixelKeys
+from mllm.processing.views.base import views_config
+from mllm.processing.views.pixels import to_view_pixels
 from mllm.routers.fixed import fixed_weights, fixed_weights_of
-from mllm.types import ImageLayout, ImageSpec
+from mllm.types import ImageSpec, ViewLayout, VisualLayout
 
 
 class MllmImagesKwargs(ImagesKwargs, total=False):
@@ -33,7 +38,8 @@ class MllmImagesKwargs(ImagesKwargs, total=False):
 class MllmImageProcessor(BaseImageProcessor):
     """One picture → one pixel tensor per encoder, each at its own size and normalisation.
 
-    encoders: name → `ImageSpec`, in the model's order; layout: how an image lies in the sequence; experts: routed encoders;
+    encoders: name → `ImageSpec`, in the model's order; layout: what the connector makes of one view; views: the way of
+    looking (None: the whole picture once); experts: routed encoders;
     code_encoders: those that read stored codes in place of pixels; code_source: fingerprint of the tokenizer such codes must
     be from; resampler: ``pil`` (exactly the published preprocessing) or ``torch`` (about twice as fast, within 2 of 255 levels of it).
     """
@@ -46,6 +52,7 @@ class MllmImageProcessor(BaseImageProcessor):
         encoders: Mapping[str, Any] | None = None,
         encoder_order: Sequence[str] | None = None,
         layout: Any = None,
+        views: Any = None,
         experts: Sequence[str] = (),
         code_encoders: Sequence[str] = (),
         code_source: str | None = None,
@@ -59,11 +66,13 @@ class MllmImageProcessor(BaseImageProcessor):
         self.encoder_order = list(encoder_order if encoder_order is not None else encoders or {})
         self.encoders = {name: _plain((encoders or {})[name]) for name in self.encoder_order}
         self.layout = _plain(layout or {"num_tokens": 0, "grid": (0, 0)})
+        self.views = None if views is None else _plain(views)
         self.experts = list(experts)
         self.code_encoders, self.code_source = list(code_encoders), code_source
         self.resampler, self.max_pixels, self.max_images = resampler, max_pixels, max_images
         self.model_input_names = [
-            *pixel_keys(list(self.encoders)).values(),
+            *self.pixel_keys.values(),
+            *([IMAGE_SIZES] if self.rules.needs_size else []),
             *(["expert_weights"] if self.experts else []),
         ]
 
@@ -73,9 +82,23 @@ class MllmImageProcessor(BaseImageProcessor):
         return {name: ImageSpec.model_validate(spec) for name, spec in self.encoders.items()}
 
     @property
-    def num_image_tokens(self) -> int:
-        """M: placeholder tokens of one image."""
-        return ImageLayout.model_validate(self.layout).num_tokens
+    def pixel_keys(self) -> PixelKeys:
+        """Encoder name → key of its pixels in the output."""
+        return PixelKeys(self.encoders)
+
+    @property
+    def rules(self) -> LayoutRules:
+        """How an image is looked at and lies in the sequence."""
+        written = json.dumps([self.layout, self.views, self.encoders, self.encoder_order], default=list)
+        return _rules(written)
+
+    def image_layouts(self, images: Sequence[Any], *, where: str = "sample") -> list[VisualLayout]:
+        """The tokens of every image; of its file only the header is read, and only where the size matters. Raises
+        `DataError` for an image that has no size to be read."""
+        rules = self.rules
+        if not rules.needs_size:
+            return rules.layouts(images)
+        return [rules.layout(image_size(image, where=f"{where}, image {k}")) for k, image in enumerate(images)]
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Paths, bytes and pictures pass; only http(s) addresses are fetched (by transformers)."""
@@ -94,18 +117,22 @@ class MllmImageProcessor(BaseImageProcessor):
         routing_pass: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """images: one picture or nested lists of them → ``pixel_values`` ``(B, 3, H, W)`` of the first encoder and
-        ``pixel_values_<name>`` of the others. Raises `DataError` naming the picture's position."""
+        """images: one picture or nested lists of them → ``pixel_values`` ``(V, 3, H, W)``, the views of all B of them, of the
+        first encoder and ``pixel_values_<name>`` of the others; ``image_sizes`` ``(B, 2)``, (height, width), where the views
+        depend on them. Raises `DataError` naming the picture's position."""
         flat = _flatten(images)
         if len(flat) > self.max_images:
             raise DataError(
                 f"{len(flat)} images in one call; at most {self.max_images} are allowed (image processor's max_images)"
             )
-        specs, keys = self.specs, pixel_keys(list(self.encoders))
+        specs, rules = self.specs, self.rules
         rows: dict[str, list[torch.Tensor]] = {name: [] for name in specs}
+        sizes: list[tuple[int, int]] = []
         for position, image in enumerate(flat):
             where = f"image {position}"
             codes = read_codes(image, where=where, source=self.code_source) if self.code_encoders else None
+            if codes is not None and rules.needs_size:
+                raise DataError(f"{where} is given by its codes, but views {rules.views.type} need the picture itself")
             if codes is not None:
                 others = [name for name in specs if name not in self.code_encoders]
                 if others:
@@ -116,9 +143,19 @@ class MllmImageProcessor(BaseImageProcessor):
                     rows[name].append(codes)
                 continue
             picture = load_image(image, where=where, max_pixels=self.max_pixels)
+            if rules.needs_size:
+                sizes.append((picture.height, picture.width))
+                views = rules.view_boxes(sizes[-1])
+                for name, pixels in to_view_pixels(picture, specs, views, resampler=self.resampler).items():  # type: ignore[arg-type]
+                    rows[name].append(pixels)
+                continue
             for name, pixels in to_pixels_multi(picture, specs, resampler=self.resampler).items():  # type: ignore[arg-type]
                 rows[name].append(pixels)
-        data: dict[str, Any] = {keys[name]: stack_images(tensors) for name, tensors in rows.items() if tensors}
+        join = torch.cat if rules.needs_size else stack_images
+        pixels_by_name = {name: join(tensors) for name, tensors in rows.items() if tensors}
+        data: dict[str, Any] = dict(self.pixel_keys.by_key(pixels_by_name))
+        if rules.needs_size and flat:
+            data[IMAGE_SIZES] = torch.tensor(sizes, dtype=torch.long)
         if self.experts and flat:
             data["expert_weights"] = fixed_weights_of(experts, self.experts, len(flat))
             if router_input_ids is not None:
@@ -138,6 +175,13 @@ def stack_images(images: Sequence[torch.Tensor]) -> torch.Tensor:
     if len({image.dim() for image in images}) > 1:
         raise DataError("some images are given as pictures and some as stored codes; one batch takes one kind")
     return images[0][None] if len(images) == 1 else torch.stack(list(images))  # one picture need not be copied
+
+
+@lru_cache(maxsize=32)
+def _rules(written: str) -> LayoutRules:
+    layout, views, encoders, order = json.loads(written)
+    images = {name: ImageSpec.model_validate(encoders[name]) for name in order}
+    return LayoutRules(ViewLayout.model_validate(layout), images, views_config(views))
 
 
 def _plain(spec: Any) -> Any:

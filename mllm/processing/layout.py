@@ -1,17 +1,25 @@
-"""How many tokens does an image become, and where do they lie? The one place that decides it."""
+"""How many tokens does a visual become, and where do they lie? The one place that decides it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from mllm.types import EncoderInfo, ImageLayout
+import torch
+from torch import Tensor
 
-PRIMARY_PIXELS = "pixel_values"
+from mllm.errors import AlignmentError, ConfigError
+from mllm.processing.views import VIEWS
+from mllm.processing.views.base import Size, View, ViewsConfig, views_config
+from mllm.types import EncoderInfo, ImageSpec, ViewLayout, VisualLayout
+
+IMAGE_SIZES = "image_sizes"
+"""Batch key of the pictures' (height, width) ``(B, 2)``, where tokens depend on them."""
 
 
-def image_layout(encoders: Mapping[str, EncoderInfo], connector: Any) -> ImageLayout:
-    """Layout of one image after a connector. encoders: name → sizes in the model's order; connector: its validated config.
+def view_layout(encoders: Mapping[str, EncoderInfo], connector: Any) -> ViewLayout:
+    """Tokens of one view after a connector. encoders: name → sizes in the model's order; connector: its validated config.
 
     Raises `ConfigError` when an encoder's grid does not fit the connector.
     """
@@ -20,7 +28,180 @@ def image_layout(encoders: Mapping[str, EncoderInfo], connector: Any) -> ImageLa
     return CONNECTORS.get(connector.type).layout(connector, encoders)
 
 
-def pixel_keys(encoder_names: list[str]) -> dict[str, str]:
-    """Encoder name → key of its pixels in a batch: ``pixel_values`` for the first (the name HF and vLLM know),
-    ``pixel_values_<name>`` for the others."""
-    return {name: PRIMARY_PIXELS if i == 0 else f"{PRIMARY_PIXELS}_{name}" for i, name in enumerate(encoder_names)}
+def layout(config: Any, encoders: Mapping[str, EncoderInfo], size: Size | None) -> VisualLayout:
+    """The tokens of one visual. config: anything with a ``connector`` and ``views`` (a model's config or its section of a
+    recipe); size: its (height, width) in pixels, None where the views do not ask."""
+    return layout_rules(config, encoders).layout(size)
+
+
+def layout_rules(config: Any, encoders: Mapping[str, EncoderInfo]) -> LayoutRules:
+    """All that `layout` needs of a model, worked out once. A model without connector gives no visual tokens."""
+    from mllm.connectors.build import connector_config
+
+    images = {name: info.image for name, info in encoders.items()}
+    if config.connector is None:
+        return LayoutRules(ViewLayout(num_tokens=0, grid=(0, 0)), images)
+    view = view_layout(encoders, connector_config(config.connector))
+    return LayoutRules(view, images, views_config(getattr(config, "views", None)))
+
+
+@dataclass
+class LayoutRules:
+    """What decides how one model looks at a visual and how that lies in the sequence.
+
+    view: what the connector makes of one view; images: encoder → the pixels it takes, in the model's order; views: the way of
+    looking.
+    """
+
+    view: ViewLayout
+    images: Mapping[str, ImageSpec]
+    views: ViewsConfig = field(default_factory=lambda: views_config(None))
+    _known: dict[Size | None, VisualLayout] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def needs_size(self) -> bool:
+        """Whether a visual's tokens depend on its size."""
+        return VIEWS.get(self.views.type).needs_size
+
+    @property
+    def newlines(self) -> bool:
+        """Whether the model has a learned newline token of its own."""
+        return VIEWS.get(self.views.type).newlines(self.views, self.view)
+
+    @property
+    def _lead(self) -> ImageSpec:
+        return next(iter(self.images.values()), ImageSpec(height=1, width=1))
+
+    def layout(self, size: Size | None = None) -> VisualLayout:
+        """The tokens of one visual of this (height, width)."""
+        size = self._checked(size)
+        if size not in self._known:
+            if len(self._known) > 4096:
+                self._known.clear()
+            kind = VIEWS.get(self.views.type)
+            self._known[size] = kind.layout(self.views, self.view, self._lead, size or (1, 1))
+        return self._known[size]
+
+    def layouts(self, sizes: Any, count: int | None = None) -> list[VisualLayout]:
+        """The tokens of several visuals. sizes: ``(B, 2)`` tensor or pairs; None where they do not matter, with ``count``.
+        Raises `AlignmentError` when they matter and are missing."""
+        if not self.needs_size:
+            return [self.layout()] * (len(sizes) if count is None else count)
+        if sizes is None or (count is not None and len(sizes) != count):
+            raise AlignmentError(
+                f"{IMAGE_SIZES}: this model's views ({self.views.type}) depend on the pictures' sizes; expected one "
+                f"(height, width) per image, got {'none' if sizes is None else f'{len(sizes)} for {count} images'}"
+            )
+        pairs = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+        return [self.layout((int(height), int(width))) for height, width in pairs]
+
+    def view_boxes(self, size: Size | None = None) -> dict[str, tuple[View, ...]]:
+        """What each encoder sees of one visual."""
+        size, kind = self._checked(size), VIEWS.get(self.views.type)
+        lead = self._lead
+        return {name: kind.views(self.views, lead, image, size or (1, 1)) for name, image in self.images.items()}
+
+    def largest(self) -> Size:
+        """A (height, width) that takes the most tokens of all."""
+        sizes = VIEWS.get(self.views.type).largest(self.views, self._lead)
+        return max(sizes, key=lambda size: self.layout(size).num_tokens)
+
+    def describe(self) -> str:
+        """Visual tokens of one image, in words: ``576``, or ``up to 2928``."""
+        most = self.layout(self.largest()).num_tokens
+        return f"up to {most}" if self.needs_size else f"{most}"
+
+    def key(self) -> str:
+        """Text that differs where the tokens of some visual differ."""
+        lead = self._lead
+        return f"{self.view.model_dump_json()}{self.views.model_dump_json()}{lead.height}x{lead.width}"
+
+    def _checked(self, size: Size | None) -> Size | None:
+        if not self.needs_size:
+            return None
+        if size is None:
+            raise ConfigError(
+                f"views {self.views.type}: the tokens of a visual depend on its size, which was not given"
+            )
+        if min(size) < 1:
+            raise AlignmentError(f"a visual of {size[0]} × {size[1]} pixels has no area")
+        return size
+
+
+def expand(ids: Tensor, places: Sequence[int], layouts: Sequence[VisualLayout]) -> tuple[Tensor, Tensor]:
+    """Ids ``(T,)`` with the placeholder at each of ``places`` made as long as its layout says, the vocabulary's tokens in it
+    written; and how often each of the T tokens was taken (for what lies beside them)."""
+    repeats = torch.ones_like(ids)
+    repeats[list(places)] = torch.tensor([layout.num_tokens for layout in layouts], dtype=torch.long)
+    longer = ids.repeat_interleave(repeats)
+    ends = repeats.cumsum(0)
+    for place, layout in zip(places, layouts, strict=True):
+        start = int(ends[place]) - layout.num_tokens
+        for offset, token in layout.literals:
+            longer[start + offset] = token
+    return longer, repeats
+
+
+def visual_spans(ids: Tensor, placeholder: int | None, layouts: Sequence[VisualLayout]) -> list[tuple[int, int]]:
+    """(start, stop) of every visual in ``(T,)``, in order; fewer than ``layouts`` where the text ends before. A span that
+    the text cuts ends beyond it."""
+    found = (ids == placeholder).nonzero().flatten().tolist()
+    spans, used = [], 0
+    for layout in layouts:
+        if used >= len(found):
+            break
+        before = 0
+        for _, block in layout.starts():
+            if not block.ids:
+                break
+            before += block.num_tokens
+        start = found[used] - before
+        spans.append((start, start + layout.num_tokens))
+        used += layout.num_placeholders
+    return spans
+
+
+def before_cut(spans: Sequence[tuple[int, int]], cut: int) -> int:
+    """``cut``, or the start of the visual that it would cut."""
+    return next((start for start, stop in spans if start < cut < stop), cut)
+
+
+def visuals_of_rows(placeholders: Sequence[int], layouts: Sequence[VisualLayout]) -> list[list[VisualLayout]]:
+    """Which visuals stand in which row of a batch. placeholders: how many each row has. Raises `AlignmentError` where a visual
+    would begin in one row and end in another, or rows and visuals do not use each other up."""
+    rows, left = [], list(layouts)
+    for count in placeholders:
+        row: list[VisualLayout] = []
+        while count > 0 and left:
+            row.append(left.pop(0))
+            count -= row[-1].num_placeholders
+        if count:
+            break
+        rows.append(row)
+    if left or len(rows) < len(placeholders):
+        raise AlignmentError(
+            f"rows with {list(placeholders)} image placeholder tokens for {len(layouts)} images of "
+            f"{[layout.num_placeholders for layout in layouts]}; was the text made by this model's own processor and not "
+            "truncated?"
+        )
+    return rows
+
+
+def token_cells(layout: VisualLayout, view: ViewLayout, number: int) -> dict[tuple[int, int], int]:
+    """(row, column) of view ``number``'s own map → the place of its token among the visual's; cells that became none are
+    absent. Empty where the connector keeps no map of the view."""
+    rows, columns = view.grid
+    if rows * (columns + view.row_separators) != view.num_tokens:
+        return {}
+    cells: dict[tuple[int, int], int] = {}
+    for start, block in layout.starts():
+        tile = number - block.view
+        if block.ids or not 0 <= tile < block.tiles[0] * block.tiles[1]:
+            continue
+        top = tile // block.tiles[1] * rows - block.corner[0]
+        left = tile % block.tiles[1] * columns - block.corner[1]
+        _, height, width = block.grid
+        for r in range(max(0, -top), min(rows, height - top)):
+            for c in range(max(0, -left), min(columns, width - left)):
+                cells[r, c] = start + (top + r) * (width + block.row_separators) + left + c
+    return cells

@@ -46,7 +46,7 @@ def to_pixels(
 ) -> Tensor:
     """RGB image → ``(3, H, W)`` of one encoder: normalised floats, or with ``torch.uint8`` the resized pixels
     themselves, to be normalised on the device by `normalize` (four times less to transfer)."""
-    return _finish(resize(image, spec, resampler=resampler), spec, dtype)
+    return finish(resize(image, spec, resampler=resampler), spec, dtype)
 
 
 def to_pixels_multi(
@@ -66,7 +66,7 @@ def to_pixels_multi(
         key = (spec.height, spec.width, spec.resize, spec.interpolation, colour)
         if key not in resized:
             resized[key] = _with_pil(image, spec) if array is None else _with_torch(image, array, spec)
-        result[name] = _finish(resized[key], spec, dtype)
+        result[name] = finish(resized[key], spec, dtype)
     return result
 
 
@@ -76,7 +76,8 @@ def normalize(pixels: Tensor, spec: ImageSpec, dtype: torch.dtype = torch.float3
     return pixels.to(torch.float32).mul_(scale).add_(shift).to(dtype)
 
 
-def _finish(array: np.ndarray, spec: ImageSpec, dtype: torch.dtype) -> Tensor:
+def finish(array: np.ndarray, spec: ImageSpec, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Resized uint8 ``(H, W, 3)`` → ``(3, H, W)`` as `to_pixels` gives it."""
     planes = torch.from_numpy(array).permute(2, 0, 1)
     if dtype == torch.uint8:
         return planes.contiguous()

@@ -16,10 +16,12 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from mllm.config import to_plain
 from mllm.errors import AlignmentError, ConfigError
 from mllm.processing.image_processor import MllmImagesKwargs
-from mllm.processing.layout import pixel_keys
+from mllm.processing.layout import IMAGE_SIZES, LayoutRules
 from mllm.processing.masks import apply_template
+from mllm.processing.pixel_keys import PixelKeys
 from mllm.processing.template import is_wrapped, wrap
 from mllm.processing.visual_span import IGNORE, VisualSpan
+from mllm.types import VisualLayout
 
 
 class MllmProcessorKwargs(ProcessingKwargs, total=False):
@@ -104,14 +106,23 @@ class MllmProcessor(ProcessorMixin):
         return None if self.visual_span is None else VisualSpan.model_validate(self.visual_span)
 
     @property
-    def pixel_keys(self) -> dict[str, str]:
+    def pixel_keys(self) -> PixelKeys:
         """Encoder name → key of its pixels in the output."""
-        return pixel_keys(list(self.image_processor.encoders))
+        return self.image_processor.pixel_keys
 
     @property
-    def num_image_tokens(self) -> int:
-        """M: placeholder tokens of one image."""
-        return self.image_processor.num_image_tokens
+    def rules(self) -> LayoutRules:
+        """How an image is looked at and lies in the sequence."""
+        return self.image_processor.rules
+
+    @property
+    def layout_key(self) -> str:
+        """Text that differs where the tokens of some image differ."""
+        return self.rules.key()
+
+    def image_layouts(self, images: Any, *, where: str = "sample") -> list[VisualLayout]:
+        """The tokens of every image of a list; at most the header of each is read."""
+        return self.image_processor.image_layouts(images, where=where)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -153,12 +164,22 @@ class MllmProcessor(ProcessorMixin):
         )
 
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
-        """The placeholder, once per visual token."""
-        return self.image_token * self.num_image_tokens
+        """The placeholder, once per visual token, and the vocabulary's tokens between them."""
+        sizes = image_inputs.get(IMAGE_SIZES)
+        layout = self.rules.layout(None if sizes is None else tuple(int(side) for side in sizes[image_idx]))
+        return "".join(
+            "".join(self.tokenizer.convert_ids_to_tokens(list(block.ids)))
+            if block.ids
+            else self.image_token * block.num_tokens
+            for block in layout.blocks
+        )
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
         """Token counts for vLLM, from image sizes ``(height, width)``."""
         if image_sizes is None:
             return MultiModalData()
-        count = len(image_sizes)
-        return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
+        layouts = self.rules.layouts(image_sizes)
+        return MultiModalData(
+            num_image_tokens=[layout.num_tokens for layout in layouts],
+            num_image_patches=[layout.num_views for layout in layouts],
+        )

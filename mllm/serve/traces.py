@@ -76,7 +76,6 @@ def trace_generate(model: Any, processor: Any, cases: Sequence[Case], *, num_tok
     """`generate`, greedy, exactly ``num_tokens`` tokens per case: end-of-text counts as any other token, and the image
     placeholder, which an untrained model may say, is left out on every path."""
     traces = []
-    keys = set(processor.pixel_keys.values())
     for case in cases:
         prompt, inputs = model_inputs(processor, case)
         moved = {key: value.to(model.device) for key, value in inputs.items()}
@@ -93,7 +92,7 @@ def trace_generate(model: Any, processor: Any, cases: Sequence[Case], *, num_tok
         width = inputs["input_ids"].shape[1]
         tokens = output.sequences[0, width:].tolist()
         logprobs = [_top(step[0], token) for step, token in zip(output.logits, tokens, strict=True)]
-        pixels = {key: value for key, value in inputs.items() if key in keys}
+        pixels = processor.pixel_keys.split(inputs)[0]
         routing = getattr(output, "routing", None)
         traces.append(
             Trace(
@@ -115,7 +114,8 @@ def trace_forward(model: Any, processor: Any, cases: Sequence[Case], reference: 
     traces = []
     for case, known in zip(cases, reference, strict=True):
         prompt, inputs = model_inputs(processor, case)
-        ids, _ = encode_text(processor, [*case.turns, Turn("assistant", "x")], where=case.id)
+        layouts = processor.image_layouts(case.images, where=case.id)
+        ids, _ = encode_text(processor, [*case.turns, Turn("assistant", "x")], where=case.id, layouts=layouts)
         count = len(known.prompt_ids)
         full = torch.tensor([ids[:count].tolist() + known.token_ids])
         moved = {key: value.to(model.device) for key, value in inputs.items() if key != "attention_mask"}
@@ -127,7 +127,7 @@ def trace_forward(model: Any, processor: Any, cases: Sequence[Case], reference: 
         allowed[:, processor.image_token_id] = float("-inf")
         tokens = allowed.argmax(-1).tolist()
         logprobs = [_top(step, token) for step, token in zip(logits, tokens, strict=True)]
-        pixels = {key: value for key, value in inputs.items() if key in set(processor.pixel_keys.values())}
+        pixels = processor.pixel_keys.split(inputs)[0]
         traces.append(Trace(ids[:count].tolist(), tokens, logprobs, prompt, hash_pixels(pixels) if pixels else None))
     return traces
 
@@ -269,7 +269,6 @@ def vllm_pixels(llm: Any, processor: Any, cases: Sequence[Case]) -> list[str | N
 
     config = llm.llm_engine.vllm_config.model_config
     multimodal = MULTIMODAL_REGISTRY.create_processor(config)
-    keys = list(processor.pixel_keys.values())
     hashes: list[str | None] = []
     for case in cases:
         if not case.images:
@@ -279,5 +278,7 @@ def vllm_pixels(llm: Any, processor: Any, cases: Sequence[Case]) -> list[str | N
         settings = {"experts": "none"} if processor.image_processor.experts else {}
         result = multimodal(render_prompt(processor, case.turns), items, hf_processor_mm_kwargs=settings)
         rows: Any = result["mm_kwargs"]["image"]
-        hashes.append(hash_pixels({key: torch.stack([row[key].data for row in rows]) for key in keys}))
+        keys = processor.pixel_keys.values()
+        join = torch.cat if processor.rules.needs_size else torch.stack  # views of an image, or the image
+        hashes.append(hash_pixels({key: join([row[key].data for row in rows]) for key in keys}))
     return hashes

@@ -70,9 +70,9 @@ def _build(case: Case, *, seed: int = 0, stirred: bool = True) -> Connector:
 def _run(connector: Connector, batch: int, *, text: bool = True, **options: Any) -> Tensor:
     features = sample_features(type(connector), connector.config, connector.encoders, batch, **options)
     if not text:
-        return connector(features)
+        return connector.view_tokens(features)
     summary = torch.randn(batch, connector.width, generator=torch.Generator().manual_seed(3))
-    return connector(features, None, summary.to(options.get("dtype", torch.float32)))
+    return connector.view_tokens(features, None, summary.to(options.get("dtype", torch.float32)))
 
 
 def check_shapes(name: str, case: Case) -> None:
@@ -87,6 +87,10 @@ def check_shapes(name: str, case: Case) -> None:
         want = (2, layout.num_tokens, connector.width)
         assert got == want, f"forward gives shape {got}, layout says {want}"
     assert type(connector).layout(connector.config, connector.encoders) == layout, "layout changes from call to call"
+    features = sample_features(type(connector), connector.config, connector.encoders, 2)
+    assert _same(connector(features), connector.view_tokens(features).flatten(0, 1)), (
+        "seen once as a whole, images are not their views' tokens one after another"
+    )
 
 
 def check_meta_build(name: str, case: Case) -> None:
@@ -112,7 +116,7 @@ def check_gradients(name: str, case: Case) -> None:
     features = sample_features(type(connector), connector.config, connector.encoders, 2)
     for feature in features.values():
         feature.tokens.requires_grad_()
-    output = connector(features, None, torch.randn(2, connector.width))
+    output = connector.view_tokens(features, None, torch.randn(2, connector.width))
     (output * torch.randn_like(output)).sum().backward()
     missing = [key for key, parameter in connector.named_parameters() if parameter.grad is None]
     assert not missing, f"no gradient reaches {missing}"
@@ -175,7 +179,7 @@ def check_batch_invariance(name: str, case: Case) -> None:
     if connector.uses_routing and len(connector.encoders) > 1:
         routings.append(sample_routing(tuple(list(connector.encoders)[1:]), 3))
     for routing in routings:
-        together = connector(features, routing, text)
+        together = connector.view_tokens(features, routing, text)
         for image in range(3):
             part = slice(image, image + 1)
             alone = {
@@ -185,7 +189,7 @@ def check_batch_invariance(name: str, case: Case) -> None:
                 for key, f in features.items()
             }
             route = None if routing is None else Routing(routing.experts, routing.weights[part])
-            error = float((connector(alone, route, text[part]) - together[part]).abs().max())
+            error = float((connector.view_tokens(alone, route, text[part]) - together[part]).abs().max())
             assert error < 1e-5, f"image {image} differs by {error:.1e} alone and in a batch (routing: {route})"
 
 
@@ -200,19 +204,19 @@ def check_routing(name: str, case: Case) -> None:
     text = torch.randn(2, connector.width, generator=torch.Generator().manual_seed(5))
     for chosen in [(), *[(expert,) for expert in experts]]:
         weights = torch.tensor([[float(expert in chosen) for expert in experts]] * 2)
-        want = connector(features, Routing(experts, weights), text)
+        want = connector.view_tokens(features, Routing(experts, weights), text)
         assert torch.isfinite(want).all(), f"routing to {chosen or 'no expert'} gives values that are not finite"
         absent = [expert for expert in experts if expert not in chosen]
         changed = {**features, **{expert: other[expert] for expert in absent}}
-        assert _same(connector(changed, Routing(experts, weights), text), want), (
+        assert _same(connector.view_tokens(changed, Routing(experts, weights), text), want), (
             f"routed to {chosen or 'no expert'}, the features of absent experts {absent} change the output"
         )
         without = {key: value for key, value in features.items() if key not in absent}
-        assert _same(connector(without, Routing(experts, weights), text), want), (
+        assert _same(connector.view_tokens(without, Routing(experts, weights), text), want), (
             f"routed to {chosen or 'no expert'}, leaving out the features of {absent} changes the output"
         )
         for expert in chosen:
-            moved = connector({**features, expert: other[expert]}, Routing(experts, weights), text)
+            moved = connector.view_tokens({**features, expert: other[expert]}, Routing(experts, weights), text)
             assert not _same(moved, want), f"routed to {expert!r}, its features do not change the output"
 
 
@@ -225,7 +229,7 @@ def check_gate_gradient(name: str, case: Case) -> None:
     experts = tuple(list(connector.encoders)[1:])
     weights = sample_routing(experts, 2).weights.requires_grad_()
     features = sample_features(type(connector), connector.config, connector.encoders, 2)
-    output = connector(features, Routing(experts, weights), torch.randn(2, connector.width))
+    output = connector.view_tokens(features, Routing(experts, weights), torch.randn(2, connector.width))
     (output * torch.randn_like(output)).sum().backward()
     assert weights.grad is not None and weights.grad[0, 0] != 0, "no gradient reaches the weight of a chosen expert"
     assert torch.isfinite(weights.grad).all(), "the routing weights' gradient is not finite"

@@ -17,7 +17,7 @@ from mllm.data.mixture import Draw, Mixture
 from mllm.data.plan import make_plan
 from mllm.errors import ConfigError, DataError
 from mllm.odd_settings import odd_settings
-from mllm.processing.chat import encode_sample, encode_text
+from mllm.processing.chat import count_tokens, encode_sample
 from mllm.recipe import StageSpec
 from mllm.types import Sample
 
@@ -81,9 +81,8 @@ def tell_dropped(run: Any, stage: StageSpec, display: Any) -> None:
 
 
 def token_count(processor: Any, sample: Sample) -> int:
-    """Tokens of a sample, visual ones included, without opening its images."""
-    where = f"sample {sample.id!r}"
-    return len(encode_text(processor, sample.turns, tools=sample.meta.get("tools"), where=where)[0])
+    """Tokens of a sample, visual ones included; of its images at most the headers are read."""
+    return count_tokens(processor, sample, where=f"sample {sample.id!r}")
 
 
 class StageData:
@@ -123,7 +122,7 @@ class StageData:
         packing plans around them; too many of them raise `DataError`."""
         tokenizer = processor.tokenizer.backend_tokenizer.to_str()
         span = getattr(processor, "visual_span", None)
-        key = f"{tokenizer}|{processor.chat_template}|{processor.num_image_tokens}|{span}"
+        key = f"{tokenizer}|{processor.chat_template}|{processor.layout_key}|{span}"
         count, tables = partial(token_count, processor), []
         for source, left_out, rows in zip(
             self.mixture.sources, self.mixture.quarantined, self.mixture.num_rows, strict=True

@@ -120,12 +120,12 @@ def test_a_spec_without_a_type_and_an_unknown_type_are_told():
 
 def test_a_broken_connector_fails_the_check():
     from mllm.connectors.mlp import MlpConnector
-    from mllm.types import ImageLayout
+    from mllm.types import ViewLayout
 
     class Lying(MlpConnector):
         @classmethod
         def layout(cls, config, encoders):
-            return ImageLayout(num_tokens=5, grid=(1, 5))
+            return ViewLayout(num_tokens=5, grid=(1, 5))
 
     CONNECTORS.register("lying")(Lying)
     try:

@@ -14,7 +14,7 @@ from mllm.processing.image_processor import MllmImageProcessor
 from mllm.processing.processor import MllmProcessor
 from mllm.processing.template import messages_of
 from mllm.processing.turns import IGNORE, template_notes
-from mllm.types import IMAGE_MARK, ImageLayout, ImageSpec, Turn
+from mllm.types import IMAGE_MARK, ImageSpec, Turn, ViewLayout
 from tests.helpers import picture
 from tests.real.tokenizers import FOLDER, TOKENIZERS, TOKENS, template, tokenizer
 
@@ -63,7 +63,7 @@ def made(words: str, name: str, **options: Any) -> MllmProcessor:
     taken.bos_token, taken.eos_token, _ = TOKENS[name]
     taken.pad_token = taken.eos_token
     images = MllmImageProcessor(
-        encoders={"a": ImageSpec(height=8, width=8)}, layout=ImageLayout(num_tokens=3, grid=(1, 3))
+        encoders={"a": ImageSpec(height=8, width=8)}, layout=ViewLayout(num_tokens=3, grid=(1, 3))
     )
     return MllmProcessor(images, taken, chat_template=template(name), template_options=options)
 

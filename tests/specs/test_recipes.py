@@ -58,7 +58,7 @@ def test_recipe_builds_on_the_meta_device(name: str) -> None:
         assert task in {**assets.available("eval/tasks"), **assets.available("eval/suites")}, task
     if name in SIZES:
         tokens, language_model, connector, encoders = SIZES[name]
-        assert config.num_image_tokens == tokens
+        assert config.layout().num_tokens == tokens
         assert parts["language_model"] / 1e6 == pytest.approx(language_model, rel=0.005)
         if connector is not None:
             assert parts["connector"] / 1e6 == pytest.approx(connector, rel=0.01)
@@ -70,7 +70,7 @@ def test_recipe_builds_on_the_meta_device(name: str) -> None:
         weights = torch.zeros(1, len(config.router["experts"])) if config.router else None
         if weights is None:
             visual, _ = model.model.encode_images(pixels)
-            assert tuple(visual.shape) == (1, config.num_image_tokens, config.get_text_config().hidden_size)
+            assert tuple(visual.shape) == (config.layout().num_tokens, config.get_text_config().hidden_size)
 
 
 def test_a_wrong_key_names_its_path_and_what_was_meant(tmp_path: Path) -> None:

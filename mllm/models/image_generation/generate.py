@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from mllm.errors import AlignmentError, ConfigError
 from mllm.models.image_generation.targets import drop_text, evaluating, first_of_sample
 from mllm.processing.chat import encode_pixels, encode_text, render_prompt, split_images
+from mllm.processing.layout import IMAGE_SIZES, expand
 from mllm.types import IMAGE_MARK, Turn, VisualCodes
 from mllm.visual_tokenizers.base import as_unit_range
 from mllm.visual_tokenizers.next_scale import generate_next_scale
@@ -151,10 +152,12 @@ def _need_processor(processor: Any) -> Any:
     return processor
 
 
-def prompt_prefix(processor: Any, prompt: Any, where: str) -> Tensor:
-    """Ids from the conversation's start to the start token of the image to draw, as training has them."""
+def prompt_prefix(processor: Any, prompt: Any, where: str, images: Sequence[Any] = ()) -> Tensor:
+    """Ids from the conversation's start to the start token of the image to draw, as training has them. images: those that
+    the prompt shows."""
     turns = as_turns(prompt)
-    ids, _ = encode_text(processor, [*turns, Turn("assistant", IMAGE_MARK)], where=where)
+    layouts = processor.image_layouts(images, where=where)
+    ids, _ = encode_text(processor, [*turns, Turn("assistant", IMAGE_MARK)], where=where, layouts=layouts)
     return ids[: processor.span.starts(ids)[-1] + 1]
 
 
@@ -179,7 +182,11 @@ def _prompt_embeddings(
 ) -> tuple[Tensor, Tensor]:
     """Embeddings ``(R, T, L)`` and mask ``(R, T)`` of the prompts; guided, R is 2B."""
     device, tokens = model.device, model.visual_config.tokens
-    rows = [prompt_prefix(processor, prompt, f"prompt {number}") for number, prompt in enumerate(prompts)]
+    shown = [list(given) for given in images] if images else [[] for _ in prompts]
+    rows = [
+        prompt_prefix(processor, prompt, f"prompt {number}", given)
+        for number, (prompt, given) in enumerate(zip(prompts, shown))
+    ]
     guided = drawing.guidance != 1.0
     if guided and negative is not None:
         rows += [prompt_prefix(processor, negative, "negative_prompt")] * len(prompts)
@@ -192,8 +199,8 @@ def _prompt_embeddings(
         )
         ids, mask = torch.cat([ids, without]), torch.cat([mask, mask])
     read, drawn = [], []
-    for prompt, given in zip(prompts, images or [[]] * len(prompts)):
-        inputs, targets = split_images(as_turns(prompt), list(given), drawn=True)
+    for prompt, given in zip(prompts, shown):
+        inputs, targets = split_images(as_turns(prompt), given, drawn=True)
         read, drawn = [*read, *inputs], [*drawn, *targets]
     if drawn:
         raise ConfigError(
@@ -204,9 +211,9 @@ def _prompt_embeddings(
         embeddings[:, -1] = model.visual_head.start(embeddings[:, -1])
     found = int((ids == model.config.image_token_id).sum())
     if read:
-        pixels, _ = encode_pixels(processor, read, where="generate_images")
-        by_name = {name: pixels[key].to(device) for name, key in model.model.pixel_keys.items()}
-        features, _ = model.model.encode_images(by_name)
+        pixels, beside = encode_pixels(processor, read, where="generate_images")
+        by_name = {name: value.to(device) for name, value in model.model.pixel_keys.by_encoder(pixels).items()}
+        features, _ = model.model.encode_images(by_name, image_sizes=beside.get(IMAGE_SIZES))
         if guided and negative is None:
             features = torch.cat([features, features])
         embeddings = model.model.merge_images(ids, embeddings, features)
@@ -458,11 +465,14 @@ def generate_interleaved(
         read += inputs
         ids = processor.tokenizer(render_prompt(processor, turns), add_special_tokens=False, return_tensors="pt")
         ids = ids["input_ids"][0]
-        rows.append(ids.repeat_interleave(torch.where(ids == processor.image_token_id, processor.num_image_tokens, 1)))
+        places = (ids == processor.image_token_id).nonzero().flatten().tolist()
+        rows.append(expand(ids, places, processor.image_layouts(inputs, where=f"prompt {number}"))[0])
     ids, mask = _left_pad(rows, processor.tokenizer.pad_token_id, model.device)
     pixels = {}
     if read:
-        pixels = {k: v.to(model.device) for k, v in encode_pixels(processor, read, where="prompts")[0].items()}
+        given, beside = encode_pixels(processor, read, where="prompts")
+        given |= {IMAGE_SIZES: beside[IMAGE_SIZES]} if IMAGE_SIZES in beside else {}
+        pixels = {k: v.to(model.device) for k, v in given.items()}
     output = model.generate(
         input_ids=ids,
         attention_mask=mask,

@@ -36,11 +36,13 @@ from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.pipeline import build_visual_parts
 from mllm.models.routing import short_image
 from mllm.models.weight_files import present_name, published_renamings
-from mllm.processing.layout import PRIMARY_PIXELS, pixel_keys
+from mllm.processing.layout import IMAGE_SIZES
+from mllm.processing.pixel_keys import PRIMARY_PIXELS, PixelKeys
 from mllm.serve.http.stats import EncoderClock
 from mllm.serve.vllm.encoder_graphs import EncoderGraphs, compile_encoders, run_blank
 from mllm.serve.vllm.feature_memory import FeatureMemory
 from mllm.serve.vllm.processing import MllmDummyInputsBuilder, MllmMultiModalProcessor, MllmProcessingInfo, short_grid
+from mllm.types import VisualLayout
 
 _log = logging.getLogger("vllm.mllm")  # below vLLM's own logger, which has a handler
 _VISUAL = ("vision_tower.", "multi_modal_projector.")
@@ -79,8 +81,8 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
             raise UnavailableError(
                 "this checkpoint is text-only (its config has no connector); serve its language model"
             )
-        self.pixel_keys = pixel_keys(list(config.encoders))
-        self.layout = config.layout()
+        self.pixel_keys = PixelKeys(config.encoders)
+        self.rules = config.layout_rules()
         self.short_grid = short_grid(config) if (config.router or {}).get("type") == "language_model" else None
         self.vision_tower: Any
         self.multi_modal_projector: Any
@@ -93,6 +95,11 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
             self.multi_modal_projector = connector.to(vllm_config.model_config.dtype)
         mode = vllm_config.model_config.multimodal_config.mm_encoder_tp_mode  # type: ignore[union-attr]
         self.shares_images = mode == "data" and get_tensor_model_parallel_world_size() > 1
+        if self.shares_images and self.rules.needs_size:
+            raise UnavailableError(
+                f"--mm-encoder-tp-mode data shares out whole pictures; this model's views ({self.rules.views.type}) differ from "
+                "picture to picture. Leave it at weights"
+            )
         self.memory = FeatureMemory(bank) if self.short_grid is not None else None
         self.clock = EncoderClock()
         for name, encoder in getattr(self.vision_tower, "encoders", {}).items():
@@ -120,10 +127,11 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
         if not encoders or not get_pp_group().is_first_rank:
             return []
         todo: list[Callable[[], object]] = []
-        tokens = self.config.num_image_tokens if self.short_grid is None else math.prod(self.short_grid)
+        largest = self.rules.layout(self.rules.largest())
+        tokens = largest.num_tokens if self.short_grid is None else math.prod(self.short_grid)
         scheduler, media = vllm_config.scheduler_config, vllm_config.model_config.multimodal_config
         asked = scheduler.max_num_seqs * (media.get_limit_per_prompt("image") if media is not None else 1)
-        most = max(1, min(scheduler.max_num_batched_tokens // tokens, asked))
+        most = max(1, min(scheduler.max_num_batched_tokens // tokens, asked)) * largest.num_views
         if settings.compile_mm_encoder and not eager:
             compile_encoders(encoders)
             todo.append(partial(run_blank, encoders, (2, 1)))  # one image is a case of its own for the compiler
@@ -149,35 +157,52 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
             return []
         if self._prepare_encoders:
             self._get_encoders_ready()
-        pixels = {name: _stacked(kwargs[key]) for name, key in self.pixel_keys.items()}
+        layouts = self.rules.layouts(_stacked(kwargs[IMAGE_SIZES]).view(-1, 2)) if self.rules.needs_size else None
+        join = _stacked if layouts is None else _end_to_end
+        pixels = {name: join(value) for name, value in self.pixel_keys.by_encoder(kwargs).items()}
         weights = None if kwargs.get("expert_weights") is None else _stacked(kwargs["expert_weights"])
         text = self._question_summary(kwargs.get("router_input_ids"))
+        if layouts is not None:
+            joined = self._encode(pixels, weights, text, [], layouts)
+            return list(joined.split([layout.num_placeholders for layout in layouts]))
         count = len(pixels[next(iter(pixels))])
         short = self._routing_pass(kwargs.get("routing_pass"), count)
         rows = self._own_rows(count)
         if rows is None:
-            tokens = list(self._encode(pixels, weights, text, short))
+            tokens = self._of_images(self._encode(pixels, weights, text, short), count)
         else:
             own = {name: value[rows] for name, value in pixels.items()}
             own_weights, own_text = (None if value is None else value[rows] for value in (weights, text))
             part = self._encode(own, own_weights, own_text, [short[row] for row in rows])
-            tokens = list(tensor_model_parallel_all_gather(part.contiguous(), dim=0)[:count])
+            tokens = self._of_images(
+                tensor_model_parallel_all_gather(part.contiguous(), dim=0),
+                len(rows) * get_tensor_model_parallel_world_size(),
+            )[:count]
         for index in [row for row, flag in enumerate(short) if flag]:
             assert self.short_grid is not None
-            tokens[index] = short_image(tokens[index][None], self.layout, self.short_grid)[0]
+            tokens[index] = short_image(tokens[index][None], self.rules.view, self.short_grid)[0]
         return tokens
 
     def _encode(
-        self, pixels: dict[str, Tensor], weights: Tensor | None, text: Tensor | None, short: list[bool]
+        self,
+        pixels: dict[str, Tensor],
+        weights: Tensor | None,
+        text: Tensor | None,
+        short: list[bool],
+        layouts: list[VisualLayout] | None = None,
     ) -> Tensor:
-        """Encoders, router and connector, as `MllmModel.encode_images`: ``(B, M, L)``."""
+        """Encoders, router and connector, as `MllmModel.encode_images`: ``(ΣM, L)``."""
         base = None if self.memory is None else self.memory.encode(pixels, keep=short)
-        features, routing = self.vision_tower(pixels, expert_weights=weights, text=text, base=base)
+        features, routing = self.vision_tower(pixels, expert_weights=weights, text=text, base=base, layouts=layouts)
         parameter = next(self.multi_modal_projector.parameters(), None)
         if parameter is not None:
             for feature in features.values():
                 feature.tokens = feature.tokens.to(parameter.device, parameter.dtype)
-        return self.multi_modal_projector(features, routing, text)
+        return self.multi_modal_projector(features, routing, text, layouts)
+
+    def _of_images(self, tokens: Tensor, count: int) -> list[Tensor]:
+        """Visual tokens ``(ΣM, L)`` of images that are alike, image by image."""
+        return list(tokens.view(count, self.rules.view.num_tokens, tokens.shape[-1]))
 
     def _own_rows(self, count: int) -> list[int] | None:
         """Images that this rank encodes under ``--mm-encoder-tp-mode data`` (the last one repeated where they do not
@@ -271,6 +296,12 @@ def language_architectures(text_config: Any) -> list[str]:
             f"text_config.model_type: vLLM has no causal language model for {text_config.model_type!r}; try its "
             "Transformers backend (--model-impl transformers)"
         ) from None
+
+
+def _end_to_end(value: Tensor | list[Tensor]) -> Tensor:
+    """``(V, 3, H, W)``: the views of all images, whether vLLM hands over a tensor or a list of images."""
+    rows = [value] if isinstance(value, Tensor) else list(value)
+    return torch.cat([row.flatten(0, 1) if row.ndim == 5 else row for row in rows])
 
 
 def _stacked(value: Tensor | list[Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ from functools import cached_property
 from io import BytesIO
 from typing import Any
 
+import torch
 from PIL import Image
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import (
@@ -18,6 +19,7 @@ from vllm.multimodal.processing import (
     BaseMultiModalProcessor,
     BaseProcessingInfo,
     PromptReplacement,
+    PromptUpdateDetails,
 )
 
 from mllm.errors import AlignmentError, ConfigError
@@ -25,7 +27,8 @@ from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.routing import routing_grid
 from mllm.processing.chat import pad_questions
 from mllm.processing.images import load_image
-from mllm.processing.layout import pixel_keys
+from mllm.processing.layout import IMAGE_SIZES, LayoutRules
+from mllm.processing.pixel_keys import PixelKeys
 from mllm.processing.processor import MllmProcessor
 from mllm.routers.build import build_router
 from mllm.routers.fixed import fixed_weights_of
@@ -36,7 +39,7 @@ MODALITY = "image"
 
 def short_grid(config: MllmConfig) -> tuple[int, int]:
     """Rows and columns of an image in a routing request of a ``language_model`` router."""
-    return routing_grid(config.layout(), build_router(dict(config.router or {}), 0, 0))
+    return routing_grid(config.view_layout(), build_router(dict(config.router or {}), 0, 0))
 
 
 class MllmProcessingInfo(BaseProcessingInfo):
@@ -54,12 +57,12 @@ class MllmProcessingInfo(BaseProcessingInfo):
         return {MODALITY: None}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        return {MODALITY: self.num_image_tokens}
+        return {MODALITY: self.rules.layout(self.rules.largest()).num_tokens}
 
     @cached_property
-    def num_image_tokens(self) -> int:
-        """M: placeholder tokens of one image."""
-        return self.get_hf_config().num_image_tokens
+    def rules(self) -> LayoutRules:
+        """How an image is looked at and lies in the prompt."""
+        return self.get_hf_config().layout_rules()
 
     @cached_property
     def asks_language_model(self) -> bool:
@@ -67,10 +70,10 @@ class MllmProcessingInfo(BaseProcessingInfo):
         return (self.get_hf_config().router or {}).get("type") == "language_model"
 
     @cached_property
-    def num_short_tokens(self) -> int:
-        """Placeholder tokens of one image in a routing request; as many as ever for models that make none."""
+    def num_short_tokens(self) -> int | None:
+        """Placeholder tokens of one image in a routing request; None for models that make none."""
         if not self.asks_language_model:
-            return self.num_image_tokens
+            return None
         rows, cols = short_grid(self.get_hf_config())
         return rows * cols
 
@@ -91,10 +94,14 @@ class MllmDummyInputsBuilder(BaseDummyInputsBuilder[MllmProcessingInfo]):
         self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any, *args: Any, **kwargs: Any
     ) -> Any:
         specs = self.info.get_hf_processor().image_processor.specs.values()
+        rules = self.info.rules
+        height, width = max(spec.height for spec in specs), max(spec.width for spec in specs)
+        if rules.needs_size:
+            height, width = rules.largest()
         return {
             MODALITY: self._get_dummy_images(
-                width=max(spec.width for spec in specs),
-                height=max(spec.height for spec in specs),
+                width=width,
+                height=height,
                 num_images=mm_counts.get(MODALITY, 0),
                 overrides=mm_options.get(MODALITY) if mm_options else None,
             )
@@ -183,14 +190,27 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
         return super()._cached_apply_hf_processor(inputs, *args, **kwargs)
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
-        pixels = pixel_keys(list(self.info.get_hf_config().encoders)).values()
-        names = [*pixels, "expert_weights", "router_input_ids", "routing_pass"]
-        return {name: MultiModalFieldConfig.batched(MODALITY) for name in names}
+        pixels, rules = PixelKeys(self.info.get_hf_config().encoders).values(), self.info.rules
+        names = [*pixels, IMAGE_SIZES, "expert_weights", "router_input_ids", "routing_pass"]
+        fields = {name: MultiModalFieldConfig.batched(MODALITY) for name in names}
+        if rules.needs_size and IMAGE_SIZES in hf_inputs:
+            views = torch.tensor([layout.num_views for layout in rules.layouts(hf_inputs[IMAGE_SIZES])])
+            fields |= {name: MultiModalFieldConfig.flat_from_sizes(MODALITY, views) for name in pixels}
+        return fields
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
     ) -> Sequence[PromptReplacement]:
         token = self.info.get_hf_processor().image_token_id
         short = bool(hf_processor_mm_kwargs.get("routing_pass"))
-        count = self.info.num_short_tokens if short else self.info.num_image_tokens
-        return [PromptReplacement(modality=MODALITY, target=[token], replacement=[token] * count)]
+        rules, few = self.info.rules, self.info.num_short_tokens
+
+        def tokens(number: int) -> Any:
+            if short and few is not None:
+                return [token] * few
+            size = out_mm_kwargs[MODALITY][number][IMAGE_SIZES].data.tolist() if rules.needs_size else None
+            layout = rules.layout(None if size is None else (int(size[0]), int(size[1])))
+            ids = [i for block in layout.blocks for i in (block.ids or [token] * block.num_tokens)]
+            return PromptUpdateDetails.select_token_id(ids, token) if layout.literals else ids
+
+        return [PromptReplacement(modality=MODALITY, target=[token], replacement=tokens)]

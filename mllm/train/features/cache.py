@@ -214,6 +214,9 @@ def why_not(model: Any, learning: Iterable[str]) -> str | None:
         return f"{learning_encoders[0]} learns, so its features change"
     if bank.experts:
         return "the model routes pictures to experts"
+    rules = getattr(getattr(model, "model", model), "rules", None)
+    if rules is not None and rules.needs_size:
+        return f"the model looks at a picture in several views ({rules.views.type})"
     if getattr(bank, "with_attention", None):
         return "the connector reads an encoder's attention maps"
     for name, encoder in bank.encoders.items():

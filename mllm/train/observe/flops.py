@@ -120,7 +120,7 @@ def _image_flops(model: Any) -> tuple[dict[str, float], float]:
     encoders = {name: _count(encoder, (pixels[name],)) for name, encoder in bank.encoders.items()}
     projector = model.model.multi_modal_projector
     if bank.experts:
-        tokens = bank.infos and model.config.num_image_tokens
+        tokens = model.model.rules.layout(model.model.rules.largest()).num_placeholders
         return encoders, 2.0 * tokens * sum(_numel(p) for p in projector.parameters() if p.dim() > 1)
     features = {}
     with torch.no_grad():

@@ -13,12 +13,13 @@ from mllm.data.collate import Batch, Dropped
 from mllm.errors import ConfigError
 from mllm.models.build import build_config, build_processor, load_tokenizer
 from mllm.processing.chat import IGNORE
+from mllm.processing.layout import IMAGE_SIZES, LayoutRules, visual_spans
 from mllm.processing.template import for_training
 from mllm.processing.turns import special_ids, template_notes
 from mllm.recipe import Recipe, StageSpec
 from mllm.train.data import StageData, open_mixture
 from mllm.train.preflight.first_row import show_row, stop_line
-from mllm.types import ImageLayout
+from mllm.types import VisualLayout
 
 KINDS = ("sft",)
 """Stage kinds whose samples are conversations that the model is trained to continue."""
@@ -26,19 +27,24 @@ KINDS = ("sft",)
 
 @dataclass
 class Run:
-    """Tokens ``start`` … ``stop`` of a sample that are alike. kind: image, learned, masked or special."""
+    """Tokens ``start`` … ``stop`` of a sample that are alike. kind: image, learned, masked or special; layout: an image's."""
 
     kind: str
     start: int
     stop: int
     text: str
+    layout: VisualLayout | None = None
 
 
 @dataclass
 class Picture:
-    """One image of a sample. pixels: encoder → what it is given, undone from normalisation; start: its first token."""
+    """One view of a sample's image ``number``. pixels: encoder → what it is given, undone from normalisation; start: the
+    image's first token."""
 
+    number: int
+    view: int
     start: int
+    layout: VisualLayout
     pixels: dict[str, Image.Image]
 
 
@@ -75,7 +81,7 @@ class SeenStage:
 
     stage: StageSpec
     template: str
-    layout: ImageLayout | None
+    rules: LayoutRules
     grids: dict[str, tuple[int, int, int, int]]
     rows: list[SeenRow] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
@@ -114,8 +120,7 @@ def _look(recipe: Recipe, stage: StageSpec, config: Any, processor: Any, num_sam
     data = StageData(quiet, processor, open_mixture(stage, recipe.seed), cache=Path(recipe.output_dir) / "lengths")
     infos = config.encoder_infos()
     grids = {name: (*info.grid, info.image.height, info.image.width) for name, info in infos.items()}
-    layout = config.layout() if config.connector is not None else None
-    seen = SeenStage(stage, processor.chat_template, layout, grids)
+    seen = SeenStage(stage, processor.chat_template, processor.rules, grids)
     seen.notes = [*template_notes(processor), stop_line(processor)]
     while seen.num_samples < num_samples:
         for micro in data.steps():
@@ -133,7 +138,8 @@ def _add_batch(seen: SeenStage, batch: Batch, processor: Any, num_samples: int) 
     seen.dropped += batch.dropped
     ids, labels = batch.inputs["input_ids"], batch.inputs["labels"]
     mask, positions = batch.inputs.get("attention_mask"), batch.inputs.get("position_ids")
-    sample = image = 0
+    layouts = processor.rules.layouts(batch.inputs.get(IMAGE_SIZES), int(batch.num_images.sum()))
+    sample = image = view = 0
     slots = ids.shape[1]
     for row, lengths in enumerate(batch.lengths):
         offset = 0 if mask is None else int(mask[row].argmax())
@@ -151,8 +157,19 @@ def _add_batch(seen: SeenStage, batch: Batch, processor: Any, num_samples: int) 
                     else (int(positions[row, part][0]), int(positions[row, part][-1]))
                 )
                 shown.samples.append(
-                    _sample(batch, sample, image, count, ids[row, part], labels[row, part], offset, first, processor)
+                    _sample(
+                        batch,
+                        sample,
+                        layouts[image : image + count],
+                        view,
+                        ids[row, part],
+                        labels[row, part],
+                        offset,
+                        first,
+                        processor,
+                    )
                 )
+            view += sum(layout.num_views for layout in layouts[image : image + count])
             sample, image, offset = sample + 1, image + count, offset + length
         if wanted:
             seen.rows.append(shown)
@@ -169,8 +186,8 @@ def _bounds(batch: Batch, row: int, slots: int) -> list[int] | None:
 def _sample(
     batch: Batch,
     sample: int,
-    image: int,
-    count: int,
+    layouts: list[VisualLayout],
+    first_view: int,
     ids: Any,
     labels: Any,
     offset: int,
@@ -178,9 +195,13 @@ def _sample(
     processor: Any,
 ) -> SeenSample:
     numbers, targets = ids.tolist(), labels.tolist()
-    runs = _runs(numbers, targets, processor)
-    starts = [run.start for run in runs if run.kind == "image"]
-    pictures = [Picture(starts[k], _pixels(batch, image + k, processor)) for k in range(count)]
+    runs = _runs(numbers, targets, processor, visual_spans(ids, processor.image_token_id, layouts), layouts)
+    pictures, row = [], first_view
+    for number, run in enumerate(run for run in runs if run.layout is not None):
+        assert run.layout is not None
+        for view in range(run.layout.num_views):
+            pictures.append(Picture(number, view, run.start, run.layout, _pixels(batch, row, processor)))
+            row += 1
     learned = [n for n in targets[1:] if n != IGNORE]  # the model never predicts a first token
     return SeenSample(
         id=batch.ids[sample],
@@ -197,15 +218,15 @@ def _sample(
     )
 
 
-def _runs(ids: list[int], labels: list[int], processor: Any) -> list[Run]:
+def _runs(
+    ids: list[int], labels: list[int], processor: Any, spans: list[tuple[int, int]], layouts: list[VisualLayout]
+) -> list[Run]:
     """Neighbouring tokens of one kind, decoded together so that characters of several tokens stay whole. Every image is
     a run of its own."""
     special = special_ids(processor.tokenizer)
-    per_image = processor.num_image_tokens
+    images = {start: (stop, layout) for (start, stop), layout in zip(spans, layouts)}
 
     def kind(place: int) -> str:
-        if ids[place] == processor.image_token_id:
-            return "image"
         if labels[place] != IGNORE and place:
             return "learned"
         return "special" if ids[place] in special else "masked"
@@ -213,24 +234,24 @@ def _runs(ids: list[int], labels: list[int], processor: Any) -> list[Run]:
     runs: list[Run] = []
     place = 0
     while place < len(ids):
-        what, stop = kind(place), place + 1
-        if what == "image":
-            stop = min(place + per_image, len(ids))
-        while what != "image" and stop < len(ids) and kind(stop) == what:
-            stop += 1
-        text = "" if what == "image" else processor.tokenizer.decode(ids[place:stop])
-        runs.append(Run(what, place, stop, text))
+        if place in images:
+            stop, layout = images[place]
+            runs.append(Run("image", place, stop, "", layout))
+        else:
+            what, stop = kind(place), place + 1
+            while stop < len(ids) and stop not in images and kind(stop) == what:
+                stop += 1
+            runs.append(Run(what, place, stop, processor.tokenizer.decode(ids[place:stop])))
         place = stop
     return runs
 
 
-def _pixels(batch: Batch, image: int, processor: Any) -> dict[str, Image.Image]:
-    """Encoder → its pixels as an 8-bit picture. Experts that a batch carries no pixels for are left out."""
-    pictures = {}
+def _pixels(batch: Batch, row: int, processor: Any) -> dict[str, Image.Image]:
+    """Encoder → its pixels of one view as an 8-bit picture. Experts that a batch carries no pixels for are left out."""
+    pictures, given = {}, processor.pixel_keys.by_encoder(batch.inputs)
     for name, spec in processor.image_processor.specs.items():
-        tensor = batch.inputs.get(processor.pixel_keys[name])
-        if tensor is None:
+        if name not in given:
             continue
-        values = tensor[image].float().numpy().transpose(1, 2, 0) * np.array(spec.std) + np.array(spec.mean)
+        values = given[name][row].float().numpy().transpose(1, 2, 0) * np.array(spec.std) + np.array(spec.mean)
         pictures[name] = Image.fromarray((values * 255).round().clip(0, 255).astype(np.uint8))
     return pictures

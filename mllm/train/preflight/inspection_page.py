@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from mllm.train.preflight.inspection import Run, SeenRow, SeenSample, SeenStage
-from mllm.types import ImageLayout
+from mllm.processing.layout import token_cells
+from mllm.train.preflight.inspection import Picture, Run, SeenRow, SeenSample, SeenStage
 
 _LARGEST = 448
 _STYLE = """
@@ -93,10 +93,10 @@ def _sample(sample: SeenSample, seen: SeenStage) -> str:
     cut = " <span class=warn>cut at max_length</span>" if sample.truncated else ""
     nothing = "" if sample.num_learned else " <span class=warn>nothing carries loss</span>"
     figures = "".join(
-        f"<div class=pictures>{''.join(_figure(name, image, picture.start, number, seen) for name, image in picture.pixels.items())}</div>"
-        for number, picture in enumerate(sample.pictures)
+        f"<div class=pictures>{''.join(_figure(name, image, picture, seen) for name, image in picture.pixels.items())}</div>"
+        for picture in sample.pictures
     )
-    text = "".join(_run(run, seen.layout) for run in sample.runs)
+    text = "".join(_run(run) for run in sample.runs)
     return (
         f"<p><b>{_e(sample.dataset)}/{_e(sample.id)}</b> <span class=dim>{sample.length} tokens, {sample.num_learned} carry "
         f"loss, positions {sample.positions[0]} to {sample.positions[1]}</span>{cut}{nothing}</p>{figures}<div class=text>{text}</div>"
@@ -105,30 +105,30 @@ def _sample(sample: SeenSample, seen: SeenStage) -> str:
     )
 
 
-def _run(run: Run, layout: ImageLayout | None) -> str:
+def _run(run: Run) -> str:
     where = f"tokens {run.start} to {run.stop - 1}"
     if run.kind == "image":
-        shape = f", {layout.grid[0]} × {layout.grid[1]}" if layout is not None else ""
+        shape = f", {run.layout.grid[1]} × {run.layout.grid[2]}" if run.layout is not None else ""
         return f'<span class=image title="{where}">⟨image: {run.stop - run.start} tokens{shape}, {run.start} to {run.stop - 1}⟩</span>'
     return f'<span class={run.kind} title="{where}">{_e(run.text)}</span>'
 
 
-def _figure(name: str, image: Image.Image, start: int, number: int, seen: SeenStage) -> str:
+def _figure(name: str, image: Image.Image, picture: Picture, seen: SeenStage) -> str:
     rows, columns, height, width = seen.grids[name]
-    layout = seen.layout
-    keeps_grid = layout is not None and layout.grid[0] * (layout.grid[1] + layout.row_separators) == layout.num_tokens
-    if layout is not None and keeps_grid:
-        stride = layout.grid[1] + layout.row_separators
-        cells = _cells(layout.grid[0], layout.grid[1], lambda r, c: f"token {start + r * stride + c}")
-        lines = f"{layout.grid[0]} × {layout.grid[1]} visual tokens"
+    tokens = token_cells(picture.layout, seen.rules.view, picture.view)
+    if tokens:
+        view = seen.rules.view.grid
+        label = lambda r, c: f"token {picture.start + tokens[r, c]}" if (r, c) in tokens else "no token: padding"  # noqa: E731
+        lines = f"{view[0]} × {view[1]} visual tokens"
     else:
-        cells = _cells(rows, columns, lambda r, c: f"patch {r * columns + c}")
+        view = (rows, columns)
+        label = lambda r, c: f"patch {r * columns + c}"  # noqa: E731
         lines = "its patches"
-    view = layout.grid if layout is not None and keeps_grid else (rows, columns)
+    several = f", view {picture.view}" if picture.layout.num_views > 1 else ""
     return (
         f'<figure><div class=frame><img src="{_data(image)}" alt=""><svg viewBox="0 0 {view[1]} {view[0]}" '
-        f'preserveAspectRatio="none">{cells}</svg></div><figcaption>image {number} as <b>{_e(name)}</b> sees it: '
-        f"{height} × {width} pixels → {rows} × {columns} patches; lines: {lines}</figcaption></figure>"
+        f'preserveAspectRatio="none">{_cells(*view, label)}</svg></div><figcaption>image {picture.number}{several} as '
+        f"<b>{_e(name)}</b> sees it: {height} × {width} pixels → {rows} × {columns} patches; lines: {lines}</figcaption></figure>"
     )
 
 

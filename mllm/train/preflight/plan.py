@@ -141,7 +141,9 @@ def _joins(config: MllmConfig) -> list[str]:
         )
     if config.connector is not None:
         width = config.get_text_config().hidden_size
-        lines.append(f"connector ({config.connector['type']}): → {config.num_image_tokens} visual tokens × {width}")
+        lines.append(
+            f"connector ({config.connector['type']}): → {config.layout_rules().describe()} visual tokens × {width}"
+        )
     return lines
 
 
@@ -273,7 +275,8 @@ def _stage_hazards(
 ) -> list[str]:
     hazards = list(plan.hazards)
     config = model.config.get_text_config()
-    tokens = model.config.num_image_tokens
+    rules = model.config.layout_rules()
+    tokens = rules.layout(rules.largest()).num_tokens
     if tokens + 16 > stage.max_length:
         hazards.append(f"max_length {stage.max_length} hardly holds one image of {tokens} tokens and a question")
     if stage.max_length > getattr(config, "max_position_embeddings", stage.max_length):

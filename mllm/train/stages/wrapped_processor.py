@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from mllm.processing.chat import EncodedSample
-from mllm.types import Sample
+from mllm.types import Block, Sample, VisualLayout
 
 
 class WrappedProcessor:
     """A processor in a stage's data pipeline: reads text as ``inner`` does, and says by `encode_sample` what is learned."""
 
-    num_image_tokens = 0
+    image_tokens = 0
+    """Placeholders of one image in what this processor reads."""
 
     def __init__(self, inner: Any):
         self.inner = inner
+
+    def image_layouts(self, images: Sequence[Any], *, where: str = "sample") -> list[VisualLayout]:
+        """The tokens of every image of a list."""
+        return [VisualLayout((Block(self.image_tokens, (1, 1, self.image_tokens)),))] * len(images)
+
+    @property
+    def layout_key(self) -> str:
+        """Text that differs where the tokens of some image differ."""
+        return str(self.image_tokens)
 
     @property
     def tokenizer(self) -> Any:

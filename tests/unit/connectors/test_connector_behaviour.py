@@ -139,7 +139,7 @@ def test_channel_concat_joins_in_the_models_order():
     connector = build_connector({"type": "channel_concat", "projector": {"depth": 1}}, encoders, 4)
     features = features_of(connector, 2)
     want = connector.projector(torch.cat([features["b"].tokens, features["a"].tokens], dim=-1))
-    torch.testing.assert_close(connector(features), want)
+    torch.testing.assert_close(connector.view_tokens(features), want)
 
 
 def test_sequence_concat_keeps_encoders_apart_and_interleave_takes_turns():
@@ -148,7 +148,7 @@ def test_sequence_concat_keeps_encoders_apart_and_interleave_takes_turns():
         connector = build_connector({"type": name, "projector": {"depth": 1}}, encoders, 4)
         features = features_of(connector, 2)
         parts = [connector.projectors[key](features[key].tokens) for key in encoders]
-        torch.testing.assert_close(connector(features), torch.cat(parts, dim=1)[:, order])
+        torch.testing.assert_close(connector.view_tokens(features), torch.cat(parts, dim=1)[:, order])
 
 
 def test_sequence_concat_of_other_grids_is_one_row_and_of_equal_columns_is_stacked():
@@ -162,7 +162,7 @@ def test_spatial_aggregator_closes_every_row_with_the_separator():
     connector = tiny("spatial_aggregator")
     layout = type(connector).layout(connector.config, connector.encoders)
     assert layout.row_separators and layout.num_tokens == 2 * (3 + 1) and layout.grid == (2, 3)
-    tokens = connector(features_of(connector, 2)).unflatten(1, (2, 4))
+    tokens = connector.view_tokens(features_of(connector, 2)).unflatten(1, (2, 4))
     assert torch.equal(tokens[:, :, -1], connector.row_separator.expand(2, 2, -1))
     assert not torch.equal(tokens[:, :, 0], tokens[:, :, 1])
 
@@ -172,12 +172,12 @@ def test_spatial_aggregator_cells_read_their_own_windows_only():
     spec = {"type": "spatial_aggregator", "grid": [2, 2], "hidden": 8, "num_heads": 2, "row_separators": False}
     connector = build_connector(spec, encoders, 8).eval()
     features = features_of(connector, 1)
-    before = connector(features)
+    before = connector.view_tokens(features)
     # fine cell → the coarse cell it lies under, on 4×4 under 2×2
     for fine, coarse in ((0, 0), (5, 0), (2, 1), (8, 2), (9, 2), (15, 3)):
         moved = features["spatial"].tokens.clone()
         moved[0, fine] += 1.0
-        after = connector({**features, "spatial": VisionFeatures(moved, (4, 4))})
+        after = connector.view_tokens({**features, "spatial": VisionFeatures(moved, (4, 4))})
         assert (after != before).any(-1)[0].nonzero().flatten().tolist() == [coarse]
 
 
@@ -193,12 +193,12 @@ def test_absent_experts_channels_are_zeros():
         "spatial": VisionFeatures(features["spatial"].tokens * torch.tensor([1.0, 0.0])[:, None, None], (8, 8)),
         "text": VisionFeatures(features["text"].tokens * torch.tensor([0.0, 1.0])[:, None, None], (3, 5)),
     }
-    torch.testing.assert_close(connector(features, routing), connector(zeroed))
+    torch.testing.assert_close(connector.view_tokens(features, routing), connector.view_tokens(zeroed))
 
 
 def test_an_absent_experts_tokens_are_zero_vectors_in_sequence():
     connector = tiny("sequence_concat")
-    tokens = connector(features_of(connector, 2), Routing(("spatial",), torch.tensor([[0.0], [0.25]])))
+    tokens = connector.view_tokens(features_of(connector, 2), Routing(("spatial",), torch.tensor([[0.0], [0.25]])))
     assert not tokens[0, 4:].any() and tokens[1, 4:].any() and tokens[0, :4].any()
 
 
@@ -224,19 +224,19 @@ def test_missing_features_are_an_error_unless_routing_switched_the_encoder_off()
     features = features_of(connector, 2)
     missing = {key: value for key, value in features.items() if key != "text"}
     with pytest.raises(AlignmentError, match="'text' are absent from the batch and no routing"):
-        connector(missing)
+        connector.view_tokens(missing)
     with pytest.raises(AlignmentError, match="'text' are absent from the batch, but 1 images are routed to it"):
-        connector(missing, Routing(("text",), torch.tensor([[1.0], [0.0]])))
+        connector.view_tokens(missing, Routing(("text",), torch.tensor([[1.0], [0.0]])))
     with pytest.raises(AlignmentError, match="no features of any encoder"):
-        connector({})
+        connector.view_tokens({})
 
 
 def test_features_of_another_shape_batch_or_grid_are_an_error_with_both_shapes():
     connector = tiny("mlp")
     with pytest.raises(AlignmentError, match=r"'vision' have shape \(1, 6, 9\).*expected \(1, 6, 10\)"):
-        connector({"vision": VisionFeatures(torch.zeros(1, 6, 9), (2, 3))})
+        connector.view_tokens({"vision": VisionFeatures(torch.zeros(1, 6, 9), (2, 3))})
     with pytest.raises(AlignmentError, match=r"on grid 3×2, expected .* on grid 2×3"):
-        connector({"vision": VisionFeatures(torch.zeros(1, 6, 10), (3, 2))})
+        connector.view_tokens({"vision": VisionFeatures(torch.zeros(1, 6, 10), (3, 2))})
     several = tiny("channel_concat")
     features = {**features_of(several, 2), "text": features_of(several, 3)["text"]}
     with pytest.raises(AlignmentError, match=r"'text' have shape \(3, 15, 5\).*expected \(2, 15, 5\)"):
@@ -264,7 +264,7 @@ def test_mova_at_initialisation_is_the_mlp_of_the_pooled_base_for_any_routing_an
     want = connector.projector(pooled.flatten(2).transpose(1, 2))
     for routing in (None, sample_routing(("x", "y"), 3), Routing(("x", "y"), torch.zeros(3, 2))):
         for text in (None, torch.randn(3, 8)):
-            torch.testing.assert_close(connector(features, routing, text), want)
+            torch.testing.assert_close(connector.view_tokens(features, routing, text), want)
 
 
 def test_mova_skips_unrouted_experts_per_image_and_gives_what_running_all_of_them_gives():
@@ -277,13 +277,13 @@ def test_mova_skips_unrouted_experts_per_image_and_gives_what_running_all_of_the
         for reader in block.readers:
             reader.register_forward_pre_hook(lambda _module, args: rows.append(len(args[0])))
     with torch.no_grad():
-        got = connector(features, Routing(("x", "y", "z"), weights), text)
+        got = connector.view_tokens(features, Routing(("x", "y", "z"), weights), text)
     # per block: 1 + 2 + 0 + 2 (top_k) of the 12 image-expert pairs
     assert sum(rows) == 2 * (1 + 2 + 0 + 2)
     for image in range(4):
         part = slice(image, image + 1)
         alone = {key: VisionFeatures(f.tokens[part], f.grid) for key, f in features.items()}
-        want = connector(alone, Routing(("x", "y", "z"), weights[part]), text[part])
+        want = connector.view_tokens(alone, Routing(("x", "y", "z"), weights[part]), text[part])
         torch.testing.assert_close(got[part], want, atol=1e-6, rtol=1e-5)
 
 
@@ -291,18 +291,21 @@ def test_mova_with_nothing_routed_equals_the_path_without_experts_and_depends_on
     connector = stirred_mova()
     features = features_of(connector, 2)
     none = Routing(("x", "y", "z"), torch.zeros(2, 3))
-    want = connector(features, none)
-    torch.testing.assert_close(connector({"base": features["base"]}, none), want)
-    assert not torch.equal(connector(features, Routing(("x", "y", "z"), torch.ones(2, 3) / 3)), want)
+    want = connector.view_tokens(features, none)
+    torch.testing.assert_close(connector.view_tokens({"base": features["base"]}, none), want)
+    assert not torch.equal(connector.view_tokens(features, Routing(("x", "y", "z"), torch.ones(2, 3) / 3)), want)
 
 
 def test_mova_reads_the_question():
     connector = stirred_mova(top_k=2)
     features = features_of(connector, 2)
-    outputs = [connector(features, None, torch.randn(2, 8, generator=torch.Generator().manual_seed(s))) for s in (1, 2)]
+    outputs = [
+        connector.view_tokens(features, None, torch.randn(2, 8, generator=torch.Generator().manual_seed(s)))
+        for s in (1, 2)
+    ]
     assert not torch.equal(*outputs)
     with pytest.raises(AlignmentError, match=r"text has shape \(1, 8\), expected \(2, 8\)"):
-        connector(features, None, torch.zeros(1, 8))
+        connector.view_tokens(features, None, torch.zeros(1, 8))
 
 
 def test_merv_weighs_encoders_and_leaves_absent_ones_out():
@@ -322,10 +325,10 @@ def test_attention_bias_needs_the_map_and_names_the_encoder():
     features = features_of(connector, 2)
     without = {**features, "spatial": VisionFeatures(features["spatial"].tokens, (2, 3))}
     with pytest.raises(AlignmentError, match=r"'spatial' carry no attention map.*return_attention"):
-        connector(without)
+        connector.view_tokens(without)
     features["spatial"].attention = torch.ones(2, 3, 7, 7)
     with pytest.raises(AlignmentError, match=r"\(2, 3, 7, 7\), expected \(2, 2, P \+ 6, P \+ 6\)"):
-        connector(features)
+        connector.view_tokens(features)
 
 
 def test_attention_bias_ignores_prefix_tokens_of_the_map():
@@ -335,11 +338,11 @@ def test_attention_bias_ignores_prefix_tokens_of_the_map():
     changed = attention.clone()
     changed[:, :, 0], changed[:, :, :, 0] = 0.5, 0.5
     features["spatial"].attention = changed
-    first = connector(features)
+    first = connector.view_tokens(features)
     features["spatial"].attention = attention
-    assert torch.equal(first, connector(features))
+    assert torch.equal(first, connector.view_tokens(features))
     features["spatial"].attention = attention.flip(-1)
-    assert not torch.equal(first, connector(features))
+    assert not torch.equal(first, connector.view_tokens(features))
 
 
 # the class-word loss
@@ -376,5 +379,6 @@ def test_connectors_trace_into_one_graph(name):
     """No graph break without routing (MoVA skips experts per image, so it breaks by design)."""
     connector = tiny(name)
     features = features_of(connector, 2)
+    torch.compiler.reset()  # all kinds share one `forward`, whose recompilations are counted together
     compiled = torch.compile(connector, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(features, None, None), connector(features, None, None))

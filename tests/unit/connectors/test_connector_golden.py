@@ -86,7 +86,7 @@ def test_prismatic_fused_mlp_is_a_channel_concat_with_a_depth_3_projector():
     module = fill_from(build_connector(spec, encoders, 16), meta, [])
     dino, siglip = x["x"].split([14, 10], dim=-1)
     features = {"dino": VisionFeatures(dino, (3, 3)), "siglip": VisionFeatures(siglip, (3, 3))}
-    compare(meta, expected, y=module(features))
+    compare(meta, expected, y=module.view_tokens(features))
 
 
 ATTENTION_NAMES = [
@@ -163,7 +163,7 @@ def test_mova_connector_equals_the_reference(name):
     features = {key: VisionFeatures(part, (4, 4)) for key, part in zip(widths, parts)}
     routing = Routing(experts=("a", "b", "c"), weights=x["routing"])
     with torch.no_grad():
-        y = module(features, routing, x["text"])
+        y = module.view_tokens(features, routing, x["text"])
     compare(meta, expected, y=y)
     if name == "mova_adapter_at_init":
         pooled = nn.functional.adaptive_avg_pool2d(parts[0].transpose(1, 2).unflatten(-1, (4, 4)), 2)

@@ -22,7 +22,7 @@ from mllm.processing.chat import IGNORE, EncodedSample, encode_sample, encode_te
 from mllm.processing.image_processor import MllmImageProcessor
 from mllm.processing.processor import MllmProcessor
 from mllm.processing.template import read_template
-from mllm.types import ImageLayout, ImageSpec
+from mllm.types import ImageSpec, ViewLayout
 from tests.helpers import picture, tiny_tokenizer
 
 # ------------------------------------------------------------------------------------------------------------- packing
@@ -142,7 +142,7 @@ def processor():
             "semantic": ImageSpec(height=8, width=8),
             "detail": ImageSpec(height=12, width=12, resize="letterbox"),
         },
-        layout=ImageLayout(num_tokens=4, grid=(2, 2)),
+        layout=ViewLayout(num_tokens=4, grid=(2, 2)),
     )
     return MllmProcessor(images, tiny_tokenizer(template=None), chat_template=read_template("chatml"))
 

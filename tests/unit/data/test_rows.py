@@ -125,7 +125,7 @@ def test_a_mark_in_a_question_column_is_the_images_place(tmp_path, processor):  
     _, batches = stream(declared, processor, total=8)
     batch = next(iter(batches))
     text = processor.tokenizer.decode(batch.inputs["input_ids"][0])
-    assert "< image>" not in text and text.count("<image>") == processor.num_image_tokens
+    assert "< image>" not in text and text.count("<image>") == processor.rules.layout().num_tokens
     typed = open_source(declared.model_copy(update={"typed_images": True}))[0]
     assert typed.turns[0].content == f"{IMAGE_MARK}\n<image>\nWhat colour?"
     twice = declared.model_copy(update={"prompt": "<image> {question}"})

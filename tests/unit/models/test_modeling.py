@@ -276,7 +276,7 @@ def test_config_json_is_self_sufficient(tiny: tuple[Any, Any], tmp_path: Any) ->
     with torch.device("meta"):
         built = MllmForConditionalGeneration(config)
     assert {n: p.shape for n, p in built.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
-    assert config.num_image_tokens == 16 and mllm.models is not None
+    assert config.layout().num_tokens == 16 and mllm.models is not None
 
 
 def test_embeddings_of_added_tokens_start_as_small_as_the_language_models_own(tmp_path):

@@ -101,7 +101,7 @@ def test_a_row_is_shown_with_what_is_learned_in_green(source: Path) -> None:
     shown = show_row(ids.tolist(), labels.tolist(), processor)
     assert (
         shown.plain
-        == f"<|user|>\n[<image> × {processor.num_image_tokens}]\nq [b]?<|end|>\n<|assistant|>\nRed.<|end|>\n"
+        == f"<|user|>\n[<image> × {processor.rules.layout().num_tokens}]\nq [b]?<|end|>\n<|assistant|>\nRed.<|end|>\n"
     )
     green = "".join(shown.plain[s.start : s.end] for s in shown.spans if "green" in str(s.style))
     assert green == "Red.<|end|>"

@@ -14,7 +14,7 @@ from mllm.processing.image_processor import MllmImageProcessor
 from mllm.processing.processor import MllmProcessor
 from mllm.processing.template import check_template, for_training, shipped_templates, with_images
 from mllm.processing.turns import special_ids
-from mllm.types import IMAGE_MARK, ImageLayout, ImageSpec, Sample, Turn
+from mllm.types import IMAGE_MARK, ImageSpec, Sample, Turn, ViewLayout
 from tests.helpers import picture, tiny_tokenizer
 
 LLAMA3 = (
@@ -35,7 +35,7 @@ TEMPLATES = {"llama3": LLAMA3, "mistral": MISTRAL, "gemma": GEMMA}
 
 def processor_with(template: str, *, tokens: int = 4) -> MllmProcessor:
     images = MllmImageProcessor(
-        encoders={"a": ImageSpec(height=8, width=8)}, layout=ImageLayout(num_tokens=tokens, grid=(2, 2))
+        encoders={"a": ImageSpec(height=8, width=8)}, layout=ViewLayout(num_tokens=tokens, grid=(2, 2))
     )
     return MllmProcessor(images, tiny_tokenizer(template=None), chat_template=template)
 
@@ -50,7 +50,7 @@ def reference_labels(processor: MllmProcessor, turns: list[Turn]) -> list[int]:
     tokenizer = processor.tokenizer
 
     def ids(text: str) -> list[int]:
-        text = text.replace("<image>", "<image>" * processor.num_image_tokens)
+        text = text.replace("<image>", "<image>" * processor.rules.layout().num_tokens)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     full = ids(render_prompt(processor, turns, add_generation_prompt=False))
@@ -81,7 +81,7 @@ def test_labels_equal_a_token_by_token_reference(name: str) -> None:
     ids, labels = encode_text(processor, turns)
     assert labels.tolist() == reference_labels(processor, turns)
     assert (labels != IGNORE).sum() >= 2 * len("A cat.")
-    assert int((ids == processor.image_token_id).sum()) == 2 * processor.num_image_tokens
+    assert int((ids == processor.image_token_id).sum()) == 2 * processor.rules.layout().num_tokens
 
 
 def test_answers_that_a_template_trims_are_still_labelled() -> None:
@@ -107,7 +107,7 @@ def test_a_typed_placeholder_does_not_become_an_image_slot() -> None:
     processor = processor_with(all_templates()["chatml"])
     turns = [Turn("user", f"{IMAGE_MARK}\nWhy is <image> in your prompt?"), Turn("assistant", "<image> is a tag")]
     ids, _ = encode_text(processor, turns)
-    assert int((ids == processor.image_token_id).sum()) == processor.num_image_tokens
+    assert int((ids == processor.image_token_id).sum()) == processor.rules.layout().num_tokens
     text = processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a <image> b"}]}],
         add_generation_prompt=True,
@@ -172,7 +172,7 @@ def test_a_stage_may_read_captions_only(tmp_path: Path) -> None:
     turns = [Turn("user", f"{IMAGE_MARK}describe <image> it"), Turn("assistant", "a red bar")]
     assert render_prompt(captions, turns, add_generation_prompt=False) == "<s><image>a red bar\n"
     ids, labels = encode_text(captions, turns)
-    assert int((ids == processor.image_token_id).sum()) == processor.num_image_tokens
+    assert int((ids == processor.image_token_id).sum()) == processor.rules.layout().num_tokens
     learned = processor.tokenizer.decode(labels[labels != IGNORE]).strip()
     assert learned == "a red bar"
     assert processor.chat_template == before and "describe" in render_prompt(processor, turns)

@@ -120,7 +120,7 @@ def test_merged_adapters_give_the_logits_of_the_unmerged_ones(model, part, kind)
             if p.requires_grad and "magnitude" not in n:
                 p.copy_(torch.randn_like(p) * 0.2)
     model.eval()
-    images = model.config.num_image_tokens
+    images = model.config.layout().num_tokens
     ids = torch.tensor([[7] + [model.config.image_token_id] * images + [9, 11]])
     infos = model.model.vision_tower.infos
     pixels = {

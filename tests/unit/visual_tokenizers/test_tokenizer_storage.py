@@ -84,7 +84,7 @@ def test_codes_are_an_encoders_features_to_a_connector(name):
 
     cls = CONNECTORS.get("mlp")
     connector = cls(cls.Config(type="mlp"), {"codes": info}, 20)
-    assert connector({"codes": features}).shape == (2, info.grid[0] * info.grid[1], 20)
+    assert connector.view_tokens({"codes": features}).shape == (2, info.grid[0] * info.grid[1], 20)
 
 
 def test_a_coarser_codebook_is_repeated_over_its_cells():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mllm.errors import UnavailableError
-from mllm.processing.layout import PRIMARY_PIXELS
+from mllm.processing.pixel_keys import PRIMARY_PIXELS
 
 
 class OnePixelTensor:

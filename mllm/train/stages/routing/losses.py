@@ -34,7 +34,7 @@ def losses_by_expert(model: Any, inputs: dict[str, Tensor], num_images: Sequence
     """
     body = model.model
     bank = body.vision_tower
-    pixels = {name: inputs[key] for name, key in body.pixel_keys.items()}
+    pixels = body.pixel_keys.by_encoder(inputs)
     text = body.question_summary(inputs.get("router_input_ids"))
     base = bank.encode_base(pixels)
     features = {name: bank.encode_expert(name, pixels[name]) for name in bank.experts}

@@ -193,8 +193,8 @@ def _route_batch(
     if not found:
         return
     device = next(model.parameters()).device
-    keys = {key: name for name, key in processor.pixel_keys.items()}
-    pixels = {keys[key]: torch.cat([part[2][key] for part in found]).to(device) for key in found[0][2]}
+    parts = [processor.pixel_keys.by_encoder(part[2]) for part in found]
+    pixels = {name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]}
     questions = pad_questions([[i for i in row if i >= 0] for part in found for row in part[3].tolist()]).to(device)
     routing = limit_routing(_ask(model, processor, pixels, questions), budget=budget, threshold=threshold)
     for (number, sample, _, _), record in zip(found, routing_records(routing, [len(part[1].images) for part in found])):

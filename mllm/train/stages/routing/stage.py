@@ -57,8 +57,8 @@ class RoutingProcessor(WrappedProcessor):
                 f"a {config.router['type']} router cannot be trained on labels; use gate or language_model"
             )
         self.top_k = options.top_k or self.router.config.top_k
-        rows, cols = routing_grid(config.layout(), self.router) if self.by_text else (0, 0)
-        self.num_image_tokens = rows * cols
+        rows, cols = routing_grid(config.view_layout(), self.router) if self.by_text else (0, 0)
+        self.image_tokens = rows * cols
 
     def encode_sample(self, sample: Sample, max_length: int | None = None) -> EncodedSample:
         """A labelled sample as tensors. Raises `DataError` naming it when its picture or text cannot be used."""
@@ -110,11 +110,15 @@ def base_pixels(processor: Any, images: Sequence[Any], where: str) -> dict[str, 
     reader = processor.image_processor
     specs = {name: spec for name, spec in reader.specs.items() if name not in reader.experts}
     rows: dict[str, list[torch.Tensor]] = {name: [] for name in specs}
+    if reader.rules.needs_size:
+        raise ConfigError(
+            f"views {reader.rules.views.type}: a router is trained and reported on whole pictures (views: {{type: single}})"
+        )
     for position, image in enumerate(images):
         picture = load_image(image, where=f"{where}, image {position}", max_pixels=reader.max_pixels)
         for name, pixels in to_pixels_multi(picture, specs).items():
             rows[name].append(pixels)
-    return {processor.pixel_keys[name]: torch.stack(tensors) for name, tensors in rows.items()}
+    return processor.pixel_keys.by_key({name: torch.stack(tensors) for name, tensors in rows.items()})
 
 
 def train_routing(run: Run, stage: StageSpec, previous: Path | None, folder: Path) -> bool:

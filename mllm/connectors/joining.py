@@ -1,0 +1,68 @@
+"""How do the tokens of a visual's views become the visual's own?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mllm.errors import AlignmentError
+from mllm.types import Block, ViewLayout, VisualLayout
+
+NEWLINE = -1
+
+
+def join_views(
+    tokens: Tensor, layouts: Sequence[VisualLayout], view: ViewLayout, newline: Tensor | None = None
+) -> Tensor:
+    """Tokens ``(V, M, L)`` of all views of all visuals → ``(ΣM, L)``, in the order of the visuals.
+
+    layouts: one per visual; newline ``(L,)``: the learned token that closes a row. Raises `AlignmentError` when the layouts
+    speak of another number of views.
+    """
+    expected = sum(layout.num_views for layout in layouts)
+    if expected != tokens.shape[0]:
+        raise AlignmentError(f"features of {tokens.shape[0]} views where {len(layouts)} visuals have {expected}")
+    if newline is None and all(_is_plain(layout, view) for layout in layouts):
+        return tokens.flatten(0, 1)
+    places, first = [], 0
+    for layout in layouts:
+        places += [_in_batch(block, view, first) for block in layout.blocks if not block.ids]
+        first += layout.num_views
+    index = torch.cat(places) if places else torch.zeros(0, dtype=torch.long)
+    closing = index < 0
+    joined = tokens.flatten(0, 1)[index.clamp(min=0).to(tokens.device)]
+    if newline is None:
+        return joined
+    # Ranks reduce the same gradients whether their visuals have rows to close or not.
+    joined = joined + 0.0 * newline.sum().to(joined.dtype)
+    return torch.where(closing[:, None].to(tokens.device), newline.to(joined.dtype), joined)
+
+
+def source(block: Block, view: ViewLayout) -> Tensor:
+    """For every token of a block, its place among the tokens of the block's views, end to end; `NEWLINE` for a row's end."""
+    rows, columns = view.grid
+    _, height, width = block.grid
+    if not block.newlines and block.tiles == (1, 1) and block.num_tokens == view.num_tokens:
+        return torch.arange(view.num_tokens)
+    assert view.in_place and not view.row_separators, "such maps are not laid side by side"
+    row = (torch.arange(height) + block.corner[0])[:, None]
+    column = (torch.arange(width) + block.corner[1])[None, :]
+    tile = row // rows * block.tiles[1] + column // columns
+    places = tile * view.num_tokens + row % rows * columns + column % columns
+    if block.newlines:
+        places = torch.cat([places, torch.full((height, 1), NEWLINE)], dim=1)
+    return places.flatten()
+
+
+def _in_batch(block: Block, view: ViewLayout, first_view: int) -> Tensor:
+    places = source(block, view)
+    return torch.where(places < 0, places, places + (first_view + block.view) * view.num_tokens)
+
+
+def _is_plain(layout: VisualLayout, view: ViewLayout) -> bool:
+    return layout.num_views == len(layout.blocks) and all(
+        block.view == number and not block.ids and not block.newlines and block.num_tokens == view.num_tokens
+        for number, block in enumerate(layout.blocks)
+    )

@@ -1,0 +1,11 @@
+"""Where do the ways of looking at a picture live? VIEWS lists them; one file per idea."""
+
+from mllm.registry import Registry
+
+VIEWS: Registry = Registry(
+    "views",
+    {
+        "single": "mllm.processing.views.single:SingleView",
+        "tiles": "mllm.processing.views.tiles:Tiles",
+    },
+)

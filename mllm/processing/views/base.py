@@ -1,0 +1,86 @@
+"""What is a view of a picture here?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+from mllm.config import StrictModel, validate
+from mllm.errors import ConfigError
+from mllm.processing.views import VIEWS
+from mllm.types import Grid, ImageSpec, ViewLayout, VisualLayout
+
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+
+
+class View(NamedTuple):
+    """What one encoder sees of a picture, cut out at the encoder's own size.
+
+    picture: (height, width) to which the picture is resized; canvas: (height, width) of the black plane it is laid on, with
+    its (top, left) at ``place``; corner: (top, left) of what is cut out. Without ``canvas`` the view is the whole picture as
+    the encoder's `ImageSpec` says.
+    """
+
+    picture: Size = (0, 0)
+    canvas: Size | None = None
+    place: Grid = (0, 0)
+    corner: Grid = (0, 0)
+
+
+WHOLE = View()
+
+
+class ViewsConfig(StrictModel):
+    """What every way of looking has."""
+
+    type: str
+
+
+class Views:
+    """One way of looking at a picture: from its size alone to views, and to the tokens they become. Pure arithmetic."""
+
+    name: ClassVar[str] = ""
+    Config: ClassVar[type[ViewsConfig]] = ViewsConfig
+    needs_size: ClassVar[bool] = True
+    """Whether another size can mean other tokens."""
+
+    @classmethod
+    def newlines(cls, config: Any, view: ViewLayout) -> bool:
+        """Whether rows are closed by a token that the model learns."""
+        return False
+
+    @classmethod
+    def views(cls, config: Any, lead: ImageSpec, image: ImageSpec, size: Size) -> tuple[View, ...]:
+        """What an encoder that takes ``image`` sees of a picture of ``size``. lead: what the model's first encoder takes;
+        it decides for all, so that every encoder has the same views."""
+        raise NotImplementedError
+
+    @classmethod
+    def layout(cls, config: Any, view: ViewLayout, lead: ImageSpec, size: Size) -> VisualLayout:
+        """The tokens of a picture of ``size``, whose views each become ``view``."""
+        raise NotImplementedError
+
+    @classmethod
+    def largest(cls, config: Any, lead: ImageSpec) -> list[Size]:
+        """Sizes of which one takes the most tokens of all."""
+        raise NotImplementedError
+
+    @classmethod
+    def tiny(cls) -> list[dict[str, Any]]:
+        """The smallest sensible configs; the contract tests build them."""
+        return [{"type": cls.name}]
+
+
+def views_config(spec: Mapping[str, Any] | ViewsConfig | None, where: str = "model.views") -> ViewsConfig:
+    """``{type: name, …}`` → the strict config of the way registered under that name; None: ``single``.
+
+    Raises `ConfigError` (`UnknownName` for the type) that starts with ``where``.
+    """
+    if isinstance(spec, ViewsConfig):
+        return spec
+    if spec is None:
+        spec = {"type": "single"}
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("type"), str):
+        raise ConfigError(f"{where}: expected a mapping with a type, e.g. {{type: tiles}}. Types: {', '.join(VIEWS)}")
+    return validate(VIEWS.get(spec["type"]).Config, spec, where=where)

@@ -1,0 +1,55 @@
+"""How do views become pixels? The picture is resized once for all tiles that are cut from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mllm.processing.pixels import Resampler, finish, resize, to_pixels
+from mllm.processing.views.base import View
+from mllm.types import ImageSpec
+
+
+def to_view_pixels(
+    image: Image.Image,
+    specs: Mapping[str, ImageSpec],
+    views: Mapping[str, Sequence[View]],
+    *,
+    resampler: Resampler = "pil",
+) -> dict[str, Tensor]:
+    """RGB image → encoder name → ``(V, 3, H, W)``, its views normalised; encoders and tiles that resize alike share the
+    work."""
+    canvases: dict[tuple, np.ndarray] = {}
+    pixels = {}
+    for name, spec in specs.items():
+        rows = [
+            to_pixels(image, spec, resampler=resampler)
+            if view.canvas is None
+            else finish(_cut(image, spec, view, canvases, resampler), spec)
+            for view in views[name]
+        ]
+        pixels[name] = torch.stack(rows)
+    return pixels
+
+
+def _cut(
+    image: Image.Image, spec: ImageSpec, view: View, canvases: dict[tuple, np.ndarray], resampler: Resampler
+) -> np.ndarray:
+    """uint8 ``(spec.height, spec.width, 3)`` of one view."""
+    key = (view.picture, view.canvas, view.place, spec.interpolation)
+    if key not in canvases:
+        assert view.canvas is not None
+        (height, width), (top, left) = view.picture, view.place
+        whole = spec.model_copy(update={"height": height, "width": width, "resize": "squash"})
+        resized = resize(image, whole, resampler=resampler)
+        if view.picture != view.canvas:
+            canvas = np.zeros((*view.canvas, 3), np.uint8)
+            canvas[top : top + height, left : left + width] = resized
+            resized = canvas
+        canvases[key] = resized
+    top, left = view.corner
+    return np.ascontiguousarray(canvases[key][top : top + spec.height, left : left + spec.width])

@@ -1,0 +1,196 @@
+"""Which tiles is a large picture cut into, and how do their tokens lie? In the two published dialects."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from mllm.processing.views import VIEWS
+from mllm.processing.views.base import Size, View, Views, ViewsConfig
+from mllm.processing.views.single import whole_view
+from mllm.types import Block, Grid, ImageSpec, ViewLayout, VisualLayout
+
+LLAVA_NEXT_GRIDS: list[Grid] = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
+"""(rows, columns) of tiles, in the order of transformers' LLaVA-NeXT (the first one wins ties)."""
+
+
+class TilesConfig(ViewsConfig):
+    """A picture is seen as a whole (the thumbnail) and in tiles, each as large as the encoder's image.
+
+    llava_next (LLaVA-NeXT, "AnyRes"): of the ``grids`` the one that keeps most pixels and wastes least; the picture keeps its
+    aspect ratio and lies on black; thumbnail first, then one map of all tiles, without the rows and columns that are padding,
+    each row closed by a learned newline. internvl (arXiv 2404.16821): the grid of ``min_tiles`` to ``max_tiles`` tiles whose
+    aspect ratio is closest; the picture is squashed to it; tile after tile, then the thumbnail where there are several.
+    """
+
+    type: str = "tiles"
+    dialect: Literal["llava_next", "internvl"] = "llava_next"
+    grids: list[Grid] | None = None
+    """llava_next: (rows, columns) to choose from; default 1×2, 2×1, 2×2, 3×1 and 1×3."""
+    min_tiles: int | None = Field(default=None, ge=1)
+    max_tiles: int | None = Field(default=None, ge=1)
+    """internvl: default 1 and 12."""
+    thumbnail: bool = True
+
+    @model_validator(mode="after")
+    def _of_one_dialect(self) -> TilesConfig:
+        if self.dialect == "llava_next" and (self.min_tiles is not None or self.max_tiles is not None):
+            raise ValueError("min_tiles and max_tiles belong to dialect internvl; llava_next takes grids: [[1, 2], …]")
+        if self.dialect == "internvl" and self.grids is not None:
+            raise ValueError("grids belong to dialect llava_next; internvl takes min_tiles and max_tiles")
+        if self.grids is not None and (not self.grids or any(min(grid) < 1 for grid in self.grids)):
+            raise ValueError(f"grids: expected at least one (rows, columns) of 1 or more each, got {self.grids}")
+        least, most = self.tile_range
+        if least > most:
+            raise ValueError(f"min_tiles ({least}) is more than max_tiles ({most})")
+        return self
+
+    @property
+    def tile_range(self) -> tuple[int, int]:
+        """internvl: fewest and most tiles."""
+        return self.min_tiles or 1, self.max_tiles or 12
+
+    @property
+    def candidates(self) -> list[Grid]:
+        """Grids to choose from, in order."""
+        if self.dialect == "llava_next":
+            return self.grids or LLAVA_NEXT_GRIDS
+        return _grids_of(*self.tile_range)
+
+
+@VIEWS.register("tiles")
+class Tiles(Views):
+    """A thumbnail and tiles. The first encoder's image size is the tile that the grid is chosen by; every encoder sees the
+    same tiles at its own size."""
+
+    Config = TilesConfig
+
+    @classmethod
+    def newlines(cls, config: TilesConfig, view: ViewLayout) -> bool:
+        return config.dialect == "llava_next" and _joins(view)
+
+    @classmethod
+    def grid(cls, config: TilesConfig, lead: ImageSpec, size: Size) -> Grid:
+        """(rows, columns) of tiles for a picture of ``size``."""
+        if config.dialect == "llava_next":
+            return _most_effective(config.candidates, lead, size)
+        return _closest_ratio(config.candidates, lead, size)
+
+    @classmethod
+    def views(cls, config: TilesConfig, lead: ImageSpec, image: ImageSpec, size: Size) -> tuple[View, ...]:
+        rows, columns = cls.grid(config, lead, size)
+        canvas = (rows * image.height, columns * image.width)
+        inside = _fit(size, canvas) if config.dialect == "llava_next" else canvas
+        place = ((canvas[0] - inside[0]) // 2, (canvas[1] - inside[1]) // 2)
+        tiles = [
+            View(inside, canvas, place, (row * image.height, column * image.width))
+            for row in range(rows)
+            for column in range(columns)
+        ]
+        whole = (image.height, image.width)
+        thumbnail = [View(whole, whole)] if _has_thumbnail(config, len(tiles)) else []
+        return (*thumbnail, *tiles) if config.dialect == "llava_next" else (*tiles, *thumbnail)
+
+    @classmethod
+    def layout(cls, config: TilesConfig, view: ViewLayout, lead: ImageSpec, size: Size) -> VisualLayout:
+        rows, columns = cls.grid(config, lead, size)
+        count = rows * columns
+        thumbnail = int(_has_thumbnail(config, count))
+        if not cls.newlines(config, view):
+            return VisualLayout(tuple(whole_view(view, k) for k in range(count + thumbnail)), count + thumbnail)
+        top, left, height, width = _unpadded(view.grid, (rows, columns), lead, size, least=1 - thumbnail)
+        tiles = Block(
+            num_tokens=height * (width + 1),
+            grid=(1, height, width),
+            row_separators=True,
+            newlines=True,
+            view=thumbnail,
+            tiles=(rows, columns),
+            corner=(top, left),
+        )
+        return VisualLayout((*(whole_view(view, k) for k in range(thumbnail)), tiles), count + thumbnail)
+
+    @classmethod
+    def largest(cls, config: TilesConfig, lead: ImageSpec) -> list[Size]:
+        return [(rows * lead.height, columns * lead.width) for rows, columns in config.candidates]
+
+    @classmethod
+    def tiny(cls) -> list[dict[str, Any]]:
+        return [
+            {"type": "tiles", "grids": [[1, 2], [2, 1], [2, 2]]},
+            {"type": "tiles", "grids": [[2, 2], [1, 3]], "thumbnail": False},
+            {"type": "tiles", "dialect": "internvl", "max_tiles": 4},
+        ]
+
+
+def _joins(view: ViewLayout) -> bool:
+    """Whether the tiles' maps can be laid side by side; else they follow one another, whole and without newlines."""
+    return view.in_place and not view.row_separators
+
+
+def _has_thumbnail(config: TilesConfig, num_tiles: int) -> bool:
+    return config.thumbnail and (config.dialect == "llava_next" or num_tiles > 1)
+
+
+def _most_effective(grids: list[Grid], tile: ImageSpec, size: Size) -> Grid:
+    """LLaVA's ``select_best_resolution``: the largest effective area, then the least waste, then the first."""
+    height, width = size
+    best, most, least = grids[0], 0, math.inf
+    for rows, columns in grids:
+        full = (rows * tile.height, columns * tile.width)
+        scale = min(full[1] / width, full[0] / height)
+        effective = min(int(width * scale) * int(height * scale), width * height)
+        wasted = full[0] * full[1] - effective
+        if effective > most or (effective == most and wasted < least):
+            best, most, least = (rows, columns), effective, wasted
+    return best
+
+
+@lru_cache(maxsize=64)
+def _grids_of(least: int, most: int) -> list[Grid]:
+    """(rows, columns) of ``least`` to ``most`` tiles, by number of tiles, narrow ones first (as transformers orders them)."""
+    grids = [
+        (rows, columns)
+        for columns in range(1, most + 1)
+        for rows in range(1, most + 1)
+        if least <= rows * columns <= most
+    ]
+    return sorted(grids, key=lambda grid: grid[0] * grid[1])
+
+
+def _closest_ratio(grids: list[Grid], tile: ImageSpec, size: Size) -> Grid:
+    """InternVL's ``find_closest_aspect_ratio``: of equally close ones a larger grid where the picture fills half of it."""
+    height, width = size
+    best, closest = (1, 1), math.inf
+    for rows, columns in grids:
+        difference = abs(width / height - columns / rows)
+        if difference < closest:
+            best, closest = (rows, columns), difference
+        elif difference == closest and width * height > 0.5 * tile.height * tile.width * rows * columns:
+            best = (rows, columns)
+    return best
+
+
+def _fit(size: Size, canvas: Size) -> Size:
+    """The largest (height, width) of a picture's aspect ratio inside a canvas."""
+    height, width = size
+    across, down = canvas[1] / width, canvas[0] / height
+    if across < down:
+        return min(math.ceil(height * across), canvas[0]), canvas[1]
+    return canvas[0], min(math.ceil(width * down), canvas[1])
+
+
+def _unpadded(view: Grid, tiles: Grid, tile: ImageSpec, size: Size, *, least: int) -> tuple[int, int, int, int]:
+    """(top, left, rows, columns) of the picture in the joined map of the tiles (LLaVA-NeXT's ``unpad_image``). A strip may
+    fill less than one row and keep none, as published, where a thumbnail shows it; ``least`` is 1 where none does."""
+    rows, columns = tiles[0] * view[0], tiles[1] * view[1]
+    # Measured in tokens: where these are not square, the picture is stretched as they are.
+    height, width = size[0] * ((view[0] * tile.width) / (view[1] * tile.height)), size[1]
+    if width / height > columns / rows:
+        padding = (rows - max(least, int(round(height * (columns / width), 7)))) // 2
+        return padding, 0, rows - 2 * padding, columns
+    padding = (columns - max(least, int(round(width * (rows / height), 7)))) // 2
+    return 0, padding, rows, columns - 2 * padding

@@ -1,0 +1,110 @@
+"""Do processor, model and vLLM give a visual the same tokens, for every connector, every way of looking and any size?"""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from mllm.connectors import CONNECTORS
+from mllm.connectors.build import build_connector
+from mllm.models.configuration_mllm import MllmConfig
+from mllm.processing.chat import count_tokens, encode_sample
+from mllm.processing.image_processor import MllmImageProcessor
+from mllm.processing.layout import LayoutRules
+from mllm.processing.processor import MllmProcessor
+from mllm.processing.views import VIEWS
+from mllm.testing.connectors import sample_features
+from mllm.types import IMAGE_MARK, Sample, Turn
+from tests.helpers import picture, tiny_tokenizer
+
+SIZES = [(1, 1), (1, 4000), (4000, 1), (64, 64), (37, 53), (53, 37), (16, 24), (7, 100), (240, 180), (11, 33)]
+"""height × width"""
+KINDS = [spec for name in VIEWS for spec in VIEWS.get(name).tiny()]
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Any]:
+    return [picture(k, size=(width, height)) for k, (height, width) in enumerate(SIZES)]
+
+
+def of_vllm(processor: MllmProcessor, config: MllmConfig, inputs: Any) -> list[int]:
+    """Tokens of every image in the prompt, as vLLM's processor of the served model expands it."""
+    pytest.importorskip("vllm")
+    from vllm.multimodal.inputs import MultiModalKwargsItems
+
+    from mllm.serve.vllm.processing import MllmMultiModalProcessor
+
+    served: Any = object.__new__(MllmMultiModalProcessor)
+    served.info = SimpleNamespace(
+        get_hf_processor=lambda: processor,
+        get_hf_config=lambda: config,
+        rules=config.layout_rules(),
+        num_short_tokens=None,
+    )
+    given = MultiModalKwargsItems.from_hf_inputs(inputs, served._get_mm_fields_config(inputs, {}))
+    assert [len(row["pixel_values"].data) for row in given["image"]] == (
+        [layout.num_views for layout in served.info.rules.layouts(SIZES)]
+        if served.info.rules.needs_size
+        else [3] * len(SIZES)
+    )
+    (update,) = served._get_prompt_updates(None, {}, given)
+    return [len(update.replacement(k)) for k in range(len(SIZES))]
+
+
+@pytest.mark.parametrize("views", KINDS, ids=lambda spec: " ".join(map(str, spec.values())))
+@pytest.mark.parametrize("name", list(CONNECTORS))
+def test_processor_model_and_vllm_agree_on_every_visual(name: str, views: dict[str, Any], pictures: list[Any]) -> None:
+    connector_spec, encoders, width = CONNECTORS.get(name).tiny()
+    config = MllmConfig(
+        text_config=LlamaConfig(hidden_size=width, num_attention_heads=1, vocab_size=300),
+        encoders={key: {"type": "raw_patches", "info": info.model_dump(mode="json")} for key, info in encoders.items()},
+        connector=connector_spec,
+        views=views,
+    )
+    written = MllmImageProcessor(
+        {key: info.image for key, info in encoders.items()}, layout=config.view_layout(), views=config.views
+    ).to_dict()
+    images = MllmImageProcessor(
+        **{k: v for k, v in json.loads(json.dumps(written)).items() if k != "image_processor_type"}
+    )
+    processor = MllmProcessor(images, tiny_tokenizer())
+    rules: LayoutRules = config.layout_rules()
+    layouts = [rules.layout(size) for size in SIZES]
+    expected = [layout.num_tokens for layout in layouts]
+    assert min(layout.num_placeholders for layout in layouts) > 0
+    assert max(expected) <= rules.layout(rules.largest()).num_tokens
+
+    inputs = processor(text=["<image>"] * len(pictures), images=[[image] for image in pictures])
+    placeholder = processor.image_token_id
+    assert [sum(i == placeholder for i in row) for row in inputs["input_ids"]] == expected
+    assert processor._get_num_multimodal_tokens(SIZES)["num_image_tokens"] == expected
+    sample = Sample("s", [Turn("user", IMAGE_MARK * len(pictures) + " q"), Turn("assistant", "a")], pictures)
+    encoded = encode_sample(processor, sample)
+    assert int((encoded.input_ids == placeholder).sum()) == sum(expected) and encoded.num_images == len(SIZES)
+    assert len(encoded.input_ids) == count_tokens(processor, sample, where="s")
+    views_given = sum(layout.num_views for layout in layouts)
+    for key in processor.pixel_keys.values():
+        assert len(encoded.pixels[key]) == len(inputs[key]) == views_given
+
+    connector = build_connector(config.connector, encoders, width).eval()
+    if rules.newlines:
+        connector.add_newline()
+    text = torch.randn(len(SIZES), width, generator=torch.Generator().manual_seed(1))
+    features = sample_features(type(connector), connector.config, encoders, views_given)
+    with torch.no_grad():
+        tokens = connector(features, None, text, layouts)
+    assert tuple(tokens.shape) == (sum(expected), width)
+    if rules.needs_size:
+        last = sample_features(type(connector), connector.config, encoders, views_given)
+        for feature in last.values():
+            feature.tokens = feature.tokens[-layouts[-1].num_views :]
+            feature.attention = None if feature.attention is None else feature.attention[-layouts[-1].num_views :]
+        with torch.no_grad():
+            alone = connector(last, None, text[-1:], layouts[-1:])
+        torch.testing.assert_close(alone, tokens[-expected[-1] :], atol=1e-5, rtol=1e-5)
+    assert of_vllm(processor, config, inputs) == expected
