@@ -14,6 +14,10 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
     LlavaProcessor,
 )
 
@@ -96,6 +100,73 @@ def test_llava_gives_the_same_logits_and_greedy_tokens(size: str, tmp_path: Path
     assert (blind.logits - reference).abs().max() > 1e-2, "the pictures must matter for this test to mean anything"
 
 
+NEXT_SIZES = [
+    (28, 28), (56, 56), (28, 56), (84, 28), (1, 1), (1, 400), (400, 1), (37, 53), (53, 37), (640, 480), (480, 640), (99, 101),
+    (30, 90), (90, 30), (55, 57), (10, 300), (200, 201), (29, 27), (13, 170), (333, 111),
+]  # fmt: skip
+"""width × height"""
+
+
+def test_llava_next_looks_at_the_same_tiles_and_gives_the_same_logits(tmp_path: Path) -> None:
+    """At twenty sizes: token ids, pixels, visual tokens and logits."""
+    vision, text, pixels, patch = SIZES["small"]
+    torch.manual_seed(5)
+    tokenizer = tiny_tokenizer(template=None)
+    pinpoints = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(image_size=pixels, patch_size=patch, projection_dim=16, **vision),
+        text_config=LlamaConfig(vocab_size=320, **text),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=pinpoints,
+    )
+    theirs = LlavaNextForConditionalGeneration(config).eval()
+    with torch.no_grad():  # random features are faint: make the picture matter
+        for parameter in theirs.model.multi_modal_projector.parameters():
+            parameter.mul_(8)
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": pixels}, crop_size={"height": pixels, "width": pixels}, image_grid_pinpoints=pinpoints
+    )
+    reader = LlavaNextProcessor(
+        images, tokenizer, patch_size=patch, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+    theirs.save_pretrained(tmp_path / "next")
+    reader.save_pretrained(tmp_path / "next")
+    assert recognise(tmp_path / "next") == "llava_next"
+    convert(str(tmp_path / "next"), tmp_path / "ours")
+    ours = MllmForConditionalGeneration.from_pretrained(tmp_path / "ours").eval()
+    processor = MllmProcessor.from_pretrained(tmp_path / "ours")
+    texts = [f"USER: <image>\n{'what? ' * (k % 3)}ASSISTANT:" for k in range(len(NEXT_SIZES))]
+    pictures = [picture(k, size=size) for k, size in enumerate(NEXT_SIZES)]
+    options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    expected, given = (r(text=texts, images=pictures, **options) for r in (reader, processor))
+    assert torch.equal(expected["input_ids"], given["input_ids"])
+    assert torch.equal(expected["image_sizes"], given["image_sizes"])
+    views = [layout.num_views for layout in ours.model.rules.layouts(given["image_sizes"])]
+    tiles = [rows[:count] for rows, count in zip(expected["pixel_values"], views)]
+    torch.testing.assert_close(given["pixel_values"], torch.cat(tiles), atol=1e-5, rtol=0)
+    with torch.no_grad():
+        wanted = theirs.get_image_features(expected["pixel_values"], expected["image_sizes"]).pooler_output
+        for mine, want in zip(ours.get_image_features(**_visual(given)).pooler_output, wanted, strict=True):
+            torch.testing.assert_close(mine, want, atol=1e-5, rtol=1e-5)
+        reference, visible = theirs(**expected).logits, expected["attention_mask"].bool()
+        assert (ours(**given).logits[visible] - reference[visible]).abs().max() <= 1e-5
+    settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    part = processor(text=texts[8:11], images=pictures[8:11], **options)
+    want = theirs.generate(**reader(text=texts[8:11], images=pictures[8:11], **options), **settings)
+    assert torch.equal(ours.generate(**part, **settings), want)
+    beams = ours.generate(**part, num_beams=2, **settings)
+    assert torch.equal(
+        beams[:1],
+        ours.generate(**processor(text=texts[8], images=pictures[8], **options), num_beams=2, **settings)[
+            :, -beams.shape[1] :
+        ],
+    )
+
+
+def _visual(inputs: Any) -> dict[str, Any]:
+    return {key: inputs[key] for key in ("pixel_values", "image_sizes")}
+
+
 def test_prismatic_runs_come_in(tmp_path: Path) -> None:
     import timm
     from transformers import LlamaForCausalLM
@@ -159,7 +230,7 @@ def test_prismatic_runs_come_in(tmp_path: Path) -> None:
             for m, key in ((dino, "pixel_values"), (siglip, "pixel_values_semantic"))
         ]
         visual = projector(torch.cat(patches, dim=2))
-        text = llm.get_input_embeddings()(inputs["input_ids"][:, processor.num_image_tokens :])
+        text = llm.get_input_embeddings()(inputs["input_ids"][:, processor.rules.layout().num_tokens :])
         expected = llm(inputs_embeds=torch.cat([visual, text], dim=1)).logits
         got = model(**inputs).logits[..., :320]
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""What does a LLaVA-1.5 checkpoint hold, in transformers' layout and in the authors' own?"""
+"""What does a LLaVA checkpoint hold: 1.5 in transformers' layout and in the authors' own, NeXT in transformers'?"""
 
 from __future__ import annotations
 
@@ -30,13 +30,15 @@ _ACTIVATIONS = {
 }
 
 
-def read_llava(folder: Path, dtype: Any) -> ForeignCheckpoint:
-    """transformers' layout. Its own class reads the file, and says what it would have filled with random numbers."""
-    from transformers import LlavaForConditionalGeneration
+def read_llava(folder: Path, dtype: Any, *, tiles: bool = False) -> ForeignCheckpoint:
+    """transformers' layout, of LLaVA-NeXT where it looks at ``tiles``. Its own class reads the file, and says what it would
+    have filled with random numbers."""
+    from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
-    _check_hf_settings(folder)
+    _check_hf_settings(folder, tiles)
+    reader = LlavaNextForConditionalGeneration if tiles else LlavaForConditionalGeneration
     try:
-        loaded: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        loaded: Any = reader.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except Exception as error:
         raise CheckpointError(f"{folder}: transformers cannot read this LLaVA checkpoint: {error}") from error
     source, info = loaded
@@ -58,7 +60,7 @@ def read_llava(folder: Path, dtype: Any) -> ForeignCheckpoint:
         "type": "hf",
         "architecture": config.vision_config.to_dict(),
         "layers": [layers] if isinstance(layers, int) else list(layers),
-        **image_settings(folder),
+        **image_settings(folder, grids=[list(s) for s in config.image_grid_pinpoints] if tiles else None),
     }
     connector = {
         "type": "mlp",
@@ -79,7 +81,10 @@ def read_llava(folder: Path, dtype: Any) -> ForeignCheckpoint:
         image_token_id=config.image_token_id,
         head_bias="bias" in head,
         dtype=source.dtype,
+        views=_tiles(config, folder) if tiles else None,
     )
+    if tiles:
+        projector["newline"] = inner.image_newline
     tensors = {
         **decoder_tensors(inner.language_model.state_dict()),
         **head_tensors(head),
@@ -89,6 +94,18 @@ def read_llava(folder: Path, dtype: Any) -> ForeignCheckpoint:
     return ForeignCheckpoint(
         ours, tensors, source.dtype, folder, "vicuna", find_tokenizer(folder), generation=source.generation_config
     )
+
+
+def _tiles(config: Any, folder: Path) -> dict[str, Any]:
+    """LLaVA-NeXT's ``image_grid_pinpoints`` as views. Raises `ConfigError` for one that is no whole number of tiles."""
+    side = config.vision_config.image_size
+    broken = [list(size) for size in config.image_grid_pinpoints if size[0] % side or size[1] % side]
+    if broken:
+        raise ConfigError(f"{folder}: image_grid_pinpoints {broken[0]} is no multiple of the encoder's {side} pixels")
+    return {
+        "type": "tiles",
+        "grids": [(height // side, width // side) for height, width in config.image_grid_pinpoints],
+    }
 
 
 def read_llava_original(folder: Path, dtype: Any) -> ForeignCheckpoint:
@@ -146,7 +163,7 @@ def read_llava_original(folder: Path, dtype: Any) -> ForeignCheckpoint:
     return ForeignCheckpoint(ours, tensors, chosen, folder, "vicuna", find_tokenizer(folder), unread)
 
 
-def _check_hf_settings(folder: Path) -> None:
+def _check_hf_settings(folder: Path, tiles: bool) -> None:
     settings = Settings(read_json(folder / "config.json"), folder / "config.json")
     if settings.take("vision_feature_select_strategy", "default") == "full":
         raise ConfigError(
@@ -156,6 +173,9 @@ def _check_hf_settings(folder: Path) -> None:
     settings.expect("vision_feature_select_strategy", ("default", None), "ours drops the class token")
     settings.harmless("model_type", "vision_config", "text_config", "image_token_(index|id)", "projector_hidden_act")
     settings.harmless("vision_feature_layer", "multimodal_projector_bias", "image_seq_length", "tie_word_embeddings")
+    if tiles:
+        settings.harmless("image_grid_pinpoints")
+        settings.expect("use_image_newline_parameter", (True, None), "rows of tiles are closed by a learned newline")
     settings.harmless(*_ABOUT_THE_FILE)
     settings.finish()
 

@@ -12,6 +12,7 @@ from mllm.connectors.build import connector_config
 from mllm.encoders.catalogue import build_encoder, encoder_config
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.foreign.tensors import within
+from mllm.processing.views.base import views_config
 
 
 def model_config(
@@ -22,12 +23,14 @@ def model_config(
     image_token_id: int,
     head_bias: bool,
     dtype: torch.dtype,
+    views: Mapping[str, Any] | None = None,
 ) -> MllmConfig:
     """Our config of a foreign model."""
     return MllmConfig(
         text_config=text,
         encoders={name: encoder_config(value, where=f"encoders.{name}") for name, value in encoders.items()},
         connector=connector_config(dict(connector)),
+        views=None if views is None else views_config(views),
         image_token_id=image_token_id,
         lm_head_bias=head_bias,
         dtype=dtype,

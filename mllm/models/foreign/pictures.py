@@ -9,12 +9,14 @@ from mllm.errors import ConfigError
 from mllm.models.foreign.settings import Settings, read_json
 
 _PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor", "SiglipImageProcessor")
+_TILING = ("LlavaNextImageProcessor",)
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 _FILES = ("preprocessor_config.json", "processor_config.json")
 
 
-def image_settings(folder: Path) -> dict[str, Any]:
-    """``image_size, mean, std, resize, interpolation`` of the folder's image processor; empty without one.
+def image_settings(folder: Path, *, grids: list[list[int]] | None = None) -> dict[str, Any]:
+    """``image_size, mean, std, resize, interpolation`` of the folder's image processor; empty without one. grids: the sizes that
+    the model's config has for pictures in tiles, whose processor must have the same.
 
     Raises `ConfigError` for a setting under which our pixels would be others.
     """
@@ -25,14 +27,15 @@ def image_settings(folder: Path) -> dict[str, Any]:
             if isinstance(inner, dict) and (
                 "image_mean" in inner or "size" in inner or "image_processor_type" in inner
             ):
-                return _read(Settings(inner, file), file)
+                return _read(Settings(inner, file), file, grids)
     return {}
 
 
-def _read(settings: Settings, file: Path) -> dict[str, Any]:
+def _read(settings: Settings, file: Path, grids: list[list[int]] | None) -> dict[str, Any]:
     kind = settings.take("image_processor_type") or settings.take("feature_extractor_type")
-    if kind is not None and kind.removesuffix("Fast").removesuffix("Pil") not in _PROCESSORS:
-        raise ConfigError(f"{file}: image processor {kind!r} is not supported; known: {', '.join(_PROCESSORS)}")
+    known = _PROCESSORS if grids is None else _TILING
+    if kind is not None and kind.removesuffix("Fast").removesuffix("Pil") not in known:
+        raise ConfigError(f"{file}: image processor {kind!r} is not supported; known: {', '.join(known)}")
     settings.expect("do_resize", (True, None), "every picture would need the encoder's size already")
     settings.expect("do_rescale", (True, None), "ours divides by 255")
     settings.expect("do_convert_rgb", (True, None), "ours converts every picture to RGB")
@@ -45,7 +48,12 @@ def _read(settings: Settings, file: Path) -> dict[str, Any]:
     settings.harmless(
         "data_format", "input_data_format", "return_tensors", "disable_grouping", "image_seq_length", "pad_size"
     )
-    result: dict[str, Any] = {"resize": _fit(settings, file)}
+    if grids is None:
+        result: dict[str, Any] = {"resize": _fit(settings, file)}
+    else:  # tiles are squashed to the encoder's size by the views; do_pad is about batches then
+        settings.expect("image_grid_pinpoints", (grids, None), f"the model's config has {grids}")
+        settings.harmless("do_pad", "aspect_ratio_setting", "size")
+        result = {"resize": "squash"}
     crops = settings.take("do_center_crop", _crops_by_default(settings))
     size = _sides(settings.take("crop_size")) if crops else None
     size = size or _sides(settings.take("size"))

@@ -40,13 +40,14 @@ class ForeignCheckpoint:
 
 
 def recognise(path: Any) -> str | None:
-    """``llava`` (transformers' layout), ``llava_original``, ``prismatic``, or None: from the folder's config.json alone."""
+    """``llava`` and ``llava_next`` (transformers' layout), ``llava_original``, ``prismatic``, or None: from the folder's
+    config.json alone."""
     file = Path(str(path)) / "config.json"
     if not file.is_file():
         return None
     config = read_json(file)
-    if config.get("model_type") == "llava" and "vision_config" in config:
-        return "llava"
+    if config.get("model_type") in ("llava", "llava_next") and "vision_config" in config:
+        return config["model_type"]
     if "mm_vision_tower" in config:
         return "llava_original"
     if isinstance(config.get("model"), dict) and "vision_backbone_id" in config["model"]:
@@ -61,8 +62,8 @@ def read_foreign(
     converted model could not honour."""
     from mllm.models.foreign import llava, prismatic  # they take long to import, and most folders are ours
 
-    if kind == "llava":
-        return llava.read_llava(folder, dtype)
+    if kind in ("llava", "llava_next"):
+        return llava.read_llava(folder, dtype, tiles=kind == "llava_next")
     if kind == "llava_original":
         return llava.read_llava_original(folder, dtype)
     return prismatic.read_prismatic(folder, dtype, language_model)
