@@ -321,7 +321,7 @@ def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"no such file or directory: \./nowhere\.safetensors"):
         load("./nowhere.safetensors", type="timm", architecture="vit_tiny_patch16_224")
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
         load(tmp_path / "broken.safetensors", type="timm", architecture="vit_tiny_patch16_224")
     with pytest.raises(CheckpointError, match=r"no open_clip tag.*did you mean 'laion2b_s34b_b79k'"):
         load("laion2b_s34b_b79", type="open_clip", architecture="ViT-B-32")

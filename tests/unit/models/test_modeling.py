@@ -162,7 +162,7 @@ def test_a_checkpoint_cut_in_half_or_with_a_gap_is_refused(tiny: tuple[Any, Any]
     whole = file.read_bytes()
     file.unlink()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match="damaged or cut short"):
+    with pytest.raises(CheckpointError, match=r"its header needs .* cut short"):
         MllmForConditionalGeneration.from_pretrained(tmp_path)
     name = next(k for k in tensors if "multi_modal_projector" in k)
     save_file({k: v for k, v in tensors.items() if k != name}, file, metadata={"format": "pt"})
