@@ -232,7 +232,7 @@ def test_a_picture_beside_the_messages_is_taken_only_when_they_hold_none(tmp_pat
         ([{"role": "robot", "content": "hi"}], [], "unknown role 'robot'", DataError),
         ([{"role": "user", "content": [{"type": "audio"}]}], [], "'audio' is not supported", DataError),
         ([{"role": "user", "content": 3}], [], "content is int", DataError),
-        ([{"role": "assistant", "content": None}], [], "tool calls", DataError),
+        ([{"role": "assistant", "content": None}], [], "no tool call", DataError),
         ([{"role": "assistant", "content": "x", "weight": 0.5}], [], "weight is 0.5", DataError),
         ([], [], "conversation is empty", DataError),
         ("hello", [], "expected a list of turns", DataError),
