@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from mllm.cli import arguments
 
+FLOORS = ("blank", "shuffled", "prior")
 NEXT = """next:
   mllm chat {run}/final --image {image}
   mllm eval run {run}/final --tasks demo_charts --blind
@@ -64,67 +64,84 @@ def demo(
         resume=False,
         data_dirs={"demo_charts": str(output / "data" / "charts"), "demo_digits": str(output / "data" / "digits")},
     )
-    scores = {
-        name.removeprefix("demo_"): {"score": round(100 * r.score, 2), "blank": round(100 * r.blind_score, 2)}
-        for name, r in results.items()
-    }
-    report = {
-        "charts": {k: scores["charts"][k] for k in ("score", "blank")},
-        "digits": {k: scores["digits"][k] for k in ("score", "blank")},
-        "seconds": round(time.perf_counter() - started, 1),
-    }
+    scores = {name.removeprefix("demo_"): _scores(result) for name, result in results.items()}
+    report: dict[str, Any] = {**scores, "seconds": round(time.perf_counter() - started, 1)}
     path = output / "report.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
 
     console.rule("4  two questions")
-    page, shown = answer_two(final, output)
+    shown = answer_two(final, output)
     for row in shown:
         console.print(
             f"[bold]{row['image']}[/]\n  {row['question']}\n  → {row['answer']}   [dim](target: {row['target']})[/]"
         )
+    page = write_page(output, scores, results, shown)
     console.rule("result")
-    for name, values in (("charts", report["charts"]), ("digits", report["digits"])):
-        console.print(f"{name}: {values['score']:.1f} %   images blanked: {values['blank']:.1f} %")
+    for name, values in scores.items():
+        _, way = results[f"demo_{name}"].floor
+        console.print(
+            f"{name}: {values['score']:.1f} %   without the right picture at most {max(values[k] for k in FLOORS):.1f} % ({way}; "
+            + ", ".join(f"{k} {values[k]:.1f}" for k in FLOORS)
+            + ")"
+        )
     console.print(f"{report['seconds']:.0f} s · {path} · {page}")
     console.print(NEXT.format(run=output, image=shown[0]["image"]), highlight=False)
 
 
-def answer_two(checkpoint: Any, output: Path) -> tuple[Path, list[dict[str, Any]]]:
-    """Ask the model about one held-out chart and one digit; an HTML page with both. Returns the page and the rows."""
-    import base64
+def _scores(result: Any) -> dict[str, float]:
+    """The score, and what is reached without the right picture, in percent."""
+    ways = {"score": result, "blank": result.blind, "shuffled": result.shuffled, "prior": result.prior}
+    return {name: round(100 * way.score, 2) if way is not None else 0.0 for name, way in ways.items()}
 
+
+def answer_two(checkpoint: Any, output: Path) -> list[dict[str, Any]]:
+    """Ask the model about one held-out chart and one digit; the rows."""
+    from mllm.eval.metrics import build_metric
     from mllm.models.chat import ChatSession
 
     session = ChatSession.load(str(checkpoint), dtype="float32")
     rows = []
-    for kind, index in (("charts", 3), ("digits", 7)):
+    for kind, index, metric in (("charts", 3, "relaxed_strict"), ("digits", 7, "exact_match")):
         lines = (output / "data" / kind / "test.jsonl").read_text().splitlines()
         row = json.loads(lines[index])
         image = output / "data" / kind / row["image"]
         session.reset()
         session.add_image(image)
+        answer = session.ask(row["question"], max_new_tokens=16)
+        right = build_metric(metric).score(answer, row["answer"], {}).value == 1
         rows.append(
-            {
-                "image": image,
-                "question": row["question"],
-                "answer": session.ask(row["question"], max_new_tokens=16),
-                "target": row["answer"],
-            }
+            {"image": image, "question": row["question"], "answer": answer, "target": row["answer"], "right": right}
         )
-    figures = "".join(
-        f'<figure><img src="data:image/png;base64,{base64.b64encode(r["image"].read_bytes()).decode()}" alt="">'
-        f"<figcaption><p><b>{html.escape(r['question'])}</b></p><p>{html.escape(r['answer'])}</p>"
-        f"<p class=t>target: {html.escape(str(r['target']))}</p></figcaption></figure>"
-        for r in rows
-    )
+    return rows
+
+
+def write_page(output: Path, scores: dict[str, dict[str, float]], results: Any, shown: list[dict[str, Any]]) -> Path:
+    """``demo.html``: scores, loss, right and wrong answers, links to what was written."""
+    from mllm.demo.page import demo_page
+    from mllm.train.observe.tracking import read_metrics
+
+    rows = [*shown, *(row for result in results.values() for row in _examples(result, output / "eval" / "thumbnails"))]
+    links = {"every answer": "eval/report.html", "scores as JSON": "report.json", "the run": "run.json"}
     page = output / "demo.html"
-    page.write_text(
-        "<!doctype html><meta charset=utf-8><title>mllm demo</title><style>body{font:16px/1.5 system-ui;max-width:50rem;margin:2rem auto;"
-        "padding:0 1rem}figure{display:flex;gap:1.5rem;align-items:center;margin:2rem 0}img{width:16rem;image-rendering:pixelated;"
-        "border:1px solid #ccc}.t{color:#777}</style><h1>Two questions to the demo model</h1>" + figures,
-        encoding="utf-8",
-    )
-    return page, rows
+    page.write_text(demo_page(scores, read_metrics(output), rows, links), encoding="utf-8")
+    return page
+
+
+def _examples(result: Any, thumbnails: Path, count: int = 2) -> list[dict[str, Any]]:
+    """The first right and the first wrong answers of a task, with their small pictures."""
+    from mllm.eval.predictions import read_predictions
+
+    label, found = result.metrics[0].label, {True: [], False: []}
+    for row in read_predictions(Path(result.path)):
+        entry = row.get("scores", {}).get(label)
+        picture = thumbnails / f"{row['images'][0][:24]}.jpg" if row["images"] else None
+        if entry is None or "error" in entry or picture is None or not picture.is_file():
+            continue
+        kept = found[entry["value"] == 1]
+        if len(kept) < count:
+            told = {"question": row["question"], "answer": row["output"], "target": row["target"]}
+            kept.append({"image": picture, **told, "right": entry["value"] == 1})
+    return [*found[True], *found[False]]
 
 
 def add_to(app: typer.Typer) -> None:

@@ -25,7 +25,7 @@ from mllm.eval.report.results import score_fields
 from mllm.eval.task import TaskSpec
 from mllm.types import IMAGE_MARK, Request, Response, Turn
 
-Blind = Literal["gray", "none"]
+Blind = Literal["gray", "none", "shuffled"]
 _READERS = 4
 _AHEAD = 256
 _THUMB = 320
@@ -101,11 +101,11 @@ def answers(
 
 
 class SamePictures:
-    """Whether a stored answer is to the pictures that its question has now, by their bytes. Videos, and blind runs, which show
-    no picture, are not compared. changed: ids of answers to other pictures."""
+    """Whether a stored answer is to the pictures that its question has now, by their bytes. Videos, and blind runs that
+    show no picture, are not compared. changed: ids of answers to other pictures."""
 
     def __init__(self, items: Sequence[Item], blind: Blind | None):
-        self._items = {item.id: item for item in items} if blind is None else {}
+        self._items = {item.id: item for item in items} if blind in (None, "shuffled") else {}
         self.changed: list[str] = []
 
     def __call__(self, row: Row) -> bool:

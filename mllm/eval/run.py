@@ -7,12 +7,14 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from mllm.errors import ConfigError, DataError
 from mllm.eval.asking import Blind, SamePictures, answers
+from mllm.eval.baselines import prior_rows, shuffled
 from mllm.eval.cache import AnswerCache
 from mllm.eval.data.check import check_data
 from mllm.eval.data.loading import TaskData, load_data
@@ -33,6 +35,7 @@ from mllm.eval.predictions import (
     write_lines,
 )
 from mllm.eval.progress import Progress
+from mllm.eval.report.page import LISTED
 from mllm.eval.report.results import TaskResult, score_fields, summarise
 from mllm.eval.studies.batch_check import check_generator
 from mllm.eval.task import TaskSpec, expand_tasks, load_task, load_tasks
@@ -52,13 +55,14 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
     strict: bool = False,
-    thumbnails: int = 200,
+    thumbnails: int = LISTED,
     progress: bool = True,
 ) -> dict[str, TaskResult]:
     """Ask every question of every task, write one line per answer, score, and sum up. Task → result.
 
     tasks: names, suites, paths or specs. blind: also ask with every picture blanked (``True`` or ``"gray"``: mid-gray
-    of the same size; ``"none"``: no picture at all); the result hangs on ``TaskResult.blind``. resume: keep answers
+    of the same size; ``"none"``: no picture at all), with another question's pictures, and count what always giving the
+    commonest answer scores; the results hang on ``TaskResult.blind``, ``.shuffled`` and ``.prior``. resume: keep answers
     that stand in ``output_dir``; answers of another model, data or setting there raise `ConfigError`. rank, world:
     this process answers every ``world``-th question and rank 0 joins the shards, so its return value is complete;
     other ranks return {}. thumbnails: pictures kept per task for the HTML report. strict: any unusable row raises.
@@ -69,15 +73,33 @@ def evaluate(
     results: dict[str, TaskResult] = {}
     for spec in specs:
         loaded = load_data(spec, data=data, limit=limit, ids=ids, strict=strict)
-        for way in (None, mode) if mode else (None,):
-            result = _run(generator, loaded, folder, way, resume, cache, rank, world, thumbnails, progress)
+        for way in (None, mode, "shuffled") if mode else (None,):
+            shown = loaded if way != "shuffled" else replace(loaded, items=shuffled(loaded.items))
+            if not shown.items:
+                continue
+            result = _run(generator, shown, folder, way, resume, cache, rank, world, thumbnails, progress)
             if result is None:
                 continue
             if way is None:
                 results[spec.name] = result
+            elif way == "shuffled":
+                results[spec.name].shuffled = result
             else:
                 results[spec.name].blind = result
+        if mode and rank == 0:
+            results[spec.name].prior = _prior(loaded, folder, data)
     return results
+
+
+def _prior(data: TaskData, folder: Path, place: Mapping[str, str | Path] | None) -> TaskResult:
+    """The commonest answer of each question's kind, scored and written like a model's."""
+    metrics = data.task.build_metrics()
+    rows, counted = prior_rows(data, metrics, place)
+    header = run_header(None, data, metrics, "prior") | {"counted_in": counted}
+    path = prediction_path(folder, data.task.name, "prior")
+    write_lines(path, rows)
+    write_atomic(header_path(path), json.dumps(header, indent=2, ensure_ascii=False) + "\n")
+    return summarise(rows, metrics, header, path=str(path))
 
 
 def _run(
@@ -140,16 +162,18 @@ def _other_scores(rows: Iterable[Row], metrics: Sequence[Metric]) -> list[Row]:
     ]
 
 
-def run_header(generator: Generator, data: TaskData, metrics: Sequence[Metric], blind: str | None) -> dict[str, Any]:
+def run_header(
+    generator: Generator | None, data: TaskData, metrics: Sequence[Metric], blind: str | None
+) -> dict[str, Any]:
     """What a prediction file was made with. ``identity`` is what must be equal for answers to be kept."""
-    spec = data.task
+    spec, model = data.task, "prior" if generator is None else generator.fingerprint()
     identity = {
-        "task": spec.name, "version": spec.version, "data": data.data_hash, "model": generator.fingerprint(),
+        "task": spec.name, "version": spec.version, "data": data.data_hash, "model": model,
         "generation": spec.generation.options(), "blind": blind,
     }  # fmt: skip
     return {
         "identity": identity,
-        "generator": generator.name,
+        "generator": "prior" if generator is None else generator.name,
         "task": spec.model_dump(mode="json"),
         "metrics": [metric.label for metric in metrics],
         "source": data.source,
@@ -238,11 +262,7 @@ def report_again(folder: str | Path, *, show: bool = True) -> dict[str, TaskResu
     results: dict[str, TaskResult] = {}
     for path in iterate_files(folder) if folder.is_dir() else ():
         result = rescore(path, write=False)
-        for mode in ("gray", "none"):
-            blind = prediction_path(folder, result.task, mode)
-            if blind.exists() and header_path(blind).exists():
-                result.blind = rescore(blind, write=False)
-                break
+        _attach_blind(result, folder)
         results[result.task] = result
     if not results:
         raise ConfigError(f"{folder} holds no finished prediction file; `mllm eval run` writes them")
@@ -330,9 +350,20 @@ def _finished(folder: Path, task: str, blind: bool | Blind) -> TaskResult:
     """A task's result from its files."""
     result = rescore(prediction_path(folder, task), write=False)
     if blind:
-        mode = "gray" if blind is True else blind
-        result.blind = rescore(prediction_path(folder, task, mode), write=False)
+        _attach_blind(result, folder, "gray" if blind is True else blind)
     return result
+
+
+def _attach_blind(result: TaskResult, folder: Path, *modes: str) -> None:
+    """The task's blind results that lie in the folder."""
+
+    def stored(*names: str) -> TaskResult | None:
+        paths = [prediction_path(folder, result.task, name) for name in names]
+        there = [path for path in paths if path.exists() and header_path(path).exists()]
+        return rescore(there[0], write=False) if there else None
+
+    result.blind = stored(*(modes or ("gray", "none")))
+    result.shuffled, result.prior = stored("shuffled"), stored("prior")
 
 
 def _overridden(names: Sequence[str], overrides: Sequence[str]) -> list[TaskSpec]:

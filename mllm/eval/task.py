@@ -145,6 +145,9 @@ class TaskSpec(StrictModel):
     """Samples in the whole benchmark, where known; a run on fewer says so."""
     folder: str | None = None
     """Folder under ``$MLLM_DATA``; default: the task's name."""
+    train: str | None = None
+    """jsonl of the training split in the same folder (conversations, or ``question``, ``answer`` and ``kind``): a blind run
+    counts the commonest answers there."""
     data_dir: str | None = None
     """Default place of the files, relative to the working directory."""
     sources: list[SourceSpec] = Field(min_length=1)

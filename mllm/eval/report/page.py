@@ -11,7 +11,7 @@ from typing import Any
 from mllm.eval.report.results import Row, TaskResult, disagree
 from mllm.eval.studies.study import Study, study_html
 
-_MAX_ROWS = 2000
+LISTED = 2000
 _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:76rem;padding:1rem;color:#1a1a1a;background:#fff}
 h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2.2rem}table{border-collapse:collapse;margin:.6rem 0}
@@ -61,12 +61,13 @@ def html_page(
 
 
 def _summary(results: Mapping[str, TaskResult]) -> str:
-    words, numbers = ("task", "metric"), ("score", "± SE", "95 %", "blind", "n", "unparsed")
+    words, numbers = ("task", "metric"), ("score", "± SE", "95 %", "blind", "shuffled", "prior", "n", "unparsed")
     heading = "".join([*(f"<th>{h}" for h in words), *(f"<th class=n>{h}" for h in numbers), "<th>rule"])
     lines = [f"<table><tr>{heading}</tr>"]
     for name, result in results.items():
         for position, metric in enumerate(result.metrics):
-            blind = f"{result.blind.metrics[position].value:.2f}" if result.blind is not None else "–"
+            floors = (result.blind, result.shuffled, result.prior)
+            blind = "<td class=n>".join("–" if one is None else f"{one.metrics[position].value:.2f}" for one in floors)
             title = f'<a href="#{_anchor(name)}">{_text(name)}</a>' if position == 0 else ""
             lines.append(
                 f"<tr><td>{title}<td>{_text(metric.label)}<td class=n>{metric.value:.2f} {_text(metric.unit)}"
@@ -75,6 +76,21 @@ def _summary(results: Mapping[str, TaskResult]) -> str:
                 f"<td>{_text(metric.protocol)}</tr>"
             )
     return "".join(lines) + "</table>"
+
+
+def floor_note(result: TaskResult) -> list[str]:
+    """What seeing adds: the score against the best that needs no look at the right picture."""
+    if result.blind is None and result.prior is None:
+        return []
+    best, way = result.floor
+    scale, unit = result.metrics[0].scale, result.metrics[0].unit
+    named = {"blank": result.blind, "shuffled": result.shuffled, "prior": result.prior}
+    each = ", ".join(f"{name} {scale * one.score:.2f}" for name, one in named.items() if one is not None)
+    counted = result.prior.header.get("counted_in") if result.prior is not None else None
+    return [
+        f"{scale * result.score:.2f} {unit} against {scale * best:.2f} without the right picture ({way}, the highest of {each})"
+        + (f"; prior: the commonest answer of the question's kind, counted in {counted}" if counted else "")
+    ]
 
 
 def _contents(results: Mapping[str, TaskResult], studies: Sequence[Study]) -> str:
@@ -86,7 +102,7 @@ def _task(name: str, result: TaskResult, rows: Sequence[Row], blind: Mapping[str
     labels = [metric.label for metric in result.metrics]
     pairs = [pair for pair, count in result.disagreements.items() if count]
     tagged = [(row, _flags(row, labels, pairs)) for row in rows]
-    shown = sorted(tagged, key=lambda pair: not pair[1])[:_MAX_ROWS] if len(tagged) > _MAX_ROWS else tagged
+    shown = sorted(tagged, key=lambda pair: not pair[1])[:LISTED] if len(tagged) > LISTED else tagged
     counts = {key: sum(key in flags for _, flags in tagged) for key in ("wrong", "unparsed", "disagree", "error")}
     anchor = _anchor(name)
     buttons = "".join(
@@ -98,7 +114,7 @@ def _task(name: str, result: TaskResult, rows: Sequence[Row], blind: Mapping[str
             ("error", "failed"),
         )
     )
-    notes = [result.protocol, *result.problems]
+    notes = [result.protocol, *floor_note(result), *result.problems]
     if text := result.header.get("task", {}).get("note"):
         notes.append(text)
     if len(shown) < len(tagged):

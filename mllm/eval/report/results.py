@@ -55,6 +55,11 @@ class TaskResult:
     disagreements: dict[str, int]
     path: str = ""
     blind: TaskResult | None = None
+    """Every picture blanked."""
+    shuffled: TaskResult | None = None
+    """Every question with another one's pictures."""
+    prior: TaskResult | None = None
+    """The commonest answer of the question's kind, always."""
 
     @property
     def score(self) -> float:
@@ -67,6 +72,18 @@ class TaskResult:
         if self.blind is None:
             raise DataError(f"{self.task}: no blind run was made; ask for one with blind=True")
         return self.blind.score
+
+    @property
+    def floor(self) -> tuple[float, str]:
+        """(the best headline that needs no look at the right picture, how it was got): what seeing is measured against.
+        Raises `DataError` when no blind run was made."""
+        ways = {"blank": self.blind, "shuffled": self.shuffled, "prior": self.prior}
+        scores = {name: result.score for name, result in ways.items() if result is not None}
+        found = {name: score for name, score in scores.items() if score == score}
+        if not found:
+            raise DataError(f"{self.task}: no blind run was made; ask for one with blind=True")
+        name = max(found, key=lambda way: found[way])
+        return found[name], name
 
     @property
     def protocol(self) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mllm.eval.predictions import read_predictions, write_atomic
-from mllm.eval.report.page import html_page
+from mllm.eval.report.page import floor_note, html_page
 from mllm.eval.report.results import MetricResult, TaskResult
 from mllm.eval.studies.compare import TaskComparison, compare_predictions
 from mllm.eval.studies.study import (
@@ -98,6 +98,7 @@ def _notes(results: Mapping[str, TaskResult]) -> list[str]:
     notes = []
     for name, result in results.items():
         notes.append(result.protocol)
+        notes.extend(f"{name}: {note}" for note in floor_note(result))
         notes.extend(f"{name}: {problem}" for problem in result.problems)
         if result.header.get("limited"):
             expected = result.header.get("task", {}).get("size")

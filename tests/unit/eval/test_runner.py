@@ -18,7 +18,7 @@ from mllm.eval.data.loading import load_data
 from mllm.eval.data.sources import whereabouts
 from mllm.eval.predictions import header_path, merge_shards, prediction_path, read_predictions
 from mllm.eval.report.show import compare, console_lines, markdown, print_results, write_report
-from mllm.eval.run import evaluate, rescore, run_eval
+from mllm.eval.run import evaluate, report_again, rescore, run_eval
 from mllm.eval.studies.batch_check import check_batch
 from mllm.eval.task import expand_tasks, load_task
 from tests.unit.eval.rules import RuleGenerator, constant, pixel_rule
@@ -310,9 +310,41 @@ def test_blind_shows_gray_of_the_same_size_or_nothing_under_the_same_words(tmp_p
     assert seen[0][0] == seen[12][0] and seen[0][1] != [(127, 127, 127)] == seen[12][1] and seen[0][2] == seen[12][2]
     assert result.blind_score == result.score and (tmp_path / "o/demo_charts.blind-gray.jsonl").exists()
     result, _ = run(folder, tmp_path / "n", rule, blind="none")
-    assert seen[-1][0] == "How many 11?" and seen[-1][1] == []
+    assert seen[-13][0] == "How many 11?" and seen[-13][1] == [] and seen[-1][1] != []  # the shuffled run comes last
     with pytest.raises(DataError, match="blind=True"):
         _ = run(folder, tmp_path / "p")[0].blind_score
+
+
+def test_a_blind_run_also_shuffles_pictures_and_counts_the_commonest_answer(tmp_path, capsys):
+    folder = make_data(tmp_path / "d")
+    pictures = {}
+
+    def rule(request):
+        pictures.setdefault(request.id, []).append(request.images[0].getpixel((0, 0)))
+        return "3"
+
+    result, _ = run(folder, tmp_path / "o", rule, blind=True)
+    for right, gray, other in pictures.values():
+        assert (
+            right != other and gray == (127, 127, 127) != other
+        )  # q0 and q1 share a picture: neither gets the other's
+    assert sorted(own for own, _, _ in pictures.values()) == sorted(other for *_, other in pictures.values())
+    assert result.shuffled.num_samples == 12 and result.shuffled.score == result.blind.score == pytest.approx(1 / 12)
+    # no training split: kinds a and b hold 0 2 4 6 8 0 and 1 3 5 7 9 1, so "0" and "1" are right twice each
+    assert result.prior.score == pytest.approx(4 / 12) and "benchmark itself" in result.prior.header["counted_in"]
+    assert result.floor == (pytest.approx(4 / 12), "prior")
+    train = [{"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"How many {k}?"}]},
+                           {"role": "assistant", "content": "7"}]} for k in range(9)]  # fmt: skip
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in train))
+    result, _ = run(folder, tmp_path / "t", rule, blind=True)
+    assert result.prior.score == pytest.approx(1 / 12) and "train.jsonl" in result.prior.header["counted_in"]
+    write_report({TASK: result}, tmp_path / "t")
+    said = "8.33 % against 8.33 without the right picture (blank, the highest of blank 8.33, shuffled 8.33, prior 8.33)"
+    assert said in markdown({TASK: result}) and said in (tmp_path / "t/report.html").read_text()
+    assert "highest of blank 8.33" in " ".join(capsys.readouterr().out.split())
+    again = report_again(tmp_path / "t", show=False)[TASK]
+    assert again.floor == result.floor and again.shuffled.score == result.shuffled.score
+    assert list(report_again(tmp_path / "o", show=False)) == [TASK]
 
 
 def test_rescore_needs_no_model_and_agrees_with_the_run(tmp_path):
