@@ -90,7 +90,7 @@ def test_ablation_of_a_two_encoder_model(tiny, tmp_path):
     text = "\n".join(study_markdown(ablation_study(found)))
     assert (
         WARNING in text
-        and "| semantic | drop | demo_charts | relaxed_strict |" in text
+        and "| semantic | drop | demo_charts | relaxed_strict v2 |" in text
         and "| 100 % |" in text
         and "Never run" not in text
     )

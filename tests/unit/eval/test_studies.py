@@ -74,7 +74,7 @@ def test_ablate_from_the_command_line_lands_in_the_report(checkpoint, tmp_path):
     for report in ("report.md", "report.html", "ablation.md"):
         text = (tmp_path / "o" / report).read_text()
         assert WARNING in text and "effective rank" in text, report
-    assert "| detail | drop | demo_charts | relaxed_strict |" in (tmp_path / "o/report.md").read_text()
+    assert "| detail | drop | demo_charts | relaxed_strict v2 |" in (tmp_path / "o/report.md").read_text()
     with pytest.raises(ConfigError, match="encoder 'spatial': the model has semantic, detail"):
         invoke("ablate", str(checkpoint), *common, "--encoders", "spatial")
     with pytest.raises(ConfigError, match="not among the tasks demo_charts"):
@@ -151,7 +151,7 @@ def test_contamination_from_the_command_line_shows_scores_with_and_without(tmp_p
     report = (tmp_path / "o/report.md").read_text()
     assert (
         "## Contamination" in report
-        and "| demo_charts | relaxed_strict | either | 37.50 | 0.00 | 75.00 | 8 | 4 |" in report
+        and "| demo_charts | relaxed_strict v2 | either | 37.50 | 0.00 | 75.00 | 8 | 4 |" in report
     )
     assert "1 training rows or pictures could not be read" in report
 
@@ -218,7 +218,7 @@ def test_a_report_is_made_anew_from_its_predictions(tmp_path):
     assert (
         again["demo_charts"].blind is not None and again["demo_charts"].blind_score == first["demo_charts"].blind_score
     )
-    assert "| demo_charts | relaxed_strict | 16.67 % |" in (tmp_path / "o/report.md").read_text()
+    assert "| demo_charts | relaxed_strict v2 | 16.67 % |" in (tmp_path / "o/report.md").read_text()
     assert "demo_charts" in invoke("report", str(tmp_path / "o"))
     with pytest.raises(ConfigError, match="holds no finished prediction file"):
         report_again(tmp_path / "d")
