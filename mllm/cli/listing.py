@@ -13,6 +13,7 @@ class Kind(StrEnum):
 
     encoders = "encoders"
     connectors = "connectors"
+    views = "views"
     routers = "routers"
     visual_tokenizers = "visual-tokenizers"
     metrics = "metrics"
@@ -75,6 +76,7 @@ def list_(
 
     module, attribute = {
         Kind.connectors: ("mllm.connectors", "CONNECTORS"),
+        Kind.views: ("mllm.processing.views", "VIEWS"),
         Kind.routers: ("mllm.routers", "ROUTERS"),
         Kind.visual_tokenizers: ("mllm.visual_tokenizers", "VISUAL_TOKENIZERS"),
         Kind.metrics: ("mllm.eval.metrics", "METRICS"),

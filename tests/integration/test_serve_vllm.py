@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from mllm.processing.images import load_image
-from tests.helpers import ROOT, TINY_CLIP, TINY_TIMM, picture, tiny_model
+from tests.helpers import ROOT, TINY_CLIP, TINY_LLM, TINY_TIMM, picture, tiny_model
 from tests.integration.serving import VLLM_ON_CPU
 from tests.unit.models.drawing_models import drawing_model
 
@@ -191,6 +191,23 @@ def test_images_read_through_a_visual_tokenizer_get_the_tokens_of_generate(tmp_p
     report = tmp_path / "report.json"
     done = run(
         *("-m", "mllm.cli.main", "parity", folder, "--cases", "7", "--tokens", "6", "--output", str(report)),
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads(report.read_text())
+    assert {d["path"] for d in found["differences"]} == {"forward", "vLLM one by one", "vLLM batched, caches warm"}
+    assert all(d["first"] is None and not d["notes"] for d in found["differences"])
+    assert max(d["gap"] for d in found["differences"]) < 1e-3
+
+
+def test_pictures_of_unlike_sizes_in_tiles_get_the_tokens_of_generate(tmp_path):
+    """Cases of odd sizes, several to a prompt and a batch: the same prompt ids, pixels and answers on every path."""
+    pytest.importorskip("vllm")
+    long = {"config": {**TINY_LLM, "max_position_embeddings": 2048}, "tokenizer": str(tmp_path / "tiles" / "tokenizer")}
+    views = {"type": "tiles", "grids": [[1, 2], [2, 1], [2, 2]]}
+    folder = write_checkpoint(tmp_path / "tiles", views=views, language_model=long)
+    report = tmp_path / "report.json"
+    done = run(
+        *("-m", "mllm.cli.main", "parity", folder, "--cases", "10", "--tokens", "6", "--output", str(report)),
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads(report.read_text())

@@ -26,6 +26,11 @@ class OnePixelTensor:
             raise UnavailableError(
                 "preference and reward stages are not offered for a model with a router: TRL does not carry its choices"
             )
+        if processor.rules.needs_size:
+            raise UnavailableError(
+                f"preference and reward stages are not offered for a model with views {processor.rules.views.type}: TRL does not "
+                "carry several views of a picture"
+            )
         self.model, self.processor = model, processor
         self.keys = dict(processor.pixel_keys)
         self.shapes = {n: (3, s.height, s.width) for n, s in processor.image_processor.specs.items()}

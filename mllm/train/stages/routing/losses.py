@@ -21,6 +21,7 @@ from mllm.data.sources import Source
 from mllm.errors import AlignmentError, ConfigError, DataError, blamed_on
 from mllm.models.loss import shift_labels
 from mllm.processing.chat import IGNORE, EncodedSample, encode_sample
+from mllm.processing.layout import IMAGE_SIZES
 from mllm.train.stages.routing.labels import NONE, LabelRule, content_of, helpful_experts, read_lines
 from mllm.types import Routing
 
@@ -34,7 +35,7 @@ def losses_by_expert(model: Any, inputs: dict[str, Tensor], num_images: Sequence
     """
     body = model.model
     bank = body.vision_tower
-    pixels = body.pixel_keys.by_encoder(inputs)
+    pixels, layouts = body.pixel_keys.by_encoder(inputs), body.visual_layouts(inputs.get(IMAGE_SIZES))
     text = body.question_summary(inputs.get("router_input_ids"))
     base = bank.encode_base(pixels)
     features = {name: bank.encode_expert(name, pixels[name]) for name in bank.experts}
@@ -48,7 +49,7 @@ def losses_by_expert(model: Any, inputs: dict[str, Tensor], num_images: Sequence
             chosen = {bank.experts[index]: features[bank.experts[index]]}
         given = {**base, **chosen}
         ordered = {name: given[name] for name in bank.encoders if name in given}
-        tokens = body.connect(ordered, Routing(bank.experts, weights), text)
+        tokens = body.connect(ordered, Routing(bank.experts, weights), text, layouts)
         hidden = body(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
