@@ -44,6 +44,8 @@ class Batch:
     """``(samples,)`` int64."""
     num_supervised: int
     """Tokens that carry loss."""
+    num_views: int = 0
+    """Views of all images together: what each encoder runs on."""
     segment_ids: Tensor | None = None
     """Packed: ``(B, T)`` int32, the sample's place in its row, -1 on padding."""
     cu_seq_lens: Tensor | None = None
@@ -192,5 +194,6 @@ def _batch(inputs: dict[str, Tensor], samples: Sequence[EncodedSample], lengths:
         lengths=lengths,
         num_images=torch.tensor([sample.num_images for sample in samples], dtype=torch.long),
         num_supervised=sum(sample.num_supervised for sample in samples),
+        num_views=sum(max(sample.num_views.values(), default=sample.num_images) for sample in samples),
         truncated=[sample.id for sample in samples if sample.truncated],
     )

@@ -62,8 +62,9 @@ class FlopModel:
     cached: bool = False
     """Encoders do not run: their features come from disk."""
 
-    def step(self, *, tokens: int, squares: float, supervised: int, images: int) -> StepFlops:
-        """tokens: non-padding positions; squares: sum of squared sample lengths; supervised: rows sent to the head."""
+    def step(self, *, tokens: int, squares: float, supervised: int, views: int) -> StepFlops:
+        """tokens: non-padding positions; squares: sum of squared sample lengths; supervised: rows sent to the head; views: of all
+        images, one each where a picture is seen once."""
         visual = any(part != "language_model" for part in self.trained)
         learns = "language_model" in self.trained
         if learns and self.language_model_full:
@@ -75,8 +76,8 @@ class FlopModel:
         vision = 0.0
         if not self.cached:
             for name, flops in self.encoders.items():
-                vision += flops * images * (3.0 if f"encoders.{name}" in self.trained else 1.0)
-        vision += self.connector * images * (3.0 if "connector" in self.trained else 2.0 if visual else 1.0)
+                vision += flops * views * (3.0 if f"encoders.{name}" in self.trained else 1.0)
+        vision += self.connector * views * (3.0 if "connector" in self.trained else 2.0 if visual else 1.0)
         return StepFlops(text, text + vision)
 
 
@@ -110,7 +111,7 @@ def _numel(parameter: Any) -> int:
 
 
 def _image_flops(model: Any) -> tuple[dict[str, float], float]:
-    """Forward operations of one image: by encoder, and of connector and router together."""
+    """Forward operations of one view: by encoder, and of connector and router together."""
     bank = getattr(getattr(model, "model", model), "vision_tower", None)
     if bank is None:
         return {}, 0.0
@@ -120,7 +121,7 @@ def _image_flops(model: Any) -> tuple[dict[str, float], float]:
     encoders = {name: _count(encoder, (pixels[name],)) for name, encoder in bank.encoders.items()}
     projector = model.model.multi_modal_projector
     if bank.experts:
-        tokens = model.model.rules.layout(model.model.rules.largest()).num_placeholders
+        tokens = model.model.rules.view.num_tokens
         return encoders, 2.0 * tokens * sum(_numel(p) for p in projector.parameters() if p.dim() > 1)
     features = {}
     with torch.no_grad():

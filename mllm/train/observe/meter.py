@@ -68,7 +68,8 @@ def count_batches(batches: Sequence[Any], flops: FlopModel | None) -> dict[str, 
     squares = sum(length * length for batch in batches for row in batch.lengths for length in row)
     supervised = sum(batch.num_supervised for batch in batches)
     images = sum(int(batch.num_images.sum()) for batch in batches)
-    step = flops.step(tokens=tokens, squares=squares, supervised=supervised, images=images) if flops else None
+    views = sum(batch.num_views for batch in batches)
+    step = flops.step(tokens=tokens, squares=squares, supervised=supervised, views=views) if flops else None
     return {
         "tokens": tokens,
         "slots": sum(batch.inputs["input_ids"].numel() for batch in batches),

@@ -164,7 +164,7 @@ def _plan_stage(
     images = rows * (
         max(1, round(stage.max_length / max(np.mean(plan.lengths), 1))) if stage.packing and plan.lengths else 1
     )
-    images = images if model.config.connector is not None else 0
+    views = images * _most_views(model) if model.config.connector is not None else 0
     plan.tokens_step = rows * length
     flops = flop_model(model, {group.part for group in groups})
     inner = float(np.mean(plan.lengths)) if stage.packing and plan.lengths else length
@@ -172,7 +172,7 @@ def _plan_stage(
         tokens=plan.tokens_step,
         squares=plan.tokens_step * inner,
         supervised=round(0.4 * plan.tokens_step),
-        images=images,
+        views=views,
     )
     plan.flops_step, plan.flops_step_language_model = step.total, step.language_model
     plan.row_length, plan.accumulates = _longest_row(stage, plan), stage.gradient_accumulation > 1
@@ -183,6 +183,12 @@ def _plan_stage(
     plan.checkpoint_bytes = 2 * learned * (4 + _STATE_BYTES[stage.optimizer.type])
     plan.hazards = _stage_hazards(recipe, stage, model, plan, choice.zero_stage, rows)
     return plan
+
+
+def _most_views(model: Any) -> int:
+    """Views of a picture that takes the most tokens."""
+    rules = model.model.rules
+    return rules.layout(rules.largest()).num_views
 
 
 def _longest_row(stage: StageSpec, plan: StagePlan) -> int:
@@ -235,7 +241,7 @@ def _activations(model: Any, stage: StageSpec, groups: list[Group], size: int, r
         blocks = sum(1 for group, _ in encoder.layer_groups() if group.startswith("layers."))
         places = info.grid[0] * info.grid[1]
         one = places * info.width * (per_width + 4 * per_inner) * size / 2
-        memory += stage.batch_size * one * (blocks if f"encoders.{name}" in parts else 1)
+        memory += stage.batch_size * _most_views(model) * one * (blocks if f"encoders.{name}" in parts else 1)
     chunk = min(DEFAULT_CHUNK, tokens)
     head = 8 * config.vocab_size * width if "language_model" in parts else 0
     return int(memory + chunk * config.vocab_size * (4 + size) + head)

@@ -71,7 +71,7 @@ def test_operations_equal_those_that_torch_counts_in_a_real_step(tmp_path):
     ids = torch.randint(5, 200, (2, length))
     with FlopCounterMode(display=False) as counter:
         model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    step = flops.step(tokens=2 * length, squares=2 * length**2, supervised=2 * length, images=0)
+    step = flops.step(tokens=2 * length, squares=2 * length**2, supervised=2 * length, views=0)
     dense = (
         3 * 2 * 2 * config.num_hidden_layers * config.hidden_size * length**2 * 2
     )  # eager computes the masked half too
@@ -89,7 +89,7 @@ def test_operations_equal_those_that_torch_counts_in_a_real_step(tmp_path):
 
 def test_a_part_that_learns_costs_three_passes_and_a_frozen_one_that_gradients_pass_two(tmp_path):
     model, _ = tiny_model(tmp_path)
-    sizes = {"tokens": 10, "squares": 100, "supervised": 4, "images": 1}
+    sizes = {"tokens": 10, "squares": 100, "supervised": 4, "views": 1}
     full, through = flop_model(model, ["language_model"]), flop_model(model, ["connector"])
     assert full.step(**sizes).language_model / through.step(**sizes).language_model == pytest.approx(1.5, rel=0.02)
     learned = flop_model(model, ["language_model", "encoders.semantic"]).step(**sizes)
