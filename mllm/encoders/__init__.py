@@ -11,6 +11,9 @@ ENCODERS: Registry = Registry(
         "raw_patches": "mllm.encoders.raw_patches:RawPatches",
         "vary": "mllm.encoders.vary:VaryEncoder",
         "vggt": "mllm.encoders.vggt:VggtEncoder",
+        "biformer": "mllm.encoders.backbones.biformer:BiFormerEncoder",
+        "crossformer": "mllm.encoders.backbones.crossformer:CrossFormerEncoder",
+        "vssd": "mllm.encoders.backbones.vssd:VssdEncoder",
         "visual_tokenizer": "mllm.visual_tokenizers.reader:TokenizerEncoder",
     },
 )

@@ -16,12 +16,17 @@ from mllm.errors import ConfigError, UnknownName
 if TYPE_CHECKING:
     from mllm.encoders.base import EncoderConfig, VisionEncoder
 
-_FILE = Path(__file__).with_name("catalogue.yaml")
+_FILES = ("catalogue.yaml", "backbones/catalogue.yaml")
 
 
 @cache
 def _entries() -> dict[str, dict[str, Any]]:
-    return read_yaml(_FILE)
+    entries: dict[str, dict[str, Any]] = {}
+    for file in _FILES:
+        more = read_yaml(Path(__file__).parent / file)
+        assert not entries.keys() & more.keys(), f"{file} repeats {sorted(entries.keys() & more.keys())}"
+        entries |= more
+    return entries
 
 
 def catalogue() -> dict[str, dict[str, Any]]:

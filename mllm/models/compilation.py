@@ -14,7 +14,13 @@ def repeated_layers(module: nn.Module) -> list[nn.Module]:
     def walk(parent: nn.Module) -> None:
         for child in parent.children():
             rows = list(child.children()) if isinstance(child, (nn.ModuleList, nn.Sequential)) else []
-            if len(rows) >= 2 and len({type(layer) for layer in rows}) == 1 and any(True for _ in rows[0].children()):
+            is_list = any(isinstance(row, (nn.ModuleList, nn.ModuleDict)) for row in rows)  # never called: look inside
+            if (
+                len(rows) >= 2
+                and not is_list
+                and len({type(layer) for layer in rows}) == 1
+                and any(True for _ in rows[0].children())
+            ):
                 found.extend(rows)
             else:
                 walk(child)

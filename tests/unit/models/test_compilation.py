@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mllm.models.compilation import compile_layers
+from mllm.encoders.backbones.vssd import VssdEncoder
+from mllm.encoders.catalogue import build_encoder, encoder_config
+from mllm.models.compilation import compile_layers, repeated_layers
 from tests.helpers import tiny_model
 
 
@@ -40,3 +42,11 @@ def test_batches_of_many_sizes_need_few_graphs_and_change_nothing(tmp_path, monk
     torch._dynamo.reset()
     # Three kinds of layers, each for the first size and for any; transformers may break a layer in two graphs.
     assert 3 <= len(graphs) <= 14, len(graphs)
+
+
+def test_the_blocks_of_nested_stages_are_compiled_not_the_lists_that_hold_them():
+    """A list of lists is never called, so compiling its rows would do nothing."""
+    spec = {**VssdEncoder.tiny(), "depths": [1, 2, 3, 2]}
+    found = repeated_layers(build_encoder(encoder_config(spec, where="e")))
+    blocks = [layer for layer in found if type(layer).__name__ == "Block"]
+    assert len(blocks) == 7 and not any(isinstance(layer, nn.ModuleList | nn.ModuleDict) for layer in found)

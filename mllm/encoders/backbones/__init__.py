@@ -1,0 +1,1 @@
+"""Which research backbones are written here from their papers, one file per family?"""
