@@ -35,7 +35,7 @@ def _work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model = _Forked()
     learning = list(model.parameters())
-    reduction = OverlappedSum(learning, bucket_elements=8)
+    reduction = OverlappedSum(learning, alone_elements=4)  # weights by themselves, biases together
     for step in range(2):
         for parameter in learning:
             parameter.grad = None
@@ -48,6 +48,11 @@ def _work(rank: int, folder: str) -> None:
         reduction.finish()
         torch.save([p.grad.clone() for p in learning], f"{folder}/gradients-{step}-{rank}.pt")
     reduction.close()
+    half = nn.Parameter(torch.zeros(64, dtype=torch.bfloat16))
+    reduction = OverlappedSum([half], alone_elements=1)
+    half.grad = torch.randn(64, generator=torch.Generator().manual_seed(rank)).bfloat16()
+    reduction.finish()
+    torch.save(half.grad, f"{folder}/half-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -65,11 +70,19 @@ def test_two_processes_with_different_parts_equal_one(tmp_path: Path):
             assert torch.equal(first, second), name
             assert (first - wanted).abs().max() < 1e-5, name
             assert parameter.grad is not None or name.startswith("parts.2")
+    halves = [torch.randn(64, generator=torch.Generator().manual_seed(rank)).bfloat16() for rank in range(2)]
+    once = (halves[0].float() + halves[1].float()).bfloat16()  # two bf16 gradients: as in fp32, rounded once
+    assert all(torch.equal(torch.load(tmp_path / f"half-{rank}.pt"), once) for rank in range(2))
 
 
-@pytest.mark.parametrize("limit", [1, 20, 10**6])
-def test_buckets_hold_every_parameter_once_last_ones_first(limit):
-    parameters = [nn.Parameter(torch.zeros(n)) for n in (3, 40, 5, 7)]
-    buckets = _buckets(parameters, limit)
-    assert [p.numel() for bucket in buckets for p in bucket] == [7, 5, 40, 3]
-    assert all(sum(p.numel() for p in bucket[:-1]) < limit for bucket in buckets)
+@pytest.mark.parametrize("alone", [1, 20, 10**6])
+def test_buckets_hold_every_parameter_once_large_ones_alone_and_last_ones_first(alone):
+    parameters = [nn.Parameter(torch.zeros(n)) for n in (3, 40, 5, 70)]
+    buckets = _buckets(parameters, alone)
+    sizes = [[p.numel() for p in bucket] for bucket in buckets]
+    assert sizes == {1: [[70], [5], [40], [3]], 20: [[70], [40], [5, 3]], 10**6: [[70, 5, 40, 3]]}[alone]
+
+
+def test_two_types_share_no_copy():
+    parameters = [nn.Parameter(torch.zeros(3, dtype=d)) for d in (torch.float32, torch.bfloat16, torch.bfloat16)]
+    assert [len(bucket) for bucket in _buckets(parameters, 10)] == [2, 1]
