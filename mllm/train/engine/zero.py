@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mllm.distributed import end_group_with
 from mllm.errors import UnavailableError
 from mllm.install import install_hint
+from mllm.models.compilation import repeated_layers
 from mllm.recipe import StageSpec
 from mllm.train.engine import zero3
 from mllm.train.engine.base import Engine, EngineChoice, Fragment
@@ -88,8 +89,10 @@ class ZeroEngine(Engine):
         return [m for m in self.model.modules() if id(m) not in inside and m is not self.model]
 
     def _mark_leaves(self, deepspeed: Any) -> None:
-        """Modules whose submodules run on some processes only are gathered whole (attribute ``gathers_whole``)."""
-        leaves = {type(m) for m in self.model.modules() if getattr(m, "gathers_whole", False)}
+        """Each decoder layer is gathered and let go whole: hooks run once a layer, not once a module, and its weights travel
+        together. Not encoder blocks, which may run on some processes only."""
+        decoder = getattr(self.model, "get_decoder", lambda: None)()
+        leaves = {type(layer) for layer in repeated_layers(decoder)} if decoder is not None else set()
         if leaves:
             deepspeed.utils.set_z3_leaf_modules(self.model, list(leaves))
 
