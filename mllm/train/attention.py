@@ -8,13 +8,13 @@ kernel, on the CPU one SDPA call per sample.
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 from mllm.errors import UnavailableError
 
@@ -146,11 +146,8 @@ def _per_sample(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, **opt
     return torch.cat(parts, dim=2).transpose(1, 2).reshape(batch, length, heads, width)
 
 
-@lru_cache(maxsize=1)
-def _kernel_arguments() -> frozenset[str]:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return frozenset(inspect.signature(varlen_attn).parameters)
+_KERNEL_ARGUMENTS = frozenset(inspect.signature(varlen_attn).parameters)
+"""Read once and outside: compiled code would warn about a cache."""
 
 
 def _varlen_kernel(
@@ -167,11 +164,9 @@ def _varlen_kernel(
     dropout: float,
 ) -> Tensor:
     """torch's variable-length kernel over the flattened rows. Its signature changed between 2.11 and 2.13."""
-    from torch.nn.attention.varlen import varlen_attn
-
     if softcap is not None:
         raise UnavailableError(f"{NAME} has no logit soft cap on CUDA; train this model with attention: flex_attention")
-    known = _kernel_arguments()
+    known = _KERNEL_ARGUMENTS
     batch, heads, length, width = query.shape
     if longest is None:
         longest = length
