@@ -30,7 +30,9 @@ def parity(
         bool, typer.Option(help="For an adapter on the language model: let vLLM serve it beside the base, not merged.")
     ] = False,
     backend: Annotated[str, typer.Option(help="vLLM's model: auto, native or transformers.")] = "auto",
-    gpu_memory: Annotated[float | None, typer.Option(help="vLLM's share of GPU memory.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="What vLLM may take of the GPU's or machine's memory: 0.5, 50% or 8GB.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the result as JSON.")] = None,
 ) -> None:
     """Compare trainer-style forward, generate, merged adapter and vLLM: prompt, pixels, tokens, log probabilities.
@@ -59,7 +61,6 @@ def parity(
                 list(_open(image)),
             )
         ]
-    engine = {} if gpu_memory is None else {"gpu_memory_utilization": gpu_memory}
     differences, moved = run_parity(
         checkpoint,
         own,
@@ -69,7 +70,7 @@ def parity(
         device=device,
         vllm=vllm,
         model_impl={"native": "vllm"}.get(backend, backend),
-        engine=engine,
+        memory=memory,
         unmerged=unmerged,
     )
     console = Console()

@@ -34,9 +34,21 @@ def serve(
         typer.Option(help="Host whose pictures may be fetched by address (repeatable). Default: none, base64 only."),
     ] = None,
     tensor_parallel: Annotated[int, typer.Option(help="GPUs that share the language model.")] = 1,
-    gpu_memory: Annotated[float | None, typer.Option(help="Share of GPU memory to use.")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="What the engine may take of the GPU's memory (of the machine's without one): 0.5, 50% or 8GB. Default: "
+            "what is free, at most 92 % of a GPU; on a CPU a cache for all requests at once, at most half of what is free."
+        ),
+    ] = None,
     eager: Annotated[
         bool, typer.Option("--eager", help="No compilation and no CUDA graphs: starts sooner, answers slower.")
+    ] = False,
+    shutdown_timeout: Annotated[
+        float, typer.Option(help="Seconds that running requests have to finish after SIGTERM or Ctrl-C.")
+    ] = 25.0,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show what vLLM writes; else it goes to a log file.")
     ] = False,
     backend: Annotated[
         str, typer.Option(help="auto, native, or transformers (vLLM's Transformers modeling backend).")
@@ -78,8 +90,10 @@ def serve(
             "max_body_mb": max_body_mb,
             "media_domains": media_domain or [],
             "tensor_parallel": tensor_parallel,
-            "gpu_memory": gpu_memory,
+            "memory": memory,
             "eager": eager,
+            "shutdown_timeout": shutdown_timeout,
+            "verbose": verbose,
             "backend": backend,
             "lora": lora or [],
             "extra": list(context.args),

@@ -155,10 +155,12 @@ def run_parity(
     vllm: bool = True,
     model_impl: str = "auto",
     engine: Mapping[str, Any] | None = None,
+    memory: str | None = None,
     unmerged: bool = False,
 ) -> tuple[list[Difference], dict[str, float]]:
     """All paths of a checkpoint (or of a PEFT adapter folder: base with adapter, then merged) against `generate`.
 
+    memory: what vLLM may take, as ``--memory`` says it (`mllm.serve.memory`).
     unmerged: vLLM serves the base with the adapter beside it instead of the merged model; the adapter must then be on
     the language part alone.
     Returns the differences and what each encoder moves (`check_encoders_matter`).
@@ -201,7 +203,7 @@ def run_parity(
             torch.cuda.empty_cache()
         if vllm:
             ranks = {} if lora is None else {"enable_lora": True, "max_lora_rank": max(lora[1], 8)}
-            llm = open_vllm(served, dtype=dtype, model_impl=model_impl, **{**ranks, **(engine or {})})
+            llm = open_vllm(served, dtype=dtype, model_impl=model_impl, memory=memory, **{**ranks, **(engine or {})})
             hashes = vllm_pixels(llm, processor, cases) if model_impl != "transformers" else [None] * len(cases)
             for path, batch in (("vLLM one by one", False), ("vLLM batched, caches warm", True)):
                 traces = trace_vllm(llm, processor, cases, num_tokens=num_tokens, batch=batch, adapter=lora and lora[0])

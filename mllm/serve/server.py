@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import secrets
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +16,14 @@ from pydantic import Field
 
 from mllm.config import StrictModel
 from mllm.damage import naming_damage
-from mllm.errors import ConfigError, UnavailableError
+from mllm.errors import ConfigError, UnavailableError, did_you_mean
 from mllm.install import install_hint
 from mllm.models.image_generation.settings import VLLM_PROCESSOR
 from mllm.serve.http.admission import ENVIRONMENT, AdmissionSettings
 from mllm.serve.http.keys import CLIENTS
 from mllm.serve.images.requests import SCHEDULER, refusal
+from mllm.serve.memory import memory_arguments, need_of, seats_of
+from mllm.serve.supervisor import ENVIRONMENT as SUPERVISOR
 
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Widths of an attention head that vLLM's CPU kernels take (0.26 to 0.32); with another the engine dies at the first request."""
@@ -47,8 +51,13 @@ class ServeSettings(StrictModel):
     max_body_mb: float = Field(default=32.0, gt=0)
     media_domains: list[str] = Field(default_factory=list)
     tensor_parallel: int = Field(default=1, ge=1)
-    gpu_memory: float | None = Field(default=None, gt=0, le=1)
+    memory: str | None = None
+    """What the engine may take of the GPU's memory, or of the machine's without one: a share (0.5) or a size (8GB)."""
     eager: bool = False
+    shutdown_timeout: float = Field(default=25.0, ge=0)
+    """Seconds that running requests have to finish once the server is told to stop."""
+    verbose: bool = False
+    """Show what vLLM writes; else it goes to a log file."""
     backend: Literal["auto", "native", "transformers"] = "auto"
     lora: list[str] = Field(default_factory=list)
     """``name=folder`` of PEFT adapters on the language model, served unmerged."""
@@ -60,8 +69,8 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
 
     Raises `ConfigError` for a checkpoint that is not ours or settings that do not fit it.
     """
-    if any(option.split("=")[0] == "--api-key" for option in settings.extra):
-        raise ConfigError(f"--api-key would be readable in the list of processes; set {CLIENTS} in the environment")
+    check_extra(settings.extra)
+    _check_folder(settings.checkpoint)
     config, generation = _read(settings.checkpoint)
     router = config.router
     if settings.backend == "transformers" and router is not None:
@@ -86,8 +95,9 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         arguments += ["--tensor-parallel-size", str(settings.tensor_parallel)]
         if settings.backend != "transformers":
             arguments += ["--mm-encoder-tp-mode", "data"]  # every GPU has all encoders: they share the images
-    if settings.gpu_memory is not None:
-        arguments += ["--gpu-memory-utilization", str(settings.gpu_memory)]
+    seats = seats_of(settings.extra)
+    need = need_of(settings.checkpoint, config, dtype=settings.dtype, length=settings.max_model_len, seats=seats)
+    arguments += memory_arguments(need, settings.memory, settings.extra)[0]
     if settings.eager:
         arguments += ["--enforce-eager"]
     greedy = not generation.get("do_sample", False)
@@ -148,7 +158,76 @@ def serve(settings: ServeSettings) -> None:
     os.environ.update(environment)
     sys.stdout.flush()
     # The command, not the server's module: it alone starts several processes for HTTP and pictures (--api-server-count).
-    os.execv(sys.executable, [sys.executable, "-m", "mllm.serve.vllm.command", "serve", *arguments])
+    command = [sys.executable, "-m", "mllm.serve.vllm.command", "serve", *arguments]
+    os.environ[SUPERVISOR] = json.dumps(
+        {
+            "command": command,
+            "address": f"http://{_reachable(settings.host)}:{settings.port}",
+            "ready": _what_is_on(settings, environment, arguments, bool(api_key)),
+            "shutdown_timeout": settings.shutdown_timeout,
+            "verbose": settings.verbose,
+        }
+    )
+    os.execv(sys.executable, [sys.executable, "-m", "mllm.serve.supervisor"])
+
+
+def _reachable(host: str) -> str:
+    """Where this machine reaches a server that listens on ``host``."""
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+
+
+def _what_is_on(settings: ServeSettings, environment: dict[str, str], arguments: list[str], key: bool) -> str:
+    """The address, the limits and what is on, on one line."""
+    admission = AdmissionSettings.model_validate_json(environment[ENVIRONMENT])
+    said = [f"http://{_reachable(settings.host)}:{settings.port}/v1", f"model {admission.name}"]
+    said.append(f"{settings.max_images} pictures a request of {settings.max_pixels / 1e6:g} megapixels each")
+    if settings.max_model_len is not None:
+        said.append(f"{settings.max_model_len} tokens")
+    for option, text in (
+        ("--kv-cache-memory-bytes", "cache {:.1f} GiB"),
+        ("--gpu-memory-utilization", "{:.0%} of the GPU"),
+    ):
+        if option in arguments:
+            value = float(arguments[arguments.index(option) + 1])
+            said.append(text.format(value / 2**30 if "cache" in text else value))
+    if admission.router is not None:
+        said.append(f"{admission.router['type']} router over {', '.join(admission.router['experts'])}")
+    said += ["draws"] if admission.checkpoint else []
+    said += [f"{len(settings.lora)} adapters"] if settings.lora else []
+    said += [f"fetches from {', '.join(settings.media_domains)}"] if settings.media_domains else []
+    said.append("with a key" if key else "no key: everybody on this machine may ask")
+    return " · ".join(said)
+
+
+def check_extra(extra: list[str]) -> None:
+    """Raise `ConfigError` for an option that the installed vLLM does not have, before it takes half a minute to say so."""
+    known = _vllm_options()
+    for option in (o.split("=")[0] for o in extra if o.startswith("--") and o != "--"):
+        name = option.split(".")[0].replace("_", "-")
+        if name == "--api-key":
+            raise ConfigError(f"--api-key would be readable in the list of processes; set {CLIENTS} in the environment")
+        if len(known) > 100 and not any(one.startswith(name) for one in known):
+            raise ConfigError(f"{option}: neither mllm serve nor vLLM has this option{did_you_mean(name, known)}")
+
+
+def _vllm_options() -> set[str]:
+    """Options of ``vllm serve``, by its source (importing vLLM takes many seconds)."""
+    found: set[str] = set()
+    for text in _vllm_sources("engine/arg_utils.py", "entrypoints/**/cli_args.py", "entrypoints/cli/serve.py"):
+        found |= {name.replace("_", "-") for name in re.findall(r'"(--[a-z][a-z0-9_-]+)"', text)}
+        found |= {f"--{name.replace('_', '-')}" for name in re.findall(r"^    ([a-z][a-z0-9_]+): ", text, re.MULTILINE)}
+    return found | {f"--no-{name[2:]}" for name in found} | ({"--help"} if found else set())
+
+
+def _check_folder(checkpoint: str) -> None:
+    """Raise `ConfigError` for a path to nothing; a name like owner/model may still be on the hub."""
+    folder = Path(checkpoint).expanduser()
+    if folder.is_file():
+        raise ConfigError(f"{checkpoint}: a file; give the checkpoint's folder")
+    if not folder.exists() and (checkpoint.count("/") != 1 or checkpoint.startswith((".", "/", "~"))):
+        raise ConfigError(f"{checkpoint}: no such folder")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ConfigError(f"{checkpoint}: no checkpoint (the folder has no config.json)")
 
 
 def _read(checkpoint: str) -> tuple[Any, dict[str, Any]]:
@@ -161,8 +240,9 @@ def _read(checkpoint: str) -> tuple[Any, dict[str, Any]]:
         with naming_damage(checkpoint):
             config = AutoConfig.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
+        missing = "" if Path(checkpoint).exists() else "no such folder, and "
         raise ConfigError(
-            f"{checkpoint}: no checkpoint that can be read ({str(error).splitlines()[0][:200]})"
+            f"{checkpoint}: {missing}no checkpoint that can be read ({str(error).splitlines()[0][:200]})"
         ) from error
     if not isinstance(config, MllmConfig):
         raise ConfigError(
@@ -214,8 +294,15 @@ def _image_token(checkpoint: str) -> str:
 
 def _vllm_source_has(text: str, files: str) -> bool:
     """Whether the installed vLLM knows something, by its source (importing vLLM takes many seconds)."""
+    return any(text in source for source in _vllm_sources(files))
+
+
+def _vllm_sources(*patterns: str) -> Iterator[str]:
+    """Source files of the installed vLLM; none where it is not installed."""
     specification = importlib.util.find_spec("vllm")
     if specification is None or not specification.submodule_search_locations:
-        return False
+        return
     root = Path(next(iter(specification.submodule_search_locations)))
-    return any(text in path.read_text(encoding="utf-8", errors="replace") for path in root.glob(files))
+    for pattern in patterns:
+        for path in root.glob(pattern):
+            yield path.read_text(encoding="utf-8", errors="replace")

@@ -18,6 +18,7 @@ from mllm.models.routing import ANSWER_TOKENS
 from mllm.processing.chat import encode_text, question_text, render_prompt, routing_inputs
 from mllm.processing.template import messages_of
 from mllm.routers.build import build_router
+from mllm.serve.memory import engine_memory, need_of
 from mllm.types import IMAGE_MARK, Turn
 
 TOP = 5
@@ -142,9 +143,16 @@ def _top(logits: Tensor, token: int) -> dict[int, float]:
 
 
 def open_vllm(
-    checkpoint: str, *, dtype: str = "float32", model_impl: str = "auto", max_images: int = 5, **options: Any
+    checkpoint: str,
+    *,
+    dtype: str = "float32",
+    model_impl: str = "auto",
+    max_images: int = 5,
+    memory: str | None = None,
+    **options: Any,
 ) -> Any:
-    """A vLLM engine inside this process. Raises `UnavailableError` without vLLM."""
+    """A vLLM engine inside this process, in the memory that is free (``memory``: as ``--memory`` says it). Raises
+    `UnavailableError` without vLLM, `ConfigError` where it does not fit."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from transformers import AutoConfig
 
@@ -154,7 +162,11 @@ def open_vllm(
         raise UnavailableError(
             f"vLLM is not installed: {install_hint('serve')}, or with serve-cpu without a GPU"
         ) from None
+    config = AutoConfig.from_pretrained(checkpoint)
+    need = need_of(checkpoint, config, dtype=dtype, length=options.get("max_model_len"), seats=8)
+    given = [f"--{name.replace('_', '-')}" for name in options]
     settings: dict[str, Any] = {
+        **engine_memory(need, memory, given),
         "dtype": dtype,
         "model_impl": model_impl,
         "limit_mm_per_prompt": {"image": max_images},
@@ -162,7 +174,7 @@ def open_vllm(
         "enforce_eager": True,
         "seed": 0,
         "max_num_seqs": 8,
-        **({} if model_impl == "transformers" else vllm_options(AutoConfig.from_pretrained(checkpoint))),
+        **({} if model_impl == "transformers" else vllm_options(config)),
         **options,
     }
     return LLM(checkpoint, **settings)

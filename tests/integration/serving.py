@@ -37,7 +37,18 @@ def serving(checkpoint: str, log: Path, *options: str) -> Iterator[Any]:
     port = free_port()
     environment = {**os.environ, **VLLM_ON_CPU, "MLLM_API_KEY": KEY}
     command = [sys.executable, "-m", "mllm.cli.main", "serve", checkpoint, "--port", str(port), "--name", "tiny"]
-    command += ["--eager", "--dtype", "float32", *options, "--", "--block-size", "32", "--max-num-seqs", "8"]
+    command += [
+        "--eager",
+        "--dtype",
+        "float32",
+        "--verbose",
+        *options,
+        "--",
+        "--block-size",
+        "32",
+        "--max-num-seqs",
+        "8",
+    ]
     with log.open("wb") as out:
         process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
     client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, headers={"authorization": f"Bearer {KEY}"})

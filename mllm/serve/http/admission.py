@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import Field
 
 from mllm.config import StrictModel
+from mllm.serve.http.answering import Answer, send_json
 from mllm.serve.http.content import Content
 from mllm.serve.http.drawing import Drawings
 from mllm.serve.http.errors import Refused, error_body, shown
@@ -37,6 +38,7 @@ from mllm.serve.http.keys import Keys
 from mllm.serve.http.pictures import PictureRules, cache_salt, check_number, secret_of, write_pictures
 from mllm.serve.http.reading import read_json, write_json
 from mllm.serve.http.routes import ClientGone, FirstPassFailed, Routes, told
+from mllm.serve.http.state import ProcessState
 from mllm.serve.http.stats import read_statistics
 from mllm.serve.images.requests import NO_HEAD
 
@@ -52,6 +54,8 @@ _HEADERS = frozenset(
     b"endpoint-load-metrics-format".split()
 )
 """Headers of a request that the engine may see; others (a data-parallel rank, an adapter) would steer it."""
+_LEAVING, _RETRY = "the server is going away; send the request again", 5
+"""What a request is told that comes too late or does not finish, and after how many seconds it may come again."""
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._:\-]{1,128}$")
 _UNSALTED = (MESSAGES, COUNT, TOKENIZE, DETOKENIZE, DRAW)
 """Routes whose vLLM requests have no ``cache_salt``."""
@@ -97,8 +101,15 @@ class Admission:
     key of their own. With a ``language_model`` router, requests with images are answered in two passes (`Routes`).
     """
 
-    def __init__(self, app: Any, settings: AdmissionSettings | None = None, keys: Keys | None = None):
+    def __init__(
+        self,
+        app: Any,
+        settings: AdmissionSettings | None = None,
+        keys: Keys | None = None,
+        state: ProcessState | None = None,
+    ):
         self.app = app
+        self.state = state or ProcessState.of_environment()
         self.settings = settings or AdmissionSettings.model_validate_json(os.environ.get(ENVIRONMENT, "{}"))
         self.keys = keys or Keys.of_environment()
         self.routes = Routes(self.settings.router) if self.settings.router else None
@@ -125,6 +136,8 @@ class Admission:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, method = route_of(scope), scope["method"]
+        if path in OPEN and self.state.draining:
+            raise Refused(503, _LEAVING, retry_after=_RETRY)
         if method == "OPTIONS" or (path in OPEN and method in ("GET", "HEAD")):
             await self.app(scope, receive, send)
             return
@@ -134,7 +147,13 @@ class Admission:
         elif path in ROUTES or path in READ:
             if method != "POST" or path in READ:
                 raise Refused(405, f"{path} takes {'GET' if path in READ else 'POST'}, not {method}")
-            await self._work(path, owner, scope, receive, send)
+            if self.state.draining:
+                raise Refused(503, _LEAVING, retry_after=_RETRY)
+            self.state.enter()
+            try:
+                await self._until_ended(self._work, path, owner, scope, receive, send)
+            finally:
+                self.state.leave()
         else:
             self.keys.check_operator(owner, f"{method} {shown(path)}")
             await self.app(scope, receive, send)
@@ -146,6 +165,20 @@ class Admission:
             await send_json(send, 200, json.dumps(self.information()).encode())
         else:
             await self.app(scope, receive, send)
+
+    async def _until_ended(self, work: Any, path: str, owner: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Do the work; when the server goes away first, end the answer with an error."""
+        answer = Answer(send)
+        working = asyncio.create_task(work(path, owner, scope, receive, answer.send))
+        ended = asyncio.create_task(self.state.ended())
+        try:
+            await asyncio.wait({working, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            await answer.end(503, _LEAVING)
+        finally:
+            working.cancel()
+            ended.cancel()
 
     async def _work(self, path: str, owner: str, scope: Scope, receive: Receive, send: Send) -> None:
         """A request that makes the engine work."""
@@ -282,19 +315,6 @@ def engine_of(scope: Scope) -> Any:
     if client is None:
         raise Refused(404, "this server has no engine")
     return client
-
-
-async def send_json(send: Send, status: int, body: bytes, retry_after: int | None = None) -> None:
-    """A whole JSON answer."""
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if status in (408, 413):
-        headers.append((b"connection", b"close"))
-    if status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    if retry_after is not None:
-        headers.append((b"retry-after", str(retry_after).encode()))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -9,7 +9,7 @@ import torch
 
 from mllm.errors import ConfigError
 from mllm.serve.http.admission import ENVIRONMENT, AdmissionSettings
-from mllm.serve.server import NO_DOMAIN, ServeSettings, plan, serve
+from mllm.serve.server import NO_DOMAIN, ServeSettings, _what_is_on, plan, serve
 from tests.helpers import TINY_CLIP, TINY_LLM, TINY_TIMM, tiny_model
 
 ROUTED = {
@@ -106,6 +106,36 @@ def test_an_open_port_needs_a_key(checkpoints, monkeypatch):
 def test_what_is_no_checkpoint_of_ours_is_named(tmp_path):
     with pytest.raises(ConfigError, match="no checkpoint"):
         plan(ServeSettings(checkpoint=str(tmp_path)))
+    for missing in (str(tmp_path / "none"), "./none", "none", "runs/demo/none"):
+        with pytest.raises(ConfigError, match="no such folder"):
+            plan(ServeSettings(checkpoint=missing))
+
+
+def test_a_misspelt_option_of_vllms_is_refused_before_vllm_is_imported(checkpoints):
+    pytest.importorskip("vllm")
+    for extra in (["--max-num-seq-s", "3"], ["--enable-prefx-caching"], ["--api-key", "x"]):
+        with pytest.raises(ConfigError, match=extra[0]):
+            plan(ServeSettings(checkpoint=checkpoints["plain"], extra=extra))
+    known = [
+        "--max_num_seqs=3",
+        "--no-enable-prefix-caching",
+        "--compilation-config.mode",
+        "0",
+        "--uvicorn-log-level",
+        "x",
+    ]
+    plan(ServeSettings(checkpoint=checkpoints["plain"], extra=known))
+
+
+def test_the_cache_is_given_before_the_start(checkpoints, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    arguments, environment = plan(ServeSettings(checkpoint=checkpoints["plain"], extra=["--max-num-seqs", "2"]))
+    assert 0 < int(value_of(arguments, "--kv-cache-memory-bytes")) < 2**30
+    line = _what_is_on(ServeSettings(checkpoint=checkpoints["plain"]), environment, arguments, key=False)
+    assert "http://127.0.0.1:8000/v1" in line and "cache 0." in line and "no key" in line
+    with pytest.raises(ConfigError, match="are free"):
+        plan(ServeSettings(checkpoint=checkpoints["plain"], memory="900GB"))
 
 
 def test_heads_that_the_cpu_kernels_do_not_take_are_refused_before_the_start(tmp_path, monkeypatch):

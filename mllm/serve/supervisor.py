@@ -1,0 +1,185 @@
+"""What does an operator see of a server, and how does it end? A small process that starts vLLM's, and outlives it.
+
+It shows one line when the server is ready and why it died when it does; everything that vLLM says goes to a log file. On
+SIGTERM or SIGINT the server is not ready at once, running requests finish or are told, and the exit code is 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from mllm.serve.http.state import FOLDER, ServerState
+
+ENVIRONMENT = "MLLM_SUPERVISOR"
+"""Environment variable with `Supervisor`'s arguments as JSON."""
+_ERROR = re.compile(r"\b([A-Z]\w*(?:Error|Exception)): (.{1,500})")
+_FOLLOWS = re.compile(r"Engine core initialization failed|See stack trace above|EngineDeadError|EngineCore encountered")
+_MOST_LOG, _MOST_ERRORS = 20 * 2**20, 10
+_LEAVING = 20.0
+"""Seconds that vLLM's processes have to end once they were told."""
+_PR_SET_PDEATHSIG = 1
+
+
+class Supervisor:
+    """command: vLLM's server; address: where it answers; ready: the line to show then; shutdown_timeout: seconds that
+    running requests have to finish; verbose: show vLLM's own output."""
+
+    def __init__(self, command: list[str], address: str, ready: str, shutdown_timeout: float, verbose: bool):
+        self.command, self.address, self.ready = command, address.rstrip("/"), ready
+        self.shutdown_timeout, self.verbose = shutdown_timeout, verbose
+        self.state = ServerState.make()
+        self.log = Path(f"{self.state.folder}.log")
+        self.cause = ""
+        self.tail: deque[str] = deque(maxlen=20)
+        self.is_ready = threading.Event()
+        self.stopping = threading.Event()
+        self._errors: deque[float] = deque(maxlen=_MOST_ERRORS)
+        self._process: subprocess.Popen[str] | None = None
+
+    def run(self) -> int:
+        """Start the server and stay until it has ended. Returns the exit code: 0 when it was told to stop."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._told)
+        started = time.monotonic()
+        _say(f"starting; vLLM needs half a minute to a few minutes, and writes to {self.log}")
+        self._process = process = subprocess.Popen(
+            self.command,
+            env={**os.environ, FOLDER: str(self.state.folder)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
+        reader = threading.Thread(target=self._read, args=(process.stdout,), daemon=True)
+        reader.start()
+        threading.Thread(target=self._wait_until_ready, args=(started,), daemon=True).start()
+        try:
+            while process.poll() is None and not self.stopping.wait(0.2):
+                pass
+            if self.stopping.is_set() and process.poll() is None:
+                self._stop(process)
+            reader.join(2)
+            if self.stopping.is_set():
+                _say("stopped")
+                return 0
+            self._explain(process.returncode)
+            return process.returncode if 0 < process.returncode < 128 else 1
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            shutil.rmtree(self.state.folder, ignore_errors=True)
+
+    def _told(self, *_: Any) -> None:
+        """The first signal drains; a second one does not wait any longer."""
+        if self.stopping.is_set():
+            self.shutdown_timeout = 0.0
+        self.state.drain()
+        self.stopping.set()
+
+    def _stop(self, process: subprocess.Popen[str]) -> None:
+        running = self.state.running()
+        if running:
+            _say(f"stopping: {running} running, at most {self.shutdown_timeout:g} s; new requests get 503")
+        started = time.monotonic()
+        while self.state.running() and process.poll() is None and time.monotonic() - started < self.shutdown_timeout:
+            time.sleep(0.1)
+        if self.state.running():
+            _say(f"ending {self.state.running()} that did not finish")
+            self.state.end()
+            self._until(lambda: not self.state.running() or process.poll() is not None, 5.0)
+        time.sleep(0.1)  # the last bytes of the last answer
+        process.terminate()
+        self._until(lambda: process.poll() is not None, _LEAVING)
+
+    def _until(self, done: Any, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not done() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def _read(self, lines: Any) -> None:
+        """Keep what vLLM says in the log file, and show of it what an operator must see."""
+        size = 0
+        file = self.log.open("w", encoding="utf-8")
+        for line in lines:
+            if size > _MOST_LOG:
+                file.close()
+                self.log.replace(f"{self.log}.1")
+                file, size = self.log.open("w", encoding="utf-8"), 0
+            size += file.write(line)
+            file.flush()
+            self.tail.append(line.rstrip()[:500])
+            found = _ERROR.search(line)
+            if found and not self.cause and not _FOLLOWS.search(line):
+                self.cause = f"{found.group(1)}: {found.group(2).strip()}"
+            if self.verbose:
+                sys.stderr.write(line)
+            elif found and self.is_ready.is_set() and not self.stopping.is_set():
+                self._show_error(found.group(0))
+        file.close()
+
+    def _show_error(self, text: str) -> None:
+        """Ten errors a minute; the rest are in the log."""
+        now = time.monotonic()
+        if len(self._errors) == _MOST_ERRORS and now - self._errors[0] < 60:
+            return
+        self._errors.append(now)
+        _say(text[:300])
+
+    def _wait_until_ready(self, started: float) -> None:
+        while not self.stopping.is_set() and self._process is not None and self._process.poll() is None:
+            if self._answers():
+                self.cause = ""
+                self.is_ready.set()
+                _say(f"ready after {time.monotonic() - started:.0f} s: {self.ready}")
+                return
+            time.sleep(0.5)
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.address}/health", timeout=5) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+    def _explain(self, code: int) -> None:
+        when = "died" if self.is_ready.is_set() else "did not start"
+        _say(f"error: the server {when} (status {code}): {self.cause or 'no error was written; the last lines were:'}")
+        if not self.cause:
+            sys.stderr.write("".join(f"  {line}\n" for line in self.tail))
+        _say(f"everything it wrote is in {self.log}")
+
+
+def _end_with_parent() -> None:
+    """vLLM must not outlive this process, whatever ends it (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"mllm serve: {text}\n")
+    sys.stderr.flush()
+
+
+def main() -> None:
+    """Supervise what the environment names."""
+    sys.exit(Supervisor(**json.loads(os.environ.pop(ENVIRONMENT))).run())
+
+
+if __name__ == "__main__":
+    main()
