@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import Field
 
 from mllm.config import StrictModel
-from mllm.serve.http.answering import Answer, send_json
+from mllm.serve.http.answering import Answer, appending, respond, uncompressed
 from mllm.serve.http.content import Content
 from mllm.serve.http.drawing import Drawings
 from mllm.serve.http.errors import Refused, error_body, shown
@@ -26,6 +26,7 @@ from mllm.serve.http.fields import (
     DRAW,
     INFORMATION,
     MESSAGES,
+    METRICS,
     OPEN,
     READ,
     ROUTES,
@@ -35,6 +36,7 @@ from mllm.serve.http.fields import (
     admitted_fields,
 )  # fmt: skip
 from mllm.serve.http.keys import Keys
+from mllm.serve.http.metrics import count_drawings, count_experts, count_pictures, count_refusal, encoder_metrics
 from mllm.serve.http.pictures import PictureRules, cache_salt, check_number, secret_of, write_pictures
 from mllm.serve.http.reading import read_json, write_json
 from mllm.serve.http.routes import ClientGone, FirstPassFailed, Routes, told
@@ -128,9 +130,12 @@ class Admission:
         try:
             await self._answer(scope, receive, send)
         except Refused as refusal:
-            await send_json(send, refusal.status, error_body(refusal.status, str(refusal)), refusal.retry_after)
+            path = route_of(scope)
+            count_refusal(refusal.status, path if path in ROUTES or path in READ else "other")
+            body = error_body(refusal.status, str(refusal))
+            await respond(self.app, scope, receive, send, refusal.status, body, refusal.retry_after)
         except FirstPassFailed as failure:
-            await send_json(send, failure.status, failure.body)
+            await respond(self.app, scope, receive, send, failure.status, failure.body)
         except ClientGone:
             return
 
@@ -160,11 +165,22 @@ class Admission:
 
     async def _read(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         if path == STATISTICS:
-            await send_json(send, 200, json.dumps({"workers": await read_statistics(engine_of(scope))}).encode())
+            body = json.dumps({"workers": await read_statistics(engine_of(scope))}).encode()
+            await respond(self.app, scope, receive, send, 200, body)
         elif path == INFORMATION:
-            await send_json(send, 200, json.dumps(self.information()).encode())
+            await respond(self.app, scope, receive, send, 200, json.dumps(self.information()).encode())
+        elif path == METRICS:
+            await self.app(uncompressed(scope), receive, await self._with_encoders(scope, send))
         else:
             await self.app(scope, receive, send)
+
+    async def _with_encoders(self, scope: Scope, send: Send) -> Send:
+        """Append what the encoders did to vLLM's metrics."""
+        try:
+            more = encoder_metrics(await read_statistics(engine_of(scope), timeout=2.0)).encode()
+        except Exception:  # an engine that is busy or dead: vLLM's own metrics say so
+            more = b""
+        return appending(send, more)
 
     async def _until_ended(self, work: Any, path: str, owner: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Do the work; when the server goes away first, end the answer with an error."""
@@ -175,7 +191,7 @@ class Admission:
             await asyncio.wait({working, ended}, return_when=asyncio.FIRST_COMPLETED)
             if working.done():
                 return working.result()
-            await answer.end(503, _LEAVING)
+            await answer.end(Refused(503, _LEAVING, retry_after=_RETRY))
         finally:
             working.cancel()
             ended.cancel()
@@ -186,13 +202,17 @@ class Admission:
         data = await self.admit(path, read_json(scope["headers"], raw), owner)
         if path == DRAW:
             request = self.drawings.request(data)
-            await send_json(send, 200, await self.drawings.draw(engine_of(scope), request, receive))
+            drawn = await self.drawings.draw(engine_of(scope), request, receive)
+            count_drawings(request.n)
+            await respond(self.app, scope, receive, send, 200, drawn)
             return
         inner = handed_on(scope, path)
         weights = (data.get("mm_processor_kwargs") or {}).get("experts")
         if path == CHAT and weights is None and self.routes is not None and self.routes.needed(data):
             weights = await self.routes.decide(self.app, inner, data, receive)
             data["mm_processor_kwargs"] = {"experts": weights}
+        if weights is not None:
+            count_experts(weights)
         body = write_json(data)
         await self.app(with_length(inner, len(body)), _replay(body, receive), _announcing(send, weights))
 
@@ -226,6 +246,7 @@ class Admission:
         check_number(content.pictures, self.rules)
         if content.pictures:
             await asyncio.to_thread(write_pictures, content.pictures, self.rules, secret)
+        count_pictures(len(content.pictures), path)
         self._check_prompt(made.get("prompt"))
         if path in (COMPLETIONS, CHAT):
             self._defaults(made)

@@ -12,11 +12,11 @@ from mllm.serve.http.errors import Refused, shown
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 TOKENIZE, DETOKENIZE, DRAW = "/tokenize", "/detokenize", "/v1/images/generations"
-STATISTICS, INFORMATION = "/mllm/stats", "/mllm/info"
+STATISTICS, INFORMATION, METRICS = "/mllm/stats", "/mllm/info", "/metrics"
 OPEN = frozenset({"/health", "/ping"})
 """Answered without a key, so that a load balancer needs none."""
 READ = OPEN | {
-    STATISTICS, INFORMATION, "/v1/models", "/metrics", "/version", "/load", "/openapi.json", "/docs", "/redoc",
+    STATISTICS, INFORMATION, "/v1/models", METRICS, "/version", "/load", "/openapi.json", "/docs", "/redoc",
     "/docs/oauth2-redirect",
 }  # fmt: skip
 """GET routes for every client; any other is the operator's."""

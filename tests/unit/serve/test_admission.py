@@ -634,3 +634,41 @@ def test_the_drawing_requests_of_the_server_cannot_be_written_by_a_client():
     app = Echo()
     answer = ask(app, {"messages": [], "vllm_xargs": {"mllm_drawing": "x"}})
     assert answer.status_code == 400 and "vllm_xargs" in answer.json()["error"]["message"]
+
+
+def test_answers_of_the_servers_own_pass_the_middleware_of_its_app_and_are_counted():
+    fastapi, prometheus = pytest.importorskip("fastapi"), pytest.importorskip("prometheus_client")
+    from starlette.middleware.cors import CORSMiddleware
+
+    app = fastapi.FastAPI()
+    app.add_middleware(CORSMiddleware, allow_origins=["https://page.example"])
+    app.add_middleware(Admission, settings=AdmissionSettings(), keys=Keys(["secret"]))
+    app.add_api_route("/metrics", lambda: fastapi.Response("vllm 1\n", media_type="text/plain"))
+
+    async def workers(*_, **__):
+        return [{"semantic": {"images": 3, "seconds": 0.5}}]
+
+    app.state.engine_client = type("Engine", (), {"collective_rpc": workers})()
+    key = {"authorization": "Bearer secret"}
+
+    async def go():
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            page = {"origin": "https://page.example"}
+            return [
+                await client.post("/v1/chat/completions", json=chat(), headers=page),
+                await client.post("/v1/chat/completions", json=chat(nothing=1), headers={**key, **page}),
+                await client.get("/mllm/info", headers={**key, **page}),
+                await client.get("/mllm/answer", headers=key),
+                await client.get("/metrics", headers=key),
+            ]
+
+    count = lambda: prometheus.REGISTRY.get_sample_value(  # noqa: E731
+        "mllm_refused_requests_total", {"reason": "key", "route": "/v1/chat/completions"}
+    )
+    before = count() or 0
+    answers = asyncio.run(go())
+    assert [answer.status_code for answer in answers] == [401, 400, 200, 404, 200]
+    assert all(answer.headers["access-control-allow-origin"] == "https://page.example" for answer in answers[:3])
+    assert count() == before + 1
+    assert answers[4].text.startswith("vllm 1\n") and 'images_total{part="semantic",worker="0"} 3' in answers[4].text
