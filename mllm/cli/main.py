@@ -14,6 +14,7 @@ from mllm.cli import (
     app as web_app,
 )
 from mllm.cli import (
+    batch,
     chat,
     check,
     convert,
@@ -86,6 +87,7 @@ for module in (
     chat,
     draw,
     serve,
+    batch,
     web_app,
     parity,
     data,

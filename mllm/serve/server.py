@@ -105,6 +105,10 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         arguments += ["--override-generation-config", json.dumps({"temperature": 0.0})]
     if routed and _vllm_source_has("trust_request_mm_kwargs", "entrypoints/**/cli_args.py"):
         arguments += ["--trust-request-mm-kwargs"]  # nothing but checked experts is admitted
+    if not any(option.startswith("--structured-outputs-config") for option in settings.extra):
+        # Between the parts of a JSON answer a small model may write white space to the end of its tokens.
+        compact = {"backend": "xgrammar", "disable_any_whitespace": True}
+        arguments += ["--structured-outputs-config", json.dumps(compact)]
     cannot_draw = _cannot_draw(config, settings)
     if config.visual_head is not None and settings.backend != "transformers":
         arguments += ["--logits-processors", VLLM_PROCESSOR]
@@ -131,6 +135,7 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         ENVIRONMENT: admission.model_dump_json(),
         "VLLM_MAX_IMAGE_PIXELS": str(settings.max_pixels),
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+        "VLLM_IMAGE_FETCH_TIMEOUT": os.environ.get("VLLM_IMAGE_FETCH_TIMEOUT", "5"),
         "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": str(max(1, int(settings.max_body_mb))),
         "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
     }
