@@ -71,6 +71,9 @@ def serve(
         if not (place := adapter.partition("=")[2]):
             raise ConfigError(f"--lora {adapter}: expected name=folder")
         arguments.folder_of(Path(place), "a PEFT adapter", "adapter_config.json")
+    from mllm.serve.options import check_extra
+
+    check_extra(list(context.args))
     from mllm.config import validate
     from mllm.serve.server import ServeSettings
     from mllm.serve.server import serve as start

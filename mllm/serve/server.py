@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 import secrets
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +14,14 @@ from pydantic import Field
 
 from mllm.config import StrictModel
 from mllm.damage import naming_damage
-from mllm.errors import ConfigError, UnavailableError, did_you_mean
+from mllm.errors import ConfigError, UnavailableError
 from mllm.install import install_hint
 from mllm.models.image_generation.settings import VLLM_PROCESSOR
 from mllm.serve.http.admission import ENVIRONMENT, AdmissionSettings
 from mllm.serve.http.keys import CLIENTS
 from mllm.serve.images.requests import SCHEDULER, refusal
 from mllm.serve.memory import memory_arguments, need_of, seats_of
+from mllm.serve.options import check_extra, check_folder, vllm_source_has
 from mllm.serve.supervisor import ENVIRONMENT as SUPERVISOR
 
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -70,7 +69,7 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
     Raises `ConfigError` for a checkpoint that is not ours or settings that do not fit it.
     """
     check_extra(settings.extra)
-    _check_folder(settings.checkpoint)
+    check_folder(settings.checkpoint)
     config, generation = _read(settings.checkpoint)
     router = config.router
     if settings.backend == "transformers" and router is not None:
@@ -103,7 +102,7 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
     greedy = not generation.get("do_sample", False)
     if greedy:  # vLLM reads temperatures, but not do_sample: greedy must be said
         arguments += ["--override-generation-config", json.dumps({"temperature": 0.0})]
-    if routed and _vllm_source_has("trust_request_mm_kwargs", "entrypoints/**/cli_args.py"):
+    if routed and vllm_source_has("trust_request_mm_kwargs", "entrypoints/**/cli_args.py"):
         arguments += ["--trust-request-mm-kwargs"]  # nothing but checked experts is admitted
     if not any(option.startswith("--structured-outputs-config") for option in settings.extra):
         # Between the parts of a JSON answer a small model may write white space to the end of its tokens.
@@ -204,37 +203,6 @@ def _what_is_on(settings: ServeSettings, environment: dict[str, str], arguments:
     return " · ".join(said)
 
 
-def check_extra(extra: list[str]) -> None:
-    """Raise `ConfigError` for an option that the installed vLLM does not have, before it takes half a minute to say so."""
-    known = _vllm_options()
-    for option in (o.split("=")[0] for o in extra if o.startswith("--") and o != "--"):
-        name = option.split(".")[0].replace("_", "-")
-        if name == "--api-key":
-            raise ConfigError(f"--api-key would be readable in the list of processes; set {CLIENTS} in the environment")
-        if len(known) > 100 and not any(one.startswith(name) for one in known):
-            raise ConfigError(f"{option}: neither mllm serve nor vLLM has this option{did_you_mean(name, known)}")
-
-
-def _vllm_options() -> set[str]:
-    """Options of ``vllm serve``, by its source (importing vLLM takes many seconds)."""
-    found: set[str] = set()
-    for text in _vllm_sources("engine/arg_utils.py", "entrypoints/**/cli_args.py", "entrypoints/cli/serve.py"):
-        found |= {name.replace("_", "-") for name in re.findall(r'"(--[a-z][a-z0-9_-]+)"', text)}
-        found |= {f"--{name.replace('_', '-')}" for name in re.findall(r"^    ([a-z][a-z0-9_]+): ", text, re.MULTILINE)}
-    return found | {f"--no-{name[2:]}" for name in found} | ({"--help"} if found else set())
-
-
-def _check_folder(checkpoint: str) -> None:
-    """Raise `ConfigError` for a path to nothing; a name like owner/model may still be on the hub."""
-    folder = Path(checkpoint).expanduser()
-    if folder.is_file():
-        raise ConfigError(f"{checkpoint}: a file; give the checkpoint's folder")
-    if not folder.exists() and (checkpoint.count("/") != 1 or checkpoint.startswith((".", "/", "~"))):
-        raise ConfigError(f"{checkpoint}: no such folder")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ConfigError(f"{checkpoint}: no checkpoint (the folder has no config.json)")
-
-
 def _read(checkpoint: str) -> tuple[Any, dict[str, Any]]:
     """Config of ours and generation settings of a checkpoint."""
     from transformers import AutoConfig, GenerationConfig
@@ -295,19 +263,3 @@ def _image_token(checkpoint: str) -> str:
 
     with naming_damage(checkpoint):
         return AutoProcessor.from_pretrained(checkpoint).image_token
-
-
-def _vllm_source_has(text: str, files: str) -> bool:
-    """Whether the installed vLLM knows something, by its source (importing vLLM takes many seconds)."""
-    return any(text in source for source in _vllm_sources(files))
-
-
-def _vllm_sources(*patterns: str) -> Iterator[str]:
-    """Source files of the installed vLLM; none where it is not installed."""
-    specification = importlib.util.find_spec("vllm")
-    if specification is None or not specification.submodule_search_locations:
-        return
-    root = Path(next(iter(specification.submodule_search_locations)))
-    for pattern in patterns:
-        for path in root.glob(pattern):
-            yield path.read_text(encoding="utf-8", errors="replace")

@@ -1,0 +1,63 @@
+"""Is what was typed after ``mllm serve`` right? Asked before anything heavy is imported, which takes half a minute."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from mllm.errors import ConfigError, did_you_mean
+from mllm.serve.http.keys import CLIENTS
+
+
+def check_extra(extra: list[str]) -> None:
+    """Raise `ConfigError` for an option that the installed vLLM does not have, before it takes half a minute to say so."""
+    known = _vllm_options()
+    for option in (o.split("=")[0] for o in extra if o.startswith("--") and o != "--"):
+        name = option.split(".")[0].replace("_", "-")
+        if name == "--api-key":
+            raise ConfigError(f"--api-key would be readable in the list of processes; set {CLIENTS} in the environment")
+        if len(known) > 100 and not any(one.startswith(name) for one in known):
+            raise ConfigError(f"{option}: neither mllm serve nor vLLM has this option{did_you_mean(name, known)}")
+
+
+def _vllm_options() -> set[str]:
+    """Options of ``vllm serve``, by its source (importing vLLM takes many seconds)."""
+    found: set[str] = set()
+    for text in _vllm_sources("engine/arg_utils.py", "entrypoints/**/cli_args.py", "entrypoints/cli/serve.py"):
+        found |= {name.replace("_", "-") for name in re.findall(r'"(--[a-z][a-z0-9_-]+)"', text)}
+        found |= {f"--{name.replace('_', '-')}" for name in re.findall(r"^    ([a-z][a-z0-9_]+): ", text, re.MULTILINE)}
+    return found | {f"--no-{name[2:]}" for name in found} | ({"--help"} if found else set())
+
+
+def check_folder(checkpoint: str, *files: str) -> None:
+    """Raise `ConfigError` for a path to nothing or to no checkpoint; a name like owner/model may still be on the hub.
+
+    files: one of which makes a folder a checkpoint; default: config.json.
+    """
+    folder = Path(checkpoint).expanduser()
+    if folder.is_file():
+        raise ConfigError(f"{checkpoint}: a file; give the checkpoint's folder")
+    remote = checkpoint.count("/") == 1 and not checkpoint.startswith((".", "/", "~")) and not folder.parent.is_dir()
+    if not folder.exists() and not remote:
+        raise ConfigError(f"{checkpoint}: no such folder")
+    files = files or ("config.json",)
+    if folder.is_dir() and not any((folder / name).is_file() for name in files):
+        raise ConfigError(f"{checkpoint}: no checkpoint (the folder has no {' or '.join(files)})")
+
+
+def vllm_source_has(text: str, files: str) -> bool:
+    """Whether the installed vLLM knows something, by its source (importing vLLM takes many seconds)."""
+    return any(text in source for source in _vllm_sources(files))
+
+
+def _vllm_sources(*patterns: str) -> Iterator[str]:
+    """Source files of the installed vLLM; none where it is not installed."""
+    specification = importlib.util.find_spec("vllm")
+    if specification is None or not specification.submodule_search_locations:
+        return
+    root = Path(next(iter(specification.submodule_search_locations)))
+    for pattern in patterns:
+        for path in root.glob(pattern):
+            yield path.read_text(encoding="utf-8", errors="replace")
