@@ -18,7 +18,7 @@ from mllm.errors import ConfigError, UnavailableError
 from mllm.install import install_hint
 from mllm.models.image_generation.settings import VLLM_PROCESSOR
 from mllm.serve.http.admission import ENVIRONMENT, AdmissionSettings
-from mllm.serve.http.keys import CLIENTS
+from mllm.serve.http.keys import CLIENTS, LOOPBACK
 from mllm.serve.images.requests import SCHEDULER, refusal
 from mllm.serve.memory import memory_arguments, need_of, seats_of
 from mllm.serve.options import check_extra, check_folder, vllm_source_has
@@ -104,6 +104,8 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         arguments += ["--override-generation-config", json.dumps({"temperature": 0.0})]
     if routed and vllm_source_has("trust_request_mm_kwargs", "entrypoints/**/cli_args.py"):
         arguments += ["--trust-request-mm-kwargs"]  # nothing but checked experts is admitted
+    if not any(option.startswith("--allowed-origins") for option in settings.extra):
+        arguments += ["--allowed-origins", "[]"]
     if not any(option.startswith("--structured-outputs-config") for option in settings.extra):
         # Between the parts of a JSON answer a small model may write white space to the end of its tokens.
         compact = {"backend": "xgrammar", "disable_any_whitespace": True}
@@ -123,6 +125,7 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         image_token=_image_token(settings.checkpoint),
         image_token_id=config.image_token_id,
         greedy=greedy,
+        loopback=not api_key and settings.host in LOOPBACK,
         router=router,
         checkpoint=None if cannot_draw else settings.checkpoint,
         cannot_draw=cannot_draw,
@@ -151,7 +154,7 @@ def serve(settings: ServeSettings) -> None:
     os.environ.pop("VLLM_API_KEY", None)  # vLLM would check one key itself, on some of the routes only
     arguments, environment = plan(settings, api_key)
     _check_heads(settings.checkpoint)
-    if not api_key and settings.host not in ("127.0.0.1", "localhost", "::1"):
+    if not api_key and settings.host not in LOOPBACK:
         raise ConfigError(
             f"--host {settings.host} is reachable from outside: set a key in the environment variable {CLIENTS}"
         )

@@ -35,7 +35,7 @@ from mllm.serve.http.fields import (
     TOKENIZE,
     admitted_fields,
 )  # fmt: skip
-from mllm.serve.http.keys import Keys
+from mllm.serve.http.keys import Keys, check_host
 from mllm.serve.http.metrics import count_drawings, count_experts, count_pictures, count_refusal, encoder_metrics
 from mllm.serve.http.pictures import PictureRules, cache_salt, check_number, secret_of, write_pictures
 from mllm.serve.http.reading import read_json, write_json
@@ -89,6 +89,9 @@ class AdmissionSettings(StrictModel):
     """The served model's name."""
     salt: str = Field(default_factory=lambda: secrets.token_hex(16), min_length=1)
     """What cache names are made with; servers that share a cache share it."""
+    loopback: bool = False
+    """Whether only names of this machine are answered: a server without a key, which a web page could else reach by a name
+    of its own that leads here."""
     greedy: bool = False
     """Whether the server answers greedily where no temperature is asked for."""
 
@@ -146,6 +149,8 @@ class Admission:
         if method == "OPTIONS" or (path in OPEN and method in ("GET", "HEAD")):
             await self.app(scope, receive, send)
             return
+        if self.settings.loopback:
+            check_host(scope["headers"])
         owner = self.keys.owner(scope["headers"])
         if method in ("GET", "HEAD") and (path in READ or path.startswith(STATIC)):
             await self._read(path, scope, receive, send)

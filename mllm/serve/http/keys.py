@@ -11,6 +11,7 @@ from mllm.serve.http.errors import Refused
 
 CLIENTS, OPERATOR = "MLLM_API_KEY", "MLLM_ADMIN_KEY"
 """Environment variables: the clients' keys (several by comma), and the key of the operator's routes."""
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 _MISSING = "the API key is missing or wrong (header Authorization: Bearer <key>, or x-api-key: <key>)"
 
 
@@ -49,6 +50,15 @@ class Keys:
         if self.operator is None:
             raise Refused(404, f"{what} is not served (the engine's own routes need a key in {OPERATOR} at the start)")
         raise Refused(404, f"{what} is not served, or to the operator only")
+
+
+def check_host(headers: Iterable[tuple[bytes, bytes]]) -> None:
+    """Raise `Refused` for a request to another name than this machine's own."""
+    hosts = [value.decode("latin-1") for name, value in headers if name.lower() == b"host"]
+    for host in hosts:
+        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+        if name.lower() not in LOOPBACK:
+            raise Refused(403, f"a server without a key answers to localhost only; set {CLIENTS} to serve other names")
 
 
 def _given(headers: Iterable[tuple[bytes, bytes]]) -> Iterable[bytes]:

@@ -611,6 +611,12 @@ def test_a_client_that_leaves_during_the_first_pass_ends_it():
     assert seen == [{"routing_pass": True}] * 2 + ["http.disconnect"] * 2
 
 
+def test_a_server_without_a_key_answers_to_this_machines_names_only():
+    for host, status in (("localhost:8000", 200), ("127.0.0.1", 200), ("[::1]:8000", 200), ("page.example", 403)):
+        assert ask(Echo(), chat("x"), headers={"host": host}, loopback=True).status_code == status, host
+    assert ask(Echo(), chat("x"), headers={"host": "page.example"}).status_code == 200
+
+
 def test_websockets_are_closed():
     sent = []
 
