@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,30 @@ def test_it_comes_back_from_disk_and_says_what_is_missing(tiled: tuple[Any, Any]
             model(**{key: value for key, value in inputs.items() if key != "image_sizes"})
         with pytest.raises(AlignmentError, match="1 images have 5 views"):
             model(**{**inputs, "image_sizes": torch.tensor([[56, 56]])})
+
+
+def test_a_checkpoint_from_before_there_were_views_opens_unchanged(tmp_path: Path) -> None:
+    model, processor = tiny_model(tmp_path / "tokenizer")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    stripped = 0
+    for name in ("config.json", "processor_config.json", "preprocessor_config.json"):
+        if not (tmp_path / name).is_file():
+            continue
+        data = json.loads((tmp_path / name).read_text())
+        for part in (data, data.get("image_processor", {})):
+            stripped += part.pop("views", "absent") != "absent"
+            part.get("layout", {}).pop("in_place", None)
+        (tmp_path / name).write_text(json.dumps(data))
+    assert stripped, "this test takes out what later versions wrote"
+    again, reread = (
+        MllmForConditionalGeneration.from_pretrained(tmp_path).eval(),
+        MllmProcessor.from_pretrained(tmp_path),
+    )
+    inputs, before = (p(text=["<image> q"], images=[picture(1)], return_tensors="pt") for p in (reread, processor))
+    assert set(inputs) == set(before) and torch.equal(inputs["input_ids"], before["input_ids"])
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs).logits, model(**before).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_what_takes_whole_pictures_only_is_told(tmp_path: Path) -> None:
