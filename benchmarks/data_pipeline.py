@@ -28,7 +28,7 @@ from mllm.processing.image_processor import MllmImageProcessor
 from mllm.processing.images import load_image, to_pixels_multi
 from mllm.processing.processor import MllmProcessor
 from mllm.processing.template import read_template
-from mllm.types import IMAGE_MARK, ImageLayout, ImageSpec, Sample, Turn
+from mllm.types import IMAGE_MARK, ImageSpec, Sample, Turn, ViewLayout
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SPECS = {
@@ -103,7 +103,7 @@ def main() -> None:
 
     files = photographs(arguments.samples)
     shared = tokenizer()
-    layout = ImageLayout(num_tokens=576, grid=(24, 24))
+    layout = ViewLayout(num_tokens=576, grid=(24, 24))
     processor = MllmProcessor(
         MllmImageProcessor(encoders=SPECS, layout=layout), shared, chat_template=read_template("chatml")
     )

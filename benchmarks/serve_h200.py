@@ -175,7 +175,7 @@ def section_hf(work: Path, small: bool) -> dict:
     model, processor = write_ours(work / "ours", small, device)
     written = time.perf_counter() - started
     ids, images = prompt_ids(processor.tokenizer), pictures(REQUESTS, 0)
-    per_image = processor.num_image_tokens
+    per_image = processor.rules.layout().num_tokens
     image_id = processor.image_token_id
 
     def inputs(chosen: list[int]) -> dict:
@@ -607,7 +607,9 @@ def section_noise(work: Path, small: bool) -> dict:
     found = []
     for index, row in enumerate(reference):
         prompt = [
-            x for t in ids[index] for x in ([t] * processor.num_image_tokens if t == processor.image_token_id else [t])
+            x
+            for t in ids[index]
+            for x in ([t] * processor.rules.layout().num_tokens if t == processor.image_token_id else [t])
         ]
         pixels = {k: v.to(device) for k, v in processor.image_processor([images[index]], return_tensors="pt").items()}
         tokens = torch.tensor([prompt + row["tokens"][:-1]], device=device)
@@ -629,7 +631,9 @@ def _sensitivity(model, processor, ids: list[list[int]]) -> dict:
 
     def first(index: int, pixels: dict) -> int:
         prompt = [
-            x for t in ids[index] for x in ([t] * processor.num_image_tokens if t == processor.image_token_id else [t])
+            x
+            for t in ids[index]
+            for x in ([t] * processor.rules.layout().num_tokens if t == processor.image_token_id else [t])
         ]
         tokens = torch.tensor([prompt], device=device)
         with torch.no_grad():

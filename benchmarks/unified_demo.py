@@ -155,7 +155,7 @@ def read_digits(model: Any, processor: Any, codes: Tensor, batch_size: int = 64)
     """Answers to "Which digit is this?" for images that are given by their packed codes ``(B, S)`` alone."""
     prompt = render_prompt(processor, [Turn("user", IMAGE_MARK + "\nWhich digit is this?")])
     ids = processor.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
-    ids = ids.repeat_interleave(torch.where(ids == processor.image_token_id, processor.num_image_tokens, 1))
+    ids = ids.repeat_interleave(torch.where(ids == processor.image_token_id, processor.rules.layout().num_tokens, 1))
     answers: list[str] = []
     for part in codes.split(batch_size):
         inputs = ids.to(part.device).expand(len(part), -1)

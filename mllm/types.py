@@ -71,6 +71,10 @@ class ViewLayout(StrictModel):
     """A cell of the grid shows that place of the view, so that the maps of neighbouring views can be laid side by side."""
 
 
+ImageLayout = ViewLayout
+"""The former name, which plug-ins that checkpoints carry still import."""
+
+
 @dataclass(frozen=True)
 class Block:
     """Tokens of one visual that lie together: a map in raster order, or tokens of the vocabulary.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -37,6 +38,14 @@ class Connector(nn.Module):
         self.register_parameter("newline", None)
         self.newline: nn.Parameter | None
         """``(L,)``: closes the rows of a visual that is seen in several views, for views that ask for it (`add_newline`)."""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        """A connector written when a visual had one view gives ``(B, M, L)`` from `forward`: that is its `view_tokens`."""
+        super().__init_subclass__(**kwargs)
+        forward = cls.__dict__.get("forward")
+        if forward is not None and "layouts" not in inspect.signature(forward).parameters:
+            cls.view_tokens = forward
+            del cls.forward
 
     @classmethod
     def layout(cls, config: Any, encoders: Mapping[str, EncoderInfo]) -> ViewLayout:

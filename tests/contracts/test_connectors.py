@@ -135,6 +135,25 @@ def test_a_broken_connector_fails_the_check():
         del CONNECTORS._classes["lying"]
 
 
+def test_a_connector_from_before_there_were_views_keeps_the_contract():
+    from mllm.connectors.mlp import MlpConnector
+    from mllm.types import ImageLayout
+
+    class Former(MlpConnector):
+        @classmethod
+        def layout(cls, config, encoders):
+            return ImageLayout(num_tokens=6, grid=(2, 3))
+
+        def forward(self, features, routing=None, text=None):
+            return MlpConnector.view_tokens(self, features, routing, text)
+
+    CONNECTORS.register("former")(Former)
+    try:
+        assert len(check_connector("former")) == len(CHECKS)
+    finally:
+        del CONNECTORS._classes["former"]
+
+
 def test_a_component_is_found_by_its_name_alone():
     from mllm.testing import find_check
 
