@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache
 
-from mllm.errors import AlignmentError, ConfigError
+from mllm.errors import ConfigError
 from mllm.models.image_generation.targets import drop_text, evaluating, first_of_sample
 from mllm.processing.chat import encode_pixels, encode_text, render_prompt, split_images
 from mllm.processing.layout import IMAGE_SIZES, expand
@@ -209,7 +209,6 @@ def _prompt_embeddings(
     embeddings = model.model.embed_tokens(ids)
     if model.visual_head is not None:
         embeddings[:, -1] = model.visual_head.start(embeddings[:, -1])
-    found = int((ids == model.config.image_token_id).sum())
     if read:
         pixels, beside = encode_pixels(processor, read, where="generate_images")
         by_name = {name: value.to(device) for name, value in model.model.pixel_keys.by_encoder(pixels).items()}
@@ -217,8 +216,6 @@ def _prompt_embeddings(
         if guided and negative is None:
             features = torch.cat([features, features])
         embeddings = model.model.merge_images(ids, embeddings, features)
-    elif found:
-        raise AlignmentError(f"{found} image placeholder tokens in the prompts but no image was given (images=)")
     return embeddings, mask
 
 

@@ -158,7 +158,7 @@ def test_a_picture_in_the_prompt_changes_what_is_drawn(tmp_path: Path) -> None:
     both = model.generate_images([turns, turns], images=[[picture(1)], [picture(2)]], **options)
     alone = model.generate_images([turns], images=[[picture(2)]], **options)
     assert torch.equal(both.packed[1:], alone.packed) and not torch.equal(both.packed[0], both.packed[1])
-    with pytest.raises(AlignmentError, match="no image was given"):
+    with pytest.raises(AlignmentError, match="prompt 0: 1 image placeholders and 0 images"):
         model.generate_images([turns], **options)
 
 
