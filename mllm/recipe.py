@@ -93,6 +93,9 @@ class LoraSpec(StrictModel):
     target: list[str] | Literal["all-linear"] = "all-linear"
     use_dora: bool = False
     use_rslora: bool = False
+    added_tokens: bool = True
+    """language_model: rows of tokens that were added to the source's (in the embedding, and in a head of its own) learn beside the
+    adapter, by PEFT's ``trainable_token_indices``. False: they stay at their random start."""
     bits: Literal[4] | None = None
     """4: keep the adapted linear layers' own weights in 4-bit NormalFloat while the adapter learns (QLoRA); needs
     bitsandbytes, engine: none."""

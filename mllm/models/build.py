@@ -213,11 +213,8 @@ def build_model(
     """
     device = torch.device("cpu") if device is None else device
     with progress.phase("reading tokenizer and configs"):
-        tokenizer = load_tokenizer(spec.language_model)
-        add_image_token(tokenizer, spec.image_token)
-        image_id = tokenizer.convert_tokens_to_ids(spec.image_token)
-        config = build_config(spec, image_token_id=image_id, tokenizer=tokenizer)
-        processor = build_processor(spec, config, tokenizer)
+        config, processor = config_and_processor(spec, load_tokenizer(spec.language_model))
+        tokenizer = processor.tokenizer
     for target in (config, config.text_config):
         target.dtype = dtype  # else the language model is made in its source's
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -233,13 +230,42 @@ def build_model(
     if load_weights:
         load_pretrained_parts(model, spec)
         processor.image_processor.code_source = _codes_made_by(model)
-    known = config.text_config.vocab_size
-    if len(tokenizer) > known:
-        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=VOCABULARY_MULTIPLE, mean_resizing=False)
-        _start_new_rows(model, known)
+    grow_vocabulary(model, len(tokenizer))
     set_stops(model, processor, source=spec.language_model.source, revision=spec.language_model.revision)
     model.generation_config.do_sample = False
     return model, processor
+
+
+def config_and_processor(spec: ModelSpec, tokenizer: Any) -> tuple[MllmConfig, MllmProcessor]:
+    """A model's config and processor. The tokenizer gets the tokens that the model needs, and the config says which ids are
+    new to the language model's source."""
+    before = len(tokenizer)
+    add_image_token(tokenizer, spec.image_token)
+    image_id = tokenizer.convert_tokens_to_ids(spec.image_token)
+    config = build_config(spec, image_token_id=image_id, tokenizer=tokenizer)
+    processor = build_processor(spec, config, tokenizer)
+    if spec.language_model.source is not None:
+        config.added_token_ids = added_ids(before, tokenizer, config.text_config.vocab_size)
+    return config, processor
+
+
+def added_ids(before: int, tokenizer: Any, vocabulary: int) -> list[int]:
+    """First and one past the last id of tokens that a language model with ``vocabulary`` rows never read. before: tokens that the
+    tokenizer had; where it has more than the model, those are new too."""
+    return [min(before, vocabulary), len(tokenizer)]
+
+
+def grown(num_tokens: int, vocabulary: int) -> int:
+    """Rows of the embedding when there are so many tokens: as many as it had, or a whole multiple."""
+    return vocabulary if num_tokens <= vocabulary else -(-num_tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def grow_vocabulary(model: MllmForConditionalGeneration, num_tokens: int) -> None:
+    """Give embedding and head rows for so many tokens, where they have fewer."""
+    known = model.config.text_config.vocab_size
+    if num_tokens > known:
+        model.resize_token_embeddings(grown(num_tokens, known), mean_resizing=False)
+        _start_new_rows(model, known)
 
 
 def _start_new_rows(model: MllmForConditionalGeneration, known: int) -> None:

@@ -30,7 +30,8 @@ class MllmConfig(PreTrainedConfig):
     connector, router, visual_tokenizer, visual_head: component configs (None: the model has no such part); visual_tokenizer
     may be ``{"encoder": name}``, the tokenizer inside that encoder; views: the way of looking at a picture (None: once, as a
     whole);
-    image_token_id: the placeholder's id; plugins: the code of third parties that the checkpoint carries
+    image_token_id: the placeholder's id; added_token_ids: first and one past the last id of tokens that the language model's
+    source did not have (None: not known, or a model from scratch); plugins: the code of third parties that the checkpoint carries
     (`mllm.checkpoint_code`). The number of visual tokens is derived (`layout`), never stored.
     """
 
@@ -50,6 +51,7 @@ class MllmConfig(PreTrainedConfig):
         visual_head: Any = None,
         image_token_id: int | None = None,
         lm_head_bias: bool = False,
+        added_token_ids: Sequence[int] | None = None,
         plugins: Sequence[Mapping[str, Any]] = (),
         **kwargs: Any,
     ):
@@ -68,6 +70,7 @@ class MllmConfig(PreTrainedConfig):
         self.visual_head = None if visual_head is None else to_plain(visual_head)
         self.image_token_id = image_token_id
         self.lm_head_bias = lm_head_bias
+        self.added_token_ids = None if added_token_ids is None else list(added_token_ids)
         self.plugins = [dict(entry) for entry in plugins]
         kwargs.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)

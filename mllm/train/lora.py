@@ -16,16 +16,23 @@ from mllm.errors import ConfigError, UnavailableError, did_you_mean
 from mllm.install import install_hint, package_hint
 from mllm.recipe import LoraSpec
 
-_WRAPPED = ".base_layer."
+_ROWS = ".trainable_tokens_delta."
 
 
 def inject(
-    model: nn.Module, part: str, modules: list[tuple[str, nn.Module]], spec: LoraSpec, *, skip: set[int]
+    model: nn.Module,
+    part: str,
+    modules: list[tuple[str, nn.Module]],
+    spec: LoraSpec,
+    *,
+    skip: set[int],
+    rows: dict[str, list[int]] | None = None,
 ) -> list[str]:
     """Put adapters on the linear layers of one part, in place; returns the adapted modules' names.
 
-    modules: (name inside ``model``, module) of the part; skip: ids of modules that get none (the output head). Every
-    part has its own adapter, named after it. Raises `ConfigError` when ``target`` matches nothing.
+    modules: (name inside ``model``, module) of the part; skip: ids of modules that get none (the output head); rows: name of
+    an embedding or head → its rows that learn beside the adapter. Every part has its own adapter,
+    named after it. Raises `ConfigError` when ``target`` matches nothing.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -69,9 +76,23 @@ def inject(
         use_dora=spec.use_dora,
         use_rslora=spec.use_rslora,
         bias="none",
+        trainable_token_indices=rows or None,
     )
     inject_adapter_in_model(config, model, adapter_name=adapter_name(part))
+    activate_all(model)
     return chosen
+
+
+def activate_all(model: nn.Module) -> None:
+    """Switch every part's adapter on: PEFT leaves on only the one that was put in last, in all layers."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import TrainableTokensWrapper
+
+    for module in model.modules():
+        if isinstance(module, TrainableTokensWrapper):
+            module.set_adapter(sorted(module.token_adapter.trainable_tokens_delta))
+        elif isinstance(module, BaseTunerLayer):
+            module.set_adapter(sorted({key for name in module.adapter_layer_names for key in getattr(module, name)}))
 
 
 def _quantize(model: nn.Module, name: str, part: str) -> None:
@@ -99,6 +120,10 @@ def _quantize(model: nn.Module, name: str, part: str) -> None:
         False  # its repacking at the first evaluation fails for widths that are no multiple of 64
     )
     new.to(old.weight.device)
+    _replace(model, name, new)
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
 
@@ -122,8 +147,9 @@ def adapter_name(part: str) -> str:
 
 
 def is_adapter(parameter_name: str) -> bool:
-    """Whether a parameter belongs to an adapter (LoRA matrices, DoRA magnitudes) and not to the base model."""
-    return ".lora_" in parameter_name
+    """Whether a parameter belongs to an adapter (LoRA matrices, DoRA magnitudes, rows of added tokens) and not to the base
+    model."""
+    return ".lora_" in parameter_name or _ROWS in parameter_name
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -133,13 +159,18 @@ def has_adapters(model: nn.Module) -> bool:
 def merge(model: nn.Module) -> int:
     """Fold every adapter into its base layer and remove it, in place; parameter names are the original ones again.
 
-    Returns how many layers were merged. Raises `ValueError` from PEFT when a merge would produce NaN.
+    Returns how many layers were merged, tables with learned rows included. Raises `ValueError` from PEFT when a merge would produce NaN.
     """
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import TrainableTokensWrapper
     except ImportError:
         return 0
-    merged = 0
+    tables = [(n, m) for n, m in model.named_modules() if isinstance(m, TrainableTokensWrapper)]
+    for name, wrapper in tables:
+        whole = wrapper.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+        _replace(model, name, whole)
+    merged = len(tables)
     wrapped = [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
     for name, layer in wrapped:
         tuner: Any = layer
@@ -150,16 +181,10 @@ def merge(model: nn.Module) -> int:
         else:  # rounding the sum to 4 bits again would lose what was learned
             for adapter in tuner.active_adapters:
                 plain.weight.data += tuner.get_delta_weight(adapter).to(plain.weight)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, base if plain is None else plain)
+        _replace(model, name, base if plain is None else plain)
         merged += 1
     if hasattr(model, "peft_config"):
         del model.peft_config  # type: ignore[attr-defined]
     if hasattr(model, "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = False  # type: ignore[assignment]
     return merged
-
-
-def base_name(parameter_name: str) -> str:
-    """A parameter's name without what PEFT put into it: the name it has in a merged model."""
-    return parameter_name.replace(_WRAPPED, ".")

@@ -19,6 +19,7 @@ from mllm.errors import ConfigError
 from mllm.processing.template import for_training, read_template
 from mllm.progress import phase
 from mllm.recipe import Recipe, StageSpec
+from mllm.train.added_rows import rows_line
 from mllm.train.checkpoint.resume import (
     COSMETIC,
     CheckpointReader,
@@ -187,7 +188,7 @@ def open_session(run: Run, stage: StageSpec, model: Any, processor: Any, stack: 
     if stage.chat_template is not None:
         processor = for_training(processor, stage.chat_template)
     seed_everything(run.recipe.seed, f"{stage.name}/adapters", same=True)
-    groups = apply_learning(model, stage)
+    groups = apply_learning(model, stage, zero_stage=choice.zero_stage)
     set_modes(model)
     attention = prepare_model(model, stage, device=device, zero_stage=choice.zero_stage)
     with phase("planning batches"):
@@ -205,6 +206,8 @@ def open_session(run: Run, stage: StageSpec, model: Any, processor: Any, stack: 
     flops = _flop_model(model, groups)
     display = StageDisplay(stage.name, active=distributed.is_main())
     display.print(groups_table(stage, groups, frozen_summary(model)))
+    if (line := rows_line(model, stage)) is not None:
+        display.print(line)
     tell_odd_settings(stage, data.total_steps, len(mixture), display)
     tell_left_out(mixture, display, run.info, stage)
     if distributed.is_main():

@@ -45,7 +45,7 @@ def converted_processor(found: ForeignCheckpoint, model: Any) -> Any:
     """The processor of a converted model, when there is a tokenizer; the model's embedding grows where it is too small."""
     from transformers import AutoTokenizer
 
-    from mllm.models.build import build_processor
+    from mllm.models.build import added_ids, build_processor, grow_vocabulary
     from mllm.models.stops import set_stops
     from mllm.recipe import ModelSpec
 
@@ -64,9 +64,10 @@ def converted_processor(found: ForeignCheckpoint, model: Any) -> Any:
             "image_token": placeholder or "<image>",
         }
     )
+    before = len(tokenizer)
     processor = build_processor(spec, model.config, tokenizer)
     model.config.image_token_id = processor.image_token_id
-    if len(tokenizer) > model.config.text_config.vocab_size:
-        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+    model.config.added_token_ids = added_ids(before, tokenizer, model.config.text_config.vocab_size)
+    grow_vocabulary(model, len(tokenizer))
     set_stops(model, processor, source=str(found.tokenizer))
     return processor

@@ -210,7 +210,7 @@ def visual_losses(
                 hidden,
                 model.lm_head.weight,
                 labels,
-                bias=model.lm_head.bias,
+                bias=getattr(model.lm_head, "bias", None),  # PEFT's wrapper for trained tokens has none
                 num_items_in_batch=1,
                 scale=model.head_scale,
                 softcap=model.head_softcap,

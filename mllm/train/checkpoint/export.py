@@ -96,6 +96,7 @@ def _inject_like(model: Any, fresh: Any) -> None:
     with torch.device("meta"):
         for name, config in model.peft_config.items():
             inject_adapter_in_model(config, fresh, adapter_name=name)
+    lora.activate_all(fresh)
 
 
 def save_adapters(model: Any, path: Path) -> None:

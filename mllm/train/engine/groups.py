@@ -12,6 +12,7 @@ from torch import nn
 from mllm.errors import ConfigError, did_you_mean
 from mllm.recipe import LearnSpec, ModelSpec, StageSpec
 from mllm.train import lora
+from mllm.train.added_rows import PART, rows_beside_adapter
 
 _NO_DECAY = re.compile(
     r"(^|\.)(bias|.*_bias|gamma|.*layer_?scale\w*|cls_token|class_embedding|pos_embed|position_embedding\w*|logit_scale|"
@@ -74,8 +75,9 @@ def learning_by_part(known: list[str], stage: StageSpec) -> dict[str, LearnSpec]
     return result
 
 
-def apply_learning(model: Any, stage: StageSpec) -> list[Group]:
-    """Freeze everything, then let learn what the stage names; inject adapters. Returns the parameter groups.
+def apply_learning(model: Any, stage: StageSpec, *, zero_stage: int = 0) -> list[Group]:
+    """Freeze everything, then let learn what the stage names; inject adapters. Returns the parameter groups. zero_stage: of
+    the engine that will train it.
 
     The result is checked: every learning parameter is in exactly one group, no other one requires a gradient.
     """
@@ -90,7 +92,8 @@ def apply_learning(model: Any, stage: StageSpec) -> list[Group]:
                 raise ConfigError(
                     f"stages.{stage.name}.learn.{part}: lora and last_layers exclude each other; give one"
                 )
-            lora.inject(model, part, parts[part], spec.lora, skip={id(head)})
+            rows = rows_beside_adapter(model, stage, zero_stage=zero_stage) if part == PART else {}
+            lora.inject(model, part, parts[part], spec.lora, skip={id(head)}, rows=rows)
     for parameter in model.parameters():  # PEFT switches its own adapters on; below decides alone
         parameter.requires_grad_(False)
     owner = {name: model.part_of(name) for name, _ in model.named_parameters()}

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mllm.data.collate import Batch, Dropped
 from mllm.errors import ConfigError
-from mllm.models.build import build_config, build_processor, load_tokenizer
+from mllm.models.build import config_and_processor, load_tokenizer
 from mllm.processing.chat import IGNORE
 from mllm.processing.layout import IMAGE_SIZES, LayoutRules, visual_spans
 from mllm.processing.template import for_training
@@ -107,9 +107,7 @@ def inspect_recipe(recipe: Recipe, *, num_samples: int = 8, stage: str | None = 
     if not chosen:
         kinds = ", ".join(f"{s.name} ({s.kind})" for s in recipe.stages)
         raise ConfigError(f"stages: none of kind {' or '.join(KINDS)} to look at; this recipe has {kinds}")
-    tokenizer = load_tokenizer(recipe.model.language_model)
-    config = build_config(recipe.model)
-    processor = build_processor(recipe.model, config, tokenizer)
+    config, processor = config_and_processor(recipe.model, load_tokenizer(recipe.model.language_model))
     return [_look(recipe, s, config, processor, num_samples) for s in chosen]
 
 

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from mllm.errors import ConfigError, DataError, MllmError, blamed_on
-from mllm.models.build import build_config, build_processor, load_tokenizer
+from mllm.models.build import build_config, config_and_processor, grown, load_tokenizer
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.loss import DEFAULT_CHUNK
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.odd_settings import odd_settings
 from mllm.recipe import Recipe, StageSpec
+from mllm.train.added_rows import rows_line
 from mllm.train.data import open_mixture, token_count
 from mllm.train.engine.base import choose_engine
 from mllm.train.engine.groups import Group, apply_learning, frozen_summary
@@ -56,6 +57,8 @@ class StagePlan:
     truncated: float | None = None
     """Share of samples longer than ``max_length``."""
     checkpoint_bytes: int = 0
+    rows: str | None = None
+    """How many rows of added tokens learn, or why none does."""
     hazards: list[str] = field(default_factory=list)
 
     @property
@@ -91,8 +94,7 @@ def plan_recipe(recipe: Recipe, *, processes: int = 1, with_data: bool = True) -
 
     Raises `ConfigError` for what would end training at its start.
     """
-    config = build_config(recipe.model)
-    processor, problem = _processor(recipe, config)
+    config, processor, problem = _config_and_processor(recipe)
     hazards = [] if problem is None else [problem]
     with torch.device("meta"):
         model = MllmForConditionalGeneration(config)
@@ -112,23 +114,28 @@ def plan_recipe(recipe: Recipe, *, processes: int = 1, with_data: bool = True) -
     return RecipePlan(recipe.name, parameters, _joins(config), stages, hazards, last * sum(parameters.values()))
 
 
-def _processor(recipe: Recipe, config: MllmConfig) -> tuple[Any, str | None]:
-    """The processor, as far as this machine has the tokenizer: planning fetches nothing."""
+def _config_and_processor(recipe: Recipe) -> tuple[MllmConfig, Any, str | None]:
+    """Config and processor, as far as this machine has the tokenizer: planning fetches nothing. The vocabulary is that of
+    the model in training; without the tokenizer, its source's."""
     import huggingface_hub.constants as hub
 
     before = hub.HF_HUB_OFFLINE
     hub.HF_HUB_OFFLINE = True
     try:
-        return build_processor(recipe.model, config, load_tokenizer(recipe.model.language_model)), None
+        config, processor = config_and_processor(recipe.model, load_tokenizer(recipe.model.language_model))
+        text = config.text_config
+        text.vocab_size = grown(len(processor.tokenizer), text.vocab_size)
+        return config, processor, None
     except ConfigError:
         raise
     except MllmError as error:
-        return None, (
+        problem = (
             f"lengths are not known, the tokenizer is not on this machine: {error} "
             "(model.language_model.tokenizer=/folder), or fetch it once"
         )
     finally:
         hub.HF_HUB_OFFLINE = before
+    return build_config(recipe.model), None, problem
 
 
 def _joins(config: MllmConfig) -> list[str]:
@@ -151,9 +158,10 @@ def _plan_stage(
     recipe: Recipe, stage: StageSpec, model: Any, processor: Any, processes: int, with_data: bool
 ) -> StagePlan:
     choice = choose_engine(stage)
-    groups = apply_learning(model, stage)
+    groups = apply_learning(model, stage, zero_stage=choice.zero_stage)
     rows = stage.batch_size * stage.gradient_accumulation * processes
     plan = StagePlan(stage.name, groups, frozen_summary(model), {}, 0.0, 0.0, rows * stage.max_length)
+    plan.rows = rows_line(model, stage)
     if with_data:
         _look_at_data(recipe, stage, plan, processor, rows)
     elif stage.steps is not None:

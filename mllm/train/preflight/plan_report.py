@@ -18,6 +18,7 @@ def plan_tables(plan: RecipePlan, *, peak_flops: float = 989e12, mfu: float = 0.
     out += [f"  {line}" for line in plan.joins]
     for stage in plan.stages:
         out.append(_stage_table(stage, peak_flops, mfu, processes))
+        out += [] if stage.rows is None else [f"  {stage.rows}"]
         out += [f"[yellow]! {stage.name}: {hazard}" for hazard in stage.hazards]
     out.append(f"final checkpoint: {size(plan.final_bytes)}")
     out += [f"[yellow]! {hazard}" for hazard in plan.hazards]

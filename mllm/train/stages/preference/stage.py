@@ -33,6 +33,7 @@ from mllm.install import package_hint
 from mllm.processing.images import load_image
 from mllm.processing.template import parts_of
 from mllm.recipe import StageSpec
+from mllm.train.added_rows import rows_line
 from mllm.train.checkpoint.export import save_stage
 from mllm.train.data import open_mixture, tell_dropped, tell_left_out, tell_odd_settings
 from mllm.train.engine.groups import apply_learning, frozen_summary, groups_table, set_modes
@@ -156,6 +157,8 @@ def train_preference(run: Run, stage: StageSpec, previous: Path | None, folder: 
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)
     display.print(groups_table(stage, groups, frozen_summary(model)))
+    if (line := rows_line(model, stage)) is not None:
+        display.print(line)
     per_row = options.num_generations if stage.kind == "grpo" else 1
     per_step = stage.batch_size * stage.gradient_accumulation * distributed.world_size()
     steps = stage.steps or max(1, math.ceil(float(stage.epochs or 1) * len(rows) * per_row / per_step))
