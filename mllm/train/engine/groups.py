@@ -15,8 +15,8 @@ from mllm.train import lora
 from mllm.train.added_rows import PART, rows_beside_adapter
 
 _NO_DECAY = re.compile(
-    r"(^|\.)(bias|.*_bias|gamma|.*layer_?scale\w*|cls_token|class_embedding|pos_embed|position_embedding\w*|logit_scale|"
-    r"reg_token|register_tokens)$"
+    r"(^|\.)(bias|.*_bias|gamma|.*layer_?scale\w*|cls_token(\.\d+)?|class_embedding|pos_embed(_for_scale)?(\.\d+)?|"
+    r"position_embedding\w*|logit_scale|reg_token|register_tokens|channel_token|A_log|D)$"
 )
 _NORM_CLASS = re.compile(r"norm", re.IGNORECASE)
 _NORM_NAME = re.compile(r"(^|[._])(norm\d*|ln(_\w+|\d+)?|\w*layer_?norm\w*|\w*_norm)(\.|$)")

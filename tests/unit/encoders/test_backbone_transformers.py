@@ -6,9 +6,12 @@ import pytest
 import timm
 import torch
 
+from mllm.config import validate
+from mllm.encoders import ENCODERS
 from mllm.encoders.backbones import channelvit, crossvit, duoformer
-from mllm.encoders.catalogue import build_encoder, encoder_config
+from mllm.encoders.catalogue import build_encoder, catalogue, encoder_config
 from mllm.errors import ConfigError
+from mllm.train.engine.groups import no_decay_names
 from tests.unit.encoders.test_backbones import compare, encoder_with, refused, vector
 
 TINY_CHANNELS = channelvit.ChannelVitEncoder.tiny()
@@ -230,3 +233,60 @@ def test_crossvit_is_timms_and_takes_its_names(tmp_path):
 )
 def test_crossvits_sizes_that_do_not_fit_are_refused(changes, words):
     refused({**TINY_CROSS, **changes}, *words)
+
+
+PUBLISHED = {  # millions of parameters, with the authors' classifier of so many classes
+    "biformer-t": (13.14, 1000), "biformer-b": (56.80, 1000), "biformer-stl": (28.37, 1000),
+    "crossformer-t": (27.78, 1000), "crossformer-l": (91.97, 1000),
+    "crossformer-pp-s": (23.33, 1000), "crossformer-pp-h": (95.96, 1000),
+    "vssd-micro": (13.51, 1000), "vssd-base": (88.82, 1000),
+    "channelvit-s-imagenet": (21.47, 0), "channelvit-s-so2sat": (21.63, 0),
+    "duoformer-r50": (139.7, 2), "duoformer-r18": (125.4, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_entries_of_the_catalogue_have_the_published_number_of_parameters(name):
+    data = catalogue()[name]
+    data.pop("note")
+    cls = ENCODERS.get(data["type"])
+    config = validate(cls.Config, data | ({"output": "patches"} if data["type"] == "duoformer" else {}), where=name)
+    with torch.device("meta"):
+        model = cls.build(config)
+    millions, classes = PUBLISHED[name]
+    width = {"biformer": 512 if name == "biformer-t" else 768, "duoformer": 768}.get(data["type"])
+    count = sum(p.numel() for p in model.parameters()) + classes * ((width or 8 * config.width) + 1)
+    assert count / 1e6 == pytest.approx(millions, abs=0.006 if millions < 100 else 0.06)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["biformer", "channelvit", "crossformer", "crossvit", "duoformer", "vssd"])
+def test_blocks_compile_without_graph_breaks(name):
+    encoder = build_encoder(encoder_config(ENCODERS.get(name).tiny(), where="e")).eval()
+    image, calls = encoder.config.info.image, {}
+    for module in encoder.modules():
+        if type(module).__name__ in ("Block", "Stage"):
+            module.register_forward_pre_hook(lambda block, inputs: calls.update({block: inputs}))
+    encoder(torch.randn(2, 3, image.height, image.width))
+    block, inputs = list(calls.items())[-2 if name == "biformer" else -1]  # BiFormer's last block does not route
+    block._forward_pre_hooks.clear()
+    torch._dynamo.reset()
+    report = torch._dynamo.explain(block)(*inputs)
+    torch._dynamo.reset()
+    assert report.graph_count == 1 and report.graph_break_count == 0, report.break_reasons
+
+
+@pytest.mark.parametrize(
+    ("name", "exempt"),
+    [
+        ("vssd", ["layers.0.blocks.0.attn.A_log", "layers.0.blocks.0.attn.D", "layers.0.blocks.0.attn.dt_bias"]),
+        ("crossvit", ["pos_embed.0", "cls_token.1"]),
+        ("duoformer", ["channel_token", "vision_transformer.pos_embed_for_scale"]),
+        ("biformer", ["norm.weight", "downsample_layers.0.1.weight"]),
+    ],
+)
+def test_tokens_positions_norms_and_state_spaces_do_not_decay(name, exempt):
+    with torch.device("meta"):
+        names = no_decay_names(build_encoder(encoder_config(ENCODERS.get(name).tiny(), where="e")))
+    assert {f"model.{key}" for key in exempt} <= names
+    assert not any(key.endswith(("qkv.weight", "fc1.weight", "proj.weight")) for key in names)

@@ -6,6 +6,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from mllm.encoders.backbones.biformer import BiFormerEncoder
+from mllm.encoders.backbones.channelvit import ChannelVitEncoder
+from mllm.encoders.backbones.crossvit import CrossVitEncoder
 from mllm.encoders.catalogue import encoder_config
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
@@ -27,6 +30,10 @@ ENCODERS = {
     "tipsv2": {"type": "hf", "architecture": {"model_type": "tipsv2_vision_model", **VIT}},
     "dinov3": {"type": "hf", "architecture": {"model_type": "dinov3_vit", **VIT, "intermediate_size": 64}},
     "eva": {"type": "timm", "architecture": "eva02_tiny_patch14_224", "options": TIMM, "image_size": 16},
+    # Running statistics, two streams, channel by channel.
+    "biformer": BiFormerEncoder.tiny(),
+    "crossvit": {**CrossVitEncoder.tiny(), "keep_prefix": False},
+    "channelvit": ChannelVitEncoder.tiny(),
     "beit": {"type": "timm", "architecture": "beit_base_patch16_224", "options": TIMM, "image_size": 16},
 }
 
