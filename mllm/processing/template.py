@@ -185,8 +185,12 @@ def check_template(tokenizer: Any, template: str) -> None:
 
 def for_training(processor: Any, name: str) -> Any:
     """A processor that shares everything with ``processor`` but renders with another template (shipped name or Jinja file):
-    what one training stage reads. Raises `ConfigError` when what the assistant says gets lost."""
-    template = wrap(processor.tokenizer, read_template(name), processor.image_token)
+    what one training stage reads. The model's ``template_options`` hold here too, as far as this template reads them. Raises
+    `ConfigError` when what the assistant says gets lost."""
+    text = read_template(name)
+    known = template_variables(text) if processor.template_options else []
+    options = {key: value for key, value in processor.template_options.items() if key in known}
+    template = wrap(processor.tokenizer, text, processor.image_token, options)
     probe = "mllm-assistant-probe"
     messages = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": probe}]
     text = processor.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)

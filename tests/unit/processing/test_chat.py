@@ -181,6 +181,24 @@ def test_a_stage_may_read_captions_only(tmp_path: Path) -> None:
         for_training(processor, str(tmp_path / "lossy.jinja"))
 
 
+def test_a_stages_own_template_gets_the_models_options_also_after_saving(tmp_path: Path) -> None:
+    """Else a stage would learn what the model is never asked afterwards (Qwen3's thinking switched on)."""
+    from mllm.processing.processor import MllmProcessor
+
+    body = "{% for m in messages %}{{ m['content'] }}{% if thinking is defined and not thinking %}!{% else %}?{% endif %}{% endfor %}"
+    made = processor_with(body)
+    options = {"thinking": False, "loud": True}
+    processor = MllmProcessor(
+        made.image_processor, made.tokenizer, chat_template=body + "{{ loud }}", template_options=options
+    )
+    (tmp_path / "stage.jinja").write_text(body)
+    processor.save_pretrained(tmp_path / "saved")
+    for chosen in (processor, MllmProcessor.from_pretrained(tmp_path / "saved")):
+        assert chosen.template_options == options
+        assert render_prompt(for_training(chosen, str(tmp_path / "stage.jinja")), [Turn("user", "a")]) == "a!"
+        assert render_prompt(for_training(chosen, "caption"), [Turn("user", f"{IMAGE_MARK}a")]) == "<s><image>"
+
+
 def test_no_content_is_no_text_and_vllm_hands_parts_over_as_they_are() -> None:
     import jinja2
 
