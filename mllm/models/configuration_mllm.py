@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from mllm.checkpoint_code import KEY, Part, admit_code, record_code
 from mllm.config import to_plain
 from mllm.errors import ConfigError
+from mllm.plugins import code_hashes
 from mllm.processing.layout import LayoutRules, layout_rules
 from mllm.types import EncoderInfo, ViewLayout, VisualLayout
 
@@ -128,6 +129,13 @@ def component_types(config: Mapping[str, Any]) -> Iterator[Part]:
     for where, registry, part in named:
         if isinstance(part, Mapping) and isinstance(part.get("type"), str):  # a tokenizer may be ``{"encoder": name}``
             yield Part(where, registry, part["type"])
+
+
+def component_code(config: Any) -> list[str]:
+    """SHA-256 of every plug-in file that a component of this model is defined in, as loaded here; [] for another project's."""
+    if not isinstance(config, MllmConfig):
+        return []
+    return code_hashes(part.registry.get(part.type) for part in component_types(vars(config)))
 
 
 def _checkpoint_file(place: str, revision: str | None, name: str) -> Path:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mllm.damage import naming_damage, read_json
 from mllm.errors import CheckpointError, DataError
+from mllm.plugins import code_hashes
 from mllm.types import VisualCodes
 from mllm.visual_tokenizers.base import VisualTokenizer
 from mllm.visual_tokenizers.images import ImageSource, to_pixels
@@ -21,8 +22,10 @@ INDEX_FILE = "codes.json"
 
 
 def fingerprint(tokenizer: VisualTokenizer) -> str:
-    """A hash of the config and the weights: codes of one tokenizer mean nothing to another."""
+    """A hash of the config, the weights and of plug-in code: codes of one tokenizer mean nothing to another."""
     digest = hashlib.sha256(tokenizer.config.model_dump_json().encode())
+    for sha256 in code_hashes(type(module) for module in tokenizer.modules()):
+        digest.update(sha256.encode())
     for name, tensor in sorted(tokenizer.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -8,6 +8,7 @@ from typing import Any
 
 from mllm.errors import UnavailableError
 from mllm.eval.generators.base import GeneratorSettings, answer_text, checkpoint_hash, hf_messages
+from mllm.models.configuration_mllm import component_code
 from mllm.models.image_generation.settings import vllm_options
 from mllm.types import Request, Response
 
@@ -42,7 +43,9 @@ class VLLMGenerator:
         self._engine_options = dict(engine or {})
         self.processor = AutoProcessor.from_pretrained(checkpoint)
         self._ours = hasattr(self.processor, "pixel_keys")
-        options = {**vllm_options(AutoConfig.from_pretrained(checkpoint)), **self._engine_options}
+        config = AutoConfig.from_pretrained(checkpoint)
+        self._code = component_code(config)
+        options = {**vllm_options(config), **self._engine_options}
         self.llm = LLM(model=checkpoint, dtype=dtype, limit_mm_per_prompt={"image": max_images}, **options)
 
     @classmethod
@@ -51,10 +54,11 @@ class VLLMGenerator:
         return cls(checkpoint, dtype=settings.dtype)
 
     def fingerprint(self) -> str:
-        """Weights by hash or name, precision, vLLM's version."""
+        """Weights by hash or name, precision, vLLM's version, and the hashes of plug-in code."""
         import vllm
 
-        return f"vllm:{vllm.__version__}:{self._hash}:{self._dtype}:{sorted(self._engine_options.items())}"
+        code = "".join(f":{sha256[:16]}" for sha256 in self._code)
+        return f"vllm:{vllm.__version__}:{self._hash}:{self._dtype}:{sorted(self._engine_options.items())}{code}"
 
     def render(self, request: Request) -> str:
         """The prompt as the model reads it, one placeholder per image."""

@@ -1,7 +1,7 @@
 """How are frozen encoders run once per picture instead of once per epoch?
 
 Features are kept on disk by the hash of the picture's bytes, in one store per encoder, whose name is the hash of everything that
-decides its features: weights, config, transform and storage precision. A store is a set of shards; a shard has one writer, a data
+decides its features: weights, config, plug-in code, transform, precision. A store is a set of shards; a shard has one writer, a data
 file and an index that is appended to only after the data are on disk, so a kill leaves nothing half-written behind and any number of
 readers may look on. Stages, runs and recipes share the stores.
 """
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mllm.config import to_plain
 from mllm.errors import ConfigError, DataError, UnavailableError
+from mllm.plugins import code_hashes
 from mllm.processing.images import load_image, read_bytes, to_pixels_multi
 from mllm.train.checkpoint.resume import fingerprint
 from mllm.types import VisionFeatures
@@ -238,6 +239,8 @@ def open_stores(
         dtype = str(next(encoder.parameters(), torch.empty(0)).dtype)
         about = {"config": to_plain(encoder.config), "weights": fingerprint(encoder), "computed in": dtype}
         about |= {"image": to_plain(info.image), "resampler": str(resampler)}
+        if code := code_hashes(type(module) for module in encoder.modules()):
+            about["code"] = code
         digest = hashlib.sha256(json.dumps([about, precision], sort_keys=True).encode()).hexdigest()[:32]
         codec = Codec(precision, info.grid[0] * info.grid[1], info.width)
         stores[name] = FeatureStore((root or cache_root()) / digest, codec, about)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import pickle
+import sys
 
 import pytest
 import torch
 
+from mllm.connectors import CONNECTORS
 from mllm.errors import UnavailableError
+from mllm.eval.generators.vllm import VLLMGenerator
+from mllm.models.configuration_mllm import component_code
+from mllm.plugins import content_hash, load_plugins
 from mllm.processing.images import to_pixels_multi
 from mllm.train.features import cache as feature_cache
 from mllm.train.features.cache import (
@@ -124,3 +129,34 @@ def test_learning_encoders_are_not_cached_and_a_full_disk_is_told_before_anythin
         check_space(stores, 10**12)
     monkeypatch.setenv("MLLM_CACHE", str(tmp_path / "elsewhere"))
     assert feature_cache.cache_root() == tmp_path / "elsewhere" / "features"
+
+
+def test_another_version_of_a_plug_ins_code_has_a_store_of_its_own(model, tmp_path):
+    """Same weights, same config, other code: other features."""
+    found = []
+    for number in (1, 2):
+        file = tmp_path / "odd_features.py"
+        file.write_text(f"import torch\n\nclass Odd(torch.nn.Identity):\n    factor = {number}\n")
+        load_plugins([str(file)])
+        (odd,) = [m.Odd for n, m in list(sys.modules.items()) if "odd_features" in n and number == m.Odd.factor]
+        model.model.vision_tower.encoders["semantic"].odd = odd()
+        found.append(open_stores(model, "fp32", root=tmp_path / "stores"))
+    one, two = found
+    assert one["semantic"].folder != two["semantic"].folder and one["detail"].folder == two["detail"].folder
+
+
+def test_the_vllm_generators_fingerprint_holds_the_code_of_the_checkpoints_components(model, tmp_path, monkeypatch):
+    assert component_code(model.config) == [] and component_code(model.config.text_config) == []
+    file = tmp_path / "odd_connector.py"
+    file.write_text("class OddConnector:\n    odd = True\n")
+    load_plugins([str(file)])
+    (connector,) = [module.OddConnector for name, module in list(sys.modules.items()) if "odd_connector" in name]
+    monkeypatch.setitem(CONNECTORS._classes, "odd_connector", connector)
+    model.config.connector = {"type": "odd_connector"}
+    assert component_code(model.config) == [content_hash(file)]
+    generator = object.__new__(VLLMGenerator)  # its engine answers; here is only what it is called
+    generator._hash, generator._dtype, generator._engine_options = "0", "auto", {}
+    names = set()
+    for generator._code in ([], component_code(model.config)):
+        names.add(generator.fingerprint())
+    assert len(names) == 2
