@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +21,12 @@ _META: dict[str, Any] = {
     "options": ["red", "blue"], "category": "all", "width": 64, "height": 48, "question": "Is it?", "question_type": "free_form",
     "answer_type": "text", "type": "Factoid", "pair": "0", "group": "0",
 }  # fmt: skip
+
+# What a model that cannot stop writes, and what patterns with two ways to match the same letters stumble over.
+ENDLESS = ("1", " ", "1,1  ", 'The answer is "', "<answer>", "A or ", "((", "x")
+SECONDS_PER_MEGABYTE = 12.0
+"""Of a reply: a quadratic rule needs minutes, the slowest linear one here about two seconds."""
+_GRACE = 0.5
 
 Example = tuple[Any, Mapping[str, Any]]
 
@@ -85,10 +92,28 @@ def check_aggregate(metric: Metric, example: Example) -> None:
     )
 
 
+def check_time(metric: Metric, example: Example, *, sizes: tuple[int, ...] = (10_000, 100_000)) -> None:
+    """Scoring takes time in proportion to a reply's length, whatever it is made of. sizes: characters, tried in this order."""
+    metric.score("5", *example)  # imports are not the metric's time
+    for size in sizes:
+        allowed = _GRACE + SECONDS_PER_MEGABYTE * size / 1e6
+        for unit in ENDLESS:
+            for reply in (unit * (size // len(unit)), f"5{unit * (size // len(unit))}z"):
+                start = time.process_time()
+                metric.score(reply, *example)
+                taken = time.process_time() - start
+                assert taken < allowed, (
+                    f"a reply of {size:,} characters ({unit!r} again and again) takes {taken:.1f} s, expected at most "
+                    f"{allowed:.1f}: time must grow with the length, not its square (a pattern with two ways to match the same "
+                    "letters, or int() of a long number?)"
+                )
+
+
 CHECKS: tuple[Callable[[Metric, Example], None], ...] = (
     check_words,
     check_odd_replies,
     check_aggregate,
+    check_time,
 )
 
 

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from mllm.eval.metrics import METRICS, build_metric
-
-MEGABYTE = 1_000_000
-# What a model that cannot stop writes, and what patterns with two ways to match the same letters stumble over.
-UNITS = ("1", " ", "1,1  ", 'The answer is "', "<answer>", "A or ", "((", "x")
-LIMIT = 12.0
-"""Seconds: a quadratic rule needs minutes for a megabyte, the slowest linear one about two seconds."""
+from mllm.testing.metrics import check_time
 
 OPTIONS = {"options": ["12", "15", "a red car", "21"]}
 CHOICE = ("A", OPTIONS)
@@ -36,9 +29,4 @@ TEXT_METRICS = [name for name in METRICS if name not in ("mask_iou", "psnr", "ss
 def test_a_megabyte_is_scored_in_seconds(name):
     metric = build_metric(name)
     target, meta = CHOICE if name.startswith("letter") else SAMPLES.get(name, ("5", {}))
-    metric.score("5", target, meta)  # imports are not the metric's time
-    for unit in UNITS:
-        for reply in (unit * (MEGABYTE // len(unit)), f"5{unit * (MEGABYTE // len(unit))}z"):
-            start = time.process_time()
-            metric.score(reply, target, meta)
-            assert time.process_time() - start < LIMIT, f"{name}: {time.process_time() - start:.0f} s for {unit!r}"
+    check_time(metric, (target, meta), sizes=(1_000_000,))
