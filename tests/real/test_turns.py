@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from mllm.errors import DataError
+from mllm.models.stops import set_stops
 from mllm.processing.chat import encode_text, render_prompt, turn_ends
 from mllm.processing.image_processor import MllmImageProcessor
 from mllm.processing.processor import MllmProcessor
@@ -128,10 +132,22 @@ def test_every_conversation_is_learned_as_it_is_generated(words: str, name: str)
 
 
 @pytest.mark.parametrize("name", ["gemma-it", "phi-3", "llama-3-instruct"])
-def test_the_models_own_stops_hold_the_end_that_is_learned(name: str) -> None:
-    own = {"gemma-it": "<end_of_turn>", "phi-3": "<|end|>", "llama-3-instruct": "<|eot_id|>"}
-    numbers = json.loads((FOLDER / f"{name}.generation.json").read_text())["stop_token_ids"]
-    assert len(numbers) > 1 and own[name] == TOKENS[name][2] and TOKENS[name][1] != TOKENS[name][2]
+def test_the_models_stops_are_its_sources_the_eos_and_the_end_that_is_learned(name: str, tmp_path: Path) -> None:
+    """In these three the turn ends with another token than EOS."""
+    processor, end = made("qwen", name), TOKENS[name][2]
+    words = processor.tokenizer
+    own = words.convert_tokens_to_ids("!")
+    assert (
+        words.eos_token != end
+        and len(json.loads((FOLDER / f"{name}.generation.json").read_text())["stop_token_ids"]) > 1
+    )
+    GenerationConfig(eos_token_id=[own, len(words) + 7]).save_pretrained(tmp_path)
+    model = SimpleNamespace(generation_config=GenerationConfig())
+    set_stops(model, processor, source=str(tmp_path))
+    _, labels = encode_text(processor, TALKS["one turn"])
+    learned = int(labels[labels != IGNORE][-1])
+    assert learned == words.convert_tokens_to_ids(end)
+    assert sorted(model.generation_config.eos_token_id) == sorted({words.eos_token_id, own, learned})
 
 
 def test_an_empty_think_block_is_told_with_its_cure() -> None:
