@@ -14,7 +14,7 @@ from mllm.cli import arguments
 FLOORS = ("blank", "shuffled", "prior")
 NEXT = """next:
   mllm chat {run}/final --image {image}
-  mllm eval run {run}/final --tasks demo_charts --blind
+  mllm eval run {run}/final --tasks demo_charts --data demo_charts={run}/data/charts --blind
   mllm recipes cp demo my_recipe.yaml     # change an encoder, a connector, a rate: one line each
   mllm recipes ls                         # the published models' recipes
 """
@@ -40,9 +40,10 @@ def demo(
     recipe = load_recipe("demo", changes)
     for value, option in ((charts, "--charts"), (processes, "--processes"), (limit, "--limit")):
         arguments.at_least(value, 1, option)
-    from mllm.demo.charts_and_digits import prepare_demo, train_tokenizer
+    from mllm.demo.charts_and_digits import prepare_demo, read_from, train_tokenizer
     from mllm.train.run import run_recipe
 
+    recipe = read_from(recipe, output / "data")
     console = Console()
     console.rule("1  data: charts from real and random tables, handwritten digits")
     prepare_demo(output / "data", num_charts=charts, seed=0)

@@ -17,10 +17,14 @@ import numpy as np
 from PIL import Image
 
 from mllm.data.parallel import chunks, pool_context
+from mllm.data.spec import load_mixture
 from mllm.demo.charts import ANSWER_TYPES, KINDS, Balance, Chart, Question, Renderer, caption, questions
 from mllm.demo.tables import draw_chart
 from mllm.errors import UnavailableError
+from mllm.recipe import Recipe, StageSpec
 
+DATA = Path("runs/demo/data")
+"""Where the declarations in ``data/`` and ``eval/`` expect the demo's files."""
 VERSION = 2
 """Raised when the data that a seed gives changes."""
 SHARES = {"colour": 0.22, "extreme": 0.22, "count": 0.18, "comparison": 0.14, "trend": 0.12, "value": 0.12}
@@ -43,8 +47,31 @@ class DemoData:
     """False: everything was there already."""
 
 
+def read_from(recipe: Recipe, root: Path | str) -> Recipe:
+    """The recipe with the demo's own data sets, which their declarations place in `DATA`, read from another folder."""
+    if Path(root) == DATA:
+        return recipe
+    return recipe.model_copy(update={"stages": [_stage_from(stage, Path(root)) for stage in recipe.stages]})
+
+
+def _stage_from(stage: StageSpec, root: Path) -> StageSpec:
+    mixture = load_mixture(stage.data, where=f"stages.{stage.name}.data")
+    moved = [item.model_copy(update={"dataset": _dataset_from(item.dataset, root)}) for item in mixture.datasets]
+    if moved == mixture.datasets:
+        return stage
+    plain = mixture.model_copy(update={"datasets": moved}).model_dump(mode="json", exclude_defaults=True)
+    return stage.model_copy(update={"data": plain})
+
+
+def _dataset_from(dataset: Any, root: Path) -> Any:
+    path = Path(dataset.path or "")
+    if not path.is_relative_to(DATA):
+        return dataset
+    return dataset.model_copy(update={"path": str(root / path.relative_to(DATA))})
+
+
 def prepare_demo(
-    output_dir: Path | str = "runs/demo/data",
+    output_dir: Path | str = DATA,
     *,
     num_charts: int = 3000,
     num_test_charts: int = 300,
