@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -31,6 +32,7 @@ from mllm.models.routing import ask_gate, encode_short, routing_loss_of_step
 from mllm.processing.pixel_keys import PRIMARY_PIXELS, PixelKeys
 from mllm.types import Routing, VisionFeatures, VisualLayout
 
+_log = logging.getLogger(__name__)
 _language_model_follows: ContextVar[bool] = ContextVar("_language_model_follows", default=False)
 
 
@@ -63,6 +65,7 @@ class MllmModel(MllmPreTrainedModel):
         self._no_split_modules = [*(getattr(self.language_model, "_no_split_modules", None) or ()), *sorted(whole)]
         self.pixel_keys = PixelKeys(config.encoders)
         self.rules = config.layout_rules()
+        self._told_lost_losses = False
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -177,6 +180,18 @@ class MllmModel(MllmPreTrainedModel):
                 )
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_tokens)
 
+    def _tell_lost_losses(self, routing: Routing) -> None:
+        """Warn, once, when a learning router's losses are left out of the loss of a training step."""
+        if self.training and torch.is_grad_enabled() and routing.losses and not self._told_lost_losses:
+            self._told_lost_losses = True
+            _log.warning(
+                "the router's own losses (%s) are not part of this training: the trainer takes its loss from hidden states or logits, "
+                "as TRL's do, and not from model(…, labels=…).loss. Nothing keeps the router from choosing always the same "
+                "expert: freeze it (model.model.vision_tower.router.requires_grad_(False)), or train with mllm train or "
+                "transformers' Trainer",
+                ", ".join(routing.losses),
+            )
+
     def _idle_pass(self, inputs_embeds: Tensor) -> Tensor:
         """A text-only batch in training: touch every learning visual parameter with weight zero, so that ranks with and
         without images reduce the same gradients (ZeRO-1/2 go wrong silently, ZeRO-3 fails otherwise). Under ZeRO-3 frozen
@@ -214,12 +229,13 @@ class MllmModel(MllmPreTrainedModel):
         image_sizes: Tensor | None = None,
         slot_mask: Tensor | None = None,
         slot_embeds: Tensor | None = None,
+        adds_losses: bool = False,
         **kwargs: Any,
     ) -> MllmModelOutput:
         """image_features ``(ΣM, L)`` or ``(B, M, L)``: visual tokens computed before, in place of pixels. pixel_values: all
         views of the images; of a visual tokenizer's encoder they may be codes ``(B, S)``. image_sizes ``(B, 2)``: the
         pictures' (height, width), for views that depend on them. slot_embeds ``(n, L)``: what stands where slot_mask ``(B, T)`` is
-        true, in place of token embeddings."""
+        true, in place of token embeddings. adds_losses: the caller adds the losses in ``routing`` to its own."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -239,6 +255,8 @@ class MllmModel(MllmPreTrainedModel):
                 **extra,
             )
             image_features, routing = output.pooler_output, output.routing
+            if routing is not None and not adds_losses:
+                self._tell_lost_losses(routing)
         if image_features is not None and len(image_features):
             inputs_embeds = self.merge_images(input_ids, inputs_embeds, image_features)
         elif self.vision_tower is not None:
@@ -277,7 +295,12 @@ class MllmModel(MllmPreTrainedModel):
 
 
 class MllmForConditionalGeneration(DrawingMixin, MultimodalGenerationMixin, MllmPreTrainedModel):
-    """The model with its language-model head: train, generate, save, serve."""
+    """The model with its language-model head: train, generate, save, serve.
+
+    ``model(…, labels=…).loss`` is the whole loss in training: next words, a learning router's own losses (balance, z), images that
+    are drawn. A trainer that takes hidden states or logits and makes its own loss (TRL's do) learns from the words alone; for a
+    router that learns this is warned of.
+    """
 
     opens_foreign = True
 
@@ -405,6 +428,7 @@ class MllmForConditionalGeneration(DrawingMixin, MultimodalGenerationMixin, Mllm
             expert_weights=expert_weights,
             router_input_ids=router_input_ids,
             image_features=image_features,
+            adds_losses=labels is not None,
             return_dict=True,
             **kwargs,
         )
