@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +14,15 @@ from mllm.errors import CheckpointError, MllmError
 _LFS = b"version https://git-lfs.github.com/spec/"
 _AGAIN = "download or copy it again"
 _LARGEST_JSON = 256 << 20
+_PICKLES = (".bin", ".pt", ".pth")
 _CHECKED = (".json", ".safetensors", ".bin", ".pt", ".pth", ".model", ".gguf", ".yaml")
 
 
 def damage_of(path: str | Path) -> str | None:
     """One sentence on what is wrong with a file, starting with its path; None when nothing is to be seen.
 
-    Looks for an absent or empty file, a Git LFS pointer, a web page, an archive, half a JSON, and a safetensors file that is
-    shorter than its header says. Reads headers only, and JSON files whole.
+    Looks for an absent or empty file, a Git LFS pointer, a web page, an archive, half a JSON, a safetensors file that is
+    shorter than its header says, and a torch file without its end. Reads headers only, and JSON files whole.
     """
     path = Path(path)
     try:
@@ -61,6 +63,8 @@ def _look(path: Path, size: int, head: bytes) -> str | None:
         return _json_problem(path, size)
     if path.suffix == ".safetensors":
         return _tensor_problem(path, size, head)
+    if path.suffix in _PICKLES and head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
+        return f"is cut short ({size} bytes; the directory at the end of a torch file is missing); {_AGAIN}"
     if path.suffix == ".gguf" and not head.startswith(b"GGUF"):
         return "is not a GGUF file (it does not begin with GGUF)"
     return None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mllm import distributed
 from mllm.config import to_plain
+from mllm.damage import naming_damage
 from mllm.errors import CheckpointError, ConfigError
 from mllm.odd_settings import interval_problems, schedule_problems
 from mllm.threads import one_thread
@@ -286,7 +287,8 @@ class TokenizerRun:
         if not found:
             raise CheckpointError(f"{self.recipe.output_dir}: no step-N checkpoint to resume from (set save_every)")
         self.tokenizer.load_state_dict(VisualTokenizer.from_pretrained(found[-1]).state_dict())
-        state = torch.load(found[-1] / STATE_FILE, map_location=self.device, weights_only=True)
+        with naming_damage(found[-1]):
+            state = torch.load(found[-1] / STATE_FILE, map_location=self.device, weights_only=True)
         self.step = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:

@@ -5,22 +5,29 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from mllm.damage import damage_in, damage_of, read_json, read_safetensors
+from mllm.damage import damage_in, damage_of, naming_damage, read_json, read_safetensors
 from mllm.encoders.hf_weights import load_donor, read_published_config
 from mllm.encoders.weights import read_weights
-from mllm.errors import CheckpointError
+from mllm.errors import CheckpointError, ConfigError
 from mllm.eval.checkpoint import load_model
 from mllm.models.build import build_model, load_tokenizer
 from mllm.models.chat import ChatSession
 from mllm.models.export import export
 from mllm.models.weight_files import read_part, read_tensors
+from mllm.recipe import StageSpec
 from mllm.serve.server import ServeSettings, plan
+from mllm.train.checkpoint.export import DONE, is_finished
+from mllm.train.checkpoint.files import MANIFEST, problem_of
+from mllm.train.engine.base import choose_engine
+from mllm.train.stages.contrastive.dual_encoder import _hf_dual
+from mllm.train.stages.contrastive.stage import ContrastiveOptions
 from mllm.types import WeightsSource
 from mllm.visual_tokenizers import VISUAL_TOKENIZERS
 from mllm.visual_tokenizers.base import VisualTokenizer, build_tokenizer
@@ -148,3 +155,50 @@ def test_every_opener_of_configs_names_the_file(parts: Path, tmp_path: Path, par
     with pytest.raises(CheckpointError, match=r"ends in the middle|not valid JSON") as caught:
         call(folder)
     assert str(folder / file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", LOOKS)
+def test_a_torch_file_is_told_like_the_others(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "optimizer.pt"
+    torch.save({"a": torch.ones(4)}, file)
+    assert damage_of(file) is None and damage_in(tmp_path) is None
+    damage(file, kind)
+    with pytest.raises(CheckpointError, match=LOOKS[kind]), naming_damage(tmp_path):
+        torch.load(file, weights_only=True)
+
+
+def test_what_resuming_and_a_stages_settings_read_is_named(tmp_path: Path) -> None:
+    engine = tmp_path / "zero.json"
+    engine.write_text('{"zero_optimization": {"stage": 2}, "a')
+    learn = {"connector": 1e-3}
+    stage = StageSpec.model_validate({"name": "sft", "data": "x", "steps": 1, "learn": learn, "engine": str(engine)})
+    with pytest.raises(ConfigError, match=r"stages\.sft\.engine: .*zero\.json: not valid JSON: ends in the middle"):
+        choose_engine(stage)
+    engine.write_text(POINTER)
+    with pytest.raises(ConfigError, match=r"stages\.sft\.engine: .*zero\.json: is a Git LFS pointer"):
+        choose_engine(stage)
+    (tmp_path / DONE).write_text('{"stage": "sft", "fi')
+    with pytest.raises(CheckpointError, match=rf"{DONE}: not valid JSON: ends in the middle"):
+        is_finished(tmp_path)
+    (tmp_path / MANIFEST).write_text(POINTER)
+    assert "Git LFS pointer" in str(problem_of(tmp_path))
+
+
+def test_a_contrastive_stages_text_encoder_is_named(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 300, "max_position_embeddings": 16}
+    config = CLIPConfig(text_config=text, vision_config={**sizes, "image_size": 28, "patch_size": 7}, projection_dim=16)
+    CLIPModel(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    encoder = SimpleNamespace(
+        config=SimpleNamespace(weights=None, info=SimpleNamespace(image=SimpleNamespace(height=28)))
+    )
+    options = ContrastiveOptions(source=str(tmp_path))
+    assert _hf_dual(encoder, options, "stages.clip.options").max_length == 16
+    for name in ("model.safetensors", "tokenizer.json"):
+        whole = (tmp_path / name).read_bytes()
+        for kind in ("lfs", "cut"):
+            damage(tmp_path / name, kind)
+            with pytest.raises(CheckpointError, match=f"{name}: .*({LOOKS[kind]}|ends in the middle)"):
+                _hf_dual(encoder, options, "stages.clip.options")
+            (tmp_path / name).write_bytes(whole)

@@ -13,7 +13,8 @@ import torch
 import yaml
 
 from mllm import distributed
-from mllm.config import to_plain
+from mllm.config import read_yaml, to_plain
+from mllm.damage import read_json
 from mllm.errors import CheckpointError
 from mllm.plugins import copy_files
 from mllm.recipe import Recipe, StageSpec
@@ -111,7 +112,7 @@ def is_finished(folder: Path) -> bool:
     marker = folder / DONE
     if not marker.is_file():
         return False
-    for name, size in json.loads(marker.read_text(encoding="utf-8"))["files"].items():
+    for name, size in read_json(marker)["files"].items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             raise CheckpointError(
@@ -125,7 +126,7 @@ def finished_otherwise(folder: Path, recipe: Recipe, stage: StageSpec, *, leave_
     path = folder / "recipe.yaml"
     if not path.is_file():
         return ""
-    saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    saved = read_yaml(path)
 
     def settings(plain: dict[str, Any]) -> str:
         own = next((s for s in plain.get("stages", []) if s.get("name") == stage.name), {})

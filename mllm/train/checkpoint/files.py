@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mllm.damage import damage_of
+
 MANIFEST = "manifest.json"
 WRITING, DELETING = ".writing-", ".deleting-"
 _WHOLE_HASH = 64 << 20  # larger files are hashed at their ends and at even distances
@@ -26,7 +28,7 @@ def problem_of(path: Path) -> str | None:
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
+        return damage_of(path / MANIFEST) or f"{MANIFEST} cannot be read ({error})"
     for name, entry in manifest.get("files", {}).items():
         file = path / name
         if not file.is_file():

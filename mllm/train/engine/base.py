@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mllm import assets
+from mllm.damage import damage_of
 from mllm.errors import ConfigError, did_you_mean
 from mllm.recipe import StageSpec
 from mllm.train.engine.groups import Group
@@ -79,7 +80,9 @@ def _read_json(path: str, where: str) -> dict[str, Any]:
             try:
                 config = json.loads(candidate.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise ConfigError(f"{where}: {candidate} is not valid JSON: {error}") from None
+                raise ConfigError(
+                    f"{where}: {damage_of(candidate) or f'{candidate} is not valid JSON: {error}'}"
+                ) from None
             if not isinstance(config, dict):
                 raise ConfigError(f"{where}: {candidate} does not hold a DeepSpeed config")
             return config

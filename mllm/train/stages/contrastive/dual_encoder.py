@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mllm.errors import CheckpointError, ConfigError, UnavailableError
+from mllm.damage import naming_damage
+from mllm.errors import CheckpointError, ConfigError, MllmError, UnavailableError
 from mllm.train.stages.contrastive.losses import contrastive_loss, ranking_loss
 
 TEXT_PART = "text_encoder"
@@ -114,7 +115,7 @@ def build_dual(encoder: Any, options: Any, *, where: str) -> Any:
 
 
 def _hf_dual(encoder: Any, options: Any, where: str) -> HfDual:
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
+    from transformers import AutoTokenizer
 
     weights = encoder.config.weights
     source = options.source or (weights.source if weights is not None else None)
@@ -128,25 +129,13 @@ def _hf_dual(encoder: Any, options: Any, where: str) -> HfDual:
     if tokenizer_source is None:
         raise ConfigError(f"{where}.tokenizer: a text encoder from scratch needs a tokenizer (hub id or local path)")
     try:
-        config = (
-            AutoConfig.for_model(**options.config)
-            if options.config
-            else AutoConfig.from_pretrained(str(source), revision=revision)
-        )
-        if not hasattr(config, "text_config") or not hasattr(config, "vision_config"):
-            raise ConfigError(
-                f"{where}: {source or config.model_type} has no text side; name the whole CLIP-style model in source"
+        with naming_damage(source, tokenizer_source):
+            model, config = _hf_model(encoder, options, where, source, revision)
+            tokenizer = AutoTokenizer.from_pretrained(
+                tokenizer_source, revision=None if options.tokenizer else revision
             )
-        config.vision_config.image_size = encoder.config.info.image.height
-        if options.config:
-            model = AutoModel.from_config(config)
-        else:  # the position table is the encoder's own, already at its image size
-            model = AutoModel.from_pretrained(
-                str(source), revision=revision, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
-            )
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_source, revision=None if options.tokenizer else revision)
     except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
+        if isinstance(error, MllmError):
             raise
         first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UnavailableError(
@@ -155,6 +144,27 @@ def _hf_dual(encoder: Any, options: Any, where: str) -> HfDual:
     if not hasattr(model, "get_image_features"):
         raise ConfigError(f"{where}: {config.model_type} embeds no images and texts in one space")
     return HfDual(model, tokenizer)
+
+
+def _hf_model(encoder: Any, options: Any, where: str, source: str | None, revision: str | None) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModel
+
+    config = (
+        AutoConfig.for_model(**options.config)
+        if options.config
+        else AutoConfig.from_pretrained(str(source), revision=revision)
+    )
+    if not hasattr(config, "text_config") or not hasattr(config, "vision_config"):
+        raise ConfigError(
+            f"{where}: {source or config.model_type} has no text side; name the whole CLIP-style model in source"
+        )
+    config.vision_config.image_size = encoder.config.info.image.height
+    if options.config:
+        return AutoModel.from_config(config), config
+    model = AutoModel.from_pretrained(  # the position table is the encoder's own, already at its image size
+        str(source), revision=revision, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+    )
+    return model, config
 
 
 def _open_clip_dual(encoder: Any, options: Any, where: str) -> OpenClipDual:
@@ -179,7 +189,10 @@ def _open_clip_dual(encoder: Any, options: Any, where: str) -> OpenClipDual:
                 full = open_clip.create_model(architecture, pretrained=source, precision="fp32")
                 state = full.state_dict()
             else:
-                state = importlib.import_module("open_clip.factory").load_state_dict(source)
+                with naming_damage(source):
+                    state = importlib.import_module("open_clip.factory").load_state_dict(source)
+        except MllmError:
+            raise
         except Exception as error:  # download clients raise many kinds
             raise UnavailableError(f"{where}: weights {source} of {architecture} cannot be read ({error})") from error
         own = model.state_dict()

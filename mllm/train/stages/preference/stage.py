@@ -25,6 +25,7 @@ from pydantic import Field
 
 from mllm import distributed
 from mllm.config import StrictModel, validate
+from mllm.damage import naming_damage
 from mllm.data.collate import Dropped
 from mllm.data.dataset import BadShare, DropLog
 from mllm.data.mixture import Mixture
@@ -189,7 +190,8 @@ def train_preference(run: Run, stage: StageSpec, previous: Path | None, folder: 
             run.info.stage(stage.name, total_steps=steps)
         display.start(steps, begun)
         try:
-            trainer.train(resume_from_checkpoint=last)
+            with naming_damage(last):
+                trainer.train(resume_from_checkpoint=last)
         finally:
             display.close()
     done = int(trainer.state.global_step)
