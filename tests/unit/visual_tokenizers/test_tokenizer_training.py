@@ -87,9 +87,9 @@ def test_a_run_is_not_overwritten_and_resume_needs_one(tmp_path):
     train_tokenizer(recipe_file(tmp_path, save_every=2))
     with pytest.raises(ConfigError, match="resume"):
         train_tokenizer(recipe_file(tmp_path))
-    (state,) = tmp_path.rglob("step-2/*.pt")
-    state.write_bytes(state.read_bytes()[:-500])
-    with pytest.raises(CheckpointError, match=r"step-2/\S+\.pt: is cut short"):
+    for state in tmp_path.rglob("step-*/*.pt"):
+        state.write_bytes(state.read_bytes()[:-500])
+    with pytest.raises(CheckpointError, match=r"step-\d+/\S+\.pt: is cut short"):
         train_tokenizer(recipe_file(tmp_path, save_every=2), resume=True)
 
 
