@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -87,9 +87,8 @@ def _explain(model: type[BaseModel], problem: Any, where: str) -> str:
     path = ".".join([*([where] if where else []), *location])
     if problem["type"] == "extra_forbidden":
         known = _fields_at(model, problem["loc"][:-1])
-        return f"{path}: unknown key{did_you_mean(location[-1], known)}" + (
-            f" Known keys: {', '.join(known)}" if known else ""
-        )
+        meant = _deeper(_model_at(model, problem["loc"][:-1]), location[-1]) or did_you_mean(location[-1], known)
+        return f"{path}: unknown key{meant or '.'}" + (f" Known keys: {', '.join(known)}" if known else "")
     if problem["type"] == "missing":
         return f"{path}: this key is required"
     shown = repr(problem.get("input"))
@@ -98,24 +97,42 @@ def _explain(model: type[BaseModel], problem: Any, where: str) -> str:
     return f"{path}: {message}" + ("" if problem["type"] == "value_error" else f" (got {shown})")
 
 
+def _deeper(model: type[BaseModel] | None, key: str) -> str:
+    """Where a key that was written one storey too high belongs; an empty string when nowhere."""
+    for name, field in (model.model_fields if model else {}).items():
+        below = _model_in(field.annotation)
+        if below is not None and key in below.model_fields:
+            one = "<name>." if get_origin(field.annotation) in (list, dict) else ""
+            return f"; it is a key of {name}: {name}.{one}{key}."
+    return ""
+
+
 def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
     """Field names of the nested model that ``location`` points into; the outermost model's when it cannot be told."""
-    current: Any = model
+    found = _model_at(model, location)
+    return list(found.model_fields) if found is not None else []
+
+
+def _model_at(model: type[BaseModel], location: Sequence[Any]) -> type[BaseModel] | None:
+    current: type[BaseModel] | None = model
     for part in location:
-        if not (isinstance(current, type) and issubclass(current, BaseModel)):
-            return []
+        if current is None:
+            return None
         field = current.model_fields.get(str(part))
-        if field is None:
-            continue
-        candidates = [field.annotation]
-        current = None
-        while candidates:
-            annotation = candidates.pop()
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                current = annotation
-                break
-            candidates.extend(getattr(annotation, "__args__", ()))
-    return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
+        if field is not None:
+            current = _model_in(field.annotation)
+    return current
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The first nested model that an annotation (optional, list or dict of one) names."""
+    candidates = [annotation]
+    while candidates:
+        one = candidates.pop()
+        if isinstance(one, type) and issubclass(one, BaseModel):
+            return one
+        candidates.extend(getattr(one, "__args__", ()))
+    return None
 
 
 def apply_overrides(data: dict, overrides: Sequence[str]) -> dict:

@@ -79,9 +79,8 @@ def demo(
     page = write_page(output, scores, results, shown)
     console.rule("result")
     for name, values in scores.items():
-        _, way = results[f"demo_{name}"].floor
         console.print(
-            f"{name}: {values['score']:.1f} %   without the right picture at most {max(values[k] for k in FLOORS):.1f} % ({way}; "
+            f"{name}: {values['score']:.1f} %   without the right picture at most {max(values[k] for k in FLOORS):.1f} % ("
             + ", ".join(f"{k} {values[k]:.1f}" for k in FLOORS)
             + ")"
         )

@@ -92,9 +92,10 @@ class PlannedDataset(Dataset):
             sample = self._load(self.mixture.substitute(draw, attempt) if attempt else draw, dropped)
             if sample is not None:
                 return sample
-        name = self.mixture.sources[draw.dataset].name
+        source = self.mixture.sources[draw.dataset]
+        checked = source.spec.path if source.spec.recognised else source.name  # what the command takes
         raise DataError(
-            f"{name}: {_MAX_ATTEMPTS} samples one after another cannot be used; run `mllm data check {name}`. "
+            f"{source.name}: {_MAX_ATTEMPTS} samples one after another cannot be used; run `mllm data check {checked}`. "
             f"The last: {dropped[-1].reason}"
         )
 

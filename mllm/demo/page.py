@@ -8,16 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
+_STYLE = """:root{color-scheme:light dark}
+body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem}table{border-collapse:collapse}
-th,td{padding:.3rem .9rem;border-bottom:1px solid #ddd;text-align:right}th:first-child,td:first-child{text-align:left}
+th,td{padding:.3rem .9rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}th:first-child,td:first-child{text-align:left}
 figure{display:flex;gap:1.5rem;align-items:center;margin:1.5rem 0}figure img{width:16rem;image-rendering:pixelated;border:1px solid #ccc}
 .right{color:#0a7a2f}.wrong{color:#b00020}.t{color:#666;font-size:.9rem}svg{width:100%;height:auto;border:1px solid #ddd}
 svg text{font:13px system-ui,sans-serif;fill:#666}svg polyline{fill:none;stroke-width:1.6}
-@media(max-width:40rem){figure{display:block}}
-@media(prefers-color-scheme:dark){body{color:#eee;background:#151515}.right{color:#7ddc9a}.wrong{color:#ff8a8a}.t{color:#999}}"""
-_COLOURS = ("#2563c9", "#c2571a", "#0a7a2f", "#7a3fb0")
-_WIDTH, _HEIGHT, _LEFT, _LOW = 800, 260, 46, 28
+@media(max-width:40rem){figure{display:block}svg text{font-size:22px}th,td{padding:.3rem .45rem}}
+@media(prefers-color-scheme:dark){body{color:#eee;background:#151515}.right{color:#7ddc9a}.wrong{color:#ff8a8a}.t{color:#999}
+th,td,svg,figure img{border-color:#333}svg text{fill:#999}}"""
+_COLOURS = ("#3b7de8", "#d9661f", "#1a9448", "#9a5fd8")
+_WIDTH, _HEIGHT, _LEFT, _LOW = 800, 260, 60, 28
 
 
 def demo_page(
@@ -91,6 +93,6 @@ def _answer(row: Mapping[str, Any]) -> str:
     mark = "✓" if row["right"] else "✗"
     return (
         f'<figure><img src="{picture}" alt=""><figcaption><p><b>{html.escape(row["question"])}</b></p>'
-        f"<p class={word}>{mark} {html.escape(row['answer'])} <span class=t>({word})</span></p>"
+        f"<p class={word}>{mark} {html.escape(row['answer']) or 'no words'} <span class=t>({word})</span></p>"
         f"<p class=t>target: {html.escape(str(row['target']))}</p></figcaption></figure>"
     )

@@ -78,6 +78,14 @@ def test_a_wrong_key_names_its_path_and_what_was_meant(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(text.replace("batch_size: 32", "bach_size: 32"))
     with pytest.raises(ConfigError, match=r"a.yaml.stages.0.bach_size: unknown key, did you mean 'batch_size'\?"):
         load_recipe(str(tmp_path / "a.yaml"))
+    with pytest.raises(
+        ConfigError, match=r"yaml.data: unknown key; it is a key of stages: stages.<name>.data. Known keys: name"
+    ):
+        load_recipe("llava_1_5", ["data=mine.json"])
+    with pytest.raises(ConfigError, match=r"encoders: unknown key; it is a key of model: model.encoders. Known"):
+        load_recipe("llava_1_5", ["encoders=clip-vit-l-14"])
+    with pytest.raises(ConfigError, match=r"qqq: unknown key. Known"):
+        load_recipe("llava_1_5", ["qqq=1"])
     with pytest.raises(UnknownName, match="unknown recipe 'llava_15', did you mean 'llava_1_5'"):
         load_recipe("llava_15")
     (tmp_path / "b.yaml").write_text(text.replace("clip-vit-l-14-336", "clip-vit-l-14-366"))

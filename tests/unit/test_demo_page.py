@@ -20,3 +20,5 @@ def test_the_page_shows_scores_loss_marks_and_links(tmp_path):
         assert words in page
     assert page.count("<polyline") == 2 and page.count("data:image/png;base64,") == 2 and "<b>?" not in page
     assert "no loss" in loss_curve([])
+    assert "✗ no words" in demo_page(scores, losses, [{**rows[1], "answer": ""}], {})
+    assert "color-scheme:light dark" in page  # links stay readable on a dark page

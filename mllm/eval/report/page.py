@@ -13,6 +13,7 @@ from mllm.eval.studies.study import Study, study_html
 
 LISTED = 2000
 _STYLE = """
+:root{color-scheme:light dark}
 body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:76rem;padding:1rem;color:#1a1a1a;background:#fff}
 h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2.2rem}table{border-collapse:collapse;margin:.6rem 0}
 th,td{padding:.25rem .7rem;text-align:left;border-bottom:1px solid #e4e4e4;vertical-align:top}td.n,th.n{text-align:right;white-space:nowrap}
@@ -24,7 +25,8 @@ margin-right:.3rem}button.on{background:#1a1a1a;color:#fff}
 .q{font-weight:600;white-space:pre-wrap}.k{color:#777;display:inline-block;min-width:6.2rem}.p{white-space:pre-wrap}
 .w{color:#b00020}.r{color:#0a7a2f}code{font-size:.85em}summary{cursor:pointer;margin:.6rem 0}a.f{cursor:pointer}
 .none{color:#888;font-size:.85rem;border:1px dashed #ccc;padding:.6rem;width:8rem;text-align:center}
-@media(max-width:46rem){.s{grid-template-columns:1fr}table{display:block;overflow-x:auto}}
+@media(max-width:76rem){table{display:block;overflow-x:auto}td:last-child{min-width:18rem}}
+@media(max-width:46rem){.s{grid-template-columns:1fr}}
 @media(prefers-color-scheme:dark){body,.bar{background:#151515;color:#eee}
 th,td,.s{border-color:#333}button{background:#222;color:#eee;border-color:#555}button.on{background:#eee;color:#111}
 .w{color:#ff8a8a}.r{color:#7ddc9a}.note,.k{color:#999}.s img{border-color:#444}}
@@ -170,7 +172,9 @@ def _sample(
             continue
         value = entry.get("error") or ("unparsed" if entry["value"] is None else f"{entry['value']:.3g}")
         detail = (
-            "" if "error" in entry else f" · read as <code>{_text(entry['extracted'])}</code> · {_text(entry['rule'])}"
+            ""
+            if "error" in entry
+            else f" · read as <code>{_text(entry['extracted']) or 'nothing'}</code> · {_text(entry['rule'])}"
         )
         lines.append(f"<div class=note>{_text(label)}: {_text(value)}{detail}</div>")
     category = f" · {row['category']}" if row.get("category") else ""
