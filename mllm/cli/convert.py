@@ -70,6 +70,7 @@ def push(
 
     [dim]mllm push runs/demo/final me/my-model --private[/]
     """
+    arguments.checkpoint(checkpoint)
     from mllm.models.card import model_card
     from mllm.models.card import push as push_checkpoint
 

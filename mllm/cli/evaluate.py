@@ -83,11 +83,12 @@ def run(
     [dim]mllm eval run CKPT --tasks charts --data chartqa=/data/ChartQA --processes 8 --dtype bfloat16[/]
     """
     from mllm.errors import ConfigError
+    from mllm.eval.generators import GENERATORS
 
-    arguments.one_of(generator, ("hf", "vllm", "openai"), "--generator")
-    if generator != "openai":
+    arguments.one_of(generator, GENERATORS, "--generator")
+    if generator in ("hf", "vllm"):  # a plug-in's own takes what it likes
         arguments.checkpoint(checkpoint)
-    elif not base_url:
+    elif generator == "openai" and not base_url:
         raise ConfigError("--generator openai: where is the server? --base-url http://localhost:8000/v1")
     arguments.dtype(dtype, auto=False)
     arguments.device(device)

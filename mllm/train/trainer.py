@@ -210,8 +210,9 @@ def open_session(run: Run, stage: StageSpec, model: Any, processor: Any, stack: 
         display.print(line)
     tell_odd_settings(stage, data.total_steps, len(mixture), display)
     tell_left_out(mixture, display, run.info, stage)
-    if distributed.is_main():
-        for line in what_is_learned(processor, data, model.generation_config.eos_token_id):
+    generation = getattr(model, "generation_config", None)  # an encoder that is tuned by itself says nothing
+    if distributed.is_main() and generation is not None:
+        for line in what_is_learned(processor, data, generation.eos_token_id):
             display.print(line)
     if use_cache(stage, data, model, processor, {group.part for group in groups}, display, stack) and flops is not None:
         flops.cached = True

@@ -50,6 +50,8 @@ NOT_THERE = {  # command line → words of its one error; {d} is an empty folder
     "tokenizer encode {d}/nope --recipe tokenizer_demo_dual --output {d}/codes": "no such folder",
     "convert {d}/nope {d}/out": "no such folder",
     "export {d}/nope {d}/out": "no such folder",
+    "push {d}/nope me/model": "no such folder",
+    "batch {d}/nope.jsonl --server http://127.0.0.1:1": "No such file",
     "check nope": "unknown component 'nope'",
     "list nope": "'nope' is not one of",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -34,4 +35,4 @@ def test_nobody_is_sent_to_the_other_project_of_that_name():
     from pathlib import Path
 
     sources = Path(install.__file__).parent.rglob("*.py")
-    assert not [p for p in sources if "pip install mllm" in p.read_text() or "pip install 'mllm[" in p.read_text()]
+    assert not [p for p in sources if re.search(r"pip install '?mllm(?!-toolkit)", p.read_text())]

@@ -23,7 +23,7 @@ class EncoderClock:
         self._pending: list[tuple[str, Any, Any]] = []
 
     def watch(self, name: str, module: nn.Module) -> None:
-        """Measure a module whose first argument is a batch of images."""
+        """Measure a module whose first argument is a batch of images, or their features by encoder."""
         self.images[name], self.seconds[name] = 0, 0.0
 
         def before(_: nn.Module, args: tuple) -> None:
@@ -33,7 +33,7 @@ class EncoderClock:
             started = self._open.pop(name, None)
             if started is None:
                 return
-            self.images[name] += len(getattr(output, "tokens", output))
+            self.images[name] += _images_of(args)
             if isinstance(started, float):
                 self.seconds[name] += time.perf_counter() - started
                 return
@@ -88,3 +88,12 @@ def _now() -> Any:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+def _images_of(args: tuple) -> int:
+    """How many images a call is about: an encoder gets their pixels, the connector ``(features, routing, text, layouts)``."""
+    first = args[0]
+    if not isinstance(first, dict):
+        return len(first)
+    layouts = args[3] if len(args) > 3 else None
+    return len(next(iter(first.values())).tokens) if layouts is None else len(layouts)
