@@ -48,13 +48,13 @@ def _read(settings: Settings, file: Path, grids: list[list[int]] | None) -> dict
     settings.harmless(
         "data_format", "input_data_format", "return_tensors", "disable_grouping", "image_seq_length", "pad_size"
     )
+    crops = bool(settings.take("do_center_crop", _crops_by_default(settings)))
     if grids is None:
-        result: dict[str, Any] = {"resize": _fit(settings, file)}
+        result: dict[str, Any] = {"resize": _fit(settings, file, cropped=crops)}
     else:  # tiles are squashed to the encoder's size by the views; do_pad is about batches then
         settings.expect("image_grid_pinpoints", (grids, None), f"the model's config has {grids}")
         settings.harmless("do_pad", "aspect_ratio_setting", "size")
         result = {"resize": "squash"}
-    crops = settings.take("do_center_crop", _crops_by_default(settings))
     size = _sides(settings.take("crop_size")) if crops else None
     size = size or _sides(settings.take("size"))
     if size:
@@ -74,10 +74,9 @@ def _read(settings: Settings, file: Path, grids: list[list[int]] | None) -> dict
     return result
 
 
-def _fit(settings: Settings, file: Path) -> str:
+def _fit(settings: Settings, file: Path, *, cropped: bool) -> str:
     """``squash``, ``letterbox`` or ``crop``: what padding, resizing and cropping amount to."""
     size, crop = settings.take("size"), settings.take("crop_size")
-    cropped = bool(settings.take("do_center_crop", _crops_by_default(settings)))
     short = size if isinstance(size, int) else (size or {}).get("shortest_edge")
     if isinstance(size, int) and not cropped:
         short = None  # an early CLIP processor's bare number: a square
