@@ -248,3 +248,90 @@ def test_one_channel_where_three_are_meant_is_named():
 )
 def test_settings_that_do_not_fit_are_refused(spec, words):
     refused(spec, *words)
+
+
+@torch.no_grad()
+def test_unit_is_the_authors_at_three_sizes_of_one_table(tmp_path):
+    meta, inputs, outputs, state = vector("unit_encoder")
+    sizes = meta["ctor"]
+    state = {f"unit_model.{key}": value for key, value in state.items()}
+    state["unit_model.input_conditioner.norm_mean"] = torch.zeros(3, 1, 1)
+    spec = {
+        "type": "unit",
+        "width": sizes["embed_dim"],
+        "keep_prefix": True,
+        **{key: sizes[key] for key in ("depth", "num_heads", "patch_size", "cpe_max_size", "num_cls_tokens")},
+        "register_multiple": sizes["register_multiple"],
+    }
+    have = {}
+    for name in ("a", "b", "full"):
+        image = inputs[f"input.image_{name}"]
+        encoder = encoder_with(state, spec, tmp_path, image_size=list(image.shape[2:]))
+        mean, std = (
+            torch.tensor(v).view(3, 1, 1) for v in (encoder.config.info.image.mean, encoder.config.info.image.std)
+        )
+        features = encoder((image - mean) / std)
+        have |= {f"output.cls_{name}": features.prefix[:, 0], f"output.spatial_{name}": features.tokens}
+    compare(meta, outputs, have)
+    smaller = encoder_with(state, {**spec, "cpe_max_size": 20}, tmp_path, image_size=16)
+    assert smaller.model.patch_generator.pos_embed.shape[1] == 25, "a table of another size is resized"
+
+
+def test_units_positions_are_random_windows_in_its_pretraining_only():
+    torch.manual_seed(0)
+    spec = {
+        "type": "unit",
+        "width": 8,
+        "depth": 1,
+        "num_heads": 1,
+        "patch_size": 4,
+        "cpe_max_size": 32,
+        "image_size": 16,
+    }
+    plain, jittered = (
+        build_encoder(encoder_config({**spec, "position_jitter": jitter}, where="encoder")).train()
+        for jitter in (False, True)
+    )
+    jittered.load_state_dict(plain.state_dict())
+    pixels = torch.randn(1, 3, 16, 16).expand(40, -1, -1, -1)
+    with torch.no_grad():
+        assert torch.allclose(plain(pixels).tokens[0], plain(pixels).tokens[1], atol=1e-5)
+        seen = jittered.model.patch_generator.random_windows((4, 4), 400)
+        assert 10 < int((seen.abs().sum((1, 2)) == 0).sum()) < 90, "about a tenth is shown no position"
+        assert not torch.allclose(jittered(pixels).tokens[0], jittered(pixels).tokens[1], atol=1e-4)
+        assert torch.allclose(jittered.eval()(pixels).tokens, plain.eval()(pixels).tokens, atol=1e-5)
+
+
+@torch.no_grad()
+def test_lookupvit_is_the_public_module(tmp_path):
+    meta, inputs, outputs, state = vector("lookupvit_lucidrains")
+    sizes = meta["ctor"]
+    spec = {
+        "type": "lookupvit",
+        "width": sizes["dim"],
+        "depth": sizes["depth"],
+        "num_heads": sizes["heads"],
+        "head_width": sizes["dim_head"],
+        "lookup_heads": sizes["cross_attn_heads"],
+        "lookup_head_width": sizes["cross_attn_dim_head"],
+        "mlp_ratio": sizes["mlp_factor"],
+        "lookup_mlp_ratio": sizes["highres_mlp_factor"],
+        "patch_size": sizes["highres_patch_size"],
+        "patch_kernel": sizes["patch_conv_kernel_size"],
+        "compressed_grid": [sizes["image_size"] // sizes["patch_size"]] * 2,
+        "image_size": sizes["image_size"],
+        "infusion": "logits",
+        "lookup_norm": True,
+    }
+    encoder = encoder_with(state, {**spec, "output": "both"}, tmp_path)
+    compressed, lookup = encoder.model(inputs["input.image"])[-1]
+    pooled = encoder.model.norm(compressed).mean(1) + encoder.model.highres_norm(lookup).mean(1)
+    have = {"output.compressed_tokens": compressed, "output.lookup_tokens": lookup}
+    compare(meta, outputs, have | {"output.logits": pooled @ state["to_logits.weight"].T})
+    few = encoder_with(state, spec, tmp_path)(inputs["input.image"])
+    torch.testing.assert_close(few.tokens, encoder.model.norm(compressed))
+    assert few.grid == (3, 3)
+    other = encoder_with(state, {**spec, "compressed_grid": [2, 5]}, tmp_path)
+    assert other(inputs["input.image"]).grid == (2, 5), "the number of tokens is chosen when the model is opened"
+    paper = encoder_with(state, {**spec, "output": "lookup", "infusion": "probabilities"}, tmp_path)
+    assert not torch.allclose(paper.model(inputs["input.image"])[-1][1], lookup, atol=1e-2)
