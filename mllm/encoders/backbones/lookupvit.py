@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +114,7 @@ class LookupBlock(nn.ModuleList):
         self.by_logits = config.infusion == "logits"
 
     def forward(self, compressed: Tensor, lookup: Tensor) -> tuple[Tensor, Tensor]:
-        attention, mlp, gather, *rest = self
+        attention, mlp, gather, *rest = cast(list[Any], list(self))
         logits = gather.logits(compressed, lookup)
         gathered = logits.softmax(-1)
         compressed = compressed + gather.read(gathered, lookup)
