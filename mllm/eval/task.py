@@ -38,7 +38,8 @@ class JoinSpec(StrictModel):
 
 class ColumnsSpec(StrictModel):
     """How a row becomes a sample: Jinja expressions over the row's fields (``row['odd name']`` for names that are no
-    identifiers), plus ``_index`` (row number), ``_file`` (file stem), ``_key`` (key of a mapping's entry)."""
+    identifiers), plus ``_index`` (row number), ``_file`` (file stem), ``_key`` (key of a mapping's entry), ``_folder`` (the
+    benchmark's)."""
 
     question: str
     answers: str | None = None
@@ -78,6 +79,8 @@ class SourceSpec(StrictModel):
     join: JoinSpec | None = None
     where: str | None = None
     """Jinja expression; rows for which it is false are not part of the benchmark."""
+    unique: str | None = None
+    """Jinja expression; of rows that give it the same value the first is part of the benchmark (one row per picture)."""
     explode: str | None = None
     """A field that holds a list: one row per entry."""
     lists: dict[str, str] = Field(default_factory=dict)
@@ -107,8 +110,9 @@ class SourceSpec(StrictModel):
             raise ValueError("format hub needs hub (dataset id) and split")
         if self.format not in ("hub", "mme") and not self.files:
             raise ValueError(f"format {self.format} needs files")
-        if self.where is not None:
-            check_expression(self.where, "where")
+        for name in ("where", "unique"):
+            if (text := getattr(self, name)) is not None:
+                check_expression(text, name)
         return self
 
 
@@ -165,6 +169,9 @@ class TaskSpec(StrictModel):
     generation: GenerationSpec = Field(default_factory=GenerationSpec)
     metrics: list[str | dict[str, Any]] = Field(min_length=1)
     """The first gives the headline."""
+    judge: str | None = None
+    """Name of the judge's prompt under ``eval/judges`` that the published score goes by; `mllm eval judge` asks it, a run
+    never does."""
     group: str | None = None
     """Meta value whose samples belong together in the score (MME's picture, MMBench's question): a limit keeps them
     whole."""

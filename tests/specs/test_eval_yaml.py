@@ -18,13 +18,16 @@ SUITES = sorted(path.stem for path in (ROOT / "eval/suites").glob("*.yaml"))
 WANTED = """
 vqav2 gqa textvqa vizwiz docvqa infovqa chartqa chartqapro plotqa charxiv ai2d scienceqa scienceqa_img mmmu mmmu_pro
 mmbench mmstar seed pope mme ocrbench mathvista refcoco_val refcoco_plus_testa refcocog_test cv_bench vsibench videomme
-mvbench demo_charts demo_digits
+mvbench demo_charts demo_digits mmvp blink realworldqa vstar naturalbench hallusionbench amber countbench tallyqa mme_realworld
+mme_realworld_lite seed2_plus mmt_bench mathverse mathvision wemath chartmuseum chartx chartx_table chartbench evochart
+charxiv_descriptive chartqa_human chartqa_augmented chartqa_table mpdocvqa dude slidevqa embspatial 3dsrbench sat
+sparbench omnispatial mmfr
 """
 
 
 def test_the_promised_tasks_and_suites_are_there():
     assert set(TASKS) >= set(WANTED.split()) and len(TASKS) >= 37
-    assert {"charts", "vqa", "documents", "spatial", "quick"} <= set(SUITES)
+    assert {"charts", "vqa", "documents", "spatial", "quick", "multi_encoder", "hallucination", "judged"} <= set(SUITES)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -49,6 +52,14 @@ def test_every_task_is_found_by_name_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert set(TASKS) <= set(assets.available("eval/tasks"))
     assert expand_tasks(["quick"]) == load_suite("quick").tasks
+
+
+def test_the_readme_lists_every_task_with_its_size_licence_and_headline():
+    text = (ROOT / "eval/README.md").read_text()
+    for name in TASKS:
+        task = load_task(name)
+        line = f"| {name} | {task.size or ''} | {task.licence} | `{task.build_metrics()[0].name}` |"
+        assert line in text, f"eval/README.md: no line that begins {line!r}"
 
 
 def edited(tmp_path: Path, change) -> str:

@@ -98,6 +98,7 @@ def load_data(
     items: list[Item] = []
     problems: list[Problem] = []
     seen: set[str] = set()
+    kept: set[str] = set()
     num_rows = 0
     for row in rows:
         name = f"row {row['_index']}"
@@ -106,6 +107,12 @@ def load_data(
             if source.where is not None and not evaluate(source.where, row, "where"):
                 num_rows -= 1
                 continue
+            if source.unique is not None:
+                value = str(evaluate(source.unique, row, "unique"))
+                if value in kept:
+                    num_rows -= 1
+                    continue
+                kept.add(value)
             name = str(evaluate(source.columns.id, row, "id"))
             item = _build(task, source, row, name, folder)
         except DataError as error:

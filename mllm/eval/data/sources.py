@@ -144,7 +144,7 @@ def _decorate(source: SourceSpec, read: Callable[[], Iterable[Row]], folder: Pat
                 )
             entries = [row | {source.explode: value, "_part": part} for part, value in enumerate(values)]
         for entry in entries:
-            yield entry | {"_index": index, "_lists": lists}
+            yield entry | {"_index": index, "_lists": lists, "_folder": folder}
             index += 1
 
 

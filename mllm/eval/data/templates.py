@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import csv
+import re
 import string
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -46,6 +48,66 @@ def lettered(options: Sequence[Any], style: str = "{letter}. {text}", joiner: st
     return joiner.join(style.format(letter=string.ascii_uppercase[k], text=text) for k, text in enumerate(options))
 
 
+_OPTION = re.compile(r"(?<![^\W_])\(?([A-Za-z])[).:．]\s*+")
+
+
+def options_in(text: Any) -> list[str]:
+    """Texts of the options that a text lists from A on, ``(a) x (b) y`` or ``A. x`` line by line; empty when there are not
+    two. The last one ends with its line."""
+    text, found = str(text), []
+    for mark in _OPTION.finditer(text):
+        alike = not found or (mark[1].islower(), mark[0][0] == "(") == (found[0][1].islower(), found[0][0][0] == "(")
+        if alike and mark[1].upper() == string.ascii_uppercase[len(found) % 26]:
+            found.append(mark)
+    ends = [mark.start() for mark in found[1:]] + [len(text)]
+    texts = [text[mark.end() : end].strip() for mark, end in zip(found, ends)]
+    return (
+        [*(one.rstrip(";,").strip() for one in texts[:-1]), texts[-1].split("\n")[0].strip()] if len(found) > 1 else []
+    )
+
+
+def stem_of(text: Any) -> str:
+    """What stands before the options that `options_in` finds; the whole text where it finds none."""
+    text = str(text)
+    if not options_in(text):
+        return text.strip()
+    return text[: next(mark.start() for mark in _OPTION.finditer(text) if mark[1].upper() == "A")].strip()
+
+
+def files(pattern: Any, folder: Path) -> list[str]:
+    """Files that a pattern finds in the benchmark's folder, by the numbers in their names (page 2 before page 10)."""
+    found = [str(path.relative_to(folder)) for path in Path(folder).glob(str(pattern))]
+    return sorted(found, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+
+
+def spell(values: Sequence[Any], pattern: str) -> list[str]:
+    """Each value in the place of ``{}``: page ids as file names."""
+    return [pattern.format(value) for value in values]
+
+
+def text_file(path: Any, folder: Path) -> str:
+    """Text of a file in the benchmark's folder. Raises `DataError`."""
+    place = Path(folder) / str(path)
+    try:
+        return place.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{place}: cannot be read ({error})") from None
+
+
+def table_text(text: Any) -> str:
+    """A table (comma or tab separated, ``\\t`` and ``\\n`` also written out) in DePlot's form: a line a row, cells parted by
+    `` | ``."""
+    plain = str(text).replace("\\t", "\t").replace("\\n", "\n").strip()
+    mark = "\t" if "\t" in plain else ","
+    rows = csv.reader(plain.splitlines(), delimiter=mark)
+    return "\n".join(" | ".join(cell.strip() for cell in row) for row in rows if any(cell.strip() for cell in row))
+
+
+def fields(row: Mapping[str, Any]) -> str:
+    """The texts of a row's own fields in the order of their names, joined by spaces; empty ones left out."""
+    return " ".join(str(row[name]) for name in sorted(row) if not str(name).startswith("_") and row[name])
+
+
 def present(values: Sequence[Any]) -> list[Any]:
     """Entries that are neither None, NaN nor empty."""
     return [
@@ -67,7 +129,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
     environment.filters |= {
         "literal": literal, "as_list": as_list, "letter": letter, "lettered": lettered, "present": present,
-        "from_base64": from_base64, "video": video,
+        "from_base64": from_base64, "video": video, "options_in": options_in, "stem_of": stem_of, "files": files, "spell": spell,
+        "text_file": text_file, "table_text": table_text, "fields": fields,
     }  # fmt: skip
     return environment
 

@@ -217,3 +217,47 @@ class LetterCvBench(_LetterMetric):
         if "omni3d" in parts:
             result["3D"] = parts["omni3d"]
         return result | by_source
+
+
+_MMEREALWORLD_PREFIXES = (
+    "The best answer is", "The correct answer is", "The answer is", "The answer", "The best option is",
+    "The correct option is", "Best answer:", "Best option:",
+)  # fmt: skip
+
+
+class LetterMmeRealWorld(_LetterMetric):
+    """Headline: percent of all questions; ``perception`` and ``reasoning``, and each of their tasks, beside it."""
+
+    name = "letter_mmerealworld"
+    protocol = (
+        "MME-RealWorld's own rule: its eight prefixes removed, then the first A-E anywhere, else a lone small letter; an "
+        "empty reply, which the published script takes for A, is unparsed"
+    )
+
+    def read(self, reply: str, options: Mapping[str, str]) -> tuple[str | None, str]:
+        text = reply.strip()
+        for prefix in _MMEREALWORLD_PREFIXES:
+            text = text.replace(prefix, "")
+        if found := re.search("[ABCDE]", text):
+            return found[0], "first of A-E anywhere"
+        bare = text.strip().strip("()").lower()
+        return (bare.upper(), "small letter alone") if len(bare) == 1 and bare in "abcde" else (None, "no letter")
+
+    def aggregate(self, items: list[Scored]) -> dict[str, float]:  # type: ignore[override]
+        return Metric.aggregate(self, items) | group_means(items, "part", self.scale)
+
+
+class ChoiceOrExact(Letter):
+    name = "choice_or_exact"
+    version = "1"
+    protocol = (
+        "RealWorldQA: our letter rule where the answer is a letter; else equality after lower case, whitespace collapsed and "
+        "trailing periods off"
+    )
+
+    def score(self, prediction: str, target: Any, meta: Mapping[str, Any]) -> Score:
+        wanted = {collapse(reference.lower()).rstrip(". ") for reference in references(target)}
+        if meta.get("options") or all(len(text) == 1 and text.isalpha() for text in wanted):
+            return super().score(prediction, target, meta)
+        answer = collapse(prediction.lower()).rstrip(". ")
+        return Score(float(answer in wanted), answer, "equal" if answer in wanted else "different")

@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import Any
 
 from mllm.eval.metrics.base import Metric, Score
-from mllm.eval.metrics.text import collapse, percent_or_float, references
+from mllm.eval.metrics.text import collapse, percent_or_float, references, tagged
 
 _TOLERANCE = Decimal("0.05")
 _MOST_DIGITS = 1_000  # a longer run of digits is no answer, and in time no `Decimal` either
@@ -173,6 +173,8 @@ def strict_match(target: str, prediction: str, *, year: bool = False) -> tuple[b
 
 
 class RelaxedStrict(Metric):
+    """tag: the answer stands between ``<tag>`` and ``</tag>`` of the reply; without them the whole reply is compared."""
+
     name = "relaxed_strict"
     version = "2"
     protocol = (
@@ -181,7 +183,12 @@ class RelaxedStrict(Metric):
         "ignored, 5 % in exact decimal arithmetic"
     )
 
+    def __init__(self, tag: str | None = None):
+        self.tag = tag
+
     def score(self, prediction: str, target: Any, meta: Mapping[str, Any]) -> Score:
+        if self.tag is not None and (inside := tagged(prediction, self.tag)) is not None:
+            prediction = inside
         rule, year = "text", bool(meta.get("is_year"))
         answer = collapse(prediction).rstrip(_END_MARKS + " ")
         for reference in references(target):

@@ -8,6 +8,14 @@ from typing import Any, TypeVar
 
 from mllm.errors import DataError
 
+NUMBER_WORDS = {
+    word: number
+    for number, word in enumerate((
+        "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+        "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
+    ))
+}  # fmt: skip
+
 
 def references(target: Any) -> list[str]:
     """A target as a non-empty list of reference strings: a string, a number, or a list of either or of
@@ -83,3 +91,10 @@ def plain_float(text: Any) -> float | None:
         return float(text)
     except (TypeError, ValueError):
         return None
+
+
+def tagged(text: str, tag: str) -> str | None:
+    """Content of the first ``<TAG>…</TAG>``, None without one."""
+    start = text.find(f"<{tag}>")
+    end = text.find(f"</{tag}>", start) if start >= 0 else -1
+    return text[start + len(tag) + 2 : end].strip() if end >= 0 else None
