@@ -137,7 +137,7 @@ class WeMath(Letter):
             if kind in _STEPS and part:
                 problems.setdefault((kind, str(item.meta["problem"])), {})[part] = item.value == 1
             single.append(item.value)
-        counts = dict.fromkeys(("IG", "IK", "CM_strict", "CM_loose", "RM_strict", "RM_loose"), 0)
+        counts: dict[str, int] = dict.fromkeys(("IG", "IK", "CM_strict", "CM_loose", "RM_strict", "RM_loose"), 0)
         whole = 0
         for (kind, _), right in problems.items():
             steps = [str(k + 1) for k in range(int(kind[0]))]
