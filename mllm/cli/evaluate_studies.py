@@ -1,4 +1,4 @@
-"""``mllm eval ablate / stress / contamination``: what stands behind a score?"""
+"""``mllm eval judge / ablate / stress / contamination``: what stands behind a score?"""
 
 from __future__ import annotations
 
@@ -197,8 +197,76 @@ def contamination(
     _finish(study, folder)
 
 
+def judge(
+    predictions: Annotated[Path, typer.Argument(help="Predictions folder or file of a run.")],
+    judge: Annotated[
+        str | None,
+        typer.Option(help="The judge: a model's name at --base-url, or a checkpoint folder.", show_default=False),
+    ] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="An OpenAI-compatible address up to /v1; the key comes from $OPENAI_API_KEY.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="A prompt of eval/judges or a file of that form; default: each task's own.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Only these tasks of the folder, comma separated.")] = None,
+    hand: Annotated[
+        Path | None, typer.Option(help="A CSV of hand verdicts (id, verdict) to measure the judges against.")
+    ] = None,
+    sheet: Annotated[
+        int | None,
+        typer.Option(help="Write a sheet of N random answers to fill in by hand, and stop.", show_default=False),
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Verdicts by content, shared by runs; default: in the folder.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests under way at once.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Prompts per batch of a checkpoint that judges.")] = 8,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: the GPU when there is one.")] = None,
+) -> None:
+    """Have a model judge a run's answers, where no exact rule gives the published score (opt-in; a run never asks one).
+
+    Verdicts are kept by content, so a second call asks nothing twice and goes on where a judge went away. The report gets a
+    chapter with each judge's name, version and prompt beside its number, the replies without a verdict, and the agreement
+    (kappa) of judges with each other and with --hand.
+
+    [dim]mllm eval judge runs/my/eval --judge gpt-4o-2024-05-13 --base-url https://api.openai.com/v1[/]
+
+    [dim]mllm eval judge runs/my/eval --judge CKPT --tasks mmvet --hand hand.csv[/]
+    """
+    arguments.dtype(dtype, auto=False)
+    arguments.device(device)
+    arguments.at_least(concurrency, 1, "--concurrency")
+    arguments.at_least(batch_size, 1, "--batch-size")
+    if sheet is not None:
+        arguments.at_least(sheet, 1, "--sheet")
+    if judge is not None and not base_url:
+        arguments.checkpoint(judge)
+    from mllm.eval.judging.run import run_judge
+
+    study, folder = run_judge(
+        predictions,
+        judge,
+        base_url=base_url,
+        prompt=prompt,
+        tasks=listed(tasks),
+        hand=hand,
+        sheet=sheet,
+        cache_path=cache,
+        concurrency=concurrency,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        say=_say,
+    )
+    if study is not None:
+        _finish(study, folder)
+
+
 def add_to(group: typer.Typer) -> None:
-    """Register the three verbs in ``mllm eval``."""
+    """Register these verbs in ``mllm eval``."""
+    group.command("judge")(judge)
     group.command("ablate")(ablate)
     group.command("stress")(stress)
     group.command("contamination")(contamination)

@@ -53,6 +53,8 @@ class OpenAIGenerator:
         self.concurrency, self.max_retries, self.image_format = concurrency, max_retries, image_format
         self.extra = dict(extra or {})
         self.first_pause = 0.5
+        self.answered_by: dict[str, int] = {}
+        """Models that the server says answered (a version behind a name), and how often."""
         key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
         limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
         self._client = httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=timeout, limits=limits)
@@ -109,13 +111,14 @@ class OpenAIGenerator:
                 time.sleep(pause)
         return Response(request.id, "", shown, error=problem)
 
-    @staticmethod
-    def _read(request: Request, reply: Any, shown: str) -> Response:
+    def _read(self, request: Request, reply: Any, shown: str) -> Response:
         try:
             data = reply.json()
             text = data["choices"][0]["message"]["content"] or ""
         except (ValueError, KeyError, IndexError, TypeError) as error:
             return Response(request.id, "", shown, error=f"unreadable reply ({type(error).__name__}: {error})")
+        if isinstance(name := data.get("model"), str):
+            self.answered_by[name] = self.answered_by.get(name, 0) + 1
         usage = data.get("usage") or {}
         counts = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
         return Response(request.id, answer_text(text), shown, *counts)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mllm.eval.metrics.base import Metric, Score
-from mllm.eval.metrics.text import collapse, references
+from mllm.eval.metrics.text import collapse, references, rouge_l
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -50,3 +50,16 @@ class ExactMatch(_Equality):
 
     def normalise_prediction(self, text: str) -> str:
         return collapse(text.lower()).rstrip(". ")
+
+
+class RougeL(Metric):
+    name = "rouge_l"
+    protocol = (
+        "F1 of the longest common subsequence of words with the nearest reference (not stemmed, 600 words): an offline "
+        "stand-in for open answers, no benchmark's own score"
+    )
+    binary = False
+
+    def score(self, prediction: str, target: Any, meta: Mapping[str, Any]) -> Score:
+        value = max(rouge_l(prediction, reference) for reference in references(target))
+        return Score(value, collapse(prediction)[:200], "words in order")

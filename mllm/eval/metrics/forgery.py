@@ -9,9 +9,7 @@ from typing import Any
 
 from mllm.errors import DataError
 from mllm.eval.metrics.base import Metric, Score, Scored, mean
-from mllm.eval.metrics.text import references, tagged
-
-_MOST_WORDS = 600
+from mllm.eval.metrics.text import references, rouge_l, tagged
 
 
 def bleu_1(reply: str, reference: str) -> float:
@@ -21,23 +19,6 @@ def bleu_1(reply: str, reference: str) -> float:
         return 0.0
     same = sum((Counter(given) & Counter(wanted)).values())
     return same / len(given) * min(1.0, math.exp(1 - len(wanted) / len(given)))
-
-
-def rouge_l(reply: str, reference: str) -> float:
-    """F1 of the longest common subsequence of words (letters and digits, lower case; not stemmed)."""
-    given, wanted = _words(reply), _words(reference)
-    if not given or not wanted:
-        return 0.0
-    row = [0] * (len(wanted) + 1)
-    for word in given:
-        diagonal = 0
-        for place, other in enumerate(wanted, 1):
-            diagonal, row[place] = row[place], diagonal + 1 if word == other else max(row[place], row[place - 1])
-    return 2 * row[-1] / (len(given) + len(wanted))
-
-
-def _words(text: str) -> list[str]:
-    return "".join(c if c.isascii() and c.isalnum() else " " for c in text.lower()).split()[:_MOST_WORDS]
 
 
 class Mmfr(Metric):

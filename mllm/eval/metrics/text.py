@@ -98,3 +98,23 @@ def tagged(text: str, tag: str) -> str | None:
     start = text.find(f"<{tag}>")
     end = text.find(f"</{tag}>", start) if start >= 0 else -1
     return text[start + len(tag) + 2 : end].strip() if end >= 0 else None
+
+
+_MOST_WORDS = 600
+
+
+def rouge_l(reply: str, reference: str) -> float:
+    """F1 of the longest common subsequence of words (letters and digits, lower case; not stemmed)."""
+    given, wanted = _words(reply), _words(reference)
+    if not given or not wanted:
+        return 0.0
+    row = [0] * (len(wanted) + 1)
+    for word in given:
+        diagonal = 0
+        for place, other in enumerate(wanted, 1):
+            diagonal, row[place] = row[place], diagonal + 1 if word == other else max(row[place], row[place - 1])
+    return 2 * row[-1] / (len(given) + len(wanted))
+
+
+def _words(text: str) -> list[str]:
+    return "".join(c if c.isascii() and c.isalnum() else " " for c in text.lower()).split()[:_MOST_WORDS]

@@ -1,0 +1,1 @@
+"""Verdicts that another model gives, where a benchmark has no exact rule."""
