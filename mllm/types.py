@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Grid = tuple[int, int]  # rows, columns
+Box = tuple[float, float, float, float]  # top, left, bottom, right
 
 
 class ImageSpec(StrictModel):
@@ -42,6 +43,8 @@ class EncoderInfo(StrictModel):
     """D: channels of one feature token."""
     num_prefix_tokens: int = 0
     """P: class and register tokens returned beside the patches (0 when dropped)."""
+    in_place: bool = True
+    """A cell of the grid shows that place of the image; False for tokens that gather from all of it."""
 
 
 class WeightsSource(StrictModel):
@@ -69,6 +72,8 @@ class ViewLayout(StrictModel):
     """A learned separator token closes every row (included in ``num_tokens``)."""
     in_place: bool = True
     """A cell of the grid shows that place of the view, so that the maps of neighbouring views can be laid side by side."""
+    joins_perspectives: bool = False
+    """The connector makes one map of all ``dual_perspective`` views of a visual."""
 
 
 ImageLayout = ViewLayout
@@ -97,11 +102,32 @@ class Block:
 
 @dataclass(frozen=True)
 class VisualLayout:
-    """How one visual lies in the token sequence. Made by `mllm.processing.layout` only. num_views: views that each encoder
-    has of it."""
+    """How one visual lies in the token sequence. Made by `mllm.processing.layout` only.
+
+    num_views: views that the connector joins; fewer: encoder → how many of them it has itself, where that is not all;
+    tiles: (rows, columns) of tiles among the views; thumbnail: which view is the whole picture; corners: of each tile, what
+    it shows of the picture, as (top, left, bottom, right) from 0 to 1 (beyond it where it is padded); perspectives: n, where
+    the views are n × n crops, n × n strided pictures and a thumbnail.
+    """
 
     blocks: tuple[Block, ...]
     num_views: int = 1
+    fewer: tuple[tuple[str, int], ...] = ()
+    tiles: Grid = (0, 0)
+    thumbnail: int | None = None
+    corners: tuple[Box, ...] = ()
+    perspectives: int = 0
+
+    def rows_of(self, encoder: str) -> int:
+        """Rows of an encoder's pixels that belong to the visual."""
+        return dict(self.fewer).get(encoder, self.num_views)
+
+    @property
+    def places(self) -> tuple[Grid, ...]:
+        """(row, column) of every view among the tiles; (-1, -1) for one that is no tile."""
+        tiles = [(row, column) for row in range(self.tiles[0]) for column in range(self.tiles[1])]
+        number = iter(tiles)
+        return tuple((-1, -1) if view == self.thumbnail else next(number, (-1, -1)) for view in range(self.num_views))
 
     @property
     def num_tokens(self) -> int:

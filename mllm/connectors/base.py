@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm.config import StrictModel
-from mllm.connectors.joining import join_views
+from mllm.connectors.joining import join_views, spread_views
 from mllm.types import EncoderInfo, Routing, ViewLayout, VisionFeatures, VisualLayout
 
 
@@ -97,6 +97,7 @@ class Connector(nn.Module):
         view each) → the visuals' tokens ``(ΣM, L)``, one visual after another."""
         if layouts is None:
             return self.view_tokens(features, routing, text).flatten(0, 1)
+        features = spread_views(features, layouts)
         routing, text = _per_view(layouts, routing, text)
         tokens = self.view_tokens(features, routing, text)
         return join_views(tokens, layouts, self.layout(self.config, self.encoders), self.newline)

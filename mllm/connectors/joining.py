@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mllm.errors import AlignmentError
-from mllm.types import Block, ViewLayout, VisualLayout
+from mllm.types import Block, ViewLayout, VisionFeatures, VisualLayout
 
 NEWLINE = -1
 
@@ -38,6 +39,41 @@ def join_views(
     # Ranks reduce the same gradients whether their visuals have rows to close or not.
     joined = joined + 0.0 * newline.sum().to(joined.dtype)
     return torch.where(closing[:, None].to(tokens.device), newline.to(joined.dtype), joined)
+
+
+def spread_views(
+    features: Mapping[str, VisionFeatures], layouts: Sequence[VisualLayout]
+) -> Mapping[str, VisionFeatures]:
+    """Features in which every encoder has every view: one that saw the thumbnail alone gets, for each tile, the part of its
+    map that shows the tile (bilinear, fp32)."""
+    few = {name for layout in layouts for name, _ in layout.fewer if name in features}
+    if not few:
+        return features
+    return {name: _spread(found, layouts) if name in few else found for name, found in features.items()}
+
+
+def _spread(found: VisionFeatures, layouts: Sequence[VisualLayout]) -> VisionFeatures:
+    """Features of one view a visual → of all views."""
+    if len(found.tokens) != len(layouts):
+        raise AlignmentError(f"features of {len(found.tokens)} thumbnails for {len(layouts)} visuals")
+    rows, columns = found.grid
+    maps = found.tokens.transpose(1, 2).unflatten(2, found.grid).float()
+    owners, boxes = [], []
+    for number, layout in enumerate(layouts):
+        corners = iter(layout.corners)
+        owners += [number] * layout.num_views
+        boxes += [
+            (0.0, 0.0, 1.0, 1.0) if view == layout.thumbnail else next(corners) for view in range(layout.num_views)
+        ]
+    box = torch.tensor(boxes, dtype=torch.float32, device=maps.device).view(-1, 4, 1)
+    down, across = ((torch.arange(n, device=maps.device) + 0.5) / n for n in (rows, columns))
+    y, x = box[:, 0] + down * (box[:, 2] - box[:, 0]), box[:, 1] + across * (box[:, 3] - box[:, 1])
+    places = torch.stack([x[:, None, :].expand(-1, rows, -1), y[:, :, None].expand(-1, -1, columns)], dim=-1) * 2 - 1
+    owner = torch.tensor(owners, dtype=torch.long, device=maps.device)
+    seen = F.grid_sample(maps[owner], places, mode="bilinear", padding_mode="border", align_corners=False)
+    tokens = seen.flatten(2).transpose(1, 2).to(found.tokens.dtype)
+    prefix = None if found.prefix is None else found.prefix[owner.to(found.prefix.device)]
+    return VisionFeatures(tokens, found.grid, prefix)
 
 
 def source(block: Block, view: ViewLayout) -> Tensor:

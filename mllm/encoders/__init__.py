@@ -17,6 +17,7 @@ ENCODERS: Registry = Registry(
         "duoformer": "mllm.encoders.backbones.duoformer:DuoFormerEncoder",
         "crossvit": "mllm.encoders.backbones.crossvit:CrossVitEncoder",
         "vssd": "mllm.encoders.backbones.vssd:VssdEncoder",
+        "falcon": "mllm.encoders.backbones.falcon:FalconEncoder",
         "lookupvit": "mllm.encoders.backbones.lookupvit:LookupVitEncoder",
         "unit": "mllm.encoders.backbones.unit:UnitEncoder",
         "visual_tokenizer": "mllm.visual_tokenizers.reader:TokenizerEncoder",

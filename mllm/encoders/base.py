@@ -39,6 +39,9 @@ class VisionEncoder(nn.Module):
 
     name: ClassVar[str] = ""
     Config: ClassVar[type[EncoderConfig]] = EncoderConfig
+    joins_views: ClassVar[bool] = False
+    """Views of one picture see each other: `forward` is given ``scene_ids``, and ``places`` ``(B, 2)``, each view's (row,
+    column) among the tiles, (-1, -1) for a whole picture."""
 
     def __init__(self, config: Any):
         super().__init__()

@@ -170,7 +170,7 @@ class MultimodalGenerationMixin(GenerationMixin):
     def _rows_of_samples(self, input_ids: Tensor, images: dict[str, Tensor]) -> dict[str, list[int]]:
         """For every image input, how many of its rows belong to each sample of the batch: one per image, per view where it
         is pixels, per visual token where it is features."""
-        pixels = set(self.model.pixel_keys.values())
+        encoders = {key: name for name, key in self.model.pixel_keys.items()}
         sizes = images.get(IMAGE_SIZES)
         tokens: list[int] = (input_ids == self.config.image_token_id).sum(-1).tolist()
         flat: set[str] = {key for key, value in images.items() if key == "image_features" and value.dim() == 2}
@@ -181,7 +181,7 @@ class MultimodalGenerationMixin(GenerationMixin):
         return {
             key: tokens
             if key in flat
-            else [sum(layout.num_views if key in pixels else 1 for layout in row) for row in owned]
+            else [sum(layout.rows_of(encoders[key]) if key in encoders else 1 for layout in row) for row in owned]
             for key in images
         }
 

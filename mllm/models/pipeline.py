@@ -68,7 +68,7 @@ class EncoderBank(nn.Module):
         """Ask the router, given the always-on encoders' features of B images (of all their views, where ``layouts`` tell of
         several) and the questions' mean embedding."""
         assert self.router is not None
-        parts = [_per_visual(features[name].tokens.mean(dim=1), layouts) for name in self.always_on]
+        parts = [_per_visual(features[name].tokens.mean(dim=1), layouts, name) for name in self.always_on]
         if parts:
             summary = torch.cat(parts, dim=-1)
         else:
@@ -93,7 +93,7 @@ class EncoderBank(nn.Module):
         `mllm.models.routing.limit_routing`. Returns features in the model's order and the routing, None for a model without
         router."""
         self._check(pixels, list(self.encoders), layouts)
-        features = dict(base) if base is not None else self.encode_base(pixels)
+        features = dict(base) if base is not None else self.encode_base(pixels, layouts)
         routing = self._routing(features, expert_weights, text, layouts) if self.experts else None
         if routing is not None:
             fixed = None if expert_weights is None else ~expert_weights.isnan().any(dim=-1)
@@ -101,27 +101,42 @@ class EncoderBank(nn.Module):
             features |= self._encode_experts(pixels, routing, layouts)
         return {name: features[name] for name in self.encoders}, routing
 
-    def encode_base(self, pixels: Mapping[str, Tensor]) -> dict[str, VisionFeatures]:
+    def encode_base(
+        self, pixels: Mapping[str, Tensor], layouts: Sequence[VisualLayout] | None = None
+    ) -> dict[str, VisionFeatures]:
         """Features of the always-on encoders; the experts' pixels are not needed."""
-        self._check(pixels, self.always_on, None)
-        return {name: self._encode(name, pixels[name]) for name in self.always_on}
+        self._check(pixels, self.always_on, layouts)
+        return {name: self._encode(name, pixels[name], layouts) for name in self.always_on}
 
     def _check(self, pixels: Mapping[str, Tensor], needed: list[str], layouts: Sequence[VisualLayout] | None) -> None:
         missing = [name for name in needed if name not in pixels]
         if missing:
             raise AlignmentError(f"no pixels for encoder {missing[0]!r}; got {sorted(pixels)}, need {needed}")
         counts = {name: pixels[name].shape[0] for name in needed}
-        if len(set(counts.values())) > 1:
-            raise AlignmentError(f"encoders were given different numbers of images: {counts}")
-        views = None if layouts is None else sum(layout.num_views for layout in layouts)
-        if layouts is not None and any(count != views for count in counts.values()):
-            raise AlignmentError(f"{len(layouts)} images have {views} views; pixels were given for {counts}")
+        if layouts is None:
+            if len(set(counts.values())) > 1:
+                raise AlignmentError(f"encoders were given different numbers of images: {counts}")
+            return
+        views = {name: sum(layout.rows_of(name) for layout in layouts) for name in needed}
+        if counts != views:
+            shown = next(iter(views.values())) if len(set(views.values())) == 1 else views
+            raise AlignmentError(f"{len(layouts)} images have {shown} views; pixels were given for {counts}")
 
     def encode_expert(self, name: str, pixels: Tensor) -> VisionFeatures:
         """Features of one expert on all of B images, whatever the routing."""
         return self._encode(name, pixels)
 
-    def _encode(self, name: str, pixels: Tensor, *, idle: bool = False) -> VisionFeatures:
+    def _encode(
+        self,
+        name: str,
+        pixels: Tensor,
+        layouts: Sequence[VisualLayout] | None = None,
+        *,
+        chosen: Tensor | None = None,
+        idle: bool = False,
+    ) -> VisionFeatures:
+        """Features of one encoder. layouts: of all images of the batch, for encoders in which views of an image see each other;
+        chosen: which rows of the batch's pixels these are, where they are not all."""
         encoder = self.encoders[name]
         if not idle:
             self.num_encoded[name] += len(pixels)
@@ -129,6 +144,11 @@ class EncoderBank(nn.Module):
         if parameter is not None:
             codes = not pixels.is_floating_point() and hasattr(encoder, "tokenizer")  # stored codes in place of pixels
             pixels = pixels.to(home_of(parameter, pixels), None if codes else parameter.dtype)
+        if layouts is not None and encoder.joins_views and not idle:
+            scenes, places = _scenes(layouts, name)
+            scenes, places = (part if chosen is None else part[chosen.to("cpu")] for part in (scenes, places))
+            with fetched(encoder):
+                return encoder(pixels, scene_ids=scenes.to(pixels.device), places=places.to(pixels.device))
         with fetched(encoder):
             return encoder(pixels, return_attention=True) if name in self.with_attention else encoder(pixels)
 
@@ -137,20 +157,29 @@ class EncoderBank(nn.Module):
     ) -> dict[str, VisionFeatures]:
         """Every expert on (all views of) the images routed to it, grouped, its features scattered back among zeros."""
         used = routing.weights.detach().ne(0).cpu()  # one transfer for all experts
-        if layouts is not None:
-            used = used.repeat_interleave(torch.tensor([layout.num_views for layout in layouts]), dim=0)
         elsewhere = self._used_by_any_rank(used)
-        return {
-            name: self._encode_routed(name, pixels[name], used[:, index].nonzero()[:, 0], elsewhere[index])
-            for index, name in enumerate(self.experts)
-        }
+        features = {}
+        for index, name in enumerate(self.experts):
+            of_images = used[:, index]
+            if layouts is not None:
+                of_images = of_images.repeat_interleave(torch.tensor([layout.rows_of(name) for layout in layouts]))
+            rows = of_images.nonzero()[:, 0]
+            features[name] = self._encode_routed(name, pixels[name], rows, elsewhere[index], layouts)
+        return features
 
-    def _encode_routed(self, name: str, pixels: Tensor, rows: Tensor, used_elsewhere: bool) -> VisionFeatures:
+    def _encode_routed(
+        self,
+        name: str,
+        pixels: Tensor,
+        rows: Tensor,
+        used_elsewhere: bool,
+        layouts: Sequence[VisualLayout] | None = None,
+    ) -> VisionFeatures:
         encoder, batch = self.encoders[name], len(pixels)
         if len(rows) and len(rows) == batch:
-            return self._encode(name, pixels)
+            return self._encode(name, pixels, layouts)
         if len(rows):
-            found = self._encode(name, pixels[rows.to(pixels.device)])
+            found = self._encode(name, pixels[rows.to(pixels.device)], layouts, chosen=rows)
             rows = rows.to(found.tokens.device)
             return VisionFeatures(
                 _scatter(found.tokens, rows, batch),
@@ -219,11 +248,24 @@ def _scatter(values: Tensor, rows: Tensor, batch: int) -> Tensor:
     return values.new_zeros(batch, *values.shape[1:]).index_copy(0, rows, values)
 
 
-def _per_visual(values: Tensor, layouts: Sequence[VisualLayout] | None) -> Tensor:
-    """Values ``(V, D)`` of views averaged to ``(B, D)`` of their visuals."""
+def _per_visual(values: Tensor, layouts: Sequence[VisualLayout] | None, encoder: str) -> Tensor:
+    """Values ``(V, D)`` of an encoder's views averaged to ``(B, D)`` of their visuals."""
     if layouts is None or len(layouts) == len(values):
         return values
-    return torch.stack([part.mean(dim=0) for part in values.split([layout.num_views for layout in layouts])])
+    return torch.stack([part.mean(dim=0) for part in values.split([layout.rows_of(encoder) for layout in layouts])])
+
+
+def _scenes(layouts: Sequence[VisualLayout], encoder: str) -> tuple[Tensor, Tensor]:
+    """For every row of an encoder's pixels, the number of its visual ``(V,)`` and its place among the tiles ``(V, 2)``."""
+    counts = [layout.rows_of(encoder) for layout in layouts]
+    whole = ((-1, -1),)
+    places = [
+        place
+        for layout, count in zip(layouts, counts, strict=True)
+        for place in (layout.places if count == layout.num_views else whole)
+    ]
+    scenes = torch.arange(len(layouts)).repeat_interleave(torch.tensor(counts, dtype=torch.long))
+    return scenes, torch.tensor(places, dtype=torch.long).view(-1, 2)
 
 
 def _several_ranks() -> bool:

@@ -141,7 +141,7 @@ def encode_for_generation(
     count = len(next(iter(pixels.values()))) if sizes is None else len(sizes)
     if experts is not None:
         weights = fixed_weights_of(experts, bank.experts, count)
-    base = bank.encode_base(pixels)
+    base = bank.encode_base(pixels, body.visual_layouts(sizes))
     fixed = None if weights is None else ~weights.isnan().any(dim=-1)
     if bank.router.asks_language_model and (fixed is None or not fixed.all()):
         routing, _ = ask_language_model(model, pixels, base, questions, tokenizer)

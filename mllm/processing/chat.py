@@ -165,8 +165,12 @@ def encode_sample(processor: Any, sample: Sample, max_length: int | None = None)
         experts = {"experts": sample.meta["experts"]} if routed and sample.meta.get("experts") is not None else {}
         encoded.pixels, encoded.extras = encode_pixels(processor, inputs[:num_images], where=where, **experts)
         encoded.extras.update(routing_inputs(processor, sample.turns, num_images))
-        views = sum(layout.num_views for layout in layouts[:num_images])
-        encoded.num_views = dict.fromkeys(encoded.pixels, views)
+        keys = processor.pixel_keys
+        encoded.num_views = {
+            keys[name]: sum(layout.rows_of(name) for layout in layouts[:num_images])
+            for name in keys
+            if keys[name] in encoded.pixels
+        }
     if span is not None and targets:
         kept = len(span.starts(ids))
         span.check(ids, kept)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mllm.errors import AlignmentError, ConfigError
 from mllm.processing.views import VIEWS
-from mllm.processing.views.base import Size, View, ViewsConfig, views_config
+from mllm.processing.views.base import WHOLE, Size, View, ViewsConfig, views_config
 from mllm.types import EncoderInfo, ImageSpec, ViewLayout, VisualLayout
 
 IMAGE_SIZES = "image_sizes"
@@ -25,7 +25,9 @@ def view_layout(encoders: Mapping[str, EncoderInfo], connector: Any) -> ViewLayo
     """
     from mllm.connectors import CONNECTORS
 
-    return CONNECTORS.get(connector.type).layout(connector, encoders)
+    view = CONNECTORS.get(connector.type).layout(connector, encoders)
+    gathered = not all(info.in_place for info in encoders.values())
+    return view.model_copy(update={"in_place": False}) if gathered else view
 
 
 def layout(config: Any, encoders: Mapping[str, EncoderInfo], size: Size | None) -> VisualLayout:
@@ -98,8 +100,11 @@ class LayoutRules:
     def view_boxes(self, size: Size | None = None) -> dict[str, tuple[View, ...]]:
         """What each encoder sees of one visual."""
         size, kind = self._checked(size), VIEWS.get(self.views.type)
-        lead = self._lead
-        return {name: kind.views(self.views, lead, image, size or (1, 1)) for name, image in self.images.items()}
+        lead, whole = self._lead, kind.whole_only(self.views)
+        return {
+            name: (WHOLE,) if name in whole else kind.views(self.views, lead, image, size or (1, 1))
+            for name, image in self.images.items()
+        }
 
     def largest(self) -> Size:
         """A (height, width) that takes the most tokens of all."""

@@ -6,6 +6,7 @@ VIEWS: Registry = Registry(
     "views",
     {
         "single": "mllm.processing.views.single:SingleView",
+        "dual_perspective": "mllm.processing.views.dual_perspective:DualPerspective",
         "tiles": "mllm.processing.views.tiles:Tiles",
     },
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from mllm.config import StrictModel, validate
@@ -19,13 +19,16 @@ class View(NamedTuple):
 
     picture: (height, width) to which the picture is resized; canvas: (height, width) of the black plane it is laid on, with
     its (top, left) at ``place``; corner: (top, left) of what is cut out. Without ``canvas`` the view is the whole picture as
-    the encoder's `ImageSpec` says.
+    the encoder's `ImageSpec` says. stride: only every so many-th row and column of the canvas is taken; as_spec: the picture
+    fills the canvas by the `ImageSpec`'s own way of resizing, where it is squashed to ``picture`` else.
     """
 
     picture: Size = (0, 0)
     canvas: Size | None = None
     place: Grid = (0, 0)
     corner: Grid = (0, 0)
+    stride: int = 1
+    as_spec: bool = False
 
 
 WHOLE = View()
@@ -44,6 +47,11 @@ class Views:
     Config: ClassVar[type[ViewsConfig]] = ViewsConfig
     needs_size: ClassVar[bool] = True
     """Whether another size can mean other tokens."""
+
+    @classmethod
+    def whole_only(cls, config: Any) -> Sequence[str]:
+        """Encoders that see the whole picture alone, whatever their neighbours see."""
+        return ()
 
     @classmethod
     def newlines(cls, config: Any, view: ViewLayout) -> bool:

@@ -40,16 +40,19 @@ def _cut(
     image: Image.Image, spec: ImageSpec, view: View, canvases: dict[tuple, np.ndarray], resampler: Resampler
 ) -> np.ndarray:
     """uint8 ``(spec.height, spec.width, 3)`` of one view."""
-    key = (view.picture, view.canvas, view.place, spec.interpolation)
+    fit = (spec.resize, spec.mean) if view.as_spec else None
+    key = (view.picture, view.canvas, view.place, spec.interpolation, fit)
     if key not in canvases:
         assert view.canvas is not None
         (height, width), (top, left) = view.picture, view.place
-        whole = spec.model_copy(update={"height": height, "width": width, "resize": "squash"})
+        how = spec.resize if view.as_spec else "squash"
+        whole = spec.model_copy(update={"height": height, "width": width, "resize": how})
         resized = resize(image, whole, resampler=resampler)
         if view.picture != view.canvas:
             canvas = np.zeros((*view.canvas, 3), np.uint8)
             canvas[top : top + height, left : left + width] = resized
             resized = canvas
         canvases[key] = resized
-    top, left = view.corner
-    return np.ascontiguousarray(canvases[key][top : top + spec.height, left : left + spec.width])
+    (top, left), step = view.corner, view.stride
+    rows, columns = slice(top, top + step * spec.height, step), slice(left, left + step * spec.width, step)
+    return np.ascontiguousarray(canvases[key][rows, columns])

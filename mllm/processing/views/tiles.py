@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from mllm.processing.views import VIEWS
 from mllm.processing.views.base import Size, View, Views, ViewsConfig
 from mllm.processing.views.single import whole_view
-from mllm.types import Block, Grid, ImageSpec, ViewLayout, VisualLayout
+from mllm.types import Block, Box, Grid, ImageSpec, ViewLayout, VisualLayout
 
 LLAVA_NEXT_GRIDS: list[Grid] = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
 """(rows, columns) of tiles, in the order of transformers' LLaVA-NeXT (the first one wins ties)."""
@@ -24,23 +26,29 @@ class TilesConfig(ViewsConfig):
     aspect ratio and lies on black; thumbnail first, then one map of all tiles, without the rows and columns that are padding,
     each row closed by a learned newline. internvl (arXiv 2404.16821): the grid of ``min_tiles`` to ``max_tiles`` tiles whose
     aspect ratio is closest; the picture is squashed to it; tile after tile, then the thumbnail where there are several.
+    falcon (arXiv 2501.16297): of all grids of at most ``max_tiles`` the one whose shape, then size, overlaps the picture's
+    most; the picture is squashed to it; thumbnail first, then tile after tile.
     """
 
     type: str = "tiles"
-    dialect: Literal["llava_next", "internvl"] = "llava_next"
+    dialect: Literal["llava_next", "internvl", "falcon"] = "llava_next"
     grids: list[Grid] | None = None
     """llava_next: (rows, columns) to choose from; default 1×2, 2×1, 2×2, 3×1 and 1×3."""
     min_tiles: int | None = Field(default=None, ge=1)
     max_tiles: int | None = Field(default=None, ge=1)
-    """internvl: default 1 and 12."""
+    """internvl: default 1 and 12; falcon: max_tiles, default 9."""
     thumbnail: bool = True
+    thumbnail_only: list[str] = Field(default_factory=list)
+    """Encoders (not the first) that see the thumbnail alone: beside a tile stands the part of their map that shows it."""
 
     @model_validator(mode="after")
     def _of_one_dialect(self) -> TilesConfig:
         if self.dialect == "llava_next" and (self.min_tiles is not None or self.max_tiles is not None):
             raise ValueError("min_tiles and max_tiles belong to dialect internvl; llava_next takes grids: [[1, 2], …]")
-        if self.dialect == "internvl" and self.grids is not None:
-            raise ValueError("grids belong to dialect llava_next; internvl takes min_tiles and max_tiles")
+        if self.dialect != "llava_next" and self.grids is not None:
+            raise ValueError(f"grids belong to dialect llava_next; {self.dialect} takes min_tiles and max_tiles")
+        if self.dialect == "falcon" and self.min_tiles is not None:
+            raise ValueError("min_tiles belongs to dialect internvl; falcon takes max_tiles")
         if self.grids is not None and (not self.grids or any(min(grid) < 1 for grid in self.grids)):
             raise ValueError(f"grids: expected at least one (rows, columns) of 1 or more each, got {self.grids}")
         least, most = self.tile_range
@@ -50,14 +58,16 @@ class TilesConfig(ViewsConfig):
 
     @property
     def tile_range(self) -> tuple[int, int]:
-        """internvl: fewest and most tiles."""
-        return self.min_tiles or 1, self.max_tiles or 12
+        """internvl and falcon: fewest and most tiles."""
+        return self.min_tiles or 1, self.max_tiles or (9 if self.dialect == "falcon" else 12)
 
     @property
     def candidates(self) -> list[Grid]:
         """Grids to choose from, in order."""
         if self.dialect == "llava_next":
             return self.grids or LLAVA_NEXT_GRIDS
+        if self.dialect == "falcon":
+            return _anchors(self.tile_range[1])
         return _grids_of(*self.tile_range)
 
 
@@ -77,6 +87,8 @@ class Tiles(Views):
         """(rows, columns) of tiles for a picture of ``size``."""
         if config.dialect == "llava_next":
             return _most_effective(config.candidates, lead, size)
+        if config.dialect == "falcon":
+            return _best_overlap(config.candidates, lead, size)
         return _closest_ratio(config.candidates, lead, size)
 
     @classmethod
@@ -92,15 +104,22 @@ class Tiles(Views):
         ]
         whole = (image.height, image.width)
         thumbnail = [View(whole, whole)] if _has_thumbnail(config, len(tiles)) else []
-        return (*thumbnail, *tiles) if config.dialect == "llava_next" else (*tiles, *thumbnail)
+        return (*tiles, *thumbnail) if config.dialect == "internvl" else (*thumbnail, *tiles)
 
     @classmethod
     def layout(cls, config: TilesConfig, view: ViewLayout, lead: ImageSpec, size: Size) -> VisualLayout:
         rows, columns = cls.grid(config, lead, size)
         count = rows * columns
         thumbnail = int(_has_thumbnail(config, count))
+        seen: dict[str, Any] = {
+            "num_views": count + thumbnail,
+            "fewer": tuple((name, 1) for name in config.thumbnail_only),
+            "tiles": (rows, columns),
+            "thumbnail": (count if config.dialect == "internvl" else 0) if thumbnail else None,
+            "corners": cls._corners(config, lead, size, (rows, columns)) if config.thumbnail_only else (),
+        }
         if not cls.newlines(config, view):
-            return VisualLayout(tuple(whole_view(view, k) for k in range(count + thumbnail)), count + thumbnail)
+            return VisualLayout(tuple(whole_view(view, k) for k in range(count + thumbnail)), **seen)
         top, left, height, width = _unpadded(view.grid, (rows, columns), lead, size, least=1 - thumbnail)
         tiles = Block(
             num_tokens=height * (width + 1),
@@ -111,7 +130,23 @@ class Tiles(Views):
             tiles=(rows, columns),
             corner=(top, left),
         )
-        return VisualLayout((*(whole_view(view, k) for k in range(thumbnail)), tiles), count + thumbnail)
+        return VisualLayout((*(whole_view(view, k) for k in range(thumbnail)), tiles), **seen)
+
+    @classmethod
+    def whole_only(cls, config: TilesConfig) -> Sequence[str]:
+        return config.thumbnail_only
+
+    @classmethod
+    def _corners(cls, config: TilesConfig, lead: ImageSpec, size: Size, grid: Grid) -> tuple[Box, ...]:
+        """What each tile shows of the picture, from 0 to 1."""
+        (rows, columns), canvas = grid, (grid[0] * lead.height, grid[1] * lead.width)
+        high, wide = _fit(size, canvas) if config.dialect == "llava_next" else canvas
+        top, left = (canvas[0] - high) // 2, (canvas[1] - wide) // 2
+        down, across = (
+            [(k * lead.height - top) / high for k in range(rows + 1)],
+            [(k * lead.width - left) / wide for k in range(columns + 1)],
+        )
+        return tuple((down[r], across[c], down[r + 1], across[c + 1]) for r in range(rows) for c in range(columns))
 
     @classmethod
     def largest(cls, config: TilesConfig, lead: ImageSpec) -> list[Size]:
@@ -123,6 +158,7 @@ class Tiles(Views):
             {"type": "tiles", "grids": [[1, 2], [2, 1], [2, 2]]},
             {"type": "tiles", "grids": [[2, 2], [1, 3]], "thumbnail": False},
             {"type": "tiles", "dialect": "internvl", "max_tiles": 4},
+            {"type": "tiles", "dialect": "falcon", "max_tiles": 6},
         ]
 
 
@@ -132,7 +168,7 @@ def _joins(view: ViewLayout) -> bool:
 
 
 def _has_thumbnail(config: TilesConfig, num_tiles: int) -> bool:
-    return config.thumbnail and (config.dialect == "llava_next" or num_tiles > 1)
+    return config.thumbnail and (config.dialect != "internvl" or num_tiles > 1)
 
 
 def _most_effective(grids: list[Grid], tile: ImageSpec, size: Size) -> Grid:
@@ -159,6 +195,26 @@ def _grids_of(least: int, most: int) -> list[Grid]:
         if least <= rows * columns <= most
     ]
     return sorted(grids, key=lambda grid: grid[0] * grid[1])
+
+
+@lru_cache(maxsize=64)
+def _anchors(most: int) -> list[Grid]:
+    """Every (rows, columns) of at most ``most`` tiles, by number of tiles, then by rows (FALCON's order)."""
+    return [(rows, count // rows) for count in range(1, most + 1) for rows in range(1, count + 1) if count % rows == 0]
+
+
+def _best_overlap(grids: list[Grid], tile: ImageSpec, size: Size) -> Grid:
+    """FALCON's ``anchor_rank``: most of 100 × the overlap with a box of the anchor's width and the picture's shape, plus the
+    overlap with the picture itself; of equals the first, where published float32 arithmetic calls them equal."""
+    anchors = np.array([(rows * tile.height, columns * tile.width) for rows, columns in grids], np.float32)
+    picture = np.array(size, np.float32)
+    shaped = np.stack([np.trunc(picture[0] / picture[1] * anchors[:, 1]), anchors[:, 1]], axis=1)
+
+    def overlap(boxes: np.ndarray) -> np.ndarray:
+        inside = np.minimum(anchors, boxes).prod(axis=-1)
+        return inside / (anchors.prod(axis=-1) + boxes.prod(axis=-1) - inside + np.float32(1e-5))
+
+    return grids[int(np.argmax(overlap(shaped) * np.float32(100) + overlap(np.broadcast_to(picture, anchors.shape))))]
 
 
 def _closest_ratio(grids: list[Grid], tile: ImageSpec, size: Size) -> Grid:

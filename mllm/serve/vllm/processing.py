@@ -190,12 +190,14 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
         return super()._cached_apply_hf_processor(inputs, *args, **kwargs)
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
-        pixels, rules = PixelKeys(self.info.get_hf_config().encoders).values(), self.info.rules
-        names = [*pixels, IMAGE_SIZES, "expert_weights", "router_input_ids", "routing_pass"]
+        pixels, rules = PixelKeys(self.info.get_hf_config().encoders), self.info.rules
+        names = [*pixels.values(), IMAGE_SIZES, "expert_weights", "router_input_ids", "routing_pass"]
         fields = {name: MultiModalFieldConfig.batched(MODALITY) for name in names}
         if rules.needs_size and IMAGE_SIZES in hf_inputs:
-            views = torch.tensor([layout.num_views for layout in rules.layouts(hf_inputs[IMAGE_SIZES])])
-            fields |= {name: MultiModalFieldConfig.flat_from_sizes(MODALITY, views) for name in pixels}
+            layouts = rules.layouts(hf_inputs[IMAGE_SIZES])
+            for name, key in pixels.items():
+                rows = torch.tensor([layout.rows_of(name) for layout in layouts])
+                fields[key] = MultiModalFieldConfig.flat_from_sizes(MODALITY, rows)
         return fields
 
     def _get_prompt_updates(

@@ -137,7 +137,8 @@ def _add_batch(seen: SeenStage, batch: Batch, processor: Any, num_samples: int) 
     ids, labels = batch.inputs["input_ids"], batch.inputs["labels"]
     mask, positions = batch.inputs.get("attention_mask"), batch.inputs.get("position_ids")
     layouts = processor.rules.layouts(batch.inputs.get(IMAGE_SIZES), int(batch.num_images.sum()))
-    sample = image = view = 0
+    sample = image = 0
+    view = dict.fromkeys(processor.pixel_keys, 0)
     slots = ids.shape[1]
     for row, lengths in enumerate(batch.lengths):
         offset = 0 if mask is None else int(mask[row].argmax())
@@ -159,7 +160,7 @@ def _add_batch(seen: SeenStage, batch: Batch, processor: Any, num_samples: int) 
                         batch,
                         sample,
                         layouts[image : image + count],
-                        view,
+                        dict(view),
                         ids[row, part],
                         labels[row, part],
                         offset,
@@ -167,7 +168,8 @@ def _add_batch(seen: SeenStage, batch: Batch, processor: Any, num_samples: int) 
                         processor,
                     )
                 )
-            view += sum(layout.num_views for layout in layouts[image : image + count])
+            for name in view:
+                view[name] += sum(layout.rows_of(name) for layout in layouts[image : image + count])
             sample, image, offset = sample + 1, image + count, offset + length
         if wanted:
             seen.rows.append(shown)
@@ -185,7 +187,7 @@ def _sample(
     batch: Batch,
     sample: int,
     layouts: list[VisualLayout],
-    first_view: int,
+    first_views: dict[str, int],
     ids: Any,
     labels: Any,
     offset: int,
@@ -194,12 +196,18 @@ def _sample(
 ) -> SeenSample:
     numbers, targets = ids.tolist(), labels.tolist()
     runs = _runs(numbers, targets, processor, visual_spans(ids, processor.image_token_id, layouts), layouts)
-    pictures, row = [], first_view
+    pictures = []
     for number, run in enumerate(run for run in runs if run.layout is not None):
         assert run.layout is not None
         for view in range(run.layout.num_views):
-            pictures.append(Picture(number, view, run.start, run.layout, _pixels(batch, row, processor)))
-            row += 1
+            whole = view == (run.layout.thumbnail or 0)  # encoders with fewer views have the thumbnail
+            rows = {
+                name: first + (view if run.layout.rows_of(name) == run.layout.num_views else 0)
+                for name, first in first_views.items()
+                if whole or run.layout.rows_of(name) == run.layout.num_views
+            }
+            pictures.append(Picture(number, view, run.start, run.layout, _pixels(batch, rows, processor)))
+        first_views = {name: first + run.layout.rows_of(name) for name, first in first_views.items()}
     learned = [n for n in targets[1:] if n != IGNORE]  # the model never predicts a first token
     return SeenSample(
         id=batch.ids[sample],
@@ -244,12 +252,13 @@ def _runs(
     return runs
 
 
-def _pixels(batch: Batch, row: int, processor: Any) -> dict[str, Image.Image]:
-    """Encoder → its pixels of one view as an 8-bit picture. Experts that a batch carries no pixels for are left out."""
+def _pixels(batch: Batch, rows: dict[str, int], processor: Any) -> dict[str, Image.Image]:
+    """Encoder → its pixels of one view as an 8-bit picture. Encoders that do not see the view, and experts that a batch
+    carries no pixels for, are left out."""
     pictures, given = {}, processor.pixel_keys.by_encoder(batch.inputs)
     for name, spec in processor.image_processor.specs.items():
-        if name not in given:
+        if name not in given or name not in rows:
             continue
-        values = given[name][row].float().numpy().transpose(1, 2, 0) * np.array(spec.std) + np.array(spec.mean)
+        values = given[name][rows[name]].float().numpy().transpose(1, 2, 0) * np.array(spec.std) + np.array(spec.mean)
         pictures[name] = Image.fromarray((values * 255).round().clip(0, 255).astype(np.uint8))
     return pictures

@@ -1,0 +1,227 @@
+"""Are the ways of looking at a picture the published ones, down to the pixel?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mllm.connectors.build import build_connector
+from mllm.connectors.dual_perspective import DualPerspectiveConnector
+from mllm.connectors.joining import spread_views
+from mllm.connectors.partitions import crop_parts, join_crops, join_strided, strided_parts
+from mllm.encoders.backbones.falcon import FullAttention, Scenes, ask_across_tiles
+from mllm.encoders.catalogue import build_encoder, encoder_config
+from mllm.processing.layout import LayoutRules
+from mllm.processing.views.base import views_config
+from mllm.processing.views.pixels import to_view_pixels
+from mllm.processing.views.tiles import Tiles
+from mllm.types import EncoderInfo, ImageSpec, ViewLayout, VisionFeatures
+from tests.golden.fill import check, fill_all, load
+
+
+def golden(name: str) -> tuple[dict, dict[str, torch.Tensor], dict]:
+    meta, given, expected = load(f"tests/golden/{name}.json")
+    return meta, {key.removeprefix("input."): torch.from_numpy(value) for key, value in given.items()}, expected
+
+
+def test_falcon_chooses_the_published_grids() -> None:
+    meta, given, expected = golden("falcon_anchor_choice")
+    config = views_config({"type": "tiles", "dialect": "falcon", "max_tiles": meta["ctor"]["N"]})
+    tile = ImageSpec(height=meta["ctor"]["crop"], width=meta["ctor"]["crop"])
+    anchors = [list(grid) for grid in config.candidates]
+    assert anchors == expected["output.anchors"].tolist()
+    for size, choice in zip(given["size"].tolist(), expected["output.choice"].tolist()):
+        assert list(Tiles.grid(config, tile, tuple(size))) == anchors[choice], size
+        assert (
+            Tiles.layout(config, ViewLayout(num_tokens=3, grid=(1, 3), in_place=False), tile, tuple(size)).thumbnail
+            == 0
+        )
+
+
+@torch.no_grad()
+def test_registers_of_one_pictures_tiles_ask_each_other_as_published() -> None:
+    meta, given, expected = golden("falcon_register_attention")
+    sizes = meta["ctor"]
+    attention = FullAttention(sizes["hidden"], sizes["heads"])
+    attention.load_state_dict({k.removeprefix("att."): torch.from_numpy(v) for k, v in fill_all(meta).items()})
+    owners = torch.arange(len(sizes["crops_per_image"])).repeat_interleave(torch.tensor(sizes["crops_per_image"]))
+    have = ask_across_tiles(attention, given["x"], sizes["registers"], Scenes(owners))
+    check(meta, expected, {"output.y": have.numpy()})
+    mixed = torch.tensor([3, 0, 4, 1, 2])  # tiles of a picture need not lie together, only in order
+    shuffled = ask_across_tiles(attention, given["x"][mixed], sizes["registers"], Scenes(owners[mixed]))
+    torch.testing.assert_close(shuffled, have[mixed], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_falcons_tiles_see_their_own_picture_and_their_own_place() -> None:
+    spec = {"width": 24, "depth": 2, "num_heads": 2, "mlp_width": 32, "patch_size": 4, "num_registers": 3}
+    encoder = build_encoder(encoder_config({"type": "falcon", **spec, "image_size": 16}, where="encoder")).eval()
+    for parameter in encoder.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    assert encoder.config.info.grid == (1, 3) and not encoder.config.info.in_place
+    pixels, owners = torch.randn(4, 3, 16, 16), torch.tensor([0, 0, 0, 1])
+    places = torch.tensor([[-1, -1], [0, 0], [0, 1], [-1, -1]])
+    together = encoder(pixels, scene_ids=owners, places=places).tokens
+    first = encoder(pixels[:3], scene_ids=owners[:3], places=places[:3]).tokens
+    torch.testing.assert_close(together[:3], first, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together[3:], encoder(pixels[3:]).tokens, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(together[0], encoder(pixels[:1]).tokens[0], atol=1e-4), "its tiles speak to the thumbnail"
+    moved = encoder(pixels, scene_ids=owners, places=places.flip(1)).tokens
+    assert not torch.allclose(moved[2], together[2], atol=1e-4), "the place of a tile is told"
+
+
+def test_a_plain_siglip_starts_falcon(tmp_path: Any) -> None:
+    from safetensors.torch import save_file
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    theirs = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=16, patch_size=4)).eval()
+    save_file(
+        {f"vision_model.{k.removeprefix('vision_model.')}": v for k, v in theirs.state_dict().items()},
+        tmp_path / "w.safetensors",
+    )
+    spec = {
+        "width": 24,
+        "depth": 2,
+        "num_heads": 2,
+        "mlp_width": 32,
+        "patch_size": 4,
+        "num_registers": 3,
+        "image_size": 16,
+    }
+    weights = {"source": str(tmp_path / "w.safetensors")}
+    encoder = build_encoder(encoder_config({"type": "falcon", **spec, "weights": weights}, where="encoder")).eval()
+    encoder.load_pretrained()
+    layer = encoder.model.encoder.layers[1]
+    assert torch.equal(layer.interact_attn.q_proj.weight, layer.self_attn.q_proj.weight)
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        places, x = torch.full((2, 2), -1), None
+        x = encoder.model.embeddings(pixels, places)[:, :16]  # without registers it is SigLIP
+        for layer in encoder.model.encoder.layers:
+            x = x + layer.self_attn(layer.layer_norm1(x))
+            x = x + layer.mlp(layer.layer_norm2(x))
+        torch.testing.assert_close(
+            encoder.model.post_layernorm(x), theirs(pixel_values=pixels).last_hidden_state, atol=1e-5, rtol=1e-5
+        )
+
+
+def test_crops_and_strided_pictures_are_the_published_index_maps() -> None:
+    meta, given, expected = golden("infllava_crop_stride_maps")
+    n, index = meta["ctor"]["n"], given["index"]
+    crops, strided = crop_parts(index, n), strided_parts(index, n)
+    have = {"crop": crops[0, :, 0], "stride": strided[0, :, 0]}
+    have |= {"recombined_crop": join_crops(crops, n)[0, 0], "recombined_stride": join_strided(strided, n)[0, 0]}
+    check(meta, expected, {f"output.{key}": value.numpy() for key, value in have.items()})
+    # The pixels that the encoder is given are cut in the same way.
+    side = index.shape[2] // n
+    spec = ImageSpec(height=side, width=side, mean=(0, 0, 0), std=(1 / 255,) * 3)
+    rules = LayoutRules(
+        ViewLayout(num_tokens=1, grid=(1, 1)), {"e": spec}, views_config({"type": "dual_perspective", "n": n})
+    )
+    picture = Image.fromarray(np.repeat(index[0, 0].numpy().astype(np.uint8)[..., None], 3, axis=2))
+    seen = to_view_pixels(picture, {"e": spec}, rules.view_boxes((12, 12)))["e"][:, 0].round().long()
+    check(meta, expected, {
+        "output.crop": seen[: n * n].numpy(), "output.stride": seen[n * n : 2 * n * n].numpy(),
+        "output.recombined_crop": index[0, 0].numpy(), "output.recombined_stride": index[0, 0].numpy(),
+    })  # fmt: skip
+    assert len(seen) == 2 * n * n + 1 == rules.layout((12, 12)).num_views
+
+
+NAMES = {"attention.linears.0": "attention.query", "attention.linears.1": "attention.key"}
+NAMES |= {
+    "attention.linears.2": "attention.value",
+    "attention.linears.3": "attention.out",
+    "attention.ln": "attention.norm",
+}
+NAMES |= {"ffn_crop": "local_mlp", "ffn_stride": "global_mlp", "ln_fuse": "norm"}
+
+
+@torch.no_grad()
+def test_dual_perspective_enhancement_is_the_authors() -> None:
+    meta, given, expected = golden("infllava_dual_perspective")
+    sizes, state = meta["ctor"], {}
+    for name, value in fill_all(meta).items():
+        old = next(key for key in NAMES if name.startswith(key))
+        state[NAMES[old] + name.removeprefix(old)] = torch.from_numpy(value)
+    info = EncoderInfo(image=ImageSpec(height=24, width=24), grid=(sizes["spatial"],) * 2, width=sizes["channel"])
+    spec = {"type": "dual_perspective", "num_heads": sizes["heads"], "reduction": "bilinear"}
+    connector = build_connector(spec, {"clip": info}, 8).eval()
+    assert isinstance(connector, DualPerspectiveConnector)
+    connector.enhancement.load_state_dict(state)
+    views = torch.stack([given[f"tile_{k:02d}"] for k in range(2 * sizes["n"] ** 2)], dim=1)
+    check(meta, expected, {"output.y": connector.enhanced(views, sizes["n"]).numpy()})
+    # The whole of it: thumbnail and enhanced map in the mean, then the projector; one picture or several.
+    rules = LayoutRules(
+        connector.layout(connector.config, {"clip": info}),
+        {"clip": info.image},
+        views_config({"type": "dual_perspective", "n": sizes["n"]}),
+    )
+    thumbnail, layouts = torch.randn(1, 1, *views.shape[2:]), [rules.layout((5, 7))]
+    seen = torch.cat([views, thumbnail], dim=1)
+    whole = connector({"clip": VisionFeatures(seen[0], info.grid)}, layouts=layouts)
+    mean = (thumbnail[:, 0] + connector.enhanced(views, sizes["n"])) / 2
+    torch.testing.assert_close(whole, connector.projector(mean)[0], atol=1e-5, rtol=1e-5)
+    two = torch.cat([torch.randn_like(seen[0]), seen[0]])
+    torch.testing.assert_close(
+        connector({"clip": VisionFeatures(two, info.grid)}, layouts=layouts * 2)[576:], whole, atol=1e-5, rtol=1e-5
+    )
+
+
+@torch.no_grad()
+def test_thinning_out_drops_what_the_mean_keeps() -> None:
+    """For n = 3 the authors' resizing reads one of nine cells; ours all of them."""
+    info = EncoderInfo(image=ImageSpec(height=8, width=8), grid=(2, 2), width=16)
+    moved = {}
+    for reduction in ("bilinear", "area"):
+        torch.manual_seed(0)
+        connector = build_connector(
+            {"type": "dual_perspective", "num_heads": 2, "reduction": reduction}, {"e": info}, 8
+        ).eval()
+        views = torch.randn(1, 18, 4, 16)
+        before = connector.enhanced(views, 3)
+        views[:, 9] += 1.0  # the first strided picture
+        moved[reduction] = float((connector.enhanced(views, 3) - before).abs().max())
+    assert moved["area"] > 1e-3 and moved["bilinear"] < 1e-6, moved
+
+
+def test_beside_a_tile_stands_the_part_of_the_whole_that_shows_it() -> None:
+    """A map that holds its own coordinates, seen at the thumbnail, gives every tile the coordinates it shows."""
+    lead, other = ImageSpec(height=40, width=40), ImageSpec(height=24, width=24)
+    view = ViewLayout(num_tokens=100, grid=(10, 10))
+    rules = LayoutRules(
+        view, {"lead": lead, "other": other},
+        views_config({"type": "tiles", "grids": [[1, 2], [2, 2]], "thumbnail_only": ["other"]}),
+    )  # fmt: skip
+    layouts = [rules.layout((40, 80)), rules.layout((80, 60))]
+    assert [layout.rows_of("lead") for layout in layouts] == [3, 5] and {
+        layout.rows_of("other") for layout in layouts
+    } == {1}
+    assert [len(boxes) for boxes in rules.view_boxes((80, 60)).values()] == [5, 1]
+    rows = (torch.arange(20) + 0.5) / 20
+    place = torch.stack([rows[:, None].expand(20, 20), rows[None, :].expand(20, 20)], dim=-1).reshape(1, 400, 2)
+    spread = spread_views({"other": VisionFeatures(place.repeat(2, 1, 1), (20, 20))}, layouts)["other"].tokens
+    assert spread.shape == (8, 400, 2)
+    torch.testing.assert_close(spread[0], place[0])
+    right = spread[2].view(20, 20, 2)  # the second tile of 1 × 2: all rows, the right half
+    torch.testing.assert_close(right[10, 10], torch.tensor([0.525, 0.5 + 0.525 / 2]), atol=1e-5, rtol=0)
+    lower = spread[6].view(20, 20, 2)[10, 19]  # third of 2 × 2 tiles; the picture is 60 of 80 wide, with 10 of padding
+    torch.testing.assert_close(lower, torch.tensor([0.5 + 0.525 / 2, (0.975 * 40 - 10) / 60]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"type": "tiles", "dialect": "falcon", "min_tiles": 2}, "falcon takes max_tiles"),
+        ({"type": "dual_perspective", "n": 0}, "model.views.n"),
+    ],
+)
+def test_settings_that_do_not_fit_are_told(spec: dict[str, Any], words: str) -> None:
+    from mllm.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=words):
+        views_config(spec)
