@@ -92,8 +92,13 @@ def build_config(spec: ModelSpec, *, image_token_id: int | None = None, tokenize
 def check_views(spec: ModelSpec, encoders: dict[str, Any]) -> None:
     """Raise `ConfigError` for parts that take whole pictures only, where the model looks at them in several views."""
     views = views_config(spec.views)
-    if not VIEWS.get(views.type).needs_size:
+    kind = VIEWS.get(views.type)
+    if not kind.needs_size:
         return
+    for name in kind.whole_only(views):
+        if name not in encoders or name == next(iter(encoders)):
+            what = "the first encoder, which sees all views" if name in encoders else "no encoder"
+            raise ConfigError(f"model.views.thumbnail_only: {name!r} is {what}; the others are {list(encoders)[1:]}")
     if (spec.router or {}).get("type") == "language_model":
         raise ConfigError(
             f"model.views: a language_model router asks with whole pictures, not {views.type}; use {{type: gate}}, or leave "
