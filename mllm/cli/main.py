@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import Any
@@ -37,6 +38,9 @@ from mllm.cli import (
 )
 from mllm.cli.plugin_option import add_plugin_option
 from mllm.errors import MllmError
+
+COLLECT_SELDOM = (50_000, 20, 20)
+"""Python's own thresholds look for cycles thousands of times while torch and transformers are imported, a sixth of the time."""
 
 
 class PlainFirstPage(TyperGroup):
@@ -105,6 +109,7 @@ add_plugin_option(app)
 
 def main() -> None:
     """Run the command line; a user's mistake is one message on stderr and exit code 2."""
+    gc.set_threshold(*COLLECT_SELDOM)
     try:
         app()
     except MllmError as error:
