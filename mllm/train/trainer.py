@@ -41,6 +41,7 @@ from mllm.train.engine.groups import (
 )
 from mllm.train.engine.schedule import rate_factor
 from mllm.train.features.stage import use_cache
+from mllm.train.float8 import use_float8
 from mllm.train.observe.dataset_loss import DatasetLoss
 from mllm.train.observe.drawings import Drawings
 from mllm.train.observe.flops import FlopModel, flop_model, peak_flops
@@ -191,6 +192,8 @@ def open_session(run: Run, stage: StageSpec, model: Any, processor: Any, stack: 
     groups = apply_learning(model, stage, zero_stage=choice.zero_stage)
     set_modes(model)
     attention = prepare_model(model, stage, device=device, zero_stage=choice.zero_stage)
+    if stage.float8 is not None:
+        stack.callback(use_float8(model, stage, device))
     with phase("planning batches"):
         data = StageData(stage, processor, mixture, cache=run.output / "lengths", log=_drop_log(run, stage))
     progress = Progress(
@@ -392,6 +395,8 @@ def _signature(recipe: Recipe, stage: StageSpec, data: dict[str, str]) -> str:
     """What must be the same when a stage is resumed."""
     settings = stage.model_dump(mode="json", exclude=COSMETIC)
     settings["optimizer"].pop("fused", None)  # how the update is computed, not which
+    if settings["float8"] is None:
+        del settings["float8"]  # runs that were begun before there was one go on
     return json.dumps(
         {**settings, "seed": recipe.seed, "model": recipe.model.model_dump(mode="json"), "rows": data}, sort_keys=True
     )
