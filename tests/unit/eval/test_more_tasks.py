@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 
+from mllm.errors import DataError
 from mllm.eval.data.loading import load_data
 from mllm.eval.data.templates import options_in, stem_of, table_text
+from mllm.eval.harnesses.answer_files import export_answers, import_answers
+from mllm.eval.predictions import read_predictions
 from mllm.eval.task import load_task
 from tests.unit.eval.test_official_files import parquet, picture, png, prompt_of, run, write
 
@@ -274,3 +277,31 @@ def test_options_in_a_text_are_found():
     assert stem_of("Which one? (A) x (B) y") == "Which one?" and stem_of(" none ") == "none"
     assert table_text('"Year","a, b"\n2001, 3') == "Year | a, b\n2001 | 3"
     assert json.dumps(table_text("Y \\t S \\n 1 \\t 2")) == '"Y | S\\n1 | 2"'
+
+
+def test_answers_go_to_other_harnesses_and_come_back_with_the_same_score(tmp_path):
+    """MMVP's four questions: as samples and as a table, forth and back; a file of other questions is refused."""
+    _, _, contents, pictures, _, headline, _ = LAYOUTS["mmvp"]
+    folder = tmp_path / "d"
+    table(folder / "Questions.csv", contents["Questions.csv"], ",")
+    for path in pictures:
+        picture(folder / path)
+    run("mmvp", folder, lambda r: "B" if r.id == "2" else "(a) Open", tmp_path)
+    ours = tmp_path / "out/mmvp.jsonl"
+    for form, name in (("lmms-eval", "samples.jsonl"), ("vlmevalkit", "table.tsv"), ("vlmevalkit", "table.csv")):
+        assert export_answers(ours, tmp_path / name, form) == 4
+        back = import_answers(tmp_path / name, "mmvp", tmp_path / name.replace(".", "-"), data={"mmvp": folder})
+        assert back.metrics[0].value == headline and back.header["imported_from"] == name
+        outputs = [[row["output"] for row in read_predictions(path)] for path in (ours, Path(back.path))]
+        assert outputs[0] == outputs[1]
+    text = (tmp_path / "table.tsv").read_text().replace("(b)", "(a)", 1)
+    (tmp_path / "other.tsv").write_text(text)
+    with pytest.raises(DataError, match="question 2 has the target '\\(a\\)' there and '\\(b\\)' here"):
+        import_answers(tmp_path / "other.tsv", "mmvp", tmp_path / "x", data={"mmvp": folder})
+    lines = (tmp_path / "samples.jsonl").read_text().splitlines()
+    (tmp_path / "short.jsonl").write_text("\n".join(lines[:3]) + "\n")
+    with pytest.raises(DataError, match="no answer for 1 of 4 questions"):
+        import_answers(tmp_path / "short.jsonl", "mmvp", tmp_path / "x", data={"mmvp": folder})
+    (tmp_path / "twice.jsonl").write_text("\n".join([*lines, lines[0]]) + "\n")
+    with pytest.raises(DataError, match="question 1 is answered twice"):
+        import_answers(tmp_path / "twice.jsonl", "mmvp", tmp_path / "x", data={"mmvp": folder})
