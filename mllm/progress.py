@@ -20,10 +20,12 @@ _telling = False
 
 @dataclass
 class Phase:
-    """What a phase may say of itself when it ends."""
+    """What a phase may say of itself while it lasts and when it ends."""
 
     num_bytes: int = 0
     """Bytes read; the last line then has their number and rate."""
+    so_far: str = ""
+    """How far it is, for the lines that say that it still lasts."""
 
 
 def begin() -> None:
@@ -64,7 +66,8 @@ def phase(what: str, *, when: bool = True) -> Iterator[Phase]:
 
     def beat() -> None:
         while not over.wait(HEARTBEAT_SECONDS):
-            tell(f"  still {what} ({time.monotonic() - began:.0f} s)")
+            so_far = f": {result.so_far}" if result.so_far else ""
+            tell(f"  still {what} ({time.monotonic() - began:.0f} s){so_far}")
 
     heart = threading.Thread(target=beat, daemon=True)
     heart.start()

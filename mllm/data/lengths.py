@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +17,15 @@ from mllm.data.parallel import chunks, pool_context
 from mllm.data.sources import Source
 from mllm.errors import AlignmentError, DataError, blamed_on
 from mllm.types import Sample
+
+ROWS_A_PROCESS = 2000
+"""About three seconds of work: less is not worth a process."""
+
+
+def counting_processes(rows: int) -> int:
+    """Processes worth starting to count the tokens of so many rows: at most one for each core this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, rows // ROWS_A_PROCESS))
 
 
 def measure(
@@ -62,7 +73,7 @@ def _measure_all(
     work = partial(_measure_rows, source, length)
     tables = []
     if processes > 1:
-        with ProcessPoolExecutor(processes, mp_context=pool_context()) as pool:
+        with _one_thread_each(), ProcessPoolExecutor(processes, mp_context=pool_context()) as pool:
             for part in pool.map(work, parts):
                 tables.append(part)
                 if progress:
@@ -73,6 +84,18 @@ def _measure_all(
             if progress:
                 progress(len(part))
     return np.concatenate(tables) if tables else np.zeros(0, np.int32)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Tokenizers in forked processes work alone; unless told so, each says on stderr that it was forked."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
 
 
 def _store(table: np.ndarray, stored: Path | None) -> None:

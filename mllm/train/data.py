@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from typing import Any
 from mllm import distributed
 from mllm.data.collate import Batch, Dropped
 from mllm.data.dataset import BadShare, DataStream, DropLog, dropped_rows
-from mllm.data.lengths import measure
+from mllm.data.lengths import counting_processes, measure
 from mllm.data.mixture import Draw, Mixture
 from mllm.data.plan import make_plan
 from mllm.errors import ConfigError, DataError
 from mllm.odd_settings import odd_settings
 from mllm.processing.chat import count_tokens, encode_sample
+from mllm.progress import Phase
 from mllm.recipe import StageSpec
 from mllm.types import Sample
 
@@ -85,11 +87,34 @@ def token_count(processor: Any, sample: Sample) -> int:
     return count_tokens(processor, sample, where=f"sample {sample.id!r}")
 
 
+@dataclass
+class _Counter:
+    """Rows whose tokens have been counted, told as they grow."""
+
+    told: Phase
+    total: int
+    done: int = 0
+
+    def add(self, rows: int) -> None:
+        self.done += rows
+        self.told.so_far = f"tokens of {self.done:,} of {self.total:,} rows counted"
+
+
 class StageData:
     """Batches of one stage on this process, optimizer step by optimizer step, from any step on."""
 
-    def __init__(self, stage: StageSpec, processor: Any, mixture: Mixture, *, cache: Path, log: Path | None = None):
-        self.stage, self.mixture = stage, mixture
+    def __init__(
+        self,
+        stage: StageSpec,
+        processor: Any,
+        mixture: Mixture,
+        *,
+        cache: Path,
+        log: Path | None = None,
+        told: Phase | None = None,
+    ):
+        """told: learns how many rows have been counted."""
+        self.stage, self.mixture, self.told = stage, mixture, told or Phase()
         world, rank = distributed.world_size(), distributed.rank()
         self.drops = DropLog(log)
         lengths = self._lengths(processor, cache) if stage.packing or stage.group_by_length else None
@@ -124,6 +149,7 @@ class StageData:
         span = getattr(processor, "visual_span", None)
         key = f"{tokenizer}|{processor.chat_template}|{processor.layout_key}|{span}"
         count, tables = partial(token_count, processor), []
+        counter = _Counter(self.told, sum(len(source) for source in self.mixture.sources))
         for source, left_out, rows in zip(
             self.mixture.sources, self.mixture.quarantined, self.mixture.num_rows, strict=True
         ):
@@ -141,7 +167,15 @@ class StageData:
                     found.append(Dropped(name, row, str(row), reason, "cannot be measured"))
 
             if distributed.is_main():  # the others read its cache
-                measure(source, count, key=key, cache=cache, on_bad=on_bad)
+                measure(
+                    source,
+                    count,
+                    key=key,
+                    cache=cache,
+                    on_bad=on_bad,
+                    processes=counting_processes(len(source)),
+                    progress=counter.add,
+                )
             bad = distributed.gather_objects(bad)[0]  # every process stops where one does
             tables.append(measure(source, count, key=key, cache=cache))
             if self.stage.packing:

@@ -194,8 +194,8 @@ def open_session(run: Run, stage: StageSpec, model: Any, processor: Any, stack: 
     attention = prepare_model(model, stage, device=device, zero_stage=choice.zero_stage)
     if stage.float8 is not None:
         stack.callback(use_float8(model, stage, device))
-    with phase("planning batches"):
-        data = StageData(stage, processor, mixture, cache=run.output / "lengths", log=_drop_log(run, stage))
+    with phase("planning batches") as told:
+        data = StageData(stage, processor, mixture, cache=run.output / "lengths", log=_drop_log(run, stage), told=told)
     progress = Progress(
         stage=stage.name,
         total_steps=data.total_steps,
