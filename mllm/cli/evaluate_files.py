@@ -1,4 +1,4 @@
-"""``mllm eval export / import``: answers in other harnesses' forms."""
+"""``mllm eval leaderboard / scores / export / import``: results side by side and in other forms."""
 
 from __future__ import annotations
 
@@ -48,7 +48,44 @@ def import_file(
     print_results({result.task: result})
 
 
+def leaderboard(
+    runs: Annotated[list[str], typer.Argument(help="Predictions folders, as FOLDER or name=FOLDER; two or more.")],
+    output: Annotated[Path, typer.Option(help="Folder for leaderboard.html, .md, .json and .tex.")] = Path(
+        "runs/leaderboard"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+) -> None:
+    """Many checkpoints side by side: scores with intervals, every two compared on the same samples (Holm over all), by category
+    and by difficulty.
+
+    [dim]mllm eval leaderboard clip=runs/a/eval both=runs/b/eval dino=runs/c/eval[/]
+    """
+    from mllm.eval.studies.leaderboard import leaderboard as make
+    from mllm.eval.studies.leaderboard import named_runs
+    from mllm.eval.studies.study import print_study
+
+    print_study(make(named_runs(runs), output, seed=seed))
+    typer.echo(str(output / "leaderboard.html"))
+
+
+def scores(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, with its results.json.")],
+    form: Annotated[str, typer.Option("--as", help="csv, latex, model-index (a model card's head) or json.")] = "csv",
+    name: Annotated[str, typer.Option(help="What to call the model.")] = "model",
+) -> None:
+    """A run's scores as CSV, a LaTeX table, a model card's `model-index`, or JSON, on the console.
+
+    [dim]mllm eval scores runs/my/eval --as latex --name "ours" > table.tex[/]
+    """
+    from mllm.eval.report.exports import FORMS, export_results, read_results
+
+    arguments.one_of(form, FORMS, "--as")
+    typer.echo(export_results(read_results(folder), form, name=name), nl=False)
+
+
 def add_to(group: typer.Typer) -> None:
-    """Register both verbs in ``mllm eval``."""
+    """Register these verbs in ``mllm eval``."""
+    group.command("leaderboard")(leaderboard)
+    group.command("scores")(scores)
     group.command("export")(export)
     group.command("import")(import_file)

@@ -13,6 +13,7 @@ from mllm.checkpoint_code import KEY
 from mllm.damage import damage_in, read_json
 from mllm.errors import ConfigError, UnavailableError
 from mllm.hub import hub_reason
+from mllm.models.model_index import model_index
 
 _MARK = "<!-- written by mllm push -->"
 
@@ -71,7 +72,11 @@ def model_card(folder: Path, repository: str, *, scores: str | Path | None = Non
     if scores is not None and not (place / "results.json").is_file():
         raise ConfigError(f"--scores {place}: no results.json; `mllm eval run` writes it")
     sections = [
-        "---\n" + yaml.safe_dump(_metadata(parts), sort_keys=False, allow_unicode=True) + "---",
+        "---\n"
+        + yaml.safe_dump(
+            _metadata(parts) | _index(place / "results.json", repository), sort_keys=False, allow_unicode=True
+        )
+        + "---",
         _MARK,
         f"# {repository.split('/')[1]}\n\n{recipe.get('description') or 'A multimodal language model.'}",
         "## Parts\n\n" + _table(("part", "from", "licence", "commercial use"), parts),
@@ -128,6 +133,14 @@ def _metadata(parts: list[tuple[str, str, str, str]]) -> dict[str, Any]:
         **licence,
         **base,
     }
+
+
+def _index(path: Path, repository: str) -> dict[str, Any]:
+    """The scores as the hub reads them."""
+    if not path.is_file():
+        return {}
+    found = model_index(json.loads(path.read_text(encoding="utf-8")), repository.split("/")[1])
+    return {"model-index": found} if found else {}
 
 
 def _opening(repository: str, config: Mapping[str, Any]) -> str:

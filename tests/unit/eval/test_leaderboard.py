@@ -1,0 +1,105 @@
+"""Do many runs stand beside each other as worked out by hand, and do scores leave in forms that others read?"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mllm.errors import ConfigError, DataError
+from mllm.eval.report.exports import export_results, latex_table, read_results
+from mllm.eval.report.show import write_report
+from mllm.eval.run import evaluate
+from mllm.eval.studies.leaderboard import leaderboard, named_runs
+from mllm.models.card import model_card
+from tests.unit.eval.rules import RuleGenerator
+from tests.unit.eval.test_official_files import picture, write
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Path]:
+    """Eight questions: strong has seven right, weak four, none three of weak's."""
+    place = tmp_path_factory.mktemp("runs")
+    rows = [{"imgname": "1.png", "query": f"q{k}?", "label": str(10 + k)} for k in range(8)]
+    write(place / "d/test/test_human.json", rows[:4])
+    write(place / "d/test/test_augmented.json", rows[4:])
+    picture(place / "d/test/png/1.png")
+    right = {"strong": set(range(7)), "weak": {0, 1, 4, 5}, "third": {0, 1, 4}}
+    for name, known in right.items():
+
+        def rule(request, known=known):
+            k = int(request.turns[-1].content.split("?")[0][-1])
+            return str(10 + k) if k in known else "nothing"
+
+        results = evaluate(
+            RuleGenerator(rule, name), ["chartqa"], place / name / "eval", data={"chartqa": place / "d"}, progress=False
+        )
+        write_report(results, place / name / "eval", show=False)
+    return {name: place / name / "eval" for name in right}
+
+
+def table(study, caption: str):
+    return next(found for found in study.tables if found.caption.startswith(caption))
+
+
+def test_runs_are_ranked_compared_and_split_by_difficulty(runs, tmp_path):
+    study = leaderboard(named_runs([str(place) for place in runs.values()]), tmp_path)
+    assert [row[0] for row in table(study, "Runs").rows] == ["strong", "weak", "third"]
+    pairs = {row[1:3]: row for row in table(study, "Every two").rows}
+    assert pairs["strong", "weak"][3] == "-37.50" and pairs["strong", "weak"][7] == "0/3"
+    first = [entry["comparison"]["p_value"] for entry in study.data["comparisons"]]
+    assert [entry["adjusted"] for entry in study.data["comparisons"]][first.index(min(first))] == pytest.approx(
+        min(1, 3 * min(first))
+    )
+    hard = {row[1]: row[2:] for row in table(study, "By difficulty").rows}
+    assert hard["strong"] == ("3", "4", "1", "100.00") and hard["weak"] == ("3", "4", "1", "25.00")
+    human = next(row for row in table(study, "By category").rows if row[1] == "human")
+    assert human == ("chartqa", "human", "100.00", "50.00", "50.00")
+    page = (tmp_path / "leaderboard.html").read_text()
+    assert "http" not in page and "p (Holm)" in page and "strong" in page
+    assert "\\textbf{87.5}" in (tmp_path / "leaderboard.tex").read_text()
+
+
+def test_runs_that_cannot_be_compared_are_named(runs, tmp_path):
+    with pytest.raises(ConfigError, match="at least two runs"):
+        named_runs([str(runs["weak"])])
+    with pytest.raises(ConfigError, match="two runs are called 'weak'"):
+        named_runs([str(runs["weak"]), f"weak={runs['strong']}"])
+    with pytest.raises(ConfigError, match="no such folder"):
+        named_runs(["x=nowhere", str(runs["weak"])])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="no task was answered by all runs"):
+        leaderboard({"a": runs["weak"], "b": tmp_path / "empty"}, tmp_path)
+
+
+def test_scores_leave_as_csv_latex_json_and_a_model_index(runs, tmp_path):
+    from huggingface_hub.repocard_data import model_index_to_eval_results
+
+    results = read_results(runs["strong"])
+    rows = list(csv.DictReader(io.StringIO(export_results(results, "csv"))))
+    head = next(row for row in rows if row["metric"].startswith("relaxed_pix2struct") and row["part"] == "")
+    assert float(head["value"]) == 87.5 and head["n"] == "8" and head["limited"] == "True"
+    assert {row["part"] for row in rows} >= {"human", "augmented", "macro"}
+    index = yaml.safe_load(export_results(results, "model-index", name="mine"))["model-index"]
+    name, (found,) = model_index_to_eval_results(index)
+    assert name == "mine" and found.metric_value == 87.5 and found.dataset_name == "chartqa (8 of 2500 samples)"
+    assert found.metric_args["protocol"].startswith("chartqa v1 ·") and found.metric_args["low"] < 87.5
+    assert json.loads(export_results(results, "json"))["tasks"]["chartqa"]["num_samples"] == 8
+    text = latex_table({"a_b": results})
+    assert "a\\_b & 87.5" in text and "$^\\dagger$" in text and "textbf" not in text
+    with pytest.raises(DataError, match="no results can be read"):
+        read_results(tmp_path)
+
+
+def test_a_pushed_card_takes_the_scores_along(runs, tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "mllm", "text_config": {"model_type": "qwen2"}}))
+    card = model_card(folder, "me/mine", scores=runs["weak"])
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["model-index"][0]["name"] == "mine"
+    assert head["model-index"][0]["results"][0]["metrics"][0]["value"] == 50.0
