@@ -56,11 +56,11 @@ def export_results(results: Mapping[str, Any], form: str, *, name: str = "model"
 def csv_text(results: Mapping[str, Any]) -> str:
     """One row a metric and part: headlines (``part`` empty) with their interval, then every category."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, _FIELDS, lineterminator="\n")
+    writer: csv.DictWriter[str] = csv.DictWriter(out, list[str](_FIELDS), lineterminator="\n")
     writer.writeheader()
     for task, result in results["tasks"].items():
         for metric in result["metrics"]:
-            row = {
+            row: dict[str, Any] = {
                 "task": task, "metric": metric["label"], "part": "", "value": metric["value"], "unit": metric["unit"],
                 "standard_error": metric["standard_error"], "low": metric["low"], "high": metric["high"], "n": metric["num_scored"],
                 "unparsed": metric["num_unparsed"], "limited": bool(result["header"].get("limited")), "protocol": result["protocol"],
