@@ -22,6 +22,7 @@ from mllm.recipe import Recipe, StageSpec
 from mllm.train.checkpoint.export import finished_otherwise, is_finished, publish, save_stage
 from mllm.train.checkpoint.files import found
 from mllm.train.checkpoint.resume import LENGTH
+from mllm.train.checkpoint.run_lock import only_run_in
 from mllm.train.engine.base import choose_engine
 from mllm.train.launch import launch
 from mllm.train.observe.run_info import RunInfo
@@ -67,7 +68,10 @@ def run_recipe(
         resume = resume or extend
         _check_run(recipe, folder, resume, extend)
         needs_group = any(choose_engine(stage).zero_stage for stage in recipe.stages)
-        launch(_train_recipe, processes, recipe, folder, resume, stop_after, profile, extend, needs_group=needs_group)
+        with _full_disk_told(folder), only_run_in(folder):
+            launch(
+                _train_recipe, processes, recipe, folder, resume, stop_after, profile, extend, needs_group=needs_group
+            )
     finally:
         progress.end()
     return folder / "final"
