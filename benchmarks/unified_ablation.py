@@ -33,7 +33,7 @@ def _rates(rate: float) -> str:
 
 
 _UNTIED = "model.language_model.config.tie_word_embeddings=false"
-VOCABULARY = ("model.visual_head={type: vocabulary, text_dropout: 0.1}", _rates(2e-3))
+VOCABULARY = ("model.heads={draw: {type: vocabulary, text_dropout: 0.1}}", _rates(2e-3))
 
 
 class Variant(NamedTuple):

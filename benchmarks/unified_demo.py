@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mllm.demo.drawing import REQUESTS, drawing_request, prepare_drawing, train_text_tokenizer
-from mllm.models.image_generation.generate import GeneratedImages
+from mllm.heads.codes.generate import GeneratedImages
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.processing.chat import render_prompt
 from mllm.processing.processor import MllmProcessor
@@ -64,7 +64,7 @@ LARGER_MODEL = [
     "model.language_model.config.num_attention_heads=8",
     "model.language_model.config.num_key_value_heads=8",
     "model.language_model.config.attention_dropout=0.1",
-    "stages.unified.learn={connector: 1.0e-3, language_model: 1.0e-3, visual_head: 1.0e-3}",
+    "stages.unified.learn={connector: 1.0e-3, language_model: 1.0e-3, heads: 1.0e-3}",
     "stages.unified.steps=3000",
     "stages.unified.batch_size=64",
     "stages.unified.optimizer.weight_decay=0.1",

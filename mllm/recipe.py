@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from mllm import assets
 from mllm.config import StrictModel, apply_overrides, read_yaml, validate
@@ -49,8 +50,9 @@ class ModelSpec(StrictModel):
     visual_tokenizer: dict[str, Any] | None = None
     """What the model draws with: ``{encoder: name}`` (the tokenizer of that encoder), or ``{weights: folder}`` of a saved
     tokenizer, or a whole config, perhaps with ``weights``."""
-    visual_head: dict[str, Any] | None = None
-    """How the model draws: ``{type: vocabulary | separate | depth | next_scale, …}``."""
+    heads: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """What the model answers besides text: your name → ``{type: …}`` (`mllm list heads`). One that draws (vocabulary, separate,
+    depth, next_scale) writes the visual tokenizer's codes. A recipe's former ``visual_head`` is the head of that name."""
     chat_template: str | None = None
     """Shipped template's name, or a path to a Jinja file; default: the tokenizer's own."""
     template_options: dict[str, Any] = Field(default_factory=dict)
@@ -58,12 +60,25 @@ class ModelSpec(StrictModel):
     serving alike. A request may still give others."""
     image_token: str = "<image>"
 
-    @field_validator("encoders")
+    @model_validator(mode="before")
     @classmethod
-    def _names(cls, value: dict) -> dict:
+    def _former_head(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or "visual_head" not in data:
+            return data
+        data = dict(data)
+        former = data.pop("visual_head")
+        if former is not None:
+            data["heads"] = {"visual_head": former, **(data.get("heads") or {})}
+        return data
+
+    @field_validator("encoders", "heads")
+    @classmethod
+    def _names(cls, value: dict, info: ValidationInfo) -> dict:
         for name in value:
             if not name.isidentifier():
-                raise ValueError(f"encoder name {name!r} must be a plain identifier (letters, digits, underscore)")
+                raise ValueError(
+                    f"{(info.field_name or 'part').rstrip('s')} name {name!r} must be a plain identifier (letters, digits, underscore)"
+                )
         return value
 
     @model_validator(mode="after")
@@ -76,10 +91,6 @@ class ModelSpec(StrictModel):
             )
         if self.views is not None and self.connector is None:
             raise ValueError("views are given but no connector; add encoders and e.g. connector: {type: mlp}")
-        if self.visual_head is not None and self.visual_tokenizer is None:
-            raise ValueError(
-                "visual_head is given but no visual_tokenizer; add e.g. visual_tokenizer: {encoder: name} or {weights: folder}"
-            )
         return self
 
 
@@ -155,7 +166,7 @@ class StageSpec(StrictModel):
     kind: Literal["sft", "routing", "tokenizer", "contrastive", "dpo", "grpo"] = "sft"
     learn: dict[str, float | LearnSpec]
     """Part → learning rate, or a mapping with ``rate`` and more. Parts: ``language_model``, ``connector``, ``router``,
-    ``visual_tokenizer``, ``visual_head``, ``encoders`` (all) or ``encoders.<name>``. Absent = frozen."""
+    ``visual_tokenizer``, ``encoders`` and ``heads`` (all), ``encoders.<name>``, ``heads.<name>``. Absent = frozen."""
     data: str | dict[str, Any] | list[Any]
     """Mixture's or dataset's name, a json, jsonl or table file, a folder, a hub id, a list of these, or an inline mixture."""
     epochs: float | None = Field(default=None, gt=0)

@@ -12,7 +12,7 @@ def check(
     kind: Annotated[
         str | None,
         typer.Option(
-            help="Where several go by the name: encoder, connector, router, visual-tokenizer, metric, generator, format."
+            help="Where several go by the name: encoder, connector, router, visual-tokenizer, head, metric, generator, format."
         ),
     ] = None,
     checkpoint: Annotated[
@@ -21,7 +21,7 @@ def check(
 ) -> None:
     """Does a component keep the contract? What is asserted of the project's own is asserted of a plug-in's.
 
-    Encoders, connectors, routers, visual tokenizers: shapes, token counts, meta build, save and load, dtype, gradients, empty
+    Encoders, connectors, routers, visual tokenizers, heads: shapes, token counts, meta build, save and load, dtype, gradients, empty
     batch. Metrics: odd replies, aggregates. Generators: every request answered once. Dataset formats: rows, marks, pictures.
 
     [dim]mllm check my-encoder --plugin my_encoder.py[/]

@@ -16,6 +16,7 @@ class Kind(StrEnum):
     views = "views"
     routers = "routers"
     visual_tokenizers = "visual-tokenizers"
+    heads = "heads"
     metrics = "metrics"
     generators = "generators"
     formats = "formats"
@@ -79,6 +80,7 @@ def list_(
         Kind.views: ("mllm.processing.views", "VIEWS"),
         Kind.routers: ("mllm.routers", "ROUTERS"),
         Kind.visual_tokenizers: ("mllm.visual_tokenizers", "VISUAL_TOKENIZERS"),
+        Kind.heads: ("mllm.heads", "HEADS"),
         Kind.metrics: ("mllm.eval.metrics", "METRICS"),
         Kind.generators: ("mllm.eval.generators", "GENERATORS"),
         Kind.formats: ("mllm.data.spec", "SOURCES"),

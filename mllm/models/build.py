@@ -17,9 +17,11 @@ from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoToken
 from mllm import progress
 from mllm.damage import naming_damage
 from mllm.errors import CheckpointError, ConfigError, UnavailableError
+from mllm.heads.base import HeadParts
+from mllm.heads.build import drawing_head, head_tokens, resolved_heads
+from mllm.heads.codes.build import empty_tokenizer, tokenizer_settings, visual_span
 from mllm.hub import hub_reason
 from mllm.models.configuration_mllm import MllmConfig, language_model_config
-from mllm.models.image_generation.build import add_head_tokens, head_settings_of, tokenizer_settings, visual_span
 from mllm.models.modeling_mllm import MllmForConditionalGeneration, language_model_left_out
 from mllm.models.stops import set_stops
 from mllm.models.text_source import begins_every_text, dense_options, opened_by
@@ -39,7 +41,7 @@ VOCABULARY_MULTIPLE = 64
 
 def build_config(spec: ModelSpec, *, image_token_id: int | None = None, tokenizer: Any = None) -> MllmConfig:
     """The model's whole config. Needs no weights and, where the recipe states the language model's config, no network.
-    tokenizer: the text tokenizer, for the ids of a visual head's tokens (added to it where they are missing).
+    tokenizer: the text tokenizer, for the ids of the heads' tokens (added to it where they are missing).
 
     Raises `ConfigError` when a grid does not fit a connector, naming the encoder.
     """
@@ -63,15 +65,17 @@ def build_config(spec: ModelSpec, *, image_token_id: int | None = None, tokenize
         check_views(spec, encoders)
     text = text_config(spec.language_model)
     visual_tokenizer = tokenizer_settings(spec.visual_tokenizer, encoders)
+    drawing = drawing_head(spec.heads) is not None and visual_tokenizer is not None
+    parts = HeadParts(
+        text.hidden_size, infos, empty_tokenizer(visual_tokenizer, encoders) if drawing and visual_tokenizer else None
+    )
     if tokenizer is not None:
-        add_head_tokens(tokenizer, spec.visual_head, visual_tokenizer, encoders)
+        add_special_tokens(tokenizer, head_tokens(spec.heads, parts))
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    visual_head = head_settings_of(
-        spec.visual_head,
-        visual_tokenizer,
-        encoders,
-        width=text.hidden_size,
+    heads = resolved_heads(
+        spec.heads,
+        parts,
         id_of=None if tokenizer is None else tokenizer.convert_tokens_to_ids,
         first_free=text.vocab_size + 1,
         null=0 if tokenizer is None else tokenizer.pad_token_id,
@@ -83,7 +87,7 @@ def build_config(spec: ModelSpec, *, image_token_id: int | None = None, tokenize
         views=None if spec.views is None else views_config(spec.views),
         router=router,
         visual_tokenizer=visual_tokenizer,
-        visual_head=visual_head,
+        heads=heads,
         image_token_id=text.vocab_size if image_token_id is None else image_token_id,
         lm_head_bias=_head_has_bias(text),
     )
@@ -178,6 +182,13 @@ def _tell_a_missing_start(spec: LanguageModelSpec, tokenizer: Any, template: str
             source,
             tokenizer.bos_token,
         )
+
+
+def add_special_tokens(tokenizer: Any, tokens: list[str]) -> None:
+    """Make ``tokens`` special tokens of the tokenizer, those that it does not know."""
+    known = tokenizer.get_vocab()
+    missing = [AddedToken(token, special=True, normalized=False) for token in tokens if token not in known]
+    tokenizer.add_tokens(missing, special_tokens=True)
 
 
 def add_image_token(tokenizer: Any, token: str) -> None:

@@ -103,7 +103,7 @@ def _parts(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[tuple[s
         weights = encoder.get("weights") or {}
         source = weights.get("source") or f"{encoder.get('type')}, from scratch"
         rows.append((f"encoder {name}", source, weights.get("licence") or "unknown", words[weights.get("commercial")]))
-    for part in ("connector", "router", "visual_tokenizer", "visual_head"):
+    for part in ("connector", "router", "visual_tokenizer"):
         if config.get(part):
             rows.append(
                 (
@@ -113,6 +113,9 @@ def _parts(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[tuple[s
                     "yes",
                 )
             )
+    rows += [
+        (f"head {name}", head["type"], "this toolkit's", "yes") for name, head in (config.get("heads") or {}).items()
+    ]
     return rows
 
 

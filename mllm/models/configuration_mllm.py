@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from mllm.checkpoint_code import KEY, Part, admit_code, record_code
 from mllm.config import to_plain
 from mllm.errors import ConfigError
+from mllm.heads.build import drawing_head
 from mllm.plugins import code_hashes
 from mllm.processing.layout import LayoutRules, layout_rules
 from mllm.types import EncoderInfo, ViewLayout, VisualLayout
@@ -28,8 +29,9 @@ class MllmConfig(PreTrainedConfig):
     """Everything that is needed to build the model offline.
 
     text_config: the language model's HF config; encoders: name → resolved encoder config, in ``encoder_order``;
-    connector, router, visual_tokenizer, visual_head: component configs (None: the model has no such part); visual_tokenizer
-    may be ``{"encoder": name}``, the tokenizer inside that encoder; views: the way of looking at a picture (None: once, as a
+    connector, router, visual_tokenizer: component configs (None: the model has no such part); visual_tokenizer may be
+    ``{"encoder": name}``, the tokenizer inside that encoder; heads: name → config of what answers besides text; visual_head: the
+    former place of the one head, read as ``heads["visual_head"]``; views: the way of looking at a picture (None: once, as a
     whole);
     image_token_id: the placeholder's id; added_token_ids: first and one past the last id of tokens that the language model's
     source did not have (None: not known, or a model from scratch); plugins: the code of third parties that the checkpoint carries
@@ -49,6 +51,7 @@ class MllmConfig(PreTrainedConfig):
         views: Any = None,
         router: Any = None,
         visual_tokenizer: Any = None,
+        heads: Mapping[str, Any] | None = None,
         visual_head: Any = None,
         image_token_id: int | None = None,
         lm_head_bias: bool = False,
@@ -68,7 +71,8 @@ class MllmConfig(PreTrainedConfig):
         self.views = None if views is None else to_plain(views)
         self.router = None if router is None else to_plain(router)
         self.visual_tokenizer = None if visual_tokenizer is None else to_plain(visual_tokenizer)
-        self.visual_head = None if visual_head is None else to_plain(visual_head)
+        former = {} if visual_head is None else {"visual_head": visual_head}
+        self.heads = {name: to_plain(head) for name, head in {**former, **(heads or {})}.items()}
         self.image_token_id = image_token_id
         self.lm_head_bias = lm_head_bias
         self.added_token_ids = None if added_token_ids is None else list(added_token_ids)
@@ -99,6 +103,12 @@ class MllmConfig(PreTrainedConfig):
         """Encoder name → sizes, in the model's order."""
         return {name: EncoderInfo.model_validate(config["info"]) for name, config in self.encoders.items()}
 
+    @property
+    def drawing_head(self) -> dict[str, Any] | None:
+        """Config of the head that draws; None for a model that draws nothing."""
+        name = drawing_head(self.heads)
+        return None if name is None else self.heads[name]
+
     def layout_rules(self) -> LayoutRules:
         """How visuals are looked at and lie in the token sequence; a model without images gives them no token."""
         return layout_rules(self, self.encoder_infos())
@@ -116,6 +126,7 @@ def component_types(config: Mapping[str, Any]) -> Iterator[Part]:
     """The components that a config names, with the registries that know them."""
     from mllm.connectors import CONNECTORS
     from mllm.encoders import ENCODERS
+    from mllm.heads import HEADS
     from mllm.processing.views import VIEWS
     from mllm.routers import ROUTERS
     from mllm.visual_tokenizers import VISUAL_TOKENIZERS
@@ -123,6 +134,8 @@ def component_types(config: Mapping[str, Any]) -> Iterator[Part]:
     single = {"connector": CONNECTORS, "router": ROUTERS, "visual_tokenizer": VISUAL_TOKENIZERS}
     named = [(key, registry, config.get(key)) for key, registry in single.items()]
     named.append(("views", VIEWS, config.get("views") or {"type": "single"}))
+    named += [(f"heads.{name}", HEADS, head) for name, head in (config.get("heads") or {}).items()]
+    named.append(("visual_head", HEADS, config.get("visual_head")))
     for name, encoder in (config.get("encoders") or {}).items():
         named.append((f"encoders.{name}", ENCODERS, encoder))
         named.append((f"encoders.{name}.tokenizer", VISUAL_TOKENIZERS, encoder.get("tokenizer")))

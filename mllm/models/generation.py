@@ -25,6 +25,7 @@ class MultimodalGenerationMixin(GenerationMixin):
 
     config: Any
     model: Any
+    heads: Any
     visual_config: Any
     last_routing: Routing | None
 
@@ -124,7 +125,7 @@ class MultimodalGenerationMixin(GenerationMixin):
             "expert_weights",
             "router_input_ids",
             "image_features",
-            "target_images",
+            *(name for head in self.heads.values() for name in head.targets),
             "num_image_patches",
         ]
 

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from mllm.damage import naming_damage
 from mllm.errors import CheckpointError
+from mllm.heads.build import FORMER, heads_with_weights
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.foreign.read import ForeignCheckpoint, read_foreign, recognise
 from mllm.models.weight_files import refuse_gaps
@@ -34,12 +35,24 @@ class MllmModelOutput(BaseModelOutputWithPast):
 class MllmOutput(CausalLMOutputWithPast):
     """As `CausalLMOutputWithPast`, with the visual tokens and the routing that were used.
 
-    losses: mean cross-entropy per code of each codebook, when the batch holds images to draw.
+    losses: ``<head>/<part>`` → loss as the head reports it, when the batch holds targets of heads.
     """
 
     image_hidden_states: Tensor | None = None
     routing: Any = None
     losses: dict[str, Tensor] | None = None
+
+
+_FORMER_NAMES = {rf"^{FORMER}\.": f"heads.{FORMER}."}
+"""Weights as checkpoints named them before heads had names."""
+
+
+def _forget_former_names(model: Any) -> None:
+    """transformers saves a model under the names that it was read with; former ones are not to be written again."""
+    conversions = getattr(model, "_weight_conversions", None) or []
+    kept = [c for c in conversions if not set(_FORMER_NAMES) & set(getattr(c, "source_patterns", ()))]
+    if len(kept) < len(conversions):
+        model._weight_conversions = kept
 
 
 class MllmPreTrainedModel(PreTrainedModel):
@@ -80,6 +93,8 @@ class MllmPreTrainedModel(PreTrainedModel):
                 device_map = kwargs.get("device_map")
                 return model if device_map is None else model.to(device_map)
         wants_info = kwargs.pop("output_loading_info", False)
+        if not kwargs.get("key_mapping"):
+            kwargs["key_mapping"] = dict(_FORMER_NAMES)
         try:
             with naming_damage(pretrained_model_name_or_path):
                 model, info = super().from_pretrained(
@@ -93,6 +108,7 @@ class MllmPreTrainedModel(PreTrainedModel):
                     f"{pretrained_model_name_or_path}: a safetensors file is damaged or cut short ({error}); copy it again"
                 ) from error
             raise
+        _forget_former_names(model)
         refuse_gaps(str(pretrained_model_name_or_path), info, quantized=getattr(model, "hf_quantizer", None))
         return (model, info) if wants_info else model
 
@@ -144,8 +160,7 @@ class MllmPreTrainedModel(PreTrainedModel):
             parts["connector"] = [f"{root}multi_modal_projector."]
         if self.config.visual_tokenizer is not None and "encoder" not in self.config.visual_tokenizer:
             parts["visual_tokenizer"] = [f"{root}visual_tokenizer."]
-        if self.config.visual_head is not None and self.config.visual_head["type"] != "vocabulary":
-            parts["visual_head"] = ["visual_head."]
+        parts |= {f"heads.{name}": [f"heads.{name}."] for name in heads_with_weights(self.config.heads)}
         parts["language_model"] = [f"{root}language_model.", "lm_head."]
         return parts
 

@@ -19,16 +19,17 @@ from transformers import AutoModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
-from mllm.errors import AlignmentError, ConfigError
+from mllm.errors import AlignmentError
+from mllm.heads.base import HeadParts, Reading, Step
+from mllm.heads.build import build_heads, drawing_head
+from mllm.heads.codes.settings import DrawingMixin
+from mllm.heads.steps import head_losses, lay_targets
 from mllm.models.configuration_mllm import MllmConfig, head_settings
 from mllm.models.generation import MultimodalGenerationMixin
-from mllm.models.image_generation.heads import build_head, head_config
-from mllm.models.image_generation.settings import DrawingMixin
-from mllm.models.image_generation.targets import lay_images, visual_losses
 from mllm.models.loss import linear_cross_entropy, without_placeholders
 from mllm.models.modeling_base import MllmModelOutput, MllmOutput, MllmPreTrainedModel
 from mllm.models.pipeline import EncoderBank, build_own_tokenizer, build_visual_parts, home_of
-from mllm.models.routing import ask_gate, encode_short, routing_loss_of_step
+from mllm.models.routing import routing_loss_of_step
 from mllm.processing.pixel_keys import PRIMARY_PIXELS, PixelKeys
 from mllm.types import Routing, VisionFeatures, VisualLayout
 
@@ -311,17 +312,12 @@ class MllmForConditionalGeneration(DrawingMixin, MultimodalGenerationMixin, Mllm
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
         self._no_split_modules = list(self.model._no_split_modules)
         self._head = head_settings(text)
-        self.visual_config = None if config.visual_head is None else head_config(config.visual_head)
-        self.visual_head = (
-            None
-            if self.visual_config is None
-            else build_head(self.visual_config, self.image_tokenizer, text.hidden_size)
-        )
+        draws = drawing_head(config.heads) is not None
+        tokenizer = self.image_tokenizer if draws else None
+        self.heads = build_heads(config.heads, HeadParts(text.hidden_size, config.encoder_infos(), tokenizer))
         embedding = self.model.get_input_embeddings()
         name = next(n for n, m in self.model.language_model.named_modules() if m is embedding)
         self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{name}.weight"}
-        self.routing_only = False
-        """In a ``routing`` stage: `forward` computes the router's loss alone, no expert runs (`mllm.models.routing`)."""
         self.last_routing: Routing | None = None
         """What the last ``generate`` call ran on each image; None without images or router."""
         self.post_init()
@@ -371,6 +367,38 @@ class MllmForConditionalGeneration(DrawingMixin, MultimodalGenerationMixin, Mllm
             logits = torch.tanh(logits / cap) * cap
         return logits
 
+    def token_loss(
+        self, hidden: Tensor, labels: Tensor, num_items: Any = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Cross-entropy of the next tokens, without their logits: hidden ``(B, T, L)``, labels ``(B, T)`` (-100: nothing is learned),
+        num_items: what the sum is divided by. See `linear_cross_entropy`."""
+        return linear_cross_entropy(
+            hidden,
+            self.lm_head.weight,
+            labels,
+            bias=getattr(self.lm_head, "bias", None),  # PEFT's wrapper for trained tokens has none
+            num_items_in_batch=num_items,
+            position_ids=position_ids,
+            scale=self.head_scale,
+            softcap=self.head_softcap,
+        )
+
+    def _words(
+        self, hidden: Tensor, step: Step, logits_to_keep: int | Tensor, skip_logits: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Loss on the next words (None without labels), and logits (None where they are skipped)."""
+        if step.labels is not None and skip_logits:
+            return self.token_loss(hidden, step.labels, step.num_items, step.position_ids), None
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        logits = self.compute_logits(hidden[:, slice(None) if isinstance(keep, int) else keep])
+        if step.labels is None:
+            return None, logits
+        vocabulary = self.config.get_text_config().vocab_size
+        loss = self.loss_function(
+            logits=logits, labels=step.labels, vocab_size=vocabulary, num_items_in_batch=step.num_items
+        )
+        return loss, logits
+
     @can_return_tuple
     def forward(
         self,
@@ -387,41 +415,23 @@ class MllmForConditionalGeneration(DrawingMixin, MultimodalGenerationMixin, Mllm
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
         routing_targets: Tensor | None = None,
-        target_images: Tensor | None = None,
         **kwargs: Any,
     ) -> MllmOutput:
         """labels ``(B, T)``: -100 carries no loss, nor do placeholders of images that are read. skip_logits: with labels,
         compute the loss on supervised positions in chunks and return no logits (memory). Other encoders' pixels come as
         ``pixel_values_<name>``, image_sizes ``(B, 2)`` beside them where the views depend on them. routing_targets
         ``(images, E)``: what the router should have chosen, as `GateRouter.supervised_loss` takes it; its loss is added.
-        target_images: the images that the spans of ``input_ids`` stand for, pixels ``(K, 3, H, W)`` in [-1, 1] or codes ``(K, S)``."""
+        ``target_…``: what the heads should answer, as `Head.targets` names it (``target_images``: pixels ``(K, 3, H, W)`` in [-1, 1]
+        or codes ``(K, S)`` of the images that the spans of ``input_ids`` stand for)."""
         num_items = kwargs.pop("num_items_in_batch", None)
-        drawn = None
         if labels is not None:
             labels, num_items = without_placeholders(labels, self.config.image_token_id, num_items)
-        if target_images is not None and len(target_images):
-            if self.visual_config is None or input_ids is None:
-                raise ConfigError("target_images: this model draws nothing (no visual_head), or input_ids are missing")
-            if labels is not None and num_items is None:
-                num_items = (labels[:, 1:] != -100).sum().clamp(min=1)
-            drawn = lay_images(
-                self, target_images, input_ids, labels, attention_mask=attention_mask, position_ids=position_ids
-            )
-            input_ids, labels = drawn.input_ids, drawn.labels
-            attention_mask = drawn.inputs.pop("attention_mask", attention_mask)
-            kwargs |= drawn.inputs
-        if self.routing_only:
-            kwargs[PRIMARY_PIXELS] = pixel_values
-            pixels = self.model.pixel_keys.pop(kwargs)
-            if not self.model.vision_tower.router.asks_language_model:  # type: ignore[union-attr]
-                routing = ask_gate(self, pixels, router_input_ids)
-                loss = routing_loss_of_step(self, routing, routing_targets, labels, num_items)
-                return MllmOutput(loss=loss, routing=routing)
-            image_features, pixel_values, expert_weights = encode_short(self, pixels, router_input_ids), None, None
+        step = Step(input_ids, labels, attention_mask, position_ids, num_items, kwargs)
+        lay_targets(self, step)
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
+            input_ids=step.input_ids,
+            attention_mask=step.attention_mask,
+            position_ids=step.position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
@@ -430,43 +440,15 @@ class MllmForConditionalGeneration(DrawingMixin, MultimodalGenerationMixin, Mllm
             image_features=image_features,
             adds_losses=labels is not None,
             return_dict=True,
-            **kwargs,
+            **step.inputs,
         )
-        hidden = outputs.last_hidden_state
-        loss = logits = None
-        if labels is not None and skip_logits:
-            loss = linear_cross_entropy(
-                hidden,
-                self.lm_head.weight,
-                labels,
-                bias=getattr(self.lm_head, "bias", None),  # PEFT's wrapper for trained tokens has none
-                num_items_in_batch=num_items,
-                position_ids=position_ids,
-                scale=self.head_scale,
-                softcap=self.head_softcap,
-            )
-        else:
-            keep = (
-                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-            )
-            keep = slice(None) if isinstance(keep, int) else keep
-            logits = self.compute_logits(hidden[:, keep])
-            if labels is not None:
-                loss = self.loss_function(
-                    logits=logits,
-                    labels=labels,
-                    vocab_size=self.config.get_text_config().vocab_size,
-                    num_items_in_batch=num_items,
-                )
-        if loss is not None and outputs.routing is not None and self.training:
-            loss = loss + routing_loss_of_step(self, outputs.routing, routing_targets, labels, num_items)
+        loss, logits = self._words(outputs.last_hidden_state, step, logits_to_keep, skip_logits)
         losses = None
-        if loss is not None and drawn is not None:
-            of_codes, losses = visual_losses(self, drawn, hidden, num_items)
-            loss = loss + of_codes
-        elif loss is not None and self.visual_head is not None and self.training:
-            # Ranks reduce the same gradients whether their batch holds an image to draw or not.
-            loss = loss + 0.0 * sum(p.float().sum() for p in self.visual_head.parameters() if p.requires_grad)
+        if loss is not None:
+            if outputs.routing is not None and self.training:
+                loss = loss + routing_loss_of_step(self, outputs.routing, routing_targets, step.labels, step.num_items)
+            of_heads, losses = head_losses(self, step, Reading(outputs.last_hidden_state))
+            loss = loss + of_heads
         return MllmOutput(
             loss=loss,
             losses=losses,

@@ -315,17 +315,3 @@ def build_own_tokenizer(config: Any) -> nn.Module | None:
     from mllm.visual_tokenizers.base import build_tokenizer
 
     return build_tokenizer(config.visual_tokenizer)
-
-
-def shared_tokenizer(config: Any, bank: EncoderBank | None) -> Any:
-    """The visual tokenizer inside the encoder that ``visual_tokenizer: {encoder: name}`` names. Raises `ConfigError`."""
-    if config.visual_tokenizer is None:
-        raise ConfigError("visual_head: the model has no visual_tokenizer to draw with")
-    name = config.visual_tokenizer["encoder"]
-    encoder = bank.encoders[name] if bank is not None and name in bank.encoders else None
-    if not hasattr(encoder, "tokenizer"):
-        readers = [n for n, e in config.encoders.items() if e.get("type") == "visual_tokenizer"]
-        raise ConfigError(
-            f"visual_tokenizer.encoder: {name!r} is no encoder of type visual_tokenizer; the model has {readers or 'none'}"
-        )
-    return encoder.tokenizer

@@ -15,8 +15,8 @@ from pydantic import Field
 from mllm.config import StrictModel
 from mllm.damage import naming_damage
 from mllm.errors import ConfigError, UnavailableError
+from mllm.heads.codes.settings import VLLM_PROCESSOR
 from mllm.install import install_hint
-from mllm.models.image_generation.settings import VLLM_PROCESSOR
 from mllm.serve.http.admission import ENVIRONMENT, AdmissionSettings
 from mllm.serve.http.keys import CLIENTS, LOOPBACK
 from mllm.serve.images.requests import SCHEDULER, refusal
@@ -111,7 +111,7 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         compact = {"backend": "xgrammar", "disable_any_whitespace": True}
         arguments += ["--structured-outputs-config", json.dumps(compact)]
     cannot_draw = _cannot_draw(config, settings)
-    if config.visual_head is not None and settings.backend != "transformers":
+    if config.drawing_head is not None and settings.backend != "transformers":
         arguments += ["--logits-processors", VLLM_PROCESSOR]
     if not cannot_draw:  # a guided drawing is two requests in step
         arguments += ["--scheduler-cls", SCHEDULER, "--no-async-scheduling"]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mllm.errors import UnavailableError
+from mllm.heads.codes.settings import vllm_options
 from mllm.install import install_hint
-from mllm.models.image_generation.settings import vllm_options
 from mllm.models.routing import ANSWER_TOKENS
 from mllm.processing.chat import encode_text, question_text, render_prompt, routing_inputs
 from mllm.processing.template import messages_of

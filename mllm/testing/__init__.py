@@ -17,6 +17,7 @@ _KINDS = {
         "mllm.visual_tokenizers:VISUAL_TOKENIZERS",
         "mllm.testing.visual_tokenizers:check_visual_tokenizer",
     ),
+    "head": ("mllm.heads:HEADS", "mllm.testing.heads:check_head"),
     "metric": ("mllm.eval.metrics:METRICS", "mllm.testing.metrics:check_metric"),
     "generator": ("mllm.eval.generators:GENERATORS", "mllm.testing.generators:check_generator"),
     "format": ("mllm.data.spec:SOURCES", "mllm.testing.formats:check_format"),

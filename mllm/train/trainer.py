@@ -16,6 +16,7 @@ import torch
 
 from mllm import distributed
 from mllm.errors import ConfigError
+from mllm.heads.build import drawing_head
 from mllm.processing.template import for_training, read_template
 from mllm.progress import phase
 from mllm.recipe import Recipe, StageSpec
@@ -327,7 +328,7 @@ def _record(
         "step": progress.step,
         "loss": step.loss,
         "grad_norm": step.grad_norm,
-        **({"code_loss": step.losses} if step.losses else {}),
+        **({"head_loss": step.losses} if step.losses else {}),
         "lr": rates,
         "grad_norms": dict(engine.norms),
         "epoch": micro[0].epoch,
@@ -415,14 +416,14 @@ def check_stage(stage: StageSpec, recipe: Recipe) -> None:
     if stage.chat_template is not None:
         read_template(stage.chat_template)
     engine = choose_engine(stage)
-    head = recipe.model.visual_head
-    if head is not None and engine.zero_stage == 3:
-        raise ConfigError(f"stages.{stage.name}.engine: a model with a visual_head trains with none, zero1 or zero2")
-    if head is not None and head.get("type") == "next_scale" and stage.packing:
+    heads = recipe.model.heads
+    if heads and engine.zero_stage == 3:
+        raise ConfigError(f"stages.{stage.name}.engine: a model with heads trains with none, zero1 or zero2")
+    if stage.packing and any(head.get("type") == "next_scale" for head in heads.values()):
         raise ConfigError(f"stages.{stage.name}.packing: a next_scale head needs a mask of its own; set packing: false")
-    if stage.draw is not None and head is None:
+    if stage.draw is not None and drawing_head(heads) is None:
         raise ConfigError(
-            f"stages.{stage.name}.draw: the model draws nothing; give model.visual_head, or leave draw out"
+            f"stages.{stage.name}.draw: the model draws nothing; give model.heads one that draws, or leave draw out"
         )
     for part, spec in learning_by_part(recipe_parts(recipe.model), stage).items():
         if engine.zero_stage and spec.lora is not None and spec.lora.bits is not None:

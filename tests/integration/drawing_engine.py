@@ -9,7 +9,7 @@ import sys
 from transformers import AutoProcessor
 from vllm import LLM
 
-from mllm.models.image_generation.settings import vllm_options
+from mllm.heads.codes.settings import vllm_options
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.serve.images.requests import SCHEDULER, BrokenDrawing, DrawingPlan, draw_with_engine
 

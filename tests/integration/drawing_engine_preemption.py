@@ -10,8 +10,8 @@ from typing import Any
 from transformers import AutoProcessor
 from vllm import LLM, SamplingParams
 
+from mllm.heads.codes.settings import vllm_options
 from mllm.models.configuration_mllm import MllmConfig
-from mllm.models.image_generation.settings import vllm_options
 from mllm.processing.chat import render_prompt
 from mllm.serve.images.requests import KEY, SCHEDULER, DrawingPlan
 from mllm.types import Turn

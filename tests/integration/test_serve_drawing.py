@@ -16,7 +16,7 @@ from mllm.processing.chat import render_prompt
 from mllm.types import Turn
 from tests.integration.serving import serving
 from tests.integration.test_serve_vllm import run
-from tests.unit.models.drawing_models import drawing_model
+from tests.unit.heads.drawing_models import drawing_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("vllm")]
 

@@ -17,7 +17,7 @@ from PIL import Image
 from mllm.processing.images import load_image
 from tests.helpers import ROOT, TINY_CLIP, TINY_LLM, TINY_TIMM, picture, tiny_model
 from tests.integration.serving import VLLM_ON_CPU
-from tests.unit.models.drawing_models import drawing_model
+from tests.unit.heads.drawing_models import drawing_model
 
 DINO = {
     "type": "hf",

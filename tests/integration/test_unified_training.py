@@ -49,7 +49,7 @@ def recipe(root: Path, kind: str = "pictures", **stage: Any) -> Recipe:
 
     settings = {
         "name": "unified",
-        "learn": {"connector": 1e-3, "language_model": 1e-3, "visual_head": 1e-3},
+        "learn": {"connector": 1e-3, "language_model": 1e-3, "heads": 1e-3},
         "data": {"datasets": [dataset("read"), dataset("draw")]},
         "steps": 6,
         "batch_size": 4,
@@ -63,7 +63,7 @@ def recipe(root: Path, kind: str = "pictures", **stage: Any) -> Recipe:
         "encoders": {"codes": {"type": "visual_tokenizer", "weights": {"source": str(root / "tokenizer")}}},
         "connector": {"type": "mlp"},
         "visual_tokenizer": {"encoder": "codes"},
-        "visual_head": {"type": "separate", "text_dropout": 0.3},
+        "heads": {"draw": {"type": "separate", "text_dropout": 0.3}},
         "chat_template": "vicuna",
     }
     return Recipe.model_validate({"name": "unified", "model": model, "stages": [settings]})
@@ -89,7 +89,7 @@ def test_a_mixture_trains_shows_its_drawings_and_resumes_exactly(data: Path, tmp
     ]
     assert Image.open(tmp_path / "whole" / "drawings" / "unified-000006.png").size == (32, 16)
     records = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert any(set(r.get("code_loss", {})) == {"semantic", "pixel"} for r in records)
+    assert any(set(r.get("head_loss", {})) == {"draw/semantic", "draw/pixel"} for r in records)
     before = build_tokenizer(TINY["illume"])
     before.load_state_dict(load_file(str(data / "tokenizer" / "model.safetensors")))
     for name, tensor in before.state_dict().items():
@@ -116,13 +116,13 @@ def test_training_on_stored_codes_equals_training_on_pictures(data: Path, tmp_pa
 
 
 def test_settings_that_contradict_each_other_are_refused_at_once(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="a model with a visual_head trains with none, zero1 or zero2"):
+    with pytest.raises(ConfigError, match="a model with heads trains with none, zero1 or zero2"):
         run_recipe(recipe(data, engine="zero3"), output=tmp_path / "a")
     scales = recipe(data, packing=True)
-    scales.model.visual_head = {"type": "next_scale"}
+    scales.model.heads = {"draw": {"type": "next_scale"}}
     with pytest.raises(ConfigError, match="packing: a next_scale head needs a mask of its own"):
         run_recipe(scales, output=tmp_path / "c")
     plain = recipe(data)
-    plain.model.visual_head = None
+    plain.model.heads = {}
     with pytest.raises(ConfigError, match="draw: the model draws nothing"):
         run_recipe(plain, output=tmp_path / "b")

@@ -8,8 +8,8 @@ from typing import Any
 
 from mllm.errors import UnavailableError
 from mllm.eval.generators.base import GeneratorSettings, answer_text, checkpoint_hash, hf_messages
+from mllm.heads.codes.settings import vllm_options
 from mllm.models.configuration_mllm import component_code
-from mllm.models.image_generation.settings import vllm_options
 from mllm.types import Request, Response
 
 _WINDOW = 1024

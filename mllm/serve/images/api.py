@@ -19,8 +19,8 @@ from torch import Tensor
 
 from mllm.config import StrictModel
 from mllm.errors import ConfigError, MllmError, UnavailableError
-from mllm.models.image_generation.build import resolved_settings
-from mllm.models.image_generation.generate import decode_packed, to_pil
+from mllm.heads.codes.build import resolved_settings
+from mllm.heads.codes.generate import decode_packed, to_pil
 from mllm.models.weight_files import present_name, published_renamings, read_part
 from mllm.serve.images.requests import BrokenDrawing, DrawingPlan
 from mllm.visual_tokenizers.base import VisualTokenizer, build_tokenizer

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from mllm.config import StrictModel
 from mllm.errors import AlignmentError, ConfigError, UnavailableError
-from mllm.models.image_generation.build import empty_tokenizer
-from mllm.models.image_generation.generate import prompt_prefix, sample_seeds
-from mllm.models.image_generation.grammar import image_grammar, visual_tokens
-from mllm.models.image_generation.heads import VocabularyHeadConfig, head_config
-from mllm.models.image_generation.targets import drop_text
+from mllm.heads.build import head_config
+from mllm.heads.codes.build import empty_tokenizer
+from mllm.heads.codes.configs import VocabularyHeadConfig
+from mllm.heads.codes.generate import prompt_prefix, sample_seeds
+from mllm.heads.codes.grammar import image_grammar, visual_tokens
+from mllm.heads.codes.targets import drop_text
 from mllm.visual_tokenizers.sequence import code_blocks
 
 KEY = "mllm_drawing"
@@ -25,16 +26,16 @@ SCHEDULER = "mllm.serve.vllm.scheduler.PairScheduler"
 """For vLLM's ``scheduler_cls``, with ``async_scheduling=False``."""
 
 
-NO_HEAD = "this model draws no images: its config has no visual_head"
+NO_HEAD = "this model draws no images: none of its heads draws"
 
 
 def refusal(config: Any) -> str | None:
     """Why vLLM cannot draw with a checkpoint of this config; None: it can."""
-    if config.visual_head is None:
+    if config.drawing_head is None:
         return NO_HEAD
-    head = head_config(config.visual_head)
+    head = head_config(config.drawing_head)
     if not isinstance(head, VocabularyHeadConfig):
-        return f"visual_head.type {head.type}: vLLM draws with a vocabulary head only; draw with `mllm draw`"
+        return f"a {head.type} head: vLLM draws with a vocabulary head only; draw with `mllm draw`"
     return None
 
 
@@ -79,7 +80,7 @@ class DrawingPlan:
         why = refusal(config)
         if why is not None:
             raise UnavailableError(why)
-        self.processor, self.head = processor, head_config(config.visual_head)
+        self.processor, self.head = processor, head_config(config.drawing_head)
         self.null = self.head.tokens["null"]
         self.image_token_id = config.image_token_id
         tokenizer = empty_tokenizer(config.visual_tokenizer, config.encoders)
@@ -152,7 +153,7 @@ def draw_with_engine(
     """Packed codes ``(B, S)`` of one picture per prompt from an offline vLLM engine; settings as `generate_images` takes
     them, and the same codes.
 
-    llm: made with `mllm.models.image_generation.settings.vllm_options` and ``scheduler_cls=SCHEDULER, async_scheduling=False``. Raises
+    llm: made with `mllm.heads.codes.settings.vllm_options` and ``scheduler_cls=SCHEDULER, async_scheduling=False``. Raises
     `BrokenDrawing`.
     """
     sets = [

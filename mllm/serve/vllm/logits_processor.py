@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
+from mllm.heads.build import head_config
+from mllm.heads.codes.build import empty_tokenizer
+from mllm.heads.codes.configs import VocabularyHeadConfig
+from mllm.heads.codes.generate import SampleNoise
+from mllm.heads.codes.grammar import image_grammar, never_written
 from mllm.models.configuration_mllm import MllmConfig
-from mllm.models.image_generation.build import empty_tokenizer
-from mllm.models.image_generation.generate import SampleNoise
-from mllm.models.image_generation.grammar import image_grammar, never_written
-from mllm.models.image_generation.heads import VocabularyHeadConfig, head_config
 from mllm.serve.images.requests import KEY, DrawingRequest
 from mllm.visual_tokenizers.sampling import guide, sample
 
@@ -35,9 +36,9 @@ class TextRules:
     def __init__(self, config: Any, device: torch.device):
         self.ranges: list[tuple[int, int]] = []
         self.start, self.never, self.rows = -1, torch.empty(0, dtype=torch.long), {}
-        if not isinstance(config, MllmConfig) or config.visual_head is None or config.visual_tokenizer is None:
+        if not isinstance(config, MllmConfig) or config.drawing_head is None or config.visual_tokenizer is None:
             return
-        head, size = head_config(config.visual_head), config.get_text_config().vocab_size
+        head, size = head_config(config.drawing_head), config.get_text_config().vocab_size
         never = never_written(head, config.image_token_id, size)
         if isinstance(head, VocabularyHeadConfig):
             grammar = image_grammar(head, empty_tokenizer(config.visual_tokenizer, config.encoders))

@@ -46,7 +46,7 @@ from mllm.types import VisualLayout
 
 _log = logging.getLogger("vllm.mllm")  # below vLLM's own logger, which has a handler
 _VISUAL = ("vision_tower.", "multi_modal_projector.")
-_NOT_SERVED = ("model.visual_tokenizer.", "visual_head.")
+_NOT_SERVED = ("model.visual_tokenizer.", "heads.", "visual_head.")
 
 
 @MULTIMODAL_REGISTRY.register_processor(

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from mllm.errors import ConfigError, did_you_mean
+from mllm.heads.build import FORMER, heads_with_weights
 from mllm.recipe import LearnSpec, ModelSpec, StageSpec
 from mllm.train import lora
 from mllm.train.added_rows import PART, rows_beside_adapter
@@ -40,28 +41,35 @@ class Group:
         return self.part if self.weight_decay or self.alone else f"{self.part}/no_decay"
 
 
+_TOGETHER = ("encoders", "heads")
+"""Kinds of parts that ``learn`` may name all at once."""
+
+
+def _present_name(part: str, known: list[str]) -> str:
+    """The name of a part, from the one that it had before heads had names."""
+    return f"heads.{part}" if part == FORMER and f"heads.{part}" in known else part
+
+
 def recipe_parts(spec: ModelSpec) -> list[str]:
     """The parts that a recipe's model will have."""
     parts = ["language_model", *(f"encoders.{name}" for name in spec.encoders)]
     parts += [name for name in ("connector", "router") if getattr(spec, name) is not None]
     if spec.visual_tokenizer is not None and "encoder" not in spec.visual_tokenizer:
         parts.append("visual_tokenizer")
-    if spec.visual_head is not None and spec.visual_head.get("type") != "vocabulary":
-        parts.append("visual_head")
-    return parts
+    return [*parts, *(f"heads.{name}" for name in heads_with_weights(spec.heads))]
 
 
 def learning_by_part(known: list[str], stage: StageSpec) -> dict[str, LearnSpec]:
-    """Part → how it learns; ``encoders`` is spread over all encoders. known: the model's parts.
+    """Part → how it learns; ``encoders`` and ``heads`` are spread over all of them. known: the model's parts.
 
     Raises `ConfigError` for a part that the model lacks and for a part that is named twice.
     """
     where = f"stages.{stage.name}.learn"
     result: dict[str, LearnSpec] = {}
     for name, spec in stage.learning().items():
-        parts = [p for p in known if p.startswith("encoders.")] if name == "encoders" else [name]
+        parts = [p for p in known if p.startswith(f"{name}.")] if name in _TOGETHER else [_present_name(name, known)]
         if not parts or any(p not in known for p in parts):
-            shown = [*known, *(["encoders"] if any(p.startswith("encoders.") for p in known) else [])]
+            shown = [*known, *(all_ for all_ in _TOGETHER if any(p.startswith(f"{all_}.") for p in known))]
             raise ConfigError(
                 f"{where}.{name}: this model has no such part{did_you_mean(name, shown)}. "
                 f"Its parts: {', '.join(sorted(shown))}"
@@ -69,7 +77,7 @@ def learning_by_part(known: list[str], stage: StageSpec) -> dict[str, LearnSpec]
         for part in parts:
             if part in result:
                 raise ConfigError(
-                    f"{where}: {part} is given a rate twice (by encoders and by name); keep one of the two"
+                    f"{where}: {part} is given a rate twice (by {part.partition('.')[0]} and by name); keep one of the two"
                 )
             result[part] = spec
     return result

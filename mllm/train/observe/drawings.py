@@ -31,7 +31,7 @@ class Drawings:
         spec = self.spec
         if spec is None or not (last or step % spec.every == 0):
             return None
-        from mllm.models.image_generation.generate import generate_images, side_by_side
+        from mllm.heads.codes.generate import generate_images, side_by_side
 
         state = torch.get_rng_state()
         drawn = generate_images(

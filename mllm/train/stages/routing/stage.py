@@ -26,6 +26,7 @@ from mllm.train.checkpoint.export import save_stage
 from mllm.train.prepare import DTYPES
 from mllm.train.stages.routing.labels import LabelRule, helpful_experts, labelled, open_sources, target_weights
 from mllm.train.stages.routing.losses import label_source
+from mllm.train.stages.routing.step import learning_to_route
 from mllm.train.stages.wrapped_processor import WrappedProcessor
 from mllm.train.trainer import Run, train
 from mllm.types import IMAGE_MARK, Sample, Turn
@@ -137,12 +138,11 @@ def train_routing(run: Run, stage: StageSpec, previous: Path | None, folder: Pat
     data = labelled(
         stage.data, _measured(run, stage, model, processor, options) if options.labels == "measure" else None
     )
-    model.routing_only = True
-    engine = train(run, stage.model_copy(update={"data": data}), model, reader)
+    with learning_to_route(model):
+        engine = train(run, stage.model_copy(update={"data": data}), model, reader)
     del model
     if engine is None:
         return False
-    engine.model.routing_only = False  # type: ignore[assignment]
     record = dict(run.info.data) if run.info is not None else {}
     save_stage(engine, processor, run.recipe, stage, folder, record)
     return True

@@ -11,15 +11,16 @@ import torch
 from PIL import Image
 
 from mllm.errors import AlignmentError, ConfigError
-from mllm.models.image_generation.generate import decode_packed, read_interleaved
-from mllm.models.image_generation.targets import lay_images
+from mllm.heads.base import Step
+from mllm.heads.codes.generate import decode_packed, read_interleaved
+from mllm.heads.codes.targets import lay_images
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.processing.chat import render_prompt
 from mllm.processing.processor import MllmProcessor
 from mllm.types import IMAGE_MARK, Turn
 from mllm.visual_tokenizers.sequence import code_blocks
 from tests.helpers import picture
-from tests.unit.models.drawing_models import PAIRS, PROMPTS, batch, draw_sample, drawing_model, one, read_sample
+from tests.unit.heads.drawing_models import PAIRS, PROMPTS, batch, draw_sample, drawing_model, one, read_sample
 
 
 @pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: "-".join(pair))
@@ -40,7 +41,7 @@ def teacher_forced(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """The most likely code at every place, given the true codes before it, without a cache ``(S,)``."""
     head, tokenizer = model.visual_head, model.image_tokenizer
     best = torch.empty(tokenizer.tokens_per_image, dtype=torch.int64)
-    if head is None:
+    if not head.has_weights:
         logits = model(**inputs).logits[0]
         places = (inputs["input_ids"][0] == model.visual_config.tokens["code"]).nonzero().flatten()
         for block in code_blocks(tokenizer):
@@ -48,11 +49,9 @@ def teacher_forced(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
                 first = int(model.code_offsets[place])
                 best[place] = logits[places[place] - 1, first : first + block.size].argmax()
         return best
-    drawn = lay_images(
-        model, inputs["target_images"], inputs["input_ids"], inputs["labels"], attention_mask=inputs["attention_mask"]
-    )
-    mask = drawn.inputs.pop("attention_mask", inputs["attention_mask"])
-    hidden = model.model(input_ids=drawn.input_ids, attention_mask=mask, **drawn.inputs).last_hidden_state
+    step = Step(inputs["input_ids"], inputs["labels"], inputs["attention_mask"])
+    drawn = lay_images(model, inputs["target_images"], step)
+    hidden = model.model(input_ids=step.input_ids, attention_mask=step.attention_mask, **step.inputs).last_hidden_state
     first = int(drawn.starts[0, 1])
     states = hidden[:, first : first + head.num_steps]
     for (_, start), logits in head.logits(states, drawn.codes, tokenizer).items():
@@ -273,7 +272,7 @@ def test_a_model_without_a_head_says_what_to_add(tmp_path: Path) -> None:
     from tests.helpers import tiny_model
 
     model, processor = tiny_model(tmp_path)
-    with pytest.raises(ConfigError, match="no visual_head"):
+    with pytest.raises(ConfigError, match="none of its heads draws"):
         model.generate_images("Draw", processor=processor)
 
 
@@ -283,8 +282,8 @@ def test_parts_that_do_not_fit_are_refused_before_anything_is_built(tmp_path: Pa
     with pytest.raises(ConfigError, match="depth does not write multi-scale codes"):
         drawing_model(tmp_path / "b", "depth", "tokenflow")
     with pytest.raises(ConfigError, match="no codebook 'pixels'; it has pixel"):
-        drawing_model(tmp_path / "c", "separate", visual_head={"weights": {"pixels": 2.0}})
+        drawing_model(tmp_path / "c", "separate", head_options={"weights": {"pixels": 2.0}})
     with pytest.raises(ConfigError, match="names an encoder of type visual_tokenizer"):
         drawing_model(tmp_path / "d", "separate", visual_tokenizer={"encoder": "code"})
-    with pytest.raises(ConfigError, match=r"visual_head.type 'seperate', did you mean 'separate'"):
+    with pytest.raises(ConfigError, match=r"heads\.draw\.type 'seperate', did you mean 'separate'"):
         drawing_model(tmp_path / "e", "seperate")

@@ -38,13 +38,13 @@ def drawing_model(
         "encoders": {"codes": {"type": "visual_tokenizer", "tokenizer": TINY[tokenizer]}},
         "connector": {"type": "mlp"},
         "visual_tokenizer": {"encoder": "codes"},
-        "visual_head": {"type": head, **settings, **changes.pop("visual_head", {})},
+        "heads": {"draw": {"type": head, **settings, **changes.pop("head_options", {})}},
         **changes,
     }
     model, processor = tiny_model(folder, **options)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "visual_head" in name or "lm_head" in name or "language_model" in name:
+            if "heads.draw" in name or "lm_head" in name or "language_model" in name:
                 parameter.mul_(scale)
     return model, processor
 

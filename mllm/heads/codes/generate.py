@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mllm.errors import ConfigError
-from mllm.models.image_generation.targets import drop_text, evaluating, first_of_sample
+from mllm.heads.codes.targets import drop_text, evaluating, first_of_sample
 from mllm.processing.chat import encode_pixels, encode_text, render_prompt, split_images
 from mllm.processing.layout import IMAGE_SIZES, expand
 from mllm.types import IMAGE_MARK, Turn, VisualCodes
@@ -138,8 +138,8 @@ def as_turns(prompt: Any) -> list[Turn]:
 def _need_head(model: Any) -> None:
     if model.visual_config is None:
         raise ConfigError(
-            "this model draws no images: its config has no visual_head. Train one with model.visual_tokenizer and "
-            "model.visual_head in the recipe (see recipes/unified_demo.yaml)"
+            "this model draws no images: none of its heads draws. Train one with model.visual_tokenizer and model.heads in the "
+            "recipe (see recipes/unified_demo.yaml)"
         )
 
 
@@ -207,7 +207,7 @@ def _prompt_embeddings(
             "generate_images: images in assistant turns of a prompt are not supported; ask with text and images"
         )
     embeddings = model.model.embed_tokens(ids)
-    if model.visual_head is not None:
+    if model.visual_head.has_weights:
         embeddings[:, -1] = model.visual_head.start(embeddings[:, -1])
     if read:
         pixels, beside = encode_pixels(processor, read, where="generate_images")
@@ -447,7 +447,7 @@ def generate_interleaved(
     `AlignmentError` when ``max_new_tokens`` ends inside an image."""
     _need_head(model)
     processor = _need_processor(processor)
-    if model.visual_head is not None:
+    if model.visual_head.has_weights:
         raise ConfigError(
             f"generate_interleaved needs a vocabulary head, this one is {model.visual_config.type}; ask for text with "
             "generate and for images with generate_images"

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor
 from transformers import SuppressTokensLogitsProcessor
 
-from mllm.models.image_generation.grammar import image_grammar, never_written, visual_tokens, vocabulary_offsets
-from mllm.models.pipeline import shared_tokenizer
+from mllm.errors import ConfigError
+from mllm.heads.build import drawing_head
+from mllm.heads.codes.grammar import image_grammar, never_written, visual_tokens, vocabulary_offsets
 from mllm.visual_tokenizers.grammar import ImageGrammarProcessor
 
 VLLM_PROCESSOR = "mllm.serve.vllm.logits_processor:DrawingProcessor"
@@ -22,7 +23,7 @@ VLLM_PROCESSOR = "mllm.serve.vllm.logits_processor:DrawingProcessor"
 
 def vllm_options(config: Any) -> dict[str, Any]:
     """What a vLLM engine of this checkpoint needs so that its text follows `DrawingMixin.image_rules`."""
-    return {"logits_processors": [VLLM_PROCESSOR]} if getattr(config, "visual_head", None) is not None else {}
+    return {"logits_processors": [VLLM_PROCESSOR]} if getattr(config, "drawing_head", None) is not None else {}
 
 
 class DrawingMixin:
@@ -30,16 +31,27 @@ class DrawingMixin:
 
     config: Any
     model: Any
-    visual_config: Any
-    visual_head: Any
+    heads: Any
     lm_head: Any
     _grammar: Any = None
+
+    @property
+    def visual_head(self) -> Any:
+        """The head that draws; None for a model that draws nothing."""
+        name = drawing_head(self.config.heads)
+        return None if name is None else self.heads[name]
+
+    @property
+    def visual_config(self) -> Any:
+        """Its config; None for a model that draws nothing."""
+        head = self.visual_head
+        return None if head is None else head.config
 
     @property
     def image_tokenizer(self) -> Any:
         """The visual tokenizer the model draws with: its own, or that of one of its encoders."""
         own = self.model.visual_tokenizer
-        return own if own is not None else shared_tokenizer(self.config, self.model.vision_tower)
+        return own if own is not None else tokenizer_of_encoder(self.config, self.model.vision_tower)
 
     @property
     def grammar(self) -> Any:
@@ -55,24 +67,38 @@ class DrawingMixin:
 
     def is_visual(self, input_ids: Tensor) -> Tensor:
         """Which of input_ids ``(B, T)`` stand for an image, read or drawn."""
-        grammar = self.grammar if self.visual_head is None else None
+        grammar = None if self.visual_head.has_weights else self.grammar
         return visual_tokens(input_ids, self.visual_config, grammar, self.config.image_token_id)
 
     def image_rules(self) -> Any:
         """The logits processor that keeps generated text to what the visual head allows."""
         never = never_written(self.visual_config, self.config.image_token_id, self.lm_head.weight.shape[0])
-        if self.visual_head is None:
+        if not self.visual_head.has_weights:
             return ImageGrammarProcessor(self.grammar, never=never)
         return SuppressTokensLogitsProcessor(never, device=self.device)
 
     def generate_images(self, prompts: Any, **options: Any) -> Any:
-        """Draw one image per prompt; see `mllm.models.image_generation.generate.generate_images`."""
-        from mllm.models.image_generation.generate import generate_images
+        """Draw one image per prompt; see `mllm.heads.codes.generate.generate_images`."""
+        from mllm.heads.codes.generate import generate_images
 
         return generate_images(self, prompts, **options)
 
     def generate_interleaved(self, prompts: Any, **options: Any) -> Any:
-        """Answer with text and images; see `mllm.models.image_generation.generate.generate_interleaved`."""
-        from mllm.models.image_generation.generate import generate_interleaved
+        """Answer with text and images; see `mllm.heads.codes.generate.generate_interleaved`."""
+        from mllm.heads.codes.generate import generate_interleaved
 
         return generate_interleaved(self, prompts, **options)
+
+
+def tokenizer_of_encoder(config: Any, bank: Any) -> Any:
+    """The visual tokenizer inside the encoder that ``visual_tokenizer: {encoder: name}`` names. Raises `ConfigError`."""
+    if config.visual_tokenizer is None:
+        raise ConfigError("heads: the model has no visual_tokenizer to draw with")
+    name = config.visual_tokenizer["encoder"]
+    encoder = bank.encoders[name] if bank is not None and name in bank.encoders else None
+    if not hasattr(encoder, "tokenizer"):
+        readers = [n for n, e in config.encoders.items() if e.get("type") == "visual_tokenizer"]
+        raise ConfigError(
+            f"visual_tokenizer.encoder: {name!r} is no encoder of type visual_tokenizer; the model has {readers or 'none'}"
+        )
+    return encoder.tokenizer

@@ -4,81 +4,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mllm.config import StrictModel, validate
-from mllm.errors import ConfigError, UnknownName
+from mllm.errors import ConfigError
+from mllm.heads import HEADS
+from mllm.heads.base import Head, HeadLoss, HeadParts, Reading, Step
+from mllm.heads.codes.configs import (
+    CodeHeadConfig,
+    DepthHeadConfig,
+    NextScaleHeadConfig,
+    SeparateHeadConfig,
+    VocabularyHeadConfig,
+    check_weights,
+)
+from mllm.heads.codes.grammar import code_tokens, make_span, with_ids
+from mllm.heads.codes.targets import DrawnImages, code_losses, lay_images
+from mllm.visual_tokenizers import VISUAL_TOKENIZERS
+from mllm.visual_tokenizers.base import build_tokenizer
 from mllm.visual_tokenizers.heads import DepthTransformer, DepthTransformerConfig, GenerationHead
 from mllm.visual_tokenizers.next_scale import next_scale_inputs, split_scales
 from mllm.visual_tokenizers.sequence import CodeBlock, code_blocks, single_vectors
 
 
-class VisualHeadConfig(StrictModel):
-    """What every head's config has."""
+class CodeHead(Head):
+    """Base of the heads that draw: an image is the codes of the model's visual tokenizer, written between a start and an end token.
 
-    type: str
-    text_dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of drawn images that train without the text before them, which guidance needs."""
-    weights: dict[str, float] = Field(default_factory=dict)
-    """Codebook → weight of its loss; 1 where it is not named."""
-    tokens: dict[str, int] = Field(default_factory=dict)
-    """Ids: ``start``, ``end``, ``code`` (placeholder), ``null`` (stands for dropped text). Filled by `build_model`."""
+    Hidden states at the start token and at the placeholders, all but the last ones, predict the codes; the placeholders hold `slots`.
+    """
 
-
-class VocabularyHeadConfig(VisualHeadConfig):
-    """Codes are ids of the language model's own vocabulary (ILLUME+, Show-o, TokenFlow's id space)."""
-
-    type: Literal["vocabulary"] = "vocabulary"
-    levels: list[dict[str, int]] = Field(default_factory=list)
-    """Per block of codes: ids ``start``, ``end`` and ``first`` (of code 0). Filled by `build_model`."""
-
-
-class SeparateHeadConfig(VisualHeadConfig):
-    """An output layer per codebook, and the codes' vectors through an aligner as inputs (Janus)."""
-
-    type: Literal["separate"] = "separate"
-    inner: int | None = Field(default=None, ge=1)
-    """Width between the head's two linear layers; default the language model's."""
-
-
-class DepthHeadConfig(VisualHeadConfig):
-    """One step per position; a depth transformer per codebook writes its codes (VILA-U, DualToken)."""
-
-    type: Literal["depth"] = "depth"
-    width: int = Field(default=512, ge=1)
-    layers: int = Field(default=4, ge=1)
-    heads: int = Field(default=8, ge=1)
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-
-
-class NextScaleHeadConfig(VisualHeadConfig):
-    """A whole scale per step (VAR, TokenFlow)."""
-
-    type: Literal["next_scale"] = "next_scale"
-    inner: int | None = Field(default=None, ge=1)
-
-
-class VisualHead(nn.Module):
-    """Base of the heads that have weights. Hidden states at the start token and at the placeholders, all but the last
-    ones, predict an image's codes; its placeholders hold `slots`."""
-
-    Config: ClassVar[type[VisualHeadConfig]] = VisualHeadConfig
+    Config = CodeHeadConfig
+    targets = ("target_images",)
+    draws = True
     num_slots: int
     """Placeholders of one image."""
     num_steps: int
     """Hidden states that predict: the start token's and those of the first ``num_steps - 1`` placeholders."""
 
-    def __init__(self, config: Any, tokenizer: Any, width: int):
-        super().__init__()
-        self.config, self.width = config, width
-        self.blocks: list[CodeBlock] = code_blocks(tokenizer)
-        self.num_codes: int = tokenizer.tokens_per_image
+    def __init__(self, config: Any, parts: HeadParts):
+        super().__init__(config, parts)
+        if parts.tokenizer is None:
+            raise ConfigError(f"a {config.type} head draws, and the model has no visual_tokenizer to draw with")
+        check_weights(config, parts.tokenizer)
+        self.blocks: list[CodeBlock] = code_blocks(parts.tokenizer)
+        self.num_codes: int = parts.tokenizer.tokens_per_image
+
+    @classmethod
+    def tiny(cls) -> tuple[dict[str, Any], HeadParts]:
+        return {"type": cls.name}, HeadParts(32, tokenizer=tiny_tokenizer("vq"))
+
+    def example(self, parts: HeadParts, batch: int) -> tuple[Step, dict[str, Tensor]]:
+        span = make_span(self.config, parts.tokenizer, self.num_slots)
+        ids = torch.tensor([1, 2, *(token for token, count in span.runs for _ in range(count)), 3])
+        ids = ids.expand(batch, -1).clone()
+        sizes = torch.cat([torch.full((block.number,), block.size) for block in self.blocks])
+        codes = torch.arange(batch)[:, None] * 3 + torch.arange(len(sizes))
+        return Step(ids, ids.clone()), {"target_images": codes % sizes}
+
+    @classmethod
+    def tokens(cls, config: Any, parts: HeadParts) -> list[str]:
+        return code_tokens(config, parts.tokenizer)
+
+    @classmethod
+    def resolve(cls, config: Any, parts: HeadParts, id_of: Callable[[str], int], *, null: int) -> Any:
+        return with_ids(config, parts.tokenizer, id_of, null=null)
+
+    def lay(self, model: Any, step: Step, targets: Mapping[str, Tensor]) -> DrawnImages:
+        return lay_images(model, targets["target_images"], step)
+
+    def losses(self, model: Any, step: Step, laid: DrawnImages, reading: Reading) -> HeadLoss:
+        return code_losses(model, laid, reading.hidden, step.num_items)
 
     def _add_positions(self) -> None:
         """A learned vector per place, added to inputs from the start token on: which code comes next."""
@@ -107,17 +106,36 @@ class VisualHead(nn.Module):
         return {book: torch.cat(parts, 1) for book, parts in losses.items()}
 
 
+def tiny_tokenizer(kind: str) -> Any:
+    """The smallest sensible visual tokenizer of a kind."""
+    return build_tokenizer({**VISUAL_TOKENIZERS.get(kind).tiny(), "type": kind})
+
+
 def _aligner(channels: int, width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(channels, width), nn.GELU(), nn.Linear(width, width))
 
 
-class SeparateHead(VisualHead):
+@HEADS.register("vocabulary")
+class VocabularyHead(CodeHead):
+    """Codes are ids of the language model's own vocabulary: it needs no weights, and its loss is the language model's."""
+
+    Config = VocabularyHeadConfig
+    has_weights = False
+
+    def __init__(self, config: Any, parts: HeadParts):
+        super().__init__(config, parts)
+        self.num_slots = self.num_steps = self.num_codes
+
+
+@HEADS.register("separate")
+class SeparateHead(CodeHead):
     """One step per code, in the order of `code_blocks`."""
 
     Config = SeparateHeadConfig
 
-    def __init__(self, config: Any, tokenizer: Any, width: int):
-        super().__init__(config, tokenizer, width)
+    def __init__(self, config: Any, parts: HeadParts):
+        super().__init__(config, parts)
+        tokenizer, width = parts.tokenizer, parts.width
         self.num_slots = self.num_steps = self.num_codes
         books = tokenizer.codebooks
         self.heads = nn.ModuleDict(
@@ -143,16 +161,24 @@ class SeparateHead(VisualHead):
         return {(b.book, b.start): self.heads[b.book](hidden[:, b.start : b.start + b.number]) for b in self.blocks}
 
 
-class DepthHead(VisualHead):
+@HEADS.register("depth")
+class DepthHead(CodeHead):
     """One step per position and grid: codebooks on the same grid are read together (side by side on channels) and
     written each by its own depth transformer from the same hidden state (DualToken, section 3.3 of its paper)."""
 
     Config = DepthHeadConfig
 
-    def __init__(self, config: Any, tokenizer: Any, width: int):
-        super().__init__(config, tokenizer, width)
+    @classmethod
+    def tiny(cls) -> tuple[dict[str, Any], HeadParts]:
+        return {"type": cls.name, "width": 16, "layers": 1, "heads": 2}, HeadParts(
+            32, tokenizer=tiny_tokenizer("dualtoken")
+        )
+
+    def __init__(self, config: Any, parts: HeadParts):
+        super().__init__(config, parts)
+        tokenizer, width = parts.tokenizer, parts.width
         if tokenizer.scales is not None:
-            raise ConfigError("visual_head.type: depth does not write multi-scale codes; use next_scale or separate")
+            raise ConfigError("a depth head does not write multi-scale codes; use next_scale or separate")
         self.books, self.dims = dict(tokenizer.codebooks), dict(tokenizer.embed_dims)
         self.places = {name: min(b.start for b in self.blocks if b.book == name) for name in self.books}
         groups: dict[tuple[int, int], list[str]] = {}
@@ -205,22 +231,28 @@ class DepthHead(VisualHead):
         return result
 
 
-class NextScaleHead(VisualHead):
+@HEADS.register("next_scale")
+class NextScaleHead(CodeHead):
     """One step per scale: its slots hold the picture so far, resized, and see one another; the first scale is a single
     code, predicted at the start token. Level and place have embeddings of their own (TokenFlow)."""
 
     Config = NextScaleHeadConfig
 
-    def __init__(self, config: Any, tokenizer: Any, width: int):
-        super().__init__(config, tokenizer, width)
+    @classmethod
+    def tiny(cls) -> tuple[dict[str, Any], HeadParts]:
+        return {"type": cls.name}, HeadParts(32, tokenizer=tiny_tokenizer("tokenflow"))
+
+    def __init__(self, config: Any, parts: HeadParts):
+        super().__init__(config, parts)
+        tokenizer, width = parts.tokenizer, parts.width
         if tokenizer.scales is None or tokenizer.scales[0] != 1 or len(tokenizer.codebooks) != 1:
             raise ConfigError(
-                "visual_head.type: next_scale needs a multi-scale tokenizer of one codebook whose first scale is 1; "
+                "a next_scale head needs a multi-scale tokenizer of one codebook whose first scale is 1; "
                 f"{tokenizer.name} has scales {tokenizer.scales} and codebooks {list(tokenizer.codebooks)}"
             )
         ((self.book, (size, depth)),) = tokenizer.codebooks.items()
         if depth != 1:
-            raise ConfigError(f"visual_head.type: next_scale needs one code per position, {tokenizer.name} has {depth}")
+            raise ConfigError(f"a next_scale head needs one code per position, {tokenizer.name} has {depth}")
         self.scales: tuple[int, ...] = tuple(tokenizer.scales)
         self.num_steps, self.num_slots = self.num_codes, self.num_codes - 1
         self.head = GenerationHead(width, config.inner or width, size)
@@ -251,41 +283,3 @@ class NextScaleHead(VisualHead):
 
     def logits(self, hidden: Tensor, codes: Tensor, tokenizer: Any) -> dict[tuple[str, int], Tensor]:
         return {(self.book, 0): self.head(hidden)}
-
-
-HEADS: dict[str, type[VisualHead] | None] = {
-    "vocabulary": None,
-    "separate": SeparateHead,
-    "depth": DepthHead,
-    "next_scale": NextScaleHead,
-}
-"""Type → class; the vocabulary head has no weights of its own."""
-
-
-def head_config(value: Any, *, where: str = "visual_head") -> Any:
-    """The strict config of a mapping with ``type``. Raises `ConfigError` with the path to the key."""
-    if isinstance(value, VisualHeadConfig):
-        return value
-    if not isinstance(value, Mapping) or "type" not in value:
-        raise ConfigError(f"{where}: expected a mapping with type, one of {', '.join(HEADS)}")
-    if value["type"] not in HEADS:
-        raise UnknownName(f"{where}.type", value["type"], HEADS)
-    cls = HEADS[value["type"]]
-    return validate(VocabularyHeadConfig if cls is None else cls.Config, value, where=where)
-
-
-def check_weights(config: Any, tokenizer: Any) -> None:
-    """Raises `ConfigError` for a loss weight of a codebook that the tokenizer lacks."""
-    for name in config.weights:
-        if name not in tokenizer.codebooks:
-            raise ConfigError(
-                f"visual_head.weights: {tokenizer.name} has no codebook {name!r}; it has {', '.join(tokenizer.codebooks)}"
-            )
-
-
-def build_head(config: Any, tokenizer: Any, width: int) -> VisualHead | None:
-    """The head of a config; None for the vocabulary type. width: L."""
-    config = head_config(config)
-    check_weights(config, tokenizer)
-    cls = HEADS[config.type]
-    return None if cls is None else cls(config, tokenizer, width)

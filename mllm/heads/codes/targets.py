@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mllm.errors import AlignmentError, ConfigError
-from mllm.models.loss import IGNORE, linear_cross_entropy
+from mllm.heads.base import HeadLoss, Step
+from mllm.processing.chat import IGNORE
 from mllm.visual_tokenizers.next_scale import next_scale_mask
 from mllm.visual_tokenizers.sequence import code_blocks, pack_codes, unpack_codes
 
@@ -24,8 +25,7 @@ class DrawnImages:
     """The K images to draw of a batch, laid into its inputs.
 
     codes ``(K, S)``; input_ids, labels ``(B, T)`` for the language model's own loss; starts ``(K, 2)``: row and column of
-    each start token; learned ``(K,)``: whether an image's codes carry loss; inputs: more arguments for the model;
-    code_labels: vocabulary head, codebook → labels ``(B, T)``.
+    each start token; learned ``(K,)``: whether an image's codes carry loss; code_labels: vocabulary head, codebook → labels ``(B, T)``.
     """
 
     codes: Tensor
@@ -34,7 +34,6 @@ class DrawnImages:
     starts: Tensor
     learned: Tensor
     num_slots: int
-    inputs: dict[str, Any] = field(default_factory=dict)
     code_labels: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -79,23 +78,18 @@ def drop_text(
     return input_ids, labels
 
 
-def lay_images(
-    model: Any,
-    images: Tensor,
-    input_ids: Tensor,
-    labels: Tensor | None,
-    *,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-) -> DrawnImages:
-    """Put K images (pixels or packed codes) into the spans of ``input_ids``. Raises `AlignmentError` when the spans and
+def lay_images(model: Any, images: Tensor, step: Step) -> DrawnImages:
+    """Put K images (pixels or packed codes) into the spans of the step's ``input_ids``. Raises `AlignmentError` when the spans and
     the images differ in number."""
+    input_ids, labels = step.input_ids, step.labels
+    if labels is not None and step.num_items is None:
+        step.num_items = (labels[:, 1:] != IGNORE).sum().clamp(min=1)
     config, head, tokenizer = model.visual_config, model.visual_head, model.image_tokenizer
     tokens = config.tokens
     codes = codes_of(tokenizer, images.to(input_ids.device))
     slots = input_ids == tokens["code"]
     starts = (input_ids == tokens["start"]).nonzero()
-    num_slots = tokenizer.tokens_per_image if head is None else head.num_slots
+    num_slots = head.num_slots
     if len(starts) != len(codes) or int(slots.sum()) != len(codes) * num_slots:
         raise AlignmentError(
             f"{len(codes)} images to draw, but {len(starts)} starts of an image and {int(slots.sum())} code placeholders in the "
@@ -108,20 +102,21 @@ def lay_images(
         learned = labels[places[:, 0, 0], places[:, 0, 1]] != IGNORE
     drawn = DrawnImages(codes, input_ids, labels, starts, learned, num_slots)
     if model.training and labels is not None and config.text_dropout > 0 and len(codes):
-        _drop_some(model, drawn, learned, attention_mask, position_ids)
+        _drop_some(model, drawn, learned, step.attention_mask, step.position_ids)
     if labels is not None:
         drawn.labels = drawn.labels.masked_fill(slots, IGNORE)
-    if head is None:
+    if not head.has_weights:
         _write_vocabulary(model, drawn, places)
     else:
         embeddings = model.model.embed_tokens(torch.tensor([tokens["start"]], device=input_ids.device))
         first = head.start(embeddings)[None].expand(len(codes), 1, -1)
         values = torch.cat([first, head.slots(codes, tokenizer).to(first)], 1)
-        drawn.inputs = {"slot_mask": slots | (input_ids == tokens["start"]), "slot_embeds": values.flatten(0, 1)}
+        step.inputs |= {"slot_mask": slots | (input_ids == tokens["start"]), "slot_embeds": values.flatten(0, 1)}
         if config.type == "next_scale":
-            drawn.inputs["attention_mask"] = scale_mask(
-                model, drawn, attention_mask, position_ids, first.dtype, head.scales
+            step.attention_mask = scale_mask(
+                model, drawn, step.attention_mask, step.position_ids, first.dtype, head.scales
             )
+    step.input_ids, step.labels = drawn.input_ids, drawn.labels
     return drawn
 
 
@@ -192,9 +187,7 @@ def scale_mask(
     ]
 
 
-def visual_losses(
-    model: Any, drawn: DrawnImages, hidden: Tensor, items: Tensor | float
-) -> tuple[Tensor, dict[str, Tensor]]:
+def code_losses(model: Any, drawn: DrawnImages, hidden: Tensor, items: Tensor | float) -> HeadLoss:
     """Loss of the codes (weighted, a sum divided by ``items``) and the mean cross-entropy per code of each codebook.
 
     Every supervised placeholder counts as one token: a position with several codes counts their mean.
@@ -204,20 +197,12 @@ def visual_losses(
     number = drawn.learned.sum()
     report: dict[str, Tensor] = {}
     total = hidden.new_zeros((), dtype=torch.float32)
-    if head is None:
+    if not head.has_weights:
         for name, labels in drawn.code_labels.items():
-            loss = linear_cross_entropy(
-                hidden,
-                model.lm_head.weight,
-                labels,
-                bias=getattr(model.lm_head, "bias", None),  # PEFT's wrapper for trained tokens has none
-                num_items_in_batch=1,
-                scale=model.head_scale,
-                softcap=model.head_softcap,
-            )
+            loss = model.token_loss(hidden, labels, 1)
             total = total + weight[name] * loss / items
             report[name] = loss.detach() / (labels != IGNORE).sum().clamp(min=1)
-        return total, report
+        return HeadLoss(total, report)
     rows, columns = drawn.starts.unbind(1)
     slots = columns[:, None] + torch.arange(head.num_steps, device=hidden.device)
     states = hidden[rows[:, None], slots]
@@ -226,4 +211,4 @@ def visual_losses(
         losses = losses * drawn.learned[:, None]
         total = total + weight[name] * share * losses.sum() / items
         report[name] = losses.sum().detach() / (number * losses.shape[1]).clamp(min=1)
-    return total, report
+    return HeadLoss(total, report)

@@ -10,19 +10,20 @@ from torch.nn import functional as F
 
 from mllm.data.collate import collate, collate_packed
 from mllm.errors import AlignmentError, DataError
-from mllm.models.image_generation.targets import codes_of, drop_text, lay_images
+from mllm.heads.base import Step
+from mllm.heads.codes.targets import codes_of, drop_text, lay_images
 from mllm.processing.chat import IGNORE, encode_sample
 from mllm.types import IMAGE_MARK, Sample, Turn
 from mllm.visual_tokenizers.sequence import unpack_codes
 from tests.helpers import picture
-from tests.unit.models.drawing_models import PAIRS, batch, draw_sample, drawing_model, read_sample
+from tests.unit.heads.drawing_models import PAIRS, batch, draw_sample, drawing_model, read_sample
 
 
 @pytest.mark.parametrize(("head", "tokenizer"), PAIRS)
 def test_the_loss_is_text_plus_weighted_codes_over_one_count(head: str, tokenizer: str, tmp_path: Path) -> None:
     book = {"vq": "pixel", "tokenflow": "shared"}.get(tokenizer, "semantic")
     model, processor = drawing_model(
-        tmp_path, head, tokenizer, visual_head={"weights": {book: 3.0}, "text_dropout": 0.0}
+        tmp_path, head, tokenizer, head_options={"weights": {book: 3.0}, "text_dropout": 0.0}
     )
     model.eval()
     inputs = batch(
@@ -40,10 +41,10 @@ def test_the_loss_is_text_plus_weighted_codes_over_one_count(head: str, tokenize
     expected = F.cross_entropy(logits.flatten(0, 1), text.flatten(), ignore_index=IGNORE, reduction="sum") / count
     slots = int((labels == code).sum()) // 2
     share = slots / model.image_tokenizer.tokens_per_image
-    assert set(output.losses) == set(model.image_tokenizer.codebooks)
+    assert set(output.losses) == {f"draw/{book}" for book in model.image_tokenizer.codebooks}
     for name, (_, depth) in model.image_tokenizer.codebooks.items():
         number = 2 * model.image_tokenizer.num_positions[name] * depth
-        expected = expected + (3.0 if name == book else 1.0) * share * output.losses[name] * number / count
+        expected = expected + (3.0 if name == book else 1.0) * share * output.losses[f"draw/{name}"] * number / count
     torch.testing.assert_close(output.loss, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -77,7 +78,9 @@ def test_packed_rows_and_stored_codes_give_the_loss_of_padded_pictures(
 )
 def test_a_head_learns_to_draw_and_read_two_images(head: str, tokenizer: str, tmp_path: Path) -> None:
     changes = {"dropout": 0.0} if head == "depth" else {}
-    model, processor = drawing_model(tmp_path, head, tokenizer, scale=1.0, visual_head={"text_dropout": 0.1, **changes})
+    model, processor = drawing_model(
+        tmp_path, head, tokenizer, scale=1.0, head_options={"text_dropout": 0.1, **changes}
+    )
     inputs = batch(
         processor,
         draw_sample("Draw a one", picture(1)),
@@ -105,7 +108,7 @@ def test_a_head_learns_to_draw_and_read_two_images(head: str, tokenizer: str, tm
 
 
 def test_text_before_an_image_is_dropped_and_its_labels_with_it(tmp_path: Path) -> None:
-    model, processor = drawing_model(tmp_path, "separate", visual_head={"text_dropout": 0.5})
+    model, processor = drawing_model(tmp_path, "separate", head_options={"text_dropout": 0.5})
     sample = Sample(
         "x", [Turn("user", "Say hi and draw"), Turn("assistant", "hi " + IMAGE_MARK + " done")], [picture(1)]
     )
@@ -123,23 +126,26 @@ def test_text_before_an_image_is_dropped_and_its_labels_with_it(tmp_path: Path) 
     # It is applied in training alone, to about the stated share, and drawn from the global generator.
     model.train()
     torch.manual_seed(3)
-    arguments = (model, inputs["target_images"], ids, inputs["labels"])
-    kept = [int((lay_images(*arguments).input_ids == ids).all(1).sum()) for _ in range(100)]
+
+    def laid() -> torch.Tensor:
+        return lay_images(model, inputs["target_images"], Step(ids, inputs["labels"])).input_ids
+
+    kept = [int((laid() == ids).all(1).sum()) for _ in range(100)]
     torch.manual_seed(3)
-    assert kept == [int((lay_images(*arguments).input_ids == ids).all(1).sum()) for _ in range(100)]
+    assert kept == [int((laid() == ids).all(1).sum()) for _ in range(100)]
     assert 60 < sum(kept) < 140
     model.eval()
-    assert torch.equal(lay_images(*arguments).input_ids, ids)
+    assert torch.equal(laid(), ids)
 
 
 def test_dropped_text_is_gone_for_the_drawing(tmp_path: Path) -> None:
-    model, processor = drawing_model(tmp_path, "vocabulary", visual_head={"text_dropout": 0.999999})
+    model, processor = drawing_model(tmp_path, "vocabulary", head_options={"text_dropout": 0.999999})
     model.train()
     model.image_tokenizer.eval()
     losses = []
     for prompt in ("Draw a 3", "Draw a 7"):
         with torch.no_grad():
-            losses.append(model(**batch(processor, draw_sample(prompt, picture(1)))).losses["pixel"])
+            losses.append(model(**batch(processor, draw_sample(prompt, picture(1)))).losses["draw/pixel"])
     assert torch.equal(losses[0], losses[1])
 
 
@@ -154,7 +160,7 @@ def test_an_image_that_is_not_learned_carries_no_loss(tmp_path: Path) -> None:
     sample = Sample("x", turns, [picture(1)])
     inputs = batch(processor, sample)
     output = model(**inputs)
-    assert output.losses["pixel"] == 0
+    assert output.losses["draw/pixel"] == 0
     output.loss.backward()
     assert all(p.grad is None or not p.grad.any() for p in model.visual_head.heads.parameters())
     assert any(p.grad is not None and p.grad.any() for p in model.visual_head.aligners.parameters())  # it is read

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mllm.errors import ConfigError
-from mllm.models.image_generation.heads import VocabularyHeadConfig
+from mllm.heads.codes.configs import VocabularyHeadConfig
 from mllm.processing.visual_span import VisualSpan
 from mllm.visual_tokenizers.grammar import ImageGrammar, Level
 from mllm.visual_tokenizers.sequence import code_blocks
@@ -17,7 +17,7 @@ from mllm.visual_tokenizers.sequence import code_blocks
 START, END, CODE, LINE = "<image_start>", "<image_end>", "<image_code>", "<image_line>"
 
 
-def head_tokens(config: Any, tokenizer: Any) -> list[str]:
+def code_tokens(config: Any, tokenizer: Any) -> list[str]:
     """Tokens that the language model's vocabulary needs for a head, in the order in which they get ids."""
     names = [START, END, CODE]
     if isinstance(config, VocabularyHeadConfig):
@@ -31,7 +31,7 @@ def head_tokens(config: Any, tokenizer: Any) -> list[str]:
     return names
 
 
-def resolve_head(config: Any, tokenizer: Any, id_of: Callable[[str], int], *, null: int) -> Any:
+def with_ids(config: Any, tokenizer: Any, id_of: Callable[[str], int], *, null: int) -> Any:
     """``config`` with the ids of its tokens filled in. id_of: text of a token → id; null: id that stands for dropped
     text. Scales of one codebook and depth share their ids."""
     update: dict[str, Any] = {

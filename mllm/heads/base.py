@@ -1,0 +1,135 @@
+"""What is a head here?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from mllm.config import StrictModel
+from mllm.types import EncoderInfo, VisionFeatures
+
+
+class HeadConfig(StrictModel):
+    """What every head's config has."""
+
+    type: str
+    tokens: dict[str, int] = {}
+    """Role → id of the tokens that the head added to the vocabulary (`Head.tokens`). Filled in when a model is built."""
+
+
+@dataclass(frozen=True)
+class HeadParts:
+    """The parts of a model that its heads stand on. width: L; encoders: their sizes by name; tokenizer: the visual tokenizer that the
+    model draws with (perhaps on the meta device, for its sizes), None where it has none."""
+
+    width: int
+    encoders: Mapping[str, EncoderInfo] = field(default_factory=dict)
+    tokenizer: Any = None
+
+
+@dataclass
+class Step:
+    """One call of the model, before it runs. Heads may change it (`Head.lay`).
+
+    input_ids, labels ``(B, T)``; attention_mask, position_ids: as transformers has them; num_items: supervised tokens that the
+    loss is divided by (None: those of this batch); inputs: more arguments for the model; laid: head → what its `lay` gave.
+    """
+
+    input_ids: Tensor | None
+    labels: Tensor | None
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    num_items: Any = None
+    inputs: dict[str, Any] = field(default_factory=dict)
+    laid: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Reading:
+    """What heads read of a call. hidden ``(B, T, L)``: last hidden states, after the final norm; features: those of the encoders that
+    heads name (`Head.reads`), of all views in their order."""
+
+    hidden: Tensor
+    features: Mapping[str, VisionFeatures] = field(default_factory=dict)
+
+
+@dataclass
+class HeadLoss:
+    """total: what is added to the model's loss; parts: name → value to report, detached."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class HeadModel(Protocol):
+    """What a head may use of the model it belongs to."""
+
+    config: Any
+    model: Any
+    training: bool
+
+    def token_loss(self, hidden: Tensor, labels: Tensor, num_items: Any = None) -> Tensor:
+        """Cross-entropy of the language model's own head, as it trains on words."""
+        ...
+
+
+class Head(nn.Module):
+    """One kind of answer besides text: which hidden states it reads, what it is taught with, its losses and its output."""
+
+    name: ClassVar[str] = ""
+    Config: ClassVar[type[HeadConfig]] = HeadConfig
+    targets: ClassVar[tuple[str, ...]] = ()
+    """Arguments of ``model(…)`` that hold what the head should answer; a batch without the first of them teaches it nothing."""
+    draws: ClassVar[bool] = False
+    """Whether it writes codes of the model's visual tokenizer. A model has at most one such head."""
+    has_weights: ClassVar[bool] = True
+    """False: a part of the language model does its work, and nothing of its own learns."""
+
+    without_gradient: ClassVar[tuple[str, ...]] = ()
+    """Parts of its parameters' names that no loss reaches, on purpose: weights that are kept for the layout of a published file."""
+
+    def __init__(self, config: Any, parts: HeadParts):
+        super().__init__()
+        self.config, self.width = config, parts.width
+
+    @classmethod
+    def tiny(cls) -> tuple[dict[str, Any], HeadParts]:
+        """The smallest sensible (config, parts); the contract tests build it."""
+        raise NotImplementedError
+
+    def example(self, parts: HeadParts, batch: int) -> tuple[Step, dict[str, Tensor]]:
+        """A step of ``batch`` samples whose text fits the config's tokens, and their targets; the contract tests run it."""
+        raise NotImplementedError
+
+    @classmethod
+    def tokens(cls, config: Any, parts: HeadParts) -> list[str]:
+        """Tokens that the vocabulary needs for this head, in the order in which they get ids."""
+        return []
+
+    @classmethod
+    def resolve(cls, config: Any, parts: HeadParts, id_of: Callable[[str], int], *, null: int) -> Any:
+        """``config`` with the ids of its tokens. id_of: text of a token → id; null: the id that stands for text left out.
+        Raises `ConfigError` for a config that does not fit the parts."""
+        return config
+
+    @classmethod
+    def reads(cls, config: Any) -> tuple[str, ...]:
+        """Names of the encoders whose features it reads beside the hidden states."""
+        return ()
+
+    def lay(self, model: HeadModel, step: Step, targets: Mapping[str, Tensor]) -> Any:
+        """Take the batch's targets, by their names in `Head.targets`, and put into ``step`` what the model needs before it runs.
+        Returns what `losses` needs. Raises `AlignmentError` for targets that do not fit the text."""
+        return dict(targets)
+
+    def losses(self, model: HeadModel, step: Step, laid: Any, reading: Reading) -> HeadLoss:
+        """The loss on what `lay` gave. Only asked where there are targets and words to learn."""
+        raise NotImplementedError
+
+    def idle(self) -> Tensor | float:
+        """Zero that reaches every learning parameter: what a batch without targets adds in training, so that all ranks reduce
+        the same gradients."""
+        return 0.0 * sum(p.float().sum() for p in self.parameters() if p.requires_grad)

@@ -1,0 +1,64 @@
+"""What does a recipe say of a head that draws?"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from mllm.errors import ConfigError
+from mllm.heads.base import HeadConfig
+
+
+class CodeHeadConfig(HeadConfig):
+    """What the config of every head that draws has."""
+
+    text_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Share of drawn images that train without the text before them, which guidance needs."""
+    weights: dict[str, float] = Field(default_factory=dict)
+    """Codebook → weight of its loss; 1 where it is not named."""
+    tokens: dict[str, int] = Field(default_factory=dict)
+    """Ids: ``start``, ``end``, ``code`` (placeholder), ``null`` (stands for dropped text). Filled in when a model is built."""
+
+
+class VocabularyHeadConfig(CodeHeadConfig):
+    """Codes are ids of the language model's own vocabulary (ILLUME+, Show-o, TokenFlow's id space)."""
+
+    type: Literal["vocabulary"] = "vocabulary"
+    levels: list[dict[str, int]] = Field(default_factory=list)
+    """Per block of codes: ids ``start``, ``end`` and ``first`` (of code 0). Filled in when a model is built."""
+
+
+class SeparateHeadConfig(CodeHeadConfig):
+    """An output layer per codebook, and the codes' vectors through an aligner as inputs (Janus)."""
+
+    type: Literal["separate"] = "separate"
+    inner: int | None = Field(default=None, ge=1)
+    """Width between the head's two linear layers; default the language model's."""
+
+
+class DepthHeadConfig(CodeHeadConfig):
+    """One step per position; a depth transformer per codebook writes its codes (VILA-U, DualToken)."""
+
+    type: Literal["depth"] = "depth"
+    width: int = Field(default=512, ge=1)
+    layers: int = Field(default=4, ge=1)
+    heads: int = Field(default=8, ge=1)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+
+
+class NextScaleHeadConfig(CodeHeadConfig):
+    """A whole scale per step (VAR, TokenFlow)."""
+
+    type: Literal["next_scale"] = "next_scale"
+    inner: int | None = Field(default=None, ge=1)
+
+
+def check_weights(config: CodeHeadConfig, tokenizer: Any) -> None:
+    """Raises `ConfigError` for a loss weight of a codebook that the tokenizer lacks."""
+    for name in config.weights:
+        if name not in tokenizer.codebooks:
+            raise ConfigError(
+                f"heads: a {config.type} head's weights: {tokenizer.name} has no codebook {name!r}; it has "
+                f"{', '.join(tokenizer.codebooks)}"
+            )
