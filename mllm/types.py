@@ -235,6 +235,8 @@ class Sample:
     images: list[Any] = field(default_factory=list)
     dataset: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
+    masks: list[Any] = field(default_factory=list)
+    """What the assistant marks, one for each mask token of its turns, in order, as `mllm.processing.mask_files.read_mask` takes them."""
 
 
 IMAGE_MARK = "\ufffcimage\ufffc"

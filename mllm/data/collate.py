@@ -171,11 +171,13 @@ def join_images(samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
 
 
 def join_targets(samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
-    """``target_images``: the images to draw of all samples end to end; nothing when there are none. Raises
+    """``target_images``, ``target_masks``: what is to be drawn and marked in all samples, end to end, where there is any. Raises
     `AlignmentError` for pictures and stored codes in one batch."""
+    marked = [sample.masks for sample in samples if sample.masks is not None]
+    masks = {"target_masks": torch.cat(marked)} if marked else {}
     parts = [(sample, sample.targets) for sample in samples if sample.targets is not None]
     if not parts:
-        return {}
+        return masks
     first = parts[0][1]
     for sample, tensor in parts:
         if tensor.dim() != first.dim():
@@ -183,7 +185,7 @@ def join_targets(samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
                 f"sample {sample.id!r} of {sample.dataset}: images to draw come as pictures and as stored codes in one batch; "
                 "encode all of the mixture's pictures (mllm tokenizer encode), or none"
             )
-    return {"target_images": torch.cat([tensor for _, tensor in parts])}
+    return {"target_images": torch.cat([tensor for _, tensor in parts]), **masks}
 
 
 def _batch(inputs: dict[str, Tensor], samples: Sequence[EncodedSample], lengths: list[list[int]]) -> Batch:

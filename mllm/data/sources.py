@@ -156,7 +156,8 @@ class LlavaSource(JsonSource):
             conversation = [{"from": "system", "value": row["system"]}, *conversation]
         turns = placeholder_turns(conversation, len(images), where=where, image_first=self.spec.image_first)
         self.refuse_blind(row, turns, images, where)
-        return Sample(identity, turns, images, self.name, _rest(row, *keys, "system", *self.image_keys))
+        meta = _rest(row, *keys, "system", "masks", *self.image_keys)
+        return Sample(identity, turns, images, self.name, meta, mask_entries(row.get("masks"), root, where))
 
 
 class ShareGptSource(LlavaSource):
@@ -180,10 +181,10 @@ class MessagesSource(JsonSource):
         turns, images = message_turns(messages, listed, where=where)
         self.refuse_blind(row, turns, images, where)
         images = [resolve_image(image, root, where) for image in images]
-        meta = _rest(row, "messages", *self.image_keys)
+        meta = _rest(row, "messages", "masks", *self.image_keys)
         if row.get("tools"):
             meta["tools"] = tools_of(row, where)
-        return Sample(identity, turns, images, self.name, meta)
+        return Sample(identity, turns, images, self.name, meta, mask_entries(row.get("masks"), root, where))
 
 
 def _refuse_half_characters(text: str, where: str) -> None:
@@ -209,6 +210,26 @@ def resolve_image(item: Any, root: Path | None, where: str) -> Any:
     reference = refer(item, where=where, root=root)
     local = reference.kind in ("file", "codes") and isinstance(reference.value, (str, Path))
     return str(reference.value) if local else item
+
+
+def mask_entries(value: Any, root: Path | None, where: str) -> list[Any]:
+    """A row's ``masks`` as a sample keeps them: files as paths, relative ones from ``root``; run lengths, polygons and null as they
+    are. Raises `DataError` for a value that is no list."""
+    if value is None:
+        return []
+    if not isinstance(value, (list, tuple)):
+        raise DataError(
+            f"{where}: masks is {type(value).__name__}; expected a list, one mask for each mark in the answers"
+        )
+
+    def entry(item: Any) -> Any:
+        if isinstance(item, str):
+            return resolve_image(item, root, where)
+        if isinstance(item, dict) and isinstance(item.get("path"), str):
+            return {**item, "path": resolve_image(item["path"], root, where)}
+        return item
+
+    return [entry(item) for item in value]
 
 
 def _rest(row: dict[str, Any], *used: str) -> dict[str, Any]:

@@ -40,6 +40,8 @@ class ColumnMap(StrictModel):
     """One image per row (a missing one makes a text-only sample)."""
     images: str | None = None
     """A list of images per row."""
+    masks: str | None = None
+    """What the answers mark: a list of files, run lengths or polygons, one for each mask token (`mllm.processing.mask_files`)."""
     system: str | None = None
     id: str | None = None
     """Default: the row number."""
@@ -58,7 +60,17 @@ class ColumnMap(StrictModel):
 
     def used(self) -> list[str]:
         """Every column named, once."""
-        names = [self.messages, self.question, self.answer, self.image, self.images, self.system, self.id, *self.meta]
+        names = [
+            self.messages,
+            self.question,
+            self.answer,
+            self.image,
+            self.images,
+            self.masks,
+            self.system,
+            self.id,
+            *self.meta,
+        ]
         return list(dict.fromkeys(name for name in names if name is not None))
 
 

@@ -9,5 +9,6 @@ HEADS: Registry = Registry(
         "separate": "mllm.heads.codes.heads:SeparateHead",
         "depth": "mllm.heads.codes.heads:DepthHead",
         "next_scale": "mllm.heads.codes.heads:NextScaleHead",
+        "segmentation": "mllm.heads.segmentation.head:SegmentationHead",
     },
 )

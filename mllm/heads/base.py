@@ -46,6 +46,13 @@ class Step:
     inputs: dict[str, Any] = field(default_factory=dict)
     laid: dict[str, Any] = field(default_factory=dict)
 
+    def share(self) -> Any:
+        """This call's part of the optimizer step, by supervised tokens: what a mean over the call counts with, so that more processes
+        or micro-batches do not make it weigh more."""
+        if self.num_items is None or self.labels is None:
+            return 1.0
+        return (self.labels[:, 1:] != -100).sum().float() / self.num_items
+
 
 @dataclass
 class Reading:
@@ -88,6 +95,8 @@ class Head(nn.Module):
     has_weights: ClassVar[bool] = True
     """False: a part of the language model does its work, and nothing of its own learns."""
 
+    special_tokens: ClassVar[bool] = True
+    """Whether its tokens are left out of decoded answers."""
     without_gradient: ClassVar[tuple[str, ...]] = ()
     """Parts of its parameters' names that no loss reaches, on purpose: weights that are kept for the layout of a published file."""
 
@@ -119,6 +128,9 @@ class Head(nn.Module):
     def reads(cls, config: Any) -> tuple[str, ...]:
         """Names of the encoders whose features it reads beside the hidden states."""
         return ()
+
+    def load_pretrained(self) -> None:
+        """Read published weights, where the config names some. Nothing is read before."""
 
     def lay(self, model: HeadModel, step: Step, targets: Mapping[str, Tensor]) -> Any:
         """Take the batch's targets, by their names in `Head.targets`, and put into ``step`` what the model needs before it runs.

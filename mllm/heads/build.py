@@ -63,10 +63,10 @@ def build_heads(heads: Mapping[str, Any] | None, parts: HeadParts) -> nn.ModuleD
     return nn.ModuleDict({name: HEADS.get(config.type)(config, parts) for name, config in configs.items()})
 
 
-def head_tokens(heads: Mapping[str, Any] | None, parts: HeadParts, *, where: str = "model.heads") -> list[str]:
-    """Tokens that the vocabulary needs for the heads, in the order in which they get ids. Raises `ConfigError` for a head that lacks
-    what it stands on."""
-    tokens: list[str] = []
+def head_tokens(heads: Mapping[str, Any] | None, parts: HeadParts, *, where: str = "model.heads") -> dict[str, bool]:
+    """Tokens that the vocabulary needs for the heads, in the order in which they get ids → whether they are special. Raises
+    `ConfigError` for a head that lacks what it stands on."""
+    tokens: dict[str, bool] = {}
     for name, config in head_configs(heads, where=where).items():
         cls = HEADS.get(config.type)
         if cls.draws and parts.tokenizer is None:
@@ -74,8 +74,8 @@ def head_tokens(heads: Mapping[str, Any] | None, parts: HeadParts, *, where: str
                 f"{where}.{name}: a {config.type} head draws, but there is no model.visual_tokenizer; add e.g. visual_tokenizer: "
                 "{encoder: name} or {weights: folder}"
             )
-        tokens += cls.tokens(config, parts)
-    return list(dict.fromkeys(tokens))
+        tokens |= dict.fromkeys(cls.tokens(config, parts), cls.special_tokens)
+    return tokens
 
 
 def resolved_heads(

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,9 +18,10 @@ from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoToken
 from mllm import progress
 from mllm.damage import naming_damage
 from mllm.errors import CheckpointError, ConfigError, UnavailableError
-from mllm.heads.base import HeadParts
+from mllm.heads.base import Head, HeadParts
 from mllm.heads.build import drawing_head, head_tokens, resolved_heads
 from mllm.heads.codes.build import empty_tokenizer, tokenizer_settings, visual_span
+from mllm.heads.segmentation.build import segment_spec
 from mllm.hub import hub_reason
 from mllm.models.configuration_mllm import MllmConfig, language_model_config
 from mllm.models.modeling_mllm import MllmForConditionalGeneration, language_model_left_out
@@ -70,7 +72,7 @@ def build_config(spec: ModelSpec, *, image_token_id: int | None = None, tokenize
         text.hidden_size, infos, empty_tokenizer(visual_tokenizer, encoders) if drawing and visual_tokenizer else None
     )
     if tokenizer is not None:
-        add_special_tokens(tokenizer, head_tokens(spec.heads, parts))
+        add_tokens(tokenizer, head_tokens(spec.heads, parts))
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     heads = resolved_heads(
@@ -166,6 +168,7 @@ def build_processor(spec: ModelSpec, config: MllmConfig, tokenizer: Any) -> Mllm
         image_token=spec.image_token,
         visual_span=visual_span(config),
         template_options=spec.template_options,
+        segment_spec=segment_spec(config),
     )
 
 
@@ -184,11 +187,12 @@ def _tell_a_missing_start(spec: LanguageModelSpec, tokenizer: Any, template: str
         )
 
 
-def add_special_tokens(tokenizer: Any, tokens: list[str]) -> None:
-    """Make ``tokens`` special tokens of the tokenizer, those that it does not know."""
+def add_tokens(tokenizer: Any, tokens: Mapping[str, bool]) -> None:
+    """Give the tokenizer the tokens that it does not know. tokens: text → whether it is special, and no part of decoded answers."""
     known = tokenizer.get_vocab()
-    missing = [AddedToken(token, special=True, normalized=False) for token in tokens if token not in known]
-    tokenizer.add_tokens(missing, special_tokens=True)
+    for token, special in tokens.items():
+        if token not in known:
+            tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)], special_tokens=special)
 
 
 def add_image_token(tokenizer: Any, token: str) -> None:
@@ -349,6 +353,10 @@ def load_pretrained_parts(model: MllmForConditionalGeneration, spec: ModelSpec) 
                     encoder.load_pretrained()
                     reading.num_bytes = num_bytes(encoder)
     weights = (spec.visual_tokenizer or {}).get("weights")
+    for name, head in model.heads.items():
+        if type(head).load_pretrained is not Head.load_pretrained:
+            with progress.phase(f"reading weights of head {name}"):
+                head.load_pretrained()
     if model.model.visual_tokenizer is not None and weights is not None:
         with progress.phase("reading weights of the visual tokenizer"):
             load_tokenizer_weights(model.model.visual_tokenizer, weights)

@@ -25,10 +25,12 @@ from mllm.models.weight_files import refuse_gaps
 
 @dataclass
 class MllmModelOutput(BaseModelOutputWithPast):
-    """``image_hidden_states`` ``(B, M, L)``; routing: names and ``(B, E)`` weights, None without a router."""
+    """``image_hidden_states`` ``(B, M, L)``; routing: names and ``(B, E)`` weights, None without a router; features: those of the
+    encoders that heads read, by name."""
 
     image_hidden_states: Tensor | None = None
     routing: Any = None
+    features: Any = None
 
 
 @dataclass

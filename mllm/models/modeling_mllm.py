@@ -21,8 +21,9 @@ from transformers.utils import can_return_tuple
 
 from mllm.errors import AlignmentError
 from mllm.heads.base import HeadParts, Reading, Step
-from mllm.heads.build import build_heads, drawing_head
+from mllm.heads.build import build_heads, drawing_head, encoders_read
 from mllm.heads.codes.settings import DrawingMixin
+from mllm.heads.segmentation.answer import SegmentationMixin
 from mllm.heads.steps import head_losses, lay_targets
 from mllm.models.configuration_mllm import MllmConfig, head_settings
 from mllm.models.generation import MultimodalGenerationMixin
@@ -66,6 +67,7 @@ class MllmModel(MllmPreTrainedModel):
         self._no_split_modules = [*(getattr(self.language_model, "_no_split_modules", None) or ()), *sorted(whole)]
         self.pixel_keys = PixelKeys(config.encoders)
         self.rules = config.layout_rules()
+        self.read_by_heads = encoders_read(config.heads)
         self._told_lost_losses = False
         self.post_init()
 
@@ -85,19 +87,30 @@ class MllmModel(MllmPreTrainedModel):
         expert_weights: Tensor | None = None,
         router_input_ids: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        kept: dict[str, VisionFeatures] | None = None,
         **options: Any,
     ) -> tuple[Tensor, Routing | None]:
         """pixels: encoder name → ``(V, 3, H, W)``, all views of B images; expert_weights ``(B, E)`` fixes the routing;
         router_input_ids ``(B, T)``: the questions' token ids, padded with -1; image_sizes ``(B, 2)``: (height, width), where
-        the views depend on them; options: ``base`` and limits, see `EncoderBank.forward`. Returns visual tokens ``(ΣM, L)``,
-        one image after another, and the routing."""
+        the views depend on them; kept: is given the features that heads read; options: ``base`` and limits, see
+        `EncoderBank.forward`. Returns visual tokens ``(ΣM, L)``, one image after another, and the routing."""
         if self.vision_tower is None or self.multi_modal_projector is None:
             raise AlignmentError("images were given to a text-only model (its config has no connector)")
         text = self.question_summary(router_input_ids)
         layouts = self.visual_layouts(image_sizes)
         options = options if layouts is None else {**options, "layouts": layouts}
         features, routing = self.vision_tower(pixels, expert_weights=expert_weights, text=text, **options)
+        if kept is not None:
+            kept |= {name: features[name] for name in self.read_by_heads}
         return self.connect(features, routing, text, layouts), routing
+
+    def tokens_of_images(self, total: int, image_sizes: Tensor | None) -> list[int]:
+        """How many of ``total`` placeholders each picture of a batch has, in order."""
+        layouts = self.visual_layouts(image_sizes)
+        if layouts is not None:
+            return [layout.num_placeholders for layout in layouts]
+        each = self.rules.layout().num_placeholders
+        return [each] * (total // each)
 
     def visual_layouts(self, image_sizes: Tensor | None) -> list[VisualLayout] | None:
         """How each image of a batch lies in the sequence; None where all lie alike, in one view."""
@@ -139,8 +152,9 @@ class MllmModel(MllmPreTrainedModel):
         """Visual tokens of B images; other encoders' pixels as ``pixel_values_<name>``. ``pooler_output`` ``(B, M, L)``; a
         tuple of B ``(M, L)`` where images differ in M (views that depend on ``image_sizes``)."""
         pixels = self.pixel_keys.by_encoder({**kwargs, PRIMARY_PIXELS: pixel_values})
+        kept: dict[str, VisionFeatures] = {}
         joined, routing = self.encode_images(
-            pixels, expert_weights=expert_weights, router_input_ids=router_input_ids, image_sizes=image_sizes
+            pixels, expert_weights=expert_weights, router_input_ids=router_input_ids, image_sizes=image_sizes, kept=kept
         )
         layouts = self.visual_layouts(image_sizes)
         tokens: Any
@@ -149,7 +163,7 @@ class MllmModel(MllmPreTrainedModel):
         else:
             tokens = joined.split([layout.num_placeholders for layout in layouts])
         output = BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tokens)
-        output.routing = routing
+        output.routing, output.features = routing, kept
         return output
 
     def embed_tokens(self, input_ids: Tensor) -> Tensor:
@@ -245,7 +259,7 @@ class MllmModel(MllmPreTrainedModel):
             inputs_embeds = inputs_embeds.masked_scatter(slot_mask.unsqueeze(-1), slot_embeds.to(inputs_embeds))
         kwargs.pop("num_image_patches", None)
         extra = {key: kwargs.pop(key) for key in self.pixel_keys.values() if key in kwargs}
-        routing = None
+        routing, features = None, {}
         if image_features is None and pixel_values is not None and pixel_values.shape[0]:
             output = self.get_image_features(
                 pixel_values,
@@ -255,7 +269,7 @@ class MllmModel(MllmPreTrainedModel):
                 return_dict=True,
                 **extra,
             )
-            image_features, routing = output.pooler_output, output.routing
+            image_features, routing, features = output.pooler_output, output.routing, output.features
             if routing is not None and not adds_losses:
                 self._tell_lost_losses(routing)
         if image_features is not None and len(image_features):
@@ -279,6 +293,7 @@ class MllmModel(MllmPreTrainedModel):
             attentions=outputs.get("attentions"),
             image_hidden_states=image_features,
             routing=routing,
+            features=features,
         )
 
     def _refuse_orphans(self, input_ids: Tensor | None, past_key_values: Any) -> None:
@@ -295,7 +310,7 @@ class MllmModel(MllmPreTrainedModel):
             raise AlignmentError(f"{found} image placeholder tokens but no image was given (pixel_values is missing)")
 
 
-class MllmForConditionalGeneration(DrawingMixin, MultimodalGenerationMixin, MllmPreTrainedModel):
+class MllmForConditionalGeneration(DrawingMixin, SegmentationMixin, MultimodalGenerationMixin, MllmPreTrainedModel):
     """The model with its language-model head: train, generate, save, serve.
 
     ``model(…, labels=…).loss`` is the whole loss in training: next words, a learning router's own losses (balance, z), images that
@@ -447,7 +462,7 @@ class MllmForConditionalGeneration(DrawingMixin, MultimodalGenerationMixin, Mllm
         if loss is not None:
             if outputs.routing is not None and self.training:
                 loss = loss + routing_loss_of_step(self, outputs.routing, routing_targets, step.labels, step.num_items)
-            of_heads, losses = head_losses(self, step, Reading(outputs.last_hidden_state))
+            of_heads, losses = head_losses(self, step, Reading(outputs.last_hidden_state, outputs.features))
             loss = loss + of_heads
         return MllmOutput(
             loss=loss,

@@ -36,6 +36,8 @@ class EncodedSample:
     num_views: dict[str, int] = field(default_factory=dict)
     targets: Tensor | None = None
     """Images that the assistant draws, in order: pixels ``(K, 3, H, W)`` in [-1, 1], or packed codes ``(K, S)``."""
+    masks: Tensor | None = None
+    """What the assistant marks, one for each of its mask tokens that is learned: uint8 ``(K, rows, columns)``, 255 does not count."""
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])
@@ -175,7 +177,33 @@ def encode_sample(processor: Any, sample: Sample, max_length: int | None = None)
         kept = len(span.starts(ids))
         span.check(ids, kept)
         encoded.targets = encode_targets(processor, targets[:kept], where=where) if kept else None
+    encoded.masks = masks_of(processor, sample, inputs, labels, where=where)
     return encoded
+
+
+def masks_of(processor: Any, sample: Sample, pictures: Sequence[Any], labels: Tensor, *, where: str) -> Tensor | None:
+    """The masks of a sample whose tokens are learned, uint8 ``(K, rows, columns)``; None where there are none. pictures: those that are
+    read; labels ``(T,)``: after the text was cut, whose masks go with it. Raises `DataError` for masks that do not fit."""
+    from mllm.processing.segments import encode_masks, share_masks
+
+    spec = getattr(getattr(processor, "processor", processor), "segments", None)  # a feature cache wraps the processor
+    if spec is None:
+        if sample.masks:
+            raise DataError(
+                f"{where}: the sample has masks, and no head of this model learns from them (type segmentation)"
+            )
+        return None
+    texts, shown = [], 0
+    for turn in sample.turns:
+        if turn.role == "assistant":
+            texts.append((turn.content, shown, turn.learn))
+        else:
+            shown += turn.content.count(IMAGE_MARK)
+    kept, owners = share_masks(spec, texts, sample.masks, where=where)
+    number = int((labels == spec.token_id).sum())
+    if number == 0:
+        return None
+    return encode_masks(spec, kept[:number], pictures, owners[:number], where=where)
 
 
 def split_images(turns: Sequence[Turn], images: Sequence[Any], *, drawn: bool) -> tuple[list[Any], list[Any]]:

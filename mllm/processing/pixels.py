@@ -124,6 +124,20 @@ def _canvas(width: int, height: int, spec: ImageSpec) -> tuple[int, int, int, in
     return *size, (size[0] - width) // 2, (size[1] - height) // 2
 
 
+def placed_at(size: tuple[int, int], spec: ImageSpec) -> tuple[float, float, float, float]:
+    """(top, left, height, width) of a picture of this (height, width) on the encoder's input, in its pixels; a crop reaches
+    beyond it."""
+    height, width = size
+    if spec.resize == "squash":
+        return 0.0, 0.0, float(spec.height), float(spec.width)
+    if spec.resize == "crop":
+        wide, high, left, top = _cover(width, height, spec)
+        return float(-top), float(-left), float(high), float(wide)
+    wide, high, left, top = _canvas(width, height, spec)
+    down, across = spec.height / high, spec.width / wide
+    return top * down, left * across, height * down, width * across
+
+
 def _huge(width: int, height: int, kept: int) -> bool:
     """Whether an intermediate picture is out of proportion to the pixels that are kept of it (a strip of 1:32 for an encoder
     of 32:1 grows a thousandfold)."""

@@ -19,6 +19,7 @@ from mllm.processing.image_processor import MllmImagesKwargs
 from mllm.processing.layout import IMAGE_SIZES, LayoutRules
 from mllm.processing.masks import apply_template
 from mllm.processing.pixel_keys import PixelKeys
+from mllm.processing.segments import SegmentSpec
 from mllm.processing.template import is_wrapped, wrap
 from mllm.processing.visual_span import IGNORE, VisualSpan
 from mllm.types import VisualLayout
@@ -49,7 +50,8 @@ class MllmProcessor(ProcessorMixin):
     It pads on the left, as generation needs; training states its own side.
 
     visual_span: how an image that the model draws lies in the text (`VisualSpan`), where it draws any; template_options: values
-    of the chat template's own variables (``{"enable_thinking": False}``), kept inside the saved template.
+    of the chat template's own variables (``{"enable_thinking": False}``), kept inside the saved template; segment_spec: how masks lie on
+    what the model sees (`SegmentSpec`), where it answers with any.
     """
 
     valid_processor_kwargs = MllmProcessorKwargs
@@ -62,8 +64,10 @@ class MllmProcessor(ProcessorMixin):
         image_token: str = "<image>",
         visual_span: Any = None,
         template_options: Any = None,
+        segment_spec: Any = None,
         **kwargs: Any,
     ):
+        self.segment_spec = None if segment_spec is None else to_plain(segment_spec)
         self.visual_span = None if visual_span is None else to_plain(visual_span)
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
@@ -104,6 +108,11 @@ class MllmProcessor(ProcessorMixin):
     def span(self) -> VisualSpan | None:
         """How an image to draw is written; None for a model that draws nothing."""
         return None if self.visual_span is None else VisualSpan.model_validate(self.visual_span)
+
+    @property
+    def segments(self) -> SegmentSpec | None:
+        """How masks are read and written; None for a model that marks nothing."""
+        return None if self.segment_spec is None else SegmentSpec.model_validate(self.segment_spec)
 
     @property
     def pixel_keys(self) -> PixelKeys:

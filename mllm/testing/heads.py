@@ -33,6 +33,11 @@ class TinyModel(nn.Module):
             for name, info in parts.encoders.items()
         }
 
+    image_token_id = 4
+
+    def tokens_of_images(self, total: int, image_sizes: Tensor | None) -> list[int]:
+        return [1] * total
+
     @property
     def model(self) -> TinyModel:
         return self

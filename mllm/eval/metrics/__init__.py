@@ -51,7 +51,7 @@ METRICS: Registry[Metric] = Registry(
         "ocrbench": f"{_ROOM}.ocrbench:OcrBench",
         "charxiv_proxy": f"{_ROOM}.charxiv:CharXivProxy",
         "box_iou": f"{_ROOM}.grounding:BoxIou",
-        "mask_iou": f"{_ROOM}.grounding:MaskIou",
+        "mask_iou": f"{_ROOM}.segmentation:MaskIou",
         "mmbench_circular": f"{_ROOM}.circular:MmBenchCircular",
         "letter_groups": f"{_ROOM}.groups:LetterGroups",
         "letter_mmerealworld": f"{_ROOM}.letters:LetterMmeRealWorld",

@@ -6,8 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
-
 from mllm.errors import ConfigError, DataError
 from mllm.eval.metrics.base import Metric, Score, Scored, mean
 
@@ -87,32 +85,3 @@ class BoxIou(Metric):
         result = super().aggregate(items) | {"iou": self.scale * mean(overlaps)}
         result |= {f"acc@{t}": self.scale * mean([float(iou >= t) for iou in overlaps]) for t in _THRESHOLDS}
         return result | {"center": self.scale * mean([float(item.score.parts.get("center", 0.0)) for item in items])}
-
-
-class MaskIou(Metric):
-    """Masks as boolean arrays of one size. Headline: cIoU (sum of intersections over sum of unions); gIoU is the mean
-    IoU, two empty masks agreeing fully."""
-
-    name = "mask_iou"
-    protocol = "segmentation: cIoU = sum of intersections / sum of unions; gIoU = mean IoU, empty against empty is 1"
-    binary = False
-    is_mean = False
-
-    def score(self, prediction: Any, target: Any, meta: Mapping[str, Any]) -> Score:
-        given, wanted = np.asarray(prediction, bool), np.asarray(target, bool)
-        if given.shape != wanted.shape:
-            raise DataError(
-                f"predicted mask is {given.shape}, the target is {wanted.shape}; resize the prediction first"
-            )
-        inside, union = float((given & wanted).sum()), float((given | wanted).sum())
-        return Score(
-            inside / union if union else 1.0,
-            f"{int(given.sum())} pixels",
-            "masks",
-            {"intersection": inside, "union": union},
-        )
-
-    def aggregate(self, items: Sequence[Scored]) -> dict[str, float]:
-        inside, union = (sum(float(item.score.parts.get(p, 0.0)) for item in items) for p in ("intersection", "union"))
-        total = float("nan") if not items else self.scale * (inside / union if union else 1.0)
-        return {"score": total, "ciou": total, "giou": self.scale * mean([item.value for item in items])}

@@ -277,9 +277,9 @@ def test_a_model_without_a_head_says_what_to_add(tmp_path: Path) -> None:
 
 
 def test_parts_that_do_not_fit_are_refused_before_anything_is_built(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="next_scale needs a multi-scale tokenizer"):
+    with pytest.raises(ConfigError, match="next_scale head needs a multi-scale tokenizer"):
         drawing_model(tmp_path / "a", "next_scale", "vq")
-    with pytest.raises(ConfigError, match="depth does not write multi-scale codes"):
+    with pytest.raises(ConfigError, match="depth head does not write multi-scale codes"):
         drawing_model(tmp_path / "b", "depth", "tokenflow")
     with pytest.raises(ConfigError, match="no codebook 'pixels'; it has pixel"):
         drawing_model(tmp_path / "c", "separate", head_options={"weights": {"pixels": 2.0}})

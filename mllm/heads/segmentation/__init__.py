@@ -1,0 +1,1 @@
+"""How does a model answer with masks: the head, its decoders, losses and answers."""

@@ -1,0 +1,49 @@
+"""What must a model's processor know of the masks that it answers with?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mllm.errors import ConfigError
+from mllm.heads import HEADS
+from mllm.heads.base import HeadParts
+from mllm.heads.build import head_configs
+from mllm.heads.segmentation.head import SegmentationHead
+from mllm.processing.segments import SegmentSpec
+
+
+def segmentation_heads(heads: Any) -> list[str]:
+    """Names of the heads that answer with masks."""
+    return [
+        name for name, config in head_configs(heads).items() if issubclass(HEADS.get(config.type), SegmentationHead)
+    ]
+
+
+def segment_spec(config: Any) -> SegmentSpec | None:
+    """What the processor of an `MllmConfig` lays masks by; None for a model that marks nothing. Raises `ConfigError` for a model whose
+    masks would have no one place on what the encoder sees."""
+    names = segmentation_heads(config.heads)
+    if not names:
+        return None
+    if len(names) > 1:
+        raise ConfigError(f"model.heads: {names[0]} and {names[1]} both answer with masks; keep one")
+    head, infos = head_configs(config.heads)[names[0]], config.encoder_infos()
+    if config.layout_rules().needs_size:
+        raise ConfigError(
+            f"model.heads.{names[0]}: masks are read from one view of the whole picture; leave model.views out (it is {config.views})"
+        )
+    if head.encoder in ((config.router or {}).get("experts") or ()):
+        raise ConfigError(
+            f"model.heads.{names[0]}.encoder: {head.encoder!r} is an expert, which does not see every picture"
+        )
+    with torch.device("meta"):
+        module = SegmentationHead(head, HeadParts(config.get_text_config().hidden_size, infos))
+    return SegmentSpec(
+        token=head.token,
+        token_id=head.tokens["mark"],
+        image=infos[head.encoder].image,
+        size=module.decoder.size,
+        question=head.question,
+    )

@@ -1,0 +1,170 @@
+"""How does the model answer with masks? A token of the answer stands for each; its hidden state prompts a mask decoder."""
+
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from mllm.errors import AlignmentError, ConfigError, did_you_mean
+from mllm.heads import HEADS
+from mllm.heads.base import Head, HeadConfig, HeadLoss, HeadParts, Reading, Step
+from mllm.heads.segmentation.decoders import DECODERS, DecoderConfig, QueryDecoderConfig
+from mllm.heads.segmentation.losses import BCE_WEIGHT, DICE_WEIGHT, mask_bce, mask_dice
+from mllm.types import EncoderInfo, ImageSpec, VisionFeatures
+
+IGNORE = -100
+
+
+class SegmentationHeadConfig(HeadConfig):
+    """Masks by ``[SEG]`` tokens (LISA, arXiv 2308.00692)."""
+
+    type: Literal["segmentation"] = "segmentation"
+    encoder: str
+    """The encoder of the model whose features the masks are read from; it runs once, for words and masks alike."""
+    token: str = "[SEG]"
+    """Stands for one mask in the answer."""
+    state: Literal["predict", "self"] = "predict"
+    """Which hidden state is a mask's: the one that predicts its token (LISA), or the token's own (Sa2VA). Weights trained with one do
+    not work with the other."""
+    decoder: DecoderConfig = Field(default_factory=QueryDecoderConfig)
+    weights: dict[str, float] = Field(default_factory=lambda: {"bce": BCE_WEIGHT, "dice": DICE_WEIGHT})
+    """Loss → its weight beside the words' 1."""
+    question: str = "Please segment {phrase}."
+    """How `segment` asks for what ``{phrase}`` names."""
+
+    @field_validator("weights")
+    @classmethod
+    def _known(cls, value: dict[str, float]) -> dict[str, float]:
+        for name in value:
+            if name not in ("bce", "dice"):
+                raise ValueError(f"no loss {name!r}{did_you_mean(name, ('bce', 'dice'))}; the losses are bce and dice")
+        return value
+
+    @field_validator("question")
+    @classmethod
+    def _asks(cls, value: str) -> str:
+        if "{phrase}" not in value:
+            raise ValueError(f"{value!r} has no place for what is asked for; write {{phrase}} there")
+        return value
+
+
+@dataclass
+class LaidMasks:
+    """targets ``(K, rows, columns)`` uint8; places ``(K, 2)``: row and column of the hidden state of each; owners ``(K,)``: the number
+    of its picture in the batch."""
+
+    targets: Tensor
+    places: Tensor
+    owners: Tensor
+
+
+@HEADS.register("segmentation")
+class SegmentationHead(Head):
+    """Hidden states ``(K, L)`` → projection → mask decoder on the features of each mask's picture."""
+
+    Config = SegmentationHeadConfig
+    targets = ("target_masks",)
+    special_tokens = False
+    without_gradient = ("iou_prediction_head", "mlps.1.", "mlps.2.", "mlps.3.")
+
+    def __init__(self, config: Any, parts: HeadParts):
+        super().__init__(config, parts)
+        if config.encoder not in parts.encoders:
+            raise ConfigError(
+                f"a segmentation head reads encoder {config.encoder!r}, which this model has not"
+                f"{did_you_mean(config.encoder, parts.encoders)}; its encoders: {', '.join(parts.encoders) or 'none'}"
+            )
+        self.decoder = DECODERS[config.decoder.type](config.decoder, parts.encoders[config.encoder])
+        width = config.decoder.width
+        self.project = nn.Sequential(nn.Linear(parts.width, parts.width), nn.ReLU(), nn.Linear(parts.width, width))
+
+    @classmethod
+    def tiny(cls) -> tuple[dict[str, Any], HeadParts]:
+        info = EncoderInfo(image=ImageSpec(height=16, width=16), grid=(4, 4), width=24)
+        decoder = {"type": "query", "width": 16, "depth": 1, "heads": 2}
+        return {"type": cls.name, "encoder": "eye", "decoder": decoder}, HeadParts(32, {"eye": info})
+
+    def example(self, parts: HeadParts, batch: int) -> tuple[Step, dict[str, Tensor]]:
+        ids = torch.tensor([1, IMAGE_ID, 2, self.config.tokens["mark"], 3]).repeat(batch, 1)
+        masks = torch.zeros(batch, *self.decoder.size, dtype=torch.uint8)
+        masks[:, :5, :7] = 1
+        return Step(ids, ids.clone()), {"target_masks": masks}
+
+    @classmethod
+    def tokens(cls, config: Any, parts: HeadParts) -> list[str]:
+        return [config.token]
+
+    @classmethod
+    def resolve(cls, config: Any, parts: HeadParts, id_of: Callable[[str], int], *, null: int) -> Any:
+        return config.model_copy(update={"tokens": {"mark": id_of(config.token)}})
+
+    @classmethod
+    def reads(cls, config: Any) -> tuple[str, ...]:
+        return (config.encoder,)
+
+    def load_pretrained(self) -> None:
+        """Read the decoder's published weights, where the config names some."""
+        if getattr(self.config.decoder, "weights", None) is not None:
+            self.decoder.load_pretrained()
+
+    def lay(self, model: Any, step: Step, targets: Mapping[str, Tensor]) -> LaidMasks:
+        masks, ids, mark = targets["target_masks"], step.input_ids, self.config.tokens["mark"]
+        assert ids is not None
+        taught = ids if step.labels is None else step.labels
+        marks = (taught == mark).nonzero()
+        if len(marks) != len(masks):
+            raise AlignmentError(
+                f"{len(masks)} masks for {len(marks)} {self.config.token} that are learned; was the batch made by this model's own "
+                "processor and not cut before its masks?"
+            )
+        if tuple(masks.shape[1:]) != self.decoder.size:
+            raise AlignmentError(f"masks of {tuple(masks.shape[1:])} for a decoder of {self.decoder.size}")
+        return LaidMasks(masks, self.places(marks), owners_of(model, ids, marks, step.inputs.get("image_sizes")))
+
+    def places(self, marks: Tensor) -> Tensor:
+        """Row and column of the tokens ``(K, 2)`` → of their hidden states."""
+        return marks - marks.new_tensor([0, 1]) if self.config.state == "predict" else marks
+
+    def predict(self, hidden: Tensor, places: Tensor, owners: Tensor, features: VisionFeatures) -> Tensor:
+        """hidden ``(B, T, L)`` and where the masks' states are in it → logits ``(K, rows, columns)`` on what the encoder sees."""
+        states = hidden[places[:, 0], places[:, 1]]
+        weight = self.project[0].weight
+        tokens = features.tokens.to(weight.device, weight.dtype)
+        return self.decoder(self.project(states.to(weight.dtype)), tokens, owners.to(weight.device))
+
+    def losses(self, model: Any, step: Step, laid: LaidMasks, reading: Reading) -> HeadLoss:
+        if self.config.encoder not in reading.features:
+            raise AlignmentError(
+                f"masks are read from encoder {self.config.encoder!r}, and the call has no pixels for it (image_features given instead?)"
+            )
+        logits = self.predict(reading.hidden, laid.places, laid.owners, reading.features[self.config.encoder])
+        targets = laid.targets.to(logits.device)
+        found = {"bce": mask_bce(logits, targets).mean(), "dice": mask_dice(logits, targets).mean()}
+        total = sum(self.config.weights.get(name, 0.0) * loss for name, loss in found.items())
+        return HeadLoss(step.share() * total + self.idle(), {name: loss.detach() for name, loss in found.items()})
+
+
+IMAGE_ID = 4
+"""The placeholder in the contract's example."""
+
+
+def owners_of(model: Any, input_ids: Tensor, marks: Tensor, image_sizes: Tensor | None) -> Tensor:
+    """For each token ``(K, 2)`` (row, column), the number in the batch of the last picture before it in its row. Raises
+    `AlignmentError` for a token without one."""
+    placeholders = input_ids == model.config.image_token_id
+    before = placeholders.flatten().cumsum(0).view_as(placeholders)  # in the batch, up to and including this token
+    lengths = model.model.tokens_of_images(int(before[-1, -1]), image_sizes)
+    ends = torch.tensor(lengths, device=input_ids.device).cumsum(0)
+    found = before[marks[:, 0], marks[:, 1]]
+    owners = torch.searchsorted(ends, found, right=True) - 1
+    rows_before = torch.cat([before.new_zeros(1), before[:-1, -1]])[marks[:, 0]]
+    if bool((found == rows_before).any()):
+        raise AlignmentError("a mask is asked for in a text without a picture before it")
+    return owners

@@ -1,0 +1,104 @@
+"""Where does a picture's mask lie on what an encoder sees, and where does a predicted mask lie on the picture?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from mllm.config import StrictModel
+from mllm.errors import DataError
+from mllm.processing.images import image_size
+from mllm.processing.mask_files import IGNORE_PIXEL, read_mask
+from mllm.processing.pixels import placed_at, resize
+from mllm.types import ImageSpec
+
+
+class SegmentSpec(StrictModel):
+    """What a processor must know of a model that answers with masks."""
+
+    token: str
+    token_id: int
+    image: ImageSpec
+    """What the encoder sees that the masks are read from."""
+    size: tuple[int, int] = Field()
+    """(rows, columns) of the masks that it trains on."""
+    question: str
+    """Asks for what ``{phrase}`` names."""
+
+    def lay(self, mask: np.ndarray) -> Tensor:
+        """A mask ``(height, width)`` of a picture → uint8 ``size`` on what the encoder sees of it; 255 beside the picture."""
+        spec = self.image.model_copy(
+            update={"height": self.size[0], "width": self.size[1], "interpolation": "nearest", "mean": (1.0, 1.0, 1.0)}
+        )
+        return torch.from_numpy(resize(Image.fromarray(mask).convert("RGB"), spec)[..., 0].copy())
+
+    def restore(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        """Logits ``(N, rows, columns)`` on what the encoder sees → ``(N, height, width)`` fp32 on its picture."""
+        return restore(logits, (self.image.height, self.image.width), placed_at(size, self.image), size)
+
+
+def restore(
+    logits: Tensor, square: tuple[int, int], placed: tuple[float, float, float, float], size: tuple[int, int]
+) -> Tensor:
+    """Mask logits ``(N, rows, columns)`` → fp32 ``(N, height, width)`` of the picture, resampled twice as SAM does: to the encoder's
+    input, then from where the picture lies there.
+
+    square: (height, width) of the input; placed: (top, left, height, width) of the picture on it, which may reach beyond it (what
+    the encoder did not see is no part of a mask). size: (height, width) of the picture.
+    """
+    values = F.interpolate(logits[:, None].float(), square, mode="bilinear", align_corners=False)
+    top, left, height, width = placed
+    seen, grids = [], []
+    for start, length, number, whole in ((top, height, size[0], square[0]), (left, width, size[1], square[1])):
+        places = start + (torch.arange(number, dtype=torch.float64) + 0.5) * (length / number)
+        seen.append((places >= 0) & (places <= whole))
+        places = places.clamp(max(start, 0) + 0.5, min(start + length, whole) - 0.5)
+        grids.append((places * (2 / whole) - 1).float())
+    grid = torch.stack(torch.meshgrid(*grids, indexing="ij")[::-1], -1).to(values.device)
+    sampled = F.grid_sample(
+        values, grid.expand(len(values), -1, -1, -1), mode="bilinear", padding_mode="border", align_corners=False
+    )[:, 0]
+    outside = ~(seen[0][:, None] & seen[1]).to(values.device)
+    return sampled.masked_fill(outside, -torch.inf) if bool(outside.any()) else sampled
+
+
+def encode_masks(
+    spec: SegmentSpec, masks: Sequence[Any], pictures: Sequence[Any], owners: Sequence[int], *, where: str
+) -> Tensor:
+    """Masks of a sample as they are trained on, uint8 ``(K, rows, columns)``. owners: for each mask the number of its picture.
+
+    Raises `DataError` naming the mask that cannot be read or has another size than its picture."""
+    rows, sizes = [], {}
+    for number, (entry, owner) in enumerate(zip(masks, owners)):
+        if owner not in sizes:
+            sizes[owner] = image_size(pictures[owner], where=where)
+        rows.append(spec.lay(read_mask(entry, sizes[owner], where=f"{where}, mask {number}")))
+    return torch.stack(rows)
+
+
+def share_masks(
+    spec: SegmentSpec, texts: Sequence[tuple[str, int, bool]], masks: Sequence[Any], *, where: str
+) -> tuple[list[Any], list[int]]:
+    """The masks that are learned and the picture of each.
+
+    texts: every assistant turn's text, the number of pictures shown before it, and whether it is learned. Raises `DataError` where the
+    marks and the masks differ in number, or a mask has no picture."""
+    marks = [(shown, learn) for text, shown, learn in texts for _ in range(text.count(spec.token))]
+    if len(marks) != len(masks):
+        raise DataError(
+            f"{where}: the answers hold {len(marks)} {spec.token} and the sample {len(masks)} masks; each has its own"
+        )
+    if any(shown == 0 for shown, _ in marks):
+        raise DataError(f"{where}: {spec.token} stands before any picture; there is nothing to mark")
+    kept = [(mask, shown - 1) for mask, (shown, learn) in zip(masks, marks) if learn]
+    return [mask for mask, _ in kept], [owner for _, owner in kept]
+
+
+__all__ = ["IGNORE_PIXEL", "SegmentSpec", "encode_masks", "restore", "share_masks"]

@@ -1,0 +1,177 @@
+"""Does a model learn to mark, answer with masks the same in any batch, and refuse what it cannot mark?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from mllm.data.collate import collate, collate_packed
+from mllm.data.sources import open_source
+from mllm.data.spec import DatasetSpec
+from mllm.errors import AlignmentError, ConfigError, DataError
+from mllm.processing.chat import encode_sample
+from mllm.types import IMAGE_MARK, Sample, Turn
+from tests.helpers import picture, tiny_model
+
+HEAD: dict[str, Any] = {
+    "type": "segmentation",
+    "encoder": "semantic",
+    "decoder": {"type": "query", "width": 32, "depth": 1, "heads": 2},
+}
+MASK = np.zeros((30, 40), np.uint8)
+MASK[5:20, 10:30] = 1
+OTHER = np.zeros((30, 40), np.uint8)
+OTHER[18:28, 8:18] = 1
+
+
+def marked(number: int, *masks: Any) -> Sample:
+    answer = "It is " + " and ".join(["[SEG]"] * len(masks)) + "."
+    turns = [Turn("user", f"{IMAGE_MARK}\nPlease segment it."), Turn("assistant", answer)]
+    return Sample(f"m{number}", turns, [picture(number)], masks=list(masks))
+
+
+def told(number: int) -> Sample:
+    return Sample("t", [Turn("user", IMAGE_MARK + "\nWhat?"), Turn("assistant", "Seven.")], [picture(number)])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """A model that knows three pictures by heart, and its processor."""
+    model, processor = tiny_model(tmp_path_factory.mktemp("seg"), heads={"marks": HEAD})
+    samples = [marked(1, MASK), told(2), marked(3, OTHER, MASK), marked(4, None)]
+    inputs = collate([encode_sample(processor, sample) for sample in samples], pad_token_id=0).inputs
+    optimizer = torch.optim.Adam(model.parameters(), 4e-3)
+    model.train()
+    for _ in range(45):
+        model(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), processor
+
+
+def test_it_marks_what_it_learned_alone_and_among_others_saved_and_opened(trained, tmp_path: Path) -> None:
+    model, processor = trained
+    pictures = [picture(1), picture(2), picture(3), picture(4)]
+    questions = ["Please segment it.", "What?", "Please segment it.", "Please segment it."]
+    found = model.segment(pictures, questions=questions, processor=processor, max_new_tokens=24)
+    assert [part.text for part in found] == ["It is [SEG].", "Seven.", "It is [SEG] and [SEG].", "It is [SEG]."]
+    assert [tuple(part.masks.shape) for part in found] == [(1, 30, 40), (0, 30, 40), (2, 30, 40), (1, 30, 40)]
+    for mask, wanted in ((found[0].masks[0], MASK), (found[2].masks[0], OTHER), (found[2].masks[1], MASK)):
+        same, either = (mask.numpy() & (wanted == 1)).sum(), (mask.numpy() | (wanted == 1)).sum()
+        assert same / either > 0.6
+    assert not found[3].masks.any() and found[3].boxes() == [None]  # nothing is there, and it says so
+    assert found[0].rle()[0]["size"] == [30, 40] and found[0].polygons()[0]
+    assert found[0].overlay(picture(1)).size == (40, 30)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    alone = again.segment(picture(3), "it", max_new_tokens=24)
+    assert alone.text == found[2].text and torch.equal(alone.masks, found[2].masks)
+
+
+def test_packed_rows_several_images_and_samples_without_masks_change_no_loss(trained) -> None:
+    model, processor = trained
+    two = Sample(
+        "two",
+        [
+            Turn("user", f"{IMAGE_MARK}{IMAGE_MARK}\nWhich?"),
+            Turn("assistant", "[SEG]"),
+            Turn("user", f"{IMAGE_MARK}Now?"),
+            Turn("assistant", "[SEG]"),
+        ],
+        [picture(5), picture(1), picture(3)],
+        masks=[MASK, OTHER],
+    )
+    encoded = [encode_sample(processor, sample) for sample in (marked(1, MASK), told(2), two)]
+    padded = collate(encoded, pad_token_id=0).inputs
+    left = collate(encoded, pad_token_id=0, padding_side="left").inputs
+    packed = collate_packed([encoded], max_length=400, pad_token_id=0).inputs
+    alone = [collate([encoded[k]], pad_token_id=0).inputs for k in (0, 2)]
+    with torch.no_grad():
+        first, second, third = (model(**x, use_cache=False).losses for x in (padded, packed, left))
+        one, other = (model(**x).losses for x in alone)
+    for name in ("marks/bce", "marks/dice"):
+        torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(first[name], third[name], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(first[name], (one[name] + 2 * other[name]) / 3, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("state", ["predict", "self"])
+def test_each_convention_reads_its_own_hidden_state(state: str, tmp_path: Path) -> None:
+    model, processor = tiny_model(tmp_path, heads={"marks": {**HEAD, "state": state}})
+    inputs = collate([encode_sample(processor, marked(1, MASK))], pad_token_id=0).inputs
+    place = int((inputs["input_ids"][0] == processor.segments.token_id).nonzero())
+    changed = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    changed["input_ids"][0, place] = 9  # the state that predicts the token does not see it; its own does
+    with torch.no_grad():
+        first, second = model(**inputs).losses["marks/bce"], model(**changed).losses["marks/bce"]
+    assert torch.equal(first, second) == (state == "predict")
+
+
+def test_a_batch_without_masks_still_reaches_the_head(trained) -> None:
+    model, processor = trained
+    model.train()
+    model.zero_grad()
+    model(**collate([encode_sample(processor, told(2))], pad_token_id=0).inputs).loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.heads.parameters())
+    model.eval()
+
+
+def test_rows_of_a_dataset_bring_their_masks(trained, tmp_path: Path) -> None:
+    _, processor = trained
+    picture(1).save(tmp_path / "p.png")
+    row = {
+        "messages": [{"role": "user", "content": "<image>Mark it."}, {"role": "assistant", "content": "[SEG]"}],
+        "images": ["p.png"],
+        "masks": [[[10, 5, 29, 5, 29, 19, 10, 19]]],
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    source = open_source(DatasetSpec(name="d", format="messages", path=str(tmp_path / "rows.jsonl"), licence="MIT"))
+    masks = encode_sample(processor, source[0]).masks
+    assert torch.equal(masks, encode_sample(processor, marked(1, MASK)).masks) and masks.any()
+
+
+def test_samples_that_do_not_fit_are_named(trained, tmp_path: Path) -> None:
+    model, processor = trained
+    with pytest.raises(DataError, match=r"sample 'm1'.*answers hold 1 \[SEG\] and the sample 2 masks"):
+        encode_sample(processor, Sample("m1", marked(1, MASK).turns, [picture(1)], masks=[MASK, MASK]))
+    with pytest.raises(DataError, match=r"sample 'm1', mask 0: the mask is 8 × 9 pixels and its picture 40 × 30"):
+        encode_sample(processor, marked(1, np.zeros((9, 8), np.uint8)))
+    inputs = collate([encode_sample(processor, marked(1, MASK))], pad_token_id=0).inputs
+    with pytest.raises(AlignmentError, match=r"2 masks for 1 \[SEG\]"):
+        model(**{**inputs, "target_masks": inputs["target_masks"].repeat(2, 1, 1)})
+    plain, reader = tiny_model(tmp_path)
+    with pytest.raises(DataError, match="no head of this model learns from them"):
+        encode_sample(reader, marked(1, MASK))
+    with pytest.raises(ConfigError, match="this model marks nothing"):
+        plain.segment(picture(1), "it", processor=processor)
+    with pytest.raises(ConfigError, match=r"target_masks: no head of this model learns from it; its heads: none"):
+        plain(**inputs)
+    with pytest.raises(ConfigError, match="one of the two"):
+        model.segment(picture(1), processor=processor)
+
+
+MISFITS = [
+    ({"encoder": "semantics"}, "reads encoder 'semantics', which this model has not, did you mean 'semantic'"),
+    ({"decoder": {"type": "sam"}}, "a sam decoder of width 256 reads features of that width; the encoder gives 32"),
+    ({"decoder": {"type": "query", "width": 30}}, "divisible by heads"),
+    ({"weights": {"dise": 1.0}}, "did you mean 'dice'"),
+    ({"question": "Segment it."}, "no place for what is asked for"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), MISFITS)
+def test_a_head_that_does_not_fit_is_refused_before_anything_is_built(changes, words, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        tiny_model(tmp_path, heads={"marks": {**HEAD, **changes}})
+
+
+def test_tiles_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="masks are read from one view of the whole picture"):
+        tiny_model(tmp_path, heads={"marks": HEAD}, views={"type": "tiles", "grids": [[1, 2], [2, 1]]})

@@ -1,0 +1,159 @@
+"""Do the mask decoder, the losses, the scores and the drawing of masks give what the published modules gave?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mllm.eval.metrics import Scored, build_metric
+from mllm.heads.segmentation.decoders import SamDecoder, SamDecoderConfig, present_name
+from mllm.heads.segmentation.losses import BCE_WEIGHT, DICE_WEIGHT, mask_bce, mask_dice
+from mllm.processing.mask_files import reasonseg_mask
+from mllm.processing.segments import restore
+from mllm.types import EncoderInfo, ImageSpec
+from tests.golden.fill import check, fill_all, load
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+
+
+def sam_decoder(meta: dict, weights: dict[str, np.ndarray]) -> SamDecoder:
+    """The case's decoder, its weights by the authors' names."""
+    sizes = meta["ctor"]
+    config = SamDecoderConfig(
+        width=sizes.get("prompt_dim", sizes.get("embed_dim")),
+        heads=sizes.get("num_heads", 4),
+        mlp_width=sizes.get("mlp_dim", 48),
+        iou_width=sizes.get("iou_head_hidden", 24),
+        mask_channels=sizes["mask_in_chans"],
+    )
+    side, cells = sizes["input_image_size"][0], sizes["image_embedding_size"][0]
+    decoder = SamDecoder(
+        config, EncoderInfo(image=ImageSpec(height=side, width=side), grid=(cells, cells), width=config.width)
+    )
+    tensors = {present_name(k): torch.from_numpy(v) for k, v in weights.items() if not k.startswith("text_hidden")}
+    tensors["prompt_encoder.shared_embedding.positional_embedding"] = tensors[
+        "shared_image_embedding.positional_embedding"
+    ]
+    missing, unexpected = decoder.load_state_dict(tensors, strict=False)
+    assert not unexpected and (not missing or all(name.startswith("mask_decoder.") for name in missing))
+    return decoder.eval()
+
+
+@torch.no_grad()
+def test_a_hidden_state_becomes_lisas_mask() -> None:
+    meta, given, wanted = load(GOLDEN / "lisa_seg_mask_branch.json")
+    weights = {name: torch.from_numpy(value) for name, value in fill_all(meta).items()}
+    decoder = sam_decoder(meta, fill_all(meta))
+    state, image = torch.from_numpy(given["input.seg_hidden"]), torch.from_numpy(given["input.image_embedding"])
+    first = torch.relu(state @ weights["text_hidden_fcs.0.0.weight"].T + weights["text_hidden_fcs.0.0.bias"])
+    prompt = first @ weights["text_hidden_fcs.0.2.weight"].T + weights["text_hidden_fcs.0.2.bias"]
+    masks, scores = decoder.answer(prompt, image)
+    several, several_scores = decoder.answer(prompt, image, multimask=True)
+    high, wide = meta["ctor"]["resized_hw"]
+    square, size = tuple(meta["ctor"]["input_image_size"]), tuple(meta["ctor"]["original_hw"])
+    found = {
+        "output.prompt": prompt,
+        "output.dense_pe": decoder.image_positions(),
+        "output.low_res_masks": masks,
+        "output.iou": scores,
+        "output.low_res_masks_multi": several,
+        "output.iou_multi": several_scores,
+        "output.masks": restore(masks[:, 0], square, (0.0, 0.0, float(high), float(wide)), size),
+    }
+    check(meta, wanted, {name: value.numpy() for name, value in found.items()})
+    tokens = image.flatten(2).transpose(1, 2)  # the same, of two pictures in any order, by the head's own call
+    mixed = decoder(prompt, torch.cat([tokens + 1, tokens]), torch.tensor([1, 0, 1]))
+    torch.testing.assert_close(mixed[[0, 2]], masks[[0, 2], 0], atol=1e-5, rtol=2e-5)
+    assert (mixed[1] - masks[1, 0]).abs().max() > 1e-3
+    assert decoder(prompt[:0], tokens, torch.zeros(0, dtype=torch.long)).shape == (0, 24, 24)
+
+
+@torch.no_grad()
+def test_points_boxes_and_masks_become_sams_prompts() -> None:
+    meta, given, wanted = load(GOLDEN / "sam_prompt_encoder.json")
+    encoder = sam_decoder(meta, fill_all(meta)).prompt_encoder
+    points, labels = torch.from_numpy(given["input.coords"])[:, None], torch.from_numpy(given["input.labels"])[:, None]
+    boxes, mask = torch.from_numpy(given["input.boxes"])[:, None], torch.from_numpy(given["input.mask"])
+    found = {
+        "output.sparse_points": encoder(points, labels, None, None)[0][:, 0],
+        "output.sparse_boxes": encoder(None, None, boxes, None)[0][:, 0],
+        "output.sparse_both": encoder(points, labels, boxes, None)[0][:, 0],
+        "output.dense_mask": encoder(None, None, None, mask)[1],
+    }
+    check(meta, wanted, {name: value.numpy() for name, value in found.items()})
+
+
+def test_bce_and_dice_are_lisas_with_their_gradient() -> None:
+    meta, given, wanted = load(GOLDEN / "lisa_mask_losses.json")
+    logits = [torch.from_numpy(given[f"input.pred_{k}"]).requires_grad_(k == 0) for k in (0, 1)]
+    targets = [torch.from_numpy(given[f"input.gt_{k}"]) for k in (0, 1)]
+    bce, dice = ([loss(x, y) for x, y in zip(logits, targets)] for loss in (mask_bce, mask_dice))
+    totals = torch.cat(bce).mean() * BCE_WEIGHT, torch.cat(dice).mean() * DICE_WEIGHT
+    sum(totals).backward()  # type: ignore[union-attr]
+    found = {
+        "output.bce_per_image": torch.stack([part.mean() for part in bce]),
+        "output.dice_per_image": torch.stack([part.mean() for part in dice]),
+        "output.mask_bce": totals[0][None],
+        "output.mask_dice": totals[1][None],
+        "output.grad_pred_0": logits[0].grad,
+    }
+    check(meta, wanted, {name: value.detach().numpy() for name, value in found.items()})
+
+
+def test_ciou_and_giou_are_lisas() -> None:
+    meta, given, wanted = load(GOLDEN / "lisa_giou_ciou.json")
+    metric, items = build_metric("mask_iou"), []
+    for k in range(4):
+        for logits, target in zip(given[f"input.pred_{k}"], given[f"input.gt_{k}"]):
+            items.append(Scored(f"{k}", metric.score(logits, target, {}), target))
+    found = metric.aggregate(items)
+    parts = [item.score.parts for item in items]
+    assert sum(p["intersection"] for p in parts) == wanted["output.intersection"][1]
+    assert sum(p["union"] for p in parts) == wanted["output.union"][1]
+    check(
+        meta,
+        {name: wanted[name] for name in ("output.giou", "output.ciou")},
+        {"output.giou": [found["giou"] / 100], "output.ciou": [found["ciou"] / 100]},
+    )
+    one = [np.mean([i.value for i in items if i.id == str(k)]) for k in range(4)]
+    np.testing.assert_allclose(one, wanted["output.per_image_iou"][:, 1], atol=1e-6)
+
+
+def test_a_reasonseg_annotation_is_painted_as_its_authors_paint_it() -> None:
+    meta, _, wanted = load(GOLDEN / "reasonseg_mask.json")
+    annotation = json.loads(meta["text_inputs"]["json"][0])
+    mask = reasonseg_mask(annotation, (meta["ctor"]["height"], meta["ctor"]["width"]))
+    check(meta, {"output.mask": wanted["output.mask"]}, {"output.mask": mask})
+    check(meta, {"output.target": wanted["output.target"]}, {"output.target": mask == 1})
+
+
+@torch.no_grad()
+def test_an_sam_encoder_of_this_toolkit_gives_sams_neck() -> None:
+    from mllm.encoders.catalogue import build_encoder, encoder_config
+
+    meta, given, wanted = load(GOLDEN / "sam_image_encoder.json")
+    sizes = meta["ctor"]
+    architecture = {
+        "model_type": "sam_vision_model", "hidden_size": sizes["embed_dim"], "output_channels": sizes["out_chans"],
+        "num_hidden_layers": sizes["depth"], "num_attention_heads": sizes["num_heads"], "image_size": sizes["img_size"],
+        "patch_size": sizes["patch_size"], "window_size": sizes["window_size"], "global_attn_indexes": sizes["global_attn_indexes"],
+        "mlp_dim": 96, "mlp_ratio": 4.0,
+    }  # fmt: skip
+    config = {"type": "hf", "architecture": architecture, "image_size": 64, "layers": [-1], "final_norm": True}
+    encoder = build_encoder(encoder_config(config, where="encoder")).eval()
+    names = {
+        "patch_embed.proj.": "patch_embed.projection.", "blocks.": "layers.", ".norm1.": ".layer_norm1.", ".norm2.": ".layer_norm2.",
+        "neck.0.": "neck.conv1.", "neck.1.": "neck.layer_norm1.", "neck.2.": "neck.conv2.", "neck.3.": "neck.layer_norm2.",
+    }  # fmt: skip
+    tensors = {}
+    for name, value in fill_all(meta).items():
+        for former, present in names.items():
+            name = name.replace(former, present)
+        tensors[name] = torch.from_numpy(value)
+    encoder.model.load_state_dict(tensors)
+    features = encoder(torch.from_numpy(given["input.image"]))
+    maps = features.tokens.transpose(1, 2).unflatten(2, features.grid)
+    check(meta, wanted, {"output.embedding": maps.numpy()})
