@@ -13,6 +13,17 @@ gc.set_threshold(50_000, 20, 20)  # imports are a large part of the time that te
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Grouped tests share an engine that one worker starts; a pytest that xdist cannot rename tests in would start it in each."""
+    if getattr(config.option, "loadgroup", False):
+        for item in items:
+            if item.get_closest_marker("xdist_group") is not None and "@" not in item.nodeid:
+                raise pytest.UsageError(
+                    f"pytest {pytest.__version__}: xdist's groups have no effect; see pyproject.toml"
+                )
+
+
 @pytest.fixture(autouse=True)
 def no_launcher_variables_left_behind() -> Iterator[None]:
     """accelerate, transformers and DeepSpeed take these for "I am one of several processes" and wait for the others."""
