@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mllm.cli import arguments, evaluate_files, evaluate_studies
+from mllm.cli import arguments, evaluate_files, evaluate_studies, evaluate_watch
 from mllm.cli.evaluate_studies import Data, folders, listed
 
 
@@ -160,4 +160,5 @@ def add_to(app: typer.Typer) -> None:
     """Register the group."""
     evaluate_studies.add_to(evaluation)
     evaluate_files.add_to(evaluation)
+    evaluate_watch.add_to(evaluation)
     app.add_typer(evaluation, name="eval")

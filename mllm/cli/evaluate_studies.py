@@ -31,11 +31,11 @@ def listed(text: str | None) -> list[str] | None:
     return names or None
 
 
-def _say(text: str) -> None:
+def say_aloud(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def _finish(study: Any, folder: Path) -> None:
+def finish(study: Any, folder: Path) -> None:
     """Print the study and put it into the folder's report, when there is a run to report."""
     from mllm.eval.predictions import iterate_files
     from mllm.eval.run import report_again
@@ -99,9 +99,9 @@ def ablate(
         dtype=dtype,
         device=device,
         resume=resume,
-        say=_say,
+        say=say_aloud,
     )
-    _finish(study, folder)
+    finish(study, folder)
 
 
 def stress(
@@ -133,9 +133,17 @@ def stress(
 
     folder = output or scores or Path("runs/stress")
     study = run_stress(
-        tasks, folder, data=folders(data), limit=limit, folds=folds, trees=trees, seed=seed, scores=scores, say=_say
+        tasks,
+        folder,
+        data=folders(data),
+        limit=limit,
+        folds=folds,
+        trees=trees,
+        seed=seed,
+        scores=scores,
+        say=say_aloud,
     )
-    _finish(study, folder)
+    finish(study, folder)
 
 
 def contamination(
@@ -194,7 +202,7 @@ def contamination(
         limit=limit,
         threads=threads,
     )
-    _finish(study, folder)
+    finish(study, folder)
 
 
 def judge(
@@ -258,10 +266,10 @@ def judge(
         batch_size=batch_size,
         dtype=dtype,
         device=device,
-        say=_say,
+        say=say_aloud,
     )
     if study is not None:
-        _finish(study, folder)
+        finish(study, folder)
 
 
 def add_to(group: typer.Typer) -> None:

@@ -91,6 +91,21 @@ def evaluate(
     return results
 
 
+def evaluate_data(
+    generator: Generator,
+    data: TaskData,
+    output_dir: str | Path,
+    *,
+    cache: AnswerCache | None = None,
+    resume: bool = True,
+    progress: bool = True,
+) -> TaskResult:
+    """`evaluate` for one task's samples that are loaded already (and perhaps changed: then with their own ``data_hash``)."""
+    result = _run(generator, data, Path(output_dir), None, resume, cache, 0, 1, 0, progress)
+    assert result is not None  # rank 0 always has one
+    return result
+
+
 def _prior(data: TaskData, folder: Path, place: Mapping[str, str | Path] | None) -> TaskResult:
     """The commonest answer of each question's kind, scored and written like a model's."""
     metrics = data.task.build_metrics()
