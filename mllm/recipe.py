@@ -29,12 +29,17 @@ class LanguageModelSpec(StrictModel):
     without it, a model from scratch."""
     tokenizer: str | None = None
     """Hub id or local path; default ``source``."""
+    modality_switch: bool = False
+    """Weights of their own for visual tokens in every layer, copies of the text's at the start (EVEv2)."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> LanguageModelSpec:
         if self.source is None and self.config is None:
             raise ValueError("give source (hub id or path), config (an architecture from scratch), or both")
         return self
+
+
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
 class ModelSpec(StrictModel):
@@ -45,7 +50,8 @@ class ModelSpec(StrictModel):
     """Your name → a shipped entry (`mllm list encoders`), or ``{preset: entry, …changes}``, or a whole config."""
     connector: dict[str, Any] | None = None
     views: dict[str, Any] | None = None
-    """How a picture is looked at: ``{type: single}`` (the default: once, as a whole) or ``{type: tiles, …}``."""
+    """How a picture is looked at: ``{type: single}`` (the default: once, as a whole), ``tiles``, ``dual_perspective`` or
+    ``native`` (at its own aspect ratio; without encoders the connector is given the patches themselves)."""
     router: dict[str, Any] | None = None
     visual_tokenizer: dict[str, Any] | None = None
     """What the model draws with: ``{encoder: name}`` (the tokenizer of that encoder), or ``{weights: folder}`` of a saved
@@ -83,11 +89,21 @@ class ModelSpec(StrictModel):
 
     @model_validator(mode="after")
     def _joined(self) -> ModelSpec:
+        if not self.encoders and self.connector is not None and (self.views or {}).get("type") == "native":
+            side = int((self.views or {}).get("patch_size", 32))
+            self.encoders = {
+                "patches": {
+                    "type": "raw_patches",
+                    "patch_size": side,
+                    "image_size": side * max(448 // side, 1),
+                    **IMAGENET,
+                }
+            }
         if self.encoders and self.connector is None:
             raise ValueError("encoders are given but no connector; add e.g. connector: {type: mlp}")
         if self.connector is not None and not self.encoders:
             raise ValueError(
-                "a connector is given but no encoder; add one, or {type: raw_patches} for an encoder-free model"
+                "a connector is given but no encoder; add one, or views: {type: native} for an encoder-free model"
             )
         if self.views is not None and self.connector is None:
             raise ValueError("views are given but no connector; add encoders and e.g. connector: {type: mlp}")

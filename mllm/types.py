@@ -31,6 +31,8 @@ class ImageSpec(StrictModel):
     """squash: to height × width, aspect ratio lost. letterbox: fit inside, pad with the mean colour. crop: shorter side
     to size, centre crop."""
     interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"] = "bicubic"
+    patch: int | None = Field(default=None, gt=0)
+    """Side in pixels of the square that one token is made of, for encoders that take any grid of them (views native)."""
 
 
 class EncoderInfo(StrictModel):
@@ -45,6 +47,15 @@ class EncoderInfo(StrictModel):
     """P: class and register tokens returned beside the patches (0 when dropped)."""
     in_place: bool = True
     """A cell of the grid shows that place of the image; False for tokens that gather from all of it."""
+    leading: int = 0
+    """Tokens of the sequence before the map (EVE's class token); unlike a prefix, they are visual tokens."""
+    row_ends: bool = False
+    """A token closes every row of the map (EVE's split token)."""
+
+    @property
+    def num_tokens(self) -> int:
+        """N: tokens of one image."""
+        return self.leading + self.grid[0] * (self.grid[1] + self.row_ends)
 
 
 class WeightsSource(StrictModel):
@@ -74,6 +85,11 @@ class ViewLayout(StrictModel):
     """A cell of the grid shows that place of the view, so that the maps of neighbouring views can be laid side by side."""
     joins_perspectives: bool = False
     """The connector makes one map of all ``dual_perspective`` views of a visual."""
+    leading: int = 0
+    """Tokens before the map (included in ``num_tokens``)."""
+    cell: int | None = None
+    """Views native: cell × cell tokens of the encoder become one; 0: the number is always ``num_tokens``. None: the connector
+    takes one grid only."""
 
 
 ImageLayout = ViewLayout
@@ -87,7 +103,7 @@ class Block:
     num_tokens: all of them, separators included; grid: (time, rows, columns) of those that carry position; row_separators:
     a learned token closes every row; newlines: it is the visual's own one, not the connector's; view: the first view that
     the map is taken from; tiles: (rows, columns) of views laid side by side; corner: the (row, column) of their joined map
-    where the block begins; ids: the vocabulary's tokens, for a block of these.
+    where the block begins; ids: the vocabulary's tokens, for a block of these; leading: tokens before the map, in ``num_tokens``.
     """
 
     num_tokens: int
@@ -98,6 +114,7 @@ class Block:
     tiles: Grid = (1, 1)
     corner: Grid = (0, 0)
     ids: tuple[int, ...] = ()
+    leading: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,7 +124,8 @@ class VisualLayout:
     num_views: views that the connector joins; fewer: encoder → how many of them it has itself, where that is not all;
     tiles: (rows, columns) of tiles among the views; thumbnail: which view is the whole picture; corners: of each tile, what
     it shows of the picture, as (top, left, bottom, right) from 0 to 1 (beyond it where it is padded); perspectives: n, where
-    the views are n × n crops, n × n strided pictures and a thumbnail.
+    the views are n × n crops, n × n strided pictures and a thumbnail; patches: (rows, columns) of the encoders' tokens, where
+    the picture is seen at its own aspect (views native) and pixels come as patches.
     """
 
     blocks: tuple[Block, ...]
@@ -117,9 +135,12 @@ class VisualLayout:
     thumbnail: int | None = None
     corners: tuple[Box, ...] = ()
     perspectives: int = 0
+    patches: Grid | None = None
 
     def rows_of(self, encoder: str) -> int:
-        """Rows of an encoder's pixels that belong to the visual."""
+        """Rows of an encoder's pixels that belong to the visual: its views, or its patches."""
+        if self.patches is not None:
+            return self.patches[0] * self.patches[1]
         return dict(self.fewer).get(encoder, self.num_views)
 
     @property
@@ -151,7 +172,7 @@ class VisualLayout:
         for start, block in self.starts():
             if block.row_separators:
                 time, rows, columns = block.grid
-                places += [start + (row + 1) * (columns + 1) - 1 for row in range(time * rows)]
+                places += [start + block.leading + (row + 1) * (columns + 1) - 1 for row in range(time * rows)]
         return tuple(places)
 
     @property
@@ -172,14 +193,16 @@ class VisualLayout:
 class VisionFeatures:
     """Features of B images from one encoder, raster order.
 
-    tokens: ``(B, N, D)`` with ``N == rows * cols``; prefix: ``(B, P, D)`` or None; attention: last block's attention
-    ``(B, heads, P + N, P + N)`` when asked for.
+    tokens: ``(B, N, D)`` with ``N == rows * cols`` (`EncoderInfo.num_tokens` where there are others beside the map); prefix:
+    ``(B, P, D)`` or None; attention: last block's attention ``(B, heads, P + N, P + N)`` when asked for; grids: of every image,
+    where these differ (views native): tokens are ``(1, ΣN, D)`` then, image after image.
     """
 
     tokens: Tensor
     grid: Grid
     prefix: Tensor | None = None
     attention: Tensor | None = None
+    grids: tuple[Grid, ...] | None = None
 
 
 @dataclass

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mllm.config import StrictModel
-from mllm.connectors.joining import join_views, spread_views
-from mllm.types import EncoderInfo, Routing, ViewLayout, VisionFeatures, VisualLayout
+from mllm.connectors.joining import close_rows, join_views, spread_views
+from mllm.errors import AlignmentError
+from mllm.types import EncoderInfo, Grid, Routing, ViewLayout, VisionFeatures, VisualLayout
 
 
 class ConnectorConfig(StrictModel):
@@ -36,6 +37,9 @@ class Connector(nn.Module):
         super().__init__()
         self.config, self.encoders, self.width = config, dict(encoders), width
         self.register_parameter("newline", None)
+        self.register_parameter("opening", None)
+        self.opening: nn.Parameter | None
+        """``(L,)``: stands before a visual, for views that ask for it (`add_opening`)."""
         self.newline: nn.Parameter | None
         """``(L,)``: closes the rows of a visual that is seen in several views, for views that ask for it (`add_newline`)."""
 
@@ -52,6 +56,11 @@ class Connector(nn.Module):
         """How many tokens one view becomes. Pure arithmetic. Raises `ConfigError` when an encoder's grid does not
         fit."""
         raise NotImplementedError
+
+    @classmethod
+    def native_cell(cls, config: Any) -> int | None:
+        """For views native, `ViewLayout.cell`; None for a connector that is built for one grid."""
+        return None
 
     @classmethod
     def attention_from(cls, config: Any, encoders: Mapping[str, EncoderInfo]) -> dict[str, int]:
@@ -74,8 +83,9 @@ class Connector(nn.Module):
             reset = getattr(module, "reset_parameters", None)
             if module is not self and reset is not None:
                 reset()
-        if self.newline is not None:
-            nn.init.normal_(self.newline, std=1 / math.sqrt(self.width))
+        for token in (self.newline, self.opening):
+            if token is not None:
+                nn.init.normal_(token, std=1 / math.sqrt(self.width))
         if self.config.zero_init_output:
             for layer in self.output_layers():
                 for parameter in layer.parameters(recurse=False):
@@ -85,6 +95,11 @@ class Connector(nn.Module):
         """Give the connector a learned newline token (LLaVA-NeXT's ``image_newline``)."""
         self.newline = nn.Parameter(torch.empty(self.width))
         nn.init.normal_(self.newline, std=1 / math.sqrt(self.width))
+
+    def add_opening(self) -> None:
+        """Give the connector a learned token that stands before a visual (EVEv2's class token)."""
+        self.opening = nn.Parameter(torch.empty(self.width))
+        nn.init.normal_(self.opening, std=1 / math.sqrt(self.width))
 
     def forward(
         self,
@@ -97,10 +112,42 @@ class Connector(nn.Module):
         view each) → the visuals' tokens ``(ΣM, L)``, one visual after another."""
         if layouts is None:
             return self.view_tokens(features, routing, text).flatten(0, 1)
+        if any(layout.patches is not None for layout in layouts):
+            return self._native_tokens(features, layouts, routing, text)
         features = spread_views(features, layouts)
         routing, text = _per_view(layouts, routing, text)
         tokens = self.view_tokens(features, routing, text)
         return join_views(tokens, layouts, self.layout(self.config, self.encoders), self.newline)
+
+    def _native_tokens(
+        self,
+        features: Mapping[str, VisionFeatures],
+        layouts: Sequence[VisualLayout],
+        routing: Routing | None,
+        text: Tensor | None,
+    ) -> Tensor:
+        """Visuals that have grids of their own: those with the same one are joined together, and told apart again."""
+        grids = [layout.patches or (0, 0) for layout in layouts]
+        infos, parts = self.encoders, {}
+        for name, found in features.items():
+            if found.grids != tuple(grids):
+                raise AlignmentError(
+                    f"features of encoder {name!r} lie on {found.grids}, the visuals on {tuple(grids)}"
+                )
+            parts[name] = found.tokens[0].split([_of_grid(infos[name], grid).num_tokens for grid in grids])
+        tokens: list[Tensor] = [next(iter(features.values())).tokens] * len(layouts)
+        for grid in dict.fromkeys(grids):
+            members = [number for number, other in enumerate(grids) if other == grid]
+            self.encoders = {name: _of_grid(info, grid) for name, info in infos.items()}
+            try:
+                own = {n: VisionFeatures(torch.stack([rows[m] for m in members]), grid) for n, rows in parts.items()}
+                made = self.view_tokens(own, routing, None if text is None else text[members])
+            finally:
+                self.encoders = infos
+            for number, part in zip(members, made):
+                map_block = max(layouts[number].blocks, key=lambda block: block.num_tokens * (not block.ids))
+                tokens[number] = close_rows(part, map_block, self.newline, self.opening)
+        return torch.cat(tokens)
 
     def view_tokens(
         self, features: Mapping[str, VisionFeatures], routing: Routing | None = None, text: Tensor | None = None
@@ -108,6 +155,10 @@ class Connector(nn.Module):
         """features of V views by encoder name → ``(V, M, L)``; text ``(V, L)``: the question's summary, for connectors
         that look at it. V = 0 is legal. An expert that no view of the batch uses may be absent from ``features``."""
         raise NotImplementedError
+
+
+def _of_grid(info: EncoderInfo, grid: Grid) -> EncoderInfo:
+    return info.model_copy(update={"grid": grid})
 
 
 def _per_view(

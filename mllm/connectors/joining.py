@@ -76,6 +76,17 @@ def _spread(found: VisionFeatures, layouts: Sequence[VisualLayout]) -> VisionFea
     return VisionFeatures(tokens, found.grid, prefix)
 
 
+def close_rows(tokens: Tensor, block: Block, newline: Tensor | None, opening: Tensor | None) -> Tensor:
+    """A map's tokens ``(N, L)`` with the visual's own learned tokens: ``opening`` before it, ``newline`` behind every row."""
+    if block.newlines and newline is not None:
+        rows = tokens[block.leading - (opening is not None) :].unflatten(0, (block.grid[1], block.grid[2]))
+        ends = newline.to(tokens.dtype).expand(rows.shape[0], 1, -1)
+        tokens = torch.cat([rows, ends], dim=1).flatten(0, 1)
+    if opening is not None:
+        tokens = torch.cat([opening.to(tokens.dtype)[None], tokens])
+    return tokens
+
+
 def source(block: Block, view: ViewLayout) -> Tensor:
     """For every token of a block, its place among the tokens of the block's views, end to end; `NEWLINE` for a row's end."""
     rows, columns = view.grid

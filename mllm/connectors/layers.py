@@ -240,7 +240,7 @@ def read_features(
     batch = first.shape[0]
     for name, tokens in found.items():
         info = encoders[name]
-        expected = (batch, info.grid[0] * info.grid[1], info.width)
+        expected = (batch, info.num_tokens, info.width)
         if tuple(tokens.shape) != expected or tuple(features[name].grid) != tuple(info.grid):
             raise AlignmentError(
                 f"features of encoder {name!r} have shape {tuple(tokens.shape)} on grid {shown(features[name].grid)}, "
@@ -252,7 +252,7 @@ def read_features(
     for name, info in encoders.items():
         if name not in found:
             _check_absent(name, routing)
-            found[name] = first.new_zeros(batch, info.grid[0] * info.grid[1], info.width)
+            found[name] = first.new_zeros(batch, info.num_tokens, info.width)
         result[name] = found[name]
     return result
 

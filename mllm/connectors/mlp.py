@@ -42,8 +42,14 @@ class MlpConnector(Connector):
 
     @classmethod
     def layout(cls, config: Any, encoders: Mapping[str, EncoderInfo]) -> ViewLayout:
-        grid = encoders[single(f"connector {config.type}", encoders)].grid
-        return ViewLayout(num_tokens=grid[0] * grid[1], grid=grid)
+        info = encoders[single(f"connector {config.type}", encoders)]
+        return ViewLayout(
+            num_tokens=info.num_tokens, grid=info.grid, row_separators=info.row_ends, leading=info.leading
+        )
+
+    @classmethod
+    def native_cell(cls, config: Any) -> int | None:
+        return 1
 
     @classmethod
     def tiny(cls) -> tuple[dict[str, Any], dict[str, EncoderInfo], int]:

@@ -61,6 +61,10 @@ class PixelShuffleConnector(Connector):
         return ViewLayout(num_tokens=rows * cols, grid=(rows, cols))
 
     @classmethod
+    def native_cell(cls, config: PixelShuffleConfig) -> int | None:
+        return config.factor
+
+    @classmethod
     def tiny(cls) -> tuple[dict[str, Any], dict[str, EncoderInfo], int]:
         info = EncoderInfo(image=ImageSpec(height=16, width=24), grid=(4, 6), width=5)
         return {"type": "pixel_shuffle"}, {"vision": info}, 8

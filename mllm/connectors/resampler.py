@@ -114,6 +114,10 @@ class ResamplerConnector(Connector):
         return ViewLayout(num_tokens=grid[0] * grid[1], grid=grid, in_place=False)
 
     @classmethod
+    def native_cell(cls, config: ResamplerConfig) -> int | None:
+        return 0
+
+    @classmethod
     def tiny(cls) -> tuple[dict[str, Any], dict[str, EncoderInfo], int]:
         image = ImageSpec(height=16, width=16)
         encoders = {

@@ -9,6 +9,8 @@ ENCODERS: Registry = Registry(
         "timm": "mllm.encoders.timm:TimmEncoder",
         "hf": "mllm.encoders.hf:HfEncoder",
         "raw_patches": "mllm.encoders.raw_patches:RawPatches",
+        "eve": "mllm.encoders.eve:EveEncoder",
+        "patch_conv": "mllm.encoders.eve:PatchConvEncoder",
         "vary": "mllm.encoders.vary:VaryEncoder",
         "vggt": "mllm.encoders.vggt:VggtEncoder",
         "biformer": "mllm.encoders.backbones.biformer:BiFormerEncoder",

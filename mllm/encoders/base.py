@@ -89,6 +89,7 @@ class VisionEncoder(nn.Module):
     def forward(
         self, pixels: Tensor, *, scene_ids: Tensor | None = None, return_attention: bool = False
     ) -> VisionFeatures:
-        """pixels ``(B, 3, H, W)`` already resized and normalised → features. B = 0 is legal. scene_ids ``(B,)``:
-        images with the same id show one scene (multi-view encoders use it, others ignore it)."""
+        """pixels ``(B, 3, H, W)`` already resized and normalised → features. B = 0 is legal. scene_ids ``(B,)``: images with the
+        same id show one scene (multi-view encoders use it, others ignore it). An encoder whose ``info.image.patch`` is set takes
+        ``grids`` too: pixels are then patches ``(ΣN, 3 p²)`` of images with these grids."""
         raise NotImplementedError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -32,11 +33,15 @@ from mllm.encoders.library import (
     LibraryEncoder,
     find_blocks,
     map_to_tokens,
+    merge_layers,
     take_layers,
 )
+from mllm.encoders.packed import packed
 from mllm.encoders.weights import load_exactly
 from mllm.errors import ConfigError, UnavailableError
-from mllm.types import ImageSpec, VisionFeatures
+from mllm.types import Grid, ImageSpec, VisionFeatures
+
+_NATIVE = "siglip2_vision_model"
 
 
 class HfConfig(ImageEncoderConfig):
@@ -110,7 +115,9 @@ class HfEncoder(LibraryEncoder):
     @classmethod
     def default_image(cls, config: Any) -> ImageSpec:
         normalised = config.mean is not None and config.std is not None
-        return published_image(vision_config(config.architecture), normalised=normalised)
+        full = vision_config(config.architecture)
+        image = published_image(full, normalised=normalised)
+        return image.model_copy(update={"patch": full.patch_size}) if full.model_type == _NATIVE else image
 
     @classmethod
     def build(cls, config: Any) -> nn.Module:
@@ -140,6 +147,33 @@ class HfEncoder(LibraryEncoder):
                 features = self._apply_final_norm(features)
             layers[count] = self._as_tokens(features, grid)
         return [layers[count] for count in self._counts]
+
+    def read_native(self, patches: Tensor, grids: Sequence[Grid]) -> VisionFeatures:
+        """SigLIP 2 on all images at once: rows lie end to end, and attention stays within an image."""
+        side, embeddings = self.model.config.patch_size, self.model.embeddings
+        if not grids:
+            return super().read_native(patches, grids)
+        # Its patches list a pixel's channels side by side.
+        x = embeddings.patch_embedding(patches.unflatten(1, (3, side * side)).transpose(1, 2).flatten(1))
+        square = (embeddings.position_embedding_size,) * 2
+        table = embeddings.position_embedding.weight.unflatten(0, square)
+        shapes = [torch.tensor([grid], device="cpu") for grid in grids]
+        places = [embeddings.resize_positional_embeddings(table, s, int(s.prod()))[0] for s in shapes]
+        captured: dict[str, Any] = {}
+        self._captured = captured
+        try:
+            with packed(self.model, [rows * columns for rows, columns in grids]):
+                self.model.encoder(inputs_embeds=(x + torch.cat(places))[None], attention_mask=None)
+        finally:
+            self._captured = None
+        layers = []
+        for count in self._counts:
+            tokens = captured[f"layer {count}"]
+            ends = count == self._depth and self.config.final_norm
+            layers.append(LayerOutput(self._apply_final_norm(tokens) if ends else tokens, (1, len(patches))))
+        features = merge_layers(layers, False)
+        features.grids = tuple(grids)
+        return features
 
     def read_layers_and_attention(self, pixels: Tensor) -> tuple[list[LayerOutput], Tensor]:
         """Runs the deepest block with HF's eager attention, the only one that hands out its weights."""

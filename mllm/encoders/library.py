@@ -40,6 +40,7 @@ class ImageEncoderConfig(EncoderConfig):
             std=self.std or default.std,
             resize=self.resize or default.resize,
             interpolation=self.interpolation or default.interpolation,
+            patch=default.patch,
         )
 
 
@@ -203,9 +204,17 @@ class LibraryEncoder(VisionEncoder):
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
     def forward(
-        self, pixels: Tensor, *, scene_ids: Tensor | None = None, return_attention: bool = False
+        self,
+        pixels: Tensor,
+        *,
+        scene_ids: Tensor | None = None,
+        return_attention: bool = False,
+        grids: Sequence[Grid] | None = None,
     ) -> VisionFeatures:
         info = self.config.info
+        if grids is not None:
+            check_patches(pixels, grids, info.image, self.config.type)
+            return self.read_native(pixels.to(self.dtype), grids)
         check_pixels(pixels, info.image, self.config.type)
         pixels = pixels.to(self.dtype)
         if pixels.shape[0] == 0:
@@ -217,6 +226,19 @@ class LibraryEncoder(VisionEncoder):
         features = merge_layers(outputs, self.config.keep_prefix)
         features.attention = attention
         return features
+
+    def read_native(self, patches: Tensor, grids: Sequence[Grid]) -> VisionFeatures:
+        """Features of images that have grids of their own, from patches ``(ΣN, 3 p²)``. Images with the same one run as one batch;
+        none is padded."""
+        counts = [rows * columns for rows, columns in grids]
+        parts, found = patches.split(counts), [patches[:0]] * len(grids)
+        for grid in dict.fromkeys(grids):
+            members = [number for number, other in enumerate(grids) if other == grid]
+            pixels = from_patches(torch.cat([parts[m] for m in members]), grid, self.config.info.image.patch)
+            for member, tokens in zip(members, merge_layers(self.read_layers(pixels), False).tokens):
+                found[member] = tokens
+        tokens = torch.cat(found)[None] if found else patches.new_zeros(1, 0, self.config.info.width)
+        return VisionFeatures(tokens, (1, tokens.shape[1]), grids=tuple(grids))
 
     def read_layers_and_attention(self, pixels: Tensor) -> tuple[list[LayerOutput], Tensor]:
         """`read_layers` and the attention of the deepest block that runs."""
@@ -257,6 +279,23 @@ def _as_config_error(what: str) -> Iterator[None]:
         raise
     except (RuntimeError, ValueError, AssertionError, TypeError, NotImplementedError) as error:
         raise ConfigError(f"{what} ({' '.join(str(error).split())[:300]})") from error
+
+
+def check_patches(patches: Tensor, grids: Sequence[Grid], image: ImageSpec, where: str) -> None:
+    """Raise `ConfigError` unless patches are ``(ΣN, 3 p²)`` for images of these grids."""
+    side, count = image.patch, sum(rows * columns for rows, columns in grids)
+    if side is None:
+        raise ConfigError(f"{where} encoder: takes {image.height} × {image.width} pixels only, not patches of any grid")
+    if tuple(patches.shape) != (count, 3 * side * side):
+        raise ConfigError(
+            f"{where} encoder: expected patches ({count}, {3 * side * side}) for {len(grids)} images, got {tuple(patches.shape)}"
+        )
+
+
+def from_patches(patches: Tensor, grid: Grid, side: int) -> Tensor:
+    """Patches ``(B · rows · columns, 3 p²)``, each channel by channel → pixels ``(B, 3, rows · p, columns · p)``."""
+    cells = patches.reshape(-1, *grid, 3, side, side)
+    return cells.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, grid[0] * side, grid[1] * side)
 
 
 def check_pixels(pixels: Tensor, image: ImageSpec, where: str) -> None:

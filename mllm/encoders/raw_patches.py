@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
 from mllm.encoders.base import EncoderConfig, VisionEncoder
-from mllm.encoders.library import ImageEncoderConfig, check_pixels
+from mllm.encoders.library import ImageEncoderConfig, check_patches, check_pixels
 from mllm.errors import CheckpointError, ConfigError, UnavailableError
-from mllm.types import EncoderInfo, ImageSpec, VisionFeatures
+from mllm.types import EncoderInfo, Grid, ImageSpec, VisionFeatures
 
 
 class RawPatchesConfig(ImageEncoderConfig):
@@ -43,6 +44,7 @@ class RawPatches(VisionEncoder):
             raise ConfigError(f"layers: raw_patches has no blocks, so layers stays [-1] (got {config.layers})")
         if config.keep_prefix:
             raise ConfigError("keep_prefix: raw_patches has no class or register tokens; remove the key")
+        image = image.model_copy(update={"patch": size})
         info = EncoderInfo(image=image, grid=(image.height // size, image.width // size), width=3 * size * size)
         return config.model_copy(update={"info": info})
 
@@ -53,11 +55,19 @@ class RawPatches(VisionEncoder):
         return []
 
     def forward(
-        self, pixels: Tensor, *, scene_ids: Tensor | None = None, return_attention: bool = False
+        self,
+        pixels: Tensor,
+        *,
+        scene_ids: Tensor | None = None,
+        return_attention: bool = False,
+        grids: Sequence[Grid] | None = None,
     ) -> VisionFeatures:
         if return_attention:
             raise UnavailableError("return_attention: raw_patches has no attention")
         info, size = self.config.info, self.config.patch_size
+        if grids is not None:
+            check_patches(pixels, grids, info.image, self.config.type)
+            return VisionFeatures(pixels[None], (1, len(pixels)), grids=tuple(grids))
         check_pixels(pixels, info.image, self.config.type)
         rows, cols = info.grid
         patches = pixels.reshape(pixels.shape[0], 3, rows, size, cols, size).permute(0, 2, 4, 1, 3, 5)

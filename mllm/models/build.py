@@ -24,6 +24,7 @@ from mllm.heads.codes.build import empty_tokenizer, tokenizer_settings, visual_s
 from mllm.heads.segmentation.build import segment_spec
 from mllm.hub import hub_reason
 from mllm.models.configuration_mllm import MllmConfig, language_model_config
+from mllm.models.modality import install_switch
 from mllm.models.modeling_mllm import MllmForConditionalGeneration, language_model_left_out
 from mllm.models.stops import set_stops
 from mllm.models.text_source import begins_every_text, dense_options, opened_by
@@ -86,13 +87,29 @@ def build_config(spec: ModelSpec, *, image_token_id: int | None = None, tokenize
         text_config=text,
         encoders=encoders,
         connector=connector,
-        views=None if spec.views is None else views_config(spec.views),
+        views=_views_with_ids(spec.views, tokenizer, text.vocab_size + 1),
         router=router,
         visual_tokenizer=visual_tokenizer,
         heads=heads,
         image_token_id=text.vocab_size if image_token_id is None else image_token_id,
         lm_head_bias=_head_has_bias(text),
+        modality_switch=spec.language_model.modality_switch,
     )
+
+
+def _views_with_ids(value: Any, tokenizer: Any, first_free: int) -> Any:
+    """The views' config with the ids of the vocabulary's tokens that it writes (added where they are missing; made up where
+    there is no tokenizer yet)."""
+    if value is None:
+        return None
+    config = views_config(value)
+    kind = VIEWS.get(config.type)
+    names = list(kind.marks(config).values())
+    if tokenizer is None:
+        return kind.with_ids(config, lambda name: first_free + names.index(name))
+    for name in names:
+        add_image_token(tokenizer, name)
+    return kind.with_ids(config, tokenizer.convert_tokens_to_ids)
 
 
 def check_views(spec: ModelSpec, encoders: dict[str, Any]) -> None:
@@ -110,6 +127,8 @@ def check_views(spec: ModelSpec, encoders: dict[str, Any]) -> None:
             f"model.views: a language_model router asks with whole pictures, not {views.type}; use {{type: gate}}, or leave "
             "views out"
         )
+    if kind.native and spec.router is not None:
+        raise ConfigError("model.router: experts take pictures of one size, not views native; leave one of the two out")
     codes = [name for name, config in encoders.items() if config.type == "visual_tokenizer"]
     if codes:
         raise ConfigError(
@@ -340,6 +359,8 @@ def read_language_model(
     source.config.name_or_path = ""
     model.config.text_config = source.config  # transformers gave the modules a copy of it
     model.model.language_model = decoder.train(model.training)
+    if model.config.modality_switch:
+        model.model.visual_places = install_switch(decoder)
     model.lm_head.load_state_dict(head.state_dict(), assign=True)
     model.tie_weights()
 

@@ -33,6 +33,7 @@ class MllmConfig(PreTrainedConfig):
     ``{"encoder": name}``, the tokenizer inside that encoder; heads: name → config of what answers besides text; visual_head: the
     former place of the one head, read as ``heads["visual_head"]``; views: the way of looking at a picture (None: once, as a
     whole);
+    modality_switch: every decoder layer has weights of its own for visual tokens;
     image_token_id: the placeholder's id; added_token_ids: first and one past the last id of tokens that the language model's
     source did not have (None: not known, or a model from scratch); plugins: the code of third parties that the checkpoint carries
     (`mllm.checkpoint_code`). The number of visual tokens is derived (`layout`), never stored.
@@ -55,6 +56,7 @@ class MllmConfig(PreTrainedConfig):
         visual_head: Any = None,
         image_token_id: int | None = None,
         lm_head_bias: bool = False,
+        modality_switch: bool = False,
         added_token_ids: Sequence[int] | None = None,
         plugins: Sequence[Mapping[str, Any]] = (),
         **kwargs: Any,
@@ -75,6 +77,7 @@ class MllmConfig(PreTrainedConfig):
         self.heads = {name: to_plain(head) for name, head in {**former, **(heads or {})}.items()}
         self.image_token_id = image_token_id
         self.lm_head_bias = lm_head_bias
+        self.modality_switch = modality_switch
         self.added_token_ids = None if added_token_ids is None else list(added_token_ids)
         self.plugins = [dict(entry) for entry in plugins]
         kwargs.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", False))

@@ -28,6 +28,7 @@ from mllm.heads.steps import head_losses, lay_targets
 from mllm.models.configuration_mllm import MllmConfig, head_settings
 from mllm.models.generation import MultimodalGenerationMixin
 from mllm.models.loss import linear_cross_entropy, without_placeholders
+from mllm.models.modality import VisualPlaces, install_switch
 from mllm.models.modeling_base import MllmModelOutput, MllmOutput, MllmPreTrainedModel
 from mllm.models.pipeline import EncoderBank, build_own_tokenizer, build_visual_parts, home_of
 from mllm.models.routing import routing_loss_of_step
@@ -60,6 +61,9 @@ class MllmModel(MllmPreTrainedModel):
         self.visual_tokenizer = build_own_tokenizer(config)
         with torch.device("meta") if _language_model_follows.get() else nullcontext():
             self.language_model = AutoModel.from_config(config.text_config)
+        self.visual_places: VisualPlaces | None = None
+        if config.modality_switch and not _language_model_follows.get():
+            self.visual_places = install_switch(self.language_model)
         tower = self.vision_tower
         parts = [self.multi_modal_projector, self.visual_tokenizer]
         parts += [] if tower is None else [tower.router, *tower.encoders.values()]
@@ -216,10 +220,11 @@ class MllmModel(MllmPreTrainedModel):
             return inputs_embeds
         infos = self.vision_tower.infos  # type: ignore[union-attr]
         size = next((info.image.height, info.image.width) for info in infos.values())
-        views = self.rules.layout(size).num_views
-        pixels = {
-            name: inputs_embeds.new_zeros(views, 3, info.image.height, info.image.width) for name, info in infos.items()
-        }
+        layout, pixels = self.rules.layout(size), {}
+        for name, info in infos.items():
+            one = (3, info.image.height, info.image.width)
+            one = one if layout.patches is None else (3 * (info.image.patch or 1) ** 2,)
+            pixels[name] = inputs_embeds.new_zeros(layout.rows_of(name), *one)
         routed = bool(self.vision_tower.experts)  # type: ignore[union-attr]
         question = torch.zeros(1, 1, dtype=torch.long, device=inputs_embeds.device) if routed else None
         sizes = torch.tensor([size]) if self.rules.needs_size else None
@@ -278,6 +283,11 @@ class MllmModel(MllmPreTrainedModel):
             self._refuse_orphans(input_ids, past_key_values)
             if self.training and torch.is_grad_enabled():
                 inputs_embeds = self._idle_pass(inputs_embeds)
+        if self.visual_places is not None:
+            seen = image_features is not None and len(image_features)
+            if seen and input_ids is None:
+                raise ConfigError("modality_switch: input_ids are needed to tell visual tokens; inputs_embeds do not")
+            self.visual_places.mask = input_ids == self.config.image_token_id if seen else None
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

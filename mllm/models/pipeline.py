@@ -144,6 +144,9 @@ class EncoderBank(nn.Module):
         if parameter is not None:
             codes = not pixels.is_floating_point() and hasattr(encoder, "tokenizer")  # stored codes in place of pixels
             pixels = pixels.to(home_of(parameter, pixels), None if codes else parameter.dtype)
+        if layouts is not None and any(layout.patches is not None for layout in layouts):
+            with fetched(encoder):
+                return encoder(pixels, grids=[layout.patches for layout in layouts])
         if layouts is not None and encoder.joins_views and not idle:
             scenes, places = _scenes(layouts, name)
             scenes, places = (part if chosen is None else part[chosen.to("cpu")] for part in (scenes, places))
@@ -284,8 +287,11 @@ def build_visual_parts(config: Any) -> tuple[EncoderBank | None, nn.Module | Non
     width = config.get_text_config().hidden_size
     bank = EncoderBank(config.encoders, config.router, text_width=width)
     connector = build_connector(connector_config(config.connector), bank.infos, width)
-    if config.layout_rules().newlines:
+    rules = config.layout_rules()
+    if rules.newlines:
         connector.add_newline()
+    if rules.opening:
+        connector.add_opening()
     bank.with_attention = frozenset(connector.attention_from(connector.config, bank.infos))
     return bank, connector
 

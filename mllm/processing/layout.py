@@ -43,8 +43,37 @@ def layout_rules(config: Any, encoders: Mapping[str, EncoderInfo]) -> LayoutRule
     images = {name: info.image for name, info in encoders.items()}
     if config.connector is None:
         return LayoutRules(ViewLayout(num_tokens=0, grid=(0, 0)), images)
-    view = view_layout(encoders, connector_config(config.connector))
-    return LayoutRules(view, images, views_config(getattr(config, "views", None)))
+    connector, views = connector_config(config.connector), views_config(getattr(config, "views", None))
+    view = view_layout(encoders, connector)
+    if VIEWS.get(views.type).native:
+        view = view.model_copy(update={"cell": _cell(connector, encoders)})
+    return LayoutRules(view, images, views)
+
+
+def _cell(connector: Any, encoders: Mapping[str, EncoderInfo]) -> int:
+    """`ViewLayout.cell` of a connector's config. Raises `ConfigError` where encoders or connector take one grid only."""
+    from mllm.connectors import CONNECTORS
+
+    for name, info in encoders.items():
+        if info.image.patch is None:
+            raise ConfigError(
+                f"model.views: native needs encoders whose positions fit any grid of patches; {name!r} takes "
+                f"{info.image.height} × {info.image.width} pixels only. Use siglip2 (type hf), unit, eve, patch_conv or raw_patches"
+            )
+    cell = CONNECTORS.get(connector.type).native_cell(connector)
+    if cell is None:
+        fitting = [name for name in CONNECTORS if CONNECTORS.get(name).native_cell(_tiny(name)) is not None]
+        raise ConfigError(
+            f"model.connector: {connector.type} takes one grid only, not views native; use {', '.join(fitting)}"
+        )
+    return cell
+
+
+def _tiny(name: str) -> Any:
+    from mllm.connectors import CONNECTORS
+    from mllm.connectors.build import connector_config
+
+    return connector_config(CONNECTORS.get(name).tiny()[0])
 
 
 @dataclass
@@ -69,6 +98,16 @@ class LayoutRules:
     def newlines(self) -> bool:
         """Whether the model has a learned newline token of its own."""
         return VIEWS.get(self.views.type).newlines(self.views, self.view)
+
+    @property
+    def opening(self) -> bool:
+        """Whether the model has a learned token of its own before a visual."""
+        return VIEWS.get(self.views.type).opening(self.views)
+
+    @property
+    def native(self) -> bool:
+        """Whether pixels come as patches."""
+        return VIEWS.get(self.views.type).native
 
     @property
     def _lead(self) -> ImageSpec:
@@ -100,6 +139,12 @@ class LayoutRules:
     def view_boxes(self, size: Size | None = None) -> dict[str, tuple[View, ...]]:
         """What each encoder sees of one visual."""
         size, kind = self._checked(size), VIEWS.get(self.views.type)
+        patches = self.layout(size).patches
+        if patches is not None:
+            whole_of = {
+                name: (patches[0] * (i.patch or 1), patches[1] * (i.patch or 1)) for name, i in self.images.items()
+            }
+            return {name: (View(at, at, patch=self.images[name].patch or 1),) for name, at in whole_of.items()}
         lead, whole = self._lead, kind.whole_only(self.views)
         return {
             name: (WHOLE,) if name in whole else kind.views(self.views, lead, image, size or (1, 1))
@@ -195,8 +240,10 @@ def visuals_of_rows(placeholders: Sequence[int], layouts: Sequence[VisualLayout]
 def token_cells(layout: VisualLayout, view: ViewLayout, number: int) -> dict[tuple[int, int], int]:
     """(row, column) of view ``number``'s own map → the place of its token among the visual's; cells that became none are
     absent. Empty where the connector keeps no map of the view."""
+    if layout.patches is not None:
+        return _native_cells(layout) if view.cell else {}
     rows, columns = view.grid
-    if rows * (columns + view.row_separators) != view.num_tokens:
+    if view.leading + rows * (columns + view.row_separators) != view.num_tokens:
         return {}
     cells: dict[tuple[int, int], int] = {}
     for start, block in layout.starts():
@@ -208,5 +255,17 @@ def token_cells(layout: VisualLayout, view: ViewLayout, number: int) -> dict[tup
         _, height, width = block.grid
         for r in range(max(0, -top), min(rows, height - top)):
             for c in range(max(0, -left), min(columns, width - left)):
-                cells[r, c] = start + (top + r) * (width + block.row_separators) + left + c
+                place = (top + r) * (width + block.row_separators) + left + c
+                cells[r, c] = start + block.leading + place
+    return cells
+
+
+def _native_cells(layout: VisualLayout) -> dict[tuple[int, int], int]:
+    """`token_cells` of a visual that is one map, perhaps with the vocabulary's tokens between its rows."""
+    cells: dict[tuple[int, int], int] = {}
+    for start, block in layout.starts():
+        for row in range(0 if block.ids else block.grid[1]):
+            for column in range(block.grid[2]):
+                place = block.leading + row * (block.grid[2] + block.row_separators) + column
+                cells[block.corner[0] + row, column] = start + place
     return cells

@@ -80,7 +80,7 @@ def check_shapes(name: str, case: Case) -> None:
     connector = _build(case)
     layout = type(connector).layout(connector.config, connector.encoders)
     rows, cols = layout.grid
-    total = rows * cols + rows * layout.row_separators
+    total = layout.leading + rows * cols + rows * layout.row_separators
     assert layout.num_tokens == total, f"layout says {layout.num_tokens} tokens, its grid and separators make {total}"
     for text in (True, False):
         got = tuple(_run(connector, 2, text=text).shape)

@@ -64,7 +64,7 @@ def check_description(config: EncoderConfig) -> None:
     """`describe` tells what `forward` gives: grid, N = rows × columns, width, prefix tokens."""
     info = ENCODERS.get(config.type).describe(config)
     features = _features(build_example(config), sample_pixels(config, 2))
-    want = (2, info.grid[0] * info.grid[1], info.width)
+    want = (2, info.num_tokens, info.width)
     have = tuple(features.tokens.shape)
     assert have == want, f"tokens are {have}, but describe promises {want} (grid {info.grid})"
     assert tuple(features.grid) == tuple(info.grid), f"forward's grid is {features.grid}, describe's {info.grid}"
@@ -104,7 +104,7 @@ def check_empty_batch(config: EncoderConfig) -> None:
     info = config.info
     assert info is not None
     features = _features(build_example(config), sample_pixels(config, 0))
-    want = (0, info.grid[0] * info.grid[1], info.width)
+    want = (0, info.num_tokens, info.width)
     assert tuple(features.tokens.shape) == want, f"an empty batch gives {tuple(features.tokens.shape)}, expected {want}"
 
 
@@ -182,13 +182,15 @@ def check_raster_order(config: EncoderConfig) -> None:
     encoder = build_example(config)
     pixels = sample_pixels(config, 1).requires_grad_()
     features = encoder(pixels)
-    rows, cols = features.grid
+    (rows, cols), info = features.grid, ENCODERS.get(config.type).describe(config)
     if rows < 2 or cols < 2:
         return
     height, width = pixels.shape[2] // rows, pixels.shape[3] // cols
     for row, col in ((0, cols - 1), (rows - 1, 0)):
         (gradient,) = torch.autograd.grad(
-            features.tokens[0, row * cols + col].square().sum(), pixels, retain_graph=True
+            features.tokens[0, info.leading + row * (cols + info.row_ends) + col].square().sum(),
+            pixels,
+            retain_graph=True,
         )
         energy = gradient[0, :, : rows * height, : cols * width].square().sum(0)
         energy = energy.reshape(rows, height, cols, width).sum((1, 3))

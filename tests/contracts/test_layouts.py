@@ -11,15 +11,16 @@ import torch
 from transformers import LlamaConfig
 
 from mllm.connectors import CONNECTORS
-from mllm.connectors.build import build_connector
+from mllm.connectors.build import build_connector, connector_config
+from mllm.errors import ConfigError
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.processing.chat import count_tokens, encode_sample
 from mllm.processing.image_processor import MllmImageProcessor
-from mllm.processing.layout import LayoutRules
+from mllm.processing.layout import LayoutRules, layout_rules
 from mllm.processing.processor import MllmProcessor
 from mllm.processing.views import VIEWS
 from mllm.testing.connectors import sample_features
-from mllm.types import IMAGE_MARK, Sample, Turn
+from mllm.types import IMAGE_MARK, Sample, Turn, VisionFeatures
 from tests.helpers import picture, tiny_tokenizer
 
 SIZES = [(1, 1), (1, 4000), (4000, 1), (64, 64), (37, 53), (53, 37), (16, 24), (7, 100), (240, 180), (11, 33)]
@@ -48,7 +49,7 @@ def of_vllm(processor: MllmProcessor, config: MllmConfig, inputs: Any) -> list[i
     )
     given = MultiModalKwargsItems.from_hf_inputs(inputs, served._get_mm_fields_config(inputs, {}))
     assert [len(row["pixel_values"].data) for row in given["image"]] == (
-        [layout.num_views for layout in served.info.rules.layouts(SIZES)]
+        [layout.rows_of(next(iter(config.encoders))) for layout in served.info.rules.layouts(SIZES)]
         if served.info.rules.needs_size
         else [3] * len(SIZES)
     )
@@ -56,10 +57,29 @@ def of_vllm(processor: MllmProcessor, config: MllmConfig, inputs: Any) -> list[i
     return [len(update.replacement(k)) for k in range(len(SIZES))]
 
 
+def native_features(encoders: dict[str, Any], layouts: list[Any]) -> dict[str, VisionFeatures]:
+    """Random features of visuals that have grids of their own."""
+    grids = tuple(layout.patches for layout in layouts)
+    count = sum(rows * columns for rows, columns in grids)
+    generator = torch.Generator().manual_seed(7)
+    return {
+        name: VisionFeatures(torch.randn(1, count, info.width, generator=generator), (1, count), grids=grids)
+        for name, info in encoders.items()
+    }
+
+
 @pytest.mark.parametrize("views", KINDS, ids=lambda spec: " ".join(map(str, spec.values())))
 @pytest.mark.parametrize("name", list(CONNECTORS))
 def test_processor_model_and_vllm_agree_on_every_visual(name: str, views: dict[str, Any], pictures: list[Any]) -> None:
     connector_spec, encoders, width = CONNECTORS.get(name).tiny()
+    native = views["type"] == "native"
+    if native:  # such encoders take patches
+        for key, info in encoders.items():
+            encoders[key] = info.model_copy(update={"image": info.image.model_copy(update={"patch": 4})})
+        if CONNECTORS.get(name).native_cell(connector_config(connector_spec)) is None:
+            with pytest.raises(ConfigError, match=f"model.connector: {name} takes one grid only"):
+                layout_rules(SimpleNamespace(connector=connector_spec, views=views), encoders)
+            return
     config = MllmConfig(
         text_config=LlamaConfig(hidden_size=width, num_attention_heads=1, vocab_size=300),
         encoders={key: {"type": "raw_patches", "info": info.model_dump(mode="json")} for key, info in encoders.items()},
@@ -88,20 +108,29 @@ def test_processor_model_and_vllm_agree_on_every_visual(name: str, views: dict[s
     assert int((encoded.input_ids == placeholder).sum()) == sum(expected) and encoded.num_images == len(SIZES)
     assert len(encoded.input_ids) == count_tokens(processor, sample, where="s")
     views_given = sum(layout.num_views for layout in layouts)
-    for key in processor.pixel_keys.values():
-        assert len(encoded.pixels[key]) == len(inputs[key]) == views_given
+    for encoder, key in processor.pixel_keys.items():
+        rows = sum(layout.rows_of(encoder) for layout in layouts)
+        assert len(encoded.pixels[key]) == len(inputs[key]) == rows
 
     connector = build_connector(config.connector, encoders, width).eval()
     if rules.newlines:
         connector.add_newline()
+    if rules.opening:
+        connector.add_opening()
     text = torch.randn(len(SIZES), width, generator=torch.Generator().manual_seed(1))
-    features = sample_features(type(connector), connector.config, encoders, views_given)
+    features = native_features(encoders, layouts) if native else None
+    features = features or sample_features(type(connector), connector.config, encoders, views_given)
     with torch.no_grad():
         tokens = connector(features, None, text, layouts)
     assert tuple(tokens.shape) == (sum(expected), width)
     if rules.needs_size:
-        last = sample_features(type(connector), connector.config, encoders, views_given)
+        last = native_features(encoders, layouts) if native else None
+        last = last or sample_features(type(connector), connector.config, encoders, views_given)
         for feature in last.values():
+            if feature.grids is not None:
+                count = feature.grids[-1][0] * feature.grids[-1][1]
+                feature.tokens, feature.grids = feature.tokens[:, -count:], feature.grids[-1:]
+                continue
             feature.tokens = feature.tokens[-layouts[-1].num_views :]
             feature.attention = None if feature.attention is None else feature.attention[-layouts[-1].num_views :]
         with torch.no_grad():

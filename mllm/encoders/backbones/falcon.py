@@ -240,7 +240,7 @@ class FalconEncoder(BackboneEncoder):
             places = torch.full((batch, 2), -1, device=device)
         elif not places.is_meta and int(places.max()) >= most:
             raise ConfigError(f"falcon encoder: tile {int(places.max()) + 1} of a row or column; max_tiles is {most}")
-        scenes = None if scene_ids is None else Scenes(scene_ids)
+        scenes = None if scene_ids is None or scene_ids.is_meta else Scenes(scene_ids)
         outputs, count = self.model(pixels, scenes, places), self.config.num_registers
         return [
             LayerOutput(outputs[k][:, -count:], (1, count)) for k in take_layers(self.config.layers, self.config.depth)

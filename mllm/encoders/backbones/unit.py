@@ -147,7 +147,7 @@ class UnitEncoder(BackboneEncoder):
     @classmethod
     def default_image(cls, config: Any) -> ImageSpec:
         side = config.patch_size * (448 // config.patch_size)
-        return ImageSpec(height=side, width=side, **CLIP)
+        return ImageSpec(height=side, width=side, patch=config.patch_size, **CLIP)
 
     @classmethod
     def build(cls, config: Any) -> Unit:

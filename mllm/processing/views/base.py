@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from mllm.config import StrictModel, validate
@@ -20,7 +20,8 @@ class View(NamedTuple):
     picture: (height, width) to which the picture is resized; canvas: (height, width) of the black plane it is laid on, with
     its (top, left) at ``place``; corner: (top, left) of what is cut out. Without ``canvas`` the view is the whole picture as
     the encoder's `ImageSpec` says. stride: only every so many-th row and column of the canvas is taken; as_spec: the picture
-    fills the canvas by the `ImageSpec`'s own way of resizing, where it is squashed to ``picture`` else.
+    fills the canvas by the `ImageSpec`'s own way of resizing, where it is squashed to ``picture`` else; patch: the picture at
+    this size is given as squares of so many pixels, in rows, each channel by channel.
     """
 
     picture: Size = (0, 0)
@@ -29,6 +30,7 @@ class View(NamedTuple):
     corner: Grid = (0, 0)
     stride: int = 1
     as_spec: bool = False
+    patch: int = 0
 
 
 WHOLE = View()
@@ -47,11 +49,28 @@ class Views:
     Config: ClassVar[type[ViewsConfig]] = ViewsConfig
     needs_size: ClassVar[bool] = True
     """Whether another size can mean other tokens."""
+    native: ClassVar[bool] = False
+    """Whether encoders are given a picture's patches in a grid of the picture's own."""
 
     @classmethod
     def whole_only(cls, config: Any) -> Sequence[str]:
         """Encoders that see the whole picture alone, whatever their neighbours see."""
         return ()
+
+    @classmethod
+    def marks(cls, config: Any) -> dict[str, str]:
+        """Texts of the vocabulary's tokens that stand around and inside a visual, by what they are for."""
+        return {}
+
+    @classmethod
+    def with_ids(cls, config: Any, id_of: Callable[[str], int]) -> Any:
+        """The config with the ids of `marks`."""
+        return config
+
+    @classmethod
+    def opening(cls, config: Any) -> bool:
+        """Whether a learned token stands before the visual."""
+        return False
 
     @classmethod
     def newlines(cls, config: Any, view: ViewLayout) -> bool:

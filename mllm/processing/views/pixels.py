@@ -21,11 +21,14 @@ def to_view_pixels(
     *,
     resampler: Resampler = "pil",
 ) -> dict[str, Tensor]:
-    """RGB image → encoder name → ``(V, 3, H, W)``, its views normalised; encoders and tiles that resize alike share the
-    work."""
+    """RGB image → encoder name → ``(V, 3, H, W)``, its views normalised, or ``(N, 3 p²)``, its patches; encoders and tiles that
+    resize alike share the work."""
     canvases: dict[tuple, np.ndarray] = {}
     pixels = {}
     for name, spec in specs.items():
+        if views[name][0].patch:
+            pixels[name] = _patches(image, spec, views[name][0], resampler)
+            continue
         rows = [
             to_pixels(image, spec, resampler=resampler)
             if view.canvas is None
@@ -34,6 +37,15 @@ def to_view_pixels(
         ]
         pixels[name] = torch.stack(rows)
     return pixels
+
+
+def _patches(image: Image.Image, spec: ImageSpec, view: View, resampler: Resampler) -> Tensor:
+    """``(rows · columns, 3 p²)``: the picture at the view's size in squares, each with all of its red first."""
+    (height, width), side = view.picture, view.patch
+    whole = spec.model_copy(update={"height": height, "width": width, "resize": "squash"})
+    pixels = finish(resize(image, whole, resampler=resampler), whole)
+    cells = pixels.reshape(3, height // side, side, width // side, side)
+    return cells.permute(1, 3, 0, 2, 4).reshape(-1, 3 * side * side)
 
 
 def _cut(

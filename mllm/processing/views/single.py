@@ -37,4 +37,6 @@ class SingleView(Views):
 
 def whole_view(view: ViewLayout, number: int) -> Block:
     """All tokens of one view as the connector gives them."""
-    return Block(view.num_tokens, (1, *view.grid), row_separators=view.row_separators, view=number)
+    return Block(
+        view.num_tokens, (1, *view.grid), row_separators=view.row_separators, view=number, leading=view.leading
+    )

@@ -164,7 +164,7 @@ class Tiles(Views):
 
 def _joins(view: ViewLayout) -> bool:
     """Whether the tiles' maps can be laid side by side; else they follow one another, whole and without newlines."""
-    return view.in_place and not view.row_separators
+    return view.in_place and not view.row_separators and not view.leading
 
 
 def _has_thumbnail(config: TilesConfig, num_tiles: int) -> bool:

@@ -81,6 +81,11 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
             raise UnavailableError(
                 "this checkpoint is text-only (its config has no connector); serve its language model"
             )
+        if getattr(config, "modality_switch", False):
+            raise UnavailableError(
+                "this checkpoint has weights of their own for visual tokens in every decoder layer (modality_switch), which vLLM's "
+                "language models have no place for; use mllm chat or model.generate"
+            )
         self.pixel_keys = PixelKeys(config.encoders)
         self.rules = config.layout_rules()
         self.short_grid = short_grid(config) if (config.router or {}).get("type") == "language_model" else None
@@ -299,9 +304,10 @@ def language_architectures(text_config: Any) -> list[str]:
 
 
 def _end_to_end(value: Tensor | list[Tensor]) -> Tensor:
-    """``(V, 3, H, W)``: the views of all images, whether vLLM hands over a tensor or a list of images."""
+    """``(V, 3, H, W)`` or patches ``(N, 3 p²)``: the views of all images, whether vLLM hands over a tensor or a list of
+    images."""
     rows = [value] if isinstance(value, Tensor) else list(value)
-    return torch.cat([row.flatten(0, 1) if row.ndim == 5 else row for row in rows])
+    return torch.cat([row.flatten(0, 1) if row.ndim in (3, 5) else row for row in rows])
 
 
 def _stacked(value: Tensor | list[Tensor]) -> Tensor:

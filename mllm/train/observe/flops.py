@@ -120,6 +120,10 @@ def _image_flops(model: Any) -> tuple[dict[str, float], float]:
     }
     encoders = {name: _count(encoder, (pixels[name],)) for name, encoder in bank.encoders.items()}
     projector = model.model.multi_modal_projector
+    if model.model.rules.native:  # what is counted then are patches; attention among more of them is left out
+        tokens = {name: info.num_tokens for name, info in bank.infos.items()}
+        weights = sum(_numel(p) for p in projector.parameters() if p.dim() > 1)
+        return {name: flops / tokens[name] for name, flops in encoders.items()}, 2.0 * weights
     if bank.experts:
         tokens = model.model.rules.view.num_tokens
         return encoders, 2.0 * tokens * sum(_numel(p) for p in projector.parameters() if p.dim() > 1)

@@ -19,7 +19,7 @@ from mllm.processing.turns import special_ids, template_notes
 from mllm.recipe import Recipe, StageSpec
 from mllm.train.data import StageData, open_mixture
 from mllm.train.preflight.first_row import show_row, stop_line
-from mllm.types import VisualLayout
+from mllm.types import Grid, VisualLayout
 
 KINDS = ("sft",)
 """Stage kinds whose samples are conversations that the model is trained to continue."""
@@ -200,13 +200,16 @@ def _sample(
     for number, run in enumerate(run for run in runs if run.layout is not None):
         assert run.layout is not None
         for view in range(run.layout.num_views):
-            whole = view == (run.layout.thumbnail or 0)  # encoders with fewer views have the thumbnail
+            native = run.layout.patches is not None
+            whole = native or view == (run.layout.thumbnail or 0)  # encoders with fewer views have the thumbnail
             rows = {
                 name: first + (view if run.layout.rows_of(name) == run.layout.num_views else 0)
                 for name, first in first_views.items()
                 if whole or run.layout.rows_of(name) == run.layout.num_views
             }
-            pictures.append(Picture(number, view, run.start, run.layout, _pixels(batch, rows, processor)))
+            pictures.append(
+                Picture(number, view, run.start, run.layout, _pixels(batch, rows, processor, run.layout.patches))
+            )
         first_views = {name: first + run.layout.rows_of(name) for name, first in first_views.items()}
     learned = [n for n in targets[1:] if n != IGNORE]  # the model never predicts a first token
     return SeenSample(
@@ -252,13 +255,19 @@ def _runs(
     return runs
 
 
-def _pixels(batch: Batch, rows: dict[str, int], processor: Any) -> dict[str, Image.Image]:
+def _pixels(batch: Batch, rows: dict[str, int], processor: Any, patches: Grid | None = None) -> dict[str, Image.Image]:
     """Encoder → its pixels of one view as an 8-bit picture. Encoders that do not see the view, and experts that a batch
     carries no pixels for, are left out."""
     pictures, given = {}, processor.pixel_keys.by_encoder(batch.inputs)
     for name, spec in processor.image_processor.specs.items():
         if name not in given or name not in rows:
             continue
-        values = given[name][rows[name]].float().numpy().transpose(1, 2, 0) * np.array(spec.std) + np.array(spec.mean)
+        if patches is not None:
+            side, count = spec.patch or 1, patches[0] * patches[1]
+            cells = given[name][rows[name] : rows[name] + count].reshape(*patches, 3, side, side)
+            seen = cells.permute(2, 0, 3, 1, 4).reshape(3, patches[0] * side, patches[1] * side)
+        else:
+            seen = given[name][rows[name]]
+        values = seen.float().numpy().transpose(1, 2, 0) * np.array(spec.std) + np.array(spec.mean)
         pictures[name] = Image.fromarray((values * 255).round().clip(0, 255).astype(np.uint8))
     return pictures

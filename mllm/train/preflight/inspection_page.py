@@ -116,8 +116,13 @@ def _run(run: Run) -> str:
 def _figure(name: str, image: Image.Image, picture: Picture, seen: SeenStage) -> str:
     rows, columns, height, width = seen.grids[name]
     tokens = token_cells(picture.layout, seen.rules.view, picture.view)
+    patches = picture.layout.patches
+    if patches is not None:
+        side = height // rows
+        (rows, columns), height, width = patches, patches[0] * side, patches[1] * side
     if tokens:
-        view = seen.rules.view.grid
+        cell = seen.rules.view.cell or 1
+        view = seen.rules.view.grid if patches is None else (patches[0] // cell, patches[1] // cell)
         label = lambda r, c: f"token {picture.start + tokens[r, c]}" if (r, c) in tokens else "no token: padding"  # noqa: E731
         lines = f"{view[0]} × {view[1]} visual tokens"
     else:

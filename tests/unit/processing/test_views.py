@@ -15,8 +15,10 @@ from mllm.connectors.joining import spread_views
 from mllm.connectors.partitions import crop_parts, join_crops, join_strided, strided_parts
 from mllm.encoders.backbones.falcon import FullAttention, Scenes, ask_across_tiles
 from mllm.encoders.catalogue import build_encoder, encoder_config
+from mllm.encoders.eve import GlobalAttention, LocalAttention
 from mllm.processing.layout import LayoutRules
 from mllm.processing.views.base import views_config
+from mllm.processing.views.native import solo_size
 from mllm.processing.views.pixels import to_view_pixels
 from mllm.processing.views.tiles import Tiles
 from mllm.types import EncoderInfo, ImageSpec, ViewLayout, VisionFeatures
@@ -211,6 +213,156 @@ def test_beside_a_tile_stands_the_part_of_the_whole_that_shows_it() -> None:
     torch.testing.assert_close(right[10, 10], torch.tensor([0.525, 0.5 + 0.525 / 2]), atol=1e-5, rtol=0)
     lower = spread[6].view(20, 20, 2)[10, 19]  # third of 2 × 2 tiles; the picture is 60 of 80 wide, with 10 of padding
     torch.testing.assert_close(lower, torch.tensor([0.5 + 0.525 / 2, (0.975 * 40 - 10) / 60]), atol=1e-5, rtol=0)
+
+
+def test_solos_sizes_are_the_published_ones() -> None:
+    meta, given, expected = golden("solo_resize")
+    have = [
+        solo_size(tuple(size), meta["ctor"]["patch"], meta["ctor"]["max_resolution"]) for size in given["size"].tolist()
+    ]
+    check(meta, expected, {"output.target": np.array(have)})
+    rules = native({"rule": "solo"}, patch=32)
+    assert rules.layout((1, 1025)).patches == (1, 32), (
+        "a strip keeps one row of patches, where the published size has none"
+    )
+
+
+def native(spec: dict[str, Any], *, patch: int = 16, cell: int = 1) -> LayoutRules:
+    image = ImageSpec(height=64, width=64, patch=patch)
+    return LayoutRules(
+        ViewLayout(num_tokens=16, grid=(4, 4), cell=cell), {"e": image}, views_config({"type": "native", **spec})
+    )
+
+
+@pytest.mark.parametrize("budget", [64, 256, 1024])
+def test_native_sizes_are_transformers_own(budget: int) -> None:
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+    from transformers.models.siglip2.image_processing_siglip2 import get_image_size_for_max_num_patches
+
+    random = np.random.default_rng(budget)
+    for _ in range(60):
+        height, width = (int(2**power) for power in random.uniform(4, 11, 2))
+        want = get_image_size_for_max_num_patches(height, width, 16, budget)
+        rows, columns = native({"max_patches": budget}).layout((height, width)).patches or (0, 0)
+        assert (rows * 16, columns * 16) == tuple(want), (height, width)
+        if max(height, width) / min(height, width) < 100:
+            want = smart_resize(height, width, factor=32, min_pixels=8 * 32 * 32, max_pixels=budget // 4 * 32 * 32)
+            rules = native({"rule": "qwen", "max_patches": budget, "min_patches": 32}, cell=2)
+            rows, columns = rules.layout((height, width)).patches or (0, 0)
+            if rows * columns <= budget == want[0] * want[1] // 256:
+                assert (rows * 16, columns * 16) == tuple(want), (height, width)
+
+
+def test_no_picture_becomes_more_than_the_budget() -> None:
+    for rule in ("naflex", "qwen", "solo", "eve", "evev2"):
+        rules = native({"rule": rule, "max_patches": 100, **({"newlines": True} if rule == "naflex" else {})}, patch=28)
+        for size in [(1, 4000), (4000, 1), (10000, 10000), (1, 1), (333, 77)]:
+            rows, columns = rules.layout(size).patches or (0, 0)
+            assert 1 <= rows * columns <= 100 and min(rows, columns) >= 1, (rule, size)
+        assert rules.layout(rules.largest()).num_tokens >= max(
+            rules.layout(s).num_tokens for s in [(1, 4000), (4000, 1)]
+        )
+    eve = native({"rule": "eve"}, patch=28)
+    assert eve.layout((336, 336)).patches == (24, 24) and eve.layout((100, 400)).patches == (6, 24)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["eve_local_attention", "eve_global_attention"])
+def test_eves_attentions_are_the_authors(name: str) -> None:
+    meta, given, expected = golden(name)
+    sizes = meta["ctor"]
+    module = (
+        LocalAttention(sizes["input_size"], sizes["conv_stride"], sizes["num_heads"])
+        if "local" in name
+        else GlobalAttention(sizes["input_size"], sizes["num_heads"])
+    )
+    module.load_state_dict({key: torch.from_numpy(value) for key, value in fill_all(meta).items()})
+    have = module(given["x"]) if "local" in name else module(given["cls"], given["x"])
+    check(meta, expected, {"output.y": have.numpy()})
+
+
+@torch.no_grad()
+def test_eves_patch_embedding_is_the_authors_from_a_canvas_and_from_patches() -> None:
+    meta, given, expected = golden("eve_patch_embedding_layer")
+    sizes = meta["ctor"]
+    spec = {
+        "type": "eve",
+        "width": sizes["input_size"],
+        "patch_size": sizes["patch_stride"],
+        "stride": sizes["conv_stride"],
+    }
+    spec |= {"num_heads": sizes["num_heads"], "image_size": given["pixels"].shape[2]}
+    encoder = build_encoder(encoder_config(spec, where="encoder"))
+    encoder.layer.load_state_dict({key: torch.from_numpy(value) for key, value in fill_all(meta).items()})
+    tokens, grids = encoder.layer.of_canvas(given["pixels"])
+    have = {f"output.tokens_{k}": part.numpy() for k, part in enumerate(tokens)}
+    check(meta, expected, have | {"output.hw": np.array(grids)})
+    unit, patches = encoder.config.info.image.patch, []
+    for image, (rows, columns) in zip(given["pixels"], grids):
+        inside = (image[3] > 0).nonzero()
+        (top, left), (bottom, right) = inside[0].tolist(), (inside[-1] + 1).tolist()
+        cells = image[:3, top:bottom, left:right].reshape(3, rows, unit, columns, unit)
+        patches.append(cells.permute(1, 3, 0, 2, 4).reshape(rows * columns, -1))
+    features = encoder(torch.cat(patches), grids=grids)
+    torch.testing.assert_close(features.tokens[0], torch.cat(tokens), atol=1e-5, rtol=1e-5)
+
+
+SIGLIP2 = {"model_type": "siglip2_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+SIGLIP2 |= {"num_attention_heads": 2, "num_patches": 16, "patch_size": 4}
+GRIDS = [(2, 3), (5, 1), (4, 4), (2, 3)]
+
+
+def siglip2_and_patches(**changes: Any) -> tuple[Any, torch.Tensor, list[torch.Tensor]]:
+    torch.manual_seed(0)
+    encoder = build_encoder(encoder_config({"type": "hf", "architecture": SIGLIP2, **changes}, where="encoder")).eval()
+    pictures = [torch.randn(3, rows * 4, columns * 4) for rows, columns in GRIDS]
+    patches = [p.reshape(3, r, 4, c, 4).permute(1, 3, 0, 2, 4).reshape(r * c, -1) for p, (r, c) in zip(pictures, GRIDS)]
+    return encoder, torch.cat(patches), pictures
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [[-1], [-2]])
+def test_siglip2_sees_pictures_of_any_grid_as_transformers_does(layers: list[int]) -> None:
+    """Packed end to end, none padded, against transformers' own model on each alone."""
+    encoder, patches, pictures = siglip2_and_patches(layers=layers)
+    features = encoder(patches, grids=GRIDS)
+    assert features.tokens.shape == (1, 33, 32) and features.grids == tuple(GRIDS)
+    parts = features.tokens[0].split([r * c for r, c in GRIDS])
+    for picture, (rows, columns), part in zip(pictures, GRIDS, parts):
+        flat = picture.reshape(3, rows, 4, columns, 4).permute(1, 3, 2, 4, 0).reshape(1, rows * columns, -1)
+        mask, shapes = torch.ones(1, rows * columns), torch.tensor([[rows, columns]])
+        theirs = encoder.model.float()
+        x = theirs.embeddings(flat, shapes)
+        for layer in theirs.encoder.layers:
+            x = layer(x, attention_mask=None)
+        want = theirs.post_layernorm(x) if layers == [-1] else x
+        assert mask.shape[1] == len(part)
+        torch.testing.assert_close(part, want[0], atol=1e-5, rtol=1e-5)
+    assert encoder(patches[:0], grids=[]).tokens.shape == (1, 0, 32)
+
+
+def test_packed_pictures_have_the_same_gradients_recomputed() -> None:
+    encoder, patches, _ = siglip2_and_patches()
+    encoder.train()
+    found = []
+    for recompute in (False, True):
+        encoder.zero_grad()
+        encoder.set_gradient_checkpointing(recompute)
+        encoder(patches, grids=GRIDS).tokens.square().sum().backward()
+        found.append({n: p.grad.clone() for n, p in encoder.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 10
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_unit_sees_native_pictures_as_it_sees_fixed_ones() -> None:
+    spec = {"type": "unit", "width": 24, "depth": 2, "num_heads": 3, "patch_size": 4, "cpe_max_size": 30}
+    encoder = build_encoder(encoder_config({**spec, "image_size": 16}, where="encoder")).eval()
+    _, patches, pictures = siglip2_and_patches()
+    parts = encoder(patches, grids=GRIDS).tokens[0].split([r * c for r, c in GRIDS])
+    for picture, part in zip(pictures, parts):
+        torch.testing.assert_close(part, encoder.read_layers(picture[None])[0].tokens[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

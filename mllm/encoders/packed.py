@@ -1,0 +1,65 @@
+"""How do images of different sizes run through one encoder at once, without padding and without seeing each other?"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+try:  # torch 2.10 and later
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # pragma: no cover
+    varlen_attn = None
+
+_NAME = "mllm_packed"
+
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+    """Attention on ``(heads, ΣN, d)`` within each of the segments; as one kernel on a GPU in half precision."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if varlen_attn is not None and query.is_cuda and half and query.shape[-1] % 8 == 0:
+        ends = torch.tensor([0, *lengths], device=query.device).cumsum(0).to(torch.int32)
+        longest = max(lengths)
+        parts = (part.transpose(0, 1).contiguous() for part in (query, key, value))
+        found = varlen_attn(*parts, ends, ends, longest, longest, scale=scale)
+        return (found if isinstance(found, Tensor) else found[0]).transpose(0, 1)
+    segments = zip(*(part.split(list(lengths), dim=1) for part in (query, key, value)))
+    return torch.cat([F.scaled_dot_product_attention(*one, scale=scale) for one in segments], dim=1)
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None, **_: Any
+) -> tuple[Tensor, None]:
+    """transformers' interface: ``(1, heads, ΣN, d)`` → ``(1, ΣN, heads, d)``."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    found = packed_attention(query[0], key[0], value[0], module.config.mllm_lengths, scale)
+    return found.transpose(0, 1)[None], None
+
+
+AttentionInterface.register(_NAME, _attend)
+
+
+@contextmanager
+def packed(model: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
+    """While entered, attention of a transformers vision model stays within segments of these lengths. What is recomputed in
+    the backward pass finds them too: they are kept in the modules' own configs until the next call."""
+    modules: list[Any] = [m for m in model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "config")]
+    kept = [module.config for module in modules]
+    for module in modules:
+        own = copy.copy(module.config)
+        own._attn_implementation_internal = _NAME
+        own.mllm_lengths = list(lengths)
+        module.config = own
+    recomputes = torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    try:
+        yield
+    finally:
+        if not recomputes:
+            for module, config in zip(modules, kept):
+                module.config = config
