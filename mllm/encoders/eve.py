@@ -57,8 +57,8 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         key, value = self.kv(context).chunk(2, dim=-1)
-        parts = (_split(part, self.num_heads) for part in (self.q(x), key, value))
-        read = F.scaled_dot_product_attention(*parts, scale=self.scale)
+        q, k, v = (_split(part, self.num_heads) for part in (self.q(x), key, value))
+        read = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         return x + self.proj(read.transpose(-2, -3).flatten(-2))
 
 

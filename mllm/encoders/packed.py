@@ -26,8 +26,8 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Sequenc
     if varlen_attn is not None and query.is_cuda and half and query.shape[-1] % 8 == 0:
         ends = torch.tensor([0, *lengths], device=query.device).cumsum(0).to(torch.int32)
         longest = max(lengths)
-        parts = (part.transpose(0, 1).contiguous() for part in (query, key, value))
-        found = varlen_attn(*parts, ends, ends, longest, longest, scale=scale)
+        q, k, v = (part.transpose(0, 1).contiguous() for part in (query, key, value))
+        found = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale)
         return (found if isinstance(found, Tensor) else found[0]).transpose(0, 1)
     segments = zip(*(part.split(list(lengths), dim=1) for part in (query, key, value)))
     return torch.cat([F.scaled_dot_product_attention(*one, scale=scale) for one in segments], dim=1)

@@ -19,7 +19,7 @@ from transformers import AutoModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
-from mllm.errors import AlignmentError
+from mllm.errors import AlignmentError, ConfigError
 from mllm.heads.base import HeadParts, Reading, Step
 from mllm.heads.build import build_heads, drawing_head, encoders_read
 from mllm.heads.codes.settings import DrawingMixin
