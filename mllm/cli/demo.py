@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,6 @@ import typer
 
 from mllm.cli import arguments
 
-FLOORS = ("blank", "shuffled", "prior")
 NEXT = """next:
   mllm chat {run}/final --image {image}
   mllm eval run {run}/final --tasks demo_charts --data demo_charts={run}/data/charts --blind
@@ -79,19 +79,24 @@ def demo(
     page = write_page(output, scores, results, shown)
     console.rule("result")
     for name, values in scores.items():
-        console.print(
-            f"{name}: {values['score']:.1f} %   without the right picture at most {max(values[k] for k in FLOORS):.1f} % ("
-            + ", ".join(f"{k} {values[k]:.1f}" for k in FLOORS)
-            + ")"
-        )
+        console.print(_said(name, values))
     console.print(f"{report['seconds']:.0f} s · {path} · {page}")
     console.print(NEXT.format(run=output, image=shown[0]["image"]), highlight=False)
 
 
-def _scores(result: Any) -> dict[str, float]:
-    """The score, and what is reached without the right picture, in percent."""
+def _scores(result: Any) -> dict[str, float | None]:
+    """The score, and what is reached without the right picture, in percent; None: not measured."""
     ways = {"score": result, "blank": result.blind, "shuffled": result.shuffled, "prior": result.prior}
-    return {name: round(100 * way.score, 2) if way is not None else 0.0 for name, way in ways.items()}
+    return {name: None if way is None else round(100 * way.score, 2) for name, way in ways.items()}
+
+
+def _said(task: str, scores: Mapping[str, float | None]) -> str:
+    """A task's line on the terminal: the claim stands against the highest floor, and only when every floor was measured."""
+    floors = {name: value for name, value in scores.items() if name != "score"}
+    each = ", ".join(f"{name} {'not measured' if value is None else f'{value:.1f}'}" for name, value in floors.items())
+    known = [value for value in floors.values() if value is not None]
+    most = f"at most {max(known):.1f} %" if len(known) == len(floors) else "not all measured"
+    return f"{task}: {scores['score']:.1f} %   without the right picture {most} ({each})"
 
 
 def answer_two(checkpoint: Any, output: Path) -> list[dict[str, Any]]:
@@ -115,7 +120,9 @@ def answer_two(checkpoint: Any, output: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_page(output: Path, scores: dict[str, dict[str, float]], results: Any, shown: list[dict[str, Any]]) -> Path:
+def write_page(
+    output: Path, scores: Mapping[str, Mapping[str, float | None]], results: Any, shown: list[dict[str, Any]]
+) -> Path:
     """``demo.html``: scores, loss, right and wrong answers, links to what was written."""
     from mllm.demo.page import demo_page
     from mllm.train.observe.tracking import read_metrics

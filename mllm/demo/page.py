@@ -23,12 +23,12 @@ _WIDTH, _HEIGHT, _LEFT, _LOW = 800, 260, 60, 28
 
 
 def demo_page(
-    scores: Mapping[str, Mapping[str, float]],
+    scores: Mapping[str, Mapping[str, float | None]],
     losses: Sequence[Mapping[str, Any]],
     answers: Sequence[Mapping[str, Any]],
     links: Mapping[str, str],
 ) -> str:
-    """The page. scores: task → percent by name, ``score`` first; losses: records with ``stage``, ``step`` and ``loss``;
+    """The page. scores: task → percent by name, ``score`` first, None: not measured; losses: records with ``stage``, ``step`` and ``loss``;
     answers: ``image`` (a file), ``question``, ``answer``, ``target`` and whether it is ``right``; links: words → address.
     """
     parts = [
@@ -48,11 +48,12 @@ def demo_page(
     return "\n".join(parts)
 
 
-def _scores(scores: Mapping[str, Mapping[str, float]]) -> str:
+def _scores(scores: Mapping[str, Mapping[str, float | None]]) -> str:
     names = list(next(iter(scores.values())))
     lines = ["<table><tr><th>held out" + "".join(f"<th>{html.escape(name)}" for name in names) + "</tr>"]
     for task, values in scores.items():
-        lines.append(f"<tr><td>{html.escape(task)}" + "".join(f"<td>{values[name]:.1f} %" for name in names) + "</tr>")
+        told = ("not measured" if values[name] is None else f"{values[name]:.1f} %" for name in names)
+        lines.append(f"<tr><td>{html.escape(task)}" + "".join(f"<td>{value}" for value in told) + "</tr>")
     lines.append(
         "</table><p class=t>blank: every picture gray; shuffled: another question's picture; prior: always the commonest answer of the "
         "question's kind. What seeing adds is the score above the highest of the three.</p>"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 from PIL import Image
 
+from mllm.cli.demo import _said, _scores
 from mllm.demo.page import demo_page, loss_curve
 
 
@@ -22,3 +25,15 @@ def test_the_page_shows_scores_loss_marks_and_links(tmp_path):
     assert "no loss" in loss_curve([])
     assert "✗ no words" in demo_page(scores, losses, [{**rows[1], "answer": ""}], {})
     assert "color-scheme:light dark" in page  # links stay readable on a dark page
+
+
+def test_a_floor_that_was_not_measured_is_never_a_zero():
+    result = SimpleNamespace(
+        score=0.553, blind=SimpleNamespace(score=0.165), shuffled=None, prior=SimpleNamespace(score=0.0)
+    )
+    scores = _scores(result)
+    assert scores == {"score": 55.3, "blank": 16.5, "shuffled": None, "prior": 0.0}
+    told = _said("charts", scores)
+    assert "shuffled not measured" in told and "not all measured" in told and "at most" not in told
+    assert "at most 16.5 %" in _said("charts", {**scores, "shuffled": 12.0})
+    assert "<td>not measured" in demo_page({"charts": scores}, [], [], {})
