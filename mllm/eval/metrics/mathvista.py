@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mllm.eval.metrics.base import Metric, Score, Scored, group_means
-from mllm.eval.metrics.text import edit_distance, plain_float, references
+from mllm.eval.metrics.text import EditDistances, plain_float, references
 
 _QUOTED = 'The answer is "'
 _SAYS = re.compile(
@@ -60,7 +60,8 @@ def normalise(extraction: str, meta: Mapping[str, Any]) -> tuple[str | None, str
         letter = bracketed[0].upper() if bracketed else extraction
         if len(letter) == 1 and letter in string.ascii_uppercase[: len(choices)]:
             return choices[string.ascii_uppercase.index(letter)], "letter"
-        nearest = min(choices, key=lambda choice: edit_distance(letter, choice))
+        distances = EditDistances(choices)(letter)
+        nearest = choices[distances.index(min(distances))]
         return nearest, "equal choice" if nearest == letter else "nearest choice"
     kind, number = meta.get("answer_type"), plain_float(extraction)
     if kind in ("integer", "float"):

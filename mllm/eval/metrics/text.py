@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 from typing import Any, TypeVar
 
@@ -44,31 +44,47 @@ def remember_short(function: Callable[..., T]) -> Callable[..., T]:
     return call
 
 
+class EditDistances:
+    """Levenshtein distances (insertions, deletions and substitutions, each at cost 1) from one text to several patterns in one
+    walk over the text.
+
+    Bit-parallel (Myers 1999, in Hyyrö's form): one column of a pattern's table is a span of two integers' bits, so the time is
+    about linear in the text. The spans lie side by side, a bit apart, which catches the addition's carry.
+    """
+
+    def __init__(self, patterns: Sequence[str]):
+        self._places: dict[str, int] = {}
+        self._spans: list[int] = []
+        self._starts, start = 0, 0
+        for pattern in patterns:
+            for position, letter in enumerate(pattern, start):
+                self._places[letter] = self._places.get(letter, 0) | (1 << position)
+            self._spans.append(((1 << len(pattern)) - 1) << start)
+            self._starts |= 1 << start
+            start += len(pattern) + 1
+        self._mask = sum(self._spans)
+
+    def __call__(self, text: str) -> list[int]:
+        """The distance of ``text`` to each pattern, in their order."""
+        places, mask, starts = self._places, self._mask, self._starts
+        up, down = mask, 0  # vertical differences of +1 and -1
+        for letter in text:
+            equal = places.get(letter, 0)
+            diagonal = (((equal & up) + up) ^ up) | equal | down
+            plus, minus = down | (~(diagonal | up) & mask), up & diagonal
+            plus, minus = ((plus << 1) | starts) & mask, (minus << 1) & mask
+            up, down = minus | (~(diagonal | plus) & mask), plus & diagonal
+        return [len(text) + (up & span).bit_count() - (down & span).bit_count() for span in self._spans]
+
+
 @remember_short
 def edit_distance(left: str, right: str) -> int:
-    """Levenshtein distance: insertions, deletions and substitutions, each at cost 1.
-
-    Bit-parallel (Myers 1999, in Hyyrö's form): one column of the table is two integers, so the time is about linear.
-    """
+    """Levenshtein distance of two texts, in time about linear in the longer one (`EditDistances`)."""
     if left == right:
         return 0
     if len(left) > len(right):
         left, right = right, left
-    if not left:
-        return len(right)
-    places: dict[str, int] = {}
-    for position, letter in enumerate(left):
-        places[letter] = places.get(letter, 0) | (1 << position)
-    mask, last = (1 << len(left)) - 1, 1 << (len(left) - 1)
-    up, down, distance = mask, 0, len(left)  # vertical differences of +1 and -1; the last row's value
-    for letter in right:
-        equal = places.get(letter, 0)
-        diagonal = (((equal & up) + up) ^ up) | equal | down
-        plus, minus = down | (~(diagonal | up) & mask), up & diagonal
-        distance += bool(plus & last) - bool(minus & last)
-        plus, minus = ((plus << 1) | 1) & mask, (minus << 1) & mask
-        up, down = minus | (~(diagonal | plus) & mask), plus & diagonal
-    return distance
+    return EditDistances([left])(right)[0]
 
 
 def collapse(text: str) -> str:

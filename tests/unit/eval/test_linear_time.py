@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from mllm.eval.metrics import METRICS, build_metric
-from mllm.testing.metrics import check_time
+from mllm.testing.metrics import SECONDS_PER_MEGABYTE, check_time
 
 OPTIONS = {"options": ["12", "15", "a red car", "21"]}
 CHOICE = ("A", OPTIONS)
@@ -30,3 +32,13 @@ def test_a_megabyte_is_scored_in_seconds(name):
     metric = build_metric(name)
     target, meta = CHOICE if name.startswith("letter") else SAMPLES.get(name, ("5", {}))
     check_time(metric, (target, meta), sizes=(1_000_000,))
+
+
+def test_rows_of_a_table_that_all_differ_are_matched_in_linear_time():
+    """Every row is a key of its own, compared with every key of the target."""
+    target = "year | sales | cost\n" + "\n".join(f"{1990 + k} | {3 * k} | {7 * k}" for k in range(20))
+    reply = "year | sales | cost\n" + "\n".join(f"{k} | {k} | {k}" for k in range(14_000))
+    for name in ("rms_f1", "rnss"):
+        metric, start = build_metric(name), time.process_time()
+        metric.score(reply, target, {})
+        assert time.process_time() - start < 0.5 + SECONDS_PER_MEGABYTE * len(reply) / 1e6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 
 from mllm.errors import ConfigError, DataError
 from mllm.eval.metrics import Score, Scored, build_metric
+from mllm.eval.metrics.anls import similarity
 from mllm.eval.metrics.images import frechet_distance, psnr, ssim
+from mllm.eval.metrics.tables import _key_similarities
 from mllm.eval.metrics.vsibench import clean_answer, mean_relative_accuracy, mean_relative_accuracy_fp32
 from tests.golden.fill import check, load, texts
 
@@ -88,6 +91,16 @@ def test_rms_of_an_equal_and_of_a_transposed_table_is_1():
     rows = "title | my table\nyear | 1999\nargentina | 200\nbrazil | 158"
     assert metric.score(rows, [target], {}).value == pytest.approx(1.0)
     assert metric.score(transposed, [target], {}).extracted == "transposed"
+
+
+def test_rms_reads_the_likeness_of_keys_as_strict_anls_does():
+    generator = random.Random(0)
+    wanted, given = (
+        list(dict.fromkeys("".join(generator.choices("abc ", k=generator.randint(0, most))) for _ in range(40)))
+        for most in (8, 19)
+    )
+    expected = [[similarity(key, other, strict=True) for other in given] for key in wanted]
+    assert _key_similarities(wanted, given).tolist() == expected
 
 
 def test_rms_partial_credit_worked_by_hand():

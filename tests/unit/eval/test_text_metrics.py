@@ -11,7 +11,7 @@ import pytest
 
 from mllm.errors import ConfigError, DataError
 from mllm.eval.metrics import METRICS, Score, Scored, build_metric
-from mllm.eval.metrics.text import edit_distance
+from mllm.eval.metrics.text import EditDistances, edit_distance
 from mllm.eval.metrics.vqa import CONTRACTIONS, normalise_m4c, normalise_vqa, strip_punctuation
 
 
@@ -54,6 +54,9 @@ def test_edit_distance_agrees_with_the_table_it_stands_for():
     for _ in range(400):
         left, right = ("".join(generator.choices("abcß ", k=generator.randint(0, 90))) for _ in range(2))
         assert edit_distance(left, right) == table(left, right), (left, right)
+    for _ in range(60):  # side by side no pattern touches another
+        *several, text = ("".join(generator.choices("ab ", k=generator.randint(0, 9))) for _ in range(5))
+        assert EditDistances(several)(text) == [table(pattern, text) for pattern in several], (several, text)
 
 
 # VQA ------------------------------------------------------------------------------------------------------------------
