@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.errors import CheckpointError, MllmError
+from mllm.hub import hub_refusal
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _AGAIN = "download or copy it again"
@@ -138,6 +139,20 @@ def naming_damage(*places: str | Path | None) -> Iterator[None]:
         for place in places:
             if place is not None and (problem := damage_in(local_copy(place))):
                 raise CheckpointError(problem) from error
+        raise
+
+
+@contextmanager
+def opening(checkpoint: str | Path) -> Iterator[None]:
+    """`naming_damage` for a checkpoint that may lie on the hub: why the hub did not give it becomes one `CheckpointError` too."""
+    try:
+        with naming_damage(checkpoint):
+            yield
+    except MllmError:
+        raise
+    except Exception as error:
+        if refusal := hub_refusal(error, checkpoint):
+            raise CheckpointError(refusal) from error
         raise
 
 

@@ -7,19 +7,30 @@ from typing import Any
 
 def hub_reason(error: BaseException, source: Any) -> str:
     """One sentence on why ``source`` could not be read from the hub, with the cure; the error's first line when it is none of
-    the hub's known refusals. Looks through the chain of causes, since libraries wrap the hub's own errors."""
+    the hub's known refusals."""
+    if refusal := hub_refusal(error, source):
+        return refusal
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def hub_refusal(error: BaseException, source: Any) -> str | None:
+    """One sentence on why the hub did not give ``source``, with the cure; None when that is not what went wrong. Looks through
+    the chain of causes, since libraries wrap the hub's own errors."""
     from huggingface_hub import errors
 
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, errors.GatedRepoError):
+        # The datasets package raises its own error without the hub's behind it.
+        told = str(seen) if type(seen).__name__ == "DatasetNotFoundError" else ""
+        if isinstance(seen, errors.GatedRepoError) or "is a gated dataset" in told:
             return (
                 f"{source} is gated: accept its terms on its page on the hub, then `hf auth login` or set HF_TOKEN to a token that "
                 "may read it"
             )
-        if isinstance(seen, errors.RepositoryNotFoundError):
+        if isinstance(seen, errors.RepositoryNotFoundError) or "or cannot be accessed" in told:
             return f"the hub has no {source}, or it is private and needs `hf auth login`; check the spelling"
-        if isinstance(seen, errors.RevisionNotFoundError):
+        if isinstance(seen, errors.RevisionNotFoundError) or told.startswith("Revision "):
             return f"{source} has no such revision; leave it out, or name a branch, a tag or a whole commit"
         if isinstance(seen, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
             return (
@@ -27,5 +38,4 @@ def hub_reason(error: BaseException, source: Any) -> str:
                 "give a path"
             )
         seen = seen.__cause__ or seen.__context__
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return None

@@ -37,12 +37,12 @@ def draw(
     import torch
     from transformers import AutoProcessor
 
-    from mllm.damage import naming_damage
+    from mllm.damage import opening
     from mllm.models.modeling_mllm import MllmForConditionalGeneration
     from mllm.types import IMAGE_MARK, Turn
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with naming_damage(checkpoint):
+    with opening(checkpoint):
         model = MllmForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
         processor = AutoProcessor.from_pretrained(checkpoint)
     asked = [[Turn("user", IMAGE_MARK * len(image or []) + prompt)] for prompt in prompts]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mllm.damage import naming_damage
+from mllm.damage import opening
 from mllm.data.parallel import chunks, pool_context
 from mllm.data.quarantine import (
     IMAGE_KINDS,
@@ -223,7 +223,7 @@ def load_counter(checkpoint: str) -> Any:
     import mllm  # noqa: F401  (registers the processor with AutoProcessor)
 
     try:
-        with naming_damage(checkpoint):
+        with opening(checkpoint):
             return transformers.AutoProcessor.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
         raise DataError(f"{checkpoint}: no processor or tokenizer loads from there ({error})") from error

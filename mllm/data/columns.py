@@ -18,6 +18,7 @@ from mllm.data.sources import Source, mask_entries, resolve_image
 from mllm.data.spec import ColumnMap, DatasetSpec, expand_path
 from mllm.data.tools import tools_of
 from mllm.errors import AlignmentError, ConfigError, DataError, UnavailableError, did_you_mean
+from mllm.hub import hub_reason
 from mllm.types import IMAGE_MARK, Sample, Turn
 
 _log = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ class ColumnsSource(Source):
                 )
             except Exception as error:  # hub clients raise many kinds
                 raise DataError(
-                    f"{where}: {spec.hub} (revision {spec.revision or 'main'}) does not load: {error}"
+                    f"{where}: {spec.hub} (revision {spec.revision or 'main'}) does not load: {hub_reason(error, spec.hub)}"
                 ) from error
         assert spec.path is not None
         path = self._path = expand_path(spec.path, where=where)

@@ -15,6 +15,7 @@ from mllm.data.conversations import has_exchanges
 from mllm.data.files import JsonRows, matching_files
 from mllm.data.spec import ColumnMap, DatasetSpec
 from mllm.errors import ConfigError, DataError, UnavailableError
+from mllm.hub import hub_reason
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow")
 _LOOKED_AT = 16
@@ -74,7 +75,7 @@ def _declare(place: str, rows: Sequence[Mapping[str, Any]], origin: dict[str, An
     if talk is None and (question is None or answer is None):
         raise ConfigError(
             f"{place}: the first row has the keys {', '.join(map(str, keys))}; expected messages, conversations, or question "
-            f"and answer. {_CURE.capitalize()}"
+            f"and answer. {_CURE[0].upper()}{_CURE[1:]}"
         )
     columns: dict[str, Any] = {"messages": talk} if talk else {"question": question, "answer": answer}
     pictures = _picture_columns(place, rows, keys)
@@ -206,8 +207,8 @@ def _hub_rows(place: str, name: str, revision: str | None) -> list[Mapping[str, 
         raise
     except Exception as error:  # hub clients raise many kinds
         raise DataError(
-            f"{place}: no such file or folder here, and no data set of that name loads from the hub "
-            f"({' '.join(str(error).split())[:300]})"
+            f"{place}: no such file or folder here, and no data set of that name loads from the hub: "
+            f"{hub_reason(error, name)}"
         ) from error
     return _first(table)
 

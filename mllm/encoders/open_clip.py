@@ -254,9 +254,11 @@ def _download(config: Any, source: str, revision: str | None) -> Path:
         published = get_pretrained_cfg(name, source) if isinstance(name, str) else None
         if not published:
             tags = open_clip.list_pretrained_tags_by_model(name) if isinstance(name, str) else []
+            hub = f" A repository on the hub is written hf-hub:{source}." if source.count("/") == 1 else ""
+            known = f" Known tags of {name}: {', '.join(tags)}" if tags else ""
             raise CheckpointError(
-                f"weights: {source!r} is no local file, no hf-hub:<id> and no open_clip tag of {name}"
-                f"{did_you_mean(source, tags)} Known tags: {', '.join(tags) or 'none'}"
+                f"weights: {source!r} is no local file, no hf-hub:<id> and no open_clip tag{did_you_mean(source, tags) or '.'}"
+                f"{hub}{known}"
             )
         return Path(download_pretrained(published))
     except CheckpointError:

@@ -83,6 +83,7 @@ class TimmEncoder(LibraryEncoder):
         elif weights.revision:
             hub_id = getattr(timm.models.get_pretrained_cfg(config.architecture), "hf_hub_id", None)
             overlay = {"hf_hub_id": f"{hub_id}@{weights.revision}", "url": ""} if hub_id else None
+        named = f"timm's {config.architecture}" if weights.source == "timm" else weights.source
         try:
             donor = create(
                 config.architecture, config.info.image, config.options, pretrained=True, pretrained_cfg_overlay=overlay
@@ -90,9 +91,9 @@ class TimmEncoder(LibraryEncoder):
         except RuntimeError as error:
             if "state_dict" in str(error) or "No pretrained weights" in str(error):
                 raise CheckpointError(f"weights: {weights.source}: {error}") from error
-            raise unavailable(f"{weights.source} {config.architecture}", error) from error
+            raise unavailable(named, error) from error
         except Exception as error:
-            raise unavailable(f"{weights.source} {config.architecture}", error) from error
+            raise unavailable(named, error) from error
         load_exactly(self.model, donor.state_dict(), source=weights.source, known=donor.state_dict())
 
 

@@ -39,8 +39,8 @@ def local_path(source: str) -> Path | None:
 def unavailable(source: str, error: Exception) -> UnavailableError:
     """The error for weights that cannot be fetched."""
     return UnavailableError(
-        f"weights: {source!r} could not be fetched: {hub_reason(error, source)}. Without network access, "
-        "download it elsewhere and set weights.source to the local path."
+        f"weights: could not be fetched: {hub_reason(error, source)}. Fetched elsewhere they open too: set weights.source to the "
+        "local path"
     )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from mllm.damage import naming_damage
-from mllm.errors import ConfigError
+from mllm.damage import opening
+from mllm.errors import CheckpointError, ConfigError
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -19,10 +22,25 @@ def load_model(checkpoint: str, *, dtype: str = "float32", device: str | None = 
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with naming_damage(checkpoint):
+    with opening(checkpoint), _naming_kind(checkpoint):
         model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
         processor = AutoProcessor.from_pretrained(checkpoint)
     return model.to(torch.device(place)).eval(), processor
+
+
+@contextmanager
+def _naming_kind(checkpoint: str) -> Iterator[None]:
+    """Say of a checkpoint that transformers opens, but as no image-text model, what it is."""
+    try:
+        yield
+    except ValueError as error:
+        found = re.match(r"Unrecognized configuration class <class '[\w.]*?(\w+)Config'>", str(error))
+        if found is None:
+            raise
+        raise CheckpointError(
+            f"{checkpoint}: a {found[1]} checkpoint, which is no image-text model; evaluated are checkpoints of mllm and "
+            "transformers' models that read pictures"
+        ) from error
 
 
 def open_generator(

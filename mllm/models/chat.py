@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoProcessor, TextIteratorStreamer
 
-from mllm.damage import naming_damage
+from mllm.damage import opening
 from mllm.errors import DataError
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.processing.chat import render_prompt, routing_inputs
@@ -51,7 +51,7 @@ class ChatSession:
     def load(cls, checkpoint: str, *, dtype: str = "auto", device: str | None = None) -> ChatSession:
         """Open a checkpoint folder or hub id, on the GPU when there is one."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        with naming_damage(checkpoint):
+        with opening(checkpoint):
             model = MllmForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).to(device)
             return cls(model, AutoProcessor.from_pretrained(checkpoint))
 

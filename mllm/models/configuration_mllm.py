@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from mllm.checkpoint_code import KEY, Part, admit_code, record_code
 from mllm.config import to_plain
-from mllm.errors import ConfigError
+from mllm.errors import CheckpointError, ConfigError
 from mllm.heads.build import drawing_head
 from mllm.plugins import code_hashes
 from mllm.processing.layout import LayoutRules, layout_rules
@@ -92,6 +92,11 @@ class MllmConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         place = str(kwargs.get("name_or_path") or config_dict.get("_name_or_path") or "")
+        if (kind := config_dict.get("model_type", cls.model_type)) != cls.model_type:
+            raise CheckpointError(
+                f"{place or 'config'}: a {kind} checkpoint, not one of mllm; `mllm convert` makes one of LLaVA and Prismatic, a "
+                "recipe's model.language_model.source takes a language model"
+            )
         fetch = partial(_checkpoint_file, place, config_dict.get("_commit_hash"))
         admit_code(place or "config", config_dict.get(KEY) or (), list(component_types(config_dict)), fetch)
         return super().from_dict(config_dict, **kwargs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mllm.damage import naming_damage, read_json
+from mllm.damage import opening, read_json
 from mllm.errors import ConfigError
 
 
@@ -27,7 +27,7 @@ def export(
         raise ConfigError(f"{target} already holds a checkpoint; choose another folder")
     adapter = checkpoint / "adapter_config.json"
     base = read_json(adapter)["base_model_name_or_path"] if adapter.is_file() else checkpoint
-    with naming_damage(base):
+    with opening(base):
         model = MllmForConditionalGeneration.from_pretrained(base, dtype=dtype)
     if adapter.is_file():
         from peft import PeftModel

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from mllm.damage import naming_damage
+from mllm.damage import opening
 from mllm.errors import CheckpointError
 from mllm.heads.build import FORMER, heads_with_weights
 from mllm.models.configuration_mllm import MllmConfig
@@ -98,7 +98,7 @@ class MllmPreTrainedModel(PreTrainedModel):
         if not kwargs.get("key_mapping"):
             kwargs["key_mapping"] = dict(_FORMER_NAMES)
         try:
-            with naming_damage(pretrained_model_name_or_path):
+            with opening(pretrained_model_name_or_path):
                 model, info = super().from_pretrained(
                     pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
                 )

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mllm.damage import naming_damage
+from mllm.damage import opening
 from mllm.errors import ConfigError, UnavailableError
 from mllm.serve.traces import (
     Case,
@@ -171,7 +171,7 @@ def run_parity(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     adapter, base = _adapter_base(checkpoint)
-    with naming_damage(base):
+    with opening(base):
         processor = AutoProcessor.from_pretrained(base)
         model: Any = MllmForConditionalGeneration.from_pretrained(base, dtype=getattr(torch, dtype)).to(device).eval()
     experts = list((model.config.router or {}).get("experts", ()))

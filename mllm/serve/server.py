@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mllm.config import StrictModel
-from mllm.damage import naming_damage
+from mllm.damage import opening
 from mllm.errors import ConfigError, UnavailableError
 from mllm.heads.codes.settings import VLLM_PROCESSOR
 from mllm.install import install_hint
@@ -213,7 +213,7 @@ def _read(checkpoint: str) -> tuple[Any, dict[str, Any]]:
     from mllm.models.configuration_mllm import MllmConfig
 
     try:
-        with naming_damage(checkpoint):
+        with opening(checkpoint):
             config = AutoConfig.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
         missing = "" if Path(checkpoint).exists() else "no such folder, and "
@@ -264,5 +264,5 @@ def _salt(extra: list[str]) -> str:
 def _image_token(checkpoint: str) -> str:
     from transformers import AutoProcessor
 
-    with naming_damage(checkpoint):
+    with opening(checkpoint):
         return AutoProcessor.from_pretrained(checkpoint).image_token

@@ -8,19 +8,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+import open_clip
 import pytest
+import timm
 import torch
 import yaml
+from safetensors.torch import save
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from mllm.models.card import model_card
 from mllm.plugins import load_plugins
 from tests.helpers import TINY_CLIP, TINY_LLM, tiny_model, tiny_tokenizer
 from tests.hub_server import TOKEN, Hub, running_hub
+from tests.integration.test_convert import llava
 from tests.test_readme import block
 
 ROOT = Path(__file__).resolve().parents[2]
 CUT = 200_000
+OPEN_CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1},
+}
 CODE = """
 import json, os, sys
 sys.path.insert(0, sys.argv[1])
@@ -29,12 +38,16 @@ import torch
 from mllm.cli.main import app
 from mllm.config import validate
 from mllm.data.sources import open_source
+from mllm.data.recognise import recognise
 from mllm.data.spec import DatasetSpec
 from mllm.encoders.catalogue import build_encoder, encoder_config
 from mllm.errors import MllmError
+from mllm.eval.checkpoint import load_model
 from mllm.models.build import build_model
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.recipe import ModelSpec
+from mllm.serve.server import ServeSettings
+from mllm.serve.server import plan as plan_server
 
 folder, found = sys.argv[2], {}
 def error(call):
@@ -53,6 +66,12 @@ def spec(source, encoder="owner/clip", revision=None, commit="v1"):
         "encoders": {"eye": {"type": "hf", "weights": {"source": encoder, "revision": commit, "licence": "MIT"}, "layers": [-2]}},
         "connector": {"type": "mlp"}, "chat_template": "chatml",
     })
+timm = {"architecture": "resnet10t", "options": {"channels": [8, 8, 8, 8]}, "image_size": 32, "layers": [-1]}
+clip = {"architecture": folder + "/open_clip.json", "image_size": 32, "layers": [-1]}
+def load(kind, source):
+    encoder = build_encoder(encoder_config({**kind, "weights": {"source": source, "licence": "MIT"}}, where="eye"))
+    encoder.load_pretrained()
+    return float(sum(p.double().sum() for p in encoder.parameters()))
 def text(model):
     return float(model.model.language_model.layers[0].self_attn.q_proj.weight.sum())
 
@@ -66,6 +85,24 @@ found["main"] = text(build_model(spec("owner/llm"))[0])
 for name in ("gated", "nope"):
     found[name] = error(lambda: build_model(spec("owner/" + name)))
     found["weights " + name] = error(lambda: build_model(spec("owner/llm", encoder="owner/" + name)))
+for name in ("gated", "nope", "llm"):
+    found["chat " + name] = error(lambda: app(["chat", "owner/" + name, "-q", "hi"], standalone_mode=False))
+    found["eval " + name] = error(lambda: load_model("owner/" + name))
+for name in ("gated", "nope"):
+    found["serve " + name] = error(lambda: plan_server(ServeSettings(checkpoint="owner/" + name)))
+    found["convert " + name] = error(lambda: app(["convert", "owner/" + name, folder + "/none"], standalone_mode=False))
+    found["rows " + name] = error(lambda: recognise("owner/" + name))
+    for kind in ({"type": "timm", **timm}, {"type": "open_clip", **clip}):
+        source = "hf-hub:owner/" + name
+        found[kind["type"] + " " + name] = error(lambda: load(kind, source))
+found["rows v9"] = error(lambda: recognise("owner/rows@v9"))
+found["no tag"] = error(lambda: load({"type": "open_clip", **clip}, "owner/open_clip"))
+app(["chat", "owner/tiny", "-q", "hi", "--max-new-tokens", "2"], standalone_mode=False)
+app(["convert", "owner/llava", folder + "/converted"], standalone_mode=False)
+found["converted"] = type(load_model(folder + "/converted")[0]).__name__
+found["evaluated"] = type(load_model("owner/tiny")[0]).__name__
+found["timm"] = load({"type": "timm", **timm}, "owner/timm")
+found["open_clip"] = load({"type": "open_clip", **clip}, "hf-hub:owner/open_clip")
 found["revision"] = error(lambda: build_model(spec("owner/llm", revision="v9")))
 found["plugin"] = error(lambda: MllmForConditionalGeneration.from_pretrained("owner/plugged"))
 os.environ["MLLM_TRUST_CHECKPOINT_PLUGINS"] = "1"
@@ -95,7 +132,8 @@ def language_model(folder: Path, seed: int) -> Path:
 
 
 def fill(hub: Hub, folder: Path) -> float:
-    """Put parts, a plug-in's checkpoint and rows on the hub and a checkpoint into ``folder``; returns the sum of its weights."""
+    """Put parts, checkpoints (a plug-in's, another project's) and rows on the hub and a checkpoint into ``folder``; returns the
+    sum of its weights."""
     hub.add("owner/llm", files(language_model(folder / "llm1", 1)), "v1")
     hub.add("owner/llm", files(language_model(folder / "llm2", 2)))
     hub.add("owner/late", files(folder / "llm1"))
@@ -111,6 +149,15 @@ def fill(hub: Hub, folder: Path) -> float:
     for part in (model, processor):
         part.save_pretrained(folder / "plugged")
     hub.add("owner/plugged", files(folder / "plugged"))
+    llava("small", folder / "llava")
+    hub.add("owner/llava", files(folder / "llava"))
+    torch.manual_seed(3)
+    trunk = timm.create_model("resnet10t", channels=[8, 8, 8, 8], num_classes=0)
+    hub.add("owner/timm", {"model.safetensors": save(trunk.state_dict())})
+    (folder / "open_clip.json").write_text(json.dumps({"model_cfg": OPEN_CLIP}))
+    whole = open_clip.CLIP(**OPEN_CLIP)
+    hub.add("owner/open_clip", {"open_clip_model.safetensors": save(whole.state_dict())})
+    hub.add("owner/gated", {"train.jsonl": b"{}"}, kind="datasets", gated=True)
     rows = "".join(json.dumps({"q": f"what {k}?", "a": f"it is {k}"}) + "\n" for k in range(3))
     hub.add("owner/rows", {"train.jsonl": rows.encode()}, "v1", kind="datasets")
     model, processor = tiny_model(folder / "words")
@@ -154,6 +201,20 @@ def test_every_way_to_the_hub(tmp_path: Path) -> None:
     for name in ("nope", "weights nope"):
         assert "the hub has no owner/nope" in found[name]
     assert "owner/llm has no such revision" in found["revision"]
+    for name, cure in (("gated", "owner/gated is gated: accept"), ("nope", "the hub has no owner/nope, or")):
+        for command in ("chat", "eval", "serve", "convert", "rows"):
+            assert cure in found[f"{command} {name}"], (command, found[f"{command} {name}"])
+        for kind in ("timm", "open_clip"):
+            assert cure.replace("owner/", "hf-hub:owner/") in found[f"{kind} {name}"], found[f"{kind} {name}"]
+    assert "owner/rows@v9" in found["rows v9"] and "has no such revision" in found["rows v9"]
+    assert "written hf-hub:owner/open_clip" in found["no tag"]
+    assert found["chat llm"].startswith("owner/llm: a llama checkpoint, not one of mllm")
+    assert found["eval llm"].startswith("owner/llm: a Llama checkpoint, which is no image-text model")
+    assert (
+        found["converted"] == found["evaluated"] == "MllmForConditionalGeneration"
+        and found["timm"]
+        and found["open_clip"]
+    )
     assert (
         "--plugin" in found["plugin"]
         and "home/hub/models--owner--plugged" in found["plugin"]

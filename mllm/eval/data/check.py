@@ -9,6 +9,7 @@ from pathlib import Path
 from mllm.errors import MllmError, UnavailableError
 from mllm.eval.data.sources import find_sources, whereabouts
 from mllm.eval.task import SourceSpec, TaskSpec, data_folder
+from mllm.hub import hub_reason
 
 
 def check_data(specs: Sequence[TaskSpec], data: Mapping[str, str | Path] | None = None) -> None:
@@ -45,5 +46,5 @@ def _unreachable(source: SourceSpec) -> str | None:
     try:
         datasets.load_dataset_builder(str(source.hub), (source.configs or [None])[0], revision=source.revision)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return hub_reason(error, source.hub)
     return None

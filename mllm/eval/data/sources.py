@@ -15,6 +15,7 @@ from mllm.errors import ConfigError, DataError, UnavailableError
 from mllm.eval.data.pictures import Picture
 from mllm.eval.data.refer import refer_rows
 from mllm.eval.task import JoinSpec, SourceSpec, TaskSpec
+from mllm.hub import hub_reason
 
 Row = dict[str, Any]
 _REFERENCE_LENGTH = 64
@@ -288,7 +289,7 @@ def _from_hub(task: TaskSpec, source: SourceSpec) -> Iterator[Row]:
             table = datasets.load_dataset(hub, config, split=split, revision=source.revision)
         except Exception as error:
             raise UnavailableError(
-                f"{task.name}: {source.hub} could not be loaded ({type(error).__name__}: {error}). {whereabouts(task)}"
+                f"{task.name}: {source.hub} could not be loaded ({hub_reason(error, source.hub)}). {whereabouts(task)}"
             ) from None
         other: dict[str, Row] = {}
         if source.join is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.errors import CheckpointError, ConfigError, UnavailableError
+from mllm.hub import hub_reason
 from mllm.models.foreign.read import ForeignCheckpoint, read_foreign, recognise
 
 
@@ -23,9 +24,7 @@ def convert(source: str, target: str | Path, *, dtype: str = "auto", language_mo
         try:
             folder = Path(snapshot_download(source))
         except Exception as error:
-            raise UnavailableError(
-                f"{source}: no such folder, and the hub does not give it ({type(error).__name__})"
-            ) from error
+            raise UnavailableError(f"no folder {source} here; as a hub id: {hub_reason(error, source)}") from error
     kind = recognise(folder)
     if kind is None:
         raise CheckpointError(
