@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,8 +140,8 @@ def dropped_rows(folder: Path, stage: str) -> dict[str, Counter[str]]:
 class BadShare:
     """Ends a run in which too many samples cannot be used: what is trained on would no longer be the data.
 
-    share: what part of a dataset's samples may be bad, of those tried so far, of at least 100 (so that a few bad rows end
-    no short run). Raises `DataError` with the counts, the last reason and the cure.
+    share: what part of a dataset's samples may be bad, of those tried so far by all processes, of at least 100 (so that a few
+    bad rows end no short run). Raises `DataError` with the counts, the last reason and the cure.
     """
 
     _FEWEST = 100
@@ -150,22 +150,39 @@ class BadShare:
         self.share = share
         self.good: Counter[str] = Counter()
         self.bad: Counter[str] = Counter()
+        self._last: dict[str, Dropped] = {}
 
-    def __call__(self, batch: Batch) -> None:
-        self.good.update(batch.datasets)
-        for item in batch.dropped:
-            self.bad[item.dataset] += 1
-        for name in {item.dataset for item in batch.dropped}:
-            found = [item for item in batch.dropped if item.dataset == name]
-            self.check(name, found, self.good[name] + self.bad[name], number=self.bad[name])
+    def count(self, batches: Iterable[Batch], datasets: Sequence[str]) -> dict[str, float]:
+        """What these batches of one process hold: ``good/NAME`` and ``bad/NAME`` of every dataset, to be summed over the
+        processes and given to `add`."""
+        found = {f"{kind}/{name}": 0.0 for name in datasets for kind in ("good", "bad")}
+        for batch in batches:
+            for name in batch.datasets:
+                found[f"good/{name}"] += 1
+            for item in batch.dropped:
+                found[f"bad/{item.dataset}"] += 1
+                self._last[item.dataset] = item
+        return found
+
+    def add(self, counts: Mapping[str, float]) -> None:
+        """Take the sums of `count` over all processes in. Raises `DataError`, on every process alike."""
+        for key, number in counts.items():
+            kind, _, name = key.partition("/")
+            if kind in ("good", "bad"):
+                (self.good if kind == "good" else self.bad)[name] += round(number)
+        for name, number in self.bad.items():
+            if number and counts.get(f"bad/{name}"):
+                last = [self._last[name]] if name in self._last else []
+                self.check(name, last, self.good[name] + number, number=number)
 
     def check(self, dataset: str, bad: Sequence[Dropped], tried: int, *, number: int | None = None) -> None:
         """Raises `DataError` for too many of one dataset. number: how many were bad in all; default: ``bad``'s."""
         number = len(bad) if number is None else number
         if number > self.share * max(tried, self._FEWEST):
+            last = f"The last: {bad[-1].reason}" if bad else "Other processes met them"
             raise DataError(
                 f"{dataset}: {number} of the {tried} samples tried so far cannot be used, more than max_bad_share "
-                f"{self.share:g} allows. The last: {bad[-1].reason}. See all with `mllm data check`; then mend them, leave "
+                f"{self.share:g} allows. {last}. See all with `mllm data check`; then mend them, leave "
                 "them out with --write-quarantine, or raise the stage's max_bad_share"
             )
 
@@ -199,12 +216,10 @@ class DataStream:
         pin_memory: bool = False,
         prefetch_factor: int = 4,
         on_drop: Callable[[list[Dropped]], None] | None = None,
-        max_bad_share: float = 1.0,
     ):
         self.plan, self.rank, self.num_workers = plan, rank, num_workers
         self.pin_memory, self.prefetch_factor = pin_memory, prefetch_factor
         self.on_drop = on_drop if on_drop is not None else DropLog()
-        self.bad_share = BadShare(max_bad_share)
         room = plan.max_length if isinstance(plan, PackedPlan) else None
         if isinstance(plan, PackedPlan):
             rows: Any = partial(collate_packed, max_length=plan.max_length, pad_token_id=pad_token_id)
@@ -238,7 +253,6 @@ class DataStream:
             self.position = batch.following
             if batch.dropped:
                 self.on_drop(batch.dropped)
-            self.bad_share(batch)
             yield batch
 
     def state_dict(self) -> dict[str, Any]:

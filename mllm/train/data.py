@@ -16,12 +16,16 @@ from mllm.data.dataset import BadShare, DataStream, DropLog, dropped_rows
 from mllm.data.lengths import counting_processes, measure
 from mllm.data.mixture import Draw, Mixture
 from mllm.data.plan import make_plan
-from mllm.errors import ConfigError, DataError
+from mllm.errors import AlignmentError, ConfigError, DataError
 from mllm.odd_settings import odd_settings
 from mllm.processing.chat import count_tokens, encode_sample
+from mllm.processing.images import read_bytes
+from mllm.processing.references import refer
 from mllm.progress import Phase
 from mllm.recipe import StageSpec
 from mllm.types import Sample
+
+_ROWS_TRIED = 16
 
 
 def open_mixture(stage: StageSpec, seed: int) -> Mixture:
@@ -32,6 +36,40 @@ def open_mixture(stage: StageSpec, seed: int) -> Mixture:
     except (ConfigError, DataError) as error:
         kind = ConfigError if isinstance(error, ConfigError) else DataError
         raise kind(f"stages.{stage.name}.data: {error}") from error
+
+
+def check_some_rows(mixture: Mixture, stage: StageSpec) -> None:
+    """Raises `DataError` when none of some rows of a dataset, spread over it, can be read, or their pictures are not there: a
+    wrong key or folder, which would end the run at its first batch. What single rows have is counted while training."""
+    if stage.max_bad_share >= 1:
+        return
+    for source, rows, left_out in zip(mixture.sources, mixture.num_rows, mixture.quarantined, strict=True):
+        step = max(1, rows // _ROWS_TRIED) if source.random_access else 1
+        tried = [row for row in range(0, rows, step) if row not in left_out][:_ROWS_TRIED]
+        problems: list[str] = []
+        for row in tried:
+            try:
+                sample = source[row]
+                for image in sample.images:
+                    _refuse_absent(image, source.where(row, sample.id))
+            except (DataError, AlignmentError) as error:
+                problems.append(str(error))
+            else:
+                break
+        if tried and len(problems) == len(tried):
+            raise DataError(
+                f"stages.{stage.name}.data: of {source.name} {len(tried)} rows were tried and none can be used. {problems[0]}"
+            )
+
+
+def _refuse_absent(image: Any, where: str) -> None:
+    reference = refer(image, where=where)
+    if reference.kind == "remote":
+        read_bytes(image, where=where)  # refused, with the cure
+    if reference.kind == "file" and not reference.value.is_file():
+        raise DataError(
+            f"{where}: no such image file: {str(reference.value)!r}; is image_root the folder the paths start from?"
+        )
 
 
 def tell_left_out(mixture: Mixture, display: Any, info: Any, stage: StageSpec) -> None:
@@ -116,7 +154,7 @@ class StageData:
         """told: learns how many rows have been counted."""
         self.stage, self.mixture, self.told = stage, mixture, told or Phase()
         world, rank = distributed.world_size(), distributed.rank()
-        self.drops = DropLog(log)
+        self.drops, self.bad_share = DropLog(log), BadShare(stage.max_bad_share)
         lengths = self._lengths(processor, cache) if stage.packing or stage.group_by_length else None
         total = None if stage.epochs is None else max(1, round(stage.epochs * len(mixture)))
         self.plan = make_plan(
@@ -138,7 +176,6 @@ class StageData:
             pad_to_multiple_of=None if stage.packing else 8,
             pin_memory=distributed.local_device().type == "cuda",
             on_drop=self.drops,
-            max_bad_share=stage.max_bad_share,
         )
         self.micro_batches = None if total is None else self.plan.num_batches()
 
@@ -197,6 +234,10 @@ class StageData:
         for planned in itertools.islice(self.plan.batches(self.stream.rank), batches):
             for row in planned.rows:
                 yield from row
+
+    def bad_rows(self, micro: list[Batch]) -> dict[str, float]:
+        """This process's numbers of usable and unusable rows in an optimizer step (`BadShare.count`)."""
+        return self.bad_share.count(micro, [source.name for source in self.mixture.sources])
 
     def steps(self) -> Iterator[list[Batch]]:
         """The micro-batches of each optimizer step, from the present position on; the last step may have fewer."""

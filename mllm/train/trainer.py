@@ -29,7 +29,15 @@ from mllm.train.checkpoint.resume import (
     latest_checkpoint,
     save_checkpoint,
 )
-from mllm.train.data import StageData, open_mixture, tell_dropped, tell_idle, tell_left_out, tell_odd_settings
+from mllm.train.data import (
+    StageData,
+    check_some_rows,
+    open_mixture,
+    tell_dropped,
+    tell_idle,
+    tell_left_out,
+    tell_odd_settings,
+)
 from mllm.train.engine.base import Engine, build_engine, choose_engine
 from mllm.train.engine.groups import (
     Group,
@@ -139,7 +147,7 @@ def train(run: Run, stage: StageSpec, model: Any, processor: Any) -> Engine | No
             wish = time.monotonic() - saved > SAVE_SECONDS
             with phase("first step" + (", compiling" if stage.compile else ""), when=first):
                 step = optimizer_step(
-                    engine, micro, session.attention, session.flops, save=wish, datasets=session.datasets
+                    engine, micro, session.attention, session.flops, session.data, save=wish, datasets=session.datasets
                 )
             first = False
             progress.step += 1
@@ -243,6 +251,7 @@ def optimizer_step(
     micro: list[Any],
     attention: str,
     flops: FlopModel | None,
+    data: StageData,
     *,
     save: bool = False,
     datasets: DatasetLoss | None = None,
@@ -250,12 +259,14 @@ def optimizer_step(
     """Forward and backward of all micro-batches, then the update. The loss is the mean over all supervised tokens of
     the step, on all processes, however they are spread.
 
-    save: this process asks for a checkpoint; the main process's wish is what counts. datasets: told each token's loss.
-    Raises `TrainingDiverged` before anything is updated when the loss is not finite.
+    data: counts the rows that cannot be used. save: this process asks for a checkpoint; the main process's wish is what
+    counts. datasets: told each token's loss. Raises `TrainingDiverged` before anything is updated when the loss is not finite,
+    `DataError` when too many rows of all processes cannot be used.
     """
-    own = count_batches(micro, flops)
+    own = count_batches(micro, flops) | data.bad_rows(micro)
     own["save"] = float(save and distributed.is_main())
     counts = dict(zip(own, distributed.sum_numbers(list(own.values()))))
+    data.bad_share.add(counts)
     losses, of_codes = [], []
     for index, batch in enumerate(micro):
         batch = batch.to(engine.device, non_blocking=True)
@@ -430,4 +441,4 @@ def check_stage(stage: StageSpec, recipe: Recipe) -> None:
             raise ConfigError(
                 f"stages.{stage.name}.learn.{part}.lora.bits: 4-bit weights and ZeRO do not mix; use engine: none"
             )
-    open_mixture(stage, recipe.seed)
+    check_some_rows(open_mixture(stage, recipe.seed), stage)

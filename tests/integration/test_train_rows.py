@@ -82,8 +82,25 @@ def test_training_says_which_settings_mean_nothing_and_which_part_never_learned(
 
 def test_a_run_stops_when_more_than_its_share_is_bad(tmp_path):
     path = write_rows(tmp_path / "data")
-    (tmp_path / "data" / "a.png").unlink()
-    shutil.copy(CASES / "a.png", tmp_path / "data" / "gone.png")
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join(row.replace("a.png", "none.png") if k % 3 else row for k, row in enumerate(rows)))
     stage = {"name": "sft", "steps": 30, "batch_size": 8, "data": {"format": "messages", "path": str(path)}}
-    with pytest.raises(DataError, match=r"samples tried so far cannot be used|one after another cannot be used"):
+    with pytest.raises(
+        DataError, match=r"samples tried so far cannot be used, more than max_bad_share 0.05 .*no such image"
+    ):
         run_recipe(make_recipe(tmp_path, stages=[stage]))
+
+
+def test_a_key_or_a_folder_that_no_row_has_is_told_before_anything_is_built(tmp_path):
+    path = write_rows(tmp_path / "data")
+    path.write_text(path.read_text().replace('"images"', '"img"'))
+    stage = {"name": "sft", "steps": 2, "data": {"format": "messages", "path": str(path)}}
+    with pytest.raises(
+        DataError,
+        match=r"^stages\.sft\.data: of .* 16 rows were tried and none can be used\. .*'g0'.*declare image_key: img",
+    ):
+        run_recipe(make_recipe(tmp_path, stages=[stage]))
+    stage["data"] |= {"image_key": "img", "image_root": str(tmp_path)}
+    with pytest.raises(DataError, match=r"none can be used\. .*'g0'.*: no such image file: .*is image_root the folder"):
+        run_recipe(make_recipe(tmp_path, stages=[stage]))
+    assert not (tmp_path / "run").exists()

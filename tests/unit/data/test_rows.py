@@ -11,9 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from mllm.data.check import check
-from mllm.data.dataset import DataStream, DropLog
+from mllm.data.collate import Batch, Dropped
+from mllm.data.dataset import BadShare, DataStream, DropLog
 from mllm.data.mixture import Mixture
 from mllm.data.plan import make_plan
 from mllm.data.sources import open_source
@@ -176,13 +178,41 @@ def test_too_many_bad_samples_end_the_run_with_counts_and_cure(tmp_path, process
             raise ValueError("no")
         return encode_sample(processor, sample, 256)
 
-    _, batches = stream(declared, processor, encode=encode, max_bad_share=0.05, total=640)
-    with pytest.raises(
-        DataError, match=r"^d: \d+ of the \d+ samples tried so far .* max_bad_share 0\.05 .*--write-quar"
-    ):
-        list(batches)
-    _, batches = stream(declared, processor, encode=encode, max_bad_share=0.5, total=640)
+    batches = list(stream(declared, processor, encode=encode, total=640)[1])
     assert sum(len(batch.ids) for batch in batches) == 640
+    share = BadShare(0.05)
+    with pytest.raises(
+        DataError, match=r"^d: \d+ of the \d+ samples tried so far .* max_bad_share 0\.05 .* The last: .*--write-quar"
+    ):
+        for batch in batches:
+            share.add(share.count([batch], ["d"]))
+    share = BadShare(0.5)
+    share.add(share.count(batches, ["d"]))
+
+
+def test_the_share_of_bad_samples_is_of_all_processes_together(tmp_path, processor):  # noqa: F811
+    """What one process meets by chance ends no run; what all meet together does, on every process alike."""
+
+    def dropped(number: int) -> list[Dropped]:
+        return [Dropped("d", row, str(row), f"row {row}", "cannot be read") for row in range(number)]
+
+    def step(good: int, bad: int) -> Batch:
+        ids = [str(k) for k in range(good)]
+        return Batch({}, ids, ["d"] * good, [], torch.zeros(0), 0, dropped=dropped(bad))
+
+    both = BadShare(0.05), BadShare(0.05)
+
+    def together(one: Batch, other: Batch) -> None:
+        counts = both[0].count([one], ["d"]), both[1].count([other], ["d"])
+        for share in both:
+            share.add({key: counts[0][key] + counts[1][key] for key in counts[0]})
+
+    together(step(150, 12), step(150, 0))  # 8 % of one process's, 4 % of all
+    counts = both[0].count([step(0, 9)], ["d"]), both[1].count([step(0, 0)], ["d"])
+    total = {key: counts[0][key] + counts[1][key] for key in counts[0]}
+    for share, told in zip(both, ("The last: row 8", "Other processes met them")):
+        with pytest.raises(DataError, match=rf"^d: 21 of the 321 samples .* allows\. {told}"):
+            share.add(total)
 
 
 # ---------------------------------------------------------------------------------------------------------------- cells
