@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPModel
 
 from mllm.errors import CheckpointError, ConfigError
 from mllm.train import run_recipe
 from mllm.train.run import check_options
+from mllm.train.stages.contrastive.dual_encoder import _hf_model
 from tests.helpers import TINY_CLIP
 from tests.integration.train_helpers import make_recipe, metrics
 
@@ -198,6 +201,25 @@ def test_a_dual_model_of_another_architecture_is_refused(tmp_path):
     recipe.stages[0].options["config"]["vision_config"] = {**VISION, "hidden_size": 16}
     with pytest.raises(CheckpointError, match="another architecture"):
         run_recipe(recipe)
+
+
+def test_a_source_whose_text_side_would_start_at_random_is_refused(tmp_path):
+    config = CLIPConfig(text_config=TEXT, vision_config=VISION)
+    CLIPModel(config).save_pretrained(tmp_path)
+    image = SimpleNamespace(
+        config=SimpleNamespace(info=SimpleNamespace(image=SimpleNamespace(height=VISION["image_size"])))
+    )
+    options = SimpleNamespace(config=None)
+    assert isinstance(_hf_model(image, options, "options", str(tmp_path), None)[0], CLIPModel)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    save_file(
+        {k: v for k, v in whole.items() if not k.startswith("text_model.encoder")}, file, metadata={"format": "pt"}
+    )
+    with pytest.raises(
+        CheckpointError, match=r"not the whole model: 16 weights are missing .*start at random \(text_model"
+    ):
+        _hf_model(image, options, "options", str(tmp_path), None)
 
 
 def test_rows_without_the_negatives_they_should_have_are_set_aside_by_name(tmp_path):

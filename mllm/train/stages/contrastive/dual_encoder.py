@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mllm.damage import naming_damage
+from mllm.encoders.weights import shorten
 from mllm.errors import CheckpointError, ConfigError, MllmError, UnavailableError
 from mllm.train.stages.contrastive.losses import contrastive_loss, ranking_loss
 
@@ -161,9 +162,22 @@ def _hf_model(encoder: Any, options: Any, where: str, source: str | None, revisi
     config.vision_config.image_size = encoder.config.info.image.height
     if options.config:
         return AutoModel.from_config(config), config
-    model = AutoModel.from_pretrained(  # the position table is the encoder's own, already at its image size
-        str(source), revision=revision, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+    model, report = AutoModel.from_pretrained(  # the position table is the encoder's own, already at its image size
+        str(source),
+        revision=revision,
+        config=config,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
     )
+    other = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in report["mismatched_keys"]]
+    other = [key for key in other if not (key.startswith("vision_model.") and "position" in key)]
+    absent = [key for key in report["missing_keys"] if key not in ("logit_scale", "logit_bias")]
+    if absent or other:
+        raise CheckpointError(
+            f"{where}: {source} is not the whole model: {len(absent)} weights are missing and {len(other)} have another shape, which "
+            f"would start at random ({shorten(sorted([*absent, *other]), 5)}). Name the whole CLIP-style model in source"
+        )
     return model, config
 
 
@@ -197,9 +211,14 @@ def _open_clip_dual(encoder: Any, options: Any, where: str) -> OpenClipDual:
             raise UnavailableError(f"{where}: weights {source} of {architecture} cannot be read ({error})") from error
         own = model.state_dict()
         fitting = {k: v for k, v in state.items() if k in own and (v.shape == own[k].shape)}
-        absent = [k for k in own if k not in fitting and not k.startswith("visual.") and k != "logit_bias"]
+        ours = encoder.model.state_dict()
+        passed = {k for k in own if k.startswith("visual.") and any(k.endswith(f".{key}") for key in ours)}
+        absent = [k for k in own if k not in fitting and k not in passed and k != "logit_bias"]
         if absent:
-            raise CheckpointError(f"{where}: {source} lacks the text side: {', '.join(absent[:5])}")
+            raise CheckpointError(
+                f"{where}: {source} is not the whole model: {len(absent)} weights are missing or have another shape, which would start "
+                f"at random ({shorten(absent, 5)})"
+            )
         model.load_state_dict(fitting, strict=False)
     name = architecture if isinstance(architecture, str) else None
     tokenizer = (
