@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -49,7 +50,11 @@ def train(
     with progress.phase("importing torch and transformers"):
         from mllm.train.run import run_recipe
 
-    final = run_recipe(loaded, processes=processes, resume=resume, output=output, profile=profile, extend=extend)
+    try:
+        final = run_recipe(loaded, processes=processes, resume=resume, output=output, profile=profile, extend=extend)
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; the same command with --resume goes on from the last checkpoint\n")
+        raise typer.Exit(130) from None
     typer.echo(f"checkpoint: {final}")
     if evaluate and loaded.evaluation.tasks:
         from mllm.eval.run import run_eval

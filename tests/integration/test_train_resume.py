@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import resource
 import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
+import yaml
 
+from mllm.cli.main import main
 from mllm.errors import CheckpointError, ConfigError
 from mllm.train import run_recipe
 from mllm.train.launch import WorkerFailed
 from mllm.train.preflight.verify import verify_resume
 from tests.integration.kill_points import aim, plugin, run, spare
-from tests.integration.train_helpers import make_recipe, metrics, write_data
+from tests.integration.train_helpers import logged_steps, make_recipe, metrics, write_data
 
 MIXED = {"learn": {"language_model": 1e-3, "connector": 3e-3, "encoders": 1e-4}, "optimizer": {"weight_decay": 0.1}}
 MOMENTS: dict[str, dict] = {
@@ -172,3 +178,31 @@ def test_a_finished_run_says_what_differs_and_is_extended_from_its_optimizers_st
     assert weights[0] == weights[1]
     with pytest.raises(CheckpointError, match=r"optimizer's state was not kept.*stages.sft.keep_state=true"):
         run_recipe(recipe(steps=6), output=output, extend=True)
+
+
+def test_ctrl_c_ends_a_run_in_two_lines_and_resume_goes_on(tmp_path, monkeypatch, capsys):
+    steps, output = 30, tmp_path / "run"
+    file = tmp_path / "tiny.yaml"
+    recipe = make_recipe(tmp_path, stages=[{"name": "sft", "steps": steps, "save_every": 2}])
+    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
+    command = ["mllm", "train", str(file), "--no-evaluate", "--output", str(output)]
+
+    def press() -> None:
+        while logged_steps(output) < 5:
+            time.sleep(0.002)
+        _thread.interrupt_main()
+
+    watcher = threading.Thread(target=press, daemon=True)
+    watcher.start()
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    watcher.join()
+    told = capsys.readouterr().err
+    assert ended.value.code == 130 and "--resume goes on from the last checkpoint" in told and "Traceback" not in told
+    assert 5 <= logged_steps(output) < steps and not (output / "final").exists()
+    monkeypatch.setattr(sys, "argv", [*command, "--resume"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0 and (output / "final" / "config.json").is_file()
+    assert [record["step"] for record in metrics(output)] == list(range(1, steps + 1))
