@@ -33,8 +33,11 @@ def chat(
     arguments.pictures(image)
     arguments.at_least(max_new_tokens, 1, "--max-new-tokens")
     arguments.at_least(temperature, 0, "--temperature")
+    from transformers.utils import logging as transformers_logging
+
     from mllm.models.chat import ChatSession
 
+    transformers_logging.disable_progress_bar()
     session = ChatSession.load(checkpoint, dtype=dtype)
     options = {
         "max_new_tokens": max_new_tokens,

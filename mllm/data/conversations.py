@@ -79,7 +79,8 @@ def mark_placeholders(turns: list[Turn], num_images: int, *, where: str, image_f
         roles = {"user", "assistant", "system"}
     else:
         raise AlignmentError(
-            f"{where}: {sum(counts)} {PLACEHOLDER} placeholders ({by_user} of the user) and {num_images} images"
+            f"{where}: {sum(counts)} {PLACEHOLDER} placeholders ({by_user} of the user) and {num_images} images; each needs one: "
+            f"mend the row, or where {PLACEHOLDER} is text that somebody typed, mark the images by parts ({{'type': 'image'}})"
         )
     for turn, count in zip(turns, counts):
         if turn.role not in roles or not count:

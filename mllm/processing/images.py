@@ -73,7 +73,7 @@ def load_image(source: Any, *, where: str, max_pixels: int | None = MAX_PIXELS) 
     except DataError:
         raise
     except Exception as error:  # decoders of foreign files raise whatever they like
-        raise DataError(f"{where}: {_shown(source)} does not decode: {_reason(error)}") from error
+        raise DataError(f"{_named(source, where)} does not decode: {_reason(error)}") from error
 
 
 def image_size(source: Any, *, where: str) -> tuple[int, int]:
@@ -122,7 +122,8 @@ def read_bytes(source: Any, *, where: str) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise MissingFile(f"{where}: no such image file: {_shown(str(path))}") from None
+        named = "" if str(path) in where else f": {_shown(str(path))}"
+        raise MissingFile(f"{where}: no such image file{named}") from None
     except OSError as error:
         raise DataError(f"{where}: image file {_shown(str(path))} cannot be read ({error.strerror})") from None
     except ValueError as error:  # a NUL inside the path
@@ -132,17 +133,17 @@ def read_bytes(source: Any, *, where: str) -> bytes:
 def _open(source: Any, where: str, max_pixels: int | None) -> Image.Image:
     data = read_bytes(source, where=where)
     if not data:
-        raise DataError(f"{where}: {_shown(source)} is empty (0 bytes)")
+        raise DataError(f"{_named(source, where)} is empty (0 bytes); copy it again")
     Image.init()  # before it PIL knows five formats, and an unknown one is a KeyError (as MPO is: JPEG reads it)
     try:
         image = Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
-            f"{where}: {_shown(source)}: {error} Raise PIL.Image.MAX_IMAGE_PIXELS too if it is meant."
+            f"{_named(source, where)}: {error} Raise PIL.Image.MAX_IMAGE_PIXELS too if it is meant."
         ) from None
     except Exception as error:
         raise DataError(
-            f"{where}: {_shown(source)} is not an image of a supported format ({', '.join(FORMATS)})"
+            f"{_named(source, where)} is not an image of a supported format ({', '.join(FORMATS)})"
         ) from error
     _check_size(image, where, max_pixels, source)
     return image
@@ -244,6 +245,12 @@ def _grey_to_rgb(image: Image.Image, where: str) -> Image.Image:
 
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _named(source: Any, where: str) -> str:
+    """``where`` and the source, which is said once where both are the same file."""
+    shown = _shown(source)
+    return where if shown.strip("'\"") in where else f"{where}: {shown}"
 
 
 def _shown(source: Any) -> str:

@@ -156,10 +156,19 @@ class MllmProcessor(ProcessorMixin):
             for position, (placeholders, pictures) in enumerate(zip(found, given)):
                 if placeholders != pictures:
                     raise AlignmentError(
-                        f"text {position} has {placeholders} {self.image_token} placeholders and {pictures} images"
+                        f"text {position} has {placeholders} {self.image_token} placeholders and {pictures} images; {self._cure}"
                     )
         elif sum(found) != sum(given):
-            raise AlignmentError(f"{sum(found)} {self.image_token} placeholders in the text and {sum(given)} images")
+            raise AlignmentError(
+                f"{sum(found)} {self.image_token} placeholders in the text and {sum(given)} images; {self._cure}"
+            )
+
+    @property
+    def _cure(self) -> str:
+        return (
+            f"give one image for each, in their order. A {self.image_token} that somebody typed stays text where messages with parts "
+            "go through apply_chat_template"
+        )
 
     def prepare_inputs_layout(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any

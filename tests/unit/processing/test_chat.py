@@ -159,9 +159,12 @@ def test_a_sample_without_an_answer_is_named() -> None:
 
 def test_the_processor_names_wrong_counts() -> None:
     processor = processor_with(all_templates()["chatml"])
-    with pytest.raises(AlignmentError, match="2 <image> placeholders in the text and 1 images"):
+    with pytest.raises(
+        AlignmentError,
+        match=r"2 <image> placeholders in the text and 1 images; give one image for each.*typed stays text",
+    ):
         processor(text="<image> and <image>", images=picture())
-    with pytest.raises(AlignmentError, match="text 1 has 0 <image> placeholders and 1 images"):
+    with pytest.raises(AlignmentError, match="text 1 has 0 <image> placeholders and 1 images; give one"):
         processor(text=["<image>", "none"], images=[[picture()], [picture()]])
 
 

@@ -176,6 +176,10 @@ def test_bad_pictures_raise_one_error_that_names_the_place(tmp_path):
             load_image(source, where="sample 'x' of d")
     with pytest.raises(DataError, match="no pixels"):
         load_image(Image.new("RGB", (0, 5)), where="s")
+    for source in (truncated, text, empty, tmp_path / "none.png"):  # where the place is the file, it is said once
+        with pytest.raises(DataError) as caught:
+            load_image(source, where=str(source))
+        assert str(caught.value).count(str(source)) == 1
 
 
 def test_a_bomb_is_refused_from_its_header(monkeypatch):
