@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from mllm import assets
 from mllm.errors import ConfigError, DataError
 from mllm.eval.asking import Blind, SamePictures, answers
 from mllm.eval.baselines import prior_rows, shuffled
@@ -259,13 +260,29 @@ def rescore(
         header = json.loads(header_path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{header_path(path)}: needed to rescore {path.name}, cannot be read ({error})") from None
+    if not isinstance(header.get("task"), dict) or "metrics" not in header["task"] or "identity" not in header:
+        raise DataError(
+            f"{header_path(path)}: is of a version that did not keep the task's declaration; run `mllm eval run` again (answers "
+            "of a cache are used), or name the rules with --metrics"
+        )
     chosen = [build_metric(entry) for entry in (metrics or header["task"]["metrics"])]
     rows = [row | score_fields(row, chosen) for row in rows]
     header["metrics"] = [metric.label for metric in chosen]
     if write:
         write_lines(path, rows)
         write_atomic(header_path(path), json.dumps(header, indent=2, ensure_ascii=False) + "\n")
-    return summarise(rows, chosen, header, path=str(path))
+    result = summarise(rows, chosen, header, path=str(path))
+    return replace(result, problems=[*result.problems, *_older(header["task"])])
+
+
+def _older(stored: Mapping[str, Any]) -> list[str]:
+    """Whether answers were given to another version of the task than the one there is now."""
+    name = str(stored.get("name"))
+    if name not in assets.available("eval/tasks"):
+        return []
+    now = load_task(name).version
+    told = f"answers are to version {stored.get('version')} of the task, which is at version {now} now: not comparable with new runs"
+    return [told] if stored.get("version") != now else []
 
 
 def report_again(folder: str | Path, *, show: bool = True) -> dict[str, TaskResult]:

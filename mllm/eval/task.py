@@ -239,11 +239,16 @@ def expand_tasks(names: Sequence[str]) -> list[str]:
 
 
 def load_tasks(tasks: Sequence[str | TaskSpec]) -> list[TaskSpec]:
-    """Tasks of names, suites, paths and ready specs, in order."""
-    specs: list[TaskSpec] = []
+    """Tasks of names, suites, paths and ready specs, in order, each once. Raises `ConfigError` for two that differ under one
+    name: their answers would lie in one file."""
+    specs: dict[str, TaskSpec] = {}
     for task in tasks:
-        specs.extend([task] if isinstance(task, TaskSpec) else [load_task(name) for name in expand_tasks([task])])
-    return specs
+        for spec in [task] if isinstance(task, TaskSpec) else [load_task(name) for name in expand_tasks([task])]:
+            if specs.setdefault(spec.name, spec) != spec:
+                raise ConfigError(
+                    f"two tasks are called {spec.name!r} and differ; give one of them another name: in its file"
+                )
+    return list(specs.values())
 
 
 def data_folder(task: TaskSpec, data: Mapping[str, str | Path] | None = None) -> Path | None:

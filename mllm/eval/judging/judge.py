@@ -126,7 +126,8 @@ def judge_predictions(
         result.verdicts[row["id"]] = verdict
         result.clusters.append(row.get("cluster"))
         result.categories[row["id"]] = row.get("category")
-    result.answered_by = sorted(getattr(judge, "answered_by", {}))
+    weights = f"fingerprint {hashlib.sha256(judge.fingerprint().encode()).hexdigest()[:8]}"
+    result.answered_by = sorted(getattr(judge, "answered_by", {})) or [weights]
     result.path = str(target)
     lines = [
         {"id": name, **verdict, "category": result.categories[name], "cluster": cluster}

@@ -13,7 +13,7 @@ import numpy as np
 
 from mllm.errors import DataError
 from mllm.eval.metrics import Metric, Score, Scored
-from mllm.eval.report.statistics import Estimate, bootstrap_estimate, mean_estimate
+from mllm.eval.report.statistics import Estimate, bootstrap_estimate, mean_estimate, wilson_interval
 
 Row = dict[str, Any]
 _DRAWS = 200
@@ -169,10 +169,22 @@ def estimate(metric: Metric, items: Sequence[Scored], rows: Sequence[Row], *, dr
     """Headline with its uncertainty, in display units."""
     clusters = clusters_of(rows, metric)
     if not metric.is_mean:
-        return bootstrap_estimate(statistic_of(metric, items), clusters, repeats=draws)
+        return _at_the_edge(bootstrap_estimate(statistic_of(metric, items), clusters, repeats=draws), metric, clusters)
     result = mean_estimate([item.value for item in items], clusters=clusters, binary=metric.binary)
     scaled = {name: metric.scale * getattr(result, name) for name in ("value", "standard_error", "low", "high")}
     return replace(result, **scaled)
+
+
+def _at_the_edge(result: Estimate, metric: Metric, clusters: Sequence[Hashable]) -> Estimate:
+    """No draw differs from a percentage of 0 or 100, so a bootstrap's interval there is a point; Wilson's over the groups is
+    not."""
+    if metric.scale != 100 or result.value not in (0.0, 100.0) or not clusters:
+        return result
+    groups = len(set(clusters))
+    low, high = wilson_interval(result.value / 100 * groups, groups)
+    return replace(
+        result, low=100 * low, high=100 * high, method=f"Wilson over {groups} groups (every draw is the same)"
+    )
 
 
 def metric_result(metric: Metric, rows: Sequence[Row]) -> MetricResult:

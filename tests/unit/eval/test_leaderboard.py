@@ -13,11 +13,13 @@ import yaml
 from mllm.errors import ConfigError, DataError
 from mllm.eval.report.exports import export_results, latex_table, read_results
 from mllm.eval.report.show import write_report
-from mllm.eval.run import evaluate
+from mllm.eval.run import evaluate, rescore
 from mllm.eval.studies.leaderboard import leaderboard, named_runs
+from mllm.eval.task import load_task, load_tasks
 from mllm.models.card import model_card
-from tests.unit.eval.rules import RuleGenerator
+from tests.unit.eval.rules import RuleGenerator, constant
 from tests.unit.eval.test_official_files import picture, write
+from tests.unit.eval.test_watch_and_mine import mmvp
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +105,37 @@ def test_a_pushed_card_takes_the_scores_along(runs, tmp_path):
     head = yaml.safe_load(card.split("---")[1])
     assert head["model-index"][0]["name"] == "mine"
     assert head["model-index"][0]["results"][0]["metrics"][0]["value"] == 50.0
+
+
+def test_two_tasks_of_one_name_and_answers_to_another_version_are_named(tmp_path):
+    folder = mmvp(tmp_path / "d")
+    spec = load_task("mmvp")
+    assert load_tasks(["mmvp", spec, "mmvp"]) == [spec]
+    with pytest.raises(ConfigError, match="two tasks are called 'mmvp' and differ"):
+        load_tasks(["mmvp", spec.model_copy(update={"prompt": "{{ question }}"})])
+    evaluate(
+        RuleGenerator(constant("A")),
+        [spec.model_copy(update={"version": 7})],
+        tmp_path,
+        data={"mmvp": folder},
+        progress=False,
+    )
+    result = rescore(tmp_path / "mmvp.jsonl")
+    assert any(
+        "answers are to version 7 of the task, which is at version 1 now" in problem for problem in result.problems
+    )
+    header = json.loads((tmp_path / "mmvp.run.json").read_text())
+    del header["task"]
+    (tmp_path / "mmvp.run.json").write_text(json.dumps(header))
+    with pytest.raises(DataError, match="is of a version that did not keep the task's declaration"):
+        rescore(tmp_path / "mmvp.jsonl")
+
+
+def test_a_score_of_nought_over_groups_is_not_sure(tmp_path):
+    """No pair is right: every bootstrap draw is 0, but two pairs say little (Wilson over 2 groups: up to 65.8 %)."""
+    result = evaluate(
+        RuleGenerator(constant("A")), ["mmvp"], tmp_path, data={"mmvp": mmvp(tmp_path / "d")}, progress=False
+    )
+    metric = result["mmvp"].metrics[0]
+    assert metric.value == 0.0 and metric.low == 0.0 and metric.high == pytest.approx(65.76, abs=0.01)
+    assert metric.method.startswith("Wilson over 2 groups")
