@@ -1,4 +1,4 @@
-"""``mllm data``: check a training file before paying for a run."""
+"""``mllm data``: check a training file before paying for a run; draw charts with questions from tables."""
 
 from __future__ import annotations
 
@@ -54,6 +54,85 @@ def check(
     report.print()
     if report.num_bad:
         raise typer.Exit(1)
+
+
+build = typer.Typer(help="Make training data and a benchmark out of what you have.", no_args_is_help=True)
+data.add_typer(build, name="build")
+
+
+@build.command("charts")
+def build_charts(
+    sources: Annotated[
+        list[str], typer.Argument(help="Folders or files of tables (csv, tsv, parquet, RData), or package:NAME.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/charts"),
+    charts: Annotated[int, typer.Option(help="Training charts.")] = 2000,
+    test_charts: Annotated[int, typer.Option(help="Test charts; each is drawn by every test renderer.")] = 200,
+    renderers: Annotated[str, typer.Option(help="Who draws training charts, comma separated.")] = "matplotlib",
+    test_renderers: Annotated[str, typer.Option(help="Who draws test charts, comma separated.")] = "matplotlib",
+    test_sources: Annotated[
+        str, typer.Option(help="Sources (subfolders, inner packages) kept for the test; default: an eighth of them.")
+    ] = "",
+    questions: Annotated[int, typer.Option(help="Questions per training chart, at most.")] = 6,
+    test_questions: Annotated[int, typer.Option(help="Questions per test chart.")] = 2,
+    per_table: Annotated[int, typer.Option(help="Charts per table, at most.")] = 10,
+    size: Annotated[int, typer.Option(help="Pixels of a side.")] = 448,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same tables, questions and answers.")] = 0,
+    processes: Annotated[int, typer.Option(help="Worker processes.")] = 1,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where a package's tables are unpacked; default: in the output.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a folder built with other settings.")] = False,
+) -> None:
+    """Draw charts with questions and exact answers from tables: a training set, and a test on tables of other sources.
+
+    Nine kinds of questions (value, extreme, count, colour, comparison, trend, difference, two_step, unanswerable), asked only
+    where the chart answers beyond doubt, with answers balanced within each wording. Sources never lie on both sides of the
+    split, and a training table that repeats a test table, or a part of it, is left out. Tables that cannot be drawn are counted
+    with the reason (manifest.json, tables.json). Renderers: matplotlib, altair, ggplot2, gnuplot, or a plug-in's.
+
+    [dim]mllm data build charts my_tables --output runs/mine --charts 5000 --test-renderers matplotlib,altair[/]
+    """
+    for value, option in (
+        (size, "--size"),
+        (questions, "--questions"),
+        (per_table, "--per-table"),
+        (processes, "--processes"),
+    ):
+        arguments.at_least(value, 1, option)
+    for value, option in ((charts, "--charts"), (test_charts, "--test-charts")):
+        arguments.at_least(value, 0, option)
+    from mllm import progress
+    from mllm.data.charts.build import ChartSettings
+    from mllm.data.charts.build import build_charts as build_now
+    from mllm.data.charts.renderers import RENDERERS
+
+    names = {"--renderers": _names(renderers), "--test-renderers": _names(test_renderers)}
+    for option, chosen in names.items():
+        for name in chosen:
+            arguments.one_of(name, RENDERERS, option)
+    progress.begin()
+    manifest = build_now(
+        ChartSettings(
+            sources=tuple(sources), train_charts=charts, test_charts=test_charts, renderers=names["--renderers"],
+            test_renderers=names["--test-renderers"], test_sources=_names(test_sources), train_questions=questions,
+            test_questions=test_questions, charts_per_table=per_table, size=size, seed=seed,
+        ),
+        output,
+        cache=cache,
+        processes=processes,
+        force=force,
+    )  # fmt: skip
+    tables = manifest["tables"]
+    typer.echo(f"tables: {', '.join(f'{number} {split}' for split, number in sorted(tables.items()))}")
+    for reason, number in list(manifest["skipped"].items())[:8]:
+        typer.echo(f"  {number} skipped: {reason}")
+    for name, entry in manifest["files"].items():
+        typer.echo(f"{output / name}: {entry['rows']} rows")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def add_to(app: typer.Typer) -> None:

@@ -12,6 +12,7 @@ ENCODERS: Registry = Registry(
         "eve": "mllm.encoders.eve:EveEncoder",
         "patch_conv": "mllm.encoders.eve:PatchConvEncoder",
         "vary": "mllm.encoders.vary:VaryEncoder",
+        "ppocr": "mllm.encoders.ppocr:PPOcrEncoder",
         "vggt": "mllm.encoders.vggt:VggtEncoder",
         "biformer": "mllm.encoders.backbones.biformer:BiFormerEncoder",
         "crossformer": "mllm.encoders.backbones.crossformer:CrossFormerEncoder",

@@ -32,6 +32,9 @@ class TimmConfig(ImageEncoderConfig):
     """timm's model name, with its tag where one is meant: ``vit_large_patch14_reg4_dinov2.lvd142m``."""
     options: dict[str, Any] = Field(default_factory=dict)
     """timm's own model arguments, e.g. ``{embed_dim: 64, depth: 4, num_heads: 4}`` for a model from scratch."""
+    train_batch_norm: bool = True
+    """Update batch norms' running statistics while the encoder learns. False keeps the published ones, whose rounding in bf16 and
+    small batches would drift."""
 
 
 class TimmEncoder(LibraryEncoder):
@@ -69,6 +72,14 @@ class TimmEncoder(LibraryEncoder):
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         set_checkpointing(self.model, enabled)
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        if mode and not self.config.train_batch_norm:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
 
     def load_pretrained(self) -> None:
         weights, config = self.required_weights(), self.config

