@@ -76,6 +76,7 @@ def build_charts(
     questions: Annotated[int, typer.Option(help="Questions per training chart, at most.")] = 6,
     test_questions: Annotated[int, typer.Option(help="Questions per test chart.")] = 2,
     per_table: Annotated[int, typer.Option(help="Charts per table, at most.")] = 10,
+    max_rows: Annotated[int, typer.Option(help="Longer tables are left out.")] = 20_000,
     size: Annotated[int, typer.Option(help="Pixels of a side.")] = 448,
     seed: Annotated[int, typer.Option(help="The same seed gives the same tables, questions and answers.")] = 0,
     processes: Annotated[int, typer.Option(help="Worker processes.")] = 1,
@@ -116,7 +117,7 @@ def build_charts(
         ChartSettings(
             sources=tuple(sources), train_charts=charts, test_charts=test_charts, renderers=names["--renderers"],
             test_renderers=names["--test-renderers"], test_sources=_names(test_sources), train_questions=questions,
-            test_questions=test_questions, charts_per_table=per_table, size=size, seed=seed,
+            test_questions=test_questions, charts_per_table=per_table, max_rows=max_rows, size=size, seed=seed,
         ),
         output,
         cache=cache,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.data.charts.chart import Chart, transcript
-from mllm.data.charts.choosing import draw_charts, judge
+from mllm.data.charts.choosing import MAX_ROWS, draw_charts, judge
 from mllm.data.charts.duplicates import Fingerprint, Known, fingerprint
 from mllm.data.charts.questions import KINDS, Balance, Question, questions
 from mllm.data.charts.renderers import RENDERERS
@@ -50,6 +50,7 @@ class ChartSettings:
     train_questions: int = 6
     test_questions: int = 2
     charts_per_table: int = 10
+    max_rows: int = MAX_ROWS
     size: int = 448
     seed: int = 0
 
@@ -132,7 +133,7 @@ def _look_at(job: tuple[TableFile, str, ChartSettings]) -> TableReport:
     try:
         frame = read_table(table)
         frame.columns = [str(column) for column in frame.columns]
-        columns, reason = judge(frame)
+        columns, reason = judge(frame, settings.max_rows)
         if reason is not None:
             return TableReport(table.id, "skipped", reason)
         rng = random.Random(f"{settings.seed}/{table.id}")
@@ -292,7 +293,7 @@ def _write(
     asked = Counter(kind for row in rows["train.jsonl"] for kind in row["kinds"])
     manifest = {
         "version": VERSION,
-        "settings": asdict(settings),
+        "settings": json.loads(json.dumps(asdict(settings))),
         "tables": dict(Counter(report.split for report in reports)),
         "skipped": dict(_reasons(reports).most_common()),
         "not_drawn": len(failed),

@@ -35,13 +35,13 @@ class Columns:
     reasons: Counter[str] = field(default_factory=Counter)
 
 
-def judge(frame: Any) -> tuple[Columns, str | None]:
+def judge(frame: Any, max_rows: int = MAX_ROWS) -> tuple[Columns, str | None]:
     """(what the columns are good for, why the table cannot be drawn at all or None)."""
     found = Columns()
     if len(frame) < 2:
         return found, "fewer than two rows"
-    if len(frame) > MAX_ROWS:
-        return found, f"more than {MAX_ROWS} rows"
+    if len(frame) > max_rows:
+        return found, f"more than {max_rows} rows"
     for column in frame.columns:
         reason = _place(frame, column, found)
         if reason is not None:

@@ -1,0 +1,204 @@
+"""Are charts drawn from tables, with answers that the table gives, and are bad tables counted with their reason?"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from mllm.data.charts.build import ChartSettings, build_charts
+from mllm.data.charts.chart import COLOURS, Chart, Series, rounded, shown, transcript
+from mllm.data.charts.choosing import draw_charts, judge
+from mllm.data.charts.duplicates import Known, fingerprint
+from mllm.data.charts.questions import NOT_THERE, Balance, Question, questions
+from mllm.data.charts.renderers import RENDERERS
+from mllm.data.charts.renderers.base import Style, png
+from mllm.data.charts.tables import find_tables
+from mllm.errors import ConfigError
+
+BARS = Chart(
+    "bar", "t", "gdp by country", "country", "gdp", ("Chile", "Peru", "Cuba", "Kenya"),
+    (Series("gdp", "red", (10.0, 40.0, 20.0, 5.0)),), colours=("red", "blue", "green", "pink"), others=("Spain",),
+)  # fmt: skip
+LINES = Chart(
+    "line", "t", "gdp over year", "year", "gdp", ("1990", "2000", "2010"),
+    (Series("north", "red", (1.0, 5.0, 9.0)), Series("south", "blue", (8.0, 4.0, 2.0))),
+)  # fmt: skip
+POINTS = Chart(
+    "scatter", "t", "b against a", "a", "b", (),
+    (Series("x", "green", (1.0, 2.0, 4.0, 5.0, 6.0, 9.0), (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)), Series("y", "orange", (3.0,), (2.0,))),
+)  # fmt: skip
+PIE = Chart(
+    "pie",
+    "t",
+    "rows by kind",
+    "kind",
+    "rows",
+    ("a", "b", "c"),
+    (Series("rows", "red", (1.0, 2.0, 5.0)),),
+    ("red", "blue", "gray"),
+)
+
+
+def asked(chart: Chart) -> dict[str, str]:
+    found = {}
+    for seed in range(20):
+        for kind in questions(chart, random.Random(seed)).values():
+            found |= {question.text: question.answer for question in kind}
+    return found
+
+
+def test_answers_are_the_charts_own():
+    bars, lines, points = asked(BARS), asked(LINES), asked(POINTS)
+    assert bars["What is the value for Peru?"] == "40"
+    assert bars["Which has the lowest value?"] == "Kenya" and bars["Which has the highest value?"] == "Peru"
+    assert bars["What colour is the bar of Cuba?"] == "green" and bars["Which bar is pink?"] == "Kenya"
+    assert bars["How many bars are there?"] == "4" and bars["What is the value for Spain?"] == NOT_THERE
+    assert (
+        bars["Is the value for Peru higher than for Cuba?"] == "yes"
+        and bars["Is the value for Cuba higher than for Peru?"] == "no"
+    )
+    assert bars["By how much is the value for Peru higher than for Chile?"] == "30"
+    assert bars["Which has the second highest value?"] == "Cuba" and bars["What colour is the largest bar?"] == "blue"
+    assert lines["Does the line of south rise or fall from its first to its last point?"] == "fall"
+    assert lines["Which line ends highest?"] == "north" and lines["What is the value of north for 2000?"] == "5"
+    assert points["Which has the most points?"] == "x" and points["How many groups of points are there?"] == "2"
+
+
+def test_what_cannot_be_told_apart_is_not_asked():
+    close = Chart("bar", "t", "", "", "", ("a", "b", "c"), (Series("", "red", (10.0, 10.2, 9.9)),))
+    kinds = {kind for seed in range(10) for kind in questions(close, random.Random(seed))}
+    assert not kinds & {"extreme", "comparison", "difference"} and "value" in kinds
+
+
+def test_a_transcript_holds_every_number_and_colour():
+    for chart in (BARS, LINES, PIE):
+        text = transcript(chart)
+        assert all(shown(v) in text for series in chart.series for v in series.values)
+        assert all(colour in text for colour in chart.colours or [s.colour for s in chart.series])
+
+
+def test_answers_within_a_template_stay_level():
+    balance, rng = Balance({"comparison": 1.0}), random.Random(0)
+    both = [Question("comparison", "t", f"q{k}", "yes" if k < 9 else "no") for k in range(10)]
+    for number in range(40):
+        pool = [question._replace(text=f"{question.text}/{number}") for question in both]
+        balance.choose({"comparison": pool}, 1, rng, slack=3)
+    assert balance.answers["t", "yes"] == balance.answers["t", "no"] == 20
+
+
+@pytest.mark.parametrize(
+    ("frame", "reason"),
+    [
+        (pd.DataFrame({"a": [1.0], "b": ["x"]}), "fewer than two rows"),
+        (pd.DataFrame({"a": pd.date_range("2020-01-01", periods=9)}), "dates"),
+        (pd.DataFrame({"a": [1, "x", 2.5, None]}), "mixed types"),
+        (pd.DataFrame({"a": [np.nan] * 9, "b": [np.inf] * 9}), "missing"),
+        (pd.DataFrame({"k": ["東京", "大阪", "京都"]}), "letters that the renderers lack"),
+        (pd.DataFrame({"k": [f"label {k}" for k in range(10_000)] * 2}), "groups"),
+        (pd.DataFrame({"v": np.arange(9.0)}), "numbers without labels"),
+    ],
+)
+def test_tables_that_cannot_be_drawn_say_why(frame, reason):
+    assert reason in str(judge(frame)[1])
+
+
+def test_charts_hold_the_tables_numbers():
+    frame = pd.DataFrame({"country": ["Chile", "Peru", "Cuba", "Kenya"], "gdp": [123.456, 40.0, 20.0, 5.0]})
+    columns, reason = judge(frame)
+    charts = draw_charts(frame, "t", columns, 6, random.Random(1))
+    assert reason is None and charts
+    table = {label: rounded(value) for label, value in zip(frame.country, frame.gdp)}
+    for chart in charts:
+        assert dict(zip(chart.categories, chart.series[0].values)).items() <= table.items()
+        assert set(chart.others) == set(frame.country) - set(chart.categories)
+
+
+def test_copies_and_parts_of_a_table_are_recognised():
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(
+        {"a": rng.normal(0, 1, 300), "b": rng.integers(0, 9, 300).astype(float), "year": np.arange(1900.0, 2200)}
+    )
+    other = pd.DataFrame(
+        {"a": rng.normal(0, 1, 300), "b": rng.integers(0, 9, 300).astype(float), "year": np.arange(1900.0, 2200)}
+    )
+    known = Known({"kept": fingerprint(frame, list(frame))})
+    assert known.match(fingerprint(frame.iloc[40:90], ["a"])) == "kept"  # a part, too short for its codes
+    assert known.match(fingerprint(frame.rename(columns={"b": "z"})[["z"]], ["z"])) == "kept"  # codes, all of them
+    assert known.match(fingerprint(pd.concat([frame, other]), ["a"])) == "kept"  # an extension
+    assert known.match(fingerprint(other, list(other))) is None  # the same years and codes from 0 to 8
+
+
+def needs(name: str) -> object:
+    missing = {"altair": "vl_convert", "ggplot2": "Rscript", "gnuplot": "gnuplot"}.get(name)
+    absent = (missing == "vl_convert" and not _has(missing)) or (
+        missing in ("Rscript", "gnuplot") and shutil.which(missing) is None
+    )
+    return pytest.param(name, marks=pytest.mark.skipif(absent, reason=f"needs {missing}"))
+
+
+def _has(module: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(module) is not None
+
+
+@pytest.mark.parametrize("name", [needs(name) for name in ("matplotlib", "altair", "ggplot2", "gnuplot")])
+def test_every_renderer_draws_every_chart_in_its_colours(name):
+    charts = [BARS, LINES, POINTS, PIE]
+    style = Style(8.5, True, "#ffffff", False, 2.5, "upper right", False)
+    for chart, image in zip(charts, RENDERERS.get(name)(448).draw([(c, style) for c in charts]), strict=True):
+        small = np.asarray(Image.open(io.BytesIO(png(image, 448))).convert("RGB")).astype(int)
+        for colour in chart.colours or [series.colour for series in chart.series]:
+            wanted = np.array([int(COLOURS[colour][k : k + 2], 16) for k in (1, 3, 5)])
+            assert (abs(small - wanted).max(-1) < 40).sum() > 12, f"{name} draws no {colour} in a {chart.type}"
+
+
+def test_building_splits_by_source_and_counts_what_it_skips(tmp_path):
+    rng = np.random.default_rng(1)
+    for source in ("alpha", "beta"):
+        for number in range(3):
+            frame = pd.DataFrame(
+                {"who": ["Ann", "Bob", "Cid", "Dan", "Eve"], "size": rng.uniform(1, 90, 5), "w": rng.uniform(1, 9, 5)}
+            )
+            (tmp_path / "in" / source).mkdir(parents=True, exist_ok=True)
+            frame.to_csv(tmp_path / "in" / source / f"t{number}.csv", index=False)
+    (tmp_path / "in" / "alpha" / "one.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "in" / "alpha" / "broken.parquet").write_bytes(b"no parquet")
+    settings = ChartSettings(
+        sources=(str(tmp_path / "in"),), train_charts=5, test_charts=3, test_sources=("beta",), size=160
+    )
+    manifest = build_charts(settings, tmp_path / "out")
+    train, test = (
+        [json.loads(line) for line in (tmp_path / "out" / f"{n}.jsonl").read_text().splitlines()]
+        for n in ("train", "test")
+    )
+    assert {row["table"].split("/")[0] for row in train} == {"alpha"} and {
+        row["table"].split("/")[0] for row in test
+    } == {"beta"}
+    assert (
+        manifest["skipped"]["fewer than two rows"] == 1
+        and sum("cannot be read" in reason for reason in manifest["skipped"]) == 1
+    )
+    assert manifest["tables"] == {"train": 3, "test": 3, "skipped": 2} and all(
+        (tmp_path / "out" / r["image"]).is_file() for r in test
+    )
+    assert build_charts(settings, tmp_path / "out") == manifest  # complete: nothing is done again
+    again = build_charts(settings, tmp_path / "again")
+    assert again["files"] == manifest["files"] and again["images"] == manifest["images"]
+    with pytest.raises(ConfigError, match="other settings"):
+        build_charts(ChartSettings(sources=settings.sources, train_charts=4, test_charts=0), tmp_path / "out")
+
+
+def test_a_place_without_tables_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="holds no table"):
+        find_tables(str(tmp_path), tmp_path)
+    (tmp_path / "evil.pkl").write_bytes(b"cos\nsystem\n")
+    with pytest.raises(ConfigError, match="holds no table"):  # pickles run code: read from installed packages only
+        find_tables(str(tmp_path), tmp_path)
