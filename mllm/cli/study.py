@@ -64,7 +64,7 @@ def study(
         folder.mkdir(parents=True, exist_ok=True)
         evaluation = ["--batch-size", str(batch_size), "--dtype", dtype, *(["--limit", str(limit)] if limit else [])]
         with ThreadPoolExecutor(parallel) as pool:
-            codes = pool.map(lambda job: _run(spec, run_folder(folder, *job), *job, overrides or [], evaluation), jobs)
+            codes = pool.map(lambda job: _run(spec, run_folder(folder, *job), job, overrides or [], evaluation), jobs)
             failed = [f"{arm}-{seed}" for (arm, seed), code in zip(jobs, codes) if code]
     found = arms_study(spec, folder)
     print_study(found)
@@ -78,8 +78,9 @@ def _all_seeds(spec: Any, chosen: list[str]) -> list[int]:
     return sorted({seed for arm in chosen for seed in spec.arms[arm].seeds})
 
 
-def _run(spec: Any, folder: Path, arm: str, seed: int, overrides: list[str], evaluation: list[str]) -> int:
+def _run(spec: Any, folder: Path, job: tuple[str, int], overrides: list[str], evaluation: list[str]) -> int:
     """Train and evaluate one arm; 0 when both are done."""
+    arm, seed = job
     mine, mllm = spec.arms[arm], [sys.executable, "-m", "mllm.cli.main"]
     train = [
         *mllm,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ def read_onnx(source: Path, output: str | None = None) -> tuple[dict[str, Any], 
     """
     if importlib.util.find_spec("onnx") is None:
         raise UnavailableError(f"{source.name}: reading it needs the onnx package: {package_hint('onnx')}")
-    import onnx
-    from onnx import numpy_helper
+    onnx: Any = importlib.import_module("onnx")
+    numpy_helper: Any = importlib.import_module("onnx.numpy_helper")
 
     model = onnx.load(str(source))
     weights, constants = {}, {}
@@ -68,9 +69,7 @@ def _needed(nodes: list[list[Any]], end: str) -> list[list[Any]]:
 
 
 def _attribute(attribute: Any) -> Any:
-    import onnx
-
-    value = onnx.helper.get_attribute_value(attribute)
+    value = importlib.import_module("onnx.helper").get_attribute_value(attribute)
     if isinstance(value, bytes):
         return value.decode()
     return value if isinstance(value, int | float) else list(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -112,7 +113,7 @@ def _read_r(path: Path) -> Any:
 
     if importlib.util.find_spec("rdata") is None:
         raise UnavailableError(f"{path.name}: R's files need the rdata package: {install_hint('charts')}")
-    import rdata
+    rdata: Any = importlib.import_module("rdata")
 
     frames = [value for value in rdata.read_rda(path).values() if isinstance(value, pd.DataFrame)]
     if not frames:

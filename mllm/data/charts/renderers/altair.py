@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ class AltairRenderer(Renderer):
 
     def draw(self, charts: Sequence[tuple[Chart, Style]]) -> list[Image.Image]:
         self.require()
-        import vl_convert
+        vl_convert: Any = importlib.import_module("vl_convert")
 
         pictures = []
         for chart, style in charts:
