@@ -165,7 +165,10 @@ def encode_sample(processor: Any, sample: Sample, max_length: int | None = None)
     if num_images:
         routed = bool(processor.image_processor.experts)
         experts = {"experts": sample.meta["experts"]} if routed and sample.meta.get("experts") is not None else {}
-        encoded.pixels, encoded.extras = encode_pixels(processor, inputs[:num_images], where=where, **experts)
+        rules = getattr(processor, "rules", None)
+        share = 0 if rules is None else rules.share(len(inputs))
+        budget = {"visual_tokens": share} if share else {}  # what is cut off counted, when the tokens were
+        encoded.pixels, encoded.extras = encode_pixels(processor, inputs[:num_images], where=where, **experts, **budget)
         encoded.extras.update(routing_inputs(processor, sample.turns, num_images))
         keys = processor.pixel_keys
         encoded.num_views = {

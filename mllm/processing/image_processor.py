@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
@@ -23,16 +24,20 @@ from mllm.processing.views.pixels import to_view_pixels
 from mllm.routers.fixed import fixed_weights, fixed_weights_of
 from mllm.types import ImageSpec, ViewLayout, VisualLayout
 
+_log = logging.getLogger(__name__)
+
 
 class MllmImagesKwargs(ImagesKwargs, total=False):
     """Per-call settings. experts: names of the experts to run, or name → weight, for all images or one entry per image; None:
     the model's router decides.
     router_input_ids: for each image, the token ids of the question a router reads; routing_pass: mark the images as
-    those of a routing request, which vLLM shortens."""
+    those of a routing request, which vLLM shortens; visual_tokens: most that each image may take, where a sample has a
+    budget."""
 
     experts: Any
     router_input_ids: Any
     routing_pass: Any
+    visual_tokens: Any
 
 
 class MllmImageProcessor(BaseImageProcessor):
@@ -98,7 +103,17 @@ class MllmImageProcessor(BaseImageProcessor):
         rules = self.rules
         if not rules.needs_size:
             return rules.layouts(images)
-        return [rules.layout(image_size(image, where=f"{where}, image {k}")) for k, image in enumerate(images)]
+        limit = rules.share(len(images))
+        try:
+            sizes = [image_size(image, where=f"{where}, image {k}") for k, image in enumerate(images)]
+            layouts = [rules.layout(size, limit) for size in sizes]
+        except DataError as error:
+            raise (
+                error if str(error).startswith(where) else DataError(f"{where}: {len(images)} images: {error}")
+            ) from error
+        if limit and any(rules.layout(size) != found for size, found in zip(sizes, layouts)):
+            _tell_reduction(rules.sample_budget or 0)
+        return layouts
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Paths, bytes and pictures pass; only http(s) addresses are fetched (by transformers)."""
@@ -115,11 +130,13 @@ class MllmImageProcessor(BaseImageProcessor):
         return_tensors: Any = None,
         router_input_ids: Any = None,
         routing_pass: Any = None,
+        visual_tokens: int | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """images: one picture or nested lists of them → ``pixel_values`` ``(V, 3, H, W)``, the views of all B of them, of the
         first encoder and ``pixel_values_<name>`` of the others; ``image_sizes`` ``(B, 2)``, (height, width), where the views
-        depend on them. Raises `DataError` naming the picture's position."""
+        depend on them, ``(B, 3)`` with each picture's share of a sample's budget where there is one (``visual_tokens``, or an equal
+        part for each picture of an inner list). Raises `DataError` naming the picture's position."""
         flat = _flatten(images)
         if len(flat) > self.max_images:
             raise DataError(
@@ -128,6 +145,7 @@ class MllmImageProcessor(BaseImageProcessor):
         specs, rules = self.specs, self.rules
         rows: dict[str, list[torch.Tensor]] = {name: [] for name in specs}
         sizes: list[tuple[int, int]] = []
+        limits = [visual_tokens] * len(flat) if visual_tokens is not None else _shares(images, rules)
         for position, image in enumerate(flat):
             where = f"image {position}"
             codes = read_codes(image, where=where, source=self.code_source) if self.code_encoders else None
@@ -145,7 +163,7 @@ class MllmImageProcessor(BaseImageProcessor):
             picture = load_image(image, where=where, max_pixels=self.max_pixels)
             if rules.needs_size:
                 sizes.append((picture.height, picture.width))
-                views = rules.view_boxes(sizes[-1])
+                views = rules.view_boxes(sizes[-1], limits[position])
                 for name, pixels in to_view_pixels(picture, specs, views, resampler=self.resampler).items():  # type: ignore[arg-type]
                     rows[name].append(pixels)
                 continue
@@ -155,7 +173,8 @@ class MllmImageProcessor(BaseImageProcessor):
         pixels_by_name = {name: join(tensors) for name, tensors in rows.items() if tensors}
         data: dict[str, Any] = dict(self.pixel_keys.by_key(pixels_by_name))
         if rules.needs_size and flat:
-            data[IMAGE_SIZES] = torch.tensor(sizes, dtype=torch.long)
+            rows_of = sizes if rules.sample_budget is None else [(*s, k) for s, k in zip(sizes, limits)]
+            data[IMAGE_SIZES] = torch.tensor(rows_of, dtype=torch.long)
         if self.experts and flat:
             data["expert_weights"] = fixed_weights_of(experts, self.experts, len(flat))
             if router_input_ids is not None:
@@ -182,6 +201,21 @@ def _rules(written: str) -> LayoutRules:
     layout, views, encoders, order = json.loads(written)
     images = {name: ImageSpec.model_validate(encoders[name]) for name in order}
     return LayoutRules(ViewLayout.model_validate(layout), images, views_config(views))
+
+
+def _shares(images: Any, rules: LayoutRules) -> list[int]:
+    """For every picture, its share of its sample's budget. images: a list of samples' lists, or one sample's pictures."""
+    nested = isinstance(images, (list, tuple)) and images and all(isinstance(item, (list, tuple)) for item in images)
+    counts = [len(_flatten(item)) for item in images] if nested else [len(_flatten(images))]
+    return [rules.share(count) for count in counts for _ in range(count)]
+
+
+@lru_cache(maxsize=8)
+def _tell_reduction(budget: int) -> None:
+    """Said once: some samples' pictures are seen in fewer tokens."""
+    _log.warning(
+        "views: samples whose pictures take more than max_sample_tokens (%d) are seen in fewer tiles or patches", budget
+    )
 
 
 def _plain(spec: Any) -> Any:

@@ -87,7 +87,7 @@ class LayoutRules:
     view: ViewLayout
     images: Mapping[str, ImageSpec]
     views: ViewsConfig = field(default_factory=lambda: views_config(None))
-    _known: dict[Size | None, VisualLayout] = field(default_factory=dict, repr=False, compare=False)
+    _known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def needs_size(self) -> bool:
@@ -113,19 +113,40 @@ class LayoutRules:
     def _lead(self) -> ImageSpec:
         return next(iter(self.images.values()), ImageSpec(height=1, width=1))
 
-    def layout(self, size: Size | None = None) -> VisualLayout:
-        """The tokens of one visual of this (height, width)."""
+    @property
+    def sample_budget(self) -> int | None:
+        """Most visual tokens of all pictures of a sample together."""
+        return getattr(self.views, "max_sample_tokens", None)
+
+    def share(self, count: int) -> int:
+        """Most visual tokens of each of a sample's ``count`` pictures; 0: nothing but the picture's own budget binds."""
+        return 0 if self.sample_budget is None or not count else max(self.sample_budget // count, 1)
+
+    def layout(self, size: Size | None = None, limit: int = 0) -> VisualLayout:
+        """The tokens of one visual of this (height, width). limit: most that it may take, as `share` gives it. Raises
+        `DataError` for a limit that nothing fits."""
         size = self._checked(size)
-        if size not in self._known:
+        if (size, limit) not in self._known:
             if len(self._known) > 4096:
                 self._known.clear()
+            kind, views = VIEWS.get(self.views.type), self._within(limit)
+            self._known[size, limit] = kind.layout(views, self.view, self._lead, size or (1, 1))
+        return self._known[size, limit]
+
+    def _within(self, limit: int) -> ViewsConfig:
+        """The way of looking, with the choices that the budget leaves."""
+        own = getattr(self.views, "max_visual_tokens", None)
+        limit = min(limit or own, own or limit) if limit or own else 0
+        if not limit:
+            return self.views
+        if ("within", limit) not in self._known:
             kind = VIEWS.get(self.views.type)
-            self._known[size] = kind.layout(self.views, self.view, self._lead, size or (1, 1))
-        return self._known[size]
+            self._known["within", limit] = kind.limited(self.views, self.view, self._lead, limit)
+        return self._known["within", limit]
 
     def layouts(self, sizes: Any, count: int | None = None) -> list[VisualLayout]:
-        """The tokens of several visuals. sizes: ``(B, 2)`` tensor or pairs; None where they do not matter, with ``count``.
-        Raises `AlignmentError` when they matter and are missing."""
+        """The tokens of several visuals. sizes: ``(B, 2)`` tensor or pairs, ``(B, 3)`` with each one's `share`; None where they do
+        not matter, with ``count``. Raises `AlignmentError` when they matter and are missing."""
         if not self.needs_size:
             return [self.layout()] * (len(sizes) if count is None else count)
         if sizes is None or (count is not None and len(sizes) != count):
@@ -134,26 +155,26 @@ class LayoutRules:
                 f"(height, width) per image, got {'none' if sizes is None else f'{len(sizes)} for {count} images'}"
             )
         pairs = sizes.tolist() if isinstance(sizes, Tensor) else sizes
-        return [self.layout((int(height), int(width))) for height, width in pairs]
+        return [self.layout((int(row[0]), int(row[1])), int(row[2]) if len(row) > 2 else 0) for row in pairs]
 
-    def view_boxes(self, size: Size | None = None) -> dict[str, tuple[View, ...]]:
+    def view_boxes(self, size: Size | None = None, limit: int = 0) -> dict[str, tuple[View, ...]]:
         """What each encoder sees of one visual."""
         size, kind = self._checked(size), VIEWS.get(self.views.type)
-        patches = self.layout(size).patches
+        patches, config = self.layout(size, limit).patches, self._within(limit)
         if patches is not None:
             whole_of = {
                 name: (patches[0] * (i.patch or 1), patches[1] * (i.patch or 1)) for name, i in self.images.items()
             }
             return {name: (View(at, at, patch=self.images[name].patch or 1),) for name, at in whole_of.items()}
-        lead, whole = self._lead, kind.whole_only(self.views)
+        lead, whole = self._lead, kind.whole_only(config)
         return {
-            name: (WHOLE,) if name in whole else kind.views(self.views, lead, image, size or (1, 1))
+            name: (WHOLE,) if name in whole else kind.views(config, lead, image, size or (1, 1))
             for name, image in self.images.items()
         }
 
     def largest(self) -> Size:
         """A (height, width) that takes the most tokens of all."""
-        sizes = VIEWS.get(self.views.type).largest(self.views, self._lead)
+        sizes = VIEWS.get(self.views.type).largest(self._within(0), self._lead)
         return max(sizes, key=lambda size: self.layout(size).num_tokens)
 
     def describe(self) -> str:

@@ -184,7 +184,7 @@ class MllmProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
         """The placeholder, once per visual token, and the vocabulary's tokens between them."""
         sizes = image_inputs.get(IMAGE_SIZES)
-        layout = self.rules.layout(None if sizes is None else tuple(int(side) for side in sizes[image_idx]))
+        layout = self.rules.layout() if sizes is None else self.rules.layouts([sizes[image_idx]])[0]
         return "".join(
             "".join(self.tokenizer.convert_ids_to_tokens(list(block.ids)))
             if block.ids

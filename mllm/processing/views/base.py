@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+from pydantic import Field
+
 from mllm.config import StrictModel, validate
 from mllm.errors import ConfigError
 from mllm.processing.views import VIEWS
@@ -42,6 +44,19 @@ class ViewsConfig(StrictModel):
     type: str
 
 
+class BudgetConfig(ViewsConfig):
+    """Ways of looking that can be told to take fewer tokens."""
+
+    max_visual_tokens: int | None = Field(default=None, ge=1)
+    """Most visual tokens of one picture: of all tilings (sizes) only those are chosen from that stay below it."""
+    max_sample_tokens: int | None = Field(default=None, ge=1)
+    """Most visual tokens of all pictures of one sample or request together: each has an equal share."""
+
+    @property
+    def has_budget(self) -> bool:
+        return self.max_visual_tokens is not None or self.max_sample_tokens is not None
+
+
 class Views:
     """One way of looking at a picture: from its size alone to views, and to the tokens they become. Pure arithmetic."""
 
@@ -56,6 +71,11 @@ class Views:
     def whole_only(cls, config: Any) -> Sequence[str]:
         """Encoders that see the whole picture alone, whatever their neighbours see."""
         return ()
+
+    @classmethod
+    def limited(cls, config: Any, view: ViewLayout, lead: ImageSpec, limit: int) -> Any:
+        """The config with only those choices that take at most ``limit`` tokens. Raises `DataError` where there is none."""
+        return config
 
     @classmethod
     def marks(cls, config: Any) -> dict[str, str]:

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from mllm.config import StrictModel
+from mllm.errors import DataError
 from mllm.processing.views import VIEWS
-from mllm.processing.views.base import Size, View, Views, ViewsConfig
+from mllm.processing.views.base import BudgetConfig, Size, View, Views
 from mllm.processing.views.single import whole_view
 from mllm.types import Block, Grid, ImageSpec, ViewLayout, VisualLayout
 
@@ -26,7 +27,7 @@ class Marks(StrictModel):
     end: str | None = None
 
 
-class NativeConfig(ViewsConfig):
+class NativeConfig(BudgetConfig):
     """A picture is resized to whole patches near its own aspect ratio and given to the encoders as patches, without padding.
 
     rule: how its size is chosen. naflex: as large as ``max_patches`` allows (SigLIP 2). qwen: its own size, made smaller or
@@ -155,6 +156,22 @@ class Native(Views):
         count = leading + rows * (columns + ends)
         block = Block(count, (1, rows, columns), ends, config.newlines and not view.row_separators, leading=leading)
         return VisualLayout((*begin, block, *end), patches=grid)
+
+    @classmethod
+    def limited(cls, config: NativeConfig, view: ViewLayout, lead: ImageSpec, limit: int) -> NativeConfig:
+        budget, most = config.budget, 0
+        while budget >= 1:
+            smaller = config.model_copy(update={"max_patches": budget, "min_patches": min(config.min_patches, budget)})
+            most = max(cls.layout(smaller, view, lead, size).num_tokens for size in cls.largest(smaller, lead))
+            if most <= limit:
+                return smaller
+            if view.cell == 0 or budget == 1:
+                break
+            budget = max(1, min(budget - 1, budget * limit // most))
+        raise DataError(
+            f"a picture may take {limit} visual tokens, and the smallest takes {most}; raise the budget of model.views, or give "
+            "fewer pictures"
+        )
 
     @classmethod
     def largest(cls, config: NativeConfig, lead: ImageSpec) -> list[Size]:

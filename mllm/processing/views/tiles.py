@@ -10,8 +10,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from mllm.errors import DataError
 from mllm.processing.views import VIEWS
-from mllm.processing.views.base import Size, View, Views, ViewsConfig
+from mllm.processing.views.base import BudgetConfig, Size, View, Views
 from mllm.processing.views.single import whole_view
 from mllm.types import Block, Box, Grid, ImageSpec, ViewLayout, VisualLayout
 
@@ -19,7 +20,7 @@ LLAVA_NEXT_GRIDS: list[Grid] = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
 """(rows, columns) of tiles, in the order of transformers' LLaVA-NeXT (the first one wins ties)."""
 
 
-class TilesConfig(ViewsConfig):
+class TilesConfig(BudgetConfig):
     """A picture is seen as a whole (the thumbnail) and in tiles, each as large as the encoder's image.
 
     llava_next (LLaVA-NeXT, "AnyRes"): of the ``grids`` the one that keeps most pixels and wastes least; the picture keeps its
@@ -40,6 +41,9 @@ class TilesConfig(ViewsConfig):
     thumbnail: bool = True
     thumbnail_only: list[str] = Field(default_factory=list)
     """Encoders (not the first) that see the thumbnail alone: beside a tile stands the part of their map that shows it."""
+
+    allowed: list[Grid] | None = Field(default=None, exclude=True)
+    """What a budget leaves of the grids; never written by hand."""
 
     @model_validator(mode="after")
     def _of_one_dialect(self) -> TilesConfig:
@@ -64,6 +68,8 @@ class TilesConfig(ViewsConfig):
     @property
     def candidates(self) -> list[Grid]:
         """Grids to choose from, in order."""
+        if self.allowed is not None:
+            return self.allowed
         if self.dialect == "llava_next":
             return self.grids or LLAVA_NEXT_GRIDS
         if self.dialect == "falcon":
@@ -131,6 +137,20 @@ class Tiles(Views):
             corner=(top, left),
         )
         return VisualLayout((*(whole_view(view, k) for k in range(thumbnail)), tiles), **seen)
+
+    @classmethod
+    def limited(cls, config: TilesConfig, view: ViewLayout, lead: ImageSpec, limit: int) -> TilesConfig:
+        counts = {}
+        for rows, columns in config.candidates:
+            one = config.model_copy(update={"allowed": [(rows, columns)]})
+            counts[rows, columns] = cls.layout(one, view, lead, (rows * lead.height, columns * lead.width)).num_tokens
+        allowed = [grid for grid in config.candidates if counts[grid] <= limit]
+        if not allowed:
+            raise DataError(
+                f"a picture may take {limit} visual tokens, and the smallest tiling takes {min(counts.values())}; raise the budget "
+                "of model.views, give fewer pictures, or a connector with fewer tokens"
+            )
+        return config.model_copy(update={"allowed": allowed})
 
     @classmethod
     def whole_only(cls, config: TilesConfig) -> Sequence[str]:

@@ -162,7 +162,7 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
             return []
         if self._prepare_encoders:
             self._get_encoders_ready()
-        layouts = self.rules.layouts(_stacked(kwargs[IMAGE_SIZES]).view(-1, 2)) if self.rules.needs_size else None
+        layouts = self.rules.layouts(_stacked(kwargs[IMAGE_SIZES]).flatten(0, -2)) if self.rules.needs_size else None
         join = _stacked if layouts is None else _end_to_end
         pixels = {name: join(value) for name, value in self.pixel_keys.by_encoder(kwargs).items()}
         weights = None if kwargs.get("expert_weights") is None else _stacked(kwargs["expert_weights"])

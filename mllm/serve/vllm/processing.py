@@ -136,6 +136,10 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
             read_as_in_training(inputs.mm_data_items[MODALITY])
         if self.info.question_reader is not None and count:
             inputs = replace(inputs, hf_processor_mm_kwargs=self.with_routing(inputs, count))
+        share = self.info.rules.share(count)
+        if share:  # among the settings, which the hash of an image is made of
+            settings = {**inputs.hf_processor_mm_kwargs, "visual_tokens": share}
+            inputs = replace(inputs, hf_processor_mm_kwargs=settings)
         return super().apply(inputs, *args, **kwargs)
 
     def with_routing(self, inputs: Any, num_images: int) -> dict[str, Any]:
@@ -211,7 +215,7 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
             if short and few is not None:
                 return [token] * few
             size = out_mm_kwargs[MODALITY][number][IMAGE_SIZES].data.tolist() if rules.needs_size else None
-            layout = rules.layout(None if size is None else (int(size[0]), int(size[1])))
+            layout = rules.layout() if size is None else rules.layouts([size])[0]
             ids = [i for block in layout.blocks for i in (block.ids or [token] * block.num_tokens)]
             return PromptUpdateDetails.select_token_id(ids, token) if layout.literals else ids
 

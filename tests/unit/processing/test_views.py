@@ -13,16 +13,20 @@ from mllm.connectors.build import build_connector
 from mllm.connectors.dual_perspective import DualPerspectiveConnector
 from mllm.connectors.joining import spread_views
 from mllm.connectors.partitions import crop_parts, join_crops, join_strided, strided_parts
+from mllm.data.collate import collate
 from mllm.encoders.backbones.falcon import FullAttention, Scenes, ask_across_tiles
 from mllm.encoders.catalogue import build_encoder, encoder_config
 from mllm.encoders.eve import GlobalAttention, LocalAttention
+from mllm.errors import DataError
+from mllm.processing.chat import encode_sample
 from mllm.processing.layout import LayoutRules
 from mllm.processing.views.base import views_config
 from mllm.processing.views.native import solo_size
 from mllm.processing.views.pixels import to_view_pixels
 from mllm.processing.views.tiles import Tiles
-from mllm.types import EncoderInfo, ImageSpec, ViewLayout, VisionFeatures
+from mllm.types import IMAGE_MARK, EncoderInfo, ImageSpec, Sample, Turn, ViewLayout, VisionFeatures
 from tests.golden.fill import check, fill_all, load
+from tests.helpers import picture, tiny_model
 
 
 def golden(name: str) -> tuple[dict, dict[str, torch.Tensor], dict]:
@@ -328,8 +332,8 @@ def test_siglip2_sees_pictures_of_any_grid_as_transformers_does(layers: list[int
     features = encoder(patches, grids=GRIDS)
     assert features.tokens.shape == (1, 33, 32) and features.grids == tuple(GRIDS)
     parts = features.tokens[0].split([r * c for r, c in GRIDS])
-    for picture, (rows, columns), part in zip(pictures, GRIDS, parts):
-        flat = picture.reshape(3, rows, 4, columns, 4).permute(1, 3, 2, 4, 0).reshape(1, rows * columns, -1)
+    for seen, (rows, columns), part in zip(pictures, GRIDS, parts):
+        flat = seen.reshape(3, rows, 4, columns, 4).permute(1, 3, 2, 4, 0).reshape(1, rows * columns, -1)
         mask, shapes = torch.ones(1, rows * columns), torch.tensor([[rows, columns]])
         theirs = encoder.model.float()
         x = theirs.embeddings(flat, shapes)
@@ -361,8 +365,8 @@ def test_unit_sees_native_pictures_as_it_sees_fixed_ones() -> None:
     encoder = build_encoder(encoder_config({**spec, "image_size": 16}, where="encoder")).eval()
     _, patches, pictures = siglip2_and_patches()
     parts = encoder(patches, grids=GRIDS).tokens[0].split([r * c for r, c in GRIDS])
-    for picture, part in zip(pictures, parts):
-        torch.testing.assert_close(part, encoder.read_layers(picture[None])[0].tokens[0], atol=1e-5, rtol=1e-5)
+    for seen, part in zip(pictures, parts):
+        torch.testing.assert_close(part, encoder.read_layers(seen[None])[0].tokens[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -377,3 +381,60 @@ def test_settings_that_do_not_fit_are_told(spec: dict[str, Any], words: str) -> 
 
     with pytest.raises(ConfigError, match=words):
         views_config(spec)
+
+
+def test_a_budget_leaves_the_tilings_that_fit_it() -> None:
+    view, spec = ViewLayout(num_tokens=16, grid=(4, 4)), {"e": ImageSpec(height=32, width=32)}
+    sizes = [(64, 64), (32, 96), (400, 400), (1, 4000), (4000, 1), (33, 31)]
+    kinds: list[tuple[dict[str, Any], int]] = [
+        ({"type": "tiles"}, 60),
+        ({"type": "tiles", "dialect": "internvl"}, 90),
+        ({"type": "tiles", "dialect": "falcon"}, 70),
+        ({"type": "native", "newlines": True}, 50),
+    ]
+    for config, limit in kinds:
+        native_view, images = view, spec
+        if config["type"] == "native":
+            native_view = view.model_copy(update={"cell": 1})
+            images = {"e": spec["e"].model_copy(update={"patch": 8})}
+        free = LayoutRules(native_view, images, views_config(config))
+        tight = LayoutRules(native_view, images, views_config({**config, "max_visual_tokens": limit}))
+        counts = [(tight.layout(size).num_tokens, free.layout(size).num_tokens) for size in sizes]
+        assert all(count <= limit for count, _ in counts) and any(count < before for count, before in counts), config
+        assert tight.layout(tight.largest()).num_tokens <= limit
+        for size in sizes:  # the pixels follow
+            (views,) = tight.view_boxes(size).values()
+            rows = sum((v.picture[0] // 8) * (v.picture[1] // 8) if v.patch else 1 for v in views)
+            assert rows == tight.layout(size).rows_of("e"), (config, size)
+        shared = LayoutRules(native_view, images, views_config({**config, "max_sample_tokens": 4 * limit}))
+        assert shared.layouts([(*size, shared.share(4)) for size in sizes]) == [tight.layout(size) for size in sizes]
+        with pytest.raises(DataError, match="a picture may take 1 visual tokens, and the smallest"):
+            shared.layout((64, 64), shared.share(4 * limit))
+
+
+def test_a_samples_pictures_share_its_budget_and_it_is_said_once(tmp_path: Any, caplog: Any) -> None:
+    """60 pictures in one sample, a 1 × 4000 strip among them: fewer tiles, or a clear refusal, never a crop."""
+    views = {"type": "tiles", "dialect": "internvl", "max_sample_tokens": 20 * 16 * 3}
+    model, processor = tiny_model(tmp_path, views=views)
+    pictures = [picture(1, size=(84, 84)), picture(2, size=(4000, 1)), *[picture(3, size=(60, 30))] * 18]
+    text = [Turn("user", IMAGE_MARK * 20), Turn("assistant", "a")]
+    with caplog.at_level("WARNING"):
+        encoded = [encode_sample(processor, Sample(f"s{k}", text, pictures)) for k in range(2)]
+    assert sum("max_sample_tokens (960)" in record.message for record in caplog.records) == 1
+    assert int((encoded[0].input_ids == processor.image_token_id).sum()) <= 960
+    assert encoded[0].extras["image_sizes"].tolist()[1] == [1, 4000, 48]
+    alone = encode_sample(processor, Sample("one", [Turn("user", IMAGE_MARK), Turn("assistant", "a")], pictures[:1]))
+    assert len(alone) > len(encoded[0]) / 20
+    with torch.no_grad():
+        assert bool(torch.isfinite(model(**collate([encoded[0], alone], pad_token_id=0).inputs).loss))
+    batch = processor(text=["<image>" * 20], images=[pictures], return_tensors="pt")
+    assert int((batch["input_ids"] == processor.image_token_id).sum()) == int(
+        (encoded[0].input_ids == processor.image_token_id).sum()
+    )
+    many = Sample("many", [Turn("user", IMAGE_MARK * 70), Turn("assistant", "a")], [pictures[0]] * 70)
+    with pytest.raises(
+        DataError, match=r"sample 'many'.*70 images: a picture may take 13 visual tokens.*smallest tiling takes 16"
+    ):
+        encode_sample(processor, many)
+    with pytest.raises(DataError, match=r"100.0 megapixels|110.0 megapixels"):
+        processor(text=["<image>"], images=[[Image.new("L", (11000, 10000))]])
