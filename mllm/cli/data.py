@@ -76,7 +76,7 @@ def build_charts(
     questions: Annotated[int, typer.Option(help="Questions per training chart, at most.")] = 6,
     test_questions: Annotated[int, typer.Option(help="Questions per test chart.")] = 2,
     per_table: Annotated[int, typer.Option(help="Charts per table, at most.")] = 10,
-    max_rows: Annotated[int, typer.Option(help="Longer tables are left out.")] = 20_000,
+    max_rows: Annotated[int, typer.Option(help="Longer training tables are left out.")] = 20_000,
     size: Annotated[int, typer.Option(help="Pixels of a side.")] = 448,
     seed: Annotated[int, typer.Option(help="The same seed gives the same tables, questions and answers.")] = 0,
     processes: Annotated[int, typer.Option(help="Worker processes.")] = 1,

@@ -50,7 +50,7 @@ class PPOcrEncoder(VisionEncoder):
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
-        return {"type": "ppocr", "image_size": 32, "pool": [2, 2]}
+        return {"type": "ppocr", "image_size": 128, "pool": [2, 2]}
 
     @classmethod
     def resolve(cls, config: Any) -> Any:
