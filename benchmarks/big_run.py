@@ -94,7 +94,7 @@ def write_recipe(folder: Path, size: str, *, name: str, source: Path | None = No
                 "batch_size": 2,
                 "max_length": 4096 if size != "tiny" else 1200,
                 "packing": True,
-                "precision": "bf16",
+                "dtype": "bfloat16",
                 "optimizer": {"betas": [0.9, 0.95]},
                 "schedule": {"type": "cosine", "warmup": 0.03},
                 **stage,

@@ -50,12 +50,12 @@ def settings(folder: Path, chance: random.Random, processes: int) -> Any:
             "gradient_accumulation": chance.choice((1, 2, 3)),
             "num_workers": chance.choice((0, 0, 1, 2)),
             "save_every": chance.choice((1, 2, 3, None)),
-            "precision": chance.choice(("fp32", "bf16")),
+            "dtype": chance.choice(("float32", "bfloat16")),
             "engine": chance.choice(ENGINES[processes]),
             "gradient_checkpointing": chance.random() < 0.2,
             "optimizer": {"weight_decay": 0.1, "type": "adamw"},
             "learn": {
-                "language_model": {"rate": 1e-3, "lora": {"r": 2, "dropout": 0.1}} if part == "lora" else 1e-3,
+                "language_model": {"lr": 1e-3, "lora": {"r": 2, "dropout": 0.1}} if part == "lora" else 1e-3,
                 "connector": 3e-3,
                 **({"encoders": 1e-4} if chance.random() < 0.5 else {}),
             },
@@ -110,7 +110,7 @@ def trial(chance: random.Random, processes: int) -> dict[str, Any]:
         code = start(recipe, folder / "whole", resume=False, processes=processes)
         wall = time.monotonic() - began
         shown = [
-            "{engine} {precision} acc{gradient_accumulation} w{num_workers} {kind}".format(
+            "{engine} {dtype} acc{gradient_accumulation} w{num_workers} {kind}".format(
                 **stage.model_dump(exclude={"kind"}),
                 kind="packed" if stage.packing else "grouped" if stage.group_by_length else "plain",
             )

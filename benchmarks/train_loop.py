@@ -46,8 +46,8 @@ def recipe(folder: Path, width: int, layers: int, steps: int):
         "num_key_value_heads": max(2, width // 64),
         "attention_dropout": 0.0,
     }
-    precision = "bf16" if torch.cuda.is_available() else "fp32"
-    stage = {"name": "sft", "steps": steps, "batch_size": 4, "precision": precision, "num_workers": 2, "log_every": 10}
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    stage = {"name": "sft", "steps": steps, "batch_size": 4, "dtype": dtype, "num_workers": 2, "log_every": 10}
     made = make_recipe(folder, stages=[stage], rows=64)
     made.model.language_model.config = text
     return made

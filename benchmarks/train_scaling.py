@@ -39,7 +39,7 @@ def worker(engine_name: str, options: dict, path: str) -> None:
     from mllm.train.prepare import prepare_model
 
     device = distributed.local_device()
-    precision = "bf16" if device.type == "cuda" else "fp32"
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
     stage = StageSpec(
         name="bench",
         learn={"language_model": 1e-5},
@@ -49,11 +49,11 @@ def worker(engine_name: str, options: dict, path: str) -> None:
         gradient_accumulation=options["accumulation"],
         max_length=options["length"],
         engine=engine_name,
-        precision=precision,
+        dtype=dtype,
         compile=options["compile"] and engine_name != "zero3",
     )
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16 if precision == "bf16" else torch.float32)
+    torch.set_default_dtype(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
     with torch.device(device):
         text = LlamaConfig(vocab_size=32064, max_position_embeddings=8192, **SIZES[options["size"]])
         model = MllmForConditionalGeneration(MllmConfig(text_config=text.to_dict()))

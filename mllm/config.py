@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Any, ClassVar, TypeVar, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -17,6 +17,9 @@ class StrictModel(BaseModel):
     """Base of every config and specification: unknown keys are errors, values are validated on assignment."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Key of an earlier version → what is written now; the error for the old one says so."""
 
 
 S = TypeVar("S", bound=BaseModel)
@@ -86,6 +89,9 @@ def _explain(model: type[BaseModel], problem: Any, where: str) -> str:
     location = [str(part) for part in problem["loc"]]
     path = ".".join([*([where] if where else []), *location])
     if problem["type"] == "extra_forbidden":
+        now = getattr(_model_at(model, problem["loc"][:-1]), "renamed", {}).get(location[-1])
+        if now is not None:
+            return f"{path}: this key is now {now}; `mllm convert OLD.yaml NEW.yaml` rewrites a whole file"
         known = _fields_at(model, problem["loc"][:-1])
         meant = _deeper(_model_at(model, problem["loc"][:-1]), location[-1]) or did_you_mean(location[-1], known)
         return f"{path}: unknown key{meant or '.'}" + (f" Known keys: {', '.join(known)}" if known else "")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from mllm import assets
 from mllm.config import StrictModel, apply_overrides, read_yaml, validate
 from mllm.errors import ConfigError
+from mllm.former_recipes import upgraded
 from mllm.plugins import load_plugins
 
 
@@ -131,7 +132,9 @@ class LoraSpec(StrictModel):
 class LearnSpec(StrictModel):
     """How one part learns."""
 
-    rate: float = Field(gt=0)
+    renamed: ClassVar = {"rate": "lr"}
+
+    lr: float = Field(gt=0)
     weight_decay: float | None = None
     last_layers: int | None = Field(default=None, ge=1)
     """Encoders: unfreeze only the last layers (and the final norm)."""
@@ -178,10 +181,12 @@ class DrawSpec(StrictModel):
 class StageSpec(StrictModel):
     """One stage: what learns, on what, for how long, how it is run."""
 
+    renamed: ClassVar = {"precision": "dtype (float32 or bfloat16)"}
+
     name: str
     kind: Literal["sft", "routing", "tokenizer", "contrastive", "dpo", "grpo"] = "sft"
     learn: dict[str, float | LearnSpec]
-    """Part → learning rate, or a mapping with ``rate`` and more. Parts: ``language_model``, ``connector``, ``router``,
+    """Part → learning rate, or a mapping with ``lr`` and more. Parts: ``language_model``, ``connector``, ``router``,
     ``visual_tokenizer``, ``encoders`` and ``heads`` (all), ``encoders.<name>``, ``heads.<name>``. Absent = frozen."""
     data: str | dict[str, Any] | list[Any]
     """Mixture's or dataset's name, a json, jsonl or table file, a folder, a hub id, a list of these, or an inline mixture."""
@@ -199,7 +204,7 @@ class StageSpec(StrictModel):
     group_by_length: bool = False
     engine: str | dict[str, Any] = "none"
     """none, zero1, zero2, zero3, or a DeepSpeed json file."""
-    precision: Literal["fp32", "bf16"] = "bf16"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
     schedule: ScheduleSpec = Field(default_factory=ScheduleSpec)
     gradient_checkpointing: bool = False
@@ -210,8 +215,8 @@ class StageSpec(StrictModel):
     float8: Literal["tensorwise"] | None = None
     """Multiply the decoder's linear layers in float8, one scale a tensor (torchao; CUDA of compute capability 8.9 and newer,
     a language model that learns whole). Faster products, slightly rounded: see benchmarks/results. Default: bf16 products."""
-    cache_features: bool | Literal["auto", "fp32", "bf16", "fp16", "int8"] = False
-    """Store frozen encoders' features on disk on first use, in the stage's precision or the one given. auto: where that is
+    cache_features: bool | Literal["auto", "float32", "bfloat16", "float16", "int8"] = False
+    """Store frozen encoders' features on disk on first use, in the stage's dtype or the one given. auto: where that is
     possible."""
     save_every: int | None = Field(default=None, ge=1)
     keep_state: bool = False
@@ -240,7 +245,7 @@ class StageSpec(StrictModel):
 
     def learning(self) -> dict[str, LearnSpec]:
         """``learn`` with every value as a `LearnSpec`."""
-        return {part: v if isinstance(v, LearnSpec) else LearnSpec(rate=v) for part, v in self.learn.items()}
+        return {part: v if isinstance(v, LearnSpec) else LearnSpec(lr=v) for part, v in self.learn.items()}
 
 
 class EvaluationSpec(StrictModel):
@@ -291,7 +296,8 @@ class Recipe(StrictModel):
 
 def load_recipe(name: str, overrides: list[str] | None = None, *, trusted: bool = True) -> Recipe:
     """A recipe by name or path, with ``key.sub=value`` overrides (list items by position or by their ``name``), and its
-    plug-ins loaded. trusted: False for a recipe that is only read, such as a checkpoint's: its plug-ins are left alone.
+    plug-ins loaded. trusted: False for a recipe that is only read, such as a checkpoint's: its plug-ins are left alone, and an earlier
+    version may have written it.
 
     Raises `ConfigError` with the path to the key.
     """
@@ -300,6 +306,8 @@ def load_recipe(name: str, overrides: list[str] | None = None, *, trusted: bool 
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of keys at the top level")
     data.setdefault("name", path.stem)
+    if not trusted:
+        data = upgraded(data)
     recipe = validate(Recipe, apply_overrides(data, overrides or []), where=path.name)
     if trusted:
         recipe.plugins = [seen_from_here(module, path.parent) for module in recipe.plugins]

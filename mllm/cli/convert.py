@@ -12,7 +12,10 @@ from mllm.cli import arguments
 
 def convert(
     source: Annotated[
-        str, typer.Argument(help="LLaVA-1.5 checkpoint (HF or original layout) or Prismatic run folder.")
+        str,
+        typer.Argument(
+            help="LLaVA-1.5 checkpoint (HF or original layout), Prismatic run folder, or a recipe of an earlier version (.yaml)."
+        ),
     ],
     target: Annotated[Path, typer.Argument(help="Folder to write; must not hold a checkpoint yet.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = "auto",
@@ -20,7 +23,15 @@ def convert(
         str | None, typer.Option(help="Prismatic: path or hub id of the LLM's config and tokenizer.")
     ] = None,
 ) -> None:
-    """Turn a known checkpoint into ours."""
+    """Turn a known checkpoint, or a recipe that an earlier version wrote, into ours.
+
+    [dim]mllm convert my_recipe.yaml my_recipe_now.yaml[/]
+    """
+    if source.endswith((".yaml", ".yml")):
+        from mllm.former_recipes import convert_recipe
+
+        typer.echo(f"written: {convert_recipe(source, target)}")
+        return
     if not Path(source).is_dir():
         arguments.checkpoint(source)
     arguments.new_folder(target)

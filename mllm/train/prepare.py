@@ -1,4 +1,4 @@
-"""What is done to a model before a stage trains it: device, precision, attention, checkpointing, compilation."""
+"""What is done to a model before a stage trains it: device, dtype, attention, checkpointing, compilation."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from mllm.recipe import StageSpec
 from mllm.train import attention
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def prepare_model(model: Any, stage: StageSpec, *, device: torch.device, zero_stage: int) -> str:
     """Bring a model into the state a stage trains it in, in place; returns the attention implementation of its language
     model.
 
-    Parameters get the stage's precision; buffers keep theirs (rotary tables in bf16 place distant tokens wrongly), but
+    Parameters get the stage's dtype; buffers keep theirs (rotary tables in bf16 place distant tokens wrongly), but
     for batch norms, whose kernels want one type.
     """
-    dtype = DTYPES[stage.precision]
+    dtype = DTYPES[stage.dtype]
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)

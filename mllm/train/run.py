@@ -247,7 +247,7 @@ def start_model(
         from mllm.models.modeling_mllm import MllmForConditionalGeneration
         from mllm.processing.processor import MllmProcessor
 
-    dtype = DTYPES[stage.precision]
+    dtype = DTYPES[stage.dtype]
     device = device or start_device(recipe)
     if previous is None:
         torch.manual_seed(recipe.seed)

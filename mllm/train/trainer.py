@@ -125,7 +125,7 @@ def train(run: Run, stage: StageSpec, model: Any, processor: Any) -> Engine | No
         engine, progress, display = session.engine, session.progress, session.display
         steps = session.data.steps()
         routing, draw = watch_routing(model), Drawings(run.output, stage, model, processor, run.tracker)
-        peak = peak_flops(engine.device, DTYPES[stage.precision])[0] if session.flops else 0.0
+        peak = peak_flops(engine.device, DTYPES[stage.dtype])[0] if session.flops else 0.0
         seed_everything(run.recipe.seed, stage.name)
         if session.checkpoint is not None:  # last: whatever was drawn while starting must not count
             session.checkpoint.restore_random(engine)
@@ -210,7 +210,7 @@ def open_session(run: Run, stage: StageSpec, model: Any, processor: Any, stack: 
         total_steps=data.total_steps,
         world_size=distributed.world_size(),
         engine=choice.name,
-        precision=stage.precision,
+        dtype=stage.dtype,
         seed=run.recipe.seed,
         frozen=fingerprint(model),
         signature=_signature(run.recipe, stage, mixture.fingerprints),
@@ -368,8 +368,8 @@ def _record_start(
                     "group": g.name,
                     "tensors": len(g.names),
                     "parameters": g.num_parameters,
-                    "rate": g.rate,
-                    "decay": g.weight_decay,
+                    "lr": g.lr,
+                    "weight_decay": g.weight_decay,
                 }
                 for g in groups
             ],

@@ -86,7 +86,7 @@ def routed_recipe(
         "data": {"format": "llava", "path": str(file)},
         "batch_size": 4,
         "max_length": 400,
-        "precision": "fp32",
+        "dtype": "float32",
         "schedule": {"type": "constant", "warmup": 0},
         "learn": {"language_model": 1e-3, "connector": 3e-3, "router": 1e-2, "encoders": 1e-3},
     }

@@ -48,9 +48,9 @@ def test_two_processes_with_text_only_ranks_equal_one_process_in_every_engine(tm
     """Batches of one sample a rank: about a third of the micro-batches have no picture. Weights must agree to 1e-6."""
     learns = [
         {"language_model": 1e-3, "connector": 3e-3, "encoders": 1e-3},
-        {"connector": 3e-3, "encoders.detail": {"rate": 1e-3, "last_layers": 1}},
+        {"connector": 3e-3, "encoders.detail": {"lr": 1e-3, "last_layers": 1}},
         {"language_model": 1e-3},
-        {"language_model": {"rate": 1e-3, "lora": {"r": 4}}, "connector": 1e-3},
+        {"language_model": {"lr": 1e-3, "lora": {"r": 4}}, "connector": 1e-3},
         {"language_model": 1e-3, "connector": 3e-3},
     ]
     if model:

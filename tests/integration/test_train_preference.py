@@ -39,7 +39,7 @@ def _records(output):
 
 @pytest.mark.slow
 def test_dpo_moves_towards_the_chosen_answers_and_goes_on_after_an_interruption(tmp_path):
-    learn = {"language_model": {"rate": 1e-2, "lora": {"r": 4}}, "connector": 1e-3}
+    learn = {"language_model": {"lr": 1e-2, "lora": {"r": 4}}, "connector": 1e-3}
     recipe = _recipe(tmp_path, "dpo", {"beta": 0.5}, steps=6, learn=learn, save_every=2, batch_size=4)
     run_recipe(recipe, stop_after=3)
     assert not (tmp_path / "run" / "final").exists()

@@ -51,7 +51,7 @@ def test_a_run_killed_at_every_step_of_saving_exporting_and_changing_stages_goes
     common = {"data": _mixture(tmp_path), "gradient_accumulation": 2, "save_every": 1, **MIXED}
     stages = [
         {"name": "first", "epochs": 2, "num_workers": 1, **common},
-        {"name": "second", "epochs": 3, "packing": True, "precision": "bf16", **common},
+        {"name": "second", "epochs": 3, "packing": True, "dtype": "bfloat16", **common},
     ]
     recipe = make_recipe(tmp_path, stages=stages)
     recipe.plugins = [plugin(tmp_path)]
@@ -101,7 +101,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(tmp_path, mo
 
 @pytest.mark.slow
 def test_a_recipe_can_be_checked_for_exact_resume(tmp_path):
-    recipe = make_recipe(tmp_path, stages=[{"name": "sft", "epochs": 5, "precision": "bf16", **MIXED}])
+    recipe = make_recipe(tmp_path, stages=[{"name": "sft", "epochs": 5, "dtype": "bfloat16", **MIXED}])
     report = verify_resume(recipe, steps=4, folder=tmp_path / "verify")
     assert report.equal and report.compared == 4, report.differences
     assert recipe.stages[0].epochs == 5
@@ -114,9 +114,9 @@ def test_two_processes_killed_in_every_stage_go_on_bit_equal_under_zero(tmp_path
     common = {"data": _mixture(tmp_path), "steps": 4, "batch_size": 1, "gradient_accumulation": 2, "save_every": 2}
     stages = [
         {"name": "two", "engine": "zero2", **common, **MIXED},
-        {"name": "two_half", "engine": "zero2", **common, **MIXED, "precision": "bf16", "packing": True},
+        {"name": "two_half", "engine": "zero2", **common, **MIXED, "dtype": "bfloat16", "packing": True},
         {"name": "three", "engine": "zero3", **common, **MIXED, "packing": True, "num_workers": 1},
-        {"name": "three_half", "engine": "zero3", **common, **MIXED, "precision": "bf16"},
+        {"name": "three_half", "engine": "zero3", **common, **MIXED, "dtype": "bfloat16"},
     ]
     recipe = make_recipe(tmp_path, stages=stages)
     recipe.plugins = [plugin(tmp_path)]

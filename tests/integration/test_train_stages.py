@@ -22,7 +22,7 @@ TWO = [
         "epochs": 0.5,
         "gradient_accumulation": 4,
         "learn": {"language_model": 1e-3, "connector": 1e-3},
-        "precision": "bf16",
+        "dtype": "bfloat16",
         "optimizer": {"weight_decay": 0.1},
     },
 ]
@@ -56,7 +56,7 @@ def test_two_stages_end_in_a_directory_that_transformers_opens_and_are_not_train
     info = json.loads((output / "run.json").read_text())
     assert info["seed"] == 3 and info["packages"]["torch"] == torch.__version__
     assert info["stages"]["align"]["groups"] == [
-        {"group": "connector", "tensors": 4, "parameters": 2880, "rate": 0.01, "decay": 0.0}
+        {"group": "connector", "tensors": 4, "parameters": 2880, "lr": 0.01, "weight_decay": 0.0}
     ]
     assert info["stages"]["sft"]["steps"] == 2 and "mixed" in info["stages"]["sft"]["data"]
     assert (output / "loss.png").stat().st_size > 1000 and list((output / "tensorboard").iterdir())
@@ -179,19 +179,19 @@ def test_a_stage_on_stored_features_learns_what_the_live_one_learns(tmp_path, mo
         run_recipe(learning, output=tmp_path / "refused")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_language_model_in_four_bits_learns_by_its_adapter_and_goes_on_bit_equal(tmp_path, precision):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_language_model_in_four_bits_learns_by_its_adapter_and_goes_on_bit_equal(tmp_path, dtype):
     pytest.importorskip("bitsandbytes")
     from safetensors.torch import load_file
 
-    learn = {"language_model": {"rate": 1e-2, "lora": {"r": 4, "bits": 4}}, "connector": 1e-3}
-    recipe = make_recipe(tmp_path, stages=[{"name": "sft", "steps": 4, "precision": precision, "learn": learn}])
+    learn = {"language_model": {"lr": 1e-2, "lora": {"r": 4, "bits": 4}}, "connector": 1e-3}
+    recipe = make_recipe(tmp_path, stages=[{"name": "sft", "steps": 4, "dtype": dtype, "learn": learn}])
     run_recipe(recipe, output=tmp_path / "whole")
     run_recipe(recipe, output=tmp_path / "cut", stop_after=2)
     run_recipe(recipe, output=tmp_path / "cut", resume=True)
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
     state = load_file(tmp_path / "whole" / "final" / "model.safetensors")
-    assert {t.dtype for t in state.values()} == {torch.float32 if precision == "fp32" else torch.bfloat16}
+    assert {t.dtype for t in state.values()} == {torch.float32 if dtype == "float32" else torch.bfloat16}
     assert not [name for name in state if "quant" in name or "lora" in name]
     zero = recipe.model_copy(deep=True)
     zero.stages[0].engine = "zero2"

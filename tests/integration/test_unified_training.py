@@ -54,7 +54,7 @@ def recipe(root: Path, kind: str = "pictures", **stage: Any) -> Recipe:
         "steps": 6,
         "batch_size": 4,
         "max_length": 128,
-        "precision": "fp32",
+        "dtype": "float32",
         "draw": {"prompts": ["Draw a 3.", "Draw a 7."], "every": 2, "cfg_scale": 2.0},
         **stage,
     }

@@ -75,7 +75,7 @@ def make_recipe(
         "data": {"format": "llava", "path": str(file)},
         "batch_size": 2,
         "max_length": 160,
-        "precision": "fp32",
+        "dtype": "float32",
         "schedule": {"type": "cosine", "warmup": 0.2},
         "learn": {"language_model": 1e-3, "connector": 3e-3},
     }

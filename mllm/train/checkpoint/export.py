@@ -16,6 +16,7 @@ from mllm import distributed
 from mllm.config import read_yaml, to_plain
 from mllm.damage import read_json
 from mllm.errors import CheckpointError
+from mllm.former_recipes import upgraded
 from mllm.plugins import copy_files
 from mllm.recipe import Recipe, StageSpec
 from mllm.train import lora
@@ -126,7 +127,7 @@ def finished_otherwise(folder: Path, recipe: Recipe, stage: StageSpec, *, leave_
     path = folder / "recipe.yaml"
     if not path.is_file():
         return ""
-    saved = read_yaml(path)
+    saved = upgraded(read_yaml(path))
 
     def settings(plain: dict[str, Any]) -> str:
         own = next((s for s in plain.get("stages", []) if s.get("name") == stage.name), {})

@@ -8,6 +8,7 @@ exact to the bit.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from mllm import distributed
 from mllm.errors import CheckpointError
+from mllm.former_recipes import upgraded_stage
 from mllm.train.checkpoint.files import (
     DELETING,
     MANIFEST,
@@ -62,7 +64,7 @@ class Progress:
     total_steps: int = 0
     world_size: int = 1
     engine: str = "none"
-    precision: str = "fp32"
+    dtype: str = "float32"
     seed: int = 0
     frozen: str = ""
     signature: str = ""
@@ -235,7 +237,7 @@ class CheckpointReader:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest.get("format") != FORMAT:
             raise CheckpointError(f"{path}: written in format {manifest.get('format')}, this version reads {FORMAT}")
-        self.progress = Progress(**manifest["progress"])
+        self.progress = _read_progress(manifest["progress"])
         self._sources: dict[str, list[tuple[int, dict[str, Any]]]] = {}
         for index in sorted(path.glob("index-*.json")):
             owner = int(index.stem.rpartition("-")[2])
@@ -352,6 +354,14 @@ class CheckpointReader:
             torch.cuda.set_rng_state(own["rng.cuda"], engine.device)
         torch.set_rng_state(own["rng.torch"])
         return True
+
+
+def _read_progress(saved: dict[str, Any]) -> Progress:
+    """A stage's place, also from a checkpoint whose settings are in an earlier dialect."""
+    progress = upgraded_stage(saved)
+    with contextlib.suppress(ValueError):  # then it is compared as it is
+        progress["signature"] = json.dumps(upgraded_stage(json.loads(progress["signature"])), sort_keys=True)
+    return Progress(**progress)
 
 
 _DTYPES = {

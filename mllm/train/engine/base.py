@@ -69,7 +69,7 @@ def choose_engine(stage: StageSpec) -> EngineChoice:
                 f"{where}: the json has {key!r}; that belongs in the stage's own {cure}: key, delete it there"
             )
     if config.get("fp16", {}).get("enabled") is True:
-        raise ConfigError(f"{where}: the json enables fp16; this toolkit trains in bf16 or fp32 (stage key precision)")
+        raise ConfigError(f"{where}: the json enables fp16; this toolkit trains in bf16 or fp32 (stage key dtype)")
     check_engine(stage.optimizer, stage.name, zero_stage)
     return EngineChoice(name, zero_stage, config)
 
@@ -241,7 +241,7 @@ def free_memory() -> None:
 
 
 def build_engine(model: nn.Module, groups: list[Group], stage: StageSpec, device: torch.device) -> Engine:
-    """The engine a stage asks for. The model is on ``device`` and in the stage's precision already."""
+    """The engine a stage asks for. The model is on ``device`` and in the stage's dtype already."""
     choice = choose_engine(stage)
     if choice.zero_stage == 0:
         return Engine(model, groups, stage, device)

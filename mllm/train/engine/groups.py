@@ -28,7 +28,7 @@ class Group:
     """Parameters that share part, rate and decay."""
 
     part: str
-    rate: float
+    lr: float
     weight_decay: float
     names: tuple[str, ...]
     num_parameters: int
@@ -158,7 +158,7 @@ def _make_groups(model: Any, stage: StageSpec, specs: dict[str, LearnSpec], owne
             chosen = [(n, p) for n, p in learning if (0.0 if n in exempt else decay) == value]
             if chosen:
                 numel, alone = sum(p.numel() for _, p in chosen), len(chosen) == len(learning)
-                groups.append(Group(part, spec.rate, value, tuple(n for n, _ in chosen), numel, alone))
+                groups.append(Group(part, spec.lr, value, tuple(n for n, _ in chosen), numel, alone))
     return groups
 
 
@@ -168,8 +168,8 @@ def _check(model: Any, groups: list[Group], specs: dict[str, LearnSpec]) -> None
     assert len(grouped) == len(set(grouped)), "a parameter is in two groups"
     assert set(grouped) == set(learning), sorted(set(grouped) ^ set(learning))[:5]
     for part, spec in specs.items():
-        rates = {group.rate for group in groups if group.part == part}
-        assert rates == {spec.rate}, f"{part}: asked for rate {spec.rate}, applied {rates}"
+        rates = {group.lr for group in groups if group.part == part}
+        assert rates == {spec.lr}, f"{part}: asked for rate {spec.lr}, applied {rates}"
 
 
 def set_modes(model: nn.Module) -> None:
@@ -202,11 +202,11 @@ def groups_table(stage: StageSpec, groups: Iterable[Group], frozen: dict[str, in
     from rich.table import Table
 
     table = Table(title=f"stage {stage.name}: what learns", title_justify="left")
-    for column in ("part", "tensors", "parameters", "rate", "decay"):
+    for column in ("part", "tensors", "parameters", "lr", "weight decay"):
         table.add_column(column, justify="left" if column == "part" else "right")
     for group in groups:
         table.add_row(
-            group.part, str(len(group.names)), f"{group.num_parameters:,}", f"{group.rate:g}", f"{group.weight_decay:g}"
+            group.part, str(len(group.names)), f"{group.num_parameters:,}", f"{group.lr:g}", f"{group.weight_decay:g}"
         )
     for part, count in sorted(frozen.items()):
         table.add_row(part, "", f"{count:,}", "frozen", "")

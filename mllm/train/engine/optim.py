@@ -38,8 +38,8 @@ def build_optimizer(model: nn.Module, groups: Sequence[Group], spec: OptimizerSp
     described = [
         {
             "params": [parameters[name] for name in group.names],
-            "lr": group.rate,
-            "base_rate": group.rate,
+            "lr": group.lr,
+            "base_rate": group.lr,
             "weight_decay": group.weight_decay,
             "name": group.name,
             "names": list(group.names),
@@ -158,7 +158,7 @@ def _split_for_muon(group: Group, model: nn.Module) -> list[tuple[Group, bool]]:
         names = tuple(n for n in group.names if (id(parameters[n]) in matrices) is use_muon)
         if names:
             numel = sum(parameters[n].numel() for n in names)
-            result.append((Group(group.part, group.rate, group.weight_decay, names, numel), use_muon))
+            result.append((Group(group.part, group.lr, group.weight_decay, names, numel), use_muon))
     return result
 
 

@@ -114,7 +114,7 @@ class ZeroEngine(Engine):
             gradient_accumulation_steps=stage.gradient_accumulation,
             train_batch_size=stage.batch_size * stage.gradient_accumulation * self.world_size,
             gradient_clipping=stage.optimizer.max_grad_norm or 0.0,
-            bf16={**config.get("bf16", {}), "enabled": stage.precision == "bf16"},
+            bf16={**config.get("bf16", {}), "enabled": stage.dtype == "bfloat16"},
             zero_allow_untested_optimizer=True,
             zero_force_ds_cpu_optimizer=False,
         )

@@ -1,7 +1,7 @@
 """How are frozen encoders run once per picture instead of once per epoch?
 
 Features are kept on disk by the hash of the picture's bytes, in one store per encoder, whose name is the hash of everything that
-decides its features: weights, config, plug-in code, transform, precision. A store is a set of shards; a shard has one writer, a data
+decides its features: weights, config, plug-in code, transform, dtype. A store is a set of shards; a shard has one writer, a data
 file and an index that is appended to only after the data are on disk, so a kill leaves nothing half-written behind and any number of
 readers may look on. Stages, runs and recipes share the stores.
 """
@@ -32,8 +32,9 @@ from mllm.types import VisionFeatures
 
 _RECORD = struct.Struct("<32sIQI")  # key, place of the shard's row, bytes of the data file after it, checksum
 _BLOCK = 64  # features that share one int8 scale: per-token scales ruin tokens with one large channel
-PRECISIONS = ("fp32", "bf16", "fp16", "int8")
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STORED_AS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+"""What a store's address calls its type: stores of earlier versions are found again."""
 
 
 def cache_root() -> Path:
@@ -44,16 +45,16 @@ def cache_root() -> Path:
 class Codec(NamedTuple):
     """Features ``(N, D)`` ↔ bytes. int8: absolute maximum per block of 64 channels, scales in fp32."""
 
-    precision: str
+    dtype: str
     tokens: int
     width: int
 
     @property
     def size(self) -> int:
         """Bytes of one picture's features."""
-        if self.precision == "int8":
+        if self.dtype == "int8":
             return self.tokens * (self._blocks * _BLOCK + 4 * self._blocks)
-        return self.tokens * self.width * (4 if self.precision == "fp32" else 2)
+        return self.tokens * self.width * (4 if self.dtype == "float32" else 2)
 
     @property
     def _blocks(self) -> int:
@@ -61,8 +62,8 @@ class Codec(NamedTuple):
 
     def encode(self, features: Tensor) -> bytes:
         features = features.detach().cpu()
-        if self.precision != "int8":
-            return features.to(_DTYPES[self.precision]).contiguous().view(torch.uint8).numpy().tobytes()
+        if self.dtype != "int8":
+            return features.to(_DTYPES[self.dtype]).contiguous().view(torch.uint8).numpy().tobytes()
         padded = torch.nn.functional.pad(features.float(), (0, self._blocks * _BLOCK - self.width))
         blocks = padded.view(self.tokens, self._blocks, _BLOCK)
         scales = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
@@ -72,8 +73,8 @@ class Codec(NamedTuple):
     def decode(self, data: bytes | memoryview) -> Tensor:
         """``(N, D)`` in the stored type; fp32 for int8."""
         raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        if self.precision != "int8":
-            return raw.view(_DTYPES[self.precision]).view(self.tokens, self.width)
+        if self.dtype != "int8":
+            return raw.view(_DTYPES[self.dtype]).view(self.tokens, self.width)
         cut = self.tokens * self._blocks * _BLOCK
         values = raw[:cut].view(torch.int8).view(self.tokens, self._blocks, _BLOCK)
         scales = raw[cut:].view(torch.float32).view(self.tokens, self._blocks, 1)
@@ -226,9 +227,7 @@ def why_not(model: Any, learning: Iterable[str]) -> str | None:
     return None
 
 
-def open_stores(
-    model: Any, precision: str, *, resampler: Any = "pil", root: Path | None = None
-) -> dict[str, FeatureStore]:
+def open_stores(model: Any, dtype: str, *, resampler: Any = "pil", root: Path | None = None) -> dict[str, FeatureStore]:
     """A store for every encoder of a model, by what decides its features. resampler: what pictures are scaled with."""
     bank = model.model.vision_tower
     stores = {}
@@ -236,13 +235,14 @@ def open_stores(
         info = bank.infos[name]
         requires_grad = [p.requires_grad for p in encoder.parameters()]
         assert not any(requires_grad), name
-        dtype = str(next(encoder.parameters(), torch.empty(0)).dtype)
-        about = {"config": to_plain(encoder.config), "weights": fingerprint(encoder), "computed in": dtype}
+        computed = str(next(encoder.parameters(), torch.empty(0)).dtype)
+        about = {"config": to_plain(encoder.config), "weights": fingerprint(encoder), "computed in": computed}
         about |= {"image": to_plain(info.image), "resampler": str(resampler)}
         if code := code_hashes(type(module) for module in encoder.modules()):
             about["code"] = code
-        digest = hashlib.sha256(json.dumps([about, precision], sort_keys=True).encode()).hexdigest()[:32]
-        codec = Codec(precision, info.grid[0] * info.grid[1], info.width)
+        address = json.dumps([about, _STORED_AS.get(dtype, dtype)], sort_keys=True)
+        digest = hashlib.sha256(address.encode()).hexdigest()[:32]
+        codec = Codec(dtype, info.grid[0] * info.grid[1], info.width)
         stores[name] = FeatureStore((root or cache_root()) / digest, codec, about)
     return stores
 

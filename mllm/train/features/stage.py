@@ -51,8 +51,8 @@ def use_cache(
             display.print(f"features are not cached: {problem}")
             return False
         raise ConfigError(f"stages.{stage.name}.cache_features: {problem}; set it to auto, or leave it out")
-    precision = stage.precision if stage.cache_features in (True, "auto") else str(stage.cache_features)
-    stores = open_stores(model, precision, resampler=processor.image_processor.resampler)
+    dtype = stage.dtype if stage.cache_features in (True, "auto") else str(stage.cache_features)
+    stores = open_stores(model, dtype, resampler=processor.image_processor.resampler)
     images = list(_images(data))
     total = int(distributed.sum_numbers([len(images)])[0])
     try:
@@ -63,7 +63,7 @@ def use_cache(
             return False
         raise UnavailableError(f"stages.{stage.name}.{error}") from None
     size = estimate(stores, total) / 1e9
-    display.print(f"features of {total:,} pictures as {precision}: at most {size:.2f} GB in {stores_folder(stores)}")
+    display.print(f"features of {total:,} pictures as {dtype}: at most {size:.2f} GB in {stores_folder(stores)}")
     display.start(len(images), what="features")
     done = 0
 
@@ -84,7 +84,7 @@ def use_cache(
         store.close()
         store.refresh()
     display.print(f"{stored:,} newly computed, {total - stored - failed:,} there already, {failed:,} cannot be decoded")
-    reader = CachedImageProcessor(stores, dict(model.model.pixel_keys), DTYPES[stage.precision])
+    reader = CachedImageProcessor(stores, dict(model.model.pixel_keys), DTYPES[stage.dtype])
     cached = CachedProcessor(processor, reader)
     data.stream.dataset.encode = partial(encode_sample, cached, max_length=stage.max_length)
     stack.enter_context(FeaturesInPlaceOfPixels(model))

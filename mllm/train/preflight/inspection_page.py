@@ -57,7 +57,7 @@ def _stage(seen: SeenStage) -> str:
         rows += ", grouped by length"
     parts = [
         f"<h2>stage {_e(stage.name)}</h2><p>rows {rows} tokens · batch {stage.batch_size} · learns "
-        f"{_e(', '.join(f'{part} at {spec.rate:g}' for part, spec in stage.learning().items()))}</p>",
+        f"{_e(', '.join(f'{part} at {spec.lr:g}' for part, spec in stage.learning().items()))}</p>",
         f"<details><summary>chat template</summary><code>{_e(seen.template)}</code></details>",
     ]
     if seen.dropped:

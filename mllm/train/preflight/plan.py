@@ -110,7 +110,7 @@ def plan_recipe(recipe: Recipe, *, processes: int = 1, with_data: bool = True) -
         stages.append(_plan_stage(recipe, stage, model, processor, processes, with_data))
         clean = not has_adapters(model)
     hazards += _recipe_hazards(recipe, parameters)
-    last = 2 if recipe.stages[-1].precision == "bf16" else 4
+    last = 2 if recipe.stages[-1].dtype == "bfloat16" else 4
     return RecipePlan(recipe.name, parameters, _joins(config), stages, hazards, last * sum(parameters.values()))
 
 
@@ -214,7 +214,7 @@ def memory_of(
     model: Any, stage: StageSpec, groups: list[Group], *, zero_stage: int, processes: int, row_length: int
 ) -> dict[str, int]:
     """Bytes on one GPU by what they are for. ``update``: buffers of the optimizer step, when activations are gone."""
-    size = 2 if stage.precision == "bf16" else 4
+    size = 2 if stage.dtype == "bfloat16" else 4
     total = sum(p.numel() for p in model.parameters())
     learned = sum(group.num_parameters for group in groups)
     share = processes if zero_stage else 1
@@ -303,7 +303,7 @@ def _stage_hazards(
         )
     if zero_stage == 3 and stage.compile:
         hazards.append("compile and zero3 exclude each other")
-    if stage.precision == "fp32" and sum(g.num_parameters for g in plan.groups) > 1e9:
+    if stage.dtype == "float32" and sum(g.num_parameters for g in plan.groups) > 1e9:
         hazards.append("fp32 with more than a billion learning parameters: bf16 keeps fp32 copies where they matter")
     hazards += odd_settings(stage, steps=plan.steps, samples=plan.samples, rows=rows)
     if plan.samples is not None and plan.samples < rows:

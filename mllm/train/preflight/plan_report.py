@@ -33,7 +33,7 @@ def _stage_table(stage: StagePlan, peak_flops: float, mfu: float, processes: int
     table.add_column(justify="right")
     for group in stage.groups:
         table.add_row(
-            f"learns {group.name}", f"{group.num_parameters:,} at {group.rate:g}, decay {group.weight_decay:g}"
+            f"learns {group.name}", f"{group.num_parameters:,} at {group.lr:g}, weight decay {group.weight_decay:g}"
         )
     table.add_row("frozen", f"{sum(stage.frozen.values()):,}", end_section=True)
     for what, number in stage.memory.items():

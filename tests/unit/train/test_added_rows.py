@@ -59,7 +59,7 @@ def test_added_rows_learn_beside_the_adapters_and_are_merged_into_both_tables(tm
     names = [name for name, _ in model.named_parameters()]
     before = model.get_input_embeddings().weight.detach().clone()
     head = model.get_output_embeddings().weight.detach().clone()
-    groups = apply_learning(model, _stage({part: {"rate": 1e-3, "lora": {"r": 2}} for part in parts}))
+    groups = apply_learning(model, _stage({part: {"lr": 1e-3, "lora": {"r": 2}} for part in parts}))
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert learning and all(lora.is_adapter(name) for name in learning)
     rows = [name for name, p in learning.items() if p.shape == (5, 64)]
@@ -85,7 +85,7 @@ def test_added_rows_learn_beside_the_adapters_and_are_merged_into_both_tables(tm
 
 def test_what_cannot_hold_is_refused_and_what_does_not_learn_is_said(tmp_path):
     model = _model(tmp_path)
-    adapter = {"rate": 1e-3, "lora": {"r": 2}}
+    adapter = {"lr": 1e-3, "lora": {"r": 2}}
     with pytest.raises(
         ConfigError, match=r"learn\.language_model\.lora: 5 rows .* ZeRO-3 cannot do; use engine: zero2"
     ):
@@ -93,7 +93,7 @@ def test_what_cannot_hold_is_refused_and_what_does_not_learn_is_said(tmp_path):
     assert rows_line(model, _stage({"language_model": adapter})) == (
         "rows of added tokens: all 5 learn beside the adapter"
     )
-    still = _stage({"language_model": {"rate": 1e-3, "lora": {"r": 2, "added_tokens": False}}})
+    still = _stage({"language_model": {"lr": 1e-3, "lora": {"r": 2, "added_tokens": False}}})
     assert "none of 5 learns, learn.language_model.lora.added_tokens is false" in str(rows_line(model, still))
     assert "language_model is frozen" in str(rows_line(model, _stage({"connector": 1e-3})))
     assert "all 5 learn with the whole language_model" in str(rows_line(model, _stage({"language_model": 1e-3})))
@@ -110,4 +110,4 @@ def test_a_head_with_a_bias_which_peft_would_drop_is_refused(tmp_path):
     head = model.get_output_embeddings()
     head.bias = torch.nn.Parameter(torch.zeros(len(head.weight)))
     with pytest.raises(ConfigError, match="PEFT drops the bias"):
-        apply_learning(model, _stage({"language_model": {"rate": 1e-3, "lora": {"r": 2}}}))
+        apply_learning(model, _stage({"language_model": {"lr": 1e-3, "lora": {"r": 2}}}))

@@ -33,14 +33,14 @@ class Net(nn.Module):
         return self.second(nn.functional.dropout(self.norm(self.first(self.frozen(x))), 0.2, self.training))
 
 
-def _engine(precision: str = "fp32", optimizer: str = "adamw", model: nn.Module | None = None) -> Engine:
+def _engine(dtype: str = "float32", optimizer: str = "adamw", model: nn.Module | None = None) -> Engine:
     model = model or Net()
-    if precision == "bf16":
+    if dtype == "bfloat16":
         model.bfloat16()
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     groups = [Group("connector", 1e-2, 0.1, tuple(names[::2]), 0), Group("connector", 1e-3, 0.0, tuple(names[1::2]), 0)]
     stage = StageSpec(
-        name="s", learn={"connector": 1e-3}, data="x", steps=9, precision=precision, optimizer={"type": optimizer}
+        name="s", learn={"connector": 1e-3}, data="x", steps=9, dtype=dtype, optimizer={"type": optimizer}
     )
     return Engine(model, groups, stage, torch.device("cpu"))
 
@@ -61,9 +61,9 @@ def _progress(**changes) -> Progress:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_training_goes_on_bit_equal_with_dropout_buffers_and_optimizer_state(tmp_path, precision, optimizer):
-    engine = _engine(precision, optimizer)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_goes_on_bit_equal_with_dropout_buffers_and_optimizer_state(tmp_path, dtype, optimizer):
+    engine = _engine(dtype, optimizer)
     torch.manual_seed(7)
     _steps(engine, 3)
     path = save_checkpoint(tmp_path, engine, _progress(frozen=fingerprint(engine.model)))
@@ -71,10 +71,10 @@ def test_training_goes_on_bit_equal_with_dropout_buffers_and_optimizer_state(tmp
     torch.manual_seed(99)
     reader = latest_checkpoint(tmp_path)
     assert reader is not None and reader.path == path and reader.progress.step == 3
-    model = _engine(precision, optimizer).model
+    model = _engine(dtype, optimizer).model
     reader.check(model, _progress(frozen=fingerprint(model)))
     reader.restore_weights(model)
-    again = _engine(precision, optimizer, model)
+    again = _engine(dtype, optimizer, model)
     reader.restore_engine(again)
     assert reader.restore_random(again)
     assert _steps(again, 4) == wanted
@@ -160,10 +160,10 @@ def test_another_architecture_other_settings_and_other_frozen_weights_are_refuse
         reader.check(engine.model, Progress(**{**now, "frozen": fingerprint(engine.model)}))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_average_of_weights_survives_a_resume_and_is_what_a_stage_ends_with(tmp_path, precision):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_average_of_weights_survives_a_resume_and_is_what_a_stage_ends_with(tmp_path, dtype):
     def start() -> Engine:
-        engine = _engine(precision)
+        engine = _engine(dtype)
         engine.stage.optimizer.ema = 0.8
         return engine
 
@@ -200,7 +200,7 @@ def test_eight_bit_optimizer_state_goes_on_bit_equal(tmp_path):
 
     def start() -> Engine:
         torch.manual_seed(0)
-        return _engine("fp32", "adamw_8bit", wide())
+        return _engine("float32", "adamw_8bit", wide())
 
     engine = start()
     _steps(engine, 3)

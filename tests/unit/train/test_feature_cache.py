@@ -35,9 +35,9 @@ def model(tmp_path):
     return model
 
 
-@pytest.mark.parametrize(("precision", "error"), [("fp32", 0.0), ("bf16", 4e-3), ("fp16", 5e-4), ("int8", 1e-2)])
-def test_features_come_back_within_the_stated_precision(precision, error):
-    codec = Codec(precision, 7, 100)
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 0.0), ("bfloat16", 4e-3), ("float16", 5e-4), ("int8", 1e-2)])
+def test_features_come_back_within_the_stated_dtype(dtype, error):
+    codec = Codec(dtype, 7, 100)
     features = torch.randn(7, 100, generator=torch.Generator().manual_seed(0))
     features[:, 3] *= 30  # one loud channel must not drown the others
     data = codec.encode(features)
@@ -50,7 +50,7 @@ def test_features_come_back_within_the_stated_precision(precision, error):
 
 
 def _store(folder, name="s") -> FeatureStore:
-    return FeatureStore(folder / name, Codec("fp32", 2, 3), {})
+    return FeatureStore(folder / name, Codec("float32", 2, 3), {})
 
 
 def _key(number: int) -> bytes:
@@ -90,7 +90,7 @@ def test_what_a_killed_writer_left_half_is_not_seen_and_the_rest_is(tmp_path, da
 
 
 def test_stored_features_give_the_same_visual_tokens_as_pixels(tmp_path, model):
-    stores = open_stores(model, "fp32", root=tmp_path)
+    stores = open_stores(model, "float32", root=tmp_path)
     images = [picture(k) for k in range(5)]
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not a picture")
@@ -107,14 +107,14 @@ def test_stored_features_give_the_same_visual_tokens_as_pixels(tmp_path, model):
     assert torch.equal(again, live), "afterwards the encoders take pixels again"
 
 
-def test_other_weights_other_precision_and_another_transform_have_stores_of_their_own(tmp_path, model):
-    folders = {store.folder for store in open_stores(model, "fp32", root=tmp_path).values()}
-    assert folders == {store.folder for store in open_stores(model, "fp32", root=tmp_path).values()}
+def test_other_weights_other_dtype_and_another_transform_have_stores_of_their_own(tmp_path, model):
+    folders = {store.folder for store in open_stores(model, "float32", root=tmp_path).values()}
+    assert folders == {store.folder for store in open_stores(model, "float32", root=tmp_path).values()}
     folders |= {store.folder for store in open_stores(model, "int8", root=tmp_path).values()}
     next(model.model.vision_tower.encoders["semantic"].parameters()).data.mul_(1.001)
-    folders |= {store.folder for store in open_stores(model, "fp32", root=tmp_path).values()}
+    folders |= {store.folder for store in open_stores(model, "float32", root=tmp_path).values()}
     assert len(folders) == 5
-    folders |= {store.folder for store in open_stores(model, "fp32", resampler="torch", root=tmp_path).values()}
+    folders |= {store.folder for store in open_stores(model, "float32", resampler="torch", root=tmp_path).values()}
     assert len(folders) == 7, "the resampler decides features too"
 
 
@@ -123,7 +123,7 @@ def test_learning_encoders_are_not_cached_and_a_full_disk_is_told_before_anythin
 ):
     assert why_not(model, {"connector"}) is None
     assert "encoders.semantic learns" in str(why_not(model, {"encoders.semantic"}))
-    stores = open_stores(model, "fp32", root=tmp_path)
+    stores = open_stores(model, "float32", root=tmp_path)
     check_space(stores, 10)
     with pytest.raises(UnavailableError, match=r"1,000,000,000,000 pictures need .* GB .* MLLM_CACHE"):
         check_space(stores, 10**12)
@@ -140,7 +140,7 @@ def test_another_version_of_a_plug_ins_code_has_a_store_of_its_own(model, tmp_pa
         load_plugins([str(file)])
         (odd,) = [m.Odd for n, m in list(sys.modules.items()) if "odd_features" in n and number == m.Odd.factor]
         model.model.vision_tower.encoders["semantic"].odd = odd()
-        found.append(open_stores(model, "fp32", root=tmp_path / "stores"))
+        found.append(open_stores(model, "float32", root=tmp_path / "stores"))
     one, two = found
     assert one["semantic"].folder != two["semantic"].folder and one["detail"].folder == two["detail"].folder
 

@@ -23,14 +23,12 @@ def _stage(learn, **changes):
 
 
 def test_absent_parts_are_frozen_and_named_ones_learn_at_their_rate(model):
-    groups = apply_learning(
-        model, _stage({"connector": 1e-3, "encoders.semantic": {"rate": 1e-5, "weight_decay": 0.0}})
-    )
+    groups = apply_learning(model, _stage({"connector": 1e-3, "encoders.semantic": {"lr": 1e-5, "weight_decay": 0.0}}))
     learning = {n for n, p in model.named_parameters() if p.requires_grad}
     assert learning == {
         n for n, _ in model.named_parameters() if model.part_of(n) in ("connector", "encoders.semantic")
     }
-    assert {(g.name, g.rate, g.weight_decay) for g in groups} == {
+    assert {(g.name, g.lr, g.weight_decay) for g in groups} == {
         ("connector", 1e-3, 0.1),
         ("connector/no_decay", 1e-3, 0.0),
         ("encoders.semantic", 1e-5, 0.0),
@@ -62,10 +60,10 @@ def test_encoders_means_all_of_them_and_naming_one_twice_is_refused(model):
         ({"conector": 1e-3}, r"stages\.sft\.learn\.conector: this model has no such part, did you mean 'connector'"),
         ({"router": 1e-3}, r"stages\.sft\.learn\.router: this model has no such part"),
         ({"encoders.sematic": 1e-3}, r"did you mean 'encoders\.semantic'"),
-        ({"encoders.semantic": {"rate": 1e-5, "last_layers": 9}}, r"last_layers is 9, but this encoder has \d layers"),
-        ({"connector": {"rate": 1e-5, "last_layers": 1}}, "only encoders can be unfrozen by layer"),
-        ({"language_model": {"rate": 1e-4, "last_layers": 1, "lora": {"r": 2}}}, "exclude each other"),
-        ({"language_model": {"rate": 1e-4, "lora": {"r": 2, "target": ["q_prj"]}}}, "did you mean 'q_proj'"),
+        ({"encoders.semantic": {"lr": 1e-5, "last_layers": 9}}, r"last_layers is 9, but this encoder has \d layers"),
+        ({"connector": {"lr": 1e-5, "last_layers": 1}}, "only encoders can be unfrozen by layer"),
+        ({"language_model": {"lr": 1e-4, "last_layers": 1, "lora": {"r": 2}}}, "exclude each other"),
+        ({"language_model": {"lr": 1e-4, "lora": {"r": 2, "target": ["q_prj"]}}}, "did you mean 'q_proj'"),
     ],
 )
 def test_wrong_parts_are_told_with_their_path_and_what_was_meant(model, learn, message):
@@ -74,7 +72,7 @@ def test_wrong_parts_are_told_with_their_path_and_what_was_meant(model, learn, m
 
 
 def test_the_last_layers_learn_together_with_the_final_norm_and_nothing_before(model):
-    apply_learning(model, _stage({"encoders.detail": {"rate": 1e-4, "last_layers": 1}}))
+    apply_learning(model, _stage({"encoders.detail": {"lr": 1e-4, "last_layers": 1}}))
     ((prefix, encoder),) = model.named_parts()["encoders.detail"]
     groups = dict(encoder.layer_groups())
     layers = [name for name in groups if name.startswith("layers.")]
@@ -108,9 +106,9 @@ def test_merged_adapters_give_the_logits_of_the_unmerged_ones(model, part, kind)
     names = [n for n, _ in model.named_parameters()]
     if kind.get("bits") and part == "connector":
         with pytest.raises(ConfigError, match="only language_model and encoders"):
-            apply_learning(model, _stage({part: {"rate": 1e-3, "lora": {"r": 4, **kind}}}))
+            apply_learning(model, _stage({part: {"lr": 1e-3, "lora": {"r": 4, **kind}}}))
         return
-    groups = apply_learning(model, _stage({part: {"rate": 1e-3, "lora": {"r": 4, **kind}}}))
+    groups = apply_learning(model, _stage({part: {"lr": 1e-3, "lora": {"r": 4, **kind}}}))
     learning = [n for n, p in model.named_parameters() if p.requires_grad]
     assert learning and all(lora.is_adapter(n) and model.part_of(n) == part for n in learning)
     assert {g.part for g in groups} == {part}

@@ -15,7 +15,7 @@ STAGES = [
     {
         "name": "sft",
         "steps": 7,
-        "learn": {"language_model": {"rate": 1e-4, "lora": {"r": 2}}, "connector": 1e-3},
+        "learn": {"language_model": {"lr": 1e-4, "lora": {"r": 2}}, "connector": 1e-3},
         "engine": "zero2",
     },
 ]

@@ -130,7 +130,7 @@ def train_contrastive(run: Run, stage: StageSpec, previous: Path | None, folder:
     learn: dict[str, float | LearnSpec] = {f"encoders.{name}": next(iter(stage.learn.values()))}
     if options.learn_text:
         same = stage.learning()[next(iter(stage.learn))]
-        learn[TEXT_PART] = same.rate if options.learn_text is True else float(options.learn_text)
+        learn[TEXT_PART] = same.lr if options.learn_text is True else float(options.learn_text)
     engine = train(run, stage.model_copy(update={"learn": learn}), wrapped, reader)
     if engine is None:
         return False

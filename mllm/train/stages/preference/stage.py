@@ -142,7 +142,7 @@ def train_preference(run: Run, stage: StageSpec, previous: Path | None, folder: 
     options = check_dpo(stage)
     trl = import_trl(f"stages.{stage.name}.kind")
     # On the CPU: its fp32 copy, and the reference's, would stand on the GPU beside what TRL keeps there.
-    whole = stage.model_copy(update={"precision": "fp32"})
+    whole = stage.model_copy(update={"dtype": "float32"})
     model, processor = start_model(run.recipe, whole, previous, device=torch.device("cpu"))
     display = StageDisplay(stage.name, active=distributed.is_main())
     drops = DropLog(run.output / "dropped" / f"{stage.name}-{distributed.rank()}.jsonl")
@@ -153,7 +153,7 @@ def train_preference(run: Run, stage: StageSpec, previous: Path | None, folder: 
     seed_everything(run.recipe.seed, f"{stage.name}/adapters", same=True)
     groups = apply_learning(model, stage)
     set_modes(model)
-    if stage.precision == "bf16":  # learned weights stay fp32, the rest is computed and kept in bf16
+    if stage.dtype == "bfloat16":  # learned weights stay fp32, the rest is computed and kept in bf16
         for parameter in model.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)
@@ -198,7 +198,7 @@ def train_preference(run: Run, stage: StageSpec, previous: Path | None, folder: 
     if done < steps:
         return False
     model.__dict__.pop("forward", None)  # TRL's
-    model.requires_grad_(True).to("cpu", torch.bfloat16 if stage.precision == "bf16" else torch.float32)
+    model.requires_grad_(True).to("cpu", torch.bfloat16 if stage.dtype == "bfloat16" else torch.float32)
     model.config.dtype = next(model.parameters()).dtype
     tell_dropped(run, stage, display)
     if run.info is not None:
@@ -310,7 +310,7 @@ def _arguments(trl: Any, run: Run, stage: StageSpec, options: PreferenceOptions,
         "max_steps": steps,
         "max_grad_norm": stage.optimizer.max_grad_norm or 0.0,
         "seed": run.recipe.seed,
-        "bf16": stage.precision == "bf16",
+        "bf16": stage.dtype == "bfloat16",
         "fp16": False,
         "gradient_checkpointing": stage.gradient_checkpointing,
         "dataloader_num_workers": stage.num_workers,

@@ -152,7 +152,7 @@ def _measured(run: Run, stage: StageSpec, model: Any, processor: Any, options: R
     """The run's folder of label files, complete."""
     folder = run.output / "routing_labels" / stage.name
     device = distributed.local_device()
-    model.to(device, DTYPES[stage.precision])
+    model.to(device, DTYPES[stage.dtype])
     for source, rows in open_sources(stage.data):
         label_source(
             model,

@@ -1,0 +1,68 @@
+"""What does a recipe that an earlier version wrote say in today's words?"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mllm.config import read_yaml
+from mllm.errors import ConfigError
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+CURE = "`mllm convert OLD.yaml NEW.yaml` rewrites the file"
+
+
+def upgraded(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The same recipe (plain data) in today's dialect; one that is in it already comes back equal."""
+    result = copy.deepcopy(dict(recipe))
+    result["stages"] = [upgraded_stage(s) if isinstance(s, Mapping) else s for s in result.get("stages") or []]
+    return result
+
+
+def upgraded_stage(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """One stage's settings in today's dialect: ``precision`` was ``dtype``, ``rate`` of a part ``lr``."""
+    result = copy.deepcopy(dict(stage))
+    result = {("dtype" if key == "precision" else key): value for key, value in result.items()}
+    for key in ("dtype", "cache_features"):
+        if isinstance(result.get(key), str):
+            result[key] = _DTYPES.get(result[key], result[key])
+    if isinstance(result.get("learn"), Mapping):
+        result["learn"] = {part: _renamed(spec, "rate", "lr") for part, spec in result["learn"].items()}
+    return result
+
+
+def is_former(recipe: Any) -> bool:
+    """Whether a recipe (plain data) is in an earlier dialect."""
+    return isinstance(recipe, Mapping) and bool(recipe.get("stages")) and upgraded(recipe) != dict(recipe)
+
+
+def convert_recipe(source: str | Path, target: str | Path) -> Path:
+    """Write a recipe file in today's dialect to ``target``; the comments at its head are kept.
+
+    Raises `ConfigError` for a file that is no recipe, is in today's dialect already, or a target that is there.
+    """
+    source, target = Path(source), Path(target)
+    plain = read_yaml(source)
+    if not isinstance(plain, Mapping) or not (plain.get("stages") or plain.get("tokenizer")):
+        raise ConfigError(f"{source}: no recipe (a mapping with stages)")
+    if not is_former(plain):
+        raise ConfigError(f"{source} is in today's dialect already; there is nothing to convert")
+    target = target / source.name if target.is_dir() else target
+    if target.exists():
+        raise ConfigError(f"{target} exists; choose another name")
+    lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
+    head = next((k for k, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    text = yaml.safe_dump(upgraded(plain), sort_keys=False, allow_unicode=True, width=120)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text("".join(lines[:head]) + text, encoding="utf-8")
+    return target
+
+
+def _renamed(value: Any, old: str, new: str) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {(new if key == old else key): item for key, item in value.items()}
