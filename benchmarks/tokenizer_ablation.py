@@ -13,7 +13,8 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -23,13 +24,15 @@ from processes import choose_device, run_jobs
 from tokenizer_demo import demo_recipe, train_teacher
 from torch import Tensor
 
+import mllm.train.stages.tokenizer.stage as stage
+from mllm.distributed import local_device
+from mllm.train.run import run_recipe
 from mllm.visual_tokenizers.base import VisualTokenizer, as_unit_range
 from mllm.visual_tokenizers.evaluate import evaluate_tokenizer, probe_tokenizer, psnr
 from mllm.visual_tokenizers.images import ImageSource, load_images, to_pixels
-from mllm.visual_tokenizers.train import TokenizerRun
 
 SINGLE, DUAL = "tokenizer_demo_single", "tokenizer_demo_dual"
-_PIXEL, _SEMANTIC, _ONE = (f"tokenizer.{name}quantizer" for name in ("pixel_", "semantic_", ""))
+_PIXEL, _SEMANTIC, _ONE = (f"model.visual_tokenizer.{name}quantizer" for name in ("pixel_", "semantic_", ""))
 
 
 def _zero(semantic: Tensor) -> Tensor:
@@ -55,29 +58,29 @@ VARIANTS: dict[str, Variant] = {
     "single_896": Variant(SINGLE, (f"{_ONE}.size=896",)),
     "dual_pixel_1024": Variant(DUAL, (f"{_PIXEL}.size=1024",)),
     # The semantic loss and the pixels pull at the same vectors.
-    "dual_semantic_weight_0": Variant(DUAL, ("losses.weights.semantic=0.0",)),
+    "dual_semantic_weight_0": Variant(DUAL, ("stages.tokenizer.options.losses.weights.semantic=0.0",)),
     "dual_detached": Variant(DUAL, (), Tensor.detach),
     # The semantic vectors disturb the decoder: hard, coarse, of another scale, moving while it learns.
     "dual_without_semantic_input": Variant(DUAL, (), _zero),
     "dual_unit_semantic_input": Variant(DUAL, (), _unit),
     "dual_detached_unit": Variant(DUAL, (), lambda x: _unit(x.detach())),
     # Nothing semantic at all: what is left is the pixel path by itself, which should equal single_896.
-    "dual_pixels_alone": Variant(DUAL, ("losses.weights.semantic=0.0",), _zero),
+    "dual_pixels_alone": Variant(DUAL, ("stages.tokenizer.options.losses.weights.semantic=0.0",), _zero),
     # One gradient norm is clipped for both paths.
-    "single_unclipped": Variant(SINGLE, ("optimizer.max_grad_norm=null",)),
-    "dual_unclipped": Variant(DUAL, ("optimizer.max_grad_norm=null",)),
+    "single_unclipped": Variant(SINGLE, ("stages.tokenizer.optimizer.max_grad_norm=null",)),
+    "dual_unclipped": Variant(DUAL, ("stages.tokenizer.optimizer.max_grad_norm=null",)),
     # Codebooks: start and restart.
-    "single_no_kmeans": Variant(SINGLE, ("kmeans=0",)),
-    "dual_no_kmeans": Variant(DUAL, ("kmeans=0",)),
+    "single_no_kmeans": Variant(SINGLE, ("stages.tokenizer.options.kmeans=0",)),
+    "dual_no_kmeans": Variant(DUAL, ("stages.tokenizer.options.kmeans=0",)),
     "single_no_restart": Variant(SINGLE, (f"{_ONE}.codebook.restart=false",)),
     "dual_no_restart": Variant(
         DUAL, (f"{_PIXEL}.codebook.restart=false", f"{_SEMANTIC}.codebook.restart=false")
     ),
     # Undertrained: the dual tokenizer has more to learn in the same steps.
-    "single_1200": Variant(SINGLE, ("steps=1200",)),
-    "dual_1200": Variant(DUAL, ("steps=1200",)),
-    "single_2400": Variant(SINGLE, ("steps=2400",)),
-    "dual_2400": Variant(DUAL, ("steps=2400",)),
+    "single_1200": Variant(SINGLE, ("stages.tokenizer.steps=1200",)),
+    "dual_1200": Variant(DUAL, ("stages.tokenizer.steps=1200",)),
+    "single_2400": Variant(SINGLE, ("stages.tokenizer.steps=2400",)),
+    "dual_2400": Variant(DUAL, ("stages.tokenizer.steps=2400",)),
 }  # fmt: skip
 
 
@@ -92,30 +95,48 @@ class Job(NamedTuple):
 def run_variant(job: Job) -> dict[str, Any]:
     """Train one variant with one seed and score it on the held-out images."""
     variant, begun = VARIANTS[job.variant], time.perf_counter()
-    changes = [*variant.overrides, f"seed={job.seed}", *([f"steps={job.steps}"] if job.steps else [])]
+    changes = [*variant.overrides, f"seed={job.seed}", *([f"stages.tokenizer.steps={job.steps}"] if job.steps else [])]
     output = Path(job.output)
-    recipe = demo_recipe(variant.recipe, output, job.device, overrides=changes)
-    recipe = recipe.model_copy(update={"output": str(output / f"{job.variant}-{job.seed}")})
-    run = TokenizerRun(recipe, torch.device(job.device))
-    if variant.decoder_gets is not None:
-        _change_decoder_input(run.tokenizer, variant.decoder_gets)
-    run.fit()
-    with run.averaged() as tokenizer:
-        scores = evaluate_tokenizer(tokenizer, run.held_out)
-        probe = probe_tokenizer(tokenizer, run.images, run.held_out)
+    recipe = demo_recipe(variant.recipe, output, overrides=changes)
+    with _changed_decoder_input(variant.decoder_gets):
+        final = run_recipe(recipe.recipe, output=output / f"{job.variant}-{job.seed}")
+        tokenizer = VisualTokenizer.from_pretrained(final).to(local_device())
+        if variant.decoder_gets is not None:
+            _change_decoder_input(tokenizer, variant.decoder_gets)
+        images, held_out = (load_images(recipe.images, tokenizer.image.height, s) for s in ("train", "held_out"))
+        scores = evaluate_tokenizer(tokenizer, held_out)
+        probe = probe_tokenizer(tokenizer, images, held_out)
         return {
             "variant": job.variant,
             "seed": job.seed,
-            "steps": recipe.steps,
+            "steps": recipe.stage.steps,
             "psnr": scores["psnr"],
             "ssim": scores["ssim"],
-            **psnr_by_part(tokenizer, run.held_out),
+            **psnr_by_part(tokenizer, held_out),
             "used": {name: value["used"] for name, value in scores["usage"].items()},
             "perplexity": {name: round(value["perplexity"], 1) for name, value in scores["usage"].items()},
-            "size_of_vectors": _size_of_vectors(tokenizer, run.held_out),
+            "size_of_vectors": _size_of_vectors(tokenizer, held_out),
             "probe": probe,
             "seconds": round(time.perf_counter() - begun, 1),
         }
+
+
+@contextmanager
+def _changed_decoder_input(change: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
+    """Within the block, tokenizers start training with the change."""
+    start = stage.start_tokenizer
+
+    def changed(*arguments: Any) -> VisualTokenizer:
+        tokenizer = start(*arguments)
+        if change is not None:
+            _change_decoder_input(tokenizer, change)
+        return tokenizer
+
+    stage.start_tokenizer = changed
+    try:
+        yield
+    finally:
+        stage.start_tokenizer = start
 
 
 def _change_decoder_input(tokenizer: Any, change: Callable[[Tensor], Tensor]) -> None:
@@ -181,8 +202,8 @@ def main() -> None:
     parser.add_argument("--teacher-steps", type=int, default=1000)
     arguments = parser.parse_args()
     started, output, device = time.monotonic(), Path(arguments.output), choose_device(arguments.device)
-    recipe = demo_recipe(DUAL, output, device)
-    weights = output / "teacher.safetensors"
+    recipe = demo_recipe(DUAL, output)
+    weights = output / "stages.tokenizer.options.teacher.safetensors"
     if not weights.is_file():
         images, held_out = (load_images(recipe.images, 64, split) for split in ("train", "held_out"))
         accuracy = train_teacher(weights, recipe, images, held_out, arguments.teacher_steps, device)
@@ -204,7 +225,12 @@ def main() -> None:
 def demo_recipe_steps(variant: str) -> int:
     """Training steps that a variant names; 0 for the recipe's own."""
     return max(
-        (int(o.removeprefix("steps=")) for o in VARIANTS[variant].overrides if o.startswith("steps=")), default=0
+        (
+            int(o.removeprefix("stages.tokenizer.steps="))
+            for o in VARIANTS[variant].overrides
+            if o.startswith("stages.tokenizer.steps=")
+        ),
+        default=0,
     )
 
 

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,80 +25,82 @@ import torch
 from processes import choose_device, run_jobs
 from safetensors.torch import save_file
 
+from mllm.distributed import local_device
+from mllm.train.observe.tracking import read_metrics
+from mllm.train.run import run_recipe
 from mllm.visual_tokenizers.base import VisualTokenizer
 from mllm.visual_tokenizers.evaluate import evaluate_tokenizer, linear_probe, probe_tokenizer
 from mllm.visual_tokenizers.images import ImageSource, load_images, to_pixels
-from mllm.visual_tokenizers.recipe import SupervisedTeacherSpec, TokenizerRecipe, load_tokenizer_recipe
+from mllm.visual_tokenizers.recipe import SupervisedTeacherSpec, TokenizerTraining, load_training
 from mllm.visual_tokenizers.teacher import EncoderTeacher, train_classifier
-from mllm.visual_tokenizers.train import TokenizerRun, train_tokenizer
 
 RECIPES = ("tokenizer_demo_single", "tokenizer_demo_single_semantic", "tokenizer_demo_dual")
 _CONVOLUTION = "{channels: 16, multipliers: [1, 2, 4, 8], num_res_blocks: 1, groups: 8}"
 _BOOK = "codebook: {learn: ema, decay: 0.98, restart: true, restart_below: 0.1}"
 _TEACHER = "{type: small_vit, image_size: 128, patch_size: 16, width: 96, depth: 3, heads: 4}"
 _ANY = [
-    "tokenizer.image_size=128",
-    "tokenizer.z_channels=128",
-    "images.options={charts: 6000, colour: true}",
-    "kmeans=512",
-    "batch_size=64",
-    "steps=3000",
-    "schedule.warmup=100",
-    "ema=0.99",
-    "precision=bf16",
+    "model.visual_tokenizer.image_size=128",
+    "model.visual_tokenizer.z_channels=128",
+    "stages.tokenizer.data.options={charts: 6000, colour: true}",
+    "stages.tokenizer.options.kmeans=512",
+    "stages.tokenizer.batch_size=64",
+    "stages.tokenizer.steps=3000",
+    "stages.tokenizer.schedule.warmup=100",
+    "stages.tokenizer.optimizer.ema=0.99",
+    "stages.tokenizer.dtype=bfloat16",
 ]
 _SINGLE = [
     *_ANY,
-    f"tokenizer.encoder={_CONVOLUTION}",
-    f"tokenizer.quantizer={{type: vq, size: 4608, parts: {{pixel: 16}}, beta: 0.25, {_BOOK}}}",
+    f"model.visual_tokenizer.encoder={_CONVOLUTION}",
+    f"model.visual_tokenizer.quantizer={{type: vq, size: 4608, parts: {{pixel: 16}}, beta: 0.25, {_BOOK}}}",
 ]
 LARGER = {
     "tokenizer_demo_single": _SINGLE,
     "tokenizer_demo_single_semantic": [
         *_SINGLE,
-        "tokenizer.semantic_head={teacher_dim: 96, width: 128, depth: 1, heads: 4}",
-        f"teacher.encoder={_TEACHER}",
+        "model.visual_tokenizer.semantic_head={teacher_dim: 96, width: 128, depth: 1, heads: 4}",
+        f"stages.tokenizer.options.teacher.encoder={_TEACHER}",
     ],
     "tokenizer_demo_dual": [
         *_ANY,
-        f"tokenizer.semantic_encoder={_TEACHER}",
-        "tokenizer.semantic_width=96",
-        f"tokenizer.semantic_quantizer={{type: vq, size: 512, parts: {{semantic: 16}}, {_BOOK}}}",
-        f"tokenizer.pixel_encoder={_CONVOLUTION}",
-        f"tokenizer.decoder={_CONVOLUTION}",
-        f"tokenizer.pixel_quantizer={{type: vq, size: 4096, parts: {{pixel: 16}}, beta: 0.25, {_BOOK}}}",
+        f"model.visual_tokenizer.semantic_encoder={_TEACHER}",
+        "model.visual_tokenizer.semantic_width=96",
+        f"model.visual_tokenizer.semantic_quantizer={{type: vq, size: 512, parts: {{semantic: 16}}, {_BOOK}}}",
+        f"model.visual_tokenizer.pixel_encoder={_CONVOLUTION}",
+        f"model.visual_tokenizer.decoder={_CONVOLUTION}",
+        f"model.visual_tokenizer.pixel_quantizer={{type: vq, size: 4096, parts: {{pixel: 16}}, beta: 0.25, {_BOOK}}}",
     ],
 }
 """Changes of each recipe: 256 positions with one code, beside 64 semantic codes where there are two books; 4608 entries."""
 
 
 def demo_recipe(
-    name: str, output: Path, device: str, *, larger: bool = False, overrides: list[str] | None = None
-) -> TokenizerRecipe:
+    name: str, output: Path, *, larger: bool = False, overrides: list[str] | None = None
+) -> TokenizerTraining:
     """A demo recipe that reads the teacher in ``output`` and writes into ``output/<name>``."""
-    return load_tokenizer_recipe(name, demo_overrides(name, output, device, larger=larger) + (overrides or []))
+    return load_training(name, demo_overrides(name, output, larger=larger) + (overrides or []))
 
 
-def demo_overrides(name: str, output: Path, device: str, *, larger: bool = False) -> list[str]:
+def demo_overrides(name: str, output: Path, *, larger: bool = False) -> list[str]:
     """The overrides that make `demo_recipe` of a shipped recipe."""
-    chosen = [*(LARGER[name] if larger else []), f"output={output / name}", f"device={device}"]
-    recipe = load_tokenizer_recipe(name)
-    weights = output / "teacher.safetensors"
+    chosen = [*(LARGER[name] if larger else []), f"output={output / name}"]
+    recipe = load_training(name)
+    weights = output / "stages.tokenizer.options.teacher.safetensors"
     if recipe.tokenizer["type"] == "illume":
-        chosen.append(f"tokenizer.semantic_encoder.weights={weights}")
+        chosen.append(f"model.visual_tokenizer.semantic_encoder.weights={weights}")
     if recipe.teacher is not None:
-        chosen.append(f"teacher.encoder.weights={weights}")
+        chosen.append(f"stages.tokenizer.options.teacher.encoder.weights={weights}")
     return chosen
 
 
 def train_teacher(
-    path: Path, recipe: TokenizerRecipe, images: ImageSource, held_out: ImageSource, steps: int, device: str = "cpu"
+    path: Path, recipe: TokenizerTraining, images: ImageSource, held_out: ImageSource, steps: int, device: str = "cpu"
 ) -> float:
     """Train the teacher of a dual recipe on the images' classes, save it, and return its held-out accuracy."""
     settings = {**recipe.tokenizer["semantic_encoder"], "weights": None}
     teacher = EncoderTeacher(settings).to(device)
     sizes = {key: settings[key] for key in ("width", "depth", "heads", "patch_size")}
-    spec = SupervisedTeacherSpec(steps=steps, batch_size=48, rate=2e-3, **sizes)
+    spec = SupervisedTeacherSpec(steps=steps, batch_size=48, lr=2e-3, **sizes)
     layer = train_classifier(teacher, images, spec, seed=0)
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = teacher.encoder.encoder.state_dict()
@@ -120,15 +124,14 @@ def pixel_probe(images: ImageSource, held_out: ImageSource, device: str = "cpu")
     return linear_probe(found[0], images.labels.to(device), found[1], held_out.labels.to(device))
 
 
-def measured_steps(recipe: TokenizerRecipe, seconds: float) -> int:
-    """As many of the recipe's steps as fit in ``seconds``, by the time of some of them."""
-    run = TokenizerRun(recipe, torch.device(recipe.device or "cpu"))
-    run.train_step()
-    begun = time.perf_counter()
-    while run.step < 25 and time.perf_counter() - begun < seconds / 8:
-        run.train_step()
-    each = (time.perf_counter() - begun) / (run.step - 1)
-    return max(1, min(recipe.steps, int(seconds / each)))
+def measured_steps(recipe: TokenizerTraining, seconds: float) -> int:
+    """As many of the recipe's steps as fit in ``seconds``, by the median time of its first 25."""
+    with tempfile.TemporaryDirectory() as folder:
+        short = recipe.recipe.model_copy(deep=True)
+        short.stages[0].log_every = 1
+        run_recipe(short, output=folder, stop_after=25)
+        each = statistics.median(record["seconds"] for record in read_metrics(Path(folder)))
+    return max(1, min(recipe.stage.steps or 1, int(seconds / each)))
 
 
 def train_and_score(job: tuple[str, list[str], bool]) -> dict[str, Any]:
@@ -136,17 +139,17 @@ def train_and_score(job: tuple[str, list[str], bool]) -> dict[str, Any]:
     positions side by side too."""
     name, overrides, positions = job
     begun = time.perf_counter()
-    recipe = load_tokenizer_recipe(name, overrides)
-    train_tokenizer(name, overrides)
+    recipe = load_training(name, overrides)
+    run_recipe(recipe.recipe)
     trained = time.perf_counter()
-    tokenizer = VisualTokenizer.from_pretrained(recipe.output_dir / "final").to(recipe.device or "cpu")
+    tokenizer = VisualTokenizer.from_pretrained(recipe.recipe.output_dir / "final").to(local_device())
     images, held_out = (load_images(recipe.images, tokenizer.image.height, split) for split in ("train", "held_out"))
     row = evaluate_tokenizer(tokenizer, held_out)
     row["codebook_entries"] = sum(size for size, _ in tokenizer.codebooks.values())
     row["probe_mean"] = probe_tokenizer(tokenizer, images, held_out)
     if positions:
         row["probe_positions"] = probe_tokenizer(tokenizer, images, held_out, pool=False)
-    row["steps"] = recipe.steps
+    row["steps"] = recipe.stage.steps
     row["training_seconds"] = round(trained - begun, 1)
     row["seconds"] = round(time.perf_counter() - begun, 1)
     return {name: row}
@@ -166,10 +169,10 @@ def main() -> None:
     arguments = parser.parse_args()
     device, output = choose_device(arguments.device), Path(arguments.output)
     start = time.perf_counter()
-    dual = demo_recipe("tokenizer_demo_dual", output, device, larger=arguments.larger, overrides=arguments.overrides)
+    dual = demo_recipe("tokenizer_demo_dual", output, larger=arguments.larger, overrides=arguments.overrides)
     size = dual.tokenizer["image_size"]
     images, held_out = (load_images(dual.images, size, split) for split in ("train", "held_out"))
-    teacher = output / "teacher.safetensors"
+    teacher = output / "stages.tokenizer.options.teacher.safetensors"
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "train_images": len(images),
@@ -183,12 +186,10 @@ def main() -> None:
     steps = arguments.steps
     if arguments.larger and steps is None:
         steps = measured_steps(dual, arguments.seconds / len(arguments.recipes))
-    changes = [*arguments.overrides, *([f"steps={steps}"] if steps else [])]
+    changes = [*arguments.overrides, *([f"stages.tokenizer.steps={steps}"] if steps else [])]
     # Of the larger pictures all positions make features of thousands of channels, which a CPU would probe for minutes.
     positions = device == "cuda" or not arguments.larger
-    jobs = [
-        (n, demo_overrides(n, output, device, larger=arguments.larger) + changes, positions) for n in arguments.recipes
-    ]
+    jobs = [(n, demo_overrides(n, output, larger=arguments.larger) + changes, positions) for n in arguments.recipes]
     if arguments.processes > 1:
         rows = run_jobs(train_and_score, jobs, processes=arguments.processes)
     else:

@@ -21,9 +21,8 @@ from torch import nn
 
 from mllm.visual_tokenizers.base import build_tokenizer
 from mllm.visual_tokenizers.losses import TokenizerLosses
-from mllm.visual_tokenizers.optimise import build_optimizer, choose_parameters
 from mllm.visual_tokenizers.quantizers.search import nearest_codes
-from mllm.visual_tokenizers.recipe import load_tokenizer_recipe
+from mllm.visual_tokenizers.recipe import load_training
 
 
 def measure(work: Callable[[], object], device: torch.device, *, warm: int, repeats: int) -> dict[str, float]:
@@ -83,7 +82,7 @@ def search(arguments: argparse.Namespace, device: torch.device) -> dict:
 
 
 def model(arguments: argparse.Namespace, device: torch.device) -> dict:
-    recipe = load_tokenizer_recipe(arguments.recipe)
+    recipe = load_training(arguments.recipe)
     tokenizer = build_tokenizer(recipe.tokenizer).to(device)
     if arguments.channels_last:
         tokenizer = tokenizer.to(memory_format=torch.channels_last)
@@ -100,9 +99,10 @@ def model(arguments: argparse.Namespace, device: torch.device) -> dict:
             result[name]["images_per_second"] = batch / result[name]["seconds"]
     tokenizer.train()
     # The teacher and the perceptual network are left out: they need weights and are frozen forward passes.
-    alone = recipe.model_copy(update={"teacher": None, "losses": recipe.losses.model_copy(update={"semantic": None})})
+    alone = recipe.losses.model_copy(update={"semantic": None, "adversarial": None})
     losses = TokenizerLosses(alone, tokenizer, None).to(device)
-    optimizer = build_optimizer(recipe.optimizer, list(choose_parameters(tokenizer, recipe).values()), recipe.rate)
+    learning = [parameter for parameter in tokenizer.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=1e-4, betas=recipe.stage.optimizer.betas)
 
     def step() -> None:
         with autocast():

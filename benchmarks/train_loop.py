@@ -59,7 +59,7 @@ class BareLoop:
     def __init__(self, made):
         from mllm.train.engine.groups import apply_learning, set_modes
         from mllm.train.prepare import prepare_model
-        from mllm.train.run import start_model
+        from mllm.train.start import start_model
 
         stage = made.stages[0]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

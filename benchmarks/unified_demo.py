@@ -41,20 +41,24 @@ from mllm.types import IMAGE_MARK, Turn
 from mllm.visual_tokenizers.base import VisualTokenizer
 from mllm.visual_tokenizers.evaluate import evaluate_tokenizer, probe_tokenizer
 from mllm.visual_tokenizers.images import ImageSource, load_images, to_pixels
-from mllm.visual_tokenizers.recipe import ImagesSpec, SupervisedTeacherSpec, load_tokenizer_recipe
+from mllm.visual_tokenizers.recipe import ImagesSpec, SupervisedTeacherSpec, load_training
 from mllm.visual_tokenizers.sequence import pack_codes
 from mllm.visual_tokenizers.teacher import EncoderTeacher, train_classifier
-from mllm.visual_tokenizers.train import train_tokenizer
 
 SIZE = 64
 DEFAULT_OUTPUT = Path("runs/unified_demo")
 _CONVOLUTION = "{channels: 16, multipliers: [1, 2, 4, 8], num_res_blocks: 1, groups: 8}"
 _NETWORKS = [
-    f"tokenizer.pixel_encoder={_CONVOLUTION}",
-    f"tokenizer.decoder={_CONVOLUTION}",
-    "tokenizer.z_channels=128",
+    f"model.visual_tokenizer.pixel_encoder={_CONVOLUTION}",
+    f"model.visual_tokenizer.decoder={_CONVOLUTION}",
+    "model.visual_tokenizer.z_channels=128",
 ]
-LARGER_TOKENIZER = [*_NETWORKS, "steps=1500", "batch_size=64", "ema=0.99"]
+LARGER_TOKENIZER = [
+    *_NETWORKS,
+    "stages.tokenizer.steps=1500",
+    "stages.tokenizer.batch_size=64",
+    "stages.tokenizer.optimizer.ema=0.99",
+]
 """Changes of recipes/tokenizer_unified_demo.yaml."""
 LARGER_MODEL = [
     *(f"model.encoders.codes.{change}" for change in _NETWORKS),
@@ -98,20 +102,20 @@ def make_tokenizer(
     output: Path, teacher_steps: int, steps: int | None, device: str = "cpu", *, larger: bool = False
 ) -> dict[str, Any]:
     """Teacher and tokenizer, trained unless they are there; returns the tokenizer's held-out scores."""
-    changes = [*(LARGER_TOKENIZER if larger else []), *([f"steps={steps}"] if steps else []), f"device={device}"]
-    recipe = load_tokenizer_recipe("tokenizer_unified_demo", changes)
+    changes = [*(LARGER_TOKENIZER if larger else []), *([f"stages.tokenizer.steps={steps}"] if steps else [])]
+    recipe = load_training("tokenizer_unified_demo", changes)
     images, held_out = (load_images(recipe.images, SIZE, split) for split in ("train", "held_out"))
     settings = {**recipe.tokenizer["semantic_encoder"], "weights": None}
-    weights, folder = output / "teacher.safetensors", output / "tokenizer"
+    weights, folder = output / "stages.tokenizer.options.teacher.safetensors", output / "tokenizer"
     if not (folder / "final" / "model.safetensors").is_file():
         teacher = EncoderTeacher(settings).to(device)
         sizes = {key: settings[key] for key in ("width", "depth", "heads", "patch_size")}
-        spec = SupervisedTeacherSpec(steps=teacher_steps, batch_size=48, rate=2e-3, **sizes)
+        spec = SupervisedTeacherSpec(steps=teacher_steps, batch_size=48, lr=2e-3, **sizes)
         train_classifier(teacher, images, spec, seed=0)
         weights.parent.mkdir(parents=True, exist_ok=True)
         save_file({k: v.cpu().contiguous() for k, v in teacher.encoder.encoder.state_dict().items()}, str(weights))
-        overrides = [f"output={folder}", f"tokenizer.semantic_encoder.weights={weights}"]
-        train_tokenizer("tokenizer_unified_demo", [*overrides, *changes])
+        overrides = [f"output={folder}", f"model.visual_tokenizer.semantic_encoder.weights={weights}"]
+        run_recipe(load_training("tokenizer_unified_demo", [*overrides, *changes]).recipe)
     tokenizer = VisualTokenizer.from_pretrained(folder / "final").to(device)
     return {
         **evaluate_tokenizer(tokenizer, held_out),

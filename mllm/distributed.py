@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 _groups_joined = 0
 _destroy: Callable[[], Any] | None = None  # what ends the present group, None: torch
@@ -108,6 +109,13 @@ def sum_numbers(values: list[float]) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor, group=_small)
     return tensor.tolist()
+
+
+def broadcast_state(module: nn.Module) -> None:
+    """Rank 0's parameters and buffers to every process."""
+    if world_size() > 1:
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, src=0)
 
 
 def barrier() -> None:

@@ -19,6 +19,8 @@ CURE = "`mllm convert OLD.yaml NEW.yaml` rewrites the file"
 def upgraded(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The same recipe (plain data) in today's dialect; one that is in it already comes back equal."""
     result = copy.deepcopy(dict(recipe))
+    if "tokenizer" in result and "stages" not in result:
+        return _tokenizer_recipe(result)
     result["stages"] = [upgraded_stage(s) if isinstance(s, Mapping) else s for s in result.get("stages") or []]
     return result
 
@@ -37,7 +39,8 @@ def upgraded_stage(stage: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_former(recipe: Any) -> bool:
     """Whether a recipe (plain data) is in an earlier dialect."""
-    return isinstance(recipe, Mapping) and bool(recipe.get("stages")) and upgraded(recipe) != dict(recipe)
+    told = isinstance(recipe, Mapping) and (recipe.get("stages") or recipe.get("tokenizer"))
+    return bool(told) and upgraded(recipe) != dict(recipe)
 
 
 def convert_recipe(source: str | Path, target: str | Path) -> Path:
@@ -60,6 +63,42 @@ def convert_recipe(source: str | Path, target: str | Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text("".join(lines[:head]) + text, encoding="utf-8")
     return target
+
+
+_OF_RECIPE = ("name", "description", "source", "plugins", "seed", "output", "hardware")
+_OF_STAGE = ("steps", "batch_size", "log_every", "save_every")
+_OF_OPTIONS = ("losses", "teacher", "init", "init_skip", "freeze", "kmeans", "evaluate_every", "evaluate_images")
+
+
+def _tokenizer_recipe(former: dict[str, Any]) -> dict[str, Any]:
+    """A recipe of the format that visual tokenizers had for themselves, as one with a stage. What it left to the format's own
+    defaults is written out."""
+    lr = former.get("rate", 1e-4)
+    parts = [prefix.rstrip(".") for prefix in former.get("only") or []]
+    optimizer = {"betas": [0.9, 0.95], **(former.get("optimizer") or {})}
+    if former.get("ema"):
+        optimizer["ema"] = former["ema"]
+    stage = {
+        "name": "tokenizer",
+        "kind": "tokenizer",
+        "learn": {f"visual_tokenizer.{part}": lr for part in parts} or {"visual_tokenizer": lr},
+        "data": former.get("images"),
+        "batch_size": 32,
+        "log_every": 10,
+        **{key: former[key] for key in _OF_STAGE if key in former},
+        "dtype": _DTYPES[former.get("precision", "fp32")],
+        "optimizer": optimizer,
+        "schedule": former.get("schedule") or {"type": "constant", "warmup": 0.0},
+    }
+    options = {key: former[key] for key in _OF_OPTIONS if former.get(key) is not None}
+    for path in (("losses", "adversarial"), ("teacher", "supervised")):
+        outer, inner = path
+        if isinstance(options.get(outer), Mapping) and isinstance(options[outer].get(inner), Mapping):
+            options[outer] = {**options[outer], inner: _renamed(options[outer][inner], "rate", "lr")}
+    if options:
+        stage["options"] = options
+    kept = {key: former[key] for key in _OF_RECIPE if key in former}
+    return {**kept, "model": {"visual_tokenizer": former["tokenizer"]}, "stages": [stage]}
 
 
 def _renamed(value: Any, old: str, new: str) -> Any:

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from mllm import assets
 from mllm.config import StrictModel, apply_overrides, read_yaml, validate
 from mllm.errors import ConfigError
-from mllm.former_recipes import upgraded
+from mllm.former_recipes import CURE, upgraded
 from mllm.plugins import load_plugins
 
 
@@ -46,7 +46,8 @@ IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 class ModelSpec(StrictModel):
     """The parts a model is joined from."""
 
-    language_model: LanguageModelSpec
+    language_model: LanguageModelSpec | None = None
+    """Absent only where a visual tokenizer is trained by itself (stages of kind ``tokenizer``)."""
     encoders: dict[str, str | dict[str, Any]] = Field(default_factory=dict)
     """Your name → a shipped entry (`mllm list encoders`), or ``{preset: entry, …changes}``, or a whole config."""
     connector: dict[str, Any] | None = None
@@ -100,6 +101,10 @@ class ModelSpec(StrictModel):
                     **IMAGENET,
                 }
             }
+        if self.language_model is None:
+            given = [n for n in ("encoders", "connector", "views", "router", "heads") if getattr(self, n)]
+            if self.visual_tokenizer is None or given:
+                raise ValueError("language_model: this key is required (a visual tokenizer alone is trained without)")
         if self.encoders and self.connector is None:
             raise ValueError("encoders are given but no connector; add e.g. connector: {type: mlp}")
         if self.connector is not None and not self.encoders:
@@ -109,6 +114,16 @@ class ModelSpec(StrictModel):
         if self.views is not None and self.connector is None:
             raise ValueError("views are given but no connector; add encoders and e.g. connector: {type: mlp}")
         return self
+
+    @property
+    def text_model(self) -> LanguageModelSpec:
+        """The language model. Raises `ConfigError` where a visual tokenizer stands alone."""
+        if self.language_model is None:
+            raise ConfigError(
+                "model: a visual tokenizer by itself, without a language model: it is trained by mllm train and looked at by "
+                "mllm tokenizer eval"
+            )
+        return self.language_model
 
 
 class LoraSpec(StrictModel):
@@ -187,9 +202,11 @@ class StageSpec(StrictModel):
     kind: Literal["sft", "routing", "tokenizer", "contrastive", "dpo", "grpo"] = "sft"
     learn: dict[str, float | LearnSpec]
     """Part → learning rate, or a mapping with ``lr`` and more. Parts: ``language_model``, ``connector``, ``router``,
-    ``visual_tokenizer``, ``encoders`` and ``heads`` (all), ``encoders.<name>``, ``heads.<name>``. Absent = frozen."""
+    ``visual_tokenizer`` (kind tokenizer: also ``visual_tokenizer.<part>``), ``encoders`` and ``heads`` (all), ``encoders.<name>``,
+    ``heads.<name>``. Absent = frozen."""
     data: str | dict[str, Any] | list[Any]
-    """Mixture's or dataset's name, a json, jsonl or table file, a folder, a hub id, a list of these, or an inline mixture."""
+    """Mixture's or dataset's name, a json, jsonl or table file, a folder, a hub id, a list of these, or an inline mixture. Kind
+    tokenizer: pictures, as ``{type: folder, options: {path: …}}`` or a folder."""
     epochs: float | None = Field(default=None, gt=0)
     steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=1, ge=1)
@@ -287,6 +304,18 @@ class Recipe(StrictModel):
             raise ValueError(f"stage names must differ, got {names}")
         if "final" in names:
             raise ValueError("a stage cannot be called 'final': that folder holds the last checkpoint")
+        alone = self.model.language_model is None
+        for stage in self.stages:
+            if (stage.kind == "tokenizer") != alone:
+                raise ValueError(
+                    f"stages.{stage.name} is of kind {stage.kind}, and model has "
+                    + (
+                        "no language_model, which all kinds but tokenizer need"
+                        if alone
+                        else "a language_model: a visual tokenizer is trained in a recipe of its own (model: {visual_tokenizer: …} "
+                        "alone), and this one then names its folder, visual_tokenizer: {weights: folder}"
+                    )
+                )
         return self
 
     @property
@@ -308,6 +337,8 @@ def load_recipe(name: str, overrides: list[str] | None = None, *, trusted: bool 
     data.setdefault("name", path.stem)
     if not trusted:
         data = upgraded(data)
+    elif "tokenizer" in data and "stages" not in data:
+        raise ConfigError(f"{path}: a tokenizer recipe of an earlier version, which had a format of its own; {CURE}")
     recipe = validate(Recipe, apply_overrides(data, overrides or []), where=path.name)
     if trusted:
         recipe.plugins = [seen_from_here(module, path.parent) for module in recipe.plugins]

@@ -26,8 +26,6 @@ def list_recipes() -> None:
 
     table = Table("recipe", "what", "stages", "hardware", box=None, pad_edge=False)
     for name, path in assets.iterate("recipes"):
-        if name.startswith("tokenizer_"):
-            continue
         try:
             recipe = load_recipe(str(path))
         except ConfigError as error:
@@ -36,7 +34,6 @@ def list_recipes() -> None:
         hardware = " · ".join(part for part in (recipe.hardware.gpus, recipe.hardware.hours) if part)
         table.add_row(name, recipe.description, " → ".join(stage.name for stage in recipe.stages), hardware)
     Console().print(table)
-    Console().print("\nvisual tokenizers: mllm tokenizer ls", highlight=False)
 
 
 @recipes.command("show")

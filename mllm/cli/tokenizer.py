@@ -1,4 +1,4 @@
-"""``mllm tokenizer``: train a visual tokenizer, measure it, encode pictures with it."""
+"""``mllm tokenizer``: measure a visual tokenizer, encode pictures with it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ tokenizer = typer.Typer(help="Visual tokenizers: image ↔ discrete codes.", no_
 
 @tokenizer.command("ls")
 def list_recipes() -> None:
-    """Shipped tokenizer recipes."""
+    """Recipes that train a visual tokenizer; mllm train NAME."""
     from rich.console import Console
     from rich.table import Table
 
@@ -34,24 +34,16 @@ def list_recipes() -> None:
     Console().print(table)
 
 
-@tokenizer.command("train")
+@tokenizer.command("train", hidden=True)
 def train(
-    recipe: Annotated[str, typer.Argument(help="A tokenizer recipe (`mllm tokenizer ls`) or a YAML file.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe that trains a tokenizer, or a YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes as key.sub=value.", show_default=False)] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output folder.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="As of mllm train.")] = False,
 ) -> None:
-    """Train a tokenizer into <output>/final; several processes through torchrun.
+    """The same as `mllm train`, which trains tokenizers too."""
+    from mllm.cli.train import train as train_recipe
 
-    [dim]mllm tokenizer train tokenizer_demo_dual steps=200[/]
-    """
-    from mllm.visual_tokenizers.recipe import read_tokenizer_recipe
-
-    read_tokenizer_recipe(recipe, overrides)
-    from mllm.visual_tokenizers.train import train_tokenizer
-
-    typer.echo(json.dumps(train_tokenizer(recipe, overrides, resume), indent=2))
+    train_recipe(recipe, overrides, processes=1, resume=resume, extend=False, output=None, profile=0, evaluate=False)
 
 
 @tokenizer.command("eval")
@@ -104,13 +96,13 @@ def evaluate(
     _checked(folder, recipe, device, dtype)
     from mllm.visual_tokenizers.evaluate import comparison_grid, evaluate_tokenizer, probe_tokenizer
     from mllm.visual_tokenizers.images import load_images, to_pixels
-    from mllm.visual_tokenizers.recipe import load_tokenizer_recipe
+    from mllm.visual_tokenizers.recipe import load_training
     from mllm.visual_tokenizers.running import watched
 
     if templates is not None and zero_shot is None:
         raise ConfigError("--templates goes with --zero-shot MODEL")
     model = _open(folder, device, dtype)
-    spec = load_tokenizer_recipe(recipe).images
+    spec = load_training(recipe).images
     images = load_images(spec, model.image.height, "test")
     number = len(images) if limit is None else min(limit, len(images))
     network, described = (None, {}) if features is None else _feature_network(features, recipe, model, folder)
@@ -136,10 +128,10 @@ def evaluate(
 
 
 def _checked(folder: Path, recipe: str, device: str, dtype: str) -> None:
-    from mllm.visual_tokenizers.recipe import read_tokenizer_recipe
+    from mllm.recipe import load_recipe
 
     arguments.folder_of(folder, "a saved visual tokenizer")
-    read_tokenizer_recipe(recipe)
+    load_recipe(recipe)
     arguments.device(device)
     arguments.one_of(dtype, ("float32", "bfloat16"), "--dtype")
 
@@ -179,12 +171,12 @@ def _zero_shot(
     from mllm.eval.report.statistics import wilson_interval
     from mllm.visual_tokenizers.images import load_images
     from mllm.visual_tokenizers.joint import TEMPLATE, JointModel, read_templates
-    from mllm.visual_tokenizers.recipe import load_tokenizer_recipe
+    from mllm.visual_tokenizers.recipe import load_training
     from mllm.visual_tokenizers.running import watched
     from mllm.visual_tokenizers.zero_shot import teacher_tap, zero_shot
 
     transformers_logging.disable_progress_bar()
-    whole = load_tokenizer_recipe(recipe)
+    whole = load_training(recipe)
     teacher_tap(whole, model)  # what cannot be measured is told before a large model is read
     lines = (TEMPLATE,) if templates is None else read_templates(templates)
     train = load_images(whole.images, model.image.height, "train")
@@ -212,7 +204,7 @@ def _feature_network(name: str, recipe: str, model: Any, folder: Path) -> tuple[
     from mllm.errors import ConfigError
     from mllm.visual_tokenizers.images import load_images
     from mllm.visual_tokenizers.inception import InceptionFeatures
-    from mllm.visual_tokenizers.recipe import load_tokenizer_recipe
+    from mllm.visual_tokenizers.recipe import load_training
     from mllm.visual_tokenizers.teacher import TEACHER_FILE, EncoderTeacher, build_teacher
 
     device = model.last_layer().device
@@ -221,7 +213,7 @@ def _feature_network(name: str, recipe: str, model: Any, folder: Path) -> tuple[
         described = {"name": name, "sha256": inception.sha256, "width": inception.width}
         return inception, {**described, "published": inception.published}
     if name == "teacher":
-        whole = load_tokenizer_recipe(recipe)
+        whole = load_training(recipe)
         if whole.teacher is None:
             raise ConfigError(f"--features teacher: recipe {recipe} has no teacher; name an encoder instead")
         if whole.teacher.initial:
@@ -324,12 +316,12 @@ def encode(
     _checked(folder, recipe, device, dtype)
     arguments.one_of(split, ("train", "test"), "--split")
     from mllm.visual_tokenizers.images import load_images
-    from mllm.visual_tokenizers.recipe import load_tokenizer_recipe
+    from mllm.visual_tokenizers.recipe import load_training
     from mllm.visual_tokenizers.running import watched
     from mllm.visual_tokenizers.storage import SHARD_SIZE, encode_images
 
     model = _open(folder, device, dtype)
-    images = load_images(load_tokenizer_recipe(recipe).images, model.image.height, split)
+    images = load_images(load_training(recipe).images, model.image.height, split)
     done = min(len(images), SHARD_SIZE * len(list(output.glob("codes-*.safetensors"))))
     with watched("encode", images, done=done) as (seen,):
         number = encode_images(model, seen, output, batch_size=batch_size)

@@ -66,7 +66,7 @@ def build_config(spec: ModelSpec, *, image_token_id: int | None = None, tokenize
                 )
     if connector is not None:
         check_views(spec, encoders)
-    text = text_config(spec.language_model)
+    text = text_config(spec.text_model)
     visual_tokenizer = tokenizer_settings(spec.visual_tokenizer, encoders)
     drawing = drawing_head(spec.heads) is not None and visual_tokenizer is not None
     parts = HeadParts(
@@ -168,7 +168,7 @@ def build_processor(spec: ModelSpec, config: MllmConfig, tokenizer: Any) -> Mllm
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     template = unwrapped(template)  # the tokenizer may be one of our own checkpoints
     check_template(tokenizer, template)
-    _tell_a_missing_start(spec.language_model, tokenizer, template)
+    _tell_a_missing_start(spec.text_model, tokenizer, template)
     if spec.template_options and is_wrapped(template):
         raise ConfigError(
             "model.template_options: this tokenizer's template was saved by an older version; give model.chat_template"
@@ -252,7 +252,7 @@ def build_model(
     """
     device = torch.device("cpu") if device is None else device
     with progress.phase("reading tokenizer and configs"):
-        config, processor = config_and_processor(spec, load_tokenizer(spec.language_model))
+        config, processor = config_and_processor(spec, load_tokenizer(spec.text_model))
         tokenizer = processor.tokenizer
     for target in (config, config.text_config):
         target.dtype = dtype  # else the language model is made in its source's
@@ -260,17 +260,17 @@ def build_model(
             value = getattr(tokenizer, name)
             if value is not None and getattr(target, name, None) is None:
                 setattr(target, name, value)
-    published = load_weights and spec.language_model.source is not None
+    published = load_weights and spec.text_model.source is not None
     left_out = language_model_left_out() if published else nullcontext()
     with progress.phase(f"building the model on {device}"), _default_dtype(dtype), device, left_out:
         model = MllmForConditionalGeneration(config)
     if published:
-        read_language_model(model, spec.language_model, dtype=dtype, device=device)
+        read_language_model(model, spec.text_model, dtype=dtype, device=device)
     if load_weights:
         load_pretrained_parts(model, spec)
         processor.image_processor.code_source = _codes_made_by(model)
     grow_vocabulary(model, len(tokenizer))
-    set_stops(model, processor, source=spec.language_model.source, revision=spec.language_model.revision)
+    set_stops(model, processor, source=spec.text_model.source, revision=spec.text_model.revision)
     model.generation_config.do_sample = False
     return model, processor
 
@@ -283,7 +283,7 @@ def config_and_processor(spec: ModelSpec, tokenizer: Any) -> tuple[MllmConfig, M
     image_id = tokenizer.convert_tokens_to_ids(spec.image_token)
     config = build_config(spec, image_token_id=image_id, tokenizer=tokenizer)
     processor = build_processor(spec, config, tokenizer)
-    if spec.language_model.source is not None:
+    if spec.text_model.source is not None:
         config.added_token_ids = added_ids(before, tokenizer, config.text_config.vocab_size)
     return config, processor
 

@@ -17,7 +17,7 @@ from mllm import errors, progress
 from mllm.distributed import process_group
 from mllm.errors import ConfigError, MllmError
 
-PRELOADED = ("mllm.models.build", "mllm.train.run")
+PRELOADED = ("mllm.models.build", "mllm.train.run", "mllm.train.stages.sft")
 
 
 class WorkerFailed(MllmError, RuntimeError):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,7 +17,7 @@ from mllm import distributed, progress
 from mllm.errors import CheckpointError, ConfigError
 from mllm.plugins import load_plugins
 from mllm.recipe import Recipe, StageSpec
-from mllm.train.checkpoint.export import finished_otherwise, is_finished, publish, save_stage
+from mllm.train.checkpoint.export import finished_otherwise, is_finished, publish
 from mllm.train.checkpoint.files import found
 from mllm.train.checkpoint.resume import LENGTH
 from mllm.train.checkpoint.run_lock import only_run_in
@@ -27,19 +25,10 @@ from mllm.train.engine.base import choose_engine
 from mllm.train.launch import launch
 from mllm.train.observe.run_info import RunInfo
 from mllm.train.observe.tracking import Tracker, plot_loss
-from mllm.train.prepare import DTYPES
-from mllm.train.trainer import Run, check_stage, train
+from mllm.train.stages.kind import kind_of
+from mllm.train.trainer import Run
 
 _log = logging.getLogger(__name__)
-STAGE_KINDS: dict[str, str] = {
-    "sft": "mllm.train.run:train_sft",
-    "routing": "mllm.train.stages.routing.stage:train_routing",
-    "contrastive": "mllm.train.stages.contrastive.stage:train_contrastive",
-    "dpo": "mllm.train.stages.preference.stage:train_preference",
-    "grpo": "mllm.train.stages.preference.stage:train_preference",
-}
-"""Kind → ``module:function``. The function takes (run, stage, previous stage's folder or None, folder to make) and
-returns whether the stage was finished; it writes the folder whole or not at all."""
 
 
 def run_recipe(
@@ -82,9 +71,13 @@ def _check_run(recipe: Recipe, folder: Path, resume: bool, extend: bool) -> None
     with progress.phase("checking the recipe and its data"):
         load_plugins(recipe.plugins)
         for stage in recipe.stages:
-            stage_runner(stage)
-            check_stage(stage, recipe)
-            check_options(stage)
+            kind_of(stage).check(stage, recipe)
+    former = sorted(folder.glob("step-*/training_state.pt")) if folder.is_dir() else []
+    if former:
+        raise ConfigError(
+            f"output {folder} holds a tokenizer's run of an earlier version, which this one cannot go on with; start from its "
+            f"weights, stages.{recipe.stages[0].name}.options.init={former[-1].parent}, in another output folder"
+        )
     if not resume and _holds_a_run(folder):
         raise ConfigError(
             f"output {folder} already holds a run; go on with --resume, choose another with output=…, or delete it"
@@ -107,26 +100,6 @@ def _check_finished(recipe: Recipe, stage: StageSpec, folder: Path, extend: bool
             f"{folder / stage.name}: --extend: the optimizer's state was not kept when the stage was finished. Train with "
             f"stages.{stage.name}.keep_state=true, or add a stage, which goes on from the weights alone"
         )
-
-
-def stage_runner(stage: StageSpec) -> Callable[[Run, StageSpec, Path | None, Path], bool]:
-    """The function that trains stages of this kind."""
-    target = STAGE_KINDS.get(stage.kind)
-    if target is None:
-        known = ", ".join(sorted(STAGE_KINDS))
-        raise ConfigError(
-            f"stages.{stage.name}.kind: {stage.kind!r} cannot be trained by this installation. Known: {known}"
-        )
-    module, _, name = target.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
-def check_options(stage: StageSpec) -> None:
-    """What a kind asks of its stages beyond the common: ``check_<kind>`` in its module, where there is one. Raises
-    `ConfigError`."""
-    check = getattr(importlib.import_module(STAGE_KINDS[stage.kind].partition(":")[0]), f"check_{stage.kind}", None)
-    if check is not None:
-        check(stage)
 
 
 def _holds_a_run(folder: Path) -> bool:
@@ -202,7 +175,7 @@ def _train_stages(run: Run) -> bool:
         folder = run.output / stage.name
         if not is_finished(folder) or (run.extend and stage is run.recipe.stages[-1]):
             distributed.barrier()
-            if not stage_runner(stage)(run, stage, previous, folder):
+            if not kind_of(stage).train(run, stage, previous, folder):
                 return False
         elif distributed.is_main():
             Console(stderr=True).print(f"stage {stage.name} is finished ({folder})", highlight=False)
@@ -212,50 +185,3 @@ def _train_stages(run: Run) -> bool:
         distributed.barrier()
         previous = folder
     return True
-
-
-def train_sft(run: Run, stage: StageSpec, previous: Path | None, folder: Path) -> bool:
-    """Supervised fine-tuning: next-token loss on what the assistant says."""
-    model, processor = start_model(run.recipe, stage, previous)
-    engine = train(run, stage, model, processor)
-    del model
-    if engine is None:
-        return False
-    record = dict(run.info.data) if run.info is not None else {}
-    save_stage(engine, processor, run.recipe, stage, folder, record)
-    return True
-
-
-def start_device(recipe: Recipe) -> torch.device:
-    """Where models are built and weights are read to: this process's GPU. The CPU where 4-bit copies take the place of
-    layers, whose whole weights need not fit the GPU."""
-    for stage in recipe.stages:
-        for spec in stage.learning().values():
-            if spec.lora is not None and spec.lora.bits is not None:
-                return torch.device("cpu")
-    return distributed.local_device()
-
-
-def start_model(
-    recipe: Recipe, stage: StageSpec, previous: Path | None, *, device: torch.device | None = None
-) -> tuple[Any, Any]:
-    """The model a stage starts from, on ``device`` (default: `start_device`): the previous stage's, else the recipe's with
-    published weights. Parts without weights depend on the recipe's seed and the kind of device alone and are equal on all
-    processes."""
-    with progress.phase("importing the model's classes"):
-        from mllm.models.build import build_model, num_bytes, placed_on
-        from mllm.models.modeling_mllm import MllmForConditionalGeneration
-        from mllm.processing.processor import MllmProcessor
-
-    dtype = DTYPES[stage.dtype]
-    device = device or start_device(recipe)
-    if previous is None:
-        torch.manual_seed(recipe.seed)
-        return build_model(recipe.model, dtype=dtype, device=device)
-    try:
-        with progress.phase(f"reading weights of {previous}") as reading:
-            model = MllmForConditionalGeneration.from_pretrained(str(previous), dtype=dtype, **placed_on(device))
-            reading.num_bytes = num_bytes(model)
-        return model, MllmProcessor.from_pretrained(str(previous))
-    except OSError as error:
-        raise CheckpointError(f"{previous}: the previous stage cannot be read ({error})") from error

@@ -15,12 +15,14 @@ import numpy as np
 import torch
 
 from mllm import distributed
+from mllm.data.mixture import Mixture
 from mllm.errors import ConfigError
 from mllm.heads.build import drawing_head
 from mllm.processing.template import for_training, read_template
 from mllm.progress import phase
 from mllm.recipe import Recipe, StageSpec
 from mllm.train.added_rows import rows_line
+from mllm.train.beside import Beside
 from mllm.train.checkpoint.resume import (
     COSMETIC,
     CheckpointReader,
@@ -114,18 +116,32 @@ class Session:
     """Of a mixture of several datasets."""
 
 
-def train(run: Run, stage: StageSpec, model: Any, processor: Any) -> Engine | None:
+def train(
+    run: Run,
+    stage: StageSpec,
+    model: Any,
+    processor: Any,
+    *,
+    mixture: Mixture | None = None,
+    beside: Beside | None = None,
+) -> Engine | None:
     """Train one stage; returns its engine when the stage is done, None when ``run.stop_after`` ended it before.
+
+    mixture: what it learns from; default: the stage's ``data``. beside: what is done besides the model's updates.
 
     Raises `TrainingDiverged`, `CheckpointError`, `ConfigError`, `DataError`; checkpoints written before stay as they
     are.
     """
     with ExitStack() as stack:
-        session = open_session(run, stage, model, processor, stack)
+        beside = beside or Beside()
+        session = open_session(run, stage, model, processor, stack, mixture=mixture)
         engine, progress, display = session.engine, session.progress, session.display
         steps = session.data.steps()
         routing, draw = watch_routing(model), Drawings(run.output, stage, model, processor, run.tracker)
         peak = peak_flops(engine.device, DTYPES[stage.dtype])[0] if session.flops else 0.0
+        beside.start(engine, step=progress.step, total_steps=progress.total_steps, display=display)
+        if session.checkpoint is not None:
+            beside.restore(session.checkpoint.beside())
         seed_everything(run.recipe.seed, stage.name)
         if session.checkpoint is not None:  # last: whatever was drawn while starting must not count
             session.checkpoint.restore_random(engine)
@@ -152,15 +168,17 @@ def train(run: Run, stage: StageSpec, model: Any, processor: Any) -> Engine | No
             first = False
             progress.step += 1
             moved.update(name for name, norm in engine.norms.items() if norm > 0)
+            last = progress.step == progress.total_steps
+            beside.step(progress.step, last=last)
             spikes(stage.name, progress.step, {"loss": step.loss, "grad_norm": step.grad_norm}, micro)
             progress.samples += int(step.counts["samples"])
             meter.add(step.counts, (step.counts["model_flops"], step.counts["total_flops"]), waited)
-            last = progress.step == progress.total_steps
             record = None
             if progress.step % stage.log_every == 0 or last:
                 record = _record(stage, progress, step, rates, engine, meter, micro)
                 record |= session.datasets.report() if session.datasets is not None else {}
                 record |= routing.report() if routing is not None else {}
+                record |= beside.report()
                 if run.tracker is not None:
                     run.tracker.log(record)
             display.update(progress.step, record)
@@ -169,7 +187,7 @@ def train(run: Run, stage: StageSpec, model: Any, processor: Any) -> Engine | No
             due = step.save or stop or bool(stage.save_every and progress.step % stage.save_every == 0)
             if stage.keep_state if last else due:
                 progress.extra = {"data": session.data.state()}
-                save_checkpoint(run.checkpoints(stage), engine, progress)
+                save_checkpoint(run.checkpoints(stage), engine, progress, beside=beside.state())
                 _record_place(run, stage, session)
                 saved = time.monotonic()
             if stop and not last:
@@ -190,11 +208,13 @@ def train(run: Run, stage: StageSpec, model: Any, processor: Any) -> Engine | No
     return engine
 
 
-def open_session(run: Run, stage: StageSpec, model: Any, processor: Any, stack: ExitStack) -> Session:
+def open_session(
+    run: Run, stage: StageSpec, model: Any, processor: Any, stack: ExitStack, *, mixture: Mixture | None = None
+) -> Session:
     """Everything before the first step: what learns, precision, data, the last checkpoint, the engine. stack: closes what
     must be closed when the stage ends."""
     device, choice = distributed.local_device(), choose_engine(stage)
-    mixture = open_mixture(stage, run.recipe.seed)
+    mixture = mixture or open_mixture(stage, run.recipe.seed)
     if stage.chat_template is not None:
         processor = for_training(processor, stage.chat_template)
     seed_everything(run.recipe.seed, f"{stage.name}/adapters", same=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -56,13 +57,17 @@ class ImageSource:
         """How errors name an image."""
         return f"image {index}"
 
+    def identity(self) -> str:
+        """Text that differs when the images do, as far as that is known without reading them."""
+        return f"{type(self).__name__} {self.options!r} {self.size} {self.split} {len(self)}"
+
 
 def load_images(spec: ImagesSpec, size: int, split: str) -> ImageSource:
     """The images of a recipe. Raises `ConfigError` for unknown options and `DataError` for an empty source."""
     cls = IMAGE_SOURCES.get(spec.type)
-    source = cls(validate(cls.Options, spec.options, where=f"images.options ({spec.type})"), size, split)
+    source = cls(validate(cls.Options, spec.options, where=f"data.options ({spec.type})"), size, split)
     if len(source) == 0:
-        raise DataError(f"images ({spec.type}, {split}): no images with options {spec.options}")
+        raise DataError(f"data ({spec.type}, {split}): no images with options {spec.options}")
     return source
 
 
@@ -71,8 +76,9 @@ def to_pixels(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
     return images.to(device).float() / 127.5 - 1
 
 
-def augment(pixels: Tensor, spec: ImagesSpec, generator: torch.Generator) -> Tensor:
-    """Random crop (resized back, antialiased bicubic) and mirror, per image."""
+def augment(pixels: Tensor, spec: ImagesSpec, generator: torch.Generator | None = None) -> Tensor:
+    """Random crop (resized back, antialiased bicubic) and mirror, per image; drawn from ``generator``, else from torch's
+    own on the CPU."""
     if spec.crop is None and not spec.flip:
         return pixels
     size, out = pixels.shape[-1], []
@@ -105,7 +111,7 @@ class FolderImages(ImageSource):
         super().__init__(options, size, split)
         root = Path(options.path).expanduser()
         if not root.is_dir():
-            raise DataError(f"images.options.path: {root} is no folder")
+            raise DataError(f"data.options.path: {root} is no folder")
         suffixes = {".jpg", ".jpeg", ".png", ".webp"}
         files = sorted(path for path in root.rglob("*") if path.suffix.lower() in suffixes)
         order = np.random.default_rng(0).permutation(len(files))
@@ -116,10 +122,24 @@ class FolderImages(ImageSource):
         if names and all(len(path.relative_to(root).parts) > 1 for path in files):
             self.classes = tuple(names)
             self.labels = torch.tensor([names.index(path.relative_to(root).parts[0]) for path in self.files])
-        self._pool = ThreadPoolExecutor(options.workers)
+        self.root = root
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.options.workers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the threads: data workers start their own."""
+        return {key: value for key, value in self.__dict__.items() if key != "_pool"}
+
+    def identity(self) -> str:
+        digest = hashlib.sha256()
+        for path in self.files:
+            digest.update(f"{path.relative_to(self.root)} {path.stat().st_size}\n".encode())
+        return f"{super().identity()} {digest.hexdigest()}"
 
     def _read(self, index: int) -> np.ndarray:
         path = self.files[index]
@@ -226,7 +246,7 @@ class DigitsAndCharts(ImageSource):
             from sklearn.datasets import load_digits
         except ImportError as error:
             raise UnavailableError(
-                f"images.type digits_and_charts needs scikit-learn: {install_hint('train')}"
+                f"data.type digits_and_charts needs scikit-learn: {install_hint('train')}"
             ) from error
         data: Any = load_digits()
         return data.images, data.target

@@ -8,35 +8,33 @@ from torch.nn import functional as F
 
 from mllm.errors import ConfigError
 from mllm.visual_tokenizers.base import TokenizerOutput, VisualTokenizer
-from mllm.visual_tokenizers.networks.discriminator import (
-    adaptive_weight,
-    build_discriminator,
-    generator_loss,
-    hinge_discriminator_loss,
-)
+from mllm.visual_tokenizers.networks.discriminator import adaptive_weight, generator_loss
 from mllm.visual_tokenizers.perceptual import PerceptualLoss
-from mllm.visual_tokenizers.recipe import TokenizerRecipe
+from mllm.visual_tokenizers.recipe import LossesSpec
 from mllm.visual_tokenizers.teacher import semantic_loss
 
 
 class TokenizerLosses(nn.Module):
     """Reconstruction, perceptual, adversarial, semantic and the tokenizer's own losses, weighted and named.
 
-    The discriminator, the teacher and the perceptual network live here, not in the tokenizer, and are not saved
-    with it.
+    The teacher and the perceptual network live here, not in the tokenizer, and are not saved with it. The discriminator
+    learns by itself (an optimizer of its own) and is no part of this module.
     """
 
-    def __init__(self, recipe: TokenizerRecipe, tokenizer: VisualTokenizer, teacher: nn.Module | None):
+    def __init__(
+        self,
+        spec: LossesSpec,
+        tokenizer: VisualTokenizer,
+        teacher: nn.Module | None,
+        discriminator: nn.Module | None = None,
+    ):
         super().__init__()
-        self.spec = recipe.losses
+        self.spec = spec
         self.perceptual = None if self.spec.perceptual is None else PerceptualLoss(self.spec.perceptual)
-        self.discriminator = (
-            None if self.spec.adversarial is None else build_discriminator(self.spec.adversarial.discriminator)
-        )
         self.teacher = teacher
         self.tokenizer_grid = tokenizer.grids.get("semantic", tokenizer.grid)
-        # In a tuple, so that the tokenizer is not registered (and saved, and moved) as a part of its losses.
-        self._tokenizer = (tokenizer,)
+        # In a tuple, so that they are not registered (and saved, and moved) as parts of the losses.
+        self._beside = (tokenizer, discriminator)
 
     def adversarial_is_on(self, step: int) -> bool:
         """Whether the discriminator takes part at this step."""
@@ -73,20 +71,15 @@ class TokenizerLosses(nn.Module):
 
     def _adversarial(self, made: Tensor, seen: Tensor) -> Tensor:
         spec = self.spec.adversarial
-        assert spec is not None and self.discriminator is not None
-        self.discriminator.requires_grad_(False)
-        loss = generator_loss(self.discriminator(made))
-        self.discriminator.requires_grad_(True)
+        tokenizer, discriminator = self._beside
+        assert spec is not None and discriminator is not None
+        discriminator.requires_grad_(False)
+        loss = generator_loss(discriminator(made))
+        discriminator.requires_grad_(True)
         weight: Tensor | float = spec.weight
         if spec.adaptive is not None:
-            last = self._tokenizer[0].last_layer()
+            last = tokenizer.last_layer()
             if last.requires_grad:
                 low, high = spec.adaptive
                 weight = spec.weight * adaptive_weight(seen, loss, last, low=low, high=high)
         return weight * loss
-
-    def discriminator_loss(self, made: Tensor, pixels: Tensor) -> Tensor:
-        """Hinge loss of the discriminator on detached reconstructions."""
-        assert self.discriminator is not None and self.spec.adversarial is not None
-        real, fake = self.discriminator(pixels), self.discriminator(made.float())
-        return hinge_discriminator_loss(real, fake, leak=self.spec.adversarial.leak)

@@ -1,20 +1,18 @@
-"""What is a tokenizer recipe: which visual tokenizer is trained, on which images, with which losses?"""
+"""What does a recipe say of a visual tokenizer's training: on which images, with which losses and teacher?"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from mllm import assets
-from mllm.config import StrictModel, apply_overrides, read_yaml, validate
+from mllm.config import StrictModel, read_yaml, validate
 from mllm.errors import ConfigError
-from mllm.recipe import HardwareSpec, OptimizerSpec, ScheduleSpec
+from mllm.recipe import Recipe, StageSpec, load_recipe
 from mllm.visual_tokenizers.networks.settings import DiscriminatorConfig
-
-PREFIX = "tokenizer_"
-"""Recipes in ``recipes/`` whose file name starts with this are tokenizer recipes."""
 
 
 class ImagesSpec(StrictModel):
@@ -49,6 +47,8 @@ class PerceptualSpec(StrictModel):
 class AdversarialSpec(StrictModel):
     """A discriminator that joins in after ``start`` steps."""
 
+    renamed: ClassVar = {"rate": "lr"}
+
     weight: float = Field(default=0.5, gt=0)
     start: int = Field(default=20000, ge=0)
     """Step from which both the generator's loss and the discriminator's training are on."""
@@ -57,8 +57,8 @@ class AdversarialSpec(StrictModel):
     """Bounds of the gradient-norm ratio that scales the weight (DualToken: ``[0.3, 10]``); None: fixed (TokenFlow)."""
     leak: float = Field(default=0.0, ge=0)
     """Slope of the hinge below zero (DualToken's code: 0.01)."""
-    rate: float | None = Field(default=None, gt=0)
-    """Default: the tokenizer's rate."""
+    lr: float | None = Field(default=None, gt=0)
+    """Default: the tokenizer's."""
     betas: tuple[float, float] = (0.5, 0.9)
 
 
@@ -76,13 +76,15 @@ class SemanticSpec(StrictModel):
 class SupervisedTeacherSpec(StrictModel):
     """A small vision transformer trained on the images' labels before the tokenizer."""
 
+    renamed: ClassVar = {"rate": "lr"}
+
     width: int = Field(default=64, ge=4)
     depth: int = Field(default=2, ge=1)
     heads: int = Field(default=4, ge=1)
     patch_size: int = Field(ge=1)
     steps: int = Field(default=300, ge=1)
     batch_size: int = Field(default=64, ge=1)
-    rate: float = Field(default=1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
 
 
 class TeacherSpec(StrictModel):
@@ -120,86 +122,83 @@ class LossesSpec(StrictModel):
     """A single own loss by its name (``commitment/pixel``, ``semantic`` …) → weight in place of ``quantizer``."""
 
 
-class TokenizerRecipe(StrictModel):
-    """A whole tokenizer training run."""
+class TokenizerOptions(StrictModel):
+    """``options`` of a tokenizer stage."""
 
-    name: str
-    description: str = ""
-    source: str = ""
-    plugins: list[str] = Field(default_factory=list)
-    seed: int = 0
-    output: str = ""
-    """Output folder; default ``runs/<name>``."""
-    hardware: HardwareSpec = Field(default_factory=HardwareSpec)
-    tokenizer: dict[str, Any]
+    losses: LossesSpec = Field(default_factory=LossesSpec)
+    teacher: TeacherSpec | None = None
     init: str | None = None
-    """Folder of a saved tokenizer to start from."""
+    """Folder of a saved tokenizer to start from; default: the stage before, else published weights of the parts."""
     init_skip: list[str] = Field(default_factory=list)
     """Weights whose names start with one of these are not taken from ``init`` (e.g. ``decoder.``)."""
-    only: list[str] = Field(default_factory=list)
-    """Train only parameters whose names start with one of these; default: all."""
     freeze: list[str] = Field(default_factory=list)
-    """Never train parameters whose names start with one of these."""
-    images: ImagesSpec
-    teacher: TeacherSpec | None = None
-    losses: LossesSpec = Field(default_factory=LossesSpec)
-    steps: int = Field(ge=1)
-    batch_size: int = Field(default=32, ge=1)
-    """Images per process and step."""
-    rate: float = Field(default=1e-4, gt=0)
-    optimizer: OptimizerSpec = Field(default_factory=lambda: OptimizerSpec(betas=(0.9, 0.95)))
-    schedule: ScheduleSpec = Field(default_factory=lambda: ScheduleSpec(type="constant", warmup=0.0))
+    """Of the parts that learn: never train parameters whose names start with one of these."""
     kmeans: int = Field(default=0, ge=0)
     """Put the codebooks on k-means centres of this many training images before the first step; 0: not."""
-    ema: float = Field(default=0.0, ge=0, lt=1)
-    """Decay of the averaged weights that are evaluated and saved as final; 0: off."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    device: str | None = None
-    """Default: a CUDA device per process where there is one, else the CPU."""
-    log_every: int = Field(default=10, ge=1)
-    save_every: int | None = Field(default=None, ge=1)
     evaluate_every: int | None = Field(default=None, ge=1)
+    """Steps between held-out scores; the last step always has them."""
     evaluate_images: int = Field(default=256, ge=1)
+    """How many held-out images are scored on the way; at the end, all."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> TokenizerRecipe:
+    def _consistent(self) -> TokenizerOptions:
         if (self.teacher is None) != (self.losses.semantic is None):
             raise ValueError("teacher and losses.semantic go together: give both or neither")
-        if self.optimizer.type not in ("adamw", "sgd"):
-            raise ValueError(f"optimizer.type {self.optimizer.type!r}: tokenizers train with adamw or sgd")
         if self.losses.l1 == 0 and self.losses.l2 == 0:
             raise ValueError("losses.l1 and losses.l2 are both 0: nothing would be reconstructed")
         return self
 
+
+@dataclass(frozen=True)
+class TokenizerTraining:
+    """One tokenizer stage of a recipe, taken apart. tokenizer: the config that is trained."""
+
+    recipe: Recipe
+    stage: StageSpec
+    tokenizer: dict[str, Any]
+    images: ImagesSpec
+    options: TokenizerOptions
+
     @property
-    def output_dir(self) -> Path:
-        return Path(self.output or f"runs/{self.name}")
+    def name(self) -> str:
+        return self.recipe.name
+
+    @property
+    def teacher(self) -> TeacherSpec | None:
+        return self.options.teacher
+
+    @property
+    def losses(self) -> LossesSpec:
+        return self.options.losses
 
 
-def read_tokenizer_recipe(name: str | Path, overrides: list[str] | None = None) -> TokenizerRecipe:
-    """What a recipe file says, its tokenizer's own settings not looked at yet (they need its class, and so torch)."""
-    path = assets.find("recipes", str(name), kind="tokenizer recipe")
-    data = read_yaml(path)
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys at the top level")
-    data.setdefault("name", path.stem)
-    return validate(TokenizerRecipe, apply_overrides(data, overrides or []), where=path.name)
-
-
-def load_tokenizer_recipe(name: str | Path, overrides: list[str] | None = None) -> TokenizerRecipe:
-    """A tokenizer recipe by name or path, with ``key.sub=value`` overrides. Raises `ConfigError` with the path to
-    the key."""
-    from mllm.plugins import load_plugins
-    from mllm.recipe import seen_from_here
+def tokenizer_training(recipe: Recipe, stage: StageSpec | None = None) -> TokenizerTraining:
+    """What a tokenizer stage (default: the recipe's last) says. Raises `ConfigError` with the path to the key, also for a
+    recipe that trains no tokenizer."""
     from mllm.visual_tokenizers.base import tokenizer_config
 
-    recipe, path = read_tokenizer_recipe(name, overrides), assets.find("recipes", str(name), kind="tokenizer recipe")
-    recipe.plugins = [seen_from_here(module, path.parent) for module in recipe.plugins]
-    load_plugins(recipe.plugins)
-    tokenizer_config(recipe.tokenizer, where=f"{path.name}.tokenizer")
-    return recipe
+    stage = stage or recipe.stages[-1]
+    if stage.kind != "tokenizer" or recipe.model.visual_tokenizer is None:
+        raise ConfigError(f"recipe {recipe.name} trains no visual tokenizer; those that do: mllm tokenizer ls")
+    where = f"stages.{stage.name}"
+    data = {"type": "folder", "options": {"path": stage.data}} if isinstance(stage.data, str) else stage.data
+    images = validate(ImagesSpec, data, where=f"{where}.data")
+    options = validate(TokenizerOptions, stage.options, where=f"{where}.options")
+    tokenizer_config(recipe.model.visual_tokenizer, where="model.visual_tokenizer")
+    return TokenizerTraining(recipe, stage, recipe.model.visual_tokenizer, images, options)
+
+
+def load_training(name: str | Path, overrides: list[str] | None = None) -> TokenizerTraining:
+    """The last tokenizer stage of a recipe by name or path, with ``key.sub=value`` overrides."""
+    return tokenizer_training(load_recipe(str(name), overrides))
 
 
 def tokenizer_recipes() -> dict[str, Path]:
-    """Name → file of every shipped tokenizer recipe."""
-    return {name: path for name, path in assets.iterate("recipes") if name.startswith(PREFIX)}
+    """Name → file of every recipe that trains a visual tokenizer."""
+    found = {}
+    for name, path in assets.iterate("recipes"):
+        plain = read_yaml(path)
+        stages = plain.get("stages") if isinstance(plain, dict) else None
+        if isinstance(stages, list) and any(isinstance(s, dict) and s.get("kind") == "tokenizer" for s in stages):
+            found[name] = path
+    return found

@@ -40,7 +40,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def run_in_bfloat16(tokenizer: VisualTokenizer) -> VisualTokenizer:
-    """The same tokenizer, whose networks compute in bfloat16 from now on, as in training with ``precision: bf16``. The
+    """The same tokenizer, whose networks compute in bfloat16 from now on, as in training with ``dtype: bfloat16``. The
     weights, the codebooks and the search for the nearest code stay in fp32."""
     kind = tokenizer.last_layer().device.type
     for name in _METHODS:

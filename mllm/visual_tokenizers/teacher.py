@@ -128,11 +128,11 @@ def train_classifier(teacher: Teacher, images: ImageSource, spec: SupervisedTeac
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layer = nn.Linear(teacher.width, len(images.classes)).to(device)
-        optimizer = torch.optim.AdamW([*teacher.parameters(), *layer.parameters()], lr=spec.rate, weight_decay=0.01)
+        optimizer = torch.optim.AdamW([*teacher.parameters(), *layer.parameters()], lr=spec.lr, weight_decay=0.01)
         generator = torch.Generator().manual_seed(seed)
         for step in range(spec.steps):
             for group in optimizer.param_groups:
-                group["lr"] = spec.rate * min(1.0, (step + 1) / 20) * (1 - step / spec.steps)
+                group["lr"] = spec.lr * min(1.0, (step + 1) / 20) * (1 - step / spec.steps)
             picks = torch.randint(len(images), (spec.batch_size,), generator=generator)
             logits = layer(teacher(to_pixels(images.batch(picks.tolist()), device))["pooled"])
             loss = F.cross_entropy(logits, images.labels[picks].to(device))

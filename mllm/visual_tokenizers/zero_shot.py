@@ -16,7 +16,7 @@ from mllm.visual_tokenizers.base import VisualTokenizer
 from mllm.visual_tokenizers.encoder import encoder_settings, resize_tokens
 from mllm.visual_tokenizers.images import ImageSource, to_pixels
 from mllm.visual_tokenizers.joint import NO_CLASS_TOKEN, TEMPLATE, JointModel
-from mllm.visual_tokenizers.recipe import TokenizerRecipe
+from mllm.visual_tokenizers.recipe import TokenizerTraining
 
 _STATISTICS_IMAGES = 256
 
@@ -40,7 +40,7 @@ class Tap:
     lost: Literal["nothing", "length", "spread"] = "nothing"
 
 
-def teacher_tap(recipe: TokenizerRecipe, tokenizer: VisualTokenizer) -> Tap:
+def teacher_tap(recipe: TokenizerTraining, tokenizer: VisualTokenizer) -> Tap:
     """Where the tokenizer's semantic features lie in its teacher. Raises `ConfigError` for a teacher that has no text side
     or whose own head cannot read them."""
     own = getattr(tokenizer, "semantic_encoder", None)
@@ -180,7 +180,7 @@ def _taught(joint: JointModel, tap: Tap, pixels: Tensor) -> tuple[Tensor, Tensor
 def zero_shot(
     tokenizer: VisualTokenizer,
     joint: JointModel,
-    recipe: TokenizerRecipe,
+    recipe: TokenizerTraining,
     train: ImageSource,
     images: ImageSource,
     *,

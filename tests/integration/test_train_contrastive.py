@@ -13,8 +13,8 @@ from transformers import CLIPConfig, CLIPModel
 
 from mllm.errors import CheckpointError, ConfigError
 from mllm.train import run_recipe
-from mllm.train.run import check_options
 from mllm.train.stages.contrastive.dual_encoder import _hf_model
+from mllm.train.stages.kind import kind_of
 from tests.helpers import TINY_CLIP
 from tests.integration.train_helpers import make_recipe, metrics
 
@@ -193,7 +193,7 @@ def test_settings_a_contrastive_stage_cannot_have_are_told_before_anything_is_tr
     stage = recipe.stages[0]
     broken = type(stage).model_validate(stage.model_dump() | change)
     with pytest.raises(ConfigError, match=message):
-        check_options(broken)
+        kind_of(broken).check_options(broken)
 
 
 def test_a_dual_model_of_another_architecture_is_refused(tmp_path):

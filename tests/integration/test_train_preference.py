@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from mllm.errors import ConfigError
 from mllm.train import run_recipe
-from mllm.train.run import check_options
-from mllm.train.stages.preference.stage import as_row, check_dpo, load_reward
+from mllm.train.stages.kind import kind_of
+from mllm.train.stages.preference.stage import as_row, check_preference, load_reward
 from mllm.types import IMAGE_MARK, Sample, Turn
 from tests.helpers import picture
 from tests.integration.train_helpers import make_recipe
@@ -127,7 +127,7 @@ def test_a_row_keeps_images_where_the_conversation_has_them():
         Turn("assistant", "b"),
     ]
     stage = make_stage("dpo", {})
-    row = as_row(Sample("1", turns, images, "d", {"rejected": "a"}), "dpo", check_dpo(stage))
+    row = as_row(Sample("1", turns, images, "d", {"rejected": "a"}), "dpo", check_preference(stage))
     assert [[p["type"] for p in m["content"]] for m in row["prompt"]] == [
         ["text"],
         ["text"],
@@ -158,4 +158,5 @@ def make_stage(kind, options, **changes):
 def test_settings_a_preference_stage_cannot_have_are_told_first(stage, message):
     kind, options, *changes = stage
     with pytest.raises(ConfigError, match=message):
-        check_options(make_stage(kind, options, **(changes[0] if changes else {})))
+        stage = make_stage(kind, options, **(changes[0] if changes else {}))
+        kind_of(stage).check_options(stage)

@@ -42,6 +42,7 @@ from mllm.train.checkpoint.files import (
 from mllm.train.engine.base import Engine, Fragment
 
 FORMAT = 1
+BESIDE = "beside.safetensors"
 _FILE_BYTES = 2 << 30  # one tensor file's size: bounds the host memory that writing takes
 _WEIGHTS = "weights"
 COSMETIC = {"log_every", "save_every", "keep_state", "num_workers", "draw", "max_bad_share"}
@@ -74,8 +75,11 @@ class Progress:
 # Writing -----------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(folder: Path, engine: Engine, progress: Progress, *, keep: int = 2) -> Path:
-    """Write ``folder/step-…`` and drop all but the newest ``keep``. All processes must call it.
+def save_checkpoint(
+    folder: Path, engine: Engine, progress: Progress, *, keep: int = 2, beside: dict[str, Tensor] | None = None
+) -> Path:
+    """Write ``folder/step-…`` and drop all but the newest ``keep``. All processes must call it. beside: what a stage keeps besides
+    its model, on the CPU; the main process writes it.
 
     Raises `CheckpointError` on every process when one of them cannot write (full disk); earlier checkpoints stay.
     """
@@ -92,6 +96,10 @@ def save_checkpoint(folder: Path, engine: Engine, progress: Progress, *, keep: i
     _agree(error, target, temporary)
     try:
         files = [*_write_fragments(temporary, rank, engine), *_write_local(temporary, rank, engine)]
+        if beside and rank == 0:
+            save_file(beside, temporary / BESIDE)
+            sync_file(temporary / BESIDE)
+            files.append(temporary / BESIDE)
         entries = {path.name: describe(path) for path in files}
     except (OSError, SafetensorError) as problem:
         error = str(problem)
@@ -332,6 +340,11 @@ class CheckpointReader:
         if key not in self._open:
             self._open[key] = safe_open(self.path / f"state-{owner:05d}-{number:04d}.safetensors", framework="pt")
         return self._open[key]
+
+    def beside(self) -> dict[str, Tensor]:
+        """What the stage kept besides its model."""
+        path = self.path / BESIDE
+        return load_file(path, device="cpu") if path.is_file() else {}
 
     def _local(self) -> Path:
         path = self.path / f"local-{distributed.rank():05d}.safetensors"

@@ -13,6 +13,7 @@ import gc
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,14 @@ from mllm.damage import damage_of
 from mllm.errors import ConfigError, did_you_mean
 from mllm.recipe import StageSpec
 from mllm.train.engine.groups import Group
-from mllm.train.engine.optim import MasterWeights, build_optimizer, check_engine, take_average, update_average
+from mllm.train.engine.optim import (
+    MasterWeights,
+    build_optimizer,
+    check_engine,
+    swap_average,
+    take_average,
+    update_average,
+)
 from mllm.train.engine.reduce import OverlappedSum
 
 SHIPPED = ("none", "zero1", "zero2", "zero3")
@@ -109,6 +117,8 @@ class Engine:
 
     zero_stage = 0
     reduction: OverlappedSum | None = None
+    finished = False
+    """The last step is done, and the averaged weights are the model's."""
 
     def __init__(self, model: nn.Module, groups: list[Group], stage: StageSpec, device: torch.device):
         self.model, self.device, self.stage = model, device, stage
@@ -214,10 +224,23 @@ class Engine:
         if isinstance(self.optimizer, MasterWeights):
             self.optimizer.restore_parameters()
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """For the block, averaged weights stand in the model where they are kept and the stage is not finished."""
+        swapped = self.stage.optimizer.ema is not None and not self.finished
+        if swapped:
+            swap_average(self.optimizer)
+        try:
+            yield
+        finally:
+            if swapped:
+                swap_average(self.optimizer)
+
     def finish(self) -> None:
         """The last step is done: averaged weights, where they are kept, take the place of the last ones."""
         if self.stage.optimizer.ema is not None:
             take_average(self.optimizer)
+        self.finished = True
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole model's state on rank 0's CPU, an empty dict elsewhere. All processes must call it."""

@@ -41,10 +41,6 @@ class Group:
         return self.part if self.weight_decay or self.alone else f"{self.part}/no_decay"
 
 
-_TOGETHER = ("encoders", "heads")
-"""Kinds of parts that ``learn`` may name all at once."""
-
-
 def _present_name(part: str, known: list[str]) -> str:
     """The name of a part, from the one that it had before heads had names."""
     return f"heads.{part}" if part == FORMER and f"heads.{part}" in known else part
@@ -52,7 +48,8 @@ def _present_name(part: str, known: list[str]) -> str:
 
 def recipe_parts(spec: ModelSpec) -> list[str]:
     """The parts that a recipe's model will have."""
-    parts = ["language_model", *(f"encoders.{name}" for name in spec.encoders)]
+    parts = [] if spec.language_model is None else ["language_model"]
+    parts += [*(f"encoders.{name}" for name in spec.encoders)]
     parts += [name for name in ("connector", "router") if getattr(spec, name) is not None]
     if spec.visual_tokenizer is not None and "encoder" not in spec.visual_tokenizer:
         parts.append("visual_tokenizer")
@@ -60,16 +57,18 @@ def recipe_parts(spec: ModelSpec) -> list[str]:
 
 
 def learning_by_part(known: list[str], stage: StageSpec) -> dict[str, LearnSpec]:
-    """Part → how it learns; ``encoders`` and ``heads`` are spread over all of them. known: the model's parts.
+    """Part → how it learns; a name stands for all parts below it: ``encoders``, ``heads``, and ``visual_tokenizer`` where that has
+    parts. known: the model's parts.
 
     Raises `ConfigError` for a part that the model lacks and for a part that is named twice.
     """
     where = f"stages.{stage.name}.learn"
     result: dict[str, LearnSpec] = {}
     for name, spec in stage.learning().items():
-        parts = [p for p in known if p.startswith(f"{name}.")] if name in _TOGETHER else [_present_name(name, known)]
-        if not parts or any(p not in known for p in parts):
-            shown = [*known, *(all_ for all_ in _TOGETHER if any(p.startswith(f"{all_}.") for p in known))]
+        present = _present_name(name, known)
+        parts = [p for p in known if p == present or p.startswith(f"{present}.")]
+        if not parts:
+            shown = list(dict.fromkeys([*known, *(p.partition(".")[0] for p in known)]))
             raise ConfigError(
                 f"{where}.{name}: this model has no such part{did_you_mean(name, shown)}. "
                 f"Its parts: {', '.join(sorted(shown))}"

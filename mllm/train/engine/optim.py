@@ -254,6 +254,20 @@ def take_average(optimizer: Any) -> None:
         optimizer.restore_parameters()
 
 
+@torch.no_grad()
+def swap_average(optimizer: Any) -> None:
+    """Exchange the weights and their running averages, where those are kept; a second call undoes it."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            average = optimizer.state[parameter].get(AVERAGE)
+            if average is not None:
+                held = parameter.detach().clone()
+                parameter.copy_(average)
+                average.copy_(held)
+    if isinstance(optimizer, MasterWeights):
+        optimizer.restore_parameters()
+
+
 def check_engine(spec: OptimizerSpec, stage_name: str, zero_stage: int) -> None:
     """Raises `ConfigError` for an optimizer that cannot work on ZeRO's flattened parameters."""
     if zero_stage and spec.type not in ZERO_OPTIMIZERS:

@@ -107,7 +107,7 @@ def inspect_recipe(recipe: Recipe, *, num_samples: int = 8, stage: str | None = 
     if not chosen:
         kinds = ", ".join(f"{s.name} ({s.kind})" for s in recipe.stages)
         raise ConfigError(f"stages: none of kind {' or '.join(KINDS)} to look at; this recipe has {kinds}")
-    config, processor = config_and_processor(recipe.model, load_tokenizer(recipe.model.language_model))
+    config, processor = config_and_processor(recipe.model, load_tokenizer(recipe.model.text_model))
     return [_look(recipe, s, config, processor, num_samples) for s in chosen]
 
 

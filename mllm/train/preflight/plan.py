@@ -122,7 +122,7 @@ def _config_and_processor(recipe: Recipe) -> tuple[MllmConfig, Any, str | None]:
     before = hub.HF_HUB_OFFLINE
     hub.HF_HUB_OFFLINE = True
     try:
-        config, processor = config_and_processor(recipe.model, load_tokenizer(recipe.model.language_model))
+        config, processor = config_and_processor(recipe.model, load_tokenizer(recipe.model.text_model))
         text = config.text_config
         text.vocab_size = grown(len(processor.tokenizer), text.vocab_size)
         return config, processor, None
@@ -328,6 +328,6 @@ def _recipe_hazards(recipe: Recipe, parameters: dict[str, int]) -> list[str]:
         weights = value.get("weights", value.get("preset")) if isinstance(value, dict) else value
         if not weights and f"encoders.{name}" not in ever and "encoders" not in ever:
             hazards.append(f"encoders.{name} starts from random weights and learns in no stage")
-    if recipe.model.language_model.source is None and "language_model" not in ever:
+    if recipe.model.text_model.source is None and "language_model" not in ever:
         hazards.append("language_model starts from random weights and learns in no stage")
     return hazards

@@ -1,1 +1,17 @@
-"""Which kinds of stage are there besides supervised training? One room per kind."""
+"""Which kinds of stages are there? One room for each, by the name that ``kind:`` of a recipe gives it."""
+
+from mllm.registry import Registry
+
+_HERE = "mllm.train.stages"
+
+STAGE_KINDS: Registry = Registry(
+    "stage kind",
+    {
+        "sft": f"{_HERE}.sft:SftStage",
+        "routing": f"{_HERE}.routing.stage:RoutingStage",
+        "tokenizer": f"{_HERE}.tokenizer.stage:TokenizerStage",
+        "contrastive": f"{_HERE}.contrastive.stage:ContrastiveStage",
+        "dpo": f"{_HERE}.preference.stage:PreferenceStage",
+        "grpo": f"{_HERE}.preference.stage:PreferenceStage",
+    },
+)

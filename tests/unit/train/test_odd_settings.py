@@ -54,14 +54,11 @@ def test_one_step_needs_no_warm_up_and_one_sample_no_groups():
 
 
 def test_a_tokenizers_settings_are_told_too():
-    from mllm.visual_tokenizers.recipe import load_tokenizer_recipe
-    from mllm.visual_tokenizers.train import odd_tokenizer_settings
+    from mllm.train.stages.tokenizer.stage import odd_tokenizer_settings
+    from mllm.visual_tokenizers.recipe import load_training
 
-    changes = ["steps=40", "save_every=50", "evaluate_every=null"]
-    recipe = load_tokenizer_recipe("tokenizer_demo_single", changes)
-    told = "\n".join(odd_tokenizer_settings(recipe, 10))
-    assert (
-        "schedule.warmup 50 is not shorter than the 40 steps" in told and "save_every 50 is beyond the 40 steps" in told
-    )
-    sensible = load_tokenizer_recipe("tokenizer_demo_single", ["steps=400"])
-    assert odd_tokenizer_settings(sensible, 10) == []
+    training = load_training("tokenizer_demo_single", ["stages.tokenizer.options.evaluate_every=50"])
+    told = odd_tokenizer_settings(training, 40)
+    assert told == ["options.evaluate_every 50 is beyond the 40 steps: it is evaluated at its end only"]
+    assert odd_tokenizer_settings(training, 400) == []
+    assert any("warmup 50 is not shorter" in line for line in odd_settings(training.stage, steps=40))

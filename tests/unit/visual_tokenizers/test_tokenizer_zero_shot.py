@@ -15,13 +15,16 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from mllm.cli.main import app
+from mllm.config import validate
 from mllm.errors import CheckpointError, ConfigError, DataError
+from mllm.former_recipes import upgraded
+from mllm.recipe import Recipe
+from mllm.train.run import run_recipe
 from mllm.types import ImageSpec
 from mllm.visual_tokenizers.base import VisualTokenizer, build_tokenizer, pixel_spec
 from mllm.visual_tokenizers.images import load_images, to_pixels
 from mllm.visual_tokenizers.joint import JointModel, read_templates
-from mllm.visual_tokenizers.recipe import TokenizerRecipe, load_tokenizer_recipe
-from mllm.visual_tokenizers.train import train_tokenizer
+from mllm.visual_tokenizers.recipe import TokenizerTraining, load_training, tokenizer_training
 from mllm.visual_tokenizers.zero_shot import (
     Tap,
     TokenRestorer,
@@ -93,7 +96,7 @@ def encoder(source: Path, **changes: Any) -> dict[str, Any]:
 
 
 def recipe_of(kind: str, source: Path, images: Path, **changes: Any) -> dict[str, Any]:
-    """A tokenizer recipe with the SigLIP model in ``source`` as teacher."""
+    """A tokenizer recipe (of the short former format) with the SigLIP model in ``source`` as teacher."""
     config = json.loads(json.dumps(TINY[kind]))
     data: dict[str, Any] = {
         "name": "zero",
@@ -169,8 +172,8 @@ def test_templates_are_averaged_at_length_one(tmp_path):
         joint.embed_classes(["a thing with a name that is much too long"])
 
 
-def images_of(data: dict[str, Any]) -> tuple[TokenizerRecipe, Any, Any]:
-    recipe = TokenizerRecipe.model_validate(data)
+def images_of(data: dict[str, Any]) -> tuple[TokenizerTraining, Any, Any]:
+    recipe = tokenizer_training(validate(Recipe, upgraded(data)))
     return recipe, load_images(recipe.images, 16, "train"), load_images(recipe.images, 16, "held_out")
 
 
@@ -265,9 +268,9 @@ def test_trained_codes_name_their_class_until_the_names_are_swapped(tmp_path, ki
     if kind == "dualtoken":
         data["tokenizer"]["weights"] = {"source": str(source), "licence": "none", "commercial": True}
     file = tmp_path / "zero.yaml"
-    file.write_text(yaml.safe_dump(data))
-    train_tokenizer(file)
-    recipe = load_tokenizer_recipe(file)
+    file.write_text(yaml.safe_dump(upgraded(data)))
+    recipe = load_training(file)
+    run_recipe(recipe.recipe)
     tokenizer = VisualTokenizer.from_pretrained(tmp_path / "run" / "final")
     train, held_out = (load_images(recipe.images, 16, split) for split in ("train", "held_out"))
     joint = JointModel.open(str(source))
@@ -368,7 +371,7 @@ def test_a_model_that_cannot_compare_texts_is_refused(tmp_path):
 def test_shipped_recipes_are_tapped_where_their_teacher_is_read():
     taps = {}
     for name in ("tokenizer_tokenflow_siglip_384", "tokenizer_dualtoken_384"):
-        recipe = load_tokenizer_recipe(name)
+        recipe = load_training(name)
         with torch.device("meta"):
             taps[name] = teacher_tap(recipe, build_tokenizer(recipe.tokenizer))
     tokenflow, dualtoken = taps.values()

@@ -25,7 +25,9 @@ from mllm.train.checkpoint.export import save_stage
 from mllm.train.engine.base import choose_engine
 from mllm.train.stages.contrastive.dual_encoder import TEXT_PART, ContrastiveModel, build_dual, pass_weights
 from mllm.train.stages.contrastive.losses import LossName
+from mllm.train.stages.kind import StageKind
 from mllm.train.stages.wrapped_processor import WrappedProcessor
+from mllm.train.start import start_model
 from mllm.train.trainer import Run, seed_everything, train
 from mllm.types import IMAGE_MARK, Sample
 
@@ -114,10 +116,8 @@ class PairProcessor(WrappedProcessor):
 
 
 def train_contrastive(run: Run, stage: StageSpec, previous: Path | None, folder: Path) -> bool:
-    """Train an encoder on pairs; the same contract as `mllm.train.run.train_sft`. The whole tuned dual encoder is kept in
+    """Train an encoder on pairs; the same contract as `StageKind.train`. The whole tuned dual encoder is kept in
     ``<output>/dual_encoders/<stage>``."""
-    from mllm.train.run import start_model
-
     options = check_contrastive(stage)
     where = f"stages.{stage.name}"
     model, processor = start_model(run.recipe, stage, previous)
@@ -183,3 +183,15 @@ def _encoder_name(stage: StageSpec, known: list[str]) -> str:
             )
         return known[0]
     return part.removeprefix("encoders.")
+
+
+class ContrastiveStage(StageKind):
+    """A CLIP-style encoder learns from pairs."""
+
+    @classmethod
+    def check_options(cls, stage: StageSpec) -> None:
+        check_contrastive(stage)
+
+    @classmethod
+    def train(cls, run: Run, stage: StageSpec, previous: Path | None, folder: Path) -> bool:
+        return train_contrastive(run, stage, previous, folder)

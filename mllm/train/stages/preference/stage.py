@@ -41,7 +41,9 @@ from mllm.train.engine.groups import apply_learning, frozen_summary, groups_tabl
 from mllm.train.engine.optim import build_optimizer
 from mllm.train.engine.schedule import rate_factor
 from mllm.train.observe.progress import StageDisplay
+from mllm.train.stages.kind import StageKind
 from mllm.train.stages.preference.one_pixel_tensor import OnePixelTensor
+from mllm.train.start import start_model
 from mllm.train.trainer import Run, seed_everything
 from mllm.types import IMAGE_MARK, Sample
 
@@ -71,7 +73,7 @@ class PreferenceOptions(StrictModel):
     """Further settings of TRL's DPOConfig or GRPOConfig, by its names."""
 
 
-def check_dpo(stage: StageSpec) -> PreferenceOptions:
+def check_preference(stage: StageSpec) -> PreferenceOptions:
     """The stage's options. Raises `ConfigError` for what a preference stage cannot have."""
     where = f"stages.{stage.name}"
     options = validate(PreferenceOptions, stage.options, where=f"{where}.options")
@@ -96,9 +98,6 @@ def check_dpo(stage: StageSpec) -> PreferenceOptions:
         if name in _OURS:
             raise ConfigError(f"{where}.options.trl.{name}: is set from the stage's own keys; take it out")
     return options
-
-
-check_grpo = check_dpo
 
 
 def load_reward(name: str, *, where: str) -> Callable[..., list[float | None]]:
@@ -135,11 +134,9 @@ def text_of(completion: Any) -> str:
 
 
 def train_preference(run: Run, stage: StageSpec, previous: Path | None, folder: Path) -> bool:
-    """Train with TRL; the same contract as `mllm.train.run.train_sft`. Its own checkpoints are in the run's folder and are
+    """Train with TRL; the same contract as `StageKind.train`. Its own checkpoints are in the run's folder and are
     gone on from (not bit for bit)."""
-    from mllm.train.run import start_model
-
-    options = check_dpo(stage)
+    options = check_preference(stage)
     trl = import_trl(f"stages.{stage.name}.kind")
     # On the CPU: its fp32 copy, and the reference's, would stand on the GPU beside what TRL keeps there.
     whole = stage.model_copy(update={"dtype": "float32"})
@@ -373,3 +370,15 @@ class _Log(_transformers().TrainerCallback):
             self.run.stop_after -= 1
             if self.run.stop_after <= 0 and state.global_step < state.max_steps:
                 control.should_save = control.should_training_stop = True
+
+
+class PreferenceStage(StageKind):
+    """A model learns from preferences or rewards, by TRL."""
+
+    @classmethod
+    def check_options(cls, stage: StageSpec) -> None:
+        check_preference(stage)
+
+    @classmethod
+    def train(cls, run: Run, stage: StageSpec, previous: Path | None, folder: Path) -> bool:
+        return train_preference(run, stage, previous, folder)

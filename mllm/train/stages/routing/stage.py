@@ -24,10 +24,12 @@ from mllm.recipe import StageSpec
 from mllm.routers.build import build_router
 from mllm.train.checkpoint.export import save_stage
 from mllm.train.prepare import DTYPES
+from mllm.train.stages.kind import StageKind
 from mllm.train.stages.routing.labels import LabelRule, helpful_experts, labelled, open_sources, target_weights
 from mllm.train.stages.routing.losses import label_source
 from mllm.train.stages.routing.step import learning_to_route
 from mllm.train.stages.wrapped_processor import WrappedProcessor
+from mllm.train.start import start_model
 from mllm.train.trainer import Run, train
 from mllm.types import IMAGE_MARK, Sample, Turn
 
@@ -123,9 +125,7 @@ def base_pixels(processor: Any, images: Sequence[Any], where: str) -> dict[str, 
 
 
 def train_routing(run: Run, stage: StageSpec, previous: Path | None, folder: Path) -> bool:
-    """Train a router on labels; the same contract as `mllm.train.run.train_sft`."""
-    from mllm.train.run import start_model
-
+    """Train a router on labels; the same contract as `StageKind.train`."""
     where = f"stages.{stage.name}"
     options = validate(RoutingOptions, stage.options, where=f"{where}.options")
     if stage.packing or stage.group_by_length:
@@ -166,3 +166,11 @@ def _measured(run: Run, stage: StageSpec, model: Any, processor: Any, options: R
             made_by=f"{run.recipe.name}/{stage.name}",
         )
     return folder
+
+
+class RoutingStage(StageKind):
+    """A router learns from labels."""
+
+    @classmethod
+    def train(cls, run: Run, stage: StageSpec, previous: Path | None, folder: Path) -> bool:
+        return train_routing(run, stage, previous, folder)
