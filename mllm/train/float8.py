@@ -61,8 +61,8 @@ def use_float8(model: nn.Module, stage: StageSpec, device: torch.device) -> Call
 
 
 def _check(stage: StageSpec, device: torch.device, where: str) -> None:
-    if stage.precision != "bf16":
-        raise ConfigError(f"{where} multiplies bf16 weights, and this stage trains in {stage.precision}")
+    if stage.dtype != "bfloat16":
+        raise ConfigError(f"{where} multiplies bf16 weights, and this stage trains in {stage.dtype}")
     if any(spec.lora is not None for part, spec in stage.learning().items() if part == "language_model"):
         raise ConfigError(
             f"{where}: adapters leave the large products frozen; float8 is for a language model that learns whole"

@@ -48,9 +48,9 @@ def test_products_are_rounded_and_the_weights_stay_the_same_objects(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"precision": "fp32"}, "bf16"),
+        ({"dtype": "float32"}, "bf16"),
         ({"engine": "zero3"}, "zero3"),
-        ({"learn": {"language_model": {"rate": 1e-4, "lora": {"r": 4}}}}, "adapters"),
+        ({"learn": {"language_model": {"lr": 1e-4, "lora": {"r": 4}}}}, "adapters"),
     ],
 )
 def test_stages_that_it_does_not_fit_are_refused(changes, words):

@@ -41,6 +41,7 @@ _PASSED_OVER = (
     "cache_features",
     "gradient_checkpointing",
     "draw",
+    "float8",
 )
 
 
