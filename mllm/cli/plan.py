@@ -42,8 +42,10 @@ def plan(
     loaded = load_recipe(recipe, overrides)
     from mllm.train.preflight.plan import plan_recipe
     from mllm.train.preflight.plan_report import plan_tables, too_large
+    from mllm.train.preflight.tokenizer_plan import plan_tokenizer
 
-    planned = plan_recipe(loaded, processes=processes, with_data=data)
+    planner = plan_recipe if loaded.model.language_model is not None else plan_tokenizer
+    planned = planner(loaded, processes=processes, with_data=data)
     problems = too_large(planned, memory)
     console = Console()
     for item in plan_tables(planned, peak_flops=peak * 1e12, mfu=mfu, processes=processes):

@@ -102,9 +102,8 @@ class ZeroEngine(Engine):
         zero = config["zero_optimization"]
         for key in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
             if isinstance(zero.get(key), int):
-                zero[key] = min(
-                    zero[key], max(learned, 1 << 10)
-                )  # DeepSpeed allocates whole buckets, on a small model too
+                # DeepSpeed allocates whole buckets, on a small model too; it wants even sizes.
+                zero[key] = min(zero[key], -(-max(learned, 1) // 1024) * 1024)
         if self.device.type == "cpu":
             zero["overlap_comm"] = False
             if isinstance(zero.get("offload_optimizer"), dict):

@@ -30,7 +30,7 @@ from mllm.train.observe.flops import flop_model
 _ACTIVATION_BYTES = {"eager": (26.0, 8.0), "compiled": (16.0, 6.0)}
 _FROZEN_SHARE = 0.6  # of that, when gradients only pass through: inputs of matrix products need not be kept
 _SAMPLED_ROWS = 256
-_STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "muon": 4, "sgd": 4}
+STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "muon": 4, "sgd": 4}
 
 
 @dataclass
@@ -188,7 +188,7 @@ def _plan_stage(
         model, stage, groups, zero_stage=choice.zero_stage, processes=processes, row_length=plan.row_length
     )
     learned = sum(group.num_parameters for group in groups)
-    plan.checkpoint_bytes = 2 * learned * (4 + _STATE_BYTES[stage.optimizer.type])
+    plan.checkpoint_bytes = 2 * learned * (4 + STATE_BYTES[stage.optimizer.type])
     plan.hazards = _stage_hazards(recipe, stage, model, plan, choice.zero_stage, rows)
     return plan
 
@@ -218,7 +218,7 @@ def memory_of(
     total = sum(p.numel() for p in model.parameters())
     learned = sum(group.num_parameters for group in groups)
     share = processes if zero_stage else 1
-    states = learned * (_STATE_BYTES[stage.optimizer.type] + (4 if size == 2 or zero_stage else 0)) // share
+    states = learned * (STATE_BYTES[stage.optimizer.type] + (4 if size == 2 or zero_stage else 0)) // share
     states += 4 * learned if stage.optimizer.ema is not None else 0
     gradients = size * learned // (processes if zero_stage >= 2 else 1)
     update = min(learned, 1 << 28) * 4 if zero_stage == 0 else (4 + size) * learned // share

@@ -176,7 +176,9 @@ def test_two_processes_under_zero_train_what_one_does(tmp_path):
         worst = max(float((first[k].float() - second[k].float()).abs().max()) for k in first)
         assert worst < 2e-5, worst
         for a, b in zip(log(one), log(folder), strict=True):
-            assert a["data"] == b["data"] and a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+            # The discriminator's batch norms see a process's own pictures.
+            close = 1e-6 if a["step"] == 1 else 2e-3
+            assert a["data"] == b["data"] and a["loss"] == pytest.approx(b["loss"], rel=close)
     counted = (first["quantizer.books.pixel.counts"].sum() - 32) / (8 * 16 - 32)
     assert float(counted) == pytest.approx(1 - 0.99**3, rel=1e-4), "the moving averages count all 8 images' codes"
 

@@ -88,7 +88,8 @@ class TokenizerModel(nn.Module):
         optimizer step on all processes. inputs: ``pixel_values`` ``(B, 3, S, S)`` uint8."""
         pixels = augment(to_pixels(inputs[PIXELS], inputs[PIXELS].device), self.training_spec.images)
         share = len(pixels) / float(num_items_in_batch)
-        with torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+        kind = "cpu" if pixels.is_meta else pixels.device.type  # a plan runs it on meta
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=self.autocast):
             output = self.tokenizer(pixels)
             named, total = self.losses(output, pixels, self.number)
         adversary = self._adversary[0]
