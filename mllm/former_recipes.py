@@ -21,7 +21,18 @@ def upgraded(recipe: Mapping[str, Any]) -> dict[str, Any]:
     result = copy.deepcopy(dict(recipe))
     if "tokenizer" in result and "stages" not in result:
         return _tokenizer_recipe(result)
+    if isinstance(result.get("model"), Mapping):
+        result["model"] = upgraded_model(result["model"])
     result["stages"] = [upgraded_stage(s) if isinstance(s, Mapping) else s for s in result.get("stages") or []]
+    return result
+
+
+def upgraded_model(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's model in today's dialect: what draws was ``visual_head`` before heads had names."""
+    result = dict(model)
+    former = result.pop("visual_head", None)
+    if former is not None:
+        result["heads"] = {"visual_head": former, **(result.get("heads") or {})}
     return result
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from mllm import distributed
 from mllm.errors import CheckpointError
-from mllm.former_recipes import upgraded_stage
+from mllm.former_recipes import upgraded_model, upgraded_stage
 from mllm.train.checkpoint.files import (
     DELETING,
     MANIFEST,
@@ -373,7 +373,10 @@ def _read_progress(saved: dict[str, Any]) -> Progress:
     """A stage's place, also from a checkpoint whose settings are in an earlier dialect."""
     progress = upgraded_stage(saved)
     with contextlib.suppress(ValueError):  # then it is compared as it is
-        progress["signature"] = json.dumps(upgraded_stage(json.loads(progress["signature"])), sort_keys=True)
+        settings = upgraded_stage(json.loads(progress["signature"]))
+        if isinstance(settings.get("model"), dict):
+            settings["model"] = {"heads": {}, **upgraded_model(settings["model"])}
+        progress["signature"] = json.dumps(settings, sort_keys=True)
     return Progress(**progress)
 
 

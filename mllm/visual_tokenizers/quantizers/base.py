@@ -98,7 +98,7 @@ def batch_usage(codes: Tensor, size: int) -> dict[str, Tensor]:
     for ids in books.unbind(1):
         if size <= 2**20:
             # Not bincount, which waits for the device to learn its output's size (and has no meta version, for plans).
-    counts = ids.new_zeros(size).scatter_add_(0, ids, torch.ones_like(ids)).float()
+            counts = ids.new_zeros(size).scatter_add_(0, ids, torch.ones_like(ids)).float()
             possible = size
         else:
             counts = torch.unique(ids, return_counts=True)[1].float()
