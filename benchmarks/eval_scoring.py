@@ -76,6 +76,19 @@ def sample(name: str, number: int, draw: random.Random) -> tuple[Any, Any, dict[
     if name == "mme":
         kind = ("existence", "count", "color")[number // 2 % 3]
         return reply, draw.choice(["yes", "no"]), {"category": kind, "pair": f"{kind}{number // 2}"}
+    if name == "amber":
+        return reply, draw.choice(["yes", "no"]), {"category": category}
+    example = METRICS.get(name).example
+    if example is not None and not name.startswith("vsibench"):
+        target, given = example
+        group = {
+            key: f"g{number // 4}"
+            for key in ("group", "pair", "set", "figure", "question_pair", "problem")
+            if key in given
+        }
+        turns = {"place": number % 4, "key": ("2steps_1", "2steps_2", "2steps_multi")[number % 3]}
+        turns = {key: value for key, value in turns.items() if key in given}
+        return reply, target, {"category": category} | dict(given) | group | turns
     if name.startswith("vsibench"):
         kind = draw.choice(["object_counting", "room_size_estimation", "route_planning"])
         return reply, "A" if kind == "route_planning" else "4", {"question_type": kind, "options": options}
@@ -108,6 +121,8 @@ def sample(name: str, number: int, draw: random.Random) -> tuple[Any, Any, dict[
         )
     if name.startswith("letter"):
         return reply, "B", meta
+    if name in ("count", "count_first"):
+        return reply, "3", {"category": category}
     if name == "ocrbench":
         return reply, [words], {"category": category, "dataset": "TextVQA"}
     return reply, [words] if name.startswith("anls") else words, {"category": category}

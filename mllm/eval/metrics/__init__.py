@@ -69,6 +69,7 @@ METRICS: Registry[Metric] = Registry(
         "slidevqa": f"{_ROOM}.documents:SlideVqa",
         "sparbench": f"{_ROOM}.sparbench:SparBench",
         "mmfr": f"{_ROOM}.forgery:Mmfr",
+        "ocrbench_v2": f"{_ROOM}.ocrbench_v2:OcrBenchV2",
         "rouge_l": f"{_ROOM}.closed:RougeL",
         "psnr": f"{_ROOM}.images:Psnr",
         "ssim": f"{_ROOM}.images:Ssim",

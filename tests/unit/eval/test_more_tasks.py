@@ -191,6 +191,18 @@ LAYOUTS: dict[str, Layout] = {
     "omnispatial": ("omnispatial", "official", {"data.json": [
         {"id": "0_0", "question": "?", "options": ["x", "y"], "answer": 1, "task_type": "Complex_Logic",
          "sub_task_type": "Geometric_Reasoning"}]}, ["Complex_Logic/0.png"], "B", 100.0, {}),
+    # held; a count of 8 for 10: 0.8; two of three keys equal; boxes that overlap by a third; the answer held and its box half over
+    "ocrbench_v2": ("ocrbench_v2", "official", {"OCRBench_v2.json": [
+        {"id": k, "dataset_name": "d", "question": "?", "type": kind, "image_path": "1.png", "eval": way, "bbox": box,
+         "answers": answers}
+        for k, (kind, way, box, answers) in enumerate((
+            ("cognition VQA en", "", [], ["STOP"]), ("text counting en", "regression", [], ["10"]),
+            ("key information extraction en", "", [], ["{'name': ['Ann', 'Anna'], 'sum': '5', 'day': '1'}"]),
+            ("text grounding en", "", [], ["0", "0", "100", "100"]),
+            ("VQA with position en", "", [0, 0, 100, 100], ["exit"]), ("table parsing en", "", [], ["<table>"])))]}, ["1.png"],
+        lambda key: {"0": "it says stop", "1": "about 8", "2": '{"name": "anna", "sum": "5", "day": "2"}', "3": "[50, 0, 150, 100]",
+                     "4": "{'answer': 'the exit', 'bbox': [0, 0, 50, 100]}"}[key],
+        20 * (1 + 0.8 + 2 / 3 + 1 / 3 + 0.75), {"en/calculation": 80.0, "en/relation extraction": 200 / 3}),
     # BLEU-1: 3 of 4 words of the reply; ROUGE-L: 2·3/(4+5)
     "mmfr": ("mmfr", "official", {"evaluation_sets/biggan/biggan_reasoning.json": [
         {"biggan/0_real/1.png": {"edges": "the edges are sharp here", "light": None},
