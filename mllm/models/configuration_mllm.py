@@ -25,6 +25,13 @@ from mllm.types import EncoderInfo, ViewLayout, VisualLayout
 _HEAD_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
+OPENS_WITH = (
+    "import mllm (pip install mllm-toolkit) before the Auto classes of transformers; where it is not installed, a folder written by "
+    "`mllm export --remote-code` opens with trust_remote_code=True"
+)
+"""Stands in config.json: all that transformers itself says of a model type it does not know is to update transformers."""
+
+
 class MllmConfig(PreTrainedConfig):
     """Everything that is needed to build the model offline.
 
@@ -80,6 +87,8 @@ class MllmConfig(PreTrainedConfig):
         self.modality_switch = modality_switch
         self.added_token_ids = None if added_token_ids is None else list(added_token_ids)
         self.plugins = [dict(entry) for entry in plugins]
+        self.opens_with = OPENS_WITH
+        kwargs.pop("opens_with", None)
         kwargs.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
 

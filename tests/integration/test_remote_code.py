@@ -27,7 +27,13 @@ assert found is None or found.loader is None
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
-folder, image = sys.argv[1:]
+folder, image, plain = sys.argv[1:]
+try:
+    AutoModelForImageTextToText.from_pretrained(plain)
+    raise SystemExit("opened without the toolkit")
+except ValueError as error:
+    assert "model type `mllm`" in str(error), error
+assert "import mllm (pip install mllm-toolkit)" in json.loads(Path(plain, "config.json").read_text())["opens_with"]
 try:
     AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False)
     raise SystemExit("opened without being trusted")
@@ -57,7 +63,7 @@ def test_a_folder_opens_with_transformers_alone(tmp_path: Path) -> None:
     picture(3).save(tmp_path / "a.png")
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MLLM_PLUGINS")}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-P", "-c", OPEN, str(folder), str(tmp_path / "a.png")]
+    command = [sys.executable, "-P", "-c", OPEN, str(folder), str(tmp_path / "a.png"), str(tmp_path / "ours")]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-500:] + result.stderr[-4000:]
     found = json.loads(result.stdout.strip().splitlines()[-1])

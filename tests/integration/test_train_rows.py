@@ -100,6 +100,8 @@ def test_a_key_or_a_folder_that_no_row_has_is_told_before_anything_is_built(tmp_
         match=r"^stages\.sft\.data: of .* 16 rows were tried and none can be used\. .*'g0'.*declare image_key: img",
     ):
         run_recipe(make_recipe(tmp_path, stages=[stage]))
+    hazards = plan_recipe(make_recipe(tmp_path, stages=[stage])).stages[0].hazards
+    assert any("16 rows were tried and none can be used" in line for line in hazards)
     stage["data"] |= {"image_key": "img", "image_root": str(tmp_path)}
     with pytest.raises(DataError, match=r"none can be used\. .*'g0'.*: no such image file: .*is image_root the folder"):
         run_recipe(make_recipe(tmp_path, stages=[stage]))

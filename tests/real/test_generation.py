@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,20 @@ def test_a_batch_as_the_processor_pads_it_answers_like_each_prompt_alone(cut_mod
     else:
         got = answer(model, together, **options)
     assert got == [row for row in alone for _ in range(options.get("num_return_sequences", 1))]
+
+
+def test_a_quantised_cache_answers_the_same_while_it_keeps_tokens_whole_or_names_its_package(
+    cut_model: Any, asked: Any
+):
+    """Tokens newer than ``residual_length`` (128 by default) are kept as they are."""
+    model, _ = cut_model
+    together, _, alone = asked
+    if importlib.util.find_spec("optimum.quanto" if importlib.util.find_spec("optimum") else "optimum") is None:
+        with pytest.raises(ImportError, match="pip install optimum-quanto"):
+            answer(model, together, cache_implementation="quantized")
+        return
+    options = {"backend": "quanto", "residual_length": 1024}
+    assert answer(model, together, cache_implementation="quantized", cache_config=options) == alone
 
 
 def test_beams_with_several_answers_each_keep_their_own_images(cut_model: Any, asked: Any):

@@ -20,7 +20,7 @@ from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.odd_settings import odd_settings
 from mllm.recipe import Recipe, StageSpec
 from mllm.train.added_rows import rows_line
-from mllm.train.data import open_mixture, token_count
+from mllm.train.data import check_some_rows, open_mixture, token_count
 from mllm.train.engine.base import choose_engine
 from mllm.train.engine.groups import Group, apply_learning, frozen_summary
 from mllm.train.lora import has_adapters
@@ -264,6 +264,10 @@ def _look_at_data(recipe: Recipe, stage: StageSpec, plan: StagePlan, processor: 
         return
     plan.samples = len(mixture)
     plan.hazards += mixture.left_out()
+    try:
+        check_some_rows(mixture, stage)
+    except DataError as error:
+        plan.hazards.append(str(error))
     if processor is not None:
         for draw in mixture.locate(range(min(_SAMPLED_ROWS, len(mixture)))):
             try:
