@@ -1,0 +1,89 @@
+"""Does a study of arms say what its runs' answers say: scores apart by kind, floors, and what was expected against what came out?"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from mllm.errors import ConfigError, DataError
+from mllm.eval.predictions import prediction_path
+from mllm.eval.studies.arms import arms_study, compare_arms, finished, load_arms, run_folder
+from mllm.eval.studies.study import save_study
+
+RENDERERS = ("matplotlib", "altair")
+
+
+def write_answers(folder, right, *, blind=None):
+    """200 questions over 50 tables, two renderers; ``right(k, renderer)`` says which are answered rightly."""
+    rows = []
+    for k in range(100):
+        for renderer in RENDERERS:
+            row = {
+                "id": f"{renderer}-{k}", "question": "q", "prompt": "", "images": [], "target": ["yes"],
+                "output": "yes" if right(k, renderer) else "no", "meta": {"renderer": renderer}, "cluster": f"table{k // 2}",
+                "category": "value" if k % 4 else "count", "num_prompt_tokens": 1, "num_tokens": 1, "key": "",
+            }  # fmt: skip
+            rows.append(row)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = prediction_path(folder, "real_charts", blind)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "results.json").write_text("{}")
+
+
+@pytest.fixture
+def spec(tmp_path):
+    data = {
+        "description": "test", "recipe": "demo", "task": "real_charts", "split_by": "renderer", "seen": ["matplotlib"],
+        "arms": {"A": {"what": "both", "seeds": [0, 1], "blind": True}, "B": {"what": "one", "seeds": [0]}, "C": {"what": "later"}},
+        "expected": [{"better": "A", "than": "B", "where": "unseen"}, {"better": "B", "than": "A"}, {"better": "A", "than": "C"}],
+    }  # fmt: skip
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(data))
+    return load_arms(str(tmp_path / "mine.yaml"))
+
+
+def test_the_page_sets_what_came_out_against_what_was_expected(spec, tmp_path):
+    with pytest.raises(DataError, match="no arm is trained"):
+        arms_study(spec, tmp_path)
+    for seed in (0, 1):
+        write_answers(run_folder(tmp_path, "A", seed) / "eval", lambda k, r: r == "matplotlib" or k % 5 < 3)
+    write_answers(run_folder(tmp_path, "A", 0) / "eval", lambda k, r: k % 10 == 0, blind="gray")
+    write_answers(run_folder(tmp_path, "B", 0) / "eval", lambda k, r: r == "matplotlib" and k % 5 < 3)
+    study = arms_study(spec, tmp_path)
+    scores, expected, kinds = study.tables
+    by_arm = {row[0]: dict(zip(scores.headings, row)) for row in scores.rows}
+    assert [by_arm["A"][part] for part in ("all", "matplotlib", "altair", "unseen")] == [
+        "80.0",
+        "100.0",
+        "60.0",
+        "60.0",
+    ]
+    assert by_arm["B"]["seen"] == "60.0" and by_arm["B"]["unseen"] == "0.0" and by_arm["A, gray"]["all"] == "10.0"
+    assert [row[:4] for row in expected.rows] == [
+        ("A > B", "unseen", "yes", "+60.0"),
+        ("B > A", "all", "no, the other way", "-50.0"),
+    ]
+    assert set(kinds.headings) == {"arm", "value", "count"} and any("C-0" in note for note in study.notes)
+    save_study(study, tmp_path)
+    assert json.loads((tmp_path / "arms.json").read_text())["data"]["arms"]["A"]["1"]["all"] == 80.0
+
+
+def test_arms_that_were_asked_other_questions_are_not_compared(spec, tmp_path):
+    write_answers(run_folder(tmp_path, "A", 0) / "eval", lambda k, r: True)
+    write_answers(run_folder(tmp_path, "B", 0) / "eval", lambda k, r: False)
+    path = prediction_path(run_folder(tmp_path, "B", 0) / "eval", "real_charts", None)
+    path.write_text("\n".join(path.read_text().splitlines()[1:]) + "\n")
+    arms = finished(spec, tmp_path)
+    with pytest.raises(DataError, match="different questions"):
+        compare_arms(arms["A"], arms["B"], arms["A"][0].values > -1)
+
+
+def test_a_study_names_arms_that_exist(spec, tmp_path):
+    shipped = load_arms("real_charts")
+    assert {"A", "B", "C", "D", "E", "F"} <= set(shipped.arms) and shipped.seen == ["matplotlib"]
+    data = yaml.safe_load((tmp_path / "mine.yaml").read_text())
+    data["expected"][0]["than"] = "Z"
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(data))
+    with pytest.raises(ConfigError, match="there is no arm 'Z'"):
+        load_arms(str(tmp_path / "mine.yaml"))
