@@ -47,10 +47,10 @@ def main() -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     from mllm.cli.route_scores import score_routings
+    from mllm.data.routing_labels import open_sources
     from mllm.demo.routing import EXPERT_OF, prepare_routing_demo, train_routing_tokenizer
     from mllm.eval.checkpoint import load_model
     from mllm.train.run import run_recipe
-    from mllm.train.stages.routing.labels import open_sources
     from mllm.train.stages.routing.report import routing_report
 
     root = options.output

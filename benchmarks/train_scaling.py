@@ -34,7 +34,7 @@ def worker(engine_name: str, options: dict, path: str) -> None:
     from mllm.models.configuration_mllm import MllmConfig
     from mllm.models.modeling_mllm import MllmForConditionalGeneration
     from mllm.recipe import StageSpec
-    from mllm.train.engine.base import build_engine
+    from mllm.train.engine.build import build_engine
     from mllm.train.engine.groups import apply_learning, set_modes
     from mllm.train.prepare import prepare_model
 

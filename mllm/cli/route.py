@@ -40,8 +40,8 @@ def label(
     [dim]mllm route label runs/routed_demo/final runs/routed_demo/data/train.jsonl[/]
     """
     _checked(checkpoint, data, dtype, device)
+    from mllm.data.routing_labels import LabelFile, LabelRule, labels_path
     from mllm.errors import ConfigError
-    from mllm.train.stages.routing.labels import LabelFile, LabelRule, labels_path
     from mllm.train.stages.routing.losses import label_source
 
     sources = _sources(data)
@@ -172,7 +172,7 @@ def _open(checkpoint: str, dtype: str, device: str | None) -> tuple[Any, Any]:
 
 
 def _sources(data: str) -> list[tuple[Any, int]]:
-    from mllm.train.stages.routing.labels import open_sources
+    from mllm.data.routing_labels import open_sources
 
     return open_sources(data)
 

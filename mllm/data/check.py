@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mllm.damage import opening
+from mllm.data.lookup import load_dataset
 from mllm.data.parallel import chunks, pool_context
 from mllm.data.quarantine import (
     IMAGE_KINDS,
@@ -25,7 +26,7 @@ from mllm.data.quarantine import (
     write_quarantine,
 )
 from mllm.data.sources import Source, open_source
-from mllm.data.spec import DatasetSpec, load_dataset
+from mllm.data.spec import DatasetSpec
 from mllm.errors import AlignmentError, DataError, MissingFile, blamed_on
 from mllm.processing.codes import read_codes
 from mllm.processing.images import image_hash, load_image

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mllm.data.lookup import load_mixture
 from mllm.data.quarantine import Quarantine, read_quarantine
 from mllm.data.sources import Source, open_source
-from mllm.data.spec import DatasetSpec, MixtureSpec, load_mixture
+from mllm.data.spec import DatasetSpec, MixtureSpec
 from mllm.errors import DataError
 
 _BLOCK = 4096

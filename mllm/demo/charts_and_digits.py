@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mllm.data.lookup import load_mixture
 from mllm.data.parallel import chunks, pool_context
-from mllm.data.spec import load_mixture
 from mllm.demo.charts import ANSWER_TYPES, KINDS, Balance, Chart, Question, Renderer, caption, questions
 from mllm.demo.tables import draw_chart
 from mllm.errors import UnavailableError

@@ -18,7 +18,7 @@ from typing import Any
 
 from mllm.errors import ConfigError, UnavailableError
 
-_PARENT = "MLLM_EVAL_PARENT"
+PARENT = "MLLM_EVALPARENT"
 RUN_ID = "MLLM_EVAL_RUN"
 
 
@@ -34,12 +34,12 @@ def start_workers(count: int, arguments: Mapping[str, Any]) -> None:
     common = {
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
-        _PARENT: str(os.getpid()),
+        PARENT: str(os.getpid()),
         RUN_ID: uuid.uuid4().hex,
     }
     environment = os.environ | common
     environment.setdefault("OMP_NUM_THREADS", threads)
-    command = [sys.executable, "-m", "mllm.eval.launch", json.dumps(dict(arguments))]
+    command = [sys.executable, "-m", "mllm.eval.worker", json.dumps(dict(arguments))]
     workers = [
         subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(count)
@@ -68,7 +68,7 @@ def _wait(workers: list[subprocess.Popen[bytes]]) -> None:
         time.sleep(0.05)
 
 
-def _follow(parent: int) -> None:
+def follow(parent: int) -> None:
     """End this process when the one that started it is gone: nobody would wait for its answers."""
 
     def watch() -> None:
@@ -77,20 +77,3 @@ def _follow(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def main(arguments: Mapping[str, Any]) -> None:
-    """One worker."""
-    from mllm.errors import MllmError
-    from mllm.eval.run import run_eval
-
-    if _PARENT in os.environ:
-        _follow(int(os.environ[_PARENT]))
-    try:
-        run_eval(**arguments)
-    except MllmError as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))

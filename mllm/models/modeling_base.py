@@ -19,7 +19,8 @@ from mllm.damage import opening
 from mllm.errors import CheckpointError
 from mllm.heads.build import FORMER, heads_with_weights
 from mllm.models.configuration_mllm import MllmConfig
-from mllm.models.foreign.read import ForeignCheckpoint, read_foreign, recognise
+from mllm.models.foreign.checkpoint import ForeignCheckpoint
+from mllm.models.foreign.read import read_foreign, recognise
 from mllm.models.weight_files import refuse_gaps
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from mllm.damage import read_safetensors
 from mllm.errors import CheckpointError, UnavailableError
 from mllm.install import install_hint
-from mllm.parts.get import Part
+from mllm.parts.part import Part
 
 _TOLERANCE = 0.02
 """Of a mean loss in bf16, and, relative to the spread, of a picture's features."""

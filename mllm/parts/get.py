@@ -11,35 +11,15 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
-
-from mllm.config import StrictModel, read_yaml, validate
+from mllm.config import read_yaml, validate
 from mllm.errors import CheckpointError, UnavailableError, UnknownName
+from mllm.parts.part import Part
 from mllm.progress import phase
 
 PREFIX = "package:"
 RECORD = "part.json"
-
-
-class Part(StrictModel):
-    """A model inside a package."""
-
-    name: str = ""
-    package: str
-    version: str
-    file: str
-    """Path inside the package's site folder."""
-    sha256: str
-    kind: Literal["gguf", "timm", "onnx"]
-    architecture: str | None = None
-    output: str | None = None
-    licence: str
-    commercial: bool | None = None
-    what: str = ""
-    check: dict[str, Any] = Field(default_factory=dict)
-    """gguf: the mean loss on ``text``; others: mean and std of what comes out for a fixed picture."""
 
 
 @cache

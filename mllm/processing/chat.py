@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mllm.errors import AlignmentError, ConfigError, DataError
 from mllm.processing.layout import before_cut, expand, visual_spans
+from mllm.processing.questions import pad_questions, question_text
 from mllm.processing.template import messages_of
 from mllm.processing.turns import IGNORE, added_texts, find_replies, label_text, renderer, special_ids
 from mllm.types import IMAGE_MARK, Sample, Turn, VisualLayout
@@ -269,20 +270,6 @@ def routing_inputs(processor: Any, turns: Sequence[Turn], num_images: int) -> di
     ]
     ids = [processor.tokenizer(q, add_special_tokens=False)["input_ids"] for q in questions[:num_images]]
     return {"router_input_ids": pad_questions(ids)}
-
-
-def question_text(turn: str, image_token: str) -> str:
-    """What a router reads of a user turn: its words with single spaces, without image marks and placeholders."""
-    typed = image_token[:1] + " " + image_token[1:]
-    for mark, text in ((IMAGE_MARK, " "), (typed, " "), (image_token, " ")):
-        turn = turn.replace(mark, text)
-    return " ".join(turn.split())
-
-
-def pad_questions(ids: Sequence[Sequence[int]]) -> Tensor:
-    """Token ids of several questions as ``(B, T)`` int64, padded with -1."""
-    width = max([1, *(len(row) for row in ids)])
-    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in ids], dtype=torch.long).reshape(len(ids), width)
 
 
 def _shorten(

@@ -14,11 +14,11 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
 from mllm.errors import DataError
-from mllm.processing.chat import pad_questions
 from mllm.processing.codes import read_codes
 from mllm.processing.images import image_size, load_image, to_pixels_multi
 from mllm.processing.layout import IMAGE_SIZES, LayoutRules
 from mllm.processing.pixel_keys import PixelKeys
+from mllm.processing.questions import pad_questions
 from mllm.processing.views.base import views_config
 from mllm.processing.views.pixels import to_view_pixels
 from mllm.routers.fixed import fixed_weights, fixed_weights_of

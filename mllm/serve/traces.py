@@ -15,7 +15,8 @@ from mllm.errors import UnavailableError
 from mllm.heads.codes.settings import vllm_options
 from mllm.install import install_hint
 from mllm.models.routing import ANSWER_TOKENS
-from mllm.processing.chat import encode_text, question_text, render_prompt, routing_inputs
+from mllm.processing.chat import encode_text, render_prompt, routing_inputs
+from mllm.processing.questions import question_text
 from mllm.processing.template import messages_of
 from mllm.routers.build import build_router
 from mllm.serve.memory import engine_memory, need_of

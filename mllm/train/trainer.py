@@ -40,7 +40,8 @@ from mllm.train.data import (
     tell_left_out,
     tell_odd_settings,
 )
-from mllm.train.engine.base import Engine, build_engine, choose_engine
+from mllm.train.engine.base import Engine, choose_engine
+from mllm.train.engine.build import build_engine
 from mllm.train.engine.groups import (
     Group,
     apply_learning,

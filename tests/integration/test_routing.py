@@ -11,6 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
+from mllm.data.routing_labels import (
+    LabelFile,
+    LabelRule,
+    helpful_experts,
+    labels_path,
+    open_sources,
+    target_weights,
+)
 from mllm.data.sources import open_source
 from mllm.data.spec import DatasetSpec
 from mllm.errors import ConfigError, DataError
@@ -20,14 +28,6 @@ from mllm.processing.processor import MllmProcessor
 from mllm.recipe import Recipe
 from mllm.routers.build import build_router
 from mllm.train import run_recipe
-from mllm.train.stages.routing.labels import (
-    LabelFile,
-    LabelRule,
-    helpful_experts,
-    labels_path,
-    open_sources,
-    target_weights,
-)
 from mllm.train.stages.routing.losses import label_source
 from mllm.train.stages.routing.monitor import RoutingMonitor
 from mllm.types import IMAGE_MARK, Turn

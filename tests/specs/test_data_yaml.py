@@ -8,7 +8,8 @@ import pytest
 
 from mllm import assets
 from mllm.config import read_yaml
-from mllm.data.spec import DatasetSpec, load_dataset, load_mixture
+from mllm.data.lookup import load_dataset, load_mixture
+from mllm.data.spec import DatasetSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 DATASETS = sorted((ROOT / "data/datasets").glob("*.yaml"))

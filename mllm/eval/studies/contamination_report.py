@@ -39,9 +39,10 @@ class TrainingRead:
 def training_sources(names: Sequence[str]) -> list[Any]:
     """Sources of samples that ``names`` mean, each once: mixtures, datasets (names or YAML), json or jsonl files, and
     checkpoint folders (the data of every stage of their ``recipe.yaml``). Raises `ConfigError` or `UnknownName`."""
+    from mllm.data.lookup import load_mixture
     from mllm.data.recognise import recognise
     from mllm.data.sources import open_source
-    from mllm.data.spec import DatasetSpec, load_mixture
+    from mllm.data.spec import DatasetSpec
 
     specs: list[DatasetSpec] = []
     for name in names:

@@ -7,7 +7,8 @@ from typing import Any
 
 from mllm.errors import CheckpointError, ConfigError, UnavailableError
 from mllm.hub import hub_reason
-from mllm.models.foreign.read import ForeignCheckpoint, read_foreign, recognise
+from mllm.models.foreign.checkpoint import ForeignCheckpoint
+from mllm.models.foreign.read import read_foreign, recognise
 
 
 def convert(source: str, target: str | Path, *, dtype: str = "auto", language_model: str | None = None) -> Path:

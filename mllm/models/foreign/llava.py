@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from mllm.errors import CheckpointError, ConfigError, UnavailableError
+from mllm.models.foreign.checkpoint import ForeignCheckpoint, find_tokenizer
 from mllm.models.foreign.parts import decoder_tensors, encoder_tensors, head_tensors, model_config, projector_tensors
 from mllm.models.foreign.pictures import image_settings
-from mllm.models.foreign.read import ForeignCheckpoint, find_tokenizer
 from mllm.models.foreign.settings import Settings, read_json
 from mllm.models.foreign.tensors import Tensors, output_head
 from mllm.models.weight_files import chosen_dtype, read_tensors, refuse_gaps

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mllm.damage import read_safetensors
 from mllm.errors import CheckpointError, ConfigError, UnavailableError
+from mllm.models.foreign.checkpoint import ForeignCheckpoint, find_tokenizer
 from mllm.models.foreign.parts import decoder_tensors, encoder_tensors, head_tensors, model_config, projector_tensors
-from mllm.models.foreign.read import ForeignCheckpoint, find_tokenizer
 from mllm.models.foreign.settings import Settings, read_json
 from mllm.models.foreign.tensors import Tensors, output_head
 from mllm.models.weight_files import chosen_dtype, read_pickle

@@ -8,7 +8,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from mllm.models.routing import ANSWER_TOKENS
-from mllm.processing.chat import question_text
+from mllm.processing.questions import question_text
 from mllm.routers.build import build_router, router_config
 from mllm.routers.fixed import fixed_weights_of
 from mllm.serve.http.reading import write_json

@@ -25,11 +25,11 @@ from vllm.multimodal.processing import (
 from mllm.errors import AlignmentError, ConfigError
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.routing import routing_grid
-from mllm.processing.chat import pad_questions
 from mllm.processing.images import load_image
 from mllm.processing.layout import IMAGE_SIZES, LayoutRules
 from mllm.processing.pixel_keys import PixelKeys
 from mllm.processing.processor import MllmProcessor
+from mllm.processing.questions import pad_questions
 from mllm.routers.build import build_router
 from mllm.routers.fixed import fixed_weights_of
 from mllm.serve.vllm.questions import QuestionReader

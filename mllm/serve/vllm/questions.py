@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mllm.processing.chat import question_text
+from mllm.processing.questions import question_text
 
 _PROBES = ("mllm-first-probe", "mllm-answer-probe", "mllm-second-probe")
 

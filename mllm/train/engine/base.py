@@ -261,13 +261,3 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def build_engine(model: nn.Module, groups: list[Group], stage: StageSpec, device: torch.device) -> Engine:
-    """The engine a stage asks for. The model is on ``device`` and in the stage's dtype already."""
-    choice = choose_engine(stage)
-    if choice.zero_stage == 0:
-        return Engine(model, groups, stage, device)
-    from mllm.train.engine.zero import ZeroEngine
-
-    return ZeroEngine(model, groups, stage, device, choice)

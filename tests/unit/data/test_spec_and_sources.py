@@ -12,9 +12,10 @@ import pytest
 
 import mllm.data.files
 from mllm.data.files import JsonRows, matching_files
+from mllm.data.lookup import load_dataset, load_mixture
 from mllm.data.quarantine import read_quarantine
 from mllm.data.sources import open_source
-from mllm.data.spec import DatasetSpec, load_dataset, load_mixture
+from mllm.data.spec import DatasetSpec
 from mllm.errors import AlignmentError, ConfigError, DataError, UnknownName
 from mllm.types import IMAGE_MARK
 from tests.helpers import picture

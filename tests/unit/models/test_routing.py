@@ -11,8 +11,9 @@ import torch
 from mllm.errors import AlignmentError, CheckpointError, ConfigError, UnknownName
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.models.routing import limit_routing, routing_probabilities, routing_records
-from mllm.processing.chat import pad_questions, render_prompt, routing_inputs
+from mllm.processing.chat import render_prompt, routing_inputs
 from mllm.processing.processor import MllmProcessor
+from mllm.processing.questions import pad_questions
 from mllm.routers.fixed import fixed_weights, fixed_weights_of
 from mllm.types import IMAGE_MARK, Routing, Turn
 from tests.helpers import TINY_CLIP, TINY_TIMM, picture, tiny_model

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mllm.processing.chat import pad_questions, render_prompt, routing_inputs
+from mllm.processing.chat import render_prompt, routing_inputs
 from mllm.processing.image_processor import MllmImageProcessor
 from mllm.processing.processor import MllmProcessor
+from mllm.processing.questions import pad_questions
 from mllm.processing.template import shipped_templates
 from mllm.serve.vllm.questions import QuestionReader
 from mllm.types import IMAGE_MARK, Turn

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mllm.data.spec import load_mixture
+from mllm.data.lookup import load_mixture
 from mllm.demo.charts_and_digits import DATA, read_from
 from mllm.recipe import load_recipe
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from mllm import distributed
 from mllm.config import to_plain
 from mllm.data.collate import collate
+from mllm.data.routing_labels import NONE, LabelRule, content_of, helpful_experts, read_lines
 from mllm.data.sources import Source
 from mllm.errors import AlignmentError, ConfigError, DataError, blamed_on
 from mllm.models.loss import shift_labels
 from mllm.processing.chat import IGNORE, EncodedSample, encode_sample
 from mllm.processing.layout import IMAGE_SIZES
-from mllm.train.stages.routing.labels import NONE, LabelRule, content_of, helpful_experts, read_lines
 from mllm.types import Routing
 
 

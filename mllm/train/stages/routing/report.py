@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from mllm.data.routing_labels import LabelFile, labels_path
 from mllm.data.sources import Source
 from mllm.errors import AlignmentError, ConfigError, DataError
 from mllm.models.routing import ask_gate, ask_language_model, limit_routing, routing_records
-from mllm.processing.chat import pad_questions, routing_inputs
+from mllm.processing.chat import routing_inputs
+from mllm.processing.questions import pad_questions
 from mllm.train.observe.flops import flop_model
-from mllm.train.stages.routing.labels import LabelFile, labels_path
 from mllm.train.stages.routing.stage import base_pixels
 from mllm.types import Routing
 

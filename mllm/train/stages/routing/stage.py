@@ -16,16 +16,17 @@ from pydantic import Field
 
 from mllm import distributed
 from mllm.config import validate
+from mllm.data.routing_labels import LabelRule, helpful_experts, labelled, open_sources, target_weights
 from mllm.errors import ConfigError, DataError
 from mllm.models.routing import routing_grid
-from mllm.processing.chat import IGNORE, EncodedSample, encode_text, question_text, routing_inputs
+from mllm.processing.chat import IGNORE, EncodedSample, encode_text, routing_inputs
 from mllm.processing.images import load_image, to_pixels_multi
+from mllm.processing.questions import question_text
 from mllm.recipe import StageSpec
 from mllm.routers.build import build_router
 from mllm.train.checkpoint.export import save_stage
 from mllm.train.prepare import DTYPES
 from mllm.train.stages.kind import StageKind
-from mllm.train.stages.routing.labels import LabelRule, helpful_experts, labelled, open_sources, target_weights
 from mllm.train.stages.routing.losses import label_source
 from mllm.train.stages.routing.step import learning_to_route
 from mllm.train.stages.wrapped_processor import WrappedProcessor

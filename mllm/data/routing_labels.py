@@ -18,9 +18,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mllm.config import StrictModel
+from mllm.data.lookup import load_mixture
 from mllm.data.mixture import Mixture
 from mllm.data.sources import Source, open_source
-from mllm.data.spec import SOURCES, DatasetSpec, load_mixture
+from mllm.data.spec import SOURCES, DatasetSpec
 from mllm.errors import ConfigError, DataError
 from mllm.processing.images import image_hash
 from mllm.types import Sample

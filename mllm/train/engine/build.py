@@ -1,0 +1,20 @@
+"""Which engine does a stage train with?"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mllm.recipe import StageSpec
+from mllm.train.engine.base import Engine, choose_engine
+from mllm.train.engine.groups import Group
+
+
+def build_engine(model: nn.Module, groups: list[Group], stage: StageSpec, device: torch.device) -> Engine:
+    """The engine a stage asks for. The model is on ``device`` and in the stage's dtype already."""
+    choice = choose_engine(stage)
+    if choice.zero_stage == 0:
+        return Engine(model, groups, stage, device)
+    from mllm.train.engine.zero import ZeroEngine  # needs DeepSpeed
+
+    return ZeroEngine(model, groups, stage, device, choice)
