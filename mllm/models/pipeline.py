@@ -267,7 +267,7 @@ def _scenes(layouts: Sequence[VisualLayout], encoder: str) -> tuple[Tensor, Tens
         for layout, count in zip(layouts, counts, strict=True)
         for place in (layout.places if count == layout.num_views else whole)
     ]
-    scenes = torch.arange(len(layouts)).repeat_interleave(torch.tensor(counts, dtype=torch.long))
+    scenes = torch.tensor([number for number, count in enumerate(counts) for _ in range(count)], dtype=torch.long)
     return scenes, torch.tensor(places, dtype=torch.long).view(-1, 2)
 
 

@@ -6,12 +6,16 @@ import json
 import math
 from pathlib import Path
 
+import pytest
+from safetensors.torch import load_file
+
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.train import run_recipe
 from mllm.train.preflight.inspection import inspect_recipe
 from mllm.train.preflight.inspection_page import write_page
 from mllm.train.preflight.plan import plan_recipe
 from tests.helpers import picture
+from tests.integration.test_train_engines import PARTITION_ALL
 from tests.integration.train_helpers import make_recipe
 
 SIZES = [(28, 28), (90, 30), (20, 70), (61, 59), (300, 5)]
@@ -28,6 +32,29 @@ def write_rows(folder: Path) -> None:
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         rows.append({"id": f"r{row}", "conversations": turns, **({"image": names} if names else {})})
     (folder / "mixed.json").write_text(json.dumps(rows), encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_two_processes_with_other_numbers_of_tiles_on_each_equal_one(tmp_path):
+    """One sample a rank and batch: no picture, or one or two of other grids than the other rank's, and text alone."""
+    write_rows(tmp_path / "data")
+    views = {"type": "tiles", "grids": [[1, 2], [2, 1], [2, 2]], "thumbnail_only": ["detail"]}
+    calm = {"steps": 2, "gradient_accumulation": 2, "optimizer": {"eps": 1e-5}, "max_length": 420}
+    learns = {"language_model": 1e-3, "connector": 3e-3, "encoders": 1e-3}
+    runs = {}
+    for name, processes in (("one", 1), ("two", 2)):
+        engines = [e if processes == 2 else "none" for e in ("zero2", PARTITION_ALL)]
+        stages = [
+            {"name": f"stage{k}", "engine": engine, "learn": learns, "batch_size": 2 // processes, **calm}
+            for k, engine in enumerate(engines)
+        ]
+        recipe = make_recipe(tmp_path, stages=stages, model={"views": views})
+        recipe.model.language_model.config["attention_dropout"] = 0.0
+        run_recipe(recipe, output=tmp_path / name, processes=processes)
+        runs[name] = [load_file(tmp_path / name / f"stage{k}" / "model.safetensors") for k in range(2)]
+    for wanted, found in zip(runs["one"], runs["two"], strict=True):
+        assert set(wanted) == set(found) and "model.multi_modal_projector.newline" in wanted
+        assert max((wanted[name] - found[name]).abs().max().item() for name in wanted) < 2e-6
 
 
 def test_a_packed_run_in_tiles_is_planned_shown_and_trained(tmp_path):

@@ -26,6 +26,12 @@ SIZES = {
     "cambrian_8b": (600, 8030, None, None),
     "siglip2_dinov3": (576, 7616, 20.6, None),
     "c_radio": (576, 7616, None, None),
+    "llava_next": (2928, 6738, 21.0, 291),
+    "infllava": (576, 8030, 25.4, 291),
+    "falcon": (640, 8030, 21.0, None),
+    "eve": (601, 6738, 21.0, None),
+    "solo": (1024 + 31 + 2, 7242, 12.6, None),
+    "siglip2_tiles_dinov3": (2928, 7616, None, None),
 }
 
 
@@ -55,9 +61,11 @@ def test_recipe_builds_on_the_meta_device(name: str) -> None:
         assert data in known, f"{name}: data {data!r} is not declared under data/"
     for task in recipe.evaluation.tasks:
         assert task in {**assets.available("eval/tasks"), **assets.available("eval/suites")}, task
+    rules = config.layout_rules()
+    layout = rules.layout(rules.largest())
     if name in SIZES:
         tokens, language_model, connector, encoders = SIZES[name]
-        assert config.layout().num_tokens == tokens
+        assert layout.num_tokens == tokens
         assert parts["language_model"] / 1e6 == pytest.approx(language_model, rel=0.005)
         if connector is not None:
             assert parts["connector"] / 1e6 == pytest.approx(connector, rel=0.01)
@@ -65,11 +73,18 @@ def test_recipe_builds_on_the_meta_device(name: str) -> None:
             assert parts["encoders"] / 1e6 == pytest.approx(encoders, rel=0.02)
     # shapes of every join: one picture through encoders and connector, without memory
     with torch.device("meta"):
-        pixels = {n: torch.zeros(1, 3, i.image.height, i.image.width) for n, i in config.encoder_infos().items()}
+        pixels = {}
+        for n, info in config.encoder_infos().items():
+            one = (
+                (3, info.image.height, info.image.width)
+                if layout.patches is None
+                else (3 * (info.image.patch or 0) ** 2,)
+            )
+            pixels[n] = torch.zeros(layout.rows_of(n), *one)
         weights = torch.zeros(1, len(config.router["experts"])) if config.router else None
         if weights is None:
-            visual, _ = model.model.encode_images(pixels)
-            assert tuple(visual.shape) == (config.layout().num_tokens, config.get_text_config().hidden_size)
+            visual, _ = model.model.encode_images(pixels, image_sizes=[rules.largest()] if rules.needs_size else None)
+            assert tuple(visual.shape) == (layout.num_placeholders, config.get_text_config().hidden_size)
 
 
 def test_a_wrong_key_names_its_path_and_what_was_meant(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """How are frozen encoders run once per picture instead of once per epoch?
 
-Features are kept on disk by the hash of the picture's bytes, in one store per encoder, whose name is the hash of everything that
-decides its features: weights, config, plug-in code, transform, dtype. A store is a set of shards; a shard has one writer, a data
-file and an index that is appended to only after the data are on disk, so a kill leaves nothing half-written behind and any number of
-readers may look on. Stages, runs and recipes share the stores.
+Features are kept on disk by the hash of the picture's bytes and, where it is seen in several views, of the view, in one store
+per encoder, whose name is the hash of everything that decides its features: weights, config, plug-in code, transform, dtype. A
+store is a set of shards; a shard has one writer, a data file and an index that is appended to only after the data are on disk, so a
+kill leaves nothing half-written behind and any number of readers may look on. Stages, runs and recipes share the stores.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shutil
 import struct
 import uuid
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,10 @@ from torch import Tensor, nn
 from mllm.config import to_plain
 from mllm.errors import ConfigError, DataError, UnavailableError
 from mllm.plugins import code_hashes
-from mllm.processing.images import load_image, read_bytes, to_pixels_multi
+from mllm.processing.images import image_size, load_image, read_bytes
+from mllm.processing.layout import IMAGE_SIZES, LayoutRules
+from mllm.processing.views.base import WHOLE
+from mllm.processing.views.pixels import to_view_pixels
 from mllm.train.checkpoint.resume import fingerprint
 from mllm.types import VisionFeatures
 
@@ -171,20 +174,37 @@ def picture_key(image: Any, *, where: str = "image") -> bytes:
     return hashlib.blake2b(head + picture.tobytes(), digest_size=32).digest()
 
 
+def view_keys(image: Any, rules: LayoutRules, *, where: str = "image") -> dict[str, list[bytes]]:
+    """Encoder → the key of each view that it has of a picture; the picture's own for one that is seen as a whole."""
+    key = picture_key(image, where=where)
+    if not rules.needs_size:
+        return {name: [key] for name in rules.images}
+    return {
+        name: [
+            key if view == WHOLE else hashlib.blake2b(key + repr(view).encode(), digest_size=32).digest()
+            for view in views
+        ]
+        for name, views in rules.view_boxes(image_size(image, where=where)).items()
+    }
+
+
 class CachedImageProcessor:
-    """Stands where a processor's image processor stands: pictures → stored features ``(images, N, D)`` under the batch keys of
+    """Stands where a processor's image processor stands: pictures → stored features ``(views, N, D)`` under the batch keys of
     their encoders' pixels. Raises `DataError` for a picture that could not be stored (it cannot be decoded)."""
 
-    def __init__(self, stores: dict[str, FeatureStore], keys: dict[str, str], dtype: torch.dtype):
-        self.stores, self.keys, self.dtype = stores, keys, dtype
+    def __init__(self, stores: dict[str, FeatureStore], keys: dict[str, str], dtype: torch.dtype, rules: LayoutRules):
+        self.stores, self.keys, self.dtype, self.rules = stores, keys, dtype, rules
         self.experts: tuple[str, ...] = ()
 
     def __call__(self, images: Sequence[Any], **_: Any) -> dict[str, Tensor]:
-        hashes = [picture_key(image, where=f"image {k}") for k, image in enumerate(images)]
+        hashes = [view_keys(image, self.rules, where=f"image {k}") for k, image in enumerate(images)]
         result = {}
+        if self.rules.needs_size:
+            sizes = [image_size(image, where=f"image {k}") for k, image in enumerate(images)]
+            result[IMAGE_SIZES] = torch.tensor(sizes, dtype=torch.long)
         for name, store in self.stores.items():
             rows = []
-            for k, key in enumerate(hashes):
+            for k, key in ((k, key) for k, keys in enumerate(hashes) for key in keys[name]):
                 if key not in store:
                     store.refresh()
                 if key not in store:
@@ -217,8 +237,13 @@ def why_not(model: Any, learning: Iterable[str]) -> str | None:
     if bank.experts:
         return "the model routes pictures to experts"
     rules = getattr(getattr(model, "model", model), "rules", None)
-    if rules is not None and rules.needs_size:
-        return f"the model looks at a picture in several views ({rules.views.type})"
+    if rules is not None and rules.native:
+        return "pictures have as many features as their size gives (views native)"
+    if rules is not None and rules.sample_budget is not None:
+        return "how a picture is seen depends on its neighbours (views.max_sample_tokens)"
+    together = next((name for name, encoder in bank.encoders.items() if encoder.joins_views), None)
+    if together is not None:
+        return f"in encoder {together} the views of a picture see each other"
     if getattr(bank, "with_attention", None):
         return "the connector reads an encoder's attention maps"
     for name, encoder in bank.encoders.items():
@@ -242,19 +267,25 @@ def open_stores(model: Any, dtype: str, *, resampler: Any = "pil", root: Path | 
             about["code"] = code
         address = json.dumps([about, _STORED_AS.get(dtype, dtype)], sort_keys=True)
         digest = hashlib.sha256(address.encode()).hexdigest()[:32]
-        codec = Codec(dtype, info.grid[0] * info.grid[1], info.width)
+        codec = Codec(dtype, info.num_tokens, info.width)
         stores[name] = FeatureStore((root or cache_root()) / digest, codec, about)
     return stores
 
 
-def estimate(stores: dict[str, FeatureStore], pictures: int) -> int:
-    """Bytes that so many pictures take."""
-    return pictures * sum(store.codec.size for store in stores.values())
+def most_views(rules: LayoutRules) -> dict[str, int]:
+    """Encoder → the most views that it may have of one picture."""
+    layout = rules.layout(rules.largest())
+    return {name: layout.rows_of(name) for name in rules.images}
 
 
-def check_space(stores: dict[str, FeatureStore], pictures: int) -> None:
+def estimate(stores: dict[str, FeatureStore], pictures: int, views: Mapping[str, int] | None = None) -> int:
+    """Bytes that so many pictures take at most. views: as `most_views` gives them; None: one each."""
+    return pictures * sum(store.codec.size * (1 if views is None else views[name]) for name, store in stores.items())
+
+
+def check_space(stores: dict[str, FeatureStore], pictures: int, views: Mapping[str, int] | None = None) -> None:
     """Raises `UnavailableError` when the disk cannot hold the features, with both numbers."""
-    needed = estimate(stores, pictures)
+    needed = estimate(stores, pictures, views)
     folder = next(iter(stores.values())).folder
     free = shutil.disk_usage(folder).free
     if needed > 0.95 * free:
@@ -277,35 +308,38 @@ def fill(
 ) -> tuple[int, int]:
     """Compute and store what is missing of these pictures; returns (stored, could not be decoded). progress: called with 1 for
     every picture looked at."""
-    bank = model.model.vision_tower
+    bank, rules = model.model.vision_tower, model.model.rules
     specs = {name: info.image for name, info in bank.infos.items()}
     seen: set[bytes] = set()
-    pending: list[tuple[bytes, dict[str, Tensor]]] = []
-    stored = failed = 0
+    pending: dict[str, list[tuple[bytes, Tensor]]] = {name: [] for name in specs}
+    stored = failed = waiting = 0
 
     def flush() -> None:
-        nonlocal stored
-        if not pending:
-            return
+        nonlocal stored, waiting
         for name, store in stores.items():
             encoder = bank.encoders[name]
             parameter = next(encoder.parameters(), torch.empty(0))
-            pixels = torch.stack([row[name] for _, row in pending]).to(parameter.device, parameter.dtype)
-            features = encoder(pixels).tokens
-            store.add((key, tokens) for (key, _), tokens in zip(pending, features) if key not in store)
-        stored += len(pending)
-        pending.clear()
+            while rows := pending[name][:batch_size]:
+                pixels = torch.stack([row for _, row in rows]).to(parameter.device, parameter.dtype)
+                features = encoder(pixels).tokens
+                store.add((key, tokens) for (key, _), tokens in zip(rows, features) if key not in store)
+                del pending[name][:batch_size]
+        stored, waiting = stored + waiting, 0
 
     for number, image in enumerate(images):
         try:
-            key = picture_key(image, where=f"image {number}")
-            if key not in seen and not all(key in store for store in stores.values()):
-                seen.add(key)
+            keys = view_keys(image, rules, where=f"image {number}")
+            lead = next(iter(keys.values()))[0]
+            if lead not in seen and not all(key in stores[name] for name in stores for key in keys[name]):
+                seen.add(lead)
                 picture = load_image(image, where=f"image {number}", max_pixels=max_pixels)
-                pending.append((key, to_pixels_multi(picture, specs, resampler=resampler)))
+                views = rules.view_boxes((picture.height, picture.width))
+                for name, rows in to_view_pixels(picture, specs, views, resampler=resampler).items():
+                    pending[name] += zip(keys[name], rows, strict=True)
+                waiting += 1
         except DataError:
             failed += 1
-        if len(pending) == batch_size:
+        if max(map(len, pending.values())) >= batch_size:
             flush()
         if progress is not None:
             progress(1)
@@ -334,7 +368,7 @@ class FeaturesInPlaceOfPixels:
 
 class _PassOn:
     def __init__(self, encoder: nn.Module, info: Any):
-        self.shape = (info.grid[0] * info.grid[1], info.width)
+        self.shape = (info.num_tokens, info.width)
         self.grid = info.grid
 
     def __call__(self, pixels: Tensor, **_: Any) -> VisionFeatures:

@@ -19,8 +19,9 @@ from mllm.train.features.cache import (
     check_space,
     estimate,
     fill,
+    most_views,
     open_stores,
-    picture_key,
+    view_keys,
     why_not,
 )
 from mllm.train.observe.progress import StageDisplay
@@ -53,16 +54,16 @@ def use_cache(
         raise ConfigError(f"stages.{stage.name}.cache_features: {problem}; set it to auto, or leave it out")
     dtype = stage.dtype if stage.cache_features in (True, "auto") else str(stage.cache_features)
     stores = open_stores(model, dtype, resampler=processor.image_processor.resampler)
-    images = list(_images(data))
+    images, views = list(_images(data)), most_views(model.model.rules)
     total = int(distributed.sum_numbers([len(images)])[0])
     try:
-        check_space(stores, total)
+        check_space(stores, total, views)
     except UnavailableError as error:
         if automatic:
             display.print(f"features are not cached: {error}")
             return False
         raise UnavailableError(f"stages.{stage.name}.{error}") from None
-    size = estimate(stores, total) / 1e9
+    size = estimate(stores, total, views) / 1e9
     display.print(f"features of {total:,} pictures as {dtype}: at most {size:.2f} GB in {stores_folder(stores)}")
     display.start(len(images), what="features")
     done = 0
@@ -84,7 +85,7 @@ def use_cache(
         store.close()
         store.refresh()
     display.print(f"{stored:,} newly computed, {total - stored - failed:,} there already, {failed:,} cannot be decoded")
-    reader = CachedImageProcessor(stores, dict(model.model.pixel_keys), DTYPES[stage.dtype])
+    reader = CachedImageProcessor(stores, dict(model.model.pixel_keys), DTYPES[stage.dtype], model.model.rules)
     cached = CachedProcessor(processor, reader)
     data.stream.dataset.encode = partial(encode_sample, cached, max_length=stage.max_length)
     stack.enter_context(FeaturesInPlaceOfPixels(model))
@@ -98,11 +99,11 @@ def _fill_replacements(data: StageData, model: Any, stores: dict[str, Any], proc
             row = data.mixture.substitute(draw, attempt).row if attempt else draw.row
             try:
                 images = data.mixture.sources[draw.dataset][row].images
-                keys = [picture_key(image) for image in images]
+                keys = [view_keys(image, model.model.rules) for image in images]
             except (DataError, AlignmentError):
                 continue
             fill(model, stores, images, resampler=processor.resampler, max_pixels=processor.max_pixels)
-            if all(key in store for key in keys for store in stores.values()):
+            if all(key in stores[name] for found in keys for name in stores for key in found[name]):
                 break
 
 

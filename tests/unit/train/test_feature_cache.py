@@ -9,22 +9,28 @@ import pytest
 import torch
 
 from mllm.connectors import CONNECTORS
+from mllm.data.collate import collate
 from mllm.errors import UnavailableError
 from mllm.eval.generators.vllm import VLLMGenerator
 from mllm.models.configuration_mllm import component_code
 from mllm.plugins import content_hash, load_plugins
+from mllm.processing.chat import encode_sample
 from mllm.processing.images import to_pixels_multi
 from mllm.train.features import cache as feature_cache
 from mllm.train.features.cache import (
+    CachedImageProcessor,
+    CachedProcessor,
     Codec,
     FeaturesInPlaceOfPixels,
     FeatureStore,
     check_space,
     fill,
+    most_views,
     open_stores,
     picture_key,
     why_not,
 )
+from mllm.types import IMAGE_MARK, Sample, Turn
 from tests.helpers import picture, tiny_model
 
 
@@ -160,3 +166,30 @@ def test_the_vllm_generators_fingerprint_holds_the_code_of_the_checkpoints_compo
     for generator._code in ([], component_code(model.config)):
         names.add(generator.fingerprint())
     assert len(names) == 2
+
+
+@torch.no_grad()
+def test_features_of_tiles_are_kept_by_view(tmp_path):
+    """As a stage reads them: the same tokens as from the pixels, for encoders that see all tiles and that see the thumbnail."""
+    views = {"type": "tiles", "grids": [[1, 2], [2, 2]], "thumbnail_only": ["detail"]}
+    model, processor = tiny_model(tmp_path / "tokenizer", views=views)
+    model.requires_grad_(False)
+    stores = open_stores(model, "fp32", root=tmp_path)
+    images = [picture(1, size=(80, 30)), picture(2, size=(50, 60)), picture(1, size=(80, 30))]
+    assert why_not(model, {"connector"}) is None and most_views(model.model.rules) == {"semantic": 5, "detail": 1}
+    assert fill(model, stores, images, batch_size=2) == (2, 0) and fill(model, stores, images) == (0, 0)
+    assert len(stores["semantic"]) == 3 + 5 and len(stores["detail"]) == 2
+    cached = CachedProcessor(
+        processor, CachedImageProcessor(stores, dict(model.model.pixel_keys), torch.float32, model.model.rules)
+    )
+    sample = Sample("s", [Turn("user", IMAGE_MARK * 3 + " q"), Turn("assistant", "a")], images)
+    live, read = (collate([encode_sample(p, sample)], pad_token_id=0).inputs for p in (processor, cached))
+    assert torch.equal(live["input_ids"], read["input_ids"]) and torch.equal(live["image_sizes"], read["image_sizes"])
+    wanted = model(**live).logits
+    with FeaturesInPlaceOfPixels(model):
+        found = model(**read).logits
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    shared = tiny_model(tmp_path / "tokenizer", views={"type": "tiles", "max_sample_tokens": 500})[0].requires_grad_(
+        False
+    )
+    assert "depends on its neighbours" in str(why_not(shared, {"connector"}))
