@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -170,44 +168,3 @@ class AttentionBiasConnector(Connector):
             )
         asking, answering = (self.projectors[name](tokens[name]) for name in self.roles)
         return self.fusion(asking, answering, attention)
-
-
-def phrase_end(ids: Tensor, phrase: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Where the token after the first occurrence of ``phrase`` stands in each row of ids ``(B, T)``.
-
-    Returns positions ``(B,)`` (0 where there is none) and ``found`` ``(B,)`` bool; a phrase that closes the row is not
-    found, since nothing follows it.
-    """
-    length = len(phrase)
-    if length == 0:
-        raise ValueError("the phrase is empty")
-    if ids.shape[1] <= length:
-        return ids.new_zeros(ids.shape[0]), ids.new_zeros(ids.shape[0], dtype=torch.bool)
-    windows = ids.unfold(1, length, 1)[:, :-1]
-    match = (windows == ids.new_tensor(list(phrase))).all(dim=-1)
-    found = match.any(dim=1)
-    return torch.where(found, match.int().argmax(dim=1) + length, 0), found
-
-
-def class_word_loss(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    ids: Tensor,
-    phrase: Sequence[int],
-    class_ids: Sequence[int],
-    temperature: float = 10.0,
-) -> Tensor:
-    """Cross-entropy over a few words at the place where the answer names the class: FakeReasoning's probability
-    mapping.
-
-    logits ``(B, T, V)``; labels ``(B,)``: index into ``class_ids``; ids ``(B, T)``: the token that ``logits[:, t]``
-    predicts, from the shifted targets, or ``logits.argmax(-1)`` as published (no signal until the model has learned the
-    phrase); phrase: token ids that stand before the class word. Samples without the phrase are left out; a scalar, 0
-    with gradient when there are none.
-    """
-    position, found = phrase_end(ids, phrase)
-    picked = logits[torch.arange(len(logits), device=logits.device), position]
-    scores = picked[:, list(class_ids)].float() / temperature
-    losses = F.cross_entropy(scores, labels, reduction="none")
-    return (losses * found).sum() / (found.sum() + 1e-6)

@@ -9,6 +9,7 @@ HEADS: Registry = Registry(
         "separate": "mllm.heads.codes.heads:SeparateHead",
         "depth": "mllm.heads.codes.heads:DepthHead",
         "next_scale": "mllm.heads.codes.heads:NextScaleHead",
+        "probability": "mllm.heads.probability:ProbabilityHead",
         "segmentation": "mllm.heads.segmentation.head:SegmentationHead",
     },
 )

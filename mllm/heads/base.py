@@ -28,6 +28,8 @@ class HeadParts:
     width: int
     encoders: Mapping[str, EncoderInfo] = field(default_factory=dict)
     tokenizer: Any = None
+    tokenize: Callable[[str], list[int]] | None = None
+    """Text → the language model's ids; None before there is a text tokenizer."""
 
 
 @dataclass
@@ -89,7 +91,8 @@ class Head(nn.Module):
     name: ClassVar[str] = ""
     Config: ClassVar[type[HeadConfig]] = HeadConfig
     targets: ClassVar[tuple[str, ...]] = ()
-    """Arguments of ``model(…)`` that hold what the head should answer; a batch without the first of them teaches it nothing."""
+    """Arguments of ``model(…)`` that hold what the head should answer; a batch without the first of them teaches it nothing. None: the
+    words themselves teach it."""
     draws: ClassVar[bool] = False
     """Whether it writes codes of the model's visual tokenizer. A model has at most one such head."""
     has_weights: ClassVar[bool] = True
@@ -134,7 +137,7 @@ class Head(nn.Module):
 
     def lay(self, model: HeadModel, step: Step, targets: Mapping[str, Tensor]) -> Any:
         """Take the batch's targets, by their names in `Head.targets`, and put into ``step`` what the model needs before it runs.
-        Returns what `losses` needs. Raises `AlignmentError` for targets that do not fit the text."""
+        Returns what `losses` needs, None where there is nothing to learn. Raises `AlignmentError` for targets that do not fit the text."""
         return dict(targets)
 
     def losses(self, model: HeadModel, step: Step, laid: Any, reading: Reading) -> HeadLoss:

@@ -26,6 +26,8 @@ def lay_targets(model: Any, step: Step) -> None:
                     f"{head.targets[0]}: input_ids are missing, and head {name!r} finds its places by them"
                 )
             step.laid[name] = head.lay(model, step, own)
+        elif not head.targets and step.labels is not None and step.input_ids is not None:
+            step.laid[name] = head.lay(model, step, {})
     for key, value in given.items():
         if len(value):
             raise ConfigError(
@@ -38,7 +40,7 @@ def head_losses(model: Any, step: Step, reading: Reading) -> tuple[Tensor | floa
     total: Tensor | float = 0.0
     report: dict[str, Tensor] = {}
     for name, head in model.heads.items():
-        if name in step.laid:
+        if step.laid.get(name) is not None:
             found = head.losses(model, step, step.laid[name], reading)
             total = total + found.total
             report |= {f"{name}/{part}": value for part, value in found.parts.items()}

@@ -70,7 +70,10 @@ def build_config(spec: ModelSpec, *, image_token_id: int | None = None, tokenize
     visual_tokenizer = tokenizer_settings(spec.visual_tokenizer, encoders)
     drawing = drawing_head(spec.heads) is not None and visual_tokenizer is not None
     parts = HeadParts(
-        text.hidden_size, infos, empty_tokenizer(visual_tokenizer, encoders) if drawing and visual_tokenizer else None
+        text.hidden_size,
+        infos,
+        empty_tokenizer(visual_tokenizer, encoders) if drawing and visual_tokenizer else None,
+        None if tokenizer is None else lambda words: tokenizer(words, add_special_tokens=False)["input_ids"],
     )
     if tokenizer is not None:
         add_tokens(tokenizer, head_tokens(spec.heads, parts))

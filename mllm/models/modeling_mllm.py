@@ -23,6 +23,7 @@ from mllm.errors import AlignmentError, ConfigError
 from mllm.heads.base import HeadParts, Reading, Step
 from mllm.heads.build import build_heads, drawing_head, encoders_read
 from mllm.heads.codes.settings import DrawingMixin
+from mllm.heads.probability import ProbabilityMixin
 from mllm.heads.segmentation.answer import SegmentationMixin
 from mllm.heads.steps import head_losses, lay_targets
 from mllm.models.configuration_mllm import MllmConfig, head_settings
@@ -320,7 +321,9 @@ class MllmModel(MllmPreTrainedModel):
             raise AlignmentError(f"{found} image placeholder tokens but no image was given (pixel_values is missing)")
 
 
-class MllmForConditionalGeneration(DrawingMixin, SegmentationMixin, MultimodalGenerationMixin, MllmPreTrainedModel):
+class MllmForConditionalGeneration(
+    DrawingMixin, SegmentationMixin, ProbabilityMixin, MultimodalGenerationMixin, MllmPreTrainedModel
+):
     """The model with its language-model head: train, generate, save, serve.
 
     ``model(…, labels=…).loss`` is the whole loss in training: next words, a learning router's own losses (balance, z), images that

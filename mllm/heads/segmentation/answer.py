@@ -15,11 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from mllm.errors import ConfigError
-from mllm.processing.chat import encode_pixels, render_prompt
-from mllm.processing.images import image_size, load_image
-from mllm.processing.layout import IMAGE_SIZES, expand
+from mllm.heads.answers import answer
+from mllm.processing.images import image_size
 from mllm.processing.mask_files import box_of, encode_rle, outlines
-from mllm.types import IMAGE_MARK, Turn
 
 OVERLAY = ((230, 60, 60), (60, 120, 230), (60, 180, 90), (230, 160, 40))
 
@@ -146,46 +144,16 @@ def _segment(
     threshold: float,
     options: dict[str, Any],
 ) -> list[Segments]:
-    rows = []
-    for number, (picture, question) in enumerate(zip(pictures, questions)):
-        text = render_prompt(processor, [Turn("user", f"{IMAGE_MARK}\n{question}")])
-        ids = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
-        places = (ids == processor.image_token_id).nonzero().flatten().tolist()
-        rows.append(expand(ids, places, processor.image_layouts([picture], where=f"picture {number}"))[0])
-    longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), processor.tokenizer.pad_token_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, longest - len(row) :], mask[number, longest - len(row) :] = row, 1
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    pixels, beside = encode_pixels(processor, pictures, where="segment")
-    by_name = {name: value.to(model.device) for name, value in model.model.pixel_keys.by_encoder(pixels).items()}
-    features: dict[str, Any] = {}
-    tokens, _ = model.model.encode_images(by_name, image_sizes=beside.get(IMAGE_SIZES), kept=features)
-    options = {"max_new_tokens": 64, "do_sample": False, **options, "return_dict_in_generate": False}
-    output = model.generate(input_ids=ids, attention_mask=mask, image_features=tokens, **options)
-    answers = output[:, longest:]
-    mask = torch.cat([mask, _until_end(answers, model.generation_config)], 1)
-    hidden = model.model(
-        input_ids=output, attention_mask=mask, image_features=tokens, use_cache=False
-    ).last_hidden_state
-    marks = (answers == head.config.tokens["mark"]).nonzero() + answers.new_tensor([0, longest])
-    logits = head.predict(hidden, head.places(marks), marks[:, 0], features[head.config.encoder])
+    answered = answer(model, processor, pictures, questions, options)
+    marks = (answered.answers == head.config.tokens["mark"]).nonzero()
+    places = head.places(marks + marks.new_tensor([0, answered.start]))
+    logits = head.predict(answered.hidden, places, marks[:, 0], answered.features[head.config.encoder])
     found = []
     for number, picture in enumerate(pictures):
-        size = image_size(load_image(picture, where=f"picture {number}"), where=f"picture {number}")
+        size = image_size(picture, where=f"picture {number}")
         probabilities = processor.segments.restore(logits[marks[:, 0] == number], size).sigmoid()
         masks = probabilities > threshold
         area = masks.sum((1, 2))
         scores = (probabilities * masks).sum((1, 2)) / area.clamp(min=1)
-        text = processor.tokenizer.decode(answers[number].tolist(), skip_special_tokens=True)
-        found.append(Segments(text.strip(), masks.cpu(), scores.cpu()))
+        found.append(Segments(answered.texts[number], masks.cpu(), scores.cpu()))
     return found
-
-
-def _until_end(answers: Tensor, config: Any) -> Tensor:
-    """1 up to each answer's first end token, 0 behind it."""
-    ends = config.eos_token_id
-    ends = torch.tensor([] if ends is None else ends if isinstance(ends, list) else [ends], dtype=answers.dtype)
-    ended = torch.isin(answers, ends.to(answers.device)).long().cumsum(1)
-    return (ended - torch.isin(answers, ends.to(answers.device)).long() == 0).long()

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from mllm.connectors import CONNECTORS
-from mllm.connectors.attention_bias import class_word_loss, phrase_end
 from mllm.connectors.build import build_connector
 from mllm.connectors.layers import (
     ProjectorConfig,
@@ -343,32 +342,6 @@ def test_attention_bias_ignores_prefix_tokens_of_the_map():
     assert torch.equal(first, connector.view_tokens(features))
     features["spatial"].attention = attention.flip(-1)
     assert not torch.equal(first, connector.view_tokens(features))
-
-
-# the class-word loss
-
-
-def test_phrase_end_finds_the_first_occurrence_and_refuses_one_that_closes_the_row():
-    ids = torch.tensor([[9, 1, 2, 5, 1, 2, 6], [9, 9, 9, 9, 9, 1, 2], [1, 2, 7, 7, 7, 7, 7], [1, 1, 1, 1, 1, 1, 1]])
-    position, found = phrase_end(ids, [1, 2])
-    assert position.tolist() == [3, 0, 2, 0] and found.tolist() == [True, False, True, False]
-    position, found = phrase_end(ids[:, :2], [1, 2])
-    assert position.tolist() == [0] * 4 and not found.any()
-
-
-def test_class_word_loss_reads_the_place_from_the_targets_and_leaves_out_samples_without_it():
-    logits = torch.zeros(3, 5, 10, requires_grad=True)
-    ids = torch.tensor([[4, 5, 8, 0, 0], [0, 4, 5, 9, 0], [0, 0, 0, 0, 0]])
-    with torch.no_grad():
-        logits[0, 2, 8], logits[1, 3, 9] = 10.0, 30.0
-    labels = torch.tensor([0, 0, 1])
-    loss = class_word_loss(logits, labels, ids=ids, phrase=[4, 5], class_ids=[8, 9])
-    want = F.cross_entropy(torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 0]))
-    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
-    loss.backward()
-    assert logits.grad[2].abs().sum() == 0 and logits.grad[0, 2, 8] < 0
-    nothing = class_word_loss(logits, labels, ids=torch.zeros(3, 5, dtype=torch.long), phrase=[4, 5], class_ids=[8, 9])
-    assert nothing.item() == 0.0 and nothing.requires_grad
 
 
 # compilation

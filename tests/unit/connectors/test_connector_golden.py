@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from mllm.connectors.attention_bias import BiasedCrossAttention, class_word_loss
+from mllm.connectors.attention_bias import BiasedCrossAttention
 from mllm.connectors.build import build_connector
 from mllm.connectors.layers import ProjectorConfig
 from mllm.connectors.merv import AttentivePooler, EncoderMixture, PooledProjector
@@ -268,19 +268,3 @@ def test_the_attention_map_convention_is_fakereasonings():
         layer.register_forward_hook(keep_maps)
     y = module(x["x"])
     compare(meta, expected, y=y[0] if isinstance(y, tuple) else y, attn=maps[0])
-
-
-def test_class_word_loss_equals_fakereasonings_probability_mapper():
-    meta, x, expected = case("fakereasoning_probability_mapper")
-    ctor = meta["ctor"]
-    logits = torch.full((2, 14, ctor["vocab"]), -5.0)
-    logits[:, :, ctor["ids"]] = x["compact"]
-    loss = class_word_loss(
-        logits,
-        x["labels"],
-        ids=logits.argmax(-1),
-        phrase=ctor["pattern"],
-        class_ids=[ctor["real_id"], ctor["fake_id"]],
-        temperature=ctor["temperature"],
-    )
-    compare(meta, expected, loss=loss[None])
