@@ -17,6 +17,9 @@ MIXTURES = sorted((ROOT / "data/mixtures").glob("*.yaml"))
 RECIPES = [p for p in sorted((ROOT / "recipes").glob("*.yaml")) if "language_model" in read_yaml(p)["model"]]
 """Those of whole models: a visual tokenizer alone trains on bare pictures."""
 
+DRAWN_HERE = ("runs/demo", "runs/unified_demo", "runs/charts", "runs/segmentation_demo")
+"""Folders of datasets that are made here, not downloaded."""
+
 
 def test_there_is_something_to_test():
     assert len(DATASETS) >= 8 and len(MIXTURES) >= 4
@@ -32,7 +35,7 @@ def test_a_dataset_says_where_it_is_from_and_under_which_licence(path):
     assert path.read_text().startswith("# "), "a header says what it is and how to get it"
     if spec.hub is not None:
         assert spec.revision is not None and len(spec.revision) == 40, "a hub reference is pinned"
-    elif not spec.path.startswith(("runs/demo", "runs/unified_demo", "runs/charts")):  # drawn here, not downloaded  # type: ignore[union-attr]
+    elif not spec.path.startswith(DRAWN_HERE):  # type: ignore[union-attr]
         assert spec.download and spec.path.startswith("$MLLM_DATA/")  # type: ignore[union-attr]
     assert path.stem in (ROOT / "data/README.md").read_text()
 

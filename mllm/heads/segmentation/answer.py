@@ -147,7 +147,7 @@ def _segment(
     answered = answer(model, processor, pictures, questions, options)
     marks = (answered.answers == head.config.tokens["mark"]).nonzero()
     places = head.places(marks + marks.new_tensor([0, answered.start]))
-    logits = head.predict(answered.hidden, places, marks[:, 0], answered.features[head.config.encoder])
+    logits, _ = head.predict(answered.hidden, places, marks[:, 0], answered.features[head.config.encoder])
     found = []
     for number, picture in enumerate(pictures):
         size = image_size(picture, where=f"picture {number}")

@@ -75,8 +75,9 @@ class QueryDecoder(nn.Module):
     def size(self) -> Grid:
         return 4 * self.grid[0], 4 * self.grid[1]
 
-    def forward(self, prompts: Tensor, tokens: Tensor, owners: Tensor) -> Tensor:
-        """prompts ``(N, C)``; tokens ``(B, N', D)`` of B pictures; owners ``(N,)``: the picture of each → ``(N, 4h, 4w)``."""
+    def forward(self, prompts: Tensor, tokens: Tensor, owners: Tensor) -> tuple[Tensor, Tensor | None]:
+        """prompts ``(N, C)``; tokens ``(B, N', D)`` of B pictures; owners ``(N,)``: the picture of each → logits ``(N, 4h, 4w)``, and
+        what the decoder takes its IoU for ``(N,)`` (None: it does not say)."""
         rows, columns = self.grid
         pixels = self.norm(self.inner(tokens) + _positions(self.grid, self.config.width).to(tokens))
         queries = prompts[:, None]
@@ -87,7 +88,7 @@ class QueryDecoder(nn.Module):
         maps = nn.functional.gelu(self.raise2(maps))
         maps = maps + self.smooth(maps)
         weights, bias = self.out(queries[:, 0]).split([maps.shape[1], 1], -1)
-        return torch.einsum("nc,nchw->nhw", weights, maps[owners]) + bias[..., None]
+        return torch.einsum("nc,nchw->nhw", weights, maps[owners]) + bias[..., None], None
 
 
 class _Look(nn.Module):
@@ -172,17 +173,20 @@ class SamDecoder(nn.Module):
         y, x = torch.meshgrid(places, places, indexing="ij")
         return self.shared_image_embedding(torch.stack([x, y], -1)).permute(2, 0, 1)[None]
 
-    def forward(self, prompts: Tensor, tokens: Tensor, owners: Tensor) -> Tensor:
+    def forward(self, prompts: Tensor, tokens: Tensor, owners: Tensor) -> tuple[Tensor, Tensor | None]:
         """As `QueryDecoder.forward`."""
         if not len(prompts):  # transformers' decoder cannot run on no prompt
-            return prompts.sum() * prompts.new_zeros(0, *self.size)
+            return prompts.sum() * prompts.new_zeros(0, *self.size), prompts.new_zeros(0)
         order = torch.argsort(owners, stable=True)
         pictures, counts = owners.unique(return_counts=True)
-        masks = [
-            self.answer(prompts[chosen], self.as_map(tokens[picture : picture + 1]))[0][:, 0]
+        answers = [
+            self.answer(prompts[chosen], self.as_map(tokens[picture : picture + 1]))
             for picture, chosen in zip(pictures.tolist(), order.split(counts.tolist()))
         ]
-        return torch.cat(masks)[torch.argsort(order)]
+        back = torch.argsort(order)
+        return torch.cat([masks for masks, _ in answers])[back, 0], torch.cat([scores for _, scores in answers])[
+            back, 0
+        ]
 
     def as_map(self, tokens: Tensor) -> Tensor:
         """``(B, N, C)`` → ``(B, C, h, w)``."""

@@ -9,17 +9,32 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from mllm.errors import AlignmentError, ConfigError, did_you_mean
 from mllm.heads import HEADS
 from mllm.heads.base import Head, HeadConfig, HeadLoss, HeadParts, Reading, Step
 from mllm.heads.segmentation.decoders import DECODERS, DecoderConfig, QueryDecoderConfig
-from mllm.heads.segmentation.losses import BCE_WEIGHT, DICE_WEIGHT, mask_bce, mask_dice
+from mllm.heads.segmentation.losses import (
+    BCE_WEIGHT,
+    DICE_WEIGHT,
+    batch_dice,
+    batch_focal,
+    iou_error,
+    mask_bce,
+    mask_dice,
+)
 from mllm.types import EncoderInfo, ImageSpec, VisionFeatures
 
 IGNORE = -100
+LOSSES: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
+    "bce": lambda logits, targets, _: mask_bce(logits, targets).mean(),
+    "dice": lambda logits, targets, _: mask_dice(logits, targets).mean(),
+    "focal": lambda logits, targets, _: batch_focal(logits, targets),
+    "batch_dice": lambda logits, targets, _: batch_dice(logits, targets),
+    "iou": iou_error,
+}
 
 
 class SegmentationHeadConfig(HeadConfig):
@@ -35,7 +50,8 @@ class SegmentationHeadConfig(HeadConfig):
     not work with the other."""
     decoder: DecoderConfig = Field(default_factory=QueryDecoderConfig)
     weights: dict[str, float] = Field(default_factory=lambda: {"bce": BCE_WEIGHT, "dice": DICE_WEIGHT})
-    """Loss → its weight beside the words' 1."""
+    """Loss → its weight beside the words' 1; only these are computed. ``bce`` and ``dice`` are LISA's (2 and 0.5 as published), ``focal``,
+    ``batch_dice`` and ``iou`` SAM-UNet's (20, 1, 1); ``iou`` needs a decoder of type sam."""
     question: str = "Please segment {phrase}."
     """How `segment` asks for what ``{phrase}`` names."""
 
@@ -43,9 +59,17 @@ class SegmentationHeadConfig(HeadConfig):
     @classmethod
     def _known(cls, value: dict[str, float]) -> dict[str, float]:
         for name in value:
-            if name not in ("bce", "dice"):
-                raise ValueError(f"no loss {name!r}{did_you_mean(name, ('bce', 'dice'))}; the losses are bce and dice")
+            if name not in LOSSES:
+                raise ValueError(f"no loss {name!r}{did_you_mean(name, LOSSES)}; the losses are {', '.join(LOSSES)}")
+        if not value:
+            raise ValueError("no loss is named; the head would learn nothing")
         return value
+
+    @model_validator(mode="after")
+    def _scored(self) -> SegmentationHeadConfig:
+        if "iou" in self.weights and self.decoder.type != "sam":
+            raise ValueError(f"weights.iou: a {self.decoder.type} decoder does not say how well it does; take iou out")
+        return self
 
     @field_validator("question")
     @classmethod
@@ -132,8 +156,11 @@ class SegmentationHead(Head):
         """Row and column of the tokens ``(K, 2)`` → of their hidden states."""
         return marks - marks.new_tensor([0, 1]) if self.config.state == "predict" else marks
 
-    def predict(self, hidden: Tensor, places: Tensor, owners: Tensor, features: VisionFeatures) -> Tensor:
-        """hidden ``(B, T, L)`` and where the masks' states are in it → logits ``(K, rows, columns)`` on what the encoder sees."""
+    def predict(
+        self, hidden: Tensor, places: Tensor, owners: Tensor, features: VisionFeatures
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden ``(B, T, L)`` and where the masks' states are in it → logits ``(K, rows, columns)`` on what the encoder sees, and
+        predicted IoU ``(K,)`` where the decoder gives any."""
         states = hidden[places[:, 0], places[:, 1]]
         weight = self.project[0].weight
         tokens = features.tokens.to(weight.device, weight.dtype)
@@ -144,10 +171,10 @@ class SegmentationHead(Head):
             raise AlignmentError(
                 f"masks are read from encoder {self.config.encoder!r}, and the call has no pixels for it (image_features given instead?)"
             )
-        logits = self.predict(reading.hidden, laid.places, laid.owners, reading.features[self.config.encoder])
+        logits, scores = self.predict(reading.hidden, laid.places, laid.owners, reading.features[self.config.encoder])
         targets = laid.targets.to(logits.device)
-        found = {"bce": mask_bce(logits, targets).mean(), "dice": mask_dice(logits, targets).mean()}
-        total = sum(self.config.weights.get(name, 0.0) * loss for name, loss in found.items())
+        found = {name: LOSSES[name](logits, targets, scores) for name in self.config.weights}
+        total = sum(self.config.weights[name] * loss for name, loss in found.items())
         return HeadLoss(step.share() * total + self.idle(), {name: loss.detach() for name, loss in found.items()})
 
 

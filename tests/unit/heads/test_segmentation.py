@@ -162,6 +162,8 @@ MISFITS = [
     ({"decoder": {"type": "sam"}}, "a sam decoder of width 256 reads features of that width; the encoder gives 32"),
     ({"decoder": {"type": "query", "width": 30}}, "divisible by heads"),
     ({"weights": {"dise": 1.0}}, "did you mean 'dice'"),
+    ({"weights": {"iou": 1.0}}, "a query decoder does not say how well it does"),
+    ({"weights": {}}, "the head would learn nothing"),
     ({"question": "Segment it."}, "no place for what is asked for"),
 ]
 

@@ -10,7 +10,16 @@ import torch
 
 from mllm.eval.metrics import Scored, build_metric
 from mllm.heads.segmentation.decoders import SamDecoder, SamDecoderConfig, present_name
-from mllm.heads.segmentation.losses import BCE_WEIGHT, DICE_WEIGHT, mask_bce, mask_dice
+from mllm.heads.segmentation.losses import (
+    BCE_WEIGHT,
+    DICE_WEIGHT,
+    FOCAL_WEIGHT,
+    batch_dice,
+    batch_focal,
+    iou_error,
+    mask_bce,
+    mask_dice,
+)
 from mllm.processing.mask_files import reasonseg_mask
 from mllm.processing.segments import restore
 from mllm.types import EncoderInfo, ImageSpec
@@ -65,10 +74,11 @@ def test_a_hidden_state_becomes_lisas_mask() -> None:
     }
     check(meta, wanted, {name: value.numpy() for name, value in found.items()})
     tokens = image.flatten(2).transpose(1, 2)  # the same, of two pictures in any order, by the head's own call
-    mixed = decoder(prompt, torch.cat([tokens + 1, tokens]), torch.tensor([1, 0, 1]))
+    mixed, sure = decoder(prompt, torch.cat([tokens + 1, tokens]), torch.tensor([1, 0, 1]))
     torch.testing.assert_close(mixed[[0, 2]], masks[[0, 2], 0], atol=1e-5, rtol=2e-5)
     assert (mixed[1] - masks[1, 0]).abs().max() > 1e-3
-    assert decoder(prompt[:0], tokens, torch.zeros(0, dtype=torch.long)).shape == (0, 24, 24)
+    torch.testing.assert_close(sure[[0, 2]], scores[[0, 2], 0], atol=1e-5, rtol=2e-5)
+    assert decoder(prompt[:0], tokens, torch.zeros(0, dtype=torch.long))[0].shape == (0, 24, 24)
 
 
 @torch.no_grad()
@@ -101,6 +111,15 @@ def test_bce_and_dice_are_lisas_with_their_gradient() -> None:
         "output.grad_pred_0": logits[0].grad,
     }
     check(meta, wanted, {name: value.detach().numpy() for name, value in found.items()})
+
+
+def test_focal_dice_and_the_error_about_the_iou_are_sam_unets() -> None:
+    meta, given, wanted = load(GOLDEN / "samunet_losses.json")
+    logits, targets = (torch.from_numpy(given[f"input.{name}"])[:, 0] for name in ("pred", "gt"))
+    focal, dice = batch_focal(logits, targets), batch_dice(logits, targets)
+    whole = FOCAL_WEIGHT * focal + dice + iou_error(logits, targets, torch.from_numpy(given["input.pred_iou"])[:, 0])
+    found = {"output.focal": focal, "output.dice": dice, "output.focal20_dice_iou": whole}
+    check(meta, wanted, {name: value[None].numpy() for name, value in found.items()})
 
 
 def test_ciou_and_giou_are_lisas() -> None:

@@ -1,0 +1,194 @@
+"""What does a model learn from that marks things? Drawn scenes of coloured shapes, with phrases, exact masks and questions."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mllm.processing.mask_files import encode_rle
+
+SIZE = 64
+COLOURS = {
+    "red": (214, 48, 49),
+    "green": (39, 174, 96),
+    "blue": (41, 98, 214),
+    "yellow": (241, 196, 15),
+    "purple": (142, 68, 173),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+UNSEEN = (("red", "triangle"), ("green", "circle"), ("blue", "cross"), ("yellow", "square"))
+"""Colour and shape that no training phrase joins; tests ask for them."""
+BLIND = "something"
+"""What a phrase-blind model is asked for."""
+NOTHING = "There is none."
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One shape of a scene; mask ``(SIZE, SIZE)`` bool."""
+
+    colour: str
+    shape: str
+    mask: np.ndarray
+    centre: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """picture: RGB; things: none covers another."""
+
+    picture: Image.Image
+    things: tuple[Thing, ...]
+
+
+def draw_scene(rng: random.Random) -> Scene:
+    """Two to four shapes of different looks on a plain ground."""
+    rows, columns = np.mgrid[:SIZE, :SIZE] + 0.5
+    ground = np.array([rng.randint(200, 250)] * 3) + np.array([rng.randint(-8, 8) for _ in range(3)])
+    pixels = np.tile(ground, (SIZE, SIZE, 1)).astype(np.uint8)
+    looks = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    rng.shuffle(looks)
+    taken, things = np.zeros((SIZE, SIZE), bool), []
+    for colour, shape in looks[: rng.randint(2, 4)]:
+        for _ in range(40):
+            radius = rng.uniform(7, 12)
+            x, y = (rng.uniform(radius + 1, SIZE - radius - 1) for _ in range(2))
+            mask = _shape(shape, columns - x, rows - y, radius)
+            if not (mask & taken).any():
+                break
+        else:
+            continue
+        reach = (abs(columns - x) < radius + 2) & (abs(rows - y) < radius + 2)
+        taken |= reach
+        shade = np.array(COLOURS[colour]) + rng.randint(-12, 12)
+        pixels[mask] = shade.clip(0, 255)
+        things.append(Thing(colour, shape, mask, (x, y)))
+    return Scene(Image.fromarray(pixels), tuple(things))
+
+
+def _shape(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    if shape == "circle":
+        return x**2 + y**2 < radius**2
+    if shape == "square":
+        return (abs(x) < 0.85 * radius) & (abs(y) < 0.85 * radius)
+    if shape == "triangle":
+        return (y < 0.8 * radius) & (abs(x) < 0.6 * (y + radius))
+    return ((abs(x) < 0.35 * radius) | (abs(y) < 0.35 * radius)) & (abs(x) < radius) & (abs(y) < radius)
+
+
+def phrases(scene: Scene, *, unseen: bool) -> list[tuple[str, Thing]]:
+    """What names exactly one thing. unseen: only colour and shape of ``UNSEEN``, or none of these."""
+    found = []
+    for thing in scene.things:
+        if ((thing.colour, thing.shape) in UNSEEN) == unseen:
+            found.append((f"the {thing.colour} {thing.shape}", thing))
+        if not unseen:
+            alike = [other for other in scene.things if other.colour == thing.colour]
+            found += [(f"the {thing.colour} thing", thing)] if len(alike) == 1 else []
+            same = [other for other in scene.things if other.shape == thing.shape]
+            found += [(f"the {thing.shape}", thing)] if len(same) == 1 else []
+    if not unseen:
+        ordered = sorted(scene.things, key=lambda thing: thing.centre[0])
+        if len(ordered) > 1 and ordered[1].centre[0] - ordered[0].centre[0] > 6:
+            found.append(("the leftmost thing", ordered[0]))
+        if len(ordered) > 1 and ordered[-1].centre[0] - ordered[-2].centre[0] > 6:
+            found.append(("the rightmost thing", ordered[-1]))
+    return found
+
+
+def absent(scene: Scene, rng: random.Random) -> str:
+    """A phrase that names nothing in the scene."""
+    there = {(thing.colour, thing.shape) for thing in scene.things}
+    looks = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in there and (c, s) not in UNSEEN]
+    colour, shape = rng.choice(looks)
+    return f"the {colour} {shape}"
+
+
+def question(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """A question about a scene that words answer, and the answer."""
+    single = [t for t in scene.things if sum(o.shape == t.shape for o in scene.things) == 1]
+    if single and rng.random() < 0.7:
+        thing = rng.choice(single)
+        return f"Which colour is the {thing.shape}?", thing.colour
+    return "How many things are there?", str(len(scene.things))
+
+
+def prepare_scenes(
+    output_dir: Path | str = "runs/segmentation_demo/data", *, train: int = 6000, test: int = 300, seed: int = 0
+) -> Path:
+    """Write ``train.jsonl`` (marking and questions), ``blind.jsonl`` (its phrases taken out), ``words.jsonl`` (without masks), and
+    ``{marks,questions}_test.jsonl`` on other scenes, with PNG pictures; returns the folder. Deterministic by seed."""
+    root = Path(output_dir)
+    (root / "train").mkdir(parents=True, exist_ok=True)
+    (root / "test").mkdir(parents=True, exist_ok=True)
+    rng = random.Random(f"scenes/train/{seed}")
+    rows: list[dict[str, Any]] = []
+    for number in range(train):
+        scene, name = draw_scene(rng), f"train/{number:05d}.png"
+        scene.picture.save(root / name)
+        kind, named = rng.random(), phrases(scene, unseen=False)
+        if kind < 0.7 and named:
+            phrase, thing = rng.choice(named)
+            rows.append(
+                _row(f"mark-{number}", name, f"Please segment {phrase}.", "It is [SEG].", [encode_rle(thing.mask)])
+            )
+        elif kind < 0.78:
+            rows.append(_row(f"none-{number}", name, f"Please segment {absent(scene, rng)}.", NOTHING, []))
+        else:
+            rows.append(_row(f"ask-{number}", name, *question(scene, rng), []))
+    _write(root / "train.jsonl", rows)
+    _write(root / "blind.jsonl", [_without_phrase(row) for row in rows])
+    _write(root / "words.jsonl", [{**row, "masks": []} for row in rows])
+    rng = random.Random(f"scenes/test/{seed}")
+    marks: list[dict[str, Any]] = []
+    asked: list[dict[str, Any]] = []
+    number = 0
+    while len(marks) < test:
+        scene, name = draw_scene(rng), f"test/{number:05d}.png"
+        named, number = phrases(scene, unseen=True), number + 1
+        if named:
+            scene.picture.save(root / name)
+            phrase, thing = rng.choice(named)
+            marks.append({"image": name, "phrase": phrase, "mask": encode_rle(thing.mask)})
+            asked.append({"image": name, **dict(zip(("question", "answer"), question(scene, rng)))})
+            marks.append({"image": name, "phrase": absent(scene, rng), "mask": None}) if len(asked) % 5 == 0 else None
+    _write(root / "marks_test.jsonl", marks)
+    _write(root / "questions_test.jsonl", asked)
+    return root
+
+
+def _row(identity: str, image: str, asked: str, answer: str, masks: list[Any]) -> dict[str, Any]:
+    messages = [{"role": "user", "content": f"<image>\n{asked}"}, {"role": "assistant", "content": answer}]
+    return {"id": identity, "images": [image], "messages": messages, "masks": masks}
+
+
+def _without_phrase(row: dict[str, Any]) -> dict[str, Any]:
+    asked, answer = row["messages"]
+    if not asked["content"].startswith("<image>\nPlease segment"):
+        return row
+    return {**row, "messages": [{**asked, "content": f"<image>\nPlease segment {BLIND}."}, answer]}
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def train_text_tokenizer(output_dir: Path | str, *, vocab_size: int = 384) -> Path:
+    """A byte-level BPE tokenizer for these phrases, with the Vicuna template, saved for transformers; returns ``output_dir``."""
+    from mllm.demo.charts_and_digits import learn_bpe
+
+    names = [f"the {colour} {shape}" for colour in COLOURS for shape in (*SHAPES, "thing")]
+    names += [f"the {shape}" for shape in SHAPES] + ["the leftmost thing", "the rightmost thing", BLIND]
+    asked = [f"Please segment {name}." for name in names] + [f"Which colour is the {shape}?" for shape in SHAPES]
+    answers = [*COLOURS, "2", "3", "4", "It is .", NOTHING]
+    lines = [f"USER: {text} " for text in (*asked, "How many things are there?")] + [
+        f"ASSISTANT: {a} " for a in answers
+    ]
+    learn_bpe(lines, vocab_size).save_pretrained(str(output_dir))
+    return Path(output_dir)
