@@ -1,0 +1,121 @@
+"""Does one small model mark what a phrase names, and still answer in words?
+
+Draws the scenes of `mllm.demo.scenes`, trains ``recipes/segmentation_demo.yaml`` and two controls with as many steps: one that is
+never told the phrase, one without the segmentation head. Scores masks on scenes and phrases that were not trained, with the answer
+generated, and text answers of both. Writes ``report.json``.
+
+    python benchmarks/segmentation_demo.py                # runs/segmentation_demo, two CPU cores
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mllm.demo.scenes import BLIND, prepare_scenes, train_text_tokenizer
+from mllm.eval.metrics import Scored, build_metric
+from mllm.models.modeling_mllm import MllmForConditionalGeneration
+from mllm.processing.chat import render_prompt
+from mllm.processing.mask_files import decode_rle
+from mllm.processing.processor import MllmProcessor
+from mllm.recipe import load_recipe
+from mllm.train.run import run_recipe
+from mllm.types import IMAGE_MARK, Turn
+
+DEFAULT_OUTPUT = Path("runs/segmentation_demo")
+CONTROLS = {"marks": ("train", []), "blind": ("blind", []), "words": ("words", ["model.heads={}"])}
+"""Model → its training file, and changes of the recipe."""
+
+
+def train(output: Path, name: str, steps: int | None) -> Path:
+    """Train one of the three models; returns its checkpoint."""
+    file, changes = CONTROLS[name]
+    dataset = {
+        "name": f"scenes_{file}",
+        "format": "messages",
+        "path": str(output / "data" / f"{file}.jsonl"),
+        "licence": "Apache-2.0",
+    }
+    overrides = [
+        f"model.language_model.tokenizer={output / 'text_tokenizer'}",
+        f"stages.sft.data={json.dumps({'datasets': [{'dataset': dataset}]})}",
+        *changes,
+        *([f"stages.sft.steps={steps}"] if steps else []),
+    ]
+    return run_recipe(load_recipe("segmentation_demo", overrides), output=output / name)
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def score_masks(checkpoint: Path, data: Path, *, blind: bool = False) -> dict[str, float]:
+    """cIoU, gIoU, N-acc … of generated answers on unseen scenes and phrases."""
+    model, processor = opened(checkpoint)
+    metric, items, tests = build_metric("mask_iou"), [], rows(data / "marks_test.jsonl")
+    for start in range(0, len(tests), 50):
+        part = tests[start : start + 50]
+        phrases = [BLIND if blind else row["phrase"] for row in part]
+        found = model.segment(
+            [str(data / row["image"]) for row in part], phrases, processor=processor, max_new_tokens=16
+        )
+        for number, (row, answer) in enumerate(zip(part, found)):
+            empty = torch.zeros(answer.masks.shape[1:], dtype=torch.bool).numpy()
+            target = empty if row["mask"] is None else decode_rle(row["mask"])
+            items.append(Scored(f"{start + number}", metric.score(answer.union.numpy(), target, {}), None))
+    totals = metric.aggregate(items)
+    there = [item.value for item in items if not item.score.parts["no_target"]]
+    return {**totals, "giou_of_targets": 100 * sum(there) / len(there), "samples": len(items)}
+
+
+@torch.no_grad()
+def score_words(checkpoint: Path, data: Path) -> float:
+    """Share of questions about unseen scenes that are answered exactly, in percent."""
+    model, processor = opened(checkpoint)
+    tests, right = rows(data / "questions_test.jsonl"), 0
+    for start in range(0, len(tests), 50):
+        part = tests[start : start + 50]
+        texts = [render_prompt(processor, [Turn("user", f"{IMAGE_MARK}\n{row['question']}")]) for row in part]
+        images = [[str(data / row["image"])] for row in part]
+        inputs = processor(text=texts, images=images, padding=True, add_special_tokens=False, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        right += sum(answer.strip() == row["answer"] for answer, row in zip(answers, part))
+    return 100 * right / len(tests)
+
+
+def opened(checkpoint: Path) -> tuple[Any, Any]:
+    model = MllmForConditionalGeneration.from_pretrained(str(checkpoint)).eval()
+    return model, MllmProcessor.from_pretrained(str(checkpoint))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
+    parser.add_argument("--steps", type=int, help="optimizer steps of each model (default: the recipe's)")
+    parser.add_argument("--models", nargs="+", choices=list(CONTROLS), default=list(CONTROLS))
+    arguments = parser.parse_args()
+    output, began = arguments.output, time.time()
+    data = prepare_scenes(output / "data")
+    train_text_tokenizer(output / "text_tokenizer")
+    report: dict[str, Any] = {}
+    for name in arguments.models:
+        start = time.time()
+        checkpoint = train(output, name, arguments.steps)
+        report[name] = {"training_seconds": round(time.time() - start)}
+        if name != "words":
+            report[name] |= {k: round(v, 2) for k, v in score_masks(checkpoint, data, blind=name == "blind").items()}
+        report[name]["words_right"] = round(score_words(checkpoint, data), 2)
+        print(name, json.dumps(report[name]), flush=True)
+    report["seconds"] = round(time.time() - began)
+    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
