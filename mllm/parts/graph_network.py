@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+_START = 0.85
+
+
 class GraphNetwork(nn.Module):
     """A network written as a list of ONNX nodes; every weight of it is a parameter."""
 
@@ -22,7 +25,8 @@ class GraphNetwork(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Kaiming's start for convolutions, 1 for what multiplies, 0 for what is added."""
+        """Kaiming's start for convolutions, a little smaller: with nothing that normalises in between, its own grows a
+        thousandfold through fifty of them. 1 for what multiplies, 0 for what is added."""
         for op, inputs, _, _ in self.graph["nodes"]:
             for place, name in enumerate(inputs):
                 if name not in self.keys:
@@ -30,6 +34,7 @@ class GraphNetwork(nn.Module):
                 weight = getattr(self, self.keys[name])
                 if op == "Conv" and place == 1:
                     nn.init.kaiming_normal_(weight, nonlinearity="relu")
+                    weight.mul_(_START)
                 else:
                     nn.init.constant_(weight, 1.0 if op in ("Mul", "Div") else 0.0)
 

@@ -94,6 +94,7 @@ def test_text_networks_learn_everywhere_and_fold(architecture):
     encoder = build_encoder(config)
     features = encoder(torch.randn(2, 3, 64, 64))
     assert features.tokens.shape == (2, config.info.grid[0] * config.info.grid[1], config.info.width)
+    assert 0.02 < float(features.tokens.detach().std()) < 50  # from scratch it can be trained
     features.tokens.square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
 
