@@ -33,13 +33,14 @@ def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _convert(package: Path, folder: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    gguf = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
-    tokenizer = AutoTokenizer.from_pretrained(package, **gguf)
-    model = AutoModelForCausalLM.from_pretrained(
-        package, **gguf, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
+    from mllm.models.text_source import dense_options, opened_by
+
+    source = str(package / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    place, options = opened_by(source)
+    tokenizer = AutoTokenizer.from_pretrained(place, **options)
+    model = AutoModelForCausalLM.from_pretrained(place, **options, dtype=torch.bfloat16, **dense_options(source))
     for name in ("whole", "cut"):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
