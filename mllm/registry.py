@@ -25,7 +25,7 @@ class Registry(Generic[T]):
         self._classes: dict[str, type[T]] = {}
 
     def register(self, name: str) -> Callable[[type], type]:
-        """Class decorator that puts the class under ``name`` and sets its ``name`` attribute."""
+        """Class decorator that puts the class under ``name`` and sets its ``name`` attribute, unless that is a property."""
 
         def decorate(cls: type) -> type:
             target = f"{cls.__module__}:{cls.__qualname__}"
@@ -39,7 +39,8 @@ class Registry(Generic[T]):
                     f"{self.kind} {name!r} is already registered by {owner}; choose another name for {target}"
                 )
             self._classes[name] = cls
-            cls.name = name  # type: ignore[attr-defined]
+            if not isinstance(getattr(cls, "name", None), property):  # a source's name is its dataset's
+                cls.name = name  # type: ignore[attr-defined]
             return cls
 
         return decorate

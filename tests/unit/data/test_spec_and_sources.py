@@ -415,3 +415,10 @@ def test_a_quarantine_list_of_another_version_is_refused(tmp_path):
     listed.write_text("oops\n")
     with pytest.raises(DataError, match="line 1: not an entry"):
         read_quarantine(data)
+
+
+def test_a_registered_format_keeps_its_datasets_names():
+    from mllm.data.routing_labels import LabelledSource
+    from mllm.data.sources import Source
+
+    assert LabelledSource.name is Source.name, "what is dropped and counted is named by dataset, not by format"
