@@ -124,7 +124,7 @@ def make_tokenizer(
     }
 
 
-class Judge:
+class DigitClassifier:
     """A support vector machine on 8 × 8 block means, fitted to real training digits only."""
 
     def __init__(self, images: ImageSource):
@@ -200,7 +200,7 @@ def evaluate(
     spec = ImagesSpec(type="digits_and_charts", options={"charts": 0})
     real, held_out = (load_images(spec, SIZE, split) for split in ("train", "held_out"))
     assert held_out.labels is not None
-    tokenizer, judge = model.image_tokenizer, Judge(real)
+    tokenizer, classifier = model.image_tokenizer, DigitClassifier(real)
     with torch.no_grad():
         parts = [to_pixels(source.batch(range(len(source))), device) for source in (real, held_out)]
         known, unseen = (torch.cat([pack_codes(tokenizer, tokenizer.encode(p)) for p in x.split(128)]) for x in parts)
@@ -208,18 +208,18 @@ def evaluate(
     started = time.perf_counter()
     asked, drawn = draw_digits(model, processor, number, cfg_scale, temperature)
     seconds = time.perf_counter() - started
-    seen = judge(drawn.pixels)
+    seen = classifier(drawn.pixels)
     answers = read_digits(model, processor, unseen)
     copies = (drawn.packed[:, None] == known[None]).all(-1).any(1)
     again = len({tuple(row) for row in drawn.packed.tolist()})
     figures = {
-        "judge_on_real_held_out": float((judge(pixels_of(held_out)) == truth).mean()),
+        "classifier_on_real_held_out": float((classifier(pixels_of(held_out)) == truth).mean()),
         "drawings": number,
         "drawn_as_asked": float((seen == np.array(asked)).mean()),
         "drawn_as_asked_by_digit": {d: float((seen[np.array(asked) == d] == d).mean()) for d in range(10)},
         "distance_to_nearest_training_digit": {
-            "drawings": statistics(judge.nearest(drawn.pixels)),
-            "real_held_out": statistics(judge.nearest(pixels_of(held_out))),
+            "drawings": statistics(classifier.nearest(drawn.pixels)),
+            "real_held_out": statistics(classifier.nearest(pixels_of(held_out))),
         },
         "same_codes_as_a_training_digit": int(copies.sum()),
         "different_drawings": again,
@@ -229,14 +229,14 @@ def evaluate(
         "read_from_codes": float(np.mean([a == str(t) for a, t in zip(answers, truth)])),
         "read_held_out_digits": len(truth),
     }
-    return figures, (asked, seen, drawn, judge.nearest(drawn.pixels), (parts[0] / 2 + 0.5).cpu(), judge)
+    return figures, (asked, seen, drawn, classifier.nearest(drawn.pixels), (parts[0] / 2 + 0.5).cpu(), classifier)
 
 
 def page(path: Path, report: dict[str, Any], shown: Any) -> None:
     """An HTML page: the drawings, ten of a row, beside the nearest training digits."""
-    asked, seen, drawn, distances, real, judge = shown
-    blocks = torch.from_numpy(judge.blocks(drawn.pixels))
-    nearest = torch.cdist(blocks, torch.from_numpy(judge.known)).argmin(1)
+    asked, seen, drawn, distances, real, classifier = shown
+    blocks = torch.from_numpy(classifier.blocks(drawn.pixels))
+    nearest = torch.cdist(blocks, torch.from_numpy(classifier.known)).argmin(1)
     figures = []
     for k, picture in enumerate(drawn.pil()[:100]):
         other = Image.fromarray((real[nearest[k]].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
@@ -254,7 +254,7 @@ def page(path: Path, report: dict[str, Any], shown: Any) -> None:
         f"<!doctype html><meta charset=utf-8><title>unified demo</title><style>{style}</style>"
         "<h1>One model reads and draws digits</h1>"
         f"<p>{model['drawn_as_asked']:.1%} of {model['drawings']} drawings are the digit asked for "
-        f"(judge on real held-out digits: {model['judge_on_real_held_out']:.1%}); the same weights read "
+        f"(classifier on real held-out digits: {model['classifier_on_real_held_out']:.1%}); the same weights read "
         f"{model['read_from_codes']:.1%} of held-out digits from their codes. Large: drawn; small: the nearest training "
         "digit, with the distance of 8 × 8 block means.</p>"
         f"<main>{''.join(figures)}</main><pre>{html.escape(json.dumps(report, indent=2))}</pre>",

@@ -42,19 +42,19 @@ def process_group(
     *,
     process: int = 0,
     processes: int = 1,
-    meeting_point: str | None = None,
+    init_method: str | None = None,
     always: bool = False,
     device: torch.device | None = None,
 ) -> Iterator[None]:
     """Join the run's process group for the duration of the block (NCCL on CUDA, Gloo on the CPU).
 
-    meeting_point: ``file://`` address shared by all processes; None with one process (a group is then made only if
+    init_method: ``file://`` address shared by all processes; None with one process (a group is then made only if
     ``always``, as DeepSpeed needs one), or when the environment of ``torchrun`` is there. A group that exists already
     is used and kept. device: where this process computes; `local_device` if not given.
     """
     global _groups_joined, _small, _destroy
     if dist.is_initialized() or (
-        processes == 1 and meeting_point is None and not always and "WORLD_SIZE" not in os.environ
+        processes == 1 and init_method is None and not always and "WORLD_SIZE" not in os.environ
     ):
         yield
         return
@@ -64,8 +64,8 @@ def process_group(
     backend = "nccl" if device.type == "cuda" else "gloo"
     store: Any = dist
     options: dict[str, Any] = {"backend": backend, "timeout": timedelta(minutes=30)}
-    if meeting_point is not None:
-        options |= {"init_method": meeting_point, "rank": process, "world_size": processes}
+    if init_method is not None:
+        options |= {"init_method": init_method, "rank": process, "world_size": processes}
     elif "WORLD_SIZE" not in os.environ:
         options |= {"store": store.HashStore(), "rank": 0, "world_size": 1}
     else:

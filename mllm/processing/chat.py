@@ -77,7 +77,7 @@ def encode_text(
         raise ConfigError("the tokenizer has no fast version (no character offsets), which label masking needs")
     span = getattr(processor, "span", None)
     if span is not None:
-        turns = [replace(turn, content=span.disarm(turn.content)) for turn in turns]
+        turns = [replace(turn, content=span.escape_tokens(turn.content)) for turn in turns]
     learn = [turn.learn for turn in turns]
     text, replies = find_replies(
         renderer(processor, tools),

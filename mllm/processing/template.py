@@ -49,7 +49,7 @@ def with_images(
         return template
     tokens = list(dict.fromkeys([image_token, *escapes]))
     typed = repr(image_token)
-    replaced = "".join(f" | replace({token!r}, {disarm(token, [token])!r})" for token in tokens)
+    replaced = "".join(f" | replace({token!r}, {escape_tokens(token, [token])!r})" for token in tokens)
     return (
         _MARK
         + "{#- "
@@ -115,7 +115,7 @@ def escapes_of(template: Any) -> list[str]:
     return json.loads(found[1]) if found else []
 
 
-def disarm(text: str, tokens: Sequence[str]) -> str:
+def escape_tokens(text: str, tokens: Sequence[str]) -> str:
     """``text`` with each of ``tokens`` pulled apart after its first character, as a wrapped template does it."""
     for token in tokens:
         if token in text:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mllm.errors import DataError
-from mllm.processing.template import disarm, escapes_of, template_variables, unwrapped
+from mllm.processing.template import escape_tokens, escapes_of, template_variables, unwrapped
 
 IGNORE = -100
 _THOUGHT_TAGS = re.compile(r"</?think(?:ing)?>")
@@ -191,7 +191,7 @@ def said(message: Mapping[str, Any], escapes: Sequence[str]) -> list[str]:
 
 
 def _split_thoughts(text: str, escapes: Sequence[str]) -> list[str]:
-    return [piece.strip() for piece in _THOUGHT_TAGS.split(disarm(text, escapes)) if piece.strip()]
+    return [piece.strip() for piece in _THOUGHT_TAGS.split(escape_tokens(text, escapes)) if piece.strip()]
 
 
 def _check_said(

@@ -41,7 +41,7 @@ class VisualSpan(StrictModel):
         """``(length,)`` int64."""
         return torch.tensor([token for token, count in self.runs for _ in range(count)], dtype=torch.long)
 
-    def disarm(self, text: str) -> str:
+    def escape_tokens(self, text: str) -> str:
         """``text`` with a typed ``<image_start>`` pulled apart, so that it does not open an image."""
         for name in self.names:
             if name in text:

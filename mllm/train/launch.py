@@ -75,7 +75,7 @@ def _worker(
     function: Callable[..., Any],
     processes: int,
     arguments: tuple,
-    meeting_point: str,
+    init_method: str,
     folder: str,
     alive: Any,
 ) -> None:
@@ -86,7 +86,7 @@ def _worker(
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     try:
-        with process_group(process=process, processes=processes, meeting_point=meeting_point):
+        with process_group(process=process, processes=processes, init_method=init_method):
             function(*arguments)
     except MllmError as error:
         kind = "ConfigError" if isinstance(error, errors.ConfigError) else type(error).__name__

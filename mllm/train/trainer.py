@@ -61,7 +61,7 @@ from mllm.train.observe.meter import Meter, count_batches
 from mllm.train.observe.profiling import StepProfiler
 from mllm.train.observe.progress import StageDisplay
 from mllm.train.observe.run_info import RunInfo
-from mllm.train.observe.spikes import SpikeGuard, diverged
+from mllm.train.observe.spikes import SpikeDetector, diverged
 from mllm.train.observe.tracking import Tracker
 from mllm.train.preflight.first_row import what_is_learned
 from mllm.train.prepare import DTYPES, attention_inputs, prepare_model
@@ -148,7 +148,7 @@ def train(
             session.checkpoint.restore_random(engine)
         meter, saved = Meter(session.flops, peak, engine.device), time.monotonic()
         name = f"{stage.name}-{distributed.rank()}"
-        spikes = SpikeGuard(run.output / "spikes" / f"{name}.jsonl")
+        spikes = SpikeDetector(run.output / "spikes" / f"{name}.jsonl")
         profiler = StepProfiler(run.output / "profile", name, run.profile)
         stack.callback(profiler.close)
         first = True

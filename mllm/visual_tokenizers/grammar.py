@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -164,20 +163,3 @@ class ImageGrammarProcessor(LogitsProcessor):
         for first, end in self.outside:
             outside[first:end] = True
         return scores.masked_fill(torch.where(inside[:, None], forbidden, outside), -torch.inf)
-
-
-_IMAGE = re.compile(r"<start_of_image>(.*?)<end_of_image>", re.DOTALL)
-_CODE = re.compile(r"<\|image_level(\d+)_(\d+)\|>")
-
-
-def parse_image_text(text: str, *, num_levels: int = 2) -> tuple[str, list[list[list[int]]]]:
-    """Text with image blocks in token form → the text with ``<image>`` in each block's place, and per image and
-    level the code ids. Levels beyond ``num_levels`` are ignored; a block that is not closed stays text."""
-    images = []
-    for block in _IMAGE.findall(text):
-        levels: list[list[int]] = [[] for _ in range(num_levels)]
-        for level, index in _CODE.findall(block):
-            if int(level) < num_levels:
-                levels[int(level)].append(int(index))
-        images.append(levels)
-    return _IMAGE.sub("<image>", text), images

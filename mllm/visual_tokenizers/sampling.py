@@ -1,8 +1,6 @@
-"""How is a code drawn from logits: guidance, filters, and which codes stay masked?"""
+"""How is a code drawn from logits: guidance and filters?"""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -45,16 +43,6 @@ def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 0.0) -> Tens
     return logits
 
 
-def top_p_probabilities(probabilities: Tensor, top_p: float) -> Tensor:
-    """Probabilities ``(…, V)`` of the smallest descending prefix whose mass reaches ``top_p`` (the entry that crosses
-    included), renormalised (VILA-U)."""
-    ordered, order = probabilities.sort(dim=-1, descending=True)
-    kept = ordered.cumsum(-1) - ordered < top_p
-    kept[..., 0] = True
-    filtered = torch.zeros_like(probabilities).scatter(-1, order, ordered * kept)
-    return filtered / filtered.sum(-1, keepdim=True)
-
-
 def sample(
     logits: Tensor,
     *,
@@ -81,33 +69,3 @@ def sample(
         last = torch.where(weights > 0, torch.arange(weights.shape[-1], device=weights.device), 0).amax(-1)
         return torch.minimum(passed.sum(-1), last)
     return torch.multinomial(weights.flatten(0, -2), 1, generator=generator).view(logits.shape[:-1])
-
-
-def mask_ratio(progress: Tensor) -> Tensor:
-    """Share of codes still masked at ``progress`` in [0, 1]: ``cos(π t / 2)`` (MaskGIT, Show-o)."""
-    return torch.cos(progress * (math.pi / 2))
-
-
-def mask_lowest(
-    probabilities: Tensor,
-    num_masked: Tensor,
-    *,
-    temperature: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Which of N codes to mask again: the ``num_masked`` ``(B, 1)`` least confident ones, as bool ``(B, N)``.
-
-    probabilities ``(B, N)``: of the chosen ids; temperature: Gumbel noise on their logarithm.
-    """
-    confidence = probabilities.clamp_min(1e-20).log()
-    if temperature > 0:
-        uniform = torch.rand(confidence.shape, generator=generator, device=confidence.device).clamp(1e-20, 1 - 1e-7)
-        confidence = confidence + temperature * -(-uniform.log()).log()
-    cut = confidence.sort(-1).values.gather(1, num_masked.long().clamp(0, confidence.shape[1] - 1))
-    return confidence < cut
-
-
-def drop_conditions(number: int, share: float, *, generator: torch.Generator | None = None) -> Tensor:
-    """Which samples of a batch train without their text (bool ``(B,)``), so that guidance has an unconditional
-    branch."""
-    return torch.rand(number, generator=generator) < share

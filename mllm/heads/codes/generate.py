@@ -455,7 +455,7 @@ def generate_interleaved(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     rows, read = [], []
     for number, prompt in enumerate(prompts):
-        turns = [replace(t, content=processor.span.disarm(t.content)) for t in as_turns(prompt)]
+        turns = [replace(t, content=processor.span.escape_tokens(t.content)) for t in as_turns(prompt)]
         inputs, targets = split_images(turns, list(images[number]) if images is not None else [], drawn=True)
         if targets:
             raise ConfigError("generate_interleaved: images in assistant turns of a prompt are not supported")

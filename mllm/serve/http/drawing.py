@@ -16,7 +16,7 @@ class Drawings:
 
     def __init__(self, settings: Any):
         self.settings = settings
-        self._studio: Any = None
+        self._generator: Any = None
         self._lock = asyncio.Lock()
 
     async def draw(self, client: Any, request: Any, receive: Any) -> bytes:
@@ -62,12 +62,12 @@ class Drawings:
         return request
 
     async def _made(self) -> Any:
-        from mllm.serve.images.api import ImageStudio
+        from mllm.serve.images.api import ImageGenerator
 
         async with self._lock:
-            if self._studio is None:
-                self._studio = await asyncio.to_thread(ImageStudio, self.settings.checkpoint)
-        return self._studio
+            if self._generator is None:
+                self._generator = await asyncio.to_thread(ImageGenerator, self.settings.checkpoint)
+        return self._generator
 
 
 def _said(error: ValueError) -> str:

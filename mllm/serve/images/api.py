@@ -59,7 +59,7 @@ class Busy(MllmError):
     """The engine could not keep a guided pair together, several times."""
 
 
-class ImageStudio:
+class ImageGenerator:
     """Draws with a server's engine: prompts → requests → codes → pictures. Reads the tokenizer's weights, no others."""
 
     def __init__(self, checkpoint: str):

@@ -40,7 +40,7 @@ def sample_names(micro: Sequence[Any]) -> list[str]:
     return [f"{dataset}/{key}" for batch in micro for dataset, key in zip(batch.datasets, batch.ids)]
 
 
-class SpikeGuard:
+class SpikeDetector:
     """Watches loss and gradient norm; a leap is warned of and written, with this process's samples of the step, to
     ``path`` (one JSON line each). It changes nothing in training, so a resumed run needs no memory of it."""
 

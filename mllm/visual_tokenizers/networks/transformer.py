@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -165,11 +163,3 @@ class AttentionProjection(nn.Module):
 def tanh_bottleneck(in_dim: int, out_dim: int) -> nn.Sequential:
     """``Linear(in, in) → tanh → Linear(in, out)``: TokenFlow's way into and out of the codes."""
     return nn.Sequential(nn.Linear(in_dim, in_dim), nn.Tanh(), nn.Linear(in_dim, out_dim))
-
-
-def square_grid(num_tokens: int) -> Grid:
-    """The square grid of ``num_tokens`` tokens. Raises `ConfigError` where there is none."""
-    side = math.isqrt(num_tokens)
-    if side * side != num_tokens:
-        raise ConfigError(f"{num_tokens} tokens do not form a square grid")
-    return side, side

@@ -17,7 +17,7 @@ from mllm.train.observe.dataset_loss import DatasetLoss
 from mllm.train.observe.flops import flop_model, peak_flops
 from mllm.train.observe.meter import Meter
 from mllm.train.observe.run_info import RunInfo, git_state, hub_revisions
-from mllm.train.observe.spikes import SpikeGuard
+from mllm.train.observe.spikes import SpikeDetector
 from mllm.train.observe.tracking import Tracker, plot_loss, read_metrics
 from mllm.train.preflight.verify import compare
 from mllm.train.prepare import attention_inputs
@@ -216,17 +216,17 @@ def test_one_step_number_grows_over_all_stages_and_a_resumed_run_goes_on_under_t
 
 
 def test_a_leap_of_loss_or_gradient_names_the_samples_and_ordinary_noise_does_not(tmp_path, caplog):
-    guard = SpikeGuard(tmp_path / "spikes" / "sft-0.jsonl")
+    detector = SpikeDetector(tmp_path / "spikes" / "sft-0.jsonl")
     batch = SimpleNamespace(datasets=["a", "b"], ids=["1", "2"])
     torch.manual_seed(0)
     for step in range(200):
         noise = torch.randn(2).tolist()
-        guard("sft", step, {"loss": 2 + 0.3 * noise[0], "grad_norm": 1.5 * 1.6 ** noise[1]}, [batch])
-    assert not guard.spikes and not caplog.records and not guard.path.exists()
+        detector("sft", step, {"loss": 2 + 0.3 * noise[0], "grad_norm": 1.5 * 1.6 ** noise[1]}, [batch])
+    assert not detector.spikes and not caplog.records and not detector.path.exists()
     with caplog.at_level(logging.WARNING):
-        guard("sft", 200, {"loss": 9.0, "grad_norm": 1.5}, [batch])
+        detector("sft", 200, {"loss": 9.0, "grad_norm": 1.5}, [batch])
     assert "sft step 200: loss leapt to 9" in caplog.text and "a/1, b/2" in caplog.text
-    (line,) = guard.path.read_text().splitlines()
+    (line,) = detector.path.read_text().splitlines()
     assert json.loads(line) | {"median": 0} == {
         "stage": "sft", "step": 200, "what": "loss", "value": 9.0, "median": 0, "samples": ["a/1", "b/2"],
     }  # fmt: skip

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from mllm.errors import AlignmentError, ConfigError
 from mllm.types import VisualCodes
 from mllm.visual_tokenizers.base import build_tokenizer
-from mllm.visual_tokenizers.grammar import ImageGrammar, ImageGrammarProcessor, Level, parse_image_text
+from mllm.visual_tokenizers.grammar import ImageGrammar, ImageGrammarProcessor, Level
 from mllm.visual_tokenizers.heads import DepthTransformer, DepthTransformerConfig, GenerationHead
 from mllm.visual_tokenizers.next_scale import decode_sum, generate_next_scale, next_scale_inputs, next_scale_mask
 from mllm.visual_tokenizers.sampling import (
-    drop_conditions,
     filter_logits,
     guide,
-    mask_lowest,
-    mask_ratio,
     next_scale_guidance,
     sample,
-    top_p_probabilities,
 )
 from tests.unit.visual_tokenizers.test_tokenizer_networks import renamed
 from tests.unit.visual_tokenizers.tokenizer_configs import TINY
@@ -58,19 +53,6 @@ def test_top_k_top_p_is_tokenflows(golden):
         probs=kept.softmax(-1),
         argmax=sample(logits, top_k=1),
     )
-
-
-def test_top_p_of_probabilities_is_vilaus(golden):
-    case = golden("vilau_top_p")
-    case.check(y=top_p_probabilities(case.inputs["probs"], case.meta["ctor"]["p"]))
-    example = top_p_probabilities(torch.tensor([[0.5, 0.3, 0.15, 0.05]]), 0.8)
-    assert torch.allclose(example, torch.tensor([[0.625, 0.375, 0.0, 0.0]]))
-
-
-def test_mask_schedule_is_showos(golden):
-    case = golden("showo_mask_schedule")
-    mask = mask_lowest(case.inputs["probs"], case.inputs["mask_len"])
-    case.check(ratio=mask_ratio(case.inputs["t"]), mask=mask.long())
 
 
 def test_next_scale_inputs_are_tokenflows(golden):
@@ -172,24 +154,6 @@ def test_a_sequence_cut_inside_an_image_says_so():
         grammar.write({"pixel": torch.tensor([0, 1, 2])})
 
 
-def test_image_text_is_parsed_as_illume_does(golden):
-    case = golden("illume_parse_image_text")
-    texts = case.meta["text_inputs"]["texts"]
-    parsed = [parse_image_text(text) for text in texts]
-    counts = np.full((3, 2, 2), -1)
-    for row, (_, images) in enumerate(parsed):
-        for column, levels in enumerate(images):
-            counts[row, column] = [len(level) for level in levels]
-    longest = max(len(text) for text, _ in parsed)
-    points = [[ord(c) for c in text] + [-1] * (longest - len(text)) for text, _ in parsed]
-    case.check(
-        counts=torch.tensor(counts),
-        indices=torch.tensor([i for _, images in parsed for levels in images for level in levels for i in level]),
-        text=torch.tensor(points),
-    )
-    assert parse_image_text("a<start_of_image><|image_level0_1|>") == ("a<start_of_image><|image_level0_1|>", [])
-
-
 def test_guidance_is_one_formula():
     c, u = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 3.0])
     assert torch.equal(guide(c, u, 1.0), c) and torch.equal(guide(c, u, 0.0), u)
@@ -208,18 +172,6 @@ def test_sampling_is_reproducible_and_follows_the_distribution():
     assert set(sample(logits, top_k=2).unique().tolist()) == {0, 1}
     with pytest.raises(ConfigError, match="top_p"):
         sample(logits, top_p=1.5)
-
-
-def test_masking_with_noise_keeps_the_number():
-    probabilities = torch.rand(3, 20)
-    number = torch.tensor([[0], [5], [19]])
-    mask = mask_lowest(probabilities, number, temperature=2.0, generator=torch.Generator().manual_seed(0))
-    assert mask.sum(1).tolist() == [0, 5, 19]
-
-
-def test_text_is_really_dropped_for_guidance():
-    dropped = drop_conditions(10_000, 0.1, generator=torch.Generator().manual_seed(0))
-    assert 0.08 < float(dropped.float().mean()) < 0.12
 
 
 def test_depth_generation_equals_step_by_step_argmax_and_is_guided():
