@@ -107,8 +107,9 @@ def _training_answers(
     counts: dict[str, Counter[str]] = {}
     for line in (folder / task.train).read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        for question, answer in _exchanges(row):
-            for kind in _kinds(question, row.get("kind")):
+        told = row.get("kinds") or []  # one per question of a conversation
+        for turn, (question, answer) in enumerate(_exchanges(row)):
+            for kind in _kinds(question, told[turn] if turn < len(told) else row.get("kind")):
                 counts.setdefault(kind, Counter())[answer] += 1
     seldom = [kind for kind, answers in counts.items() if kind.startswith("asks ") and answers.total() < _ENOUGH]
     for kind in seldom:

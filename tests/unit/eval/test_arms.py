@@ -87,3 +87,18 @@ def test_a_study_names_arms_that_exist(spec, tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(data))
     with pytest.raises(ConfigError, match="there is no arm 'Z'"):
         load_arms(str(tmp_path / "mine.yaml"))
+
+
+def test_the_prior_is_counted_per_kind_of_each_question_in_a_conversation(tmp_path):
+    from mllm.eval.baselines import _training_answers
+    from mllm.eval.task import load_task
+
+    asked = [("Is a higher than b?", "no"), ("What colour is a?", "red")]
+    said = [{"role": role, "content": text} for pair in asked for role, text in zip(("user", "assistant"), pair)]
+    (tmp_path / "charts_test").mkdir()
+    (tmp_path / "charts").mkdir()
+    (tmp_path / "charts" / "train.jsonl").write_text(
+        json.dumps({"messages": said, "kinds": ["comparison", "colour"]}) + "\n"
+    )
+    found = _training_answers(load_task("real_charts"), {"real_charts": tmp_path / "charts_test"})
+    assert found is not None and found[0]["is comparison"] == {"no": 1} and found[0]["is colour"] == {"red": 1}
