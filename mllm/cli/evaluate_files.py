@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mllm.cli import arguments
-from mllm.cli.evaluate_studies import Data, folders
+from mllm.cli.evaluate_studies import Data, folders, there
 
 
 def export(
@@ -22,9 +22,10 @@ def export(
 
     [dim]mllm eval export runs/my/eval/mmvp.jsonl mmvp.tsv --as vlmevalkit[/]
     """
-    from mllm.eval.harnesses.answer_files import FORMS, export_answers
+    arguments.one_of(form, ("lmms-eval", "vlmevalkit"), "--as")
+    there(predictions, "a predictions .jsonl of a run")
+    from mllm.eval.harnesses.answer_files import export_answers
 
-    arguments.one_of(form, FORMS, "--as")
     count = export_answers(predictions, output, form)  # type: ignore[arg-type]
     typer.echo(f"{output}: {count} answers")
 
@@ -41,6 +42,7 @@ def import_file(
     [dim]mllm eval import samples_mmvp.jsonl --task mmvp --data mmvp=/data/MMVP --output runs/theirs/eval[/]
     """
     arguments.tasks([task])
+    there(answers, "lmms-eval's samples .jsonl or VLMEvalKit's table")
     from mllm.eval.harnesses.answer_files import import_answers
     from mllm.eval.report.show import print_results
 
@@ -60,6 +62,11 @@ def leaderboard(
 
     [dim]mllm eval leaderboard clip=runs/a/eval both=runs/b/eval dino=runs/c/eval[/]
     """
+    for entry in runs:
+        name, separator, place = entry.partition("=")
+        arguments.folder_of(
+            Path(place if separator else name).expanduser(), "a run's predictions, as FOLDER or name=FOLDER"
+        )
     from mllm.eval.studies.leaderboard import leaderboard as make
     from mllm.eval.studies.leaderboard import named_runs
     from mllm.eval.studies.study import print_study
@@ -77,9 +84,10 @@ def scores(
 
     [dim]mllm eval scores runs/my/eval --as latex --name "ours" > table.tex[/]
     """
-    from mllm.eval.report.exports import FORMS, export_results, read_results
+    arguments.one_of(form, ("csv", "latex", "model-index", "json"), "--as")
+    there(folder, "a run's folder, with its results.json")
+    from mllm.eval.report.exports import export_results, read_results
 
-    arguments.one_of(form, FORMS, "--as")
     typer.echo(export_results(read_results(folder), form, name=name), nl=False)
 
 

@@ -25,6 +25,14 @@ def folders(data: list[str] | None) -> dict[str, str]:
     return found
 
 
+def there(path: Path, what: str) -> None:
+    """Raises `ConfigError` when ``path`` does not exist."""
+    from mllm.errors import ConfigError
+
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file or folder; expected {what}")
+
+
 def listed(text: str | None) -> list[str] | None:
     """Comma separated names; None when nothing is said."""
     names = [entry.strip() for entry in (text or "").split(",") if entry.strip()]
@@ -245,6 +253,7 @@ def judge(
     """
     arguments.dtype(dtype, auto=False)
     arguments.device(device)
+    there(predictions, "the predictions of a run")
     arguments.at_least(concurrency, 1, "--concurrency")
     arguments.at_least(batch_size, 1, "--batch-size")
     if sheet is not None:

@@ -36,6 +36,7 @@ def watch(
     arguments.device(device)
     arguments.at_least(batch_size, 1, "--batch-size")
     arguments.tasks(listed(tasks) or [])
+    arguments.folder_of(run, "a run, such as runs/my")
     from mllm.eval.run import run_eval
     from mllm.eval.studies.study import print_study
     from mllm.eval.studies.watch import watch as watch_run
@@ -127,6 +128,9 @@ def mine(
     arguments.device(device)
     arguments.at_least(batch_size, 1, "--batch-size")
     arguments.at_least(most, 1, "--most")
+    for place, what in ((pictures, "a folder with pictures"), (mmvp, "the folder of MMVP's files")):
+        if place is not None:
+            arguments.folder_of(place, what)
     from mllm.eval.studies.mine import run_mine
     from mllm.eval.studies.study import print_study
 
