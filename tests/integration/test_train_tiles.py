@@ -14,6 +14,7 @@ from mllm.train import run_recipe
 from mllm.train.preflight.inspection import inspect_recipe
 from mllm.train.preflight.inspection_page import write_page
 from mllm.train.preflight.plan import plan_recipe
+from mllm.train.preflight.plan_report import plan_tables
 from tests.helpers import picture
 from tests.integration.test_train_engines import PARTITION_ALL
 from tests.integration.train_helpers import make_recipe
@@ -32,6 +33,13 @@ def write_rows(folder: Path) -> None:
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         rows.append({"id": f"r{row}", "conversations": turns, **({"image": names} if names else {})})
     (folder / "mixed.json").write_text(json.dumps(rows), encoding="utf-8")
+
+
+def _cells_of(shown):
+    """Everything that the tables of a plan say."""
+    return [
+        str(cell) for table in shown if hasattr(table, "columns") for column in table.columns for cell in column._cells
+    ]
 
 
 @pytest.mark.slow
@@ -67,6 +75,9 @@ def test_a_packed_run_in_tiles_is_planned_shown_and_trained(tmp_path):
     assert any(
         "up to 88 visual tokens" in line for line in planned.joins
     )  # 16 of the thumbnail, 8 × (8 + 1) of four tiles
+    (stage_plan,) = planned.stages
+    assert len(stage_plan.image_tokens) == 15 and len(set(stage_plan.image_tokens)) > 2
+    assert any("tokens of a picture (15 looked at)" in cell for cell in _cells_of(plan_tables(planned)))
     (seen,) = inspect_recipe(recipe, num_samples=6)
     shown = [sample for row in seen.rows for sample in row.samples]
     for sample in shown:
@@ -77,6 +88,7 @@ def test_a_packed_run_in_tiles_is_planned_shown_and_trained(tmp_path):
     assert len({run.stop - run.start for sample in shown for run in sample.runs if run.kind == "image"}) > 1
     page = write_page([seen], tmp_path / "page.html", title="tiles").read_text(encoding="utf-8")
     assert "view 4 as" in page or "view 2 as" in page
+    assert 'class="tile"' in page, "the thumbnail shows where the tiles are"
 
     run_recipe(recipe)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -122,7 +122,7 @@ class Tiles(Views):
             "fewer": tuple((name, 1) for name in config.thumbnail_only),
             "tiles": (rows, columns),
             "thumbnail": (count if config.dialect == "internvl" else 0) if thumbnail else None,
-            "corners": cls._corners(config, lead, size, (rows, columns)) if config.thumbnail_only else (),
+            "corners": cls._corners(config, lead, size, (rows, columns)),
         }
         if not cls.newlines(config, view):
             return VisualLayout(tuple(whole_view(view, k) for k in range(count + thumbnail)), **seen)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from mllm.processing.layout import token_cells
 from mllm.train.preflight.inspection import Picture, Run, SeenRow, SeenSample, SeenStage
+from mllm.types import Grid
 
 _LARGEST = 448
 _STYLE = """
@@ -23,6 +24,7 @@ h2{margin-top:3rem;border-bottom:2px solid #222}h3{margin:2rem 0 .3rem}.dim{colo
 .frame{position:relative;display:inline-block;line-height:0}.frame img{width:16rem;height:auto;image-rendering:pixelated}
 .frame svg{position:absolute;inset:0;width:100%;height:100%}
 .frame rect{fill:transparent;stroke:#808080;stroke-opacity:.6;stroke-width:1;vector-effect:non-scaling-stroke}
+.frame rect.tile{stroke:#e6007e;stroke-opacity:1;stroke-width:3;pointer-events:none}
 .frame rect:hover{fill:#ffd40088;stroke:#d00}
 .bar{display:flex;height:1.6rem;border:1px solid #999;margin:.4rem 0;font-size:12px;overflow:hidden}
 .bar span{overflow:hidden;white-space:nowrap;text-align:center;border-right:2px solid #222;background:#e4edc9}
@@ -130,11 +132,27 @@ def _figure(name: str, image: Image.Image, picture: Picture, seen: SeenStage) ->
         label = lambda r, c: f"patch {r * columns + c}"  # noqa: E731
         lines = "its patches"
     several = f", view {picture.view}" if picture.layout.num_views > 1 else ""
+    cells = _cells(*view, label) + _tiles(picture, view)
     return (
         f'<figure><div class=frame><img src="{_data(image)}" alt=""><svg viewBox="0 0 {view[1]} {view[0]}" '
-        f'preserveAspectRatio="none">{_cells(*view, label)}</svg></div><figcaption>image {picture.number}{several} as '
+        f'preserveAspectRatio="none">{cells}</svg></div><figcaption>image {picture.number}{several} as '
         f"<b>{_e(name)}</b> sees it: {height} × {width} pixels → {rows} × {columns} patches; lines: {lines}</figcaption></figure>"
     )
+
+
+def _tiles(picture: Picture, grid: Grid) -> str:
+    """On the thumbnail, the frames of the tiles that the picture is cut into."""
+    layout = picture.layout
+    if picture.view != layout.thumbnail or len(layout.corners) < 2:
+        return ""
+    frames = []
+    for number, box in enumerate(layout.corners):
+        top, left, bottom, right = (min(max(side, 0.0), 1.0) for side in box)
+        x, y, width, height = left * grid[1], top * grid[0], (right - left) * grid[1], (bottom - top) * grid[0]
+        frames.append(
+            f'<rect class="tile" x="{x:.3f}" y="{y:.3f}" width="{width:.3f}" height="{height:.3f}"><title>tile {number}</title></rect>'
+        )
+    return "".join(frames)
 
 
 def _cells(rows: int, columns: int, label) -> str:

@@ -18,6 +18,7 @@ from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.loss import DEFAULT_CHUNK
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.odd_settings import odd_settings
+from mllm.processing.chat import split_images
 from mllm.recipe import Recipe, StageSpec
 from mllm.train.added_rows import rows_line
 from mllm.train.data import check_some_rows, open_mixture, token_count
@@ -52,6 +53,8 @@ class StagePlan:
     steps: int | None = None
     lengths: list[int] = field(default_factory=list)
     """Tokens of some samples (before truncation)."""
+    image_tokens: list[int] = field(default_factory=list)
+    """Tokens of the pictures of samples looked at, where they depend on the picture's size."""
     with_images: int = 0
     """How many of those have a picture."""
     truncated: float | None = None
@@ -194,9 +197,10 @@ def _plan_stage(
 
 
 def _most_views(model: Any) -> int:
-    """Views of a picture that takes the most tokens."""
+    """Views of a picture that takes the most tokens; its patches, where pixels come as such."""
     rules = model.model.rules
-    return rules.layout(rules.largest()).num_views
+    layout = rules.layout(rules.largest())
+    return max((layout.rows_of(name) for name in rules.images), default=layout.num_views)
 
 
 def _longest_row(stage: StageSpec, plan: StagePlan) -> int:
@@ -247,9 +251,11 @@ def _activations(model: Any, stage: StageSpec, groups: list[Group], size: int, r
     for name, info in model.config.encoder_infos().items():
         encoder = model.model.vision_tower.encoders[name]
         blocks = sum(1 for group, _ in encoder.layer_groups() if group.startswith("layers."))
-        places = info.grid[0] * info.grid[1]
+        rules = model.model.rules
+        rows = rules.layout(rules.largest()).rows_of(name)
+        places = rows if rules.native else rows * info.num_tokens
         one = places * info.width * (per_width + 4 * per_inner) * size / 2
-        memory += stage.batch_size * _most_views(model) * one * (blocks if f"encoders.{name}" in parts else 1)
+        memory += stage.batch_size * one * (blocks if f"encoders.{name}" in parts else 1)
     chunk = min(DEFAULT_CHUNK, tokens)
     head = 8 * config.vocab_size * width if "language_model" in parts else 0
     return int(memory + chunk * config.vocab_size * (4 + size) + head)
@@ -275,6 +281,11 @@ def _look_at_data(recipe: Recipe, stage: StageSpec, plan: StagePlan, processor: 
                 with blamed_on(sample.id):
                     plan.lengths.append(token_count(processor, sample))
                 plan.with_images += bool(sample.images)
+                if processor.rules.needs_size and sample.images:
+                    with blamed_on(sample.id):
+                        read = split_images(sample.turns, sample.images, drawn=processor.span is not None)[0]
+                        layouts = processor.image_layouts(read, where=f"sample {sample.id!r}")
+                    plan.image_tokens += [layout.num_tokens for layout in layouts]
             except MllmError:
                 continue
     if plan.lengths:

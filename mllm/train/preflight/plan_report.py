@@ -47,6 +47,11 @@ def _stage_table(stage: StagePlan, peak_flops: float, mfu: float, processes: int
         bars, low, high = histogram(stage.lengths)
         table.add_row(f"tokens of a sample, {low:,} to {high:,}", bars)
         table.add_row("  5 % · median · 95 % · longest", " · ".join(f"{n:,}" for n in shown))
+        if stage.image_tokens:
+            shown = np.percentile(stage.image_tokens, [5, 50, 95, 100]).astype(int)
+            bars, low, high = histogram(stage.image_tokens)
+            table.add_row(f"tokens of a picture ({len(stage.image_tokens)} looked at), {low:,} to {high:,}", bars)
+            table.add_row("  5 % · median · 95 % · most", " · ".join(f"{n:,}" for n in shown))
         table.add_row(f"  cut by max_length (of the {len(stage.lengths)} looked at)", f"{stage.truncated or 0:.1%}")
     table.add_row("tokens of a step", f"{stage.tokens_step:,}")
     table.add_row(
