@@ -185,7 +185,7 @@ class LayoutRules:
     def key(self) -> str:
         """Text that differs where the tokens of some visual differ."""
         lead = self._lead
-        return f"{self.view.model_dump_json()}{self.views.model_dump_json()}{lead.height}x{lead.width}"
+        return f"{self.view.model_dump_json()}{self.views.model_dump_json()}{lead.height}x{lead.width}p{lead.patch}"
 
     def _checked(self, size: Size | None) -> Size | None:
         if not self.needs_size:

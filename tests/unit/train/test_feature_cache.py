@@ -174,7 +174,7 @@ def test_features_of_tiles_are_kept_by_view(tmp_path):
     views = {"type": "tiles", "grids": [[1, 2], [2, 2]], "thumbnail_only": ["detail"]}
     model, processor = tiny_model(tmp_path / "tokenizer", views=views)
     model.requires_grad_(False)
-    stores = open_stores(model, "fp32", root=tmp_path)
+    stores = open_stores(model, "float32", root=tmp_path)
     images = [picture(1, size=(80, 30)), picture(2, size=(50, 60)), picture(1, size=(80, 30))]
     assert why_not(model, {"connector"}) is None and most_views(model.model.rules) == {"semantic": 5, "detail": 1}
     assert fill(model, stores, images, batch_size=2) == (2, 0) and fill(model, stores, images) == (0, 0)
