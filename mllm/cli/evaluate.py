@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,6 +74,13 @@ def run(
         str | None, typer.Option(help="openai: the server's address up to /v1; the key comes from $OPENAI_API_KEY.")
     ] = None,
     concurrency: Annotated[int, typer.Option(help="openai: requests under way at once.")] = 8,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what would be asked and about how long it takes, and stop.")
+    ] = False,
+    earlier: Annotated[
+        list[Path] | None,
+        typer.Option(help="--plan: folders of earlier runs that tell the time (repeatable); default: --output."),
+    ] = None,
 ) -> None:
     """Generate answers and score them: predictions (one JSON line each), a table, Markdown and an HTML page.
 
@@ -94,6 +102,16 @@ def run(
     arguments.device(device)
     for value, option in ((limit, "--limit"), (batch_size, "--batch-size"), (processes, "--processes")):
         arguments.at_least(value, 1, option)
+    if plan:
+        _show_plan(
+            listed(tasks) or [],
+            overrides or (),
+            folders(data),
+            limit,
+            processes,
+            earlier or ([output] if output else []),
+        )
+        return
     from mllm.eval.run import run_eval
 
     if blind_as not in ("gray", "none"):
@@ -119,6 +137,27 @@ def run(
         strict=strict,
         processes=processes,
     )
+
+
+def _show_plan(
+    tasks: list[str],
+    overrides: Sequence[str],
+    data: dict[str, str],
+    limit: int | None,
+    processes: int,
+    earlier: list[Path],
+) -> None:
+    from rich.console import Console
+
+    from mllm.eval.planning import HEADINGS, plan_rows, plan_tasks
+    from mllm.eval.run import overridden_tasks
+    from mllm.eval.studies.study import print_table
+
+    specs = overridden_tasks(tasks, overrides)
+    plans = plan_tasks(specs, data=data, limit=limit, earlier=earlier, processes=processes)
+    print_table(Console(), HEADINGS, plan_rows(plans), (0,))
+    if not earlier:
+        typer.echo("No earlier run tells the time: --earlier FOLDER, or --output of one.")
 
 
 @evaluation.command("rescore")

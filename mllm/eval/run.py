@@ -398,6 +398,11 @@ def _attach_blind(result: TaskResult, folder: Path, *modes: str) -> None:
     result.shuffled, result.prior = stored("shuffled"), stored("prior")
 
 
+def overridden_tasks(tasks: Sequence[str], overrides: Sequence[str]) -> list[TaskSpec]:
+    """Tasks and suites by name with ``task.key.sub=value`` overrides. Raises `ConfigError`, `UnknownName`."""
+    return _overridden(expand_tasks(tasks), overrides)
+
+
 def _overridden(names: Sequence[str], overrides: Sequence[str]) -> list[TaskSpec]:
     """Tasks with their changes: ``task.key.sub=value`` changes one task."""
     changes: dict[str, list[str]] = {name: [] for name in names}

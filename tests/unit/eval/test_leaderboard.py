@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from mllm.errors import ConfigError, DataError
+from mllm.eval.planning import plan_rows, plan_tasks
 from mllm.eval.report.exports import export_results, latex_table, read_results
 from mllm.eval.report.show import write_report
 from mllm.eval.run import evaluate, rescore
@@ -139,3 +140,15 @@ def test_a_score_of_nought_over_groups_is_not_sure(tmp_path):
     metric = result["mmvp"].metrics[0]
     assert metric.value == 0.0 and metric.low == 0.0 and metric.high == pytest.approx(65.76, abs=0.01)
     assert metric.method.startswith("Wilson over 2 groups")
+
+
+def test_a_plan_counts_questions_images_and_tokens_and_takes_its_time_from_earlier_runs(runs):
+    """Eight questions of 16 tokens and one picture each; an earlier run took 4 s for its eight, so half a second each."""
+    header = runs["weak"] / "chartqa.run.json"
+    header.write_text(json.dumps(json.loads(header.read_text()) | {"seconds": 4.0}))
+    data = {"chartqa": runs["weak"].parent.parent / "d", "chartqa_human": runs["weak"].parent.parent / "d"}
+    specs = load_tasks(["chartqa", "chartqa_human"])
+    plans = plan_tasks(specs, data=data, earlier=[runs["weak"]], processes=2)
+    assert [(p.questions, p.images, p.most_tokens, p.seconds) for p in plans] == [(8, 8, 128, 2.0), (4, 4, 64, 1.0)]
+    assert plan_rows(plans)[-1] == ("all", "12", "12", "192", "0", "0.1")
+    assert plan_rows(plan_tasks(specs, data=data))[-1][-1] == "–", "no earlier run: no time is made up"

@@ -1,0 +1,78 @@
+"""What will an evaluation ask, and about how long will it take, before it starts?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mllm.eval.data.loading import load_data
+from mllm.eval.predictions import header_path, iterate_files
+from mllm.eval.studies.study import number
+from mllm.eval.task import TaskSpec
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """What one task asks. seconds: about, from earlier runs; NaN when none says."""
+
+    task: str
+    questions: int
+    images: int
+    most_tokens: int
+    problems: int
+    seconds: float
+
+
+def earlier_rates(places: Sequence[str | Path]) -> dict[str, float]:
+    """Seconds per question of each task in earlier runs' folders (the later folder counts)."""
+    found: dict[str, float] = {}
+    for place in places:
+        for path in iterate_files(Path(place)):
+            header = json.loads(header_path(path).read_text(encoding="utf-8"))
+            if header.get("seconds") and header.get("num_items"):
+                found[path.stem] = float(header["seconds"]) / int(header["num_items"])
+    return found
+
+
+def plan_tasks(
+    specs: Sequence[TaskSpec],
+    *,
+    data: Mapping[str, str | Path] | None = None,
+    limit: int | None = None,
+    earlier: Sequence[str | Path] = (),
+    processes: int = 1,
+) -> list[TaskPlan]:
+    """Questions, images (frames of videos counted), and the most new tokens of every task, with the time that earlier runs
+    lead to expect: their seconds per question, of a task not seen there the mean of all that were; shared by ``processes``."""
+    rates = earlier_rates(earlier)
+    usual = sum(rates.values()) / len(rates) if rates else float("nan")
+    plans = []
+    for spec in specs:
+        loaded = load_data(spec, data=data, limit=limit)
+        count = len(loaded.items)
+        images = sum(item.num_images for item in loaded.items)
+        seconds = count * rates.get(spec.name, usual) / processes
+        plans.append(
+            TaskPlan(spec.name, count, images, count * spec.generation.max_new_tokens, len(loaded.problems), seconds)
+        )
+    return plans
+
+
+def plan_rows(plans: Sequence[TaskPlan]) -> list[tuple[str, ...]]:
+    """The plan as rows of text, with their sum."""
+    total = TaskPlan(
+        "all",
+        *(
+            sum(getattr(plan, name) for plan in plans)
+            for name in ("questions", "images", "most_tokens", "problems", "seconds")
+        ),
+    )
+    return [
+        (p.task, f"{p.questions:,}", f"{p.images:,}", f"{p.most_tokens:,}", str(p.problems), number(p.seconds / 60, 1))
+        for p in (*plans, total)
+    ]
+
+
+HEADINGS = ("task", "questions", "images", "new tokens, at most", "problems", "minutes, about")
