@@ -24,6 +24,7 @@ from mllm.models.compilation import repeated_layers
 from mllm.recipe import StageSpec
 from mllm.train.engine import zero3
 from mllm.train.engine.base import Engine, EngineChoice, Fragment
+from mllm.train.engine.deepspeed_private import check_private, leave_shared_memory_op, slices
 from mllm.train.engine.groups import Group
 from mllm.train.engine.optim import build_optimizer
 from mllm.train.prepare import BATCH_NORMS
@@ -81,6 +82,7 @@ class ZeroEngine(Engine):
             module._buffers[leaf] = value.to(self.device)
         self.optimizer = optimizer
         self.zero: Any = self.engine.optimizer
+        check_private(self.zero, self.zero_stage)
 
     def _visual_modules(self) -> list[nn.Module]:
         """Every module outside the language model: those hand our dataclasses to each other."""
@@ -139,32 +141,9 @@ class ZeroEngine(Engine):
     # State ---------------------------------------------------------------------------------------------------------
 
     def fragments(self) -> Iterator[Fragment]:
-        return self._zero3_fragments() if self.zero_stage == 3 else self._zero12_fragments()
-
-    def _zero12_fragments(self) -> Iterator[Fragment]:
-        """ZeRO-1/2 lay a group's parameters end to end and give each process one equal slice of that."""
-        for index, parameters in enumerate(self.zero.round_robin_bit16_groups):
-            flat = self.zero.single_partition_of_fp32_groups[index]
-            low = self.rank * int(self.zero.partition_size[index])
-            high = low + int(self.zero.partition_size[index])
-            for parameter, offset in zip(parameters, self.zero.round_robin_bit16_offsets[index]):
-                begin, end = max(offset, low), min(offset + parameter.numel(), high)
-                if begin < end:
-                    name, state = self.names[id(parameter)], self.optimizer.state[flat]
-                    yield Fragment(name, begin - offset, end - begin, flat.detach(), begin - low, state, flat)
-
-    def _zero3_fragments(self) -> Iterator[Fragment]:
-        """ZeRO-3 gives each process one equal slice of every parameter, and lays those end to end."""
-        for parameters, flat in zip(self.zero.fp16_groups, self.zero.fp32_partitioned_groups_flat):
-            offset = 0
-            for parameter in parameters:
-                size = parameter.partition_numel()
-                start = self.rank * size
-                length = min(size, parameter.ds_numel - start)
-                if length > 0:
-                    name, state = self.names[id(parameter)], self.optimizer.state[flat]
-                    yield Fragment(name, start, length, flat.detach(), offset, state, flat)
-                offset += size
+        for part in slices(self.zero, self.zero_stage, self.rank):
+            name, state = self.names[id(part.parameter)], self.optimizer.state[part.flat]
+            yield Fragment(name, part.start, part.length, part.flat.detach(), part.offset, state, part.flat)
 
     def load_fragments(self, read: Callable[[Fragment], None]) -> None:
         for fragment in self.fragments():
@@ -201,10 +180,7 @@ class ZeroEngine(Engine):
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed, told not to compile anything. Raises `UnavailableError` when it is not installed.
-
-    On a CPU it would build its shared-memory communication op at the first start, minutes of it; gloo does without.
-    """
+    """DeepSpeed, told not to compile anything. Raises `UnavailableError` when it is not installed."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
@@ -216,7 +192,7 @@ def import_deepspeed() -> Any:
         raise UnavailableError(
             f"engines zero1, zero2, zero3 need DeepSpeed: {install_hint('train')}, or use engine: none"
         ) from None
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    leave_shared_memory_op(deepspeed)
     # DeepSpeed calls collectives by names that torch is giving up; its users can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

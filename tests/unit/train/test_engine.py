@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mllm.errors import ConfigError
+from mllm.errors import ConfigError, UnavailableError
 from mllm.recipe import StageSpec
 from mllm.train.engine.base import Engine, choose_engine
 from mllm.train.engine.groups import Group
@@ -87,3 +87,19 @@ def test_rates_follow_the_factor_for_every_group():
     engine = _engine(None)
     engine.set_rate_factor(0.25)
     assert engine.rates() == {"connector/no_decay": 0.25}
+
+
+def test_a_deepspeed_that_moved_its_slices_is_told_before_training():
+    from types import SimpleNamespace
+
+    from mllm.train.engine.deepspeed_private import check_private
+
+    pytest.importorskip("deepspeed")
+    weight = torch.zeros(3)
+    zero = SimpleNamespace(round_robin_bit16_groups=[[weight]], round_robin_bit16_offsets=[[0]], partition_size=[3])
+    with pytest.raises(UnavailableError, match=r"single_partition_of_fp32_groups is gone.*constraints\.txt"):
+        check_private(zero, 2)
+    zero.single_partition_of_fp32_groups = [weight]
+    check_private(zero, 1)
+    with pytest.raises(UnavailableError, match="partition_numel, ds_numel"):
+        check_private(SimpleNamespace(fp16_groups=[[weight]], fp32_partitioned_groups_flat=[weight]), 3)

@@ -99,3 +99,17 @@ def test_memory_is_within_nine_per_cent_of_what_an_h200_measured(name):
     if name.startswith("7B ZeRO-1"):
         per_token = plan.flops_step_language_model / plan.tokens_step
         assert per_token == pytest.approx(6 * 6.607e9 + 6 * 32 * 4096 * 4096, rel=0.03)
+
+
+def test_a_tokenizers_training_is_planned_too():
+    from mllm.recipe import load_recipe
+    from mllm.train.preflight.tokenizer_plan import plan_tokenizer
+
+    changes = ["stages.tokenizer.engine=zero2", "stages.tokenizer.optimizer.ema=null", "stages.tokenizer.epochs=2"]
+    plan = plan_tokenizer(load_recipe("tokenizer_demo_single", [*changes, "stages.tokenizer.steps=null"]), processes=4)
+    (stage,) = plan.stages
+    assert stage.steps == -(-2 * stage.samples // 128) and stage.tokens_step == 128 * 64
+    learned = sum(plan.parameters.values())
+    assert stage.memory["weights"] == stage.memory["optimizer states"] * 4 // 3 == 4 * learned
+    assert stage.memory["gradients"] == learned and stage.memory["activations and loss"] > 50 << 20
+    assert stage.flops_step > 1e9 and "64 codes" in plan.joins[0]

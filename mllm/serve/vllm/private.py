@@ -1,0 +1,61 @@
+"""Which private parts of vLLM do we override or read, and what for? Each is listed here and looked up in the installed vLLM's source.
+
+Our scheduler and processor are subclasses of vLLM's: what they take from their parents by a private name, or by a public one that
+is documented nowhere, moves without notice.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Private:
+    """Names that some file (glob patterns from vLLM's root; any of them) must define or set. why: what of ours stands on them."""
+
+    files: tuple[str, ...]
+    names: tuple[str, ...]
+    why: str
+
+
+PRIVATE = (
+    Private(
+        ("v1/core/sched/scheduler.py",),
+        ("_preempt_request", "_pause_state", "waiting", "running", "kv_cache_config", "kv_cache_manager"),
+        "the two requests of a guided drawing stay together (mllm.serve.vllm.scheduler)",
+    ),
+    Private(
+        ("v1/core/sched/scheduler.py",),
+        ("max_num_running_reqs", "max_num_scheduled_tokens"),
+        "seats and tokens that are kept for a pair (mllm.serve.vllm.scheduler)",
+    ),
+    Private(
+        ("v1/core/sched/request_queue.py",),
+        ("prepend_request", "remove_requests"),
+        "pairs are put ahead of what waits (mllm.serve.vllm.scheduler)",
+    ),
+    Private(
+        ("v1/core/kv_cache_manager.py", "v1/core/block_pool.py"),
+        ("get_blocks", "watermark_blocks", "get_num_free_blocks"),
+        "memory that pairs will yet need (mllm.serve.vllm.scheduler)",
+    ),
+    Private(
+        ("multimodal/processing.py", "multimodal/processing/*.py"),
+        ("_cached_apply_hf_processor", "_apply_hf_processor", "_get_mm_fields_config", "_get_prompt_updates"),
+        "routed images pass by the cache of processed ones, each with its question (mllm.serve.vllm.processing)",
+    ),
+)
+
+
+def moved(root: Path) -> list[str]:
+    """One line for every name that the vLLM in ``root`` (its package folder) no longer defines where we expect it."""
+    lines = []
+    for part in PRIVATE:
+        sources = [path.read_text(encoding="utf-8", errors="replace") for p in part.files for path in root.glob(p)]
+        for name in part.names:
+            defined = re.compile(rf"^\s*(?:async )?def {name}\b|\bself\.{name}(?::[^=\n]+)?\s*=", re.MULTILINE)
+            if not any(defined.search(source) for source in sources):
+                lines.append(f"{name} is in none of {', '.join(part.files)}: {part.why}")
+    return lines
