@@ -85,6 +85,8 @@ class ViewLayout(StrictModel):
     """A cell of the grid shows that place of the view, so that the maps of neighbouring views can be laid side by side."""
     joins_perspectives: bool = False
     """The connector makes one map of all ``dual_perspective`` views of a visual."""
+    joins_scales: tuple[int, ...] = ()
+    """The scales of ``multi_scale`` views that the connector makes one map of."""
     leading: int = 0
     """Tokens before the map (included in ``num_tokens``)."""
     cell: int | None = None
@@ -125,7 +127,8 @@ class VisualLayout:
     tiles: (rows, columns) of tiles among the views; thumbnail: which view is the whole picture; corners: of each tile, what
     it shows of the picture, as (top, left, bottom, right) from 0 to 1 (beyond it where it is padded); perspectives: n, where
     the views are n × n crops, n × n strided pictures and a thumbnail; patches: (rows, columns) of the encoders' tokens, where
-    the picture is seen at its own aspect (views native) and pixels come as patches.
+    the picture is seen at its own aspect (views native) and pixels come as patches; scales: of the views, where the connector makes
+    one map of several.
     """
 
     blocks: tuple[Block, ...]
@@ -136,6 +139,7 @@ class VisualLayout:
     corners: tuple[Box, ...] = ()
     perspectives: int = 0
     patches: Grid | None = None
+    scales: tuple[int, ...] = ()
 
     def rows_of(self, encoder: str) -> int:
         """Rows of an encoder's pixels that belong to the visual: its views, or its patches."""

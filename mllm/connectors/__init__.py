@@ -16,6 +16,7 @@ CONNECTORS: Registry = Registry(
         "spatial_aggregator": "mllm.connectors.spatial_aggregator:SpatialAggregatorConnector",
         "mova": "mllm.connectors.mova:MovaConnector",
         "merv": "mllm.connectors.merv:MervConnector",
+        "multi_scale": "mllm.connectors.multi_scale:MultiScaleConnector",
         "dual_perspective": "mllm.connectors.dual_perspective:DualPerspectiveConnector",
         "attention_bias": "mllm.connectors.attention_bias:AttentionBiasConnector",
     },

@@ -17,7 +17,7 @@ from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoToken
 
 from mllm import progress
 from mllm.damage import naming_damage
-from mllm.errors import CheckpointError, ConfigError, UnavailableError
+from mllm.errors import CheckpointError, ConfigError, DataError, UnavailableError
 from mllm.heads.base import Head, HeadParts
 from mllm.heads.build import drawing_head, head_tokens, resolved_heads
 from mllm.heads.codes.build import empty_tokenizer, tokenizer_settings, visual_span
@@ -56,7 +56,11 @@ def build_config(spec: ModelSpec, *, image_token_id: int | None = None, tokenize
     connector = None if spec.connector is None else connector_config(spec.connector, where="model.connector")
     infos = {name: config.info for name, config in encoders.items() if config.info is not None}
     if connector is not None:
-        layout_rules(spec, infos)  # a misfit is told now, before anything is built
+        rules = layout_rules(spec, infos)  # a misfit is told now, before anything is built
+        try:
+            rules.layout(rules.largest())
+        except DataError as error:
+            raise ConfigError(f"model.views.max_visual_tokens: {error}") from error
     router = dict(spec.router) if spec.router is not None else None
     if router is not None:
         for name in router.get("experts", []):

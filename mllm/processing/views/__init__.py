@@ -7,6 +7,7 @@ VIEWS: Registry = Registry(
     {
         "single": "mllm.processing.views.single:SingleView",
         "dual_perspective": "mllm.processing.views.dual_perspective:DualPerspective",
+        "multi_scale": "mllm.processing.views.multi_scale:MultiScale",
         "native": "mllm.processing.views.native:Native",
         "tiles": "mllm.processing.views.tiles:Tiles",
     },

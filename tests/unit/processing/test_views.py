@@ -17,7 +17,7 @@ from mllm.data.collate import collate
 from mllm.encoders.backbones.falcon import FullAttention, Scenes, ask_across_tiles
 from mllm.encoders.catalogue import build_encoder, encoder_config
 from mllm.encoders.eve import GlobalAttention, LocalAttention
-from mllm.errors import DataError
+from mllm.errors import ConfigError, DataError
 from mllm.processing.chat import encode_sample
 from mllm.processing.layout import LayoutRules
 from mllm.processing.views.base import views_config
@@ -193,6 +193,36 @@ def test_thinning_out_drops_what_the_mean_keeps() -> None:
         views[:, 9] += 1.0  # the first strided picture
         moved[reduction] = float((connector.enhanced(views, 3) - before).abs().max())
     assert moved["area"] > 1e-3 and moved["bilinear"] < 1e-6, moved
+
+
+@torch.no_grad()
+def test_scales_are_laid_side_by_side_averaged_and_joined_in_the_width() -> None:
+    """S2: a map that holds its own coordinates comes back as the mean of the finer one under each cell."""
+    info = EncoderInfo(image=ImageSpec(height=8, width=8, mean=(0, 0, 0), std=(1 / 255,) * 3), grid=(2, 2), width=1)
+    connector = build_connector({"type": "multi_scale", "scales": [1, 3]}, {"e": info}, 8).eval()
+    fine = torch.arange(36.0).view(1, 1, 6, 6)
+    views = torch.cat(
+        [
+            torch.tensor([[[[7.0], [8.0], [9.0], [10.0]]]]),
+            crop_parts(fine, 3).flatten(2).unsqueeze(-1),
+        ],
+        dim=1,
+    )
+    merged = connector.merged(views)[0]
+    assert merged[:, 0].tolist() == [7, 8, 9, 10]
+    assert merged[:, 1].tolist() == [fine[0, 0, r : r + 3, c : c + 3].mean() for r in (0, 3) for c in (0, 3)]
+    rules = LayoutRules(
+        connector.layout(connector.config, {"e": info}),
+        {"e": info.image},
+        views_config({"type": "multi_scale", "scales": [1, 3]}),
+    )
+    picture_of = Image.fromarray(np.arange(24 * 24 * 3, dtype=np.uint8).reshape(24, 24, 3))
+    seen = to_view_pixels(picture_of, {"e": info.image}, rules.view_boxes((24, 24)))["e"]
+    assert seen.shape == (10, 3, 8, 8) and rules.layout((24, 24)).num_tokens == 4
+    want = torch.from_numpy(np.asarray(picture_of)[8:16, 16:24].copy()).permute(2, 0, 1).float()
+    torch.testing.assert_close(seen[1 + 5], want, atol=1e-3, rtol=0)
+    with pytest.raises(ConfigError, match=r"connector.scales: \[1, 3\] where model.views.scales is \[1, 2\]"):
+        LayoutRules(rules.view, {"e": info.image}, views_config({"type": "multi_scale"})).layout((5, 5))
 
 
 def test_beside_a_tile_stands_the_part_of_the_whole_that_shows_it() -> None:
@@ -377,8 +407,6 @@ def test_unit_sees_native_pictures_as_it_sees_fixed_ones() -> None:
     ],
 )
 def test_settings_that_do_not_fit_are_told(spec: dict[str, Any], words: str) -> None:
-    from mllm.errors import ConfigError
-
     with pytest.raises(ConfigError, match=words):
         views_config(spec)
 
