@@ -7,6 +7,7 @@ CONNECTORS: Registry = Registry(
     {
         "linear": "mllm.connectors.mlp:LinearConnector",
         "mlp": "mllm.connectors.mlp:MlpConnector",
+        "branch_fusion": "mllm.connectors.branch_fusion:BranchFusionConnector",
         "channel_concat": "mllm.connectors.channel_concat:ChannelConcatConnector",
         "sequence_concat": "mllm.connectors.sequence_concat:SequenceConcatConnector",
         "interleave": "mllm.connectors.sequence_concat:InterleaveConnector",

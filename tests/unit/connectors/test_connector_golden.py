@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mllm.connectors.attention_bias import BiasedCrossAttention
+from mllm.connectors.branch_fusion import GateFusion, SoftmaxFusion
 from mllm.connectors.build import build_connector
 from mllm.connectors.layers import ProjectorConfig
 from mllm.connectors.merv import AttentivePooler, EncoderMixture, PooledProjector
@@ -268,3 +269,30 @@ def test_the_attention_map_convention_is_fakereasonings():
         layer.register_forward_hook(keep_maps)
     y = module(x["x"])
     compare(meta, expected, y=y[0] if isinstance(y, tuple) else y, attn=maps[0])
+
+
+@torch.no_grad()
+def test_a_transformers_and_convolutions_maps_are_fused_as_db_sam_does():
+    meta, x, expected = case("dbsam_fusion")
+    sizes, weights = meta["ctor"], fill_all(meta)
+    multi = SoftmaxFusion(sizes["dim"], sizes["num_conv"], sizes["reduction"], sizes["expand_ratio"])
+    gate = GateFusion(sizes["dim"], sizes["reduction"], sizes["expand_ratio"])
+    names = {
+        "conv_fc": "conv_scorers",
+        "vit_fc": "vit_scorer",
+        "ffn.": "",
+        "fc_spatial": "spatial",
+        "fc_channel": "channel",
+    }
+    for module, prefix in ((multi, "multi."), (gate, "dane.")):
+        state = {}
+        for name, value in weights.items():
+            if name.startswith(prefix):
+                name = name.removeprefix(prefix)
+                for former, present in names.items():
+                    name = name.replace(former, present)
+                state[name] = torch.from_numpy(value)
+        module.load_state_dict(state, strict=True)
+    convs = [x[f"conv_{k}"] for k in range(sizes["num_conv"])]
+    found = {"multi": multi(x["vit"], convs), "dane": gate(x["vit"], convs[:1])}
+    compare(meta, {f"output.{name}": expected[f"output.{name}"] for name in found}, **found)

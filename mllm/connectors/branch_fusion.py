@@ -1,0 +1,147 @@
+"""How do a transformer's and convolutional networks' maps of one picture become one (DB-SAM, arXiv 2410.04172)?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mllm.connectors import CONNECTORS
+from mllm.connectors.base import Connector, ConnectorConfig
+from mllm.connectors.layers import (
+    ProjectorConfig,
+    at_least,
+    build_projector,
+    known_encoder,
+    read_features,
+    resample,
+)
+from mllm.errors import ConfigError
+from mllm.types import EncoderInfo, ImageSpec, Routing, ViewLayout, VisionFeatures
+
+
+class BranchFusionConfig(ConnectorConfig):
+    """A ViT and one or more convolutional encoders on one grid, weighed against one another position by position."""
+
+    type: str = "branch_fusion"
+    vit: str | None = None
+    """The transformer's name; default: the first encoder. All others are branches of convolutions."""
+    fusion: Literal["softmax", "gate"] = "softmax"
+    """softmax: every branch scores every position and channel, the scores compete (DB-SAM's fusion of several maps). gate: one share for
+    the convolutions, the rest for the ViT (its fusion of two)."""
+    width: int = Field(default=256, ge=1)
+    """Channels in which the branches meet; an encoder of another width gets there by a linear layer."""
+    reduction: int = Field(default=16, ge=1)
+    """The scorers' inner width is ``width / reduction``."""
+    expand: float = Field(default=4.0, gt=0)
+    projector: ProjectorConfig = Field(default_factory=ProjectorConfig)
+
+
+def _scorer(width: int, inner: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(width, inner, bias=False), nn.SiLU(), nn.LayerNorm(inner), nn.Linear(inner, width, bias=False)
+    )
+
+
+class _Fusion(nn.Module):
+    """What both fusions end with: a pre-norm MLP beside the sum."""
+
+    def __init__(self, width: int, expand: float):
+        super().__init__()
+        self.ffn_norm = nn.LayerNorm(width)
+        self.fc1, self.fc2 = nn.Linear(width, int(width * expand)), nn.Linear(int(width * expand), width)
+
+    def think(self, joined: Tensor) -> Tensor:
+        return joined + self.fc2(nn.functional.gelu(self.fc1(self.ffn_norm(joined))))
+
+
+class SoftmaxFusion(_Fusion):
+    """Branches ``(…, C)`` compete at every position and channel; the ViT stands last."""
+
+    def __init__(self, width: int, branches: int, reduction: int, expand: float):
+        super().__init__(width, expand)
+        self.vit_scorer = _scorer(width, width // reduction)
+        self.conv_scorers = nn.ModuleList(_scorer(width, width // reduction) for _ in range(branches))
+
+    def forward(self, vit: Tensor, convs: list[Tensor]) -> Tensor:
+        scores = [scorer(conv) for scorer, conv in zip(self.conv_scorers, convs)] + [self.vit_scorer(vit)]
+        shares = torch.stack(scores).float().softmax(0).to(vit.dtype)
+        return self.think((shares * torch.stack([*convs, vit])).sum(0))
+
+
+class GateFusion(_Fusion):
+    """vit, conv ``(B, …, C)``: a share by what the convolutions see at a position and what the ViT sees of the whole."""
+
+    def __init__(self, width: int, reduction: int, expand: float):
+        super().__init__(width, expand)
+        self.spatial = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1, bias=False))
+        self.channel = _scorer(width, width // reduction)
+
+    def forward(self, vit: Tensor, convs: list[Tensor]) -> Tensor:
+        (conv,) = convs
+        whole = vit.flatten(1, -2).mean(1)
+        channel = self.channel(whole).view(len(vit), *[1] * (vit.dim() - 2), -1)
+        share = (self.spatial(conv) + channel).sigmoid()
+        return self.think(conv * share + vit * (1 - share))
+
+
+@CONNECTORS.register("branch_fusion")
+class BranchFusionConnector(Connector):
+    """Encoders → ``(B, rows * cols, L)`` on the ViT's grid."""
+
+    Config = BranchFusionConfig
+
+    def __init__(self, config: BranchFusionConfig, encoders: Mapping[str, EncoderInfo], width: int):
+        super().__init__(config, encoders, width)
+        self.grid = self.layout(config, encoders).grid
+        self.vit = config.vit or next(iter(encoders))
+        self.convs = [name for name in encoders if name != self.vit]
+        self.inner = nn.ModuleDict(
+            {
+                name: nn.Identity() if info.width == config.width else nn.Linear(info.width, config.width)
+                for name, info in encoders.items()
+            }
+        )
+        if config.fusion == "gate":
+            self.fusion: nn.Module = GateFusion(config.width, config.reduction, config.expand)
+        else:
+            self.fusion = SoftmaxFusion(config.width, len(self.convs), config.reduction, config.expand)
+        self.projector = build_projector(config.projector, config.width, width)
+        self.reset_parameters()
+
+    @classmethod
+    def layout(cls, config: BranchFusionConfig, encoders: Mapping[str, EncoderInfo]) -> ViewLayout:
+        where = "connector branch_fusion"
+        at_least(where, encoders, 2)
+        vit = known_encoder(f"{where}: vit", config.vit, encoders) if config.vit else next(iter(encoders))
+        if config.width % config.reduction:
+            raise ConfigError(f"{where}: width {config.width} is not divisible by reduction {config.reduction}")
+        if config.fusion == "gate" and len(encoders) != 2:
+            raise ConfigError(f"{where}: fusion gate joins two encoders, this model has {len(encoders)}; use softmax")
+        grid = encoders[vit].grid
+        return ViewLayout(num_tokens=grid[0] * grid[1], grid=grid)
+
+    @classmethod
+    def tiny(cls) -> tuple[dict[str, Any], dict[str, EncoderInfo], int]:
+        image = ImageSpec(height=16, width=16)
+        encoders = {
+            "vit": EncoderInfo(image=image, grid=(4, 4), width=8),
+            "conv": EncoderInfo(image=image, grid=(8, 8), width=6),
+            "deep": EncoderInfo(image=image, grid=(2, 2), width=10),
+        }
+        return {"type": "branch_fusion", "width": 8, "reduction": 2, "expand": 2.0}, encoders, 8
+
+    def output_layers(self) -> list[nn.Module]:
+        return [self.projector[-1]]
+
+    def view_tokens(
+        self, features: Mapping[str, VisionFeatures], routing: Routing | None = None, text: Tensor | None = None
+    ) -> Tensor:
+        found = {
+            name: self.inner[name](resample(tokens, self.encoders[name].grid, self.grid, "bilinear"))
+            for name, tokens in read_features(self.encoders, features, routing).items()
+        }
+        return self.projector(self.fusion(found[self.vit], [found[name] for name in self.convs]))
