@@ -108,8 +108,8 @@ def test_a_tokenizers_training_is_planned_too():
     changes = ["stages.tokenizer.engine=zero2", "stages.tokenizer.optimizer.ema=null", "stages.tokenizer.epochs=2"]
     plan = plan_tokenizer(load_recipe("tokenizer_demo_single", [*changes, "stages.tokenizer.steps=null"]), processes=4)
     (stage,) = plan.stages
-    assert stage.steps == -(-2 * stage.samples // 128) and stage.tokens_step == 128 * 64
+    assert stage.steps == -(-2 * stage.samples // 64) and stage.tokens_step == 64 * 128
     learned = sum(plan.parameters.values())
     assert stage.memory["weights"] == stage.memory["optimizer states"] * 4 // 3 == 4 * learned
     assert stage.memory["gradients"] == learned and stage.memory["activations and loss"] > 50 << 20
-    assert stage.flops_step > 1e9 and "64 codes" in plan.joins[0]
+    assert stage.flops_step > 1e9 and "128 codes" in plan.joins[0]
