@@ -54,16 +54,19 @@ def demo(
 
     console.rule("3  evaluation on held-out charts and digits, with and without the picture")
     from mllm.eval.run import run_eval
+    from mllm.eval.settings import EvalSettings
 
     results = run_eval(
         str(final),
         ["demo_charts", "demo_digits"],
-        output_dir=output / "eval",
-        batch_size=64,
-        blind=True,
-        limit=limit,
-        resume=False,
-        data_dirs={"demo_charts": str(output / "data" / "charts"), "demo_digits": str(output / "data" / "digits")},
+        EvalSettings(
+            output_dir=output / "eval",
+            batch_size=64,
+            blind=True,
+            limit=limit,
+            resume=False,
+            data_dirs={"demo_charts": str(output / "data" / "charts"), "demo_digits": str(output / "data" / "digits")},
+        ),
     )
     scores = {name.removeprefix("demo_"): _scores(result) for name, result in results.items()}
     report: dict[str, Any] = {**scores, "seconds": round(time.perf_counter() - started, 1)}

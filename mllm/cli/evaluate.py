@@ -113,29 +113,32 @@ def run(
         )
         return
     from mllm.eval.run import run_eval
+    from mllm.eval.settings import EvalSettings
 
     if blind_as not in ("gray", "none"):
         raise ConfigError(f"--blind-as {blind_as}: expected gray or none")
     run_eval(
         checkpoint,
         listed(tasks) or [],
-        output_dir=output or (Path("runs/eval") / Path(checkpoint).name if generator == "openai" else None),
-        limit=limit,
-        ids=listed(ids),
-        batch_size=batch_size,
-        blind=blind_as if blind else False,  # type: ignore[arg-type]
-        check_batch=check_batch,
-        resume=resume,
-        data_dirs=folders(data),
-        dtype=dtype,
-        device=device,
-        generator=generator,
-        base_url=base_url,
-        concurrency=concurrency,
-        cache_dir=cache,
-        overrides=overrides or (),
-        strict=strict,
-        processes=processes,
+        EvalSettings(
+            output_dir=output or (Path("runs/eval") / Path(checkpoint).name if generator == "openai" else None),
+            limit=limit,
+            ids=listed(ids),
+            batch_size=batch_size,
+            blind=blind_as if blind else False,  # type: ignore[arg-type]
+            check_batch=check_batch,
+            resume=resume,
+            data_dirs=folders(data),
+            dtype=dtype,
+            device=device,
+            generator=generator,
+            base_url=base_url,
+            concurrency=concurrency,
+            cache_dir=cache,
+            overrides=overrides or (),
+            strict=strict,
+            processes=processes,
+        ),
     )
 
 

@@ -38,14 +38,15 @@ def watch(
     arguments.tasks(listed(tasks) or [])
     arguments.folder_of(run, "a run, such as runs/my")
     from mllm.eval.run import run_eval
+    from mllm.eval.settings import EvalSettings
     from mllm.eval.studies.study import print_study
     from mllm.eval.studies.watch import watch as watch_run
 
     def evaluate(checkpoint: Path, folder: Path) -> None:
-        run_eval(
-            str(checkpoint), listed(tasks) or [], output_dir=folder, limit=limit, batch_size=batch_size, data_dirs=folders(data),
-            dtype=dtype, device=device,
-        )  # fmt: skip
+        settings = EvalSettings(
+            output_dir=folder, limit=limit, batch_size=batch_size, data_dirs=folders(data), dtype=dtype, device=device
+        )
+        run_eval(str(checkpoint), listed(tasks) or [], settings)
 
     print_study(watch_run(run, evaluate, output=output, interval=interval, once=once, until=until, say=say_aloud))
     typer.echo(str((output or run / "eval" / "watch") / "curve.html"))

@@ -58,13 +58,16 @@ def train(
     typer.echo(f"checkpoint: {final}")
     if evaluate and loaded.evaluation.tasks:
         from mllm.eval.run import run_eval
+        from mllm.eval.settings import EvalSettings
 
         run_eval(
             str(final),
             loaded.evaluation.tasks,
-            limit=loaded.evaluation.limit,
-            batch_size=loaded.evaluation.batch_size,
-            output_dir=Path(final).parent / "eval",
+            EvalSettings(
+                limit=loaded.evaluation.limit,
+                batch_size=loaded.evaluation.batch_size,
+                output_dir=Path(final).parent / "eval",
+            ),
         )
 
 

@@ -13,17 +13,17 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
 from mllm.errors import ConfigError, UnavailableError
+from mllm.eval.settings import EvalSettings
 
 PARENT = "MLLM_EVALPARENT"
 RUN_ID = "MLLM_EVAL_RUN"
 
 
-def start_workers(count: int, arguments: Mapping[str, Any]) -> None:
-    """Call `run_eval` with ``arguments`` (JSON-ready) in ``count`` processes, each with its RANK, and wait for them.
+def start_workers(count: int, checkpoint: str, tasks: Sequence[str], settings: EvalSettings) -> None:
+    """Call `run_eval` with these arguments in ``count`` processes, each with its RANK, and wait for them.
 
     When one fails the others are stopped; what they answered is kept, so that the same command goes on from there.
     Raises `UnavailableError` naming the process that failed.
@@ -39,7 +39,12 @@ def start_workers(count: int, arguments: Mapping[str, Any]) -> None:
     }
     environment = os.environ | common
     environment.setdefault("OMP_NUM_THREADS", threads)
-    command = [sys.executable, "-m", "mllm.eval.worker", json.dumps(dict(arguments))]
+    command = [
+        sys.executable,
+        "-m",
+        "mllm.eval.worker",
+        json.dumps([checkpoint, list(tasks), settings.model_dump(mode="json")]),
+    ]
     workers = [
         subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(count)

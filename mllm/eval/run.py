@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from mllm.eval.predictions import (
 from mllm.eval.progress import Progress
 from mllm.eval.report.page import LISTED
 from mllm.eval.report.results import TaskResult, score_fields, summarise
+from mllm.eval.settings import EvalSettings
 from mllm.eval.studies.batch_check import check_generator
 from mllm.eval.task import TaskSpec, expand_tasks, load_task, load_tasks
 
@@ -306,75 +307,43 @@ def report_again(folder: str | Path, *, show: bool = True) -> dict[str, TaskResu
     return results
 
 
-def run_eval(
-    checkpoint: str,
-    tasks: Sequence[str],
-    *,
-    output_dir: str | Path | None = None,
-    limit: int | None = None,
-    ids: Sequence[str] | None = None,
-    batch_size: int = 8,
-    blind: bool | Blind = False,
-    check_batch: bool = False,
-    resume: bool = True,
-    data_dirs: Mapping[str, str | Path] | None = None,
-    dtype: str = "float32",
-    device: str | None = None,
-    generator: str = "hf",
-    base_url: str | None = None,
-    concurrency: int = 8,
-    cache_dir: str | Path | None = None,
-    overrides: Sequence[str] = (),
-    strict: bool = False,
-    processes: int = 1,
-    progress: bool = True,
-) -> dict[str, TaskResult]:
+def run_eval(checkpoint: str, tasks: Sequence[str], settings: EvalSettings | None = None) -> dict[str, TaskResult]:
     """Evaluate a checkpoint folder (or hub id) and write predictions, a table, Markdown, an HTML page and
     ``results.json``.
 
-    generator: ``hf`` (in this process), ``vllm``, or ``openai`` (checkpoint names the model that the server at
-    ``base_url`` answers for, ``concurrency`` requests at once). overrides: ``task.key.sub=value`` changes a task's
-    declaration (``chartqa.generation.max_new_tokens=64``). processes: so many on this machine share the questions, each
-    on its own GPU where there are GPUs; started by a launcher that sets RANK and WORLD_SIZE (torchrun), this process
-    takes its share. Rank 0 joins the answers and reports. Raises `ConfigError`, `DataError` or `CheckpointError`.
+    checkpoint: for the generator ``openai``, the model's name at the server. With ``settings.processes`` so many on this machine
+    share the questions, each on its own GPU where there are GPUs; started by a launcher that sets RANK and WORLD_SIZE (torchrun),
+    this process takes its share. Rank 0 joins the answers and reports. Raises `ConfigError`, `DataError` or `CheckpointError`.
     """
     from mllm.eval.checkpoint import open_generator
     from mllm.eval.report.show import write_report
 
+    settings = settings or EvalSettings()
+    data = settings.data_dirs
     if not tasks:
         raise ConfigError("no task is named; see `mllm list tasks`")
     names = expand_tasks(tasks)
-    specs = _overridden(names, overrides)  # a misspelt task is found before the model is loaded
-    if unknown := sorted(set(data_dirs or {}) - set(names)):
+    specs = _overridden(names, settings.overrides)  # a misspelt task is found before the model is loaded
+    if unknown := sorted(set(data) - set(names)):
         raise ConfigError(f"data for {', '.join(unknown)}: not among the tasks {', '.join(names)}")
     if os.environ.get("RANK", "0") == "0":
-        check_data(specs, data_dirs)
-    folder = Path(output_dir) if output_dir is not None else Path(checkpoint).parent / "eval"
-    if processes > 1 and "RANK" not in os.environ:
-        arguments = {
-            "checkpoint": checkpoint, "tasks": list(tasks), "output_dir": str(folder), "limit": limit,
-            "ids": None if ids is None else list(ids), "batch_size": batch_size, "blind": blind,
-            "check_batch": check_batch, "resume": resume, "dtype": dtype, "device": device, "generator": generator,
-            "data_dirs": {name: str(place) for name, place in (data_dirs or {}).items()}, "base_url": base_url,
-            "concurrency": concurrency, "cache_dir": None if cache_dir is None else str(cache_dir),
-            "overrides": list(overrides), "strict": strict, "progress": progress,
-        }  # fmt: skip
-        start_workers(processes, arguments)
-        return {name: _finished(folder, name, blind) for name in names}
+        check_data(specs, data)
+    folder = settings.output_dir or Path(checkpoint).parent / "eval"
+    if settings.processes > 1 and "RANK" not in os.environ:
+        shared = settings.model_copy(update={"output_dir": folder, "processes": 1})
+        start_workers(settings.processes, checkpoint, list(tasks), shared)
+        return {name: _finished(folder, name, settings.blind) for name in names}
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    model = open_generator(
-        checkpoint, kind=generator, batch_size=batch_size, dtype=dtype, device=device, base_url=base_url,
-        concurrency=concurrency,
-    )  # fmt: skip
-    cache = AnswerCache(Path(cache_dir) / "answers.sqlite") if cache_dir is not None else None
+    model = open_generator(checkpoint, kind=settings.generator, **asdict(settings.generation))
+    cache = AnswerCache(settings.cache_dir / "answers.sqlite") if settings.cache_dir is not None else None
     results = evaluate(
-        model, specs, folder, limit=limit, ids=ids, blind=blind, resume=resume, data=data_dirs, cache=cache, rank=rank,
-        world=world, strict=strict, progress=progress and rank == 0,
+        model, specs, folder, limit=settings.limit, ids=settings.ids, blind=settings.blind, resume=settings.resume, data=data,
+        cache=cache, rank=rank, world=world, strict=settings.strict, progress=settings.progress and rank == 0,
     )  # fmt: skip
     if rank != 0:
         return results
-    differences = check_generator(model, specs, data_dirs) if check_batch else None
-    write_report(results, folder, batch_differences=differences, show=progress)
+    differences = check_generator(model, specs, data) if settings.check_batch else None
+    write_report(results, folder, batch_differences=differences, show=settings.progress)
     return results
 
 

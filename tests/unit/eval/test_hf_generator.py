@@ -13,6 +13,7 @@ from mllm.errors import ConfigError
 from mllm.eval.generators.base import Generator, cut_at_stops, hf_messages
 from mllm.eval.generators.hf import HFGenerator, weights_hash
 from mllm.eval.run import run_eval
+from mllm.eval.settings import EvalSettings
 from mllm.types import IMAGE_MARK, Request, Turn
 from tests.helpers import tiny_model
 from tests.unit.eval.test_runner import make_data
@@ -203,8 +204,8 @@ def test_run_eval_takes_a_checkpoint_folder_to_scores_and_reports(ours, tmp_path
         make_data(tmp_path / name, 6)
     places = {name: str(tmp_path / name) for name in ("demo_charts", "demo_digits")}
     results = run_eval(
-        str(tmp_path / "run/final"), ["demo"], batch_size=4, blind=True, check_batch=True, data_dirs=places, limit=4,
-        overrides=["demo_digits.generation.max_new_tokens=3"],
+        str(tmp_path / "run/final"), ["demo"], EvalSettings(batch_size=4, blind=True, check_batch=True, data_dirs=places, limit=4,
+        overrides=["demo_digits.generation.max_new_tokens=3"]),
     )  # fmt: skip
     assert list(results) == ["demo_charts", "demo_digits"] and 0 <= results["demo_digits"].blind_score <= 1
     folder = tmp_path / "run/eval"
@@ -215,10 +216,10 @@ def test_run_eval_takes_a_checkpoint_folder_to_scores_and_reports(ours, tmp_path
     first = json.loads((folder / "demo_charts.jsonl").read_text().splitlines()[0])
     assert first["prompt"].startswith("<|im_start|>user\n<image>\nHow many ")
     with pytest.raises(ConfigError, match="not among the tasks"):
-        run_eval(str(tmp_path / "run/final"), ["demo_digits"], data_dirs={"demo_chart": "x"})
+        run_eval(str(tmp_path / "run/final"), ["demo_digits"], EvalSettings(data_dirs={"demo_chart": "x"}))
     digits = [json.loads(line) for line in (folder / "demo_digits.jsonl").read_text().splitlines()]
     assert all(row["num_tokens"] <= 3 for row in digits)
     with pytest.raises(ConfigError, match=r"expected task\.key=value"):
-        run_eval("nowhere", ["demo_digits"], overrides=["demo_chart.version=2"])
+        run_eval("nowhere", ["demo_digits"], EvalSettings(overrides=["demo_chart.version=2"]))
     with pytest.raises(ConfigError, match="unknown task 'demo_digit'"):
         run_eval("nowhere", ["demo_digit"])

@@ -18,6 +18,7 @@ from mllm.eval.data.loading import load_data
 from mllm.eval.launch import start_workers
 from mllm.eval.predictions import prediction_path, read_predictions
 from mllm.eval.run import _await_shards, evaluate, run_eval
+from mllm.eval.settings import EvalSettings
 from mllm.eval.task import load_task
 from tests.helpers import tiny_model
 from tests.unit.eval.rules import RuleGenerator, pixel_rule
@@ -117,8 +118,10 @@ def checkpoint(tmp_path_factory) -> Path:
 def test_run_eval_shares_the_questions_among_processes(checkpoint, tmp_path, capfd):
     folder = make_data(tmp_path / "d", 9)
     common = {"data_dirs": {TASK: folder}, "device": "cpu", "overrides": [f"{TASK}.generation.max_new_tokens=4"]}
-    alone = run_eval(str(checkpoint), [TASK], output_dir=tmp_path / "one", progress=False, **common)[TASK]
-    shared = run_eval(str(checkpoint), [TASK], output_dir=tmp_path / "two", processes=2, blind="none", **common)[TASK]
+    alone = run_eval(str(checkpoint), [TASK], EvalSettings(output_dir=tmp_path / "one", progress=False, **common))[TASK]
+    shared = run_eval(
+        str(checkpoint), [TASK], EvalSettings(output_dir=tmp_path / "two", processes=2, blind="none", **common)
+    )[TASK]
     assert (tmp_path / "two/demo_charts.jsonl").read_text() == (tmp_path / "one/demo_charts.jsonl").read_text()
     assert shared.metrics == alone.metrics and shared.blind is not None and shared.blind.num_samples == 9
     assert "demo_charts" in capfd.readouterr().out and (tmp_path / "two/report.html").exists()
@@ -128,18 +131,18 @@ def test_run_eval_shares_the_questions_among_processes(checkpoint, tmp_path, cap
 
 def test_a_process_that_fails_is_named_and_stops_the_others(tmp_path, capfd):
     started = time.monotonic()
-    arguments = {"checkpoint": str(tmp_path / "nowhere"), "tasks": ["demo_chart"]}
+    arguments = (str(tmp_path / "nowhere"), ["demo_chart"], EvalSettings())
     with pytest.raises(UnavailableError, match=r"process \d of 2 ended with code 1"):
-        start_workers(2, arguments)
+        start_workers(2, *arguments)
     assert "unknown task 'demo_chart'" in capfd.readouterr().err and time.monotonic() - started < 60
     with pytest.raises(ConfigError, match="at least 2"):
-        start_workers(1, arguments)
+        start_workers(1, *arguments)
 
 
 ORPHAN = """
 import os, sys, time
 from mllm.eval import launch
-launch._follow(int(sys.argv[1]))
+launch.follow(int(sys.argv[1]))
 time.sleep(60)
 """
 PARENT = """
@@ -155,6 +158,7 @@ def test_workers_end_when_the_process_that_started_them_is_killed():
     parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     child = int(parent.stdout.readline())
     time.sleep(1.0)
+    assert _alive(child), "it must end by its parent's end, not by itself"
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     until = time.monotonic() + 20

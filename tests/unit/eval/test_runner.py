@@ -19,6 +19,7 @@ from mllm.eval.data.sources import whereabouts
 from mllm.eval.predictions import header_path, merge_shards, prediction_path, read_predictions
 from mllm.eval.report.show import compare, console_lines, markdown, print_results, write_report
 from mllm.eval.run import evaluate, report_again, rescore, run_eval
+from mllm.eval.settings import EvalSettings
 from mllm.eval.studies.batch_check import check_batch
 from mllm.eval.task import expand_tasks, load_task
 from tests.unit.eval.rules import RuleGenerator, constant, pixel_rule
@@ -513,7 +514,9 @@ def test_data_that_is_not_there_is_told_for_every_task_before_a_model_is_loaded(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UnavailableError) as caught:
-        run_eval("nowhere", ["quick", "mvbench"], data_dirs={"cv_bench": "empty"}, output_dir=tmp_path / "o")
+        run_eval(
+            "nowhere", ["quick", "mvbench"], EvalSettings(data_dirs={"cv_bench": "empty"}, output_dir=tmp_path / "o")
+        )
     told = str(caught.value)
     assert told.startswith("the data of 4 of 5 tasks is not there\n- chartqa: ") and "pope" not in told
     for words in (
@@ -528,7 +531,7 @@ def test_data_that_is_not_there_is_told_for_every_task_before_a_model_is_loaded(
     ):
         assert words in told, words
     with pytest.raises(UnavailableError, match=r"^mmstar: Lin-Chen/MMStar could not be loaded"):
-        run_eval("nowhere", ["mmstar"], output_dir=tmp_path / "o")
+        run_eval("nowhere", ["mmstar"], EvalSettings(output_dir=tmp_path / "o"))
 
 
 @pytest.mark.parametrize("suite", ["charts", "vqa", "documents", "spatial", "quick"])
