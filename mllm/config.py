@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_origin
 
@@ -82,11 +85,11 @@ def validate(model: type[S], data: Any, *, where: str = "") -> S:
     try:
         return model.model_validate(dict(data))
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(model, problem, where) for problem in error.errors())) from None
+        raise ConfigError("\n".join(_explain(model, problem, where, data) for problem in error.errors())) from None
 
 
-def _explain(model: type[BaseModel], problem: Any, where: str) -> str:
-    location = [str(part) for part in problem["loc"]]
+def _explain(model: type[BaseModel], problem: Any, where: str, data: Any) -> str:
+    location = _named_items(data, problem["loc"])
     path = ".".join([*([where] if where else []), *location])
     if problem["type"] == "extra_forbidden":
         now = getattr(_model_at(model, problem["loc"][:-1]), "renamed", {}).get(location[-1])
@@ -94,13 +97,24 @@ def _explain(model: type[BaseModel], problem: Any, where: str) -> str:
             return f"{path}: this key is now {now}; `mllm convert OLD.yaml NEW.yaml` rewrites a whole file"
         known = _fields_at(model, problem["loc"][:-1])
         meant = _deeper(_model_at(model, problem["loc"][:-1]), location[-1]) or did_you_mean(location[-1], known)
-        return f"{path}: unknown key{meant or '.'}" + (f" Known keys: {', '.join(known)}" if known else "")
+        return f"{path}: unknown key{meant or '.'}" + (f" Known keys: {', '.join(known)}." if known else "")
     if problem["type"] == "missing":
         return f"{path}: this key is required"
     shown = repr(problem.get("input"))
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
     message = problem["msg"].removeprefix("Value error, ")
     return f"{path}: {message}" + ("" if problem["type"] == "value_error" else f" (got {shown})")
+
+
+def _named_items(data: Any, location: Sequence[Any]) -> list[str]:
+    """The path to a key, with the items of lists by their ``name`` where they have one: ``stages.sft``, not ``stages.1``."""
+    words, node = [], data
+    for part in location:
+        inside = isinstance(node, Mapping) or (isinstance(node, list) and isinstance(part, int) and part < len(node))
+        node = (node.get(part) if isinstance(node, Mapping) else node[part]) if inside else None  # type: ignore[index]
+        name = node.get("name") if isinstance(node, Mapping) and isinstance(part, int) else None
+        words.append(name if isinstance(name, str) and name else str(part))
+    return words
 
 
 def _deeper(model: type[BaseModel] | None, key: str) -> str:
@@ -184,3 +198,45 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     return json.loads(json.dumps(value))
+
+
+def field_sentences(model: type[BaseModel]) -> dict[str, str]:
+    """Field → the sentence written under it in the source, inherited fields included; read when asked for, since pydantic's own
+    ``use_attribute_docstrings`` makes every import slower."""
+    found: dict[str, str] = {}
+    for kind in reversed([kind for kind in model.__mro__ if issubclass(kind, BaseModel) and kind is not BaseModel]):
+        body = ast.parse(inspect.cleandoc("\n" + inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
+        for field, below in pairwise(body):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+                and isinstance(below.value.value, str)
+            ):
+                found[field.target.id] = " ".join(below.value.value.split())
+    return found
+
+
+def nested_models(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """The model and every model that its fields hold, each once, outermost first."""
+    waiting, seen = [model], {model}
+    while waiting:
+        current = waiting.pop(0)
+        yield current
+        for field in current.model_fields.values():
+            below = _model_in(field.annotation)
+            if below is not None and below not in seen:
+                seen.add(below)
+                waiting.append(below)
+
+
+def described_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema with each key's sentence as its ``description``, which editors show."""
+    schema = model.model_json_schema()
+    for kind in nested_models(model):
+        properties = (schema if kind is model else schema["$defs"][kind.__name__])["properties"]
+        for name, sentence in field_sentences(kind).items():
+            if name in properties:
+                properties[name]["description"] = sentence
+    return schema

@@ -11,6 +11,11 @@ class MllmError(Exception):
     """Base of every error a user can cause and cure."""
 
 
+class Interrupted(BaseException):
+    """Ctrl-C while something long ran; the message says what is saved and how to go on. Not an `Exception`: nothing that mends
+    single samples or steps may swallow it."""
+
+
 class ConfigError(MllmError, ValueError):
     """A key or value of a recipe, dataset, task or component config is wrong; the message starts with its path."""
 

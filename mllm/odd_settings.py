@@ -20,6 +20,11 @@ def odd_settings(stage: StageSpec, *, steps: int | None, samples: int | None = N
             f"epochs {stage.epochs:g} of {samples:,} samples are {stage.epochs * samples:g}, less than the {rows:,} of one step: "
             "it is filled up with the samples that would come next"
         )
+    if stage.steps is not None and samples is not None and samples < rows:
+        found.append(
+            f"{rows:,} samples of one step (batch_size {stage.batch_size} x gradient_accumulation {stage.gradient_accumulation} x "
+            f"processes) are more than the {samples:,} there are: each comes several times a step"
+        )
     if stage.group_by_length and rows == 1:
         found.append("group_by_length with one sample a step groups nothing")
     if stage.kind == "grpo":

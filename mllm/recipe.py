@@ -23,8 +23,11 @@ class LanguageModelSpec(StrictModel):
     """Hub id, local folder or GGUF file (on disk, or ``owner/name/file.gguf``; its weights become plain ones); read by the
     first stage."""
     revision: str | None = None
+    """Commit, tag or branch of ``source`` on the hub; a commit is what can be repeated."""
     licence: str = "unknown"
+    """Licence of the weights, for the model card; SPDX name where there is one."""
     commercial: bool | None = None
+    """May the weights be used commercially? None: not known."""
     config: dict[str, Any] | None = None
     """An architecture by its HF config (``model_type`` and sizes): with ``source``, makes the recipe readable offline;
     without it, a model from scratch."""
@@ -47,14 +50,17 @@ class ModelSpec(StrictModel):
     """The parts a model is joined from."""
 
     language_model: LanguageModelSpec | None = None
-    """Absent only where a visual tokenizer is trained by itself (stages of kind ``tokenizer``)."""
+    """What reads the visual tokens and writes the answer. Absent only where a visual tokenizer is trained by itself (stages of kind
+    ``tokenizer``)."""
     encoders: dict[str, str | dict[str, Any]] = Field(default_factory=dict)
     """Your name → a shipped entry (`mllm list encoders`), or ``{preset: entry, …changes}``, or a whole config."""
     connector: dict[str, Any] | None = None
+    """How features become visual tokens: a name (`mllm list connectors`), or ``{type: name, …settings}``."""
     views: dict[str, Any] | None = None
     """How a picture is looked at: ``{type: single}`` (the default: once, as a whole), ``tiles``, ``dual_perspective`` or
     ``native`` (at its own aspect ratio; without encoders the connector is given the patches themselves)."""
     router: dict[str, Any] | None = None
+    """Which encoders run on which picture: ``{type: name, experts: [encoder names], …}`` (`mllm list routers`). None: all on every one."""
     visual_tokenizer: dict[str, Any] | None = None
     """What the model draws with: ``{encoder: name}`` (the tokenizer of that encoder), or ``{weights: folder}`` of a saved
     tokenizer, or a whole config, perhaps with ``weights``."""
@@ -67,6 +73,12 @@ class ModelSpec(StrictModel):
     """Values of the chat template's own variables (``{enable_thinking: false}``), in training, `generate`, evaluation and
     serving alike. A request may still give others."""
     image_token: str = "<image>"
+    """The text token that a visual token takes the place of; added to the tokenizer where it is missing."""
+
+    @field_validator("connector", "views", "router", mode="before", json_schema_input_type=str | dict[str, Any] | None)
+    @classmethod
+    def _type_alone(cls, value: Any) -> Any:
+        return {"type": value} if isinstance(value, str) else value
 
     @model_validator(mode="before")
     @classmethod
@@ -130,12 +142,17 @@ class LoraSpec(StrictModel):
     """LoRA adapter on the linear layers of one part."""
 
     r: int = Field(default=64, ge=1)
+    """Rank of the two matrices."""
     alpha: float | None = None
     """Default 2 r."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the adapter's inputs that are dropped in training."""
     target: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of the layers that get an adapter, as PEFT's ``target_modules``."""
     use_dora: bool = False
+    """Learn each column's length apart from its direction (DoRA)."""
     use_rslora: bool = False
+    """Scale by alpha / √r instead of alpha / r (rsLoRA)."""
     added_tokens: bool = True
     """language_model: rows of tokens that were added to the source's (in the embedding, and in a head of its own) learn beside the
     adapter, by PEFT's ``trainable_token_indices``. False: they stay at their random start."""
@@ -150,16 +167,20 @@ class LearnSpec(StrictModel):
     renamed: ClassVar = {"rate": "lr"}
 
     lr: float = Field(gt=0)
+    """Peak learning rate of the part."""
     weight_decay: float | None = None
+    """Default: the optimizer's."""
     last_layers: int | None = Field(default=None, ge=1)
     """Encoders: unfreeze only the last layers (and the final norm)."""
     lora: LoraSpec | None = None
+    """Learn an adapter on the part and keep its own weights as they are."""
 
 
 class ScheduleSpec(StrictModel):
     """Learning-rate shape over the stage."""
 
     type: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls after the warm-up."""
     warmup: float = Field(default=0.03, ge=0)
     """Below 1: share of the stage's steps; 1 or more: steps."""
     minimum: float = Field(default=0.0, ge=0, le=1)
@@ -167,10 +188,16 @@ class ScheduleSpec(StrictModel):
 
 
 class OptimizerSpec(StrictModel):
+    """How gradients become updates."""
+
     type: Literal["adamw", "adamw_8bit", "muon", "sgd"] = "adamw"
+    """adamw_8bit needs bitsandbytes; muon takes matrices, AdamW the rest."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay of the first and second moment."""
     eps: float = 1e-8
+    """AdamW's guard against division by zero."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled decay of matrices; norms and biases have none."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """None: no clipping. Always written explicitly to DeepSpeed, whose own default is 1.0."""
     ema: float | None = Field(default=None, gt=0, lt=1)
@@ -184,13 +211,19 @@ class DrawSpec(StrictModel):
     and TensorBoard."""
 
     prompts: list[str] = Field(min_length=1)
+    """What to draw."""
     every: int = Field(default=500, ge=1)
     """Optimizer steps between drawings; the last step always draws."""
     cfg_scale: float = 1.0
+    """Classifier-free guidance; 1 is without."""
     temperature: float = Field(default=1.0, ge=0)
+    """0: the likeliest code each time."""
     top_k: int = Field(default=0, ge=0)
+    """Draw from the k likeliest codes; 0: from all."""
     top_p: float = Field(default=0.0, ge=0, le=1)
+    """Draw from the likeliest codes that make up this share; 0: from all."""
     seed: int = 0
+    """Seed of the drawing alone."""
 
 
 class StageSpec(StrictModel):
@@ -199,7 +232,9 @@ class StageSpec(StrictModel):
     renamed: ClassVar = {"precision": "dtype (float32 or bfloat16)"}
 
     name: str
+    """The stage's folder below the output, and its name in overrides: ``stages.<name>.batch_size=4``."""
     kind: Literal["sft", "routing", "tokenizer", "contrastive", "dpo", "grpo"] = "sft"
+    """sft: next-token loss on answers. routing teaches a router, contrastive an encoder on pairs, dpo and grpo run TRL's trainers."""
     learn: dict[str, float | LearnSpec]
     """Part → learning rate, or a mapping with ``lr`` and more. Parts: ``language_model``, ``connector``, ``router``,
     ``visual_tokenizer`` (kind tokenizer: also ``visual_tokenizer.<part>``), ``encoders`` and ``heads`` (all), ``encoders.<name>``,
@@ -208,23 +243,32 @@ class StageSpec(StrictModel):
     """Mixture's or dataset's name, a json, jsonl or table file, a folder, a hub id, a list of these, or an inline mixture. Kind
     tokenizer: pictures, as ``{type: folder, options: {path: …}}`` or a folder."""
     epochs: float | None = Field(default=None, gt=0)
+    """Passes over the data; give this or ``steps``."""
     steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps; give this or ``epochs``."""
     batch_size: int = Field(default=1, ge=1)
     """Samples (rows when packing) per process and micro-step."""
     gradient_accumulation: int = Field(default=1, ge=1)
+    """Micro-steps that make one optimizer step; the loss is the mean over all their learned tokens."""
     max_length: int = Field(default=2048, ge=8)
     """Tokens of one row, visual tokens included."""
     chat_template: str | None = None
     """Template of this stage's data alone (``caption``: images and what is said about them, no questions; LLaVA's first
     stage). Default: the model's."""
     packing: bool = False
+    """Put several samples into one row of ``max_length``; none sees another."""
     group_by_length: bool = False
+    """Batch samples of like length, so that less is padding."""
     engine: str | dict[str, Any] = "none"
     """none, zero1, zero2, zero3, or a DeepSpeed json file."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of weights and products; with bfloat16 the optimizer keeps float32 copies of what learns."""
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
+    """How gradients become updates."""
     schedule: ScheduleSpec = Field(default_factory=ScheduleSpec)
+    """How the rate changes over the stage."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
     compile: bool = False
     """Compile each layer of the language model and encoders (CUDA)."""
     attention: str | None = None
@@ -236,10 +280,13 @@ class StageSpec(StrictModel):
     """Store frozen encoders' features on disk on first use, in the stage's dtype or the one given. auto: where that is
     possible."""
     save_every: int | None = Field(default=None, ge=1)
+    """Optimizer steps between checkpoints; beside these one is written every 20 minutes."""
     keep_state: bool = False
     """Keep the optimizer's state when the stage is done, so that ``mllm train --extend`` can go on with more steps."""
     log_every: int = Field(default=1, ge=1)
+    """Optimizer steps between records of metrics.jsonl and the trackers."""
     num_workers: int = Field(default=0, ge=0)
+    """Processes that read and resize pictures, for each training process; 0: in the training process itself."""
     max_bad_share: float = Field(default=0.05, ge=0, le=1)
     """Share of a dataset's samples that may be unusable (each is named and replaced) before the run stops."""
     draw: DrawSpec | None = None
@@ -266,36 +313,52 @@ class StageSpec(StrictModel):
 
 
 class EvaluationSpec(StrictModel):
+    """What is asked of the last checkpoint when training is done."""
+
     tasks: list[str] = Field(default_factory=list)
+    """Tasks and suites (`mllm list tasks`)."""
     limit: int | None = None
+    """Only the first samples of each task."""
     batch_size: int = 8
+    """Questions at once."""
 
 
 class HardwareSpec(StrictModel):
     """What the recipe was written for; shown in the recipe table."""
 
     gpus: str = ""
+    """Number and memory, such as ``8 × 80 GB``."""
     hours: str = ""
+    """How long the whole run takes there."""
     note: str = ""
+    """What else a reader should know."""
 
 
 class Recipe(StrictModel):
     """A whole training run."""
 
     name: str
+    """Default: the file's name."""
     description: str = ""
+    """One line for the recipe table."""
     source: str = ""
     """Paper or repository the hyper-parameters are from."""
     plugins: list[str] = Field(default_factory=list)
     """Modules, or ``.py`` files seen from the working directory or from the recipe's folder, that register components."""
     seed: int = 0
+    """Of fresh weights, the order of the data and dropout."""
     output: str = ""
     """Output folder; default ``runs/<name>``."""
     hardware: HardwareSpec = Field(default_factory=HardwareSpec)
+    """What the recipe was written for."""
     model: ModelSpec
+    """The parts that the model is joined from."""
     stages: list[StageSpec] = Field(min_length=1)
+    """Trained in this order, each from the weights of the one before."""
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
+    """Run after the last stage."""
     track: list[Literal["wandb", "trackio"]] = Field(default_factory=list)
+    """Services that get the numbers, beside metrics.jsonl and TensorBoard, which are always written."""
 
     @model_validator(mode="after")
     def _stage_names(self) -> Recipe:

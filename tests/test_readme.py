@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mllm.plugins import load_plugins
-from mllm.testing import find_check
-
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*/*.md"))]
 MLLM = str(Path(sys.executable).parent / "mllm")
 
 
 def block(name: str) -> str:
-    found = re.search(rf"<!-- test: {name} -->\n```\w+\n(.*?)```", README, re.DOTALL)
-    assert found, f"the README has no block {name}"
-    return found.group(1)
+    """The block under ``<!-- test: name -->`` in the README or on a page of docs/."""
+    mark = re.compile(rf"<!-- test: {name} -->\n```\w+\n(.*?)```", re.DOTALL)
+    found = [text for page in PAGES for text in mark.findall(page.read_text(encoding="utf-8"))]
+    assert len(found) == 1, f"{len(found)} blocks are called {name}"
+    return found[0]
 
 
 def run(command: list[str], folder: Path, *, timeout: int = 400) -> str:
@@ -73,22 +73,6 @@ def test_the_commands_run(place: Path) -> None:
             (place / "my.yaml").write_text(yaml.safe_dump(recipe))
             assert "mllm train my.yaml" in out
     assert (place / "runs/my/final/model.safetensors").is_file() and (place / "ours/config.json").is_file()
-
-
-@pytest.mark.parametrize(
-    ("name", "components"),
-    [
-        ("plugin", ["mean-colour"]),
-        ("plugin-routing", ["sum", "linear"]),
-        ("plugin-rules", ["first_word", "always_yes", "pairs"]),
-    ],
-)
-def test_the_plugin_examples_keep_the_contract(tmp_path: Path, name: str, components: list[str]) -> None:
-    """In this process: `mllm check` as a command is run by tests/integration/test_plugins.py."""
-    (tmp_path / "example.py").write_text(block(name))
-    load_plugins([str(tmp_path / "example.py")])
-    for component in components:
-        find_check(component)[1]()
 
 
 def test_import_and_help_load_no_torch() -> None:

@@ -90,7 +90,7 @@ def run(
 
     [dim]mllm eval run CKPT --tasks charts --data chartqa=/data/ChartQA --processes 8 --dtype bfloat16[/]
     """
-    from mllm.errors import ConfigError
+    from mllm.errors import ConfigError, Interrupted
     from mllm.eval.generators import GENERATORS
 
     arguments.one_of(generator, GENERATORS, "--generator")
@@ -117,29 +117,32 @@ def run(
 
     if blind_as not in ("gray", "none"):
         raise ConfigError(f"--blind-as {blind_as}: expected gray or none")
-    run_eval(
-        checkpoint,
-        listed(tasks) or [],
-        EvalSettings(
-            output_dir=output or (Path("runs/eval") / Path(checkpoint).name if generator == "openai" else None),
-            limit=limit,
-            ids=listed(ids),
-            batch_size=batch_size,
-            blind=blind_as if blind else False,  # type: ignore[arg-type]
-            check_batch=check_batch,
-            resume=resume,
-            data_dirs=folders(data),
-            dtype=dtype,
-            device=device,
-            generator=generator,
-            base_url=base_url,
-            concurrency=concurrency,
-            cache_dir=cache,
-            overrides=overrides or (),
-            strict=strict,
-            processes=processes,
-        ),
-    )
+    try:
+        run_eval(
+            checkpoint,
+            listed(tasks) or [],
+            EvalSettings(
+                output_dir=output or (Path("runs/eval") / Path(checkpoint).name if generator == "openai" else None),
+                limit=limit,
+                ids=listed(ids),
+                batch_size=batch_size,
+                blind=blind_as if blind else False,  # type: ignore[arg-type]
+                check_batch=check_batch,
+                resume=resume,
+                data_dirs=folders(data),
+                dtype=dtype,
+                device=device,
+                generator=generator,
+                base_url=base_url,
+                concurrency=concurrency,
+                cache_dir=cache,
+                overrides=overrides or (),
+                strict=strict,
+                processes=processes,
+            ),
+        )
+    except KeyboardInterrupt:
+        raise Interrupted("the answers so far are kept; the same command goes on where it was") from None
 
 
 def _show_plan(

@@ -33,25 +33,26 @@ def list_(
 ) -> None:
     """Names that recipes can use; encoders with their weights' source and licence."""
     from rich.console import Console
-    from rich.table import Table
+
+    from mllm.cli.tables import show, table
 
     console = Console()
     if kind is Kind.encoders:
         from mllm.encoders import ENCODERS
         from mllm.encoders.catalogue import catalogue
 
-        table = Table("encoder", "adapter", "weights", "licence", "commercial use", box=None, pad_edge=False)
+        shown = table("encoder", "adapter", "weights", "licence", "commercial use", names=("encoder", "weights"))
         words = {True: "yes", False: "[red]no[/]", None: "not known"}
         for name, entry in sorted(catalogue().items()):
             weights = entry.get("weights") or {}
-            table.add_row(
+            shown.add_row(
                 name,
                 entry["type"],
                 weights.get("source", "-"),
                 weights.get("licence", "-"),
                 words[weights.get("commercial")],
             )
-        console.print(table)
+        show(shown)
         console.print("\nadapters (type: …): " + ", ".join(ENCODERS))
         return
     from mllm import assets

@@ -18,6 +18,7 @@ from mllm.cli import (
     batch,
     chat,
     check,
+    compose,
     convert,
     data,
     demo,
@@ -26,6 +27,7 @@ from mllm.cli import (
     evaluate,
     inspect,
     listing,
+    new,
     parity,
     parts,
     plan,
@@ -39,7 +41,7 @@ from mllm.cli import (
     verify,
 )
 from mllm.cli.plugin_option import add_plugin_option
-from mllm.errors import MllmError
+from mllm.errors import Interrupted, MllmError
 
 COLLECT_SELDOM = (50_000, 20, 20)
 """Python's own thresholds look for cycles thousands of times while torch and transformers are imported, a sixth of the time."""
@@ -84,6 +86,7 @@ def _root(
 
 for module in (
     demo,
+    new,
     plan,
     inspect,
     train,
@@ -103,6 +106,7 @@ for module in (
     tokenizer,
     convert,
     parts,
+    compose,
     listing,
     check,
     doctor,
@@ -121,6 +125,9 @@ def main() -> None:
             raise
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+    except Interrupted as stop:
+        sys.stderr.write(f"\nstopped: {stop}\n")
+        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

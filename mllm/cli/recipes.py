@@ -17,23 +17,22 @@ recipes = typer.Typer(
 @recipes.command("ls")
 def list_recipes() -> None:
     """Every recipe that is found, with what it needs."""
-    from rich.console import Console
-    from rich.table import Table
 
     from mllm import assets
+    from mllm.cli.tables import show, table
     from mllm.errors import ConfigError
     from mllm.recipe import load_recipe
 
-    table = Table("recipe", "what", "stages", "hardware", box=None, pad_edge=False)
+    shown = table("recipe", "what", "stages", "hardware", names=("recipe",))
     for name, path in assets.iterate("recipes"):
         try:
             recipe = load_recipe(str(path))
         except ConfigError as error:
-            table.add_row(name, f"[red]{str(error).splitlines()[0]}[/]", "", "")
+            shown.add_row(name, f"[red]{str(error).splitlines()[0]}[/]", "", "")
             continue
         hardware = " · ".join(part for part in (recipe.hardware.gpus, recipe.hardware.hours) if part)
-        table.add_row(name, recipe.description, " → ".join(stage.name for stage in recipe.stages), hardware)
-    Console().print(table)
+        shown.add_row(name, recipe.description, " → ".join(stage.name for stage in recipe.stages), hardware)
+    show(shown)
 
 
 @recipes.command("show")
@@ -73,10 +72,11 @@ def copy(
 
 @recipes.command("schema")
 def schema() -> None:
-    """JSON schema of a recipe, for completion in editors."""
+    """JSON schema of a recipe, for completion in editors; every key with its sentence."""
+    from mllm.config import described_schema
     from mllm.recipe import Recipe
 
-    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+    typer.echo(json.dumps(described_schema(Recipe), indent=2, ensure_ascii=False))
 
 
 def add_to(app: typer.Typer) -> None:

@@ -20,14 +20,14 @@ def list_runs(
     import json
 
     from rich.console import Console
-    from rich.table import Table
 
+    from mllm.cli.tables import show, table
     from mllm.train.observe.run_info import FILE
     from mllm.train.observe.tracking import read_metrics
 
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder")
-    table = Table("run", "started", "commit", "stages", "steps", "last loss", "finished", box=None, pad_edge=False)
+    shown = table("run", "started", "commit", "stages", "steps", "last loss", "finished", names=("run", "commit"))
     for path in sorted(folder.glob(f"*/{FILE}")):
         info = json.loads(path.read_text(encoding="utf-8"))
         records = read_metrics(path.parent)
@@ -36,11 +36,11 @@ def list_runs(
         loss = f"{records[-1]['loss']:.4f}" if records else ""
         steps = " → ".join(str(stage.get("steps", "?")) for stage in info["stages"].values())
         done = "yes" if (path.parent / "final").is_dir() else "no"
-        table.add_row(str(path.parent), info["started"][:16], commit, " → ".join(info["stages"]), steps, loss, done)
-    if not table.row_count:
+        shown.add_row(str(path.parent), info["started"][:16], commit, " → ".join(info["stages"]), steps, loss, done)
+    if not shown.row_count:
         Console().print(f"no run below {folder}", highlight=False)
         return
-    Console().print(table)
+    show(shown)
 
 
 @runs.command("diff")
@@ -56,16 +56,16 @@ def diff(
     """
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
+    from mllm.cli.tables import show, table
     from mllm.train.observe.run_diff import diff_runs
 
     console, found = Console(), diff_runs(a, b)
     if found.settings:
-        table = Table("key", str(a), str(b), box=None, pad_edge=False)
+        shown = table("key", str(a), str(b), names=("key",))
         for key, one, two in found.settings:
-            table.add_row(key, escape(_short(one)), escape(_short(two)))
-        console.print(table)
+            shown.add_row(key, escape(_short(one)), escape(_short(two)))
+        show(shown)
     for stage, (one, two) in found.last.items():
         console.print(f"{stage}: last loss {_short(one)} and {_short(two)}", highlight=False)
     if found.first is not None:

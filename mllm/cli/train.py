@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -50,11 +49,7 @@ def train(
     with progress.phase("importing torch and transformers"):
         from mllm.train.run import run_recipe
 
-    try:
-        final = run_recipe(loaded, processes=processes, resume=resume, output=output, profile=profile, extend=extend)
-    except KeyboardInterrupt:
-        sys.stderr.write("\nstopped; the same command with --resume goes on from the last checkpoint\n")
-        raise typer.Exit(130) from None
+    final = run_recipe(loaded, processes=processes, resume=resume, output=output, profile=profile, extend=extend)
     typer.echo(f"checkpoint: {final}")
     if evaluate and loaded.evaluation.tasks:
         from mllm.eval.run import run_eval

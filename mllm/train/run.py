@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from mllm import distributed, progress
-from mllm.errors import CheckpointError, ConfigError
+from mllm.errors import CheckpointError, ConfigError, Interrupted
 from mllm.plugins import load_plugins
 from mllm.recipe import Recipe, StageSpec
 from mllm.train.checkpoint.export import finished_otherwise, is_finished, publish
@@ -29,6 +29,7 @@ from mllm.train.stages.kind import kind_of
 from mllm.train.trainer import Run
 
 _log = logging.getLogger(__name__)
+GO_ON = "The same command with --resume goes on from the last checkpoint."
 
 
 def run_recipe(
@@ -61,9 +62,25 @@ def run_recipe(
             launch(
                 _train_recipe, processes, recipe, folder, resume, stop_after, profile, extend, needs_group=needs_group
             )
+    except KeyboardInterrupt:
+        raise Interrupted(saved_so_far(recipe, folder)) from None
     finally:
         progress.end()
     return folder / "final"
+
+
+def saved_so_far(recipe: Recipe, folder: Path) -> str:
+    """What of a stopped run is on disk, and how to go on, in a sentence each."""
+    for stage in reversed(recipe.stages):
+        if is_finished(folder / stage.name):
+            return f"stage {stage.name} is finished in {folder}. The same command with --resume goes on with the next."
+        if written := found(folder / "checkpoints" / stage.name):
+            step = int(written[-1].name.removeprefix("step-"))
+            return f"stage {stage.name} is saved up to step {step:,} ({written[-1]}). {GO_ON}"
+    return (
+        "nothing is saved yet. A checkpoint comes every 20 minutes, or every stages.NAME.save_every steps. The same command with "
+        "--resume begins again."
+    )
 
 
 def _check_run(recipe: Recipe, folder: Path, resume: bool, extend: bool) -> None:

@@ -51,7 +51,7 @@ from mllm.train.engine.groups import (
     recipe_parts,
     set_modes,
 )
-from mllm.train.engine.schedule import rate_factor
+from mllm.train.engine.schedule import rate_factor, warmup_steps
 from mllm.train.features.stage import use_cache
 from mllm.train.float8 import use_float8
 from mllm.train.observe.dataset_loss import DatasetLoss
@@ -139,7 +139,7 @@ def train(
         engine, progress, display = session.engine, session.progress, session.display
         steps = session.data.steps()
         routing, draw = watch_routing(model), Drawings(run.output, stage, model, processor, run.tracker)
-        peak = peak_flops(engine.device, DTYPES[stage.dtype])[0] if session.flops else 0.0
+        peak = peak_flops(engine.device, DTYPES[stage.dtype])
         beside.start(engine, step=progress.step, total_steps=progress.total_steps, display=display)
         if session.checkpoint is not None:
             beside.restore(session.checkpoint.beside())
@@ -148,7 +148,9 @@ def train(
             session.checkpoint.restore_random(engine)
         meter, saved = Meter(session.flops, peak, engine.device), time.monotonic()
         name = f"{stage.name}-{distributed.rank()}"
-        spikes = SpikeDetector(run.output / "spikes" / f"{name}.jsonl")
+        spikes = SpikeDetector(
+            run.output / "spikes" / f"{name}.jsonl", quiet=warmup_steps(stage.schedule, progress.total_steps)
+        )
         profiler = StepProfiler(run.output / "profile", name, run.profile)
         stack.callback(profiler.close)
         first = True

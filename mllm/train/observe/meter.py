@@ -16,7 +16,7 @@ from mllm.train.observe.flops import FlopModel
 class Meter:
     """Sums counts over the steps since the last report and turns them into rates over all processes."""
 
-    def __init__(self, flops: FlopModel | None, peak: float, device: torch.device):
+    def __init__(self, flops: FlopModel | None, peak: float | None, device: torch.device):
         self.flops, self.peak, self.device = flops, peak, device
         self.reset()
 
@@ -49,12 +49,13 @@ class Meter:
             "fill": self.counts["tokens"] / max(self.counts["slots"], 1),
             "data_wait": min(self.waited / seconds, 1.0),
         }
-        if self.flops is not None and self.peak > 0:
-            available = seconds * processes * self.peak
+        if self.flops is not None:
             record["tflops"] = {
                 "language_model": self.model_flops / seconds / processes / 1e12,
                 "total": self.total_flops / seconds / processes / 1e12,
             }
+        if self.flops is not None and self.peak is not None:
+            available = seconds * processes * self.peak
             record["mfu"] = {"language_model": self.model_flops / available, "total": self.total_flops / available}
         if self.device.type == "cuda":
             record["memory_gb"] = torch.cuda.max_memory_reserved(self.device) / 1e9

@@ -42,10 +42,12 @@ def sample_names(micro: Sequence[Any]) -> list[str]:
 
 class SpikeDetector:
     """Watches loss and gradient norm; a leap is warned of and written, with this process's samples of the step, to
-    ``path`` (one JSON line each). It changes nothing in training, so a resumed run needs no memory of it."""
+    ``path`` (one JSON line each). It changes nothing in training, so a resumed run needs no memory of it.
 
-    def __init__(self, path: Path):
-        self.path = path
+    quiet: the stage's first steps, of which none is told: while the rate rises, norms do too."""
+
+    def __init__(self, path: Path, *, quiet: int = 0):
+        self.path, self.quiet = path, quiet
         self.history: dict[str, deque[float]] = {name: deque(maxlen=WINDOW) for name in ("loss", "grad_norm")}
         self.spikes = 0
 
@@ -56,7 +58,7 @@ class SpikeDetector:
             usual = median(history) if len(history) >= ENOUGH else None
             if usual is not None:
                 spread = 1.4826 * median(abs(v - usual) for v in history)
-                if value > usual + WIDE * max(spread, 0.1 * abs(usual)):
+                if step > self.quiet and value > usual + WIDE * max(spread, 0.1 * abs(usual)):
                     self._tell(stage, step, name, value, usual, sample_names(micro))
             history.append(value)
 

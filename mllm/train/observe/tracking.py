@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,11 @@ def _service(name: str, recipe: Recipe, output: Path, info: RunInfo | None) -> A
         raise UnavailableError(
             f"track: {name} is not installed: {package_hint(name)}, or take it out of track:"
         ) from None
-    options: dict[str, Any] = {"project": "mllm", "name": recipe.name, "config": recipe.model_dump(mode="json")}
+    options: dict[str, Any] = {
+        "project": os.environ.get("WANDB_PROJECT", "mllm") if name == "wandb" else "mllm",
+        "name": recipe.name,
+        "config": recipe.model_dump(mode="json"),
+    }
     known = dict(info.data.get("trackers", {})) if info is not None else {}
     if name == "wandb":
         options |= {"dir": str(output), "resume": "allow", "id": known.get(name)}

@@ -14,7 +14,7 @@ from mllm.data.collate import collate, collate_packed
 from mllm.errors import UnavailableError
 from mllm.processing.chat import encode_sample
 from mllm.train.observe.dataset_loss import DatasetLoss
-from mllm.train.observe.flops import flop_model, peak_flops
+from mllm.train.observe.flops import FlopModel, flop_model, peak_flops
 from mllm.train.observe.meter import Meter
 from mllm.train.observe.run_info import RunInfo, git_state, hub_revisions
 from mllm.train.observe.spikes import SpikeDetector
@@ -100,13 +100,17 @@ def test_a_part_that_learns_costs_three_passes_and_a_frozen_one_that_gradients_p
 
 
 def test_rates_are_over_all_time_and_shares_of_the_peak():
-    meter = Meter(None, 0.0, torch.device("cpu"))
+    meter = Meter(FlopModel(matmul=1e6, adapters=0, head=0, attention=0), None, torch.device("cpu"))
     counts = {"tokens": 100.0, "slots": 200.0, "supervised": 50.0, "samples": 4.0, "images": 2.0}
-    meter.add(counts, (0.0, 0.0), waited=0.0)
+    meter.add(counts, (3e9, 6e9), waited=0.0)
     report = meter.report()
     assert report["fill"] == 0.5 and report["tokens_per_second"] == pytest.approx(2 * report["supervised_per_second"])
-    assert "mfu" not in report
-    assert peak_flops(torch.device("cpu"), torch.float32)[0] > 1e8
+    assert "mfu" not in report and report["tflops"]["total"] > 0, "a share only where the peak is known"
+    assert peak_flops(torch.device("cpu"), torch.float32) is None
+    meter.peak = 1e12
+    meter.add(counts, (3e9, 6e9), waited=0.0)
+    share = meter.report()["mfu"]
+    assert share["total"] == pytest.approx(2 * share["language_model"]) and share["total"] > 0
 
 
 def test_run_json_holds_commit_packages_starts_and_data_hashes(tmp_path):
@@ -230,6 +234,12 @@ def test_a_leap_of_loss_or_gradient_names_the_samples_and_ordinary_noise_does_no
     assert json.loads(line) | {"median": 0} == {
         "stage": "sft", "step": 200, "what": "loss", "value": 9.0, "median": 0, "samples": ["a/1", "b/2"],
     }  # fmt: skip
+    quiet = SpikeDetector(tmp_path / "quiet.jsonl", quiet=30)
+    for step in range(1, 31):
+        quiet("sft", step, {"loss": 9.0 if step == 25 else 2.0, "grad_norm": 1.0}, [batch])
+    assert not quiet.spikes, "while the rate rises nothing is told"
+    quiet("sft", 31, {"loss": 9.0, "grad_norm": 1.0}, [batch])
+    assert quiet.spikes == 1
 
 
 @pytest.mark.parametrize("skip_logits", [True, False], ids=["fused", "from logits"])

@@ -1,0 +1,106 @@
+"""Do the tests still pass at both ends of each dependency's range, and which upstream release broke what?
+
+    python .ci/bounds.py --list                    # what would be installed
+    python .ci/bounds.py transformers trl          # try these two, lowest and newest; needs a package index and time
+    python .ci/bounds.py --tests tests/unit/models tests/contracts
+
+Each end gets an environment of its own in a temporary folder: everything as constraints.txt has it but for that one package. A
+failure prints what was asked for and the first test that failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "vllm")
+EXTRAS = {"vllm": "serve"}
+TESTS = ("tests/contracts", "tests/unit/models", "tests/unit/processing", "tests/unit/train")
+
+
+def bounds() -> dict[str, tuple[str, str]]:
+    """Package → (its lowest version as pyproject.toml states it, its whole specifier)."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    stated = [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+    ]
+    found: dict[str, tuple[str, str]] = {}
+    for line in stated:
+        name, specifier = re.fullmatch(r"([\w.-]+)(?:\[[\w,-]+\])?(.*)", line).groups()  # type: ignore[union-attr]
+        lowest = re.search(r"[>=]=([\w.]+)", specifier)
+        if name in PACKAGES and lowest is not None:
+            found[name] = (lowest[1], specifier)
+    return found
+
+
+def ends(name: str) -> list[str]:
+    """What is asked of the installer for the lowest and for the newest version."""
+    lowest, specifier = bounds()[name]
+    return [f"{name}=={lowest}.*" if lowest.count(".") < 2 else f"{name}=={lowest}", f"{name}{specifier}"]
+
+
+def attempt(requirement: str, newest: bool, tests: list[str]) -> str | None:
+    """Install and test; None when all passed, else the first thing that failed."""
+    name = re.split(r"[=<>]", requirement)[0]
+    folder = Path(tempfile.mkdtemp(prefix="mllm-bounds-"))
+    try:
+        python = folder / "venv/bin/python"
+        held = [
+            line for line in (ROOT / "constraints.txt").read_text().splitlines() if re.split(r"[=<> ]", line)[0] != name
+        ]
+        (folder / "held.txt").write_text("\n".join(held))
+        extras = ",".join(filter(None, ("train", "eval", "dev", EXTRAS.get(name))))
+        install = ["uv", "pip", "install", "--quiet", "--python", str(python)]
+        steps = [
+            ["uv", "venv", "--quiet", str(folder / "venv")],
+            [
+                *install,
+                "--constraint",
+                str(folder / "held.txt"),
+                *(["--upgrade"] if newest else []),
+                f"{ROOT}[{extras}]",
+                requirement,
+            ],
+            [str(python), "-m", "pytest", "-x", "-q", *tests],
+        ]
+        for step in steps:
+            result = subprocess.run(step, cwd=ROOT, capture_output=True, text=True, check=False)
+            if result.returncode != 0:
+                said = (result.stdout + result.stderr).splitlines()
+                return next((line for line in said if line.startswith(("FAILED", "ERROR"))), "\n".join(said[-5:]))
+        return None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("packages", nargs="*", metavar="PACKAGE", help=f"default: {', '.join(PACKAGES)}")
+    parser.add_argument("--tests", nargs="+", default=list(TESTS), help="what is run at each end")
+    parser.add_argument("--list", action="store_true", help="only say what would be installed")
+    chosen = parser.parse_args()
+    if unknown := set(chosen.packages) - set(bounds()):
+        parser.error(f"{', '.join(sorted(unknown))}: not among {', '.join(bounds())}")
+    broken = 0
+    for name in chosen.packages or bounds():
+        for newest, requirement in enumerate(ends(name)):
+            if chosen.list:
+                sys.stdout.write(f"{requirement}\n")
+                continue
+            problem = attempt(requirement, bool(newest), chosen.tests)
+            broken += problem is not None
+            sys.stdout.write(f"{requirement}: {'passes' if problem is None else problem}\n")
+            sys.stdout.flush()
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

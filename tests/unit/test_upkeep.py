@@ -1,0 +1,69 @@
+"""Do the examples, the hooks, the pinned packages and the templates agree with the rest of the repository?"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import yaml
+
+from tests.unit.test_docs import parse
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def test_the_hooks_before_a_commit_are_what_ci_lints_with() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    linted = re.search(r"^lint: setup\n((?:\t.+\n)+)", makefile, re.M)
+    assert linted is not None
+    steps = [line.strip().replace("$(BIN)", ".venv/bin").removesuffix(" .") for line in linted[1].splitlines()]
+    assert [hook["entry"] for hook in hooks] == steps
+    assert "make test" in (ROOT / ".ci/run").read_text(encoding="utf-8") and "test: lint" in makefile
+
+
+def test_what_builds_the_documentation_is_pinned() -> None:
+    pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()}
+    for requirement in PROJECT["optional-dependencies"]["docs"]:
+        name = re.split(r"[\[>=]", requirement)[0]
+        assert name in pinned and f"'{requirement}'" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_the_examples_say_commands_that_can_be_typed() -> None:
+    server, _ = yaml.safe_load_all((ROOT / "examples/kubernetes.yaml").read_text(encoding="utf-8"))
+    pod = server["spec"]["template"]["spec"]
+    name, values = parse(pod["containers"][0]["args"])
+    assert name == "serve" and pod["terminationGracePeriodSeconds"] > values["shutdown_timeout"]
+    probes = {pod["containers"][0][f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")}
+    assert probes == {"/health", "/ping"}
+
+    services = yaml.safe_load((ROOT / "examples/compose.yaml").read_text(encoding="utf-8"))["services"]
+    assert [parse(service["command"])[0] for service in services.values()] == ["serve", "app"]
+    grace = int(services["server"]["stop_grace_period"].removesuffix("s"))
+    assert grace > parse(services["server"]["command"])[1]["shutdown_timeout"]
+
+    docker = (ROOT / "examples/Dockerfile").read_text(encoding="utf-8")
+    for extras in re.findall(r"EXTRAS=([\w,-]+)", docker):
+        assert set(extras.split(",")) <= set(PROJECT["optional-dependencies"]), extras
+    for copied in re.findall(r"^COPY ((?:\S+ )+)", docker, re.M):
+        assert all((ROOT / path).exists() for path in copied.split()), copied
+    assert subprocess.run(["bash", "-n", str(ROOT / "examples/slurm.sbatch")], check=False).returncode == 0
+    json.loads((ROOT / ".devcontainer/devcontainer.json").read_text(encoding="utf-8"))
+    forms = [
+        yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")
+    ]
+    assert sum("body" in form for form in forms) >= 2
+
+
+def test_both_ends_of_each_range_are_named() -> None:
+    told = subprocess.run(
+        [sys.executable, str(ROOT / ".ci/bounds.py"), "--list"], capture_output=True, text=True, check=True, timeout=60
+    ).stdout.split()
+    for name in ("torch", "transformers", "vllm", "peft", "trl"):
+        lowest, newest = [line for line in told if re.split(r"[=<>]", line)[0] == name]
+        assert "==" in lowest and ">=" in newest
