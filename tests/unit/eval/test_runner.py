@@ -462,6 +462,9 @@ def test_report_has_table_markdown_and_one_page_with_pictures_and_filters(tmp_pa
     shown = capsys.readouterr().out
     assert "relaxed_strict" in shown and "disagree on 1 samples" in shown
     page = paths["report.html"].read_text()
+    assert "overflow-wrap:anywhere" in page and "prefers-color-scheme:dark" in page, (
+        "readable on a telephone and at night"
+    )
     assert page.count("data:image/jpeg;base64,") == 7 and "<b>bold?</b>" not in page and "&lt;b&gt;bold?" in page
     assert (
         "wrong (1)" in page

@@ -167,6 +167,7 @@ def test_wandb_gets_every_record_without_a_network(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_PROJECT", "charts")
     recipe = make_recipe(tmp_path).model_copy(update={"track": ["wandb"]})
     (tmp_path / "run").mkdir()
     tracker = Tracker(tmp_path / "run", recipe)
@@ -174,6 +175,7 @@ def test_wandb_gets_every_record_without_a_network(tmp_path, monkeypatch):
     for step in (1, 2):
         tracker.log(_record("a", step, 0.5 * step))
     assert wandb.run.step >= 2 and wandb.run.name == "tiny" and wandb.run.config["seed"] == 3
+    assert wandb.run.project == "charts"
     tracker.close()
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")) and wandb.run is None
 
