@@ -22,7 +22,8 @@ button{font:inherit;border:1px solid #bbb;background:#f7f7f7;border-radius:.3rem
 margin-right:.3rem}button.on{background:#1a1a1a;color:#fff}
 .s{display:grid;grid-template-columns:15rem 1fr;gap:1rem;border-top:1px solid #ddd;padding:.8rem 0}
 .s img{max-width:15rem;max-height:15rem;border:1px solid #ddd;display:block;margin-bottom:.3rem}
-.s>div{min-width:0}.s,.note,td code{overflow-wrap:anywhere}.q{font-weight:600;white-space:pre-wrap}.k{color:#777;display:inline-block;min-width:6.2rem}.p{white-space:pre-wrap}
+.s>div{min-width:0}.s,.note,td code{overflow-wrap:anywhere}
+.q{font-weight:600;white-space:pre-wrap}.k{color:#777;display:inline-block;min-width:6.2rem}.p{white-space:pre-wrap}
 .w{color:#b00020}.r{color:#0a7a2f}code{font-size:.85em}summary{cursor:pointer;margin:.6rem 0}a.f{cursor:pointer}
 .none{color:#888;font-size:.85rem;border:1px dashed #ccc;padding:.6rem;width:8rem;text-align:center}
 @media(max-width:76rem){table{display:block;overflow-x:auto}td:last-child{min-width:18rem}}
