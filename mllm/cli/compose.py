@@ -95,7 +95,9 @@ def model_spec(
             "what is the model made of? Give --recipe NAME, or --encoder NAME=ENTRY (mllm list encoders) and --language-model SOURCE"
             + ("; key.sub=value changes a recipe" if overrides else "")
         )
-    data = load_recipe(recipe, overrides).model.model_dump(mode="json") if recipe is not None else {"connector": "mlp"}
+    data: dict[str, Any] = {"connector": "mlp"}
+    if recipe is not None:
+        data = load_recipe(recipe, overrides).model.model_dump(mode="json")
     if encoders:
         data["encoders"] = {}
     for text in encoders:

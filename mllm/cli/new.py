@@ -62,28 +62,27 @@ def new(
             raise ConfigError(f"{file} exists; choose another name: mllm new NAME")
     source, dataset = _data(data, asks)
     found_gpus, found_memory = gpus_here()
-    gpus = gpus if gpus is not None else _ask("How many GPUs (0: the CPU)?", found_gpus, asks, int)
-    if memory is None:
-        memory = 0.0 if gpus == 0 else _ask("How much memory has one, in GB?", found_memory or 80.0, asks, float)
-    default = next(model for least, model in _SIZES if memory >= least)
-    language_model = language_model or _ask("Which language model (hub id or folder)?", default, asks, str)
+    number = _ask(gpus, "How many GPUs (0: the CPU)?", found_gpus, asks, int)
+    room = _ask(memory, "How much memory has one, in GB?", found_memory or 80.0, asks, float) if number else 0.0
+    default = next(model for least, model in _SIZES if room >= least)
+    text = _ask(language_model, "Which language model (hub id or folder)?", default, asks, str)
     encoders = _encoders(encoder, asks)
-    learn = learn or _ask(f"What learns ({', '.join(LEARNS)})?", "adapter", asks, str)
-    if learn not in LEARNS:
-        raise ConfigError(f"--learn {learn}: expected one of {', '.join(LEARNS)}{did_you_mean(learn, LEARNS)}")
+    part = _ask(learn, f"What learns ({', '.join(LEARNS)})?", "adapter", asks, str)
+    if part not in LEARNS:
+        raise ConfigError(f"--learn {part}: expected one of {', '.join(LEARNS)}{did_you_mean(part, LEARNS)}")
     recipe = new_recipe(
         str(data_file),
         encoders,
-        language_model,
-        learn=learn,
-        gpus=gpus,
-        memory=memory,
+        text,
+        learn=part,
+        gpus=number,
+        memory=room,
         tasks=[t for t in (tasks or "").split(",") if t],
     )
     _write(data_file, dataset, f"How {source} is read. `mllm data check {data_file}` looks at all of it.")
     _write(recipe_file, recipe, f"Made by `mllm new`. Every key: `mllm recipes show {recipe_file}`.")
-    processes = f" --processes {gpus}" if gpus > 1 else ""
-    planned = _plan(recipe_file, max(gpus, 1), memory) if plan else True
+    processes = f" --processes {number}" if number > 1 else ""
+    planned = _plan(recipe_file, max(number, 1), room) if plan else True
     typer.echo(
         f"\nwritten: {recipe_file}, {data_file}\n"
         + ("" if planned else "change what the plan names, then\n")
@@ -160,7 +159,9 @@ def _encoders(given: list[str] | None, asks: bool) -> list[str]:
     from mllm.encoders.catalogue import catalogue
     from mllm.errors import UnknownName
 
-    text = ",".join(given) if given else _ask("Which encoders (comma separated)?", "siglip2-so400m-384", asks, str)
+    text = _ask(
+        ",".join(given) if given else None, "Which encoders (comma separated)?", "siglip2-so400m-384", asks, str
+    )
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in catalogue():
@@ -168,7 +169,10 @@ def _encoders(given: list[str] | None, asks: bool) -> list[str]:
     return names
 
 
-def _ask(question: str, default: Any, asks: bool, kind: Callable[[Any], Any]) -> Any:
+def _ask(given: Any, question: str, default: Any, asks: bool, kind: Callable[[Any], Any]) -> Any:
+    """What an option said, else the answer, else the default."""
+    if given is not None:
+        return given
     return typer.prompt(question, default=default, type=kind) if asks else default
 
 
