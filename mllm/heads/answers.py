@@ -1,8 +1,5 @@
 """What did the model answer to questions about pictures, and what had it in mind at every word?"""
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportOptionalMemberAccess=false
-
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ The answer holds a phrase and after it a class word ("This image is" + "fake" or
 at the place where the word stands, are the classes' scores: the head has no weights.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence

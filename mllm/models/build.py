@@ -1,9 +1,6 @@
 """How is a model made from a recipe's model section?"""
 
 # transformers' and torch's own annotations (FloatTensor outputs, Tensor | Module attributes) do not fit their documented use.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportOptionalMemberAccess=false, reportAssignmentType=false, reportPrivateImportUsage=false, reportGeneralTypeIssues=false
-# pyright: reportIncompatibleVariableOverride=false, reportOptionalIterable=false
 
 from __future__ import annotations
 
@@ -88,7 +85,7 @@ def build_config(spec: ModelSpec, *, image_token_id: int | None = None, tokenize
         parts,
         id_of=None if tokenizer is None else tokenizer.convert_tokens_to_ids,
         first_free=text.vocab_size + 1,
-        null=0 if tokenizer is None else tokenizer.pad_token_id,
+        null=0 if tokenizer is None else tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
     )
     return MllmConfig(
         text_config=text,
@@ -100,7 +97,7 @@ def build_config(spec: ModelSpec, *, image_token_id: int | None = None, tokenize
         heads=heads,
         image_token_id=text.vocab_size if image_token_id is None else image_token_id,
         lm_head_bias=_head_has_bias(text),
-        modality_switch=spec.language_model.modality_switch,
+        modality_switch=spec.language_model.modality_switch,  # pyright: ignore[reportOptionalMemberAccess]
     )
 
 
@@ -320,9 +317,9 @@ def _start_new_rows(model: MllmForConditionalGeneration, known: int) -> None:
     modules = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
     with torch.no_grad():
         for table in {id(m.weight): m.weight for m in modules}.values():
-            mean, spread = (statistic(table[:known].float(), dim=0) for statistic in (torch.mean, torch.std))
-            fresh = torch.randn(len(table) - known, table.shape[1], device=table.device)
-            table[known:] = (mean + spread * fresh).to(table.dtype)
+            mean, spread = (statistic(table[:known].float(), dim=0) for statistic in (torch.mean, torch.std))  # pyright: ignore[reportIndexIssue]
+            fresh = torch.randn(len(table) - known, table.shape[1], device=table.device)  # pyright: ignore[reportArgumentType, reportIndexIssue]
+            table[known:] = (mean + spread * fresh).to(table.dtype)  # pyright: ignore[reportArgumentType, reportCallIssue, reportIndexIssue]
         for bias in (getattr(m, "bias", None) for m in modules):
             if bias is not None:
                 bias[known:] = bias[:known].mean()
@@ -340,7 +337,7 @@ def read_language_model(
         try:
             with naming_damage(spec.source):
                 place, options = opened_by(spec.source, spec.revision)
-                source, info = AutoModelForCausalLM.from_pretrained(
+                source, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
                     place,
                     **options,
                     **dense_options(spec.source),
@@ -361,7 +358,7 @@ def read_language_model(
     if wanted != found:
         raise CheckpointError(
             f"model.language_model.source: {spec.source} is no plain {model.config.text_config.model_type}: "
-            f"{some_names(sorted(set(wanted.items()) ^ set(found.items())))}"
+            f"{some_names(sorted(set(wanted.items()) ^ set(found.items())))}"  # pyright: ignore[reportArgumentType]
         )
     source.config.name_or_path = ""
     model.config.text_config = source.config  # transformers gave the modules a copy of it

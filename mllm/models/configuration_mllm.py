@@ -1,9 +1,6 @@
 """What does a checkpoint's config.json say?"""
 
 # transformers' and torch's own annotations (FloatTensor outputs, Tensor | Module attributes) do not fit their documented use.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportOptionalMemberAccess=false, reportAssignmentType=false, reportPrivateImportUsage=false, reportGeneralTypeIssues=false
-# pyright: reportIncompatibleVariableOverride=false, reportOptionalIterable=false
 
 from __future__ import annotations
 
@@ -47,7 +44,7 @@ class MllmConfig(PreTrainedConfig):
     """
 
     model_type = "mllm"
-    sub_configs = {"text_config": AutoConfig}
+    sub_configs = {"text_config": AutoConfig}  # pyright: ignore[reportAssignmentType]
     has_no_defaults_at_init = True
 
     def __init__(

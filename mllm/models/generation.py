@@ -1,9 +1,6 @@
 """How does ``generate`` treat images and routing?"""
 
 # transformers' and torch's own annotations (FloatTensor outputs, Tensor | Module attributes) do not fit their documented use.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportOptionalMemberAccess=false, reportAssignmentType=false, reportPrivateImportUsage=false, reportGeneralTypeIssues=false
-# pyright: reportIncompatibleVariableOverride=false, reportOptionalIterable=false
 
 from __future__ import annotations
 
@@ -74,11 +71,11 @@ class MultimodalGenerationMixin(GenerationMixin):
     def _token_rules(self) -> Any:
         """What may be generated: a placeholder never, since nothing would stand for it."""
         if self.visual_config is not None:
-            return self.image_rules()
+            return self.image_rules()  # pyright: ignore[reportAttributeAccessIssue]
         placeholder = self.config.image_token_id
         if placeholder is None or placeholder >= self.config.get_text_config().vocab_size:
             return None
-        return SuppressTokensLogitsProcessor([placeholder], device="cpu" if self.device.type == "meta" else self.device)
+        return SuppressTokensLogitsProcessor([placeholder], device="cpu" if self.device.type == "meta" else self.device)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _refuse_blind_decoding(self, args: tuple, kwargs: dict[str, Any]) -> None:
         settings = [kwargs.get("generation_config", args[0] if args else None), self.generation_config]
@@ -115,7 +112,7 @@ class MultimodalGenerationMixin(GenerationMixin):
 
     def generate_text(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own ``generate``: images are encoded where they stand, nothing is recorded."""
-        return super().generate(*args, **kwargs)
+        return super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def _image_inputs(self) -> list[str]:
@@ -131,14 +128,14 @@ class MultimodalGenerationMixin(GenerationMixin):
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         own = set(self._image_inputs)
-        super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in own})
+        super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in own})  # pyright: ignore[reportAttributeAccessIssue]
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: Any = None, is_first_iteration: bool | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         # An assistant's first pass is not called one, yet it reads the prompt: what counts is an empty cache.
         first = bool(is_first_iteration) or past_key_values is None or past_key_values.get_seq_length() == 0
-        inputs = super().prepare_inputs_for_generation(
+        inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids, past_key_values=past_key_values, is_first_iteration=first, **kwargs
         )
         if not first and kwargs.get("use_cache", True):
@@ -156,7 +153,7 @@ class MultimodalGenerationMixin(GenerationMixin):
         """Beams and several return sequences: repeat each sample's images as a group, not image by image."""
         images = {k: model_kwargs.pop(k) for k in self._image_inputs if model_kwargs.get(k) is not None}
         source = input_ids
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         if images and expand_size > 1 and source is not None:

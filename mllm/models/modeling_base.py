@@ -1,9 +1,6 @@
 """What do the model classes share? Their outputs, support flags, loading that refuses gaps, and parts by name."""
 
 # transformers' and torch's own annotations (FloatTensor outputs, Tensor | Module attributes) do not fit their documented use.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportOptionalMemberAccess=false, reportAssignmentType=false, reportPrivateImportUsage=false, reportGeneralTypeIssues=false
-# pyright: reportIncompatibleVariableOverride=false, reportOptionalIterable=false
 
 from __future__ import annotations
 
@@ -64,7 +61,7 @@ class MllmPreTrainedModel(PreTrainedModel):
     config_class = MllmConfig
     config: MllmConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # pyright: ignore[reportAssignmentType]
     opens_foreign = False
     """Whether `from_pretrained` converts checkpoints of other formats."""
     supports_gradient_checkpointing = True
@@ -78,11 +75,11 @@ class MllmPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Components initialise themselves; here only what belongs to this class, and buffers that no file holds."""
         if hasattr(module, "restore_buffers"):
-            module.restore_buffers()
+            module.restore_buffers()  # pyright: ignore[reportCallIssue]
         elif module is getattr(self, "lm_head", None):
-            nn.init.normal_(module.weight, std=getattr(self.config.get_text_config(), "initializer_range", 0.02))
+            nn.init.normal_(module.weight, std=getattr(self.config.get_text_config(), "initializer_range", 0.02))  # pyright: ignore[reportArgumentType]
             if module.bias is not None:
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.bias)  # pyright: ignore[reportArgumentType]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -100,7 +97,7 @@ class MllmPreTrainedModel(PreTrainedModel):
             kwargs["key_mapping"] = dict(_FORMER_NAMES)
         try:
             with opening(pretrained_model_name_or_path):
-                model, info = super().from_pretrained(
+                model, info = super().from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
                     pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
                 )
         except (FileNotFoundError, OSError) as error:
@@ -119,7 +116,7 @@ class MllmPreTrainedModel(PreTrainedModel):
     def from_foreign(cls, found: ForeignCheckpoint) -> Any:
         """A model in eval mode with every weight of a foreign checkpoint. Raises `CheckpointError` for weights that are missing,
         of another shape, or without a place."""
-        model = cls(found.config).to(found.dtype)
+        model = cls(found.config).to(found.dtype)  # pyright: ignore[reportArgumentType]
         for name in found.unread:
             model.get_submodule(f"model.vision_tower.encoders.{name}").load_pretrained()  # type: ignore[operator]
         wanted = model.state_dict()
@@ -171,10 +168,10 @@ class MllmPreTrainedModel(PreTrainedModel):
         super().gradient_checkpointing_enable(*args, **kwargs)
         for module in self.modules():
             if hasattr(module, "set_gradient_checkpointing"):
-                module.set_gradient_checkpointing(True)
+                module.set_gradient_checkpointing(True)  # pyright: ignore[reportCallIssue]
 
     def gradient_checkpointing_disable(self) -> None:
         super().gradient_checkpointing_disable()
         for module in self.modules():
             if hasattr(module, "set_gradient_checkpointing"):
-                module.set_gradient_checkpointing(False)
+                module.set_gradient_checkpointing(False)  # pyright: ignore[reportCallIssue]

@@ -1,9 +1,6 @@
 """Which class is the multimodal model? Encoders, router and connector joined to any HF causal language model."""
 
 # transformers' and torch's own annotations (FloatTensor outputs, Tensor | Module attributes) do not fit their documented use.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportOptionalMemberAccess=false, reportAssignmentType=false, reportPrivateImportUsage=false, reportGeneralTypeIssues=false
-# pyright: reportIncompatibleVariableOverride=false, reportOptionalIterable=false
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple  # pyright: ignore[reportPrivateImportUsage]
 
 from mllm.errors import AlignmentError, ConfigError
 from mllm.heads.base import HeadParts, Reading, Step
@@ -260,7 +257,7 @@ class MllmModel(MllmPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids)  # pyright: ignore[reportArgumentType]
         if slot_mask is not None and slot_embeds is not None:
             inputs_embeds = inputs_embeds.masked_scatter(slot_mask.unsqueeze(-1), slot_embeds.to(inputs_embeds))
         kwargs.pop("num_image_patches", None)
@@ -275,7 +272,7 @@ class MllmModel(MllmPreTrainedModel):
                 return_dict=True,
                 **extra,
             )
-            image_features, routing, features = output.pooler_output, output.routing, output.features
+            image_features, routing, features = output.pooler_output, output.routing, output.features  # pyright: ignore[reportAttributeAccessIssue]
             if routing is not None and not adds_losses:
                 self._tell_lost_losses(routing)
         if image_features is not None and len(image_features):
@@ -474,13 +471,13 @@ class MllmForConditionalGeneration(
         losses = None
         if loss is not None:
             if outputs.routing is not None and self.training:
-                loss = loss + routing_loss_of_step(self, outputs.routing, routing_targets, step.labels, step.num_items)
+                loss = loss + routing_loss_of_step(self, outputs.routing, routing_targets, step.labels, step.num_items)  # pyright: ignore[reportArgumentType]
             of_heads, losses = head_losses(self, step, Reading(outputs.last_hidden_state, outputs.features))
             loss = loss + of_heads
         return MllmOutput(
-            loss=loss,
+            loss=loss,  # pyright: ignore[reportArgumentType]
             losses=losses,
-            logits=logits,
+            logits=logits,  # pyright: ignore[reportArgumentType]
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

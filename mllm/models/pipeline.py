@@ -1,9 +1,6 @@
 """How do pixels become visual tokens? Encoders → router → connector, the same code in HF, training and vLLM."""
 
 # transformers' and torch's own annotations (FloatTensor outputs, Tensor | Module attributes) do not fit their documented use.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportOptionalMemberAccess=false, reportAssignmentType=false, reportPrivateImportUsage=false, reportGeneralTypeIssues=false
-# pyright: reportIncompatibleVariableOverride=false, reportOptionalIterable=false
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ class EncoderBank(nn.Module):
         self.encoders = nn.ModuleDict(
             {name: build_encoder(encoder_config(config, where=f"encoders.{name}")) for name, config in encoders.items()}
         )
-        self.infos = {name: e.describe(e.config) for name, e in self.encoders.items()}
+        self.infos = {name: e.describe(e.config) for name, e in self.encoders.items()}  # pyright: ignore[reportCallIssue]
         self.experts: tuple[str, ...] = tuple((router or {}).get("experts", ()))
         self.with_attention: frozenset[str] = frozenset()
         """Encoders whose last attention map the connector reads."""
@@ -207,7 +204,7 @@ class EncoderBank(nn.Module):
             # silently), and under ZeRO-3 gather weights together: so an expert runs on one image, for nothing, where it is not used.
             tokens = tokens + 0.0 * self._encode(name, pixels[:1], idle=True).tokens.sum()
         elif learning:
-            tokens = tokens + 0.0 * sum(p.sum() for p in encoder.parameters() if p.requires_grad).to(tokens)
+            tokens = tokens + 0.0 * sum(p.sum() for p in encoder.parameters() if p.requires_grad).to(tokens)  # pyright: ignore[reportAttributeAccessIssue]
         return VisionFeatures(tokens, info.grid)
 
     def _used_by_any_rank(self, used: Tensor) -> list[bool]:

@@ -1,9 +1,6 @@
 """Which experts does a model run on a batch: limits, routing by the language model itself, and the record of what was chosen."""
 
 # transformers' and torch's own annotations (FloatTensor outputs, Tensor | Module attributes) do not fit their documented use.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportOptionalMemberAccess=false, reportAssignmentType=false, reportPrivateImportUsage=false, reportGeneralTypeIssues=false
-# pyright: reportIncompatibleVariableOverride=false, reportOptionalIterable=false
 
 from __future__ import annotations
 
@@ -193,10 +190,10 @@ def encode_short(
     body = model.model
     bank, text = body.vision_tower, body.question_summary(questions)
     base = bank.encode_base(pixels) if base is None else base
-    count = len(next(iter(base.values())).tokens)
-    none = Routing(bank.experts, torch.zeros(count, len(bank.experts), device=next(iter(base.values())).tokens.device))
+    count = len(next(iter(base.values())).tokens)  # pyright: ignore[reportOptionalMemberAccess]
+    none = Routing(bank.experts, torch.zeros(count, len(bank.experts), device=next(iter(base.values())).tokens.device))  # pyright: ignore[reportOptionalMemberAccess]
     layout = body.rules.view
-    tokens = body.connect(dict(base), none, text)
+    tokens = body.connect(dict(base), none, text)  # pyright: ignore[reportArgumentType, reportCallIssue]
     tokens = tokens.view(count, layout.num_tokens, tokens.shape[-1])
     return short_image(tokens, layout, routing_grid(layout, bank.router))
 

@@ -1,7 +1,6 @@
 """Where does generation stop?"""
 
 # transformers' own annotations do not fit their documented use.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -31,12 +30,12 @@ def source_stops(source: str | None, revision: str | None = None) -> list[int]:
         return []
     for kind in (GenerationConfig, AutoConfig):
         try:
-            config = kind.from_pretrained(source, revision=revision)
+            config = kind.from_pretrained(source, revision=revision)  # pyright: ignore[reportArgumentType]
         except (OSError, ValueError):
             continue
         found = getattr(config, "eos_token_id", None)
         if found is None and hasattr(config, "get_text_config"):
-            found = getattr(config.get_text_config(), "eos_token_id", None)
+            found = getattr(config.get_text_config(), "eos_token_id", None)  # pyright: ignore[reportAttributeAccessIssue]
         if found is not None:
             return [int(number) for number in (found if isinstance(found, Iterable) else [found])]
     return []

@@ -1,9 +1,6 @@
 """How do text and images become model inputs in one call?"""
 
 # transformers' and torch's own annotations (FloatTensor outputs, Tensor | Module attributes) do not fit their documented use.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportOptionalMemberAccess=false, reportAssignmentType=false, reportPrivateImportUsage=false, reportGeneralTypeIssues=false
-# pyright: reportIncompatibleVariableOverride=false, reportOptionalIterable=false
 
 # No `from __future__ import annotations`: transformers reads the kwargs class's annotations as types, not strings.
 
@@ -27,7 +24,7 @@ from mllm.types import VisualLayout
 
 class MllmProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: MllmImagesKwargs  # type: ignore[misc]
-    _defaults = {
+    _defaults = {  # pyright: ignore[reportGeneralTypeIssues]
         "text_kwargs": {"padding": False, "return_mm_token_type_ids": False, "return_text_replacement_offsets": False},
     }
 
@@ -91,7 +88,7 @@ class MllmProcessor(ProcessorMixin):
         audio: Any = None,
         **kwargs: Unpack[ProcessingKwargs],  # vLLM reads this annotation
     ) -> MllmBatch:
-        batch = MllmBatch(super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs))
+        batch = MllmBatch(super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs))  # pyright: ignore[reportArgumentType]
         batch.placeholder = self.image_token_id
         return batch
 
@@ -178,7 +175,11 @@ class MllmProcessor(ProcessorMixin):
             (len(item) if isinstance(item, (list, tuple)) else 1) for item in images
         )
         return super().prepare_inputs_layout(
-            images=None if nested_empty else images, text=text, videos=videos, audio=audio, **kwargs
+            images=None if nested_empty else images,  # pyright: ignore[reportArgumentType]
+            text=text,
+            videos=videos,
+            audio=audio,
+            **kwargs,
         )
 
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:

@@ -1,7 +1,5 @@
 """How does a recipe's visual tokenizer and head become config, tokens and weights of a model?"""
 
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
-
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -1,8 +1,5 @@
 """How does the model draw: prompts → codes → images, with guidance, from one cache?"""
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportOptionalMemberAccess=false, reportPrivateImportUsage=false
-
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence

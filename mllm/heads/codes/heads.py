@@ -1,7 +1,5 @@
 """How do hidden states become the codes of an image, and codes the next inputs? One class per kind of head."""
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
-
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -147,7 +145,7 @@ class SeparateHead(CodeHead):
     def inputs(self, block: CodeBlock, ids: Tensor, place: int, tokenizer: Any) -> Tensor:
         """Inputs ``(K, n, L)`` for ids ``(K, n)`` of one block, whose first is code number ``place`` of the image."""
         aligner = self.aligners[block.book]
-        vectors = single_vectors(tokenizer, block, ids).to(aligner[0].weight)
+        vectors = single_vectors(tokenizer, block, ids).to(aligner[0].weight)  # pyright: ignore[reportIndexIssue]
         return aligner(vectors) + self.positions[place + 1 : place + 1 + ids.shape[1]]
 
     def slots(self, codes: Tensor, tokenizer: Any) -> Tensor:
@@ -210,7 +208,7 @@ class DepthHead(CodeHead):
         aligner, names = self.aligners[group], self.groups[group][1]
         vectors = torch.cat([tokenizer.code_vectors(name, codes[name]).sum(2) for name in names], -1)
         number = vectors.shape[1]
-        return aligner(vectors.to(aligner[0].weight)) + self.positions[place + 1 : place + 1 + number]
+        return aligner(vectors.to(aligner[0].weight)) + self.positions[place + 1 : place + 1 + number]  # pyright: ignore[reportIndexIssue]
 
     def slots(self, codes: Tensor, tokenizer: Any) -> Tensor:
         parts, place = [], 0
@@ -272,7 +270,7 @@ class NextScaleHead(CodeHead):
         """The picture so far ``(K, s², C)`` → inputs ``(K, s², L)`` of scale number ``scale`` ≥ 1."""
         place = self.place(scale)
         added = self.levels[scale] + self.positions[place : place + pictures.shape[1]]
-        return self.aligner(pictures.to(self.aligner[0].weight)) + added
+        return self.aligner(pictures.to(self.aligner[0].weight)) + added  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     def slots(self, codes: Tensor, tokenizer: Any) -> Tensor:
         if len(self.scales) == 1:

@@ -1,9 +1,6 @@
 """What does a model that draws know of its images: tokenizer, grammar, ids, and how to start drawing?"""
 
 # transformers' and torch's own annotations (FloatTensor outputs, Tensor | Module attributes) do not fit their documented use.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportOptionalMemberAccess=false, reportAssignmentType=false, reportPrivateImportUsage=false, reportGeneralTypeIssues=false
-# pyright: reportIncompatibleVariableOverride=false, reportOptionalIterable=false
 
 from __future__ import annotations
 
@@ -75,7 +72,7 @@ class DrawingMixin:
         never = never_written(self.visual_config, self.config.image_token_id, self.lm_head.weight.shape[0])
         if not self.visual_head.has_weights:
             return ImageGrammarProcessor(self.grammar, never=never)
-        return SuppressTokensLogitsProcessor(never, device=self.device)
+        return SuppressTokensLogitsProcessor(never, device=self.device)  # pyright: ignore[reportAttributeAccessIssue]
 
     def generate_images(self, prompts: Any, **options: Any) -> Any:
         """Draw one image per prompt; see `mllm.heads.codes.generate.generate_images`."""
@@ -101,4 +98,4 @@ def tokenizer_of_encoder(config: Any, bank: Any) -> Any:
         raise ConfigError(
             f"visual_tokenizer.encoder: {name!r} is no encoder of type visual_tokenizer; the model has {readers or 'none'}"
         )
-    return encoder.tokenizer
+    return encoder.tokenizer  # pyright: ignore[reportOptionalMemberAccess]

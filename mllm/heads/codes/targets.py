@@ -1,8 +1,5 @@
 """How do images that the model draws enter its inputs, and what is their loss?"""
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportOptionalMemberAccess=false
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -86,7 +83,7 @@ def lay_images(model: Any, images: Tensor, step: Step) -> DrawnImages:
         step.num_items = (labels[:, 1:] != IGNORE).sum().clamp(min=1)
     config, head, tokenizer = model.visual_config, model.visual_head, model.image_tokenizer
     tokens = config.tokens
-    codes = codes_of(tokenizer, images.to(input_ids.device))
+    codes = codes_of(tokenizer, images.to(input_ids.device))  # pyright: ignore[reportOptionalMemberAccess]
     slots = input_ids == tokens["code"]
     starts = (input_ids == tokens["start"]).nonzero()
     num_slots = head.num_slots
@@ -97,18 +94,18 @@ def lay_images(model: Any, images: Tensor, step: Step) -> DrawnImages:
         )
     places = slots.nonzero().view(len(codes), num_slots, 2)
     if labels is None or not num_slots:
-        learned = torch.full((len(codes),), labels is not None, device=input_ids.device)
+        learned = torch.full((len(codes),), labels is not None, device=input_ids.device)  # pyright: ignore[reportOptionalMemberAccess]
     else:
         learned = labels[places[:, 0, 0], places[:, 0, 1]] != IGNORE
-    drawn = DrawnImages(codes, input_ids, labels, starts, learned, num_slots)
+    drawn = DrawnImages(codes, input_ids, labels, starts, learned, num_slots)  # pyright: ignore[reportArgumentType]
     if model.training and labels is not None and config.text_dropout > 0 and len(codes):
         _drop_some(model, drawn, learned, step.attention_mask, step.position_ids)
     if labels is not None:
-        drawn.labels = drawn.labels.masked_fill(slots, IGNORE)
+        drawn.labels = drawn.labels.masked_fill(slots, IGNORE)  # pyright: ignore[reportOptionalMemberAccess]
     if not head.has_weights:
         _write_vocabulary(model, drawn, places)
     else:
-        embeddings = model.model.embed_tokens(torch.tensor([tokens["start"]], device=input_ids.device))
+        embeddings = model.model.embed_tokens(torch.tensor([tokens["start"]], device=input_ids.device))  # pyright: ignore[reportOptionalMemberAccess]
         first = head.start(embeddings)[None].expand(len(codes), 1, -1)
         values = torch.cat([first, head.slots(codes, tokenizer).to(first)], 1)
         step.inputs |= {"slot_mask": slots | (input_ids == tokens["start"]), "slot_embeds": values.flatten(0, 1)}

@@ -1,8 +1,5 @@
 """How does the model mark what a phrase names: ask, read the answer, decode its masks, lay them on the picture?"""
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportOptionalMemberAccess=false
-
 from __future__ import annotations
 
 from collections.abc import Sequence

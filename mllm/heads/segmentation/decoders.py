@@ -1,7 +1,5 @@
 """How do an encoder's features and a projected hidden state become a mask?"""
 
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 from __future__ import annotations
 
 import math

@@ -1,7 +1,5 @@
 """How does the model answer with masks? A token of the answer stands for each; its hidden state prompts a mask decoder."""
 
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -163,8 +161,8 @@ class SegmentationHead(Head):
         predicted IoU ``(K,)`` where the decoder gives any."""
         states = hidden[places[:, 0], places[:, 1]]
         weight = self.project[0].weight
-        tokens = features.tokens.to(weight.device, weight.dtype)
-        return self.decoder(self.project(states.to(weight.dtype)), tokens, owners.to(weight.device))
+        tokens = features.tokens.to(weight.device, weight.dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return self.decoder(self.project(states.to(weight.dtype)), tokens, owners.to(weight.device))  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     def losses(self, model: Any, step: Step, laid: LaidMasks, reading: Reading) -> HeadLoss:
         if self.config.encoder not in reading.features:

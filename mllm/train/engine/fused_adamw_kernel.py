@@ -1,7 +1,6 @@
 """Which Triton kernel updates one tensor with AdamW? (Imported on CUDA only, see `mllm.train.engine.fused_adamw`.)"""
 
 # Triton compiles this function's source and knows plain names only, no postponed annotations.
-# pyright: reportMissingImports=false, reportArgumentType=false
 
 import triton
 import triton.language as tl
