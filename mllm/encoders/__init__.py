@@ -19,6 +19,7 @@ ENCODERS: Registry = Registry(
         "channelvit": "mllm.encoders.backbones.channelvit:ChannelVitEncoder",
         "duoformer": "mllm.encoders.backbones.duoformer:DuoFormerEncoder",
         "crossvit": "mllm.encoders.backbones.crossvit:CrossVitEncoder",
+        "ddrnet": "mllm.encoders.backbones.ddrnet:DdrNetEncoder",
         "vssd": "mllm.encoders.backbones.vssd:VssdEncoder",
         "falcon": "mllm.encoders.backbones.falcon:FalconEncoder",
         "lookupvit": "mllm.encoders.backbones.lookupvit:LookupVitEncoder",

@@ -335,3 +335,44 @@ def test_lookupvit_is_the_public_module(tmp_path):
     assert other(inputs["input.image"]).grid == (2, 5), "the number of tokens is chosen when the model is opened"
     paper = encoder_with(state, {**spec, "output": "lookup", "infusion": "probabilities"}, tmp_path)
     assert not torch.allclose(paper.model(inputs["input.image"])[-1][1], lookup, atol=1e-2)
+
+
+@torch.no_grad()
+def test_ddrnet_is_the_authors(tmp_path):
+    meta, inputs, outputs, state = vector("ddrnet_dual")
+    sizes, image = meta["ctor"], inputs["input.image"]
+    spec = {
+        "type": "ddrnet",
+        "planes": sizes["planes"],
+        "depths": sizes["layers"],
+        "pooled_planes": sizes["spp_planes"],
+        "image_size": sizes["size"],
+    }
+    encoder = encoder_with(state, spec, tmp_path, layers=[2, 4])
+    seen = {}
+    for name in ("layer4", "layer5_", "layer5", "spp"):
+        getattr(encoder.model, name).register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
+    found = encoder(image)
+    maps = found.tokens.transpose(1, 2).unflatten(2, found.grid).split([8, 16], 1)
+
+    def classes(x, head):  # the published head, which is no part of the encoder
+        for k in (1, 2):
+            norm = {name: state[f"{head}.bn{k}.{name}"] for name in ("running_mean", "running_var", "weight", "bias")}
+            x = torch.relu(torch.nn.functional.batch_norm(x, **norm))
+            x = torch.conv2d(x, state[f"{head}.conv{k}.weight"], state.get(f"{head}.conv{k}.bias"), padding=2 - k)
+        return x
+
+    check(
+        meta,
+        outputs,
+        {
+            "output.logits": classes(maps[1], "final_layer"),
+            "output.aux": classes(maps[0], "seghead_extra"),
+            "output.low_stage4": seen["layer4"],
+            "output.high_stage5": seen["layer5_"].mean((2, 3)),
+            "output.low_stage5": seen["layer5"],
+            "output.dappm": seen["spp"],
+        },
+    )
+    with pytest.raises(ConfigError, match="no multiple of 64"):
+        build_encoder(encoder_config({**spec, "image_size": 72}, where="encoder"))
