@@ -101,6 +101,13 @@ def tell_idle(stage: StageSpec, parts: Iterable[str], moved: set[str], display: 
         )
 
 
+def tell_faded(run: Any, stage: StageSpec, faded: dict[str, int], line: str, display: Any) -> None:
+    """Show and record, on the main process, a part that the loss has stopped hearing."""
+    display.print(f"[yellow]! {stage.name}: {line}")
+    if run.info is not None:
+        run.info.stage(stage.name, faded=dict(faded))
+
+
 def tell_dropped(run: Any, stage: StageSpec, display: Any) -> None:
     """Show and record, at a stage's end, which rows could not be used on any process, in any start of the run."""
     distributed.barrier()  # all have written what they met

@@ -36,6 +36,7 @@ from mllm.train.data import (
     check_some_rows,
     open_mixture,
     tell_dropped,
+    tell_faded,
     tell_idle,
     tell_left_out,
     tell_odd_settings,
@@ -56,6 +57,7 @@ from mllm.train.features.stage import use_cache
 from mllm.train.float8 import use_float8
 from mllm.train.observe.dataset_loss import DatasetLoss
 from mllm.train.observe.drawings import Drawings
+from mllm.train.observe.fading import FadingParts
 from mllm.train.observe.flops import FlopModel, flop_model, peak_flops
 from mllm.train.observe.meter import Meter, count_batches
 from mllm.train.observe.profiling import StepProfiler
@@ -151,6 +153,7 @@ def train(
         spikes = SpikeDetector(
             run.output / "spikes" / f"{name}.jsonl", quiet=warmup_steps(stage.schedule, progress.total_steps)
         )
+        fading = FadingParts(quiet=warmup_steps(stage.schedule, progress.total_steps))
         profiler = StepProfiler(run.output / "profile", name, run.profile)
         stack.callback(profiler.close)
         first = True
@@ -174,6 +177,8 @@ def train(
             last = progress.step == progress.total_steps
             beside.step(progress.step, last=last)
             spikes(stage.name, progress.step, {"loss": step.loss, "grad_norm": step.grad_norm}, micro)
+            for line in fading(progress.step, engine.norms, step.grad_norm):
+                tell_faded(run, stage, fading.faded, line, display)
             progress.samples += int(step.counts["samples"])
             meter.add(step.counts, (step.counts["model_flops"], step.counts["total_flops"]), waited)
             record = None
