@@ -133,7 +133,8 @@ def test_the_commands_take_device_batch_size_and_type(tmp_path, inception, monke
     build_tokenizer(TINY["tokenflow"]).save_pretrained(tmp_path / "tokenizer")
     recipe = tmp_path / "recipe.yaml"
     images = {"type": "digits_and_charts", "options": {"charts": 40, "digits": False}}
-    recipe.write_text(json.dumps({"tokenizer": TINY["tokenflow"], "images": images, "steps": 1}))
+    stage = {"name": "t", "kind": "tokenizer", "learn": {"visual_tokenizer": 1e-3}, "data": images, "steps": 1}
+    recipe.write_text(json.dumps({"model": {"visual_tokenizer": TINY["tokenflow"]}, "stages": [stage]}))
     sizes = []
     import mllm.visual_tokenizers.tokenflow as module
 
