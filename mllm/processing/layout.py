@@ -149,6 +149,8 @@ class LayoutRules:
         not matter, with ``count``. Raises `AlignmentError` when they matter and are missing."""
         if not self.needs_size:
             return [self.layout()] * (len(sizes) if count is None else count)
+        if sizes is None and count == 0:
+            return []
         if sizes is None or (count is not None and len(sizes) != count):
             raise AlignmentError(
                 f"{IMAGE_SIZES}: this model's views ({self.views.type}) depend on the pictures' sizes; expected one "

@@ -18,6 +18,7 @@ from mllm.train.preflight.plan_report import plan_tables
 from tests.helpers import picture
 from tests.integration.test_train_engines import PARTITION_ALL
 from tests.integration.train_helpers import make_recipe
+from tests.unit.models.test_native import KINDS
 
 SIZES = [(28, 28), (90, 30), (20, 70), (61, 59), (300, 5)]
 
@@ -101,3 +102,31 @@ def test_a_packed_run_in_tiles_is_planned_shown_and_trained(tmp_path):
     trained = MllmForConditionalGeneration.from_pretrained(checkpoint.parent)
     newline = trained.model.multi_modal_projector.newline
     assert newline is not None and trained.config.views["type"] == "tiles"
+
+
+def test_native_pictures_and_thumbnails_are_planned_shown_and_trained(tmp_path):
+    write_rows(tmp_path / "data")
+    stage = {"name": "sft", "steps": 1, "max_length": 420, "batch_size": 6}
+    native = {**KINDS["siglip2"], "encoders": {"semantic": KINDS["siglip2"]["encoders"]["semantic"]}}
+    recipe = make_recipe(tmp_path, stages=[stage], model=native)
+    (stage_plan,) = plan_recipe(recipe).stages
+    assert len(stage_plan.image_tokens) == 15 and stage_plan.memory["activations and loss"] > 0
+    (seen,) = inspect_recipe(recipe, num_samples=6)
+    pictures = [picture for row in seen.rows for sample in row.samples for picture in sample.pictures]
+    for shown in pictures:
+        rows, columns = shown.layout.patches
+        assert shown.pixels["semantic"].size == (columns * 8, rows * 8)
+    page = write_page([seen], tmp_path / "native.html", title="native").read_text(encoding="utf-8")
+    rows, columns = pictures[0].layout.patches
+    assert (
+        f"{rows * 8} × {columns * 8} pixels → {rows} × {columns} patches; lines: {rows // 2} × {columns // 2}" in page
+    )
+    assert page.count("no token: padding") == 0
+    run_recipe(recipe)
+    (line,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert math.isfinite(line["loss"])
+
+    views = {"type": "tiles", "grids": [[1, 2], [2, 2]], "thumbnail_only": ["detail"]}
+    (seen,) = inspect_recipe(make_recipe(tmp_path, stages=[stage], model={"views": views}), num_samples=6)
+    pictures = [picture for row in seen.rows for sample in row.samples for picture in sample.pictures]
+    assert pictures and all(("detail" in p.pixels) == (p.view == 0) and "semantic" in p.pixels for p in pictures)

@@ -132,6 +132,7 @@ def test_sizes_that_are_missing_or_empty_are_told():
         rules.layout()
     with pytest.raises(AlignmentError, match=r"image_sizes.*got none"):
         rules.layouts(None, 2)
+    assert rules.layouts(None, 0) == [], "a batch of text alone has no sizes"
     with pytest.raises(AlignmentError, match="got 1 for 2 images"):
         rules.layouts(torch.tensor([[3, 4]]), 2)
     with pytest.raises(AlignmentError, match="0 × 4 pixels"):
