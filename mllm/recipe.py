@@ -59,6 +59,9 @@ class ModelSpec(StrictModel):
     views: dict[str, Any] | None = None
     """How a picture is looked at: ``{type: single}`` (the default: once, as a whole), ``tiles``, ``dual_perspective`` or
     ``native`` (at its own aspect ratio; without encoders the connector is given the patches themselves)."""
+    video: dict[str, Any] | None = None
+    """Which frames of a video are seen, by data, processor, ``generate`` and evaluation alike: ``{frames: 16}`` or ``{fps: 1,
+    max_frames: 64}``, with ``which``, ``stamp`` and more (`mllm.processing.frames.VideoSpec`). None: the model takes no video."""
     router: dict[str, Any] | None = None
     """Which encoders run on which picture: ``{type: name, experts: [encoder names], …}`` (`mllm list routers`). None: all on every one."""
     visual_tokenizer: dict[str, Any] | None = None
@@ -123,6 +126,8 @@ class ModelSpec(StrictModel):
             raise ValueError(
                 "a connector is given but no encoder; add one, or views: {type: native} for an encoder-free model"
             )
+        if self.video is not None and self.connector is None:
+            raise ValueError("video is given but no connector; add encoders and e.g. connector: {type: average_pool}")
         if self.views is not None and self.connector is None:
             raise ValueError("views are given but no connector; add encoders and e.g. connector: {type: mlp}")
         return self

@@ -92,6 +92,8 @@ class ViewLayout(StrictModel):
     cell: int | None = None
     """Views native: cell × cell tokens of the encoder become one; 0: the number is always ``num_tokens``. None: the connector
     takes one grid only."""
+    frames: int = Field(default=1, ge=1)
+    """Successive frames of a video that become one set of tokens; a picture is shown so often."""
 
 
 ImageLayout = ViewLayout
@@ -231,6 +233,25 @@ class VisualCodes:
     scales: tuple[int, ...] | None = None
 
 
+@dataclass(frozen=True)
+class Video:
+    """A video among a sample's images: which one, and what of it. Which frames are seen the model's ``video:`` section says
+    (`mllm.processing.frames.VideoSpec`).
+
+    source: a file, its bytes or ``data:`` URI, an animated picture, a folder of frames, a list of pictures, or an array
+    ``(T, H, W, 3)``; fps: frames per second of a source that does not tell; start, end: seconds between which frames are
+    taken; frames: their numbers, where they are chosen already; play: how the chosen frames follow one another (all but
+    forward are controls for a study: frozen shows the middle one in every place, gray none).
+    """
+
+    source: Any
+    fps: float | None = None
+    start: float | None = None
+    end: float | None = None
+    frames: tuple[int, ...] | None = None
+    play: Literal["forward", "reversed", "shuffled", "frozen", "gray"] = "forward"
+
+
 @dataclass
 class Turn:
     """One message. ``content`` may hold ``<image>`` markers only where the sample's images go (see `Sample`)."""
@@ -253,7 +274,7 @@ class Turn:
 class Sample:
     """One training or evaluation sample, whatever file format it came from.
 
-    images: paths, bytes or PIL images, in order of use. In ``turns``, image k stands where the k-th `IMAGE_MARK` is.
+    images: paths, bytes, PIL images or `Video` objects, in order of use. In ``turns``, image k stands where the k-th `IMAGE_MARK` is.
     A user's own ``<image>`` text is not a marker: sources escape it.
     """
 

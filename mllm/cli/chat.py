@@ -16,6 +16,10 @@ def chat(
         list[str] | None,
         typer.Option("--image", "-i", help="Picture, a file or an address, for the first question (repeatable)."),
     ] = None,
+    video: Annotated[
+        list[str] | None,
+        typer.Option("--video", "-v", help="Video file or folder of frames, for the first question (repeatable)."),
+    ] = None,
     question: Annotated[
         str | None, typer.Option("--question", "-q", help="Ask this one question, print the answer, stop.")
     ] = None,
@@ -26,8 +30,8 @@ def chat(
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
-    """Ask about pictures. Inside: [bold]/image PATH[/] (or a pasted path or address) adds a picture to the next question,
-    [bold]/reset[/] starts anew, [bold]/quit[/] ends."""
+    """Ask about pictures and videos. Inside: [bold]/image PATH[/] (or a pasted path or address) adds a picture to the next
+    question, [bold]/video PATH[/] a video, [bold]/reset[/] starts anew, [bold]/quit[/] ends."""
     arguments.checkpoint(checkpoint)
     arguments.dtype(dtype)
     arguments.pictures(image)
@@ -46,10 +50,12 @@ def chat(
     }
     for path in image or []:
         session.add_image(path)
+    for path in video or []:
+        session.add_video(path)
     if question is not None:
         typer.echo(session.ask(question, **options))
         return
-    typer.echo(f"{checkpoint}: ready. /image PATH or address, /reset, /quit")
+    typer.echo(f"{checkpoint}: ready. /image PATH or address, /video PATH, /reset, /quit")
     while True:
         try:
             line = typer.prompt("you", prompt_suffix="> ").strip()
@@ -59,10 +65,12 @@ def chat(
             return
         if line == "/reset":
             session.reset()
-        elif picture := _picture_of(line):
+        elif line.startswith("/video ") or _picture_of(line):
+            film = line.startswith("/video ")
+            place = line.removeprefix("/video ").strip().strip("'\"") if film else _picture_of(line)
             try:
-                session.add_image(picture)
-                typer.echo(f"+ {picture}")
+                (session.add_video if film else session.add_image)(place)
+                typer.echo(f"+ {place}")
             except ValueError as error:
                 typer.echo(f"! {error}")
         elif line:

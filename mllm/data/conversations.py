@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mllm.data.tools import beside_content
 from mllm.errors import AlignmentError, DataError
-from mllm.types import IMAGE_MARK, Turn
+from mllm.types import IMAGE_MARK, Turn, Video
 
 PLACEHOLDER = "<image>"
-_PAYLOADS = ("image_url", "image", "url", "path", "bytes", "base64")
+VIDEO_PLACEHOLDER = "<video>"
+_PAYLOADS = ("image_url", "image", "video_url", "video", "url", "path", "bytes", "base64")
+_PICTURES, _VIDEOS = ("image", "image_url", "input_image"), ("video", "video_url", "input_video")
+_MARKS = re.compile(f"{VIDEO_PLACEHOLDER}|{PLACEHOLDER}")
 _ROLES = {
     "user": "user",
     "human": "user",
@@ -111,11 +115,49 @@ def show_first(turns: list[Turn], num_images: int, *, where: str) -> list[Turn]:
     return turns
 
 
-def message_turns(messages: Sequence[Any], images: Sequence[Any], *, where: str) -> tuple[list[Turn], list[Any]]:
-    """(turns, images) of OpenAI-style messages.
+def place_videos(entries: Any, images: Sequence[Any], videos: Sequence[Video], *, where: str) -> tuple[Any, list[Any]]:
+    """(conversation, visuals) in which videos stand among the images, in the order of the text: every ``<video>`` that a user says
+    becomes ``<image>``.
+
+    Without ``<video>``, ``<image>`` marks the videos of a row that has no images (LLaVA-Video's rows); without either, all are
+    shown before the first question. Raises `AlignmentError` when marks and videos differ in number.
+    """
+    entries = [dict(entry) for entry in _entries(entries, where)]
+    said = [
+        (entry, key)
+        for entry in entries
+        if role_of(entry.get("from", entry.get("role")), where) == "user"
+        for key in ("value", "content")
+        if isinstance(entry.get(key), str)
+    ]
+    text = " ".join(entry[key] for entry, key in said)
+    marks, pictures = text.count(VIDEO_PLACEHOLDER), text.count(PLACEHOLDER)
+    if not marks and not images and pictures == len(videos):
+        return entries, list(videos)
+    if not marks and not pictures and said:
+        entry, key = said[0]
+        entry[key] = f"{PLACEHOLDER}\n" * (len(images) + len(videos)) + entry[key]
+        return entries, [*images, *videos]
+    if marks != len(videos) or pictures != len(images):
+        raise AlignmentError(
+            f"{where}: {marks} {VIDEO_PLACEHOLDER} and {pictures} {PLACEHOLDER} placeholders of the user for {len(videos)} videos "
+            f"and {len(images)} images"
+        )
+    waiting = {VIDEO_PLACEHOLDER: iter(videos), PLACEHOLDER: iter(images)}
+    visuals = [next(waiting[mark]) for mark in _MARKS.findall(text)]
+    for entry, key in said:
+        entry[key] = entry[key].replace(VIDEO_PLACEHOLDER, PLACEHOLDER)
+    return entries, visuals
+
+
+def message_turns(
+    messages: Sequence[Any], images: Sequence[Any], *, where: str, videos: Sequence[Video] = ()
+) -> tuple[list[Turn], list[Any]]:
+    """(turns, images) of OpenAI-style messages, videos among the images as `Video`.
 
     ``content`` is a string or a list of parts: ``text``, ``image_url``, ``image`` (payload under ``image``,
-    ``image_url``, ``url``, ``path`` or ``base64``; without payload, the next of ``images``). If any message has image
+    ``image_url``, ``url``, ``path`` or ``base64``; without payload, the next of ``images``), ``video`` and ``video_url`` alike
+    (the next of ``videos``). If any message has image
     parts, the parts are the marks and a typed ``<image>`` stays text; otherwise ``<image>`` in strings marks the
     entries of ``images``, if there are any. Raises `AlignmentError` when numbers differ.
     """
@@ -124,9 +166,11 @@ def message_turns(messages: Sequence[Any], images: Sequence[Any], *, where: str)
         isinstance(entry.get("content"), list) and any(_is_image(part) for part in entry["content"])
         for entry in entries
     )
+    if videos and not with_parts:
+        entries, images = place_videos(entries, images, videos, where=where)
     turns: list[Turn] = []
     found: list[Any] = []
-    pending = list(images)
+    pending, films = list(images), list(videos)
     for entry in entries:
         role = role_of(entry.get("role", entry.get("from")), where)
         more = beside_content(entry, role, where)
@@ -136,7 +180,12 @@ def message_turns(messages: Sequence[Any], images: Sequence[Any], *, where: str)
             for part in content:
                 if _is_image(part):
                     payload = _payload(part, where)
-                    if payload is None:
+                    if part["type"] in _VIDEOS:
+                        if payload is None and not films:
+                            raise AlignmentError(f"{where}: more video parts than the {len(videos)} entries of videos")
+                        bounds = {key: part[key] for key in ("fps", "start", "end") if part.get(key) is not None}
+                        payload = films.pop(0) if payload is None else Video(payload, **bounds)
+                    elif payload is None:
                         if not pending:
                             raise AlignmentError(f"{where}: more image parts than the {len(images)} entries of images")
                         payload = pending.pop(0)
@@ -159,6 +208,8 @@ def message_turns(messages: Sequence[Any], images: Sequence[Any], *, where: str)
             raise AlignmentError(
                 f"{where}: {len(found)} image parts, and {len(pending)} of {len(images)} entries of images unused"
             )
+        if films:
+            raise AlignmentError(f"{where}: {len(films)} of {len(videos)} entries of videos unused")
         return turns, found
     if images:
         place = show_first if has_exchanges(messages) else mark_placeholders
@@ -214,7 +265,7 @@ def _learn(entry: Mapping[str, Any], where: str) -> bool:
 
 
 def _is_image(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") in ("image", "image_url", "input_image")
+    return isinstance(part, Mapping) and part.get("type") in (*_PICTURES, *_VIDEOS)
 
 
 def _payload(part: Mapping[str, Any], where: str) -> Any:
@@ -222,10 +273,10 @@ def _payload(part: Mapping[str, Any], where: str) -> Any:
         value = part.get(key)
         if value is None:
             continue
-        if key == "image_url" and isinstance(value, Mapping):
+        if key in ("image_url", "video_url") and isinstance(value, Mapping):
             value = value.get("url")
             if value is None:
-                raise DataError(f"{where}: an image_url part has no url")
+                raise DataError(f"{where}: {'an image' if key == 'image_url' else 'a video'}_url part has no url")
         return f"data:image/unknown;base64,{value}" if key == "base64" else value
     return None
 
@@ -240,4 +291,4 @@ def _text(part: Any, where: str) -> str:
     ):
         return part["text"]
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise DataError(f"{where}: content part {kind!r} is not supported; known: text, image, image_url")
+    raise DataError(f"{where}: content part {kind!r} is not supported; known: text, image, image_url, video, video_url")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from mllm.data.sources import Source
 from mllm.errors import AlignmentError, DataError
-from mllm.processing.images import image_hash
+from mllm.processing.videos import visual_hash
 from mllm.types import Sample
 
 IMAGE_KINDS = ("missing image", "corrupt image")
@@ -74,7 +74,7 @@ def has_labels(sample: Sample) -> bool:
 def content_of(image: Any) -> str | None:
     """The hash of a picture's file as it is now; None when there is none to read."""
     try:
-        return image_hash(image)
+        return visual_hash(image)
     except DataError:
         return None
 

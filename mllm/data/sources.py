@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,13 +13,16 @@ import numpy as np
 
 from mllm.data.blind import refuse_blind, refuse_other_media
 from mllm.data.cells import as_list, conversation_cell, given, plain_cell
-from mllm.data.conversations import embeds_images, message_turns, placeholder_turns
+from mllm.data.conversations import embeds_images, message_turns, place_videos, placeholder_turns
 from mllm.data.files import Files, matching_files
 from mllm.data.spec import SOURCES, DatasetSpec, expand_path
 from mllm.data.tools import tools_of
 from mllm.errors import DataError, blamed_on
 from mllm.processing.references import refer
-from mllm.types import Sample, Turn
+from mllm.types import Sample, Turn, Video
+
+VIDEO_KEYS = ("video", "videos")
+"""Keys that a row's videos are read from."""
 
 
 class Source(Sequence):
@@ -132,9 +136,14 @@ class JsonSource(Source):
         value = next((row[key] for key in self.image_keys if given(row.get(key))), None)
         return [resolve_image(item, root, where) for item in as_list(value)]
 
+    def videos(self, row: dict[str, Any], root: Path, where: str) -> list[Video]:
+        """``video`` (one or a list) or ``videos``; paths resolved."""
+        value = next((row[key] for key in VIDEO_KEYS if given(row.get(key))), None)
+        return [resolve_video(item, root, where) for item in as_list(value)]
+
     def refuse_blind(self, row: dict[str, Any], turns: list[Turn], images: list[Any], where: str) -> None:
         """Raises for a row that would be learned without what it shows (`mllm.data.blind`)."""
-        refuse_other_media(row, where)
+        refuse_other_media(row, where, VIDEO_KEYS)
         if not images and not self.spec.typed_images:
             refuse_blind(row, turns, known=self.image_keys, where=where)
 
@@ -154,9 +163,12 @@ class LlavaSource(JsonSource):
         conversation = conversation_cell(conversation, where)
         if isinstance(row.get("system"), str) and row["system"]:
             conversation = [{"from": "system", "value": row["system"]}, *conversation]
+        videos = self.videos(row, root, where)
+        if videos:
+            conversation, images = place_videos(conversation, images, videos, where=where)
         turns = placeholder_turns(conversation, len(images), where=where, image_first=self.spec.image_first)
         self.refuse_blind(row, turns, images, where)
-        meta = _rest(row, *keys, "system", "masks", *self.image_keys)
+        meta = _rest(row, *keys, "system", "masks", *self.image_keys, *VIDEO_KEYS)
         return Sample(identity, turns, images, self.name, meta, mask_entries(row.get("masks"), root, where))
 
 
@@ -178,10 +190,10 @@ class MessagesSource(JsonSource):
         listed = as_list(row.get(self.spec.image_key or "images"))
         if not listed and self.spec.image_key is None and not embeds_images(messages):
             listed = as_list(row.get("image"))  # a picture beside the messages, for strings or bare parts
-        turns, images = message_turns(messages, listed, where=where)
+        turns, images = message_turns(messages, listed, where=where, videos=self.videos(row, root, where))
         self.refuse_blind(row, turns, images, where)
-        images = [resolve_image(image, root, where) for image in images]
-        meta = _rest(row, "messages", "masks", *self.image_keys)
+        images = [resolve_visual(image, root, where) for image in images]
+        meta = _rest(row, "messages", "masks", *self.image_keys, *VIDEO_KEYS)
         if row.get("tools"):
             meta["tools"] = tools_of(row, where)
         return Sample(identity, turns, images, self.name, meta, mask_entries(row.get("masks"), root, where))
@@ -202,6 +214,31 @@ def open_source(spec: DatasetSpec) -> Source:
     """The source that a declaration means. Raises `DataError` when its files are missing, `ConfigError` for a bad
     format."""
     return SOURCES.get(spec.format)(spec)
+
+
+def resolve_visual(item: Any, root: Path | None, where: str) -> Any:
+    """`resolve_image` of a picture, `resolve_video` of a `Video`."""
+    return resolve_video(item, root, where) if isinstance(item, Video) else resolve_image(item, root, where)
+
+
+def resolve_video(item: Any, root: Path | None, where: str) -> Video:
+    """A video's entry as it is kept in a sample: a path, ``data:`` URI or bytes; ``{"path" | "bytes" | "frames": list of pictures,
+    "fps", "start", "end", "numbers"}``. Relative files start from ``root``."""
+    if isinstance(item, Video):
+        return replace(item, source=resolve_video(item.source, root, where).source)
+    if not isinstance(item, Mapping):
+        return Video(resolve_image(item, root, where))
+    known = {key: item[key] for key in ("fps", "start", "end") if given(item.get(key))}
+    numbers = tuple(item["numbers"]) if given(item.get("numbers")) else None
+    frames = item.get("frames")
+    if given(frames):
+        return Video([resolve_image(frame, root, where) for frame in as_list(frames)], frames=numbers, **known)
+    entry = {key: item[key] for key in ("path", "bytes", "url") if given(item.get(key))}
+    if not entry:
+        raise DataError(f"{where}: a video entry has none of path, bytes, frames; keys are {sorted(map(str, item))}")
+    return Video(
+        resolve_image(entry if "bytes" in entry else next(iter(entry.values())), root, where), frames=numbers, **known
+    )
 
 
 def resolve_image(item: Any, root: Path | None, where: str) -> Any:

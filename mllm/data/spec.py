@@ -37,6 +37,8 @@ class ColumnMap(StrictModel):
     """One image per row (a missing one makes a text-only sample)."""
     images: str | None = None
     """A list of images per row."""
+    video: str | None = None
+    """One video per row, or a list of them."""
     masks: str | None = None
     """What the answers mark: a list of files, run lengths or polygons, one for each mask token (`mllm.processing.mask_files`)."""
     system: str | None = None
@@ -63,6 +65,7 @@ class ColumnMap(StrictModel):
             self.answer,
             self.image,
             self.images,
+            self.video,
             self.masks,
             self.system,
             self.id,

@@ -237,6 +237,7 @@ class VggtEncoder(LibraryEncoder):
     """
 
     Config: ClassVar[type[EncoderConfig]] = VggtConfig
+    joins_views: ClassVar[bool] = True
     model: Aggregator
 
     @classmethod
@@ -258,8 +259,15 @@ class VggtEncoder(LibraryEncoder):
         return Aggregator(config, depth=max(take_layers(config.layers, config.depth, lowest=1)))
 
     def forward(
-        self, pixels: Tensor, *, scene_ids: Tensor | None = None, return_attention: bool = False
+        self,
+        pixels: Tensor,
+        *,
+        scene_ids: Tensor | None = None,
+        places: Tensor | None = None,
+        return_attention: bool = False,
     ) -> VisionFeatures:
+        """places ``(B, 2)``: a tile (not (-1, -1)) shows a part of a picture from where the whole is seen, so it is a scene of its
+        own; frames of a video are whole, and one scene."""
         if return_attention:
             raise UnavailableError("return_attention: vggt uses fused attention, which hands out no weights")
         check_pixels(pixels, self.config.info.image, self.config.type)
@@ -268,6 +276,9 @@ class VggtEncoder(LibraryEncoder):
             return self.empty_features(pixels)
         if scene_ids is None:
             return merge_layers(self.read_layers(pixels), self.config.keep_prefix)
+        if places is not None:
+            alone = torch.arange(len(scene_ids), device=scene_ids.device) + int(scene_ids.max()) + 1
+            scene_ids = torch.where(places.ge(0).any(dim=-1), alone, scene_ids)
         order = scene_ids.argsort(stable=True)
         views = torch.unique_consecutive(scene_ids[order], return_counts=True)[1].tolist()
         features = merge_layers(self._read(pixels[order], views), self.config.keep_prefix)

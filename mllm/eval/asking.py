@@ -17,7 +17,7 @@ from PIL import Image
 from mllm.errors import DataError
 from mllm.eval.cache import AnswerCache, cache_key
 from mllm.eval.data.loading import Item
-from mllm.eval.data.pictures import Picture, blank
+from mllm.eval.data.pictures import Frames, Picture, blank
 from mllm.eval.generators.base import Generator
 from mllm.eval.metrics import Metric
 from mllm.eval.predictions import Row
@@ -25,7 +25,9 @@ from mllm.eval.report.results import score_fields
 from mllm.eval.task import TaskSpec
 from mllm.types import IMAGE_MARK, Request, Response, Turn
 
-Blind = Literal["gray", "none", "shuffled"]
+Blind = Literal["gray", "none", "shuffled", "frames_frozen", "frames_shuffled", "frames_reversed"]
+FRAMES: dict[Blind, Any] = {"frames_frozen": "frozen", "frames_shuffled": "shuffled", "frames_reversed": "reversed"}
+"""Ways to ask about a video without its order, or with one frame of it, at the same number of tokens → `Video`'s ``play``."""
 _READERS = 4
 _AHEAD = 256
 _THUMB = 320
@@ -62,7 +64,7 @@ def answers(
     options = spec.generation.options()
 
     def requests() -> Iterator[Request]:
-        for loaded in load_items(items, blind, folder, keep):
+        for loaded in load_items(items, blind, folder, keep, whole=getattr(generator, "takes_video", False)):
             item = loaded.item
             if loaded.unusable is not None:
                 ready.append(_row(loaded, metrics, Response(item.id, ""), "", image_size=spec.image_size))
@@ -124,12 +126,18 @@ class SamePictures:
 
 
 def load_items(
-    items: Sequence[Item], blind: Blind | None, folder: Path | None = None, keep: Collection[str] = ()
+    items: Sequence[Item],
+    blind: Blind | None,
+    folder: Path | None = None,
+    keep: Collection[str] = (),
+    *,
+    whole: bool = False,
 ) -> Iterator[Loaded]:
-    """Items with their pixels, read ahead in threads, in order; small copies of the pictures of those to ``keep``."""
+    """Items with their pixels, read ahead in threads, in order; small copies of the pictures of those to ``keep``. whole: videos
+    are left to the model, which chooses their frames; else the task's number of frames stand as pictures."""
 
     def load(item: Item) -> Loaded:
-        loaded = _load(item, blind)
+        loaded = _load_whole(item, blind) if whole and _holds_video(item) else _load(item, blind)
         if folder is not None and item.id in keep and loaded.unusable is None:
             _keep_thumbnails(folder, loaded)
         return loaded
@@ -149,7 +157,7 @@ def _load(item: Item, blind: Blind | None) -> Loaded:
     pairs: list[tuple[Any, str]] = []
     try:
         for source in item.pictures:
-            pairs.extend([source.load()] if isinstance(source, Picture) else source.load())
+            pairs.extend([source.load()] if isinstance(source, Picture) else _played(source.load(), blind))
     except DataError as error:
         return Loaded(item, [], [], str(error))
     size = pairs[0][0].size if pairs else None
@@ -159,6 +167,57 @@ def _load(item: Item, blind: Blind | None) -> Loaded:
     elif blind == "gray":
         images, hashes = [blank(image) for image in images], [f"gray {image.width}x{image.height}" for image in images]
     return Loaded(item, images, hashes, size=size)
+
+
+def _play(blind: Blind | None) -> Any:
+    """How a video is played in one way of asking."""
+    return {"gray": "gray", **FRAMES}.get(blind or "", "forward")
+
+
+def _holds_video(item: Item) -> bool:
+    return any(isinstance(source, Frames) for source in item.pictures)
+
+
+def _played(frames: list[tuple[Any, str]], blind: Blind | None) -> list[tuple[Any, str]]:
+    """A video's frames as one of `FRAMES` shows them."""
+    from mllm.processing.frames import in_order
+
+    return [frames[k] for k in in_order(_play(blind), range(len(frames)))]
+
+
+def _load_whole(item: Item, blind: Blind | None) -> Loaded:
+    """An item whose videos stand as one visual each."""
+    from mllm.processing.videos import visual_hash
+
+    visuals: list[Any] = []
+    hashes: list[str] = []
+    try:
+        for source in item.pictures:
+            if isinstance(source, Frames):
+                visuals.append(source.video(_play(blind)))
+                hashes.append(visual_hash(visuals[-1], where=f"video {source.path}"))
+                continue
+            image, digest = source.load()
+            visuals.append(blank(image) if blind == "gray" else image)
+            hashes.append(f"gray {image.width}x{image.height}" if blind == "gray" else digest)
+    except DataError as error:
+        return Loaded(item, [], [], str(error))
+    if blind == "none":
+        return Loaded(item, [], [])
+    counts = [source.count if isinstance(source, Frames) else 1 for source in item.pictures]
+    return Loaded(replace(item, turns=_one_mark_each(item.turns, counts)), visuals, hashes)
+
+
+def _one_mark_each(turns: Sequence[Turn], counts: Sequence[int]) -> list[Turn]:
+    """Turns in which a run of as many marks as a video has frames is one mark."""
+    skipped = iter([k > 0 for count in counts for k in range(count)])
+    said = []
+    for turn in turns:
+        first, *rest = turn.content.split(IMAGE_MARK)
+        said.append(
+            replace(turn, content=first + "".join(("" if next(skipped) else IMAGE_MARK) + part for part in rest))
+        )
+    return said
 
 
 def _without_images(turns: Sequence[Turn]) -> list[Turn]:
@@ -190,6 +249,8 @@ def _keep_thumbnails(folder: Path, loaded: Loaded) -> None:
     place = folder / "thumbnails"
     place.mkdir(parents=True, exist_ok=True)
     for image, digest in zip(loaded.images[:4], loaded.hashes[:4]):
+        if not isinstance(image, Image.Image):
+            continue
         path = place / f"{digest[:24]}.jpg"
         if not path.exists():
             small = image.copy()

@@ -14,11 +14,12 @@ from typing import Any
 
 from mllm import assets
 from mllm.errors import ConfigError, DataError
-from mllm.eval.asking import Blind, SamePictures, answers
+from mllm.eval.asking import FRAMES, Blind, SamePictures, answers
 from mllm.eval.baselines import prior_rows, shuffled
 from mllm.eval.cache import AnswerCache
 from mllm.eval.data.check import check_data
 from mllm.eval.data.loading import TaskData, load_data
+from mllm.eval.data.pictures import Frames
 from mllm.eval.generators.base import Generator
 from mllm.eval.launch import RUN_ID, start_workers
 from mllm.eval.metrics import Metric, build_metric
@@ -64,7 +65,8 @@ def evaluate(
 
     tasks: names, suites, paths or specs. blind: also ask with every picture blanked (``True`` or ``"gray"``: mid-gray
     of the same size; ``"none"``: no picture at all), with another question's pictures, and count what always giving the
-    commonest answer scores; the results hang on ``TaskResult.blind``, ``.shuffled`` and ``.prior``. resume: keep answers
+    commonest answer scores; the results hang on ``TaskResult.blind``, ``.shuffled`` and ``.prior``; of videos also with the frames in
+    another order and with one frame in every place (``.frames``). resume: keep answers
     that stand in ``output_dir``; answers of another model, data or setting there raise `ConfigError`. rank, world:
     this process answers every ``world``-th question and rank 0 joins the shards, so its return value is complete;
     other ranks return {}. thumbnails: pictures kept per task for the HTML report. strict: any unusable row raises.
@@ -75,7 +77,9 @@ def evaluate(
     results: dict[str, TaskResult] = {}
     for spec in specs:
         loaded = load_data(spec, data=data, limit=limit, ids=ids, strict=strict)
-        for way in (None, mode, "shuffled") if mode else (None,):
+        videos = any(isinstance(source, Frames) for item in loaded.items for source in item.pictures)
+        floors: list[Blind] = ["shuffled", *(FRAMES if videos else ())]
+        for way in (None, mode, *floors) if mode else (None,):
             shown = loaded if way != "shuffled" else replace(loaded, items=shuffled(loaded.items))
             if not shown.items:
                 continue
@@ -86,6 +90,8 @@ def evaluate(
                 results[spec.name] = result
             elif way == "shuffled":
                 results[spec.name].shuffled = result
+            elif way in FRAMES:
+                results[spec.name].frames[way] = result
             else:
                 results[spec.name].blind = result
         if mode and rank == 0:

@@ -26,6 +26,7 @@ from mllm.models.modeling_mllm import MllmForConditionalGeneration, language_mod
 from mllm.models.stops import set_stops
 from mllm.models.text_source import begins_every_text, dense_options, opened_by
 from mllm.models.weight_files import refuse_gaps, some_names
+from mllm.processing.frames import video_spec
 from mllm.processing.image_processor import MllmImageProcessor
 from mllm.processing.processor import MllmProcessor
 from mllm.processing.template import check_template, is_wrapped, read_template, unwrapped
@@ -92,6 +93,7 @@ def build_config(spec: ModelSpec, *, image_token_id: int | None = None, tokenize
         encoders=encoders,
         connector=connector,
         views=_views_with_ids(spec.views, tokenizer, text.vocab_size + 1),
+        video=video_spec(spec.video),
         router=router,
         visual_tokenizer=visual_tokenizer,
         heads=heads,
@@ -181,6 +183,7 @@ def build_processor(spec: ModelSpec, config: MllmConfig, tokenizer: Any) -> Mllm
         encoders={name: info.image for name, info in config.encoder_infos().items()},
         layout=config.view_layout(),
         views=config.views,
+        video=config.video,
         experts=(config.router or {}).get("experts", ()),
         code_encoders=[name for name, encoder in config.encoders.items() if encoder["type"] == "visual_tokenizer"],
     )

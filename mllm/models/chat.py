@@ -15,7 +15,7 @@ from mllm.errors import DataError
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.processing.chat import render_prompt, routing_inputs
 from mllm.processing.images import load_image
-from mllm.types import IMAGE_MARK, Turn
+from mllm.types import IMAGE_MARK, Turn, Video
 
 MAX_DOWNLOAD = 32 * 2**20
 """Bytes of a picture that is fetched."""
@@ -68,6 +68,13 @@ class ChatSession:
         if isinstance(source, str) and source.startswith(("http://", "https://")):
             source = fetch(source)
         self._pending.append(load_image(source, where=where))
+
+    def add_video(self, source: Any) -> None:
+        """Add a video to the next question: a file, a folder of frames, or what `mllm.types.Video` takes. Raises `DataError` naming
+        it, also in a model that takes none."""
+        video = source if isinstance(source, Video) else Video(source)
+        self.processor.image_layouts([video], where=str(source)[:200])
+        self._pending.append(video)
 
     def ask(self, question: str, **options: Any) -> str:
         """The answer as text."""

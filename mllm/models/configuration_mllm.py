@@ -37,6 +37,7 @@ class MllmConfig(PreTrainedConfig):
     ``{"encoder": name}``, the tokenizer inside that encoder; heads: name → config of what answers besides text; visual_head: the
     former place of the one head, read as ``heads["visual_head"]``; views: the way of looking at a picture (None: once, as a
     whole);
+    video: which frames of a video are seen, `mllm.processing.frames.VideoSpec` (None: the model takes no video);
     modality_switch: every decoder layer has weights of its own for visual tokens;
     image_token_id: the placeholder's id; added_token_ids: first and one past the last id of tokens that the language model's
     source did not have (None: not known, or a model from scratch); plugins: the code of third parties that the checkpoint carries
@@ -54,6 +55,7 @@ class MllmConfig(PreTrainedConfig):
         encoder_order: list[str] | None = None,
         connector: Any = None,
         views: Any = None,
+        video: Any = None,
         router: Any = None,
         visual_tokenizer: Any = None,
         heads: Mapping[str, Any] | None = None,
@@ -75,6 +77,7 @@ class MllmConfig(PreTrainedConfig):
         self.encoders = {name: to_plain((encoders or {})[name]) for name in self.encoder_order}
         self.connector = None if connector is None else to_plain(connector)
         self.views = None if views is None else to_plain(views)
+        self.video = None if video is None else to_plain(video)
         self.router = None if router is None else to_plain(router)
         self.visual_tokenizer = None if visual_tokenizer is None else to_plain(visual_tokenizer)
         former = {} if visual_head is None else {"visual_head": visual_head}

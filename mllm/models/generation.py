@@ -12,7 +12,7 @@ from transformers import GenerationMixin, SuppressTokensLogitsProcessor
 
 from mllm.errors import AlignmentError, ConfigError
 from mllm.models.routing import check_choices, encode_for_generation
-from mllm.processing.layout import IMAGE_SIZES, visuals_of_rows
+from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES, visuals_of_rows
 from mllm.processing.pixel_keys import PRIMARY_PIXELS
 from mllm.types import Routing
 
@@ -119,6 +119,7 @@ class MultimodalGenerationMixin(GenerationMixin):
         return [
             *self.model.pixel_keys.values(),
             IMAGE_SIZES,
+            VIDEO_TIMES,
             "expert_weights",
             "router_input_ids",
             "image_features",
@@ -169,13 +170,15 @@ class MultimodalGenerationMixin(GenerationMixin):
         """For every image input, how many of its rows belong to each sample of the batch: one per image, per view where it
         is pixels, per visual token where it is features."""
         encoders = {key: name for name, key in self.model.pixel_keys.items()}
-        sizes = images.get(IMAGE_SIZES)
+        sizes, times = images.get(IMAGE_SIZES), images.get(VIDEO_TIMES)
         tokens: list[int] = (input_ids == self.config.image_token_id).sum(-1).tolist()
         flat: set[str] = {key for key, value in images.items() if key == "image_features" and value.dim() == 2}
         if flat == set(images):
             return dict.fromkeys(flat, tokens)
-        count = next(len(value) for key, value in images.items() if key not in flat) if sizes is None else len(sizes)
-        owned = visuals_of_rows(tokens, self.model.rules.layouts(sizes, count))
+        told = [value for value in (sizes, times) if value is not None]
+        told = told or [value for key, value in images.items() if key not in flat]
+        count = len(told[0])
+        owned = visuals_of_rows(tokens, self.model.rules.layouts(sizes, count, times))
         return {
             key: tokens
             if key in flat

@@ -89,17 +89,19 @@ class MllmModel(MllmPreTrainedModel):
         expert_weights: Tensor | None = None,
         router_input_ids: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        video_times: Tensor | None = None,
         kept: dict[str, VisionFeatures] | None = None,
         **options: Any,
     ) -> tuple[Tensor, Routing | None]:
         """pixels: encoder name → ``(V, 3, H, W)``, all views of B images; expert_weights ``(B, E)`` fixes the routing;
         router_input_ids ``(B, T)``: the questions' token ids, padded with -1; image_sizes ``(B, 2)``: (height, width), where
-        the views depend on them; kept: is given the features that heads read; options: ``base`` and limits, see
+        the views depend on them; video_times ``(B, F)``: when each frame of the videos among them is, -1 beyond; kept: is given
+        the features that heads read; options: ``base`` and limits, see
         `EncoderBank.forward`. Returns visual tokens ``(ΣM, L)``, one image after another, and the routing."""
         if self.vision_tower is None or self.multi_modal_projector is None:
             raise AlignmentError("images were given to a text-only model (its config has no connector)")
         text = self.question_summary(router_input_ids)
-        layouts = self.visual_layouts(image_sizes)
+        layouts = self.visual_layouts(image_sizes, video_times)
         options = options if layouts is None else {**options, "layouts": layouts}
         features, routing = self.vision_tower(pixels, expert_weights=expert_weights, text=text, **options)
         if kept is not None:
@@ -114,9 +116,13 @@ class MllmModel(MllmPreTrainedModel):
         each = self.rules.layout().num_placeholders
         return [each] * (total // each)
 
-    def visual_layouts(self, image_sizes: Tensor | None) -> list[VisualLayout] | None:
+    def visual_layouts(
+        self, image_sizes: Tensor | None, video_times: Tensor | None = None
+    ) -> list[VisualLayout] | None:
         """How each image of a batch lies in the sequence; None where all lie alike, in one view."""
-        return self.rules.layouts(image_sizes) if self.rules.needs_size else None
+        if video_times is None and not self.rules.needs_size:
+            return None
+        return self.rules.layouts(image_sizes, times=video_times)
 
     def connect(
         self,
@@ -149,16 +155,22 @@ class MllmModel(MllmPreTrainedModel):
         expert_weights: Tensor | None = None,
         router_input_ids: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        video_times: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Visual tokens of B images; other encoders' pixels as ``pixel_values_<name>``. ``pooler_output`` ``(B, M, L)``; a
-        tuple of B ``(M, L)`` where images differ in M (views that depend on ``image_sizes``)."""
+        tuple of B ``(M, L)`` where images differ in M (views that depend on ``image_sizes``, videos)."""
         pixels = self.pixel_keys.by_encoder({**kwargs, PRIMARY_PIXELS: pixel_values})
         kept: dict[str, VisionFeatures] = {}
         joined, routing = self.encode_images(
-            pixels, expert_weights=expert_weights, router_input_ids=router_input_ids, image_sizes=image_sizes, kept=kept
+            pixels,
+            expert_weights=expert_weights,
+            router_input_ids=router_input_ids,
+            image_sizes=image_sizes,
+            video_times=video_times,
+            kept=kept,
         )
-        layouts = self.visual_layouts(image_sizes)
+        layouts = self.visual_layouts(image_sizes, video_times)
         tokens: Any
         if layouts is None:
             tokens = joined.view(len(pixel_values), self.rules.layout().num_placeholders, joined.shape[-1])
@@ -226,7 +238,8 @@ class MllmModel(MllmPreTrainedModel):
         routed = bool(self.vision_tower.experts)  # type: ignore[union-attr]
         question = torch.zeros(1, 1, dtype=torch.long, device=inputs_embeds.device) if routed else None
         sizes = torch.tensor([size]) if self.rules.needs_size else None
-        tokens, routing = self.encode_images(pixels, router_input_ids=question, image_sizes=sizes)
+        still = None if self.rules.video is None else torch.full((1, 1), -1)
+        tokens, routing = self.encode_images(pixels, router_input_ids=question, image_sizes=sizes, video_times=still)
         idle = tokens.sum() * 0.0
         if routing is not None:
             idle = idle + routing.weights.sum() * 0.0 + sum(loss * 0.0 for loss in routing.losses.values())
@@ -245,6 +258,7 @@ class MllmModel(MllmPreTrainedModel):
         router_input_ids: Tensor | None = None,
         image_features: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        video_times: Tensor | None = None,
         slot_mask: Tensor | None = None,
         slot_embeds: Tensor | None = None,
         adds_losses: bool = False,
@@ -252,7 +266,8 @@ class MllmModel(MllmPreTrainedModel):
     ) -> MllmModelOutput:
         """image_features ``(ΣM, L)`` or ``(B, M, L)``: visual tokens computed before, in place of pixels. pixel_values: all
         views of the images; of a visual tokenizer's encoder they may be codes ``(B, S)``. image_sizes ``(B, 2)``: the
-        pictures' (height, width), for views that depend on them. slot_embeds ``(n, L)``: what stands where slot_mask ``(B, T)`` is
+        pictures' (height, width), for views that depend on them; video_times ``(B, F)``: `VIDEO_TIMES`.
+        slot_embeds ``(n, L)``: what stands where slot_mask ``(B, T)`` is
         true, in place of token embeddings. adds_losses: the caller adds the losses in ``routing`` to its own."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -269,6 +284,7 @@ class MllmModel(MllmPreTrainedModel):
                 expert_weights=expert_weights,
                 router_input_ids=router_input_ids,
                 image_sizes=image_sizes,
+                video_times=video_times,
                 return_dict=True,
                 **extra,
             )

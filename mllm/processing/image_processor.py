@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -15,14 +15,16 @@ from transformers.processing_utils import ImagesKwargs
 
 from mllm.errors import DataError
 from mllm.processing.codes import read_codes
+from mllm.processing.frames import video_spec
 from mllm.processing.images import image_size, load_image, to_pixels_multi
-from mllm.processing.layout import IMAGE_SIZES, LayoutRules
+from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES, LayoutRules
 from mllm.processing.pixel_keys import PixelKeys
 from mllm.processing.questions import pad_questions
+from mllm.processing.videos import Seen, frames_of
 from mllm.processing.views.base import views_config
 from mllm.processing.views.pixels import to_view_pixels
 from mllm.routers.fixed import fixed_weights, fixed_weights_of
-from mllm.types import ImageSpec, ViewLayout, VisualLayout
+from mllm.types import ImageSpec, Video, ViewLayout, VisualLayout
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ class MllmImageProcessor(BaseImageProcessor):
     """One picture → one pixel tensor per encoder, each at its own size and normalisation.
 
     encoders: name → `ImageSpec`, in the model's order; layout: what the connector makes of one view; views: the way of
-    looking (None: the whole picture once); experts: routed encoders;
+    looking (None: the whole picture once); video: which frames of a video are seen (None: it takes none); experts: routed encoders;
     code_encoders: those that read stored codes in place of pixels; code_source: fingerprint of the tokenizer such codes must
     be from; resampler: ``pil`` (exactly the published preprocessing) or ``torch`` (about twice as fast, within 2 of 255 levels of it).
     """
@@ -58,6 +60,7 @@ class MllmImageProcessor(BaseImageProcessor):
         encoder_order: Sequence[str] | None = None,
         layout: Any = None,
         views: Any = None,
+        video: Any = None,
         experts: Sequence[str] = (),
         code_encoders: Sequence[str] = (),
         code_source: str | None = None,
@@ -72,12 +75,14 @@ class MllmImageProcessor(BaseImageProcessor):
         self.encoders = {name: _plain((encoders or {})[name]) for name in self.encoder_order}
         self.layout = _plain(layout or {"num_tokens": 0, "grid": (0, 0)})
         self.views = None if views is None else _plain(views)
+        self.video = None if video is None else _plain(video)
         self.experts = list(experts)
         self.code_encoders, self.code_source = list(code_encoders), code_source
         self.resampler, self.max_pixels, self.max_images = resampler, max_pixels, max_images
         self.model_input_names = [
             *self.pixel_keys.values(),
             *([IMAGE_SIZES] if self.rules.needs_size else []),
+            *([VIDEO_TIMES] if self.video is not None else []),
             *(["expert_weights"] if self.experts else []),
         ]
 
@@ -94,13 +99,17 @@ class MllmImageProcessor(BaseImageProcessor):
     @property
     def rules(self) -> LayoutRules:
         """How an image is looked at and lies in the sequence."""
-        written = json.dumps([self.layout, self.views, self.encoders, self.encoder_order], default=list)
+        written = json.dumps([self.layout, self.views, self.encoders, self.encoder_order, self.video], default=list)
         return _rules(written)
 
-    def image_layouts(self, images: Sequence[Any], *, where: str = "sample") -> list[VisualLayout]:
-        """The tokens of every image; of its file only the header is read, and only where the size matters. Raises
-        `DataError` for an image that has no size to be read."""
+    def image_layouts(
+        self, images: Sequence[Any], *, where: str = "sample", write: Callable[[str], list[int]] | None = None
+    ) -> list[VisualLayout]:
+        """The tokens of every image; of its file only the header is read, and only where the size matters; of a video's file the
+        index. write: a text's token ids, for what is written before frames. Raises `DataError` for what cannot be read."""
         rules = self.rules
+        if any(isinstance(image, Video) for image in images):
+            return [self._visual_layout(image, f"{where}, image {k}", write) for k, image in enumerate(images)]
         if not rules.needs_size:
             return rules.layouts(images)
         limit = rules.share(len(images))
@@ -115,10 +124,42 @@ class MllmImageProcessor(BaseImageProcessor):
             _tell_reduction(rules.sample_budget or 0)
         return layouts
 
+    def _visual_layout(self, image: Any, where: str, write: Callable[[str], list[int]] | None) -> VisualLayout:
+        """The tokens of a picture or a video beside which there is a video."""
+        if not isinstance(image, Video):
+            (layout,) = self.image_layouts([image], where=where)
+            return layout
+        seen = self._seen(image, where)
+        times = seen.chosen.milliseconds
+        return self.rules.video_layout(len(times), [write(text) for text in seen.spec.stamps(times)] if write else ())
+
+    def _seen(self, video: Video, where: str) -> Seen:
+        """A video's chosen frames, none of them decoded. Raises `DataError` in a model that takes no video."""
+        if self.rules.video is None:
+            raise DataError(
+                f"{where} is a video, and this model takes none: its config has no video section (model.video: {{frames: 16}})"
+            )
+        return frames_of(video, self.rules.video, where=where, max_pixels=self.max_pixels)
+
+    def _video_pixels(self, seen: Seen) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
+        """Every encoder's ``(F, 3, H, W)``, frame by frame (the last one repeated where the connector takes several together), and
+        the frames' (height, width)."""
+        specs, together = self.specs, self.rules.view.frames
+        count, size = len(seen.chosen.numbers), (1, 1)
+        rows: dict[str, list[torch.Tensor]] = {name: [torch.empty(0)] * count for name in specs}
+        for places, picture in seen.pictures():
+            size = (picture.height, picture.width)
+            for name, pixels in to_pixels_multi(picture, specs, resampler=self.resampler).items():  # type: ignore[arg-type]
+                for place in places:
+                    rows[name][place] = pixels
+        return {name: torch.stack([*found, *[found[-1]] * (-count % together)]) for name, found in rows.items()}, size
+
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Paths, bytes and pictures pass; only http(s) addresses are fetched (by transformers)."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(item) for item in image_url_or_urls]
+        if isinstance(image_url_or_urls, Video):
+            return image_url_or_urls
         if isinstance(image_url_or_urls, str) and image_url_or_urls.startswith(("http://", "https://")):
             return super().fetch_images(image_url_or_urls)
         return load_image(image_url_or_urls, where="image", max_pixels=self.max_pixels)
@@ -136,7 +177,8 @@ class MllmImageProcessor(BaseImageProcessor):
         """images: one picture or nested lists of them → ``pixel_values`` ``(V, 3, H, W)``, the views of all B of them, of the
         first encoder and ``pixel_values_<name>`` of the others; ``image_sizes`` ``(B, 2)``, (height, width), where the views
         depend on them, ``(B, 3)`` with each picture's share of a sample's budget where there is one (``visual_tokens``, or an equal
-        part for each picture of an inner list). Raises `DataError` naming the picture's position."""
+        part for each picture of an inner list); ``video_times`` ``(B, F)`` in a model that takes video (an image may then be a
+        `Video`). Raises `DataError` naming the picture's position."""
         flat = _flatten(images)
         if len(flat) > self.max_images:
             raise DataError(
@@ -146,8 +188,18 @@ class MllmImageProcessor(BaseImageProcessor):
         rows: dict[str, list[torch.Tensor]] = {name: [] for name in specs}
         sizes: list[tuple[int, int]] = []
         limits = [visual_tokens] * len(flat) if visual_tokens is not None else _shares(images, rules)
+        times: list[list[int]] = []
         for position, image in enumerate(flat):
             where = f"image {position}"
+            if isinstance(image, Video):
+                seen = self._seen(image, where)
+                frames, size = self._video_pixels(seen)
+                sizes.append(size)
+                times.append(seen.chosen.milliseconds)
+                for name, pixels in frames.items():
+                    rows[name].append(pixels)
+                continue
+            times.append([])
             codes = read_codes(image, where=where, source=self.code_source) if self.code_encoders else None
             if codes is not None and rules.needs_size:
                 raise DataError(f"{where} is given by its codes, but views {rules.views.type} need the picture itself")
@@ -168,13 +220,16 @@ class MllmImageProcessor(BaseImageProcessor):
                     rows[name].append(pixels)
                 continue
             for name, pixels in to_pixels_multi(picture, specs, resampler=self.resampler).items():  # type: ignore[arg-type]
-                rows[name].append(pixels)
-        join = torch.cat if rules.needs_size else stack_images
+                rows[name].append(pixels if rules.video is None else pixels.expand(rules.view.frames, *pixels.shape))
+        join = torch.cat if rules.needs_size or rules.video is not None else stack_images
         pixels_by_name = {name: join(tensors) for name, tensors in rows.items() if tensors}
         data: dict[str, Any] = dict(self.pixel_keys.by_key(pixels_by_name))
         if rules.needs_size and flat:
             rows_of = sizes if rules.sample_budget is None else [(*s, k) for s, k in zip(sizes, limits)]
             data[IMAGE_SIZES] = torch.tensor(rows_of, dtype=torch.long)
+        if rules.video is not None and flat:
+            longest = max(1, *map(len, times)) if times else 1
+            data[VIDEO_TIMES] = torch.tensor([row + [-1] * (longest - len(row)) for row in times], dtype=torch.long)
         if self.experts and flat:
             data["expert_weights"] = fixed_weights_of(experts, self.experts, len(flat))
             if router_input_ids is not None:
@@ -198,9 +253,9 @@ def stack_images(images: Sequence[torch.Tensor]) -> torch.Tensor:
 
 @lru_cache(maxsize=32)
 def _rules(written: str) -> LayoutRules:
-    layout, views, encoders, order = json.loads(written)
+    layout, views, encoders, order, video = json.loads(written)
     images = {name: ImageSpec.model_validate(encoders[name]) for name in order}
-    return LayoutRules(ViewLayout.model_validate(layout), images, views_config(views))
+    return LayoutRules(ViewLayout.model_validate(layout), images, views_config(views), video_spec(video))
 
 
 def _shares(images: Any, rules: LayoutRules) -> list[int]:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mllm.errors import AlignmentError, ConfigError
+from mllm.processing.frames import VideoSpec, video_spec
 from mllm.processing.views import VIEWS
 from mllm.processing.views.base import WHOLE, Size, View, ViewsConfig, views_config
-from mllm.types import EncoderInfo, ImageSpec, ViewLayout, VisualLayout
+from mllm.processing.views.single import whole_view
+from mllm.types import Block, EncoderInfo, ImageSpec, ViewLayout, VisualLayout
 
 IMAGE_SIZES = "image_sizes"
 """Batch key of the pictures' (height, width) ``(B, 2)``, where tokens depend on them."""
+VIDEO_TIMES = "video_times"
+"""Batch key of a model that takes video: when each frame is, in milliseconds ``(B, F)`` int64 (its number where no times are
+known), -1 beyond a video's frames and for pictures."""
 
 
 def view_layout(encoders: Mapping[str, EncoderInfo], connector: Any) -> ViewLayout:
@@ -47,7 +52,28 @@ def layout_rules(config: Any, encoders: Mapping[str, EncoderInfo]) -> LayoutRule
     view = view_layout(encoders, connector)
     if VIEWS.get(views.type).native:
         view = view.model_copy(update={"cell": _cell(connector, encoders)})
-    return LayoutRules(view, images, views)
+    return LayoutRules(view, images, views, checked_video(config, view, views))
+
+
+def checked_video(config: Any, view: ViewLayout, views: ViewsConfig) -> VideoSpec | None:
+    """A model's ``video`` section. Raises `ConfigError` beside what does not take video yet, by name."""
+    video = video_spec(getattr(config, "video", None))
+    if view.frames > 1 and (video is None or views.type != "single"):
+        cure = "add model.video, e.g. {frames: 16}" if video is None else f"leave model.views ({views.type}) out"
+        raise ConfigError(f"model.connector: takes {view.frames} frames together, of videos that are seen once; {cure}")
+    if video is None:
+        return None
+    refused = {
+        f"views of type {views.type}": views.type not in ("single", "tiles"),
+        "views.thumbnail_only": bool(getattr(views, "thumbnail_only", None)),
+        "views.max_sample_tokens": getattr(views, "max_sample_tokens", None) is not None,
+        "a router": getattr(config, "router", None) is not None,
+        "a visual tokenizer": getattr(config, "visual_tokenizer", None) is not None,
+        **{f"head {name!r}": True for name in getattr(config, "heads", None) or {}},
+    }
+    if found := [name for name, there in refused.items() if there]:
+        raise ConfigError(f"model.video: {found[0]} takes no video yet; leave it or the video section out")
+    return video
 
 
 def _cell(connector: Any, encoders: Mapping[str, EncoderInfo]) -> int:
@@ -81,12 +107,13 @@ class LayoutRules:
     """What decides how one model looks at a visual and how that lies in the sequence.
 
     view: what the connector makes of one view; images: encoder → the pixels it takes, in the model's order; views: the way of
-    looking.
+    looking; video: which frames of a video are seen (None: the model takes none).
     """
 
     view: ViewLayout
     images: Mapping[str, ImageSpec]
     views: ViewsConfig = field(default_factory=lambda: views_config(None))
+    video: VideoSpec | None = None
     _known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -130,7 +157,8 @@ class LayoutRules:
             if len(self._known) > 4096:
                 self._known.clear()
             kind, views = VIEWS.get(self.views.type), self._within(limit)
-            self._known[size, limit] = kind.layout(views, self.view, self._lead, size or (1, 1))
+            found = kind.layout(views, self.view, self._lead, size or (1, 1))
+            self._known[size, limit] = replace(found, num_views=self.view.frames) if self.view.frames > 1 else found
         return self._known[size, limit]
 
     def _within(self, limit: int) -> ViewsConfig:
@@ -144,9 +172,26 @@ class LayoutRules:
             self._known["within", limit] = kind.limited(self.views, self.view, self._lead, limit)
         return self._known["within", limit]
 
-    def layouts(self, sizes: Any, count: int | None = None) -> list[VisualLayout]:
+    def video_layout(self, frames: int, stamps: Sequence[Sequence[int]] = ()) -> VisualLayout:
+        """The tokens of a video of so many frames, each seen once as a whole. stamps: ids of the text before each frame (of the
+        first, where several become one set of tokens)."""
+        together = self.view.frames
+        blocks: list[Block] = []
+        for number, first in enumerate(range(0, frames, together)):
+            if stamps and stamps[first]:
+                blocks.append(Block(len(stamps[first]), ids=tuple(stamps[first])))
+            blocks.append(whole_view(self.view, number))
+        return VisualLayout(tuple(blocks), num_views=-(-frames // together) * together)
+
+    def layouts(self, sizes: Any, count: int | None = None, times: Tensor | None = None) -> list[VisualLayout]:
         """The tokens of several visuals. sizes: ``(B, 2)`` tensor or pairs, ``(B, 3)`` with each one's `share`; None where they do
-        not matter, with ``count``. Raises `AlignmentError` when they matter and are missing."""
+        not matter, with ``count``; times ``(B, F)``: `VIDEO_TIMES` (texts before frames are not made of it). Raises
+        `AlignmentError` when they matter and are missing."""
+        if times is not None:
+            pictures = self.layouts(sizes, len(times) if count is None else count)
+            return [
+                self.video_layout(n) if n else p for n, p in zip(times.ge(0).sum(-1).tolist(), pictures, strict=True)
+            ]
         if not self.needs_size:
             return [self.layout()] * (len(sizes) if count is None else count)
         if sizes is None and count == 0:
@@ -182,12 +227,22 @@ class LayoutRules:
     def describe(self) -> str:
         """Visual tokens of one image, in words: ``576``, or ``up to 2928``."""
         most = self.layout(self.largest()).num_tokens
-        return f"up to {most}" if self.needs_size else f"{most}"
+        words = f"up to {most}" if self.needs_size else f"{most}"
+        return words if self.video is None else f"{words} (a video: up to {self.longest().num_tokens})"
+
+    def longest(self) -> VisualLayout:
+        """Of all visuals the one with most views: a video where the model takes any (the text before frames not counted)."""
+        picture = self.layout(self.largest())
+        film = picture if self.video is None else self.video_layout(self.video.most)
+        return max(picture, film, key=lambda layout: layout.num_views)
 
     def key(self) -> str:
         """Text that differs where the tokens of some visual differ."""
         lead = self._lead
-        return f"{self.view.model_dump_json()}{self.views.model_dump_json()}{lead.height}x{lead.width}p{lead.patch}"
+        video = "" if self.video is None else self.video.model_dump_json()
+        return (
+            f"{self.view.model_dump_json()}{self.views.model_dump_json()}{lead.height}x{lead.width}p{lead.patch}{video}"
+        )
 
     def _checked(self, size: Size | None) -> Size | None:
         if not self.needs_size:

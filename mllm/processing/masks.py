@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mllm.errors import AlignmentError, ConfigError
-from mllm.processing.template import template_variables, unwrapped
+from mllm.processing.template import VIDEO, template_variables, unwrapped
 from mllm.processing.turns import IGNORE, added_texts, find_replies, label_text
 
 
@@ -41,6 +41,10 @@ def apply_template(
     talks = list(conversation) if batched else [conversation]
     rows = [_said(processor, talk, args, kwargs, read) for talk in talks]
     output = base(conversation, *args, **kwargs)
+    if any(int(time) >= 0 for row in output.get("video_times", ()) for time in row) and processor.rules.video.stamp:
+        raise ConfigError(
+            "return_assistant_tokens_mask does not go with text before a video's frames (model.video.stamp)"
+        )
     ids = output["input_ids"]
     nested = batched or hasattr(ids, "shape")
     seen = output["attention_mask"]
@@ -61,10 +65,11 @@ def _said(
     template = (args[0] if args else kwargs.get("chat_template")) or processor.chat_template
 
     def render(given: Sequence[Any], add_generation_prompt: bool) -> str:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             list(given), tools=tools, documents=kwargs.get("documents"), chat_template=template, tokenize=False,
             add_generation_prompt=add_generation_prompt, **{k: v for k, v in kwargs.items() if k in read},
         )  # fmt: skip
+        return text.replace(VIDEO, processor.image_token) if getattr(processor, "takes_video", False) else text
 
     where = "conversation"
     text, replies = find_replies(

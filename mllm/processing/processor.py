@@ -13,11 +13,12 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from mllm.config import to_plain
 from mllm.errors import AlignmentError, ConfigError
 from mllm.processing.image_processor import MllmImagesKwargs
-from mllm.processing.layout import IMAGE_SIZES, LayoutRules
+from mllm.processing.layout import VIDEO_TIMES, LayoutRules
 from mllm.processing.masks import apply_template
 from mllm.processing.pixel_keys import PixelKeys
 from mllm.processing.segments import SegmentSpec
 from mllm.processing.template import is_wrapped, wrap
+from mllm.processing.video_text import flat_visuals, join_videos, layout_in_call, stamped, write_stamps
 from mllm.processing.visual_span import IGNORE, VisualSpan
 from mllm.types import VisualLayout
 
@@ -75,7 +76,8 @@ class MllmProcessor(ProcessorMixin):
         template = chat_template or getattr(tokenizer, "chat_template", None)
         self.template_options = dict(template_options or {})
         if isinstance(template, str) and not is_wrapped(template):
-            template = wrap(tokenizer, template, image_token, self.template_options)
+            takes_video = getattr(image_processor, "video", None) is not None
+            template = wrap(tokenizer, template, image_token, self.template_options, video=takes_video)
         super().__init__(image_processor, tokenizer, chat_template=template)
         tokenizer.chat_template = template
         tokenizer.padding_side = "left"
@@ -88,9 +90,27 @@ class MllmProcessor(ProcessorMixin):
         audio: Any = None,
         **kwargs: Unpack[ProcessingKwargs],  # vLLM reads this annotation
     ) -> MllmBatch:
-        batch = MllmBatch(super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs))  # pyright: ignore[reportArgumentType]
+        if videos is not None and flat_visuals(videos):
+            text, images = join_videos(text, images, videos, self.image_token, takes=self.takes_video)
+        batch = MllmBatch(super().__call__(images=images, text=text, audio=audio, **kwargs))  # pyright: ignore[reportArgumentType]
         batch.placeholder = self.image_token_id
+        if VIDEO_TIMES in batch and "input_ids" in batch:
+            write_stamps(self, batch)
         return batch
+
+    @property
+    def takes_video(self) -> bool:
+        """Whether a visual may be a video (``<video>`` in text, ``videos=``, a `Video` among the images)."""
+        return self.rules.video is not None
+
+    def write(self, text: str) -> list[int]:
+        """Token ids of a text by itself."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+        """As in transformers, where images may be videos."""
+        processed, visuals = self.image_processor(images, **kwargs), flat_visuals(images)
+        return processed, [self.replace_image_token(processed, k, **kwargs) for k in range(len(visuals))]
 
     def apply_chat_template(
         self, conversation: Any, *args: Any, return_assistant_tokens_mask: bool = False, **kwargs: Any
@@ -128,7 +148,7 @@ class MllmProcessor(ProcessorMixin):
 
     def image_layouts(self, images: Any, *, where: str = "sample") -> list[VisualLayout]:
         """The tokens of every image of a list; at most the header of each is read."""
-        return self.image_processor.image_layouts(images, where=where)
+        return self.image_processor.image_layouts(images, where=where, write=self.write)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -183,9 +203,13 @@ class MllmProcessor(ProcessorMixin):
         )
 
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
-        """The placeholder, once per visual token, and the vocabulary's tokens between them."""
-        sizes = image_inputs.get(IMAGE_SIZES)
-        layout = self.rules.layout() if sizes is None else self.rules.layouts([sizes[image_idx]])[0]
+        """The placeholder, once per visual token, and the vocabulary's tokens between them. Text before a video's frames has room
+        kept by placeholders (`write_stamps`)."""
+        layout = layout_in_call(self.rules, image_inputs, image_idx)
+        if self.rules.video is not None and self.rules.video.stamp is not None:
+            layout = stamped(self, image_inputs, image_idx) or layout
+            if layout.num_views and layout.literals:
+                return self.image_token * layout.num_tokens
         return "".join(
             "".join(self.tokenizer.convert_ids_to_tokens(list(block.ids)))
             if block.ids

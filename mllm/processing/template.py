@@ -14,6 +14,13 @@ from mllm.errors import ConfigError, UnknownName
 _FOLDER = Path(__file__).parent / "templates"
 _MARK = "{#- mllm: images and escapes -#}"
 _BODY = "{#- mllm: the template +#}"
+VIDEO = "<video>"
+"""A video's place in text that people write. It is no token: the model reads the same placeholder as for pictures."""
+_VIDEO_PART = (
+    "{%- elif content['type'] in ['video', 'video_url'] -%}{%- set flat.text = flat.text + "
+    + repr(VIDEO)
+    + " -%}{%- set flat.open = true -%}"
+)
 _GIVEN = {
     "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "bos_token", "eos_token", "unk_token",
     "pad_token", "image_token", "raise_exception", "strftime_now", "range", "namespace", "dict",
@@ -35,18 +42,25 @@ def read_template(name: str) -> str:
 
 
 def with_images(
-    template: str, image_token: str, *, escapes: Sequence[str] = (), options: Mapping[str, Any] | None = None
+    template: str,
+    image_token: str,
+    *,
+    escapes: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+    video: bool = False,
 ) -> str:
     """The same template, preceded by a pass that turns every message's content into one string.
 
     An image part becomes the placeholder, with a line break before text that does not begin with white space; a placeholder
     that somebody typed is pulled apart (``<image>`` → ``< image>``), so it never takes an image's slot, and so is each of
     ``escapes``, the tokens by which turns begin and end. No content is no text. options: values of the template's own
-    variables (``enable_thinking`` …) where the caller gives none. Because all that lives in the template, transformers,
+    variables (``enable_thinking`` …) where the caller gives none.
+    video: video parts become ``<video>``, alike. Because all that lives in the template, transformers,
     training and vLLM apply the same one. Wrapping twice changes nothing. The template sees the placeholder as ``image_token``.
     """
     if template.startswith(_MARK):
         return template
+    escapes = [VIDEO, *escapes] if video else escapes
     tokens = list(dict.fromkeys([image_token, *escapes]))
     typed = repr(image_token)
     replaced = "".join(f" | replace({token!r}, {escape_tokens(token, [token])!r})" for token in tokens)
@@ -73,6 +87,7 @@ def with_images(
         + "{%- set flat.text = flat.text + "
         + typed
         + " -%}{%- set flat.open = true -%}"
+        + (_VIDEO_PART if video else "")
         + "{%- elif content['type'] == 'text' and content['text'] -%}"
         + "{%- set part = content['text']"
         + replaced
@@ -92,7 +107,14 @@ def with_images(
     )
 
 
-def wrap(tokenizer: Any, template: str, image_token: str, options: Mapping[str, Any] | None = None) -> str:
+def wrap(
+    tokenizer: Any,
+    template: str,
+    image_token: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    video: bool = False,
+) -> str:
     """`with_images` with the escapes of this tokenizer. Raises `ConfigError` for an option that the template does not read."""
     template = unwrapped(template)
     known = template_variables(template) if options else []
@@ -101,7 +123,7 @@ def wrap(tokenizer: Any, template: str, image_token: str, options: Mapping[str, 
             raise ConfigError(
                 f"model.template_options: the chat template does not read {name!r}; it reads {', '.join(known) or 'none'}"
             )
-    return with_images(template, image_token, escapes=control_tokens(tokenizer, template), options=options)
+    return with_images(template, image_token, escapes=control_tokens(tokenizer, template), options=options, video=video)
 
 
 def unwrapped(template: str) -> str:
@@ -190,7 +212,8 @@ def for_training(processor: Any, name: str) -> Any:
     text = read_template(name)
     known = template_variables(text) if processor.template_options else []
     options = {key: value for key, value in processor.template_options.items() if key in known}
-    template = wrap(processor.tokenizer, text, processor.image_token, options)
+    video = getattr(processor, "takes_video", False)
+    template = wrap(processor.tokenizer, text, processor.image_token, options, video=video)
     probe = "mllm-assistant-probe"
     messages = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": probe}]
     text = processor.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)

@@ -21,9 +21,10 @@ from mllm.odd_settings import odd_settings
 from mllm.processing.chat import count_tokens, encode_sample
 from mllm.processing.images import read_bytes
 from mllm.processing.references import refer
+from mllm.processing.videos import open_video
 from mllm.progress import Phase
 from mllm.recipe import StageSpec
-from mllm.types import Sample
+from mllm.types import Sample, Video
 
 _ROWS_TRIED = 16
 
@@ -63,6 +64,9 @@ def check_some_rows(mixture: Mixture, stage: StageSpec) -> None:
 
 
 def _refuse_absent(image: Any, where: str) -> None:
+    if isinstance(image, Video):
+        open_video(image, where=where)
+        return
     reference = refer(image, where=where)
     if reference.kind == "remote":
         read_bytes(image, where=where)  # refused, with the cure

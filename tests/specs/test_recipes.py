@@ -25,6 +25,7 @@ SIZES = {
     "eagle_x3": (1024, 6738, 34.6, 1447),
     "cambrian_8b": (600, 8030, None, None),
     "siglip2_dinov3": (576, 7616, 20.6, None),
+    "spatial_mllm": (144, 3086, 323.0, None),
     "c_radio": (576, 7616, None, None),
     "llava_next": (2928, 6738, 21.0, 291),
     "infllava": (576, 8030, 25.4, 291),
@@ -80,7 +81,8 @@ def test_recipe_builds_on_the_meta_device(name: str) -> None:
                 if layout.patches is None
                 else (3 * (info.image.patch or 0) ** 2,)
             )
-            pixels[n] = torch.zeros(layout.rows_of(n), *one)
+            rows = layout.rows_of(n) // rules.view.frames  # a picture by itself, where frames are taken together
+            pixels[n] = torch.zeros(rows, *one)
         weights = torch.zeros(1, len(config.router["experts"])) if config.router else None
         if weights is None:
             visual, _ = model.model.encode_images(pixels, image_sizes=[rules.largest()] if rules.needs_size else None)

@@ -13,7 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from mllm.errors import DataError, UnavailableError
+from mllm.errors import DataError
+from mllm.types import Video
 
 _FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
@@ -56,12 +57,16 @@ class Frames:
     end: float | None = None
     fps: float | None = None
 
+    def video(self, play: str = "forward") -> Video:
+        """The same for a model that chooses frames itself, by its own ``video`` section: ``count`` says nothing there."""
+        return Video(self.path, self.fps, self.start, self.end, play=play)  # type: ignore[arg-type]
+
     def missing(self) -> bool:
         return not self.path.exists()
 
     def load(self) -> list[tuple[Image.Image, str]]:
         """(RGB frame, sha256 of its pixels) per frame. Raises `DataError` or, without a video reader,
-        `UnavailableError`."""
+        `mllm.errors.UnavailableError`."""
         if self.path.is_dir():
             files = sorted(file for file in self.path.iterdir() if file.suffix.lower() in _FRAME_SUFFIXES)
             if not files:
@@ -123,26 +128,12 @@ def _spread(available: int, frames: Frames, fps: float) -> list[int]:
 
 
 def _decode_video(frames: Frames) -> list[Image.Image]:
-    try:
-        import cv2
-    except ImportError:
-        raise UnavailableError(
-            f"video {frames.path}: no video reader is installed; install opencv-python-headless, or give a folder of "
-            "frames"
-        ) from None
-    capture = cv2.VideoCapture(str(frames.path))
-    total, fps = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), float(capture.get(cv2.CAP_PROP_FPS) or 1.0)
-    wanted = _spread(total, frames, fps) if total > 0 else []
-    found: dict[int, Image.Image] = {}
-    needed = set(wanted)
-    for position in range(max(wanted, default=-1) + 1):
-        if not capture.grab():
-            break
-        if position in needed:
-            good, frame = capture.retrieve()
-            if good:
-                found[position] = Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
-    capture.release()
-    if not found:
-        raise DataError(f"video {frames.path}: no frame could be decoded")
-    return [found[max((k for k in found if k <= want), default=min(found))] for want in wanted]
+    from mllm.processing.videos import open_video
+
+    clip = open_video(Video(frames.path), where=f"video {frames.path}")
+    times = clip.times or [0.0]
+    fps = (len(times) - 1) / times[-1] if times[-1] > 0 else 1.0
+    wanted = _spread(clip.count, frames, fps)
+    numbers = sorted(set(wanted))
+    found = dict(zip(numbers, clip.read(numbers), strict=True))
+    return [found[number] for number in wanted]

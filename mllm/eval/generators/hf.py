@@ -61,6 +61,11 @@ class HFGenerator:
         model, processor = load_model(checkpoint, dtype=settings.dtype, device=device)
         return cls(model, processor, batch_size=settings.batch_size, name=f"hf:{Path(checkpoint).name}")
 
+    @property
+    def takes_video(self) -> bool:
+        """Whether a request's images may be `Video`s, whose frames the model's processor chooses."""
+        return getattr(self.processor, "takes_video", False)
+
     def fingerprint(self) -> str:
         """Architecture, precision, a hash over every weight, one over the processor's settings, and those of plug-in code."""
         if self._model_hash is None:

@@ -81,6 +81,13 @@ def _summary(results: Mapping[str, TaskResult]) -> str:
     return "".join(lines) + "</table>"
 
 
+FRAMES_SHOWN = {
+    "frames_frozen": "the middle frame in every place of a video",
+    "frames_shuffled": "a video's frames shuffled",
+    "frames_reversed": "a video's frames backwards",
+}
+
+
 def floor_note(result: TaskResult) -> list[str]:
     """What seeing adds: the score against the best that needs no look at the right picture."""
     if result.blind is None and result.prior is None:
@@ -93,6 +100,9 @@ def floor_note(result: TaskResult) -> list[str]:
     return [
         f"{scale * result.score:.2f} {unit} against {scale * best:.2f} without the right picture ({way}, the highest of {each})"
         + (f"; prior: the commonest answer of the question's kind, counted in {counted}" if counted else "")
+    ] + [
+        f"{scale * result.score:.2f} {unit} against {scale * one.score:.2f} with {FRAMES_SHOWN.get(way, way)}"
+        for way, one in result.frames.items()
     ]
 
 

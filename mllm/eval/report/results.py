@@ -60,6 +60,8 @@ class TaskResult:
     """Every question with another one's pictures."""
     prior: TaskResult | None = None
     """The commonest answer of the question's kind, always."""
+    frames: dict[str, TaskResult] = field(default_factory=dict)
+    """Videos with their frames shuffled, reversed, or one of them in every place."""
 
     @property
     def score(self) -> float:

@@ -42,7 +42,7 @@ def _plain_answers(generator: Generator, data: TaskData) -> dict[str, str]:
     options = data.task.generation.options()
 
     def requests() -> Iterable[Request]:
-        for loaded in load_items(data.items, None):
+        for loaded in load_items(data.items, None, whole=getattr(generator, "takes_video", False)):
             if loaded.unusable is None:
                 yield Request(loaded.item.id, loaded.item.turns, loaded.images, dict(options))
 

@@ -88,6 +88,11 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
             )
         self.pixel_keys = PixelKeys(config.encoders)
         self.rules = config.layout_rules()
+        if self.rules.view.frames > 1:
+            raise UnavailableError(
+                f"vLLM does not serve connector {(config.connector or {}).get('type')} yet, which takes {self.rules.view.frames} frames "
+                "together; answer with generate"
+            )
         self.short_grid = short_grid(config) if (config.router or {}).get("type") == "language_model" else None
         self.vision_tower: Any
         self.multi_modal_projector: Any

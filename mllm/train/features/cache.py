@@ -244,6 +244,8 @@ def why_not(model: Any, learning: Iterable[str]) -> str | None:
     together = next((name for name, encoder in bank.encoders.items() if encoder.joins_views), None)
     if together is not None:
         return f"in encoder {together} the views of a picture see each other"
+    if rules is not None and rules.video is not None:
+        return "the model takes video"
     if getattr(bank, "with_attention", None):
         return "the connector reads an encoder's attention maps"
     for name, encoder in bank.encoders.items():

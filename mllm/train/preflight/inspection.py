@@ -13,9 +13,10 @@ from mllm.data.collate import Batch, Dropped
 from mllm.errors import ConfigError
 from mllm.models.build import config_and_processor, load_tokenizer
 from mllm.processing.chat import IGNORE
-from mllm.processing.layout import IMAGE_SIZES, LayoutRules, visual_spans
+from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES, LayoutRules, visual_spans
 from mllm.processing.template import for_training
 from mllm.processing.turns import special_ids, template_notes
+from mllm.processing.video_text import stamped
 from mllm.recipe import Recipe, StageSpec
 from mllm.train.data import StageData, open_mixture
 from mllm.train.preflight.first_row import show_row, stop_line
@@ -136,7 +137,10 @@ def _add_batch(seen: SeenStage, batch: Batch, processor: Any, num_samples: int) 
     seen.dropped += batch.dropped
     ids, labels = batch.inputs["input_ids"], batch.inputs["labels"]
     mask, positions = batch.inputs.get("attention_mask"), batch.inputs.get("position_ids")
-    layouts = processor.rules.layouts(batch.inputs.get(IMAGE_SIZES), int(batch.num_images.sum()))
+    sizes, times = batch.inputs.get(IMAGE_SIZES), batch.inputs.get(VIDEO_TIMES)
+    layouts = processor.rules.layouts(sizes, int(batch.num_images.sum()), times)
+    if times is not None:
+        layouts = [stamped(processor, batch.inputs, k) or layout for k, layout in enumerate(layouts)]
     sample = image = 0
     view = dict.fromkeys(processor.pixel_keys, 0)
     slots = ids.shape[1]

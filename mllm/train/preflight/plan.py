@@ -197,9 +197,9 @@ def _plan_stage(
 
 
 def _most_views(model: Any) -> int:
-    """Views of a picture that takes the most tokens; its patches, where pixels come as such."""
+    """Views of a picture that takes the most tokens, or of a video; its patches, where pixels come as such."""
     rules = model.model.rules
-    layout = rules.layout(rules.largest())
+    layout = rules.longest()
     return max((layout.rows_of(name) for name in rules.images), default=layout.num_views)
 
 
@@ -305,9 +305,9 @@ def _stage_hazards(
     hazards = list(plan.hazards)
     config = model.config.get_text_config()
     rules = model.config.layout_rules()
-    tokens = rules.layout(rules.largest()).num_tokens
+    tokens, what = rules.longest().num_tokens, "image" if rules.video is None else "video"
     if tokens + 16 > stage.max_length:
-        hazards.append(f"max_length {stage.max_length} hardly holds one image of {tokens} tokens and a question")
+        hazards.append(f"max_length {stage.max_length} hardly holds one {what} of {tokens} tokens and a question")
     if stage.max_length > getattr(config, "max_position_embeddings", stage.max_length):
         hazards.append(
             f"max_length {stage.max_length} exceeds the language model's {config.max_position_embeddings} positions"

@@ -16,7 +16,9 @@ from mllm.connectors.build import build_connector
 from mllm.connectors.layers import ProjectorConfig
 from mllm.connectors.merv import AttentivePooler, EncoderMixture, PooledProjector
 from mllm.connectors.mova import AdapterBlock, GatedMlp, MapAttention, rotary_table, rotate
+from mllm.connectors.slow_fast import SlowTokenAttention, fast_frames, fast_tokens
 from mllm.connectors.spatial_aggregator import SpatialAggregator
+from mllm.connectors.spatial_mllm import GeometryMerger
 from mllm.types import EncoderInfo, ImageSpec, Routing, VisionFeatures
 from tests.golden.fill import check, fill_all, load
 
@@ -296,3 +298,48 @@ def test_a_transformers_and_convolutions_maps_are_fused_as_db_sam_does():
     convs = [x[f"conv_{k}"] for k in range(sizes["num_conv"])]
     found = {"multi": multi(x["vit"], convs), "dane": gate(x["vit"], convs[:1])}
     compare(meta, {f"output.{name}": expected[f"output.{name}"] for name in found}, **found)
+
+
+def test_spatial_mllm_merges_geometry_as_both_published_versions_do():
+    meta, x, expected = case("spatialmllm_connector_v11")
+    module = fill_from(GeometryMerger("1.1", 16, 24), meta, [("ln_q", "norm")])
+    geometry = x["spatial_0"][:, 5:]  # one camera and four register tokens before the patches
+    grouped = module.group(geometry, (4, 6)).flatten(0, 1)
+    compare(meta, expected, grouped=grouped, y=x["video"] + module(geometry, (4, 6)).flatten(0, 1))
+
+    meta, x, expected = case("spatialmllm_connector_v10")
+    names = [
+        ("token_merge_ln_q", "norm"),
+        ("token_merge_mlp", "mlp"),
+        ("vgg_to_language_ln_q", "second_norm"),
+        ("vgg_to_language_mlp", "second_mlp"),
+    ]
+    module = fill_from(GeometryMerger("1.0", 16, 24), meta, names)
+    frames = x["spatial"][0, :, 5:]
+    film, stills = (module(f, (4, 6)).view(1, -1, 2, 3, 24) for f in (frames, frames.repeat_interleave(2, dim=0)))
+    compare(meta, expected, video=film, images=stills)
+
+
+def test_slow_fast_splits_tokens_and_reads_the_slow_ones_as_published():
+    meta, x, expected = case("slowfast_token_split")
+    least = meta["ctor"]["min_fast_frames"]
+    found = {
+        s["out"]: fast_tokens(x["video"], stride=s["sampling"], pool=s["pool"], side=s["spatial"], least=least)
+        for s in meta["ctor"]["settings"]
+    }
+    rows = [fast_frames(*pair) for pair in meta["ctor"]["pairs"]]
+    index = torch.tensor([row + [-1] * (16 - len(row)) for row in rows])
+    compare(meta, expected, idx=index, **found)
+
+    meta, x, expected = case("slowfast_hybrid_cross_attention")
+    module = SlowTokenAttention(32, 4, 2)
+    fresh = module(x["state"], x["query"], x["slow"], asks=x["token_type"] <= 2, valid=x["key_mask"].bool())
+    assert torch.equal(fresh, x["state"]), "the layer starts without effect"
+    filled = {name: torch.from_numpy(value) for name, value in fill_all(meta).items()}
+    names = {"cross_attn_kv_proj.": "key_value.", "cross_attn_gate_proj.0.": "token_gate."}
+    state = {"layer_gate": filled["cross_attn_warm_up_gate"]}
+    for theirs, ours in names.items():
+        state |= {ours + part: filled[theirs + part] for part in ("weight", "bias")}
+    module.load_state_dict(state)
+    valid = x["key_mask"].bool() & x["has_visual"].bool()[:, None]
+    compare(meta, expected, y=module(x["state"], x["query"], x["slow"], asks=x["token_type"] <= 2, valid=valid))

@@ -103,7 +103,11 @@ def test_the_key_can_be_named_and_typed_marks_allowed(tmp_path):
         ({"images": [], "messages": TURNS}, "1 <image> placeholder and no image"),
         ({"images": None, "image": float("nan"), "messages": TURNS}, "1 <image> placeholder and no image"),
         ({"pictures": ["b.png"], "messages": [{"role": "user", "content": "What?"}, TURNS[1]]}, "pictures looks like"),
-        ({"videos": ["a.mp4"], "images": ["a.png"], "messages": TURNS}, "has videos, which training does not read"),
+        (
+            {"videos": ["a.mp4"], "images": ["a.png"], "messages": TURNS},
+            "0 <video> and 1 <image> placeholders of the user for 1 v",
+        ),
+        ({"audio": "a.wav", "images": ["a.png"], "messages": TURNS}, "has audio, which training does not read"),
         ({"messages": [TURNS[0], {**TURNS[1], "content": "<image>"}], "photo_path": "x"}, "2 <image> placeholders"),
     ],
 )

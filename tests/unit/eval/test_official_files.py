@@ -411,17 +411,21 @@ def test_mathvista_prompt_and_score(tmp_path):
 
 
 def test_vsibench_frames_from_a_folder_and_from_a_video(tmp_path):
-    cv2 = pytest.importorskip("cv2")
+    import av
+
     row = {"id": 0, "dataset": "scannet", "scene_name": "s1", "question_type": "object_counting",
            "question": "How many?",
            "options": None, "ground_truth": "5"}  # fmt: skip
     choice = row | {"id": 1, "question_type": "route_planning", "options": ["A. left", "B. right"], "ground_truth": "B"}
     write(tmp_path / "d/test.jsonl", [row, choice], lines=True)
     (tmp_path / "d/scannet").mkdir()
-    writer = cv2.VideoWriter(str(tmp_path / "d/scannet/s1.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 10, (32, 32))
-    for shade in range(0, 200, 4):
-        writer.write(np.full((32, 32, 3), shade, np.uint8))
-    writer.release()
+    with av.open(str(tmp_path / "d/scannet/s1.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"qp": "0"})
+        stream.width = stream.height = 32
+        for shade in range(0, 200, 4):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), shade, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
     data = load_data(load_task("vsibench"), data={"vsibench": tmp_path / "d"})
     assert data.items[0].num_images == 32 and prompt_of(data.items[0]).count(IMAGE_MARK) == 32
     assert "Options:\nA. left\nB. right\n" in prompt_of(data.items[1])

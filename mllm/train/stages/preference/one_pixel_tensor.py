@@ -31,6 +31,10 @@ class OnePixelTensor:
                 f"preference and reward stages are not offered for a model with views {processor.rules.views.type}: TRL does not "
                 "carry several views of a picture"
             )
+        if processor.rules.video is not None:
+            raise UnavailableError(
+                "preference and reward stages are not offered for a model that takes video: TRL does not carry several frames"
+            )
         self.model, self.processor = model, processor
         self.keys = dict(processor.pixel_keys)
         self.shapes = {n: (3, s.height, s.width) for n, s in processor.image_processor.specs.items()}

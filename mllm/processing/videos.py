@@ -1,0 +1,426 @@
+"""How are the frames of any video read: only those that are seen, each with its exact time?"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mllm.errors import DataError, MissingFile, UnavailableError
+from mllm.install import install_hint
+from mllm.processing.frames import Chosen, VideoSpec, choose
+from mllm.processing.images import MAX_PIXELS, image_hash, load_image, read_bytes
+from mllm.processing.references import refer
+from mllm.types import Video
+
+VIDEO_SUFFIXES = (
+    ".mp4",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".mov",
+    ".m4v",
+    ".mpg",
+    ".mpeg",
+    ".ts",
+    ".flv",
+    ".wmv",
+    ".ogv",
+    ".3gp",
+)
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_ANIMATIONS = (b"GIF8", b"RIFF", b"\x89PNG")
+# Containers that hold their own frames. FFmpeg would also open playlists, which name other files and addresses: a file in a data set
+# or a request must not make us read those.
+_CONTAINERS = (
+    "mov,mp4,matroska,webm,avi,flv,mpeg,mpegts,mpegvideo,asf,ogg,gif,m4v,h264,hevc,ivf,nut,mjpeg,wav,mp3,flac,aac"
+)
+_MAX_FRAMES = 2_000_000
+"""More frames than any video within ``max_seconds`` has: a header that lies is not followed for ever."""
+_HOLDS = ("frames", "bytes", "path")
+"""Keys of a mapping under which a video is."""
+_NAMELESS = "\0"
+"""Stands for the name of a sample in the errors of what many samples share."""
+_TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+
+
+@dataclass
+class Clip:
+    """A video that was opened, none of its frames decoded.
+
+    count: frames it has; times: seconds of each from the first on, None where nothing tells; keyframes: numbers of those stored
+    whole; read: numbers in ascending order → their RGB pictures, one after another (never all in memory); decoded: frames that
+    the last ``read`` had to decode for it.
+    """
+
+    count: int
+    times: Sequence[float] | None
+    read: Callable[[Sequence[int]], Iterator[Image.Image]]
+    keyframes: Sequence[int] = ()
+    decoded: int = 0
+
+
+def frames_of(video: Video, spec: VideoSpec, *, where: str, max_pixels: int | None = MAX_PIXELS) -> Seen:
+    """What is seen of a video. Raises `DataError` that opens with ``where`` for what cannot be read."""
+    clip = open_video(video, where=where, max_pixels=max_pixels, max_seconds=spec.max_seconds)
+    chosen = choose(spec, video, clip.count, clip.times, keyframes=clip.keyframes, where=where)
+    return Seen(clip, chosen, spec, video.play)
+
+
+@dataclass
+class Seen:
+    """The chosen frames of an opened video."""
+
+    clip: Clip
+    chosen: Chosen
+    spec: VideoSpec
+    play: str = "forward"
+
+    def pictures(self) -> Iterator[tuple[list[int], Image.Image]]:
+        """Every different frame once, in the order of the file, with the places at which it is shown."""
+        places: dict[int, list[int]] = {}
+        for place, number in enumerate(self.chosen.numbers):
+            places.setdefault(number, []).append(place)
+        numbers = sorted(places)
+        if self.play == "gray":
+            (first,) = self.clip.read(numbers[:1])
+            yield (
+                [place for number in numbers for place in places[number]],
+                Image.new("RGB", first.size, (127, 127, 127)),
+            )
+            return
+        for number, picture in zip(numbers, self.clip.read(numbers), strict=True):
+            yield places[number], _within(picture, self.spec.max_pixels)
+
+
+def open_video(
+    video: Video, *, where: str, max_pixels: int | None = MAX_PIXELS, max_seconds: float = float("inf")
+) -> Clip:
+    """A video from whatever source (see `Video`). Raises `DataError`, `MissingFile`."""
+    source, fps = video.source, video.fps
+    if isinstance(source, Mapping):
+        fps = source.get("fps", fps)
+        source = next((source[key] for key in _HOLDS if source.get(key) is not None), None)
+        if source is None:
+            raise DataError(f"{where}: a video entry has none of {', '.join(_HOLDS)}")
+    if hasattr(source, "numpy") and hasattr(source, "detach"):
+        source = source.detach().cpu().numpy()
+        source = (
+            source.transpose(0, 2, 3, 1) if source.ndim == 4 and source.shape[1] == 3 != source.shape[3] else source
+        )
+    if isinstance(source, np.ndarray):
+        if source.ndim != 4 or source.shape[3] not in (1, 3, 4):
+            raise DataError(f"{where}: an array of shape {source.shape} is no video; expected (T, H, W, 1|3|4)")
+        return _of_pictures(list(source), fps, where, max_pixels)
+    if isinstance(source, (list, tuple)):
+        return _of_pictures(list(source), fps, where, max_pixels)
+    reference = refer(source, where=where)
+    if reference.kind == "remote":
+        raise MissingFile(f"{where}: {str(reference.value)[:200]!r} is remote; download it and give the local path")
+    if reference.kind == "bytes":
+        return _of_data(reference.encoded(where), fps, where, max_pixels, max_seconds)
+    if reference.kind != "file":
+        raise DataError(
+            f"{where}: {type(source).__name__} is no video; give a file, its bytes, a folder of frames, or a list"
+        )
+    path: Path = reference.value
+    if path.is_dir():
+        files = _files(path)
+        if not files:
+            raise DataError(f"{where}: folder {str(path)!r} holds no frames ({', '.join(PICTURE_SUFFIXES)})")
+        return _of_pictures(files, fps, where, max_pixels)
+    if not path.is_file():
+        raise MissingFile(f"{where}: no such video file or folder of frames: {str(path)!r}")
+    with path.open("rb") as file:
+        head = file.read(12)
+    if not head:
+        raise DataError(f"{where}: {str(path)!r} is empty (0 bytes)")
+    if _is_animation(head):
+        return _of_animation(path.read_bytes(), where, max_pixels)
+    stat = path.stat()
+    try:
+        index = _index_of_file(str(path), stat.st_mtime_ns, stat.st_size, max_seconds)
+    except DataError as error:
+        raise DataError(str(error).replace(_NAMELESS, where, 1)) from error
+    return _of_container(str(path), index, where, max_pixels)
+
+
+def _of_data(data: bytes, fps: float | None, where: str, max_pixels: int | None, max_seconds: float) -> Clip:
+    if not data:
+        raise DataError(f"{where}: the video is empty (0 bytes)")
+    if _is_animation(data[:12]):
+        return _of_animation(data, where, max_pixels)
+    return _of_container(data, _index(data, max_seconds, where), where, max_pixels)
+
+
+def _is_animation(head: bytes) -> bool:
+    return head.startswith(_ANIMATIONS) and not (head.startswith(b"RIFF") and head[8:12] != b"WEBP")
+
+
+def _of_pictures(sources: list[Any], fps: float | None, where: str, max_pixels: int | None) -> Clip:
+    """Frames that are pictures of their own. All must be of one size: a folder of unlike ones is no video."""
+    if not sources:
+        raise DataError(f"{where}: the video has no frames")
+    if fps is not None and not fps > 0:
+        raise DataError(f"{where}: fps is {fps}, expected more than 0")
+
+    def read(numbers: Sequence[int]) -> Iterator[Image.Image]:
+        size = None
+        for number in numbers:
+            picture = load_image(sources[number], where=f"{where}, frame {number}", max_pixels=max_pixels)
+            if size not in (None, picture.size):
+                raise DataError(
+                    f"{where}, frame {number}: is {picture.width} × {picture.height}, the first {size[0]} × {size[1]}"
+                )
+            size = picture.size
+            clip.decoded += 1
+            yield picture
+
+    clip = Clip(len(sources), None if fps is None else [k / fps for k in range(len(sources))], read)
+    return clip
+
+
+def _of_animation(data: bytes, where: str, max_pixels: int | None) -> Clip:
+    """GIF, WebP or APNG; a frame without a duration of its own stands for 0.1 s, as browsers show it."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        count, times, now = getattr(image, "n_frames", 1), [], 0.0
+        for number in range(min(count, _MAX_FRAMES)):
+            image.seek(number)
+            times.append(now)
+            now += (float(image.info.get("duration") or 0) or 100.0) / 1000
+    except Exception as error:  # decoders of foreign files raise whatever they like
+        raise DataError(f"{where}: the animation does not decode ({error})") from error
+
+    def read(numbers: Sequence[int]) -> Iterator[Image.Image]:
+        for number in numbers:
+            try:
+                image.seek(number)
+                frame = image.copy()
+            except Exception as error:
+                raise DataError(f"{where}, frame {number}: does not decode ({error})") from error
+            frame.info.pop("exif", None)
+            clip.decoded += 1
+            yield load_image(frame.convert("RGBA"), where=f"{where}, frame {number}", max_pixels=max_pixels)
+
+    clip = Clip(count, times, read, keyframes=(0,))
+    return clip
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Every frame's own time stamp, ascending, in units of ``base`` seconds; which are stored whole."""
+
+    stamps: tuple[int, ...]
+    keys: tuple[int, ...]
+    base: float
+
+
+@lru_cache(maxsize=256)
+def _index_of_file(path: str, changed: int, size: int, max_seconds: float) -> _Index:
+    """`_index` of a file, read once for its tokens and its pixels."""
+    return _index(path, max_seconds, _NAMELESS)
+
+
+def _index(source: str | bytes, max_seconds: float, where: str) -> _Index:
+    """The time of every frame, from the packets' headers: nothing is decoded. Exact for variable frame rates too."""
+    import_av()
+    with _opened(source, where) as container:
+        stream = _stream(container, where)
+        base = float(stream.time_base or 0) or 1.0
+        told = max(float(container.duration or 0) / 1e6, float(stream.duration or 0) * base)
+        if told > max_seconds:
+            raise DataError(f"{where}: lasts {_clock(told)}, more than max_seconds allows ({_clock(max_seconds)})")
+        stamps, keys = set(), set()
+        first: int | None = None
+        try:
+            for packet in container.demux(stream):
+                if packet.size == 0 or packet.is_discard:
+                    continue
+                stamp = packet.pts if packet.pts is not None else packet.dts
+                if stamp is None:
+                    raise DataError(
+                        f"{where}: packets without times (a raw stream?); put it into a container, e.g. mp4"
+                    )
+                stamps.add(stamp)
+                if packet.is_keyframe:
+                    keys.add(stamp)
+                first = stamp if first is None else first
+                if len(stamps) > _MAX_FRAMES or (stamp - first) * base > max_seconds:
+                    raise DataError(
+                        f"{where}: lasts more than max_seconds allows ({_clock(max_seconds)}), whatever its header says"
+                    )
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(f"{where}: the video's index is broken ({_reason(error)})") from error
+    if not stamps:
+        raise DataError(f"{where}: the video has no frames")
+    return _Index(tuple(sorted(stamps)), tuple(sorted(keys)), base)
+
+
+def _of_container(source: str | bytes, index: _Index, where: str, max_pixels: int | None) -> Clip:
+    first = index.stamps[0]
+    numbers = {stamp: number for number, stamp in enumerate(index.stamps)}
+
+    def read(wanted: Sequence[int]) -> Iterator[Image.Image]:
+        clip.decoded = 0
+        targets = [index.stamps[number] for number in wanted]
+        with _opened(source, where) as container:
+            for number, frame in zip(wanted, _decode(container, targets, index, clip, where), strict=True):
+                yield _upright(frame, f"{where}, frame {number}", max_pixels)
+
+    clip = Clip(
+        len(index.stamps),
+        [(stamp - first) * index.base for stamp in index.stamps],
+        read,
+        keyframes=[numbers[key] for key in index.keys],
+    )
+    return clip
+
+
+def _decode(container: Any, targets: Sequence[int], index: _Index, clip: Clip, where: str) -> Iterator[Any]:
+    """The frame of every time stamp, ascending: from the last key frame before it, or on from where decoding stands."""
+    stream = _stream(container, where)
+    frames: Iterator[Any] = iter(())
+    at: int | None = None
+    for target in targets:
+        place = bisect.bisect_right(index.keys, target) - 1
+        key = index.keys[place] if place >= 0 else index.stamps[0]
+        try:
+            if at is None or key > at:
+                container.seek(key, stream=stream, backward=True)
+                frames = container.decode(stream)
+            found = _forward(frames, target, clip)
+            if found is None or found.pts != target:  # a file that cannot be entered there is read from its start
+                container.seek(index.stamps[0], stream=stream, backward=True)
+                frames = container.decode(stream)
+                found = _forward(frames, target, clip)
+        except Exception as error:
+            raise DataError(f"{where}: frame {_number(index, target)} does not decode ({_reason(error)})") from error
+        if found is None or found.pts != target:
+            raise DataError(f"{where}: frame {_number(index, target)} is in the file's index and does not decode")
+        at = target
+        yield found
+
+
+def _forward(frames: Iterator[Any], target: int, clip: Clip) -> Any:
+    for frame in frames:
+        clip.decoded += 1
+        stamp = frame.pts if frame.pts is not None else frame.dts
+        if stamp is not None and stamp >= target:
+            return frame
+    return None
+
+
+def _number(index: _Index, stamp: int) -> str:
+    number = bisect.bisect_left(index.stamps, stamp)
+    return f"{number} ({(stamp - index.stamps[0]) * index.base:.3f} s)"
+
+
+def _upright(frame: Any, where: str, max_pixels: int | None) -> Image.Image:
+    if max_pixels is not None and frame.width * frame.height > max_pixels:
+        raise DataError(
+            f"{where}: has {frame.width} × {frame.height} pixels, above the limit of {max_pixels / 1e6:g} megapixels"
+        )
+    turn = _TURNS.get(round(getattr(frame, "rotation", 0) / 90) * 90 % 360)
+    picture = frame.to_image()
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _within(picture: Image.Image, most: int | None) -> Image.Image:
+    if most is None or picture.width * picture.height <= most:
+        return picture
+    scale = (most / (picture.width * picture.height)) ** 0.5
+    size = (max(1, int(picture.width * scale)), max(1, int(picture.height * scale)))
+    return picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def visual_hash(visual: Any, *, where: str = "image") -> str:
+    """`image_hash` of a picture; of a video over what it is read from and which part of it."""
+    if not isinstance(visual, Video):
+        return image_hash(visual, where=where)
+    digest = hashlib.sha256(repr((visual.fps, visual.start, visual.end, visual.frames, visual.play)).encode())
+    for part in _parts(visual.source, where):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _parts(source: Any, where: str) -> Iterator[bytes]:
+    """The bytes behind a video's source, piece by piece."""
+    if isinstance(source, Mapping):
+        yield repr({key: value for key, value in source.items() if key not in _HOLDS}).encode()
+        for key in _HOLDS:
+            if source.get(key) is not None:
+                yield from _parts(source[key], where)
+    elif isinstance(source, (list, tuple)):
+        for item in source:
+            yield image_hash(item, where=where).encode()
+    elif hasattr(source, "detach"):
+        yield from _parts(source.detach().cpu().numpy(), where)
+    elif isinstance(source, np.ndarray):
+        yield image_hash(source, where=where).encode()
+    else:
+        reference = refer(source, where=where)
+        if reference.kind == "file" and Path(reference.value).is_dir():
+            yield from _parts(_files(Path(reference.value)), where)
+        elif reference.kind == "file" and Path(reference.value).is_file():
+            with Path(reference.value).open("rb") as file:
+                while piece := file.read(1 << 20):
+                    yield piece
+        else:
+            yield read_bytes(source, where=where)
+
+
+def _files(folder: Path) -> list[Path]:
+    """A folder's frames in the order of their numbers."""
+    return sorted((file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES), key=_natural)
+
+
+def import_av() -> Any:
+    """PyAV. Raises `UnavailableError` saying what to install."""
+    try:
+        import av
+    except ImportError:
+        raise UnavailableError(f"video files need PyAV: {install_hint('video')} (folders of frames do not)") from None
+    return av
+
+
+def _opened(source: str | bytes, where: str) -> Any:
+    av = import_av()
+    av.logging.set_level(None)  # broken files are told once, by us
+    try:
+        place = io.BytesIO(source) if isinstance(source, bytes) else source
+        options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
+        return av.open(place, metadata_errors="ignore", container_options=options)
+    except Exception as error:
+        raise DataError(f"{where}: is no video that can be opened ({_reason(error)})") from error
+
+
+def _stream(container: Any, where: str) -> Any:
+    if not container.streams.video:
+        kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]
+        raise DataError(f"{where}: has no pictures, only {', '.join(kinds)}")
+    return container.streams.video[0]
+
+
+def _natural(path: Path) -> list[Any]:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
