@@ -130,7 +130,7 @@ class VisualLayout:
     it shows of the picture, as (top, left, bottom, right) from 0 to 1 (beyond it where it is padded); perspectives: n, where
     the views are n × n crops, n × n strided pictures and a thumbnail; patches: (rows, columns) of the encoders' tokens, where
     the picture is seen at its own aspect (views native) and pixels come as patches; scales: of the views, where the connector makes
-    one map of several.
+    one map of several; frames: of a video, each a view (0: no video).
     """
 
     blocks: tuple[Block, ...]
@@ -142,6 +142,7 @@ class VisualLayout:
     perspectives: int = 0
     patches: Grid | None = None
     scales: tuple[int, ...] = ()
+    frames: int = 0
 
     def rows_of(self, encoder: str) -> int:
         """Rows of an encoder's pixels that belong to the visual: its views, or its patches."""

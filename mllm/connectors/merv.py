@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mllm.connectors import CONNECTORS
 from mllm.connectors.base import Connector, ConnectorConfig
+from mllm.connectors.joining import join_views
 from mllm.connectors.layers import (
     ProjectorConfig,
     at_least,
@@ -27,7 +28,7 @@ from mllm.connectors.layers import (
 )
 from mllm.connectors.pooling import check_pooling
 from mllm.errors import ConfigError
-from mllm.types import EncoderInfo, Grid, ImageSpec, Routing, ViewLayout, VisionFeatures
+from mllm.types import EncoderInfo, Grid, ImageSpec, Routing, ViewLayout, VisionFeatures, VisualLayout
 
 
 class PooledProjector(nn.Module):
@@ -99,10 +100,15 @@ class EncoderMixture(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.xavier_uniform_(self.query)
 
-    def forward(self, tokens: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, bias: Tensor | None = None, visuals: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """tokens ``(B, E, T, L)``, bias ``(B, E)`` added to the logits → mixture ``(B, T, L)`` and its weights ``(B,
-        E)``."""
-        keys = self.key_projection(tokens.mean(dim=2))
+        E)``. visuals: of how many successive rows the mean is taken together (frames of a video); None: of each alone."""
+        means = tokens.mean(dim=2)
+        if visuals is not None:
+            means = torch.cat([part.mean(dim=0, keepdim=True).expand_as(part) for part in means.split(list(visuals))])
+        keys = self.key_projection(means)
         query = self.query_projection(self.query.to(keys.dtype))[0]
         logits = (keys * query).sum(-1).float() / math.sqrt(query.shape[-1])
         weights = (logits if bias is None else logits + bias).softmax(-1)
@@ -110,7 +116,8 @@ class EncoderMixture(nn.Module):
 
 
 class MervConfig(ConnectorConfig):
-    """MERV on images: pool every encoder to one grid, project, mix; the defaults are the released recipe's."""
+    """MERV: pool every encoder to one grid, project, mix; the defaults are the released recipe's. Frames of a video are pooled one by
+    one and share the encoders' weights."""
 
     type: str = "merv"
     grid: Grid = (8, 8)
@@ -173,15 +180,33 @@ class MervConnector(Connector):
     def output_layers(self) -> list[nn.Module]:
         return [pooler.projector[-1] for pooler in self.poolers.values()]  # type: ignore[index,union-attr]
 
-    def mix(self, features: Mapping[str, VisionFeatures], routing: Routing | None = None) -> tuple[Tensor, Tensor]:
-        """Visual tokens ``(B, M, L)`` and the encoders' weights ``(B, E)``."""
+    def forward(
+        self,
+        features: Mapping[str, VisionFeatures],
+        routing: Routing | None = None,
+        text: Tensor | None = None,
+        layouts: Sequence[VisualLayout] | None = None,
+    ) -> Tensor:
+        if layouts is None or routing is not None or not any(layout.frames for layout in layouts):
+            return super().forward(features, routing, text, layouts)
+        counts = [n for layout in layouts for n in ([layout.num_views] if layout.frames else [1] * layout.num_views)]
+        tokens = self.mix(features, visuals=counts)[0]
+        return join_views(tokens, layouts, self.layout(self.config, self.encoders), self.newline)
+
+    def mix(
+        self,
+        features: Mapping[str, VisionFeatures],
+        routing: Routing | None = None,
+        visuals: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Visual tokens ``(B, M, L)`` and the encoders' weights ``(B, E)``; visuals: see `EncoderMixture.forward`."""
         pooled, biases = [], []
         for name, tokens in read_features(self.encoders, features, routing).items():
             pooled.append(self.poolers[name](tokens.unsqueeze(1)))
             weight = expert_weight(routing, name)
             biases.append(tokens.new_zeros(tokens.shape[0]) if weight is None else log_weight(weight))
         bias = None if routing is None else unblind(torch.stack([b.float() for b in biases], dim=-1))
-        return self.mixture(torch.stack(pooled, dim=1), bias)
+        return self.mixture(torch.stack(pooled, dim=1), bias, visuals)
 
     def view_tokens(
         self, features: Mapping[str, VisionFeatures], routing: Routing | None = None, text: Tensor | None = None

@@ -181,7 +181,7 @@ class LayoutRules:
             if stamps and stamps[first]:
                 blocks.append(Block(len(stamps[first]), ids=tuple(stamps[first])))
             blocks.append(whole_view(self.view, number))
-        return VisualLayout(tuple(blocks), num_views=-(-frames // together) * together)
+        return VisualLayout(tuple(blocks), num_views=-(-frames // together) * together, frames=frames)
 
     def layouts(self, sizes: Any, count: int | None = None, times: Tensor | None = None) -> list[VisualLayout]:
         """The tokens of several visuals. sizes: ``(B, 2)`` tensor or pairs, ``(B, 3)`` with each one's `share`; None where they do

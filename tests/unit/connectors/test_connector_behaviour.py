@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ from mllm.connectors.pixel_shuffle import space_to_depth
 from mllm.connectors.spatial_aggregator import window_partition
 from mllm.errors import AlignmentError, ConfigError
 from mllm.testing.connectors import sample_features, sample_routing
-from mllm.types import EncoderInfo, ImageSpec, Routing, VisionFeatures
+from mllm.types import Block, EncoderInfo, ImageSpec, Routing, VisionFeatures, VisualLayout
 
 
 def info(rows: int, cols: int, width: int) -> EncoderInfo:
@@ -355,3 +357,22 @@ def test_connectors_trace_into_one_graph(name):
     torch.compiler.reset()  # all kinds share one `forward`, whose recompilations are counted together
     compiled = torch.compile(connector, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(features, None, None), connector(features, None, None))
+
+
+def test_merv_weighs_encoders_once_for_a_whole_video():
+    """As published: the keys are means over all tokens of a video, so that its frames share the weights; pictures have their own."""
+    spec, encoders, width = CONNECTORS.get("merv").tiny()
+    connector = build_connector(spec, encoders, width).eval()
+    features = sample_features(type(connector), connector.config, encoders, 4)
+    block = Block(4, (1, 2, 2))
+    film = VisualLayout(tuple(replace(block, view=k) for k in range(3)), num_views=3, frames=3)
+    with torch.no_grad():
+        tokens = connector(features, None, None, [film, VisualLayout((block,))])
+        pooled = torch.stack(
+            [connector.poolers[name](f.tokens.unsqueeze(1)) for name, f in features.items()], dim=1
+        )  # V, E, M, L
+        whole, weights = connector.mixture(pooled[:3].transpose(0, 1).flatten(1, 2)[None])
+    assert weights.shape == (1, 2)
+    torch.testing.assert_close(tokens[:12], whole[0], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(tokens[12:], connector.mixture(pooled[3:])[0][0], atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(tokens[:4], connector.mixture(pooled[:1])[0][0], atol=1e-6)
