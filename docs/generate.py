@@ -46,6 +46,7 @@ def pages(*, sizes: bool = True) -> dict[str, str]:
         "recipe-keys.md": recipe_keys(),
         "components.md": components_page(),
         "benchmarks.md": benchmarks_page(),
+        "measured.md": measured_page(),
         **dict(recipe_pages(sizes)),
         **dict(encoder_pages(sizes)),
     }
@@ -205,6 +206,19 @@ def benchmarks_page() -> str:
         "",
     ]
     return "\n".join([*head, *table(("task", "what it asks", "samples", "licence", "rules"), rows)])
+
+
+def measured_page() -> str:
+    """Every file of benchmarks/results, as its script wrote it."""
+    lines = [
+        "# Measured figures",
+        "",
+        "Files of `benchmarks/results`, as the scripts wrote them: date, command, machine first.",
+    ]
+    lines += ["A figure elsewhere in these pages is included from here.", ""]
+    for path in sorted((ROOT / "benchmarks/results").glob("*.txt")):
+        lines += [f"## {path.stem}", "", "```text", f'--8<-- "benchmarks/results/{path.name}"', "```", ""]
+    return "\n".join(lines)
 
 
 def recipe_pages(sizes: bool) -> Iterator[tuple[str, str]]:
