@@ -18,7 +18,7 @@ from mllm.processing.masks import apply_template
 from mllm.processing.pixel_keys import PixelKeys
 from mllm.processing.segments import SegmentSpec
 from mllm.processing.template import is_wrapped, wrap
-from mllm.processing.video_text import flat_visuals, join_videos, layout_in_call, stamped, write_stamps
+from mllm.processing.video_text import flat_visuals, join_videos, layout_in_call, marks_video, stamped, write_stamps
 from mllm.processing.visual_span import IGNORE, VisualSpan
 from mllm.types import VisualLayout
 
@@ -90,7 +90,7 @@ class MllmProcessor(ProcessorMixin):
         audio: Any = None,
         **kwargs: Unpack[ProcessingKwargs],  # vLLM reads this annotation
     ) -> MllmBatch:
-        if videos is not None and flat_visuals(videos):
+        if (videos is not None and flat_visuals(videos)) or (self.takes_video and marks_video(text)):
             text, images = join_videos(text, images, videos, self.image_token, takes=self.takes_video)
         batch = MllmBatch(super().__call__(images=images, text=text, audio=audio, **kwargs))  # pyright: ignore[reportArgumentType]
         batch.placeholder = self.image_token_id

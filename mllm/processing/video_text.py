@@ -64,6 +64,12 @@ def _is_one_video(value: Any) -> bool:
     return bool(value) and all(hasattr(item, "getexif") or getattr(item, "ndim", 0) in (2, 3) for item in value)
 
 
+def marks_video(text: Any) -> bool:
+    """Whether a video has its place in some of the texts (chat templates pull a typed mark apart)."""
+    texts = text if isinstance(text, (list, tuple)) else [text]
+    return any(isinstance(said, str) and VIDEO in said for said in texts)
+
+
 def layout_in_call(rules: LayoutRules, inputs: Any, number: int) -> VisualLayout:
     """The tokens of visual ``number`` of a processor's call, without the text before frames."""
     sizes, times = inputs.get(IMAGE_SIZES), inputs.get(VIDEO_TIMES)

@@ -144,10 +144,11 @@ def open_video(
         head = file.read(12)
     if not head:
         raise DataError(f"{where}: {str(path)!r} is empty (0 bytes)")
-    if _is_animation(head):
-        return _of_animation(path.read_bytes(), where, max_pixels)
     stat = path.stat()
     try:
+        if _is_animation(head):
+            times = _animation_times_of_file(str(path), stat.st_mtime_ns, stat.st_size)
+            return _of_animation(str(path), times, where, max_pixels)
         index = _index_of_file(str(path), stat.st_mtime_ns, stat.st_size, max_seconds)
     except DataError as error:
         raise DataError(str(error).replace(_NAMELESS, where, 1)) from error
@@ -158,7 +159,7 @@ def _of_data(data: bytes, fps: float | None, where: str, max_pixels: int | None,
     if not data:
         raise DataError(f"{where}: the video is empty (0 bytes)")
     if _is_animation(data[:12]):
-        return _of_animation(data, where, max_pixels)
+        return _of_animation(data, _animation_times(data, where), where, max_pixels)
     return _of_container(data, _index(data, max_seconds, where), where, max_pixels)
 
 
@@ -189,31 +190,52 @@ def _of_pictures(sources: list[Any], fps: float | None, where: str, max_pixels: 
     return clip
 
 
-def _of_animation(data: bytes, where: str, max_pixels: int | None) -> Clip:
-    """GIF, WebP or APNG; a frame without a duration of its own stands for 0.1 s, as browsers show it."""
-    try:
-        image = Image.open(io.BytesIO(data))
-        count, times, now = getattr(image, "n_frames", 1), [], 0.0
-        for number in range(min(count, _MAX_FRAMES)):
-            image.seek(number)
-            times.append(now)
-            now += (float(image.info.get("duration") or 0) or 100.0) / 1000
-    except Exception as error:  # decoders of foreign files raise whatever they like
-        raise DataError(f"{where}: the animation does not decode ({error})") from error
+def _of_animation(source: str | bytes, times: Sequence[float], where: str, max_pixels: int | None) -> Clip:
+    """GIF, WebP or APNG, each frame laid over those before it."""
 
     def read(numbers: Sequence[int]) -> Iterator[Image.Image]:
+        image = _animation(source, where)
         for number in numbers:
             try:
                 image.seek(number)
-                frame = image.copy()
+                frame = image.convert("RGBA" if "transparency" in image.info or image.mode == "RGBA" else "RGB")
             except Exception as error:
                 raise DataError(f"{where}, frame {number}: does not decode ({error})") from error
-            frame.info.pop("exif", None)
+            frame.info.clear()
             clip.decoded += 1
-            yield load_image(frame.convert("RGBA"), where=f"{where}, frame {number}", max_pixels=max_pixels)
+            yield load_image(frame, where=f"{where}, frame {number}", max_pixels=max_pixels)
 
-    clip = Clip(count, times, read, keyframes=(0,))
+    clip = Clip(len(times), times, read, keyframes=(0,))
     return clip
+
+
+def _animation(source: str | bytes, where: str) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except Exception as error:  # decoders of foreign files raise whatever they like
+        raise DataError(f"{where}: the animation does not decode ({error})") from error
+
+
+def _animation_times(source: str | bytes, where: str) -> tuple[float, ...]:
+    """When each frame begins, in seconds; one without a duration of its own stands for 0.1 s, as browsers show it."""
+    times, now = [], 0.0
+    try:
+        image = _animation(source, where)
+        for number in range(min(getattr(image, "n_frames", 1), _MAX_FRAMES)):
+            image.seek(number)
+            times.append(now)
+            now += (float(image.info.get("duration") or 0) or 100.0) / 1000
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{where}: the animation does not decode ({error})") from error
+    return tuple(times)
+
+
+@lru_cache(maxsize=4096)
+def _animation_times_of_file(path: str, changed: int, size: int) -> tuple[float, ...]:
+    """`_animation_times` of a file, read once for its tokens and its pixels."""
+    return _animation_times(path, _NAMELESS)
 
 
 @dataclass(frozen=True)

@@ -242,8 +242,9 @@ def test_what_takes_no_video_says_so(tmp_path, parts, clip):
     _, processor = parts
     with pytest.raises(AlignmentError, match="1 videos more than <video> placeholders"):
         by_call(processor, "<video>?", videos=[clip, clip])
-    with pytest.raises(AlignmentError, match="text 0 has more <video> placeholders than there are videos"):
-        by_call(processor, "<video> <video>?", videos=[clip])
+    for videos in ([clip], None):
+        with pytest.raises(AlignmentError, match="text 0 has more <video> placeholders than there are videos"):
+            by_call(processor, "<video> <video>?", videos=videos)
     said = processor.apply_chat_template([{"role": "user", "content": "typed <video>"}], tokenize=False)
     assert "<video>" not in said and "< video>" in said
     _, stills = tiny_model(tmp_path)
