@@ -1,6 +1,6 @@
 """Does a model read the order of a clip's frames? Draws clips, trains from scratch, and asks with every control.
 
-    python benchmarks/video_demo.py                        # two CPU cores, minutes; exit code 1 when a check fails
+    python benchmarks/video_demo.py                        # two CPU cores; exit code 1 when a check fails
     python benchmarks/video_demo.py --output /tmp/x --clips 200 --tests 50 stages.sft.steps=20     # only to try the script
 
 Checks on held-out clips: at least 90 % as they are, at least 40 points above the best of shuffled frames, one frame and blank (each at
