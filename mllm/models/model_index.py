@@ -30,7 +30,7 @@ def model_index(results: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
                 dataset_revision=source.get("revision"),
                 metric_type=metric["label"].split(" ")[0].split("(")[0],
                 metric_value=round(metric["value"], 4),
-                metric_name=f"{metric['label']}, {metric['unit']}",
+                metric_name=", ".join(filter(None, (metric["label"], metric.get("unit")))),  # earlier results have no unit
                 metric_args={
                     "low": _rounded(metric["low"]), "high": _rounded(metric["high"]), "n": metric["num_scored"],
                     "unparsed": metric["num_unparsed"], "protocol": result["protocol"],

@@ -148,7 +148,6 @@ def test_resuming_with_other_settings_says_which(tmp_path):
     [
         ({"packing": True, "group_by_length": True}, ConfigError, r"stages\.sft: packing and group_by_length exclude"),
         ({"engine": "zero9"}, ConfigError, r"stages\.sft\.engine"),
-        ({"kind": "tokenizer"}, ConfigError, r"stages\.sft\.kind: 'tokenizer'"),
         ({"kind": "grpo"}, ConfigError, r"stages\.sft\.options\.rewards: a grpo stage needs a reward"),
         ({"data": "no-such-mixture"}, ConfigError, r"stages\.sft\.data: unknown mixture or dataset 'no-such-mixture'"),
         ({"learn": {"connectr": 1e-3}}, ConfigError, "did you mean 'connector'"),

@@ -78,7 +78,7 @@ def edited(tmp_path: Path, change) -> str:
         (lambda d: d.update(metrics=["mme", "mme"]), "listed twice"),
         (lambda d: d.update(prompt="{{ question"), "mine.yaml.prompt: not a Jinja template"),
         (lambda d: d["sources"][0]["columns"].update(question="a +"), "question: 'a \\+' is not a Jinja expression"),
-        (lambda d: d["sources"][0].update(format="xml"), "mine.yaml.sources.0.format"),
+        (lambda d: d["sources"][0].update(format="xml"), "mine.yaml.sources.demo.format"),
         (lambda d: d["sources"][0].update(files=[]), "format jsonl needs files"),
         (lambda d: d["generation"].update(max_new_tokens=0), "generation.max_new_tokens"),
         (lambda d: d.pop("version"), "mine.yaml.version: this key is required"),

@@ -10,11 +10,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from mllm.errors import ConfigError
 
 FILE = ".run.lock"
-"""Stays, empty, when a run ends: removing it could take it from a run that is just opening it."""
 
 
 @contextmanager
@@ -33,22 +33,36 @@ def only_run_in(folder: Path) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with os.fdopen(os.open(folder / FILE, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise ConfigError(_taken(folder, file.read())) from None
-        else:
-            owner = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-            file.truncate(0)
-            file.write(json.dumps(owner))
-            file.flush()
-        try:
-            yield
-        finally:
-            file.seek(0)
-            file.truncate()
+    path = folder / FILE
+    while True:
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise ConfigError(_taken(folder, file.read())) from None
+            if not _is_file(path, file.fileno()):
+                continue  # the run that had it has just ended and taken the file away
+            _write_owner(file)
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _is_file(path: Path, opened: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(opened))
+    except FileNotFoundError:
+        return False
+
+
+def _write_owner(file: TextIO) -> None:
+    owner = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    file.truncate(0)
+    file.write(json.dumps(owner))
+    file.flush()
 
 
 def _taken(folder: Path, text: str) -> str:

@@ -12,6 +12,13 @@ from mllm.testing.metrics import SECONDS_PER_MEGABYTE, check_time
 OPTIONS = {"options": ["12", "15", "a red car", "21"]}
 CHOICE = ("A", OPTIONS)
 SAMPLES = {
+    "amber": ("yes", {}),
+    "hallusionbench": ("yes", {}),
+    "mmfr": ("fake", {}),
+    "naturalbench": ("yes", {}),
+    "ocrbench_v2": ("5", {"type": "text recognition en"}),
+    "sparbench": ("5", {"task": "depth_prediction_oc"}),
+    "wemath": CHOICE,
     "box_iou": ([1, 2, 3, 4], {"width": 100, "height": 50}),
     "mathvista": ("5", {"question_type": "free_form", "answer_type": "float", "precision": 1}),
     "mmbench_circular": CHOICE,

@@ -16,12 +16,14 @@ def engine():
 
     from benchmarks.admission_fuzz import Engine
 
+    level = logging.root.level
     try:
         yield Engine()
     except (ImportError, AttributeError) as error:
         pytest.skip(f"another vLLM inside: {error}")
     finally:
         logging.disable(logging.NOTSET)
+        logging.root.setLevel(level)  # building vLLM's application raises it
 
 
 def test_vllm_reads_what_was_admitted(engine):
