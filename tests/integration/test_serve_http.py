@@ -7,33 +7,54 @@ import io
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from mllm.plugins import load_plugins
+from mllm.processing.template import read_template
 from mllm.types import IMAGE_MARK, Turn
 from tests.helpers import TINY_CLIP, TINY_LLM, TINY_TIMM, picture
 from tests.integration.serving import serving
-from tests.integration.test_serve_vllm import DINO, write_checkpoint
+from tests.integration.test_serve_vllm import write_checkpoint
+from tests.test_readme import block
 
 httpx = pytest.importorskip("httpx")
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("vllm")]
 
 TOKENS = 8
+TONE = (
+    "{%- if tone is defined -%}{{- '<|im_start|>system\\n' + tone + '<|im_end|>\\n' -}}{%- endif -%}\n"  # own variable
+)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def plugin(tmp_path_factory):
+    """The README's encoder as a file, known to this process; the server's processes must be told of it."""
+    path = tmp_path_factory.mktemp("plugin") / "my_encoder.py"
+    path.write_text(block("plugin"))
+    load_plugins([str(path)])
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, plugin):
+    """An expert from a plug-in, and a template that ends turns by another token than EOS and has an option set."""
     pytest.importorskip("vllm")
     folder = tmp_path_factory.mktemp("served")
+    (folder / "tone.jinja").write_text(TONE + read_template("chatml"))
     return write_checkpoint(
         folder,
+        seed=0,  # with it the four questions of the routing test take two routes
+        chat_template=str(folder / "tone.jinja"),
+        template_options={"tone": "Be brief."},
         language_model={
             "config": {**TINY_LLM, "max_position_embeddings": 2048},
             "tokenizer": str(folder / "tokenizer"),
         },
-        encoders={"semantic": dict(TINY_CLIP), "spatial": dict(TINY_TIMM), "detail": DINO},
+        encoders={"semantic": dict(TINY_CLIP), "spatial": dict(TINY_TIMM), "detail": {"type": "mean-colour"}},
         router={
             "type": "language_model",
             "experts": ["spatial", "detail"],
@@ -66,8 +87,19 @@ def secrets(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint, tmp_path_factory):
-    options = ["--max-model-len", "2048", "--max-images", "3", "--max-body-mb", "2", "--max-pixels", "1000000"]
+def server(checkpoint, plugin, tmp_path_factory):
+    options = [
+        "--plugin",
+        str(plugin),
+        "--max-model-len",
+        "2048",
+        "--max-images",
+        "3",
+        "--max-body-mb",
+        "2",
+        "--max-pixels",
+        "1000000",
+    ]
     with serving(checkpoint, tmp_path_factory.mktemp("log") / "server.log", *options) as client:
         yield client
 
@@ -132,6 +164,30 @@ def test_answers_are_those_of_generate_with_greedy_decoding_as_the_default(serve
     assert response.status_code == 200, response.text
     _, ids, _ = generate(turn("what is it?", count), images, ["detail"] if count else None)
     assert response.json()["choices"][0]["token_ids"] == ids
+
+
+def test_the_plugin_the_templates_options_and_the_stops_of_the_checkpoint_hold(server, checkpoint, generate):
+    """The plug-in's picture reaches the answer, the option stands in the prompt unless the request sets it, and answers stop
+    at every end in generation_config.json."""
+    detail = {"mm_processor_kwargs": {"experts": ["detail"]}}
+    answers = []
+    for seed in (6, 7):
+        response = ask(server, "what?", encode(picture(seed)), **detail)
+        assert response.status_code == 200, response.text
+        _, ids, _ = generate(turn("what?", 1), [picture(seed)], ["detail"])
+        assert response.json()["choices"][0]["token_ids"] == ids
+        answers.append(ids)
+    assert answers[0] != answers[1]
+    for given, tone in (({}, "Be brief."), ({"chat_template_kwargs": {"tone": "Go on."}}, "Go on.")):
+        ids = ask(server, "what?", **given).json()["prompt_token_ids"]
+        text = server.post("/detokenize", json={"model": "tiny", "tokens": ids}).json()["prompt"]
+        assert text.startswith(f"<|im_start|>system\n{tone}<|im_end|>\n<|im_start|>user\nwhat?")
+    stops = json.loads((Path(checkpoint) / "generation_config.json").read_text())["eos_token_id"]
+    assert len(stops) == 2, "EOS and the end of the turn"
+    for token in [*stops, 77]:
+        choice = ask(server, "what?", logit_bias={str(token): 100}, ignore_eos=False).json()["choices"][0]
+        told = (choice["finish_reason"], choice["token_ids"])
+        assert told == (("stop", [token]) if token in stops else ("length", [token] * TOKENS))
 
 
 def test_the_language_model_routes_behind_one_request(server, generate):

@@ -39,10 +39,10 @@ ROUTED = {
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("vllm")]
 
 
-def write_checkpoint(folder: Path, **changes) -> str:
-    """A tiny checkpoint with wide weights, so that every encoder moves the tokens."""
+def write_checkpoint(folder: Path, *, seed: int = 5, **changes) -> str:
+    """A tiny checkpoint with wide weights (drawn from `seed`), so that every encoder moves the tokens."""
     model, processor = tiny_model(folder / "tokenizer", seed=3, **changes)
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
