@@ -32,8 +32,8 @@ def model_index(results: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
                 metric_value=round(metric["value"], 4),
                 metric_name=", ".join(filter(None, (metric["label"], metric.get("unit")))),  # earlier results have no unit
                 metric_args={
-                    "low": _rounded(metric["low"]), "high": _rounded(metric["high"]), "n": metric["num_scored"],
-                    "unparsed": metric["num_unparsed"], "protocol": result["protocol"],
+                    "low": _rounded(metric.get("low")), "high": _rounded(metric.get("high")), "n": metric.get("num_scored"),
+                    "unparsed": metric.get("num_unparsed"), "protocol": result.get("protocol"),
                 },
             )
         )  # fmt: skip

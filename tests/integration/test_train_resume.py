@@ -181,9 +181,9 @@ def test_a_finished_run_says_what_differs_and_is_extended_from_its_optimizers_st
 
 
 def test_ctrl_c_ends_a_run_in_two_lines_and_resume_goes_on(tmp_path, monkeypatch, capsys):
-    steps, output = 30, tmp_path / "run"
+    steps, output = 80, tmp_path / "run"
     file = tmp_path / "tiny.yaml"
-    recipe = make_recipe(tmp_path, stages=[{"name": "sft", "steps": steps, "save_every": 2}])
+    recipe = make_recipe(tmp_path, stages=[{"name": "sft", "steps": steps, "save_every": 4}])
     file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
     command = ["mllm", "train", str(file), "--no-evaluate", "--output", str(output)]
 

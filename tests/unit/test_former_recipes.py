@@ -31,9 +31,9 @@ def test_an_old_key_says_what_it_is_now(tmp_path):
     path.write_text(FORMER)
     with pytest.raises(ConfigError) as error:
         load_recipe(str(path))
-    assert "stages.0.precision: this key is now dtype (float32 or bfloat16)" in str(error.value)
+    assert "stages.sft.precision: this key is now dtype (float32 or bfloat16)" in str(error.value)
     assert "rate: this key is now lr" in str(error.value) and "mllm convert" in str(error.value)
-    with pytest.raises(ConfigError, match=r"stages\.0\.dtype.*'float32' or 'bfloat16'"):
+    with pytest.raises(ConfigError, match=r"stages\.pretrain\.dtype.*'float32' or 'bfloat16'"):
         load_recipe("demo", ["stages.0.dtype=bf16"])
 
 
