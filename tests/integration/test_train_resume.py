@@ -181,7 +181,7 @@ def test_a_finished_run_says_what_differs_and_is_extended_from_its_optimizers_st
 
 
 def test_ctrl_c_ends_a_run_in_two_lines_and_resume_goes_on(tmp_path, monkeypatch, capsys):
-    steps, output = 80, tmp_path / "run"
+    steps, output = 40, tmp_path / "run"
     file = tmp_path / "tiny.yaml"
     recipe = make_recipe(tmp_path, stages=[{"name": "sft", "steps": steps, "save_every": 4}])
     file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
@@ -193,11 +193,17 @@ def test_ctrl_c_ends_a_run_in_two_lines_and_resume_goes_on(tmp_path, monkeypatch
         _thread.interrupt_main()
 
     watcher = threading.Thread(target=press, daemon=True)
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a suite in the background is started without one
     watcher.start()
     monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit) as ended:
-        main()
-    watcher.join()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        watcher.join()
+        signal.signal(signal.SIGINT, before)
     told = capsys.readouterr().err
     assert ended.value.code == 130 and "--resume goes on from the last checkpoint" in told and "Traceback" not in told
     assert 5 <= logged_steps(output) < steps and not (output / "final").exists()

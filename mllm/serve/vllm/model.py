@@ -255,12 +255,7 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
         return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """As the language model's; a placeholder is never written, since nothing would stand for it."""
-        logits = self.language_model.compute_logits(hidden_states)
-        placeholder = self.config.image_token_id
-        if logits is not None and placeholder is not None and placeholder < logits.shape[-1]:
-            logits[..., placeholder] = -torch.inf
-        return logits
+        return self.language_model.compute_logits(hidden_states)
 
     def get_mm_mapping(self) -> MultiModelKeys:
         return MultiModelKeys.from_string_field(
