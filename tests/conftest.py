@@ -21,6 +21,14 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"pytest {pytest.__version__}: xdist's groups have no effect; see pyproject.toml")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests run where ``MLLM_NIGHTLY=1`` (``make test-all``); shorter ones beside them prove most of the same."""
+    if not os.environ.get("MLLM_NIGHTLY"):
+        for item in items:
+            if item.get_closest_marker("nightly") is not None:
+                item.add_marker(pytest.mark.skip(reason="long: make test-all"))
+
+
 @pytest.fixture(autouse=True)
 def no_launcher_variables_left_behind() -> Iterator[None]:
     """accelerate, transformers and DeepSpeed take these for "I am one of several processes" and wait for the others."""

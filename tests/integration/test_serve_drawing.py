@@ -70,6 +70,7 @@ def crowded(checkpoint):
 
 
 @pytest.mark.parametrize("load", ["together", "backwards", "after_aborts"])
+@pytest.mark.nightly
 def test_where_memory_is_short_chats_are_preempted_guided_pairs_are_not_and_all_get_what_they_get_alone(crowded, load):
     assert sum(crowded["alone_preempted"].values()) == 0 and crowded["differ"] >= 8
     assert crowded[load] == [True] * 10

@@ -100,6 +100,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(tmp_path, mo
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_recipe_can_be_checked_for_exact_resume(tmp_path):
     recipe = make_recipe(tmp_path, stages=[{"name": "sft", "epochs": 5, "dtype": "bfloat16", **MIXED}])
     report = verify_resume(recipe, steps=4, folder=tmp_path / "verify")
@@ -108,6 +109,7 @@ def test_a_recipe_can_be_checked_for_exact_resume(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_killed_in_every_stage_go_on_bit_equal_under_zero(tmp_path):
     """ZeRO-2 and ZeRO-3, fp32 and bf16; each stage is killed once, in one process or the other, while it saves or after
     a step that no checkpoint holds."""

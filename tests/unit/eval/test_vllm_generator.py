@@ -36,6 +36,7 @@ SCRIPT = textwrap.dedent(
 
 @pytest.mark.vllm
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_vllm_in_process_agrees_with_the_model(tmp_path):
     pytest.importorskip("vllm")
     from mllm.eval.generators.hf import HFGenerator
