@@ -49,7 +49,7 @@ def answered(output: Path) -> int:
 
 
 def test_three_processes_killed_at_random_points_and_started_again_answer_everything_once(tmp_path):
-    folder = make_data(tmp_path / "d", 120)
+    folder = make_data(tmp_path / "d", 480)
     run(folder, tmp_path / "whole")
     whole = (tmp_path / "whole/demo_charts.jsonl").read_text()
     draw, output = random.Random(7), tmp_path / "o"
@@ -68,7 +68,7 @@ def test_three_processes_killed_at_random_points_and_started_again_answer_everyt
                 worker.terminate()
             worker.join()
         counts.append(answered(output))
-    assert counts == sorted(counts) and 0 < counts[-1] < 120, "killed on the way, and nothing that stood was lost"
+    assert counts == sorted(counts) and 0 < counts[-1] < 480, "killed on the way, and nothing that stood was lost"
     workers = start(folder, output, 3)
     for worker in workers:
         worker.join(60)
