@@ -23,7 +23,7 @@ _MULTIPLE = 16
 _CAPABILITY = (8, 9)
 
 
-def use_float8(model: nn.Module, stage: StageSpec, device: torch.device) -> Callable[[], None]:
+def use_float8(model: nn.Module, stage: StageSpec, device: torch.device, *, zero_stage: int) -> Callable[[], None]:
     """Let the decoder's linear layers multiply in float8, in place; returns what undoes it.
 
     Parameters stay the same objects, so optimizers, state dicts and checkpoints do not notice. On a CPU the products are
@@ -32,7 +32,7 @@ def use_float8(model: nn.Module, stage: StageSpec, device: torch.device) -> Call
     Raises `ConfigError` for a stage or a GPU that it does not fit, `UnavailableError` without torchao.
     """
     where = f"stages.{stage.name}.float8"
-    _check(stage, device, where)
+    _check(stage, device, where, zero_stage)
     try:
         from torchao.float8 import (  # pyright: ignore[reportMissingImports]
             Float8LinearConfig,
@@ -60,22 +60,18 @@ def use_float8(model: nn.Module, stage: StageSpec, device: torch.device) -> Call
     return restore
 
 
-def _check(stage: StageSpec, device: torch.device, where: str) -> None:
+def _check(stage: StageSpec, device: torch.device, where: str, zero_stage: int) -> None:
     if stage.dtype != "bfloat16":
         raise ConfigError(f"{where} multiplies bf16 weights, and this stage trains in {stage.dtype}")
     if any(spec.lora is not None for part, spec in stage.learning().items() if part == "language_model"):
         raise ConfigError(
             f"{where}: adapters leave the large products frozen; float8 is for a language model that learns whole"
         )
-    if stage.engine == "zero3" or (isinstance(stage.engine, dict) and _zero_stage(stage.engine) == 3):
+    if zero_stage == 3:
         raise ConfigError(f"{where}: zero3 gathers weights layer by layer; float8 goes with none, zero1 and zero2")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _CAPABILITY:
         name = torch.cuda.get_device_name(device)
         raise ConfigError(f"{where}: {name} has no float8 products (compute capability 8.9 or newer); leave float8 out")
-
-
-def _zero_stage(engine: dict[str, Any]) -> int | None:
-    return engine.get("zero_optimization", {}).get("stage")
 
 
 def _linears(layer: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:

@@ -230,7 +230,7 @@ def open_session(
     set_modes(model)
     attention = prepare_model(model, stage, device=device, zero_stage=choice.zero_stage)
     if stage.float8 is not None:
-        stack.callback(use_float8(model, stage, device))
+        stack.callback(use_float8(model, stage, device, zero_stage=choice.zero_stage))
     with phase("planning batches") as told:
         data = StageData(stage, processor, mixture, cache=run.output / "lengths", log=_drop_log(run, stage), told=told)
     progress = Progress(

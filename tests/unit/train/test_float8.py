@@ -10,6 +10,7 @@ import torch
 
 from mllm.errors import ConfigError
 from mllm.recipe import StageSpec
+from mllm.train.engine.base import choose_engine
 from mllm.train.float8 import use_float8
 from tests.helpers import tiny_model
 
@@ -29,7 +30,7 @@ def test_products_are_rounded_and_the_weights_stay_the_same_objects(tmp_path):
     before, keys = dict(model.named_parameters()), list(model.state_dict())
     ids = torch.arange(32)[None] % 50
     plain = decoder(input_ids=ids).last_hidden_state.detach().float()
-    restore = use_float8(model, stage(), CPU)
+    restore = use_float8(model, stage(), CPU, zero_stage=0)
     swapped = [m for m in decoder.modules() if isinstance(m, torchao.Float8Linear)]
     assert len(swapped) == 7 * len(decoder.layers)
     assert len(swapped) == sum(isinstance(m, torchao.Float8Linear) for m in model.modules())  # nowhere else
@@ -55,11 +56,13 @@ def test_products_are_rounded_and_the_weights_stay_the_same_objects(tmp_path):
 )
 def test_stages_that_it_does_not_fit_are_refused(changes, words):
     with pytest.raises(ConfigError, match=words):
-        use_float8(torch.nn.Linear(16, 16), stage(**changes), CPU)
+        use_float8(
+            torch.nn.Linear(16, 16), stage(**changes), CPU, zero_stage=choose_engine(stage(**changes)).zero_stage
+        )
 
 
 def test_a_frozen_language_model_is_refused(tmp_path):
     pytest.importorskip("torchao.float8")
     model = tiny_model(tmp_path)[0].bfloat16().requires_grad_(False)
     with pytest.raises(ConfigError, match="no language model learns"):
-        use_float8(model, stage(learn={"connector": 1e-4}), CPU)
+        use_float8(model, stage(learn={"connector": 1e-4}), CPU, zero_stage=0)
