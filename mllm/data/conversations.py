@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mllm.data.tools import beside_content
@@ -43,6 +43,17 @@ def role_of(name: Any, where: str) -> Any:
 def plain_text(text: str) -> str:
     """User text with the object replacement character taken out, so that it cannot hold an `IMAGE_MARK`."""
     return text.replace("\ufffc", "") if "\ufffc" in text else text
+
+
+def picture_messages(image: str, exchanges: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
+    """(question, answer) pairs about one picture, as a row's ``messages``; the first question shows the picture."""
+    messages: list[dict[str, Any]] = []
+    for question, answer in exchanges:
+        content: Any = question
+        if not messages:
+            content = [{"type": "image", "image": image}, {"type": "text", "text": "\n" + question}]
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return messages
 
 
 def placeholder_turns(entries: Sequence[Any], num_images: int, *, where: str, image_first: bool = False) -> list[Turn]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mllm.data.conversations import picture_messages
 from mllm.data.lookup import load_mixture
 from mllm.data.parallel import chunks, pool_context
 from mllm.demo.charts import ANSWER_TYPES, KINDS, Balance, Chart, Question, Renderer, caption, questions
@@ -116,7 +117,7 @@ def prepare_demo(
     rows["charts/captions.jsonl"] = [
         {
             "id": f"charts-caption-{path.stem}",
-            "messages": _conversation(f"train/{path.name}", [Question("caption", "", CAPTION_REQUEST, caption(chart))]),
+            "messages": picture_messages(f"train/{path.name}", [(CAPTION_REQUEST, caption(chart))]),
             "chart": chart.type,
         }
         for path, chart in jobs
@@ -155,23 +156,20 @@ def _chart_rows(root: Path, split: str, count: int, seed: int, jobs: list[tuple[
             # Other questions name the only colour: they must not come before it is asked for.
             if len(chart.colours) == 1:
                 chosen.sort(key=lambda question: question.kind != "colour")
-            rows.append({"id": f"charts-{split}-{number:05d}", "messages": _conversation(name, chosen), **extra})
+            exchanges = [(question.text, question.answer) for question in chosen]
+            rows.append(
+                {
+                    "id": f"charts-{split}-{number:05d}",
+                    "messages": picture_messages(name, exchanges),
+                    **extra,
+                }
+            )
         else:
             for place, question in enumerate(chosen):
                 row = _test_row(f"charts-{split}-{number:05d}-{place}", name, question, ANSWER_TYPES[question.kind])
                 rows.append({**row, **extra})
         number += 1
     return rows
-
-
-def _conversation(image: str, asked: Iterable[Question]) -> list[dict[str, Any]]:
-    messages: list[dict[str, Any]] = []
-    for question in asked:
-        content: Any = question.text
-        if not messages:
-            content = [{"type": "image", "image": image}, {"type": "text", "text": "\n" + question.text}]
-        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": question.answer}]
-    return messages
 
 
 def _test_row(identity: str, image: str, question: Question, answer_type: str) -> dict[str, Any]:
@@ -182,7 +180,7 @@ def _test_row(identity: str, image: str, question: Question, answer_type: str) -
         "answer": question.answer,
         "kind": question.kind,
         "answer_type": answer_type,
-        "messages": _conversation(image, [question]),
+        "messages": picture_messages(image, [(question.text, question.answer)]),
     }
 
 
@@ -245,7 +243,10 @@ def _digit_images(root: Path, size: int, seed: int, rows: dict[str, list[dict[st
         question = Question("digit", "digit", rng.choice(DIGIT_QUESTIONS), str(digit))
         identity = f"digits-{number:04d}"
         if split == "train":
-            row: dict[str, Any] = {"id": identity, "messages": _conversation(name, [question])}
+            row: dict[str, Any] = {
+                "id": identity,
+                "messages": picture_messages(name, [(question.text, question.answer)]),
+            }
         else:
             row = _test_row(identity, name, question, "number")
         rows[f"digits/{split}.jsonl"].append(row)

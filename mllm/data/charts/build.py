@@ -16,10 +16,11 @@ from typing import Any
 from mllm.data.charts.chart import Chart, transcript
 from mllm.data.charts.choosing import MAX_ROWS, draw_charts, judge
 from mllm.data.charts.duplicates import Fingerprint, Known, fingerprint
-from mllm.data.charts.questions import KINDS, Balance, Question, questions
+from mllm.data.charts.questions import KINDS, Balance, questions
 from mllm.data.charts.renderers import RENDERERS
 from mllm.data.charts.renderers.base import Style, png
 from mllm.data.charts.tables import TableFile, find_tables, read_table
+from mllm.data.conversations import picture_messages
 from mllm.data.parallel import chunks, pool_context
 from mllm.errors import ConfigError, DataError
 from mllm.progress import phase, tell
@@ -179,11 +180,17 @@ def _train_rows(charts: Iterable[Chart], settings: ChartSettings, root: Path, ro
         jobs.setdefault(renderer, []).append((root / name, chart, Style.of(rng)))
         extra = {"table": chart.table, "chart": chart.type, "renderer": renderer}
         kinds = [question.kind for question in chosen]
+        exchanges = [(question.text, question.answer) for question in chosen]
         rows["train.jsonl"].append(
-            {"id": f"train-{number:06d}", "messages": _talk(name, chosen), "kinds": kinds, **extra}
+            {
+                "id": f"train-{number:06d}",
+                "messages": picture_messages(name, exchanges),
+                "kinds": kinds,
+                **extra,
+            }
         )
-        said = Question("caption", "", REQUEST, transcript(chart))
-        rows["captions.jsonl"].append({"id": f"caption-{number:06d}", "messages": _talk(name, [said]), **extra})
+        said = picture_messages(name, [(REQUEST, transcript(chart))])
+        rows["captions.jsonl"].append({"id": f"caption-{number:06d}", "messages": said, **extra})
         number += 1
 
 
@@ -207,16 +214,6 @@ def _test_rows(charts: Iterable[Chart], settings: ChartSettings, root: Path, row
                     }
                 )  # fmt: skip
         number += 1
-
-
-def _talk(image: str, asked: Iterable[Question]) -> list[dict[str, Any]]:
-    messages: list[dict[str, Any]] = []
-    for question in asked:
-        content: Any = question.text
-        if not messages:
-            content = [{"type": "image", "image": image}, {"type": "text", "text": "\n" + question.text}]
-        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": question.answer}]
-    return messages
 
 
 def _images(row: dict[str, Any]) -> set[str]:
