@@ -117,6 +117,24 @@ def picture(seed: int = 0, *, size: tuple[int, int] = (40, 30)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
+SIZES = [[(60, 30)], [], [(20, 50), (40, 40)], [(300, 3)]]
+"""Of the pictures of `samples_of_unlike_sizes`, sample by sample."""
+
+
+def samples_of_unlike_sizes() -> list[Any]:
+    """Four samples with one, no, two and one picture, none of a size of another."""
+    from mllm.types import IMAGE_MARK, Sample, Turn
+
+    return [
+        Sample(
+            f"s{number}",
+            [Turn("user", IMAGE_MARK * len(sizes) + " which " * (number + 1)), Turn("assistant", f"answer {number}")],
+            [picture(10 * number + k, size=size) for k, size in enumerate(sizes)],
+        )
+        for number, sizes in enumerate(SIZES)
+    ]
+
+
 def free_port() -> int:
     """A port nobody listens on, below the range that outgoing connections draw from."""
     for port in range(20000 + os.getpid() % 10000, 32000, 7):

@@ -88,6 +88,10 @@ class Run:
     extend: bool = False
     """The last stage may be longer than when it was started, or finished."""
 
+    def record(self) -> dict[str, Any]:
+        """``run.json`` as it stands, for a stage's folder; empty on other processes."""
+        return dict(self.info.data) if self.info is not None else {}
+
     def checkpoints(self, stage: StageSpec) -> Path:
         return self.output / "checkpoints" / stage.name
 

@@ -21,6 +21,5 @@ class SftStage(StageKind):
         del model
         if engine is None:
             return False
-        record = dict(run.info.data) if run.info is not None else {}
-        save_stage(engine, processor, run.recipe, stage, folder, record)
+        save_stage(engine, processor, run.recipe, stage, folder, run.record())
         return True

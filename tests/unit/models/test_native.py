@@ -15,9 +15,8 @@ from mllm.models.modality import ModalitySwitch
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.processing.chat import encode_sample
 from mllm.processing.processor import MllmProcessor
-from mllm.types import IMAGE_MARK, Sample, Turn
 from tests.golden.fill import check, fill_all, load
-from tests.helpers import TINY_LLM, picture, tiny_model, tiny_spec
+from tests.helpers import TINY_LLM, picture, samples_of_unlike_sizes, tiny_model, tiny_spec
 
 SIGLIP2 = {"model_type": "siglip2_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SIGLIP2 |= {"num_attention_heads": 2, "num_patches": 16, "patch_size": 8}
@@ -45,7 +44,6 @@ KINDS: dict[str, dict[str, Any]] = {
         "language_model": {"config": dict(TINY_LLM), "modality_switch": True},
     },
 }
-SIZES = [[(60, 30)], [], [(20, 50), (40, 40)], [(300, 3)]]
 """width × height of each sample's pictures"""
 
 
@@ -65,20 +63,9 @@ def native(request: Any, tmp_path_factory: Any) -> tuple[Any, Any]:
     return model, processor
 
 
-def samples() -> list[Sample]:
-    return [
-        Sample(
-            f"s{number}",
-            [Turn("user", IMAGE_MARK * len(sizes) + " which " * (number + 1)), Turn("assistant", f"answer {number}")],
-            [picture(10 * number + k, size=size) for k, size in enumerate(sizes)],
-        )
-        for number, sizes in enumerate(SIZES)
-    ]
-
-
 def test_samples_give_the_same_loss_alone_padded_and_packed_and_all_parts_learn(native: tuple[Any, Any]) -> None:
     model, processor = native
-    encoded = [encode_sample(processor, sample) for sample in samples()]
+    encoded = [encode_sample(processor, sample) for sample in samples_of_unlike_sizes()]
     assert [sample.num_images for sample in encoded] == [1, 0, 2, 1]
     counts = torch.tensor([sample.num_supervised for sample in encoded], dtype=torch.float32)
     with torch.no_grad():
@@ -102,8 +89,8 @@ def test_samples_give_the_same_loss_alone_padded_and_packed_and_all_parts_learn(
 def test_batches_answer_like_single_prompts_and_the_text_is_that_of_training(native: tuple[Any, Any]) -> None:
     model, processor = native
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    prompts = [f"{'<image>' * len(sample.images)} {'which ' * k}" for k, sample in enumerate(samples())]
-    images = [sample.images for sample in samples()]
+    prompts = [f"{'<image>' * len(sample.images)} {'which ' * k}" for k, sample in enumerate(samples_of_unlike_sizes())]
+    images = [sample.images for sample in samples_of_unlike_sizes()]
     batch = processor(text=prompts, images=images, padding=True, padding_side="left", return_tensors="pt")
     together = model.generate(**batch, num_beams=2, **options)[:, batch["input_ids"].shape[1] :]
     for row, (text, pictures) in enumerate(zip(prompts, images)):
@@ -114,7 +101,7 @@ def test_batches_answer_like_single_prompts_and_the_text_is_that_of_training(nat
         [{"role": "user", "content": [{"type": "image", "image": images[0][0]}, {"type": "text", "text": " which "}]}],
         add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
     )  # fmt: skip
-    trained = encode_sample(processor, samples()[0]).input_ids
+    trained = encode_sample(processor, samples_of_unlike_sizes()[0]).input_ids
     prompt = chat["input_ids"][0]
     assert torch.equal(prompt, trained[: len(prompt)])
 

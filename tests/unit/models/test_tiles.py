@@ -15,32 +15,20 @@ from mllm.models.build import build_config
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.processing.chat import encode_sample
 from mllm.processing.processor import MllmProcessor
-from mllm.types import IMAGE_MARK, Sample, Turn
-from tests.helpers import TINY_CLIP, picture, tiny_model, tiny_spec
+from mllm.types import IMAGE_MARK, Turn
+from tests.helpers import TINY_CLIP, picture, samples_of_unlike_sizes, tiny_model, tiny_spec
 
 TILES = {"type": "tiles", "grids": [[1, 2], [2, 1], [2, 2]]}
 ROUTED = {
     "encoders": {"base": TINY_CLIP, "expert": TINY_CLIP},
     "router": {"type": "gate", "experts": ["expert"], "top_k": 1},
 }
-SIZES = [[(60, 30)], [], [(20, 50), (40, 40)], [(300, 3)]]
 """width × height of each sample's pictures"""
 
 
 @pytest.fixture(scope="module", params=["plain", "routed"])
 def tiled(request: Any, tmp_path_factory: Any) -> tuple[Any, Any]:
     return tiny_model(tmp_path_factory.mktemp("tiled"), views=TILES, **(ROUTED if request.param == "routed" else {}))
-
-
-def samples() -> list[Sample]:
-    return [
-        Sample(
-            f"s{number}",
-            [Turn("user", IMAGE_MARK * len(sizes) + " which " * (number + 1)), Turn("assistant", f"answer {number}")],
-            [picture(10 * number + k, size=size) for k, size in enumerate(sizes)],
-        )
-        for number, sizes in enumerate(SIZES)
-    ]
 
 
 @torch.no_grad()
@@ -50,7 +38,7 @@ def losses_alone(model: Any, encoded: list[Any]) -> list[float]:
 
 def test_samples_give_the_same_loss_alone_padded_and_packed(tiled: tuple[Any, Any]) -> None:
     model, processor = tiled
-    encoded = [encode_sample(processor, sample) for sample in samples()]
+    encoded = [encode_sample(processor, sample) for sample in samples_of_unlike_sizes()]
     assert [sample.num_images for sample in encoded] == [1, 0, 2, 1]
     counts = torch.tensor([sample.num_supervised for sample in encoded], dtype=torch.float32)
     wanted = float((torch.tensor(losses_alone(model, encoded)) * counts).sum() / counts.sum())
@@ -65,7 +53,7 @@ def test_samples_give_the_same_loss_alone_padded_and_packed(tiled: tuple[Any, An
 
 def test_every_part_learns_from_tiles_and_a_text_batch_touches_the_same_parts(tiled: tuple[Any, Any]) -> None:
     model, processor = tiled
-    encoded = [encode_sample(processor, sample) for sample in samples()]
+    encoded = [encode_sample(processor, sample) for sample in samples_of_unlike_sizes()]
     touched = []
     model.train()
     for batch in (encoded, [encoded[1]]):
@@ -79,7 +67,7 @@ def test_every_part_learns_from_tiles_and_a_text_batch_touches_the_same_parts(ti
 
 def test_a_text_that_is_cut_loses_whole_pictures(tiled: tuple[Any, Any]) -> None:
     _, processor = tiled
-    long = samples()[2]
+    long = samples_of_unlike_sizes()[2]
     long.turns = [
         Turn("user", IMAGE_MARK),
         Turn("assistant", "first"),
@@ -97,8 +85,8 @@ def test_a_text_that_is_cut_loses_whole_pictures(tiled: tuple[Any, Any]) -> None
 
 def test_batches_and_beams_answer_like_single_prompts(tiled: tuple[Any, Any]) -> None:
     model, processor = tiled
-    texts = [f"{'<image>' * len(sample.images)} {'which ' * k}" for k, sample in enumerate(samples())]
-    images = [sample.images for sample in samples()]
+    texts = [f"{'<image>' * len(sample.images)} {'which ' * k}" for k, sample in enumerate(samples_of_unlike_sizes())]
+    images = [sample.images for sample in samples_of_unlike_sizes()]
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     for beams in (1, 2):
         batch = processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")

@@ -141,8 +141,7 @@ def train_contrastive(run: Run, stage: StageSpec, previous: Path | None, folder:
     if distributed.is_main():
         dual.save(run.output / "dual_encoders" / stage.name)
     engine.model = model
-    record = dict(run.info.data) if run.info is not None else {}
-    save_stage(engine, processor, run.recipe, stage, folder, record)
+    save_stage(engine, processor, run.recipe, stage, folder, run.record())
     return True
 
 

@@ -200,9 +200,8 @@ def train_preference(run: Run, stage: StageSpec, previous: Path | None, folder: 
     tell_dropped(run, stage, display)
     if run.info is not None:
         run.info.stage(stage.name, steps=done)
-    record = dict(run.info.data) if run.info is not None else {}
     engine: Any = SimpleNamespace(model=model, zero_stage=0, close=lambda: None)
-    save_stage(engine, processor, run.recipe, stage, folder, record)
+    save_stage(engine, processor, run.recipe, stage, folder, run.record())
     return True
 
 

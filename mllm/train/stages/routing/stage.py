@@ -144,8 +144,7 @@ def train_routing(run: Run, stage: StageSpec, previous: Path | None, folder: Pat
     del model
     if engine is None:
         return False
-    record = dict(run.info.data) if run.info is not None else {}
-    save_stage(engine, processor, run.recipe, stage, folder, record)
+    save_stage(engine, processor, run.recipe, stage, folder, run.record())
     return True
 
 

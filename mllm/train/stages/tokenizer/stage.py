@@ -147,8 +147,7 @@ def train_tokenizer(run: Run, stage: StageSpec, previous: Path | None, folder: P
     if run.info is not None:
         run.info.stage(stage.name, evaluation=scores)
     engine.model = tokenizer
-    record = dict(run.info.data) if run.info is not None else {}
-    save_stage(engine, Finished(scores, picture), run.recipe, stage, folder, record)
+    save_stage(engine, Finished(scores, picture), run.recipe, stage, folder, run.record())
     return True
 
 
