@@ -11,6 +11,7 @@ import yaml
 
 from mllm.checkpoint_code import KEY
 from mllm.damage import damage_in, read_json
+from mllm.door import SOURCES
 from mllm.errors import ConfigError, UnavailableError
 from mllm.hub import hub_reason
 from mllm.models.model_index import model_index
@@ -80,7 +81,7 @@ def model_card(folder: Path, repository: str, *, scores: str | Path | None = Non
         _MARK,
         f"# {repository.split('/')[1]}\n\n{recipe.get('description') or 'A multimodal language model.'}",
         "## Parts\n\n" + _table(("part", "from", "licence", "commercial use"), parts),
-        _opening(repository, config),
+        _opening(repository, config, brings_code=(folder / SOURCES).is_file()),
         _scores(place / "results.json"),
         _training(recipe),
     ]
@@ -146,11 +147,10 @@ def _index(path: Path, repository: str) -> dict[str, Any]:
     return {"model-index": found} if found else {}
 
 
-def _opening(repository: str, config: Mapping[str, Any]) -> str:
+def _opening(repository: str, config: Mapping[str, Any], *, brings_code: bool) -> str:
     files = [entry.get("file") or entry.get("module") for entry in config.get(KEY) or ()]
-    remote = bool(config.get("auto_map"))
-    trust = ", trust_remote_code=True" if remote else ""
-    first = "" if remote else "import mllm  # pip install mllm-toolkit; makes the classes known to transformers\n"
+    trust = ", trust_remote_code=True" if brings_code else ""
+    first = "" if brings_code else "import mllm  # pip install mllm-toolkit; makes the classes known to transformers\n"
     code = (
         f"{first}from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
         f'model = AutoModelForImageTextToText.from_pretrained("{repository}"{trust})\n'
@@ -159,7 +159,7 @@ def _opening(repository: str, config: Mapping[str, Any]) -> str:
     plugins = ", ".join(f"`{name}`" for name in files)
     said = (
         f"\n\nParts of it are defined in {plugins}, code of its authors: read it, then open it with `--plugin`."
-        if files and not remote
+        if files and not brings_code
         else ""
     )
     return f"## Opening it\n\n```python\n{code}\n```{said}"

@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from mllm.checkpoint_code import KEY, Part, admit_code, record_code
 from mllm.config import to_plain
+from mllm.door import AUTO_MAP, SavesDoor
 from mllm.errors import CheckpointError, ConfigError
 from mllm.heads.build import drawing_head
 from mllm.plugins import code_hashes
@@ -22,14 +23,7 @@ from mllm.types import EncoderInfo, ViewLayout, VisualLayout
 _HEAD_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
-OPENS_WITH = (
-    "import mllm (pip install mllm-toolkit) before the Auto classes of transformers; where it is not installed, a folder written by "
-    "`mllm export --remote-code` opens with trust_remote_code=True"
-)
-"""Stands in config.json: all that transformers itself says of a model type it does not know is to update transformers."""
-
-
-class MllmConfig(PreTrainedConfig):
+class MllmConfig(SavesDoor, PreTrainedConfig):
     """Everything that is needed to build the model offline.
 
     text_config: the language model's HF config; encoders: name → resolved encoder config, in ``encoder_order``;
@@ -87,8 +81,9 @@ class MllmConfig(PreTrainedConfig):
         self.modality_switch = modality_switch
         self.added_token_ids = None if added_token_ids is None else list(added_token_ids)
         self.plugins = [dict(entry) for entry in plugins]
-        self.opens_with = OPENS_WITH
-        kwargs.pop("opens_with", None)
+        self.auto_map = dict(AUTO_MAP)
+        for former in ("auto_map", "opens_with"):
+            kwargs.pop(former, None)
         kwargs.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
 

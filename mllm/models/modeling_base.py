@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from mllm.damage import opening
+from mllm.door import OpenedByDoor
 from mllm.errors import CheckpointError
 from mllm.heads.build import FORMER, heads_with_weights
 from mllm.models.configuration_mllm import MllmConfig
@@ -55,7 +56,7 @@ def _forget_former_names(model: Any) -> None:
         model._weight_conversions = kept
 
 
-class MllmPreTrainedModel(PreTrainedModel):
+class MllmPreTrainedModel(OpenedByDoor, PreTrainedModel):
     """What both classes share: support flags, loading that refuses a checkpoint with gaps, parts by name."""
 
     config_class = MllmConfig

@@ -1,7 +1,7 @@
 """How does a checkpoint open with ``trust_remote_code=True`` where this toolkit is not installed?
 
-Its folder gets two Python files: ``mllm_sources.py`` holds the source of every module of ours that the model needs, as plain text,
-and ``mllm_remote.py`` names the classes that ``auto_map`` points to. An installed toolkit is used instead of the copy.
+Its folder gets ``mllm_sources.py``, which holds the source of every module of ours that the model needs, as plain text, and a
+``mllm_remote.py`` (`mllm.door`) that imports from it. An installed toolkit is used instead of the copy.
 """
 
 from __future__ import annotations
@@ -16,15 +16,9 @@ from typing import Any
 
 from mllm import __version__
 from mllm.checkpoint_code import KEY
+from mllm.door import CLASS_LINES, MODULE, SOURCES
 from mllm.models.configuration_mllm import component_types
 
-CLASSES = {
-    "AutoConfig": "MllmConfig",
-    "AutoModel": "MllmModel",
-    "AutoModelForImageTextToText": "MllmForConditionalGeneration",
-    "AutoProcessor": "MllmProcessor",
-    "AutoImageProcessor": "MllmImageProcessor",
-}
 _ROOTS = (
     "mllm",
     "mllm.models.registration",
@@ -84,14 +78,14 @@ def install():
 
 
 def write_remote_code(folder: str | Path) -> list[Path]:
-    """Add the code to an exported checkpoint, and ``auto_map`` to its configs; returns the files written."""
+    """Add the code to an exported checkpoint; returns the files written."""
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     needed = [part.registry.where(part.type).partition(":")[0] for part in component_types(config)]
     sources = collect_sources([*_ROOTS, *(name for name in needed if name.startswith("mllm."))])
     plugins = {e["file"]: (folder / e["file"]).read_text(encoding="utf-8") for e in config.get(KEY, ()) if "file" in e}
     packages = external_packages([*sources.values(), *plugins.values()])
-    written = folder / "mllm_sources.py", folder / "mllm_remote.py"
+    written = folder / SOURCES, folder / f"{MODULE}.py"
     header = (
         f'"""mllm {__version__}, the modules that this checkpoint needs; written by `mllm export --remote-code`."""\n\n'
     )
@@ -99,28 +93,8 @@ def write_remote_code(folder: str | Path) -> list[Path]:
     tables = f"SOURCES = {_table(sources)}\nPLUGINS = {_table(plugins)}\n"
     written[0].write_text(header + imports + tables + _FINDER, encoding="utf-8")
     names = "\n".join(f"import {name}" for name in packages)
-    places = {
-        "MllmConfig": "configuration_mllm",
-        "MllmModel": "modeling_mllm",
-        "MllmForConditionalGeneration": "modeling_mllm",
-    }
-    lines = [
-        f'{name} = importlib.import_module("mllm.{f"models.{places[name]}" if name in places else module}").{name}'
-        for name, module in zip(CLASSES.values(), ["", "", "", "processing.processor", "processing.image_processor"])
-    ]
-    written[1].write_text(_LOADER.format(imports=names) + "\n".join(lines) + "\n", encoding="utf-8")
-    auto_map = {auto: f"mllm_remote.{name}" for auto, name in CLASSES.items()}
-    for name in ("config.json", "processor_config.json", "preprocessor_config.json"):
-        _add_auto_map(folder / name, auto_map)
+    written[1].write_text(_LOADER.format(imports=names) + CLASS_LINES, encoding="utf-8")
     return list(written)
-
-
-def _add_auto_map(path: Path, auto_map: dict[str, str]) -> None:
-    if path.is_file():
-        data = json.loads(path.read_text(encoding="utf-8")) | {"auto_map": auto_map}
-        if isinstance(data.get("image_processor"), dict):
-            data["image_processor"]["auto_map"] = auto_map
-        path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def collect_sources(roots: Iterable[str]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
+from mllm.door import AUTO_MAP, SavesDoor
 from mllm.errors import DataError
 from mllm.processing.codes import read_codes
 from mllm.processing.frames import video_spec
@@ -42,7 +43,7 @@ class MllmImagesKwargs(ImagesKwargs, total=False):
     visual_tokens: Any
 
 
-class MllmImageProcessor(BaseImageProcessor):
+class MllmImageProcessor(SavesDoor, BaseImageProcessor):
     """One picture → one pixel tensor per encoder, each at its own size and normalisation.
 
     encoders: name → `ImageSpec`, in the model's order; layout: what the connector makes of one view; views: the way of
@@ -70,6 +71,7 @@ class MllmImageProcessor(BaseImageProcessor):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)
         # JSON files are written with sorted keys; the first encoder's pixels have a name of their own, so order is kept apart.
         self.encoder_order = list(encoder_order if encoder_order is not None else encoders or {})
         self.encoders = {name: _plain((encoders or {})[name]) for name in self.encoder_order}

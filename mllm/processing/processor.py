@@ -11,6 +11,7 @@ from transformers import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from mllm.config import to_plain
+from mllm.door import AUTO_MAP, SavesDoor
 from mllm.errors import AlignmentError, ConfigError
 from mllm.processing.image_processor import MllmImagesKwargs
 from mllm.processing.layout import VIDEO_TIMES, LayoutRules
@@ -42,7 +43,7 @@ class MllmBatch(BatchFeature):
         super().__setitem__(key, value)
 
 
-class MllmProcessor(ProcessorMixin):
+class MllmProcessor(SavesDoor, ProcessorMixin):
     """Tokenizer and image processor of one model: ``processor(text=…, images=…)``, chat template, token counts.
 
     It pads on the left, as generation needs; training states its own side.
@@ -81,6 +82,7 @@ class MllmProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=template)
         tokenizer.chat_template = template
         tokenizer.padding_side = "left"
+        self.auto_map = dict(AUTO_MAP)
 
     def __call__(
         self,

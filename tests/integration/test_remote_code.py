@@ -29,11 +29,10 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 folder, image, plain = sys.argv[1:]
 try:
-    AutoModelForImageTextToText.from_pretrained(plain)
+    AutoModelForImageTextToText.from_pretrained(plain, trust_remote_code=True)
     raise SystemExit("opened without the toolkit")
-except ValueError as error:
-    assert "model type `mllm`" in str(error), error
-assert "import mllm (pip install mllm-toolkit)" in json.loads(Path(plain, "config.json").read_text())["opens_with"]
+except ImportError as error:
+    assert "pip install mllm-toolkit" in str(error), error
 try:
     AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False)
     raise SystemExit("opened without being trusted")
@@ -45,9 +44,48 @@ messages = [{"role": "user", "content": [{"type": "image", "image": Image.open(i
 inputs = processor.apply_chat_template(
     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
 )
+for part in (model, processor):  # saved again, the folder is an ordinary checkpoint: its door asks for the toolkit
+    part.save_pretrained(again := Path(folder).with_name("again"))
+assert not (again / "configuration_mllm.py").exists() and not (again / "mllm_sources.py").exists()
+assert "mllm-toolkit" in (again / "mllm_remote.py").read_text()
 with torch.no_grad():
     print(json.dumps({"ids": inputs["input_ids"].tolist(), "logits": model.eval()(**inputs).logits[0, -1].tolist()}))
 """
+
+BARE = """
+import json, sys
+from pathlib import Path
+from transformers import AutoModelForImageTextToText, AutoProcessor
+folder = sys.argv[1]
+assert "mllm" not in sys.modules
+for opens in (AutoModelForImageTextToText, AutoProcessor):
+    try:
+        opens.from_pretrained(folder)
+        raise SystemExit("opened without being trusted")
+    except ValueError as error:
+        assert "trust_remote_code=True" in str(error) and folder in str(error), error
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+for part in (model, processor):
+    part.save_pretrained(again := Path(folder).with_name("again"))
+same = {path.name for path in Path(folder).iterdir()} == {path.name for path in again.iterdir()}
+print(json.dumps({"model": type(model).__module__, "processor": type(processor).__module__, "same": same}))
+"""
+
+
+@pytest.mark.slow
+def test_a_bare_from_pretrained_is_told_how_and_then_opens(tmp_path: Path) -> None:
+    """Nothing imported the toolkit: transformers names its own argument, with which the installed classes are used."""
+    for part in tiny_model(tmp_path / "words", encoders={"semantic": dict(TINY_CLIP)}):
+        part.save_pretrained(tmp_path / "ours")
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", BARE, str(tmp_path / "ours")]
+    result = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stdout[-500:] + result.stderr[-4000:]
+    found = json.loads(result.stdout.strip().splitlines()[-1])
+    assert found == {"model": "mllm.models.modeling_mllm", "processor": "mllm.processing.processor", "same": True}
 
 
 @pytest.mark.slow
