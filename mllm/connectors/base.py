@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ class ConnectorConfig(StrictModel):
     type: str
     zero_init_output: bool = False
     """The last layer starts at zero, so every visual token is the zero vector until training moves it."""
+    feature_norm: Literal["layer_norm", "rms_norm"] | None = None
+    """A learned norm over the channels of every encoder's features, before anything else. For encoders whose last layer has no norm
+    of its own (convolutions), or whose features differ in scale: one that grows does not drown its neighbours."""
 
 
 class Connector(nn.Module):
@@ -36,6 +40,12 @@ class Connector(nn.Module):
         """encoders: name → sizes, in the model's order; width: L, the language model's hidden size."""
         super().__init__()
         self.config, self.encoders, self.width = config, dict(encoders), width
+        if kind := config.feature_norm:
+            norm = nn.LayerNorm if kind == "layer_norm" else nn.RMSNorm
+            self.feature_norms = nn.ModuleDict(
+                {name: norm(info.width, eps=1e-5) for name, info in self.encoders.items()}
+            )
+            self.register_forward_pre_hook(_norm_features)
         self.register_parameter("newline", None)
         self.register_parameter("opening", None)
         self.opening: nn.Parameter | None
@@ -155,6 +165,20 @@ class Connector(nn.Module):
         """features of V views by encoder name → ``(V, M, L)``; text ``(V, L)``: the question's summary, for connectors
         that look at it. V = 0 is legal. An expert that no view of the batch uses may be absent from ``features``."""
         raise NotImplementedError
+
+
+def _norm_features(connector: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Before `forward`, whichever class defines it: every encoder's features pass the norm that is theirs."""
+    features, *others = arguments
+    norms = connector.feature_norms
+    normed = {name: replace(found, tokens=norms[name](found.tokens)) for name, found in features.items()}
+    for absent in (
+        norms.keys() - features.keys()
+    ):  # ranks reduce the same gradients, whichever experts their images ask for
+        name, found = next(iter(normed.items()))
+        unused = sum(0.0 * parameter.sum() for parameter in norms[absent].parameters())
+        normed[name] = replace(found, tokens=found.tokens + unused)
+    return normed, *others
 
 
 def _of_grid(info: EncoderInfo, grid: Grid) -> EncoderInfo:

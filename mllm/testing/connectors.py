@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,27 @@ def check_zero_init(name: str, case: Case) -> None:
     )
 
 
+def check_feature_norm(name: str, case: Case) -> None:
+    """With ``feature_norm`` the scale of an encoder's features does not matter, and every norm learns, an absent expert's too."""
+    config, encoders, width = case
+    connector = _build(({**config, "feature_norm": "layer_norm"}, encoders, width))
+    features = sample_features(type(connector), connector.config, connector.encoders, 2)
+    scaled = {key: replace(found, tokens=found.tokens * 64) for key, found in features.items()}
+    summary = torch.randn(2, connector.width)
+    tokens = connector(features, None, summary)
+    error = float((connector(scaled, None, summary) - tokens).detach().abs().max())
+    assert error < 1e-2 * float(tokens.detach().abs().max()), (
+        f"feature_norm: features 64 times as large change the tokens by {error:.2g}"
+    )
+    if connector.uses_routing and len(encoders) > 1:
+        absent = list(encoders)[-1]
+        features.pop(absent)
+        tokens = connector(features, Routing((absent,), torch.zeros(2, 1)), summary)
+    (tokens * torch.randn_like(tokens)).sum().backward()
+    missing = [key for key, parameter in connector.feature_norms.named_parameters() if parameter.grad is None]
+    assert not missing, f"feature_norm: no gradient reaches {missing}"
+
+
 CHECKS: tuple[Callable[[str, Case], None], ...] = (
     check_shapes,
     check_meta_build,
@@ -264,6 +286,7 @@ CHECKS: tuple[Callable[[str, Case], None], ...] = (
     check_routing,
     check_gate_gradient,
     check_zero_init,
+    check_feature_norm,
 )
 
 

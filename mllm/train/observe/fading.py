@@ -51,5 +51,5 @@ def _line(part: str, before: float, now: float, step: int) -> str:
     return (
         f"{part} has faded: its share of the gradient's norm was {before:.2g} and is {now:.2g} (step {step}). The loss hardly depends "
         "on it any more, as where activations, its own or those of a part beside it, grew out of scale. Train again, or go on from an "
-        "earlier checkpoint, with a smaller rate for the part that grew"
+        "earlier checkpoint, with a smaller rate for the part that grew, or with connector.feature_norm: layer_norm where it is an encoder"
     )
