@@ -24,6 +24,13 @@ ENCODERS: Registry = Registry(
         "falcon": "mllm.encoders.backbones.falcon:FalconEncoder",
         "lookupvit": "mllm.encoders.backbones.lookupvit:LookupVitEncoder",
         "unit": "mllm.encoders.backbones.unit:UnitEncoder",
+        "dynperceiver": "mllm.encoders.backbones.dynperceiver:DynPerceiverEncoder",
+        "snnet": "mllm.encoders.backbones.snnet:SnNetEncoder",
+        "s4d": "mllm.encoders.backbones.s4d:S4dEncoder",
+        "paratranscnn": "mllm.encoders.backbones.paratranscnn:ParaTransCnnEncoder",
+        "dependencyvit": "mllm.encoders.backbones.dependencyvit:DependencyVitEncoder",
+        "vir": "mllm.encoders.backbones.vir:VirEncoder",
+        "dualtokenvit": "mllm.encoders.backbones.dualtokenvit:DualTokenVitEncoder",
         "visual_tokenizer": "mllm.visual_tokenizers.reader:TokenizerEncoder",
     },
 )

@@ -81,6 +81,11 @@ class VisionEncoder(nn.Module):
         """Recompute each block in the backward pass instead of keeping its activations; nothing to do for encoders
         without blocks."""
 
+    def last_cost(self) -> dict[str, float]:
+        """Of an encoder whose work differs from call to call: what an image of the last call cost on average (``gflops``, and how
+        it was chosen). Empty for all others."""
+        return {}
+
     @classmethod
     def tiny(cls) -> dict[str, Any]:
         """The smallest useful config as plain data, for contract tests: from scratch, offline, under a second."""
