@@ -48,13 +48,13 @@ def retain(q: Tensor, k: Tensor, v: Tensor, decays: Tensor, form: Form, chunk: i
     state = v.new_zeros(*v.shape[:2], k.shape[-1], v.shape[-1])
     found = []
     for start in range(0, v.shape[2], size):
-        part = [x[:, :, start : start + size] for x in (q, k, v)]
-        count = part[0].shape[2]
+        queries, keys, values = (x[:, :, start : start + size] for x in (q, k, v))
+        count = values.shape[2]
         steps = torch.arange(count, device=v.device)
         fade = decays[:, None] ** (steps + 1)  # of the state, at each place of the chunk
-        found.append(_parallel(*part, decays) + (part[0] * fade[..., None]) @ state)
+        found.append(_parallel(queries, keys, values, decays) + (queries * fade[..., None]) @ state)
         left = decays[:, None] ** (count - 1 - steps)  # of each place, at the end of the chunk
-        state = state * (decays**count)[:, None, None] + (part[1] * left[..., None]).transpose(-1, -2) @ part[2]
+        state = state * (decays**count)[:, None, None] + (keys * left[..., None]).transpose(-1, -2) @ values
     return torch.cat(found, dim=2)
 
 
