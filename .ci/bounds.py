@@ -4,13 +4,14 @@
     python .ci/bounds.py transformers trl          # try these two, lowest and newest; needs a package index and time
     python .ci/bounds.py --tests tests/unit/models tests/contracts
 
-Each end gets an environment of its own in a temporary folder: everything as constraints.txt has it but for that one package. A
-failure prints what was asked for and the first test that failed.
+Each end gets an environment of its own in a temporary folder: everything as constraints.txt has it but for that one package. Printed
+are the version that was installed and what pytest said last, or the first thing that failed. Kept: benchmarks/results/bounds_cpu.txt.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -47,8 +48,8 @@ def ends(name: str) -> list[str]:
     return [f"{name}=={lowest}.*" if lowest.count(".") < 2 else f"{name}=={lowest}", f"{name}{specifier}"]
 
 
-def attempt(requirement: str, newest: bool, tests: list[str]) -> str | None:
-    """Install and test; None when all passed, else the first thing that failed."""
+def attempt(requirement: str, newest: bool, tests: list[str]) -> tuple[bool, str]:
+    """Install and test. (whether all passed, the version that was installed with what pytest said last, or the first failure)."""
     name = re.split(r"[=<>]", requirement)[0]
     folder = Path(tempfile.mkdtemp(prefix="mllm-bounds-"))
     try:
@@ -58,27 +59,24 @@ def attempt(requirement: str, newest: bool, tests: list[str]) -> str | None:
         ]
         (folder / "held.txt").write_text("\n".join(held))
         extras = ",".join(filter(None, ("train", "eval", "dev", EXTRAS.get(name))))
-        install = ["uv", "pip", "install", "--quiet", "--python", str(python)]
-        steps = [
-            ["uv", "venv", "--quiet", str(folder / "venv")],
-            [
-                *install,
-                "--constraint",
-                str(folder / "held.txt"),
-                *(["--upgrade"] if newest else []),
-                f"{ROOT}[{extras}]",
-                requirement,
-            ],
-            [str(python), "-m", "pytest", "-x", "-q", *tests],
-        ]
-        for step in steps:
-            result = subprocess.run(step, cwd=ROOT, capture_output=True, text=True, check=False)
-            if result.returncode != 0:
-                said = (result.stdout + result.stderr).splitlines()
-                return next((line for line in said if line.startswith(("FAILED", "ERROR"))), "\n".join(said[-5:]))
-        return None
+        install = ["uv", "pip", "install", "--quiet", "--python", str(python), "--constraint", str(folder / "held.txt")]
+        upgrade = ["--upgrade-package", name] if newest else []
+        _say(["uv", "venv", "--quiet", "--python", sys.executable, str(folder / "venv")])
+        _say([*install, *upgrade, f"{ROOT}[{extras}]", requirement])
+        asked = f"from importlib.metadata import version; print(version({name!r}))"
+        version = _say([str(python), "-c", asked]).strip()
+        told = _say([str(python), "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]).splitlines()
+        return True, f"{version}: {told[-1].strip('= ')}"
+    except subprocess.CalledProcessError as error:
+        said = (error.stdout + error.stderr).splitlines()
+        return False, next((line for line in said if line.startswith(("FAILED", "ERROR"))), "\n".join(said[-5:]))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _say(command: list[str]) -> str:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 def main() -> int:
@@ -95,9 +93,9 @@ def main() -> int:
             if chosen.list:
                 sys.stdout.write(f"{requirement}\n")
                 continue
-            problem = attempt(requirement, bool(newest), chosen.tests)
-            broken += problem is not None
-            sys.stdout.write(f"{requirement}: {'passes' if problem is None else problem}\n")
+            passed, told = attempt(requirement, bool(newest), chosen.tests)
+            broken += not passed
+            sys.stdout.write(f"{requirement}: {'passes' if passed else 'BREAKS'}: {told}\n")
             sys.stdout.flush()
     return 1 if broken else 0
 
