@@ -4,8 +4,9 @@
     python .ci/bounds.py transformers trl          # try these two, lowest and newest; needs a package index and time
     python .ci/bounds.py --tests tests/unit/models tests/contracts
 
-Each end gets an environment of its own in a temporary folder: everything as constraints.txt has it but for that one package. Printed
-are the version that was installed and what pytest said last, or the first thing that failed. Kept: benchmarks/results/bounds_cpu.txt.
+Each end gets an environment of its own in a temporary folder: everything as constraints.txt has it but for that one package and what it
+pins itself; run it with the environment's own Python. Printed are the version that was installed and what pytest said last, or the first
+thing that failed. Kept: benchmarks/results/bounds_cpu.txt.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "vllm")
+_TORCH = ("torchvision", "torchaudio", "torchcodec", "torchdata")
+TOGETHER = {"torch": _TORCH, "vllm": ("torch", *_TORCH)}
+"""Package → others whose every release is built for one of its releases."""
 EXTRAS = {"vllm": "serve"}
 TESTS = ("tests/contracts", "tests/unit/models", "tests/unit/processing", "tests/unit/train")
 
@@ -48,21 +53,42 @@ def ends(name: str) -> list[str]:
     return [f"{name}=={lowest}.*" if lowest.count(".") < 2 else f"{name}=={lowest}", f"{name}{specifier}"]
 
 
+def held_beside(name: str) -> list[str]:
+    """constraints.txt without the package, what it pins itself (transformers asks for certain tokenizers) and what is built for it."""
+    own = {_plain(line) for line in _requires(name) if "extra ==" not in line} - set(PACKAGES)
+    free = own | {name} | set(TOGETHER.get(name, ()))
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    if not own:  # not installed here: what it asks for is not known, so only the others of this list are held
+        lines = [line for line in lines if _plain(line) in PACKAGES]
+    cuda = ("nvidia-", "cuda-") if "torch" in free else ()
+    return [line for line in lines if _plain(line) not in free and not _plain(line).startswith(cuda)]
+
+
+def _requires(name: str) -> list[str]:
+    try:
+        return metadata.requires(name) or []
+    except metadata.PackageNotFoundError:
+        return []
+
+
+def _plain(requirement: str) -> str:
+    return re.split(r"[\[=<>!~; ]", requirement.strip())[0].lower().replace("_", "-")
+
+
 def attempt(requirement: str, newest: bool, tests: list[str]) -> tuple[bool, str]:
     """Install and test. (whether all passed, the version that was installed with what pytest said last, or the first failure)."""
     name = re.split(r"[=<>]", requirement)[0]
     folder = Path(tempfile.mkdtemp(prefix="mllm-bounds-"))
     try:
         python = folder / "venv/bin/python"
-        held = [
-            line for line in (ROOT / "constraints.txt").read_text().splitlines() if re.split(r"[=<> ]", line)[0] != name
-        ]
-        (folder / "held.txt").write_text("\n".join(held))
+        (folder / "held.txt").write_text("\n".join(held_beside(name)))
         extras = ",".join(filter(None, ("train", "eval", "dev", EXTRAS.get(name))))
         install = ["uv", "pip", "install", "--quiet", "--python", str(python), "--constraint", str(folder / "held.txt")]
         upgrade = ["--upgrade-package", name] if newest else []
         _say(["uv", "venv", "--quiet", "--python", sys.executable, str(folder / "venv")])
-        _say([*install, *upgrade, f"{ROOT}[{extras}]", requirement])
+        _say(
+            [*install, *upgrade, f"{ROOT}[{extras}]", requirement], folder
+        )  # not in ROOT: its uv settings force one torch
         asked = f"from importlib.metadata import version; print(version({name!r}))"
         version = _say([str(python), "-c", asked]).strip()
         told = _say([str(python), "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]).splitlines()
@@ -74,9 +100,9 @@ def attempt(requirement: str, newest: bool, tests: list[str]) -> tuple[bool, str
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _say(command: list[str]) -> str:
+def _say(command: list[str], folder: Path = ROOT) -> str:
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 def main() -> int:
