@@ -305,7 +305,8 @@ class Request:
 
 @dataclass
 class Response:
-    """What a generator answered. prompt: as rendered for the model; error: why there is no text, else None."""
+    """What a generator answered. prompt: as rendered for the model; error: why there is no text, else None; logprob: the log
+    probability that the model gives the whole answer with its end, None where the generator does not say."""
 
     id: str
     text: str
@@ -314,3 +315,4 @@ class Response:
     num_tokens: int = 0
     routing: dict[str, float] | None = None
     error: str | None = None
+    logprob: float | None = None

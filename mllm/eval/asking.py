@@ -237,6 +237,8 @@ def _row(loaded: Loaded, metrics: Sequence[Metric], response: Response, key: str
     }  # fmt: skip
     if loaded.unusable is not None:
         return row | {"unusable": loaded.unusable, "extracted": "", "scores": {}}
+    if response.logprob is not None:
+        row["logprob"] = response.logprob
     if response.routing is not None:
         row["routing"] = response.routing
     if response.error is not None:

@@ -26,13 +26,14 @@ class TaskPlan:
 
 
 def earlier_rates(places: Sequence[str | Path]) -> dict[str, float]:
-    """Seconds per question of each task in earlier runs' folders (the later folder counts)."""
+    """Seconds of one process per answer of each task in earlier runs' folders (the later folder counts)."""
     found: dict[str, float] = {}
     for place in places:
         for path in iterate_files(Path(place)):
             header = json.loads(header_path(path).read_text(encoding="utf-8"))
-            if header.get("seconds") and header.get("num_items"):
-                found[path.stem] = float(header["seconds"]) / int(header["num_items"])
+            count = header.get("answered") or header.get("num_items")
+            if header.get("seconds") and count:
+                found[path.stem] = float(header["seconds"]) / int(count)
     return found
 
 

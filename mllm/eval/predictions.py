@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,31 +32,45 @@ def header_path(path: Path) -> Path:
 def read_predictions(path: Path) -> list[Row]:
     """Every row of a finished or interrupted prediction file; a torn last line is left out. Raises `DataError` for
     damage elsewhere and for an id that occurs twice, naming them."""
-    rows, _ = _scan(Path(path))
-    return rows
+    return list(iterate_predictions(path))
 
 
-def _scan(path: Path) -> tuple[list[Row], bool]:
-    """(rows, whether the last line is torn)."""
+def iterate_predictions(path: Path) -> Iterator[Row]:
+    """The rows of `read_predictions` one after another: a file of a million is never in memory as a whole."""
+    return (row for row, _ in _lines(Path(path)))
+
+
+def _lines(path: Path) -> Iterator[tuple[Row, bytes]]:
+    """(row, its line) of every whole line."""
+    seen: set[str] = set()
     try:
-        data = path.read_bytes()
+        handle = path.open("rb")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
-    rows: list[Row] = []
-    seen: set[str] = set()
-    lines = data.split(b"\n")
-    torn = lines.pop() != b""  # every whole line ends with a newline
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            name = row["id"]
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f"{path}:{number}: damaged line; remove it to have that sample answered again") from None
-        if name in seen:
-            raise DataError(f"{path}:{number}: id {name!r} occurs twice")
-        seen.add(name)
-        rows.append(row)
-    return rows, torn
+    with handle:
+        for number, line in enumerate(handle, 1):
+            if not line.endswith(b"\n"):
+                return  # torn: every whole line ends with a newline
+            try:
+                row = json.loads(line)
+                name = row["id"]
+            except (ValueError, KeyError, TypeError):
+                raise DataError(
+                    f"{path}:{number}: damaged line; remove it to have that sample answered again"
+                ) from None
+            if name in seen:
+                raise DataError(f"{path}:{number}: id {name!r} occurs twice")
+            seen.add(name)
+            yield row, line
+
+
+def _torn(path: Path) -> bool:
+    """Whether the last line was cut short."""
+    with path.open("rb") as handle:
+        if not handle.seek(0, os.SEEK_END):
+            return False
+        handle.seek(-1, os.SEEK_END)
+        return handle.read(1) != b"\n"
 
 
 class PredictionWriter:
@@ -70,21 +85,24 @@ class PredictionWriter:
         resume: bool = True,
         stands: Callable[[Row], bool] = lambda row: True,
     ):
-        """Opens (or resumes) the file. ``done`` then holds the rows that stand: the torn line, answers that failed and
-        those that ``stands`` denies (to pictures that are others now) are dropped.
+        """Opens (or resumes) the file. ``done`` then holds the ids of the rows that stand: the torn line, answers that
+        failed and those that ``stands`` denies (to pictures that are others now) are dropped.
 
         Raises `ConfigError` when the file was made with another model, task, data or settings.
         """
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.done: dict[str, Row] = {}
+        self.done: set[str] = set()
         if resume and self.path.exists():
             self._check_header(header)
-            rows, torn = _scan(self.path)
-            kept = [row for row in rows if not row.get("error") and stands(row)]
-            if torn or len(kept) < len(rows):
-                write_lines(self.path, kept)
-            self.done = {row["id"]: row for row in kept}
+            dropped = _torn(self.path)
+            for row in iterate_predictions(self.path):
+                if not row.get("error") and stands(row):
+                    self.done.add(row["id"])
+                else:
+                    dropped = True
+            if dropped:
+                write_lines(self.path, (row for row in iterate_predictions(self.path) if row["id"] in self.done))
         else:
             self.path.unlink(missing_ok=True)
         write_atomic(header_path(self.path), json.dumps(header, indent=2, ensure_ascii=False) + "\n")
@@ -116,7 +134,7 @@ class PredictionWriter:
         written = os.write(self._file, data)
         while written < len(data):
             written += os.write(self._file, data[written:])
-        self.done[row["id"]] = row
+        self.done.add(row["id"])
         if time.monotonic() - self._synced > _SYNC_SECONDS:
             os.fsync(self._file)
             self._synced = time.monotonic()
@@ -135,24 +153,29 @@ class PredictionWriter:
         self.close()
 
 
-def answered_elsewhere(path: Path, header: Mapping[str, Any], wanted: set[str]) -> list[Row]:
-    """Answers to ``wanted`` ids in the same run's other files: a run that goes on with another number of processes
-    finds its questions in other shards. Files of another identity, and damaged ones, are left alone."""
-    rows: list[Row] = []
-    left = set(wanted)
+def other_files(path: Path, header: Mapping[str, Any]) -> list[Path]:
+    """The same run's other files of one task: shards of other processes, whatever their number, and the joined file. Files of
+    another identity are left out."""
     stem = path.name.removesuffix(".jsonl").split(".shard-")[0]
+    found = []
     for other in [path.with_name(f"{stem}.jsonl"), *sorted(path.parent.glob(f"{stem}.shard-*.jsonl"))]:
-        if not left or other == path or not other.exists():
-            continue
         try:
             before = json.loads(header_path(other).read_text(encoding="utf-8"))
-            found = _scan(other)[0] if before.get("identity") == header["identity"] else []
         except (OSError, ValueError):
             continue
-        fresh = [row for row in found if row["id"] in left and not row.get("error")]
-        left -= {row["id"] for row in fresh}
-        rows.extend(fresh)
-    return rows
+        if other != path and other.exists() and before.get("identity") == header["identity"]:
+            found.append(other)
+    return found
+
+
+def answered_elsewhere(path: Path, header: Mapping[str, Any]) -> Iterator[Row]:
+    """Answers in the same run's other files: a run that goes on with another number of processes finds its questions there.
+    Damaged files count up to the damage."""
+    for other in other_files(path, header):
+        try:
+            yield from (row for row in iterate_predictions(other) if not row.get("error"))
+        except DataError:
+            continue
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -167,20 +190,26 @@ def write_atomic(path: Path, text: str) -> None:
 
 def write_lines(path: Path, rows: Iterable[Row]) -> None:
     """Replace a prediction file by these rows."""
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    _write_parts(path, ((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows))
 
 
-def shard_of(position: int, rank: int, world: int) -> bool:
-    """Whether the sample at ``position`` is this process's."""
-    return position % world == rank
+def _write_parts(path: Path, parts: Iterable[bytes]) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with part.open("wb") as handle:
+        handle.writelines(parts)
+        handle.flush()
+        os.fsync(handle.fileno())
+    part.replace(path)
 
 
 def merge_shards(folder: Path, task: str, expected: Sequence[str], world: int, *, blind: str | None = None) -> Path:
-    """Join the shard files of ``world`` processes into one file, in the order of ``expected`` ids.
+    """Join the shard files of ``world`` processes into one file, in the order of ``expected`` ids. What they lack is taken from
+    the run's other files: shards of another number of processes, and the joined file that was there.
 
     Raises `DataError` when a shard is missing, an id is missing, doubled or unknown, or the shards were made with
     different settings; nothing is written then.
     """
+    target = prediction_path(folder, task, blind)
     paths = [prediction_path(folder, task, blind, rank, world) for rank in range(world)]
     if absent := [path.name for path in paths if not path.exists()]:
         raise DataError(f"{task}: {len(absent)} of {world} shards are missing: {', '.join(absent[:5])}")
@@ -190,25 +219,47 @@ def merge_shards(folder: Path, task: str, expected: Sequence[str], world: int, *
             raise DataError(
                 f"{task}: {path.name} was made with other settings than {paths[0].name}; run that shard again"
             )
-    rows: dict[str, Row] = {}
-    for path in paths:
-        for row in read_predictions(path):
-            if row["id"] in rows:
-                raise DataError(f"{task}: id {row['id']!r} is in more than one shard (again in {path.name})")
-            rows[row["id"]] = row
-    missing, extra = [name for name in expected if name not in rows], sorted(set(rows) - set(expected))
-    if missing or extra:
+    wanted, places = set(expected), dict[str, tuple[int, int]]()
+    for number, path in enumerate(paths):
+        for name, place in _places(path):
+            if name in places:
+                raise DataError(f"{task}: id {name!r} is in more than one shard (again in {path.name})")
+            places[name] = number, place
+    extra = sorted(set(places) - wanted)
+    if not wanted <= places.keys():
+        for other in [other for other in other_files(paths[0], headers[0]) if other not in paths]:
+            paths.append(other)
+            for name, place in _places(other, failed=False):
+                if name in wanted:
+                    places.setdefault(name, (len(paths) - 1, place))
+    if extra or not wanted <= places.keys():
+        missing = [name for name in expected if name not in places]
         told = [
             f"{len(names)} {word} ({', '.join(names[:5])})"
             for names, word in ((missing, "missing"), (extra, "unknown"))
             if names
         ]
         raise DataError(f"{task}: the shards do not add up to the benchmark: ids {' and '.join(told)}")
-    target = prediction_path(folder, task, blind)
+    with ExitStack() as stack:
+        handles = [stack.enter_context(path.open("rb")) for path in paths]
+        _write_parts(target, (_line_at(handles[number], place) for number, place in map(places.__getitem__, expected)))
     header = headers[0] | {"shards": world}
     write_atomic(header_path(target), json.dumps(header, indent=2, ensure_ascii=False) + "\n")
-    write_lines(target, (rows[name] for name in expected))
     return target
+
+
+def _places(path: Path, *, failed: bool = True) -> Iterator[tuple[str, int]]:
+    """(id, where its line begins) of every row. failed: also of those whose generation failed."""
+    place = 0
+    for row, line in _lines(path):
+        if failed or not row.get("error"):
+            yield row["id"], place
+        place += len(line)
+
+
+def _line_at(handle: Any, place: int) -> bytes:
+    handle.seek(place)
+    return handle.readline()
 
 
 def iterate_files(place: Path) -> Iterator[Path]:

@@ -43,6 +43,12 @@ class Progress:
             self._told = time.monotonic()
             print(self.line(), file=sys.stderr, flush=True)
 
+    def reach(self, total: int) -> None:
+        """So many questions are taken by all processes together: the bar stands there at least."""
+        self.done = max(self.done, min(total, self.total))
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done)
+
     def rate(self) -> float:
         """Answers per second since the start."""
         return self._fresh / max(time.monotonic() - self._started, 1e-9)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ from mllm.eval.asking import FRAMES, Blind, SamePictures, answers
 from mllm.eval.baselines import prior_rows, shuffled
 from mllm.eval.cache import AnswerCache
 from mllm.eval.data.check import check_data
-from mllm.eval.data.loading import TaskData, load_data
+from mllm.eval.data.loading import Item, TaskData, load_data
 from mllm.eval.data.pictures import Frames
 from mllm.eval.generators.base import Generator
-from mllm.eval.launch import RUN_ID, start_workers
+from mllm.eval.launch import start_workers
 from mllm.eval.metrics import Metric, build_metric
 from mllm.eval.predictions import (
     PredictionWriter,
@@ -29,17 +28,18 @@ from mllm.eval.predictions import (
     answered_elsewhere,
     header_path,
     iterate_files,
+    iterate_predictions,
     merge_shards,
     prediction_path,
     read_predictions,
-    shard_of,
     write_atomic,
     write_lines,
 )
 from mllm.eval.progress import Progress
 from mllm.eval.report.page import LISTED
-from mllm.eval.report.results import TaskResult, score_fields, summarise
+from mllm.eval.report.results import TaskResult, score_fields, slim, summarise
 from mllm.eval.settings import EvalSettings
+from mllm.eval.share import Share
 from mllm.eval.studies.batch_check import check_generator
 from mllm.eval.task import TaskSpec, expand_tasks, load_task, load_tasks
 
@@ -68,34 +68,46 @@ def evaluate(
     commonest answer scores; the results hang on ``TaskResult.blind``, ``.shuffled`` and ``.prior``; of videos also with the frames in
     another order and with one frame in every place (``.frames``). resume: keep answers
     that stand in ``output_dir``; answers of another model, data or setting there raise `ConfigError`. rank, world:
-    this process answers every ``world``-th question and rank 0 joins the shards, so its return value is complete;
-    other ranks return {}. thumbnails: pictures kept per task for the HTML report. strict: any unusable row raises.
+    this process takes questions from a queue over all tasks that ``world`` processes share (`Share`); rank 0 joins the
+    answers when all are done, so its return value is complete; other ranks return {}. thumbnails: pictures kept per task
+    for the HTML report. strict: any unusable row raises.
     """
     specs = load_tasks(tasks)
     mode: Blind | None = "gray" if blind is True else blind or None
     folder = Path(output_dir)
-    results: dict[str, TaskResult] = {}
+    share = Share(folder, rank, world, cell=getattr(generator, "batch_size", 1)) if world > 1 else None
+    asked: list[_Asked] = []
+    priors: dict[str, TaskResult] = {}
     for spec in specs:
         loaded = load_data(spec, data=data, limit=limit, ids=ids, strict=strict)
         videos = any(isinstance(source, Frames) for item in loaded.items for source in item.pictures)
         floors: list[Blind] = ["shuffled", *(FRAMES if videos else ())]
         for way in (None, mode, *floors) if mode else (None,):
             shown = loaded if way != "shuffled" else replace(loaded, items=shuffled(loaded.items))
-            if not shown.items:
-                continue
-            result = _run(generator, shown, folder, way, resume, cache, rank, world, thumbnails, progress)
-            if result is None:
-                continue
-            if way is None:
-                results[spec.name] = result
-            elif way == "shuffled":
-                results[spec.name].shuffled = result
-            elif way in FRAMES:
-                results[spec.name].frames[way] = result
-            else:
-                results[spec.name].blind = result
+            if shown.items:
+                asked.append(_ask(generator, shown, folder, way, resume, cache, share, thumbnails, progress))
         if mode and rank == 0:
-            results[spec.name].prior = _prior(loaded, folder, data)
+            priors[spec.name] = _prior(loaded, folder, data)
+    if share is not None:
+        runs = [one.token for one in asked]
+        share.leave(runs)
+        if rank != 0:
+            return {}
+        spent = share.wait(runs)
+        asked = [one.joined(folder, world, spent[one.title]) for one in asked]
+    results: dict[str, TaskResult] = {}
+    for one in asked:
+        result = one.result()
+        if one.way is None:
+            results[one.spec.name] = result
+        elif one.way == "shuffled":
+            results[one.spec.name].shuffled = result
+        elif one.way in FRAMES:
+            results[one.spec.name].frames[one.way] = result
+        else:
+            results[one.spec.name].blind = result
+    for name, prior in priors.items():
+        results[name].prior = prior
     return results
 
 
@@ -109,9 +121,7 @@ def evaluate_data(
     progress: bool = True,
 ) -> TaskResult:
     """`evaluate` for one task's samples that are loaded already (and perhaps changed: then with their own ``data_hash``)."""
-    result = _run(generator, data, Path(output_dir), None, resume, cache, 0, 1, 0, progress)
-    assert result is not None  # rank 0 always has one
-    return result
+    return _ask(generator, data, Path(output_dir), None, resume, cache, None, 0, progress).result()
 
 
 def _prior(data: TaskData, folder: Path, place: Mapping[str, str | Path] | None) -> TaskResult:
@@ -125,64 +135,127 @@ def _prior(data: TaskData, folder: Path, place: Mapping[str, str | Path] | None)
     return summarise(rows, metrics, header, path=str(path))
 
 
-def _run(
+@dataclass(frozen=True)
+class _Asked:
+    """One task, asked in one way: what of it is still needed when all its answers are there. path: where they are, or this
+    process's part of them."""
+
+    spec: TaskSpec
+    metrics: list[Metric]
+    header: dict[str, Any]
+    way: Blind | None
+    ids: list[str]
+    path: Path
+    spent: tuple[float, int]
+    """Seconds of work (of all processes together), and how many answers they gave."""
+
+    @property
+    def title(self) -> str:
+        return _title(self.spec, self.way)
+
+    @property
+    def token(self) -> str:
+        return json.dumps([self.title, self.header["identity"], len(self.ids)], sort_keys=True)
+
+    def joined(self, folder: Path, world: int, spent: tuple[float, int]) -> _Asked:
+        """The same with the answers of all processes in one file. spent: by all of them."""
+        before = _spent_before(prediction_path(folder, self.spec.name, self.way), self.header)
+        path = merge_shards(folder, self.spec.name, self.ids, world, blind=self.way)
+        return replace(self, path=path, spent=_added(before, spent), header=self.header | {"shards": world})
+
+    def result(self) -> TaskResult:
+        """What the answers add up to; rows of other metrics, or other versions of them, are scored anew."""
+        rows = {row["id"]: slim(row) for row in iterate_predictions(self.path)}
+        if any(_other_scores(row, self.metrics) for row in rows.values()):
+            write_lines(self.path, (_scored(row, self.metrics) for row in iterate_predictions(self.path)))
+            rows = {row["id"]: slim(row) for row in iterate_predictions(self.path)}
+        header = self.header | {"seconds": round(self.spent[0], 3), "answered": self.spent[1]}
+        result = summarise([rows[name] for name in self.ids if name in rows], self.metrics, header, path=str(self.path))
+        write_atomic(header_path(self.path), json.dumps(result.header, indent=2, ensure_ascii=False) + "\n")
+        return result
+
+
+def _title(spec: TaskSpec, way: Blind | None) -> str:
+    return f"{spec.name}{f' ({way})' if way else ''}"
+
+
+def _ask(
     generator: Generator,
     data: TaskData,
     folder: Path,
     blind: Blind | None,
     resume: bool,
     cache: AnswerCache | None,
-    rank: int,
-    world: int,
+    share: Share | None,
     thumbnails: int,
     progress: bool,
-) -> TaskResult | None:
-    spec, metrics = data.task, data.task.build_metrics()
+) -> _Asked:
+    """Answer what is not answered yet: everything, or what this process takes from the queue."""
+    spec, metrics, items = data.task, data.task.build_metrics(), data.items
     header = run_header(generator, data, metrics, blind)
-    path = prediction_path(folder, spec.name, blind, rank, world)
-    mine = [item for position, item in enumerate(data.items) if shard_of(position, rank, world)]
-    started = time.perf_counter()
-    stands = SamePictures(mine, blind)
+    rank, world = (share.rank, share.world) if share is not None else (0, 1)
+    path, title = prediction_path(folder, spec.name, blind, rank, world), _title(spec, blind)
+    before = _spent_before(path, header) if resume and share is None else (0.0, 0)
+    started, count = time.perf_counter(), 0
+    stands = SamePictures(items, blind)
     with PredictionWriter(path, header, resume=resume, stands=stands) as writer:
+        elsewhere: dict[str, Row] = {}
         if resume:
-            for row in answered_elsewhere(path, header, {item.id for item in mine} - set(writer.done)):
-                if stands(row):
+            left = {item.id for item in items} - writer.done
+            for row in answered_elsewhere(path, header):
+                if row["id"] not in left:
+                    continue
+                if share is not None:
+                    elsewhere.setdefault(row["id"], {key: row.get(key) for key in ("id", "images", "unusable")})
+                elif stands(row):
+                    left.remove(row["id"])
                     writer.append(row)
-        if stands.changed and progress:
-            print(f"{spec.name}: {len(stands.changed)} answers were to other pictures than are there now; asked again")
-        todo = [item for item in mine if item.id not in writer.done]
-        keep = {item.id for item in data.items[:thumbnails]} if blind is None else set()
-        title = f"{spec.name}{f' ({blind})' if blind else ''}"
-        with Progress(title, len(mine), done=len(mine) - len(todo), shown=progress) as bar:
-            for row in answers(generator, spec, todo, metrics, blind, cache, folder, keep):
-                writer.append(row)
-                bar.advance()
-    if stale := _other_scores(writer.done.values(), metrics):
-        writer.done |= {row["id"]: row | score_fields(row, metrics) for row in stale}
-        write_lines(path, writer.done.values())
-    rows = [writer.done[item.id] for item in mine if item.id in writer.done]
-    seconds = time.perf_counter() - started
-    if world > 1:
-        write_atomic(path.with_suffix(".done"), _token([item.id for item in mine]) + "\n")
-        if rank != 0:
-            return None
-        _await_shards(folder, data, blind, world)
-        path = merge_shards(folder, spec.name, [item.id for item in data.items], world, blind=blind)
-        rows = read_predictions(path)
-    result = summarise(rows, metrics, header, path=str(path))
-    result.header["seconds"] = round(seconds, 3)
-    write_atomic(header_path(path), json.dumps(result.header, indent=2, ensure_ascii=False) + "\n")
-    return result
+
+        def is_open(item: Item) -> bool:
+            there = elsewhere.get(item.id)
+            return item.id not in writer.done and not (there is not None and stands(there))
+
+        keep = {item.id for item in items[:thumbnails]} if blind is None else set()
+        with Progress(title, len(items), done=len(writer.done), shown=progress) as bar:
+            for positions in [range(len(items))] if share is None else share.take(title, len(items)):
+                todo = [items[k] for k in positions if is_open(items[k])]
+                for row in answers(generator, spec, todo, metrics, blind, cache, folder, keep):
+                    writer.append(row)
+                    count += 1
+                    bar.advance()
+                if share is not None:
+                    bar.reach(share.num_taken(title))
+    if stands.changed and progress:
+        print(f"{spec.name}: {len(stands.changed)} answers were to other pictures than are there now; asked again")
+    spent = (time.perf_counter() - started, count) if count else (0.0, 0)
+    if share is not None:
+        share.spent[title] = spent
+    return _Asked(spec, metrics, header, blind, [item.id for item in items], path, _added(before, spent))
 
 
-def _other_scores(rows: Iterable[Row], metrics: Sequence[Metric]) -> list[Row]:
-    """Rows that were scored by other metrics, or other versions of them, before a run went on: `rescore` leaves such."""
+def _spent_before(path: Path, header: Mapping[str, Any]) -> tuple[float, int]:
+    """Seconds and answers that the same run's file already tells of."""
+    try:
+        stored = json.loads(header_path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0.0, 0
+    if stored.get("identity") != header["identity"]:
+        return 0.0, 0
+    return float(stored.get("seconds") or 0.0), int(stored.get("answered") or 0)
+
+
+def _added(first: tuple[float, int], second: tuple[float, int]) -> tuple[float, int]:
+    return first[0] + second[0], first[1] + second[1]
+
+
+def _other_scores(row: Row, metrics: Sequence[Metric]) -> bool:
+    """Whether a row was scored by other metrics, or other versions of them, before a run went on: `rescore` leaves such."""
     labels = [metric.label for metric in metrics]
-    return [
-        row
-        for row in rows
-        if row["target"] is not None and not row.get("unusable") and list(row.get("scores", {})) != labels
-    ]
+    return row["target"] is not None and not row.get("unusable") and list(row.get("scores", {})) != labels
+
+
+def _scored(row: Row, metrics: Sequence[Metric]) -> Row:
+    return row | score_fields(row, metrics) if _other_scores(row, metrics) else row
 
 
 def run_header(
@@ -220,40 +293,6 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _token(ids: Sequence[str]) -> str:
-    """What a process leaves when its share is answered: the launch and the questions it belongs to, so that what an
-    earlier, stopped run left is not taken for an answer."""
-    launch = [os.environ.get(name, "") for name in (RUN_ID, "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")]
-    return hashlib.sha256(json.dumps([launch, list(ids)]).encode()).hexdigest()
-
-
-def _await_shards(folder: Path, data: TaskData, blind: str | None, world: int, patience: float = 24 * 3600) -> None:
-    """Return when every process has left its mark for these questions. Raises `DataError` after ``patience``
-    seconds."""
-    names = [item.id for item in data.items]
-    expected = {
-        prediction_path(folder, data.task.name, blind, rank, world).with_suffix(".done"): _token(names[rank::world])
-        for rank in range(world)
-    }
-    until = time.monotonic() + patience
-    while absent := [marker for marker, token in expected.items() if not _holds(marker, token)]:
-        if time.monotonic() > until:
-            raise DataError(
-                f"{data.task.name}: no result from {', '.join(marker.stem for marker in absent)} after "
-                f"{patience / 3600:g} h"
-            )
-        time.sleep(0.2)
-    for marker in expected:
-        marker.unlink()
-
-
-def _holds(marker: Path, token: str) -> bool:
-    try:
-        return marker.read_text(encoding="utf-8").strip() == token
-    except OSError:
-        return False
 
 
 def rescore(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LogitsProcessor
 
 from mllm.errors import AlignmentError, UnavailableError
 from mllm.eval.generators.base import GeneratorSettings, answer_text, cut_at_stops, hf_messages
@@ -143,21 +144,30 @@ class HFGenerator:
             options |= {"temperature": None, "top_p": None, "top_k": None}
         options["pad_token_id"] = self._tokenizer.pad_token_id
         sampling = self._seeded(requests[0].id, seed) if options["do_sample"] else nullcontext()
+        beams = options.get("num_beams") or getattr(self.model.generation_config, "num_beams", None) or 1
+        chosen = None if options["do_sample"] or beams > 1 else ChosenProbabilities()
+        if chosen is not None:
+            options["logits_processor"] = [chosen]
         with sampling, self._routing_seen() as weights:
             output = self.model.generate(**inputs, **options)
         routing = self._routing_of(requests, weights)
         length = inputs["input_ids"].shape[1]
         replies = output[:, length:]
         prompt_lengths = inputs["attention_mask"].sum(1).tolist()
+        sure = chosen.of(replies, self._ends()) if chosen is not None else [None] * len(requests)
         responses = []
-        for request, prompt, reply, num_prompt in zip(requests, prompts, replies, prompt_lengths):
+        for request, prompt, reply, num_prompt, logprob in zip(requests, prompts, replies, prompt_lengths, sure):
             text = self._tokenizer.decode(reply, skip_special_tokens=True)
             tokens = int((reply != self._tokenizer.pad_token_id).sum())
             seen = routing.get(request.id)
-            responses.append(
-                Response(request.id, answer_text(cut_at_stops(text, stops)), prompt, int(num_prompt), tokens, seen)
-            )
+            said = answer_text(cut_at_stops(text, stops))
+            responses.append(Response(request.id, said, prompt, int(num_prompt), tokens, seen, logprob=logprob))
         return responses
+
+    def _ends(self) -> list[int]:
+        """Tokens that end a reply."""
+        ends = self.model.generation_config.eos_token_id
+        return [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
 
     @torch.inference_mode()
     def likelihood(self, request: Request, continuation: str) -> tuple[float, bool]:
@@ -262,6 +272,28 @@ class HFGenerator:
                 fork.__exit__(*details)
 
         return Seeded()
+
+
+class ChosenProbabilities(LogitsProcessor):
+    """Changes nothing; keeps the log probability of every token that a greedy `generate` chooses."""
+
+    def __init__(self) -> None:
+        self._steps: list[torch.Tensor] = []
+        self._last: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self._last is not None:
+            self._steps.append(self._last.gather(1, input_ids[:, -1:]))
+        self._last = torch.log_softmax(scores.float(), -1)
+        return scores
+
+    def of(self, replies: torch.Tensor, ends: Sequence[int]) -> list[float]:
+        """Sum for each of the replies ``(B, T)``, up to and with the first token of ``ends``."""
+        assert self._last is not None
+        steps = torch.cat([*self._steps, self._last.gather(1, replies[:, -1:])], 1)
+        ended = torch.isin(replies, torch.tensor(ends, device=replies.device, dtype=replies.dtype)).int()
+        counts = (ended.cumsum(1) - ended) == 0
+        return torch.where(counts, steps, 0.0).sum(1).tolist()
 
 
 def weights_hash(model: torch.nn.Module) -> str:

@@ -90,6 +90,7 @@ class VLLMGenerator:
                     prompt,
                     len(output.prompt_token_ids or ()),
                     len(reply.token_ids),
+                    logprob=reply.cumulative_logprob,
                 )
 
     def _tokens(self, prompt: str) -> list[int]:
@@ -109,4 +110,4 @@ class VLLMGenerator:
         if sample:
             settings |= {"temperature": options.get("temperature", 1.0), "top_p": options.get("top_p", 1.0)}
             settings["seed"] = options.get("seed", 0)
-        return SamplingParams(stop=options.get("stop"), **settings)
+        return SamplingParams(stop=options.get("stop"), logprobs=0, **settings)

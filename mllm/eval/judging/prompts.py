@@ -15,6 +15,7 @@ from mllm.config import StrictModel, read_yaml, validate
 from mllm.errors import ConfigError
 from mllm.eval.data.templates import check_template, clean, render
 from mllm.eval.metrics import build_metric
+from mllm.eval.refusals import is_refusal
 from mllm.types import Turn
 
 
@@ -77,11 +78,6 @@ class Verdict:
     extracted: str = ""
 
 
-_REFUSES = re.compile(
-    r"\b(?:i (?:can ?not|can['’]t|am unable|am not able|won['’]t)|i['’]m (?:sorry|unable|not able)|i am sorry|as an ai\b|"
-    r"cannot (?:assist|help|comply)|unable to (?:assist|help|comply|answer))",
-    re.IGNORECASE,
-)
 _SCORE = re.compile(r'"?score"?\s*[:=]\s*"?(-?\d{1,3}(?:\.\d{1,4})?)', re.IGNORECASE)
 _WORD = re.compile(r"\b(yes|no|correct|incorrect|right|wrong|true|false|unclear)\b", re.IGNORECASE)
 _NEGATED = re.compile(r"\bnot\s+(?:quite\s+|fully\s+|entirely\s+)?(?:correct|right|true)\b", re.IGNORECASE)
@@ -89,11 +85,6 @@ _RIGHT = {"yes", "correct", "right", "true", "1"}
 _NUMBER = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,4})?(?![\w%])")
 _BETTER = {"A>>B": -1.0, "A>B": -0.5, "A=B": 0.0, "B>A": 0.5, "B>>A": 1.0}
 _READ = 8_000
-
-
-def is_refusal(text: str) -> bool:
-    """Whether a reply begins by declining to answer."""
-    return _REFUSES.search(text.lstrip()[:200]) is not None
 
 
 def read_verdict(prompt: JudgePrompt, reply: str) -> Verdict:

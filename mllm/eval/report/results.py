@@ -13,6 +13,7 @@ import numpy as np
 
 from mllm.errors import DataError
 from mllm.eval.metrics import Metric, Score, Scored
+from mllm.eval.report.facts import AnswerFacts, answer_facts, refused
 from mllm.eval.report.statistics import Estimate, bootstrap_estimate, mean_estimate, wilson_interval
 
 Row = dict[str, Any]
@@ -53,6 +54,7 @@ class TaskResult:
     prompt_hash: str
     header: dict[str, Any]
     disagreements: dict[str, int]
+    facts: AnswerFacts = field(default_factory=AnswerFacts)
     path: str = ""
     blind: TaskResult | None = None
     """Every picture blanked."""
@@ -215,6 +217,26 @@ def disagree(row: Row, labels: Sequence[str]) -> bool:
     return len(values) > 1
 
 
+_SUMMED = (
+    "id",
+    "scores",
+    "target",
+    "meta",
+    "cluster",
+    "category",
+    "unusable",
+    "error",
+    "num_tokens",
+    "num_prompt_tokens",
+    "logprob",
+)
+
+
+def slim(row: Row) -> Row:
+    """What of a row its task's result is made of: without question, prompt and answer a million fit into memory."""
+    return {key: row[key] for key in _SUMMED if key in row} | {"refused": refused(row)}
+
+
 def summarise(
     rows: Sequence[Row], metrics: Sequence[Metric], header: Mapping[str, Any], *, path: str = ""
 ) -> TaskResult:
@@ -249,6 +271,7 @@ def summarise(
         prompt_hash=prompt_hash(header),
         header=dict(header),
         disagreements=disagreements(rows, [metric.label for metric in metrics]),
+        facts=answer_facts(rows, header, metrics[0].label),
         path=path,
     )
 

@@ -223,3 +223,28 @@ def test_run_eval_takes_a_checkpoint_folder_to_scores_and_reports(ours, tmp_path
         run_eval("nowhere", ["demo_digits"], EvalSettings(overrides=["demo_chart.version=2"]))
     with pytest.raises(ConfigError, match="unknown task 'demo_digit'"):
         run_eval("nowhere", ["demo_digit"])
+
+
+@pytest.mark.parametrize("kind", ["llava", "ours"])
+def test_an_answer_has_the_probability_that_the_model_gives_it(kind, llava, tmp_path):
+    """The sum over all tokens of the reply with its end, as transformers' own scores of a generation give it."""
+    model, processor = llava if kind == "llava" else tiny_model(tmp_path / "tokenizer")
+    generator = HFGenerator(model, processor, batch_size=4)
+    requests = questions(10)
+    found = {response.id: response for response in generator.generate(iter(requests))}
+    ended = 0
+    for request in requests:
+        inputs = generator._encode([request], [generator.render(request)])
+        made = model.generate(
+            **inputs, max_new_tokens=8, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
+        reply = made.sequences[0, inputs["input_ids"].shape[1] :]
+        steps = torch.stack([step[0].float().log_softmax(-1) for step in made.logits])
+        expected = float(steps.gather(1, reply[:, None]).sum())
+        assert found[request.id].logprob == pytest.approx(expected, abs=2e-4)
+        ended += len(reply) < 8
+    assert ended < 10
+    (sampled,) = generator.generate(
+        [Request("s", requests[0].turns, requests[0].images, {"do_sample": True, "max_new_tokens": 4})]
+    )
+    assert sampled.logprob is None, "a sampled answer is one of many"

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from mllm.errors import ConfigError, UnavailableError
-from mllm.eval.data.loading import load_data
+from mllm.errors import ConfigError, DataError, UnavailableError
 from mllm.eval.launch import start_workers
 from mllm.eval.predictions import prediction_path, read_predictions
-from mllm.eval.run import _await_shards, evaluate, run_eval
+from mllm.eval.run import evaluate, run_eval
 from mllm.eval.settings import EvalSettings
-from mllm.eval.task import load_task
+from mllm.eval.share import Share
 from tests.helpers import tiny_model
 from tests.unit.eval.rules import RuleGenerator, pixel_rule
 from tests.unit.eval.test_runner import TASK, make_data, run
@@ -74,35 +73,88 @@ def test_three_processes_killed_at_random_points_and_started_again_answer_everyt
         worker.join(60)
         assert worker.exitcode == 0
     assert (output / "demo_charts.jsonl").read_text() == whole
-    assert not list(output.glob("*.done"))
+    assert not (output / ".queue").exists()
 
 
 def test_what_one_number_of_processes_answered_is_not_asked_again_by_another(tmp_path):
-    folder = make_data(tmp_path / "d", 12)
+    folder = make_data(tmp_path / "d", 36)
     run(folder, tmp_path / "whole")
-    for rank in (1, 2):
-        run(folder, tmp_path / "o", rank=rank, world=3)
+    claims = tmp_path / "o/.queue"
+    claims.mkdir(parents=True)
+    for cell in (0, 2):
+        (claims / f"demo_charts.{cell:07d}.cell").symlink_to("0")  # as if process 0 were at them
+    _, generator = run(folder, tmp_path / "o", rank=1, world=3)
+    assert generator.asked == [f"q{k}" for k in (*range(8, 16), *range(24, 36))], "cells of eight that nobody took"
     _, generator = run(folder, tmp_path / "o")
-    assert generator.asked == ["q0", "q3", "q6", "q9"]
+    assert generator.asked == [f"q{k}" for k in (*range(8), *range(16, 24))]
     assert sorted((tmp_path / "o/demo_charts.jsonl").read_text()) == sorted(
         (tmp_path / "whole/demo_charts.jsonl").read_text()
     )
     _, generator = run(folder, tmp_path / "o", rank=1, world=2)
     assert generator.asked == [], "a single run's answers serve a shared one"
     _, generator = run(folder, tmp_path / "o", name="another model", rank=1, world=5)
-    assert len(generator.asked) == 3, "another model's answers do not"
-    _, generator = run(folder, tmp_path / "o", rank=3, world=5, resume=False)
-    assert len(generator.asked) == 2, "and starting over asks again"
+    assert len(generator.asked) == 20, "another model's answers do not; process 0 holds sixteen of the 36"
+    _, generator = run(folder, tmp_path / "o", rank=1, world=5, resume=False)
+    assert len(generator.asked) == 20, "and starting over asks again"
 
 
-def test_marks_of_an_earlier_run_are_not_waited_on(tmp_path):
-    folder = make_data(tmp_path / "d", 9)
-    run(folder, tmp_path / "o", rank=1, world=2, limit=4)
-    mark = prediction_path(tmp_path / "o", TASK, None, 1, 2).with_suffix(".done")
-    assert mark.exists()
-    data = load_data(load_task(TASK), data={TASK: folder})
-    with pytest.raises(Exception, match=r"no result from .*shard-0000.*shard-0001"):
-        _await_shards(tmp_path / "o", data, None, 2, patience=0.0)
+def test_nobody_waits_for_the_longest_task_nor_for_a_slow_process(tmp_path):
+    """Two tasks, one of them long, and a process that takes ten times as long per answer: it gives a part of the answers, and the
+    other goes on to the next task meanwhile."""
+    data = {name: make_data(tmp_path / name, count) for name, count in (("demo_charts", 200), ("demo_digits", 24))}
+    output, context = tmp_path / "o", multiprocessing.get_context("fork")
+
+    def work(rank: int) -> None:
+        def rule(request):
+            time.sleep(0.02 if rank else 0.002)
+            return pixel_rule(request)
+
+        results = evaluate(RuleGenerator(rule), list(data), output, data=data, progress=False, rank=rank, world=2)
+        assert rank or [result.num_samples for result in results.values()] == [200, 24]
+
+    workers = [context.Process(target=work, args=(rank,)) for rank in (0, 1)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    shares = [len(read_predictions(prediction_path(output, TASK, None, rank, 2))) for rank in (0, 1)]
+    assert sum(shares) == 200 and shares[0] > 2 * shares[1] > 0, "by halves, as it was, the slow one took 100"
+    header = json.loads((output / "demo_charts.run.json").read_text())
+    assert header["answered"] == 200 and header["seconds"] >= 0.002 * shares[0] + 0.02 * shares[1]
+    assert not (output / ".queue").exists()
+
+
+def test_marks_and_cells_of_an_earlier_run_are_not_waited_on(tmp_path):
+    old = Share(tmp_path, 1, 3)
+    assert [k for part in old.take("a task (gray)", 20) for k in part] == list(range(20))
+    old.leave(["an earlier run"])
+    now = Share(tmp_path, 0, 2)
+    assert list(now.take("a task (gray)", 20)) == [], "process 1 has not started anew"
+    now.leave(["this run"])
+    with pytest.raises(DataError, match=r"no result from process 1 of 2"):
+        now.wait(["this run"], patience=0.0)
+    again = Share(tmp_path, 1, 2)
+    assert [k for part in again.take("a task (gray)", 20) for k in part] == list(range(20)), "it gave back what it had"
+    again.spent["a task (gray)"] = 2.5, 20
+    again.leave(["this run"])
+    assert now.wait(["this run"]) == {"a task (gray)": (2.5, 20)}
+    assert [len(part) for part in Share(tmp_path, 0, 2).take("long", 400)] == [
+        96,
+        72,
+        56,
+        40,
+        32,
+        24,
+        16,
+        16,
+        8,
+        8,
+        8,
+        8,
+        8,
+        8,
+    ], "many at the beginning, few at the end"
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +178,7 @@ def test_run_eval_shares_the_questions_among_processes(checkpoint, tmp_path, cap
     assert shared.metrics == alone.metrics and shared.blind is not None and shared.blind.num_samples == 9
     assert "demo_charts" in capfd.readouterr().out and (tmp_path / "two/report.html").exists()
     sizes = [len(read_predictions(prediction_path(tmp_path / "two", TASK, None, rank, 2))) for rank in (0, 1)]
-    assert sizes == [5, 4]
+    assert sum(sizes) == 9
 
 
 def test_a_process_that_fails_is_named_and_stops_the_others(tmp_path, capfd):
@@ -175,9 +227,9 @@ def _alive(process: int) -> bool:
     return state != "Z"
 
 
-def test_a_shard_that_no_process_answered_is_missed(tmp_path):
+def test_only_process_0_joins_what_was_answered(tmp_path):
     folder = make_data(tmp_path / "d", 6)
     evaluate(RuleGenerator(pixel_rule), [TASK], tmp_path / "o", data={TASK: folder}, progress=False, rank=1, world=2)
     lines = (tmp_path / "o/demo_charts.shard-0001-of-0002.jsonl").read_text().splitlines()
-    assert [json.loads(line)["id"] for line in lines] == ["q1", "q3", "q5"]
+    assert [json.loads(line)["id"] for line in lines] == [f"q{k}" for k in range(6)]
     assert not (tmp_path / "o/demo_charts.jsonl").exists()

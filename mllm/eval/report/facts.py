@@ -1,0 +1,71 @@
+"""What did answering cost, how often was an answer declined, and does the model know when it is right?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mllm.eval.refusals import is_refusal
+
+Row = Mapping[str, Any]
+BINS = 10
+
+
+@dataclass(frozen=True)
+class AnswerFacts:
+    """Beside a task's score; None: not measured. calibration_error: `expected_calibration_error` of the headline's verdicts."""
+
+    tokens: float | None = None
+    """New tokens per answer."""
+    prompt_tokens: float | None = None
+    milliseconds: float | None = None
+    """Of one process per answer, everything counted: pictures read, generation, scoring."""
+    refused: float | None = None
+    """Share of answers that decline, 0 to 1."""
+    confidence: float | None = None
+    """Mean probability that the model gave its whole answer, 0 to 1."""
+    calibration_error: float | None = None
+
+
+def answer_facts(rows: Sequence[Row], header: Mapping[str, Any], label: str) -> AnswerFacts:
+    """Of one task's rows. label: the headline metric's."""
+    answered = [row for row in rows if not row.get("unusable") and not row.get("error")]
+    if not answered:
+        return AnswerFacts()
+    seconds, count = header.get("seconds"), header.get("answered")
+    sure, right = [], []
+    for row in answered:
+        entry = row.get("scores", {}).get(label)
+        if row.get("logprob") is not None and entry is not None and "error" not in entry:
+            sure.append(math.exp(row["logprob"]))
+            right.append(entry["value"] or 0.0)
+    return AnswerFacts(
+        tokens=_mean(answered, "num_tokens"),
+        prompt_tokens=_mean(answered, "num_prompt_tokens"),
+        milliseconds=1000 * seconds / count if seconds and count else None,
+        refused=sum(refused(row) for row in answered) / len(answered),
+        confidence=sum(sure) / len(sure) if sure else None,
+        calibration_error=expected_calibration_error(sure, right) if sure else None,
+    )
+
+
+def expected_calibration_error(confidences: Sequence[float], values: Sequence[float], bins: int = BINS) -> float:
+    """Mean distance between confidence and accuracy over ``bins`` equal parts of 0 to 1, weighted by their samples (Guo et al.,
+    arXiv 1706.04599, equation 3). values: 1 right, 0 wrong, or between."""
+    places: dict[int, list[tuple[float, float]]] = {}
+    for confidence, value in zip(confidences, values, strict=True):
+        places.setdefault(min(int(confidence * bins), bins - 1), []).append((confidence, value))
+    gaps = [abs(sum(c for c, _ in pairs) - sum(v for _, v in pairs)) for pairs in places.values()]
+    return sum(gaps) / len(confidences)
+
+
+def refused(row: Row) -> bool:
+    """Whether a row's answer declines; slim rows hold the verdict already."""
+    return row["refused"] if "refused" in row else is_refusal(row["output"])
+
+
+def _mean(rows: Sequence[Row], key: str) -> float | None:
+    counts = [row.get(key) or 0 for row in rows]
+    return sum(counts) / len(counts) if any(counts) else None

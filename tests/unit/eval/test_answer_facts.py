@@ -1,0 +1,37 @@
+"""What do answers cost, how often do they decline, and is the model's confidence right?"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from mllm.eval.report.facts import answer_facts, expected_calibration_error
+
+
+def test_calibration_error_worked_by_hand():
+    """Two answers in the part from 0.8 to 0.9 (confidence 0.85 on the mean, half right), two from 0.1 to 0.2 (0.1, none right):
+    (2 · |0.85 − 0.5| + 2 · |0.1 − 0|) / 4 = 0.225."""
+    assert expected_calibration_error([0.82, 0.88, 0.1, 0.1], [1, 0, 0, 0]) == pytest.approx(0.225)
+    assert expected_calibration_error([1.0, 1.0], [1, 1]) == 0.0, "a confidence of 1 belongs to the last part"
+
+
+def test_facts_of_a_tasks_answers():
+    def row(output, tokens, value, confidence, **more):
+        scores = {"m v1": {"value": value, "extracted": "", "rule": ""}}
+        return {"output": output, "num_tokens": tokens, "num_prompt_tokens": 10, "scores": scores,
+                "logprob": math.log(confidence), **more}  # fmt: skip
+
+    rows = [
+        row("4", 2, 1.0, 0.85),
+        row("I'm sorry, I can't read it.", 8, None, 0.15),
+        row("5", 2, 0.0, 0.9, error="lost"),
+        row("", 0, 0.0, 0.9, unusable="no picture"),
+    ]
+    facts = answer_facts(rows, {"seconds": 3.0, "answered": 6}, "m v1")
+    assert (facts.tokens, facts.prompt_tokens, facts.milliseconds, facts.refused) == (5.0, 10.0, 500.0, 0.5)
+    assert facts.confidence == pytest.approx(0.5) and facts.calibration_error == pytest.approx((0.15 + 0.15) / 2)
+    for gone in rows:
+        del gone["logprob"]
+    silent = answer_facts(rows, {}, "m v1")
+    assert silent.milliseconds is None and silent.confidence is None and silent.calibration_error is None
