@@ -91,8 +91,8 @@ def attempt(requirement: str, newest: bool, tests: list[str]) -> tuple[bool, str
         )  # not in ROOT: its uv settings force one torch
         asked = f"from importlib.metadata import version; print(version({name!r}))"
         version = _say([str(python), "-c", asked]).strip()
-        told = _say([str(python), "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]).splitlines()
-        return True, f"{version}: {told[-1].strip('= ')}"
+        told = _say([str(python), "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests]).splitlines()
+        return True, f"{version}: {next(line for line in reversed(told) if ' passed' in line).strip('= ')}"
     except subprocess.CalledProcessError as error:
         said = (error.stdout + error.stderr).splitlines()
         return False, next((line for line in said if line.startswith(("FAILED", "ERROR"))), "\n".join(said[-5:]))

@@ -31,13 +31,12 @@ from mllm.eval.predictions import (
     iterate_predictions,
     merge_shards,
     prediction_path,
-    read_predictions,
     write_atomic,
     write_lines,
 )
 from mllm.eval.progress import Progress
-from mllm.eval.report.page import LISTED
 from mllm.eval.report.results import TaskResult, score_fields, slim, summarise
+from mllm.eval.report.samples import LISTED
 from mllm.eval.settings import EvalSettings
 from mllm.eval.share import Share
 from mllm.eval.studies.batch_check import check_generator
@@ -301,7 +300,7 @@ def rescore(
     """Score a prediction file again, without a model: with its task's metrics as they are now, or with others. write:
     put the new scores into the file."""
     path = Path(path)
-    rows = read_predictions(path)
+    next(iterate_predictions(path), None)  # a file that cannot be read says so before its header does
     try:
         header = json.loads(header_path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -312,10 +311,13 @@ def rescore(
             "of a cache are used), or name the rules with --metrics"
         )
     chosen = [build_metric(entry) for entry in (metrics or header["task"]["metrics"])]
-    rows = [row | score_fields(row, chosen) for row in rows]
     header["metrics"] = [metric.label for metric in chosen]
+    scored = (row | score_fields(row, chosen) for row in iterate_predictions(path))
     if write:
-        write_lines(path, rows)
+        write_lines(path, scored)
+        scored = iterate_predictions(path)
+    rows = [slim(row) for row in scored]
+    if write:
         write_atomic(header_path(path), json.dumps(header, indent=2, ensure_ascii=False) + "\n")
     result = summarise(rows, chosen, header, path=str(path))
     return replace(result, problems=[*result.problems, *_older(header["task"])])

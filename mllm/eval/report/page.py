@@ -1,17 +1,23 @@
-"""What does the HTML report look like: one file, pictures inside, filters for wrong, unparsed and disputed answers?"""
+"""What does the HTML report look like: sentences, charts, and the samples with filters for wrong, unparsed and disputed answers?"""
 
 from __future__ import annotations
 
-import base64
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm.eval.report.results import Row, TaskResult, disagree
+from mllm.errors import UnavailableError
+from mllm.eval.report.results import MetricResult, TaskResult
+from mllm.eval.report.samples import FILTERS, LISTED, Listing, disagreeing, embedded, linked, sample_html
 from mllm.eval.studies.study import Study, study_html
+from mllm.svg_charts import Bar, interval_chart
 
-LISTED = 2000
+__all__ = ["LISTED", "floor_note", "html_pages"]
+WHOLE = 2000
+"""A report of at most so many samples is one file, pictures inside; of more it is a page for each task and filter."""
+PER_PAGE = 200
+_CATEGORIES = 24
 _STYLE = """
 :root{color-scheme:light dark}
 body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:76rem;padding:1rem;color:#1a1a1a;background:#fff}
@@ -25,6 +31,7 @@ margin-right:.3rem}button.on{background:#1a1a1a;color:#fff}
 .s>div{min-width:0}.s,.note,td code{overflow-wrap:anywhere}
 .q{font-weight:600;white-space:pre-wrap}.k{color:#777;display:inline-block;min-width:6.2rem}.p{white-space:pre-wrap}
 .w{color:#b00020}.r{color:#0a7a2f}code{font-size:.85em}summary{cursor:pointer;margin:.6rem 0}a.f{cursor:pointer}
+.chart{display:block;width:100%;max-width:40rem;height:auto}.pages a{margin-right:.5rem}
 .none{color:#888;font-size:.85rem;border:1px dashed #ccc;padding:.6rem;width:8rem;text-align:center}
 @media(max-width:76rem){table{display:block;overflow-x:auto}td:last-child{min-width:18rem}}
 @media(max-width:46rem){.s{grid-template-columns:1fr}}
@@ -40,45 +47,99 @@ s.style.display=v?'':'none';n+=v}document.getElementById('n-'+t).textContent=n+'
 """
 
 
-def html_page(
+def html_pages(
     results: Mapping[str, TaskResult],
-    rows: Mapping[str, Sequence[Row]],
-    blind: Mapping[str, Mapping[str, Row]],
+    listing: Callable[[str], Listing],
     thumbnails: Path,
     studies: Sequence[Study] = (),
-) -> str:
-    """The report. rows: predictions by task; blind: blind predictions by task and id; thumbnails: folder of small
-    pictures named by image hash. At most 2000 samples per task are listed, those with something to look at first."""
-    parts = [
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Evaluation</title>',
-        '<meta name="viewport" content="width=device-width,initial-scale=1">',
-        f"<style>{_STYLE}</style><h1>Evaluation</h1>",
-        _summary(results),
-        _contents(results, studies),
-        *(study_html(study) for study in studies),
-    ]
+) -> Iterator[tuple[str, str]]:
+    """(file name, page) of the report, one after another; ``report.html`` comes last. listing: a task's samples, asked for one task
+    at a time and then let go; thumbnails: folder of small pictures named by image hash, beside the report.
+
+    With `WHOLE` samples or fewer in all there is one page that holds everything. With more, ``report.html`` has scores and charts,
+    and the samples stand on pages of `PER_PAGE` for each task and filter, below ``report/``.
+    """
+    whole = sum(result.num_samples for result in results.values()) <= WHOLE
+    parts = [*_head("Evaluation"), _summary(results), _facts(results), _contents(results, studies)]
+    parts += [study_html(study) for study in studies]
     for name, result in results.items():
-        parts.append(_task(name, result, rows[name], blind.get(name, {}), thumbnails))
-    parts.append(f"<script>{_SCRIPT}</script></html>\n")
-    return "\n".join(parts)
+        listed = listing(name)
+        parts += _task_head(name, result)
+        if whole:
+            parts += _all_samples(name, result, listed, thumbnails)
+            continue
+        pages = dict(_filter_pages(name, result, listed, thumbnails))
+        parts += _doors(name, result, listed, pages)
+        yield from pages.items()
+    parts.append((f"<script>{_SCRIPT}</script>" if whole else "") + "</html>\n")
+    yield "report.html", "\n".join(parts)
+
+
+def _head(title: str) -> list[str]:
+    return [
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_text(title)}</title>',
+        '<meta name="viewport" content="width=device-width,initial-scale=1">',
+        f"<style>{_STYLE}</style><h1>{_text(title)}</h1>",
+    ]
 
 
 def _summary(results: Mapping[str, TaskResult]) -> str:
-    words, numbers = ("task", "metric"), ("score", "± SE", "95 %", "blind", "shuffled", "prior", "n", "unparsed")
-    heading = "".join([*(f"<th>{h}" for h in words), *(f"<th class=n>{h}" for h in numbers), "<th>rule"])
+    floors = {"blind": "blind", "shuffled": "shuffled", "prior": "prior"}
+    floors = {word: way for word, way in floors.items() if any(getattr(r, way) is not None for r in results.values())}
+    words, numbers = ("task", "metric"), ("score", "± SE", "95 %", *floors, "n", "unparsed")
+    heading = "".join([*(f"<th>{h}" for h in words), *(f"<th class=n>{h}" for h in numbers)])
     lines = [f"<table><tr>{heading}</tr>"]
     for name, result in results.items():
-        for position, metric in enumerate(result.metrics):
-            floors = (result.blind, result.shuffled, result.prior)
-            blind = "<td class=n>".join("–" if one is None else f"{one.metrics[position].value:.2f}" for one in floors)
+        for position, metric in enumerate(own_metrics(result)):
+            ways = [getattr(result, way) for way in floors.values()]
+            index = result.metrics.index(metric)
+            blind = "".join("<td class=n>" + ("–" if w is None else f"{w.metrics[index].value:.2f}") for w in ways)
             title = f'<a href="#{_anchor(name)}">{_text(name)}</a>' if position == 0 else ""
             lines.append(
                 f"<tr><td>{title}<td>{_text(metric.label)}<td class=n>{metric.value:.2f} {_text(metric.unit)}"
                 f"<td class=n>{metric.standard_error:.2f}<td class=n>{metric.low:.1f} – {metric.high:.1f}"
-                f"<td class=n>{blind}<td class=n>{metric.num_scored}<td class=n>{metric.num_unparsed}"
-                f"<td>{_text(metric.protocol)}</tr>"
+                f"{blind}<td class=n>{metric.num_scored}<td class=n>{metric.num_unparsed}</tr>"
             )
     return "".join(lines) + "</table>"
+
+
+def own_metrics(result: TaskResult) -> list[MetricResult]:
+    """The headline, and the metrics that differ from it on some sample or in the sum."""
+    first, *others = result.metrics
+    agree = {
+        metric.label
+        for metric in others
+        if not result.disagreements.get(f"{first.label} | {metric.label}", 1)
+        and (metric.value, metric.num_unparsed, metric.unit) == (first.value, first.num_unparsed, first.unit)
+    }
+    return [metric for metric in result.metrics if metric.label not in agree]
+
+
+def _facts(results: Mapping[str, TaskResult]) -> str:
+    """What answering cost, and how often it was declined: columns that were measured for some task."""
+    columns: list[tuple[str, str, float, int]] = [
+        ("new tokens", "tokens", 1, 1),
+        ("prompt tokens", "prompt_tokens", 1, 0),
+        ("ms an answer", "milliseconds", 1, 0),
+        ("declined %", "refused", 100, 1),
+        ("confidence %", "confidence", 100, 1),
+        ("calibration error %", "calibration_error", 100, 1),
+    ]
+    facts = {name: result.facts for name, result in results.items()}
+    columns = [column for column in columns if any(getattr(one, column[1]) is not None for one in facts.values())]
+    if not columns:
+        return ""
+    lines = ["<table><tr><th>task" + "".join(f"<th class=n>{title}" for title, *_ in columns) + "</tr>"]
+    for name, one in facts.items():
+        cells = ((getattr(one, key), scale, digits) for _, key, scale, digits in columns)
+        told = ("–" if value is None else f"{scale * value:.{digits}f}" for value, scale, digits in cells)
+        lines.append(f"<tr><td>{_text(name)}" + "".join(f"<td class=n>{cell}" for cell in told) + "</tr>")
+    sure = any(one.confidence is not None for one in facts.values())
+    note = (
+        "<p class=note>Confidence is the mean probability that the model gave its answers; the calibration error (ECE, ten parts) is how "
+        "far that is from being right, 0 where a model is right as often as it is sure.</p>"
+    )
+    return "".join(lines) + "</table>" + (note if sure else "")
 
 
 FRAMES_SHOWN = {
@@ -106,103 +167,110 @@ def floor_note(result: TaskResult) -> list[str]:
     ]
 
 
+def sentence(result: TaskResult) -> str:
+    """A task's result as a person would say it."""
+    metric = result.metrics[0]
+    unit = f" {metric.unit}" if metric.unit else ""
+    sure = f", 95 % interval {metric.low:.1f} to {metric.high:.1f}" if metric.low == metric.low else ""
+    told = (
+        f"The score is {metric.value:.1f}{unit} over {metric.num_scored:,} samples{sure}, by the rule {metric.label}."
+    )
+    if metric.num_unparsed:
+        told += f" {metric.num_unparsed:,} answers could not be read as any answer and count as wrong."
+    if others := [m.label for m in result.metrics if m not in own_metrics(result)]:
+        told += f" {' and '.join(others)} {'agrees' if len(others) == 1 else 'agree'} on every sample."
+    return told
+
+
 def _contents(results: Mapping[str, TaskResult], studies: Sequence[Study]) -> str:
     places = [(f"study-{study.name}", study.title) for study in studies] + [(_anchor(name), name) for name in results]
     return "<p class=note>" + " · ".join(f'<a href="#{place}">{_text(title)}</a>' for place, title in places) + "</p>"
 
 
-def _task(name: str, result: TaskResult, rows: Sequence[Row], blind: Mapping[str, Row], thumbnails: Path) -> str:
-    labels = [metric.label for metric in result.metrics]
-    pairs = [pair for pair, count in result.disagreements.items() if count]
-    tagged = [(row, _flags(row, labels, pairs)) for row in rows]
-    shown = sorted(tagged, key=lambda pair: not pair[1])[:LISTED] if len(tagged) > LISTED else tagged
-    counts = {key: sum(key in flags for _, flags in tagged) for key in ("wrong", "unparsed", "disagree", "error")}
-    anchor = _anchor(name)
-    buttons = "".join(
-        f"<button data-k={key} onclick=\"f('{anchor}','{key}')\">{word} ({counts[key]})</button>"
-        for key, word in (
-            ("wrong", "wrong"),
-            ("unparsed", "unparsed"),
-            ("disagree", "metrics disagree"),
-            ("error", "failed"),
-        )
-    )
-    notes = [result.protocol, *floor_note(result), *result.problems]
+def _task_head(name: str, result: TaskResult) -> list[str]:
+    notes = [*floor_note(result), *result.problems]
+    notes += [f"{metric.label}: {metric.protocol}" for metric in own_metrics(result)]
+    notes.append(result.protocol)
     if text := result.header.get("task", {}).get("note"):
         notes.append(text)
-    if len(shown) < len(tagged):
-        notes.append(f"{len(shown)} of {len(tagged)} samples are listed here; all are in {Path(result.path).name}")
-    lines = [f'<h2 id="{anchor}">{_text(name)}</h2>', *(f"<p class=note>{_text(note)}</p>" for note in notes)]
-    for position, pair in enumerate(pairs):
+    lines = [f'<h2 id="{_anchor(name)}">{_text(name)}</h2>', f"<p>{_text(sentence(result))}</p>"]
+    return [*lines, *(f"<p class=note>{_text(note)}</p>" for note in notes), _chart(name, result)]
+
+
+def _chart(name: str, result: TaskResult) -> str:
+    """The headline by category, with intervals; nothing where the task has no categories."""
+    if not result.categories:
+        return ""
+    shown = sorted(result.categories[:_CATEGORIES], key=lambda one: -one.value)
+    metric = result.metrics[0]
+    bars = [Bar(one.name, one.value, one.low, one.high, one.num_samples) for one in shown]
+    try:
+        chart = interval_chart(bars, whole=metric.value, unit=metric.unit, label=f"{name}: {metric.label} by category")
+    except UnavailableError as error:
+        return f"<p class=note>{_text(error)}</p>"
+    left = len(result.categories) - len(shown)
+    return chart + (
+        f"<p class=note>The {len(shown)} largest categories; {left} more are in results.json.</p>" if left else ""
+    )
+
+
+def _all_samples(name: str, result: TaskResult, listed: Listing, thumbnails: Path) -> list[str]:
+    """Every sample under its buttons, for the report that is one file."""
+    anchor, labels = _anchor(name), [metric.label for metric in result.metrics]
+    buttons = "".join(
+        f"<button data-k={key} onclick=\"f('{anchor}','{key}')\">{word} ({listed.counts[key]})</button>"
+        for key, word in FILTERS.items()
+    )
+    lines = []
+    for position, pair in enumerate(disagreeing(result)):
         told = f"{pair.replace(' | ', ' and ')} disagree on {result.disagreements[pair]} samples"
         link = f"""<a class=f href="#{anchor}" onclick="f('{anchor}','d{position}')">{_text(told)}</a>"""
         lines.append(f"<p class=note>{link}</p>")
-    lines.append(
-        f'<div class=bar id="b-{anchor}">{buttons}<span class=note id="n-{anchor}">{len(shown)} shown</span></div>'
-    )
-    lines += [_sample(anchor, row, flags, labels, blind.get(row["id"]), thumbnails) for row, flags in shown]
-    return "\n".join(lines)
+    shown = f"{len(listed.rows)} shown"
+    lines.append(f'<div class=bar id="b-{anchor}">{buttons}<span class=note id="n-{anchor}">{shown}</span></div>')
+    show = embedded(thumbnails)
+    return lines + [
+        sample_html(anchor, row, flags, labels, listed.blind.get(row["id"]), show) for row, flags in listed.rows
+    ]
 
 
-def _flags(row: Row, labels: Sequence[str], pairs: Sequence[str]) -> list[str]:
-    """What a sample can be filtered by; ``d0``, ``d1`` …: the pairs of metrics that disagree on it."""
-    scores = row.get("scores", {})
-    headline = scores.get(labels[0])
-    flags = []
-    if headline is not None and "error" not in headline and (headline["value"] or 0) < 1:
-        flags.append("wrong")
-    if any(entry.get("value") is None and "error" not in entry for entry in scores.values()):
-        flags.append("unparsed")
-    if disagree(row, labels):
-        flags.append("disagree")
-        flags += [f"d{k}" for k, pair in enumerate(pairs) if disagree(row, pair.split(" | "))]
-    if row.get("error") or row.get("unusable"):
-        flags.append("error")
-    return flags
+def _filter_pages(name: str, result: TaskResult, listed: Listing, thumbnails: Path) -> Iterator[tuple[str, str]]:
+    """(file name, page) of the samples under each filter."""
+    labels, show = [metric.label for metric in result.metrics], linked(thumbnails, f"../{thumbnails.name}")
+    for key, word in FILTERS.items():
+        rows = listed.under(key)[:LISTED]
+        count = -(-len(rows) // PER_PAGE)
+        for number in range(count):
+            part = rows[number * PER_PAGE : (number + 1) * PER_PAGE]
+            others = [(k + 1, _page_name(name, key, k).partition("/")[2]) for k in range(count)]
+            doors = "".join(f'<a href="{_text(file)}">{k}</a>' for k, file in others if k != number + 1)
+            told = f"{listed.counts[key]:,} samples, {number * PER_PAGE + 1} to {number * PER_PAGE + len(part)} on this page"
+            if listed.counts[key] > len(rows):
+                told += f"; {len(rows):,} are listed, all are in {Path(result.path).name}"
+            lines = [*_head(f"{name}: {word}"), f"<p class=note>{_text(told)}</p>"]
+            lines.append(f'<p class=pages><a href="../report.html#{_anchor(name)}">report</a>{doors}</p>')
+            blind = (listed.blind.get(row["id"]) for row, _ in part)
+            lines += [sample_html("", row, flags, labels, said, show) for (row, flags), said in zip(part, blind)]
+            yield _page_name(name, key, number), "\n".join([*lines, "</html>\n"])
 
 
-def _sample(
-    anchor: str, row: Row, flags: Sequence[str], labels: Sequence[str], blind: Row | None, thumbnails: Path
-) -> str:
-    pictures = "".join(_image(thumbnails / f"{digest[:24]}.jpg") for digest in row["images"][:4])
-    if len(row["images"]) > 4:
-        pictures += f"<div class=none>and {len(row['images']) - 4} more</div>"
-    lines = [f"<div class=q>{_text(row['question'])}</div>"]
-    target = row["target"] if row["target"] is not None else "(none)"
-    lines.append(f"<div><span class=k>target</span> {_text(target)}</div>")
-    said = row.get("error") or row.get("unusable") or _shown(row["output"])
-    wrong = "w" if {"wrong", "error"} & set(flags) else "r"
-    lines.append(f'<div><span class=k>answer</span> <span class="p {wrong}">{_text(said)}</span></div>')
-    if blind is not None:
-        lines.append(
-            f"<div><span class=k>blind answer</span> <span class=p>{_text(_shown(blind['output']))}</span></div>"
-        )
-    for label in labels:
-        entry = row.get("scores", {}).get(label)
-        if entry is None:
-            continue
-        value = entry.get("error") or ("unparsed" if entry["value"] is None else f"{entry['value']:.3g}")
-        detail = (
-            ""
-            if "error" in entry
-            else f" · read as <code>{_text(entry['extracted']) or 'nothing'}</code> · {_text(entry['rule'])}"
-        )
-        lines.append(f"<div class=note>{_text(label)}: {_text(value)}{detail}</div>")
-    category = f" · {row['category']}" if row.get("category") else ""
-    lines.append(f"<div class=note>{_text(row['id'])}{_text(category)}</div>")
-    body = f"<div>{pictures}</div><div>{''.join(lines)}</div>"
-    return f'<div class=s data-t="{anchor}" data-f="{" ".join(flags)}">{body}</div>'
+def _doors(name: str, result: TaskResult, listed: Listing, pages: Mapping[str, str]) -> list[str]:
+    """Links to the pages of a task's samples."""
+    lines = []
+    for key, word in FILTERS.items():
+        there = [page for page in (_page_name(name, key, k) for k in range(LISTED // PER_PAGE)) if page in pages]
+        if there:
+            links = "".join(f'<a href="{_text(page)}">{k}</a>' for k, page in enumerate(there, 1))
+            lines.append(f"<p class=pages>{word} ({listed.counts[key]:,}): {links}</p>")
+    return [
+        *(f"<p class=note>{_text(pair.replace(' | ', ' and '))} disagree on {result.disagreements[pair]} samples</p>"
+          for pair in disagreeing(result)),
+        *lines,
+    ]  # fmt: skip
 
 
-def _image(path: Path) -> str:
-    if not path.is_file():
-        return "<div class=none>no small copy kept</div>"
-    return f'<img alt="" loading=lazy src="data:image/jpeg;base64,{base64.b64encode(path.read_bytes()).decode()}">'
-
-
-def _shown(text: str) -> str:
-    """A reply as it is, in quotes when white space at its ends would not be seen."""
-    return text if text and text == text.strip() else f"“{text}”"
+def _page_name(task: str, key: str, number: int) -> str:
+    return f"report/{_anchor(task)}.{key}.{number + 1:03d}.html"
 
 
 def _anchor(name: str) -> str:

@@ -39,6 +39,17 @@ class MetricResult:
     details: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class CategoryResult:
+    """The headline over the samples of one category, in display units."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    num_samples: int
+
+
 @dataclass
 class TaskResult:
     """One task: metrics in order (the first is the headline), what was counted, and where the predictions are."""
@@ -55,6 +66,8 @@ class TaskResult:
     header: dict[str, Any]
     disagreements: dict[str, int]
     facts: AnswerFacts = field(default_factory=AnswerFacts)
+    categories: list[CategoryResult] = field(default_factory=list)
+    """The headline by category, the largest first; empty where the task has none."""
     path: str = ""
     blind: TaskResult | None = None
     """Every picture blanked."""
@@ -202,6 +215,26 @@ def metric_result(metric: Metric, rows: Sequence[Row]) -> MetricResult:
     )  # fmt: skip
 
 
+def by_category(metric: Metric, rows: Sequence[Row]) -> list[CategoryResult]:
+    """The metric over each category's samples, the largest category first. A group of samples that are scored together (pairs,
+    circles) belongs to the category of its first."""
+    items, kept = scored_items(rows, metric)
+    places: dict[str, list[int]] = {}
+    of_group: dict[Any, str] = {}
+    for position, row in enumerate(kept):
+        name = row.get("category")
+        if name is None:
+            continue
+        if metric.group_key is not None and metric.group_key in row["meta"]:
+            name = of_group.setdefault(str(row["meta"][metric.group_key]), name)
+        places.setdefault(str(name), []).append(position)
+    found = []
+    for name, positions in sorted(places.items(), key=lambda place: (-len(place[1]), place[0])):
+        sure = estimate(metric, [items[k] for k in positions], [kept[k] for k in positions])
+        found.append(CategoryResult(name, sure.value, sure.low, sure.high, len(positions)))
+    return found if len(found) > 1 else []
+
+
 def disagreements(rows: Sequence[Row], labels: Sequence[str]) -> dict[str, int]:
     """``"A | B" → number of samples`` that two metrics score differently, for every pair."""
     counts = {}
@@ -272,6 +305,7 @@ def summarise(
         header=dict(header),
         disagreements=disagreements(rows, [metric.label for metric in metrics]),
         facts=answer_facts(rows, header, metrics[0].label),
+        categories=by_category(metrics[0], rows),
         path=path,
     )
 

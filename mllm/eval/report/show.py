@@ -11,9 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from mllm.eval.predictions import read_predictions, write_atomic
-from mllm.eval.report.page import floor_note, html_page
+from mllm.eval.predictions import iterate_predictions, write_atomic
+from mllm.eval.report.page import floor_note, html_pages
 from mllm.eval.report.results import MetricResult, TaskResult
+from mllm.eval.report.samples import Listing, list_samples
 from mllm.eval.studies.compare import TaskComparison, compare_predictions
 from mllm.eval.studies.study import (
     Study,
@@ -37,19 +38,14 @@ def write_report(
     show: bool = True,
 ) -> dict[str, Path]:
     """Write ``report.md``, ``report.html`` and ``results.json`` into ``folder`` and print the table. Returns their
-    paths. Studies whose files lie in the folder (ablation, stress test, contamination) become chapters."""
+    paths. Studies whose files lie in the folder (ablation, stress test, contamination) become chapters. With many samples they
+    stand on pages of their own below ``report/``."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / name for name in ("report.md", "report.html", "results.json")}
     studies = load_studies(folder)
     write_atomic(paths["report.md"], markdown(results, batch_differences, studies))
-    rows = {name: read_predictions(Path(result.path)) for name, result in results.items()}
-    blind = {
-        name: {row["id"]: row for row in read_predictions(Path(result.blind.path))}
-        for name, result in results.items()
-        if result.blind is not None
-    }
-    write_atomic(paths["report.html"], html_page(results, rows, blind, folder / "thumbnails", studies))
+    _write_pages(results, folder, studies)
     write_atomic(
         paths["results.json"],
         json.dumps(plain_results(results, batch_differences), indent=2, ensure_ascii=False) + "\n",
@@ -57,6 +53,21 @@ def write_report(
     if show:
         print_results(results, batch_differences)
     return paths
+
+
+def _write_pages(results: Mapping[str, TaskResult], folder: Path, studies: Sequence[Study]) -> None:
+    """``report.html``, and pages below ``report/`` where there are many samples; pages of an earlier report go."""
+
+    def listing(name: str) -> Listing:
+        result = results[name]
+        blind = [] if result.blind is None else iterate_predictions(Path(result.blind.path))
+        return list_samples(result, iterate_predictions(Path(result.path)), blind, folder / "thumbnails")
+
+    for path in (folder / "report").glob("*.html"):
+        path.unlink()
+    for name, page in html_pages(results, listing, folder / "thumbnails", studies):
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_atomic(folder / name, page)
 
 
 def plain_results(

@@ -130,16 +130,18 @@ def _scores(results: Mapping[str, Mapping[str, TaskResult]], shared: Sequence[st
                     *cost,
                 )
             )
-    headings = ("task", "run", "rule", "score", "95 %", "n", "unparsed", "tokens", "ms")
-    return Table("Scores (tokens and milliseconds per answer)", headings, rows, 3)
+    headings = ("task", "run", "rule", "score", "95 %", "n", "unparsed", "tokens", "ms", "declined %", "ECE %")
+    return Table("Scores (tokens and milliseconds per answer; ECE: calibration error)", headings, rows, 3)
 
 
-def _cost(result: TaskResult) -> tuple[str, str]:
-    rows = read_predictions(Path(result.path))
-    tokens = [row.get("num_tokens") or 0 for row in rows]
-    seconds = result.header.get("seconds")
-    each = number(1000 * seconds / len(rows), 0) if seconds and rows else "–"
-    return (number(sum(tokens) / len(rows), 1) if rows and any(tokens) else "–"), each
+def _cost(result: TaskResult) -> tuple[str, ...]:
+    facts = result.facts
+    told = (facts.tokens, 1), (facts.milliseconds, 0)
+    shares = (facts.refused, 1), (facts.calibration_error, 1)
+    return (
+        *("–" if value is None else number(value, digits) for value, digits in told),
+        *("–" if share is None else number(100 * share, digits) for share, digits in shares),
+    )
 
 
 def _pairs(comparisons: Sequence[tuple[str, str, TaskComparison]]) -> Table:
