@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from mllm.errors import AlignmentError, DataError, MissingFile, blamed_on
 from mllm.processing.codes import read_codes
 from mllm.processing.frames import VideoSpec
 from mllm.processing.images import load_image
+from mllm.processing.protocol import Processor, TextTokenizer
 from mllm.processing.videos import frames_of, visual_hash
 from mllm.types import IMAGE_MARK, Sample, Video
 
@@ -146,7 +147,7 @@ class _Row(NamedTuple):
 
 def check(
     dataset: DatasetSpec | Source | str | Path,
-    processor: Any = None,
+    processor: Processor | TextTokenizer | None = None,
     *,
     max_length: int | None = None,
     processes: int = 1,
@@ -232,12 +233,12 @@ def load_counter(checkpoint: str) -> Any:
         raise DataError(f"{checkpoint}: no processor or tokenizer loads from there ({error})") from error
 
 
-def tokens_of(sample: Sample, processor: Any) -> int:
+def tokens_of(sample: Sample, processor: Processor | TextTokenizer) -> int:
     """Tokens of a sample: as the model gets them with an `mllm` processor; the turns' text alone with a tokenizer."""
     if hasattr(processor, "image_layouts"):
         from mllm.processing.chat import count_tokens
 
-        return count_tokens(processor, sample, where=f"sample {sample.id!r}")
+        return count_tokens(cast("Processor", processor), sample, where=f"sample {sample.id!r}")
     return sum(len(processor(turn.content.replace(IMAGE_MARK, ""))["input_ids"]) for turn in sample.turns)
 
 
@@ -251,11 +252,13 @@ def _spec(dataset: DatasetSpec | str | Path) -> DatasetSpec:
     return dataset if isinstance(dataset, DatasetSpec) else load_dataset(str(dataset))
 
 
-def _check_rows(source: Source, processor: Any, max_length: int | None, rows: range) -> list[_Row]:
+def _check_rows(
+    source: Source, processor: Processor | TextTokenizer | None, max_length: int | None, rows: range
+) -> list[_Row]:
     return [_check_row(source, processor, max_length, row) for row in rows]
 
 
-def _check_row(source: Source, processor: Any, max_length: int | None, row: int) -> _Row:
+def _check_row(source: Source, processor: Processor | TextTokenizer | None, max_length: int | None, row: int) -> _Row:
     def bad(kind: str, reason: str, identity: str = str(row), **more: Any) -> _Row:
         return _Row(row, identity, Entry(row, identity, kind, reason, **more), b"", 0, 0)
 
@@ -289,7 +292,7 @@ def _check_row(source: Source, processor: Any, max_length: int | None, row: int)
             with blamed_on(where):
                 length = tokens_of(sample, processor)
                 if max_length is not None and length > max_length and hasattr(processor, "image_layouts"):
-                    problem = _cut(sample, processor, max_length, where)
+                    problem = _cut(sample, cast("Processor", processor), max_length, where)
                     if problem is not None:
                         return bad(*problem, sample.id)._replace(num_images=count)
         except (DataError, AlignmentError) as error:
@@ -297,7 +300,7 @@ def _check_row(source: Source, processor: Any, max_length: int | None, row: int)
     return _Row(row, sample.id, None, digest.digest(), count, length)
 
 
-def _watch(video: Video, processor: Any, where: str) -> None:
+def _watch(video: Video, processor: Processor | TextTokenizer | None, where: str) -> None:
     """Decode the frames that a model sees; without one, some of the whole."""
     rules = getattr(processor, "rules", None)
     seen = frames_of(video, getattr(rules, "video", None) or VideoSpec(frames=8), where=where)
@@ -305,7 +308,7 @@ def _watch(video: Video, processor: Any, where: str) -> None:
         pass
 
 
-def _cut(sample: Sample, processor: Any, max_length: int, where: str) -> tuple[str, str] | None:
+def _cut(sample: Sample, processor: Processor, max_length: int, where: str) -> tuple[str, str] | None:
     from mllm.processing.chat import IGNORE, encode_text, split_images
     from mllm.processing.layout import before_cut, visual_spans
 

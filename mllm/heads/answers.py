@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm.heads.base import MultimodalModel
 from mllm.processing.chat import encode_pixels, render_prompt
 from mllm.processing.layout import IMAGE_SIZES, expand
+from mllm.processing.protocol import Processor
 from mllm.types import IMAGE_MARK, Turn
 
 
@@ -33,7 +35,11 @@ class Answered:
 
 @torch.no_grad()
 def answer(
-    model: Any, processor: Any, pictures: Sequence[Any], questions: Sequence[str], options: dict[str, Any]
+    model: MultimodalModel,
+    processor: Processor,
+    pictures: Sequence[Any],
+    questions: Sequence[str],
+    options: dict[str, Any],
 ) -> Answered:
     """One question about each picture, answered by ``generate``; the encoders run once. options: as ``generate`` takes them."""
     rows = []

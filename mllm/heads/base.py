@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from mllm.config import StrictModel
+from mllm.errors import ConfigError
 from mllm.types import EncoderInfo, VisionFeatures
+from mllm.visual_tokenizers.base import VisualTokenizer
+from mllm.visual_tokenizers.grammar import ImageGrammar
 
 
 class HeadConfig(StrictModel):
@@ -27,9 +31,15 @@ class HeadParts:
 
     width: int
     encoders: Mapping[str, EncoderInfo] = field(default_factory=dict)
-    tokenizer: Any = None
+    tokenizer: VisualTokenizer | None = None
     tokenize: Callable[[str], list[int]] | None = None
     """Text → the language model's ids; None before there is a text tokenizer."""
+
+    def drawn_with(self, head: str) -> VisualTokenizer:
+        """The visual tokenizer of a head that draws. head: its type, for the message. Raises `ConfigError` where the model has none."""
+        if self.tokenizer is None:
+            raise ConfigError(f"a {head} head draws, and the model has no visual_tokenizer to draw with")
+        return self.tokenizer
 
 
 @dataclass
@@ -77,12 +87,62 @@ class HeadModel(Protocol):
     """What a head may use of the model it belongs to."""
 
     config: Any
-    model: Any
+    heads: Any
+    lm_head: Any
     training: bool
+
+    @property
+    def model(self) -> Any:
+        """Encoders, router, connector and decoder, without the language-model head."""
+        ...
 
     def token_loss(self, hidden: Tensor, labels: Tensor, num_items: Any = None) -> Tensor:
         """Cross-entropy of the language model's own head, as it trains on words."""
         ...
+
+    # Where one of its heads draws:
+
+    @property
+    def visual_head(self) -> Any: ...
+
+    @property
+    def visual_config(self) -> Any: ...
+
+    @property
+    def image_tokenizer(self) -> VisualTokenizer: ...
+
+    @property
+    def code_offsets(self) -> Tensor: ...
+
+    def is_visual(self, input_ids: Tensor) -> Tensor: ...
+
+
+class MultimodalModel(HeadModel, Protocol):
+    """`MllmForConditionalGeneration` as its own parts see it: what routing, generation and drawing use of the class that holds them."""
+
+    last_routing: Any
+    generation_config: Any
+
+    @property
+    def name_or_path(self) -> str | None: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def grammar(self) -> ImageGrammar: ...
+
+    def compute_logits(self, hidden: Tensor) -> Tensor: ...
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def generate_text(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def get_decoder(self) -> nn.Module: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def eval(self) -> Any: ...
 
 
 class Head(nn.Module):

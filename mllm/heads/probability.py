@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from mllm.errors import ConfigError
 from mllm.heads import HEADS
 from mllm.heads.answers import answer
-from mllm.heads.base import Head, HeadConfig, HeadLoss, HeadParts, Reading, Step
+from mllm.heads.base import Head, HeadConfig, HeadLoss, HeadParts, MultimodalModel, Reading, Step
+from mllm.processing.protocol import Processor
 
 IGNORE = -100
 
@@ -80,7 +81,7 @@ class ProbabilityHead(Head):
         phrase, words = class_tokens(parts.tokenize, config.phrase, config.words)
         return config.model_copy(update={"phrase_ids": phrase, "word_ids": words})
 
-    def lay(self, model: Any, step: Step, targets: Mapping[str, Tensor]) -> ClassPlaces | None:
+    def lay(self, model: MultimodalModel, step: Step, targets: Mapping[str, Tensor]) -> ClassPlaces | None:
         assert step.labels is not None and step.input_ids is not None
         return self.places(step.input_ids, step.labels)
 
@@ -96,12 +97,12 @@ class ProbabilityHead(Head):
         rows, columns, classes = words.nonzero(as_tuple=True)
         return ClassPlaces(rows, columns + length - 1, classes) if len(rows) else None
 
-    def scores(self, model: Any, hidden: Tensor, places: ClassPlaces) -> Tensor:
+    def scores(self, model: MultimodalModel, hidden: Tensor, places: ClassPlaces) -> Tensor:
         """Logits ``(K, classes)`` fp32 at the places."""
         logits = model.compute_logits(hidden[places.rows, places.columns])
         return logits[:, self.config.word_ids].float()
 
-    def losses(self, model: Any, step: Step, laid: ClassPlaces, reading: Reading) -> HeadLoss:
+    def losses(self, model: MultimodalModel, step: Step, laid: ClassPlaces, reading: Reading) -> HeadLoss:
         scores = self.scores(model, reading.hidden, laid)
         loss = F.cross_entropy(scores / self.config.temperature, laid.classes)
         right = (scores.argmax(1) == laid.classes).float().mean()
@@ -128,7 +129,7 @@ class ProbabilityMixin:
     config: Any
     heads: Any
 
-    def probability(self, images: Any, question: str, *, processor: Any, **options: Any) -> Any:
+    def probability(self: MultimodalModel, images: Any, question: str, *, processor: Processor, **options: Any) -> Any:
         """Ask a question whose answer names a class, about a picture or each of a list.
 
         images: a picture or a list (paths, PIL, arrays, bytes); processor: the model's own; options: as `generate` takes them. Returns

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from mllm.errors import ConfigError
-from mllm.heads.base import Reading, Step
+from mllm.heads.base import HeadModel, Reading, Step
 
 TARGET = "target_"
 """Every argument of ``model(…)`` that teaches a head begins with it."""
 
 
-def lay_targets(model: Any, step: Step) -> None:
+def lay_targets(model: HeadModel, step: Step) -> None:
     """Take the targets out of ``step.inputs`` and let each head lay its own. Raises `ConfigError` for targets that no head of this
     model learns from."""
     given = {key: step.inputs.pop(key) for key in list(step.inputs) if key.startswith(TARGET)}
@@ -35,7 +33,7 @@ def lay_targets(model: Any, step: Step) -> None:
             )
 
 
-def head_losses(model: Any, step: Step, reading: Reading) -> tuple[Tensor | float, dict[str, Tensor] | None]:
+def head_losses(model: HeadModel, step: Step, reading: Reading) -> tuple[Tensor | float, dict[str, Tensor] | None]:
     """What the heads add to the loss, and ``<head>/<part>`` → value to report (None where nothing was to be answered)."""
     total: Tensor | float = 0.0
     report: dict[str, Tensor] = {}

@@ -29,6 +29,7 @@ from mllm.models.weight_files import refuse_gaps, some_names
 from mllm.processing.frames import video_spec
 from mllm.processing.image_processor import MllmImageProcessor
 from mllm.processing.processor import MllmProcessor
+from mllm.processing.protocol import TextTokenizer
 from mllm.processing.template import check_template, is_wrapped, read_template, unwrapped
 from mllm.processing.turns import special_ids
 from mllm.processing.views import VIEWS
@@ -40,7 +41,9 @@ _log = logging.getLogger(__name__)
 VOCABULARY_MULTIPLE = 64
 
 
-def build_config(spec: ModelSpec, *, image_token_id: int | None = None, tokenizer: Any = None) -> MllmConfig:
+def build_config(
+    spec: ModelSpec, *, image_token_id: int | None = None, tokenizer: TextTokenizer | None = None
+) -> MllmConfig:
     """The model's whole config. Needs no weights and, where the recipe states the language model's config, no network.
     tokenizer: the text tokenizer, for the ids of the heads' tokens (added to it where they are missing).
 
@@ -103,7 +106,7 @@ def build_config(spec: ModelSpec, *, image_token_id: int | None = None, tokenize
     )
 
 
-def _views_with_ids(value: Any, tokenizer: Any, first_free: int) -> Any:
+def _views_with_ids(value: Any, tokenizer: TextTokenizer | None, first_free: int) -> Any:
     """The views' config with the ids of the vocabulary's tokens that it writes (added where they are missing; made up where
     there is no tokenizer yet)."""
     if value is None:
@@ -159,7 +162,7 @@ def text_config(spec: LanguageModelSpec) -> Any:
     return config.get_text_config()
 
 
-def build_processor(spec: ModelSpec, config: MllmConfig, tokenizer: Any) -> MllmProcessor:
+def build_processor(spec: ModelSpec, config: MllmConfig, tokenizer: TextTokenizer) -> MllmProcessor:
     """The processor of a model. Adds the image token to the tokenizer where it is missing."""
     add_image_token(tokenizer, spec.image_token)
     template = read_template(spec.chat_template) if spec.chat_template else tokenizer.chat_template
@@ -198,7 +201,7 @@ def build_processor(spec: ModelSpec, config: MllmConfig, tokenizer: Any) -> Mllm
     )
 
 
-def _tell_a_missing_start(spec: LanguageModelSpec, tokenizer: Any, template: str) -> None:
+def _tell_a_missing_start(spec: LanguageModelSpec, tokenizer: TextTokenizer, template: str) -> None:
     """Warn when the language model expects its BOS token before every text and the template does not write it."""
     source = spec.source or spec.tokenizer
     if source is None or not begins_every_text(source, tokenizer):
@@ -213,7 +216,7 @@ def _tell_a_missing_start(spec: LanguageModelSpec, tokenizer: Any, template: str
         )
 
 
-def add_tokens(tokenizer: Any, tokens: Mapping[str, bool]) -> None:
+def add_tokens(tokenizer: TextTokenizer, tokens: Mapping[str, bool]) -> None:
     """Give the tokenizer the tokens that it does not know. tokens: text → whether it is special, and no part of decoded answers."""
     known = tokenizer.get_vocab()
     for token, special in tokens.items():
@@ -221,7 +224,7 @@ def add_tokens(tokenizer: Any, tokens: Mapping[str, bool]) -> None:
             tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)], special_tokens=special)
 
 
-def add_image_token(tokenizer: Any, token: str) -> None:
+def add_image_token(tokenizer: TextTokenizer, token: str) -> None:
     """Make ``token`` a special token of the tokenizer, where it is none."""
     if tokenizer.get_vocab().get(token) not in special_ids(tokenizer):
         tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
@@ -282,7 +285,7 @@ def build_model(
     return model, processor
 
 
-def config_and_processor(spec: ModelSpec, tokenizer: Any) -> tuple[MllmConfig, MllmProcessor]:
+def config_and_processor(spec: ModelSpec, tokenizer: TextTokenizer) -> tuple[MllmConfig, MllmProcessor]:
     """A model's config and processor. The tokenizer gets the tokens that the model needs, and the config says which ids are
     new to the language model's source."""
     before = len(tokenizer)
@@ -295,7 +298,7 @@ def config_and_processor(spec: ModelSpec, tokenizer: Any) -> tuple[MllmConfig, M
     return config, processor
 
 
-def added_ids(before: int, tokenizer: Any, vocabulary: int) -> list[int]:
+def added_ids(before: int, tokenizer: TextTokenizer, vocabulary: int) -> list[int]:
     """First and one past the last id of tokens that a language model with ``vocabulary`` rows never read. before: tokens that the
     tokenizer had; where it has more than the model, those are new too."""
     return [min(before, vocabulary), len(tokenizer)]

@@ -15,6 +15,7 @@ from mllm.errors import DataError
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.processing.chat import render_prompt, routing_inputs
 from mllm.processing.images import load_image
+from mllm.processing.protocol import Processor
 from mllm.types import IMAGE_MARK, Turn, Video
 
 MAX_DOWNLOAD = 32 * 2**20
@@ -43,7 +44,7 @@ def fetch(address: str) -> bytes:
 class ChatSession:
     """A conversation with one model; keeps turns and pictures."""
 
-    def __init__(self, model: Any, processor: Any):
+    def __init__(self, model: MllmForConditionalGeneration, processor: Processor):
         self.model, self.processor = model.eval(), processor
         self.reset()
 
@@ -96,7 +97,7 @@ class ChatSession:
         self.turns.append(Turn("user", f"{marks}\n{question}" if marks else question))
         self.images += self._pending
         self._pending = []
-        inputs = self.processor(
+        inputs: Any = self.processor(
             text=[render_prompt(self.processor, self.turns)],
             images=[self.images] if self.images else None,
             return_tensors="pt",
@@ -105,8 +106,11 @@ class ChatSession:
         )
         inputs.update(routing_inputs(self.processor, self.turns, len(self.images)))
         inputs = inputs.to(self.model.device)
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        tokenizer: Any = self.processor.tokenizer
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        sampling: dict[str, Any] = (
+            {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        )
         failure: list[BaseException] = []
 
         def run() -> None:

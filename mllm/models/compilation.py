@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
+
+from mllm.heads.base import MultimodalModel
 
 
 def repeated_layers(module: nn.Module) -> list[nn.Module]:
@@ -29,7 +29,9 @@ def repeated_layers(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def compile_layers(model: Any, *, language_model: bool = True, encoders: bool = True, fixed_length: bool = True) -> int:
+def compile_layers(
+    model: MultimodalModel, *, language_model: bool = True, encoders: bool = True, fixed_length: bool = True
+) -> int:
     """Compile every repeated layer of the language model and the encoders in place; returns how many.
 
     fixed_length: every batch has the same rows and tokens (packing), so the language model is compiled for that shape

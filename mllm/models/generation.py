@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import GenerationMixin, SuppressTokensLogitsProcessor
 
 from mllm.errors import AlignmentError, ConfigError
+from mllm.heads.base import MultimodalModel
 from mllm.models.routing import check_choices, encode_for_generation
 from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES, visuals_of_rows
 from mllm.processing.pixel_keys import PRIMARY_PIXELS
@@ -44,7 +45,8 @@ class MultimodalGenerationMixin(GenerationMixin):
 
         The placeholder of images that are read is never generated. Raises `AlignmentError` for a prompt that ends in padding,
         `ConfigError` for ways to generate that would not see the images."""
-        refuse_right_padding(self, inputs if inputs is not None else kwargs.get("input_ids"), kwargs)
+        whole = cast("MultimodalModel", self)
+        refuse_right_padding(whole, inputs if inputs is not None else kwargs.get("input_ids"), kwargs)
         self._refuse_blind_decoding(args, kwargs)
         tower = self.model.vision_tower
         pool = tower.experts if tower is not None else ()
@@ -53,7 +55,7 @@ class MultimodalGenerationMixin(GenerationMixin):
         pixels = kwargs.get(PRIMARY_PIXELS)
         if pool and pixels is not None and len(pixels) and kwargs.get("image_features") is None:
             kwargs, self.last_routing = encode_for_generation(
-                self,
+                whole,
                 kwargs,
                 experts=experts,
                 expert_budget=expert_budget,
@@ -187,7 +189,7 @@ class MultimodalGenerationMixin(GenerationMixin):
         }
 
 
-def refuse_right_padding(model: Any, input_ids: Tensor | None, given: Any) -> None:
+def refuse_right_padding(model: MultimodalModel, input_ids: Tensor | None, given: Any) -> None:
     """Raises `AlignmentError` when a row of the prompt ends in padding: its answer would continue the padding.
 
     input_ids ``(B, T)``; given: the call's arguments; without an attention mask, a padding id that ends no text tells."""

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from mllm.errors import AlignmentError, ConfigError
+from mllm.heads.base import MultimodalModel
 from mllm.processing.chat import render_prompt
 from mllm.processing.layout import IMAGE_SIZES
+from mllm.processing.protocol import TextTokenizer
 from mllm.routers.fixed import fixed_weights_of
 from mllm.routers.language_model import RoutingAnswer, pool_routing_tokens
 from mllm.types import IMAGE_MARK, Grid, Routing, Turn, ViewLayout
@@ -73,7 +75,7 @@ def routing_records(
 
 
 def routing_loss_of_step(
-    model: Any, routing: Routing, targets: Tensor | None, labels: Tensor, num_items: Tensor | float | None
+    model: MultimodalModel, routing: Routing, targets: Tensor | None, labels: Tensor, num_items: Tensor | float | None
 ) -> Tensor:
     """The router's own losses and, with ``targets`` ``(B, E)``, its supervised loss, as a part of one optimizer step.
 
@@ -92,7 +94,7 @@ def routing_loss_of_step(
     return total * (labels[:, 1:].ne(-100).sum().to(total) / num_items)
 
 
-def ask_gate(model: Any, pixels: Mapping[str, Tensor], questions: Tensor | None) -> Routing:
+def ask_gate(model: MultimodalModel, pixels: Mapping[str, Tensor], questions: Tensor | None) -> Routing:
     """The router's choice for B images from the always-on encoders and the questions alone: no expert and no language model
     runs, and the experts' pixels are not needed."""
     bank = model.model.vision_tower
@@ -118,13 +120,13 @@ def check_choices(pool: Sequence[str], experts: Any, budget: int | None, thresho
 
 @torch.no_grad()
 def encode_for_generation(
-    model: Any,
+    model: MultimodalModel,
     inputs: dict[str, Any],
     *,
     experts: Any = None,
     expert_budget: int | None = None,
     expert_threshold: float | None = None,
-    tokenizer: Any = None,
+    tokenizer: TextTokenizer | None = None,
 ) -> tuple[dict[str, Any], Routing]:
     """Route and encode the images of ``generate``'s inputs once, whatever the number of beams and steps.
 
@@ -184,7 +186,10 @@ def short_image(tokens: Tensor, layout: ViewLayout, grid: Grid) -> Tensor:
 
 
 def encode_short(
-    model: Any, pixels: Mapping[str, Tensor], questions: Tensor | None = None, base: Mapping[str, Any] | None = None
+    model: MultimodalModel,
+    pixels: Mapping[str, Tensor],
+    questions: Tensor | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Visual tokens of the routing pass: no expert runs, the image is short. Gradients pass."""
     body = model.model
@@ -199,7 +204,12 @@ def encode_short(
 
 
 def routing_text(
-    tokenizer: Any, router: Any, question: str, image_token: str, num_tokens: int, answer: str | None = None
+    tokenizer: TextTokenizer,
+    router: Any,
+    question: str,
+    image_token: str,
+    num_tokens: int,
+    answer: str | None = None,
 ) -> str:
     """The routing request as the model reads it: chat template, short image, pool and question; with ``answer``, the whole
     conversation to learn from."""
@@ -213,13 +223,17 @@ def routing_text(
 class _Template:
     """What `render_prompt` needs of a processor, from a tokenizer that carries the chat template."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: TextTokenizer):
         self.tokenizer, self.chat_template = tokenizer, tokenizer.chat_template
 
 
 @torch.no_grad()
 def ask_language_model(
-    model: Any, pixels: Mapping[str, Tensor], base: Mapping[str, Any], questions: Tensor | None, tokenizer: Any
+    model: MultimodalModel,
+    pixels: Mapping[str, Tensor],
+    base: Mapping[str, Any],
+    questions: Tensor | None,
+    tokenizer: TextTokenizer | None,
 ) -> tuple[Routing, list[RoutingAnswer]]:
     """First of two passes (MoVA, arXiv 2404.13046): the language model names experts by letter, seeing a short image of
     the always-on encoders' features ``base`` and the question.

@@ -5,14 +5,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, GenerationConfig
 
 from mllm.processing.chat import turn_ends
+from mllm.processing.protocol import Processor
+
+if TYPE_CHECKING:
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
 
 
-def set_stops(model: Any, processor: Any, *, source: str | None = None, revision: str | None = None) -> None:
+def set_stops(
+    model: MllmForConditionalGeneration, processor: Processor, *, source: str | None = None, revision: str | None = None
+) -> None:
     """Let generation stop at what the language model's own ``generation_config`` stops at, at the tokenizer's EOS, and at every
     token by which the chat template ends an assistant's turn. source: folder or hub id of the language model."""
     tokenizer, generation = processor.tokenizer, model.generation_config

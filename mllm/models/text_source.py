@@ -10,6 +10,7 @@ from mllm.damage import damage_of
 from mllm.errors import CheckpointError, UnavailableError
 from mllm.install import install_hint
 from mllm.parts.get import is_part, part_folder
+from mllm.processing.protocol import TextTokenizer
 
 SUFFIX = ".gguf"
 
@@ -56,7 +57,7 @@ def dense_options(source: str) -> dict[str, Any]:
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
-def begins_every_text(source: str, tokenizer: Any) -> bool:
+def begins_every_text(source: str, tokenizer: TextTokenizer) -> bool:
     """Whether the model was trained with its BOS token before every text: what the tokenizer does by itself, or what a GGUF file
     says, whose tokenizer transformers builds without it (Gemma's answers are noise then)."""
     if tokenizer.bos_token_id is None:

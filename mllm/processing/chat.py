@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from mllm.errors import AlignmentError, ConfigError, DataError
 from mllm.processing.layout import before_cut, expand, visual_spans
+from mllm.processing.protocol import Processor, Templated, TextProcessor
 from mllm.processing.questions import pad_questions, question_text
 from mllm.processing.template import messages_of
 from mllm.processing.turns import IGNORE, added_texts, find_replies, label_text, renderer, special_ids
@@ -50,14 +51,14 @@ class EncodedSample:
 
 
 def render_prompt(
-    processor: Any, turns: Sequence[Turn], *, tools: Any = None, add_generation_prompt: bool = True
+    processor: Templated, turns: Sequence[Turn], *, tools: Any = None, add_generation_prompt: bool = True
 ) -> str:
     """The conversation as the model reads it, one placeholder per image."""
     return renderer(processor, tools)(messages_of(turns, IMAGE_MARK), add_generation_prompt)
 
 
 def encode_text(
-    processor: Any,
+    processor: TextProcessor,
     turns: Sequence[Turn],
     *,
     tools: Any = None,
@@ -108,14 +109,14 @@ def encode_text(
     return span.insert(longer, labels, (repeats.cumsum(0) - 1)[drawn].tolist())
 
 
-def count_tokens(processor: Any, sample: Sample, *, where: str) -> int:
+def count_tokens(processor: TextProcessor, sample: Sample, *, where: str) -> int:
     """Tokens of a sample, visual ones included; of its images at most the headers are read."""
     drawn = getattr(processor, "span", None) is not None
     layouts = processor.image_layouts(split_images(sample.turns, sample.images, drawn=drawn)[0], where=where)
     return len(encode_text(processor, sample.turns, tools=sample.meta.get("tools"), where=where, layouts=layouts)[0])
 
 
-def turn_ends(processor: Any) -> list[int]:
+def turn_ends(processor: TextProcessor) -> list[int]:
     """Ids of the tokens by which the chat template ends what the assistant says, mid-way, at the end and after a tool call.
     A template that ends turns with plain text has none."""
     tokenizer = processor.tokenizer
@@ -138,15 +139,18 @@ def turn_ends(processor: Any) -> list[int]:
     return found
 
 
-def encode_sample(processor: Any, sample: Sample, max_length: int | None = None) -> EncodedSample:
+def encode_sample(processor: TextProcessor, sample: Sample, max_length: int | None = None) -> EncodedSample:
     """A sample as tensors: ids, labels, every encoder's pixels.
 
     Too long: trailing turns, then trailing text, are dropped, never part of an image span, and at least one label must stay;
     otherwise `DataError` (set aside). Wrong image counts raise `AlignmentError`. Both name the sample. ``meta["experts"]`` fixes
     the sample's routing, as ``experts`` of the processor does. A processor with an ``encode_sample`` of its own is asked.
     """
-    if hasattr(processor, "encode_sample"):
-        return processor.encode_sample(sample, max_length)
+    own = getattr(processor, "encode_sample", None)
+    return _encode(cast("Processor", processor), sample, max_length) if own is None else own(sample, max_length)
+
+
+def _encode(processor: Processor, sample: Sample, max_length: int | None) -> EncodedSample:
     where = f"sample {sample.id!r}" + (f" of {sample.dataset}" if sample.dataset else "")
     marks = sum(turn.content.count(IMAGE_MARK) for turn in sample.turns)
     if marks != len(sample.images):
@@ -185,7 +189,9 @@ def encode_sample(processor: Any, sample: Sample, max_length: int | None = None)
     return encoded
 
 
-def masks_of(processor: Any, sample: Sample, pictures: Sequence[Any], labels: Tensor, *, where: str) -> Tensor | None:
+def masks_of(
+    processor: Processor, sample: Sample, pictures: Sequence[Any], labels: Tensor, *, where: str
+) -> Tensor | None:
     """The masks of a sample whose tokens are learned, uint8 ``(K, rows, columns)``; None where there are none. pictures: those that are
     read; labels ``(T,)``: after the text was cut, whose masks go with it. Raises `DataError` for masks that do not fit."""
     from mllm.processing.segments import encode_masks, share_masks
@@ -219,28 +225,25 @@ def split_images(turns: Sequence[Turn], images: Sequence[Any], *, drawn: bool) -
     )
 
 
-def encode_targets(processor: Any, images: Sequence[Any], *, where: str) -> Tensor:
+def encode_targets(processor: Processor, images: Sequence[Any], *, where: str) -> Tensor:
     """Images to draw: pixels ``(K, 3, H, W)`` as the visual tokenizer takes them, or codes ``(K, S)`` where the images
     are given by stored codes. Raises `DataError` naming the sample."""
     from mllm.processing.codes import read_codes
     from mllm.processing.image_processor import stack_images
     from mllm.processing.images import load_image, to_pixels_multi
 
-    settings, rows = (
-        getattr(processor, "processor", processor).image_processor,
-        [],
-    )  # a feature cache wraps the processor
+    span, rows = processor.span, []
+    assert span is not None  # only asked where something is drawn
+    settings = getattr(processor, "processor", processor).image_processor  # a feature cache wraps the processor
     try:
         for position, image in enumerate(images):
             name = f"image {position}"
             codes = read_codes(image, where=name, source=getattr(settings, "code_source", None))
             if codes is None:
                 picture = load_image(image, where=name, max_pixels=settings.max_pixels)
-                codes = to_pixels_multi(picture, {"": processor.span.image}, resampler=settings.resampler)[""]
-            elif len(codes) != processor.span.num_codes:
-                raise DataError(
-                    f"{name} has {len(codes)} codes, the model's tokenizer writes {processor.span.num_codes}"
-                )
+                codes = to_pixels_multi(picture, {"": span.image}, resampler=settings.resampler)[""]
+            elif len(codes) != span.num_codes:
+                raise DataError(f"{name} has {len(codes)} codes, the model's tokenizer writes {span.num_codes}")
             rows.append(codes)
         return stack_images(rows)
     except (DataError, ConfigError) as error:
@@ -248,7 +251,7 @@ def encode_targets(processor: Any, images: Sequence[Any], *, where: str) -> Tens
 
 
 def encode_pixels(
-    processor: Any, images: Sequence[Any], *, where: str, **options: Any
+    processor: Processor, images: Sequence[Any], *, where: str, **options: Any
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Pixels by batch key, and other per-image tensors. Raises `DataError` naming the sample."""
     try:
@@ -258,7 +261,7 @@ def encode_pixels(
     return processor.pixel_keys.split(data)
 
 
-def routing_inputs(processor: Any, turns: Sequence[Turn], num_images: int) -> dict[str, Tensor]:
+def routing_inputs(processor: Processor, turns: Sequence[Turn], num_images: int) -> dict[str, Tensor]:
     """``router_input_ids`` ``(num_images, T)``, padded with -1: for each image, the user turn that holds it. Empty when the
     model routes nothing."""
     if not processor.image_processor.experts or not num_images:
@@ -273,7 +276,7 @@ def routing_inputs(processor: Any, turns: Sequence[Turn], num_images: int) -> di
 
 
 def _shorten(
-    processor: Any, ids: Tensor, labels: Tensor, max_length: int, where: str, spans: Sequence[tuple[int, int]]
+    processor: Processor, ids: Tensor, labels: Tensor, max_length: int, where: str, spans: Sequence[tuple[int, int]]
 ) -> tuple[Tensor, Tensor]:
     """Cut text at the end; if the cut falls into an image (``spans``), cut before it; some label must remain."""
     cut = before_cut(spans, max_length)

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mllm.errors import AlignmentError, ConfigError
+from mllm.processing.protocol import Processor
 from mllm.processing.template import VIDEO, template_variables, unwrapped
 from mllm.processing.turns import IGNORE, added_texts, find_replies, label_text
 
 
 def apply_template(
     base: Callable[..., Any],
-    processor: Any,
+    processor: Processor,
     conversation: Any,
     args: Sequence[Any],
     masks: bool,
@@ -41,7 +42,8 @@ def apply_template(
     talks = list(conversation) if batched else [conversation]
     rows = [_said(processor, talk, args, kwargs, read) for talk in talks]
     output = base(conversation, *args, **kwargs)
-    if any(int(time) >= 0 for row in output.get("video_times", ()) for time in row) and processor.rules.video.stamp:
+    stamps = processor.rules.video is not None and processor.rules.video.stamp
+    if any(int(time) >= 0 for row in output.get("video_times", ()) for time in row) and stamps:
         raise ConfigError(
             "return_assistant_tokens_mask does not go with text before a video's frames (model.video.stamp)"
         )
@@ -58,7 +60,7 @@ def apply_template(
 
 
 def _said(
-    processor: Any, messages: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any], read: Sequence[str]
+    processor: Processor, messages: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any], read: Sequence[str]
 ) -> list[tuple[int, bool]]:
     """(id, whether it is learned) of every text token."""
     tokenizer, tools = processor.tokenizer, kwargs.get("tools")
@@ -82,7 +84,7 @@ def _said(
     return [(number, learned) for number, learned in pairs if number != processor.image_token_id]
 
 
-def _spread(processor: Any, ids: list[int], real: list[int], text: list[tuple[int, bool]]) -> list[int]:
+def _spread(processor: Processor, ids: list[int], real: list[int], text: list[tuple[int, bool]]) -> list[int]:
     """The mask over tokens with images expanded and padding around: neither is said by the assistant."""
     says = [bool(r) and number != processor.image_token_id for number, r in zip(ids, real, strict=True)]
     learned = iter(flag for _, flag in text)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.errors import ConfigError, UnknownName
+from mllm.processing.protocol import Processor, TextTokenizer
 
 _FOLDER = Path(__file__).parent / "templates"
 _MARK = "{#- mllm: images and escapes -#}"
@@ -108,7 +109,7 @@ def with_images(
 
 
 def wrap(
-    tokenizer: Any,
+    tokenizer: TextTokenizer,
     template: str,
     image_token: str,
     options: Mapping[str, Any] | None = None,
@@ -145,7 +146,7 @@ def escape_tokens(text: str, tokens: Sequence[str]) -> str:
     return text
 
 
-def control_tokens(tokenizer: Any, template: str) -> list[str]:
+def control_tokens(tokenizer: TextTokenizer, template: str) -> list[str]:
     """Special tokens that the template writes around turns, BOS and EOS: what a user must not be able to type."""
     messages = [{"role": role, "content": "x"} for role in ("system", "user", "assistant", "user")]
     ids: set[int] = set()
@@ -184,7 +185,7 @@ def _literal(value: Any) -> str:
     return repr(value) if isinstance(value, str) else json.dumps(value).replace("null", "none")
 
 
-def check_template(tokenizer: Any, template: str) -> None:
+def check_template(tokenizer: TextTokenizer, template: str) -> None:
     """Raise `ConfigError` when a template drops what is said, or does not render at all."""
     said = ["mllm-user-probe", "mllm-assistant-probe", "mllm-second-probe"]
     messages = [{"role": r, "content": c} for r, c in zip(["user", "assistant", "user"], said)]
@@ -205,7 +206,7 @@ def check_template(tokenizer: Any, template: str) -> None:
         )
 
 
-def for_training(processor: Any, name: str) -> Any:
+def for_training(processor: Processor, name: str) -> Any:
     """A processor that shares everything with ``processor`` but renders with another template (shipped name or Jinja file):
     what one training stage reads. The model's ``template_options`` hold here too, as far as this template reads them. Raises
     `ConfigError` when what the assistant says gets lost."""
@@ -219,7 +220,7 @@ def for_training(processor: Any, name: str) -> Any:
     text = processor.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
     if probe not in text or text.count(processor.image_token) != 1:
         raise ConfigError(f"chat_template {name!r} drops images or what the assistant says; nothing could be learned")
-    other = copy.copy(processor)
+    other: Any = copy.copy(processor)
     other.chat_template = template
     return other
 

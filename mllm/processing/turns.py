@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mllm.errors import DataError
+from mllm.processing.protocol import Templated, TextProcessor, TextTokenizer
 from mllm.processing.template import escape_tokens, escapes_of, template_variables, unwrapped
 
 IGNORE = -100
@@ -34,14 +35,14 @@ class Reply:
     lead: str = ""
 
 
-def special_ids(tokenizer: Any) -> set[int]:
+def special_ids(tokenizer: TextTokenizer) -> set[int]:
     """Ids of control tokens. ``all_special_ids`` alone leaves out added tokens with ``special=True`` that have no name of
     their own (Phi-3's ``<|end|>``, Gemma's ``<end_of_turn>``)."""
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | set(tokenizer.all_special_ids)
 
 
-def renderer(processor: Any, tools: Any = None, **options: Any) -> Render:
+def renderer(processor: Templated, tools: Any = None, **options: Any) -> Render:
     """The processor's chat template as a function. options: variables of the template."""
     template = processor.chat_template
 
@@ -261,7 +262,12 @@ def _attempt(render: Render, messages: Sequence[Mapping[str, Any]], add_generati
 
 
 def label_text(
-    tokenizer: Any, text: str, replies: Sequence[Reply], learn: Sequence[bool], *, parts: bool = True
+    tokenizer: TextTokenizer,
+    text: str,
+    replies: Sequence[Reply],
+    learn: Sequence[bool],
+    *,
+    parts: bool = True,
 ) -> tuple[Tensor, Tensor, list[slice]]:
     """Ids ``(T,)``, labels ``(T,)`` and each reply's tokens. learn: for each reply; parts: where the answer would change the
     last tokens of its prompt, tokenise the text in parts, so that the prompt's tokens are those that `generate` is given."""
@@ -282,7 +288,7 @@ def label_text(
     return numbers, labels, places
 
 
-def _tokenise(tokenizer: Any, text: str, cuts: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
+def _tokenise(tokenizer: TextTokenizer, text: str, cuts: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
     """Ids and offsets of the text; cut in parts after those prompts whose last tokens would be others with the answer behind
     them (a token over the border; GPT-2's pattern, which reads a line break by what follows)."""
     encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
@@ -315,7 +321,7 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
-def template_notes(processor: Any, *, where: str = "chat template") -> list[str]:
+def template_notes(processor: TextProcessor, *, where: str = "chat template") -> list[str]:
     """What a user should know before training with this template: where generation is asked in another way than was trained,
     what is learned beside the answers, and whether anything ends a turn. [] where all is as expected."""
     notes = _notes(processor, {}, where)
@@ -331,7 +337,7 @@ class _Note:
     """Whether another value of a template's variable may help."""
 
 
-def _notes(processor: Any, options: Mapping[str, Any], where: str) -> list[_Note]:
+def _notes(processor: TextProcessor, options: Mapping[str, Any], where: str) -> list[_Note]:
     talk = [("user", "mllm-asks"), ("assistant", "mllm-says"), ("user", "mllm-asks-on"), ("assistant", "mllm-says-on")]
     messages = [{"role": role, "content": content} for role, content in talk]
     tokenizer, template = processor.tokenizer, processor.chat_template
@@ -371,12 +377,12 @@ def _notes(processor: Any, options: Mapping[str, Any], where: str) -> list[_Note
     return notes
 
 
-def _closing(tokenizer: Any, text: str, reply: Reply) -> bool:
+def _closing(tokenizer: TextTokenizer, text: str, reply: Reply) -> bool:
     ids = tokenizer(text[reply.begin : reply.end], add_special_tokens=False)["input_ids"]
     return bool(ids) and (ids[-1] in special_ids(tokenizer) or ids[-1] in tokenizer.added_tokens_decoder)
 
 
-def _cure(processor: Any, problems: int, where: str) -> str:
+def _cure(processor: TextProcessor, problems: int, where: str) -> str:
     """The setting of one of the template's variables that leaves fewer things to note."""
     for name in template_variables(unwrapped(processor.chat_template)):
         for value in (False, True):
@@ -393,6 +399,6 @@ def _tail(text: str) -> str:
     return repr("…" + text[-40:] if len(text) > 40 else text)
 
 
-def added_texts(tokenizer: Any) -> list[str]:
+def added_texts(tokenizer: TextTokenizer) -> list[str]:
     """Texts of the tokenizer's added tokens."""
     return [token.content for token in tokenizer.added_tokens_decoder.values()]

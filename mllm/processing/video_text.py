@@ -8,6 +8,7 @@ from typing import Any
 
 from mllm.errors import AlignmentError, ConfigError
 from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES, LayoutRules
+from mllm.processing.protocol import Processor
 from mllm.processing.template import VIDEO
 from mllm.types import Video, VisualLayout
 
@@ -79,17 +80,16 @@ def layout_in_call(rules: LayoutRules, inputs: Any, number: int) -> VisualLayout
     return rules.layout() if sizes is None else rules.layouts([sizes[number]])[0]
 
 
-def stamped(processor: Any, inputs: Any, number: int) -> VisualLayout | None:
+def stamped(processor: Processor, inputs: Any, number: int) -> VisualLayout | None:
     """The tokens of visual ``number`` with the text before its frames; None for a picture."""
     times = [int(time) for time in inputs[VIDEO_TIMES][number] if int(time) >= 0]
-    if not times:
+    video = processor.rules.video
+    if not times or video is None:
         return None
-    return processor.rules.video_layout(
-        len(times), [processor.write(text) for text in processor.rules.video.stamps(times)]
-    )
+    return processor.rules.video_layout(len(times), [processor.write(text) for text in video.stamps(times)])
 
 
-def write_stamps(processor: Any, batch: Any) -> None:
+def write_stamps(processor: Processor, batch: Any) -> None:
     """Put the tokens of the text before frames into ``input_ids``, where room was left for them: tokenised by itself, as in
     training, and not together with what stands beside it."""
     spec = processor.rules.video

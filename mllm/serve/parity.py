@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from PIL import Image
 
 from mllm.damage import opening
 from mllm.errors import ConfigError, UnavailableError
+from mllm.processing.protocol import Processor
 from mllm.serve.traces import (
     Case,
     Trace,
@@ -26,6 +27,9 @@ from mllm.serve.traces import (
     vllm_pixels,
 )
 from mllm.types import IMAGE_MARK, Turn
+
+if TYPE_CHECKING:
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
 
 
 @dataclass
@@ -130,7 +134,7 @@ def compare(
     return differences
 
 
-def check_encoders_matter(model: Any, processor: Any, case: Case) -> dict[str, float]:
+def check_encoders_matter(model: MllmForConditionalGeneration, processor: Processor, case: Case) -> dict[str, float]:
     """Encoder → largest change of a logit when that encoder's pixels (only) are another picture's. A parity check
     says nothing about an encoder whose value here is zero."""
     _, inputs = model_inputs(processor, replace(case, experts=processor.image_processor.experts or None))

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,11 +16,15 @@ from mllm.heads.codes.settings import vllm_options
 from mllm.install import install_hint
 from mllm.models.routing import ANSWER_TOKENS
 from mllm.processing.chat import encode_text, render_prompt, routing_inputs
+from mllm.processing.protocol import Processor
 from mllm.processing.questions import question_text
 from mllm.processing.template import messages_of
 from mllm.routers.build import build_router
 from mllm.serve.memory import engine_memory, need_of
 from mllm.types import IMAGE_MARK, Turn
+
+if TYPE_CHECKING:
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
 
 TOP = 5
 """Most likely tokens that are compared per position."""
@@ -60,7 +64,7 @@ def hash_pixels(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def model_inputs(processor: Any, case: Case) -> tuple[str, dict[str, Tensor]]:
+def model_inputs(processor: Processor, case: Case) -> tuple[str, dict[str, Tensor]]:
     """The rendered prompt and the inputs that `generate` takes."""
     prompt = render_prompt(processor, case.turns)
     inputs = processor(
@@ -74,13 +78,15 @@ def model_inputs(processor: Any, case: Case) -> tuple[str, dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def trace_generate(model: Any, processor: Any, cases: Sequence[Case], *, num_tokens: int) -> list[Trace]:
+def trace_generate(
+    model: MllmForConditionalGeneration, processor: Processor, cases: Sequence[Case], *, num_tokens: int
+) -> list[Trace]:
     """`generate`, greedy, exactly ``num_tokens`` tokens per case: end-of-text counts as any other token, and the image
     placeholder, which an untrained model may say, is left out on every path."""
     traces = []
     for case in cases:
         prompt, inputs = model_inputs(processor, case)
-        moved = {key: value.to(model.device) for key, value in inputs.items()}
+        moved: dict[str, Any] = {key: value.to(model.device) for key, value in inputs.items()}
         output = model.generate(
             **moved,
             max_new_tokens=num_tokens,
@@ -110,7 +116,9 @@ def trace_generate(model: Any, processor: Any, cases: Sequence[Case], *, num_tok
 
 
 @torch.no_grad()
-def trace_forward(model: Any, processor: Any, cases: Sequence[Case], reference: Sequence[Trace]) -> list[Trace]:
+def trace_forward(
+    model: MllmForConditionalGeneration, processor: Processor, cases: Sequence[Case], reference: Sequence[Trace]
+) -> list[Trace]:
     """The trainer's way: prompt and ``reference`` answer in one forward pass without a cache; each position's best
     token."""
     traces = []
@@ -120,7 +128,9 @@ def trace_forward(model: Any, processor: Any, cases: Sequence[Case], reference: 
         ids, _ = encode_text(processor, [*case.turns, Turn("assistant", "x")], where=case.id, layouts=layouts)
         count = len(known.prompt_ids)
         full = torch.tensor([ids[:count].tolist() + known.token_ids])
-        moved = {key: value.to(model.device) for key, value in inputs.items() if key != "attention_mask"}
+        moved: dict[str, Any] = {
+            key: value.to(model.device) for key, value in inputs.items() if key != "attention_mask"
+        }
         moved["input_ids"] = full.to(model.device)
         if known.routing is not None:
             moved["expert_weights"] = torch.tensor(known.routing, device=model.device)
@@ -183,7 +193,7 @@ def open_vllm(
 
 def trace_vllm(
     llm: Any,
-    processor: Any,
+    processor: Processor,
     cases: Sequence[Case],
     *,
     num_tokens: int,
@@ -276,7 +286,7 @@ def vllm_messages(case: Case) -> list[dict[str, Any]]:
     return messages
 
 
-def vllm_pixels(llm: Any, processor: Any, cases: Sequence[Case]) -> list[str | None]:
+def vllm_pixels(llm: Any, processor: Processor, cases: Sequence[Case]) -> list[str | None]:
     """Hash of the pixels that vLLM's own input processing makes of each case."""
     from vllm.multimodal import MULTIMODAL_REGISTRY
 

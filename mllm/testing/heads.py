@@ -27,7 +27,8 @@ class TinyModel(nn.Module):
         super().__init__()
         self.heads = nn.ModuleDict({"head": head})
         self.embeddings, self.lm_head = nn.Embedding(vocabulary, parts.width), nn.Linear(parts.width, vocabulary)
-        self.image_tokenizer, self.visual_head, self.visual_config = parts.tokenizer, head, head.config
+        self.image_tokenizer: Any = parts.tokenizer
+        self.visual_head, self.visual_config = head, head.config
         self.features = {
             name: VisionFeatures(torch.randn(2, info.grid[0] * info.grid[1], info.width), info.grid)
             for name, info in parts.encoders.items()

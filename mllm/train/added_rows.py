@@ -6,21 +6,28 @@ An adapter leaves the embedding as it is, and rows of added tokens start at rand
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mllm.errors import ConfigError
 from mllm.recipe import StageSpec
 
+if TYPE_CHECKING:
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
+    from mllm.train.engine.trainable import TrainableModel
+
+
 PART = "language_model"
 
 
-def added_rows(model: Any) -> list[int]:
+def added_rows(model: TrainableModel) -> list[int]:
     """Ids of added tokens whose rows are read: all but the image placeholder, in whose place features stand."""
     first, end = getattr(model.config, "added_token_ids", None) or (0, 0)
     return [number for number in range(first, end) if number != model.config.image_token_id]
 
 
-def rows_beside_adapter(model: Any, stage: StageSpec, *, zero_stage: int) -> dict[str, list[int]]:
+def rows_beside_adapter(
+    model: MllmForConditionalGeneration, stage: StageSpec, *, zero_stage: int
+) -> dict[str, list[int]]:
     """Module name → rows that learn beside the language model's adapter; tied to the embedding, the head follows it.
 
     Raises `ConfigError` where PEFT cannot carry them: under ZeRO-3 (it reads a table that is not gathered), and for a
@@ -47,7 +54,7 @@ def rows_beside_adapter(model: Any, stage: StageSpec, *, zero_stage: int) -> dic
     return {names[id(table)]: rows for table in tables}
 
 
-def rows_line(model: Any, stage: StageSpec) -> str | None:
+def rows_line(model: TrainableModel, stage: StageSpec) -> str | None:
     """How many rows of added tokens learn in a stage, or why none does; None where there is nothing to say. ``model`` as
     `mllm.train.engine.groups.apply_learning` left it, or before."""
     config, learns = model.config, stage.learning().get(PART)

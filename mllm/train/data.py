@@ -20,6 +20,7 @@ from mllm.errors import AlignmentError, ConfigError, DataError
 from mllm.odd_settings import odd_settings
 from mllm.processing.chat import count_tokens, encode_sample
 from mllm.processing.images import read_bytes
+from mllm.processing.protocol import TextProcessor
 from mllm.processing.references import refer
 from mllm.processing.videos import open_video
 from mllm.progress import Phase
@@ -131,7 +132,7 @@ def tell_dropped(run: Any, stage: StageSpec, display: Any) -> None:
     )
 
 
-def token_count(processor: Any, sample: Sample) -> int:
+def token_count(processor: TextProcessor, sample: Sample) -> int:
     """Tokens of a sample, visual ones included; of its images at most the headers are read."""
     return count_tokens(processor, sample, where=f"sample {sample.id!r}")
 
@@ -155,7 +156,7 @@ class StageData:
     def __init__(
         self,
         stage: StageSpec,
-        processor: Any,
+        processor: TextProcessor,
         mixture: Mixture,
         *,
         cache: Path,
@@ -190,7 +191,7 @@ class StageData:
         )
         self.micro_batches = None if total is None else self.plan.num_batches()
 
-    def _lengths(self, processor: Any, cache: Path) -> list[Any]:
+    def _lengths(self, processor: TextProcessor, cache: Path) -> list[Any]:
         """Every dataset's token counts, measured once by the main process. Rows that cannot be measured are named, for
         packing plans around them; too many of them raise `DataError`."""
         tokenizer = processor.tokenizer.backend_tokenizer.to_str()

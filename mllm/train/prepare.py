@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -12,11 +12,16 @@ from mllm.models.compilation import compile_layers
 from mllm.recipe import StageSpec
 from mllm.train import attention
 
+if TYPE_CHECKING:
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
+    from mllm.train.engine.trainable import TrainableModel
+
+
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def prepare_model(model: Any, stage: StageSpec, *, device: torch.device, zero_stage: int) -> str:
+def prepare_model(model: TrainableModel, stage: StageSpec, *, device: torch.device, zero_stage: int) -> str:
     """Bring a model into the state a stage trains it in, in place; returns the attention implementation of its language
     model.
 
@@ -31,7 +36,7 @@ def prepare_model(model: Any, stage: StageSpec, *, device: torch.device, zero_st
         if isinstance(module, BATCH_NORMS):
             module.to(dtype)
     model.config.dtype = dtype
-    model.to(device)
+    model.to(device)  # pyright: ignore[reportArgumentType]
     chosen = stage.attention or default_attention(model.config.get_text_config(), stage, device)
     _check_packing(stage, chosen)
     if chosen == attention.NAME:
@@ -44,7 +49,8 @@ def prepare_model(model: Any, stage: StageSpec, *, device: torch.device, zero_st
             raise ConfigError(
                 f"stages.{stage.name}.compile: compiled layers and zero3 do not work together; use zero1 or zero2"
             )
-        compile_layers(model, fixed_length=stage.packing)
+        whole = cast("MllmForConditionalGeneration", model)  # stages of other models refuse it
+        compile_layers(whole, fixed_length=stage.packing)
     return chosen
 
 
@@ -94,7 +100,7 @@ def attention_inputs(batch: Any, implementation: str) -> dict[str, Any]:
     return inputs
 
 
-def enable_checkpointing(model: Any) -> None:
+def enable_checkpointing(model: TrainableModel) -> None:
     """Recompute layers in the backward pass, also in frozen parts that gradients pass through."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 

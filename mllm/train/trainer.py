@@ -9,7 +9,7 @@ import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from mllm import distributed
 from mllm.data.mixture import Mixture
 from mllm.errors import ConfigError
 from mllm.heads.build import drawing_head
+from mllm.processing.protocol import Processor, TextProcessor
 from mllm.processing.template import for_training, read_template
 from mllm.progress import phase
 from mllm.recipe import Recipe, StageSpec
@@ -53,6 +54,7 @@ from mllm.train.engine.groups import (
     set_modes,
 )
 from mllm.train.engine.schedule import rate_factor, warmup_steps
+from mllm.train.engine.trainable import StageModel
 from mllm.train.features.stage import use_cache
 from mllm.train.float8 import use_float8
 from mllm.train.observe.dataset_loss import DatasetLoss
@@ -68,6 +70,11 @@ from mllm.train.observe.tracking import Tracker
 from mllm.train.preflight.first_row import what_is_learned
 from mllm.train.prepare import DTYPES, attention_inputs, prepare_model
 from mllm.train.stages.routing.monitor import watch_routing
+
+if TYPE_CHECKING:
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
+    from mllm.train.engine.trainable import TrainableModel
+
 
 SAVE_SECONDS = 20 * 60
 
@@ -126,8 +133,8 @@ class Session:
 def train(
     run: Run,
     stage: StageSpec,
-    model: Any,
-    processor: Any,
+    model: TrainableModel,
+    processor: TextProcessor,
     *,
     mixture: Mixture | None = None,
     beside: Beside | None = None,
@@ -144,7 +151,11 @@ def train(
         session = open_session(run, stage, model, processor, stack, mixture=mixture)
         engine, progress, display = session.engine, session.progress, session.display
         steps = session.data.steps()
-        routing, draw = watch_routing(model), Drawings(run.output, stage, model, processor, run.tracker)
+        whole = (
+            cast("MllmForConditionalGeneration", model),
+            cast("Processor", processor),
+        )  # only such a model's stage draws
+        routing, draw = watch_routing(model), Drawings(run.output, stage, *whole, run.tracker)
         peak = peak_flops(engine.device, DTYPES[stage.dtype])
         beside.start(engine, step=progress.step, total_steps=progress.total_steps, display=display)
         if session.checkpoint is not None:
@@ -221,14 +232,20 @@ def train(
 
 
 def open_session(
-    run: Run, stage: StageSpec, model: Any, processor: Any, stack: ExitStack, *, mixture: Mixture | None = None
+    run: Run,
+    stage: StageSpec,
+    model: TrainableModel,
+    processor: TextProcessor,
+    stack: ExitStack,
+    *,
+    mixture: Mixture | None = None,
 ) -> Session:
     """Everything before the first step: what learns, precision, data, the last checkpoint, the engine. stack: closes what
     must be closed when the stage ends."""
     device, choice = distributed.local_device(), choose_engine(stage)
     mixture = mixture or open_mixture(stage, run.recipe.seed)
     if stage.chat_template is not None:
-        processor = for_training(processor, stage.chat_template)
+        processor = for_training(cast("Processor", processor), stage.chat_template)
     seed_everything(run.recipe.seed, f"{stage.name}/adapters", same=True)
     groups = apply_learning(model, stage, zero_stage=choice.zero_stage)
     set_modes(model)
@@ -256,9 +273,10 @@ def open_session(
     tell_left_out(mixture, display, run.info, stage)
     generation = getattr(model, "generation_config", None)  # an encoder that is tuned by itself says nothing
     if distributed.is_main() and generation is not None:
-        for line in what_is_learned(processor, data, generation.eos_token_id):
+        for line in what_is_learned(cast("Processor", processor), data, generation.eos_token_id):
             display.print(line)
-    if use_cache(stage, data, model, processor, {group.part for group in groups}, display, stack) and flops is not None:
+    whole = cast("MllmForConditionalGeneration", model), cast("Processor", processor)
+    if use_cache(stage, data, *whole, {group.part for group in groups}, display, stack) and flops is not None:
         flops.cached = True
     checkpoint = latest_checkpoint(run.checkpoints(stage)) if run.resume else None
     if checkpoint is not None:
@@ -423,8 +441,10 @@ def _count_down(run: Run) -> bool:
     return run.stop_after <= 0
 
 
-def _flop_model(model: Any, groups: list[Group]) -> FlopModel | None:
+def _flop_model(model: TrainableModel, groups: list[Group]) -> FlopModel | None:
     """None for a model whose operations cannot be counted on the meta device (then no MFU is reported)."""
+    if isinstance(model, StageModel):
+        return None
     try:
         return flop_model(model, {group.part for group in groups})
     except (NotImplementedError, RuntimeError, TypeError, AttributeError, ValueError):

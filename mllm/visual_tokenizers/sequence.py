@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mllm.errors import AlignmentError, ConfigError
 from mllm.types import VisualCodes
+from mllm.visual_tokenizers.base import VisualTokenizer
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class CodeBlock:
         return f"{self.book}.{self.depth}.{self.rows}"
 
 
-def code_blocks(tokenizer: Any) -> list[CodeBlock]:
+def code_blocks(tokenizer: VisualTokenizer) -> list[CodeBlock]:
     """Blocks of a tokenizer's codes in sequence order: codebook after codebook, in each depth after depth (a coarse
     picture first, then what refines it), in each scale after scale."""
     blocks, start = [], 0
@@ -47,7 +47,7 @@ def code_blocks(tokenizer: Any) -> list[CodeBlock]:
     return blocks
 
 
-def pack_codes(tokenizer: Any, codes: VisualCodes) -> Tensor:
+def pack_codes(tokenizer: VisualTokenizer, codes: VisualCodes) -> Tensor:
     """Codes of B images → ``(B, S)`` int64 in the order of `code_blocks`; S is ``tokenizer.tokens_per_image``.
 
     Raises `ConfigError` where `VisualTokenizer.check_codes` does.
@@ -56,7 +56,7 @@ def pack_codes(tokenizer: Any, codes: VisualCodes) -> Tensor:
     return torch.cat([codes.codes[book].transpose(1, 2).flatten(1) for book in tokenizer.codebooks], 1).long()
 
 
-def unpack_codes(tokenizer: Any, packed: Tensor) -> VisualCodes:
+def unpack_codes(tokenizer: VisualTokenizer, packed: Tensor) -> VisualCodes:
     """``(B, S)`` → codes. Raises `AlignmentError` for another length (an image that was cut) and `ConfigError` for an
     id that is out of range."""
     total = tokenizer.tokens_per_image
@@ -78,7 +78,7 @@ def unpack_codes(tokenizer: Any, packed: Tensor) -> VisualCodes:
     return result
 
 
-def single_vectors(tokenizer: Any, block: CodeBlock, ids: Tensor) -> Tensor:
+def single_vectors(tokenizer: VisualTokenizer, block: CodeBlock, ids: Tensor) -> Tensor:
     """Ids ``(B, n)`` of one block → their own vectors ``(B, n, D)``."""
     repeated = ids[..., None].expand(*ids.shape, block.depth + 1)
     return tokenizer.code_vectors(block.book, repeated)[:, :, block.depth]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import LogitsProcessor
@@ -19,6 +19,10 @@ from mllm.eval.generators.base import GeneratorSettings, answer_text, cut_at_sto
 from mllm.plugins import code_hashes
 from mllm.threads import one_thread
 from mllm.types import IMAGE_MARK, Request, Response
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
 
 _WINDOW = 16
 """Batches read ahead: requests are sorted by length inside a window of so many batches."""
@@ -37,13 +41,21 @@ class HFGenerator:
     """
 
     def __init__(
-        self, model: Any, processor: Any, *, batch_size: int = 8, name: str = "hf", model_hash: str | None = None
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin | PreTrainedTokenizerBase,
+        *,
+        batch_size: int = 8,
+        name: str = "hf",
+        model_hash: str | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected at least 1")
-        self.model, self.processor, self.batch_size, self.name = model.eval(), processor, batch_size, name
+        self.model: Any = model.eval()
+        self.processor: Any = processor
+        self.batch_size, self.name = batch_size, name
         self._model_hash = model_hash
-        tokenizer = getattr(processor, "tokenizer", processor)
+        tokenizer: Any = getattr(processor, "tokenizer", processor)
         tokenizer.padding_side = "left"
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -306,13 +318,14 @@ def weights_hash(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def processor_hash(processor: Any) -> str:
+def processor_hash(processor: ProcessorMixin | PreTrainedTokenizerBase) -> str:
     """Eight hex digits over chat template, image settings and vocabulary size."""
     images = getattr(processor, "image_processor", None)
+    tokenizer: Any = getattr(processor, "tokenizer", processor)
     settings = [
         getattr(processor, "chat_template", None),
         images.to_dict() if images is not None and hasattr(images, "to_dict") else None,
-        len(getattr(processor, "tokenizer", processor)),
+        len(tokenizer),
     ]
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,10 @@ from mllm.eval.run import evaluate, run_header
 from mllm.eval.studies.compare import compare_predictions
 from mllm.eval.task import TaskSpec, load_tasks
 from mllm.types import VisionFeatures
+
+if TYPE_CHECKING:
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
+    from mllm.processing.processor import MllmProcessor
 
 Mode = Literal["drop", "shuffle", "mean"]
 MODES: tuple[Mode, ...] = ("drop", "shuffle", "mean")
@@ -146,8 +150,8 @@ class _Masked(HFGenerator):
 
 
 def ablate(
-    model: Any,
-    processor: Any,
+    model: MllmForConditionalGeneration,
+    processor: MllmProcessor,
     tasks: Sequence[str],
     output_dir: str | Path,
     *,
@@ -281,7 +285,7 @@ def _made_by(generator: _Masked, path: Path) -> bool:
     return before.get("identity", {}).get("model") == generator.fingerprint()
 
 
-def encoder_bank(model: Any) -> Any:
+def encoder_bank(model: MllmForConditionalGeneration) -> Any:
     """The part of the model that holds its named encoders. Raises `ConfigError` for a model that has none."""
     bank = getattr(getattr(model, "model", model), "vision_tower", None)
     if bank is None or not hasattr(bank, "encoders"):

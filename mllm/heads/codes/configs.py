@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from mllm.errors import ConfigError
 from mllm.heads.base import HeadConfig
+from mllm.visual_tokenizers.base import VisualTokenizer
 
 
 class CodeHeadConfig(HeadConfig):
@@ -54,7 +55,7 @@ class NextScaleHeadConfig(CodeHeadConfig):
     inner: int | None = Field(default=None, ge=1)
 
 
-def check_weights(config: CodeHeadConfig, tokenizer: Any) -> None:
+def check_weights(config: CodeHeadConfig, tokenizer: VisualTokenizer) -> None:
     """Raises `ConfigError` for a loss weight of a codebook that the tokenizer lacks."""
     for name in config.weights:
         if name not in tokenizer.codebooks:

@@ -14,11 +14,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mllm.errors import ConfigError
+from mllm.heads.base import MultimodalModel
 from mllm.heads.codes.targets import drop_text, evaluating, first_of_sample
 from mllm.processing.chat import encode_pixels, encode_text, render_prompt, split_images
 from mllm.processing.layout import IMAGE_SIZES, expand
+from mllm.processing.protocol import Processor, TextTokenizer
+from mllm.processing.visual_span import VisualSpan
 from mllm.types import IMAGE_MARK, Turn, VisualCodes
-from mllm.visual_tokenizers.base import as_unit_range
+from mllm.visual_tokenizers.base import VisualTokenizer, as_unit_range
 from mllm.visual_tokenizers.next_scale import generate_next_scale
 from mllm.visual_tokenizers.sampling import guide, sample
 from mllm.visual_tokenizers.sequence import code_blocks, unpack_codes
@@ -132,7 +135,7 @@ def as_turns(prompt: Any) -> list[Turn]:
     return turns
 
 
-def _need_head(model: Any) -> None:
+def _need_head(model: MultimodalModel) -> None:
     if model.visual_config is None:
         raise ConfigError(
             "this model draws no images: none of its heads draws. Train one with model.visual_tokenizer and model.heads in the "
@@ -140,21 +143,23 @@ def _need_head(model: Any) -> None:
         )
 
 
-def _need_processor(processor: Any) -> Any:
-    if processor is None or getattr(processor, "span", None) is None:
+def _need_processor(processor: Processor | None) -> tuple[Processor, VisualSpan]:
+    span = getattr(processor, "span", None)
+    if processor is None or span is None:
         raise ConfigError(
             "processor: give this model's own processor (MllmProcessor.from_pretrained of the same folder), which knows how "
             "its images are written"
         )
-    return processor
+    return processor, span
 
 
-def prompt_prefix(processor: Any, prompt: Any, where: str, images: Sequence[Any] = ()) -> Tensor:
+def prompt_prefix(processor: Processor, prompt: Any, where: str, images: Sequence[Any] = ()) -> Tensor:
     """Ids from the conversation's start to the start token of the image to draw, as training has them. images: those that
     the prompt shows."""
     turns = as_turns(prompt)
     layouts = processor.image_layouts(images, where=where)
     ids, _ = encode_text(processor, [*turns, Turn("assistant", IMAGE_MARK)], where=where, layouts=layouts)
+    assert processor.span is not None  # a prompt to draw from is only asked for where something is drawn
     return ids[: processor.span.starts(ids)[-1] + 1]
 
 
@@ -170,8 +175,8 @@ def _left_pad(rows: Sequence[Tensor], pad: int, device: Any) -> tuple[Tensor, Te
 
 @torch.no_grad()
 def _prompt_embeddings(
-    model: Any,
-    processor: Any,
+    model: MultimodalModel,
+    processor: Processor,
     prompts: Sequence[Any],
     images: Sequence[Sequence[Any]] | None,
     drawing: Drawing,
@@ -219,7 +224,7 @@ def _prompt_embeddings(
 class CachedDecoder:
     """The language model with its cache: embeddings in, last hidden states out."""
 
-    def __init__(self, model: Any, mask: Tensor):
+    def __init__(self, model: MultimodalModel, mask: Tensor):
         self.model, self.mask = model, mask
         self.cache: Any = DynamicCache(config=model.config.get_text_config())
 
@@ -253,7 +258,7 @@ class CachedDecoder:
 # Heads -----------------------------------------------------------------------------------------------------------------
 
 
-def _draw_separate(model: Any, decoder: CachedDecoder, hidden: Tensor, drawing: Drawing) -> Tensor:
+def _draw_separate(model: MultimodalModel, decoder: CachedDecoder, hidden: Tensor, drawing: Drawing) -> Tensor:
     head, tokenizer, codes = model.visual_head, model.image_tokenizer, []
     for block in head.blocks:
         for place in range(block.start, block.start + block.number):
@@ -264,7 +269,7 @@ def _draw_separate(model: Any, decoder: CachedDecoder, hidden: Tensor, drawing: 
     return torch.stack(codes, 1)
 
 
-def _draw_vocabulary(model: Any, decoder: CachedDecoder, hidden: Tensor, drawing: Drawing) -> Tensor:
+def _draw_vocabulary(model: MultimodalModel, decoder: CachedDecoder, hidden: Tensor, drawing: Drawing) -> Tensor:
     """Ids in the grammar's ranges; where only one id is allowed nothing is drawn."""
     grammar, codes = model.grammar, []
     reserved = {level.first: level.size for level in grammar.levels}
@@ -282,7 +287,7 @@ def _draw_vocabulary(model: Any, decoder: CachedDecoder, hidden: Tensor, drawing
     return torch.stack(codes, 1)
 
 
-def _draw_depth(model: Any, decoder: CachedDecoder, hidden: Tensor, drawing: Drawing) -> Tensor:
+def _draw_depth(model: MultimodalModel, decoder: CachedDecoder, hidden: Tensor, drawing: Drawing) -> Tensor:
     head, tokenizer, place = model.visual_head, model.image_tokenizer, 0
     found: dict[str, list[Tensor]] = {name: [] for name in head.books}
     for index, (number, names) in enumerate(head.groups):
@@ -308,7 +313,11 @@ def _draw_depth(model: Any, decoder: CachedDecoder, hidden: Tensor, drawing: Dra
 
 
 def _draw_next_scale(
-    model: Any, decoder: CachedDecoder, hidden: Tensor, drawing: Drawing, passes: Sequence[tuple[int, float]] | None
+    model: MultimodalModel,
+    decoder: CachedDecoder,
+    hidden: Tensor,
+    drawing: Drawing,
+    passes: Sequence[tuple[int, float]] | None,
 ) -> Tensor:
     head, tokenizer = model.visual_head, model.image_tokenizer
 
@@ -338,10 +347,10 @@ def _draw_next_scale(
 
 @torch.no_grad()
 def generate_images(
-    model: Any,
+    model: MultimodalModel,
     prompts: Any,
     *,
-    processor: Any = None,
+    processor: Processor | None = None,
     images: Sequence[Sequence[Any]] | None = None,
     cfg_scale: float = 1.0,
     temperature: float = 1.0,
@@ -364,7 +373,7 @@ def generate_images(
     Raises `ConfigError` for a model without visual head or a processor of another model.
     """
     _need_head(model)
-    processor = _need_processor(processor)
+    own, _ = _need_processor(processor)
     if isinstance(prompts, str):
         prompts = [prompts]
     prompts = list(prompts)
@@ -383,7 +392,7 @@ def generate_images(
             part = slice(start, start + size)
             drawing = Drawing(cfg_scale, temperature, top_k, top_p, SampleNoise(seeds[part], model.device))
             given = None if images is None else images[part]
-            embeddings, mask = _prompt_embeddings(model, processor, prompts[part], given, drawing, negative_prompt)
+            embeddings, mask = _prompt_embeddings(model, own, prompts[part], given, drawing, negative_prompt)
             decoder = CachedDecoder(model, mask)
             hidden = decoder(embeddings)[:, -1]
             kind = model.visual_config.type
@@ -393,28 +402,27 @@ def generate_images(
                 draw = {"separate": _draw_separate, "vocabulary": _draw_vocabulary, "depth": _draw_depth}[kind]
                 parts.append(draw(model, decoder, hidden, drawing))
         packed = torch.cat(parts)
-        pixels = torch.cat([decode_packed(model, chunk) for chunk in packed.split(size)])
+        pixels = torch.cat([decode_packed(model.image_tokenizer, chunk) for chunk in packed.split(size)])
     return GeneratedImages(pixels, packed, unpack_codes(model.image_tokenizer, packed))
 
 
 @torch.no_grad()
-def decode_packed(model: Any, packed: Tensor) -> Tensor:
+def decode_packed(tokenizer: VisualTokenizer, packed: Tensor) -> Tensor:
     """Packed codes ``(B, S)`` → pixels ``(B, 3, H, W)`` in [0, 1]. Raises `AlignmentError` for another length and
     `ConfigError` for ids out of range."""
-    tokenizer = model.image_tokenizer
     return as_unit_range(tokenizer.decode(unpack_codes(tokenizer, packed)))
 
 
 # Text and images -------------------------------------------------------------------------------------------------------
 
 
-def read_interleaved(model: Any, tokenizer: Any, ids: Tensor) -> InterleavedAnswer:
+def read_interleaved(model: MultimodalModel, tokenizer: TextTokenizer, ids: Tensor) -> InterleavedAnswer:
     """Generated ids ``(T,)`` of a vocabulary head → text parts and images. Raises `AlignmentError` for an image that is
     cut or breaks the grammar, with its position."""
     grammar, blocks = model.grammar, code_blocks(model.image_tokenizer)
     found = grammar.read(ids.cpu())
     packed = [torch.cat([image[block.name] for block in blocks]) for image in found]
-    pictures = to_pil(decode_packed(model, torch.stack(packed).to(model.device))) if packed else []
+    pictures = to_pil(decode_packed(model.image_tokenizer, torch.stack(packed).to(model.device))) if packed else []
     parts: list[str | Image.Image] = []
     last = 0
     starts = (ids == grammar.start_of_image).nonzero().flatten().tolist()
@@ -425,16 +433,16 @@ def read_interleaved(model: Any, tokenizer: Any, ids: Tensor) -> InterleavedAnsw
     return InterleavedAnswer([part for part in parts if not isinstance(part, str) or part], ids, packed)
 
 
-def _text(tokenizer: Any, ids: Tensor) -> str:
+def _text(tokenizer: TextTokenizer, ids: Tensor) -> str:
     return tokenizer.decode(ids.tolist(), skip_special_tokens=True)
 
 
 @torch.no_grad()
 def generate_interleaved(
-    model: Any,
+    model: MultimodalModel,
     prompts: Any,
     *,
-    processor: Any = None,
+    processor: Processor | None = None,
     images: Sequence[Sequence[Any]] | None = None,
     max_new_tokens: int = 1024,
     **options: Any,
@@ -443,7 +451,7 @@ def generate_interleaved(
     others: ``generate`` with the image grammar enforced for every sample. options: as `generate` takes them. Raises
     `AlignmentError` when ``max_new_tokens`` ends inside an image."""
     _need_head(model)
-    processor = _need_processor(processor)
+    own, span = _need_processor(processor)
     if model.visual_head.has_weights:
         raise ConfigError(
             f"generate_interleaved needs a vocabulary head, this one is {model.visual_config.type}; ask for text with "
@@ -452,19 +460,19 @@ def generate_interleaved(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     rows, read = [], []
     for number, prompt in enumerate(prompts):
-        turns = [replace(t, content=processor.span.escape_tokens(t.content)) for t in as_turns(prompt)]
+        turns = [replace(t, content=span.escape_tokens(t.content)) for t in as_turns(prompt)]
         inputs, targets = split_images(turns, list(images[number]) if images is not None else [], drawn=True)
         if targets:
             raise ConfigError("generate_interleaved: images in assistant turns of a prompt are not supported")
         read += inputs
-        ids = processor.tokenizer(render_prompt(processor, turns), add_special_tokens=False, return_tensors="pt")
+        ids = own.tokenizer(render_prompt(own, turns), add_special_tokens=False, return_tensors="pt")
         ids = ids["input_ids"][0]
-        places = (ids == processor.image_token_id).nonzero().flatten().tolist()
-        rows.append(expand(ids, places, processor.image_layouts(inputs, where=f"prompt {number}"))[0])
-    ids, mask = _left_pad(rows, processor.tokenizer.pad_token_id, model.device)
+        places = (ids == own.image_token_id).nonzero().flatten().tolist()
+        rows.append(expand(ids, places, own.image_layouts(inputs, where=f"prompt {number}"))[0])
+    ids, mask = _left_pad(rows, own.tokenizer.pad_token_id, model.device)
     pixels = {}
     if read:
-        given, beside = encode_pixels(processor, read, where="prompts")
+        given, beside = encode_pixels(own, read, where="prompts")
         given |= {IMAGE_SIZES: beside[IMAGE_SIZES]} if IMAGE_SIZES in beside else {}
         pixels = {k: v.to(model.device) for k, v in given.items()}
     output = model.generate(
@@ -475,4 +483,4 @@ def generate_interleaved(
         **pixels,
         **options,
     )
-    return [read_interleaved(model, processor.tokenizer, row[ids.shape[1] :]) for row in output]
+    return [read_interleaved(model, own.tokenizer, row[ids.shape[1] :]) for row in output]

@@ -11,13 +11,14 @@ from torch import Tensor
 from mllm.errors import ConfigError
 from mllm.heads.codes.configs import VocabularyHeadConfig
 from mllm.processing.visual_span import VisualSpan
+from mllm.visual_tokenizers.base import VisualTokenizer
 from mllm.visual_tokenizers.grammar import ImageGrammar, Level
 from mllm.visual_tokenizers.sequence import code_blocks
 
 START, END, CODE, LINE = "<image_start>", "<image_end>", "<image_code>", "<image_line>"
 
 
-def code_tokens(config: Any, tokenizer: Any) -> list[str]:
+def code_tokens(config: Any, tokenizer: VisualTokenizer) -> list[str]:
     """Tokens that the language model's vocabulary needs for a head, in the order in which they get ids."""
     names = [START, END, CODE]
     if isinstance(config, VocabularyHeadConfig):
@@ -31,7 +32,7 @@ def code_tokens(config: Any, tokenizer: Any) -> list[str]:
     return names
 
 
-def with_ids(config: Any, tokenizer: Any, id_of: Callable[[str], int], *, null: int) -> Any:
+def with_ids(config: Any, tokenizer: VisualTokenizer, id_of: Callable[[str], int], *, null: int) -> Any:
     """``config`` with the ids of its tokens filled in. id_of: text of a token → id; null: id that stands for dropped
     text. Scales of one codebook and depth share their ids."""
     update: dict[str, Any] = {
@@ -56,7 +57,7 @@ def with_ids(config: Any, tokenizer: Any, id_of: Callable[[str], int], *, null: 
     return config.model_copy(update=update)
 
 
-def image_grammar(config: Any, tokenizer: Any) -> ImageGrammar:
+def image_grammar(config: Any, tokenizer: VisualTokenizer) -> ImageGrammar:
     """The grammar of a resolved vocabulary head."""
     levels = [
         Level(block.name, ids["start"], ids["end"], ids["first"], block.size, block.rows, block.columns)
@@ -66,7 +67,7 @@ def image_grammar(config: Any, tokenizer: Any) -> ImageGrammar:
     return ImageGrammar(levels, start_of_image=tokens["start"], end_of_image=tokens["end"], end_of_line=tokens["line"])
 
 
-def vocabulary_offsets(config: Any, tokenizer: Any) -> Tensor:
+def vocabulary_offsets(config: Any, tokenizer: VisualTokenizer) -> Tensor:
     """``(S,)``: packed code number s is the id ``offset[s] + code``."""
     blocks = code_blocks(tokenizer)
     return torch.cat([torch.full((b.number,), ids["first"]) for b, ids in zip(blocks, config.levels)])
@@ -91,7 +92,7 @@ def never_written(config: Any, image_token_id: int | None, size: int) -> list[in
     return [*marks, *never]
 
 
-def make_span(config: Any, tokenizer: Any, num_slots: int, *, resize: Any = "squash") -> VisualSpan:
+def make_span(config: Any, tokenizer: VisualTokenizer, num_slots: int, *, resize: Any = "squash") -> VisualSpan:
     """The tokens of a drawn image for a resolved head. num_slots: placeholders of a head with weights."""
     tokens = config.tokens
     if isinstance(config, VocabularyHeadConfig):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from mllm.errors import ConfigError
 from mllm.heads import HEADS
-from mllm.heads.base import Head, HeadLoss, HeadParts, Reading, Step
+from mllm.heads.base import Head, HeadLoss, HeadModel, HeadParts, Reading, Step
 from mllm.heads.codes.configs import (
     CodeHeadConfig,
     DepthHeadConfig,
@@ -23,7 +23,7 @@ from mllm.heads.codes.configs import (
 from mllm.heads.codes.grammar import code_tokens, make_span, with_ids
 from mllm.heads.codes.targets import DrawnImages, code_losses, lay_images
 from mllm.visual_tokenizers import VISUAL_TOKENIZERS
-from mllm.visual_tokenizers.base import build_tokenizer
+from mllm.visual_tokenizers.base import VisualTokenizer, build_tokenizer
 from mllm.visual_tokenizers.heads import DepthTransformer, DepthTransformerConfig, GenerationHead
 from mllm.visual_tokenizers.next_scale import next_scale_inputs, split_scales
 from mllm.visual_tokenizers.sequence import CodeBlock, code_blocks, single_vectors
@@ -45,18 +45,17 @@ class CodeHead(Head):
 
     def __init__(self, config: Any, parts: HeadParts):
         super().__init__(config, parts)
-        if parts.tokenizer is None:
-            raise ConfigError(f"a {config.type} head draws, and the model has no visual_tokenizer to draw with")
-        check_weights(config, parts.tokenizer)
-        self.blocks: list[CodeBlock] = code_blocks(parts.tokenizer)
-        self.num_codes: int = parts.tokenizer.tokens_per_image
+        tokenizer = parts.drawn_with(config.type)
+        check_weights(config, tokenizer)
+        self.blocks: list[CodeBlock] = code_blocks(tokenizer)
+        self.num_codes: int = tokenizer.tokens_per_image
 
     @classmethod
     def tiny(cls) -> tuple[dict[str, Any], HeadParts]:
         return {"type": cls.name}, HeadParts(32, tokenizer=tiny_tokenizer("vq"))
 
     def example(self, parts: HeadParts, batch: int) -> tuple[Step, dict[str, Tensor]]:
-        span = make_span(self.config, parts.tokenizer, self.num_slots)
+        span = make_span(self.config, parts.drawn_with(self.config.type), self.num_slots)
         ids = torch.tensor([1, 2, *(token for token, count in span.runs for _ in range(count)), 3])
         ids = ids.expand(batch, -1).clone()
         sizes = torch.cat([torch.full((block.number,), block.size) for block in self.blocks])
@@ -65,16 +64,16 @@ class CodeHead(Head):
 
     @classmethod
     def tokens(cls, config: Any, parts: HeadParts) -> list[str]:
-        return code_tokens(config, parts.tokenizer)
+        return code_tokens(config, parts.drawn_with(config.type))
 
     @classmethod
     def resolve(cls, config: Any, parts: HeadParts, id_of: Callable[[str], int], *, null: int) -> Any:
-        return with_ids(config, parts.tokenizer, id_of, null=null)
+        return with_ids(config, parts.drawn_with(config.type), id_of, null=null)
 
-    def lay(self, model: Any, step: Step, targets: Mapping[str, Tensor]) -> DrawnImages:
+    def lay(self, model: HeadModel, step: Step, targets: Mapping[str, Tensor]) -> DrawnImages:
         return lay_images(model, targets["target_images"], step)
 
-    def losses(self, model: Any, step: Step, laid: DrawnImages, reading: Reading) -> HeadLoss:
+    def losses(self, model: HeadModel, step: Step, laid: DrawnImages, reading: Reading) -> HeadLoss:
         return code_losses(model, laid, reading.hidden, step.num_items)
 
     def _add_positions(self) -> None:
@@ -85,16 +84,16 @@ class CodeHead(Head):
         """What the start token's embedding ``(…, L)`` becomes."""
         return embedding + self.positions[0].to(embedding.dtype)
 
-    def slots(self, codes: Tensor, tokenizer: Any) -> Tensor:
+    def slots(self, codes: Tensor, tokenizer: VisualTokenizer) -> Tensor:
         """Packed codes ``(K, S)`` → inputs at the placeholders ``(K, num_slots, L)``."""
         raise NotImplementedError
 
-    def logits(self, hidden: Tensor, codes: Tensor, tokenizer: Any) -> dict[tuple[str, int], Tensor]:
+    def logits(self, hidden: Tensor, codes: Tensor, tokenizer: VisualTokenizer) -> dict[tuple[str, int], Tensor]:
         """hidden ``(K, num_steps, L)`` and the true codes (for depth transformers) → (codebook, place of its first
         code) → logits ``(K, n, size)``."""
         raise NotImplementedError
 
-    def code_losses(self, hidden: Tensor, codes: Tensor, tokenizer: Any) -> dict[str, Tensor]:
+    def code_losses(self, hidden: Tensor, codes: Tensor, tokenizer: VisualTokenizer) -> dict[str, Tensor]:
         """Codebook → cross-entropy ``(K, codes of the book)`` in fp32."""
         losses: dict[str, list[Tensor]] = {}
         for (book, start), logits in self.logits(hidden, codes, tokenizer).items():
@@ -133,7 +132,7 @@ class SeparateHead(CodeHead):
 
     def __init__(self, config: Any, parts: HeadParts):
         super().__init__(config, parts)
-        tokenizer, width = parts.tokenizer, parts.width
+        tokenizer, width = parts.drawn_with(config.type), parts.width
         self.num_slots = self.num_steps = self.num_codes
         books = tokenizer.codebooks
         self.heads = nn.ModuleDict(
@@ -142,20 +141,20 @@ class SeparateHead(CodeHead):
         self.aligners = nn.ModuleDict({name: _aligner(tokenizer.embed_dims[name], width) for name in books})
         self._add_positions()
 
-    def inputs(self, block: CodeBlock, ids: Tensor, place: int, tokenizer: Any) -> Tensor:
+    def inputs(self, block: CodeBlock, ids: Tensor, place: int, tokenizer: VisualTokenizer) -> Tensor:
         """Inputs ``(K, n, L)`` for ids ``(K, n)`` of one block, whose first is code number ``place`` of the image."""
         aligner = self.aligners[block.book]
         vectors = single_vectors(tokenizer, block, ids).to(aligner[0].weight)  # pyright: ignore[reportIndexIssue]
         return aligner(vectors) + self.positions[place + 1 : place + 1 + ids.shape[1]]
 
-    def slots(self, codes: Tensor, tokenizer: Any) -> Tensor:
+    def slots(self, codes: Tensor, tokenizer: VisualTokenizer) -> Tensor:
         parts = [
             self.inputs(block, codes[:, block.start : block.start + block.number], block.start, tokenizer)
             for block in self.blocks
         ]
         return torch.cat(parts, 1)
 
-    def logits(self, hidden: Tensor, codes: Tensor, tokenizer: Any) -> dict[tuple[str, int], Tensor]:
+    def logits(self, hidden: Tensor, codes: Tensor, tokenizer: VisualTokenizer) -> dict[tuple[str, int], Tensor]:
         return {(b.book, b.start): self.heads[b.book](hidden[:, b.start : b.start + b.number]) for b in self.blocks}
 
 
@@ -174,14 +173,14 @@ class DepthHead(CodeHead):
 
     def __init__(self, config: Any, parts: HeadParts):
         super().__init__(config, parts)
-        tokenizer, width = parts.tokenizer, parts.width
+        tokenizer, width = parts.drawn_with(config.type), parts.width
         if tokenizer.scales is not None:
             raise ConfigError("a depth head does not write multi-scale codes; use next_scale or separate")
         self.books, self.dims = dict(tokenizer.codebooks), dict(tokenizer.embed_dims)
         self.places = {name: min(b.start for b in self.blocks if b.book == name) for name in self.books}
         groups: dict[tuple[int, int], list[str]] = {}
         for name in self.books:
-            groups.setdefault(tuple(tokenizer.grids[name]), []).append(name)
+            groups.setdefault(tokenizer.grids[name], []).append(name)
         self.groups = [(rows * columns, names) for (rows, columns), names in groups.items()]
         self.num_slots = self.num_steps = sum(number for number, _ in self.groups)
         sizes = DepthTransformerConfig(
@@ -203,21 +202,21 @@ class DepthHead(CodeHead):
         part = codes[:, self.places[name] : self.places[name] + number * depth]
         return part.unflatten(1, (depth, number)).transpose(1, 2)
 
-    def inputs(self, group: int, codes: Mapping[str, Tensor], place: int, tokenizer: Any) -> Tensor:
+    def inputs(self, group: int, codes: Mapping[str, Tensor], place: int, tokenizer: VisualTokenizer) -> Tensor:
         """Inputs ``(K, n, L)`` for codes ``(K, n, Q)`` by book of one group, whose first position is step ``place``."""
         aligner, names = self.aligners[group], self.groups[group][1]
         vectors = torch.cat([tokenizer.code_vectors(name, codes[name]).sum(2) for name in names], -1)
         number = vectors.shape[1]
         return aligner(vectors.to(aligner[0].weight)) + self.positions[place + 1 : place + 1 + number]  # pyright: ignore[reportIndexIssue]
 
-    def slots(self, codes: Tensor, tokenizer: Any) -> Tensor:
+    def slots(self, codes: Tensor, tokenizer: VisualTokenizer) -> Tensor:
         parts, place = [], 0
         for index, (number, names) in enumerate(self.groups):
             parts.append(self.inputs(index, {n: self.of_book(codes, n) for n in names}, place, tokenizer))
             place += number
         return torch.cat(parts, 1)
 
-    def logits(self, hidden: Tensor, codes: Tensor, tokenizer: Any) -> dict[tuple[str, int], Tensor]:
+    def logits(self, hidden: Tensor, codes: Tensor, tokenizer: VisualTokenizer) -> dict[tuple[str, int], Tensor]:
         result, place = {}, 0
         for number, names in self.groups:
             states = hidden[:, place : place + number]
@@ -242,7 +241,7 @@ class NextScaleHead(CodeHead):
 
     def __init__(self, config: Any, parts: HeadParts):
         super().__init__(config, parts)
-        tokenizer, width = parts.tokenizer, parts.width
+        tokenizer, width = parts.drawn_with(config.type), parts.width
         if tokenizer.scales is None or tokenizer.scales[0] != 1 or len(tokenizer.codebooks) != 1:
             raise ConfigError(
                 "a next_scale head needs a multi-scale tokenizer of one codebook whose first scale is 1; "
@@ -258,7 +257,7 @@ class NextScaleHead(CodeHead):
         self.levels = nn.Parameter(torch.randn(len(self.scales), width) * 0.02)
         self._add_positions()
 
-    def vectors(self, ids: Tensor, tokenizer: Any) -> Tensor:
+    def vectors(self, ids: Tensor, tokenizer: VisualTokenizer) -> Tensor:
         """Ids ``(K, n)`` → ``(K, n, C)`` fp32."""
         return tokenizer.code_vectors(self.book, ids[..., None])[:, :, 0].float()
 
@@ -272,12 +271,12 @@ class NextScaleHead(CodeHead):
         added = self.levels[scale] + self.positions[place : place + pictures.shape[1]]
         return self.aligner(pictures.to(self.aligner[0].weight)) + added  # pyright: ignore[reportArgumentType, reportCallIssue]
 
-    def slots(self, codes: Tensor, tokenizer: Any) -> Tensor:
+    def slots(self, codes: Tensor, tokenizer: VisualTokenizer) -> Tensor:
         if len(self.scales) == 1:
             return self.positions.new_zeros(len(codes), 0, self.width)
         pictures = next_scale_inputs(codes, lambda ids: self.vectors(ids, tokenizer), self.scales)
         parts = split_scales(pictures, self.scales[1:])
         return torch.cat([self.inputs(part, index) for index, part in enumerate(parts, 1)], 1)
 
-    def logits(self, hidden: Tensor, codes: Tensor, tokenizer: Any) -> dict[tuple[str, int], Tensor]:
+    def logits(self, hidden: Tensor, codes: Tensor, tokenizer: VisualTokenizer) -> dict[tuple[str, int], Tensor]:
         return {(self.book, 0): self.head(hidden)}

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import SuppressTokensLogitsProcessor
 
 from mllm.errors import ConfigError
+from mllm.heads.base import MultimodalModel
 from mllm.heads.build import drawing_head
 from mllm.heads.codes.grammar import image_grammar, never_written, visual_tokens, vocabulary_offsets
 from mllm.visual_tokenizers.grammar import ImageGrammarProcessor
@@ -74,13 +75,13 @@ class DrawingMixin:
             return ImageGrammarProcessor(self.grammar, never=never)
         return SuppressTokensLogitsProcessor(never, device=self.device)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def generate_images(self, prompts: Any, **options: Any) -> Any:
+    def generate_images(self: MultimodalModel, prompts: Any, **options: Any) -> Any:
         """Draw one image per prompt; see `mllm.heads.codes.generate.generate_images`."""
         from mllm.heads.codes.generate import generate_images
 
         return generate_images(self, prompts, **options)
 
-    def generate_interleaved(self, prompts: Any, **options: Any) -> Any:
+    def generate_interleaved(self: MultimodalModel, prompts: Any, **options: Any) -> Any:
         """Answer with text and images; see `mllm.heads.codes.generate.generate_interleaved`."""
         from mllm.heads.codes.generate import generate_interleaved
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mllm.errors import AlignmentError, ConfigError
-from mllm.heads.base import HeadLoss, Step
+from mllm.heads.base import HeadLoss, HeadModel, MultimodalModel, Step
 from mllm.processing.chat import IGNORE
+from mllm.visual_tokenizers.base import VisualTokenizer
 from mllm.visual_tokenizers.next_scale import next_scale_mask
 from mllm.visual_tokenizers.sequence import code_blocks, pack_codes, unpack_codes
 
@@ -34,7 +34,7 @@ class DrawnImages:
     code_labels: dict[str, Tensor] = field(default_factory=dict)
 
 
-def codes_of(tokenizer: Any, images: Tensor) -> Tensor:
+def codes_of(tokenizer: VisualTokenizer, images: Tensor) -> Tensor:
     """Pixels ``(K, 3, H, W)`` or packed codes ``(K, S)`` → packed codes. Raises `ConfigError` or `AlignmentError` for
     what the tokenizer cannot decode."""
     if not images.is_floating_point():
@@ -45,7 +45,7 @@ def codes_of(tokenizer: Any, images: Tensor) -> Tensor:
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module | MultimodalModel) -> Iterator[None]:
     """Evaluation mode inside, every part's own mode again after."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
@@ -75,7 +75,7 @@ def drop_text(
     return input_ids, labels
 
 
-def lay_images(model: Any, images: Tensor, step: Step) -> DrawnImages:
+def lay_images(model: HeadModel, images: Tensor, step: Step) -> DrawnImages:
     """Put K images (pixels or packed codes) into the spans of the step's ``input_ids``. Raises `AlignmentError` when the spans and
     the images differ in number."""
     input_ids, labels = step.input_ids, step.labels
@@ -118,7 +118,7 @@ def lay_images(model: Any, images: Tensor, step: Step) -> DrawnImages:
 
 
 def _drop_some(
-    model: Any, drawn: DrawnImages, learned: Tensor, mask: Tensor | None, position_ids: Tensor | None
+    model: HeadModel, drawn: DrawnImages, learned: Tensor, mask: Tensor | None, position_ids: Tensor | None
 ) -> None:
     chosen = (torch.rand(len(learned)) < model.visual_config.text_dropout).to(learned.device) & learned
     starts = drawn.starts[chosen]
@@ -139,7 +139,7 @@ def first_of_sample(starts: Tensor, mask: Tensor | None, position_ids: Tensor | 
     return torch.zeros_like(columns) if mask is None else mask.to(torch.int64).argmax(1)[rows]
 
 
-def _write_vocabulary(model: Any, drawn: DrawnImages, places: Tensor) -> None:
+def _write_vocabulary(model: HeadModel, drawn: DrawnImages, places: Tensor) -> None:
     """Codes as ids in the placeholders, and for each codebook the labels of its codes."""
     offsets = model.code_offsets.to(drawn.codes.device)
     ids = drawn.codes + offsets
@@ -156,7 +156,7 @@ def _write_vocabulary(model: Any, drawn: DrawnImages, places: Tensor) -> None:
 
 
 def scale_mask(
-    model: Any,
+    model: HeadModel,
     drawn: DrawnImages,
     mask: Tensor | None,
     position_ids: Tensor | None,
@@ -184,7 +184,7 @@ def scale_mask(
     ]
 
 
-def code_losses(model: Any, drawn: DrawnImages, hidden: Tensor, items: Tensor | float) -> HeadLoss:
+def code_losses(model: HeadModel, drawn: DrawnImages, hidden: Tensor, items: Tensor | float) -> HeadLoss:
     """Loss of the codes (weighted, a sum divided by ``items``) and the mean cross-entropy per code of each codebook.
 
     Every supervised placeholder counts as one token: a position with several codes counts their mean.

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from mllm.errors import ConfigError
 from mllm.heads.answers import answer
+from mllm.heads.base import MultimodalModel
 from mllm.processing.images import image_size
 from mllm.processing.mask_files import box_of, encode_rle, outlines
+from mllm.processing.protocol import Processor
+from mllm.processing.segments import SegmentSpec
 
 OVERLAY = ((230, 60, 60), (60, 120, 230), (60, 180, 90), (230, 160, 40))
 
@@ -71,12 +74,12 @@ class SegmentationMixin:
     device: Any
 
     def segment(
-        self,
+        self: MultimodalModel,
         images: Any,
         phrases: str | Sequence[str] | None = None,
         *,
         questions: str | Sequence[str] | None = None,
-        processor: Any = None,
+        processor: Processor | None = None,
         threshold: float = 0.5,
         **options: Any,
     ) -> Any:
@@ -90,13 +93,13 @@ class SegmentationMixin:
         """
         alone = not isinstance(images, (list, tuple))
         pictures = [images] if alone else list(images)
-        processor, name = _own_processor(self, processor), _segmentation_head(self)
-        asked = _questions(processor, phrases, questions, len(pictures))
-        found = _segment(self, self.heads[name], processor, pictures, asked, threshold, options)
+        own, name = _own_processor(self, processor), _segmentation_head(self)
+        asked = _questions(own[1], phrases, questions, len(pictures))
+        found = _segment(self, self.heads[name], own, pictures, asked, threshold, options)
         return found[0] if alone else found
 
 
-def _segmentation_head(model: Any) -> str:
+def _segmentation_head(model: MultimodalModel) -> str:
     from mllm.heads.segmentation.build import segmentation_heads
 
     names = segmentation_heads(model.config.heads)
@@ -108,39 +111,41 @@ def _segmentation_head(model: Any) -> str:
     return names[0]
 
 
-def _own_processor(model: Any, processor: Any) -> Any:
+def _own_processor(model: MultimodalModel, processor: Processor | None) -> tuple[Processor, SegmentSpec]:
     if processor is None and model.name_or_path:
         from transformers import AutoProcessor
 
         processor = AutoProcessor.from_pretrained(model.name_or_path)
-    if processor is None or getattr(processor, "segments", None) is None:
+    segments = getattr(processor, "segments", None)
+    if processor is None or segments is None:
         raise ConfigError(
             "processor: give this model's own processor (AutoProcessor.from_pretrained of the same folder), which knows how its "
             "masks lie"
         )
-    return processor
+    return processor, segments
 
 
-def _questions(processor: Any, phrases: Any, questions: Any, number: int) -> list[str]:
+def _questions(segments: SegmentSpec, phrases: Any, questions: Any, number: int) -> list[str]:
     if (phrases is None) == (questions is None):
         raise ConfigError("segment: give phrases (what to mark) or questions (the whole question), one of the two")
     given = phrases if questions is None else questions
     given = [given] * number if isinstance(given, str) else list(given)
     if len(given) != number:
         raise ConfigError(f"segment: {len(given)} phrases for {number} pictures; give one for all, or one each")
-    return given if phrases is None else [processor.segments.question.format(phrase=phrase) for phrase in given]
+    return given if phrases is None else [segments.question.format(phrase=phrase) for phrase in given]
 
 
 @torch.no_grad()
 def _segment(
-    model: Any,
+    model: MultimodalModel,
     head: Any,
-    processor: Any,
+    own: tuple[Processor, SegmentSpec],
     pictures: Sequence[Any],
     questions: Sequence[str],
     threshold: float,
     options: dict[str, Any],
 ) -> list[Segments]:
+    processor, segments = own
     answered = answer(model, processor, pictures, questions, options)
     marks = (answered.answers == head.config.tokens["mark"]).nonzero()
     places = head.places(marks + marks.new_tensor([0, answered.start]))
@@ -148,7 +153,7 @@ def _segment(
     found = []
     for number, picture in enumerate(pictures):
         size = image_size(picture, where=f"picture {number}")
-        probabilities = processor.segments.restore(logits[marks[:, 0] == number], size).sigmoid()
+        probabilities = segments.restore(logits[marks[:, 0] == number], size).sigmoid()
         masks = probabilities > threshold
         area = masks.sum((1, 2))
         scores = (probabilities * masks).sum((1, 2)) / area.clamp(min=1)

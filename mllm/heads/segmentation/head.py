@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mllm.errors import AlignmentError, ConfigError, did_you_mean
 from mllm.heads import HEADS
-from mllm.heads.base import Head, HeadConfig, HeadLoss, HeadParts, Reading, Step
+from mllm.heads.base import Head, HeadConfig, HeadLoss, HeadModel, HeadParts, Reading, Step
 from mllm.heads.segmentation.decoders import DECODERS, DecoderConfig, QueryDecoderConfig
 from mllm.heads.segmentation.losses import (
     BCE_WEIGHT,
@@ -136,7 +136,7 @@ class SegmentationHead(Head):
         if getattr(self.config.decoder, "weights", None) is not None:
             self.decoder.load_pretrained()
 
-    def lay(self, model: Any, step: Step, targets: Mapping[str, Tensor]) -> LaidMasks:
+    def lay(self, model: HeadModel, step: Step, targets: Mapping[str, Tensor]) -> LaidMasks:
         masks, ids, mark = targets["target_masks"], step.input_ids, self.config.tokens["mark"]
         assert ids is not None
         taught = ids if step.labels is None else step.labels
@@ -164,7 +164,7 @@ class SegmentationHead(Head):
         tokens = features.tokens.to(weight.device, weight.dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
         return self.decoder(self.project(states.to(weight.dtype)), tokens, owners.to(weight.device))  # pyright: ignore[reportArgumentType, reportCallIssue]
 
-    def losses(self, model: Any, step: Step, laid: LaidMasks, reading: Reading) -> HeadLoss:
+    def losses(self, model: HeadModel, step: Step, laid: LaidMasks, reading: Reading) -> HeadLoss:
         if self.config.encoder not in reading.features:
             raise AlignmentError(
                 f"masks are read from encoder {self.config.encoder!r}, and the call has no pixels for it (image_features given instead?)"
@@ -180,7 +180,7 @@ IMAGE_ID = 4
 """The placeholder in the contract's example."""
 
 
-def owners_of(model: Any, input_ids: Tensor, marks: Tensor, image_sizes: Tensor | None) -> Tensor:
+def owners_of(model: HeadModel, input_ids: Tensor, marks: Tensor, image_sizes: Tensor | None) -> Tensor:
     """For each token ``(K, 2)`` (row, column), the number in the batch of the last picture before it in its row. Raises
     `AlignmentError` for a token without one."""
     placeholders = input_ids == model.config.image_token_id

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mllm.errors import CheckpointError, ConfigError, UnavailableError
 from mllm.hub import hub_reason
 from mllm.models.foreign.checkpoint import ForeignCheckpoint
 from mllm.models.foreign.read import read_foreign, recognise
+
+if TYPE_CHECKING:
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
 
 
 def convert(source: str, target: str | Path, *, dtype: str = "auto", language_model: str | None = None) -> Path:
@@ -41,7 +44,7 @@ def convert(source: str, target: str | Path, *, dtype: str = "auto", language_mo
     return target
 
 
-def converted_processor(found: ForeignCheckpoint, model: Any) -> Any:
+def converted_processor(found: ForeignCheckpoint, model: MllmForConditionalGeneration) -> Any:
     """The processor of a converted model, when there is a tokenizer; the model's embedding grows where it is too small."""
     from transformers import AutoTokenizer
 

@@ -113,7 +113,7 @@ class ImageGenerator:
         files = []
         for row in packed.split(1):
             file = io.BytesIO()
-            to_pil(decode_packed(self, row))[0].save(file, "PNG")
+            to_pil(decode_packed(self.image_tokenizer, row))[0].save(file, "PNG")
             files.append(base64.b64encode(file.getvalue()).decode())
         return files
 

@@ -18,6 +18,7 @@ from mllm.heads.codes.configs import VocabularyHeadConfig
 from mllm.heads.codes.generate import prompt_prefix, sample_seeds
 from mllm.heads.codes.grammar import image_grammar, visual_tokens
 from mllm.heads.codes.targets import drop_text
+from mllm.processing.protocol import Processor
 from mllm.visual_tokenizers.sequence import code_blocks
 
 KEY = "mllm_drawing"
@@ -76,7 +77,7 @@ class DrawingPlan:
     Raises `UnavailableError` for a model without a visual head or with one that vLLM cannot run.
     """
 
-    def __init__(self, config: Any, processor: Any):
+    def __init__(self, config: Any, processor: Processor):
         why = refusal(config)
         if why is not None:
             raise UnavailableError(why)

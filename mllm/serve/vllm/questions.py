@@ -4,8 +4,8 @@ it."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from mllm.processing.protocol import Processor
 from mllm.processing.questions import question_text
 
 _PROBES = ("mllm-first-probe", "mllm-answer-probe", "mllm-second-probe")
@@ -20,7 +20,7 @@ class QuestionReader:
     (template ``plain``, raw prompts): there the whole prompt counts as one turn.
     """
 
-    def __init__(self, processor: Any):
+    def __init__(self, processor: Processor):
         self.tokenizer = processor.tokenizer
         self.image_token: str = processor.image_token
         self.before, self.after = turn_marks(processor)
@@ -50,7 +50,7 @@ class QuestionReader:
         return prompt[begin : min([end for end in ends if end >= 0], default=len(prompt))]
 
 
-def turn_marks(processor: Any) -> tuple[str, str]:
+def turn_marks(processor: Processor) -> tuple[str, str]:
     """What the chat template writes right before and right after what a user says; empty where nothing is constant."""
     first, answer, second = _PROBES
     turns = [("user", first), ("assistant", answer), ("user", second)]
@@ -77,7 +77,7 @@ def _common_start(texts: Sequence[str]) -> str:
     return first[:length]
 
 
-def _render(processor: Any, turns: Sequence[tuple[str, str]]) -> str | None:
+def _render(processor: Processor, turns: Sequence[tuple[str, str]]) -> str | None:
     messages = [{"role": role, "content": content} for role, content in turns]
     try:
         text = processor.tokenizer.apply_chat_template(

@@ -7,10 +7,11 @@ import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import yaml
+from torch import nn
 
 from mllm import distributed
 from mllm.config import read_yaml, to_plain
@@ -24,17 +25,27 @@ from mllm.train.checkpoint.files import sync_directory, sync_file
 from mllm.train.checkpoint.resume import COSMETIC, difference
 from mllm.train.engine.base import Engine
 
+if TYPE_CHECKING:
+    pass
+
+
 DONE = "stage.json"
 
 
+class Savable(Protocol):
+    """What lies beside the weights: a processor, or what a stage without one found out."""
+
+    def save_pretrained(self, save_directory: Any, /) -> Any: ...
+
+
 def save_stage(
-    engine: Engine, processor: Any, recipe: Recipe, stage: StageSpec, folder: Path, record: dict[str, Any]
+    engine: Engine, processor: Savable, recipe: Recipe, stage: StageSpec, folder: Path, record: dict[str, Any]
 ) -> None:
     """Write model (adapters merged), processor, ``recipe.yaml`` with its plug-ins, and ``run.json`` to ``folder``: whole or not at all.
 
     All processes must call it; the engine is closed. Raises `CheckpointError` everywhere when the disk is full.
     """
-    model: Any = engine.model
+    model = engine.model
     state = engine.state_dict() if engine.zero_stage == 3 else None
     engine.close()
     error = ""
@@ -73,7 +84,7 @@ def save_stage(
         )
 
 
-def write_model(model: Any, processor: Any, folder: Path) -> None:
+def write_model(model: Any, processor: Savable, folder: Path) -> None:
     """``save_pretrained`` of model and processor."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -101,7 +112,7 @@ def _inject_like(model: Any, fresh: Any) -> None:
     lora.activate_all(fresh)
 
 
-def save_adapters(model: Any, path: Path) -> None:
+def save_adapters(model: nn.Module, path: Path) -> None:
     """The adapters' tensors alone, by their names in the unmerged model."""
     from safetensors.torch import save_file
 

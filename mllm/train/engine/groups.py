@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -14,6 +14,11 @@ from mllm.heads.build import FORMER, heads_with_weights
 from mllm.recipe import LearnSpec, ModelSpec, StageSpec
 from mllm.train import lora
 from mllm.train.added_rows import PART, rows_beside_adapter
+
+if TYPE_CHECKING:
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
+    from mllm.train.engine.trainable import TrainableModel
+
 
 _NO_DECAY = re.compile(
     r"(^|\.)(bias|.*_bias|gamma|.*layer_?scale\w*|cls_token(\.\d+)?|class_embedding|pos_embed(_for_scale)?(\.\d+)?|"
@@ -82,7 +87,7 @@ def learning_by_part(known: list[str], stage: StageSpec) -> dict[str, LearnSpec]
     return result
 
 
-def apply_learning(model: Any, stage: StageSpec, *, zero_stage: int = 0) -> list[Group]:
+def apply_learning(model: TrainableModel, stage: StageSpec, *, zero_stage: int = 0) -> list[Group]:
     """Freeze everything, then let learn what the stage names; inject adapters. Returns the parameter groups. zero_stage: of
     the engine that will train it.
 
@@ -99,7 +104,11 @@ def apply_learning(model: Any, stage: StageSpec, *, zero_stage: int = 0) -> list
                 raise ConfigError(
                     f"stages.{stage.name}.learn.{part}: lora and last_layers exclude each other; give one"
                 )
-            rows = rows_beside_adapter(model, stage, zero_stage=zero_stage) if part == PART else {}
+            rows = (
+                rows_beside_adapter(cast("MllmForConditionalGeneration", model), stage, zero_stage=zero_stage)
+                if part == PART
+                else {}
+            )
             lora.inject(model, part, parts[part], spec.lora, skip={id(head)}, rows=rows)
     for parameter in model.parameters():  # PEFT switches its own adapters on; below decides alone
         parameter.requires_grad_(False)
@@ -115,7 +124,7 @@ def apply_learning(model: Any, stage: StageSpec, *, zero_stage: int = 0) -> list
     return groups
 
 
-def _selected(model: Any, stage: StageSpec, part: str, spec: LearnSpec, names: list[str]) -> list[str]:
+def _selected(model: TrainableModel, stage: StageSpec, part: str, spec: LearnSpec, names: list[str]) -> list[str]:
     """Of one part's parameter names, those that learn."""
     if spec.lora is not None:
         return [n for n in names if lora.is_adapter(n)]
@@ -125,7 +134,7 @@ def _selected(model: Any, stage: StageSpec, part: str, spec: LearnSpec, names: l
     ((prefix, module),) = model.named_parts()[part][:1]
     if not hasattr(module, "layer_groups"):
         raise ConfigError(f"{where}: only encoders can be unfrozen by layer")
-    groups = module.layer_groups()
+    groups = module.layer_groups()  # pyright: ignore[reportCallIssue]
     layers = [g for g in groups if re.fullmatch(r"layers\.\d+", g[0])]
     if spec.last_layers > len(layers):
         raise ConfigError(f"{where} is {spec.last_layers}, but this encoder has {len(layers)} layers")
@@ -147,7 +156,9 @@ def no_decay_names(model: nn.Module) -> set[str]:
     return names
 
 
-def _make_groups(model: Any, stage: StageSpec, specs: dict[str, LearnSpec], owner: dict[str, str]) -> list[Group]:
+def _make_groups(
+    model: TrainableModel, stage: StageSpec, specs: dict[str, LearnSpec], owner: dict[str, str]
+) -> list[Group]:
     exempt = no_decay_names(model)
     groups = []
     for part, spec in specs.items():
@@ -161,7 +172,7 @@ def _make_groups(model: Any, stage: StageSpec, specs: dict[str, LearnSpec], owne
     return groups
 
 
-def _check(model: Any, groups: list[Group], specs: dict[str, LearnSpec]) -> None:
+def _check(model: TrainableModel, groups: list[Group], specs: dict[str, LearnSpec]) -> None:
     grouped = [name for group in groups for name in group.names]
     learning = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(grouped) == len(set(grouped)), "a parameter is in two groups"
@@ -186,7 +197,7 @@ def set_modes(model: nn.Module) -> None:
             module.training = True
 
 
-def frozen_summary(model: Any) -> dict[str, int]:
+def frozen_summary(model: TrainableModel) -> dict[str, int]:
     """Part → number of its frozen parameters."""
     result: dict[str, int] = {}
     for name, parameter in model.named_parameters():

@@ -17,7 +17,7 @@ import uuid
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,10 +28,14 @@ from mllm.errors import ConfigError, DataError, UnavailableError
 from mllm.plugins import code_hashes
 from mllm.processing.images import image_size, load_image, read_bytes
 from mllm.processing.layout import IMAGE_SIZES, LayoutRules
+from mllm.processing.protocol import Processor
 from mllm.processing.views.base import WHOLE
 from mllm.processing.views.pixels import to_view_pixels
 from mllm.train.checkpoint.resume import fingerprint
 from mllm.types import VisionFeatures
+
+if TYPE_CHECKING:
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
 
 _RECORD = struct.Struct("<32sIQI")  # key, place of the shard's row, bytes of the data file after it, checksum
 _BLOCK = 64  # features that share one int8 scale: per-token scales ruin tokens with one large channel
@@ -217,7 +221,7 @@ class CachedImageProcessor:
 class CachedProcessor:
     """A processor whose pictures come from the cache; all else is the processor's own."""
 
-    def __init__(self, processor: Any, image_processor: CachedImageProcessor):
+    def __init__(self, processor: Processor, image_processor: CachedImageProcessor):
         self.processor, self.image_processor = processor, image_processor
 
     def __getattr__(self, name: str) -> Any:
@@ -226,7 +230,7 @@ class CachedProcessor:
         return getattr(self.processor, name)
 
 
-def why_not(model: Any, learning: Iterable[str]) -> str | None:
+def why_not(model: MllmForConditionalGeneration, learning: Iterable[str]) -> str | None:
     """Why a model's features cannot be cached in a stage, None when they can. learning: the stage's parts."""
     bank = getattr(getattr(model, "model", model), "vision_tower", None)
     if bank is None:
@@ -254,7 +258,9 @@ def why_not(model: Any, learning: Iterable[str]) -> str | None:
     return None
 
 
-def open_stores(model: Any, dtype: str, *, resampler: Any = "pil", root: Path | None = None) -> dict[str, FeatureStore]:
+def open_stores(
+    model: MllmForConditionalGeneration, dtype: str, *, resampler: Any = "pil", root: Path | None = None
+) -> dict[str, FeatureStore]:
     """A store for every encoder of a model, by what decides its features. resampler: what pictures are scaled with."""
     bank = model.model.vision_tower
     stores = {}
@@ -299,7 +305,7 @@ def check_space(stores: dict[str, FeatureStore], pictures: int, views: Mapping[s
 
 @torch.no_grad()
 def fill(
-    model: Any,
+    model: MllmForConditionalGeneration,
     stores: dict[str, FeatureStore],
     images: Iterable[Any],
     *,
@@ -355,7 +361,7 @@ class FeaturesInPlaceOfPixels:
     """While open, a model's encoders take features ``(B, N, D)`` where they take pixels, and give zeros for the black pictures with
     which text-only batches keep processes in step. Names and state stay as they are."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: MllmForConditionalGeneration):
         self.bank = model.model.vision_tower
 
     def __enter__(self) -> FeaturesInPlaceOfPixels:

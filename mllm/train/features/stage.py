@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mllm import distributed
 from mllm.errors import AlignmentError, ConfigError, DataError, UnavailableError
 from mllm.processing.chat import encode_sample
+from mllm.processing.image_processor import MllmImageProcessor
+from mllm.processing.protocol import Processor
 from mllm.recipe import StageSpec
 from mllm.train.data import StageData
 from mllm.train.features.cache import (
@@ -27,14 +29,17 @@ from mllm.train.features.cache import (
 from mllm.train.observe.progress import StageDisplay
 from mllm.train.prepare import DTYPES
 
+if TYPE_CHECKING:
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
+
 MAX_ATTEMPTS = 100
 
 
 def use_cache(
     stage: StageSpec,
     data: StageData,
-    model: Any,
-    processor: Any,
+    model: MllmForConditionalGeneration,
+    processor: Processor,
     learning: set[str],
     display: StageDisplay,
     stack: ExitStack,
@@ -86,13 +91,15 @@ def use_cache(
         store.refresh()
     display.print(f"{stored:,} newly computed, {total - stored - failed:,} there already, {failed:,} cannot be decoded")
     reader = CachedImageProcessor(stores, dict(model.model.pixel_keys), DTYPES[stage.dtype], model.model.rules)
-    cached = CachedProcessor(processor, reader)
+    cached: Any = CachedProcessor(processor, reader)
     data.stream.dataset.encode = partial(encode_sample, cached, max_length=stage.max_length)
     stack.enter_context(FeaturesInPlaceOfPixels(model))
     return True
 
 
-def _fill_replacements(data: StageData, model: Any, stores: dict[str, Any], processor: Any) -> None:
+def _fill_replacements(
+    data: StageData, model: MllmForConditionalGeneration, stores: dict[str, Any], image_processor: MllmImageProcessor
+) -> None:
     """A row whose picture cannot be decoded is replaced by the next good one of its dataset: store that one's too."""
     for draw in data.draws():
         for attempt in range(MAX_ATTEMPTS):
@@ -102,7 +109,7 @@ def _fill_replacements(data: StageData, model: Any, stores: dict[str, Any], proc
                 keys = [view_keys(image, model.model.rules) for image in images]
             except (DataError, AlignmentError):
                 continue
-            fill(model, stores, images, resampler=processor.resampler, max_pixels=processor.max_pixels)
+            fill(model, stores, images, resampler=image_processor.resampler, max_pixels=image_processor.max_pixels)
             if all(key in stores[name] for found in keys for name in stores for key in found[name]):
                 break
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mllm import distributed
+from mllm.processing.protocol import Processor
 from mllm.recipe import DrawSpec, StageSpec
+
+if TYPE_CHECKING:
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
 
 
 class Drawings:
@@ -16,7 +20,9 @@ class Drawings:
     per prompt, side by side) and TensorBoard. Changes neither the model's modes nor the random state, so training goes on
     as if nothing had been drawn."""
 
-    def __init__(self, output: Path, stage: StageSpec, model: Any, processor: Any, tracker: Any):
+    def __init__(
+        self, output: Path, stage: StageSpec, model: MllmForConditionalGeneration, processor: Processor, tracker: Any
+    ):
         self.folder, self.stage, self.model, self.processor, self.tracker = (
             output / "drawings",
             stage,

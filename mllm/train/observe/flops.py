@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+if TYPE_CHECKING:
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
+
 
 PEAK_BF16 = {
     "H200": 989e12,
@@ -80,9 +84,9 @@ class FlopModel:
         return StepFlops(text, text + vision)
 
 
-def flop_model(model: Any, trained: Iterable[str]) -> FlopModel:
+def flop_model(model: MllmForConditionalGeneration, trained: Iterable[str]) -> FlopModel:
     """Count a model's operations from its modules; no forward pass on real weights (works on the meta device too)."""
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    decoder, head = model.get_decoder(), model.lm_head
     config = model.config.get_text_config()
     matmul = adapters = 0.0
     for name, module in decoder.named_modules():
@@ -109,7 +113,7 @@ def _numel(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _image_flops(model: Any) -> tuple[dict[str, float], float]:
+def _image_flops(model: MllmForConditionalGeneration) -> tuple[dict[str, float], float]:
     """Forward operations of one view: by encoder, and of connector and router together."""
     bank = getattr(getattr(model, "model", model), "vision_tower", None)
     if bank is None:

@@ -123,14 +123,14 @@ class RunInfo:
         temporary.replace(self.path)
 
 
-def hub_revisions(model: Any) -> dict[str, str]:
-    """``id@revision`` → commit, for every hub repository that a model's settings name and this machine has in its cache."""
+def hub_revisions(settings: Any) -> dict[str, str]:
+    """``id@revision`` → commit, for every hub repository that settings name and this machine has in its cache."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     result: dict[str, str] = {}
-    if isinstance(model, dict):
-        revision = str(model.get("revision") or "main")
-        for name in (model.get("source"), model.get("tokenizer")):
+    if isinstance(settings, dict):
+        revision = str(settings.get("revision") or "main")
+        for name in (settings.get("source"), settings.get("tokenizer")):
             if isinstance(name, str) and name.count("/") == 1 and not Path(name).exists():
                 name = name.removeprefix("hf-hub:")
                 reference = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "refs" / revision
@@ -138,10 +138,10 @@ def hub_revisions(model: Any) -> dict[str, str]:
                     result[f"{name}@{revision}"] = reference.read_text(encoding="utf-8").strip()
                 elif len(revision) == 40:
                     result[f"{name}@{revision}"] = revision
-        for value in model.values():
+        for value in settings.values():
             result |= hub_revisions(value)
-    elif isinstance(model, list):
-        for value in model:
+    elif isinstance(settings, list):
+        for value in settings:
             result |= hub_revisions(value)
     return result
 

@@ -10,13 +10,14 @@ from rich.text import Text
 
 from mllm.errors import MllmError
 from mllm.processing.chat import encode_text, turn_ends
+from mllm.processing.protocol import Processor
 from mllm.processing.turns import IGNORE, special_ids, template_notes
 
 LONGEST = 900
 """Characters of a run of text that are shown; of a longer one the middle is left out."""
 
 
-def show_row(ids: Sequence[int], labels: Sequence[int], processor: Any) -> Text:
+def show_row(ids: Sequence[int], labels: Sequence[int], processor: Processor) -> Text:
     """One row as text: what is learned green, special tokens bold by name, the rest dim, images counted."""
     tokenizer, image, special = processor.tokenizer, processor.image_token_id, special_ids(processor.tokenizer)
     text = Text()
@@ -40,7 +41,7 @@ def show_row(ids: Sequence[int], labels: Sequence[int], processor: Any) -> Text:
     return text
 
 
-def what_is_learned(processor: Any, data: Any, stops: Any = None) -> list[Any]:
+def what_is_learned(processor: Processor, data: Any, stops: Any = None) -> list[Any]:
     """Lines before a stage's first step: what to know of the chat template, one row of ``data`` (`StageData`), the tokens that end
     generation. stops: the model's ``eos_token_id``."""
     if hasattr(processor, "encode_sample"):
@@ -68,7 +69,7 @@ def what_is_learned(processor: Any, data: Any, stops: Any = None) -> list[Any]:
     return [*lines, _plain(stop_line(processor, stops))]
 
 
-def stop_line(processor: Any, stops: Any = None) -> str:
+def stop_line(processor: Processor, stops: Any = None) -> str:
     """The tokens at which generation stops, by name."""
     tokenizer = processor.tokenizer
     given = [stops] if isinstance(stops, int) else list(stops or [])

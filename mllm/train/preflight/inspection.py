@@ -14,6 +14,7 @@ from mllm.errors import ConfigError
 from mllm.models.build import config_and_processor, load_tokenizer
 from mllm.processing.chat import IGNORE
 from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES, LayoutRules, visual_spans
+from mllm.processing.protocol import Processor
 from mllm.processing.template import for_training
 from mllm.processing.turns import special_ids, template_notes
 from mllm.processing.video_text import stamped
@@ -112,7 +113,7 @@ def inspect_recipe(recipe: Recipe, *, num_samples: int = 8, stage: str | None = 
     return [_look(recipe, s, config, processor, num_samples) for s in chosen]
 
 
-def _look(recipe: Recipe, stage: StageSpec, config: Any, processor: Any, num_samples: int) -> SeenStage:
+def _look(recipe: Recipe, stage: StageSpec, config: Any, processor: Processor, num_samples: int) -> SeenStage:
     if stage.chat_template is not None:
         processor = for_training(processor, stage.chat_template)
     quiet = stage.model_copy(update={"num_workers": 0, "max_bad_share": 1.0})  # the page shows what is dropped
@@ -133,7 +134,7 @@ def _look(recipe: Recipe, stage: StageSpec, config: Any, processor: Any, num_sam
     return seen
 
 
-def _add_batch(seen: SeenStage, batch: Batch, processor: Any, num_samples: int) -> None:
+def _add_batch(seen: SeenStage, batch: Batch, processor: Processor, num_samples: int) -> None:
     seen.dropped += batch.dropped
     ids, labels = batch.inputs["input_ids"], batch.inputs["labels"]
     mask, positions = batch.inputs.get("attention_mask"), batch.inputs.get("position_ids")
@@ -196,7 +197,7 @@ def _sample(
     labels: Any,
     offset: int,
     positions: Any,
-    processor: Any,
+    processor: Processor,
 ) -> SeenSample:
     numbers, targets = ids.tolist(), labels.tolist()
     runs = _runs(numbers, targets, processor, visual_spans(ids, processor.image_token_id, layouts), layouts)
@@ -232,7 +233,7 @@ def _sample(
 
 
 def _runs(
-    ids: list[int], labels: list[int], processor: Any, spans: list[tuple[int, int]], layouts: list[VisualLayout]
+    ids: list[int], labels: list[int], processor: Processor, spans: list[tuple[int, int]], layouts: list[VisualLayout]
 ) -> list[Run]:
     """Neighbouring tokens of one kind, decoded together so that characters of several tokens stay whole. Every image is
     a run of its own."""
@@ -259,7 +260,9 @@ def _runs(
     return runs
 
 
-def _pixels(batch: Batch, rows: dict[str, int], processor: Any, patches: Grid | None = None) -> dict[str, Image.Image]:
+def _pixels(
+    batch: Batch, rows: dict[str, int], processor: Processor, patches: Grid | None = None
+) -> dict[str, Image.Image]:
     """Encoder → its pixels of one view as an 8-bit picture. Encoders that do not see the view, and experts that a batch
     carries no pixels for, are left out."""
     pictures, given = {}, processor.pixel_keys.by_encoder(batch.inputs)

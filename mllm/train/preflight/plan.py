@@ -19,6 +19,7 @@ from mllm.models.loss import DEFAULT_CHUNK
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.odd_settings import odd_settings
 from mllm.processing.chat import split_images
+from mllm.processing.protocol import Processor
 from mllm.recipe import Recipe, StageSpec
 from mllm.train.added_rows import rows_line
 from mllm.train.data import check_some_rows, open_mixture, token_count
@@ -158,7 +159,12 @@ def _joins(config: MllmConfig) -> list[str]:
 
 
 def _plan_stage(
-    recipe: Recipe, stage: StageSpec, model: Any, processor: Any, processes: int, with_data: bool
+    recipe: Recipe,
+    stage: StageSpec,
+    model: MllmForConditionalGeneration,
+    processor: Processor,
+    processes: int,
+    with_data: bool,
 ) -> StagePlan:
     choice = choose_engine(stage)
     groups = apply_learning(model, stage, zero_stage=choice.zero_stage)
@@ -196,7 +202,7 @@ def _plan_stage(
     return plan
 
 
-def _most_views(model: Any) -> int:
+def _most_views(model: MllmForConditionalGeneration) -> int:
     """Views of a picture that takes the most tokens, or of a video; its patches, where pixels come as such."""
     rules = model.model.rules
     layout = rules.longest()
@@ -215,7 +221,13 @@ def _longest_row(stage: StageSpec, plan: StagePlan) -> int:
 
 
 def memory_of(
-    model: Any, stage: StageSpec, groups: list[Group], *, zero_stage: int, processes: int, row_length: int
+    model: MllmForConditionalGeneration,
+    stage: StageSpec,
+    groups: list[Group],
+    *,
+    zero_stage: int,
+    processes: int,
+    row_length: int,
 ) -> dict[str, int]:
     """Bytes on one GPU by what they are for. ``update``: buffers of the optimizer step, when activations are gone."""
     size = 2 if stage.dtype == "bfloat16" else 4
@@ -237,7 +249,9 @@ def memory_of(
     }
 
 
-def _activations(model: Any, stage: StageSpec, groups: list[Group], size: int, row_length: int) -> int:
+def _activations(
+    model: MllmForConditionalGeneration, stage: StageSpec, groups: list[Group], size: int, row_length: int
+) -> int:
     config = model.config.get_text_config()
     tokens = stage.batch_size * row_length
     width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
@@ -261,7 +275,7 @@ def _activations(model: Any, stage: StageSpec, groups: list[Group], size: int, r
     return int(memory + chunk * config.vocab_size * (4 + size) + head)
 
 
-def _look_at_data(recipe: Recipe, stage: StageSpec, plan: StagePlan, processor: Any, rows: int) -> None:
+def _look_at_data(recipe: Recipe, stage: StageSpec, plan: StagePlan, processor: Processor, rows: int) -> None:
     try:
         mixture = open_mixture(stage, recipe.seed)
     except (ConfigError, DataError) as error:
@@ -300,7 +314,7 @@ def _look_at_data(recipe: Recipe, stage: StageSpec, plan: StagePlan, processor: 
 
 
 def _stage_hazards(
-    recipe: Recipe, stage: StageSpec, model: Any, plan: StagePlan, zero_stage: int, rows: int
+    recipe: Recipe, stage: StageSpec, model: MllmForConditionalGeneration, plan: StagePlan, zero_stage: int, rows: int
 ) -> list[str]:
     hazards = list(plan.hazards)
     config = model.config.get_text_config()

@@ -250,9 +250,9 @@ def test_what_cannot_be_drawn_is_refused(drawer: Any, writer: Any, tmp_path: Pat
     head, model, processor = drawer
     total = model.image_tokenizer.tokens_per_image
     with pytest.raises(ConfigError, match="out of range"):
-        decode_packed(model, torch.full((1, total), 10**6))
+        decode_packed(model.image_tokenizer, torch.full((1, total), 10**6))
     with pytest.raises(AlignmentError, match=f"has {total} codes.*cut inside an image"):
-        decode_packed(model, torch.zeros(1, total - 1, dtype=torch.int64))
+        decode_packed(model.image_tokenizer, torch.zeros(1, total - 1, dtype=torch.int64))
     with pytest.raises(ConfigError, match="prompts is empty"):
         model.generate_images([], processor=processor)
     with pytest.raises(ConfigError, match="this model's own processor"):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mllm.damage import naming_damage
 from mllm.encoders.weights import shorten
 from mllm.errors import CheckpointError, ConfigError, MllmError, UnavailableError
+from mllm.train.engine.trainable import StageModel
 from mllm.train.stages.contrastive.losses import contrastive_loss, ranking_loss
 
 TEXT_PART = "text_encoder"
@@ -250,7 +251,7 @@ def pass_weights(encoder: Any, dual: Any, *, to_encoder: bool) -> int:
     return len(ours)
 
 
-class ContrastiveModel(nn.Module):
+class ContrastiveModel(StageModel):
     """A dual encoder as the trainer wants a model: parts by name, a loss for a batch."""
 
     def __init__(self, name: str, dual: Any, options: Any, *, pixel_key: str):
@@ -258,7 +259,7 @@ class ContrastiveModel(nn.Module):
         self.encoder_name, self.options, self.pixel_key = name, options, pixel_key
         self.dual = dual
         text = SimpleNamespace(get_text_config=lambda: SimpleNamespace(model_type="dual", layer_types=None), dtype=None)
-        self.config: Any = text
+        self.config = text
         inner = dual.model
         if getattr(inner, "logit_scale", None) is None:
             inner.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -285,12 +286,6 @@ class ContrastiveModel(nn.Module):
             if any(parameter_name.startswith(prefix) for prefix in prefixes):
                 return part
         raise KeyError(parameter_name)
-
-    def get_output_embeddings(self) -> None:
-        return None
-
-    def set_attn_implementation(self, _: Any) -> None:
-        """The towers keep their own."""
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         if hasattr(self.dual.model, "gradient_checkpointing_enable"):

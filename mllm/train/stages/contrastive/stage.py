@@ -19,6 +19,7 @@ from mllm.config import StrictModel, validate
 from mllm.errors import ConfigError, DataError
 from mllm.processing.chat import IGNORE, EncodedSample
 from mllm.processing.images import load_image, to_pixels_multi
+from mllm.processing.protocol import Processor
 from mllm.recipe import LearnSpec, StageSpec
 from mllm.train import lora
 from mllm.train.checkpoint.export import save_stage
@@ -62,7 +63,7 @@ class ContrastiveOptions(StrictModel):
 class PairProcessor(WrappedProcessor):
     """A processor whose samples are one image with its caption and hard negatives."""
 
-    def __init__(self, processor: Any, name: str, dual: Any, options: ContrastiveOptions):
+    def __init__(self, processor: Processor, name: str, dual: Any, options: ContrastiveOptions):
         super().__init__(processor)
         self.name, self.dual, self.options = name, dual, options
         self.spec = processor.image_processor.specs[name]

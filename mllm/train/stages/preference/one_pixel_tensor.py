@@ -7,13 +7,17 @@ side by side in one ``(images, values)`` tensor and are taken apart where the mo
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mllm.errors import UnavailableError
 from mllm.processing.pixel_keys import PRIMARY_PIXELS
+from mllm.processing.protocol import Processor
+
+if TYPE_CHECKING:
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
 
 
 class OnePixelTensor:
@@ -21,7 +25,7 @@ class OnePixelTensor:
     understands until the block ends. Nothing changes for a model with one encoder. Raises `UnavailableError` for a model whose
     router chooses encoders: the choice is part of the policy, and these trainers do not carry it."""
 
-    def __init__(self, model: Any, processor: Any, *, active: bool = True):
+    def __init__(self, model: MllmForConditionalGeneration, processor: Processor, *, active: bool = True):
         if model.config.router is not None:
             raise UnavailableError(
                 "preference and reward stages are not offered for a model with a router: TRL does not carry its choices"
@@ -35,7 +39,8 @@ class OnePixelTensor:
             raise UnavailableError(
                 "preference and reward stages are not offered for a model that takes video: TRL does not carry several frames"
             )
-        self.model, self.processor = model, processor
+        self.model = model
+        self.processor: Any = processor
         self.keys = dict(processor.pixel_keys)
         self.shapes = {n: (3, s.height, s.width) for n, s in processor.image_processor.specs.items()}
         self._joins = active and len(self.keys) > 1
@@ -48,7 +53,7 @@ class OnePixelTensor:
             self.understood_by(self.model)
         return self
 
-    def understood_by(self, model: Any) -> None:
+    def understood_by(self, model: MllmForConditionalGeneration) -> None:
         """Let one more model of the same kind (a reference) take the joined pixels; None is passed over."""
         if self._joins and model is not None:
             self._handles.append(model.model.register_forward_pre_hook(self._take_apart, with_kwargs=True))

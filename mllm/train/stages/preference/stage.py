@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
@@ -32,6 +32,7 @@ from mllm.data.mixture import Mixture
 from mllm.errors import AlignmentError, ConfigError, DataError, UnavailableError, blamed_on, did_you_mean
 from mllm.install import package_hint
 from mllm.processing.images import load_image
+from mllm.processing.protocol import Processor
 from mllm.processing.template import parts_of
 from mllm.recipe import StageSpec
 from mllm.train.added_rows import rows_line
@@ -46,6 +47,9 @@ from mllm.train.stages.preference.one_pixel_tensor import OnePixelTensor
 from mllm.train.start import start_model
 from mllm.train.trainer import Run, seed_everything
 from mllm.types import IMAGE_MARK, Sample
+
+if TYPE_CHECKING:
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
 
 _ATTEMPTS = 100
 _COMPLETE = "complete"  # a file that ends a checkpoint; transformers would pick up one that a kill left half written
@@ -276,7 +280,9 @@ def as_row(sample: Sample, kind: str, options: PreferenceOptions, *, max_pixels:
     }
 
 
-def _reference(run: Run, stage: StageSpec, options: PreferenceOptions, model: Any, processor: Any) -> Any:
+def _reference(
+    run: Run, stage: StageSpec, options: PreferenceOptions, model: MllmForConditionalGeneration, processor: Processor
+) -> Any:
     """Where the model starts. DPO: a copy; GRPO with a beta: written to disk, from where TRL reads it."""
     if stage.kind == "dpo":
         return copy.deepcopy(model).eval().requires_grad_(False)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,17 @@ from mllm.errors import AlignmentError, ConfigError, DataError, blamed_on
 from mllm.models.loss import shift_labels
 from mllm.processing.chat import IGNORE, EncodedSample, encode_sample
 from mllm.processing.layout import IMAGE_SIZES
+from mllm.processing.protocol import Processor
 from mllm.types import Routing
+
+if TYPE_CHECKING:
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
 
 
 @torch.no_grad()
-def losses_by_expert(model: Any, inputs: dict[str, Tensor], num_images: Sequence[int]) -> Tensor:
+def losses_by_expert(
+    model: MllmForConditionalGeneration, inputs: dict[str, Tensor], num_images: Sequence[int]
+) -> Tensor:
     """``(samples, 1 + E)``: each sample's mean loss per learned token without any expert and with each one alone.
 
     inputs: a right-padded batch as `mllm.data.collate.collate` makes it. Every encoder runs once per image; connector and
@@ -60,7 +66,7 @@ def losses_by_expert(model: Any, inputs: dict[str, Tensor], num_images: Sequence
     return torch.stack(results, dim=1)
 
 
-def _sample_losses(model: Any, hidden: Tensor, labels: Tensor) -> Tensor:
+def _sample_losses(model: MllmForConditionalGeneration, hidden: Tensor, labels: Tensor) -> Tensor:
     targets = shift_labels(labels)
     learned = targets != IGNORE
     losses = F.cross_entropy(model.compute_logits(hidden[learned]).float(), targets[learned], reduction="none")
@@ -70,8 +76,8 @@ def _sample_losses(model: Any, hidden: Tensor, labels: Tensor) -> Tensor:
 
 
 def label_source(
-    model: Any,
-    processor: Any,
+    model: MllmForConditionalGeneration,
+    processor: Processor,
     source: Source,
     path: Path,
     *,
@@ -148,8 +154,8 @@ def _unchanged(source: Source, rows: dict[int, dict[str, Any]]) -> dict[int, dic
 
 
 def _measure(
-    model: Any,
-    processor: Any,
+    model: MllmForConditionalGeneration,
+    processor: Processor,
     source: Source,
     path: Path,
     header: dict[str, Any],
@@ -176,7 +182,13 @@ def _measure(
 
 
 def _entries(
-    model: Any, processor: Any, source: Source, rows: list[int], margin: float, top_k: int, max_length: int | None
+    model: MllmForConditionalGeneration,
+    processor: Processor,
+    source: Source,
+    rows: list[int],
+    margin: float,
+    top_k: int,
+    max_length: int | None,
 ) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     usable: list[tuple[int, EncodedSample]] = []
@@ -225,7 +237,7 @@ def _merge(path: Path, header: dict[str, Any], world: int) -> None:
 
 
 @contextmanager
-def _evaluation(model: Any) -> Iterator[None]:
+def _evaluation(model: MllmForConditionalGeneration) -> Iterator[None]:
     """Evaluation mode for the block; every module's own mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from mllm import distributed
 from mllm.models.routing import routing_probabilities
 from mllm.routers.losses import entropy
 from mllm.types import Routing
+
+if TYPE_CHECKING:
+    from mllm.train.engine.trainable import TrainableModel
 
 _log = logging.getLogger(__name__)
 COLLAPSE = 0.95
@@ -25,7 +29,7 @@ class RoutingMonitor:
     """Sums up what a router chooses between two records (what it learned: random choices of ``explore`` do not count), and,
     given the model, which sets of experts really ran on its images, chosen, explored or fixed."""
 
-    def __init__(self, router: Any, model: Any = None):
+    def __init__(self, router: Any, model: nn.Module | None = None):
         self.router, self.experts = router, tuple(router.experts)
         self.sets: torch.Tensor | None = None
         self._model_handle = model.register_forward_hook(self._count_sets) if model is not None else None
@@ -130,7 +134,7 @@ class RoutingMonitor:
             self._model_handle.remove()
 
 
-def watch_routing(model: Any) -> RoutingMonitor | None:
+def watch_routing(model: TrainableModel) -> RoutingMonitor | None:
     """A monitor for a model with a router; None for all others."""
     tower = getattr(getattr(model, "model", model), "vision_tower", None)
     router = getattr(tower, "router", None)

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
@@ -16,10 +16,14 @@ from mllm.data.sources import Source
 from mllm.errors import AlignmentError, ConfigError, DataError
 from mllm.models.routing import ask_gate, ask_language_model, limit_routing, routing_records
 from mllm.processing.chat import routing_inputs
+from mllm.processing.protocol import Processor
 from mllm.processing.questions import pad_questions
 from mllm.train.observe.flops import flop_model
 from mllm.train.stages.routing.stage import base_pixels
 from mllm.types import Routing
+
+if TYPE_CHECKING:
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
 
 KIND_KEYS = ("kind", "category", "question_type", "type")
 
@@ -134,8 +138,8 @@ class RouteReport:
 
 
 def routing_report(
-    model: Any,
-    processor: Any,
+    model: MllmForConditionalGeneration,
+    processor: Processor,
     sources: Sequence[tuple[Source, int]],
     *,
     batch_size: int = 16,
@@ -165,8 +169,8 @@ def routing_report(
 
 
 def _route_batch(
-    model: Any,
-    processor: Any,
+    model: MllmForConditionalGeneration,
+    processor: Processor,
     source: Source,
     numbers: list[int],
     labels: LabelFile | None,
@@ -207,7 +211,9 @@ def _route_batch(
 
 
 @torch.no_grad()
-def _ask(model: Any, processor: Any, pixels: dict[str, torch.Tensor], questions: torch.Tensor) -> Routing:
+def _ask(
+    model: MllmForConditionalGeneration, processor: Processor, pixels: dict[str, torch.Tensor], questions: torch.Tensor
+) -> Routing:
     bank = model.model.vision_tower
     if bank.router.asks_language_model:
         return ask_language_model(model, pixels, bank.encode_base(pixels), questions, processor.tokenizer)[0]

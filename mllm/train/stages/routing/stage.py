@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
@@ -21,6 +21,7 @@ from mllm.errors import ConfigError, DataError
 from mllm.models.routing import routing_grid
 from mllm.processing.chat import IGNORE, EncodedSample, encode_text, routing_inputs
 from mllm.processing.images import load_image, to_pixels_multi
+from mllm.processing.protocol import Processor
 from mllm.processing.questions import question_text
 from mllm.recipe import StageSpec
 from mllm.routers.build import build_router
@@ -33,6 +34,9 @@ from mllm.train.stages.wrapped_processor import WrappedProcessor
 from mllm.train.start import start_model
 from mllm.train.trainer import Run, train
 from mllm.types import IMAGE_MARK, Sample, Turn
+
+if TYPE_CHECKING:
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
 
 
 class RoutingOptions(LabelRule):
@@ -47,7 +51,7 @@ class RoutingOptions(LabelRule):
 class RoutingProcessor(WrappedProcessor):
     """A processor whose samples teach routing: what the model looks at is the same, what it learns is the label."""
 
-    def __init__(self, processor: Any, config: Any, options: RoutingOptions):
+    def __init__(self, processor: Processor, config: Any, options: RoutingOptions):
         super().__init__(processor)
         self.options = options
         if config.router is None:
@@ -108,7 +112,7 @@ class RoutingProcessor(WrappedProcessor):
         return encoded
 
 
-def base_pixels(processor: Any, images: Sequence[Any], where: str) -> dict[str, torch.Tensor]:
+def base_pixels(processor: Processor, images: Sequence[Any], where: str) -> dict[str, torch.Tensor]:
     """Pixels of the encoders that always run, by batch key: all that a router looks at. Raises `DataError` opening with
     ``where``."""
     reader = processor.image_processor
@@ -148,11 +152,13 @@ def train_routing(run: Run, stage: StageSpec, previous: Path | None, folder: Pat
     return True
 
 
-def _measured(run: Run, stage: StageSpec, model: Any, processor: Any, options: RoutingOptions) -> Path:
+def _measured(
+    run: Run, stage: StageSpec, model: MllmForConditionalGeneration, processor: Processor, options: RoutingOptions
+) -> Path:
     """The run's folder of label files, complete."""
     folder = run.output / "routing_labels" / stage.name
     device = distributed.local_device()
-    model.to(device, DTYPES[stage.dtype])
+    model.to(device, DTYPES[stage.dtype])  # pyright: ignore[reportArgumentType]
     for source, rows in open_sources(stage.data):
         label_source(
             model,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -12,9 +12,12 @@ from mllm.models.loss import without_placeholders
 from mllm.models.modeling_base import MllmOutput
 from mllm.models.routing import ask_gate, encode_short, routing_loss_of_step
 
+if TYPE_CHECKING:
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
+
 
 @contextmanager
-def learning_to_route(model: Any) -> Iterator[None]:
+def learning_to_route(model: MllmForConditionalGeneration) -> Iterator[None]:
     """Within the block, ``model(…)`` is a step of a ``routing`` stage: no expert runs, and the loss is the router's alone, or, where the
     language model routes, that of its answer on seeing the short image."""
     forward = model.forward
@@ -32,7 +35,7 @@ def learning_to_route(model: Any) -> Iterator[None]:
         loss = routing_loss_of_step(model, routing, batch.get("routing_targets"), labels, num_items)
         return MllmOutput(loss=loss, routing=routing)  # type: ignore[arg-type]
 
-    model.forward = step
+    model.forward = step  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm.errors import CheckpointError, ConfigError
+from mllm.train.engine.trainable import StageModel
 from mllm.train.stages.tokenizer.adversary import Adversary
 from mllm.train.stages.tokenizer.pictures import PIXELS
 from mllm.visual_tokenizers.base import VisualTokenizer, build_tokenizer
@@ -19,7 +20,7 @@ from mllm.visual_tokenizers.recipe import TokenizerOptions, TokenizerTraining
 PART = "visual_tokenizer"
 
 
-class TokenizerModel(nn.Module):
+class TokenizerModel(StageModel):
     """A visual tokenizer with its losses, as the trainer wants a model. Parts: ``visual_tokenizer.<child>`` of every child
     with something to learn, and ``visual_tokenizer`` for the tokenizer's own parameters."""
 
@@ -36,7 +37,7 @@ class TokenizerModel(nn.Module):
         """Updates done; the discriminator joins in at a step of its own."""
         self.named: dict[str, Tensor] = {}
         """Losses and usage of the last micro-batch, on the device."""
-        self.config: Any = SimpleNamespace(
+        self.config = SimpleNamespace(
             get_text_config=lambda: SimpleNamespace(model_type=PART, layer_types=None), dtype=None
         )
         freeze = tuple(training.options.freeze)
@@ -66,12 +67,6 @@ class TokenizerModel(nn.Module):
         """``frozen`` for what never learns: a frozen encoder of the tokenizer's, what ``freeze`` names, teacher and
         perceptual network."""
         return self._learnable.get(parameter_name, "frozen")
-
-    def get_output_embeddings(self) -> None:
-        return None
-
-    def set_attn_implementation(self, _: Any) -> None:
-        """The networks keep their own."""
 
     def set_modes(self) -> None:
         """Training mode for the children that learn, moving averages of codebooks included; evaluation mode elsewhere."""

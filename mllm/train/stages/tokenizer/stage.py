@@ -26,7 +26,7 @@ from mllm.train.stages.tokenizer.adversary import Adversary
 from mllm.train.stages.tokenizer.model import TokenizerModel, start_tokenizer
 from mllm.train.stages.tokenizer.pictures import PictureProcessor, picture_mixture
 from mllm.train.trainer import Run, train
-from mllm.visual_tokenizers.base import build_tokenizer
+from mllm.visual_tokenizers.base import VisualTokenizer, build_tokenizer
 from mllm.visual_tokenizers.evaluate import comparison_grid, evaluate_tokenizer
 from mllm.visual_tokenizers.images import ImageSource, load_images, to_pixels
 from mllm.visual_tokenizers.quantizers.initialise import initialise_codebooks
@@ -136,7 +136,7 @@ def train_tokenizer(run: Run, stage: StageSpec, previous: Path | None, folder: P
     # Weights stay in fp32 and the networks compute in bf16 by themselves: codebooks and the search for the nearest code are
     # never rounded.
     whole = stage.model_copy(update={"dtype": "float32"})
-    processor = PictureProcessor(images, tokenizer.tokens_per_image)
+    processor: Any = PictureProcessor(images, tokenizer.tokens_per_image)
     engine = train(run, whole, model, processor, mixture=picture_mixture(training, images), beside=beside)
     if engine is None:
         return False
@@ -151,7 +151,9 @@ def train_tokenizer(run: Run, stage: StageSpec, previous: Path | None, folder: P
     return True
 
 
-def _teacher(run: Run, training: TokenizerTraining, tokenizer: Any, images: ImageSource) -> nn.Module | None:
+def _teacher(
+    run: Run, training: TokenizerTraining, tokenizer: VisualTokenizer, images: ImageSource
+) -> nn.Module | None:
     """The main process first: a supervised teacher is trained once and read by the others."""
     if training.teacher is None:
         return None
