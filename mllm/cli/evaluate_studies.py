@@ -58,8 +58,17 @@ def finish(study: Any, folder: Path) -> None:
 
 
 def ablate(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder of this toolkit.")],
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(help="A checkpoint folder of this toolkit; several, as CKPT or name=CKPT, stand side by side."),
+    ],
     tasks: Annotated[str, typer.Option(help="Tasks or suites, comma separated; see `mllm list tasks`.")],
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A model trained without an encoder, to stand beside the masking: ENCODER=CKPT, or NAME:ENCODER=CKPT (repeatable)."
+        ),
+    ] = None,
     encoders: Annotated[
         str | None, typer.Option(help="Only these encoders or experts, comma separated; default: each one.")
     ] = None,
@@ -69,7 +78,8 @@ def ablate(
     limit: Annotated[int | None, typer.Option(help="Only N samples of each task, spread evenly over it.")] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts per generation batch.")] = 8,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for ablation.md and .json; default <checkpoint>/../eval.")
+        Path | None,
+        typer.Option(help="Folder for the tables; default <checkpoint>/../eval, runs/ablations for several."),
     ] = None,
     data: Data = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
@@ -86,30 +96,31 @@ def ablate(
     command goes on where it was.
 
     [dim]mllm eval ablate runs/demo/final --tasks demo_charts --limit 100[/]
+
+    [dim]mllm eval ablate two=runs/a/final three=runs/b/final --tasks mmvp --control two:dinov2=runs/a_without/final[/]
     """
-    arguments.checkpoint(checkpoint)
+    from mllm.eval.studies.ablations import named_checkpoints, read_controls, run_ablations
+
+    named = named_checkpoints(checkpoints)
+    controls = read_controls(control or [], named)
+    for place in (*named.values(), *(one.checkpoint for one in controls)):
+        arguments.checkpoint(place)
     arguments.dtype(dtype, auto=False)
     arguments.device(device)
     arguments.tasks(listed(tasks) or [])
     from mllm.eval.studies.ablation_report import run_ablation
 
+    options: dict[str, Any] = {
+        "encoders": listed(encoders), "modes": listed(modes) or [], "limit": limit, "batch_size": batch_size, "data": folders(data),
+        "seed": seed, "dtype": dtype, "device": device, "resume": resume, "progress": True, "say": say_aloud,
+    }  # fmt: skip
+    if len(named) > 1 or controls:
+        folder = output or Path("runs/ablations")
+        finish(run_ablations(named, listed(tasks) or [], folder, controls=controls, **options), folder)
+        return
+    (checkpoint,) = named.values()
     folder = output or Path(checkpoint).parent / "eval"
-    study = run_ablation(
-        checkpoint,
-        listed(tasks) or [],
-        folder,
-        encoders=listed(encoders),
-        modes=listed(modes) or [],  # type: ignore[arg-type]
-        limit=limit,
-        batch_size=batch_size,
-        data=folders(data),
-        seed=seed,
-        dtype=dtype,
-        device=device,
-        resume=resume,
-        say=say_aloud,
-    )
-    finish(study, folder)
+    finish(run_ablation(checkpoint, listed(tasks) or [], folder, **options), folder)
 
 
 def stress(

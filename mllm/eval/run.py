@@ -77,7 +77,9 @@ def evaluate(
     share = Share(folder, rank, world, cell=getattr(generator, "batch_size", 1)) if world > 1 else None
     asked: list[_Asked] = []
     priors: dict[str, TaskResult] = {}
-    for spec in specs:
+
+    def ask_all(spec: TaskSpec) -> None:
+        """One task in every way; its samples are let go of before the next task's are read."""
         loaded = load_data(spec, data=data, limit=limit, ids=ids, strict=strict)
         videos = any(isinstance(source, Frames) for item in loaded.items for source in item.pictures)
         floors: list[Blind] = ["shuffled", *(FRAMES if videos else ())]
@@ -87,6 +89,9 @@ def evaluate(
                 asked.append(_ask(generator, shown, folder, way, resume, cache, share, thumbnails, progress))
         if mode and rank == 0:
             priors[spec.name] = _prior(loaded, folder, data)
+
+    for spec in specs:
+        ask_all(spec)
     if share is not None:
         runs = [one.token for one in asked]
         share.leave(runs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from mllm.errors import ConfigError
 from mllm.eval.studies.ablate import MODES, Ablation, Mode, ablate
@@ -37,20 +38,34 @@ def run_ablation(
 ) -> Study:
     """Ablate a checkpoint's encoders and experts; predictions go to ``output_dir/ablation/``, ``ablation.json`` and
     ``ablation.md`` to ``output_dir``. resume: keep the answers that stand there. Raises what `ablate` raises."""
+    folder = Path(output_dir)
+    found = ablate_checkpoint(
+        checkpoint, tasks, folder / "ablation", encoders=encoders, modes=modes, limit=limit, batch_size=batch_size, data=data,
+        seed=seed, dtype=dtype, device=device, resume=resume, progress=progress, say=say,
+    )  # fmt: skip
+    study = ablation_study(found)
+    save_study(study, folder)
+    return study
+
+
+def ablate_checkpoint(
+    checkpoint: str,
+    tasks: Sequence[str],
+    folder: Path,
+    *,
+    data: Mapping[str, str | Path] | None,
+    dtype: str,
+    device: str | None,
+    **options: Any,
+) -> Ablation:
+    """`ablate` for a checkpoint's folder or hub id, with its tasks by name or suite."""
     from mllm.eval.checkpoint import load_model
 
     names = expand_tasks(tasks)
     if unknown := sorted(set(data or {}) - set(names)):
         raise ConfigError(f"data for {', '.join(unknown)}: not among the tasks {', '.join(names)}")
-    folder = Path(output_dir)
     model, processor = load_model(checkpoint, dtype=dtype, device=device)
-    found = ablate(
-        model, processor, names, folder / "ablation", encoders=encoders, modes=modes, limit=limit,
-        batch_size=batch_size, data=data, seed=seed, resume=resume, progress=progress, say=say,
-    )  # fmt: skip
-    study = ablation_study(found)
-    save_study(study, folder)
-    return study
+    return ablate(model, processor, names, folder, data=data, **options)
 
 
 def ablation_study(ablation: Ablation) -> Study:
