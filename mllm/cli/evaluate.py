@@ -81,6 +81,9 @@ def run(
         list[Path] | None,
         typer.Option(help="--plan: folders of earlier runs that tell the time (repeatable); default: --output."),
     ] = None,
+    price: Annotated[
+        float | None, typer.Option(help="--plan: what an hour of one process (a GPU) costs, to say what the run does.")
+    ] = None,
 ) -> None:
     """Generate answers and score them: predictions (one JSON line each), a table, Markdown and an HTML page.
 
@@ -110,6 +113,7 @@ def run(
             limit,
             processes,
             earlier or ([output] if output else []),
+            price,
         )
         return
     from mllm.eval.run import run_eval
@@ -152,6 +156,7 @@ def _show_plan(
     limit: int | None,
     processes: int,
     earlier: list[Path],
+    price: float | None,
 ) -> None:
     from rich.console import Console
 
@@ -161,7 +166,8 @@ def _show_plan(
 
     specs = overridden_tasks(tasks, overrides)
     plans = plan_tasks(specs, data=data, limit=limit, earlier=earlier, processes=processes)
-    print_table(Console(), HEADINGS, plan_rows(plans), (0,))
+    headings, hour = (HEADINGS, None) if price is None else ((*HEADINGS, "cost, about"), price * processes)
+    print_table(Console(), headings, plan_rows(plans, hour), (0,))
     if not earlier:
         typer.echo("No earlier run tells the time: --earlier FOLDER, or --output of one.")
 

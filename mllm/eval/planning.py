@@ -61,8 +61,8 @@ def plan_tasks(
     return plans
 
 
-def plan_rows(plans: Sequence[TaskPlan]) -> list[tuple[str, ...]]:
-    """The plan as rows of text, with their sum."""
+def plan_rows(plans: Sequence[TaskPlan], hour: float | None = None) -> list[tuple[str, ...]]:
+    """The plan as rows of text, with their sum. hour: what all processes together cost in an hour, for a last column."""
     total = TaskPlan(
         "all",
         *(
@@ -71,9 +71,12 @@ def plan_rows(plans: Sequence[TaskPlan]) -> list[tuple[str, ...]]:
         ),
     )
     return [
-        (p.task, f"{p.questions:,}", f"{p.images:,}", f"{p.most_tokens:,}", str(p.problems), number(p.seconds / 60, 1))
+        (
+            p.task, f"{p.questions:,}", f"{p.images:,}", f"{p.most_tokens:,}", str(p.problems), number(p.seconds / 60, 1),
+            *([] if hour is None else [number(p.seconds / 3600 * hour, 2)]),
+        )
         for p in (*plans, total)
-    ]
+    ]  # fmt: skip
 
 
 HEADINGS = ("task", "questions", "images", "new tokens, at most", "problems", "minutes, about")

@@ -151,4 +151,5 @@ def test_a_plan_counts_questions_images_and_tokens_and_takes_its_time_from_earli
     plans = plan_tasks(specs, data=data, earlier=[runs["weak"]], processes=2)
     assert [(p.questions, p.images, p.most_tokens, p.seconds) for p in plans] == [(8, 8, 128, 2.0), (4, 4, 64, 1.0)]
     assert plan_rows(plans)[-1] == ("all", "12", "12", "192", "0", "0.1")
+    assert plan_rows(plans, hour=3600.0)[-1][-1] == "3.00", "three seconds at a unit of money each"
     assert plan_rows(plan_tasks(specs, data=data))[-1][-1] == "–", "no earlier run: no time is made up"
