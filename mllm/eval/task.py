@@ -144,7 +144,8 @@ class TaskSpec(StrictModel):
     """Raised with every change that can change a number."""
     description: str
     paper: str = ""
-    licence: str = "unknown"
+    licence: str = "not stated"
+    """Of the questions, as their authors' repository or page says; ``not stated`` where neither does."""
     size: int | None = None
     """Samples in the whole benchmark, where known; a run on fewer says so."""
     folder: str | None = None
