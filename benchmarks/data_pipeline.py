@@ -149,9 +149,7 @@ def main() -> None:
     cases: dict[str, Callable[[bytes], Any]] = {
         "decode only (PIL)": lambda data: load_image(data, where="s"),
         "two encoders' pixels, PIL, float32": pixels(),
-        "two encoders' pixels, PIL, uint8": pixels(dtype=torch.uint8),
         "two encoders' pixels, torch, float32": pixels(resampler="torch"),
-        "two encoders' pixels, torch, uint8": pixels(dtype=torch.uint8, resampler="torch"),
         "mllm (PIL): two encoders, tokens, labels": ours,
         "mllm (torch): two encoders, tokens, labels": ours_torch,
         "transformers LLaVA (PIL): one encoder, tokens": llava(LlavaImageProcessorPil),

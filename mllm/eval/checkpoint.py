@@ -5,13 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mllm.damage import opening
 from mllm.errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 _DTYPES = ("float32", "bfloat16", "float16")
 

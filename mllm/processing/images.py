@@ -14,7 +14,7 @@ from PIL import Image, ImageSequence
 
 from mllm.errors import DataError, MissingFile
 from mllm.processing.codes import read_codes
-from mllm.processing.pixels import normalize, resize, to_pixels, to_pixels_multi
+from mllm.processing.pixels import resize, to_pixels, to_pixels_multi
 from mllm.processing.references import refer
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "image_hash",
     "image_size",
     "load_image",
-    "normalize",
     "read_bytes",
     "resize",
     "to_pixels",

@@ -41,18 +41,14 @@ def resize(image: Image.Image, spec: ImageSpec, *, resampler: Resampler = "pil")
     return _with_torch(image, np.array(image), spec)
 
 
-def to_pixels(
-    image: Image.Image, spec: ImageSpec, dtype: torch.dtype = torch.float32, *, resampler: Resampler = "pil"
-) -> Tensor:
-    """RGB image → ``(3, H, W)`` of one encoder: normalised floats, or with ``torch.uint8`` the resized pixels
-    themselves, to be normalised on the device by `normalize` (four times less to transfer)."""
-    return finish(resize(image, spec, resampler=resampler), spec, dtype)
+def to_pixels(image: Image.Image, spec: ImageSpec, *, resampler: Resampler = "pil") -> Tensor:
+    """RGB image → float32 ``(3, H, W)`` of one encoder, ``(x / 255 - mean) / std``."""
+    return finish(resize(image, spec, resampler=resampler), spec)
 
 
 def to_pixels_multi(
     image: Image.Image,
     specs: Mapping[str, ImageSpec],
-    dtype: torch.dtype = torch.float32,
     *,
     resampler: Resampler = "pil",
 ) -> dict[str, Tensor]:
@@ -66,31 +62,23 @@ def to_pixels_multi(
         key = (spec.height, spec.width, spec.resize, spec.interpolation, colour)
         if key not in resized:
             resized[key] = _with_pil(image, spec) if array is None else _with_torch(image, array, spec)
-        result[name] = finish(resized[key], spec, dtype)
+        result[name] = finish(resized[key], spec)
     return result
 
 
-def normalize(pixels: Tensor, spec: ImageSpec, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 ``(…, 3, H, W)`` on any device → ``(x / 255 - mean) / std`` in ``dtype``, computed in float32."""
-    scale, shift = _affine(spec, pixels.device)
-    return pixels.to(torch.float32).mul_(scale).add_(shift).to(dtype)
-
-
-def finish(array: np.ndarray, spec: ImageSpec, dtype: torch.dtype = torch.float32) -> Tensor:
+def finish(array: np.ndarray, spec: ImageSpec) -> Tensor:
     """Resized uint8 ``(H, W, 3)`` → ``(3, H, W)`` as `to_pixels` gives it."""
     planes = torch.from_numpy(array).permute(2, 0, 1)
-    if dtype == torch.uint8:
-        return planes.contiguous()
-    scale, shift = _affine(spec, planes.device)
+    scale, shift = _affine(spec)
     floats = planes.to(torch.float32, memory_format=torch.contiguous_format)
-    return floats.mul_(scale).add_(shift).to(dtype)
+    return floats.mul_(scale).add_(shift)
 
 
-def _affine(spec: ImageSpec, device: torch.device) -> tuple[Tensor, Tensor]:
+def _affine(spec: ImageSpec) -> tuple[Tensor, Tensor]:
     """Factor and summand ``(3, 1, 1)`` that rescale and normalise in one pass."""
     scale = [1 / (255 * s) for s in spec.std]
     shift = [-m / s for m, s in zip(spec.mean, spec.std, strict=True)]
-    return torch.tensor(scale, device=device).view(3, 1, 1), torch.tensor(shift, device=device).view(3, 1, 1)
+    return torch.tensor(scale).view(3, 1, 1), torch.tensor(shift).view(3, 1, 1)
 
 
 def _check(image: Image.Image) -> None:

@@ -22,21 +22,6 @@ from mllm.processing.images import MAX_PIXELS, image_hash, load_image, read_byte
 from mllm.processing.references import refer
 from mllm.types import Video
 
-VIDEO_SUFFIXES = (
-    ".mp4",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".mov",
-    ".m4v",
-    ".mpg",
-    ".mpeg",
-    ".ts",
-    ".flv",
-    ".wmv",
-    ".ogv",
-    ".3gp",
-)
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _ANIMATIONS = (b"GIF8", b"RIFF", b"\x89PNG")
 # Containers that hold their own frames. FFmpeg would also open playlists, which name other files and addresses: a file in a data set

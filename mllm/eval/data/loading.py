@@ -62,10 +62,6 @@ class TaskData:
     data_hash: str
     limited: bool = field(default=False)
 
-    def problem_counts(self) -> dict[str, int]:
-        """Problems by kind."""
-        return dict(Counter(problem.kind for problem in self.problems))
-
     def describe_problems(self) -> list[str]:
         """One line per kind and column: how many, and the first few by name."""
         groups: dict[tuple[str, str], list[Problem]] = {}

@@ -52,10 +52,6 @@ class BudgetConfig(ViewsConfig):
     max_sample_tokens: int | None = Field(default=None, ge=1)
     """Most visual tokens of all pictures of one sample or request together: each has an equal share."""
 
-    @property
-    def has_budget(self) -> bool:
-        return self.max_visual_tokens is not None or self.max_sample_tokens is not None
-
 
 class Views:
     """One way of looking at a picture: from its size alone to views, and to the tokens they become. Pure arithmetic."""

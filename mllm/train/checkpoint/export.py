@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -24,10 +24,6 @@ from mllm.train import lora
 from mllm.train.checkpoint.files import sync_directory, sync_file
 from mllm.train.checkpoint.resume import COSMETIC, difference
 from mllm.train.engine.base import Engine
-
-if TYPE_CHECKING:
-    pass
-
 
 DONE = "stage.json"
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mllm.encoders.catalogue import encoder_config, licence_warnings
 from mllm.errors import ConfigError, DataError, MllmError, blamed_on
 from mllm.models.build import build_config, config_and_processor, grown, load_tokenizer
 from mllm.models.configuration_mllm import MllmConfig
@@ -114,6 +115,7 @@ def plan_recipe(recipe: Recipe, *, processes: int = 1, with_data: bool = True) -
         stages.append(_plan_stage(recipe, stage, model, processor, processes, with_data))
         clean = not has_adapters(model)
     hazards += _recipe_hazards(recipe, parameters)
+    hazards += licence_warnings({n: encoder_config(spec, where=f"encoders.{n}") for n, spec in config.encoders.items()})
     last = 2 if recipe.stages[-1].dtype == "bfloat16" else 4
     return RecipePlan(recipe.name, parameters, _joins(config), stages, hazards, last * sum(parameters.values()))
 

@@ -19,7 +19,6 @@ from mllm.processing.images import (
     image_hash,
     image_size,
     load_image,
-    normalize,
     resize,
     to_pixels,
     to_pixels_multi,
@@ -280,16 +279,6 @@ def test_the_thrifty_crop_of_a_strip_is_within_two_of_the_full_one(monkeypatch):
     left = (full.width - 64) // 2
     expected = np.asarray(full.crop((left, 0, left + 64, 64))).astype(int)
     assert np.abs(resize(strip, spec).astype(int) - expected).max() <= 2
-
-
-def test_uint8_pixels_normalise_on_the_device_to_the_same_values():
-    image = photo(100, 90)
-    spec = ImageSpec(height=56, width=56, mean=CLIP_MEAN, std=CLIP_STD)
-    raw = to_pixels(image, spec, torch.uint8)
-    assert raw.dtype == torch.uint8 and raw.is_contiguous()
-    assert torch.equal(normalize(raw, spec), to_pixels(image, spec))
-    assert torch.equal(normalize(raw[None].repeat(2, 1, 1, 1), spec)[1], to_pixels(image, spec))
-    assert to_pixels(image, spec, torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_several_encoders_share_a_resize_and_get_their_own_values(monkeypatch):

@@ -47,12 +47,15 @@ def test_a_plan_counts_what_a_model_has_and_learns(tmp_path):
 
 def test_hazards_are_named(tmp_path):
     stages = [{"name": "sft", "steps": 1, "max_length": 24, "batch_size": 64, "learn": {"language_model": 1e-3}}]
-    plan = plan_recipe(make_recipe(tmp_path, stages=stages))
+    recipe = make_recipe(tmp_path, stages=stages)
+    recipe.model.encoders["semantic"]["weights"] = {"source": "x", "licence": "CC-BY-NC-4.0", "commercial": False}
+    plan = plan_recipe(recipe)
     text = "\n".join([*plan.hazards, *plan.stages[0].hazards])
     assert "max_length 24 hardly holds one image of 16 tokens" in text
     assert "24 samples are fewer than the 64 of one step" in text
     assert "of the samples looked at are longer than max_length 24" in text
     assert "connector starts from random weights and learns in no stage" in text
+    assert "encoder semantic: the weights x (CC-BY-NC-4.0) may not be used commercially" in text
 
 
 SMALL = {
