@@ -82,7 +82,7 @@ def demo(
     page = write_page(output, scores, results, shown)
     console.rule("result")
     for name, values in scores.items():
-        console.print(_said(name, values))
+        console.print(_score_line(name, values))
     console.print(f"{report['seconds']:.0f} s · {path} · {page}")
     console.print(NEXT.format(run=output, image=shown[0]["image"]), highlight=False)
 
@@ -93,7 +93,7 @@ def _scores(result: Any) -> dict[str, float | None]:
     return {name: None if way is None else round(100 * way.score, 2) for name, way in ways.items()}
 
 
-def _said(task: str, scores: Mapping[str, float | None]) -> str:
+def _score_line(task: str, scores: Mapping[str, float | None]) -> str:
     """A task's line on the terminal: the claim stands against the highest floor, and only when every floor was measured."""
     floors = {name: value for name, value in scores.items() if name != "score"}
     each = ", ".join(f"{name} {'not measured' if value is None else f'{value:.1f}'}" for name, value in floors.items())

@@ -69,7 +69,7 @@ def _declare(place: str, rows: Sequence[Mapping[str, Any]], origin: dict[str, An
         first = entries[0] if isinstance(entries, Sequence) and entries and isinstance(entries[0], Mapping) else {}
         kind = "messages" if talk == "messages" and "from" not in first else "sharegpt"
         found = [key for key in ("images", "image") if key in keys]
-        return _told(DatasetSpec(format=kind, **origin), f"format {kind}", found)
+        return _with_note(DatasetSpec(format=kind, **origin), f"format {kind}", found)
     question = next((key for key in _QUESTIONS if key in keys), None)
     answer = next((key for key in _ANSWERS if key in keys), None)
     if talk is None and (question is None or answer is None):
@@ -83,10 +83,10 @@ def _declare(place: str, rows: Sequence[Mapping[str, Any]], origin: dict[str, An
     columns |= {key: key for key in ("id", "system") if key in keys}
     spec = DatasetSpec(format="columns", columns=ColumnMap(**columns), **origin)
     shown = ", ".join(f"{role}: {column}" for role, column in columns.items())
-    return _told(spec, f"format columns ({shown})", list(pictures.values()))
+    return _with_note(spec, f"format columns ({shown})", list(pictures.values()))
 
 
-def _told(spec: DatasetSpec, how: str, pictures: Sequence[str]) -> DatasetSpec:
+def _with_note(spec: DatasetSpec, how: str, pictures: Sequence[str]) -> DatasetSpec:
     seen = f"pictures from {', '.join(pictures)}" if pictures else "no pictures in its first rows"
     return spec.with_note(f"{spec.hub or spec.path} has no declaration; by its first rows it is read as {how}, {seen}")
 

@@ -15,7 +15,7 @@ class Progress:
 
     def __init__(self, title: str, total: int, *, done: int = 0, shown: bool = True):
         self.title, self.total, self.done, self.shown = title, total, done, shown
-        self._started = self._told = time.monotonic()
+        self._started = self._printed = time.monotonic()
         self._fresh = 0
         self._bar: Any = None
 
@@ -39,8 +39,8 @@ class Progress:
         self._fresh += 1
         if self._bar is not None:
             self._bar.update(self._task, advance=1, rate=f"{self.rate():.1f}/s")
-        elif self.shown and time.monotonic() - self._told > _LINE_SECONDS:
-            self._told = time.monotonic()
+        elif self.shown and time.monotonic() - self._printed > _LINE_SECONDS:
+            self._printed = time.monotonic()
             print(self.line(), file=sys.stderr, flush=True)
 
     def reach(self, total: int) -> None:

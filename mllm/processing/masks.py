@@ -40,7 +40,7 @@ def apply_template(
         raise ConfigError("return_assistant_tokens_mask and continue_final_message do not go together")
     batched = not isinstance(conversation[0], Mapping)
     talks = list(conversation) if batched else [conversation]
-    rows = [_said(processor, talk, args, kwargs, read) for talk in talks]
+    rows = [_text_tokens(processor, talk, args, kwargs, read) for talk in talks]
     output = base(conversation, *args, **kwargs)
     stamps = processor.rules.video is not None and processor.rules.video.stamp
     if any(int(time) >= 0 for row in output.get("video_times", ()) for time in row) and stamps:
@@ -59,7 +59,7 @@ def apply_template(
     return output.convert_to_tensors(kwargs.get("return_tensors")) if kwargs.get("return_tensors") else output
 
 
-def _said(
+def _text_tokens(
     processor: Processor, messages: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any], read: Sequence[str]
 ) -> list[tuple[int, bool]]:
     """(id, whether it is learned) of every text token."""

@@ -186,9 +186,9 @@ def _literal(value: Any) -> str:
 
 
 def check_template(tokenizer: TextTokenizer, template: str) -> None:
-    """Raise `ConfigError` when a template drops what is said, or does not render at all."""
-    said = ["mllm-user-probe", "mllm-assistant-probe", "mllm-second-probe"]
-    messages = [{"role": r, "content": c} for r, c in zip(["user", "assistant", "user"], said)]
+    """Raise `ConfigError` when a template drops what is probes, or does not render at all."""
+    probes = ["mllm-user-probe", "mllm-assistant-probe", "mllm-second-probe"]
+    messages = [{"role": r, "content": c} for r, c in zip(["user", "assistant", "user"], probes)]
     try:
         text = tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=True
@@ -198,7 +198,7 @@ def check_template(tokenizer: TextTokenizer, template: str) -> None:
             f"chat_template: does not render ({type(error).__name__}: {error}). Give model.chat_template one of "
             f"{', '.join(shipped_templates())}, or a Jinja file"
         ) from error
-    lost = [part for part in said if part not in text]
+    lost = [part for part in probes if part not in text]
     if lost:
         raise ConfigError(
             f"chat_template: {len(lost)} of 3 messages do not appear in the rendered text, so nothing could be learned from "

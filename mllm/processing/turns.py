@@ -100,7 +100,7 @@ def find_replies(
             continue
         reply = _find(render, text, messages, index, cursor, tokens, escapes, where)
         thoughts = learn is None or learn[index]
-        _check_said(text[reply.begin : reply.end], message, escapes, thoughts, f"{where}: turn {index + 1}")
+        _check_spoken(text[reply.begin : reply.end], message, escapes, thoughts, f"{where}: turn {index + 1}")
         replies.append(reply)
         cursor = reply.end
     return text, replies
@@ -116,7 +116,7 @@ def _find(
     escapes: Sequence[str],
     where: str,
 ) -> Reply:
-    pieces = said(messages[index], escapes)
+    pieces = spoken_pieces(messages[index], escapes)
     prompt = _attempt(render, messages[:index], True) if index else None
     begin, prompted = None, False
     if prompt is not None and len(prompt) >= cursor and text.startswith(prompt):
@@ -178,7 +178,7 @@ def _end_by_token(text: str, after: int, closed: str, tokens: Sequence[str]) -> 
     return after
 
 
-def said(message: Mapping[str, Any], escapes: Sequence[str]) -> list[str]:
+def spoken_pieces(message: Mapping[str, Any], escapes: Sequence[str]) -> list[str]:
     """What of an assistant's message must be found in the text, in order: thoughts, words, places of images (the first of
     ``escapes``)."""
     pieces = [_split_thoughts(str(message[key]), escapes) for key in _THOUGHT_KEYS if message.get(key)]
@@ -195,17 +195,17 @@ def _split_thoughts(text: str, escapes: Sequence[str]) -> list[str]:
     return [piece.strip() for piece in _THOUGHT_TAGS.split(escape_tokens(text, escapes)) if piece.strip()]
 
 
-def _check_said(
+def _check_spoken(
     region: str, message: Mapping[str, Any], escapes: Sequence[str], with_thoughts: bool, where: str
 ) -> None:
     """Raise `DataError` unless everything the assistant says stands in its turn."""
-    pieces = said(message, escapes)
+    pieces = spoken_pieces(message, escapes)
     content = message.get("content")
     tagged = isinstance(content, str) and "</think" in content
     if not with_thoughts and (tagged or any(message.get(key) for key in _THOUGHT_KEYS)):
         pieces = pieces[-1:]  # templates may leave the thoughts of earlier turns out; this one is not learned
     if _last(region, 0, len(region), pieces) is None:
-        answer = said({"content": message.get("content")}, escapes)
+        answer = spoken_pieces({"content": message.get("content")}, escapes)
         if (tagged or len(answer) < len(pieces)) and answer and answer[-1] in region:
             raise DataError(
                 f"{where}: the chat template leaves the assistant's thoughts out. Use a template that renders them; where only "
@@ -242,7 +242,7 @@ def _check_tools(
     if not results:
         return
     for index, message in results:
-        if any(piece not in text for piece in said({"content": message.get("content")}, escapes)):
+        if any(piece not in text for piece in spoken_pieces({"content": message.get("content")}, escapes)):
             raise DataError(f"{where}: turn {index + 1}: the chat template leaves the tool's result out")
     for role in ("assistant", "user"):
         others = [dict(m, role=role) if m["role"] == "tool" else m for m in messages]

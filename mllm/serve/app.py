@@ -40,9 +40,9 @@ def build_page(client: ServerClient) -> Any:
             pieces = client.stream(
                 question, files or [], experts=routing if files else None, max_tokens=int(max_tokens), model=name
             )
-            for piece, told in pieces:
+            for piece, routed in pieces:
                 text += piece
-                yield text, _describe(information, told, bool(files))
+                yield text, _describe(information, routed, bool(files))
         except (MllmError, OSError) as error:
             yield text, f"Refused: {error}" if isinstance(error, DataError) else f"Failed: {error}"
 
@@ -70,13 +70,13 @@ def build_page(client: ServerClient) -> Any:
     return page
 
 
-def _describe(information: dict[str, Any], told: str | None, pictures: bool) -> str:
+def _describe(information: dict[str, Any], routed: str | None, pictures: bool) -> str:
     if not pictures:
         return "no picture"
     if not information.get("experts"):
         return "all encoders"
-    if told is not None:
-        return f"the always-on encoders and: {told}"
+    if routed is not None:
+        return f"the always-on encoders and: {routed}"
     return f"the always-on encoders and what the {information.get('router')} router chose"
 
 

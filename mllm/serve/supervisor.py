@@ -53,7 +53,7 @@ class Supervisor:
     def run(self) -> int:
         """Start the server and stay until it has ended. Returns the exit code: 0 when it was told to stop."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._told)
+            signal.signal(number, self._on_signal)
         started = time.monotonic()
         _say(f"starting; vLLM needs half a minute to a few minutes, and writes to {self.log}")
         self._process = process = subprocess.Popen(
@@ -85,7 +85,7 @@ class Supervisor:
                 os.killpg(process.pid, signal.SIGKILL)
             shutil.rmtree(self.state.folder, ignore_errors=True)
 
-    def _told(self, *_: Any) -> None:
+    def _on_signal(self, *_: Any) -> None:
         """The first signal drains; a second one does not wait any longer."""
         if self.stopping.is_set():
             self.shutdown_timeout = 0.0

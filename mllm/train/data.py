@@ -141,13 +141,13 @@ def token_count(processor: TextProcessor, sample: Sample) -> int:
 class _Counter:
     """Rows whose tokens have been counted, told as they grow."""
 
-    told: Phase
+    phase: Phase
     total: int
     done: int = 0
 
     def add(self, rows: int) -> None:
         self.done += rows
-        self.told.so_far = f"tokens of {self.done:,} of {self.total:,} rows counted"
+        self.phase.so_far = f"tokens of {self.done:,} of {self.total:,} rows counted"
 
 
 class StageData:
@@ -161,10 +161,10 @@ class StageData:
         *,
         cache: Path,
         log: Path | None = None,
-        told: Phase | None = None,
+        phase: Phase | None = None,
     ):
-        """told: learns how many rows have been counted."""
-        self.stage, self.mixture, self.told = stage, mixture, told or Phase()
+        """phase: learns how many rows have been counted."""
+        self.stage, self.mixture, self.phase = stage, mixture, phase or Phase()
         world, rank = distributed.world_size(), distributed.rank()
         self.drops, self.bad_share = DropLog(log), BadShare(stage.max_bad_share)
         lengths = self._lengths(processor, cache) if stage.packing or stage.group_by_length else None
@@ -198,7 +198,7 @@ class StageData:
         span = getattr(processor, "visual_span", None)
         key = f"{tokenizer}|{processor.chat_template}|{processor.layout_key}|{span}"
         count, tables = partial(token_count, processor), []
-        counter = _Counter(self.told, sum(len(source) for source in self.mixture.sources))
+        counter = _Counter(self.phase, sum(len(source) for source in self.mixture.sources))
         for source, left_out, rows in zip(
             self.mixture.sources, self.mixture.quarantined, self.mixture.num_rows, strict=True
         ):

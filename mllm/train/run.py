@@ -58,7 +58,7 @@ def run_recipe(
         resume = resume or extend
         _check_run(recipe, folder, resume, extend)
         needs_group = any(choose_engine(stage).zero_stage for stage in recipe.stages)
-        with _full_disk_told(folder), only_run_in(folder):
+        with _naming_a_full_disk(folder), only_run_in(folder):
             launch(
                 _train_recipe, processes, recipe, folder, resume, stop_after, profile, extend, needs_group=needs_group
             )
@@ -127,7 +127,7 @@ def _train_recipe(
     recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, profile: int, extend: bool
 ) -> None:
     """The body of every process."""
-    with _full_disk_told(folder):
+    with _naming_a_full_disk(folder):
         _train(recipe, folder, resume, stop_after, profile, extend)
 
 
@@ -154,7 +154,7 @@ def _train(recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, p
 
 
 @contextmanager
-def _full_disk_told(folder: Path) -> Iterator[None]:
+def _naming_a_full_disk(folder: Path) -> Iterator[None]:
     """A full disk met by records rather than by a checkpoint (which tells it itself) as `CheckpointError`."""
     try:
         yield

@@ -252,8 +252,10 @@ def open_session(
     attention = prepare_model(model, stage, device=device, zero_stage=choice.zero_stage)
     if stage.float8 is not None:
         stack.callback(use_float8(model, stage, device, zero_stage=choice.zero_stage))
-    with phase("planning batches") as told:
-        data = StageData(stage, processor, mixture, cache=run.output / "lengths", log=_drop_log(run, stage), told=told)
+    with phase("planning batches") as planning:
+        data = StageData(
+            stage, processor, mixture, cache=run.output / "lengths", log=_drop_log(run, stage), phase=planning
+        )
     progress = Progress(
         stage=stage.name,
         total_steps=data.total_steps,

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from PIL import Image
 
-from mllm.cli.demo import _said, _scores
+from mllm.cli.demo import _score_line, _scores
 from mllm.demo.page import demo_page, loss_curve
 
 
@@ -38,7 +38,7 @@ def test_a_floor_that_was_not_measured_is_never_a_zero():
     )
     scores = _scores(result)
     assert scores == {"score": 55.3, "blank": 16.5, "shuffled": None, "prior": 0.0}
-    told = _said("charts", scores)
+    told = _score_line("charts", scores)
     assert "shuffled not measured" in told and "not all measured" in told and "at most" not in told
-    assert "at most 16.5 %" in _said("charts", {**scores, "shuffled": 12.0})
+    assert "at most 16.5 %" in _score_line("charts", {**scores, "shuffled": 12.0})
     assert "<td>not measured" in demo_page({"charts": scores}, [], [], {})

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.data.charts.chart import Chart, transcript
-from mllm.data.charts.choosing import MAX_ROWS, draw_charts, judge
+from mllm.data.charts.choosing import MAX_ROWS, draw_charts, usable_columns
 from mllm.data.charts.duplicates import Fingerprint, Known, fingerprint
 from mllm.data.charts.questions import KINDS, Balance, questions
 from mllm.data.charts.renderers import RENDERERS
@@ -135,7 +135,7 @@ def _look_at(job: tuple[TableFile, str, ChartSettings]) -> TableReport:
     try:
         frame = read_table(table)
         frame.columns = [str(column) for column in frame.columns]
-        columns, reason = judge(frame, settings.max_rows if split == "train" else MAX_ROWS)
+        columns, reason = usable_columns(frame, settings.max_rows if split == "train" else MAX_ROWS)
         if reason is not None:
             return TableReport(table.id, "skipped", reason)
         rng = random.Random(f"{settings.seed}/{table.id}")

@@ -35,7 +35,7 @@ class Columns:
     reasons: Counter[str] = field(default_factory=Counter)
 
 
-def judge(frame: Any, max_rows: int = MAX_ROWS) -> tuple[Columns, str | None]:
+def usable_columns(frame: Any, max_rows: int = MAX_ROWS) -> tuple[Columns, str | None]:
     """(what the columns are good for, why the table cannot be drawn at all or None)."""
     found = Columns()
     if len(frame) < 2:

@@ -176,7 +176,7 @@ class _Reader:
         for position, (start, end, letters, form) in enumerate(groups):
             before = groups[position - 1][1] if position else 0
             after = groups[position + 1][0] if position + 1 < len(groups) else len(text)
-            found.append(self._judge(text, before, start, end, after, letters, form))
+            found.append(self._mention(text, before, start, end, after, letters, form))
         return found
 
     def _without_listing(self, text: str) -> str:
@@ -249,7 +249,7 @@ class _Reader:
             return "letter" if words.CAN_FOLLOW.match(line) or (own and own[0] == "A") else None
         return "letter"
 
-    def _judge(
+    def _mention(
         self, text: str, low: int, start: int, end: int, high: int, letters: frozenset[str], form: str
     ) -> Mention:
         before = text[max(low, start - _WINDOW, 0) : start]

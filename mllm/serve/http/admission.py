@@ -39,7 +39,7 @@ from mllm.serve.http.keys import Keys, check_host
 from mllm.serve.http.metrics import count_drawings, count_experts, count_pictures, count_refusal, encoder_metrics
 from mllm.serve.http.pictures import PictureRules, cache_salt, check_number, secret_of, write_pictures
 from mllm.serve.http.reading import read_json, write_json
-from mllm.serve.http.routes import ClientGone, FirstPassFailed, Routes, told
+from mllm.serve.http.routes import ClientGone, FirstPassFailed, Routes, experts_header
 from mllm.serve.http.state import ProcessState
 from mllm.serve.http.stats import read_statistics
 from mllm.serve.images.requests import NO_HEAD
@@ -361,7 +361,7 @@ def _announcing(send: Send, weights: list[dict[str, float]] | None) -> Send:
     """Tell in a response header which experts look at the request's pictures."""
     if weights is None:
         return send
-    experts = told(weights).encode()
+    experts = experts_header(weights).encode()
 
     async def announce(message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":

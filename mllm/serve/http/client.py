@@ -54,7 +54,7 @@ class ServerClient:
         with self.http.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.status_code != 200:
                 raise DataError(_message(response))
-            told = response.headers.get("x-mllm-experts")
+            routed = response.headers.get("x-mllm-experts")
             for line in response.iter_lines():
                 if not line.startswith("data: {"):
                     continue
@@ -63,7 +63,7 @@ class ServerClient:
                     raise DataError(str(event["error"].get("message", event["error"])))
                 for choice in event.get("choices", []):
                     if piece := choice["delta"].get("content"):
-                        yield piece, told
+                        yield piece, routed
 
     def _get(self, path: str) -> Any:
         try:

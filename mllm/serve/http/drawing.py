@@ -52,7 +52,7 @@ class Drawings:
         try:
             request = ImagesRequest.model_validate(data)
         except ValueError as error:
-            raise Refused(400, _said(error)) from None
+            raise Refused(400, _one_line(error)) from None
         if request.n > self.settings.max_drawings:
             raise Refused(
                 400, f"n: {request.n} pictures in one request; at most {self.settings.max_drawings} are drawn"
@@ -70,7 +70,7 @@ class Drawings:
         return self._generator
 
 
-def _said(error: ValueError) -> str:
+def _one_line(error: ValueError) -> str:
     """A validation error on one line: the fields and what is wrong with them."""
     if not hasattr(error, "errors"):
         return str(error)[:400]

@@ -87,7 +87,7 @@ class Routes:
         }
 
 
-def told(weights: Weights) -> str:
+def experts_header(weights: Weights) -> str:
     """A routing for the response header: experts by comma, pictures by semicolon where they differ."""
     shown = [",".join(row) or "none" for row in weights]
     return shown[0] if len(set(shown)) == 1 else ";".join(shown)

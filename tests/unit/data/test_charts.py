@@ -14,7 +14,7 @@ from PIL import Image
 
 from mllm.data.charts.build import ChartSettings, build_charts
 from mllm.data.charts.chart import COLOURS, Chart, Series, rounded, shown, transcript
-from mllm.data.charts.choosing import draw_charts, judge
+from mllm.data.charts.choosing import draw_charts, usable_columns
 from mllm.data.charts.duplicates import Known, fingerprint
 from mllm.data.charts.questions import NOT_THERE, Balance, Question, questions
 from mllm.data.charts.renderers import RENDERERS
@@ -106,12 +106,12 @@ def test_answers_within_a_template_stay_level():
     ],
 )
 def test_tables_that_cannot_be_drawn_say_why(frame, reason):
-    assert reason in str(judge(frame)[1])
+    assert reason in str(usable_columns(frame)[1])
 
 
 def test_charts_hold_the_tables_numbers():
     frame = pd.DataFrame({"country": ["Chile", "Peru", "Cuba", "Kenya"], "gdp": [123.456, 40.0, 20.0, 5.0]})
-    columns, reason = judge(frame)
+    columns, reason = usable_columns(frame)
     charts = draw_charts(frame, "t", columns, 6, random.Random(1))
     assert reason is None and charts
     table = {label: rounded(value) for label, value in zip(frame.country, frame.gdp)}
