@@ -1,1 +1,1 @@
-"""Where is the model class? `modeling_mllm`; `registration` makes it known to transformers' Auto classes."""
+"""Where is the model class? `modeling_mllm`, on the body in `modeling_body`; `registration` makes it known to transformers."""

@@ -22,7 +22,8 @@ from mllm.heads.segmentation.build import segment_spec
 from mllm.hub import hub_reason
 from mllm.models.configuration_mllm import MllmConfig, language_model_config
 from mllm.models.modality import install_switch
-from mllm.models.modeling_mllm import MllmForConditionalGeneration, language_model_left_out
+from mllm.models.modeling_body import language_model_left_out
+from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.models.stops import set_stops
 from mllm.models.text_source import begins_every_text, dense_options, opened_by
 from mllm.models.weight_files import refuse_gaps, some_names
