@@ -349,6 +349,8 @@ def encoder_pages(sizes: bool) -> Iterator[tuple[str, str]]:
         recipes = ", ".join(f"[`{r}`](../recipes/{r}.md)" for r in sorted(used.get(name, ())))
         facts = [
             ("adapter", f"`type: {entry['type']}`"),
+            ("kind", f"{entry['about']['kind']}, {entry['about']['millions']:.4g} M parameters"),
+            ("learned from", entry["about"]["objective"]),
             ("pixels", f"{size}, {info.image.resize}" if info else ""),
             ("tokens", f"{grid} = {info.grid[0] * info.grid[1]} of width {info.width}" if info else ""),
             (

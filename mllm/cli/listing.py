@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,31 +30,50 @@ class Kind(StrEnum):
 
 def list_(
     kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    licence: Annotated[
+        str | None, typer.Option(help="Encoders: part of the weights' licence, such as apache or MIT.")
+    ] = None,
+    commercial: Annotated[
+        bool, typer.Option("--commercial", help="Encoders: only weights free for commercial use.")
+    ] = False,
+    built_as: Annotated[
+        str | None, typer.Option("--kind", help="Encoders: vit, pyramid, cnn or hybrid.", show_default=False)
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help="Encoders: what they learned from: image-text, self-supervised, classes, regions, text, distilled, geometry."
+        ),
+    ] = None,
+    least: Annotated[float | None, typer.Option("--min-size", help="Encoders: millions of parameters.")] = None,
+    most: Annotated[float | None, typer.Option("--max-size", help="Encoders: millions of parameters.")] = None,
+    words: Annotated[
+        str | None,
+        typer.Option("--search", help="Encoders: words in the name, capability or note.", show_default=False),
+    ] = None,
+    names: Annotated[bool, typer.Option("--names", help="Encoders: only the names, one a line.")] = False,
 ) -> None:
-    """Names that recipes can use; encoders with their weights' source and licence."""
+    """Names that recipes can use; encoders with their size, weights' source and licence.
+
+    [dim]mllm list encoders --commercial --objective image-text --max-size 500[/]
+    """
     from rich.console import Console
 
-    from mllm.cli.tables import show, table
-
     console = Console()
+    filters = {
+        "licence": licence,
+        "commercial": commercial,
+        "kind": built_as,
+        "objective": objective,
+        "least": least,
+        "most": most,
+        "words": words,
+    }
     if kind is Kind.encoders:
-        from mllm.encoders import ENCODERS
-        from mllm.encoders.catalogue import catalogue
-
-        shown = table("encoder", "adapter", "weights", "licence", "commercial use", names=("encoder", "weights"))
-        words = {True: "yes", False: "[red]no[/]", None: "not known"}
-        for name, entry in sorted(catalogue().items()):
-            weights = entry.get("weights") or {}
-            shown.add_row(
-                name,
-                entry["type"],
-                weights.get("source", "-"),
-                weights.get("licence", "-"),
-                words[weights.get("commercial")],
-            )
-        show(shown)
-        console.print("\nadapters (type: …): " + ", ".join(ENCODERS))
+        _list_encoders(console, filters, names)
         return
+    if names or any(value not in (None, False) for value in filters.values()):
+        raise typer.BadParameter(f"filters are for `mllm list encoders`; {kind.value} has none")
     from mllm import assets
 
     folders = {
@@ -89,6 +108,44 @@ def list_(
     registry = getattr(importlib.import_module(module), attribute)
     for name in registry:
         console.print(f"{name}  [dim]{registry.where(name)}[/]", highlight=False, soft_wrap=True)
+
+
+def _list_encoders(console: Any, filters: dict[str, Any], names: bool) -> None:
+    from mllm.cli.tables import show, table
+    from mllm.encoders import ENCODERS
+    from mllm.encoders.catalogue import catalogue, matching
+
+    found = matching(**filters)
+    if names:
+        for name in found:
+            console.print(name, highlight=False, soft_wrap=True)
+        return
+    shown = table(
+        "encoder",
+        "adapter",
+        "kind",
+        "objective",
+        "size",
+        "weights",
+        "licence",
+        "commercial use",
+        names=("encoder", "weights", "size"),
+    )
+    words = {True: "yes", False: "[red]no[/]", None: "not known"}
+    for name, entry in found.items():
+        weights, about = entry.get("weights") or {}, entry["about"]
+        shown.add_row(
+            name,
+            entry["type"],
+            about["kind"],
+            about["objective"],
+            f"{about['millions']:.0f} M",
+            weights.get("source", "-"),
+            weights.get("licence", "-"),
+            words[weights.get("commercial")],
+        )
+    show(shown)
+    console.print(f"\n{len(found)} of {len(catalogue())} encoders; adapters (type: …): " + ", ".join(ENCODERS))
 
 
 def add_to(app: typer.Typer) -> None:

@@ -24,6 +24,7 @@ from mllm.cli import (
     demo,
     doctor,
     draw,
+    encoders,
     evaluate,
     inspect,
     listing,
@@ -108,6 +109,7 @@ for module in (
     parts,
     compose,
     listing,
+    encoders,
     check,
     doctor,
 ):

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from mllm.config import read_yaml, validate
 from mllm.encoders import ENCODERS
-from mllm.errors import ConfigError, UnknownName
+from mllm.errors import ConfigError, UnknownName, did_you_mean
 
 if TYPE_CHECKING:
     from mllm.encoders.base import EncoderConfig, VisionEncoder
 
 _FILES = ("catalogue.yaml", "backbones/catalogue.yaml")
+DESCRIPTIONS = ("note", "about")
+"""Keys of an entry that are no part of its config."""
 
 
 @cache
@@ -30,8 +32,45 @@ def _entries() -> dict[str, dict[str, Any]]:
 
 
 def catalogue() -> dict[str, dict[str, Any]]:
-    """Name → config as plain data, with ``note``. Imports no torch."""
+    """Name → config as plain data, with ``note`` and ``about`` (``kind``, ``objective``, and ``millions`` of parameters up to the
+    feature layer). Imports no torch."""
     return copy.deepcopy(_entries())
+
+
+def matching(
+    *,
+    kind: str | None = None,
+    objective: str | None = None,
+    licence: str | None = None,
+    commercial: bool = False,
+    least: float | None = None,
+    most: float | None = None,
+    words: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The entries for which all that is given holds. licence, words: parts of the licence's name; of name, capability and note
+    (case does not matter); least, most: millions of parameters. Raises `ConfigError` for a kind or objective that no entry has."""
+    entries = catalogue()
+    for key, value in (("kind", kind), ("objective", objective)):
+        known = sorted({entry["about"][key] for entry in entries.values()})
+        if value is not None and value not in known:
+            raise ConfigError(
+                f"{key}: no encoder is of {value!r}{did_you_mean(value, known)} Known: {', '.join(known)}"
+            )
+
+    def fits(name: str, entry: dict[str, Any]) -> bool:
+        about, weights = entry["about"], entry.get("weights") or {}
+        text = " ".join([name, entry.get("capability", ""), entry.get("note", "")]).lower()
+        return (
+            kind in (None, about["kind"])
+            and objective in (None, about["objective"])
+            and (licence is None or licence.lower() in str(weights.get("licence", "")).lower())
+            and (not commercial or weights.get("commercial") is True)
+            and (least is None or about["millions"] >= least)
+            and (most is None or about["millions"] <= most)
+            and (words is None or all(word in text for word in words.lower().split()))
+        )
+
+    return {name: entry for name, entry in sorted(entries.items()) if fits(name, entry)}
 
 
 def encoder_config(spec: str | Mapping[str, Any], *, where: str) -> EncoderConfig:
@@ -93,7 +132,8 @@ def _expand(spec: str | Mapping[str, Any], where: str) -> dict[str, Any]:
     if name not in entries:
         raise _unknown("encoder", str(name), entries, where)
     base = entries[name]
-    base.pop("note", None)
+    for key in DESCRIPTIONS:
+        base.pop(key, None)
     if data.get("type", base["type"]) != base["type"]:
         raise ConfigError(
             f"{where}.type: preset {name} is of type {base['type']}; write a whole config to use another type"

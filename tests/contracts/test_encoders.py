@@ -73,6 +73,22 @@ TIMM = {
     "vitamin": ("vitamin_small_224", {"depth": 2}, 64),
     "resnet": ("resnet18", {"channels": [8, 16, 24, 32]}, 64),
 }
+# Families that the catalogue takes from timm in one line: the shipped entry, and options that make its architecture tiny.
+ONE_LINE = {
+    "fastvit-mci2": ({"layers": (1, 1, 1, 1), "embed_dims": (32, 32, 64, 64)}, 64),
+    "fastvithd-1024": ({"layers": (1, 1, 1, 1, 1), "embed_dims": (32, 32, 64, 64, 64)}, 128),
+    "hiera-b-mae": ({"embed_dim": 16, "num_heads": 1, "stages": (1, 1, 2, 1)}, 64),
+    "swinv2-b-384": ({"embed_dim": 16, "depths": (1, 2), "num_heads": (2, 2), "window_size": 4}, 32),
+    "maxvit-b-384": ({"embed_dim": (32, 32, 64, 64), "depths": (1, 1, 1, 1), "stem_width": 16}, 64),
+    "convnextv2-b-384": ({"dims": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}, 64),
+    "efficientnetv2-m-384": ({"channel_multiplier": 0.2, "depth_multiplier": 0.2}, 64),
+    "efficientformerv2-s2": ({"depths": (1, 1, 1, 2), "embed_dims": (16, 16, 24, 32)}, 64),
+    "sam2-hiera-l": ({"embed_dim": 16, "num_heads": 1, "stages": (1, 1, 2, 1), "global_att_blocks": (3,)}, 64),
+    "pe-core-l-336": ({"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4}, 16),
+    "pe-spatial-l-448": ({"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4}, 16),
+    "aimv2-l-448": ({"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4}, 16),
+    "ijepa-h-448": ({"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4}, 16),
+}
 
 
 def test_there_are_encoders_to_test():
@@ -110,6 +126,26 @@ def test_every_shipped_entry_builds_offline_and_runs_at_its_own_size(name):
         encoder = build_encoder(config)
         features = encoder(torch.zeros(2, 3, config.info.image.height, config.info.image.width))
     assert tuple(features.tokens.shape) == (2, config.info.grid[0] * config.info.grid[1], config.info.width)
+    millions = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
+    assert millions == pytest.approx(entry["about"]["millions"], rel=0.01), "about.millions tells the size wrongly"
     parameters = [name for name, _ in encoder.named_parameters()]
     grouped = [sum(name.startswith(tuple(prefixes)) for _, prefixes in encoder.layer_groups()) for name in parameters]
     assert grouped == [1] * len(parameters)
+
+
+def test_families_taken_from_timm_in_one_line_see_and_learn():
+    for name, (options, size) in ONE_LINE.items():
+        architecture = catalogue()[name]["architecture"].partition(".")[0]
+        spec = {"type": "timm", "architecture": architecture, "options": options, "image_size": size, "layers": [-1]}
+        if name == "efficientnetv2-m-384":
+            spec["final_norm"] = False
+        encoder = build_encoder(encoder_config(spec, where=name)).eval()
+        pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+        features = encoder(pixels)
+        info = encoder.config.info
+        assert tuple(features.tokens.shape) == (2, info.grid[0] * info.grid[1], info.width), name
+        features.tokens.square().mean().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters()), name
+        with torch.no_grad():
+            alone = encoder(pixels[:1]).tokens
+        torch.testing.assert_close(alone, features.tokens[:1].detach(), rtol=1e-3, atol=1e-4, msg=name)

@@ -12,9 +12,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mllm.encoders.backbones.base import BackboneConfig, BackboneEncoder, require_multiple
-from mllm.encoders.backbones.costs import gflops
 from mllm.encoders.backbones.layers import Mlp, init_linear, run
 from mllm.encoders.base import EncoderConfig
+from mllm.encoders.costs import gflops
 from mllm.encoders.library import LayerOutput, map_to_tokens
 from mllm.errors import ConfigError
 

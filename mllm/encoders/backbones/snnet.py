@@ -12,9 +12,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mllm.encoders.backbones.base import BackboneConfig, BackboneEncoder
-from mllm.encoders.backbones.costs import gflops
 from mllm.encoders.backbones.layers import IMAGENET, Mlp, SelfAttention, drop, init_linear, run, token_table
 from mllm.encoders.base import EncoderConfig
+from mllm.encoders.costs import gflops
 from mllm.encoders.library import LayerOutput
 from mllm.encoders.weights import resize_positions
 from mllm.errors import ConfigError

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from mllm.config import to_plain
-from mllm.encoders.catalogue import build_encoder, catalogue, encoder_config, licence_warnings
+from mllm.encoders.catalogue import build_encoder, catalogue, encoder_config, licence_warnings, matching
 from mllm.errors import ConfigError, UnknownName
 from mllm.testing import find_check
 
@@ -112,3 +112,31 @@ def test_licences_that_restrict_use_are_named():
 def test_shipped_entries_can_be_checked_by_name():
     kind, _ = find_check("clip-vit-b-32")
     assert kind == "encoder"
+
+
+def test_encoders_are_found_by_licence_size_kind_objective_and_words():
+    free = matching(commercial=True, objective="image-text", most=450)
+    assert {"clip-vit-l-14-336", "siglip2-so400m-384", "pe-core-l-336"} <= set(free)
+    assert not {"fastvit-mci2", "dinov2-l", "convnext-xxl-clip"} & set(free)
+    assert all(entry["weights"]["commercial"] and entry["about"]["millions"] <= 450 for entry in free.values())
+    assert set(matching(kind="cnn", least=100)) == {"convnext-l-clip", "convnext-xxl-clip"}
+    assert set(matching(licence="cc-by-nc")) >= {"vggt-1b", "hiera-b-mae"} and matching(words="latents early")
+    assert list(matching()) == sorted(catalogue())
+    with pytest.raises(ConfigError, match=r"kind: no encoder is of 'vti', did you mean 'vit'\? Known: cnn"):
+        matching(kind="vti")
+
+
+def test_a_list_of_encoders_cuts_no_name_and_filters_nothing_else():
+    import os
+
+    narrow = {**os.environ, "COLUMNS": "60"}
+    run = [sys.executable, "-m", "mllm.cli.main", "list"]
+    shown = subprocess.run(
+        [*run, "encoders", "--min-size", "0"], capture_output=True, text=True, env=narrow, check=True
+    ).stdout
+    for name, entry in catalogue().items():
+        (line,) = [line for line in shown.splitlines() if line.split(" ")[0] == name]
+        assert entry["weights"]["source"] in line
+    assert f"{len(catalogue())} of {len(catalogue())} encoders" in shown.replace("\n", " ")
+    refused = subprocess.run([*run, "tasks", "--commercial"], capture_output=True, text=True, env=narrow, check=False)
+    assert refused.returncode == 2 and "mllm list encoders" in refused.stderr
