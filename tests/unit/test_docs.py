@@ -211,6 +211,8 @@ def test_the_notebooks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         joined["tokens"]["sequence_concat"] > joined["tokens"]["channel_concat"] > 16
         and min(joined["moved"].values()) > 0.001
     )
+    routed = ended["train_routing"]
+    assert routed["right"] > 0.8 and 0 < routed["summary"]["saved"] < 1, "chance is a third"
     read = ended["read_an_evaluation"]
     assert read["values"]["count", "large"] > read["values"]["exact_match", "large"] and 0 < read["p"] < 0.05
 
