@@ -75,8 +75,9 @@ def _plain(requirement: str) -> str:
     return re.split(r"[\[=<>!~; ]", requirement.strip())[0].lower().replace("_", "-")
 
 
-def attempt(requirement: str, newest: bool, tests: list[str]) -> tuple[bool, str]:
-    """Install and test. (whether all passed, the version that was installed with what pytest said last, or the first failure)."""
+def attempt(requirement: str, newest: bool, tests: list[str], tried: set[str]) -> tuple[bool, str]:
+    """Install and test. (whether all passed, the version that was installed with what pytest said last, or the first failure). tried:
+    versions that were tested already, which is not done again."""
     name = re.split(r"[=<>]", requirement)[0]
     folder = Path(tempfile.mkdtemp(prefix="mllm-bounds-"))
     try:
@@ -91,6 +92,9 @@ def attempt(requirement: str, newest: bool, tests: list[str]) -> tuple[bool, str
         )  # not in ROOT: its uv settings force one torch
         asked = f"from importlib.metadata import version; print(version({name!r}))"
         version = _say([str(python), "-c", asked]).strip()
+        if version in tried:
+            return True, f"{version}: the same version"
+        tried.add(version)
         told = _say([str(python), "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests]).splitlines()
         return True, f"{version}: {next(line for line in reversed(told) if ' passed' in line).strip('= ')}"
     except subprocess.CalledProcessError as error:
@@ -115,11 +119,12 @@ def main() -> int:
         parser.error(f"{', '.join(sorted(unknown))}: not among {', '.join(bounds())}")
     broken = 0
     for name in chosen.packages or bounds():
+        tried: set[str] = set()
         for newest, requirement in enumerate(ends(name)):
             if chosen.list:
                 sys.stdout.write(f"{requirement}\n")
                 continue
-            passed, told = attempt(requirement, bool(newest), chosen.tests)
+            passed, told = attempt(requirement, bool(newest), chosen.tests, tried)
             broken += not passed
             sys.stdout.write(f"{requirement}: {'passes' if passed else 'BREAKS'}: {told}\n")
             sys.stdout.flush()

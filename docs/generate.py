@@ -38,6 +38,9 @@ PLACES = {
 """Class of a recipe's part → where it stands."""
 
 
+VERBOSE_HELP = "Show what other libraries print of themselves."
+
+
 def pages(*, sizes: bool = True) -> dict[str, str]:
     """Path below docs/generated → Markdown. sizes: False leaves out pixels, grids and tokens, for which every encoder is described by
     its library."""
@@ -61,8 +64,9 @@ def cli_page() -> str:
     lines = [
         "# Commands",
         "",
-        "What `mllm COMMAND --help` says, on one page. `--plugin FILE` (repeatable) is an option of every command: it registers parts of "
-        "your own first. A mistake is one line on stderr and exit code 2; `MLLM_TRACEBACK=1` shows where it was raised.",
+        "What `mllm COMMAND --help` says, on one page. Two options belong to every command: `--plugin FILE` "
+        "(repeatable) registers parts of your own first, `--verbose` shows what other libraries print of themselves. "
+        "A mistake is one line on stderr and exit code 2; `MLLM_TRACEBACK=1` shows where it was raised.",
         "",
     ]
     for path, command in commands(typer.main.get_command(app), ()):
@@ -82,7 +86,8 @@ def _command_lines(title: str, command: Any) -> list[str]:
     lines = [f"## {title}", "", plain(command.help or ""), ""]
     rows = []
     for parameter in command.params:
-        if getattr(parameter, "hidden", False) or parameter.name in ("help", "plugin"):
+        common = parameter.name in ("help", "plugin") or getattr(parameter, "help", None) == VERBOSE_HELP
+        if getattr(parameter, "hidden", False) or common:
             continue
         is_option = parameter.param_type_name == "option"
         names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))

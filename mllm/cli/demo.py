@@ -84,7 +84,7 @@ def demo(
     for name, values in scores.items():
         console.print(_score_line(name, values))
     console.print(f"{report['seconds']:.0f} s · {path} · {page}")
-    console.print(NEXT.format(run=output, image=shown[0]["image"]), highlight=False)
+    console.print(NEXT.format(run=output, image=shown[0]["image"]), highlight=False, soft_wrap=True)
 
 
 def _scores(result: Any) -> dict[str, float | None]:

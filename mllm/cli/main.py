@@ -41,7 +41,7 @@ from mllm.cli import (
     train,
     verify,
 )
-from mllm.cli.plugin_option import add_plugin_option
+from mllm.cli.common_options import add_common_options
 from mllm.errors import Interrupted, MllmError
 
 COLLECT_SELDOM = (50_000, 20, 20)
@@ -114,7 +114,7 @@ for module in (
     doctor,
 ):
     module.add_to(app)
-add_plugin_option(app)
+add_common_options(app)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import torch
 from mllm import errors, progress
 from mllm.distributed import process_group
 from mllm.errors import ConfigError, MllmError
+from mllm.noise import hush
 
 PRELOADED = ("mllm.models.build", "mllm.train.run", "mllm.train.stages.sft")
 
@@ -83,6 +84,7 @@ def _worker(
     total = str(processes)
     os.environ.update(RANK=str(process), LOCAL_RANK=str(process), WORLD_SIZE=total, LOCAL_WORLD_SIZE=total)
     threading.Thread(target=_end_with_launcher, args=(alive,), daemon=True).start()
+    hush()
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     try:

@@ -159,3 +159,22 @@ def test_more_samples_a_step_than_there_are_is_told() -> None:
     (line,) = odd_settings(stage, steps=5, samples=10, rows=32)
     assert "32 samples of one step (batch_size 32" in line and "more than the 10 there are" in line
     assert not odd_settings(stage, steps=5, samples=32, rows=32)
+
+
+def test_other_libraries_are_quiet_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parent's level holds for bitsandbytes' own loggers, set before it is imported; a worker inherits the wish."""
+    import logging
+
+    from mllm import noise
+
+    logger = logging.getLogger("bitsandbytes")
+    below = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    monkeypatch.delenv(noise.VERBOSE, raising=False)
+    monkeypatch.setattr(logger, "level", logging.NOTSET)
+    assert "recipe" in run("recipes", "ls")
+    assert not below.isEnabledFor(logging.WARNING) and below.isEnabledFor(logging.ERROR)
+    logger.setLevel(logging.NOTSET)
+    monkeypatch.setenv(noise.VERBOSE, "0")  # so that what the command sets is taken back
+    run("recipes", "ls", "--verbose")
+    assert below.isEnabledFor(logging.WARNING) and noise.is_verbose()
+    assert "--verbose" in run("train", "--help")

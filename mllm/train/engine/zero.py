@@ -7,7 +7,6 @@ the stage's.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import warnings
@@ -21,6 +20,7 @@ from mllm.distributed import end_group_with
 from mllm.errors import UnavailableError
 from mllm.install import install_hint
 from mllm.models.compilation import repeated_layers
+from mllm.noise import hush
 from mllm.recipe import StageSpec
 from mllm.train.engine import zero3
 from mllm.train.engine.base import Engine, EngineChoice, Fragment
@@ -195,7 +195,7 @@ def import_deepspeed() -> Any:
     leave_shared_memory_op(deepspeed)
     # DeepSpeed calls collectives by names that torch is giving up; its users can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    hush()
     if not deepspeed.comm.is_initialized():
         deepspeed.comm.init_distributed(
             dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False

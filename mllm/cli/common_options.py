@@ -1,0 +1,64 @@
+"""How does every command take ``--plugin`` and ``--verbose``?"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+Plugin = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        help="Python file or module that registers encoders, connectors, routers, metrics, generators, data formats … (repeatable).",
+        show_default=False,
+    ),
+]
+
+
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="Show what other libraries print of themselves.", show_default=False)
+]
+
+
+def add_common_options(app: typer.Typer) -> None:
+    """Give every command of ``app`` and of its groups the options; plug-ins are known, and other libraries quiet, before the command
+    begins. A command with a ``verbose`` of its own keeps that."""
+    for command in app.registered_commands:
+        if command.callback is not None:
+            command.callback = _with_common(command.callback)
+    for group in app.registered_groups:
+        if group.typer_instance is not None:
+            add_common_options(group.typer_instance)
+
+
+def _with_common(command: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(command, eval_str=True)
+    common = {"plugin": (Plugin, None)} | ({} if "verbose" in signature.parameters else {"verbose": (Verbose, False)})
+
+    @functools.wraps(command)
+    def whole(*args: Any, **kwargs: Any) -> Any:
+        from mllm.noise import VERBOSE, hush
+        from mllm.plugins import use_plugins
+
+        given = {name: kwargs.pop(name, default) for name, (_, default) in common.items()}
+        if given.get("verbose"):
+            os.environ[VERBOSE] = "1"
+        hush()
+        use_plugins(given["plugin"] or [])
+        return command(*args, **kwargs)
+
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in common.items()
+    ]
+    whole.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *options])  # type: ignore[attr-defined]
+    whole.__annotations__ = {
+        **{name: each.annotation for name, each in signature.parameters.items()},
+        **{name: kind for name, (kind, _) in common.items()},
+    }
+    return whole

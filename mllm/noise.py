@@ -1,0 +1,27 @@
+"""What do other libraries print that a user can do nothing about, and when is it shown?
+
+bitsandbytes tells of a kernel that it would like, DeepSpeed of every setting it takes, TRL of what is experimental. ``--verbose``, a common
+option of all commands, or ``MLLM_VERBOSE=1`` shows it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+VERBOSE = "MLLM_VERBOSE"
+"""Environment variable, so that processes started by a command are as quiet or loud as it is."""
+LEVELS = {"bitsandbytes": logging.ERROR, "DeepSpeed": logging.WARNING, "trl": logging.ERROR}
+"""Logger → the least that is worth a user's eye."""
+
+
+def is_verbose() -> bool:
+    """Whether other libraries may say what they like."""
+    return os.environ.get(VERBOSE, "") not in ("", "0")
+
+
+def hush() -> None:
+    """Keep those loggers quiet in this process; nothing is imported. Does nothing with ``--verbose``."""
+    if not is_verbose():
+        for name, level in LEVELS.items():
+            logging.getLogger(name).setLevel(level)
