@@ -45,8 +45,14 @@ _seen: str | None = None
 
 
 def use_plugins(modules: Iterable[str]) -> None:
-    """Make plug-ins known to this process and to every process that it starts: dotted names or ``.py`` files. They are
-    imported when a name is first looked up. Raises `ConfigError` for a file that is not there."""
+    """Make plug-ins known to this process and to every process that it starts. They are imported when a name is first looked up.
+
+    Args:
+        modules: dotted names or ``.py`` files.
+
+    Raises:
+        ConfigError: a file is not there.
+    """
     known = _named()
     for module in modules:
         if module.endswith(".py"):

@@ -392,11 +392,19 @@ class Recipe(StrictModel):
 
 
 def load_recipe(name: str, overrides: list[str] | None = None, *, trusted: bool = True) -> Recipe:
-    """A recipe by name or path, with ``key.sub=value`` overrides (list items by position or by their ``name``), and its
-    plug-ins loaded. trusted: False for a recipe that is only read, such as a checkpoint's: its plug-ins are left alone, and an earlier
-    version may have written it.
+    """A recipe by name or path, its plug-ins loaded.
 
-    Raises `ConfigError` with the path to the key.
+    Args:
+        name: of a shipped recipe or one below ``$MLLM_PATH/recipes``, or a path to a YAML file.
+        overrides: ``key.sub=value`` (list items by position or by their ``name``).
+        trusted: False for a recipe that is only read, such as a checkpoint's: its plug-ins are left alone, and an earlier version may have
+            written it.
+
+    Returns:
+        The recipe, every key checked.
+
+    Raises:
+        ConfigError: with the path to the key.
     """
     path = assets.find("recipes", name, kind="recipe")
     data = read_yaml(path)

@@ -145,7 +145,14 @@ class VisualLayout:
     frames: int = 0
 
     def rows_of(self, encoder: str) -> int:
-        """Rows of an encoder's pixels that belong to the visual: its views, or its patches."""
+        """Rows of an encoder's pixels that belong to the visual.
+
+        Args:
+            encoder: its name.
+
+        Returns:
+            The number of its views, or of its patches where the visual is seen at its own aspect.
+        """
         if self.patches is not None:
             return self.patches[0] * self.patches[1]
         return dict(self.fewer).get(encoder, self.num_views)

@@ -63,19 +63,44 @@ class Connector(nn.Module):
 
     @classmethod
     def layout(cls, config: Any, encoders: Mapping[str, EncoderInfo]) -> ViewLayout:
-        """How many tokens one view becomes. Pure arithmetic. Raises `ConfigError` when an encoder's grid does not
-        fit."""
+        """How many tokens one view becomes. Pure arithmetic.
+
+        Args:
+            config: the connector's config.
+            encoders: encoder name → sizes, in the model's order.
+
+        Returns:
+            Number of tokens M, and rows and columns of those that carry position.
+
+        Raises:
+            ConfigError: an encoder's grid does not fit.
+        """
         raise NotImplementedError
 
     @classmethod
     def native_cell(cls, config: Any) -> int | None:
-        """For views native, `ViewLayout.cell`; None for a connector that is built for one grid."""
+        """For views native, `ViewLayout.cell`.
+
+        Args:
+            config: the connector's config.
+
+        Returns:
+            Side in tokens of the square that becomes one; 0 where the number of tokens is fixed; None for a connector that is built for one
+            grid.
+        """
         return None
 
     @classmethod
     def attention_from(cls, config: Any, encoders: Mapping[str, EncoderInfo]) -> dict[str, int]:
-        """Encoders whose last attention map `forward` reads (`VisionFeatures.attention`) → number of heads it
-        expects."""
+        """Encoders whose last attention map `forward` reads (`VisionFeatures.attention`).
+
+        Args:
+            config: the connector's config.
+            encoders: encoder name → sizes, in the model's order.
+
+        Returns:
+            Encoder name → number of heads it expects; empty for a connector that reads no attention.
+        """
         return {}
 
     @classmethod
@@ -118,8 +143,20 @@ class Connector(nn.Module):
         text: Tensor | None = None,
         layouts: Sequence[VisualLayout] | None = None,
     ) -> Tensor:
-        """features of all views by encoder name, routing and text ``(B, L)`` of the B visuals, and their layouts (None: one
-        view each) → the visuals' tokens ``(ΣM, L)``, one visual after another."""
+        """Join the features of all views of B visuals.
+
+        Args:
+            features: encoder name → features of all views.
+            routing: which experts ran on the B visuals; None without a router.
+            text: ``(B, L)``, the question's summary, for connectors that look at it.
+            layouts: how each visual lies in the sequence; None: one view each.
+
+        Returns:
+            Visual tokens ``(ΣM, L)``, one visual after another.
+
+        Raises:
+            AlignmentError: features lie on other grids than the visuals (views native).
+        """
         if layouts is None:
             return self.view_tokens(features, routing, text).flatten(0, 1)
         if any(layout.patches is not None for layout in layouts):
@@ -162,8 +199,16 @@ class Connector(nn.Module):
     def view_tokens(
         self, features: Mapping[str, VisionFeatures], routing: Routing | None = None, text: Tensor | None = None
     ) -> Tensor:
-        """features of V views by encoder name → ``(V, M, L)``; text ``(V, L)``: the question's summary, for connectors
-        that look at it. V = 0 is legal. An expert that no view of the batch uses may be absent from ``features``."""
+        """Join the features of V views; V = 0 is legal.
+
+        Args:
+            features: encoder name → features of V views. An expert that no view of the batch uses may be absent.
+            routing: which experts ran on the V views; None without a router.
+            text: ``(V, L)``, the question's summary, for connectors that look at it.
+
+        Returns:
+            Visual tokens ``(V, M, L)``.
+        """
         raise NotImplementedError
 
 

@@ -51,13 +51,27 @@ class VisionEncoder(nn.Module):
 
     @classmethod
     def resolve(cls, config: Any) -> Any:
-        """The same config with everything that follows from it written out (`info` above all). May import the library
-        the encoder comes from; loads no weights."""
+        """The same config with everything that follows from it written out (`info` above all). May import the library the encoder comes
+        from; loads no weights.
+
+        Args:
+            config: the encoder's config.
+
+        Returns:
+            A config that builds the same encoder without that library's catalogue.
+        """
         raise NotImplementedError
 
     @classmethod
     def describe(cls, config: Any) -> EncoderInfo:
-        """Sizes of a resolved config."""
+        """Sizes of a config.
+
+        Args:
+            config: the encoder's config, resolved or not.
+
+        Returns:
+            What the encoder takes and gives; agrees with `forward` (contract-tested).
+        """
         if config.info is None:
             config = cls.resolve(config)
         assert config.info is not None
@@ -78,8 +92,11 @@ class VisionEncoder(nn.Module):
         device."""
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations; nothing to do for encoders
-        without blocks."""
+        """Recompute each block in the backward pass instead of keeping its activations; nothing to do for encoders without blocks.
+
+        Args:
+            enabled: whether to.
+        """
 
     def last_cost(self) -> dict[str, float]:
         """Of an encoder whose work differs from call to call: what an image of the last call cost on average (``gflops``, and how
@@ -94,7 +111,15 @@ class VisionEncoder(nn.Module):
     def forward(
         self, pixels: Tensor, *, scene_ids: Tensor | None = None, return_attention: bool = False
     ) -> VisionFeatures:
-        """pixels ``(B, 3, H, W)`` already resized and normalised → features. B = 0 is legal. scene_ids ``(B,)``: images with the
-        same id show one scene (multi-view encoders use it, others ignore it). An encoder whose ``info.image.patch`` is set takes
-        ``grids`` too: pixels are then patches ``(ΣN, 3 p²)`` of images with these grids."""
+        """Pixels to features; B = 0 is legal.
+
+        Args:
+            pixels: ``(B, 3, H, W)``, resized and normalised as ``info.image`` says. An encoder whose ``info.image.patch`` is set takes
+                ``grids`` too: pixels are then patches ``(ΣN, 3 p²)`` of images with these grids.
+            scene_ids: ``(B,)``; images with the same id show one scene (multi-view encoders use it, others ignore it).
+            return_attention: also give the last attention map, where the encoder has one.
+
+        Returns:
+            Tokens ``(B, N, D)`` in raster order with their grid, and what lies beside them.
+        """
         raise NotImplementedError

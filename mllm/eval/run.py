@@ -360,12 +360,23 @@ def report_again(folder: str | Path, *, show: bool = True) -> dict[str, TaskResu
 
 
 def run_eval(checkpoint: str, tasks: Sequence[str], settings: EvalSettings | None = None) -> dict[str, TaskResult]:
-    """Evaluate a checkpoint folder (or hub id) and write predictions, a table, Markdown, an HTML page and
-    ``results.json``.
+    """Evaluate a checkpoint and write predictions, a table, Markdown, an HTML page and ``results.json``.
 
-    checkpoint: for the generator ``openai``, the model's name at the server. With ``settings.processes`` so many on this machine
-    share the questions, each on its own GPU where there are GPUs; started by a launcher that sets RANK and WORLD_SIZE (torchrun),
-    this process takes its share. Rank 0 joins the answers and reports. Raises `ConfigError`, `DataError` or `CheckpointError`.
+    With ``settings.processes`` so many on this machine share the questions, each on its own GPU where there are GPUs; started by a launcher
+    that sets RANK and WORLD_SIZE (torchrun), this process takes its share. Rank 0 joins the answers and reports.
+
+    Args:
+        checkpoint: a checkpoint folder or hub id; for the generator ``openai``, the model's name at the server.
+        tasks: names of tasks or of groups of them (``mllm list tasks``).
+        settings: where data and outputs lie, how many samples, how answers are generated (default: `EvalSettings()`).
+
+    Returns:
+        Task → its result, in the order of the tasks.
+
+    Raises:
+        ConfigError: no task, an unknown one, or settings that do not fit.
+        DataError: a task's data are missing or cannot be read.
+        CheckpointError: the checkpoint cannot be opened.
     """
     from mllm.eval.checkpoint import open_generator
     from mllm.eval.report.show import write_report

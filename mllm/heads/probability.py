@@ -130,10 +130,19 @@ class ProbabilityMixin:
     heads: Any
 
     def probability(self: MultimodalModel, images: Any, question: str, *, processor: Processor, **options: Any) -> Any:
-        """Ask a question whose answer names a class, about a picture or each of a list.
+        """Ask a question whose answer names a class.
 
-        images: a picture or a list (paths, PIL, arrays, bytes); processor: the model's own; options: as `generate` takes them. Returns
-        `Probability`, a list of them for a list of pictures. Raises `ConfigError` for a model without such a head.
+        Args:
+            images: a picture or a list (paths, PIL, arrays, bytes).
+            question: one for all.
+            processor: the model's own.
+            options: as ``generate`` takes them.
+
+        Returns:
+            `Probability`, a list of them for a list of pictures.
+
+        Raises:
+            ConfigError: the model has no such head.
         """
         head = next((head for head in self.heads.values() if isinstance(head, ProbabilityHead)), None)
         if head is None:

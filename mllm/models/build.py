@@ -5,12 +5,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mllm import progress
 from mllm.damage import naming_damage
@@ -26,29 +25,37 @@ from mllm.models.modeling_body import language_model_left_out
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.models.stops import set_stops
 from mllm.models.text_source import begins_every_text, dense_options, opened_by
+from mllm.models.vocabulary import add_image_token, add_tokens, added_ids, grow_vocabulary
 from mllm.models.weight_files import refuse_gaps, some_names
 from mllm.processing.frames import video_spec
 from mllm.processing.image_processor import MllmImageProcessor
 from mllm.processing.processor import MllmProcessor
 from mllm.processing.protocol import TextTokenizer
 from mllm.processing.template import check_template, is_wrapped, read_template, unwrapped
-from mllm.processing.turns import special_ids
 from mllm.processing.views import VIEWS
 from mllm.processing.views.base import views_config
 from mllm.recipe import LanguageModelSpec, ModelSpec
 from mllm.visual_tokenizers.reader import load_tokenizer_weights
 
 _log = logging.getLogger(__name__)
-VOCABULARY_MULTIPLE = 64
 
 
 def build_config(
     spec: ModelSpec, *, image_token_id: int | None = None, tokenizer: TextTokenizer | None = None
 ) -> MllmConfig:
     """The model's whole config. Needs no weights and, where the recipe states the language model's config, no network.
-    tokenizer: the text tokenizer, for the ids of the heads' tokens (added to it where they are missing).
 
-    Raises `ConfigError` when a grid does not fit a connector, naming the encoder.
+    Args:
+        spec: the recipe's ``model`` section.
+        image_token_id: id of the image placeholder (default: the first one past the vocabulary).
+        tokenizer: the text tokenizer, for the ids of the heads' tokens (added to it where they are missing).
+
+    Returns:
+        The config that `MllmForConditionalGeneration` is built from.
+
+    Raises:
+        ConfigError: a grid does not fit a connector (the encoder is named), or parts do not go together.
+        UnavailableError: the language model's config cannot be read.
     """
     from mllm.connectors.build import connector_config
     from mllm.encoders.catalogue import encoder_config
@@ -123,7 +130,15 @@ def _views_with_ids(value: Any, tokenizer: TextTokenizer | None, first_free: int
 
 
 def check_views(spec: ModelSpec, encoders: dict[str, Any]) -> None:
-    """Raise `ConfigError` for parts that take whole pictures only, where the model looks at them in several views."""
+    """Refuse parts that take whole pictures only, where the model looks at them in several views.
+
+    Args:
+        spec: the recipe's ``model`` section.
+        encoders: encoder name → config.
+
+    Raises:
+        ConfigError: naming the part and what to use instead.
+    """
     views = views_config(spec.views)
     kind = VIEWS.get(views.type)
     if not kind.needs_size:
@@ -148,7 +163,17 @@ def check_views(spec: ModelSpec, encoders: dict[str, Any]) -> None:
 
 
 def text_config(spec: LanguageModelSpec) -> Any:
-    """The language model's HF config: from the recipe, else from its source."""
+    """The language model's config, from the recipe, else from its source.
+
+    Args:
+        spec: the recipe's ``model.language_model``.
+
+    Returns:
+        A text config of transformers.
+
+    Raises:
+        UnavailableError: the source cannot be read.
+    """
     if spec.config is not None:
         return language_model_config(spec.config)
     try:
@@ -164,7 +189,19 @@ def text_config(spec: LanguageModelSpec) -> Any:
 
 
 def build_processor(spec: ModelSpec, config: MllmConfig, tokenizer: TextTokenizer) -> MllmProcessor:
-    """The processor of a model. Adds the image token to the tokenizer where it is missing."""
+    """The processor of a model.
+
+    Args:
+        spec: the recipe's ``model`` section.
+        config: the model's config (`build_config`).
+        tokenizer: the text tokenizer; the image token is added to it where it is missing.
+
+    Returns:
+        Tokenizer, image processor and chat template in one.
+
+    Raises:
+        ConfigError: there is no chat template, or it drops what is said.
+    """
     add_image_token(tokenizer, spec.image_token)
     template = read_template(spec.chat_template) if spec.chat_template else tokenizer.chat_template
     if template is None:
@@ -217,22 +254,19 @@ def _tell_a_missing_start(spec: LanguageModelSpec, tokenizer: TextTokenizer, tem
         )
 
 
-def add_tokens(tokenizer: TextTokenizer, tokens: Mapping[str, bool]) -> None:
-    """Give the tokenizer the tokens that it does not know. tokens: text → whether it is special, and no part of decoded answers."""
-    known = tokenizer.get_vocab()
-    for token, special in tokens.items():
-        if token not in known:
-            tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)], special_tokens=special)
-
-
-def add_image_token(tokenizer: TextTokenizer, token: str) -> None:
-    """Make ``token`` a special token of the tokenizer, where it is none."""
-    if tokenizer.get_vocab().get(token) not in special_ids(tokenizer):
-        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
-
-
 def load_tokenizer(spec: LanguageModelSpec) -> Any:
-    """The language model's tokenizer."""
+    """The language model's tokenizer.
+
+    Args:
+        spec: the recipe's ``model.language_model``.
+
+    Returns:
+        A tokenizer of transformers.
+
+    Raises:
+        ConfigError: a model from scratch names no tokenizer.
+        UnavailableError: it cannot be read.
+    """
     source = spec.tokenizer or spec.source
     if source is None:
         raise ConfigError(
@@ -255,11 +289,22 @@ def build_model(
     load_weights: bool = True,
     device: torch.device | None = None,
 ) -> tuple[MllmForConditionalGeneration, MllmProcessor]:
-    """Model and processor of a recipe. load_weights: read the language model's and encoders' published weights (a part
-    without a source starts from its own initialisation); False: every part is initialised. device: where parts are
-    initialised and weights are read to (default: the CPU); initial values depend on the kind of device.
+    """Model and processor of a recipe. The vocabulary grows when the tokenizer (image token included) needs it.
 
-    The vocabulary grows when the tokenizer (image token included) needs it.
+    Args:
+        spec: the recipe's ``model`` section.
+        dtype: of every parameter.
+        load_weights: read the language model's and encoders' published weights (a part without a source starts from its own
+            initialisation); False: every part is initialised.
+        device: where parts are initialised and weights are read to (default: the CPU); initial values depend on the kind of device.
+
+    Returns:
+        The model, in training mode, and its processor.
+
+    Raises:
+        ConfigError: parts do not go together.
+        UnavailableError: a source cannot be read.
+        CheckpointError: a source lacks weights.
     """
     device = torch.device("cpu") if device is None else device
     with progress.phase("reading tokenizer and configs"):
@@ -287,8 +332,19 @@ def build_model(
 
 
 def config_and_processor(spec: ModelSpec, tokenizer: TextTokenizer) -> tuple[MllmConfig, MllmProcessor]:
-    """A model's config and processor. The tokenizer gets the tokens that the model needs, and the config says which ids are
-    new to the language model's source."""
+    """A model's config and processor; the config says which ids are new to the language model's source.
+
+    Args:
+        spec: the recipe's ``model`` section.
+        tokenizer: the text tokenizer; gets the tokens that the model needs.
+
+    Returns:
+        Config and processor.
+
+    Raises:
+        ConfigError: parts do not go together.
+        UnavailableError: the language model's config cannot be read.
+    """
     before = len(tokenizer)
     add_image_token(tokenizer, spec.image_token)
     image_id = tokenizer.convert_tokens_to_ids(spec.image_token)
@@ -299,45 +355,20 @@ def config_and_processor(spec: ModelSpec, tokenizer: TextTokenizer) -> tuple[Mll
     return config, processor
 
 
-def added_ids(before: int, tokenizer: TextTokenizer, vocabulary: int) -> list[int]:
-    """First and one past the last id of tokens that a language model with ``vocabulary`` rows never read. before: tokens that the
-    tokenizer had; where it has more than the model, those are new too."""
-    return [min(before, vocabulary), len(tokenizer)]
-
-
-def grown(num_tokens: int, vocabulary: int) -> int:
-    """Rows of the embedding when there are so many tokens: as many as it had, or a whole multiple."""
-    return vocabulary if num_tokens <= vocabulary else -(-num_tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-
-
-def grow_vocabulary(model: MllmForConditionalGeneration, num_tokens: int) -> None:
-    """Give embedding and head rows for so many tokens, where they have fewer."""
-    known = model.config.text_config.vocab_size
-    if num_tokens > known:
-        model.resize_token_embeddings(grown(num_tokens, known), mean_resizing=False)
-        _start_new_rows(model, known)
-
-
-def _start_new_rows(model: MllmForConditionalGeneration, known: int) -> None:
-    """Initial values for the embeddings of added tokens: mean and spread of the model's own, in every dimension. Torch's
-    start, with a deviation of 1, drowns what is learned beside them; 0.02 is lost among SmolLM2's 0.136."""
-    modules = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
-    with torch.no_grad():
-        for table in {id(m.weight): m.weight for m in modules}.values():
-            mean, spread = (statistic(table[:known].float(), dim=0) for statistic in (torch.mean, torch.std))  # pyright: ignore[reportIndexIssue]
-            fresh = torch.randn(len(table) - known, table.shape[1], device=table.device)  # pyright: ignore[reportArgumentType, reportIndexIssue]
-            table[known:] = (mean + spread * fresh).to(table.dtype)  # pyright: ignore[reportArgumentType, reportCallIssue, reportIndexIssue]
-        for bias in (getattr(m, "bias", None) for m in modules):
-            if bias is not None:
-                bias[known:] = bias[:known].mean()
-
-
 def read_language_model(
     model: MllmForConditionalGeneration, spec: LanguageModelSpec, *, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Put the published language model, read straight to ``device``, into a model that was built without one.
+    """Put the published language model into a model that was built without one.
 
-    Raises `UnavailableError` for a source that cannot be read, `CheckpointError` for one that lacks weights.
+    Args:
+        model: changed in place.
+        spec: the recipe's ``model.language_model``.
+        dtype: of its parameters.
+        device: where its weights are read to.
+
+    Raises:
+        UnavailableError: the source cannot be read.
+        CheckpointError: the source lacks weights, or is no plain model of its type.
     """
     assert spec.source is not None
     with progress.phase(f"reading weights of {spec.source}") as reading:
@@ -377,7 +408,16 @@ def read_language_model(
 
 
 def load_pretrained_parts(model: MllmForConditionalGeneration, spec: ModelSpec) -> None:
-    """Read published weights into every encoder and visual tokenizer that names some."""
+    """Read published weights into every encoder, head and visual tokenizer that names some.
+
+    Args:
+        model: changed in place.
+        spec: the recipe's ``model`` section.
+
+    Raises:
+        UnavailableError: a source cannot be read; it is named.
+        CheckpointError: a source lacks weights.
+    """
     if model.model.vision_tower is not None:
         for name, encoder in model.model.vision_tower.encoders.items():
             if encoder.config.weights is not None:
@@ -395,12 +435,26 @@ def load_pretrained_parts(model: MllmForConditionalGeneration, spec: ModelSpec) 
 
 
 def placed_on(device: torch.device) -> dict[str, Any]:
-    """What ``from_pretrained`` is told so that it reads weights straight to a device."""
+    """What ``from_pretrained`` is told so that it reads weights straight to a device.
+
+    Args:
+        device: the device.
+
+    Returns:
+        Keyword arguments; none for the CPU.
+    """
     return {} if device.type == "cpu" else {"device_map": {"": device}}
 
 
 def num_bytes(module: torch.nn.Module) -> int:
-    """Bytes of a module's parameters."""
+    """Memory of a module's parameters.
+
+    Args:
+        module: any module.
+
+    Returns:
+        Bytes.
+    """
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 

@@ -50,7 +50,19 @@ class ChatSession:
 
     @classmethod
     def load(cls, checkpoint: str, *, dtype: str = "auto", device: str | None = None) -> ChatSession:
-        """Open a checkpoint folder or hub id, on the GPU when there is one."""
+        """Open a checkpoint.
+
+        Args:
+            checkpoint: a folder or hub id.
+            dtype: of the weights (``bfloat16``, ``float32``); ``auto``: as they are stored.
+            device: default: the GPU when there is one.
+
+        Returns:
+            A conversation without turns.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, or needs plug-in code that is not allowed to run.
+        """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with opening(checkpoint):
             model = MllmForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).to(device)
@@ -63,22 +75,42 @@ class ChatSession:
         self._pending: list[Any] = []
 
     def add_image(self, source: str | Path | bytes | Any) -> None:
-        """Add a picture to the next question: a file, an address (http or https), or what `load_image` takes. Raises
-        `DataError` naming it."""
+        """Add a picture to the next question.
+
+        Args:
+            source: a file, an address (http or https), or what `load_image` takes (bytes, PIL, an array).
+
+        Raises:
+            DataError: it cannot be read; it is named.
+        """
         where = str(source)
         if isinstance(source, str) and source.startswith(("http://", "https://")):
             source = fetch(source)
         self._pending.append(load_image(source, where=where))
 
     def add_video(self, source: Any) -> None:
-        """Add a video to the next question: a file, a folder of frames, or what `mllm.types.Video` takes. Raises `DataError` naming
-        it, also in a model that takes none."""
+        """Add a video to the next question.
+
+        Args:
+            source: a file, a folder of frames, or what `mllm.types.Video` takes.
+
+        Raises:
+            DataError: it cannot be read, or the model takes no video; it is named.
+        """
         video = source if isinstance(source, Video) else Video(source)
         self.processor.image_layouts([video], where=str(source)[:200])
         self._pending.append(video)
 
     def ask(self, question: str, **options: Any) -> str:
-        """The answer as text."""
+        """Ask, and wait for the whole answer.
+
+        Args:
+            question: the user's words; pictures and videos added before stand in front of it.
+            options: as `stream` takes them.
+
+        Returns:
+            The answer as text.
+        """
         pieces: list[str] = []
         self.stream(question, pieces.append, **options)
         return "".join(pieces)
@@ -92,7 +124,15 @@ class ChatSession:
         temperature: float = 0.0,
         experts: Any = None,
     ) -> None:
-        """Generate the answer and hand over its text as it comes."""
+        """Generate the answer and hand over its text as it comes. A question that fails leaves the conversation as it was.
+
+        Args:
+            question: the user's words; pictures and videos added before stand in front of it.
+            write: is called with every piece of the answer.
+            max_new_tokens: most tokens of the answer.
+            temperature: 0 is greedy.
+            experts: fixes the routing, as `MllmForConditionalGeneration.generate` takes it.
+        """
         marks = "\n".join([IMAGE_MARK] * len(self._pending))
         self.turns.append(Turn("user", f"{marks}\n{question}" if marks else question))
         self.images += self._pending

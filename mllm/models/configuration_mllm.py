@@ -89,12 +89,35 @@ class MllmConfig(SavesDoor, PreTrainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As in transformers. Raises `CheckpointError` when the model needs plug-in code that is not allowed to run."""
+        """As in transformers.
+
+        Args:
+            pretrained_model_name_or_path: a folder or hub id.
+            kwargs: as transformers takes them.
+
+        Returns:
+            The config.
+
+        Raises:
+            CheckpointError: the model needs plug-in code that is not allowed to run.
+        """
         kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))  # Auto classes say it too
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Args:
+            config_dict: what config.json holds.
+            kwargs: as transformers takes them.
+
+        Returns:
+            The config.
+
+        Raises:
+            CheckpointError: it is of another kind of model, or needs plug-in code that is not allowed to run.
+        """
         place = str(kwargs.get("name_or_path") or config_dict.get("_name_or_path") or "")
         if (kind := config_dict.get("model_type", cls.model_type)) != cls.model_type:
             raise CheckpointError(
@@ -106,7 +129,12 @@ class MllmConfig(SavesDoor, PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """As in transformers; the plug-in files that define the model's parts are copied beside ``config.json``."""
+        """As in transformers; the plug-in files that define the model's parts are copied beside ``config.json``.
+
+        Args:
+            save_directory: a folder, made where it is missing.
+            kwargs: as transformers takes them.
+        """
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         self.plugins = record_code(component_types(vars(self)), save_directory)
         super().save_pretrained(save_directory, **kwargs)
@@ -130,7 +158,14 @@ class MllmConfig(SavesDoor, PreTrainedConfig):
         return self.layout_rules().view
 
     def layout(self, size: tuple[int, int] | None = None) -> VisualLayout:
-        """How a visual of this (height, width) lies in the token sequence; the size matters for some views only."""
+        """How a visual lies in the token sequence.
+
+        Args:
+            size: (height, width) in pixels; matters for some views only.
+
+        Returns:
+            Number of tokens, their grid, separators and literal text.
+        """
         return self.layout_rules().layout(size)
 
 

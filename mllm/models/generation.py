@@ -37,14 +37,27 @@ class MultimodalGenerationMixin(GenerationMixin):
         expert_threshold: float | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As in transformers, and for a model with a router: experts (names, name → weight, ``"none"``, or one entry per
-        image) fixes the routing; expert_budget: most experts per image; expert_threshold: an expert below this probability
-        does not run. A vocabulary head's images keep their grammar, for every sample of the batch; other heads' image tokens
-        are not generated (see `generate_images`). The routing of the call is in ``last_routing``, and in the output's ``routing`` with
-        ``return_dict_in_generate``. A ``language_model`` router needs ``tokenizer=``.
+        """As in transformers, for text with images, and for a model with a router.
 
-        The placeholder of images that are read is never generated. Raises `AlignmentError` for a prompt that ends in padding,
-        `ConfigError` for ways to generate that would not see the images."""
+        A vocabulary head's images keep their grammar, for every sample of the batch; other heads' image tokens are not generated (see
+        `generate_images`). The placeholder of images that are read is never generated. The routing of the call is in ``last_routing``, and
+        in the output's ``routing`` with ``return_dict_in_generate``.
+
+        Args:
+            inputs: the prompts' ids ``(B, T)``, padded on the left; also as ``input_ids=``.
+            args: as transformers takes them.
+            experts: fixes the routing: names, name → weight, ``"none"``, or one entry per image.
+            expert_budget: most experts per image.
+            expert_threshold: an expert below this probability does not run.
+            kwargs: as transformers takes them, and what the processor gives; a ``language_model`` router needs ``tokenizer=``.
+
+        Returns:
+            Ids ``(B, T)`` with the prompts, or transformers' output object.
+
+        Raises:
+            AlignmentError: a prompt ends in padding.
+            ConfigError: a way to generate that would not see the images, or a routing that the model cannot follow.
+        """
         whole = cast("MultimodalModel", self)
         refuse_right_padding(whole, inputs if inputs is not None else kwargs.get("input_ids"), kwargs)
         self._refuse_blind_decoding(args, kwargs)

@@ -85,11 +85,23 @@ class MllmModel(MllmPreTrainedModel):
         kept: dict[str, VisionFeatures] | None = None,
         **options: Any,
     ) -> tuple[Tensor, Routing | None]:
-        """pixels: encoder name → ``(V, 3, H, W)``, all views of B images; expert_weights ``(B, E)`` fixes the routing;
-        router_input_ids ``(B, T)``: the questions' token ids, padded with -1; image_sizes ``(B, 2)``: (height, width), where
-        the views depend on them; video_times ``(B, F)``: when each frame of the videos among them is, -1 beyond; kept: is given
-        the features that heads read; options: ``base`` and limits, see
-        `EncoderBank.forward`. Returns visual tokens ``(ΣM, L)``, one image after another, and the routing."""
+        """Pixels to visual tokens.
+
+        Args:
+            pixels: encoder name → ``(V, 3, H, W)``, all views of B images.
+            expert_weights: ``(B, E)``, fixes the routing.
+            router_input_ids: ``(B, T)``, the questions' token ids, padded with -1.
+            image_sizes: ``(B, 2)``, (height, width), where the views depend on them.
+            video_times: ``(B, F)``, when each frame of the videos among them is, -1 beyond.
+            kept: is given the features that heads read.
+            options: ``base`` and limits of the routing, see `EncoderBank.forward`.
+
+        Returns:
+            Visual tokens ``(ΣM, L)``, one image after another, and the routing (None without a router).
+
+        Raises:
+            AlignmentError: the model is text-only.
+        """
         if self.vision_tower is None or self.multi_modal_projector is None:
             raise AlignmentError("images were given to a text-only model (its config has no connector)")
         text = self.question_summary(router_input_ids)
@@ -101,7 +113,15 @@ class MllmModel(MllmPreTrainedModel):
         return self.connect(features, routing, text, layouts), routing
 
     def tokens_of_images(self, total: int, image_sizes: Tensor | None) -> list[int]:
-        """How many of ``total`` placeholders each picture of a batch has, in order."""
+        """How many placeholders each picture of a batch has.
+
+        Args:
+            total: all placeholders of the batch.
+            image_sizes: ``(images, 2)``, (height, width), where the views depend on them.
+
+        Returns:
+            One number a picture, in order.
+        """
         layouts = self.visual_layouts(image_sizes)
         if layouts is not None:
             return [layout.num_placeholders for layout in layouts]
@@ -111,7 +131,15 @@ class MllmModel(MllmPreTrainedModel):
     def visual_layouts(
         self, image_sizes: Tensor | None, video_times: Tensor | None = None
     ) -> list[VisualLayout] | None:
-        """How each image of a batch lies in the sequence; None where all lie alike, in one view."""
+        """How each image of a batch lies in the sequence.
+
+        Args:
+            image_sizes: ``(images, 2)``, (height, width), where the views depend on them.
+            video_times: ``(images, F)``, when each frame of the videos among them is, -1 beyond.
+
+        Returns:
+            One layout an image; None where all lie alike, in one view.
+        """
         if video_times is None and not self.rules.needs_size:
             return None
         return self.rules.layouts(image_sizes, times=video_times)
@@ -123,7 +151,17 @@ class MllmModel(MllmPreTrainedModel):
         text: Tensor | None,
         layouts: Sequence[VisualLayout] | None = None,
     ) -> Tensor:
-        """Features of all views by encoder name → visual tokens ``(ΣM, L)``, one image after another."""
+        """Features to visual tokens.
+
+        Args:
+            features: encoder name → features of all views.
+            routing: which experts ran on each image; None without a router.
+            text: ``(B, L)``, the questions' summary.
+            layouts: how each image lies in the sequence; None where all lie alike, in one view.
+
+        Returns:
+            ``(ΣM, L)``, one image after another; ``(B, M, L)`` joined the same way where layouts is None.
+        """
         assert self.multi_modal_projector is not None
         parameter = next(self.multi_modal_projector.parameters(), None)
         if parameter is not None:
@@ -134,6 +172,14 @@ class MllmModel(MllmPreTrainedModel):
         return self.multi_modal_projector(features, routing, text, layouts)
 
     def question_summary(self, router_input_ids: Tensor | None) -> Tensor | None:
+        """What a router or a connector reads of the questions: the mean of their token embeddings, without gradients.
+
+        Args:
+            router_input_ids: ``(B, T)``, padded with -1; None passes.
+
+        Returns:
+            ``(B, L)``, or None.
+        """
         if router_input_ids is None:
             return None
         real = router_input_ids.ge(0).unsqueeze(-1)
@@ -150,8 +196,20 @@ class MllmModel(MllmPreTrainedModel):
         video_times: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """Visual tokens of B images; other encoders' pixels as ``pixel_values_<name>``. ``pooler_output`` ``(B, M, L)``; a
-        tuple of B ``(M, L)`` where images differ in M (views that depend on ``image_sizes``, videos)."""
+        """Visual tokens of B images.
+
+        Args:
+            pixel_values: the first encoder's pixels ``(V, 3, H, W)``, all views of the images.
+            expert_weights: ``(B, E)``, fixes the routing.
+            router_input_ids: ``(B, T)``, the questions that a router reads, padded with -1.
+            image_sizes: ``(B, 2)``, (height, width), where the views depend on them.
+            video_times: ``(B, F)``, when each frame of the videos among them is, -1 beyond.
+            kwargs: other encoders' pixels as ``pixel_values_<name>``.
+
+        Returns:
+            ``pooler_output`` ``(B, M, L)``; a tuple of B ``(M, L)`` where images differ in M (views that depend on ``image_sizes``,
+            videos).
+        """
         pixels = self.pixel_keys.by_encoder({**kwargs, PRIMARY_PIXELS: pixel_values})
         kept: dict[str, VisionFeatures] = {}
         joined, routing = self.encode_images(
@@ -173,7 +231,14 @@ class MllmModel(MllmPreTrainedModel):
         return output
 
     def embed_tokens(self, input_ids: Tensor) -> Tensor:
-        """Token embeddings ``(B, T, L)``; the image placeholder's id may lie outside the vocabulary."""
+        """Token embeddings; the image placeholder's id may lie outside the vocabulary.
+
+        Args:
+            input_ids: ``(B, T)``.
+
+        Returns:
+            ``(B, T, L)``.
+        """
         image_id = self.config.image_token_id
         embeddings = self.get_input_embeddings()
         if image_id is not None and image_id >= self.config.get_text_config().vocab_size:
@@ -181,8 +246,19 @@ class MllmModel(MllmPreTrainedModel):
         return embeddings(input_ids)
 
     def merge_images(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_tokens: Any) -> Tensor:
-        """Put visual tokens ``(ΣM, L)``, ``(B, M, L)`` or a sequence of ``(M, L)`` into the placeholders, in order. Raises
-        `AlignmentError` when the counts differ."""
+        """Put visual tokens into the placeholders, in order.
+
+        Args:
+            input_ids: ``(B, T)``; None: placeholders are found by their embedding.
+            inputs_embeds: ``(B, T, L)``.
+            image_tokens: ``(ΣM, L)``, ``(images, M, L)`` or a sequence of ``(M, L)``.
+
+        Returns:
+            ``(B, T, L)``.
+
+        Raises:
+            AlignmentError: the counts differ.
+        """
         if input_ids is None:
             placeholder = self.embed_tokens(torch.tensor([[self.config.image_token_id]], device=inputs_embeds.device))
             mask = (inputs_embeds == placeholder.to(inputs_embeds)).all(-1)
@@ -256,11 +332,34 @@ class MllmModel(MllmPreTrainedModel):
         adds_losses: bool = False,
         **kwargs: Any,
     ) -> MllmModelOutput:
-        """image_features ``(ΣM, L)`` or ``(B, M, L)``: visual tokens computed before, in place of pixels. pixel_values: all
-        views of the images; of a visual tokenizer's encoder they may be codes ``(B, S)``. image_sizes ``(B, 2)``: the
-        pictures' (height, width), for views that depend on them; video_times ``(B, F)``: `VIDEO_TIMES`.
-        slot_embeds ``(n, L)``: what stands where slot_mask ``(B, T)`` is
-        true, in place of token embeddings. adds_losses: the caller adds the losses in ``routing`` to its own."""
+        """Last hidden states of text and images.
+
+        Args:
+            input_ids: ``(B, T)``; each image's placeholders stand where its tokens go.
+            attention_mask: ``(B, T)``, or what the attention in use takes.
+            position_ids: ``(B, T)``.
+            past_key_values: the cache of earlier calls.
+            inputs_embeds: ``(B, T, L)`` in place of input_ids.
+            pixel_values: the first encoder's pixels, all views of the images; of a visual tokenizer's encoder they may be codes
+                ``(images, S)``.
+            expert_weights: ``(images, E)``, fixes the routing.
+            router_input_ids: ``(images, T)``, the questions that a router reads, padded with -1.
+            image_features: ``(ΣM, L)`` or ``(images, M, L)``, visual tokens computed before, in place of pixels.
+            image_sizes: ``(images, 2)``, the pictures' (height, width), for views that depend on them.
+            video_times: ``(images, F)``, as `VIDEO_TIMES` says.
+            slot_mask: ``(B, T)``, where slot_embeds stand in place of token embeddings.
+            slot_embeds: ``(n, L)``.
+            adds_losses: the caller adds the losses in ``routing`` to its own.
+            kwargs: other encoders' pixels as ``pixel_values_<name>``, and what the language model takes.
+
+        Returns:
+            Hidden states ``(B, T, L)`` after the final norm, visual tokens, routing, and the features that heads read.
+
+        Raises:
+            AlignmentError: placeholders and visual tokens differ in number.
+            ValueError: both or none of input_ids and inputs_embeds were given.
+            ConfigError: images without input_ids in a model with a modality switch.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:

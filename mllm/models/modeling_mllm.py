@@ -70,6 +70,15 @@ class MllmForConditionalGeneration(
         return self.model.get_decoder()
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        """Visual tokens of images, as `MllmModel.get_image_features` gives them.
+
+        Args:
+            args: pixels of the first encoder, ``(V, 3, H, W)``.
+            kwargs: other encoders' pixels as ``pixel_values_<name>``, routing, sizes.
+
+        Returns:
+            ``pooler_output`` ``(B, M, L)``; a tuple of B ``(M, L)`` where images differ in M.
+        """
         return self.model.get_image_features(*args, **kwargs)
 
     @property
@@ -81,6 +90,7 @@ class MllmForConditionalGeneration(
         return self._head.get("final_logit_softcapping")
 
     def named_parts(self) -> dict[str, list[tuple[str, nn.Module]]]:
+        """Part → its modules by name: ``language_model``, ``connector``, ``router``, ``encoders.<name>`` …"""
         modules = dict(self.named_modules())
         return {
             part: [(p.rstrip("."), modules[p.rstrip(".")]) for p in prefixes if p.rstrip(".") in modules]
@@ -88,7 +98,14 @@ class MllmForConditionalGeneration(
         }
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states ``(…, L)`` → logits ``(…, V)``, with the language model's own scaling and soft cap."""
+        """Logits with the language model's own scaling and soft cap.
+
+        Args:
+            hidden: last hidden states ``(…, L)``.
+
+        Returns:
+            ``(…, V)``.
+        """
         logits = self.lm_head(hidden)
         if "logits_scaling" in self._head:
             logits = logits / self._head["logits_scaling"]
@@ -102,8 +119,17 @@ class MllmForConditionalGeneration(
     def token_loss(
         self, hidden: Tensor, labels: Tensor, num_items: Any = None, position_ids: Tensor | None = None
     ) -> Tensor:
-        """Cross-entropy of the next tokens, without their logits: hidden ``(B, T, L)``, labels ``(B, T)`` (-100: nothing is learned),
-        num_items: what the sum is divided by. See `linear_cross_entropy`."""
+        """Cross-entropy of the next tokens, without their logits; see `linear_cross_entropy`.
+
+        Args:
+            hidden: last hidden states ``(B, T, L)``.
+            labels: ``(B, T)``; -100: nothing is learned.
+            num_items: what the sum is divided by; None: the number of labels.
+            position_ids: ``(B, T)``, where samples are packed: none predicts the first token of the next.
+
+        Returns:
+            A scalar in nats.
+        """
         return linear_cross_entropy(
             hidden,
             self.lm_head.weight,
@@ -149,12 +175,35 @@ class MllmForConditionalGeneration(
         routing_targets: Tensor | None = None,
         **kwargs: Any,
     ) -> MllmOutput:
-        """labels ``(B, T)``: -100 carries no loss, nor do placeholders of images that are read. skip_logits: with labels,
-        compute the loss on supervised positions in chunks and return no logits (memory). Other encoders' pixels come as
-        ``pixel_values_<name>``, image_sizes ``(B, 2)`` beside them where the views depend on them. routing_targets
-        ``(images, E)``: what the router should have chosen, as `GateRouter.supervised_loss` takes it; its loss is added.
-        ``target_…``: what the heads should answer, as `Head.targets` names it (``target_images``: pixels ``(K, 3, H, W)`` in [-1, 1]
-        or codes ``(K, S)`` of the images that the spans of ``input_ids`` stand for)."""
+        """One pass over text and images; with labels, the whole loss in training.
+
+        Args:
+            input_ids: ``(B, T)``; each image's placeholders stand where its tokens go.
+            attention_mask: ``(B, T)``, 0 for padding, or what the attention in use takes.
+            position_ids: ``(B, T)``.
+            past_key_values: the cache of earlier calls.
+            inputs_embeds: ``(B, T, L)`` in place of input_ids.
+            pixel_values: the first encoder's pixels of all views ``(V, 3, H, W)``; other encoders' come as ``pixel_values_<name>``,
+                ``image_sizes`` ``(B, 2)`` beside them where the views depend on them.
+            expert_weights: ``(images, E)``, fixes the routing; NaN leaves an image to the router.
+            router_input_ids: ``(images, T)``, the questions that a router reads, padded with -1.
+            image_features: visual tokens computed before, in place of pixels: ``(ΣM, L)`` or ``(images, M, L)``.
+            labels: ``(B, T)``; -100 carries no loss, nor do placeholders of images that are read.
+            logits_to_keep: logits of the last so many positions, or of these positions; 0: of all.
+            skip_logits: with labels, compute the loss on supervised positions in chunks and return no logits (memory).
+            routing_targets: ``(images, E)``, what the router should have chosen, as `GateRouter.supervised_loss` takes it; its loss is
+                added.
+            kwargs: ``target_…``, what the heads should answer, as `Head.targets` names it (``target_images``: pixels ``(K, 3, H, W)`` in
+                [-1, 1] or codes ``(K, S)`` of the images that the spans of ``input_ids`` stand for); ``num_items_in_batch``, what sums of
+                losses are divided by; what the language model takes.
+
+        Returns:
+            Loss, logits ``(B, T, V)``, cache, visual tokens and the routing that was used; ``losses`` of the heads by name.
+
+        Raises:
+            AlignmentError: placeholders and visual tokens differ in number.
+            ConfigError: a target that no head of this model learns from.
+        """
         num_items = kwargs.pop("num_items_in_batch", None)
         if labels is not None:
             labels, num_items = without_placeholders(labels, self.config.image_token_id, num_items)

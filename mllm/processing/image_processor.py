@@ -107,8 +107,19 @@ class MllmImageProcessor(SavesDoor, BaseImageProcessor):
     def image_layouts(
         self, images: Sequence[Any], *, where: str = "sample", write: Callable[[str], list[int]] | None = None
     ) -> list[VisualLayout]:
-        """The tokens of every image; of its file only the header is read, and only where the size matters; of a video's file the
-        index. write: a text's token ids, for what is written before frames. Raises `DataError` for what cannot be read."""
+        """The tokens of every image; of its file only the header is read, and only where the size matters; of a video's file the index.
+
+        Args:
+            images: files, pictures or videos, in order.
+            where: what an error begins with.
+            write: a text's token ids, for what is written before frames.
+
+        Returns:
+            One layout an image.
+
+        Raises:
+            DataError: an image cannot be read, or all together exceed the sample's budget.
+        """
         rules = self.rules
         if any(isinstance(image, Video) for image in images):
             return [self._visual_layout(image, f"{where}, image {k}", write) for k, image in enumerate(images)]
@@ -157,7 +168,17 @@ class MllmImageProcessor(SavesDoor, BaseImageProcessor):
         return {name: torch.stack([*found, *[found[-1]] * (-count % together)]) for name, found in rows.items()}, size
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Paths, bytes and pictures pass; only http(s) addresses are fetched (by transformers)."""
+        """Read what a conversation names.
+
+        Args:
+            image_url_or_urls: paths, bytes, pictures and videos, or lists of them; only http(s) addresses are fetched (by transformers).
+
+        Returns:
+            The same, as pictures.
+
+        Raises:
+            DataError: a picture cannot be read.
+        """
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(item) for item in image_url_or_urls]
         if isinstance(image_url_or_urls, Video):
@@ -176,11 +197,26 @@ class MllmImageProcessor(SavesDoor, BaseImageProcessor):
         visual_tokens: int | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """images: one picture or nested lists of them → ``pixel_values`` ``(V, 3, H, W)``, the views of all B of them, of the
-        first encoder and ``pixel_values_<name>`` of the others; ``image_sizes`` ``(B, 2)``, (height, width), where the views
-        depend on them, ``(B, 3)`` with each picture's share of a sample's budget where there is one (``visual_tokens``, or an equal
-        part for each picture of an inner list); ``video_times`` ``(B, F)`` in a model that takes video (an image may then be a
-        `Video`). Raises `DataError` naming the picture's position."""
+        """Pictures to pixels of every encoder.
+
+        Args:
+            images: one picture or nested lists of them; in a model that takes video also `Video`.
+            experts: names of the experts to run, or name → weight, for all images or one entry per image; None: the model's router decides.
+            return_tensors: as transformers takes it; tensors in any case.
+            router_input_ids: for each image, the token ids of the question a router reads.
+            routing_pass: mark the images as those of a routing request, which vLLM shortens.
+            visual_tokens: most that each image may take, where a sample has a budget (default: an equal part for each picture of an inner
+                list).
+            kwargs: what transformers' image processors take besides; without effect.
+
+        Returns:
+            ``pixel_values`` ``(V, 3, H, W)`` of the first encoder, the views of all B images, and ``pixel_values_<name>`` of the others;
+            ``image_sizes`` ``(B, 2)``, (height, width), where the views depend on them, ``(B, 3)`` with each picture's share of a sample's
+            budget where there is one; ``video_times`` ``(B, F)`` in a model that takes video.
+
+        Raises:
+            DataError: a picture cannot be used; its position is named.
+        """
         flat = _flatten(images)
         if len(flat) > self.max_images:
             raise DataError(
@@ -241,8 +277,17 @@ class MllmImageProcessor(SavesDoor, BaseImageProcessor):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def expert_weights(self, experts: Any = None) -> torch.Tensor:
-        """``(1, E)`` weights of a routing by hand, as `mllm.routers.fixed.fixed_weights` reads it; None leaves the choice to
-        the router (NaN)."""
+        """Weights of a routing by hand.
+
+        Args:
+            experts: as `mllm.routers.fixed.fixed_weights` reads them; None leaves the choice to the router.
+
+        Returns:
+            ``(1, E)``; NaN where the router chooses.
+
+        Raises:
+            ConfigError: an expert that the model does not have.
+        """
         return fixed_weights(experts, self.experts)
 
 

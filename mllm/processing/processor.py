@@ -106,7 +106,14 @@ class MllmProcessor(SavesDoor, ProcessorMixin):
         return self.rules.video is not None
 
     def write(self, text: str) -> list[int]:
-        """Token ids of a text by itself."""
+        """Token ids of a text by itself.
+
+        Args:
+            text: any text.
+
+        Returns:
+            Ids, without BOS or EOS.
+        """
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
@@ -117,8 +124,21 @@ class MllmProcessor(SavesDoor, ProcessorMixin):
     def apply_chat_template(
         self, conversation: Any, *args: Any, return_assistant_tokens_mask: bool = False, **kwargs: Any
     ) -> Any:
-        """As in transformers, for any chat template: ``return_assistant_tokens_mask`` gives ``assistant_masks``, 1 where training
-        takes a loss. Tokenised is what the template writes, without a second BOS."""
+        """As in transformers, for any chat template. Tokenised is what the template writes, without a second BOS.
+
+        Args:
+            conversation: messages, or a list of conversations.
+            args: as transformers takes them.
+            return_assistant_tokens_mask: give ``assistant_masks``, 1 where training takes a loss.
+            kwargs: as transformers takes them, and the template's own variables.
+
+        Returns:
+            Text, ids, or the batch, as ``tokenize`` and ``return_dict`` say.
+
+        Raises:
+            ConfigError: options that do not go together.
+            AlignmentError: the tokens are not those of the text.
+        """
         return apply_template(
             super().apply_chat_template, self, conversation, args, return_assistant_tokens_mask, kwargs
         )
@@ -149,7 +169,18 @@ class MllmProcessor(SavesDoor, ProcessorMixin):
         return self.rules.key()
 
     def image_layouts(self, images: Any, *, where: str = "sample") -> list[VisualLayout]:
-        """The tokens of every image of a list; at most the header of each is read."""
+        """The tokens of every image of a list; at most the header of each is read.
+
+        Args:
+            images: files, pictures or videos, in order.
+            where: what an error begins with.
+
+        Returns:
+            One layout an image.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
         return self.image_processor.image_layouts(images, where=where, write=self.write)
 
     @property

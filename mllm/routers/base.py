@@ -65,7 +65,18 @@ class Router(nn.Module):
                 reset()
 
     def read_allowed(self, summary: Tensor, allowed: Tensor | None) -> Tensor:
-        """``allowed`` as ``(B, E)`` bool on the summary's device; all true when None. Raises `AlignmentError`."""
+        """The experts that may run.
+
+        Args:
+            summary: ``(B, D)``, for its size and device.
+            allowed: ``(B, E)``; None: all.
+
+        Returns:
+            ``(B, E)`` bool on the summary's device.
+
+        Raises:
+            AlignmentError: another shape.
+        """
         shape = (summary.shape[0], len(self.config.experts))
         if allowed is None:
             return torch.ones(shape, dtype=torch.bool, device=summary.device)
@@ -74,6 +85,14 @@ class Router(nn.Module):
         return allowed.to(summary.device, torch.bool)
 
     def forward(self, summary: Tensor, text: Tensor | None = None, allowed: Tensor | None = None) -> Routing:
-        """summary ``(B, D)``, text ``(B, L)`` mean embedding of the question, allowed ``(B, E)`` bool → routing of B
-        images; weights of chosen experts sum to 1 per image, all zero where none is chosen."""
+        """Choose experts for B images.
+
+        Args:
+            summary: ``(B, D)``, the always-on encoders' mean features.
+            text: ``(B, L)``, mean embedding of the question.
+            allowed: ``(B, E)`` bool, experts that may run; None: all.
+
+        Returns:
+            Weights of chosen experts sum to 1 per image, all zero where none is chosen.
+        """
         raise NotImplementedError

@@ -42,13 +42,27 @@ def run_recipe(
     profile: int = 0,
     extend: bool = False,
 ) -> Path:
-    """Train every stage of a recipe that is not finished; returns ``<output>/final``, a Hugging Face directory.
+    """Train every stage of a recipe that is not finished.
 
-    processes: on this machine, started for the caller. resume: go on in a folder that holds a run; without it such a
-    folder is refused. stop_after: end with a checkpoint after so many optimizer steps (the returned folder may then not
-    exist yet). profile: record so many steps of every stage with the profiler, into ``<output>/profile``. extend: resume, and let the last
-    stage be longer than it was: it goes on from its optimizer's state (``keep_state``), with the schedule of the new length. Raises
-    `ConfigError` before anything is trained, and what `mllm.train.trainer.train` raises.
+    Args:
+        recipe: what is trained.
+        processes: on this machine, started for the caller.
+        resume: go on in a folder that holds a run; without it such a folder is refused.
+        output: the run's folder (default: the recipe's).
+        stop_after: end with a checkpoint after so many optimizer steps (the returned folder may then not exist yet).
+        profile: record so many steps of every stage with the profiler, into ``<output>/profile``.
+        extend: resume, and let the last stage be longer than it was: it goes on from its optimizer's state (``keep_state``), with the
+            schedule of the new length.
+
+    Returns:
+        ``<output>/final``, a Hugging Face directory.
+
+    Raises:
+        ConfigError: before anything is trained.
+        TrainingDiverged: the loss is not finite; checkpoints written before stay as they are.
+        CheckpointError: a checkpoint cannot be read or written.
+        DataError: the data cannot be used.
+        Interrupted: Ctrl-C; the message says how to go on.
     """
     folder = Path(output) if output is not None else recipe.output_dir
     if processes < 1:

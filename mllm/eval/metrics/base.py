@@ -60,12 +60,31 @@ class Metric:
     options: Mapping[str, Any] = {}
 
     def score(self, prediction: str, target: Any, meta: Mapping[str, Any]) -> Score:
-        """Score one prediction. Raises `DataError` for a target the rule cannot use."""
+        """Score one prediction.
+
+        Args:
+            prediction: what the model answered.
+            target: the sample's target, as the task's data have it.
+            meta: the task's fields of the sample (options, category, pair …).
+
+        Returns:
+            The score from 0 to 1 (value None where nothing could be read from the answer), and what it was taken from.
+
+        Raises:
+            DataError: the rule cannot use the target.
+        """
         raise NotImplementedError
 
     def aggregate(self, items: Sequence[Scored]) -> dict[str, float]:
-        """Totals over the samples. ``"score"`` is the headline (NaN without samples); where there are several
-        categories, each one's mean and ``"macro"``, the mean of those."""
+        """Totals over the samples.
+
+        Args:
+            items: the scored samples, in the order of the task.
+
+        Returns:
+            ``"score"`` is the headline (NaN without samples); where there are several categories, each one's mean and ``"macro"``, the mean
+            of those. In the metric's `unit`.
+        """
         categories = group_means(items, "category", self.scale)
         several = {"macro": mean(list(categories.values())), **categories} if len(categories) > 1 else {}
         return {"score": self.scale * mean([item.value for item in items])} | several
@@ -78,13 +97,28 @@ class Metric:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean; NaN when empty."""
+    """Arithmetic mean.
+
+    Args:
+        values: any number of them.
+
+    Returns:
+        The mean; NaN when there is none.
+    """
     return sum(values) / len(values) if values else float("nan")
 
 
 def group_means(items: Sequence[Scored], key: str, scale: float) -> dict[str, float]:
-    """``scale`` × mean per value of ``meta[key]``, in order of first appearance; samples without the key are left
-    out."""
+    """Means by group.
+
+    Args:
+        items: the scored samples.
+        key: field of ``meta`` that names a sample's group; samples without it are left out.
+        scale: what every mean is multiplied by.
+
+    Returns:
+        Group → ``scale`` × mean, in order of first appearance.
+    """
     groups: dict[str, list[float]] = {}
     for item in items:
         if item.meta.get(key) is not None:

@@ -363,14 +363,29 @@ def generate_images(
 ) -> GeneratedImages:
     """One image per prompt.
 
-    prompts: texts, or conversations (lists of `Turn`) whose pictures to read are in ``images``, one list per prompt.
-    cfg_scale s: logits are ``u + s (c - u)``, u from the same prompt with its text taken out (or from
-    ``negative_prompt``); both branches run in one batch with one cache; 1 is no guidance, and half the work. A next_scale head
-    reaches s at its last scale, from 1 at the first (TokenFlow). temperature 0 takes the most likely code; top_k and top_p
-    as in `filter_logits`. seed: sample k draws from a generator of its own, seeded ``seed + k``, whatever the batch. passes:
-    (top_k, top_p) of each look at a scale (next_scale). batch_size: most prompts at once.
+    Guided, both branches run in one batch with one cache. A next_scale head reaches its guidance at the last scale, from 1 at the first
+    (TokenFlow). Sample k draws from a generator of its own, whatever the batch.
 
-    Raises `ConfigError` for a model without visual head or a processor of another model.
+    Args:
+        model: a model with a head that draws.
+        prompts: texts, or conversations (lists of `Turn`).
+        processor: the model's own.
+        images: the pictures that each prompt shows, one list per prompt.
+        cfg_scale: guidance s; logits are ``u + s (c - u)``, u from the same prompt with its text taken out (or from ``negative_prompt``);
+            1 is no guidance, and half the work.
+        temperature: 0 takes the most likely code.
+        top_k: as in `filter_logits`.
+        top_p: as in `filter_logits`.
+        seed: of sample k, ``seed + k``; or one for each.
+        negative_prompt: what guidance leads away from, as a prompt.
+        passes: (top_k, top_p) of each look at a scale (next_scale).
+        batch_size: most prompts at once (default: all).
+
+    Returns:
+        Pixels ``(B, 3, H, W)`` in [0, 1], and the codes.
+
+    Raises:
+        ConfigError: the model draws nothing, the processor is another model's, or options do not fit its head.
     """
     _need_head(model)
     own, _ = _need_processor(processor)
@@ -447,9 +462,24 @@ def generate_interleaved(
     max_new_tokens: int = 1024,
     **options: Any,
 ) -> list[InterleavedAnswer]:
-    """Answers that hold text and images as the model chooses; needs a vocabulary head, whose images are ids like any
-    others: ``generate`` with the image grammar enforced for every sample. options: as `generate` takes them. Raises
-    `AlignmentError` when ``max_new_tokens`` ends inside an image."""
+    """Answers that hold text and images as the model chooses: ``generate`` with the image grammar enforced for every sample. Needs a
+    vocabulary head, whose images are ids like any others.
+
+    Args:
+        model: a model with a vocabulary head.
+        prompts: texts, or conversations (lists of `Turn`).
+        processor: the model's own.
+        images: the pictures that each prompt shows, one list per prompt.
+        max_new_tokens: most tokens of an answer, those of images included.
+        options: as ``generate`` takes them.
+
+    Returns:
+        One answer a prompt: texts and pictures in order, ids and codes.
+
+    Raises:
+        AlignmentError: ``max_new_tokens`` ends inside an image.
+        ConfigError: another kind of head, a processor of another model, or pictures in a prompt's assistant turns.
+    """
     _need_head(model)
     own, span = _need_processor(processor)
     if model.visual_head.has_weights:

@@ -85,11 +85,19 @@ class SegmentationMixin:
     ) -> Any:
         """Mark what phrases name in pictures.
 
-        images: a picture or a list (paths, PIL, arrays, bytes); phrases: what to mark in each, one for all or one each, asked for in the
-        words the model was trained with; questions: the whole question in place of a phrase. processor: the model's own (default: the
-        one saved beside it). threshold: probability from which a pixel is marked. options: as `generate` takes them.
+        Args:
+            images: a picture or a list (paths, PIL, arrays, bytes).
+            phrases: what to mark in each, one for all or one each, asked for in the words the model was trained with.
+            questions: the whole question in place of a phrase.
+            processor: the model's own (default: the one saved beside it).
+            threshold: probability from which a pixel is marked.
+            options: as ``generate`` takes them.
 
-        Returns `Segments`, a list of them for a list of pictures. Raises `ConfigError` for a model that marks nothing.
+        Returns:
+            `Segments`, a list of them for a list of pictures.
+
+        Raises:
+            ConfigError: the model marks nothing, or phrases and pictures differ in number.
         """
         alone = not isinstance(images, (list, tuple))
         pictures = [images] if alone else list(images)

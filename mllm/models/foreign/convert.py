@@ -48,8 +48,9 @@ def converted_processor(found: ForeignCheckpoint, model: MllmForConditionalGener
     """The processor of a converted model, when there is a tokenizer; the model's embedding grows where it is too small."""
     from transformers import AutoTokenizer
 
-    from mllm.models.build import added_ids, build_processor, grow_vocabulary
+    from mllm.models.build import build_processor
     from mllm.models.stops import set_stops
+    from mllm.models.vocabulary import added_ids, grow_vocabulary
     from mllm.recipe import ModelSpec
 
     if found.tokenizer is None:

@@ -14,10 +14,11 @@ import torch
 
 from mllm.encoders.catalogue import encoder_config, licence_warnings
 from mllm.errors import ConfigError, DataError, MllmError, blamed_on
-from mllm.models.build import build_config, config_and_processor, grown, load_tokenizer
+from mllm.models.build import build_config, config_and_processor, load_tokenizer
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.loss import DEFAULT_CHUNK
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
+from mllm.models.vocabulary import grown
 from mllm.odd_settings import odd_settings
 from mllm.processing.chat import split_images
 from mllm.processing.protocol import Processor
