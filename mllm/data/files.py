@@ -1,4 +1,4 @@
-"""How is row k of a large json or jsonl file read without holding the file in memory?"""
+"""How is row k of a large json or jsonl file read without holding the file in memory, in training and in evaluation?"""
 
 from __future__ import annotations
 

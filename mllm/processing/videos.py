@@ -119,7 +119,7 @@ def open_video(
         )
     path: Path = reference.value
     if path.is_dir():
-        files = _files(path)
+        files = frame_files(path)
         if not files:
             raise DataError(f"{where}: folder {str(path)!r} holds no frames ({', '.join(PICTURE_SUFFIXES)})")
         return _of_pictures(files, fps, where, max_pixels)
@@ -379,7 +379,7 @@ def _parts(source: Any, where: str) -> Iterator[bytes]:
     else:
         reference = refer(source, where=where)
         if reference.kind == "file" and Path(reference.value).is_dir():
-            yield from _parts(_files(Path(reference.value)), where)
+            yield from _parts(frame_files(Path(reference.value)), where)
         elif reference.kind == "file" and Path(reference.value).is_file():
             with Path(reference.value).open("rb") as file:
                 while piece := file.read(1 << 20):
@@ -388,7 +388,7 @@ def _parts(source: Any, where: str) -> Iterator[bytes]:
             yield read_bytes(source, where=where)
 
 
-def _files(folder: Path) -> list[Path]:
+def frame_files(folder: Path) -> list[Path]:
     """A folder's frames in the order of their numbers."""
     return sorted((file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES), key=_natural)
 

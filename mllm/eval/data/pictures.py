@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import io
 from collections.abc import Callable
@@ -15,8 +13,6 @@ from PIL import Image
 
 from mllm.errors import DataError
 from mllm.types import Video
-
-_FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,9 @@ class Frames:
         """(RGB frame, sha256 of its pixels) per frame. Raises `DataError` or, without a video reader,
         `mllm.errors.UnavailableError`."""
         if self.path.is_dir():
-            files = sorted(file for file in self.path.iterdir() if file.suffix.lower() in _FRAME_SUFFIXES)
+            from mllm.processing.videos import frame_files
+
+            files = frame_files(self.path)
             if not files:
                 raise DataError(f"video {self.path}: the folder holds no frames")
             if self.fps is None and (self.start is not None or self.end is not None):
@@ -108,10 +106,9 @@ def picture(value: Any, folder: Path) -> Picture | Frames:
 
 def from_base64(text: Any) -> bytes:
     """Decoded bytes of base64 text (a data URL's head is dropped). Raises `DataError`."""
-    try:
-        return base64.b64decode(str(text).rpartition(",")[2], validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise DataError(f"image is not base64 text ({error})") from None
+    from mllm.processing.references import Reference
+
+    return Reference("bytes", str(text).rpartition(",")[2]).encoded("image")
 
 
 def blank(image: Image.Image) -> Image.Image:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mllm.data.files import JsonRows
 from mllm.errors import ConfigError, DataError, UnavailableError
 from mllm.eval.data.pictures import Picture
 from mllm.eval.data.refer import refer_rows
@@ -186,17 +187,8 @@ def _read_json_source(source: SourceSpec, files: Sequence[tuple[Path, Row]], pla
 
 def _read_jsonl(source: SourceSpec, files: Sequence[tuple[Path, Row]], place: Path) -> Iterator[Row]:
     for path, fields in files:
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{path}:{number}: not JSON ({error})") from None
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}:{number}: expected a mapping of fields, got {type(row).__name__}")
-                yield {**row, **fields, "_file": path.stem}
+        for row in JsonRows(path):  # as training reads it
+            yield {**row, **fields, "_file": path.stem}
 
 
 def _read_table(source: SourceSpec, files: Sequence[tuple[Path, Row]], place: Path) -> Iterator[Row]:

@@ -442,6 +442,13 @@ def test_frames_between_two_times(tmp_path):
     assert [np.asarray(image)[0, 0, 0] for image, _ in frames] == [40, 70]  # frames 4 and 7 of 3 … 9
 
 
+def test_frames_of_a_folder_come_in_the_order_of_their_numbers(tmp_path):
+    for k in range(12):
+        picture(tmp_path / f"f/{k}.png", shade=k * 10)
+    frames = Frames(tmp_path / "f", 12).load()
+    assert [np.asarray(image)[0, 0, 0] for image, _ in frames] == [k * 10 for k in range(12)]  # not 0, 1, 10, 11, 2 …
+
+
 def test_cv_bench_jsonl_and_parquet(tmp_path):
     row = {"idx": 0, "type": "2D", "task": "Count", "source": "ADE20K", "prompt": "How many? (A) 1 (B) 2",
            "choices": ["1", "2"],
