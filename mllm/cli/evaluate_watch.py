@@ -1,4 +1,4 @@
-"""``mllm eval watch / sensitivity / mine``: scores over a run, under changes that should not matter, and where encoders differ."""
+"""``mllm eval watch / sensitivity / mine / attack``: scores over a run, under changes that should not matter, and of encoders alone."""
 
 from __future__ import annotations
 
@@ -142,8 +142,41 @@ def mine(
     print_study(study)
 
 
+def attack(
+    pictures: Annotated[Path, typer.Argument(help="Folder of pictures; they are changed in memory and never written.")],
+    encoders: Annotated[
+        str,
+        typer.Option(help="Comma separated: of `mllm list encoders`, a YAML file, or a checkpoint folder of your own."),
+    ] = "clip-vit-l-14-336,dinov2-l",
+    epsilon: Annotated[float, typer.Option(help="Largest change of a pixel, in 255ths (at most 8).")] = 2.0,
+    steps: Annotated[int, typer.Option(help="Gradient steps (at most 50).")] = 5,
+    limit: Annotated[int, typer.Option(help="Pictures.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the start and of the noise it is compared with.")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for attack.json and attack.md.")] = Path("runs/attack"),
+    batch_size: Annotated[int, typer.Option(help="Pictures at a time.")] = 8,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: the GPU when there is one.")] = None,
+) -> None:
+    """How far do changes too small to see move an encoder's features, and do they fool another encoder too?
+
+    Each encoder is attacked alone, and all of them by one change (dSVA's question: do a contrastive and a masked encoder fall together?).
+    Noise of the same size stands beside it. For encoders that you run yourself.
+
+    [dim]mllm eval attack photos/ --encoders runs/demo/final --epsilon 2[/]
+    """
+    arguments.device(device)
+    arguments.at_least(batch_size, 1, "--batch-size")
+    arguments.at_least(limit, 2, "--limit")
+    arguments.folder_of(pictures, "a folder with pictures")
+    from mllm.eval.studies.attack import AttackSettings, run_attack
+    from mllm.eval.studies.study import print_study
+
+    settings = AttackSettings(epsilon=epsilon, steps=steps, seed=seed, batch_size=batch_size)
+    print_study(run_attack(listed(encoders) or [], output, pictures, settings, limit=limit, device=device))
+
+
 def add_to(group: typer.Typer) -> None:
-    """Register the three verbs in ``mllm eval``."""
+    """Register the four verbs in ``mllm eval``."""
     group.command("watch")(watch)
     group.command("sensitivity")(sensitivity)
     group.command("mine")(mine)
+    group.command("attack")(attack)

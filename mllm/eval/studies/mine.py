@@ -48,9 +48,9 @@ def picture_files(folder: str | Path) -> list[Path]:
     return found
 
 
-def open_encoders(names: Sequence[str], *, device: str | None = None) -> dict[str, Any]:
+def open_encoders(names: Sequence[str], *, device: str | None = None, least: int = 2) -> dict[str, Any]:
     """Encoders by name: of `mllm list encoders`, a YAML file with an encoder's config, or all of a checkpoint folder. Weights are
-    loaded where the config names some. Raises `ConfigError` when they are not at least two."""
+    loaded where the config names some. Raises `ConfigError` when they are not at least ``least``."""
     import torch
 
     from mllm.encoders.catalogue import build_encoder, encoder_config
@@ -75,8 +75,9 @@ def open_encoders(names: Sequence[str], *, device: str | None = None) -> dict[st
         if config.weights is not None:
             encoder.load_pretrained()
         found[Path(name).stem if file else name] = encoder
-    if len(found) < 2:
-        raise ConfigError(f"encoders {', '.join(found) or 'none'}: a disagreement needs two; see `mllm list encoders`")
+    if len(found) < least:
+        needed = "a disagreement needs two" if least > 1 else "name at least one"
+        raise ConfigError(f"encoders {', '.join(found) or 'none'}: {needed}; see `mllm list encoders`")
     return {name: encoder.to(place).eval() for name, encoder in found.items()}
 
 
