@@ -1,15 +1,19 @@
-"""What do the benchmarks of whole trainings share? A recipe with real pictures, and `mllm train` watched from outside."""
+"""What do the benchmarks of whole trainings share? A recipe with real pictures, `mllm train` watched from outside, and their command."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -232,3 +236,59 @@ def run_sections(
         results.parent.mkdir(parents=True, exist_ok=True)
         results.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return rows
+
+
+def measure(
+    script: str,
+    doc: str | None,
+    sections: dict[str, float],
+    work: Callable[[argparse.Namespace, Path, str], dict],
+    *,
+    limit: float,
+    own: Mapping[str, dict] | None = None,
+    left_out: Callable[[str], bool] = lambda name: False,
+) -> list[dict]:
+    """The command of a script of sections: all in turn, each in a process of its own, or with ``--section`` the one that this
+    process is. sections: name → seconds it may take; work: of one section; limit: seconds of all; own: more options, by name, which
+    every section gets; left_out: sections that run only where they are named. Returns the rows, [] for a single section.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="7b", choices=tuple(LLAMAS))
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    for name, settings in (own or {}).items():
+        parser.add_argument(f"--{name}", **settings)
+    parser.add_argument("--sections", nargs="+", help="Of: " + "; ".join(sections))
+    parser.add_argument("--limit", type=float, default=limit, help="Seconds for all sections together.")
+    parser.add_argument("--patience", type=float, default=1.0, help="Factor on every limit, for a slow machine.")
+    parser.add_argument("--folder", type=Path, help="Where models and runs are written.")
+    parser.add_argument("--section", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    title = Path(script).stem
+    folder = options.folder or Path(tempfile.mkdtemp(prefix=title.replace("_", "-") + "-"))
+    if options.section:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what it started is ended too
+        print(json.dumps(work(options, folder, options.section)), flush=True)
+        return []
+    names = options.sections or [name for name in sections if not left_out(name)]
+    chosen = {name: sections[name] * options.patience for name in names}
+    results = Path(os.environ.get("OUT", folder)) / f"{title}.txt"
+    passed = ["--size", options.size, "--device", options.device, "--folder", str(folder)]
+    passed += ["--patience", str(options.patience)]
+    for name in own or {}:
+        passed += [f"--{name}", str(getattr(options, name.replace("-", "_")))]
+    write_recipe(folder, options.size, name="data", steps=1)
+    try:
+        rows = run_sections(script, chosen, passed, limit=options.limit * options.patience, results=results)
+        rows.insert(0, {**versions(), "size": options.size})
+        results.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    finally:
+        if options.folder is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    return rows
+
+
+def compiled_in(folder: Path) -> dict[str, str]:
+    """Environment by which the compilations of a training are kept in a folder."""
+    cache = folder / "compiled"
+    return {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton")}

@@ -13,17 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
-import signal
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.big_run import WORDS, run_sections, versions, watch, write_recipe
+from benchmarks.big_run import WORDS, compiled_in, measure, watch, write_recipe
 
 SECTIONS = {
     "attention": 75.0,
@@ -91,7 +88,7 @@ def speed(options: argparse.Namespace, folder: Path, name: str) -> dict:
     short = "".join(c if c.isalnum() else "-" for c in name)
     settings = {"num_workers": 6, "compile": options.device == "cuda", **_float8(name)}
     recipe = write_recipe(folder, options.size, name=short, steps=200, **settings)
-    seen = watch(recipe, steps=SKIP + STEPS, limit=SECTIONS[name] * options.patience - 5, **_caches(folder))
+    seen = watch(recipe, steps=SKIP + STEPS, limit=SECTIONS[name] * options.patience - 5, **compiled_in(folder))
     shutil.rmtree(folder / short, ignore_errors=True)
     rates = [step["tflops"]["language_model"] for step in seen.steps[SKIP:] if "tflops" in step]
     return {
@@ -116,7 +113,7 @@ def loss(options: argparse.Namespace, folder: Path, name: str) -> dict:
     recipe = write_recipe(place, size, name=short, steps=options.loss_steps, **settings)
     if "other seed" in name:
         recipe.write_text(recipe.read_text().replace('"seed": 1', '"seed": 2'))
-    seen = watch(recipe, steps=options.loss_steps, limit=SECTIONS[name] * options.patience - 5, **_caches(folder))
+    seen = watch(recipe, steps=options.loss_steps, limit=SECTIONS[name] * options.patience - 5, **compiled_in(folder))
     shutil.rmtree(place / short, ignore_errors=True)
     losses = [step["loss"] for step in seen.steps]
     last = losses[-LAST:]
@@ -128,11 +125,6 @@ def loss(options: argparse.Namespace, folder: Path, name: str) -> dict:
         f"mean of the last {len(last)}": round(sum(last) / len(last), 5) if last else None,
         "tokens_per_second": seen.middle("tokens_per_second", SKIP),
     }
-
-
-def _caches(folder: Path) -> dict[str, str]:
-    cache = folder / "compiled"
-    return {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton")}
 
 
 def _markov(path: Path, *, rows: int) -> None:
@@ -150,41 +142,17 @@ def _markov(path: Path, *, rows: int) -> None:
     path.write_text(json.dumps(data), encoding="utf-8")
 
 
+def work(options: argparse.Namespace, folder: Path, name: str) -> dict:
+    kind = name.split(",")[0]
+    return (
+        attention(options, folder)
+        if kind == "attention"
+        else {"speed": speed, "loss": loss}[kind](options, folder, name)
+    )
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="7b", choices=("tiny", "1b", "7b"), help="Of the speed sections.")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--loss-steps", type=int, default=520)
-    parser.add_argument("--sections", nargs="+", help="Of: " + "; ".join(SECTIONS))
-    parser.add_argument("--limit", type=float, default=560.0, help="Seconds for all sections together.")
-    parser.add_argument("--patience", type=float, default=1.0, help="Factor on every limit, for a slow machine.")
-    parser.add_argument("--folder", type=Path, help="Where runs are written.")
-    parser.add_argument("--section", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="train-float8-"))
-    if options.section:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what it started is ended too
-        kind = options.section.split(",")[0]
-        found = (
-            attention(options, folder)
-            if kind == "attention"
-            else {"speed": speed, "loss": loss}[kind](options, folder, options.section)
-        )
-        print(json.dumps(found), flush=True)
-        return
-    chosen = {name: SECTIONS[name] * options.patience for name in options.sections or SECTIONS}
-    results = Path(os.environ.get("OUT", folder)) / "train_float8.txt"
-    passed = ["--size", options.size, "--device", options.device, "--folder", str(folder)]
-    passed += ["--patience", str(options.patience), "--loss-steps", str(options.loss_steps)]
-    write_recipe(folder, options.size, name="data", steps=1)
-    try:
-        rows = run_sections(__file__, chosen, passed, limit=options.limit * options.patience, results=results)
-        rows.insert(0, {**versions(), "size": options.size})
-        results.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    finally:
-        if options.folder is None:
-            shutil.rmtree(folder, ignore_errors=True)
+    measure(__file__, __doc__, SECTIONS, work, limit=560.0, own={"loss-steps": {"type": int, "default": 520}})
 
 
 if __name__ == "__main__":

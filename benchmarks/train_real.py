@@ -13,18 +13,15 @@ Goals: 0.90 of the sustained matmul rate (0.92 with accumulation 4), update of a
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
-import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.big_run import run_sections, versions, watch, write_recipe
+from benchmarks.big_run import compiled_in, measure, watch, write_recipe
 
 SECTIONS = {
     "kernel": 90.0,
@@ -145,13 +142,11 @@ def training(options: argparse.Namespace, folder: Path, name: str) -> dict:
     if "3 rows" in name:
         stage["batch_size"] = 3
     recipe = write_recipe(folder, options.size, name=short, steps=200, **stage)
-    cache = folder / "compiled"
-    environment = {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton")}
     steps = SKIP + (8 if accumulation > 1 else 16)
     arguments = ("--profile", "2") if name == "profile" else ()
     steps = 6 if name == "profile" else steps
     limit = SECTIONS[name] * options.patience - 5
-    seen = watch(recipe, steps=steps, limit=limit, arguments=arguments, **environment)
+    seen = watch(recipe, steps=steps, limit=limit, arguments=arguments, **compiled_in(folder))
     if name == "profile":
         table = folder / short / "profile" / "sft-0.txt"
         if table.is_file() and "OUT" in os.environ:
@@ -171,38 +166,18 @@ def training(options: argparse.Namespace, folder: Path, name: str) -> dict:
     }
 
 
+def work(options: argparse.Namespace, folder: Path, name: str) -> dict:
+    small = {"kernel": kernel, "update": update, "matmul": matmul}.get(name)
+    return small(options, folder) if small else training(options, folder, name)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="7b", choices=("tiny", "1b", "7b"))
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--workers", type=int, default=6, help="Processes that decode pictures.")
-    parser.add_argument("--sections", nargs="+", help="Of: " + "; ".join(SECTIONS))
-    parser.add_argument("--limit", type=float, default=470.0, help="Seconds for all sections together.")
-    parser.add_argument("--patience", type=float, default=1.0, help="Factor on every limit, for a slow machine.")
-    parser.add_argument("--folder", type=Path, help="Where runs are written.")
-    parser.add_argument("--section", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="train-real-"))
-    if options.section:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what it started is ended too
-        work = {"kernel": kernel, "update": update, "matmul": matmul}.get(options.section)
-        found = work(options, folder) if work else training(options, folder, options.section)
-        print(json.dumps(found), flush=True)
+    workers = {"type": int, "default": 6, "help": "Processes that decode pictures."}
+    rows = measure(
+        __file__, __doc__, SECTIONS, work, limit=470.0, own={"workers": workers}, left_out=lambda name: "3 rows" in name
+    )
+    if not rows:
         return
-    names = options.sections or [name for name in SECTIONS if "3 rows" not in name]
-    chosen = {name: SECTIONS[name] * options.patience for name in names}
-    results = Path(os.environ.get("OUT", folder)) / "train_real.txt"
-    passed = ["--size", options.size, "--device", options.device, "--folder", str(folder)]
-    passed += ["--patience", str(options.patience), "--workers", str(options.workers)]
-    write_recipe(folder, options.size, name="data", steps=1)
-    try:
-        rows = run_sections(__file__, chosen, passed, limit=options.limit * options.patience, results=results)
-        rows.insert(0, {**versions(), "size": options.size})
-        results.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    finally:
-        if options.folder is None:
-            shutil.rmtree(folder, ignore_errors=True)
     sustained = next((v for row in rows for k, v in row.items() if k.startswith("sustained")), None)
     print("section | ms a step | tok/s | TFLOP/s | of sustained matmul | data wait | memory GB | first step s")
     for row in rows:

@@ -12,18 +12,14 @@ warm. Each section is a process of its own; results also go to $OUT/train_start.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shutil
-import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.big_run import run_sections, text_config, versions, watch, write_recipe
+from benchmarks.big_run import compiled_in, measure, text_config, watch, write_recipe
 
 SECTIONS = {"check": 90.0, "publish": 120.0, "cold": 170.0, "warm": 100.0, "published": 120.0, "two": 150.0}
 
@@ -85,12 +81,11 @@ def start(options: argparse.Namespace, folder: Path, name: str) -> dict:
     source = folder / "published" if name in ("published", "two") else None
     compiled = options.device == "cuda"
     recipe = write_recipe(folder, options.size, name=name, source=source, steps=50, compile=compiled, num_workers=4)
-    cache = folder / "compiled"
     if name == "cold":
-        shutil.rmtree(cache, ignore_errors=True)
+        shutil.rmtree(folder / "compiled", ignore_errors=True)
     arguments = ("--processes", "2") if name == "two" else ()
-    environment = {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton")}
-    seen = watch(recipe, steps=4, limit=SECTIONS[name] * options.patience - 5, arguments=arguments, **environment)
+    limit = SECTIONS[name] * options.patience - 5
+    seen = watch(recipe, steps=4, limit=limit, arguments=arguments, **compiled_in(folder))
     shutil.rmtree(folder / name, ignore_errors=True)
     reading = seen.line_of(r"reading weights of .*GB/s")
     building, ready = seen.second_of("building the model on"), seen.second_of(r"what learns|planning batches")
@@ -107,37 +102,15 @@ def start(options: argparse.Namespace, folder: Path, name: str) -> dict:
     }
 
 
+def work(options: argparse.Namespace, folder: Path, name: str) -> dict:
+    small = {"check": check, "publish": publish}.get(name)
+    return small(options, folder) if small else start(options, folder, name)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="7b", choices=("tiny", "1b", "7b"))
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--sections", nargs="+", help="Of: " + ", ".join(SECTIONS))
-    parser.add_argument("--limit", type=float, default=470.0, help="Seconds for all sections together.")
-    parser.add_argument("--patience", type=float, default=1.0, help="Factor on every limit, for a slow machine.")
-    parser.add_argument("--folder", type=Path, help="Where models and runs are written.")
-    parser.add_argument("--section", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="train-start-"))
-    if options.section:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what it started is ended too
-        work = {"check": check, "publish": publish}.get(options.section)
-        found = work(options, folder) if work else start(options, folder, options.section)
-        print(json.dumps(found), flush=True)
+    rows = measure(__file__, __doc__, SECTIONS, work, limit=470.0, left_out=lambda name: name == "two")
+    if not rows:
         return
-    names = options.sections or [name for name in SECTIONS if name != "two"]
-    chosen = {name: SECTIONS[name] * options.patience for name in names}
-    results = Path(os.environ.get("OUT", folder)) / "train_start.txt"
-    passed = ["--size", options.size, "--device", options.device, "--folder", str(folder)]
-    passed += ["--patience", str(options.patience)]
-    write_recipe(folder, options.size, name="data", steps=1)
-    try:
-        rows = run_sections(__file__, chosen, passed, limit=options.limit * options.patience, results=results)
-        rows.insert(0, {**versions(), "size": options.size})
-        results.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    finally:
-        if options.folder is None:
-            shutil.rmtree(folder, ignore_errors=True)
     keys = ("first line s", "model begun at s", "model ready at s", "read", "first step s", "own memory GB")
     print("section | " + " | ".join(keys))
     for row in rows:

@@ -36,7 +36,10 @@ class Routes:
     vLLM runs encoders without knowing of conversations, so a ``language_model`` router is two requests behind one: the
     first asks, with a short image and no expert, which experts help; its answer is a field of the second. As
     `mllm.models.routing.ask_language_model`, picture by picture. The first goes to vLLM's own endpoint, not to its engine:
-    chat templates and their arguments, adapters, the fetching of pictures and refusals stay vLLM's, as for the second.
+    chat templates and their arguments, adapters, the fetching of pictures and refusals stay vLLM's, as for the second. The
+    engine's client takes token ids and decoded pictures, and what makes these of a chat request has another name in every few
+    versions of vLLM; the endpoint has not. Drawings have no endpoint and are token ids from the start: they go to the client
+    (`mllm.serve.images.api`).
     """
 
     def __init__(self, router: Mapping[str, Any]):
