@@ -240,7 +240,9 @@ class Engine:
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
         logging.disable(logging.ERROR)
-        self.app: Any = build_app(make_arg_parser(FlexibleArgumentParser()).parse_args([]), ("generate",))
+        self.app: Any = build_app(
+            make_arg_parser(FlexibleArgumentParser()).parse_args(["--enable-offline-docs"]), ("generate",)
+        )
         self.seen: list[tuple[str, Any]] = []
         self.raw: bytes | None = None
         answer = ErrorResponse(error=ErrorInfo(message="kept", type="kept", code=418))

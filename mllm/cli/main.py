@@ -16,6 +16,7 @@ from mllm.cli import (
 )
 from mllm.cli import (
     batch,
+    bench,
     chat,
     check,
     compose,
@@ -99,6 +100,7 @@ for module in (
     draw,
     serve,
     batch,
+    bench,
     web_app,
     parity,
     data,

@@ -33,6 +33,14 @@ def serve(
         list[str] | None,
         typer.Option(help="Host whose pictures may be fetched by address (repeatable). Default: none, base64 only."),
     ] = None,
+    media_timeout: Annotated[float, typer.Option(help="Seconds such a host has for a picture.")] = 5.0,
+    keys: Annotated[
+        str | None,
+        typer.Option(
+            help="YAML file of clients, each with a key and what it may use in a minute: "
+            "team-a: {key: …, requests: 60, pictures: 120, tokens: 100000}."
+        ),
+    ] = None,
     tensor_parallel: Annotated[int, typer.Option(help="GPUs that share the language model.")] = 1,
     memory: Annotated[
         str | None,
@@ -92,6 +100,8 @@ def serve(
             "max_drawings": max_drawings,
             "max_body_mb": max_body_mb,
             "media_domains": media_domain or [],
+            "media_timeout": media_timeout,
+            "keys": keys,
             "tensor_parallel": tensor_parallel,
             "memory": memory,
             "eager": eager,

@@ -34,12 +34,14 @@ class MllmImagesKwargs(ImagesKwargs, total=False):
     """Per-call settings. experts: names of the experts to run, or name → weight, for all images or one entry per image; None:
     the model's router decides.
     router_input_ids: for each image, the token ids of the question a router reads; routing_pass: mark the images as
-    those of a routing request, which vLLM shortens; visual_tokens: most that each image may take, where a sample has a
+    those of a routing request, which vLLM shortens; picture_key: for each image, a number by which a server asks later who
+    looked at it; visual_tokens: most that each image may take, where a sample has a
     budget."""
 
     experts: Any
     router_input_ids: Any
     routing_pass: Any
+    picture_key: Any
     visual_tokens: Any
 
 
@@ -194,6 +196,7 @@ class MllmImageProcessor(SavesDoor, BaseImageProcessor):
         return_tensors: Any = None,
         router_input_ids: Any = None,
         routing_pass: Any = None,
+        picture_key: Any = None,
         visual_tokens: int | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
@@ -274,6 +277,8 @@ class MllmImageProcessor(SavesDoor, BaseImageProcessor):
                 data["router_input_ids"] = pad_questions(router_input_ids)
             if routing_pass is not None:
                 data["routing_pass"] = torch.full((len(flat),), bool(routing_pass))
+            if picture_key is not None:
+                data["picture_key"] = torch.as_tensor(picture_key, dtype=torch.long)
         return BatchFeature(data, tensor_type=return_tensors)
 
     def expert_weights(self, experts: Any = None) -> torch.Tensor:

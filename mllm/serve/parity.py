@@ -16,6 +16,7 @@ from PIL import Image
 from mllm.damage import opening
 from mllm.errors import ConfigError, UnavailableError
 from mllm.processing.protocol import Processor
+from mllm.serve.adapters import adapter_rank
 from mllm.serve.traces import (
     Case,
     Trace,
@@ -221,20 +222,7 @@ def _lora_of(adapter: str | None) -> tuple[str, int]:
     """(folder, rank) of an adapter that vLLM can serve unmerged. Raises `ConfigError` for any other."""
     if adapter is None:
         raise ConfigError("unmerged: give a PEFT adapter's folder, not a whole checkpoint")
-    from peft import PeftConfig
-    from safetensors import safe_open
-
-    with safe_open(str(Path(adapter) / "adapter_model.safetensors"), "pt") as file:
-        names = list(file.keys())
-    outside = sorted(name for name in names if ".language_model." not in name)
-    if outside:
-        raise ConfigError(
-            f"{adapter}: vLLM adapts the language model only, and this adapter also changes {outside[0]}; merge it"
-        )
-    config: Any = PeftConfig.from_pretrained(adapter)
-    if getattr(config, "use_dora", False):
-        raise ConfigError(f"{adapter}: vLLM does not serve DoRA unmerged; merge it")
-    return adapter, int(config.r)
+    return adapter, adapter_rank(adapter)
 
 
 def _adapter_base(checkpoint: str) -> tuple[str | None, str]:

@@ -15,10 +15,11 @@ from pydantic import Field
 from mllm.config import StrictModel
 from mllm.damage import opening
 from mllm.errors import ConfigError, UnavailableError
-from mllm.heads.codes.settings import VLLM_PROCESSOR
+from mllm.heads.codes.settings import vllm_environment, vllm_options
 from mllm.install import install_hint
+from mllm.serve.adapters import adapter_arguments
 from mllm.serve.http.admission import ENVIRONMENT, AdmissionSettings
-from mllm.serve.http.keys import CLIENTS, LOOPBACK
+from mllm.serve.http.keys import CLIENTS, FILE, LOOPBACK, OPERATOR, read_clients
 from mllm.serve.images.requests import SCHEDULER, refusal
 from mllm.serve.memory import memory_arguments, need_of, seats_of
 from mllm.serve.options import check_extra, check_folder, vllm_source_has
@@ -49,6 +50,10 @@ class ServeSettings(StrictModel):
     """Most pictures that one request to ``/v1/images/generations`` may ask for."""
     max_body_mb: float = Field(default=32.0, gt=0)
     media_domains: list[str] = Field(default_factory=list)
+    media_timeout: float = Field(default=5.0, gt=0)
+    """Seconds that a host of ``media_domains`` has for a picture."""
+    keys: str | None = None
+    """File of clients with keys and limits (`mllm.serve.http.keys.read_clients`)."""
     tensor_parallel: int = Field(default=1, ge=1)
     memory: str | None = None
     """What the engine may take of the GPU's memory, or of the machine's without one: a share (0.5) or a size (8GB)."""
@@ -83,7 +88,7 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
     arguments += ["--served-model-name", name]
     arguments += ["--dtype", settings.dtype, "--seed", "0", "--chat-template-content-format", "openai"]
     arguments += ["--limit-mm-per-prompt", json.dumps({"image": settings.max_images})]
-    arguments += ["--allowed-media-domains", *(settings.media_domains or [NO_DOMAIN])]
+    arguments += ["--allowed-media-domains", NO_DOMAIN]  # pictures are fetched before the engine, and judged there
     arguments += ["--middleware", "mllm.serve.http.admission.Admission"]
     arguments += ["--worker-extension-cls", "mllm.serve.http.stats.VisualStatistics"]
     if settings.backend != "auto":
@@ -102,30 +107,35 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
     greedy = not generation.get("do_sample", False)
     if greedy:  # vLLM reads temperatures, but not do_sample: greedy must be said
         arguments += ["--override-generation-config", json.dumps({"temperature": 0.0})]
+    if vllm_source_has("enable_offline_docs", "entrypoints/**/cli_args.py"):
+        arguments += ["--enable-offline-docs"]  # else /docs loads its script from another host
     if routed and vllm_source_has("trust_request_mm_kwargs", "entrypoints/**/cli_args.py"):
         arguments += ["--trust-request-mm-kwargs"]  # nothing but checked experts is admitted
-    if not any(option.startswith("--allowed-origins") for option in settings.extra):
+    if not _has(settings.extra, "--allowed-origins"):
         arguments += ["--allowed-origins", "[]"]
-    if not any(option.startswith("--structured-outputs-config") for option in settings.extra):
+    if not _has(settings.extra, "--structured-outputs-config"):
         # Between the parts of a JSON answer a small model may write white space to the end of its tokens.
         compact = {"backend": "xgrammar", "disable_any_whitespace": True}
         arguments += ["--structured-outputs-config", json.dumps(compact)]
     cannot_draw = _cannot_draw(config, settings)
-    if config.drawing_head is not None and settings.backend != "transformers":
-        arguments += ["--logits-processors", VLLM_PROCESSOR]
+    engine = vllm_options(config, draws=settings.backend != "transformers")
+    if engine and not (
+        cannot_draw and _has(settings.extra, "--speculative-config")
+    ):  # beside it the model does it itself
+        arguments += ["--logits-processors", *engine["logits_processors"]]
     if not cannot_draw:  # a guided drawing is two requests in step
         arguments += ["--scheduler-cls", SCHEDULER, "--no-async-scheduling"]
-    if settings.lora:
-        arguments += ["--enable-lora", "--lora-modules", *settings.lora]
+    arguments += adapter_arguments(settings.lora)
     admission = AdmissionSettings(
         max_body_bytes=int(settings.max_body_mb * 2**20),
         media_domains=settings.media_domains,
+        media_timeout=settings.media_timeout,
         max_images=settings.max_images,
         max_pixels=settings.max_pixels,
         image_token=_image_token(settings.checkpoint),
         image_token_id=config.image_token_id,
         greedy=greedy,
-        loopback=not api_key and settings.host in LOOPBACK,
+        loopback=not (api_key or settings.keys) and settings.host in LOOPBACK,
         router=router,
         checkpoint=None if cannot_draw else settings.checkpoint,
         cannot_draw=cannot_draw,
@@ -137,12 +147,16 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         ENVIRONMENT: admission.model_dump_json(),
         "VLLM_MAX_IMAGE_PIXELS": str(settings.max_pixels),
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
-        "VLLM_IMAGE_FETCH_TIMEOUT": os.environ.get("VLLM_IMAGE_FETCH_TIMEOUT", "5"),
-        "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": str(max(1, int(settings.max_body_mb))),
         "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
+        **{name: os.environ.get(name, value) for name, value in vllm_environment(engine).items()},
     }
     if api_key:
         environment[CLIENTS] = api_key
+    if settings.keys:
+        read_clients(settings.keys)
+        environment[FILE] = str(Path(settings.keys).expanduser().resolve())
+    if os.environ.get(OPERATOR) and (settings.lora or _has(settings.extra, "--enable-lora")):
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # routes of the operator's
     return [*arguments, *settings.extra], environment
 
 
@@ -154,9 +168,9 @@ def serve(settings: ServeSettings) -> None:
     os.environ.pop("VLLM_API_KEY", None)  # vLLM would check one key itself, on some of the routes only
     arguments, environment = plan(settings, api_key)
     _check_heads(settings.checkpoint)
-    if not api_key and settings.host not in LOOPBACK:
+    if not (api_key or settings.keys) and settings.host not in LOOPBACK:
         raise ConfigError(
-            f"--host {settings.host} is reachable from outside: set a key in the environment variable {CLIENTS}"
+            f"--host {settings.host} is reachable from outside: set a key in the environment variable {CLIENTS}, or --keys FILE"
         )
     import torch
 
@@ -170,12 +184,17 @@ def serve(settings: ServeSettings) -> None:
         {
             "command": command,
             "address": f"http://{_reachable(settings.host)}:{settings.port}",
-            "ready": _what_is_on(settings, environment, arguments, bool(api_key)),
+            "ready": _what_is_on(settings, environment, arguments, bool(api_key or settings.keys)),
             "shutdown_timeout": settings.shutdown_timeout,
             "verbose": settings.verbose,
         }
     )
     os.execv(sys.executable, [sys.executable, "-m", "mllm.serve.supervisor"])
+
+
+def _has(extra: list[str], option: str) -> bool:
+    """Whether vLLM's own option was given."""
+    return any(one == option or one.startswith((f"{option}=", f"{option}.")) for one in extra)
 
 
 def _reachable(host: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mllm.errors import UnavailableError
-from mllm.heads.codes.settings import vllm_options
+from mllm.heads.codes.settings import vllm_environment, vllm_options
 from mllm.install import install_hint
 from mllm.models.routing import ANSWER_TOKENS
 from mllm.processing.chat import encode_text, render_prompt, routing_inputs
@@ -174,6 +174,9 @@ def open_vllm(
             f"vLLM is not installed: {install_hint('serve')}, or with serve-cpu without a GPU"
         ) from None
     config = AutoConfig.from_pretrained(checkpoint)
+    ours = vllm_options(config, draws=model_impl != "transformers")
+    for name, value in vllm_environment(ours).items():
+        os.environ.setdefault(name, value)
     need = need_of(checkpoint, config, dtype=dtype, length=options.get("max_model_len"), seats=8)
     given = [f"--{name.replace('_', '-')}" for name in options]
     settings: dict[str, Any] = {
@@ -185,7 +188,7 @@ def open_vllm(
         "enforce_eager": True,
         "seed": 0,
         "max_num_seqs": 8,
-        **({} if model_impl == "transformers" else vllm_options(config)),
+        **ours,
         **options,
     }
     return LLM(checkpoint, **settings)
@@ -209,14 +212,7 @@ def trace_vllm(
         from vllm.lora.request import LoRARequest
 
         lora = LoRARequest("adapter", 1, adapter)
-    sampling = SamplingParams(
-        temperature=0,
-        max_tokens=num_tokens,
-        ignore_eos=True,
-        logprobs=TOP,
-        detokenize=False,
-        logit_bias={processor.image_token_id: -100.0},
-    )
+    sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=TOP, detokenize=False)
     groups: dict[str, list[int]] = {}
     routings = [case.experts for case in cases]
     if llm.llm_engine.vllm_config.model_config.hf_config.router is not None:

@@ -3,6 +3,8 @@ process of its own, since vLLM patches transformers; prints one line of JSON."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import sys
 from pathlib import Path
@@ -31,6 +33,29 @@ def questions_that_route_differently(model, processor, image) -> list[str]:
         if len(found) == 2:
             break
     return list(found.values())
+
+
+def told(model, processor, llm, image, questions: list[str]) -> list[bool]:
+    """For every question, whether the engine tells of the experts that `generate` asks; and of an unasked one nothing."""
+    from mllm.serve.http.stats import picture_key
+
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    address = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    right = []
+    for question in questions:
+        part = {"type": "image_url", "image_url": {"url": address}}
+        llm.chat([{"role": "user", "content": [part, {"type": "text", "text": f"  {question} "}]}], use_tqdm=False)
+        weights = parity.trace_generate(model, processor, [case(question, image)], num_tokens=1)[0].routing[0]
+        names = [name for name, weight in zip(processor.image_processor.experts, weight_list(weights)) if weight]
+        known = llm.collective_rpc("chosen_experts", args=([picture_key(file.getvalue(), question)],))[0]
+        right.append([chosen for _, chosen in known] == [names])
+    unasked = llm.collective_rpc("chosen_experts", args=([picture_key(file.getvalue(), "unasked")],))[0]
+    return [*right, unasked == []]
+
+
+def weight_list(weights) -> list[float]:
+    return list(weights.values()) if isinstance(weights, dict) else list(weights)
 
 
 def main(folder: str) -> None:
@@ -81,6 +106,7 @@ def main(folder: str) -> None:
     after = llm.collective_rpc("visual_statistics")[0]
     result["ran"] = {name: after[name]["images"] - before[name]["images"] for name in after}
     result["seconds"] = {name: after[name]["seconds"] for name in after}
+    result["told"] = told(model, processor, llm, image, questions)
     print("RESULT " + json.dumps(result))
 
 

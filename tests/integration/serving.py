@@ -15,7 +15,7 @@ import pytest
 
 from tests.helpers import ROOT, free_port
 
-KEY = "a-key-for-the-test"
+KEY, OPERATOR = "a-key-for-the-test", "a-key-of-the-operator"
 
 
 VLLM_ON_CPU = {
@@ -35,7 +35,7 @@ def serving(checkpoint: str, log: Path, *options: str) -> Iterator[Any]:
     import httpx
 
     port = free_port()
-    environment = {**os.environ, **VLLM_ON_CPU, "MLLM_API_KEY": KEY}
+    environment = {**os.environ, **VLLM_ON_CPU, "MLLM_API_KEY": KEY, "MLLM_ADMIN_KEY": OPERATOR}
     command = [sys.executable, "-m", "mllm.cli.main", "serve", checkpoint, "--port", str(port), "--name", "tiny"]
     command += [
         "--eager",

@@ -5,18 +5,22 @@ from __future__ import annotations
 import base64
 import io
 import json
+import struct
 import threading
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from mllm.plugins import load_plugins
 from mllm.processing.template import read_template
 from mllm.types import IMAGE_MARK, Turn
 from tests.helpers import TINY_CLIP, TINY_LLM, TINY_TIMM, picture
-from tests.integration.serving import serving
+from tests.integration.serving import OPERATOR, serving
 from tests.integration.test_serve_vllm import write_checkpoint
 from tests.test_readme import block
 
@@ -87,8 +91,36 @@ def secrets(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint, plugin, tmp_path_factory):
+def adapters(checkpoint, tmp_path_factory):
+    """Three PEFT adapters on the language model, by name, and one that also changes an encoder ("tower")."""
+    from peft import LoraConfig, get_peft_model
+
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
+
+    folders = {}
+    for number, name in enumerate(("one", "two", "later", "tower")):
+        where = (
+            r".*(language_model|semantic)\..*q_proj" if name == "tower" else r".*language_model\..*(v_proj|down_proj)"
+        )
+        model = MllmForConditionalGeneration.from_pretrained(checkpoint)
+        adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=16, target_modules=where))
+        generator = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for key, parameter in adapted.named_parameters():
+                if ".lora_" in key:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        folders[name] = tmp_path_factory.mktemp(name)
+        adapted.save_pretrained(folders[name])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint, plugin, adapters, tmp_path_factory):
     options = [
+        "--lora",
+        f"one={adapters['one']}",
+        "--lora",
+        f"two={adapters['two']}",
         "--plugin",
         str(plugin),
         "--max-model-len",
@@ -107,15 +139,20 @@ def server(checkpoint, plugin, tmp_path_factory):
 @pytest.fixture(scope="module")
 def generate(checkpoint):
     """``generate(turns, images, experts)`` → text and routing of the same checkpoint in transformers."""
+    from peft import PeftModel
     from transformers import AutoProcessor
 
     from mllm.models.modeling_mllm import MllmForConditionalGeneration
     from mllm.serve import parity
 
-    model = MllmForConditionalGeneration.from_pretrained(checkpoint).eval()
+    base = MllmForConditionalGeneration.from_pretrained(checkpoint).eval()
     processor = AutoProcessor.from_pretrained(checkpoint)
 
-    def answer(turns, images, experts=None):
+    def answer(turns, images, experts=None, adapter=None):
+        model = base
+        if adapter is not None:
+            fresh = MllmForConditionalGeneration.from_pretrained(checkpoint)
+            model = PeftModel.from_pretrained(fresh, adapter).merge_and_unload().eval()
         case = parity.Case("served", turns, images, experts)
         _, inputs = parity.model_inputs(processor, case)
         width = inputs["input_ids"].shape[1]
@@ -133,6 +170,17 @@ def encode(image: Image.Image, form: str = "PNG", **options) -> str:
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return f"data:image/{form.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def with_text(url: str, *, after: bool) -> str:
+    """A PNG with a text chunk that unpacks to 60 MB, before or after its pixels."""
+    head, _, data = url.partition(",")
+    content = base64.b64decode(data)
+    packed = zlib.compress(bytes(60 * 2**20), 9)
+    chunk = b"zTXt" + b"note\x00\x00" + packed
+    made = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    place = content.rindex(b"IEND") - 4 if after else content.index(b"IDAT") - 4
+    return f"{head},{base64.b64encode(content[:place] + made + content[place:]).decode()}"
 
 
 def body(question: str, *urls: str, **extra) -> dict:
@@ -205,6 +253,44 @@ def test_the_language_model_routes_behind_one_request(server, generate):
     assert len(routes) > 1, "the questions should route differently"
 
 
+def test_two_adapters_at_once_answer_each_as_its_own(server, generate, adapters):
+    """Asked together about one picture, every name gives the tokens of `generate` with that adapter; the three differ."""
+    image, fixed = picture(31), {"experts": ["spatial"]}
+    expected = {
+        name: generate(turn("what?", 1), [image], ["spatial"], adapters.get(name))[1] for name in ("tiny", "one", "two")
+    }
+    assert len({tuple(ids) for ids in expected.values()}) == 3, "the adapters must matter"
+
+    def tokens(name):
+        response = ask(server, "what?", encode(image), model=name, mm_processor_kwargs=fixed)
+        assert response.status_code == 200, response.text
+        return name, response.json()["choices"][0]["token_ids"]
+
+    with ThreadPoolExecutor(6) as pool:
+        for name, ids in pool.map(tokens, ["one", "two", "tiny"] * 4):
+            assert ids == expected[name], f"{name} was answered by another adapter"
+
+
+def test_adapters_are_loaded_and_unloaded_by_the_operator(server, generate, adapters):
+    fixed = {"experts": ["spatial"]}
+    operator = {"authorization": f"Bearer {OPERATOR}"}
+
+    def change(what, **body):
+        return server.post(f"/v1/{what}_lora_adapter", json=body, headers=operator)
+
+    later = {"lora_name": "later", "lora_path": str(adapters["later"])}
+    assert server.post("/v1/load_lora_adapter", json=later).status_code == 404, "a client's key must not do"
+    assert ask(server, "what?", model="later").status_code == 404
+    refused = change("load", lora_name="tower", lora_path=str(adapters["tower"]))
+    assert refused.status_code == 400 and "language model only" in refused.text
+    assert change("load", **later).status_code == 200
+    response = ask(server, "what?", encode(picture(32)), model="later", mm_processor_kwargs=fixed)
+    _, ids, _ = generate(turn("what?", 1), [picture(32)], ["spatial"], adapters["later"])
+    assert response.json()["choices"][0]["token_ids"] == ids
+    assert change("unload", lora_name="later").status_code == 200
+    assert ask(server, "what?", model="later").status_code == 404
+
+
 def test_streaming_gives_the_same_text_piece_by_piece(server):
     image = encode(picture(3))
     fixed = {"mm_processor_kwargs": {"experts": ["spatial"]}}
@@ -250,12 +336,27 @@ def test_unusual_pictures_are_read_as_in_training(server, generate, kind):
     assert response.json()["choices"][0]["token_ids"] == ids
 
 
-def test_a_typed_placeholder_takes_no_picture_slot(server, generate, checkpoint):
+def test_no_answer_holds_a_placeholder_whatever_the_client_asks_for(server, checkpoint):
+    """Its log-probability stays the model's own: only the choice is bound."""
+    place = json.loads((Path(checkpoint) / "config.json").read_text())["image_token_id"]
+
+    def likeliest(choice):
+        """Of the first token: the taken one and the likeliest."""
+        return {entry["token"]: entry["logprob"] for entry in choice["logprobs"]["content"][0]["top_logprobs"]}
+
+    first = likeliest(ask(server, "what?", logprobs=True, top_logprobs=3).json()["choices"][0])
+    for extra in ({}, {"temperature": 1.0, "n": 3}, {"allowed_token_ids": [place, place + 1]}, {"top_k": 1}):
+        response = ask(server, "what?", logit_bias={str(place): 100}, logprobs=True, top_logprobs=3, **extra)
+        assert response.status_code == 200, response.text
+        choices = response.json()["choices"]
+        assert len(choices) == extra.get("n", 1) and all(place not in choice["token_ids"] for choice in choices)
+        found = likeliest(choices[0])
+        assert {token: found[token] for token in first} == pytest.approx(first, abs=1e-4)
+
+
+def test_a_typed_placeholder_takes_no_picture_slot(server, generate):
     image = picture(5)
-    never = {
-        str(json.loads((Path(checkpoint) / "config.json").read_text())["image_token_id"]): -100
-    }  # an untrained model may say it, `generate` never does
-    response = ask(server, "is <image> text?", encode(image), mm_processor_kwargs={"experts": "none"}, logit_bias=never)
+    response = ask(server, "is <image> text?", encode(image), mm_processor_kwargs={"experts": "none"})
     _, ids, _ = generate(turn("is <image> text?", 1), [image], "none")
     assert response.status_code == 200 and response.json()["choices"][0]["token_ids"] == ids
     assert ask(server, "only <image><image> text").status_code == 200
@@ -271,7 +372,18 @@ def test_files_and_addresses_are_refused_and_never_read(server, secrets):
 
 
 @pytest.mark.parametrize(
-    "kind", ["truncated", "text", "empty", "bad base64", "too many pixels", "too many pictures", "too large"]
+    "kind",
+    [
+        "truncated",
+        "text",
+        "empty",
+        "bad base64",
+        "too many pixels",
+        "too many pictures",
+        "too large",
+        "long text before",
+        "long text after",
+    ],
 )
 def test_bad_pictures_are_4xx(server, kind):
     good = encode(picture(4))
@@ -283,9 +395,47 @@ def test_bad_pictures_are_4xx(server, kind):
         "too many pixels": [encode(Image.new("RGB", (1001, 1000)))],
         "too many pictures": [good] * 4,
         "too large": ["data:image/png;base64," + "A" * 3_000_000],
+        "long text before": [with_text(good, after=False)],
+        "long text after": [with_text(good, after=True)],
     }[kind]
     response = ask(server, "what?", *urls, mm_processor_kwargs={"experts": "none"})
+    if kind == "long text after":  # what stands after the pixels is never unpacked
+        assert response.status_code == 200, response.text
+        return
     assert 400 <= response.status_code < 500, response.text
+    assert not any(len(word) > 80 for word in response.text.split())
+
+
+def test_the_engines_own_refusals_echo_no_base64(server):
+    for extra in (
+        {"model": "A" * 5000},
+        {"temperature": "A" * 5000},
+        {"tools": ["A" * 5000]},
+        {"stop": [["A" * 5000]]},
+    ):
+        response = ask(server, "what?", **extra)
+        assert 400 <= response.status_code < 500 and "A" * 81 not in response.text, response.text[:300]
+
+
+def test_the_document_has_our_fields_and_the_metrics_ours(server):
+    document = server.get("/openapi.json").json()
+    assert "/mllm/info" in document["paths"] and "/v1/chat/completions" in document["paths"]
+    assert not [path for path in document["paths"] if "lora" in path or "sleep" in path or "collective" in path]
+    assert server.get("/docs").text.count("static/swagger-ui") == 2
+    assert ask(server, "what?", encode(picture(79)), mm_processor_kwargs={"experts": ["detail"]}).status_code == 200
+    assert ask(server, "what?", uuid="x").status_code == 400
+    metrics = server.get("/metrics").text
+    for name in (
+        'mllm_chosen_experts_total{expert="detail"}',
+        'mllm_encoder_images_total{part="semantic",worker="0"}',
+        'mllm_encoder_seconds_total{part="connector",worker="0"}',
+        'mllm_refused_requests_total{reason="request",route="/v1/chat/completions"}',
+        'mllm_pictures_total{route="/v1/chat/completions"}',
+        "mllm_running_requests 0",
+        "mllm_draining 0",
+        "vllm:num_requests_waiting",
+    ):
+        assert name in metrics, name
 
 
 def test_a_prompt_that_was_cut_through_its_pictures_is_4xx(server):
@@ -325,15 +475,24 @@ def test_the_two_passes_of_a_routing_run_the_first_encoder_once(server):
     assert after["connector"]["images"] - before["connector"]["images"] == 2
 
 
-def test_a_json_schema_passes_through(server):
-    # A bare enum: a random model would fill an object's gaps with white space to the end of its tokens.
-    wanted = {
-        "type": "json_schema",
-        "json_schema": {"name": "colour", "schema": {"enum": ["red", "blue"]}, "strict": True},
-    }
-    response = ask(server, "colour?", response_format=wanted, max_tokens=40, ignore_eos=False)
+def test_a_json_schema_gives_json_without_white_space_to_the_end(server):
+    """A random model would fill an object's gaps with white space to the end of its tokens."""
+    colour = {"enum": ["red", "blue"]}
+    schema = {"type": "object", "properties": {"colour": colour, "n": {"enum": [1, 2]}}, "required": ["colour", "n"]}
+    schema["additionalProperties"] = False
+    wanted = {"type": "json_schema", "json_schema": {"name": "colour", "schema": schema, "strict": True}}
+    for extra in ({}, {"temperature": 1.0, "seed": 5}):
+        response = ask(server, "colour?", response_format=wanted, max_tokens=60, ignore_eos=False, **extra)
+        assert response.status_code == 200, response.text
+        choice = response.json()["choices"][0]
+        answer = json.loads(choice["message"]["content"])
+        assert answer["colour"] in ("red", "blue") and answer["n"] in (1, 2) and choice["finish_reason"] == "stop"
+
+
+def test_several_answers_of_a_greedy_checkpoint_differ(server):
+    response = ask(server, "go on", n=3)
     assert response.status_code == 200, response.text
-    assert json.loads(response.json()["choices"][0]["message"]["content"]) in ("red", "blue")
+    assert len({tuple(choice["token_ids"]) for choice in response.json()["choices"]}) > 1
 
 
 def test_structured_output_passes_through(server):

@@ -107,6 +107,10 @@ def test_an_unknown_expert_is_an_error_that_names_it(answers):
     assert "did you mean 'spatial'" in answers["unknown_expert"]
 
 
+def test_the_engine_tells_which_experts_its_gate_chose(answers):
+    assert answers["told"] == [True, True, True]
+
+
 def test_an_expert_runs_only_on_the_images_that_are_routed_to_it(answers):
     assert answers["ran"] == {"semantic": 3, "spatial": 1, "detail": 1, "connector": 3}
     assert all(seconds > 0 for seconds in answers["seconds"].values())

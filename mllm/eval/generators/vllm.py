@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
 from mllm.errors import UnavailableError
 from mllm.eval.generators.base import GeneratorSettings, answer_text, checkpoint_hash, hf_messages
-from mllm.heads.codes.settings import vllm_options
+from mllm.heads.codes.settings import vllm_environment, vllm_options
 from mllm.models.configuration_mllm import component_code
 from mllm.types import Request, Response
 
@@ -46,6 +47,8 @@ class VLLMGenerator:
         config = AutoConfig.from_pretrained(checkpoint)
         self._code = component_code(config)
         options = {**vllm_options(config), **self._engine_options}
+        for name, value in vllm_environment(options).items():
+            os.environ.setdefault(name, value)
         self.llm = LLM(model=checkpoint, dtype=dtype, limit_mm_per_prompt={"image": max_images}, **options)
 
     @classmethod

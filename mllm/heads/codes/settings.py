@@ -16,12 +16,24 @@ from mllm.heads.codes.grammar import image_grammar, never_written, visual_tokens
 from mllm.visual_tokenizers.grammar import ImageGrammarProcessor
 
 VLLM_PROCESSOR = "mllm.serve.vllm.logits_processor:DrawingProcessor"
-"""For vLLM's ``logits_processors``: the image grammar of a model with a visual head, and its drawings."""
+"""For vLLM's ``logits_processors``: the image grammar of a model with a visual head, and its drawings. It knows vLLM's first model
+runner only."""
+VLLM_PLACEHOLDER = "mllm.serve.vllm.placeholder:PlaceholderProcessor"
+"""For vLLM's ``logits_processors``: no answer of any other model holds a picture's placeholder."""
 
 
-def vllm_options(config: Any) -> dict[str, Any]:
-    """What a vLLM engine of this checkpoint needs so that its text follows `DrawingMixin.image_rules`."""
-    return {"logits_processors": [VLLM_PROCESSOR]} if getattr(config, "drawing_head", None) is not None else {}
+def vllm_options(config: Any, *, draws: bool = True) -> dict[str, Any]:
+    """What a vLLM engine of this checkpoint needs so that its text follows `DrawingMixin.image_rules`, and never holds a
+    placeholder. draws: False where the engine cannot draw (vLLM's Transformers backend)."""
+    if getattr(config, "image_token_id", None) is None:
+        return {}
+    drawing = draws and getattr(config, "drawing_head", None) is not None
+    return {"logits_processors": [VLLM_PROCESSOR if drawing else VLLM_PLACEHOLDER]}
+
+
+def vllm_environment(options: dict[str, Any]) -> dict[str, str]:
+    """Environment variables that an engine with `vllm_options` needs before it starts."""
+    return {"VLLM_USE_V2_MODEL_RUNNER": "0"} if VLLM_PROCESSOR in options.get("logits_processors", ()) else {}
 
 
 class DrawingMixin:

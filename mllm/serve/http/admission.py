@@ -9,12 +9,15 @@ import os
 import re
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
 from typing import Any
 
 from pydantic import Field
 
 from mllm.config import StrictModel
-from mllm.serve.http.answering import Answer, appending, respond, uncompressed
+from mllm.errors import ConfigError
+from mllm.serve.adapters import adapter_rank
+from mllm.serve.http.answering import Answer, adding, appending, respond, shortening, uncompressed
 from mllm.serve.http.content import Content
 from mllm.serve.http.drawing import Drawings
 from mllm.serve.http.errors import Refused, error_body, shown
@@ -23,11 +26,14 @@ from mllm.serve.http.fields import (
     COMPLETIONS,
     COUNT,
     DETOKENIZE,
+    DOCS,
     DRAW,
     INFORMATION,
+    LOAD_ADAPTER,
     MESSAGES,
     METRICS,
     OPEN,
+    OPENAPI,
     READ,
     ROUTES,
     STATIC,
@@ -36,12 +42,22 @@ from mllm.serve.http.fields import (
     admitted_fields,
 )  # fmt: skip
 from mllm.serve.http.keys import Keys, check_host
-from mllm.serve.http.metrics import count_drawings, count_experts, count_pictures, count_refusal, encoder_metrics
-from mllm.serve.http.pictures import PictureRules, cache_salt, check_number, secret_of, write_pictures
+from mllm.serve.http.limits import Limits, Meter, used
+from mllm.serve.http.metrics import (
+    count_client,
+    count_drawings,
+    count_experts,
+    count_pictures,
+    count_refusal,
+    encoder_metrics,
+    state_metrics,
+)
+from mllm.serve.http.openapi import PAGE, describe
+from mllm.serve.http.pictures import PictureRules, cache_salt, check_number, fetch_pictures, secret_of, write_pictures
 from mllm.serve.http.reading import read_json, write_json
-from mllm.serve.http.routes import ClientGone, FirstPassFailed, Routes, experts_header
+from mllm.serve.http.routes import ClientGone, FirstPassFailed, Routes, experts_header, pictures
 from mllm.serve.http.state import ProcessState
-from mllm.serve.http.stats import read_statistics
+from mllm.serve.http.stats import picture_key, read_choices, read_statistics
 from mllm.serve.images.requests import NO_HEAD
 
 Scope = MutableMapping[str, Any]
@@ -72,7 +88,9 @@ class AdmissionSettings(StrictModel):
     body_timeout: float = Field(default=60.0, gt=0)
     """Seconds a client may take to send its body."""
     media_domains: list[str] = Field(default_factory=list)
-    """Hosts whose pictures vLLM may fetch; empty: only base64 data URIs."""
+    """Hosts whose pictures are fetched; empty: only base64 data URIs."""
+    media_timeout: float = Field(default=5.0, gt=0)
+    """Seconds that such a host has for a picture."""
     max_images: int = Field(default=8, ge=0)
     max_pixels: int = Field(default=16_000_000, gt=0)
     image_token: str = "<image>"
@@ -118,8 +136,13 @@ class Admission:
         self.settings = settings or AdmissionSettings.model_validate_json(os.environ.get(ENVIRONMENT, "{}"))
         self.keys = keys or Keys.of_environment()
         self.routes = Routes(self.settings.router) if self.settings.router else None
+        self.limits = Limits.of_environment(self.keys.named)
         self.rules = PictureRules(
-            self.settings.max_images, self.settings.max_pixels, fetches=bool(self.settings.media_domains)
+            self.settings.max_images,
+            self.settings.max_pixels,
+            frozenset(domain.lower() for domain in self.settings.media_domains),
+            self.settings.max_body_bytes,
+            self.settings.media_timeout,
         )
         self.drawings = Drawings(self.settings)
 
@@ -159,6 +182,7 @@ class Admission:
                 raise Refused(405, f"{path} takes {'GET' if path in READ else 'POST'}, not {method}")
             if self.state.draining:
                 raise Refused(503, _LEAVING, retry_after=_RETRY)
+            self.limits.take(owner, requests=1)
             self.state.enter()
             try:
                 await self._until_ended(self._work, path, owner, scope, receive, send)
@@ -166,7 +190,20 @@ class Admission:
                 self.state.leave()
         else:
             self.keys.check_operator(owner, f"{method} {shown(path)}")
+            if path == LOAD_ADAPTER and method == "POST":
+                receive = await self._checked_adapter(scope, receive)
             await self.app(scope, receive, send)
+
+    async def _checked_adapter(self, scope: Scope, receive: Receive) -> Receive:
+        """An adapter that vLLM would apply in part only is refused while the server runs, as at its start."""
+        raw = await self.read_body(scope, receive)
+        folder = read_json(scope["headers"], raw).get("lora_path")
+        if isinstance(folder, str):
+            try:
+                await asyncio.to_thread(adapter_rank, folder)
+            except ConfigError as error:
+                raise Refused(400, str(error)[:400]) from None
+        return _replay(raw, receive)
 
     async def _read(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         if path == STATISTICS:
@@ -174,6 +211,11 @@ class Admission:
             await respond(self.app, scope, receive, send, 200, body)
         elif path == INFORMATION:
             await respond(self.app, scope, receive, send, 200, json.dumps(self.information()).encode())
+        elif path == OPENAPI and hasattr(scope.get("app"), "openapi"):
+            body = json.dumps(self._description(scope["app"])).encode()
+            await respond(self.app, scope, receive, send, 200, body)
+        elif path == DOCS:
+            await respond(self.app, scope, receive, send, 200, PAGE, kind=b"text/html; charset=utf-8")
         elif path == METRICS:
             await self.app(uncompressed(scope), receive, await self._with_encoders(scope, send))
         else:
@@ -185,7 +227,11 @@ class Admission:
             more = encoder_metrics(await read_statistics(engine_of(scope), timeout=2.0)).encode()
         except Exception:  # an engine that is busy or dead: vLLM's own metrics say so
             more = b""
-        return appending(send, more)
+        return appending(send, more + state_metrics(self.state.running(), self.state.draining).encode())
+
+    def _description(self, app: Any) -> dict[str, Any]:
+        draws, keys = self.settings.checkpoint is not None, bool(self.keys.clients or self.keys.named)
+        return describe(app.openapi(), name=self.settings.name or "model", draws=draws, keys=keys)
 
     async def _until_ended(self, work: Any, path: str, owner: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Do the work; when the server goes away first, end the answer with an error."""
@@ -204,11 +250,12 @@ class Admission:
     async def _work(self, path: str, owner: str, scope: Scope, receive: Receive, send: Send) -> None:
         """A request that makes the engine work."""
         raw = await self.read_body(scope, receive)
-        data = await self.admit(path, read_json(scope["headers"], raw), owner)
+        data, files = await self._admit(path, read_json(scope["headers"], raw), owner)
         if path == DRAW:
             request = self.drawings.request(data)
             drawn = await self.drawings.draw(engine_of(scope), request, receive)
             count_drawings(request.n)
+            self._charge(owner, used(drawn))
             await respond(self.app, scope, receive, send, 200, drawn)
             return
         inner = handed_on(scope, path)
@@ -218,8 +265,29 @@ class Admission:
             data["mm_processor_kwargs"] = {"experts": weights}
         if weights is not None:
             count_experts(weights)
+        send = shortening(send)
+        if weights is not None:
+            send = adding(send, partial(_told, weights))
+        elif path == CHAT and self.routes is not None and files:
+            keys = [picture_key(file, question) for file, (_, question) in zip(files, pictures(data), strict=True)]
+            send = adding(send, partial(self._chosen, scope, keys))
+        if not self.limits.meters(owner):
+            await self._hand_on(inner, data, receive, send)
+            return
+        meter = Meter(send, hide=_ask_for_usage(path, data))
+        try:
+            await self._hand_on(inner, data, receive, meter.send)
+        finally:
+            self._charge(owner, meter.tokens)
+
+    async def _hand_on(self, scope: Scope, data: dict[str, Any], receive: Receive, send: Send) -> None:
         body = write_json(data)
-        await self.app(with_length(inner, len(body)), _replay(body, receive), _announcing(send, weights))
+        await self.app(with_length(scope, len(body)), _replay(body, receive), send)
+
+    def _charge(self, owner: str, tokens: int) -> None:
+        self.limits.spend(owner, tokens)
+        if owner in self.keys.named:
+            count_client(owner, requests=1, tokens=tokens)
 
     async def read_body(self, scope: Scope, receive: Receive) -> bytes:
         """The whole body, within the limits of size and time."""
@@ -242,14 +310,33 @@ class Admission:
         except TimeoutError:
             raise Refused(408, f"the body did not arrive within {self.settings.body_timeout:g} s") from None
 
+    async def _chosen(self, scope: Scope, keys: list[int]) -> list[tuple[bytes, bytes]]:
+        """The header with what the engine's router chose, once pictures were looked at; none where that is not known (an
+        earlier request's features were used, and are long ago)."""
+        try:
+            chosen = await read_choices(engine_of(scope), keys)
+        except Exception:  # an answer is worth more than the word of who looked
+            return []
+        if chosen is None:
+            return []
+        weights = [dict.fromkeys(names, 1.0) for names in chosen]
+        count_experts(weights)
+        return await _told(weights)
+
     async def admit(self, path: str, data: dict[str, Any], owner: str = "") -> dict[str, Any]:
         """The request as the engine may see it. Raises `Refused`."""
+        return (await self._admit(path, data, owner))[0]
+
+    async def _admit(self, path: str, data: dict[str, Any], owner: str) -> tuple[dict[str, Any], list[bytes]]:
+        """`admit`, and the files of its pictures."""
         fields = admitted_fields(path, data)
         content = Content(self.settings.image_token)
         made = content.rewrite(path, fields)
-        secret = secret_of(self.settings.salt, owner if len(self.keys.clients) > 1 else "")
+        secret = secret_of(self.settings.salt, owner if self.keys.several else "")
         check_number(content.pictures, self.rules)
         if content.pictures:
+            self.limits.take(owner, pictures=len(content.pictures))
+            await fetch_pictures(content.pictures, self.rules)
             await asyncio.to_thread(write_pictures, content.pictures, self.rules, secret)
         count_pictures(len(content.pictures), path)
         self._check_prompt(made.get("prompt"))
@@ -258,7 +345,7 @@ class Admission:
         if path not in _UNSALTED:
             made["cache_salt"] = cache_salt(secret, fields.get("cache_salt"))
         self._settings(path, made, len(content.pictures))
-        return made
+        return made, [picture.file for picture in content.pictures]
 
     def _check_prompt(self, prompt: Any) -> None:
         """A prompt of ids holds no picture's place."""
@@ -279,6 +366,9 @@ class Admission:
             raise Refused(400, "request_id must be 1 to 128 letters, digits, dots, colons, dashes")
         if {"chat_template", "tokenize"} & set(data.get("chat_template_kwargs") or {}):
             raise Refused(400, "chat_template_kwargs: the checkpoint's own template is used")
+        allowed, never = data.get("allowed_token_ids"), self.settings.image_token_id
+        if isinstance(allowed, list) and never is not None and set(map(str, allowed)) <= {str(never)}:
+            raise Refused(400, "allowed_token_ids: it leaves nothing to write; a picture's place is never written")
         if num_images and data.get("truncate_prompt_tokens") is not None:
             raise Refused(400, "truncate_prompt_tokens: a prompt with pictures is not cut")
         if num_images and path != CHAT and self.routes is not None and self.routes.two_passes and path not in _COUNTED:
@@ -335,6 +425,15 @@ def with_length(scope: Scope, length: int) -> Scope:
     return {**scope, "headers": [*scope["headers"], (b"content-length", str(length).encode())]}
 
 
+def _ask_for_usage(path: str, data: dict[str, Any]) -> bool:
+    """Have a stream end with its usage; returns whether the client did not ask for that."""
+    if path not in (CHAT, COMPLETIONS) or not data.get("stream"):
+        return False
+    options = data.get("stream_options") or {}
+    data["stream_options"] = {**options, "include_usage": True}
+    return not options.get("include_usage")
+
+
 def engine_of(scope: Scope) -> Any:
     """vLLM's client of the engine behind the server."""
     client = getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
@@ -357,15 +456,6 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-def _announcing(send: Send, weights: list[dict[str, float]] | None) -> Send:
-    """Tell in a response header which experts look at the request's pictures."""
-    if weights is None:
-        return send
-    experts = experts_header(weights).encode()
-
-    async def announce(message: MutableMapping[str, Any]) -> None:
-        if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", []), (b"x-mllm-experts", experts)]}
-        await send(message)
-
-    return announce
+async def _told(weights: list[dict[str, float]]) -> list[tuple[bytes, bytes]]:
+    """The header with the experts that look at a request's pictures."""
+    return [(b"x-mllm-experts", experts_header(weights).encode())]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from mllm.serve.http.errors import Refused, error_body
+from mllm.serve.http.errors import Refused, error_body, shortened
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -47,13 +47,20 @@ class Answer:
 
 
 async def respond(
-    app: Any, scope: Scope, receive: Any, send: Send, status: int, body: bytes, retry_after: int | None = None
+    app: Any,
+    scope: Scope,
+    receive: Any,
+    send: Send,
+    status: int,
+    body: bytes,
+    retry_after: int | None = None,
+    kind: bytes = b"application/json",
 ) -> None:
     """An answer of the server's own, sent through vLLM's app where there is one, so that its middleware adds what it adds
     to every answer (CORS headers, the request id) and counts it."""
     routes = getattr(getattr(scope.get("app"), "router", None), "routes", None)
     if routes is None:
-        await send_json(send, status, body, retry_after)
+        await send_whole(send, status, body, retry_after, kind)
         return
     if not routes or getattr(routes[0], "path", None) != _OWN:
         from starlette.routing import Route
@@ -61,20 +68,20 @@ async def respond(
         routes.insert(0, Route(_OWN, _OwnAnswer(), name="mllm answer", include_in_schema=False))
     path = scope.get("root_path", "") + _OWN
     own = {"path": path, "raw_path": path.encode(), "query_string": b"", "method": "GET"}
-    await app({**scope, **own, _KEPT: (status, body, retry_after)}, receive, send)
+    await app({**scope, **own, _KEPT: (status, body, retry_after, kind)}, receive, send)
 
 
 class _OwnAnswer:
     """The route behind vLLM's middleware at which answers of the server's own are sent."""
 
     async def __call__(self, scope: Scope, receive: Any, send: Send) -> None:
-        status, body, retry_after = scope.get(_KEPT) or (404, error_body(404, "nothing is here"), None)
-        await send_json(send, status, body, retry_after)
+        kept = scope.get(_KEPT) or (404, error_body(404, "nothing is here"), None, b"application/json")
+        await send_whole(send, *kept)
 
 
-async def send_json(send: Send, status: int, body: bytes, retry_after: int | None = None) -> None:
-    """A whole JSON answer."""
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+async def send_whole(send: Send, status: int, body: bytes, retry_after: int | None, kind: bytes) -> None:
+    """A whole answer."""
+    headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
     if status in (408, 413):
         headers.append((b"connection", b"close"))
     if status == 401:
@@ -83,6 +90,47 @@ async def send_json(send: Send, status: int, body: bytes, retry_after: int | Non
         headers.append((b"retry-after", str(retry_after).encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def adding(send: Send, headers: Callable[[], Awaitable[list[tuple[bytes, bytes]]]]) -> Send:
+    """Put headers on a successful answer that are known when its first piece is: a stream's start waits for that."""
+    start: MutableMapping[str, Any] | None = None
+
+    async def more(message: MutableMapping[str, Any]) -> None:
+        nonlocal start
+        if message["type"] == "http.response.start" and message["status"] == 200:
+            start = message
+            return
+        if start is not None:
+            begun, start = start, None
+            await send({**begun, "headers": [*begun.get("headers", []), *await headers()]})
+        await send(message)
+
+    return more
+
+
+def shortening(send: Send) -> Send:
+    """The engine's refusals, with what it repeats of a request cut to 80 characters as in our own."""
+    start: MutableMapping[str, Any] | None = None
+    body = bytearray()
+
+    async def shorter(message: MutableMapping[str, Any]) -> None:
+        nonlocal start
+        if message["type"] == "http.response.start" and message["status"] >= 400:
+            start = message
+            return
+        if start is None or message["type"] != "http.response.body":
+            await send(message)
+            return
+        body.extend(message.get("body", b""))
+        if message.get("more_body"):
+            return
+        made = shortened(bytes(body))
+        headers = [pair for pair in start.get("headers", []) if pair[0].lower() != b"content-length"]
+        await send({**start, "headers": [*headers, (b"content-length", str(len(made)).encode())]})
+        await send({**message, "body": made})
+
+    return shorter
 
 
 def uncompressed(scope: Scope) -> Scope:

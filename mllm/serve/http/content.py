@@ -28,10 +28,12 @@ _IGNORED = frozenset({"cache_control", "annotations", "logprobs", "citations", "
 
 @dataclass
 class Picture:
-    """A picture of a request. address: as the client wrote it; write: puts the checked address into the request."""
+    """A picture of a request. address: as the client wrote it; write: puts the checked address into the request; file: its
+    bytes, once they were checked."""
 
     address: str
     write: Callable[[str, str | None], None]
+    file: bytes = b""
 
 
 class Content:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from typing import Any
 
 _KINDS = {
     401: "AuthenticationError",
@@ -17,6 +19,7 @@ _KINDS = {
 }
 _SHOWN = 80
 """Most characters of a client's own words in an error (and so in a log)."""
+_WORD, _LONGEST = re.compile(r"\S{81,}"), 600
 
 
 class Refused(Exception):
@@ -31,6 +34,31 @@ def shown(value: object) -> str:
     """A client's value for an error message, never longer than 80 characters."""
     text = repr(value[: _SHOWN + 1] if isinstance(value, str) else value)
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+
+
+def shortened(body: bytes) -> bytes:
+    """The body of an error with every long word (base64, a made-up name) cut, and every text at a length that still explains."""
+    try:
+        data = json.loads(body)
+    except ValueError:
+        return _cut(body.decode("utf-8", "replace")).encode()
+    made = _cut_all(data)
+    return body if made == data else json.dumps(made).encode()
+
+
+def _cut_all(value: Any) -> Any:
+    if isinstance(value, str):
+        return _cut(value)
+    if isinstance(value, list):
+        return [_cut_all(item) for item in value[:20]]
+    if isinstance(value, dict):
+        return {_cut(name): _cut_all(item) for name, item in value.items()}
+    return value
+
+
+def _cut(text: str) -> str:
+    text = _WORD.sub(lambda word: word.group()[: _SHOWN - 1] + "…", text)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
 def error_body(status: int, message: str) -> bytes:

@@ -13,11 +13,12 @@ CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/r
 MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 TOKENIZE, DETOKENIZE, DRAW = "/tokenize", "/detokenize", "/v1/images/generations"
 STATISTICS, INFORMATION, METRICS = "/mllm/stats", "/mllm/info", "/metrics"
+LOAD_ADAPTER = "/v1/load_lora_adapter"
+OPENAPI, DOCS = "/openapi.json", "/docs"
 OPEN = frozenset({"/health", "/ping"})
 """Answered without a key, so that a load balancer needs none."""
 READ = OPEN | {
-    STATISTICS, INFORMATION, "/v1/models", METRICS, "/version", "/load", "/openapi.json", "/docs", "/redoc",
-    "/docs/oauth2-redirect",
+    STATISTICS, INFORMATION, "/v1/models", METRICS, "/version", "/load", OPENAPI, DOCS,
 }  # fmt: skip
 """GET routes for every client; any other is the operator's."""
 STATIC = "/static/"
@@ -37,7 +38,7 @@ def _names(text: str) -> frozenset[str]:
 
 _SAMPLING = _names(
     "temperature top_p top_k min_p n stop seed stream stream_options frequency_penalty presence_penalty "
-    "repetition_penalty length_penalty use_beam_search logit_bias min_tokens max_tokens stop_token_ids "
+    "repetition_penalty length_penalty logit_bias min_tokens max_tokens stop_token_ids "
     "include_stop_str_in_output ignore_eos skip_special_tokens spaces_between_special_tokens bad_words allowed_token_ids "
     "prompt_logprobs logprobs logprob_token_ids truncate_prompt_tokens truncation_side repetition_detection "
     "stream_interval thinking_token_budget"
@@ -92,6 +93,8 @@ _OBJECTS = _names(
     "reasoning text"
 )
 """Fields that must hold an object; vLLM stumbles over anything else with a 500."""
+_OFF = (("use_beam_search", False),)
+"""Sent by clients that say their defaults, and the only value that means anything here."""
 _HINTS = {
     "experts": 'experts stand in mm_processor_kwargs: {"experts": […]}',
     "uuid": "pictures are cached by their content only",
@@ -102,6 +105,7 @@ _HINTS = {
     "kv_transfer_params": "these are the server's own",
     "ec_transfer_params": "these are the server's own",
     "previous_response_id": "answers are not kept; send the conversation",
+    "use_beam_search": "beams are chosen from raw log-probabilities, a picture's place among them; send n and a temperature",
     "functions": "send tools",
     "function_call": "send tool_choice",
     "guided_json": "send structured_outputs or response_format",
@@ -118,7 +122,7 @@ def admitted_fields(path: str, data: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in data.items():
         if name in known.passed:
             kept[name] = value
-        elif value is not None and name not in known.dropped:
+        elif value is not None and name not in known.dropped and (name, value) not in _OFF:
             raise Refused(400, f"{shown(name)} is not a field of {path}{_hint(name, known)}")
     for name in _OBJECTS & (kept.keys() - _not_objects(path)):
         if kept[name] is not None and not isinstance(kept[name], dict):

@@ -14,6 +14,7 @@ _REASONS = {
     408: "slow body",
     413: "large body",
     415: "media type",
+    429: "limit",
     503: "going away",
 }
 
@@ -29,6 +30,8 @@ def _counters() -> Any:
         "refused": Counter("mllm_refused_requests", "Requests that were refused", ["reason", "route"]),
         "pictures": Counter("mllm_pictures", "Pictures of admitted requests", ["route"]),
         "experts": Counter("mllm_chosen_experts", "How often a request or the language model chose it", ["expert"]),
+        "client_requests": Counter("mllm_client_requests", "Requests of a client with a name", ["client"]),
+        "client_tokens": Counter("mllm_client_tokens", "Tokens of a client whose tokens are limited", ["client"]),
         "drawings": Counter("mllm_drawings", "Pictures that were drawn"),
     }
 
@@ -53,10 +56,26 @@ def count_experts(weights: Iterable[Mapping[str, float]]) -> None:
                 counters["experts"].labels(name).inc()
 
 
+def count_client(name: str, *, requests: int = 0, tokens: int = 0) -> None:
+    """A client with a name asked, or was answered."""
+    if counters := _counters():
+        counters["client_requests"].labels(name).inc(requests)
+        counters["client_tokens"].labels(name).inc(tokens)
+
+
 def count_drawings(number: int) -> None:
     """Pictures were drawn."""
     if counters := _counters():
         counters["drawings"].inc(number)
+
+
+def state_metrics(running: int, draining: bool) -> str:
+    """What the server's processes share (`ServerState`) as Prometheus text; what waits in the engine is vLLM's own number."""
+    rows = (
+        ("mllm_running_requests", "Requests that have begun and not ended, in all processes", running),
+        ("mllm_draining", "1 once the server was told to stop", int(draining)),
+    )
+    return "".join(f"# HELP {name} {said}\n# TYPE {name} gauge\n{name} {value}\n" for name, said, value in rows)
 
 
 def encoder_metrics(workers: Iterable[Mapping[str, Mapping[str, float]]]) -> str:

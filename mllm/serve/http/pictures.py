@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import hashlib
 import re
 from dataclasses import dataclass
@@ -19,11 +21,14 @@ _IMAGE = re.compile(r"^image/[a-z0-9.+\-]{1,40}$")
 
 @dataclass(frozen=True)
 class PictureRules:
-    """What a picture must be. fetches: whether pictures may be given by address."""
+    """What a picture must be. domains: hosts whose pictures may be given by address; max_bytes, timeout (seconds): of one that
+    is fetched."""
 
     max_images: int
     max_pixels: int
-    fetches: bool
+    domains: frozenset[str] = frozenset()
+    max_bytes: int = 32 * 2**20
+    timeout: float = 5.0
 
 
 def check_number(pictures: list[Picture], rules: PictureRules) -> None:
@@ -32,21 +37,58 @@ def check_number(pictures: list[Picture], rules: PictureRules) -> None:
         raise Refused(400, f"{len(pictures)} pictures in one request; at most {rules.max_images} are served")
 
 
-def write_pictures(pictures: list[Picture], rules: PictureRules, secret: bytes) -> None:
-    """Check every picture by its header and write it into the request as it was checked, with our cache name.
+async def fetch_pictures(pictures: list[Picture], rules: PictureRules) -> None:
+    """Put what stands behind every address in its place, as a data URI. Raises `Refused`.
 
-    An embedded picture's name is a keyed hash of its bytes: nobody without ``secret`` can name an entry. A picture that
-    the engine fetches gets no name here; it is cached by what was fetched. Raises `Refused`.
+    Fetched here and not by the engine: one reader of addresses, one limit of time and size, and the picture is judged and named
+    as an embedded one. No redirect is followed, since it could lead to any host.
     """
+    found = [(place, picture) for place, picture in enumerate(pictures) if _scheme_of(picture.address) != "data"]
+    for _, picture in found:
+        _check_address(picture.address.strip(), rules)
+    if not found:
+        return
+    import httpx
+
+    async with httpx.AsyncClient(timeout=rules.timeout, follow_redirects=False) as client:
+        bodies = await asyncio.gather(*(_fetched(client, picture, place, rules) for place, picture in found))
+    for (_, picture), body in zip(found, bodies):
+        picture.address = f"data:image/png;base64,{base64.b64encode(body).decode()}"
+
+
+async def _fetched(client: Any, picture: Picture, place: int, rules: PictureRules) -> bytes:
+    import httpx
+
+    body, where = bytearray(), f"picture {place}"
+    try:
+        async with asyncio.timeout(rules.timeout):  # of the whole, where httpx's own is of every step
+            async with client.stream(
+                "GET", picture.address.strip(), headers={"accept-encoding": "identity"}
+            ) as response:
+                if response.is_redirect:
+                    raise Refused(
+                        400, f"{where}: the host answers with a redirect, which is not followed; send that address"
+                    )
+                if response.status_code != 200:
+                    raise Refused(400, f"{where}: the host answers with status {response.status_code}")
+                async for piece in response.aiter_raw():
+                    body += piece
+                    if len(body) > rules.max_bytes:
+                        raise Refused(400, f"{where}: above the limit of {rules.max_bytes} bytes")
+    except (TimeoutError, httpx.TimeoutException):
+        raise Refused(400, f"{where}: the host did not send it within {rules.timeout:g} s") from None
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        raise Refused(400, f"{where}: it cannot be fetched ({type(error).__name__})") from None
+    return bytes(body)
+
+
+def write_pictures(pictures: list[Picture], rules: PictureRules, secret: bytes) -> None:
+    """Check every picture (`fetch_pictures` was before) by its header and write it into the request as it was checked, with our
+    cache name: a keyed hash of its bytes, so that nobody without ``secret`` can name an entry. Raises `Refused`."""
     for position, picture in enumerate(pictures):
-        address = picture.address.strip()
-        scheme = _SCHEME.match(address)
-        if scheme is None or scheme.group(1).lower() == "data":
-            url, content = _embedded(address, position, rules.max_pixels)
-            picture.write(url, hashlib.blake2b(content, key=secret, digest_size=32).hexdigest())
-        else:
-            _check_address(scheme.group(1).lower(), rules.fetches)
-            picture.write(address, None)
+        url, content = _embedded(picture.address.strip(), position, rules.max_pixels)
+        picture.file = content
+        picture.write(url, hashlib.blake2b(content, key=secret, digest_size=32).hexdigest())
 
 
 def _embedded(address: str, position: int, max_pixels: int) -> tuple[str, bytes]:
@@ -73,11 +115,27 @@ def _embedded(address: str, position: int, max_pixels: int) -> tuple[str, bytes]
     return url, content
 
 
-def _check_address(scheme: str, fetches: bool) -> None:
+def _scheme_of(address: str) -> str:
+    scheme = _SCHEME.match(address.strip())
+    return "data" if scheme is None else scheme.group(1).lower()
+
+
+def _check_address(address: str, rules: PictureRules) -> None:
+    scheme = _scheme_of(address)
     if scheme not in ("http", "https"):
         raise Refused(400, f"{scheme[:40]}: addresses are not served; send the picture as a base64 data: URI")
-    if not fetches:
+    if not rules.domains:
         raise Refused(400, "this server fetches no addresses; send the picture as a base64 data: URI")
+    import httpx
+
+    try:
+        url = httpx.URL(address)
+    except (httpx.InvalidURL, ValueError):
+        raise Refused(400, f"{shown(address)} is not an address") from None
+    if url.host.lower() not in rules.domains or url.userinfo:
+        raise Refused(
+            400, f"{shown(url.host)}: pictures are fetched from {', '.join(sorted(rules.domains))} only"[:400]
+        )
 
 
 def secret_of(salt: str, owner: str) -> bytes:

@@ -59,6 +59,10 @@ class ProcessState:
         """Whether the server is going away."""
         return self.folder is not None and (self.folder / _DRAINING).exists()
 
+    def running(self) -> int:
+        """Requests that run in all processes of the server."""
+        return ServerState(self.folder).running() if self.folder is not None else self._count
+
     def enter(self) -> None:
         """A request begins."""
         self._add(1)

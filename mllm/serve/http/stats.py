@@ -1,13 +1,18 @@
-"""How long did each encoder run, and on how many images? The one measure vLLM's own metrics lack for our models."""
+"""How long did each encoder run, on how many images, and which experts looked at a picture? What vLLM itself does not tell of our
+models."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
+from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import nn
+
+from mllm.types import Routing
 
 
 class EncoderClock:
@@ -61,23 +66,71 @@ class EncoderClock:
         self._pending = kept
 
 
+class Choices:
+    """Which experts a router inside the engine chose for a picture: the newest ``size``, by `picture_key`."""
+
+    def __init__(self, size: int = 4096):
+        self.size = size
+        self._chosen: OrderedDict[int, list[str]] = OrderedDict()
+
+    def keep(self, keys: list[int], routing: Routing) -> None:
+        """Remember the routing ``(B, E)`` of B pictures; a key of 0 is of none."""
+        for key, row in zip(keys, routing.weights.ne(0).tolist(), strict=True):
+            if key:
+                self._chosen[key] = [name for name, runs in zip(routing.experts, row) if runs]
+                self._chosen.move_to_end(key)
+        while len(self._chosen) > self.size:
+            self._chosen.popitem(last=False)
+
+    def of(self, keys: list[int]) -> dict[int, list[str]]:
+        """Those of these pictures that are known."""
+        return {key: self._chosen[key] for key in keys if key in self._chosen}
+
+
+def picture_key(file: bytes, question: str) -> int:
+    """A number for a picture's file and what was asked about it (`mllm.processing.questions.question_text`); never 0."""
+    digest = hashlib.blake2b(file, digest_size=32).digest()
+    number = hashlib.blake2b(question.encode("utf-8", "replace"), key=digest, digest_size=8).digest()
+    return int.from_bytes(number, "big", signed=True) or 1
+
+
 class VisualStatistics:
-    """Extension of vLLM's worker (``--worker-extension-cls``): answers ``collective_rpc("visual_statistics")``."""
+    """Extension of vLLM's worker (``--worker-extension-cls``): answers ``collective_rpc("visual_statistics")`` and
+    ``collective_rpc("chosen_experts", args=(keys,))``."""
 
     def visual_statistics(self) -> dict[str, dict[str, float]]:
         """Part → images and seconds; empty for a model without a clock."""
         clock = getattr(self.get_model(), "clock", None)  # type: ignore[attr-defined]
         return clock.read() if clock is not None else {}
 
+    def chosen_experts(self, keys: list[int]) -> list[list[Any]]:
+        """``[key, experts]`` of the pictures that are known here."""
+        choices = getattr(self.get_model(), "choices", None)  # type: ignore[attr-defined]
+        return [list(pair) for pair in choices.of(keys).items()] if choices is not None else []
+
 
 async def read_statistics(client: Any, *, timeout: float = 10.0) -> list[dict[str, dict[str, float]]]:
     """`VisualStatistics` of every worker of every engine. client: vLLM's ``AsyncLLM``."""
+    return await _ask_workers(client, "visual_statistics", timeout)
+
+
+async def read_choices(client: Any, keys: list[int], *, timeout: float = 2.0) -> list[list[str]] | None:
+    """Which experts looked at each picture; None where that is not known of all. client: vLLM's ``AsyncLLM``."""
+    known = {
+        key: chosen
+        for worker in await _ask_workers(client, "chosen_experts", timeout, (keys,))
+        for key, chosen in worker
+    }
+    return [known[key] for key in keys] if all(key in known for key in keys) else None
+
+
+async def _ask_workers(client: Any, method: str, timeout: float, args: tuple = ()) -> list[Any]:
     core: Any = getattr(client, "engine_core", None)
     engines = list(getattr(core, "core_engines", ()))
     if len(engines) < 2 or not hasattr(core, "_call_utility_async"):
-        return await client.collective_rpc("visual_statistics", timeout=timeout)
+        return await client.collective_rpc(method, timeout=timeout, args=args)
     # Of data-parallel engines vLLM's own call asks all and hands on the first one's answer.
-    call = ("collective_rpc", "visual_statistics", timeout, (), None)
+    call = ("collective_rpc", method, timeout, args, None)
     answers = await asyncio.gather(*(core._call_utility_async(*call, engine=engine) for engine in engines))
     return [worker for workers in answers for worker in workers]
 

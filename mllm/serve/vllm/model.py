@@ -38,9 +38,10 @@ from mllm.models.routing import short_image
 from mllm.models.weight_files import present_name, published_renamings
 from mllm.processing.layout import IMAGE_SIZES
 from mllm.processing.pixel_keys import PRIMARY_PIXELS, PixelKeys
-from mllm.serve.http.stats import EncoderClock
+from mllm.serve.http.stats import Choices, EncoderClock
 from mllm.serve.vllm.encoder_graphs import EncoderGraphs, compile_encoders, run_blank
 from mllm.serve.vllm.feature_memory import FeatureMemory
+from mllm.serve.vllm.placeholder import never_ids
 from mllm.serve.vllm.processing import MllmDummyInputsBuilder, MllmMultiModalProcessor, MllmProcessingInfo, short_grid
 from mllm.types import VisualLayout
 
@@ -111,6 +112,7 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
                 "picture to picture. Leave it at weights"
             )
         self.memory = FeatureMemory(bank) if self.short_grid is not None else None
+        self.choices = Choices()
         self.clock = EncoderClock()
         for name, encoder in getattr(self.vision_tower, "encoders", {}).items():
             self.clock.watch(name, encoder)
@@ -127,6 +129,7 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
                 prefix=maybe_prefix(prefix, "language_model"),
                 architectures=language_architectures(config.text_config),
             )
+        self.never = never_ids(config) if vllm_config.speculative_config is not None else []
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
     def _encoder_preparation(self, vllm_config: VllmConfig) -> list[Callable[[], object]]:
@@ -172,18 +175,20 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
         pixels = {name: join(value) for name, value in self.pixel_keys.by_encoder(kwargs).items()}
         weights = None if kwargs.get("expert_weights") is None else _stacked(kwargs["expert_weights"])
         text = self._question_summary(kwargs.get("router_input_ids"))
+        keys = None if kwargs.get("picture_key") is None else _stacked(kwargs["picture_key"]).flatten().tolist()
         if layouts is not None:
-            joined = self._encode(pixels, weights, text, [], layouts)
+            joined = self._encode(pixels, weights, text, [], layouts, keys)
             return list(joined.split([layout.num_placeholders for layout in layouts]))
         count = len(pixels[next(iter(pixels))])
         short = self._routing_pass(kwargs.get("routing_pass"), count)
         rows = self._own_rows(count)
         if rows is None:
-            tokens = self._of_images(self._encode(pixels, weights, text, short), count)
+            tokens = self._of_images(self._encode(pixels, weights, text, short, keys=keys), count)
         else:
             own = {name: value[rows] for name, value in pixels.items()}
             own_weights, own_text = (None if value is None else value[rows] for value in (weights, text))
-            part = self._encode(own, own_weights, own_text, [short[row] for row in rows])
+            own_keys = None if keys is None else [keys[row] for row in rows]
+            part = self._encode(own, own_weights, own_text, [short[row] for row in rows], keys=own_keys)
             tokens = self._of_images(
                 tensor_model_parallel_all_gather(part.contiguous(), dim=0),
                 len(rows) * get_tensor_model_parallel_world_size(),
@@ -200,10 +205,14 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
         text: Tensor | None,
         short: list[bool],
         layouts: list[VisualLayout] | None = None,
+        keys: list[int] | None = None,
     ) -> Tensor:
-        """Encoders, router and connector, as `MllmModel.encode_images`: ``(ΣM, L)``."""
+        """Encoders, router and connector, as `MllmModel.encode_images`: ``(ΣM, L)``. keys: by which each picture's routing is
+        remembered."""
         base = None if self.memory is None else self.memory.encode(pixels, keep=short)
         features, routing = self.vision_tower(pixels, expert_weights=weights, text=text, base=base, layouts=layouts)
+        if keys is not None and routing is not None and any(keys):
+            self.choices.keep(keys, routing)
         parameter = next(self.multi_modal_projector.parameters(), None)
         if parameter is not None:
             for feature in features.values():
@@ -255,7 +264,12 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
         return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        return self.language_model.compute_logits(hidden_states)
+        """As the language model's. Beside speculative decoding, which takes no `PlaceholderProcessor`, the ids that no answer
+        holds are forbidden here; the log-probabilities are then those of what may be written."""
+        logits = self.language_model.compute_logits(hidden_states)
+        if logits is not None and self.never:
+            logits[..., self.never] = -torch.inf
+        return logits
 
     def get_mm_mapping(self) -> MultiModelKeys:
         return MultiModelKeys.from_string_field(

@@ -11,6 +11,7 @@ from functools import cached_property
 from io import BytesIO
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from vllm.multimodal.inputs import MultiModalFieldConfig
@@ -32,6 +33,7 @@ from mllm.processing.processor import MllmProcessor
 from mllm.processing.questions import pad_questions
 from mllm.routers.build import build_router
 from mllm.routers.fixed import fixed_weights_of
+from mllm.serve.http.stats import picture_key
 from mllm.serve.vllm.questions import QuestionReader
 
 MODALITY = "image"
@@ -153,6 +155,7 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
         questions = self.info.question_reader(inputs.prompt, num_images)
         settings["router_input_ids"] = pad_questions(questions).numpy()  # an array: hashed at once
         settings["routing_pass"] = bool(settings.get("routing_pass", False))
+        settings["picture_key"] = np.array(self._picture_keys(inputs, num_images), dtype=np.int64)
         pool = self.info.get_hf_processor().image_processor.experts
         weights = fixed_weights_of(settings.get("experts"), pool, num_images)
         if (
@@ -169,6 +172,15 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
         rows = [None if f else dict(zip(pool, row, strict=True)) for f, row in zip(free, weights.tolist(), strict=True)]
         settings["experts"] = None if all(free) else rows
         return settings
+
+    def _picture_keys(self, inputs: Any, num_images: int) -> list[int]:
+        """By what a server asks later who looked (`mllm.serve.http.stats`): the file and what was asked about it; 0 for a
+        picture that is no file."""
+        assert self.info.question_reader is not None
+        files = [getattr(item, "original_bytes", None) for item in getattr(inputs.mm_data_items[MODALITY], "data", ())]
+        questions = self.info.question_reader.texts(inputs.prompt, num_images)
+        files += [None] * (num_images - len(files))
+        return [0 if file is None else picture_key(file, question) for file, question in zip(files, questions)]
 
     def _check_placeholders(self, prompt: str | Sequence[int], num_images: int) -> None:
         """Raise `AlignmentError` where a prompt lost placeholders (a truncated one does); vLLM itself would call it
@@ -195,7 +207,7 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
         pixels, rules = PixelKeys(self.info.get_hf_config().encoders), self.info.rules
-        names = [*pixels.values(), IMAGE_SIZES, "expert_weights", "router_input_ids", "routing_pass"]
+        names = [*pixels.values(), IMAGE_SIZES, "expert_weights", "router_input_ids", "routing_pass", "picture_key"]
         fields = {name: MultiModalFieldConfig.batched(MODALITY) for name in names}
         if rules.needs_size and IMAGE_SIZES in hf_inputs:
             layouts = rules.layouts(hf_inputs[IMAGE_SIZES])

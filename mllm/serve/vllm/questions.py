@@ -27,17 +27,22 @@ class QuestionReader:
 
     def __call__(self, prompt: str | Sequence[int], num_images: int) -> list[list[int]]:
         """Token ids of ``num_images`` questions; [] where there is no text (or no placeholder)."""
+        known: dict[str, list[int]] = {"": []}
+        texts = self.texts(prompt, num_images)
+        for text in texts:
+            if text not in known:
+                known[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [known[text] for text in texts]
+
+    def texts(self, prompt: str | Sequence[int], num_images: int) -> list[str]:
+        """The questions themselves; "" where there is no text (or no placeholder)."""
         text = prompt if isinstance(prompt, str) else self._decode(prompt)
-        known: dict[str, list[int]] = {}
-        questions: list[list[int]] = []
+        questions: list[str] = []
         position = text.find(self.image_token)
         while position >= 0 and len(questions) < num_images:
-            question = question_text(self.turn_around(text, position), self.image_token)
-            if question not in known:
-                known[question] = self.tokenizer(question, add_special_tokens=False)["input_ids"]
-            questions.append(known[question])
+            questions.append(question_text(self.turn_around(text, position), self.image_token))
             position = text.find(self.image_token, position + len(self.image_token))
-        return questions + [[] for _ in range(num_images - len(questions))]
+        return questions + [""] * (num_images - len(questions))
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -207,12 +207,6 @@ def test_only_chat_requests_are_routed_in_two_passes():
     assert app.paths == ["/tokenize"]
 
 
-def test_allowed_domains_leave_the_host_check_to_vllm_but_never_files():
-    app = Echo()
-    assert ask(app, chat(picture("https://example.org/a.png")), media_domains=["example.org"]).status_code == 200
-    assert ask(app, chat(picture("file:///a.png")), media_domains=["example.org"]).status_code == 400
-
-
 def test_a_typed_placeholder_is_pulled_apart_wherever_it_stands():
     app = Echo()
     body = chat({"type": "text", "text": "a <image> b"})
@@ -437,6 +431,22 @@ def test_several_answers_are_drawn_by_chance_where_no_temperature_is_asked_for()
     assert [body.get("temperature") for body in app.bodies] == [1.0, 0.5, None, None]
 
 
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        ({"allowed_token_ids": [7]}, "leaves nothing"),
+        ({"allowed_token_ids": ["7", 7]}, "leaves nothing"),
+        ({"use_beam_search": True}, "beams"),
+    ],
+)
+def test_what_could_force_a_placeholder_is_refused(extra, says):
+    app = Echo()
+    refused = ask(app, chat("a", **extra), image_token_id=7)
+    assert refused.status_code == 400 and says in refused.text and app.bodies == []
+    for fine in ({"allowed_token_ids": [7, 8]}, {"use_beam_search": False}, {"logit_bias": {"7": 100}}):
+        assert ask(app, chat("a", **fine), image_token_id=7).status_code == 200
+
+
 def test_a_routed_picture_is_asked_about_at_the_chat_route_only():
     body = {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": encoded()}]}]}
     answer = ask(Echo(), body, path="/v1/responses", router=LETTERS)
@@ -535,6 +545,57 @@ def test_a_fixed_routing_becomes_weights_and_is_told_in_a_header(experts, weight
     response = ask(app, chat(picture(), mm_processor_kwargs={"experts": experts}), router=ROUTER)
     assert app.bodies[0]["mm_processor_kwargs"] == {"experts": [weights]}
     assert response.headers["x-mllm-experts"] == told
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_the_engines_router_chose_is_told_once_the_pictures_were_looked_at(stream):
+    """The engine is asked after the first piece of the answer came, by the file and the question."""
+    from mllm.serve.http.stats import picture_key
+
+    asked: list[Any] = []
+    looked: list[bool] = []
+
+    class Engine:
+        async def collective_rpc(self, method, *, timeout, args):
+            asked.append((method, args[0], bool(looked)))
+            return [[[key, names] for key, names in zip(args[0], known)]]
+
+    class App:
+        def __init__(self):
+            self.state = type("State", (), {"engine_client": Engine()})()
+
+        async def __call__(self, scope, receive, send):
+            while (await receive()).get("more_body"):
+                pass
+            kind = b"text/event-stream" if stream else b"application/json"
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
+            looked.append(True)
+            await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+
+    app = App()
+    admission = Admission(app, AdmissionSettings(router=ROUTER), Keys([]))
+
+    async def go(body):
+        async def with_app(scope, receive, send):
+            await admission({**scope, "app": app}, receive, send)
+
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=with_app), base_url="http://server") as client:
+            return await client.post("/v1/chat/completions", json=body)
+
+    other = encoded(size=(5, 5))
+    body = chat(picture(), picture(other), {"type": "text", "text": " What   is it? "}, stream=stream)
+    known = [["charts"], []]
+    answer = asyncio.run(go(body))
+    assert answer.headers["x-mllm-experts"] == "charts;none" and answer.text == "data: {}\n\n"
+    files = [base64.b64decode(url.partition(",")[2]) for url in (encoded(), other)]
+    assert asked == [("chosen_experts", [picture_key(file, "What is it?") for file in files], True)]
+    known = [["charts"]]  # of the second the engine remembers nothing
+    answer = asyncio.run(go(body))
+    assert answer.status_code == 200 and "x-mllm-experts" not in answer.headers
+    asyncio.run(go(chat("no picture")))
+    asyncio.run(go(chat(picture(), mm_processor_kwargs={"experts": ["text"]})))
+    assert len(asked) == 2, "only a choice of the engine's is asked for"
 
 
 def test_every_picture_may_have_its_own_routing():

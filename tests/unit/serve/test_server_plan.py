@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mllm.errors import ConfigError
+from mllm.heads.codes.settings import VLLM_PLACEHOLDER
 from mllm.serve.http.admission import ENVIRONMENT, AdmissionSettings
 from mllm.serve.server import NO_DOMAIN, ServeSettings, _what_is_on, plan, serve
 from tests.helpers import TINY_CLIP, TINY_LLM, TINY_TIMM, tiny_model
@@ -73,7 +74,8 @@ def test_the_transformers_backend_is_refused_where_it_would_answer_differently(c
     assert value_of(arguments, "--model-impl") == "transformers"
 
 
-def test_options_and_extra_arguments_are_passed_on(checkpoints):
+def test_options_and_extra_arguments_are_passed_on(checkpoints, tmp_path):
+    served = f"x={adapter(tmp_path)}"
     settings = ServeSettings(
         checkpoint=checkpoints["plain"],
         media_domains=["a.org", "b.org"],
@@ -81,18 +83,82 @@ def test_options_and_extra_arguments_are_passed_on(checkpoints):
         eager=True,
         name="mine",
         max_model_len=99,
-        lora=["x=/folder"],
+        lora=[served],
         extra=["--max-num-seqs", "3"],
     )
-    arguments, _ = plan(settings)
-    at = arguments.index("--allowed-media-domains")
-    assert arguments[at + 1 : at + 3] == ["a.org", "b.org"]
+    arguments, environment = plan(settings)
+    # Pictures are fetched before the engine, which never does it.
+    assert value_of(arguments, "--allowed-media-domains") == NO_DOMAIN
+    admission = AdmissionSettings.model_validate_json(environment[ENVIRONMENT])
+    assert admission.media_domains == ["a.org", "b.org"]
     assert value_of(arguments, "--served-model-name") == "mine"
     assert value_of(arguments, "--tensor-parallel-size") == "2"
     assert value_of(arguments, "--mm-encoder-tp-mode") == "data"
     assert value_of(arguments, "--max-model-len") == "99"
-    assert "--enforce-eager" in arguments and value_of(arguments, "--lora-modules") == "x=/folder"
+    assert "--enforce-eager" in arguments and value_of(arguments, "--lora-modules") == served
     assert arguments[-2:] == ["--max-num-seqs", "3"]
+
+
+def test_no_answer_holds_a_placeholder(checkpoints):
+    """A processor of ours stands in every server; beside speculative decoding the model does its work."""
+    for name in ("plain", "routed"):
+        arguments, environment = plan(ServeSettings(checkpoint=checkpoints[name]))
+        assert value_of(arguments, "--logits-processors") == VLLM_PLACEHOLDER
+        assert "VLLM_USE_V2_MODEL_RUNNER" not in environment
+    extra = ["--speculative-config", "{}"]
+    assert "--logits-processors" not in plan(ServeSettings(checkpoint=checkpoints["plain"], extra=extra))[0]
+
+
+def adapter(folder, *, part="language_model", r=4, **changes):
+    """A PEFT adapter's folder, as far as its names and config go."""
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    save_file(
+        {f"base_model.model.model.{part}.q_proj.lora_A.weight": torch.zeros(1)}, folder / "adapter_model.safetensors"
+    )
+    LoraConfig(r=r, target_modules=["q_proj"], **changes).save_pretrained(folder)
+    return folder
+
+
+def test_adapters_are_read_before_the_start(checkpoints, tmp_path):
+    plain = checkpoints["plain"]
+    good, large = adapter(tmp_path / "good"), adapter(tmp_path / "large", rank_pattern={"layers.0": 40})
+    arguments, _ = plan(ServeSettings(checkpoint=plain, lora=[f"a={good}", f"b={large}"]))
+    assert (value_of(arguments, "--max-lora-rank"), value_of(arguments, "--max-loras")) == ("64", "2")
+    at = arguments.index("--lora-modules")
+    assert arguments[at + 1 : at + 3] == [f"a={good}", f"b={large}"]
+    for wrong, says in (
+        (adapter(tmp_path / "tower", part="vision_tower.encoders.semantic"), "language model only.*mllm export"),
+        (adapter(tmp_path / "dora", use_dora=True), "DoRA"),
+        (adapter(tmp_path / "huge", r=1000), "rank 1000"),
+        (tmp_path / "none", "no PEFT adapter"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            plan(ServeSettings(checkpoint=plain, lora=[f"a={good}", f"b={wrong}"]))
+    with pytest.raises(ConfigError, match="one name"):
+        plan(ServeSettings(checkpoint=plain, lora=[f"a={good}", f"a={large}"]))
+
+
+def test_adapters_come_and_go_by_the_operators_key_only(checkpoints, monkeypatch, tmp_path):
+    monkeypatch.delenv("MLLM_ADMIN_KEY", raising=False)
+    settings = ServeSettings(checkpoint=checkpoints["plain"], lora=[f"x={adapter(tmp_path)}"])
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in plan(settings)[1]
+    monkeypatch.setenv("MLLM_ADMIN_KEY", "of-the-operator")
+    assert plan(settings)[1]["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in plan(ServeSettings(checkpoint=checkpoints["plain"]))[1]
+
+
+def test_a_file_of_keys_is_read_before_the_start_and_named_to_the_server(checkpoints, tmp_path):
+    file = tmp_path / "keys.yaml"
+    file.write_text("team-a: {key: a-long-key, requests: 60}")
+    _, environment = plan(ServeSettings(checkpoint=checkpoints["plain"], keys=str(file)))
+    assert environment["MLLM_KEYS_FILE"] == str(file) and "a-long-key" not in str(environment)
+    assert not AdmissionSettings.model_validate_json(environment[ENVIRONMENT]).loopback
+    file.write_text("team-a: {key: a-long-key, request: 60}")
+    with pytest.raises(ConfigError, match="requests"):
+        plan(ServeSettings(checkpoint=checkpoints["plain"], keys=str(file)))
 
 
 def test_an_open_port_needs_a_key(checkpoints, monkeypatch):

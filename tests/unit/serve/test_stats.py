@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import torch
 from torch import nn
 
-from mllm.serve.http.stats import EncoderClock, VisualStatistics
-from mllm.types import VisionFeatures
+from mllm.serve.http.stats import Choices, EncoderClock, VisualStatistics, picture_key, read_choices
+from mllm.types import Routing, VisionFeatures
 
 
 class Encoder(nn.Module):
@@ -52,3 +54,35 @@ def test_a_worker_answers_with_its_models_clock_or_with_nothing():
     worker.model.clock = EncoderClock()
     worker.model.clock.watch("semantic", Encoder())
     assert worker.visual_statistics() == {"semantic": {"images": 0, "seconds": 0.0}}
+
+
+def test_who_looked_is_remembered_by_the_file_and_the_question():
+    keys = [picture_key(b"one", "what?"), picture_key(b"one", "where?"), picture_key(b"two", "what?")]
+    assert len(set(keys)) == 3 and picture_key(b"one", "what?") == keys[0]
+
+    class Worker(VisualStatistics):
+        def __init__(self):
+            self.model = nn.Linear(2, 2)
+            self.model.choices = Choices(size=2)
+
+        def get_model(self):
+            return self.model
+
+    class Client:
+        """vLLM's, with two workers of which one knows each picture."""
+
+        def __init__(self):
+            self.workers = [Worker(), Worker()]
+
+        async def collective_rpc(self, method, *, timeout, args):
+            return [getattr(worker, method)(*args) for worker in self.workers]
+
+    client = Client()
+    first, second = (worker.model.choices for worker in client.workers)
+    weights = torch.tensor([[0.5, 0.5], [0.0, 0.0]])
+    first.keep([keys[0], 0], Routing(("text", "charts"), weights))
+    second.keep([keys[1]], Routing(("text", "charts"), torch.tensor([[0.0, 1.0]])))
+    assert asyncio.run(read_choices(client, keys[:2])) == [["text", "charts"], ["charts"]]
+    assert asyncio.run(read_choices(client, keys)) is None, "one is not known"
+    first.keep(keys[1:], Routing(("text", "charts"), weights))
+    assert first.of(keys) == {keys[1]: ["text", "charts"], keys[2]: []}, "the oldest is forgotten"
