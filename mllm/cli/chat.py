@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mllm.cli import arguments
+from mllm.errors import MllmError, did_you_mean
 
 
 def chat(
@@ -55,7 +57,7 @@ def chat(
     if question is not None:
         typer.echo(session.ask(question, **options))
         return
-    typer.echo(f"{checkpoint}: ready. /image PATH or address, /video PATH, /reset, /quit")
+    typer.echo(f"{checkpoint}: ready. /image PATH or address, /help, /quit")
     while True:
         try:
             line = typer.prompt("you", prompt_suffix="> ").strip()
@@ -65,6 +67,8 @@ def chat(
             return
         if line == "/reset":
             session.reset()
+        elif line == "/help":
+            typer.echo(_HELP)
         elif line.startswith("/video ") or _picture_of(line):
             film = line.startswith("/video ")
             place = line.removeprefix("/video ").strip().strip("'\"") if film else _picture_of(line)
@@ -73,9 +77,25 @@ def chat(
                 typer.echo(f"+ {place}")
             except ValueError as error:
                 typer.echo(f"! {error}")
+        elif line == "/video":
+            typer.echo("! /video takes a file; /help says how")
+        elif re.match(r"/[a-z]+$", line):
+            typer.echo(f"! no command {line}{did_you_mean(line, _COMMANDS)}; /help shows them")
         elif line:
-            session.stream(line, lambda text: typer.echo(text, nl=False), **options)
-            typer.echo("")
+            try:
+                session.stream(line, lambda text: typer.echo(text, nl=False), **options)
+                typer.echo("")
+            except (MllmError, ValueError) as error:
+                typer.echo(f"! {error}")
+
+
+_COMMANDS = ("/image", "/video", "/reset", "/help", "/quit", "/exit")
+_HELP = """/image PATH   a picture for the next question: a file or an address; a pasted path or address alone does the same
+/video PATH   a video: a file or a folder of frames
+/reset        start anew, without the conversation and its pictures
+/help         this
+/quit         end (so do /exit and Ctrl-D)
+Anything else is a question. Pictures stay in the conversation until /reset."""
 
 
 def _picture_of(line: str) -> str | None:

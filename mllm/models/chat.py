@@ -129,14 +129,26 @@ class ChatSession:
         Args:
             question: the user's words; pictures and videos added before stand in front of it.
             write: is called with every piece of the answer.
-            max_new_tokens: most tokens of the answer.
+            max_new_tokens: most tokens of the answer; it ends where the model's positions do.
             temperature: 0 is greedy.
             experts: fixes the routing, as `MllmForConditionalGeneration.generate` takes it.
+
+        Raises:
+            DataError: the conversation is longer than the model reads, as a server refuses it.
         """
+        kept = list(self.turns), list(self.images), list(self._pending)
         marks = "\n".join([IMAGE_MARK] * len(self._pending))
         self.turns.append(Turn("user", f"{marks}\n{question}" if marks else question))
         self.images += self._pending
         self._pending = []
+        try:
+            answer = self._generate(write, max_new_tokens, temperature, experts)
+        except BaseException:
+            self.turns, self.images, self._pending = kept
+            raise
+        self.turns.append(Turn("assistant", answer))
+
+    def _generate(self, write: Callable[[str], Any], max_new_tokens: int, temperature: float, experts: Any) -> str:
         inputs: Any = self.processor(
             text=[render_prompt(self.processor, self.turns)],
             images=[self.images] if self.images else None,
@@ -145,6 +157,7 @@ class ChatSession:
             **({"experts": experts} if experts is not None else {}),
         )
         inputs.update(routing_inputs(self.processor, self.turns, len(self.images)))
+        max_new_tokens = min(max_new_tokens, self._room(inputs["input_ids"].shape[1]))
         inputs = inputs.to(self.model.device)
         tokenizer: Any = self.processor.tokenizer
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -169,6 +182,39 @@ class ChatSession:
             write(piece)
         thread.join()
         if failure:
-            self.turns.pop()
             raise failure[0]
-        self.turns.append(Turn("assistant", answer))
+        return answer
+
+    def _room(self, length: int) -> int:
+        """Tokens that an answer may have after a prompt of ``length``. Raises `DataError` where there is no room for one."""
+        limit = longest_conversation(self.model.config.get_text_config())
+        if limit is None:
+            return 2**31
+        if length >= limit:
+            pictures = f" with {len(self.images)} pictures" if self.images else ""
+            cure = (
+                "/reset, or ask with fewer words or pictures"
+                if len(self.turns) > 1
+                else "ask with fewer words or pictures"
+            )
+            raise DataError(f"the conversation{pictures} has {length} tokens, and this model reads {limit}: {cure}")
+        return limit - length
+
+
+def longest_conversation(text_config: Any) -> int | None:
+    """Count the tokens that a language model reads, as vLLM derives them: its positions, times what its rotary embedding is
+    stretched by.
+
+    Args:
+        text_config: the language model's config.
+
+    Returns:
+        Tokens of prompt and answer; None where the config does not say.
+    """
+    limit = getattr(text_config, "max_position_embeddings", None)
+    if not limit:
+        return None
+    rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) in ("yarn", "linear", "dynamic"):
+        limit = (rope.get("original_max_position_embeddings") or limit) * rope.get("factor", 1.0)
+    return int(limit)

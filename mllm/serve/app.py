@@ -1,5 +1,4 @@
-"""What does the demonstration page look like? Pictures, a question, the streamed answer, and who looked at the
-pictures."""
+"""How are a server and its page started together, and what happens to the page when the server dies?"""
 
 from __future__ import annotations
 
@@ -7,77 +6,65 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
-from mllm.errors import DataError, MllmError, UnavailableError
-from mllm.install import install_hint
+from mllm.errors import UnavailableError
 from mllm.serve.http.client import ServerClient
 
-DECIDE = "the model decides"
+MOST_STARTS = 3
+"""How often a server that ended by itself is started again within ten minutes."""
 
 
-def build_page(client: ServerClient) -> Any:
-    """The Gradio page of a running server. Raises `UnavailableError` without gradio or server."""
-    try:
-        import gradio as gr
-    except ImportError:
-        raise UnavailableError(f"the page needs gradio: {install_hint('serve')}") from None
-    name, information = client.model(), client.information()
-    experts = information.get("experts", [])
+class KeptServer:
+    """A server of our own: started, watched, and started again when it ends by itself."""
 
-    def answer(
-        files: list[str] | None, question: str, chosen: list[str], max_tokens: float
-    ) -> Iterator[tuple[str, str]]:
-        routing = None if not experts or DECIDE in chosen else [e for e in chosen if e in experts]
-        if not question.strip():
-            yield "", "Ask something first."
-            return
-        text = ""
-        try:
-            yield "", "…"
-            pieces = client.stream(
-                question, files or [], experts=routing if files else None, max_tokens=int(max_tokens), model=name
-            )
-            for piece, routed in pieces:
-                text += piece
-                yield text, _describe(information, routed, bool(files))
-        except (MllmError, OSError) as error:
-            yield text, f"Refused: {error}" if isinstance(error, DataError) else f"Failed: {error}"
+    def __init__(self, checkpoint: str, options: list[str]):
+        self.checkpoint, self.options = checkpoint, options
+        self.process, self.address = start_server(checkpoint, options)
+        self.key = _one_key()
+        self.stopping = threading.Event()
+        self.died: list[float] = []
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
 
-    with gr.Blocks(title=f"mllm: {name}", analytics_enabled=False) as page:
-        gr.Markdown(f"# {name}")
-        with gr.Row():
-            with gr.Column():
-                files = gr.File(label="Pictures", file_count="multiple", file_types=["image"], elem_id="pictures")
-                gallery = gr.Gallery(label="Preview", columns=2, height="auto", object_fit="contain")
-                question = gr.Textbox(label="Question", lines=2, elem_id="question")
-                chosen = gr.CheckboxGroup(
-                    [DECIDE, *experts], value=[DECIDE], label="Experts", visible=bool(experts), elem_id="experts"
-                )
-                length = gr.Slider(16, 2048, value=256, step=16, label="Longest answer (tokens)")
-                with gr.Row():
-                    send = gr.Button("Ask", variant="primary", elem_id="ask")
-                    stop = gr.Button("Stop")
-            with gr.Column():
-                text = gr.Textbox(label="Answer", lines=16, elem_id="answer")
-                routing = gr.Textbox(label="Who looked", lines=1, elem_id="routing")
-        files.change(lambda paths: paths or [], files, gallery)
-        inputs, outputs = [files, question, chosen, length], [text, routing]
-        running: Any = [send.click(answer, inputs, outputs), question.submit(answer, inputs, outputs)]
-        stop.click(None, cancels=running)
-    return page
+    def state(self) -> str:
+        """The page's line on how the server is."""
+        from mllm.serve.page import status_line
 
+        if ServerClient(self.address, self.key, timeout=2.0).answers():
+            return status_line("good", "server ready")
+        if not self.died:
+            return status_line("waiting", "the server does not answer yet")
+        at = time.strftime("%H:%M:%S", time.localtime(self.died[-1]))
+        if self.given_up:
+            told = f"the server died at {at}, too often to start it again; what it said is in the terminal"
+            return status_line("bad", told)
+        return status_line(
+            "waiting", f"the server died at {at}; it is started again, which takes half a minute or more"
+        )
 
-def _describe(information: dict[str, Any], routed: str | None, pictures: bool) -> str:
-    if not pictures:
-        return "no picture"
-    if not information.get("experts"):
-        return "all encoders"
-    if routed is not None:
-        return f"the always-on encoders and: {routed}"
-    return f"the always-on encoders and what the {information.get('router')} router chose"
+    @property
+    def given_up(self) -> bool:
+        """Whether it died too often."""
+        return len([at for at in self.died if at > time.time() - 600]) > MOST_STARTS
+
+    def stop(self) -> None:
+        """End it."""
+        self.stopping.set()
+        self.process.terminate()
+        self.process.wait(60)
+
+    def _watch(self) -> None:
+        while not self.stopping.wait(0.5):
+            if self.process.poll() is None:
+                continue
+            self.died.append(time.time())
+            if self.given_up:
+                return
+            port = self.address.rsplit(":", 1)[1]
+            self.process = subprocess.Popen(_command(self.checkpoint, port, self.options))
 
 
 def run_page(
@@ -89,21 +76,38 @@ def run_page(
     serve_options: list[str] | None = None,
 ) -> None:
     """Show the page until interrupted; without ``server``, start one for the checkpoint and stop it at the end."""
-    key = os.environ.get("MLLM_API_KEY")
-    process = None
+    from mllm.serve.page import STYLE, build_page, marker
+
+    kept: KeptServer | None = None
+    mark = None
     if server is None:
         if checkpoint is None:
             raise UnavailableError("give a checkpoint to serve, or --server with the address of a running one")
-        process, server = start_server(checkpoint, serve_options or [])
+        mark = marker(checkpoint)
+        kept = KeptServer(checkpoint, serve_options or [])
+        server = kept.address
     try:
-        page = build_page(ServerClient(server, key))
-        page.queue(default_concurrency_limit=8).launch(
-            server_name=host, server_port=port, share=False, max_file_size="32mb", quiet=True, show_error=True
+        page = build_page(ServerClient(server, _one_key()), mark=mark, state=kept.state if kept else None)
+        options: dict[str, Any] = {"max_file_size": "32mb", "quiet": True, "show_error": True, "css": STYLE}
+        queue = page.queue(default_concurrency_limit=8)
+        queue.launch(server_name=host, server_port=port, share=False, prevent_thread_lock=True, **options)
+        sys.stderr.write(
+            f"mllm app: the page is at http://{host}:{page.server_port} (server {server}); Ctrl-C ends it\n"
         )
+        sys.stderr.flush()
+        page.block_thread()
     finally:
-        if process is not None:
-            process.terminate()
-            process.wait(60)
+        if kept is not None:
+            kept.stop()
+
+
+def _one_key() -> str | None:
+    """The first of the clients' keys."""
+    return next((key for key in (os.environ.get("MLLM_API_KEY") or "").replace(",", " ").split()), None)
+
+
+def _command(checkpoint: str, port: str, options: list[str]) -> list[str]:
+    return [sys.executable, "-m", "mllm.cli.main", "serve", checkpoint, "--port", port, *options]
 
 
 def start_server(checkpoint: str, options: list[str], timeout: float = 1800.0) -> tuple[subprocess.Popen, str]:
@@ -111,10 +115,9 @@ def start_server(checkpoint: str, options: list[str], timeout: float = 1800.0) -
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    command = [sys.executable, "-m", "mllm.cli.main", "serve", checkpoint, "--port", str(port), *options]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(_command(checkpoint, str(port), options))
     address = f"http://127.0.0.1:{port}"
-    client = ServerClient(address, os.environ.get("MLLM_API_KEY"))
+    client = ServerClient(address, _one_key())
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if process.poll() is not None:

@@ -23,7 +23,18 @@ class ServerClient:
 
     def model(self) -> str:
         """The served model's name. Raises `UnavailableError` when nothing answers."""
-        return self._get("/v1/models")["data"][0]["id"]
+        return self.card()["id"]
+
+    def card(self) -> dict[str, Any]:
+        """What the server says of its model: ``id``, ``max_model_len`` … Raises `UnavailableError` when nothing answers."""
+        return self._get("/v1/models")["data"][0]
+
+    def answers(self) -> bool:
+        """Whether the server is there and ready."""
+        try:
+            return self.http.get("/health", timeout=2.0).status_code == 200
+        except httpx.HTTPError:
+            return False
 
     def information(self) -> dict[str, Any]:
         """Experts, router and limits (`Admission.information`); empty for another kind of server."""
@@ -43,27 +54,37 @@ class ServerClient:
         `DataError` with the server's words when it refuses."""
         content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_uri(path)}} for path in images]
         content.append({"type": "text", "text": question})
+        messages = [{"role": "user", "content": content}]
+        yield from self.stream_messages(messages, experts=experts, max_tokens=max_tokens, model=model)
+
+    def stream_messages(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        experts: Sequence[str] | None = None,
+        max_tokens: int = 512,
+        temperature: float | None = None,
+        model: str | None = None,
+    ) -> Iterator[tuple[str, str | None]]:
+        """`stream` of a whole conversation in OpenAI's form. Raises `UnavailableError` too, when the server is not there or goes
+        away in the middle."""
         body: dict[str, Any] = {
             "model": model or self.model(),
-            "messages": [{"role": "user", "content": content}],
+            "messages": list(messages),
             "max_tokens": max_tokens,
             "stream": True,
         }
+        if temperature is not None:
+            body["temperature"] = temperature
         if experts is not None:
             body["mm_processor_kwargs"] = {"experts": list(experts)}
-        with self.http.stream("POST", "/v1/chat/completions", json=body) as response:
-            if response.status_code != 200:
-                raise DataError(_message(response))
-            routed = response.headers.get("x-mllm-experts")
-            for line in response.iter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                event = json.loads(line.removeprefix("data: "))
-                if "error" in event:
-                    raise DataError(str(event["error"].get("message", event["error"])))
-                for choice in event.get("choices", []):
-                    if piece := choice["delta"].get("content"):
-                        yield piece, routed
+        try:
+            with self.http.stream("POST", "/v1/chat/completions", json=body) as response:
+                yield from _pieces(response)
+        except httpx.TransportError as error:
+            raise UnavailableError(
+                f"the server at {self.http.base_url} does not answer ({type(error).__name__})"
+            ) from error
 
     def _get(self, path: str) -> Any:
         try:
@@ -75,6 +96,21 @@ class ServerClient:
         if response.status_code != 200:
             raise UnavailableError(f"{self.http.base_url}{path}: {_message(response)}")
         return response.json()
+
+
+def _pieces(response: httpx.Response) -> Iterator[tuple[str, str | None]]:
+    if response.status_code != 200:
+        raise DataError(_message(response))
+    routed = response.headers.get("x-mllm-experts")
+    for line in response.iter_lines():
+        if not line.startswith("data: {"):
+            continue
+        event = json.loads(line.removeprefix("data: "))
+        if "error" in event:
+            raise DataError(str(event["error"].get("message", event["error"])))
+        for choice in event.get("choices", []):
+            if piece := choice["delta"].get("content"):
+                yield piece, routed
 
 
 def data_uri(path: Path | str) -> str:

@@ -101,3 +101,44 @@ def test_a_question_is_no_picture():
     assert _picture_of("what is http://example.com about?") is None
     assert _picture_of("x" * 5000) is None
     assert _picture_of("'https://example.com/a.png'") == "https://example.com/a.png"
+
+
+def test_a_question_longer_than_the_model_reads_is_refused_and_forgotten(checkpoint):
+    """As a server refuses it; the picture waits for the next question, which is answered as if the long one had not been."""
+    session = chat.ChatSession.load(str(checkpoint), dtype="float32")
+    limit = session.model.config.get_text_config().max_position_embeddings
+    session.add_image(str(checkpoint / "a picture.png"))
+    with pytest.raises(DataError, match=rf"1 pictures has \d+ tokens, and this model reads {limit}"):
+        session.ask("long " * limit)
+    assert (session.turns, session.images, len(session._pending)) == ([], [], 1)
+    fresh = chat.ChatSession.load(str(checkpoint), dtype="float32")
+    fresh.add_image(str(checkpoint / "a picture.png"))
+    assert session.ask("what?", max_new_tokens=5) == fresh.ask("what?", max_new_tokens=5)
+    session.ask("and?", max_new_tokens=10 * limit)  # an answer ends where the model does
+
+
+def test_the_terminal_helps_and_goes_on_after_a_refusal(checkpoint):
+    typed = ["/help", "/hlep", "/video", "word " * 5000, "what?", "/quit"]
+    done = CliRunner().invoke(
+        app, ["chat", str(checkpoint), "--max-new-tokens", "3", "--dtype", "float32"], input="\n".join(typed)
+    )
+    assert done.exit_code == 0, done.output
+    assert "a file or an address" in done.output and "did you mean '/help'" in done.output
+    assert "/video takes a file" in done.output and "this model reads" in done.output
+
+
+@pytest.mark.parametrize(
+    ("rope", "tokens"),
+    [
+        (None, 100),
+        ({"rope_type": "default"}, 100),
+        ({"rope_type": "llama3", "factor": 8.0}, 100),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 50}, 200),
+        ({"type": "linear", "factor": 2.0}, 200),
+    ],
+)
+def test_the_longest_conversation_is_the_servers(rope, tokens):
+    from types import SimpleNamespace
+
+    assert chat.longest_conversation(SimpleNamespace(max_position_embeddings=100, rope_parameters=rope)) == tokens
+    assert chat.longest_conversation(SimpleNamespace()) is None
