@@ -177,6 +177,11 @@ def test_every_yaml_on_the_pages_is_one_that_is_read(tmp_path: Path) -> None:
         elif "format" in data:
             validate(DatasetSpec, data, where=where)
             kinds["dataset"] += 1
+        elif all(isinstance(value, dict) and "key" in value for value in data.values()):
+            from mllm.serve.http.keys import read_clients
+
+            (tmp_path / "keys.yaml").write_text(text, encoding="utf-8")
+            assert read_clients(tmp_path / "keys.yaml")
         else:
             whole = copy.deepcopy(demo)
             whole["model"] |= data.pop("model", {})
