@@ -36,7 +36,7 @@ def adapter_arguments(adapters: list[str]) -> list[str]:
     """vLLM's arguments for ``name=folder`` of adapters; all of them are kept ready at once. Raises `ConfigError`."""
     if not adapters:
         return []
-    pairs = dict(adapter.partition("=")[::2] for adapter in adapters)
+    pairs = {name: folder for name, _, folder in (adapter.partition("=") for adapter in adapters)}
     if len(pairs) < len(adapters):
         raise ConfigError(f"--lora: two adapters have one name in {', '.join(adapters)}")
     rank = max(adapter_rank(folder) for folder in pairs.values())

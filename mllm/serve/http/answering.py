@@ -75,7 +75,12 @@ class _OwnAnswer:
     """The route behind vLLM's middleware at which answers of the server's own are sent."""
 
     async def __call__(self, scope: Scope, receive: Any, send: Send) -> None:
-        kept = scope.get(_KEPT) or (404, error_body(404, "nothing is here"), None, b"application/json")
+        kept: tuple[int, bytes, int | None, bytes] = scope.get(_KEPT) or (
+            404,
+            error_body(404, "nothing is here"),
+            None,
+            b"application/json",
+        )
         await send_whole(send, *kept)
 
 
