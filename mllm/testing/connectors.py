@@ -14,6 +14,7 @@ from torch import Tensor
 from mllm.connectors import CONNECTORS
 from mllm.connectors.base import Connector
 from mllm.connectors.build import build_connector, connector_config
+from mllm.testing.running import run_checks
 from mllm.types import EncoderInfo, Routing, VisionFeatures
 
 Case = tuple[dict[str, Any], dict[str, EncoderInfo], int]
@@ -304,9 +305,4 @@ def check_connector(
     """
     example, infos, language_width = CONNECTORS.get(name).tiny()
     case = ({**example, **(config or {}), "type": name}, dict(encoders or infos), width or language_width)
-    for check in CHECKS:
-        try:
-            check(name, case)
-        except AssertionError as error:
-            raise AssertionError(f"{check.__name__}: {error}") from error
-    return [check.__name__ for check in CHECKS]
+    return run_checks(CHECKS, name, case)

@@ -15,6 +15,7 @@ from mllm.encoders import ENCODERS
 from mllm.encoders.base import EncoderConfig, VisionEncoder
 from mllm.encoders.catalogue import build_encoder, encoder_config
 from mllm.errors import ConfigError
+from mllm.testing.running import run_checks
 from mllm.types import VisionFeatures
 
 #: Largest difference, relative to the largest feature, of the same weights in other memory: a processor may choose
@@ -244,9 +245,4 @@ def check_encoder(spec: str | Mapping[str, Any] | EncoderConfig) -> list[str]:
     `AssertionError` naming the check and what broke, `UnknownName`, or `ConfigError`.
     """
     config = resolve_example(spec)
-    for check in CHECKS:
-        try:
-            check(config)
-        except AssertionError as error:
-            raise AssertionError(f"{check.__name__}: {error}") from error
-    return [check.__name__ for check in CHECKS]
+    return run_checks(CHECKS, config)

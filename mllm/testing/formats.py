@@ -13,6 +13,7 @@ from mllm.data.sources import Source, open_source
 from mllm.data.spec import SOURCES, DatasetSpec
 from mllm.errors import ConfigError, DataError
 from mllm.processing.images import load_image
+from mllm.testing.running import run_checks
 from mllm.types import IMAGE_MARK, Sample
 
 _TALK = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A square."}]
@@ -111,9 +112,4 @@ def check_format(name: str) -> list[str]:
                 f"format {name!r}: {cls.__name__} needs a class method tiny(folder) that writes a small dataset and returns its "
                 "declaration, such as {'path': str(folder / 'rows.jsonl')}"
             )
-        for check in CHECKS:
-            try:
-                check(spec)
-            except AssertionError as error:
-                raise AssertionError(f"{check.__name__}: {error}") from error
-    return [check.__name__ for check in CHECKS]
+        return run_checks(CHECKS, spec)

@@ -9,6 +9,7 @@ from PIL import Image
 
 from mllm.errors import ConfigError
 from mllm.eval.generators import GENERATORS, GeneratorSettings
+from mllm.testing.running import run_checks
 from mllm.types import IMAGE_MARK, Request, Response, Turn
 
 _OPTIONS = {"max_new_tokens": 4, "do_sample": False}
@@ -105,9 +106,4 @@ def check_generator(name: str, checkpoint: str | None = None) -> list[str]:
         raise ConfigError(
             f"generator {name!r}: name a checkpoint to ask with --checkpoint (or give the class a method tiny())"
         )
-    for check in CHECKS:
-        try:
-            check(generator)
-        except AssertionError as error:
-            raise AssertionError(f"{check.__name__}: {error}") from error
-    return [check.__name__ for check in CHECKS]
+    return run_checks(CHECKS, generator)

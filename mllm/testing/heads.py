@@ -13,6 +13,7 @@ from mllm.heads import HEADS
 from mllm.heads.base import Head, HeadLoss, HeadParts, Reading, Step
 from mllm.heads.build import head_config, head_tokens, resolved_heads
 from mllm.heads.steps import TARGET, head_losses, lay_targets
+from mllm.testing.running import run_checks
 from mllm.types import VisionFeatures
 
 Case = tuple[dict[str, Any], HeadParts]
@@ -210,9 +211,4 @@ def check_head(name: str, config: Mapping[str, Any] | None = None) -> list[str]:
     """
     example, parts = HEADS.get(name).tiny()
     case = ({**example, **(config or {}), "type": name}, parts)
-    for check in CHECKS:
-        try:
-            check(name, case)
-        except AssertionError as error:
-            raise AssertionError(f"{check.__name__}: {error}") from error
-    return [check.__name__ for check in CHECKS]
+    return run_checks(CHECKS, name, case)

@@ -9,6 +9,7 @@ from typing import Any
 
 from mllm.errors import MllmError
 from mllm.eval.metrics import METRICS, Metric, Score, Scored, build_metric
+from mllm.testing.running import run_checks
 
 _REPLIES = (
     "", " ", "\n", "A", "(B)", "yes", "No.", "The answer is 12 %", "[0.1, 0.2, 0.3, 0.4]", "$5 and -3.2e9", "ünïcödé 漢字 🙂",
@@ -127,9 +128,4 @@ def check_metric(name: str) -> list[str]:
         return [check_words.__name__]
     metric = build_metric(name)
     example = example_of(metric)
-    for check in CHECKS:
-        try:
-            check(metric, example)
-        except AssertionError as error:
-            raise AssertionError(f"{check.__name__}: {error}") from error
-    return [check.__name__ for check in CHECKS]
+    return run_checks(CHECKS, metric, example)

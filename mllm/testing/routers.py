@@ -10,6 +10,7 @@ import torch
 from mllm.routers import ROUTERS
 from mllm.routers.base import Router
 from mllm.routers.build import build_router, router_config
+from mllm.testing.running import run_checks
 from mllm.types import Routing
 
 Case = tuple[dict[str, Any], int, int]
@@ -163,9 +164,4 @@ def check_router(
     """
     example, summary, text = ROUTERS.get(name).tiny()
     case = ({**example, **(config or {}), "type": name}, summary_width or summary, text_width or text)
-    for check in CHECKS:
-        try:
-            check(name, case)
-        except AssertionError as error:
-            raise AssertionError(f"{check.__name__}: {error}") from error
-    return [check.__name__ for check in CHECKS]
+    return run_checks(CHECKS, name, case)

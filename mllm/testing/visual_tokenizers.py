@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mllm.errors import CheckpointError, ConfigError
+from mllm.testing.running import run_checks
 from mllm.types import VisualCodes
 from mllm.visual_tokenizers import VISUAL_TOKENIZERS
 from mllm.visual_tokenizers.base import WEIGHTS_FILE, VisualTokenizer, build_tokenizer
@@ -238,9 +239,4 @@ def check_visual_tokenizer(name: str) -> list[str]:
     """Run every check on the tokenizer registered under ``name``, built from its `VisualTokenizer.tiny` config; returns the
     checks' names. Raises `AssertionError` naming the check and what broke, or `UnknownName`."""
     config = VISUAL_TOKENIZERS.get(name).tiny()
-    for check in CHECKS:
-        try:
-            check(config)
-        except AssertionError as error:
-            raise AssertionError(f"{check.__name__}: {error}") from error
-    return [check.__name__ for check in CHECKS]
+    return run_checks(CHECKS, config)
