@@ -28,7 +28,13 @@ _TORCH = ("torchvision", "torchaudio", "torchcodec", "torchdata")
 TOGETHER = {"torch": _TORCH, "vllm": ("torch", *_TORCH)}
 """Package → others whose every release is built for one of its releases."""
 EXTRAS = {"vllm": "serve"}
-TESTS = ("tests/contracts", "tests/unit/models", "tests/unit/processing", "tests/unit/train")
+TESTS = (
+    "tests/contracts",
+    "tests/unit/models",
+    "tests/unit/processing",
+    "tests/unit/train",
+    "tests/unit/serve/test_vllm_private.py",
+)
 
 
 def bounds() -> dict[str, tuple[str, str]]:

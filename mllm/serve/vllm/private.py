@@ -46,6 +46,26 @@ PRIVATE = (
         ("_cached_apply_hf_processor", "_apply_hf_processor", "_get_mm_fields_config", "_get_prompt_updates"),
         "routed images pass by the cache of processed ones, each with its question (mllm.serve.vllm.processing)",
     ),
+    Private(
+        ("multimodal/profiling.py", "multimodal/processing/*.py"),
+        ("_get_dummy_images",),
+        "memory is measured with the largest pictures (mllm.serve.vllm.processing)",
+    ),
+    Private(
+        ("model_executor/models/interfaces.py",),
+        ("_mark_tower_model", "_mark_language_model"),
+        "encoders are left out where pictures are switched off (mllm.serve.vllm.model)",
+    ),
+    Private(
+        ("v1/engine/core_client.py",),
+        ("_call_utility_async", "core_engines"),
+        "statistics and choices of all data-parallel engines, not of the first alone (mllm.serve.http.stats)",
+    ),
+    Private(
+        ("entrypoints/openai/api_server.py", "entrypoints/launchers/api_server/app_state.py"),
+        ("engine_client",),
+        "drawings and statistics are asked of the engine (mllm.serve.http.admission)",
+    ),
 )
 
 
@@ -55,7 +75,9 @@ def moved(root: Path) -> list[str]:
     for part in PRIVATE:
         sources = [path.read_text(encoding="utf-8", errors="replace") for p in part.files for path in root.glob(p)]
         for name in part.names:
-            defined = re.compile(rf"^\s*(?:async )?def {name}\b|\bself\.{name}(?::[^=\n]+)?\s*=", re.MULTILINE)
+            defined = re.compile(
+                rf"^\s*(?:async )?def {name}\b|\b(?:self|state)\.{name}(?::[^=\n]+)?\s*=", re.MULTILINE
+            )
             if not any(defined.search(source) for source in sources):
                 lines.append(f"{name} is in none of {', '.join(part.files)}: {part.why}")
     return lines
