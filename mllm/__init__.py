@@ -11,8 +11,6 @@ from typing import Any
 
 from mllm.lazy import arm
 
-__version__ = "0.1.0"
-
 _LAZY = {
     "MllmConfig": "mllm.models.configuration_mllm",
     "MllmModel": "mllm.models.modeling_mllm",
@@ -23,10 +21,14 @@ _LAZY = {
     "load_recipe": "mllm.recipe",
     "use_plugins": "mllm.plugins",
 }
-__all__ = ["__version__", *_LAZY]
+__all__ = [*_LAZY]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from mllm.install import installed_version
+
+        return installed_version()
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'mllm' has no attribute {name!r}")

@@ -13,6 +13,14 @@ DISTRIBUTION = "mllm-toolkit"
 """The name to install by. The import name is ``mllm``; on the package index the plain name is another project's."""
 
 
+def installed_version() -> str:
+    """Of this copy, from the git tag it was built at; a checkout that was never installed has none."""
+    try:
+        return importlib.metadata.version(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return "0+checkout"
+
+
 def install_hint(*extras: str) -> str:
     """The command that installs this copy again with these extras: ``pip install -e '/path[train]'`` for a checkout.
 

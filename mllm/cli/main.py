@@ -10,7 +10,6 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from mllm import __version__
 from mllm.cli import (
     app as web_app,
 )
@@ -73,7 +72,9 @@ app = typer.Typer(
 
 def _version(value: bool) -> None:
     if value:
-        typer.echo(f"mllm {__version__}")
+        from mllm.install import installed_version
+
+        typer.echo(f"mllm {installed_version()}")
         raise typer.Exit
 
 

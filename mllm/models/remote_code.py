@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mllm import __version__
 from mllm.checkpoint_code import KEY
 from mllm.door import CLASS_LINES, MODULE, SOURCES
+from mllm.install import installed_version
 from mllm.models.configuration_mllm import component_types
 
 _ROOTS = (
@@ -86,9 +86,7 @@ def write_remote_code(folder: str | Path) -> list[Path]:
     plugins = {e["file"]: (folder / e["file"]).read_text(encoding="utf-8") for e in config.get(KEY, ()) if "file" in e}
     packages = external_packages([*sources.values(), *plugins.values()])
     written = folder / SOURCES, folder / f"{MODULE}.py"
-    header = (
-        f'"""mllm {__version__}, the modules that this checkpoint needs; written by `mllm export --remote-code`."""\n\n'
-    )
+    header = f'"""mllm {installed_version()}, the modules that this checkpoint needs; written by `mllm export --remote-code`."""\n\n'
     imports = "import importlib\nimport importlib.abc\nimport importlib.util\nimport sys\nfrom pathlib import Path\n\n"
     tables = f"SOURCES = {_table(sources)}\nPLUGINS = {_table(plugins)}\n"
     written[0].write_text(header + imports + tables + _FINDER, encoding="utf-8")
