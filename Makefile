@@ -34,13 +34,14 @@ lint: setup
 test: lint
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS) --dist loadgroup
 
-# The site in site/: pages from the code, then a strict build, which fails on a broken link. In an environment of its own.
+# The site in site/: pages from the code, a strict build, which fails on a broken link, and searches that must find. In an environment of its own.
 docs: setup
 	$(BIN)/python docs/generate.py
 	@UV=$$(command -v uv || echo "$(PYTHON) -m uv"); \
 	  [ -x $(VENV)/docs/bin/python ] || $$UV venv --quiet --python $(PYTHON) $(VENV)/docs; \
-	  $$UV pip install --quiet --python $(VENV)/docs/bin/python --constraint constraints.txt 'mkdocs-material>=9.8' 'mkdocstrings[python]>=1.0'
+	  $$UV pip install --quiet --python $(VENV)/docs/bin/python --constraint constraints.txt 'mkdocs-material>=9.8' 'mkdocstrings[python]>=1.0' 'lunr>=0.8'
 	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --strict
+	$(VENV)/docs/bin/python docs/search.py site
 
 test-all: lint
 	MLLM_NIGHTLY=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS) --dist loadgroup

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -270,3 +271,16 @@ def test_the_readmes_figures_are_those_of_the_results() -> None:
         known = set(re.findall(r"\d+(?:\.\d+)?", text))
         for number in re.findall(r"\d+(?:\.\d+)?", figures.replace(",", "")):
             assert number in known, f"README.md, {what}: {number} is not in {file}"
+
+
+def test_what_is_searched_for_is_a_page() -> None:
+    """`make docs` types these guesses into the built site's search."""
+    found = (DOCS / "search.py").read_text(encoding="utf-8")
+    pages = re.findall(r'": "(how-to/[\w-]+)/"', found)
+    assert len(pages) >= 11 and all((DOCS / f"{page}.md").is_file() for page in pages)
+
+
+@pytest.mark.nightly
+def test_the_site_is_built_strictly_and_its_search_finds() -> None:
+    done = subprocess.run(["make", "docs"], cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
