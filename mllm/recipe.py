@@ -238,8 +238,9 @@ class StageSpec(StrictModel):
 
     name: str
     """The stage's folder below the output, and its name in overrides: ``stages.<name>.batch_size=4``."""
-    kind: Literal["sft", "routing", "tokenizer", "contrastive", "dpo", "grpo"] = "sft"
-    """sft: next-token loss on answers. routing teaches a router, contrastive an encoder on pairs, dpo and grpo run TRL's trainers."""
+    kind: Literal["sft", "routing", "tokenizer", "contrastive", "masked", "dpo", "grpo"] = "sft"
+    """sft: next-token loss on answers. routing teaches a router, contrastive an encoder on pairs, masked an encoder on
+    pictures alone, dpo and grpo run TRL's trainers."""
     learn: dict[str, float | LearnSpec]
     """Part → learning rate, or a mapping with ``lr`` and more. Parts: ``language_model``, ``connector``, ``router``,
     ``visual_tokenizer`` (kind tokenizer: also ``visual_tokenizer.<part>``), ``encoders`` and ``heads`` (all), ``encoders.<name>``,

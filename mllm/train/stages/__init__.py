@@ -11,6 +11,7 @@ STAGE_KINDS: Registry = Registry(
         "routing": f"{_HERE}.routing.stage:RoutingStage",
         "tokenizer": f"{_HERE}.tokenizer.stage:TokenizerStage",
         "contrastive": f"{_HERE}.contrastive.stage:ContrastiveStage",
+        "masked": f"{_HERE}.masked.stage:MaskedStage",
         "dpo": f"{_HERE}.preference.stage:PreferenceStage",
         "grpo": f"{_HERE}.preference.stage:PreferenceStage",
     },

@@ -1,0 +1,1 @@
+"""The stage kind ``masked``: an encoder learns from pictures alone."""

@@ -1,0 +1,251 @@
+"""How does an encoder learn from pictures that nobody described? The stage kind ``masked``.
+
+Two views of a picture hide disjoint cells; the encoder tells what is hidden, and a second branch what is visible (DMJD). It works on any
+encoder with a grid: a hidden cell has the mean colour in the pixels. The tuned encoder goes back into the model, and the next stage of the
+recipe trains on with it; the branches that predict are dropped.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from mllm.config import StrictModel, validate
+from mllm.errors import ConfigError, DataError
+from mllm.processing.chat import IGNORE, EncodedSample
+from mllm.processing.images import load_image, to_pixels_multi
+from mllm.recipe import LearnSpec, Recipe, StageSpec
+from mllm.train.checkpoint.export import save_stage
+from mllm.train.engine.base import choose_engine
+from mllm.train.stages.kind import StageKind
+from mllm.train.stages.masked.targets import BINS, LossPair, Target, disjoint_masks, hide, joint_loss, target_of
+from mllm.train.stages.wrapped_processor import WrappedProcessor
+from mllm.train.start import start_model
+from mllm.train.trainer import Run, seed_everything, train
+from mllm.types import Sample
+
+BRANCHES = "mask_branches"
+
+
+class MaskedOptions(StrictModel):
+    """``options`` of a masked stage."""
+
+    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
+    """Share of cells that each of the two views hides."""
+    predict_ratio: float = Field(default=1.0, gt=0, le=1)
+    """Share that the two hide together; DMJD's disjoint masks make it larger than ``mask_ratio``."""
+    block: int = Field(default=1, ge=1)
+    """Rows and columns of cells that are hidden together."""
+    target: Target = "hog"
+    """hog (DMJD), pixels, gradients, pixels_gradients (Uni4Eye), or teacher: another encoder's frozen features."""
+    teacher: str | None = None
+    """Name of that encoder in the model; it sees the whole picture and has the same grid."""
+    losses: LossPair = "l2_smooth"
+    """Of hidden and of visible cells: squares and smooth L1, or the other way round."""
+    visible_weight: float = Field(default=1.0, ge=0)
+    """Weight of the visible cells' loss; 0: only hidden cells are told."""
+    branch_width: int = Field(default=512, gt=0)
+    branch_lr: float | None = Field(default=None, gt=0)
+    """Learning rate of the branches, which are new; default: the encoder's."""
+
+
+class PictureReader(WrappedProcessor):
+    """A processor whose samples are one picture, for the encoder and its teacher."""
+
+    def __init__(self, processor: Any, names: list[str]):
+        super().__init__(processor)
+        images = processor.image_processor
+        self.specs = {name: images.specs[name] for name in names}
+        self.keys = {name: processor.pixel_keys[name] for name in names}
+        self.max_pixels = images.max_pixels
+
+    def encode_sample(self, sample: Sample, max_length: int | None = None) -> EncodedSample:
+        """Raises `DataError` naming a sample without picture."""
+        where = f"sample {sample.id!r} of {sample.dataset}"
+        if not sample.images:
+            raise DataError(f"{where}: a masked stage learns from pictures, and there is none")
+        picture = load_image(sample.images[0], where=where, max_pixels=self.max_pixels)
+        pixels = to_pixels_multi(picture, self.specs)
+        counted = torch.zeros(2, dtype=torch.long)
+        labels = torch.tensor(
+            [IGNORE, 0]
+        )  # one learned position a picture, so the stage's loss is the mean over pictures
+        result = EncodedSample(sample.id, sample.dataset, counted, labels, num_images=1)
+        result.pixels = {self.keys[name]: pixels[name][None] for name in self.specs}
+        return result
+
+
+def _branch(width: int, inner: int, out: int, layers: int) -> nn.Sequential:
+    parts: list[nn.Module] = []
+    for k in range(layers):
+        parts += [nn.Linear(width if k == 0 else inner, inner), nn.LayerNorm(inner), nn.GELU()]
+    return nn.Sequential(*parts, nn.Linear(inner, out))
+
+
+class MaskedModel(nn.Module):
+    """An encoder and its two branches as the trainer wants a model."""
+
+    def __init__(self, name: str, encoder: Any, options: MaskedOptions, keys: dict[str, str], teacher: Any = None):
+        super().__init__()
+        self.encoder_name, self.options, self.keys = name, options, keys
+        self.encoder = encoder
+        self._teacher = [teacher]  # no child: it neither learns nor is counted
+        info = encoder.describe(encoder.config)
+        self.grid = info.grid
+        out = self._target_width(info)
+        self.hidden_branch = _branch(info.width, options.branch_width, out, 1)
+        self.visible_branch = _branch(info.width, options.branch_width, out, 3)
+        dtype = next(p.dtype for p in encoder.parameters())
+        self.hidden_branch.to(dtype)
+        self.visible_branch.to(dtype)
+        self.config: Any = SimpleNamespace(
+            get_text_config=lambda: SimpleNamespace(model_type="masked", layer_types=None), dtype=None
+        )
+
+    def _target_width(self, info: Any) -> int:
+        kind = self.options.target
+        if kind == "teacher":
+            teacher = self._teacher[0]
+            return teacher.describe(teacher.config).width
+        area = (info.image.height // info.grid[0]) * (info.image.width // info.grid[1])
+        return {"hog": 3 * BINS, "pixels": 3 * area, "gradients": area, "pixels_gradients": 4 * area}[kind]
+
+    def part_prefixes(self) -> dict[str, list[str]]:
+        return {f"encoders.{self.encoder_name}": ["encoder."], BRANCHES: ["hidden_branch.", "visible_branch."]}
+
+    def named_parts(self) -> dict[str, list[tuple[str, nn.Module]]]:
+        return {
+            part: [(prefix.rstrip("."), self.get_submodule(prefix.rstrip("."))) for prefix in prefixes]
+            for part, prefixes in self.part_prefixes().items()
+        }
+
+    def part_of(self, parameter_name: str) -> str:
+        return f"encoders.{self.encoder_name}" if parameter_name.startswith("encoder.") else BRANCHES
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+    def set_attn_implementation(self, _: Any) -> None:
+        """The encoder keeps its own."""
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        self.encoder.set_gradient_checkpointing(True)
+
+    @torch.no_grad()
+    def target(self, inputs: dict[str, Any]) -> Tensor:
+        """``(B, N, D)`` float32: what the cells of whole pictures are."""
+        if self.options.target != "teacher":
+            return target_of(inputs[self.keys[self.encoder_name]], self.grid, self.options.target)
+        teacher, name = self._teacher[0], self.options.teacher
+        pixels = inputs[self.keys[str(name)]]
+        teacher.to(pixels.device).eval()
+        tokens = teacher(pixels).tokens.float()
+        return F.layer_norm(tokens, tokens.shape[-1:])
+
+    def forward(self, num_items_in_batch: float, **inputs: Any) -> Any:
+        """``loss``: the mean over these pictures, weighted by their share of ``num_items_in_batch``, all of the optimizer step."""
+        options = self.options
+        pixels = inputs[self.keys[self.encoder_name]]
+        masks = disjoint_masks(len(pixels), self.grid, options.mask_ratio, options.predict_ratio, options.block)
+        mask = torch.cat(masks).to(pixels.device)
+        tokens = self.encoder(hide(torch.cat([pixels, pixels]), mask, self.grid)).tokens
+        shown = tokens[~mask].view(len(mask), -1, tokens.shape[2])
+        told, seen = self.hidden_branch(tokens).float(), self.visible_branch(shown).float()
+        hidden, visible = joint_loss(
+            told, seen, self.target(inputs), mask, pair=options.losses, weight=options.visible_weight
+        )
+        share = len(pixels) / float(num_items_in_batch)
+        losses = {"masked/hidden": hidden.detach(), "masked/visible": visible.detach()}
+        return SimpleNamespace(loss=(hidden + visible) * share, losses=losses)
+
+
+def check_masked(stage: StageSpec, recipe: Recipe | None = None) -> MaskedOptions:
+    """The stage's options. Raises `ConfigError` for settings that a masked stage cannot have."""
+    where = f"stages.{stage.name}"
+    options = validate(MaskedOptions, stage.options, where=f"{where}.options")
+    for key in ("packing", "group_by_length", "compile", "chat_template", "cache_features"):
+        if getattr(stage, key):
+            raise ConfigError(f"{where}.{key}: a masked stage sees pictures only, and its encoder learns; leave it out")
+    if choose_engine(stage).zero_stage == 3:
+        raise ConfigError(
+            f"{where}.engine: an encoder is small; use none, zero1 or zero2 (zero3 would cut every layer)"
+        )
+    if options.predict_ratio < options.mask_ratio:
+        raise ConfigError(
+            f"{where}.options.predict_ratio: {options.predict_ratio:g} is less than one view hides ({options.mask_ratio:g})"
+        )
+    if (options.target == "teacher") != (options.teacher is not None):
+        raise ConfigError(
+            f"{where}.options.teacher: target teacher and the name of an encoder of the model go together"
+        )
+    if len(stage.learn) != 1 or not next(iter(stage.learn)).startswith("encoders"):
+        raise ConfigError(f"{where}.learn: a masked stage trains one encoder, e.g. learn: {{encoders.vision: 1.5e-4}}")
+    return options
+
+
+def build_masked(
+    stage: StageSpec, options: MaskedOptions, encoders: Any, processor: Any
+) -> tuple[MaskedModel, PictureReader]:
+    """Raises `ConfigError` for an encoder that is not there, or whose grid cannot be masked."""
+    where = f"stages.{stage.name}"
+    part = next(iter(stage.learn))
+    known = list(encoders)
+    name = known[0] if part == "encoders" and len(known) == 1 else part.removeprefix("encoders.")
+    if name not in known:
+        raise ConfigError(f"{where}.learn: name one encoder: " + " or ".join(f"encoders.{n}" for n in known))
+    info = encoders[name].describe(encoders[name].config)
+    (rows, columns), image = info.grid, info.image
+    if rows < 2 or columns < 2 or image.height % rows or image.width % columns:
+        raise ConfigError(
+            f"{where}: encoder {name} has a grid of {rows} x {columns} on {image.height} x {image.width} pixels; cells that are hidden "
+            "need a grid that divides the picture"
+        )
+    if rows % options.block or columns % options.block:
+        raise ConfigError(
+            f"{where}.options.block: {options.block} does not divide the grid {rows} x {columns} of {name}"
+        )
+    teacher = None
+    if options.teacher is not None:
+        if options.teacher not in known or options.teacher == name:
+            others = ", ".join(n for n in known if n != name) or "none"
+            raise ConfigError(
+                f"{where}.options.teacher: {options.teacher!r} is no other encoder of the model ({others})"
+            )
+        teacher = encoders[options.teacher]
+        grid = teacher.describe(teacher.config).grid
+        if grid != info.grid:
+            raise ConfigError(
+                f"{where}.options.teacher: its grid is {grid}, that of {name} {info.grid}; choose its image_size"
+            )
+    reader = PictureReader(processor, [n for n in (name, options.teacher) if n is not None])
+    return MaskedModel(name, encoders[name], options, reader.keys, teacher), reader
+
+
+class MaskedStage(StageKind):
+    """An encoder learns from pictures alone."""
+
+    @classmethod
+    def check_options(cls, stage: StageSpec) -> None:
+        check_masked(stage)
+
+    @classmethod
+    def train(cls, run: Run, stage: StageSpec, previous: Path | None, folder: Path) -> bool:
+        options = check_masked(stage)
+        model, processor = start_model(run.recipe, stage, previous)
+        seed_everything(run.recipe.seed, f"{stage.name}/masked", same=True)
+        wrapped, reader = build_masked(stage, options, model.model.vision_tower.encoders, processor)
+        part = next(iter(stage.learn))
+        rate = options.branch_lr or stage.learning()[part].lr
+        learn: dict[str, float | LearnSpec] = {f"encoders.{wrapped.encoder_name}": stage.learn[part], BRANCHES: rate}
+        engine = train(run, stage.model_copy(update={"learn": learn}), wrapped, reader)  # type: ignore[arg-type]
+        if engine is None:
+            return False
+        engine.model = model
+        save_stage(engine, processor, run.recipe, stage, folder, run.record())
+        return True

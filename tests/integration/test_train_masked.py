@@ -1,0 +1,129 @@
+"""Does a masked stage teach an encoder from pictures alone, with DMJD's loss and masks, and hand it on?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mllm.errors import ConfigError
+from mllm.train import run_recipe
+from mllm.train.stages.kind import kind_of
+from mllm.train.stages.masked.targets import cells, disjoint_masks, hide, joint_loss, target_of
+from tests.golden.fill import check, load
+from tests.helpers import TINY_CLIP
+from tests.integration.test_train_contrastive import _data
+from tests.integration.train_helpers import make_recipe, metrics
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def test_the_joint_loss_is_dmjds_with_both_pairs_of_losses():
+    meta, inputs, outputs = load(GOLDEN / "dmjd_joint_loss.json")
+    given = [torch.from_numpy(inputs[f"input.{name}"]) for name in ("pred", "pred_visible", "target", "mask")]
+    have = {}
+    for pair, weight in (("l2_smooth", 1.0), ("smooth_l2", meta["ctor"]["theta_second"])):
+        have[f"output.{pair}"] = sum(joint_loss(*given, pair=pair, weight=weight)).numpy()[None]
+    check(meta, outputs, have)
+
+
+def test_visible_predictions_are_compared_with_their_own_cells():
+    """The authors' own code compares a shuffled order with the raster order."""
+    torch.manual_seed(0)
+    target = torch.randn(3, 16, 5)
+    first, second = disjoint_masks(3, (4, 4), 0.5, 1.0)
+    mask = torch.cat([first, second])
+    whole = target.repeat(2, 1, 1)
+    shown = whole[~mask].view(6, -1, 5)
+    assert float(sum(joint_loss(whole, shown, target, mask))) == 0.0
+    assert float(joint_loss(whole, shown.flip(1), target, mask)[1]) > 0.1
+
+
+def test_the_second_view_hides_what_the_first_one_showed():
+    torch.manual_seed(0)
+    first, second = disjoint_masks(50, (4, 6), 0.5, 1.0)
+    assert bool((first ^ second).all()) and first.sum(1).unique().tolist() == [12]
+    first, second = disjoint_masks(50, (4, 6), 0.75, 1.0)
+    assert bool((first | second).all()) and second.sum(1).unique().tolist() == [18]
+    first, second = disjoint_masks(50, (4, 6), 0.5, 0.75)
+    assert (first | second).sum(1).unique().tolist() == [18]
+    blocks, _ = disjoint_masks(5, (4, 6), 0.5, 1.0, block=2)
+    square = blocks.view(5, 2, 2, 3, 2)
+    assert torch.equal(square[:, :, :1, :, :1].expand_as(square), square)
+    shares = disjoint_masks(400, (4, 4), 0.25, 0.5)[0].float().mean(0)
+    assert shares.min() > 0.15 and shares.max() < 0.35, "every cell is hidden as often as others"
+
+
+def test_targets_tell_what_is_in_a_cell():
+    pixels = torch.zeros(1, 3, 16, 16)
+    pixels[:, :, :8, 4:] = 1.0  # an upright edge in the upper left cell, and a level one at its foot
+    hog = target_of(pixels, (2, 2), "hog").view(4, 3, 9)
+    assert hog[0, 0].argmax() == 0 and hog[3, 0].argmax() == 4 and hog.shape == (4, 3, 9)
+    rough = torch.randn(2, 3, 16, 24)
+    told = target_of(rough, (2, 3), "pixels")
+    assert told.shape == (2, 6, 192) and float(told.mean(2).abs().max()) < 1e-5
+    both = target_of(rough, (2, 3), "pixels_gradients")
+    torch.testing.assert_close(both[..., 192:], target_of(rough, (2, 3), "gradients"))
+    assert both.shape == (2, 6, 256) and bool((both[..., 192:] >= 0).all())
+    mask = torch.tensor([[True, False, False, False]])
+    hidden = cells(hide(torch.ones(1, 3, 8, 8), mask, (2, 2)), (2, 2))
+    assert not hidden[0, 0].any() and bool((hidden[0, 1:] == 1).all())
+
+
+def _recipe(folder, **changes):
+    stage = {
+        "name": "alone",
+        "kind": "masked",
+        "steps": 30,
+        "batch_size": 8,
+        "data": {"format": "llava", "path": _data(folder / "pairs")},
+        "learn": {"encoders.semantic": 2e-3},
+        "options": {"branch_width": 32, **changes.pop("options", {})},
+        **changes,
+    }
+    after = {"name": "sft", "steps": 1, "learn": {"connector": 1e-3}}
+    encoders = {"semantic": TINY_CLIP, "teacher": TINY_CLIP}
+    model = {"encoders": encoders, "connector": {"type": "channel_concat"}}
+    return make_recipe(folder, stages=[stage, after], model=model)
+
+
+def test_a_masked_stage_lowers_its_loss_and_hands_its_encoder_on(tmp_path):
+    run_recipe(_recipe(tmp_path))
+    rows = [row for row in metrics(tmp_path / "run") if row["stage"] == "alone"]
+    losses = [float.fromhex(row["loss"]) for row in rows]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5]), losses
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert set(first["head_loss"]) == {"masked/hidden", "masked/visible"}
+    states = [load_file(tmp_path / "run" / name / "model.safetensors") for name in ("alone", "final")]
+    tuned = {k: v for k, v in states[0].items() if "encoders.semantic." in k}
+    assert tuned and all(torch.equal(v, states[1][k]) for k, v in tuned.items())
+    kept = [k for k in states[0] if "encoders.teacher." in k]
+    assert any(not torch.equal(states[0][k], states[0][k.replace("teacher", "semantic")]) for k in kept)
+    assert not any("branch" in key for key in states[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"options": {"predict_ratio": 0.5}}, "predict_ratio: 0.5 is less than one view hides"),
+        ({"options": {"target": "teacher"}}, "go together"),
+        ({"learn": {"connector": 1e-3}}, "trains one encoder"),
+        ({"packing": True}, "sees pictures only"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_anything_is_built(changes, word, tmp_path):
+    recipe = _recipe(tmp_path, **changes)
+    with pytest.raises(ConfigError, match=word):
+        kind_of(recipe.stages[0]).check(recipe.stages[0], recipe)
+
+
+def test_a_teacher_of_another_encoder_is_told_of_and_wrong_names_are_refused(tmp_path):
+    recipe = _recipe(tmp_path, steps=2, options={"target": "teacher", "teacher": "teacher"})
+    run_recipe(recipe, output=tmp_path / "taught")
+    assert (tmp_path / "taught" / "alone").is_dir()
+    wrong = _recipe(tmp_path, steps=2, options={"target": "teacher", "teacher": "semantic"})
+    with pytest.raises(ConfigError, match=r"'semantic' is no other encoder of the model \(teacher\)"):
+        run_recipe(wrong, output=tmp_path / "wrong")
