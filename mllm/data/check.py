@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 from mllm.damage import opening
 from mllm.data.lookup import load_dataset
-from mllm.data.parallel import chunks, pool_context
+from mllm.data.parallel import chunks, spread
 from mllm.data.quarantine import (
     IMAGE_KINDS,
     ROW_KINDS,
@@ -169,15 +168,9 @@ def check(
     parts = chunks(total, 64 if total > 512 else max(1, total // max(processes, 1) or 1))
     rows: list[_Row] = []
     with _progress(f"checking {source.name}", total, progress) as advance:
-        if processes > 1:
-            with ProcessPoolExecutor(processes, mp_context=pool_context()) as pool:
-                for part in pool.map(work, parts):
-                    rows.extend(part)
-                    advance(len(part))
-        else:
-            for part in map(work, parts):
-                rows.extend(part)
-                advance(len(part))
+        for part in spread(work, parts, processes):
+            rows.extend(part)
+            advance(len(part))
     report = _report(source, rows, counted=processor is not None)
     report.recognised = source.spec.recognised
     if write if write is not None else quarantine is not None:

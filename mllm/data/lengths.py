@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from mllm.data.parallel import chunks, pool_context
+from mllm.data.parallel import chunks, spread
 from mllm.data.sources import Source
 from mllm.errors import AlignmentError, DataError, blamed_on
 from mllm.types import Sample
@@ -72,30 +70,11 @@ def _measure_all(
     parts = chunks(total, 512)
     work = partial(_measure_rows, source, length)
     tables = []
-    if processes > 1:
-        with _one_thread_each(), ProcessPoolExecutor(processes, mp_context=pool_context()) as pool:
-            for part in pool.map(work, parts):
-                tables.append(part)
-                if progress:
-                    progress(len(part))
-    else:
-        for part in map(work, parts):
-            tables.append(part)
-            if progress:
-                progress(len(part))
+    for part in spread(work, parts, processes):
+        tables.append(part)
+        if progress:
+            progress(len(part))
     return np.concatenate(tables) if tables else np.zeros(0, np.int32)
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Tokenizers in forked processes work alone; unless told so, each says on stderr that it was forked."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        os.environ.pop(name) if before is None else os.environ.update({name: before})
 
 
 def _store(table: np.ndarray, stored: Path | None) -> None:

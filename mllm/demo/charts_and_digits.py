@@ -8,8 +8,8 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from PIL import Image
 
 from mllm.data.conversations import picture_messages
 from mllm.data.lookup import load_mixture
-from mllm.data.parallel import chunks, pool_context
+from mllm.data.parallel import chunks, spread
 from mllm.demo.charts import ANSWER_TYPES, KINDS, Balance, Chart, Question, Renderer, caption, questions
 from mllm.demo.tables import draw_chart
 from mllm.errors import UnavailableError
@@ -196,18 +196,14 @@ def _render(
             if progress:
                 progress(len(hashes), len(jobs))
 
-    if processes > 1:
-        with ProcessPoolExecutor(processes, mp_context=pool_context()) as pool:
-            collect(pool.map(_render_part, parts, [size] * len(parts)))
-    else:
-        collect(_render_part(part, size) for part in parts)
+    collect(spread(partial(_render_part, size), parts, processes))
     return hashes
 
 
 _renderers: dict[int, Renderer] = {}
 
 
-def _render_part(part: list[tuple[Path, Chart]], size: int) -> list[tuple[Path, str]]:
+def _render_part(size: int, part: list[tuple[Path, Chart]]) -> list[tuple[Path, str]]:
     renderer = _renderers.setdefault(size, Renderer(size)) if size not in _renderers else _renderers[size]
     return [(path, _save(path, renderer.draw(chart))) for path, chart in part]
 

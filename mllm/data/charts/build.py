@@ -8,7 +8,6 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from mllm.data.charts.renderers import RENDERERS
 from mllm.data.charts.renderers.base import Style, png
 from mllm.data.charts.tables import TableFile, find_tables, read_table
 from mllm.data.conversations import picture_messages
-from mllm.data.parallel import chunks, pool_context
+from mllm.data.parallel import chunks, spread
 from mllm.errors import ConfigError, DataError
 from mllm.progress import phase, tell
 
@@ -120,12 +119,7 @@ def _look(files: Sequence[TableFile], settings: ChartSettings, processes: int) -
     if missing := sorted(set(settings.test_sources) - set(sources)):
         raise ConfigError(f"test sources {', '.join(missing)}: there are {', '.join(sources[:12])} … ({len(sources)})")
     jobs = [(table, split_of(table, settings, sources), settings) for table in files]
-    reports: list[TableReport] = []
-    if processes > 1:
-        with ProcessPoolExecutor(processes, mp_context=pool_context()) as pool:
-            reports = list(pool.map(_look_at, jobs, chunksize=8))
-    else:
-        reports = [_look_at(job) for job in jobs]
+    reports = list(spread(_look_at, jobs, processes, at_once=8))
     _drop_copies(reports)
     return reports
 
@@ -239,11 +233,7 @@ def _render(jobs: dict[str, list[Any]], size: int, processes: int) -> tuple[dict
             if done % 20 == 0:
                 tell(f"{len(hashes)} of {total} charts drawn")
 
-    if processes > 1:
-        with ProcessPoolExecutor(processes, mp_context=pool_context()) as pool:
-            collect(pool.map(_render_part, parts))
-    else:
-        collect(map(_render_part, parts))
+    collect(spread(_render_part, parts, processes))
     drawn = {path for _, _, part in parts for path, _, _ in part if path in hashes}
     return hashes, {"/".join(p.parts[-3:]) for _, _, part in parts for p, _, _ in part if p not in drawn}
 
