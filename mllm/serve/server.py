@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,6 +102,8 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
             arguments += ["--mm-encoder-tp-mode", "data"]  # every GPU has all encoders: they share the images
     seats = seats_of(settings.extra)
     need = need_of(settings.checkpoint, config, dtype=settings.dtype, length=settings.max_model_len, seats=seats)
+    if config.drawing_head is not None and refusal(config) is not None:
+        need = replace(need, weights=2 * need.weights)  # the model itself draws, beside the engine
     arguments += memory_arguments(need, settings.memory, settings.extra)[0]
     if settings.eager:
         arguments += ["--enforce-eager"]
@@ -117,13 +120,13 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         # Between the parts of a JSON answer a small model may write white space to the end of its tokens.
         compact = {"backend": "xgrammar", "disable_any_whitespace": True}
         arguments += ["--structured-outputs-config", json.dumps(compact)]
-    cannot_draw = _cannot_draw(config, settings)
+    draws = config.drawing_head is not None
+    in_engine = draws and refusal(config) is None and settings.backend != "transformers"
     engine = vllm_options(config, draws=settings.backend != "transformers")
-    if engine and not (
-        cannot_draw and _has(settings.extra, "--speculative-config")
-    ):  # beside it the model does it itself
+    alone = _has(settings.extra, "--speculative-config") and not in_engine  # vLLM takes no processors beside it
+    if engine and not alone:  # else the model does what they do
         arguments += ["--logits-processors", *engine["logits_processors"]]
-    if not cannot_draw:  # a guided drawing is two requests in step
+    if in_engine:  # a guided drawing is two requests in step
         arguments += ["--scheduler-cls", SCHEDULER, "--no-async-scheduling"]
     arguments += adapter_arguments(settings.lora)
     admission = AdmissionSettings(
@@ -137,8 +140,8 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         greedy=greedy,
         loopback=not (api_key or settings.keys) and settings.host in LOOPBACK,
         router=router,
-        checkpoint=None if cannot_draw else settings.checkpoint,
-        cannot_draw=cannot_draw,
+        checkpoint=settings.checkpoint if draws else None,
+        draws_beside=draws and not in_engine,
         max_drawings=settings.max_drawings,
         name=name,
         salt=_salt(settings.extra),
@@ -263,12 +266,6 @@ def _check_heads(checkpoint: str) -> None:
             f"{checkpoint}: its language model has attention heads of {width}, and vLLM on a CPU takes "
             f"{', '.join(map(str, CPU_HEADS))}; serve it on a GPU, or ask it with `mllm chat {checkpoint}`"
         )
-
-
-def _cannot_draw(config: Any, settings: ServeSettings) -> str:
-    """What a drawing request is told; empty where the server draws."""
-    backend = "--backend transformers does not draw; serve with --backend native"
-    return refusal(config) or (backend if settings.backend == "transformers" else "")
 
 
 def _salt(extra: list[str]) -> str:

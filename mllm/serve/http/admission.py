@@ -101,6 +101,8 @@ class AdmissionSettings(StrictModel):
     """Whose visual tokenizer decodes drawings; None: nothing is drawn."""
     cannot_draw: str = NO_HEAD
     """What a drawing request is told where ``checkpoint`` is None."""
+    draws_beside: bool = False
+    """Whether drawings are made by the model itself, beside the engine."""
     max_drawings: int = Field(default=4, ge=1)
     """Most pictures one request may ask for."""
     name: str | None = None

@@ -12,7 +12,8 @@ from mllm.serve.http.routes import ClientGone, disconnected
 
 
 class Drawings:
-    """Draws with the server's engine; reads the visual tokenizer at the first request. settings: `AdmissionSettings`."""
+    """Draws with the server's engine, or beside it where a head needs the model itself; reads the weights for it at the first
+    request. settings: `AdmissionSettings`."""
 
     def __init__(self, settings: Any):
         self.settings = settings
@@ -63,10 +64,12 @@ class Drawings:
 
     async def _made(self) -> Any:
         from mllm.serve.images.api import ImageGenerator
+        from mllm.serve.images.beside import ModelGenerator
 
+        kind = ModelGenerator if self.settings.draws_beside else ImageGenerator
         async with self._lock:
             if self._generator is None:
-                self._generator = await asyncio.to_thread(ImageGenerator, self.settings.checkpoint)
+                self._generator = await asyncio.to_thread(kind, self.settings.checkpoint)
         return self._generator
 
 

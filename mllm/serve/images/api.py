@@ -75,19 +75,11 @@ class ImageGenerator:
         """The answer's body. client: vLLM's ``AsyncLLM``. Raises `ConfigError` for what cannot be drawn and `Busy`."""
         if request.size not in (None, "auto", self.size):
             raise ConfigError(f"size {request.size}: this model draws {self.size}")
-        # OpenAI's clients expect other pictures at every call; the seed that was used is in the answer.
-        first = random.SystemRandom().randrange(2**53) if request.seed is None else request.seed
-        seeds = [first + number for number in range(request.n)]
+        seeds = drawing_seeds(request)
         drawn = await _together(self._draw_one(client, request, seed) for seed in seeds)
         pictures = await asyncio.to_thread(self._paint, torch.stack([codes for codes, _, _ in drawn]))
         asked, made = (sum(count[place] for count in drawn) for place in (1, 2))
-        return {
-            "created": int(time.time()),
-            "size": self.size,
-            "output_format": "png",
-            "data": [{"b64_json": picture, "seed": seed} for picture, seed in zip(pictures, seeds)],
-            "usage": {"input_tokens": asked, "output_tokens": made, "total_tokens": asked + made},
-        }
+        return images_body(pictures, seeds, self.size, asked, made)
 
     async def _draw_one(self, client: Any, request: ImagesRequest, seed: int) -> tuple[Tensor, int, int]:
         """Codes ``(S,)``, prompt tokens, drawn tokens."""
@@ -110,12 +102,34 @@ class ImageGenerator:
 
     def _paint(self, packed: Tensor) -> list[str]:
         """Codes ``(n, S)`` → PNG files in base64."""
-        files = []
-        for row in packed.split(1):
-            file = io.BytesIO()
-            to_pil(decode_packed(self.image_tokenizer, row))[0].save(file, "PNG")
-            files.append(base64.b64encode(file.getvalue()).decode())
-        return files
+        return [png_texts(to_pil(decode_packed(self.image_tokenizer, row)))[0] for row in packed.split(1)]
+
+
+def drawing_seeds(request: ImagesRequest) -> list[int]:
+    """A seed for every picture. OpenAI's clients expect other pictures at every call; the seed that was used is in the answer."""
+    first = random.SystemRandom().randrange(2**53) if request.seed is None else request.seed
+    return [first + number for number in range(request.n)]
+
+
+def images_body(pictures: list[str], seeds: list[int], size: str, asked: int, made: int) -> dict[str, Any]:
+    """An answer in OpenAI's form. pictures: PNG files in base64; asked, made: tokens of prompts and drawings."""
+    return {
+        "created": int(time.time()),
+        "size": size,
+        "output_format": "png",
+        "data": [{"b64_json": picture, "seed": seed} for picture, seed in zip(pictures, seeds)],
+        "usage": {"input_tokens": asked, "output_tokens": made, "total_tokens": asked + made},
+    }
+
+
+def png_texts(pictures: Iterable[Any]) -> list[str]:
+    """Pictures as PNG files in base64."""
+    texts = []
+    for picture in pictures:
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        texts.append(base64.b64encode(file.getvalue()).decode())
+    return texts
 
 
 def check_room(engine: Any, requests: list[tuple[int, int]]) -> None:

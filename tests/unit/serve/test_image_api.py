@@ -1,12 +1,20 @@
-"""Are drawings refused that an engine can never hold?"""
+"""Are drawings refused that an engine can never hold, and those made beside it that it cannot make?"""
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import io
 from types import SimpleNamespace
 
+import httpx
+import numpy as np
 import pytest
+from PIL import Image
 
 from mllm.errors import ConfigError
+from mllm.serve.http.admission import ENVIRONMENT, Admission, AdmissionSettings
+from mllm.serve.http.keys import Keys
 from mllm.serve.images.api import check_room
 
 
@@ -49,3 +57,63 @@ def test_what_can_never_fit_is_refused_with_the_cure(requests, settings, said):
 
 def test_an_engine_of_unknown_size_is_asked():
     check_room(None, [(10**6, 10**6)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("head", "tokenizer"), [("separate", "vq"), ("depth", "dualtoken"), ("next_scale", "tokenflow")]
+)
+def test_a_head_that_vllm_cannot_run_draws_at_the_same_endpoint(tmp_path, head, tokenizer):
+    """From ``mllm serve``'s own settings to the picture of `generate_images`, guided too."""
+    from mllm.serve.server import ServeSettings, plan
+    from tests.unit.heads.drawing_models import drawing_model
+
+    model, processor = drawing_model(tmp_path / "made", head, tokenizer)
+    model.eval().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    arguments, environment = plan(ServeSettings(checkpoint=str(tmp_path), name="m"))
+    assert "--scheduler-cls" not in arguments
+    settings = AdmissionSettings.model_validate_json(environment[ENVIRONMENT])
+    assert settings.draws_beside and settings.checkpoint == str(tmp_path)
+    admission = Admission(None, settings, Keys([]))
+    app = SimpleNamespace(state=SimpleNamespace(engine_client=object()))
+    asked = {
+        "prompt": "Draw a seven",
+        "n": 2,
+        "seed": 5,
+        "cfg_scale": 2.0,
+        "response_format": "b64_json",
+        "style": "natural",
+    }
+
+    odd = [
+        {"size": "1x1"},
+        {"response_format": "url"},
+        {"style": "vivid"},
+        {"background": "transparent"},
+        {"stream": True},
+    ]
+
+    async def go():
+        async def with_app(scope, receive, send):
+            await admission({**scope, "app": app}, receive, send)
+
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app=with_app), base_url="http://localhost"
+        ) as client:
+            ordinary = {"stream": False, "moderation": "auto", "background": "opaque"}
+            return [
+                await client.post("/v1/images/generations", json={**asked, **changes}, timeout=60)
+                for changes in (ordinary, *odd)
+            ]
+
+    answer, *refused = asyncio.run(go())
+    assert answer.status_code == 200, answer.text
+    expected = model.generate_images(
+        [asked["prompt"]] * 2, processor=processor, seed=[5, 6], cfg_scale=2.0, batch_size=1
+    )
+    for drawn, wanted in zip(answer.json()["data"], expected.pil(), strict=True):
+        picture = Image.open(io.BytesIO(base64.b64decode(drawn["b64_json"])))
+        assert np.array_equal(np.asarray(picture), np.asarray(wanted))
+    assert answer.json()["usage"]["output_tokens"] == sum(codes.numel() for codes in expected.codes.codes.values())
+    for changes, answer in zip(odd, refused, strict=True):
+        assert answer.status_code == 400 and next(iter(changes)) in answer.json()["error"]["message"]
