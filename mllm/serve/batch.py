@@ -17,6 +17,7 @@ from typing import Any, TextIO
 import httpx
 
 from mllm.errors import DataError, UnavailableError
+from mllm.serve.http.client import affinity
 
 ATTEMPTS = 6
 """How often a request is sent whose server is busy, going away or not there."""
@@ -135,7 +136,7 @@ async def _send(client: httpx.AsyncClient, request: Request) -> dict[str, Any]:
     for attempt in range(ATTEMPTS):
         pause = min(_LONGEST_PAUSE, 2.0**attempt)
         try:
-            response = await client.post(request.url, json=request.body)
+            response = await client.post(request.url, json=request.body, headers=affinity(request.body))
         except httpx.TransportError as problem:
             error = f"{type(problem).__name__}: {problem}"
         else:

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 from mllm.errors import UnavailableError
+from mllm.serve.http.client import affinity
 
 _POOL = 64
 """Pictures that are made; each request's own differs from all others by its bytes, so that no cache knows it."""
@@ -156,7 +157,7 @@ async def _ask(client: httpx.AsyncClient, model: str, pool: list[bytes], load: L
     leaves = rng.random() < load.leaving
     started = time.perf_counter()
     try:
-        async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        async with client.stream("POST", "/v1/chat/completions", json=body, headers=affinity(body)) as response:
             if response.status_code != 200:
                 text = (await response.aread()).decode("utf-8", "replace")
                 return Outcome(error=f"status {response.status_code}: {text[:160]}")

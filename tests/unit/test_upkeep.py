@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -41,6 +42,23 @@ def test_the_examples_say_commands_that_can_be_typed() -> None:
     assert name == "serve" and pod["terminationGracePeriodSeconds"] > values["shutdown_timeout"]
     probes = {pod["containers"][0][f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")}
     assert probes == {"/health", "/ping"}
+
+    unit = (ROOT / "examples/mllm.service").read_text(encoding="utf-8")
+    command = re.search(r"^ExecStart=\S+/mllm (.*)$", unit, re.M)
+    assert command is not None
+    name, values = parse(command[1].split())
+    assert name == "serve" and int(re.findall(r"TimeoutStopSec=(\d+)", unit)[0]) > values["shutdown_timeout"] + 20
+    if shutil.which("systemd-analyze"):
+        told = subprocess.run(
+            ["systemd-analyze", "verify", str(ROOT / "examples/mllm.service")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        wrong = [
+            line for line in told.stderr.splitlines() if "mllm.service" in line and "is not executable" not in line
+        ]
+        assert not wrong, wrong
 
     services = yaml.safe_load((ROOT / "examples/compose.yaml").read_text(encoding="utf-8"))["services"]
     assert [parse(service["command"])[0] for service in services.values()] == ["serve", "app"]
