@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
+
+import torch
 
 from mllm.errors import UnavailableError
 from mllm.eval.generators.base import GeneratorSettings, answer_text, checkpoint_hash, hf_messages
@@ -14,6 +16,17 @@ from mllm.models.configuration_mllm import component_code
 from mllm.types import Request, Response
 
 _WINDOW = 1024
+
+
+def own_gpu(environment: Mapping[str, str], count: int) -> dict[str, str]:
+    """What vLLM's engine, a process of its own, must find in its environment to take this process's GPU of the ``count`` that are
+    seen; nothing for one process or one GPU."""
+    rank = environment.get("LOCAL_RANK")
+    if rank is None or count < 2:
+        return {}
+    seen = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    names = seen if len(seen) == count and all(seen) else [str(k) for k in range(count)]
+    return {"CUDA_VISIBLE_DEVICES": names[int(rank) % count]}
 
 
 class VLLMGenerator:
@@ -53,7 +66,8 @@ class VLLMGenerator:
 
     @classmethod
     def open(cls, checkpoint: str, settings: GeneratorSettings) -> VLLMGenerator:
-        """A checkpoint folder or hub id."""
+        """A checkpoint folder or hub id. Under a launcher each process has an engine of its own on the GPU of its LOCAL_RANK."""
+        os.environ |= own_gpu(os.environ, torch.cuda.device_count())
         return cls(checkpoint, dtype=settings.dtype)
 
     def fingerprint(self) -> str:

@@ -182,13 +182,21 @@ def sentence(result: TaskResult) -> str:
     return told
 
 
+def limited_note(result: TaskResult) -> list[str]:
+    """That fewer samples were asked than the benchmark has, whether by a limit or since its file holds fewer than were published."""
+    if not result.header.get("limited"):
+        return []
+    published = result.header.get("task", {}).get("size")
+    return [f"{result.num_samples} samples{f' of {published}' if published else ''}: not a benchmark score"]
+
+
 def _contents(results: Mapping[str, TaskResult], studies: Sequence[Study]) -> str:
     places = [(f"study-{study.name}", study.title) for study in studies] + [(_anchor(name), name) for name in results]
     return "<p class=note>" + " · ".join(f'<a href="#{place}">{_text(title)}</a>' for place, title in places) + "</p>"
 
 
 def _task_head(name: str, result: TaskResult) -> list[str]:
-    notes = [*floor_note(result), *result.problems]
+    notes = [*limited_note(result), *floor_note(result), *result.problems]
     notes += [f"{metric.label}: {metric.protocol}" for metric in own_metrics(result)]
     notes.append(result.protocol)
     if text := result.header.get("task", {}).get("note"):

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mllm.eval.predictions import iterate_predictions, write_atomic
-from mllm.eval.report.page import floor_note, html_pages
+from mllm.eval.report.page import floor_note, html_pages, limited_note
 from mllm.eval.report.results import MetricResult, TaskResult
 from mllm.eval.report.samples import Listing, list_samples
 from mllm.eval.studies.compare import TaskComparison, compare_predictions
@@ -111,11 +111,7 @@ def _notes(results: Mapping[str, TaskResult]) -> list[str]:
         notes.append(result.protocol)
         notes.extend(f"{name}: {note}" for note in floor_note(result))
         notes.extend(f"{name}: {problem}" for problem in result.problems)
-        if result.header.get("limited"):
-            expected = result.header.get("task", {}).get("size")
-            notes.append(
-                f"{name}: {result.num_samples} samples{f' of {expected}' if expected else ''}: not a benchmark score"
-            )
+        notes.extend(f"{name}: {note}" for note in limited_note(result))
         if note := result.header.get("task", {}).get("note"):
             notes.append(f"{name}: {note}")
         notes.extend(

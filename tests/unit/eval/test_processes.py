@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from mllm.errors import ConfigError, DataError, UnavailableError
+from mllm.eval.generators.vllm import own_gpu
 from mllm.eval.launch import start_workers
 from mllm.eval.predictions import prediction_path, read_predictions
 from mllm.eval.run import evaluate, run_eval
@@ -123,6 +124,13 @@ def test_nobody_waits_for_the_longest_task_nor_for_a_slow_process(tmp_path):
     header = json.loads((output / "demo_charts.run.json").read_text())
     assert header["answered"] == 200 and header["seconds"] >= 0.002 * shares[0] + 0.02 * shares[1]
     assert not (output / ".queue").exists()
+
+
+def test_each_process_gives_its_vllm_a_gpu_of_its_own():
+    assert own_gpu({"LOCAL_RANK": "2"}, 4) == {"CUDA_VISIBLE_DEVICES": "2"}
+    assert own_gpu({"LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "4,5,GPU-ab"}, 3) == {"CUDA_VISIBLE_DEVICES": "5"}
+    assert own_gpu({"LOCAL_RANK": "5"}, 4) == {"CUDA_VISIBLE_DEVICES": "1"}, "more processes than GPUs share them"
+    assert own_gpu({}, 4) == own_gpu({"LOCAL_RANK": "1"}, 1) == own_gpu({"LOCAL_RANK": "0"}, 0) == {}
 
 
 def test_marks_and_cells_of_an_earlier_run_are_not_waited_on(tmp_path):

@@ -11,7 +11,10 @@ from mllm.eval.predictions import iterate_predictions
 from mllm.eval.report import page as report_page
 from mllm.eval.report import samples
 from mllm.eval.report.show import write_report
+from mllm.eval.run import evaluate
+from tests.unit.eval.rules import RuleGenerator, constant
 from tests.unit.eval.test_runner import TASK, make_data, run
+from tests.unit.eval.test_watch_and_mine import mmvp
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +91,15 @@ def test_metrics_that_agree_on_every_sample_are_told_once(tmp_path) -> None:
     assert len(result.metrics) > 1 and len(report_page.own_metrics(result)) == 1
     assert "agree on every sample" in page and "relaxed_strict v2, relaxed_pix2struct v1" in page
     assert "<th class=n>blind" not in page, "no column of dashes where no blind run was made"
+
+
+def test_a_file_with_fewer_rows_than_were_published_is_named(tmp_path, capsys) -> None:
+    """No limit was asked for: the file itself is short (MMVP has 300 questions)."""
+    data = {"mmvp": mmvp(tmp_path / "d")}
+    results = evaluate(RuleGenerator(constant("A")), ["mmvp"], tmp_path / "o", data=data, progress=False)
+    write_report(results, tmp_path / "o")
+    count = results["mmvp"].num_samples
+    said = f"{count} samples of 300: not a benchmark score"
+    page = (tmp_path / "o/report.html").read_text()
+    assert count < 300 and said in page and said in (tmp_path / "o/report.md").read_text()
+    assert said in " ".join(capsys.readouterr().out.split())
