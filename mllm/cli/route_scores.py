@@ -6,13 +6,17 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from mllm.train.stages.routing.report import RouteReport, markdown_table, write_card
 from mllm.types import Request, Response
+
+if TYPE_CHECKING:
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
+    from mllm.processing.processor import MllmProcessor
 
 
 class WithOptions:
@@ -67,8 +71,8 @@ class Scored:
 
 
 def score_routings(
-    model: Any,
-    processor: Any,
+    model: MllmForConditionalGeneration,
+    processor: MllmProcessor,
     tasks: Sequence[str],
     folder: Path,
     *,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mllm.cli import arguments
+
+if TYPE_CHECKING:
+    from mllm.visual_tokenizers.base import VisualTokenizer
 
 _DEVICE = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda, cuda:1 … or mps.")]
 _BATCH_SIZE = Annotated[int, typer.Option(help="Images at a time.", min=1)]
@@ -164,7 +167,13 @@ def _described_distance(key: str, value: float, described: dict[str, Any], numbe
 
 
 def _zero_shot(
-    name: str, templates: Path | None, recipe: str, model: Any, images: Any, batch_size: int, limit: int | None
+    name: str,
+    templates: Path | None,
+    recipe: str,
+    model: VisualTokenizer,
+    images: Any,
+    batch_size: int,
+    limit: int | None,
 ) -> dict[str, Any]:
     from transformers.utils import logging as transformers_logging
 
@@ -196,7 +205,7 @@ def _zero_shot(
     }
 
 
-def _feature_network(name: str, recipe: str, model: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
+def _feature_network(name: str, recipe: str, model: VisualTokenizer, folder: Path) -> tuple[Any, dict[str, Any]]:
     """Pixels in [-1, 1] → ``(B, D)``, and what it is: network, sha256 of its state or file, width."""
     import hashlib
 
@@ -270,7 +279,7 @@ def _chart_questions(size: int, split: str, *, number: int = 400) -> Any:
     return gather_questions(drawn, split)
 
 
-def _question_scores(name: str, spec: Any, model: Any, batch_size: int) -> dict[str, Any]:
+def _question_scores(name: str, spec: Any, model: VisualTokenizer, batch_size: int) -> dict[str, Any]:
     from mllm.eval.report.statistics import wilson_interval
     from mllm.visual_tokenizers.images import load_images
     from mllm.visual_tokenizers.questions import QuestionSet, answer_questions, class_questions, read_questions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch.nn import functional as F
 from mllm.damage import naming_damage
 from mllm.errors import CheckpointError, ConfigError, DataError
 from mllm.types import ImageSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TEMPLATE = "a photo of a {}."
 NO_CLASS_TOKEN = (
@@ -28,7 +31,7 @@ class JointModel(nn.Module):
     Shapes: B images · K texts · C classes · N patches · T width of the vision side · J width of the common space.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str = "model"):
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, name: str = "model"):
         """Raises `ConfigError` unless the model has a text side and a vision side that pools."""
         super().__init__()
         family = getattr(model.config, "model_type", None)

@@ -6,8 +6,6 @@ computes nothing.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -96,7 +94,7 @@ def _plan_stage(
     return plan
 
 
-def _run_once(model: Any, stage: StageSpec) -> tuple[int, float]:
+def _run_once(model: TokenizerModel, stage: StageSpec) -> tuple[int, float]:
     """Bytes that a micro-batch's forward pass keeps, and its operations; (0, 0) for a tokenizer that cannot run on meta."""
     size, kept = model.tokenizer.image, 0
 
