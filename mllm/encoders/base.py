@@ -103,6 +103,11 @@ class VisionEncoder(nn.Module):
         it was chosen). Empty for all others."""
         return {}
 
+    def losses(self) -> dict[str, Tensor]:
+        """Losses of its own of the last call in training, means over that call's images, which the model adds to its loss. Most
+        encoders have none."""
+        return {}
+
     @classmethod
     def tiny(cls) -> dict[str, Any]:
         """The smallest useful config as plain data, for contract tests: from scratch, offline, under a second."""

@@ -17,6 +17,7 @@ from mllm.heads.probability import ProbabilityMixin
 from mllm.heads.segmentation.answer import SegmentationMixin
 from mllm.heads.steps import head_losses, lay_targets
 from mllm.models.configuration_mllm import MllmConfig, head_settings
+from mllm.models.encoder_losses import encoder_losses_of_step
 from mllm.models.generation import MultimodalGenerationMixin
 from mllm.models.loss import linear_cross_entropy, without_placeholders
 from mllm.models.modeling_base import MllmOutput, MllmPreTrainedModel
@@ -230,6 +231,9 @@ class MllmForConditionalGeneration(
                 loss = loss + routing_loss_of_step(self, outputs.routing, routing_targets, step.labels, step.num_items)  # pyright: ignore[reportArgumentType]
             of_heads, losses = head_losses(self, step, Reading(outputs.last_hidden_state, outputs.features))
             loss = loss + of_heads
+            if self.training and self.model.vision_tower is not None:
+                of_encoders, named = encoder_losses_of_step(self.model.vision_tower, step)
+                loss, losses = loss + of_encoders, {**(losses or {}), **named} or None
         return MllmOutput(
             loss=loss,  # pyright: ignore[reportArgumentType]
             losses=losses,

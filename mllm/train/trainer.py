@@ -18,6 +18,7 @@ from mllm import distributed
 from mllm.data.mixture import Mixture
 from mllm.errors import ConfigError
 from mllm.heads.build import drawing_head
+from mllm.models.encoder_losses import encoder_costs
 from mllm.processing.protocol import Processor, TextProcessor
 from mllm.processing.template import for_training, read_template
 from mllm.progress import phase
@@ -392,6 +393,7 @@ def _record(
         "loss": step.loss,
         "grad_norm": step.grad_norm,
         **({"head_loss": step.losses} if step.losses else {}),
+        **({"encoder_cost": costs} if (costs := encoder_costs(engine.model)) else {}),
         "lr": rates,
         "grad_norms": dict(engine.norms),
         "epoch": micro[0].epoch,

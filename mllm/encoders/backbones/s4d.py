@@ -39,6 +39,8 @@ class S4dConfig(BackboneConfig):
     capacity_factor: float | None = Field(default=None, gt=0)
     """Tokens an expert takes from a whole batch, in shares of tokens × top_k ÷ experts; later ones get nothing from it, as the
     authors' do (1.0), so that a picture's features depend on the others of its batch. Default: it takes all."""
+    balance_weight: float = Field(default=0.01, ge=0)
+    """Of the loss that keeps the experts evenly used, averaged over the blocks that have experts, while the encoder learns."""
     router_noise: bool = True
     """Random choices while the encoder learns. The authors' are random in evaluation too, which is not offered."""
 
@@ -80,11 +82,13 @@ class AdapterExperts(nn.Module):
     ):
         super().__init__()
         self.capacity_factor = capacity_factor
+        self.balance: Tensor | None = None
         self.router = Router(width, num_experts, top_k, noisy)
         self.experts = nn.ModuleList(Mlp(width, hidden) for _ in range(num_experts))
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        gates, _, _ = self.router(x, noise)
+        gates, _, logits = self.router(x, noise)
+        self.balance = balance_loss(gates, logits) if self.training else None
         return self.mix(x, gates)
 
     def mix(self, x: Tensor, gates: Tensor) -> Tensor:
@@ -205,6 +209,16 @@ class S4dEncoder(BackboneEncoder):
             require_multiple(config.info.image, config.patch_size, "patch_size")
         depth = max(take_layers(config.layers, config.depth))
         return S4d(config, depth, config.final_norm and depth == config.depth)
+
+    def losses(self) -> dict[str, Tensor]:
+        found = []
+        for block in self.model.blocks:
+            experts: Any = block.moe
+            if experts is not None and experts.balance is not None:
+                found.append(experts.balance)
+                experts.balance = None  # of one call; its graph is gone after the backward pass
+        weight = self.config.balance_weight
+        return {"balance": weight * torch.stack(found).mean()} if found and weight else {}
 
     def read_layers(self, pixels: Tensor) -> list[LayerOutput]:
         self.model.recompute = self.recompute

@@ -9,8 +9,11 @@ from safetensors import safe_open
 from mllm.encoders.backbones.biformer import BiFormerEncoder
 from mllm.encoders.backbones.channelvit import ChannelVitEncoder
 from mllm.encoders.backbones.crossvit import CrossVitEncoder
+from mllm.encoders.backbones.s4d import S4dEncoder
+from mllm.encoders.backbones.snnet import SnNetEncoder
 from mllm.encoders.catalogue import encoder_config
 from mllm.models.configuration_mllm import MllmConfig
+from mllm.models.encoder_losses import encoder_costs
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.testing.encoders import sample_pixels
 
@@ -76,3 +79,38 @@ def test_a_copy_of_a_model_reads_its_own_layers(model):
             parameter.zero_()
     before = features(model)
     assert not features(clone)["radio"].any() and before["radio"].any()
+
+
+def test_an_encoders_own_loss_is_added_once_and_its_cost_is_told():
+    """By its batch's share of the step's learned tokens, so that more micro-batches do not make it weigh more."""
+    encoders = {
+        "experts": encoder_config({**S4dEncoder.tiny(), "balance_weight": 2.0}, where="e"),
+        "routes": encoder_config({**SnNetEncoder.tiny(), "keep_prefix": False}, where="e"),
+    }
+    config = MllmConfig(text_config=LLAMA, encoders=encoders, connector={"type": "channel_concat"}, image_token_id=63)
+    torch.manual_seed(0)
+    model = MllmForConditionalGeneration(config).train()
+    bank = model.model.vision_tower
+    pixels = {model.config.pixel_keys[name] if hasattr(model.config, "pixel_keys") else f"pixel_values_{name}": sample_pixels(e.config, 1)
+              for name, e in bank.encoders.items()}  # fmt: skip
+    first = next(iter(pixels))
+    pixels["pixel_values"] = pixels.pop(first)
+    tokens = model.config.layout((16, 20)).num_tokens
+    ids = torch.tensor([[1, *[63] * tokens, 5, 6, 7, 8]])
+    labels = ids.clone()
+    labels[:, : 1 + tokens] = -100
+    found = model(input_ids=ids, labels=labels, **pixels)
+    balance = found.losses["encoders.experts/balance"]
+    assert float(balance) != 0.0
+    bank.encoders["experts"].config.balance_weight = 0.0
+    without = model(input_ids=ids, labels=labels, **pixels)
+    assert without.losses is None
+    torch.testing.assert_close(found.loss, without.loss + balance)
+    bank.encoders["experts"].config.balance_weight = 2.0
+    part = model(input_ids=ids, labels=labels, num_items_in_batch=8, **pixels)
+    torch.testing.assert_close(part.loss, found.loss / 2)
+    part.loss.backward()
+    assert bank.encoders["experts"].model.blocks[1].moe.router.topkroute_linear.weight.grad.any()
+    costs = encoder_costs(model)
+    assert set(costs) == {"routes"} and costs["routes"]["gflops"] > 0
+    assert model.eval()(input_ids=ids, labels=labels, **pixels).losses is None
