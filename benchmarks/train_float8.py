@@ -36,7 +36,8 @@ SKIP, STEPS, LAST = 4, 20, 100
 def attention(options: argparse.Namespace, folder: Path) -> dict:
     """Forward and backward of a 7B's packed rows (32 heads of 128, two rows of 4096 in seven samples)."""
     import torch
-    from torch.nn.attention.varlen import varlen_attn
+
+    from mllm.varlen import segment_attention
 
     if options.device != "cuda":
         return {}
@@ -48,8 +49,7 @@ def attention(options: argparse.Namespace, folder: Path) -> dict:
     def once():
         for tensor in inputs:
             tensor.grad = None
-        arguments = {"is_causal": True} if "is_causal" in varlen_attn.__code__.co_varnames else {"window_size": (-1, 0)}
-        output = varlen_attn(q, k, v, bounds, bounds, 4096, 4096, **arguments)
+        output = segment_attention(q, k, v, bounds, 4096, causal=True)
         output.backward(up)
         return [output, *(tensor.grad for tensor in inputs)]
 

@@ -12,10 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-try:  # torch 2.10 and later
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # pragma: no cover
-    varlen_attn = None
+from mllm.varlen import segment_attention, varlen_attn
 
 _NAME = "mllm_packed"
 
@@ -27,8 +24,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Sequenc
         ends = torch.tensor([0, *lengths], device=query.device).cumsum(0).to(torch.int32)
         longest = max(lengths)
         q, k, v = (part.transpose(0, 1).contiguous() for part in (query, key, value))
-        found = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale)
-        return (found if isinstance(found, Tensor) else found[0]).transpose(0, 1)
+        return segment_attention(q, k, v, ends, longest, scale=scale, causal=False).transpose(0, 1)
     segments = zip(*(part.split(list(lengths), dim=1) for part in (query, key, value)))
     return torch.cat([F.scaled_dot_product_attention(*one, scale=scale) for one in segments], dim=1)
 

@@ -7,16 +7,15 @@ kernel, on the CPU one SDPA call per sample.
 
 from __future__ import annotations
 
-import inspect
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from mllm.errors import UnavailableError
+from mllm.varlen import segment_attention
 
 NAME = "mllm_varlen"  # without "flash" in it: that substring changes what transformers' vision models pass
 _LENGTH_BUCKETS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -146,10 +145,6 @@ def _per_sample(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, **opt
     return torch.cat(parts, dim=2).transpose(1, 2).reshape(batch, length, heads, width)
 
 
-_KERNEL_ARGUMENTS = frozenset(inspect.signature(varlen_attn).parameters)
-"""Read once and outside: compiled code would warn about a cache."""
-
-
 def _varlen_kernel(
     query: Tensor,
     key: Tensor,
@@ -163,38 +158,14 @@ def _varlen_kernel(
     softcap: float | None,
     dropout: float,
 ) -> Tensor:
-    """torch's variable-length kernel over the flattened rows. Its signature changed between 2.11 and 2.13."""
+    """torch's variable-length kernel over the flattened rows."""
     if softcap is not None:
         raise UnavailableError(f"{NAME} has no logit soft cap on CUDA; train this model with attention: flex_attention")
-    known = _KERNEL_ARGUMENTS
     batch, heads, length, width = query.shape
-    if longest is None:
-        longest = length
-    grouped = heads != key.shape[1]
-    arguments: dict[str, Any] = {}
-    if "window_size" in known:
-        # The kernel's left extent counts keys before the query's own; transformers' window counts it too.
-        left = window - 1 if window is not None and window < longest else -1
-        arguments["window_size"] = (left, 0) if causal else (-1, -1)
-    elif window is not None and window < longest:
-        raise UnavailableError(
-            f"torch {torch.__version__} has no sliding window in its variable-length attention; update to 2.12"
-        )
-    else:
-        arguments["is_causal"] = causal
-    if grouped and "enable_gqa" in known:
-        arguments["enable_gqa"] = True
-    elif grouped:
-        key, value = (t.repeat_interleave(heads // key.shape[1], dim=1) for t in (key, value))
-    default = width**-0.5
-    if scale is not None and "scale" in known:
-        arguments["scale"] = scale
-    elif scale is not None and abs(scale - default) > 1e-9:
-        query = query * (scale / default)
 
     def flat(tensor: Tensor) -> Tensor:
         return tensor.transpose(1, 2).reshape(batch * length, tensor.shape[1], width)
 
-    output = varlen_attn(flat(query), flat(key), flat(value), bounds, bounds, longest, longest, **arguments)
-    assert isinstance(output, Tensor)
+    flattened = flat(query), flat(key), flat(value)
+    output = segment_attention(*flattened, bounds, longest or length, scale=scale, causal=causal, window=window)
     return output.view(batch, length, heads, width)
