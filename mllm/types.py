@@ -249,7 +249,8 @@ class Video:
     source: a file, its bytes or ``data:`` URI, an animated picture, a folder of frames, a list of pictures, or an array
     ``(T, H, W, 3)``; fps: frames per second of a source that does not tell; start, end: seconds between which frames are
     taken; frames: their numbers, where they are chosen already; play: how the chosen frames follow one another (all but
-    forward are controls for a study: frozen shows the middle one in every place, gray none).
+    forward are controls for a study: frozen shows the middle one in every place, gray none); key: what the shuffled order depends
+    on beside the frames' numbers, so that clips of equal length are not all shuffled alike.
     """
 
     source: Any
@@ -258,6 +259,7 @@ class Video:
     end: float | None = None
     frames: tuple[int, ...] | None = None
     play: Literal["forward", "reversed", "shuffled", "frozen", "gray"] = "forward"
+    key: str = ""
 
 
 @dataclass

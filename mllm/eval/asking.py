@@ -157,7 +157,7 @@ def _load(item: Item, blind: Blind | None) -> Loaded:
     pairs: list[tuple[Any, str]] = []
     try:
         for source in item.pictures:
-            pairs.extend([source.load()] if isinstance(source, Picture) else _played(source.load(), blind))
+            pairs.extend([source.load()] if isinstance(source, Picture) else _played(source.load(), blind, item.id))
     except DataError as error:
         return Loaded(item, [], [], str(error))
     size = pairs[0][0].size if pairs else None
@@ -178,11 +178,11 @@ def _holds_video(item: Item) -> bool:
     return any(isinstance(source, Frames) for source in item.pictures)
 
 
-def _played(frames: list[tuple[Any, str]], blind: Blind | None) -> list[tuple[Any, str]]:
+def _played(frames: list[tuple[Any, str]], blind: Blind | None, key: str) -> list[tuple[Any, str]]:
     """A video's frames as one of `FRAMES` shows them."""
     from mllm.processing.frames import in_order
 
-    return [frames[k] for k in in_order(_play(blind), range(len(frames)))]
+    return [frames[k] for k in in_order(_play(blind), range(len(frames)), key)]
 
 
 def _load_whole(item: Item, blind: Blind | None) -> Loaded:
@@ -194,7 +194,7 @@ def _load_whole(item: Item, blind: Blind | None) -> Loaded:
     try:
         for source in item.pictures:
             if isinstance(source, Frames):
-                visuals.append(source.video(_play(blind)))
+                visuals.append(source.video(_play(blind), item.id))
                 hashes.append(visual_hash(visuals[-1], where=f"video {source.path}"))
                 continue
             image, digest = source.load()

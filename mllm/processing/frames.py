@@ -4,7 +4,6 @@ evaluation and serving."""
 from __future__ import annotations
 
 import bisect
-import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -127,7 +126,7 @@ def choose(
         first, last = _bounds(video, count, times, where)
         numbers = _numbers(spec, first, last, times, keyframes)
     seconds = None if times is None else tuple(times[number] for number in numbers)
-    return Chosen(in_order(video.play, numbers), seconds)
+    return Chosen(in_order(video.play, numbers, video.key), seconds)
 
 
 def _bounds(video: Video, count: int, times: Sequence[float] | None, where: str) -> tuple[int, int]:
@@ -185,13 +184,17 @@ def _shown_at(seconds: Sequence[float], times: Sequence[float], first: int) -> l
     return [max(bisect.bisect_right(times, second + _SAME) - 1, first) for second in seconds]
 
 
-def in_order(play: str, numbers: Sequence[int]) -> tuple[int, ...]:
-    """Frames as `Video.play` lets them follow one another; shuffled alike whenever the same frames come."""
+def in_order(play: str, numbers: Sequence[int], key: str = "") -> tuple[int, ...]:
+    """Frames as `Video.play` lets them follow one another; shuffled by ``key``, the same key always alike, and never left as they were
+    where there is another order."""
     if play == "reversed":
         return tuple(reversed(numbers))
     if play == "frozen":
         return (numbers[len(numbers) // 2],) * len(numbers)
-    if play == "shuffled":
-        digest = hashlib.sha256(repr(list(numbers)).encode()).digest()
-        return tuple(random.Random(int.from_bytes(digest[:8], "big")).sample(list(numbers), len(numbers)))
+    if play == "shuffled" and len(set(numbers)) > 1:
+        rng = random.Random(f"{key}\n{list(numbers)}")
+        order = list(numbers)
+        while order == list(numbers):
+            rng.shuffle(order)
+        return tuple(order)
     return tuple(numbers)

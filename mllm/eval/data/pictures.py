@@ -53,9 +53,9 @@ class Frames:
     end: float | None = None
     fps: float | None = None
 
-    def video(self, play: str = "forward") -> Video:
+    def video(self, play: str = "forward", key: str = "") -> Video:
         """The same for a model that chooses frames itself, by its own ``video`` section: ``count`` says nothing there."""
-        return Video(self.path, self.fps, self.start, self.end, play=play)  # type: ignore[arg-type]
+        return Video(self.path, self.fps, self.start, self.end, play=play, key=key)  # type: ignore[arg-type]
 
     def missing(self) -> bool:
         return not self.path.exists()

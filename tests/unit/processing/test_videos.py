@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mllm.errors import ConfigError, DataError, MissingFile
-from mllm.processing.frames import VideoSpec, choose, middles, spread, video_spec
+from mllm.processing.frames import VideoSpec, choose, in_order, middles, spread, video_spec
 from mllm.processing.videos import frames_of
 from mllm.types import Video
 from tests.golden.fill import load
@@ -113,6 +113,9 @@ def test_controls_show_the_same_frames_in_another_order(clip):
     shuffled = seen(clip, play="shuffled")[0]
     assert sorted(shuffled) == forward and shuffled != forward and shuffled == seen(clip, play="shuffled")[0]
     assert seen(clip, play="shuffled")[1] == seen(clip)[1], "times stay in their places"
+    orders = {tuple(seen(clip, play="shuffled", key=str(k))[0]) for k in range(20)}
+    assert len(orders) > 10, "clips whose frames have the same numbers are shuffled each in its own way"
+    assert in_order("shuffled", [3, 5], "x") == (5, 3) and in_order("shuffled", [3, 3]) == (3, 3)
 
 
 def test_a_turned_video_is_set_upright(tmp_path, clip):
