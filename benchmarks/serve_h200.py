@@ -9,7 +9,8 @@ caches off; three passes, best of the last two. ``ours``: CLIP-L/336 + DINOv2-L 
 compiled), ``fp8`` (language model quantised online), ``cached`` (caches on, 8 pictures asked again and again), ``tp2``
 (two GPUs share the language model and split the pictures). ``served_…`` is `mllm serve` and HTTP requests with JPEG
 pictures in place of vLLM's ``LLM``; there ``dp2`` too (an engine on each of two GPUs behind one address), ``pp2`` (layers on
-two GPUs) and ``api4`` (four processes for HTTP and pictures). Beside the rate stand the GPU time of the visual parts, the CPU
+two GPUs) and ``api4`` (four processes for HTTP and pictures; default: as many as `mllm serve` takes). ``served_llava_…`` is vLLM's own
+server with its LLaVA. Beside the rate stand the GPU time of the visual parts, the CPU
 time of a request's preparation, and a pass of one new token (prefill alone).
 ``encoders``: our two encoders without vLLM, plain, compiled and in graphs. ``hf``: the same checkpoint through
 `generate`, batches of 32, and 16 greedy answers as reference for the bf16 agreement of ``ours_*``: tokens up to the
@@ -323,22 +324,28 @@ def section_served(name: str, work: Path, small: bool) -> dict:
     from mllm.serve.http.admission import STATISTICS
 
     options = name.split("_")
-    folder = work / "ours"
-    if not (folder / "config.json").exists():
+    theirs = "llava" in options
+    folder = work / ("llava" if theirs else "ours")
+    if theirs:
+        write_llava(folder, small)
+    elif not (folder / "config.json").exists():
         write_ours(folder, small, "cpu", weights=False)
     settings = ["--max-model-len", "2048", "--dtype", "float32" if small else "bfloat16"]
     settings += ["--tensor-parallel", "2"] if "tp2" in options else []
-    settings += [] if "graphs" in options else ["--eager"]
-    settings += ["--", "--max-num-seqs", "256"]
+    settings += [] if "graphs" in options else ["--enforce-eager" if theirs else "--eager"]
+    settings += [] if theirs else ["--"]
+    settings += ["--max-num-seqs", "256"]
     settings += ["--block-size", "32"] if small else ["--gpu-memory-utilization", "0.85"]
     settings += [] if "cached" in options else ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0"]
     settings += ["--data-parallel-size", "2"] if "dp2" in options else []
     settings += ["--pipeline-parallel-size", "2"] if "pp2" in options else []
-    settings += ["--api-server-count", "4"] if "api4" in options else []
+    asked = next((option.removeprefix("api") for option in options if option.startswith("api")), None)
+    settings += ["--api-server-count", asked] if asked else []
     settings += [] if list(folder.glob("*.safetensors")) else ["--load-format", "dummy"]
     count = 8 if small else REQUESTS
     started = time.perf_counter()
-    server, address = start_server(str(folder), settings, timeout=400)
+    start = start_vllms_own if theirs else start_server
+    server, address = start(str(folder), settings, timeout=400)
     try:
         loaded = time.perf_counter() - started
         texts = questions()
@@ -395,12 +402,38 @@ def section_served(name: str, work: Path, small: bool) -> dict:
             "same answers in the last two passes": sum(a == b for a, b in zip(*answers[-2:], strict=True)),
             "of": count,
             "finished": [x for x in lines if x.startswith("vllm:request_success_total") and 'reason="length"' in x],
-            "visual_parts": json.loads(urllib.request.urlopen(f"{address}{STATISTICS}", timeout=10).read()),
+            "visual_parts": None
+            if theirs
+            else json.loads(urllib.request.urlopen(address + STATISTICS, timeout=10).read()),
         }
     finally:
         server.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(20)  # what is left then ends with this section's processes
+
+
+def start_vllms_own(folder: str, settings: list[str], timeout: float) -> tuple[subprocess.Popen, str]:
+    """vLLM's own server, without anything of ours, on a free loopback port."""
+    import urllib.request
+
+    from tests.helpers import free_port
+
+    port, deadline = free_port(), time.monotonic() + timeout
+    template = Path(folder) / "chat.jinja"
+    template.write_text(
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+        "{{ '<image>\n' if part.type == 'image' else part.text }}{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    )
+    command = [sys.executable, "-m", "mllm.serve.vllm.command", "serve", folder, "--port", str(port), *settings]
+    command += ["--served-model-name", "ours", "--chat-template", str(template)]
+    command += ["--chat-template-content-format", "openai", "--limit-mm-per-prompt", '{"image": 1}']
+    process = subprocess.Popen(command, stdout=sys.stderr)
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
+            return process, f"http://127.0.0.1:{port}"
+        time.sleep(1)
+    raise RuntimeError(f"vLLM's own server was not ready (status {process.poll()})")
 
 
 def time_preparation() -> list[float]:

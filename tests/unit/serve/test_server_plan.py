@@ -10,7 +10,7 @@ import torch
 from mllm.errors import ConfigError
 from mllm.heads.codes.settings import VLLM_PLACEHOLDER
 from mllm.serve.http.admission import ENVIRONMENT, AdmissionSettings
-from mllm.serve.server import NO_DOMAIN, ServeSettings, _what_is_on, plan, serve
+from mllm.serve.server import NO_DOMAIN, ServeSettings, _what_is_on, http_processes, plan, serve
 from tests.helpers import TINY_CLIP, TINY_LLM, TINY_TIMM, tiny_model
 
 ROUTED = {
@@ -97,6 +97,40 @@ def test_options_and_extra_arguments_are_passed_on(checkpoints, tmp_path):
     assert value_of(arguments, "--max-model-len") == "99"
     assert "--enforce-eager" in arguments and value_of(arguments, "--lora-modules") == served
     assert arguments[-2:] == ["--max-num-seqs", "3"]
+
+
+@pytest.mark.parametrize(
+    ("cores", "gpus", "pixels", "count"),
+    [
+        (2, 1, 16e6, 1),
+        (4, 1, 16e6, 1),
+        (8, 1, 16e6, 3),
+        (16, 1, 16e6, 4),
+        (64, 8, 16e6, 4),
+        (16, 1, 500_000, 2),
+        (8, 8, 16e6, 1),
+    ],
+)
+def test_requests_are_taken_by_as_many_processes_as_cores_are_left(cores, gpus, pixels, count):
+    assert http_processes(cores, gpus, int(pixels)) == count
+
+
+def test_processes_for_http_are_chosen_on_a_gpu_unless_something_needs_one(checkpoints, monkeypatch, tmp_path):
+    monkeypatch.setattr("mllm.serve.server.os.sched_getaffinity", lambda _: range(16))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda *_: (100 * 2**30, 140 * 2**30))
+    monkeypatch.delenv("MLLM_ADMIN_KEY", raising=False)
+    served = {"checkpoint": checkpoints["plain"]}
+    assert value_of(plan(ServeSettings(**served))[0], "--api-server-count") == "4"
+    for extra in (["--api-server-count", "2"], ["--data-parallel-size=2"], ["--headless"]):
+        arguments = plan(ServeSettings(**served, extra=extra))[0]
+        assert arguments.count("--api-server-count") == extra.count("--api-server-count"), extra
+    monkeypatch.setenv("MLLM_ADMIN_KEY", "of-the-operator")  # an adapter is loaded into the process that is asked
+    adapted = ServeSettings(**served, lora=[f"x={adapter(tmp_path)}"])
+    assert "--api-server-count" not in plan(adapted)[0]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "--api-server-count" not in plan(ServeSettings(**served))[0], "on a CPU the cores are the engine's"
 
 
 def test_no_answer_holds_a_placeholder(checkpoints):
