@@ -226,6 +226,18 @@ def measured_page() -> str:
     return "\n".join(lines)
 
 
+def measured(recipe: str) -> str:
+    """Links to the figures that name the recipe, with their dates and commands; else that there are none."""
+    files = [
+        path.stem
+        for path in sorted((ROOT / "benchmarks/results").glob("*.txt"))
+        if path.stem.startswith(f"{recipe}_")
+        or ("_" in recipe and re.search(rf"(?<![\w-]){recipe}(?![\w-])", path.read_text(encoding="utf-8")))
+    ]
+    links = ", ".join(f"[{stem}](../measured.md#{stem})" for stem in files)
+    return links or "not trained here: scores are the paper's own"
+
+
 def recipe_pages(sizes: bool) -> Iterator[tuple[str, str]]:
     """A page for each recipe, and a table of all."""
     from mllm.recipe import load_recipe
@@ -252,6 +264,7 @@ def recipe_pages(sizes: bool) -> Iterator[tuple[str, str]]:
             ("hardware", hardware),
             ("from", recipe.source),
             ("evaluation", ", ".join(f"`{task}`" for task in recipe.evaluation.tasks)),
+            ("measured", measured(path.stem)),
         ]
         rows.append((f"[`{path.stem}`]({path.stem}.md)", encoders, f"`{connector}`", model, hardware))
         yield f"recipes/{path.stem}.md", _page(path, recipe.description, head, [*facts, *_stage_facts(recipe)])

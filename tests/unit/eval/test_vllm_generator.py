@@ -24,7 +24,7 @@ SCRIPT = textwrap.dedent(
 
         engine = {"max_model_len": 256, "enforce_eager": True, "gpu_memory_utilization": 0.2}
         generator = VLLMGenerator(sys.argv[1], dtype="float32", engine=engine)
-        found = {r.id: [r.text, r.prompt, r.num_prompt_tokens] for r in generator.generate(iter(questions(7)))}
+        found = {r.id: [r.text, r.prompt, r.num_prompt_tokens, r.logprob] for r in generator.generate(iter(questions(7)))}
         with open(sys.argv[2], "w") as handle:
             json.dump({"answers": found, "fingerprint": generator.fingerprint()}, handle)
 
@@ -53,8 +53,9 @@ def test_vllm_in_process_agrees_with_the_model(tmp_path):
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = json.loads((tmp_path / "out.json").read_text())
     assert checkpoint_hash(str(tmp_path / "checkpoint")) in found["fingerprint"]
-    for name, (text, prompt, count) in found["answers"].items():
+    for name, (text, prompt, count, logprob) in found["answers"].items():
         assert (prompt, count) == (expected[name].prompt, expected[name].num_prompt_tokens)
         # an unfinished character at the end is shown by one and held back by the other
+        assert logprob == pytest.approx(expected[name].logprob, abs=5e-3), "the probability of the whole answer"
         assert text.rstrip("\ufffd") == expected[name].text.rstrip("\ufffd"), name
     assert set(found["answers"]) == set(expected)
