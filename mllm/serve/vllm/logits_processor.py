@@ -13,7 +13,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 from mllm.heads.build import head_config
 from mllm.heads.codes.build import empty_tokenizer
 from mllm.heads.codes.configs import VocabularyHeadConfig
-from mllm.heads.codes.generate import SampleNoise
+from mllm.heads.codes.decoding import SampleNoise
 from mllm.heads.codes.grammar import image_grammar, never_written
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.serve.images.requests import KEY, DrawingRequest
