@@ -17,6 +17,7 @@ CLIMBS = {
     ("mllm.encoders", "mllm.visual_tokenizers.reader"),
     # What vLLM is told to load by name; nothing of it is imported here.
     ("mllm.heads.codes.settings", "mllm.serve.vllm.logits_processor"),
+    ("mllm.heads.codes.settings", "mllm.serve.vllm.placeholder"),
 }
 """Strings that name a module of a higher layer, and may."""
 _TARGET = re.compile(r"^(mllm(?:\.\w+)+):\w+$")
