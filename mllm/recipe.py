@@ -298,7 +298,7 @@ class StageSpec(StrictModel):
     draw: DrawSpec | None = None
     """Pictures to draw while training (models with a visual head)."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Settings of stages of another kind than sft."""
+    """Settings of the stage's kind; of sft: ``robust`` (pictures turned, and changed against the model)."""
 
     @model_validator(mode="after")
     def _length(self) -> StageSpec:

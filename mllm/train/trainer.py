@@ -475,11 +475,6 @@ def check_stage(stage: StageSpec, recipe: Recipe) -> None:
     parts that the model lacks, data that are not there. Nothing is built."""
     if stage.packing and stage.group_by_length:
         raise ConfigError(f"stages.{stage.name}: packing and group_by_length exclude each other; keep one")
-    if stage.kind == "sft" and stage.options:
-        raise ConfigError(
-            f"stages.{stage.name}.options.{next(iter(stage.options))}: an sft stage has no options, so this would be ignored; "
-            "take it out, or write the kind it is for"
-        )
     if stage.chat_template is not None:
         read_template(stage.chat_template)
     engine = choose_engine(stage)

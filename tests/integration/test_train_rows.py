@@ -76,7 +76,7 @@ def test_training_says_which_settings_mean_nothing_and_which_part_never_learned(
     planned = plan_recipe(make_recipe(tmp_path, stages=[stage])).stages[0].hazards
     assert any("schedule.warmup 5" in line for line in planned) and any("save_every 9" in line for line in planned)
     assert any("connector learns, and none of the 8 samples looked at has an image" in line for line in planned)
-    with pytest.raises(ConfigError, match=r"stages\.sft\.options\.beta: an sft stage has no options"):
+    with pytest.raises(ConfigError, match=r"stages\.sft\.options\.beta: unknown key"):
         run_recipe(make_recipe(tmp_path / "other", stages=[{**stage, "options": {"beta": 1}}]))
 
 

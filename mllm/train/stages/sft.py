@@ -4,20 +4,58 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mllm.config import StrictModel, validate
+from mllm.errors import ConfigError
 from mllm.recipe import StageSpec
 from mllm.train.checkpoint.export import save_stage
+from mllm.train.engine.base import choose_engine
+from mllm.train.robust import Robust, RobustOptions
 from mllm.train.stages.kind import StageKind
 from mllm.train.start import start_model
 from mllm.train.trainer import Run, train
+
+
+class SftOptions(StrictModel):
+    """``options`` of a stage of kind sft."""
+
+    robust: RobustOptions | None = None
+    """Harder pictures while it learns."""
+
+
+def check_sft(stage: StageSpec) -> SftOptions:
+    """The stage's options. Raises `ConfigError` for settings that do not go together."""
+    where = f"stages.{stage.name}"
+    options = validate(SftOptions, stage.options, where=f"{where}.options")
+    if options.robust is not None and stage.cache_features:
+        raise ConfigError(
+            f"{where}.cache_features: options.robust changes the pictures, so their features cannot be kept; leave one out"
+        )
+    if options.robust is not None and options.robust.adversarial and choose_engine(stage).zero_stage == 3:
+        raise ConfigError(
+            f"{where}.engine: options.robust.adversarial needs the gradient of pixels alone; use none, zero1 or zero2"
+        )
+    return options
 
 
 class SftStage(StageKind):
     """Supervised fine-tuning: next-token loss on what the assistant says."""
 
     @classmethod
+    def check_options(cls, stage: StageSpec) -> None:
+        check_sft(stage)
+
+    @classmethod
     def train(cls, run: Run, stage: StageSpec, previous: Path | None, folder: Path) -> bool:
         model, processor = start_model(run.recipe, stage, previous)
+        robust = check_sft(stage).robust
+        handle = None
+        if robust is not None:
+            if model.model.vision_tower is None:
+                raise ConfigError(f"stages.{stage.name}.options.robust: this model sees no pictures; leave it out")
+            handle = Robust(robust, model).attach(model)
         engine = train(run, stage, model, processor)
+        if handle is not None:
+            handle.remove()
         del model
         if engine is None:
             return False
