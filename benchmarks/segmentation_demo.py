@@ -28,7 +28,8 @@ from mllm.train.run import run_recipe
 from mllm.types import IMAGE_MARK, Turn
 
 DEFAULT_OUTPUT = Path("runs/segmentation_demo")
-CONTROLS = {"marks": ("train", []), "blind": ("blind", []), "words": ("words", ["model.heads={}"])}
+WORDS = ["model.heads={}", "stages.sft.learn={encoders: 1.5e-3, connector: 1.5e-3, language_model: 1.5e-3}"]
+CONTROLS = {"marks": ("train", []), "blind": ("blind", []), "words": ("words", WORDS)}
 """Model → its training file, and changes of the recipe."""
 
 
