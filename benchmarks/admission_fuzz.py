@@ -318,10 +318,10 @@ class Watched(Admission):
 
     admitted: Any = None
 
-    async def admit(self, path: str, data: dict[str, Any], owner: str = "") -> dict[str, Any]:
-        made = await super().admit(path, data, owner)
+    async def _admit(self, path: str, data: dict[str, Any], owner: str) -> tuple[dict[str, Any], list[bytes]]:
+        made, files = await super()._admit(path, data, owner)
         self.admitted = made
-        return made
+        return made, files
 
 
 def differences(engine: Engine, admitted: dict[str, Any]) -> list[str]:

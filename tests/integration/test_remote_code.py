@@ -69,7 +69,7 @@ model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=Tr
 for part in (model, processor):
     part.save_pretrained(again := Path(folder).with_name("again"))
 same = {path.name for path in Path(folder).iterdir()} == {path.name for path in again.iterdir()}
-print(json.dumps({"model": type(model).__module__, "processor": type(processor).__module__, "same": same}))
+print("\\n" + json.dumps({"model": type(model).__module__, "processor": type(processor).__module__, "same": same}))
 """
 
 

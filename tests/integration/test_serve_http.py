@@ -341,8 +341,9 @@ def test_no_answer_holds_a_placeholder_whatever_the_client_asks_for(server, chec
     place = json.loads((Path(checkpoint) / "config.json").read_text())["image_token_id"]
 
     def likeliest(choice):
-        """Of the first token: the taken one and the likeliest."""
-        return {entry["token"]: entry["logprob"] for entry in choice["logprobs"]["content"][0]["top_logprobs"]}
+        """Of the first token: the taken one and the likeliest. Pieces of characters are all shown as one sign: the likeliest of them."""
+        entries = choice["logprobs"]["content"][0]["top_logprobs"]
+        return {e["token"]: e["logprob"] for e in sorted(entries, key=lambda entry: entry["logprob"])}
 
     first = likeliest(ask(server, "what?", logprobs=True, top_logprobs=3).json()["choices"][0])
     for extra in ({}, {"temperature": 1.0, "n": 3}, {"allowed_token_ids": [place, place + 1]}, {"top_k": 1}):

@@ -28,6 +28,8 @@ NOT_THERE = {  # command line → words of its one error; {d} is an empty folder
     "eval scores {d}/nope": "no such file or folder",
     "eval export {d}/nope.jsonl {d}/x.tsv --as vlmeval": "did you mean 'vlmevalkit'",
     "eval import {f} --task mmvpp --output {d}/x": "did you mean 'mmvp'",
+    "eval attack {d}/nope": "no such folder",
+    "encoders probe {d}/nope -e efficientnet-lite0-448": "expected a folder",
     "eval watch {d}/nope --tasks demo_charts": "no such folder",
     "eval sensitivity {d}/nope --tasks demo_charts": "no such folder",
     "eval mine {d}/nope": "no such folder",

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mllm.errors import ConfigError
 from mllm.eval.report.statistics import holm
 from mllm.eval.run import run_eval
 from mllm.eval.settings import EvalSettings
-from mllm.eval.studies.ablate import WARNING, Ablation
-from mllm.eval.studies.ablation_report import ablate_checkpoint
 from mllm.eval.studies.compare import TaskComparison, compare_predictions
 from mllm.eval.studies.study import Study, Table, number, p_text, save_study, spread
 from mllm.eval.task import expand_tasks
+
+if TYPE_CHECKING:
+    from mllm.eval.studies.ablate import Ablation
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def run_ablations(
     """Every checkpoint's ablation, then every control on the same samples; ``ablations.json`` and ``ablations.md`` go to
     ``output_dir``, predictions below it. options: those of `run_ablation`. Raises what it raises, and `ConfigError` for a control of
     an encoder that the checkpoint has not."""
+    from mllm.eval.studies.ablation_report import ablate_checkpoint
+
     folder, seed = Path(output_dir), options.get("seed", 0)
     found: dict[str, Ablation] = {}
     for name, checkpoint in checkpoints.items():
@@ -96,6 +99,8 @@ def side_by_side(
     controls: Sequence[Control] = (),
 ) -> Study:
     """One table over all checkpoints: changes by encoder and way of masking, then those of controls trained without the encoder."""
+    from mllm.eval.studies.ablate import WARNING
+
     changes = []
     for name, ablation in found.items():
         changes += [

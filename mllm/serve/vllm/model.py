@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -240,13 +241,16 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
         return [bool(flag) for flag in _stacked(flags).flatten().tolist()]
 
     def _question_summary(self, questions: Any) -> Tensor | None:
-        """Mean embedding ``(B, L)`` of the questions; ids padded with -1. As `MllmModel._question_summary`."""
+        """Mean embedding ``(B, L)`` of the questions; ids padded with -1. As `MllmModel._question_summary`, by the embedding without
+        adapters: the layer that applies them counts on the tokens of the step, and these are none of them."""
         if questions is None:
             return None
         rows = [row.reshape(-1) for item in questions for row in (item if item.ndim > 1 else [item])]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
         real = ids.ge(0).unsqueeze(-1)
-        embeddings = self.get_language_model().embed_input_ids(ids.clamp(min=0).flatten()).view(*ids.shape, -1)
+        with _without_adapters(getattr(self.language_model, "model", None)):
+            flat = self.get_language_model().embed_input_ids(ids.clamp(min=0).flatten())
+        embeddings = flat.view(*ids.shape, -1)
         return (embeddings * real).sum(1) / real.sum(1).clamp(min=1)
 
     def forward(
@@ -332,3 +336,18 @@ def _end_to_end(value: Tensor | list[Tensor]) -> Tensor:
 def _stacked(value: Tensor | list[Tensor]) -> Tensor:
     """``(B, …)`` whether vLLM hands over a tensor or a list of rows."""
     return value if isinstance(value, Tensor) else torch.stack(list(value))
+
+
+@contextmanager
+def _without_adapters(body: nn.Module | None) -> Iterator[None]:
+    """The body's token embedding as it was before vLLM wrapped it for adapters."""
+    wrapped = getattr(body, "embed_tokens", None)
+    plain = getattr(wrapped, "base_layer", None)
+    if body is None or wrapped is None or plain is None:
+        yield
+        return
+    body.embed_tokens = plain
+    try:
+        yield
+    finally:
+        body.embed_tokens = wrapped

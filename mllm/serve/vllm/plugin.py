@@ -11,6 +11,7 @@ def register() -> None:
     (entry points ``mllm.plugins``) are registered as well, since a served checkpoint may be built from them.
     """
     from vllm import ModelRegistry
+    from vllm.platforms import current_platform
 
     from mllm.models.registration import ARCHITECTURE
     from mllm.models.registration import register as register_with_transformers
@@ -20,3 +21,7 @@ def register() -> None:
     register_with_transformers()
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, f"mllm.serve.vllm.model:{ARCHITECTURE}")
+    if current_platform.is_cpu():
+        from mllm.serve.vllm.cpu_adapters import keep_rows_without_adapters
+
+        keep_rows_without_adapters()

@@ -57,6 +57,11 @@ PRIVATE = (
         "encoders are left out where pictures are switched off (mllm.serve.vllm.model)",
     ),
     Private(
+        ("lora/ops/torch_ops/lora_ops.py",),
+        ("bgmv_expand", "bgmv_expand_slice"),
+        "on a CPU, rows without an adapter take none (mllm.serve.vllm.cpu_adapters)",
+    ),
+    Private(
         ("v1/engine/core_client.py",),
         ("_call_utility_async", "core_engines"),
         "statistics and choices of all data-parallel engines, not of the first alone (mllm.serve.http.stats)",
