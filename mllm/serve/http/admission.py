@@ -242,8 +242,8 @@ class Admission:
         ended = asyncio.create_task(self.state.ended())
         try:
             await asyncio.wait({working, ended}, return_when=asyncio.FIRST_COMPLETED)
-            if working.done():
-                return working.result()
+            if working.done() or ended.exception() is not None:  # a watch that failed ends nobody's request
+                return await working
             await answer.end(Refused(503, _LEAVING, retry_after=_RETRY))
         finally:
             working.cancel()

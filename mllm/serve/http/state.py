@@ -46,7 +46,6 @@ class ProcessState:
         self.folder = Path(folder) if folder else None
         self._counter: mmap.mmap | None = None
         self._count = 0
-        self._ending: asyncio.Event | None = None
         self._watch: asyncio.Task[None] | None = None
 
     @classmethod
@@ -72,19 +71,18 @@ class ProcessState:
         self._add(-1)
 
     async def ended(self) -> None:
-        """Returns when running requests are to be ended."""
-        if self._ending is None:
-            self._ending = asyncio.Event()
-            self._watch = asyncio.create_task(self._look())
-        await self._ending.wait()
+        """Returns when running requests are to be ended. One task of the running event loop looks for all requests."""
+        if self.folder is None:
+            await asyncio.Event().wait()
+        watch = self._watch
+        if watch is None or watch.get_loop() is not asyncio.get_running_loop():
+            watch = self._watch = asyncio.create_task(self._look())
+        await asyncio.shield(watch)
 
     async def _look(self) -> None:
-        assert self._ending is not None
-        if self.folder is None:
-            return
+        assert self.folder is not None
         while not (self.folder / _ENDING).exists():
             await asyncio.sleep(_POLL)
-        self._ending.set()
 
     def _add(self, number: int) -> None:
         if self.folder is None:
