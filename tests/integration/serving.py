@@ -30,12 +30,13 @@ VLLM_ON_CPU = {
 
 
 @contextmanager
-def serving(checkpoint: str, log: Path, *options: str) -> Iterator[Any]:
-    """A client of ``mllm serve`` on a CPU, as model ``tiny``; the server ends with the block."""
+def serving(checkpoint: str, log: Path, *options: str, **variables: str) -> Iterator[Any]:
+    """A client of ``mllm serve`` on a CPU, as model ``tiny``, with these environment ``variables``; the server ends with the
+    block."""
     import httpx
 
     port = free_port()
-    environment = {**os.environ, **VLLM_ON_CPU, "MLLM_API_KEY": KEY, "MLLM_ADMIN_KEY": OPERATOR}
+    environment = {**os.environ, **VLLM_ON_CPU, "MLLM_API_KEY": KEY, "MLLM_ADMIN_KEY": OPERATOR, **variables}
     command = [sys.executable, "-m", "mllm.cli.main", "serve", checkpoint, "--port", str(port), "--name", "tiny"]
     command += [
         "--eager",

@@ -20,6 +20,7 @@ from mllm.plugins import load_plugins
 from mllm.processing.template import read_template
 from mllm.types import IMAGE_MARK, Turn
 from tests.helpers import TINY_CLIP, TINY_LLM, TINY_TIMM, picture
+from tests.hub_server import running_hub
 from tests.integration.serving import OPERATOR, serving
 from tests.integration.test_serve_vllm import write_checkpoint
 from tests.test_readme import block
@@ -115,7 +116,22 @@ def adapters(checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint, plugin, adapters, tmp_path_factory):
+def hub(checkpoint):
+    """A hub that has the checkpoint as ``owner/tiny``."""
+    with running_hub() as hub:
+        files = {
+            str(path.relative_to(checkpoint)): path.read_bytes()
+            for path in Path(checkpoint).rglob("*")
+            if path.is_file()
+        }
+        hub.add("owner/tiny", files)
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def server(hub, plugin, adapters, tmp_path_factory):
+    """The checkpoint served by its name on a hub, fetched into an empty cache."""
+    variables = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path_factory.mktemp("cache"))}
     options = [
         "--lora",
         f"one={adapters['one']}",
@@ -132,7 +148,7 @@ def server(checkpoint, plugin, adapters, tmp_path_factory):
         "--max-pixels",
         "1000000",
     ]
-    with serving(checkpoint, tmp_path_factory.mktemp("log") / "server.log", *options) as client:
+    with serving("owner/tiny", tmp_path_factory.mktemp("log") / "server.log", *options, **variables) as client:
         yield client
 
 
@@ -202,6 +218,11 @@ def ask(server, *arguments, **extra):
 
 def turn(question: str, count: int) -> list[Turn]:
     return [Turn("user", IMAGE_MARK * count + "\n" + question if count else question)]
+
+
+def test_the_checkpoint_came_from_the_hub(server, hub):
+    fetched = {path.rpartition("/")[2] for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "my_encoder.py"} <= fetched
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
