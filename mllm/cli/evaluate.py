@@ -74,15 +74,20 @@ def run(
         str | None, typer.Option(help="openai: the server's address up to /v1; the key comes from $OPENAI_API_KEY.")
     ] = None,
     concurrency: Annotated[int, typer.Option(help="openai: requests under way at once.")] = 8,
+    picture_cache: Annotated[
+        int,
+        typer.Option(help="hf: MiB for visual tokens of pictures that are asked about again, over all tasks; 0: none."),
+    ] = 1024,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what would be asked and about how long it takes, and stop.")
     ] = False,
     earlier: Annotated[
         list[Path] | None,
-        typer.Option(help="--plan: folders of earlier runs that tell the time (repeatable); default: --output."),
+        typer.Option(help="Folders of earlier runs that tell how long this one takes (repeatable); default: --output."),
     ] = None,
     price: Annotated[
-        float | None, typer.Option(help="--plan: what an hour of one process (a GPU) costs, to say what the run does.")
+        float | None,
+        typer.Option(help="What an hour of one process (a GPU) costs: what the run will cost is said first."),
     ] = None,
 ) -> None:
     """Generate answers and score them: predictions (one JSON line each), a table, Markdown and an HTML page.
@@ -103,6 +108,7 @@ def run(
         raise ConfigError("--generator openai: where is the server? --base-url http://localhost:8000/v1")
     arguments.dtype(dtype, auto=False)
     arguments.device(device)
+    arguments.at_least(picture_cache, 0, "--picture-cache")
     for value, option in ((limit, "--limit"), (batch_size, "--batch-size"), (processes, "--processes")):
         arguments.at_least(value, 1, option)
     if plan:
@@ -139,6 +145,9 @@ def run(
                 generator=generator,
                 base_url=base_url,
                 concurrency=concurrency,
+                picture_cache=picture_cache,
+                earlier=earlier or (),
+                price=price,
                 cache_dir=cache,
                 overrides=overrides or (),
                 strict=strict,
@@ -200,11 +209,20 @@ def compare(
 @evaluation.command("report")
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of an earlier run.")],
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folders of other runs of the same tasks: scores by how many of them are right (repeatable)."
+        ),
+    ] = None,
 ) -> None:
-    """Make a run's report anew: its predictions under the metrics as they are now, with the studies beside them."""
+    """Make a run's report anew: its predictions under the metrics as they are now, with the studies beside them.
+
+    [dim]mllm eval report runs/my/eval --against runs/a/eval --against runs/b/eval[/]
+    """
     from mllm.eval.run import report_again
 
-    report_again(folder)
+    report_again(folder, against=against or ())
 
 
 def add_to(app: typer.Typer) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import threading
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,7 +50,7 @@ class Loaded:
 def answers(
     generator: Generator,
     spec: TaskSpec,
-    items: Sequence[Item],
+    items: Iterable[Item],
     metrics: Sequence[Metric],
     blind: Blind | None,
     cache: AnswerCache | None,
@@ -107,11 +107,15 @@ class SamePictures:
     show no picture, are not compared. changed: ids of answers to other pictures."""
 
     def __init__(self, items: Sequence[Item], blind: Blind | None):
-        self._items = {item.id: item for item in items} if blind in (None, "shuffled") else {}
+        self._items: Sequence[Item] = items if blind in (None, "shuffled") else []
+        self._places: dict[str, int] | None = None  # made when a run goes on
         self.changed: list[str] = []
 
     def __call__(self, row: Row) -> bool:
-        item = self._items.get(row["id"])
+        if self._places is None:
+            self._places = {item.id: place for place, item in enumerate(self._items)}
+        place = self._places.get(row["id"])
+        item = None if place is None else self._items[place]
         if item is None or not all(isinstance(source, Picture) for source in item.pictures):
             return True
         try:
@@ -126,7 +130,7 @@ class SamePictures:
 
 
 def load_items(
-    items: Sequence[Item],
+    items: Iterable[Item],
     blind: Blind | None,
     folder: Path | None = None,
     keep: Collection[str] = (),

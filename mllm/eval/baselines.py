@@ -17,6 +17,7 @@ from mllm.eval.data.pictures import Frames
 from mllm.eval.metrics import Metric
 from mllm.eval.metrics.text import references
 from mllm.eval.report.results import Row, score_fields
+from mllm.eval.spool import Spool
 from mllm.eval.task import TaskSpec, data_folder
 
 _KIND_WORDS = 3
@@ -24,25 +25,30 @@ _ENOUGH = 5
 """So many training answers make a question a kind of its own."""
 
 
-def shuffled(items: Sequence[Item]) -> list[Item]:
+def shuffled(items: Sequence[Item]) -> Sequence[Item]:
     """The items, each with the pictures of another one: as many, and of another cluster (picture, scene) where there is
     one. The same for every process and every run. Items without pictures, and those that no other could lend any, are
     left out."""
-    shapes: dict[tuple[Any, ...], list[Item]] = {}
-    for item in items:
+    shapes: dict[tuple[Any, ...], list[tuple[str, str, int]]] = {}  # (cluster, id, position) of each
+    for position, item in enumerate(items):
         if item.pictures:
             shape = tuple(source.count if isinstance(source, Frames) else 0 for source in item.pictures)
-            shapes.setdefault(shape, []).append(item)
-    given: dict[str, Item] = {}
+            shapes.setdefault(shape, []).append((_cluster(item), item.id, position))
+    donors: dict[int, int] = {}
     for group in shapes.values():
-        clusters = Counter(_cluster(item) for item in group)
-        order = sorted(group, key=lambda item: (_digest(_cluster(item)), item.id))
+        clusters = Counter(cluster for cluster, _, _ in group)
+        order = sorted(group, key=lambda one: (_digest(one[0]), one[1]))
         step = max(clusters.values())  # further than any cluster reaches, so that nobody meets his own
-        for place, item in enumerate(order):
+        for place, (cluster, _, position) in enumerate(order):
             donor = order[(place + step) % len(order)]
-            if _cluster(donor) != _cluster(item):
-                given[item.id] = replace(item, pictures=donor.pictures)
-    return [given[item.id] for item in items if item.id in given]
+            if donor[0] != cluster:
+                donors[position] = donor[2]
+    given = (
+        replace(item, pictures=items[donors[position]].pictures)
+        for position, item in enumerate(items)
+        if position in donors
+    )
+    return Spool(given).settled()
 
 
 def _cluster(item: Item) -> str:
@@ -55,7 +61,7 @@ def _digest(text: str) -> str:
 
 def prior_rows(
     data: TaskData, metrics: Sequence[Metric], place: Mapping[str, str | Path] | None
-) -> tuple[list[Row], str]:
+) -> tuple[Sequence[Row], str]:
     """(rows as if every question had got the commonest answer of its kind, where these answers are counted).
 
     They are counted in the training split that the task names (``train``), where its file is there; else in the
@@ -64,7 +70,7 @@ def prior_rows(
     known = _training_answers(data.task, place)
     told = f"the training split ({known[1]})" if known else "the benchmark itself, no training split is at hand"
     counts = known[0] if known else _own_answers(data.items)
-    rows = []
+    rows = Spool[Row]()
     for item in data.items:
         kind = next((kind for kind in _kinds(item.question, item.category) if sum(counts.get(kind, {}).values())), None)
         answer = counts[kind].most_common(1)[0][0] if kind else ""

@@ -52,12 +52,13 @@ def open_generator(
     device: str | None = None,
     base_url: str | None = None,
     concurrency: int = 8,
+    picture_cache: int = 1024,
 ) -> Any:
     """A generator over a checkpoint. kind: ``hf`` (in this process), ``vllm``, ``openai`` (the server at ``base_url``, which
     knows the checkpoint by this name), or a plug-in's. Raises `UnknownName`."""
     from mllm.eval.generators import GENERATORS, GeneratorSettings
 
-    settings = GeneratorSettings(batch_size, dtype, device, base_url, concurrency)
+    settings = GeneratorSettings(batch_size, dtype, device, base_url, concurrency, picture_cache)
     generator: Any = GENERATORS.get(kind)
     if not hasattr(generator, "open"):
         raise ConfigError(

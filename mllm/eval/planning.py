@@ -30,7 +30,10 @@ def earlier_rates(places: Sequence[str | Path]) -> dict[str, float]:
     found: dict[str, float] = {}
     for place in places:
         for path in iterate_files(Path(place)):
-            header = json.loads(header_path(path).read_text(encoding="utf-8"))
+            try:
+                header = json.loads(header_path(path).read_text(encoding="utf-8"))
+            except ValueError:
+                continue
             count = header.get("answered") or header.get("num_items")
             if header.get("seconds") and count:
                 found[path.stem] = float(header["seconds"]) / int(count)

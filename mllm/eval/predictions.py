@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mllm.errors import ConfigError, DataError
 
 Row = dict[str, Any]
 _SYNC_SECONDS = 0.25
+_KEY = 16
 
 
 def prediction_path(folder: Path, task: str, blind: str | None = None, rank: int = 0, world: int = 1) -> Path:
@@ -62,6 +68,33 @@ def _lines(path: Path) -> Iterator[tuple[Row, bytes]]:
                 raise DataError(f"{path}:{number}: id {name!r} occurs twice")
             seen.add(name)
             yield row, line
+
+
+def rows_in_order(path: Path, ids: Sequence[str]) -> Iterator[Row]:
+    """The rows of these ids in their order, whatever the file's; ids without a row are passed over. Between the passes over the
+    file 24 bytes a row are kept."""
+    if all(
+        row["id"] == name for row, name in itertools.zip_longest(iterate_predictions(path), ids, fillvalue={"id": None})
+    ):
+        yield from iterate_predictions(path)
+        return
+    places = array("Q")
+    keys = bytearray()
+    for name, place in _places(path):
+        keys += _key(name)
+        places.append(place)
+    there = np.frombuffer(bytes(keys), dtype=f"S{_KEY}")
+    order = np.argsort(there, kind="stable")
+    with path.open("rb") as handle:
+        for name in ids:
+            spot = int(np.searchsorted(there, np.bytes_(_key(name)), sorter=order))
+            if spot < len(order) and (row := json.loads(_line_at(handle, places[order[spot]])))["id"] == name:
+                yield row
+
+
+def _key(name: str) -> bytes:
+    """Sixteen bytes that stand for an id while rows are sought."""
+    return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=_KEY).digest()
 
 
 def _torn(path: Path) -> bool:

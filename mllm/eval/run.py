@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -19,9 +20,11 @@ from mllm.eval.cache import AnswerCache
 from mllm.eval.data.check import check_data
 from mllm.eval.data.loading import Item, TaskData, load_data
 from mllm.eval.data.pictures import Frames
+from mllm.eval.forecast import Forecast
 from mllm.eval.generators.base import Generator
 from mllm.eval.launch import start_workers
 from mllm.eval.metrics import Metric, build_metric
+from mllm.eval.planning import earlier_rates
 from mllm.eval.predictions import (
     PredictionWriter,
     Row,
@@ -31,14 +34,16 @@ from mllm.eval.predictions import (
     iterate_predictions,
     merge_shards,
     prediction_path,
+    rows_in_order,
     write_atomic,
     write_lines,
 )
 from mllm.eval.progress import Progress
-from mllm.eval.report.results import TaskResult, score_fields, slim, summarise
+from mllm.eval.report.results import TaskResult, score_fields, summarise
 from mllm.eval.report.samples import LISTED
 from mllm.eval.settings import EvalSettings
 from mllm.eval.share import Share
+from mllm.eval.spool import Names
 from mllm.eval.studies.batch_check import check_generator
 from mllm.eval.task import TaskSpec, expand_tasks, load_task, load_tasks
 
@@ -59,6 +64,7 @@ def evaluate(
     strict: bool = False,
     thumbnails: int = LISTED,
     progress: bool = True,
+    forecast: Forecast | None = None,
 ) -> dict[str, TaskResult]:
     """Ask every question of every task, write one line per answer, score, and sum up. Task → result.
 
@@ -69,7 +75,7 @@ def evaluate(
     that stand in ``output_dir``; answers of another model, data or setting there raise `ConfigError`. rank, world:
     this process takes questions from a queue over all tasks that ``world`` processes share (`Share`); rank 0 joins the
     answers when all are done, so its return value is complete; other ranks return {}. thumbnails: pictures kept per task
-    for the HTML report. strict: any unusable row raises.
+    for the HTML report. strict: any unusable row raises. forecast: is told of every answer, to say how long the run will take.
     """
     specs = load_tasks(tasks)
     mode: Blind | None = "gray" if blind is True else blind or None
@@ -86,7 +92,7 @@ def evaluate(
         for way in (None, mode, *floors) if mode else (None,):
             shown = loaded if way != "shuffled" else replace(loaded, items=shuffled(loaded.items))
             if shown.items:
-                asked.append(_ask(generator, shown, folder, way, resume, cache, share, thumbnails, progress))
+                asked.append(_ask(generator, shown, folder, way, resume, cache, share, thumbnails, progress, forecast))
         if mode and rank == 0:
             priors[spec.name] = _prior(loaded, folder, data)
 
@@ -148,7 +154,7 @@ class _Asked:
     metrics: list[Metric]
     header: dict[str, Any]
     way: Blind | None
-    ids: list[str]
+    ids: Names
     path: Path
     spent: tuple[float, int]
     """Seconds of work (of all processes together), and how many answers they gave."""
@@ -169,12 +175,10 @@ class _Asked:
 
     def result(self) -> TaskResult:
         """What the answers add up to; rows of other metrics, or other versions of them, are scored anew."""
-        rows = {row["id"]: slim(row) for row in iterate_predictions(self.path)}
-        if any(_other_scores(row, self.metrics) for row in rows.values()):
+        if any(_other_scores(row, self.metrics) for row in iterate_predictions(self.path)):
             write_lines(self.path, (_scored(row, self.metrics) for row in iterate_predictions(self.path)))
-            rows = {row["id"]: slim(row) for row in iterate_predictions(self.path)}
         header = self.header | {"seconds": round(self.spent[0], 3), "answered": self.spent[1]}
-        result = summarise([rows[name] for name in self.ids if name in rows], self.metrics, header, path=str(self.path))
+        result = summarise(rows_in_order(self.path, self.ids), self.metrics, header, path=str(self.path))
         write_atomic(header_path(self.path), json.dumps(result.header, indent=2, ensure_ascii=False) + "\n")
         return result
 
@@ -193,6 +197,7 @@ def _ask(
     share: Share | None,
     thumbnails: int,
     progress: bool,
+    forecast: Forecast | None = None,
 ) -> _Asked:
     """Answer what is not answered yet: everything, or what this process takes from the queue."""
     spec, metrics, items = data.task, data.task.build_metrics(), data.items
@@ -205,8 +210,9 @@ def _ask(
     with PredictionWriter(path, header, resume=resume, stands=stands) as writer:
         elsewhere: dict[str, Row] = {}
         if resume:
-            left = {item.id for item in items} - writer.done
+            left: set[str] | None = None
             for row in answered_elsewhere(path, header):
+                left = {item.id for item in items} - writer.done if left is None else left
                 if row["id"] not in left:
                     continue
                 if share is not None:
@@ -220,13 +226,17 @@ def _ask(
             return item.id not in writer.done and not (there is not None and stands(there))
 
         keep = {item.id for item in items[:thumbnails]} if blind is None else set()
+        if forecast is not None:
+            forecast.begin(spec.name, len(items), len(writer.done))
         with Progress(title, len(items), done=len(writer.done), shown=progress) as bar:
             for positions in [range(len(items))] if share is None else share.take(title, len(items)):
-                todo = [items[k] for k in positions if is_open(items[k])]
-                for row in answers(generator, spec, todo, metrics, blind, cache, folder, keep):
+                chosen = items if share is None else (items[k] for k in positions)
+                for row in answers(generator, spec, filter(is_open, chosen), metrics, blind, cache, folder, keep):
                     writer.append(row)
                     count += 1
                     bar.advance()
+                    if forecast is not None:
+                        forecast.advance()
                 if share is not None:
                     bar.reach(share.num_taken(title))
     if stands.changed and progress:
@@ -234,7 +244,7 @@ def _ask(
     spent = (time.perf_counter() - started, count) if count else (0.0, 0)
     if share is not None:
         share.spent[title] = spent
-    return _Asked(spec, metrics, header, blind, [item.id for item in items], path, _added(before, spent))
+    return _Asked(spec, metrics, header, blind, Names(item.id for item in items), path, _added(before, spent))
 
 
 def _spent_before(path: Path, header: Mapping[str, Any]) -> tuple[float, int]:
@@ -300,10 +310,14 @@ def _versions() -> dict[str, str]:
 
 
 def rescore(
-    path: str | Path, metrics: Sequence[str | Mapping[str, Any]] | None = None, *, write: bool = True
+    path: str | Path,
+    metrics: Sequence[str | Mapping[str, Any]] | None = None,
+    *,
+    write: bool = True,
+    others: Mapping[str, str] | None = None,
 ) -> TaskResult:
     """Score a prediction file again, without a model: with its task's metrics as they are now, or with others. write:
-    put the new scores into the file."""
+    put the new scores into the file; others: id → difficulty, see `levels_by_runs`."""
     path = Path(path)
     next(iterate_predictions(path), None)  # a file that cannot be read says so before its header does
     try:
@@ -321,10 +335,9 @@ def rescore(
     if write:
         write_lines(path, scored)
         scored = iterate_predictions(path)
-    rows = [slim(row) for row in scored]
     if write:
         write_atomic(header_path(path), json.dumps(header, indent=2, ensure_ascii=False) + "\n")
-    result = summarise(rows, chosen, header, path=str(path))
+    result = summarise(scored, chosen, header, path=str(path), others=others)
     return replace(result, problems=[*result.problems, *_older(header["task"])])
 
 
@@ -338,15 +351,16 @@ def _older(stored: Mapping[str, Any]) -> list[str]:
     return [told] if stored.get("version") != now else []
 
 
-def report_again(folder: str | Path, *, show: bool = True) -> dict[str, TaskResult]:
+def report_again(folder: str | Path, *, show: bool = True, against: Sequence[str | Path] = ()) -> dict[str, TaskResult]:
     """Make a run's report anew from its prediction files, scored with the metrics as they are now; blind runs and
-    studies that lie in the folder are shown with it. Writes ``report.md``, ``report.html``, ``results.json``."""
+    studies that lie in the folder are shown with it. against: folders of other runs, by whose answers samples are called easy or hard.
+    Writes ``report.md``, ``report.html``, ``results.json``."""
     from mllm.eval.report.show import write_report
 
     folder = Path(folder)
     results: dict[str, TaskResult] = {}
     for path in iterate_files(folder) if folder.is_dir() else ():
-        result = rescore(path, write=False)
+        result = rescore(path, write=False, others=levels_by_runs(path.name, against))
         _attach_blind(result, folder)
         results[result.task] = result
     if not results:
@@ -357,6 +371,26 @@ def report_again(folder: str | Path, *, show: bool = True) -> dict[str, TaskResu
         before = {}
     write_report(results, folder, batch_differences=before.get("batch_differences"), show=show)
     return results
+
+
+def levels_by_runs(name: str, folders: Sequence[str | Path]) -> dict[str, str]:
+    """Sample id → ``all of 3 other runs right``, ``some …`` or ``none …`` by the headlines of the prediction files of this name in
+    other runs' folders. Raises `ConfigError` for a folder that has none."""
+    right: Counter[str] = Counter()
+    seen: Counter[str] = Counter()
+    for folder in map(Path, folders):
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder}: holds no {name}, so it cannot tell which of its samples are hard")
+        for row in iterate_predictions(folder / name):
+            entry = next(iter(row.get("scores", {}).values()), {})
+            seen[row["id"]] += 1
+            right[row["id"]] += (entry.get("value") or 0.0) >= 0.5
+    whole = len(folders)
+
+    def level(count: int) -> str:
+        return f"{'all' if count == whole else 'some' if count else 'none'} of {whole} other run{'s' if whole > 1 else ''} right"
+
+    return {name: level(right[name]) for name, count in seen.items() if count == whole}
 
 
 def run_eval(checkpoint: str, tasks: Sequence[str], settings: EvalSettings | None = None) -> dict[str, TaskResult]:
@@ -397,17 +431,29 @@ def run_eval(checkpoint: str, tasks: Sequence[str], settings: EvalSettings | Non
         start_workers(settings.processes, checkpoint, list(tasks), shared)
         return {name: _finished(folder, name, settings.blind) for name in names}
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    forecast = _forecast(specs, settings, folder, world) if settings.progress and rank == 0 else None
     model = open_generator(checkpoint, kind=settings.generator, **asdict(settings.generation))
     cache = AnswerCache(settings.cache_dir / "answers.sqlite") if settings.cache_dir is not None else None
     results = evaluate(
         model, specs, folder, limit=settings.limit, ids=settings.ids, blind=settings.blind, resume=settings.resume, data=data,
-        cache=cache, rank=rank, world=world, strict=settings.strict, progress=settings.progress and rank == 0,
+        cache=cache, rank=rank, world=world, strict=settings.strict, progress=settings.progress and rank == 0, forecast=forecast,
     )  # fmt: skip
     if rank != 0:
         return results
     differences = check_generator(model, specs, data) if settings.check_batch else None
     write_report(results, folder, batch_differences=differences, show=settings.progress)
     return results
+
+
+def _forecast(specs: Sequence[TaskSpec], settings: EvalSettings, folder: Path, world: int) -> Forecast:
+    """The line before the run begins, and who tells the next one."""
+    rates = earlier_rates([folder, *settings.earlier])
+    ways = 3 if settings.blind else 1  # as they are, blanked, shuffled
+    forecast = Forecast(
+        specs, limit=settings.limit, ways=ways, processes=world, price=settings.price, rates=rates
+    )  # fmt: skip
+    forecast.announce()
+    return forecast
 
 
 def _finished(folder: Path, task: str, blind: bool | Blind) -> TaskResult:

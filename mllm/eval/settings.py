@@ -38,6 +38,8 @@ class EvalSettings(StrictModel):
     """openai: where the server is."""
     concurrency: int = Field(default=8, ge=1)
     """openai: requests at once."""
+    picture_cache: int = Field(default=1024, ge=0)
+    """hf: MiB for the visual tokens of pictures that are asked about again, in the same task or another; 0: none."""
     cache_dir: Path | None = None
     """Folder of answers shared by runs."""
     overrides: Sequence[str] = ()
@@ -46,9 +48,15 @@ class EvalSettings(StrictModel):
     """A row that cannot be used ends the run."""
     processes: int = Field(default=1, ge=1)
     """On this machine, sharing the questions."""
+    earlier: Sequence[Path] = ()
+    """Folders of earlier runs, which tell how long this one will take."""
+    price: float | None = Field(default=None, ge=0)
+    """Of an hour of one process, to say what the run costs."""
     progress: bool = True
 
     @property
     def generation(self) -> GeneratorSettings:
         """What of it the generator is told."""
-        return GeneratorSettings(self.batch_size, self.dtype, self.device, self.base_url, self.concurrency)
+        return GeneratorSettings(
+            self.batch_size, self.dtype, self.device, self.base_url, self.concurrency, self.picture_cache
+        )

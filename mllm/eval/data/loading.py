@@ -15,6 +15,7 @@ from mllm.errors import ConfigError, DataError
 from mllm.eval.data.pictures import Frames, Picture, picture
 from mllm.eval.data.sources import Found, Row, find_sources
 from mllm.eval.data.templates import clean, evaluate, lettered, render
+from mllm.eval.spool import Spool
 from mllm.eval.task import SourceSpec, TaskSpec, data_folder
 from mllm.types import IMAGE_MARK, Turn
 
@@ -56,7 +57,7 @@ class TaskData:
 
     task: TaskSpec
     source: str
-    items: list[Item]
+    items: Sequence[Item]
     problems: list[Problem]
     num_rows: int
     data_hash: str
@@ -91,7 +92,7 @@ def load_data(
     """
     found = _choose_source(task, find_sources(task, data_folder(task, data)))
     source, folder, rows = found.source, found.folder, found.rows()
-    items: list[Item] = []
+    spool = Spool[Item]()
     problems: list[Problem] = []
     seen: set[str] = set()
     kept: set[str] = set()
@@ -128,7 +129,8 @@ def load_data(
             continue
         if item.target is None and source.columns.answers is not None:
             problems.append(Problem(item.id, "missing answer", "no answer: the reply is recorded and not scored"))
-        items.append(item)
+        spool.append(item)
+    items = spool.settled()
     _refuse_useless(task, items, problems, num_rows, strict)
     digest = data_hash(items)
     chosen = _choose(task, items, limit, ids)
@@ -231,7 +233,7 @@ def data_hash(items: Sequence[Item]) -> str:
     return digest.hexdigest()[:12]
 
 
-def _choose(task: TaskSpec, items: list[Item], limit: int | None, ids: Sequence[str] | None) -> list[Item]:
+def _choose(task: TaskSpec, items: Sequence[Item], limit: int | None, ids: Sequence[str] | None) -> Sequence[Item]:
     if ids is not None:
         wanted = {str(name) for name in ids}
         if unknown := sorted(wanted - {item.id for item in items}):
@@ -243,16 +245,18 @@ def _choose(task: TaskSpec, items: list[Item], limit: int | None, ids: Sequence[
         return items
     if limit < 1:
         raise ConfigError(f"limit is {limit}; expected at least 1")
-    groups: dict[Any, list[Item]] = {}
-    for item in items:
-        groups.setdefault(item.meta.get(task.group, item.id) if task.group else item.id, []).append(item)
+    groups: dict[Any, list[int]] = {}
+    for position, item in enumerate(items):
+        groups.setdefault(item.meta.get(task.group, item.id) if task.group else item.id, []).append(position)
     members = list(groups.values())
     wanted_groups = max(1, round(limit * len(members) / len(items)))
     picks = {int((k + 0.5) * len(members) / wanted_groups) for k in range(wanted_groups)}
-    return [item for k in sorted(picks) for item in members[k]]
+    return Spool(items[position] for k in sorted(picks) for position in members[k]).settled()
 
 
-def _refuse_useless(task: TaskSpec, items: list[Item], problems: list[Problem], num_rows: int, strict: bool) -> None:
+def _refuse_useless(
+    task: TaskSpec, items: Sequence[Item], problems: list[Problem], num_rows: int, strict: bool
+) -> None:
     if items and not (strict and problems):
         return
     if not problems and not items:

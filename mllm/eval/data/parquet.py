@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from collections.abc import Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -63,18 +63,15 @@ def _picture_counts(file: pq.ParquetFile, group: int, single: list[str], several
 
 
 def _picture(path: Path, group: int, offset: int, name: str, position: int | None, number: int) -> Picture:
-    return Picture(_reader(path, group, offset, name, position), f"{path.name} row {number} {name}")
+    return Picture(partial(_read_cell, path, group, offset, name, position), f"{path.name} row {number} {name}")
 
 
-def _reader(path: Path, group: int, offset: int, name: str, position: int | None) -> Callable[[], bytes]:
-    def read() -> bytes:
-        cell = _column(str(path), group, name)[offset].as_py()
-        cell = cell[position] if position is not None else cell
-        if not cell["bytes"] and not cell["path"]:
-            raise DataError(f"{path}: {name} of a row is empty")
-        return cell["bytes"] or (path.parent / cell["path"]).read_bytes()
-
-    return read
+def _read_cell(path: Path, group: int, offset: int, name: str, position: int | None) -> bytes:
+    cell = _column(str(path), group, name)[offset].as_py()
+    cell = cell[position] if position is not None else cell
+    if not cell["bytes"] and not cell["path"]:
+        raise DataError(f"{path}: {name} of a row is empty")
+    return cell["bytes"] or (path.parent / cell["path"]).read_bytes()
 
 
 @lru_cache(maxsize=8)

@@ -14,13 +14,15 @@ from mllm.types import IMAGE_MARK, Request, Response, Turn
 @dataclass(frozen=True)
 class GeneratorSettings:
     """What the user says about generation, whoever generates. device: None, the generator's own choice; base_url,
-    concurrency: for generators that ask a server."""
+    concurrency: for generators that ask a server; picture_cache: MiB for visual tokens of pictures that are asked about again, in
+    this task or another (hf)."""
 
     batch_size: int = 8
     dtype: str = "float32"
     device: str | None = None
     base_url: str | None = None
     concurrency: int = 8
+    picture_cache: int = 1024
 
 
 @runtime_checkable

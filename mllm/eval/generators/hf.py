@@ -16,6 +16,7 @@ from transformers import LogitsProcessor
 
 from mllm.errors import AlignmentError, UnavailableError
 from mllm.eval.generators.base import GeneratorSettings, answer_text, cut_at_stops, hf_messages
+from mllm.eval.generators.kept_pictures import KeptPictures
 from mllm.plugins import code_hashes
 from mllm.threads import one_thread
 from mllm.types import IMAGE_MARK, Request, Response
@@ -48,13 +49,17 @@ class HFGenerator:
         batch_size: int = 8,
         name: str = "hf",
         model_hash: str | None = None,
+        picture_cache: int = 0,
     ):
+        """picture_cache: MiB of host memory in which the visual tokens of pictures are kept from batch to batch and task to task (0:
+        none); for a model whose weights and hooks stay as they are."""
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected at least 1")
         self.model: Any = model.eval()
         self.processor: Any = processor
         self.batch_size, self.name = batch_size, name
         self._model_hash = model_hash
+        self.kept = KeptPictures(picture_cache) if picture_cache and KeptPictures.fit(model) else None
         tokenizer: Any = getattr(processor, "tokenizer", processor)
         tokenizer.padding_side = "left"
         if tokenizer.pad_token_id is None:
@@ -72,7 +77,8 @@ class HFGenerator:
         if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
             device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
         model, processor = load_model(checkpoint, dtype=settings.dtype, device=device)
-        return cls(model, processor, batch_size=settings.batch_size, name=f"hf:{Path(checkpoint).name}")
+        name = f"hf:{Path(checkpoint).name}"
+        return cls(model, processor, batch_size=settings.batch_size, name=name, picture_cache=settings.picture_cache)
 
     @property
     def takes_video(self) -> bool:
@@ -149,6 +155,8 @@ class HFGenerator:
     @torch.inference_mode()
     def _forward(self, requests: Sequence[Request], prompts: Sequence[str]) -> list[Response]:
         inputs = self._encode(requests, prompts)
+        if self.kept is not None:
+            inputs = self.kept.encode(self.model, inputs)
         options = dict(requests[0].options)
         stops, seed = options.pop("stop", None), options.pop("seed", None)
         options.setdefault("do_sample", False)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,23 +30,29 @@ class AnswerFacts:
     calibration_error: float | None = None
 
 
-def answer_facts(rows: Sequence[Row], header: Mapping[str, Any], label: str) -> AnswerFacts:
+def answer_facts(rows: Iterable[Row], header: Mapping[str, Any], label: str) -> AnswerFacts:
     """Of one task's rows. label: the headline metric's."""
-    answered = [row for row in rows if not row.get("unusable") and not row.get("error")]
-    if not answered:
-        return AnswerFacts()
-    seconds, count = header.get("seconds"), header.get("answered")
-    sure, right = [], []
-    for row in answered:
+    count, declined, sums = 0, 0, dict.fromkeys(("num_tokens", "num_prompt_tokens"), 0)
+    sure, right = array("d"), array("d")
+    for row in rows:
+        if row.get("unusable") or row.get("error"):
+            continue
+        count += 1
+        declined += refused(row)
+        for key in sums:
+            sums[key] += row.get(key) or 0
         entry = row.get("scores", {}).get(label)
         if row.get("logprob") is not None and entry is not None and "error" not in entry:
             sure.append(math.exp(row["logprob"]))
             right.append(entry["value"] or 0.0)
+    if not count:
+        return AnswerFacts()
+    seconds, timed = header.get("seconds"), header.get("answered")
     return AnswerFacts(
-        tokens=_mean(answered, "num_tokens"),
-        prompt_tokens=_mean(answered, "num_prompt_tokens"),
-        milliseconds=1000 * seconds / count if seconds and count else None,
-        refused=sum(refused(row) for row in answered) / len(answered),
+        tokens=sums["num_tokens"] / count or None,
+        prompt_tokens=sums["num_prompt_tokens"] / count or None,
+        milliseconds=1000 * seconds / timed if seconds and timed else None,
+        refused=declined / count,
         confidence=sum(sure) / len(sure) if sure else None,
         calibration_error=expected_calibration_error(sure, right) if sure else None,
     )
@@ -54,18 +61,12 @@ def answer_facts(rows: Sequence[Row], header: Mapping[str, Any], label: str) -> 
 def expected_calibration_error(confidences: Sequence[float], values: Sequence[float], bins: int = BINS) -> float:
     """Mean distance between confidence and accuracy over ``bins`` equal parts of 0 to 1, weighted by their samples (Guo et al.,
     arXiv 1706.04599, equation 3). values: 1 right, 0 wrong, or between."""
-    places: dict[int, list[tuple[float, float]]] = {}
+    gaps = [0.0] * bins
     for confidence, value in zip(confidences, values, strict=True):
-        places.setdefault(min(int(confidence * bins), bins - 1), []).append((confidence, value))
-    gaps = [abs(sum(c for c, _ in pairs) - sum(v for _, v in pairs)) for pairs in places.values()]
-    return sum(gaps) / len(confidences)
+        gaps[min(int(confidence * bins), bins - 1)] += confidence - value
+    return sum(map(abs, gaps)) / len(confidences)
 
 
 def refused(row: Row) -> bool:
     """Whether a row's answer declines; slim rows hold the verdict already."""
     return row["refused"] if "refused" in row else is_refusal(row["output"])
-
-
-def _mean(rows: Sequence[Row], key: str) -> float | None:
-    counts = [row.get(key) or 0 for row in rows]
-    return sum(counts) / len(counts) if any(counts) else None

@@ -10,7 +10,7 @@ from typing import Any
 from mllm.errors import UnavailableError
 from mllm.eval.report.results import MetricResult, TaskResult
 from mllm.eval.report.samples import FILTERS, LISTED, Listing, disagreeing, embedded, linked, sample_html
-from mllm.eval.studies.study import Study, study_html
+from mllm.eval.studies.study import Study, number, spread, study_html
 from mllm.svg_charts import Bar, interval_chart
 
 __all__ = ["LISTED", "floor_note", "html_pages"]
@@ -60,7 +60,7 @@ def html_pages(
     and the samples stand on pages of `PER_PAGE` for each task and filter, below ``report/``.
     """
     whole = sum(result.num_samples for result in results.values()) <= WHOLE
-    parts = [*_head("Evaluation"), _summary(results), _facts(results), _contents(results, studies)]
+    parts = [*_head("Evaluation"), _summary(results), _facts(results, studies), _contents(results, studies)]
     parts += [study_html(study) for study in studies]
     for name, result in results.items():
         listed = listing(name)
@@ -115,8 +115,11 @@ def own_metrics(result: TaskResult) -> list[MetricResult]:
     return [metric for metric in result.metrics if metric.label not in agree]
 
 
-def _facts(results: Mapping[str, TaskResult]) -> str:
-    """What answering cost, and how often it was declined: columns that were measured for some task."""
+def facts_table(
+    results: Mapping[str, TaskResult], studies: Sequence[Study]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """(headings, a row for each task) of what answering cost, how often it was declined, how sure the model was, and how much hangs on
+    wording and pixels: columns that were measured for some task; no headings where none was."""
     columns: list[tuple[str, str, float, int]] = [
         ("new tokens", "tokens", 1, 1),
         ("prompt tokens", "prompt_tokens", 1, 0),
@@ -127,19 +130,59 @@ def _facts(results: Mapping[str, TaskResult]) -> str:
     ]
     facts = {name: result.facts for name, result in results.items()}
     columns = [column for column in columns if any(getattr(one, column[1]) is not None for one in facts.values())]
-    if not columns:
-        return ""
-    lines = ["<table><tr><th>task" + "".join(f"<th class=n>{title}" for title, *_ in columns) + "</tr>"]
+    flips = flips_of(studies)
+    ways = list(dict.fromkeys(way for name in results for way in flips.get(name, {})))
+    if not columns and not ways:
+        return (), []
+    rows = []
     for name, one in facts.items():
-        cells = ((getattr(one, key), scale, digits) for _, key, scale, digits in columns)
-        told = ("–" if value is None else f"{scale * value:.{digits}f}" for value, scale, digits in cells)
-        lines.append(f"<tr><td>{_text(name)}" + "".join(f"<td class=n>{cell}" for cell in told) + "</tr>")
-    sure = any(one.confidence is not None for one in facts.values())
+        told = ((getattr(one, key), scale, digits) for _, key, scale, digits in columns)
+        cells = ["–" if value is None else number(scale * value, digits) for value, scale, digits in told]
+        rows.append((name, *cells, *(number(flips.get(name, {}).get(way, float("nan")), 1) for way in ways)))
+    return ("task", *(title for title, *_ in columns), *(f"flips by {way} %" for way in ways)), rows
+
+
+def _facts(results: Mapping[str, TaskResult], studies: Sequence[Study]) -> str:
+    headings, rows = facts_table(results, studies)
+    if not headings:
+        return ""
     note = (
         "<p class=note>Confidence is the mean probability that the model gave its answers; the calibration error (ECE, ten parts) is how "
         "far that is from being right, 0 where a model is right as often as it is sure.</p>"
     )
-    return "".join(lines) + "</table>" + (note if sure else "")
+    return _table(headings, rows, 1) + (note if "confidence %" in headings else "")
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
+    """Of which the first ``words`` columns are text and the others numbers."""
+    kinds = ["" if k < words else " class=n" for k in range(len(headings))]
+    head = "".join(f"<th{kind}>{_text(title)}" for kind, title in zip(kinds, headings))
+    body = ("".join(f"<td{kind}>{_text(cell)}" for kind, cell in zip(kinds, row)) for row in rows)
+    return f"<table><tr>{head}</tr>" + "".join(f"<tr>{row}</tr>" for row in body) + "</table>"
+
+
+def flips_of(studies: Sequence[Study]) -> dict[str, dict[str, float]]:
+    """Task → way of asking → percent of verdicts that flip, where the run's sensitivity was measured."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for study in studies:
+        for entry in study.data.get("variations", ()) if study.name == "sensitivity" else ():
+            found.setdefault(entry["task"], {}).setdefault(entry["way"], []).append(100 * (entry["flips"] or 0.0))
+    return {task: {way: sum(each) / len(each) for way, each in ways.items()} for task, ways in found.items()}
+
+
+def difficulty_rows(result: TaskResult) -> list[tuple[str, ...]]:
+    """The headline by difficulty, row by row under `DIFFICULTY_HEADINGS`."""
+    return [
+        (one.by, one.name, number(one.value), spread(one.low, one.high, digits=1), f"{one.num_samples:,}")
+        for one in result.difficulty
+    ]
+
+
+DIFFICULTY_HEADINGS = ("difficulty by", "level", "score", "95 %", "n")
+
+
+def _difficulty(result: TaskResult) -> str:
+    return _table(DIFFICULTY_HEADINGS, difficulty_rows(result), 2) if result.difficulty else ""
 
 
 FRAMES_SHOWN = {
@@ -202,7 +245,7 @@ def _task_head(name: str, result: TaskResult) -> list[str]:
     if text := result.header.get("task", {}).get("note"):
         notes.append(text)
     lines = [f'<h2 id="{_anchor(name)}">{_text(name)}</h2>', f"<p>{_text(sentence(result))}</p>"]
-    return [*lines, *(f"<p class=note>{_text(note)}</p>" for note in notes), _chart(name, result)]
+    return [*lines, *(f"<p class=note>{_text(note)}</p>" for note in notes), _chart(name, result), _difficulty(result)]
 
 
 def _chart(name: str, result: TaskResult) -> str:
@@ -248,18 +291,20 @@ def _filter_pages(name: str, result: TaskResult, listed: Listing, thumbnails: Pa
     for key, word in FILTERS.items():
         rows = listed.under(key)[:LISTED]
         count = -(-len(rows) // PER_PAGE)
-        for number in range(count):
-            part = rows[number * PER_PAGE : (number + 1) * PER_PAGE]
+        for place in range(count):
+            part = rows[place * PER_PAGE : (place + 1) * PER_PAGE]
             others = [(k + 1, _page_name(name, key, k).partition("/")[2]) for k in range(count)]
-            doors = "".join(f'<a href="{_text(file)}">{k}</a>' for k, file in others if k != number + 1)
-            told = f"{listed.counts[key]:,} samples, {number * PER_PAGE + 1} to {number * PER_PAGE + len(part)} on this page"
+            doors = "".join(f'<a href="{_text(file)}">{k}</a>' for k, file in others if k != place + 1)
+            told = (
+                f"{listed.counts[key]:,} samples, {place * PER_PAGE + 1} to {place * PER_PAGE + len(part)} on this page"
+            )
             if listed.counts[key] > len(rows):
                 told += f"; {len(rows):,} are listed, all are in {Path(result.path).name}"
             lines = [*_head(f"{name}: {word}"), f"<p class=note>{_text(told)}</p>"]
             lines.append(f'<p class=pages><a href="../report.html#{_anchor(name)}">report</a>{doors}</p>')
             blind = (listed.blind.get(row["id"]) for row, _ in part)
             lines += [sample_html("", row, flags, labels, said, show) for (row, flags), said in zip(part, blind)]
-            yield _page_name(name, key, number), "\n".join([*lines, "</html>\n"])
+            yield _page_name(name, key, place), "\n".join([*lines, "</html>\n"])
 
 
 def _doors(name: str, result: TaskResult, listed: Listing, pages: Mapping[str, str]) -> list[str]:

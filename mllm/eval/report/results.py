@@ -5,19 +5,24 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from mllm.errors import DataError
-from mllm.eval.metrics import Metric, Score, Scored
+from mllm.eval.metrics import Metric, Scored
+from mllm.eval.report.columns import Categories, Clusters, ScoredItems, Sureness, Taken, scored_rows
 from mllm.eval.report.facts import AnswerFacts, answer_facts, refused
-from mllm.eval.report.statistics import Estimate, bootstrap_estimate, mean_estimate, wilson_interval
+from mllm.eval.report.statistics import Estimate, bootstrap_estimate, mean_estimate, num_distinct, wilson_interval
+from mllm.eval.spool import Spool
 
 Row = dict[str, Any]
 _DRAWS = 200
+_HELD = 50_000
+"""So many samples are in memory as objects while a bootstrap draws them again and again."""
+_NAMED = 5
 
 
 @dataclass
@@ -50,6 +55,22 @@ class CategoryResult:
     num_samples: int
 
 
+DIFFICULTY = ("the benchmark's own level", "how many other runs are right", "the model's own probability")
+"""By what samples are called difficult, where it is known."""
+
+
+@dataclass(frozen=True)
+class DifficultyResult:
+    """The headline over the samples of one level of difficulty, in display units. by: one of `DIFFICULTY`."""
+
+    by: str
+    name: str
+    value: float
+    low: float
+    high: float
+    num_samples: int
+
+
 @dataclass
 class TaskResult:
     """One task: metrics in order (the first is the headline), what was counted, and where the predictions are."""
@@ -68,6 +89,8 @@ class TaskResult:
     facts: AnswerFacts = field(default_factory=AnswerFacts)
     categories: list[CategoryResult] = field(default_factory=list)
     """The headline by category, the largest first; empty where the task has none."""
+    difficulty: list[DifficultyResult] = field(default_factory=list)
+    """The headline by difficulty, in every way in which it is known."""
     path: str = ""
     blind: TaskResult | None = None
     """Every picture blanked."""
@@ -140,27 +163,21 @@ def score_fields(row: Row, metrics: Sequence[Metric]) -> dict[str, Any]:
     return {"extracted": scores[metrics[0].label].get("extracted", ""), "scores": scores}
 
 
-def scored_items(rows: Sequence[Row], metric: Metric) -> tuple[list[Scored], list[Row]]:
-    """(samples that the metric scored, their rows). A failed generation counts as a wrong, unparsed answer; rows
-    without a target, an undecodable image or a usable target take no part."""
+def scored_items(rows: Iterable[Row], metric: Metric) -> tuple[list[Scored], list[Row]]:
+    """(samples that the metric scored, their rows), all in memory: for comparisons. See `scored_rows`."""
     items, kept = [], []
-    for row in rows:
-        entry = row.get("scores", {}).get(metric.label)
-        if entry is None or "error" in entry:
-            continue
-        score = Score(entry["value"], entry["extracted"], entry["rule"], entry.get("parts", {}))
-        items.append(Scored(row["id"], score, row["target"], row["meta"]))
+    for row, facts in scored_rows(rows, metric):
+        items.append(Scored(row["id"], *facts))
         kept.append(row)
     return items, kept
 
 
-def clusters_of(rows: Sequence[Row], metric: Metric) -> list[Hashable]:
-    """What makes samples dependent: the task's cluster, else the metric's own groups, else nothing."""
-    if all(row.get("cluster") is not None for row in rows):
-        return [row["cluster"] for row in rows]
-    if metric.group_key is not None:
-        return [str(row["meta"].get(metric.group_key, row["id"])) for row in rows]
-    return [row["id"] if row.get("cluster") is None else row["cluster"] for row in rows]
+def clusters_of(rows: Iterable[Row], metric: Metric) -> np.ndarray:
+    """``(n,)`` int64: what makes samples dependent, see `Clusters`."""
+    clusters = Clusters(metric)
+    for row in rows:
+        clusters.append(row)
+    return clusters.codes()
 
 
 def statistic_of(metric: Metric, items: Sequence[Scored]) -> Callable[[np.ndarray], float]:
@@ -182,65 +199,87 @@ def statistic_of(metric: Metric, items: Sequence[Scored]) -> Callable[[np.ndarra
     return statistic
 
 
-def estimate(metric: Metric, items: Sequence[Scored], rows: Sequence[Row], *, draws: int = _DRAWS) -> Estimate:
+def estimate(metric: Metric, items: ScoredItems | Taken, clusters: np.ndarray, *, draws: int = _DRAWS) -> Estimate:
     """Headline with its uncertainty, in display units."""
-    clusters = clusters_of(rows, metric)
     if not metric.is_mean:
-        return _at_the_edge(bootstrap_estimate(statistic_of(metric, items), clusters, repeats=draws), metric, clusters)
-    result = mean_estimate([item.value for item in items], clusters=clusters, binary=metric.binary)
+        chosen = list(items) if len(items) <= _HELD else items
+        return _at_the_edge(bootstrap_estimate(statistic_of(metric, chosen), clusters, repeats=draws), metric, clusters)
+    result = mean_estimate(items.values, clusters=clusters, binary=metric.binary)
     scaled = {name: metric.scale * getattr(result, name) for name in ("value", "standard_error", "low", "high")}
     return replace(result, **scaled)
 
 
-def _at_the_edge(result: Estimate, metric: Metric, clusters: Sequence[Hashable]) -> Estimate:
+def _at_the_edge(result: Estimate, metric: Metric, clusters: np.ndarray) -> Estimate:
     """No draw differs from a percentage of 0 or 100, so a bootstrap's interval there is a point; Wilson's over the groups is
     not."""
-    if metric.scale != 100 or result.value not in (0.0, 100.0) or not clusters:
+    if metric.scale != 100 or result.value not in (0.0, 100.0) or not len(clusters):
         return result
-    groups = len(set(clusters))
+    groups = num_distinct(clusters)
     low, high = wilson_interval(result.value / 100 * groups, groups)
     return replace(
         result, low=100 * low, high=100 * high, method=f"Wilson over {groups} groups (every draw is the same)"
     )
 
 
-def metric_result(metric: Metric, rows: Sequence[Row]) -> MetricResult:
+def metric_result(metric: Metric, rows: Iterable[Row]) -> MetricResult:
     """One metric's total over prediction rows."""
-    items, kept = scored_items(rows, metric)
-    details = metric.aggregate(items)
-    sure = estimate(metric, items, kept)
-    return MetricResult(
-        metric.label, metric.protocol, metric.unit, metric.scale, details["score"], sure.standard_error, sure.low,
-        sure.high, sure.method, len(items), sum(item.score.value is None for item in items), sure.num_clusters, details,
-    )  # fmt: skip
+    return _totals(metric, rows)[0]
 
 
-def by_category(metric: Metric, rows: Sequence[Row]) -> list[CategoryResult]:
+def by_category(metric: Metric, rows: Iterable[Row]) -> list[CategoryResult]:
     """The metric over each category's samples, the largest category first. A group of samples that are scored together (pairs,
     circles) belongs to the category of its first."""
-    items, kept = scored_items(rows, metric)
-    places: dict[str, list[int]] = {}
-    of_group: dict[Any, str] = {}
-    for position, row in enumerate(kept):
-        name = row.get("category")
-        if name is None:
-            continue
-        if metric.group_key is not None and metric.group_key in row["meta"]:
-            name = of_group.setdefault(str(row["meta"][metric.group_key]), name)
-        places.setdefault(str(name), []).append(position)
-    found = []
-    for name, positions in sorted(places.items(), key=lambda place: (-len(place[1]), place[0])):
-        sure = estimate(metric, [items[k] for k in positions], [kept[k] for k in positions])
-        found.append(CategoryResult(name, sure.value, sure.low, sure.high, len(positions)))
-    return found if len(found) > 1 else []
+    return _totals(metric, rows, parts=True)[1]
 
 
-def disagreements(rows: Sequence[Row], labels: Sequence[str]) -> dict[str, int]:
+def _totals(
+    metric: Metric, rows: Iterable[Row], *, parts: bool = False, others: Mapping[str, str] | None = None
+) -> tuple[MetricResult, list[CategoryResult], list[DifficultyResult]]:
+    """A metric's total and, with ``parts``, its totals by category and by difficulty, from one pass over the rows. others: id → what
+    other runs made of the sample."""
+    items, grouped, sureness = ScoredItems(), Clusters(metric), Sureness(metric)
+    split = {
+        "category": Categories(metric),
+        DIFFICULTY[0]: Categories(metric, lambda row: row["meta"].get("difficulty")),
+        DIFFICULTY[1]: Categories(metric, lambda row: (others or {}).get(row["id"])),
+    }
+    for row, facts in scored_rows(rows, metric):
+        items.append(row["id"], facts)
+        grouped.append(row)
+        for part in (*split.values(), sureness) if parts else ():
+            part.append(row)
+    clusters = grouped.codes()
+    details = metric.aggregate(items)
+    sure = estimate(metric, items, clusters)
+    result = MetricResult(
+        metric.label, metric.protocol, metric.unit, metric.scale, details["score"], sure.standard_error, sure.low,
+        sure.high, sure.method, len(items), items.num_unparsed, sure.num_clusters, details,
+    )  # fmt: skip
+
+    def each(places: Mapping[str, np.ndarray]) -> Iterator[tuple[str, float, float, float, int]]:
+        for name, positions in places.items() if len(places) > 1 else ():
+            part = estimate(metric, Taken(items, positions), clusters[positions])
+            yield name, part.value, part.low, part.high, len(positions)
+
+    if not parts:
+        return result, [], []
+    levels = {by: dict(sorted(split[by].positions().items())) for by in DIFFICULTY[:2]}
+    levels[DIFFICULTY[2]] = sureness.positions(clusters)
+    return (
+        result,
+        [CategoryResult(*told) for told in each(split["category"].positions())],
+        [DifficultyResult(by, *told) for by, places in levels.items() for told in each(places)],
+    )
+
+
+def disagreements(rows: Iterable[Row], labels: Sequence[str]) -> dict[str, int]:
     """``"A | B" → number of samples`` that two metrics score differently, for every pair."""
-    counts = {}
-    for first, second in itertools.combinations(labels, 2):
-        counts[f"{first} | {second}"] = sum(disagree(row, (first, second)) for row in rows)
-    return counts
+    pairs = list(itertools.combinations(labels, 2))
+    counts = [0] * len(pairs)
+    for row in rows if pairs else ():
+        for k, pair in enumerate(pairs):
+            counts[k] += disagree(row, pair)
+    return {f"{first} | {second}": count for (first, second), count in zip(pairs, counts)}
 
 
 def disagree(row: Row, labels: Sequence[str]) -> bool:
@@ -271,43 +310,67 @@ def slim(row: Row) -> Row:
 
 
 def summarise(
-    rows: Sequence[Row], metrics: Sequence[Metric], header: Mapping[str, Any], *, path: str = ""
+    rows: Iterable[Row],
+    metrics: Sequence[Metric],
+    header: Mapping[str, Any],
+    *,
+    path: str = "",
+    others: Mapping[str, str] | None = None,
 ) -> TaskResult:
-    """The result of one prediction file."""
+    """The result of one prediction file. rows: read once, as they come from a file of any length; others: id → a level of difficulty
+    by what other runs made of the sample."""
     identity = header["identity"]
-    problems = list(header.get("problems", []))
-    unusable = [row for row in rows if row.get("unusable")]
-    if unusable:
-        problems.append(
-            f"{len(unusable)} × unusable: {', '.join(r['id'] for r in unusable[:5])} ({unusable[0]['unusable']})"
-        )
-    for metric in metrics:
-        failed = [row for row in rows if "error" in row.get("scores", {}).get(metric.label, {})]
-        if failed:
-            names = ", ".join(row["id"] for row in failed[:5])
-            problems.append(
-                f"{len(failed)} × not scorable by {metric.name}: {names} ({failed[0]['scores'][metric.label]['error']})"
-            )
-    errors = [row for row in rows if row.get("error")]
-    if errors:
-        names = ", ".join(row["id"] for row in errors[:5])
-        problems.append(f"{len(errors)} × generation failed, counted as wrong: {names} ({errors[0]['error']})")
+    kept = Spool(map(slim, rows))
+    problems = [*header.get("problems", [])]
+    unusable, errors, counted = _counted(kept, metrics)
+    problems += counted
+    headline, categories, difficulty = _totals(metrics[0], kept, parts=True, others=others)
+    totals = [headline, *(_totals(metric, kept)[0] for metric in metrics[1:])]
     return TaskResult(
         task=identity["task"],
         version=identity["version"],
-        metrics=[metric_result(metric, rows) for metric in metrics],
-        num_samples=len(rows),
-        num_unusable=len(unusable) + header.get("num_excluded", 0),
-        num_errors=len(errors),
+        metrics=totals,
+        num_samples=len(kept),
+        num_unusable=unusable + header.get("num_excluded", 0),
+        num_errors=errors,
         problems=problems,
         data_hash=identity["data"],
         prompt_hash=prompt_hash(header),
         header=dict(header),
-        disagreements=disagreements(rows, [metric.label for metric in metrics]),
-        facts=answer_facts(rows, header, metrics[0].label),
-        categories=by_category(metrics[0], rows),
+        disagreements=disagreements(kept, [metric.label for metric in metrics]),
+        facts=answer_facts(kept, header, metrics[0].label),
+        categories=categories,
+        difficulty=difficulty,
         path=path,
     )
+
+
+def _counted(rows: Iterable[Row], metrics: Sequence[Metric]) -> tuple[int, int, list[str]]:
+    """(unusable rows, failed generations, both and rows that a metric cannot score in words, each kind with its first ids)."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    counts: Counter[str] = Counter()
+
+    def note(kind: str, row: Row, why: Any) -> None:
+        counts[kind] += 1
+        if counts[kind] <= _NAMED:
+            found.setdefault(kind, []).append((row["id"], str(why)))
+
+    failed, scored = "generation failed, counted as wrong", [f"not scorable by {m.name}" for m in metrics]
+    for row in rows:
+        if row.get("unusable"):
+            note("unusable", row, row["unusable"])
+        for metric, kind in zip(metrics, scored):
+            entry = row.get("scores", {}).get(metric.label, {})
+            if "error" in entry:
+                note(kind, row, entry["error"])
+        if row.get("error"):
+            note(failed, row, row["error"])
+    told = [
+        f"{counts[kind]} × {kind}: {', '.join(name for name, _ in found[kind])} ({found[kind][0][1]})"
+        for kind in ("unusable", *dict.fromkeys(scored), failed)
+        if kind in found
+    ]
+    return counts["unusable"], counts[failed], told
 
 
 def prompt_hash(header: Mapping[str, Any]) -> str:

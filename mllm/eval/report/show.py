@@ -12,7 +12,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from mllm.eval.predictions import iterate_predictions, write_atomic
-from mllm.eval.report.page import floor_note, html_pages, limited_note
+from mllm.eval.report.page import (
+    DIFFICULTY_HEADINGS,
+    difficulty_rows,
+    facts_table,
+    floor_note,
+    html_pages,
+    limited_note,
+)
 from mllm.eval.report.results import MetricResult, TaskResult
 from mllm.eval.report.samples import Listing, list_samples
 from mllm.eval.studies.compare import TaskComparison, compare_predictions
@@ -179,6 +186,8 @@ def markdown(
     """The report as Markdown: table, per-category numbers, protocols, studies."""
     lines = ["# Evaluation", "", *markdown_table(_HEADINGS, _table_rows(results)), ""]
     lines += [f"- {note}" for note in [*_notes(results), *_batch_note(batch_differences)]]
+    headings, facts = facts_table(results, studies)
+    lines += ["", *markdown_table(headings, facts)] if headings else []
     for name, result in results.items():
         lines += ["", f"## {name}", ""]
         for metric in result.metrics:
@@ -189,6 +198,8 @@ def markdown(
                     *markdown_table(("part", metric.unit or "value"), [(k, number(v)) for k, v in details.items()]),
                     "",
                 ]
+        if result.difficulty:
+            lines += [*markdown_table(DIFFICULTY_HEADINGS, difficulty_rows(result)), ""]
     for study in studies:
         lines += ["", *study_markdown(study, level=2)]
     return "\n".join(lines).rstrip() + "\n"

@@ -17,6 +17,8 @@ from mllm.errors import DataError
 
 Z95 = 1.959963984540054
 _REPEATS = 1000
+Values = Sequence[float] | np.ndarray
+Clusters = Sequence[Hashable] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,14 @@ class Comparison:
     method: str
 
 
-def standard_error(values: Sequence[float]) -> float:
+def standard_error(values: Values) -> float:
     """s / √n with n - 1 in s; NaN below two samples."""
     array = np.asarray(values, float)
     return float(array.std(ddof=1) / math.sqrt(len(array))) if len(array) > 1 else float("nan")
 
 
 def clustered_standard_error(
-    values: Sequence[float], clusters: Sequence[Hashable], *, form: Literal["sandwich", "miller"] = "sandwich"
+    values: Values, clusters: Clusters, *, form: Literal["sandwich", "miller"] = "sandwich"
 ) -> float:
     """Standard error of the mean when samples of one cluster go together.
 
@@ -65,7 +67,7 @@ def clustered_standard_error(
     errors = np.asarray(values, float) - np.mean(values)
     sums, _sizes = _cluster_sums(errors, clusters)
     num_samples, num_clusters = len(errors), len(sums)
-    if num_clusters != len(set(clusters)) or len(clusters) != num_samples:
+    if num_clusters != num_distinct(clusters) or len(clusters) != num_samples:
         raise DataError(f"{len(clusters)} cluster names for {num_samples} values")
     if num_clusters < 2:
         return float("nan")
@@ -85,9 +87,7 @@ def wilson_interval(successes: float, num_samples: float, *, z: float = Z95) -> 
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def mean_estimate(
-    values: Sequence[float], *, clusters: Sequence[Hashable] | None = None, binary: bool = False
-) -> Estimate:
+def mean_estimate(values: Values, *, clusters: Clusters | None = None, binary: bool = False) -> Estimate:
     """The mean of per-sample scores with standard error and 95 % interval.
 
     Scores of 0 and 1 get a Wilson interval; under clustering with the effective size n · (SE / clustered SE)², or the
@@ -98,13 +98,15 @@ def mean_estimate(
     if num_samples == 0:
         nan = float("nan")
         return Estimate(nan, nan, nan, nan, 0, None, "no samples")
+    values = np.asarray(values, float)
     value = float(np.mean(values))
-    clustered = clusters is not None and len(set(clusters)) < num_samples
-    error = clustered_standard_error(values, clusters) if clustered and clusters else standard_error(values)
-    num_clusters = len(set(clusters)) if clustered and clusters else None
+    distinct = num_samples if clusters is None else num_distinct(clusters)
+    clustered = clusters is not None and distinct < num_samples
+    error = clustered_standard_error(values, clusters) if clustered and clusters is not None else standard_error(values)
+    num_clusters = distinct if clustered else None
     name = "clustered SE (sandwich G/(G-1))" if clustered else "SE"
     low, high = value - Z95 * error, value + Z95 * error
-    shares = min(values) >= 0 and max(values) <= 1
+    shares = values.min() >= 0 and values.max() <= 1
     if binary or (shares and (error == 0 or low < 0 or high > 1)):  # shares vary less than right and wrong: it covers
         size = float(num_samples)
         if clustered:
@@ -118,7 +120,7 @@ def mean_estimate(
 
 def bootstrap_estimate(
     statistic: Callable[[np.ndarray], float],
-    clusters: Sequence[Hashable],
+    clusters: Clusters,
     *,
     repeats: int = _REPEATS,
     seed: int = 0,
@@ -154,7 +156,7 @@ def paired_comparison(
     values_a: Sequence[float],
     values_b: Sequence[float],
     *,
-    clusters: Sequence[Hashable] | None = None,
+    clusters: Clusters | None = None,
     binary: bool = False,
     repeats: int = 10_000,
     seed: int = 0,
@@ -185,7 +187,7 @@ def paired_comparison(
 def paired_bootstrap(
     statistic_a: Callable[[np.ndarray], float],
     statistic_b: Callable[[np.ndarray], float],
-    clusters: Sequence[Hashable],
+    clusters: Clusters,
     *,
     repeats: int = _REPEATS,
     seed: int = 0,
@@ -209,7 +211,7 @@ def paired_bootstrap(
     return Comparison(difference, low, high, p_value, 0, 0, len(clusters), count, method)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Values) -> list[float]:
     """Holm's step-down adjustment for several tests, in the given order."""
     order = sorted(range(len(p_values)), key=lambda k: p_values[k])
     adjusted, running = [0.0] * len(p_values), 0.0
@@ -232,19 +234,30 @@ def _bootstrap_difference(
     return observed, low, high, float((1 + beyond) / (1 + len(drawn)))
 
 
-def _codes(clusters: Sequence[Hashable]) -> np.ndarray:
+def num_distinct(names: Clusters) -> int:
+    """How many different ones there are."""
+    return len(np.unique(names)) if isinstance(names, np.ndarray) else len(set(names))
+
+
+def _codes(clusters: Clusters) -> np.ndarray:
+    """Numbers in place of names, as they first appear."""
+    if isinstance(clusters, np.ndarray):
+        _, first, places = np.unique(clusters, return_index=True, return_inverse=True)
+        rank = np.empty_like(first)
+        rank[np.argsort(first)] = np.arange(len(first))
+        return rank[places]
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(name, len(numbers)) for name in clusters], dtype=np.int64)
 
 
-def _cluster_sums(values: np.ndarray, clusters: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
+def _cluster_sums(values: np.ndarray, clusters: Clusters) -> tuple[np.ndarray, np.ndarray]:
     if len(clusters) != len(values):
         raise DataError(f"{len(clusters)} cluster names for {len(values)} values")
     codes = _codes(clusters)
     return np.bincount(codes, weights=values), np.bincount(codes).astype(float)
 
 
-def _members(clusters: Sequence[Hashable]) -> list[np.ndarray]:
+def _members(clusters: Clusters) -> list[np.ndarray]:
     codes = _codes(clusters)
     order = np.argsort(codes, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(codes[order])) + 1) if len(codes) else []

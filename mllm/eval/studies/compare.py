@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ def compare_predictions(first: str | Path, second: str | Path, *, seed: int = 0)
         if [row["id"] for row in kept_a] != [row["id"] for row in kept_b]:
             only = sorted({row["id"] for row in kept_a} ^ {row["id"] for row in kept_b})
             raise DataError(f"{task}: {len(only)} samples could be used in one run only: {', '.join(only[:5])}")
-        clusters: Sequence[Hashable] = clusters_of(kept_a, metric)
+        clusters = clusters_of(kept_a, metric)
         if metric.is_mean:
             values_a, values_b = ([item.value for item in items] for items in (items_a, items_b))
             result = paired_comparison(values_a, values_b, clusters=clusters, binary=metric.binary, seed=seed)

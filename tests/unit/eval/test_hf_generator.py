@@ -185,6 +185,47 @@ def test_our_model_answers_alone_as_in_batches_of_any_size(ours):
         assert answers(HFGenerator(*ours, batch_size=size), questions(10)) == alone
 
 
+@pytest.mark.parametrize(
+    "views", [{}, {"views": {"type": "tiles", "dialect": "internvl", "max_tiles": 4}}], ids=["single", "tiles"]
+)
+def test_pictures_asked_about_again_are_not_encoded_again_and_answered_the_same(views, tmp_path):
+    """Two 'tasks' over the same pictures: the second one encodes nothing, whatever the batches; so little memory that pictures go
+    changes no answer either."""
+    model, processor = tiny_model(tmp_path / "tokenizer", **views)
+    tower, first = model.model.vision_tower, questions(10)
+    second = [
+        Request(f"b{r.id}", [Turn("user", f"{r.turns[0].content} again")], r.images, r.options) for r in questions(10)
+    ]
+    plain = HFGenerator(model, processor, batch_size=3)
+    expected = answers(plain, first) | answers(plain, second)
+    assert len(set(expected.values())) > 3 and plain.kept is None
+
+    def encoded(generator, requests) -> tuple[dict[str, str], int]:
+        tower.num_encoded.clear()
+        found = answers(generator, requests)
+        return found, sum(tower.num_encoded.values())
+
+    keeping = HFGenerator(model, processor, batch_size=3, picture_cache=64)
+    said, count = encoded(keeping, first)
+    again, none = encoded(keeping, second)
+    assert said | again == expected and count > 0 and none == 0
+    assert (keeping.kept.misses, keeping.kept.hits) == (10, 10), "ten pictures in ten questions, each asked about twice"
+    small = HFGenerator(model, processor, batch_size=3, picture_cache=64)
+    small.kept._room = int(2.5 * keeping.kept._used / 10)
+    said, _ = encoded(small, first)
+    again, some = encoded(small, second)
+    assert said | again == expected and some > 0 and small.kept.megabytes * 2**20 <= small.kept._room
+
+
+def test_a_model_with_a_router_keeps_no_pictures(tmp_path):
+    from mllm.eval.generators.kept_pictures import KeptPictures
+
+    model, processor = tiny_model(tmp_path / "tokenizer")
+    assert KeptPictures.fit(model) and HFGenerator(model, processor, picture_cache=1).kept is not None
+    model.model.vision_tower.experts = ("clip",)
+    assert HFGenerator(model, processor, picture_cache=1).kept is None
+
+
 def test_our_model_sees_the_processors_settings_in_the_fingerprint(ours):
     from mllm.eval.generators.hf import processor_hash
 

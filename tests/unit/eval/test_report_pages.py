@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from mllm.errors import ConfigError
 from mllm.eval.predictions import iterate_predictions
 from mllm.eval.report import page as report_page
 from mllm.eval.report import samples
 from mllm.eval.report.show import write_report
-from mllm.eval.run import evaluate
-from tests.unit.eval.rules import RuleGenerator, constant
+from mllm.eval.run import evaluate, report_again
+from mllm.eval.studies.sensitivity import run_sensitivity
+from tests.unit.eval.rules import RuleGenerator, constant, pixel_rule
 from tests.unit.eval.test_runner import TASK, make_data, run
 from tests.unit.eval.test_watch_and_mine import mmvp
 
@@ -103,3 +105,31 @@ def test_a_file_with_fewer_rows_than_were_published_is_named(tmp_path, capsys) -
     page = (tmp_path / "o/report.html").read_text()
     assert count < 300 and said in page and said in (tmp_path / "o/report.md").read_text()
     assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_everything_beside_a_score_stands_in_the_report_as_a_number(tmp_path) -> None:
+    """Tokens, milliseconds, refusals, sensitivity and difficulty by other runs: in HTML and in Markdown."""
+    folder = make_data(tmp_path / "d", 24)
+    run(folder, tmp_path / "weak", lambda r: "no" if int(r.id[1:]) % 2 else str(int(r.id[1:]) % 10), name="weak")
+    run(folder, tmp_path / "mine", lambda r: str(int(r.id[1:]) % 10) if int(r.id[1:]) % 3 else "I cannot tell.")
+    data = {TASK: folder}
+    run_sensitivity(RuleGenerator(pixel_rule), [TASK], tmp_path / "mine", ways=["jpeg"], data=data, progress=False)
+    results = report_again(tmp_path / "mine", against=[tmp_path / "weak"], show=False)
+    levels = [(one.name, one.value, one.num_samples) for one in results[TASK].difficulty]
+    assert levels == [
+        ("all of 1 other run right", pytest.approx(200 / 3), 12),
+        ("none of 1 other run right", pytest.approx(200 / 3), 12),
+    ]
+    page, text = ((tmp_path / "mine" / name).read_text() for name in ("report.html", "report.md"))
+    for told in (
+        "new tokens",
+        "ms an answer",
+        "declined %",
+        "flips by jpeg %",
+        "difficulty by",
+        "none of 1 other run right",
+    ):
+        assert told in page and told in text
+    assert "| 33.3 |" in text, "eight of 24 answers decline"
+    with pytest.raises(ConfigError, match=r"holds no demo_charts\.jsonl"):
+        report_again(tmp_path / "mine", against=[tmp_path / "d"], show=False)

@@ -1,0 +1,48 @@
+"""Is what a run takes told before it begins, and after its first answers?"""
+
+from __future__ import annotations
+
+import pytest
+
+from mllm.eval import forecast
+from mllm.eval.forecast import FIRST, Forecast
+from mllm.eval.run import evaluate
+from mllm.eval.task import load_tasks
+from tests.unit.eval.rules import RuleGenerator, pixel_rule
+from tests.unit.eval.test_runner import make_data
+
+
+def test_earlier_runs_tell_time_and_cost_before_the_start():
+    told: list[str] = []
+    specs = load_tasks(["mmvp", "realworldqa"])
+    Forecast(specs, rates={"mmvp": 2.0, "gqa": 9.0}, ways=3, processes=4, price=3.2, tell=told.append).announce()
+    assert told == [
+        "2 tasks, 3,195 questions; about 27 min in 4 processes, 5.68 at 3.2 an hour, by earlier runs of 1 of them"
+    ], "3 · (300 · 2 s + 765 · the mean 2 s) / 4 = 1,597.5 s; 1,597.5 / 3600 · 3.2 · 4 = 5.68"
+    Forecast(specs, limit=100, tell=told.append).announce()
+    assert (
+        told[1]
+        == f"2 tasks, 200 questions; how long that takes is told after the first {FIRST} answers (--earlier FOLDER: before)"
+    )
+    Forecast(load_tasks(["demo"]), tell=told.append).announce()
+    assert told[2].startswith("2 tasks, 0 questions and what the files of 2 hold; ")
+
+
+def test_the_first_answers_tell_the_rest(monkeypatch, tmp_path):
+    clock = iter(range(0, 10**6, 2))
+    monkeypatch.setattr(forecast.time, "monotonic", lambda: float(next(clock)))
+    told: list[str] = []
+    watched = Forecast(load_tasks(["demo_charts"]), price=60.0, tell=told.append)
+    watched.begin("demo_charts", 96, 4)
+    for _ in range(FIRST + 5):
+        watched.advance()
+    assert told == ["0.062 s an answer, measured on the first 32; under a minute, 0.06 at 60 an hour for the 60 left"]
+
+
+@pytest.mark.parametrize("count", [40, 20])
+def test_a_run_tells_its_forecast_of_every_answer(count, tmp_path):
+    told: list[str] = []
+    watched = Forecast(load_tasks(["demo_charts"]), tell=told.append)
+    data = {"demo_charts": make_data(tmp_path / "d", count)}
+    evaluate(RuleGenerator(pixel_rule), ["demo_charts"], tmp_path / "o", data=data, progress=False, forecast=watched)
+    assert [line.partition("; ")[2] for line in told] == (["under a minute for the 8 left"] if count == 40 else [])
