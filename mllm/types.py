@@ -94,6 +94,9 @@ class ViewLayout(StrictModel):
     takes one grid only."""
     frames: int = Field(default=1, ge=1)
     """Successive frames of a video that become one set of tokens; a picture is shown so often."""
+    levels: int = Field(default=0, ge=0)
+    """Further vectors of every visual token, each added to it behind one of the language model's first layers (DeepStack); the
+    connector gives them beside the token itself, so that its width is ``levels + 1`` times the language model's."""
 
 
 ImageLayout = ViewLayout

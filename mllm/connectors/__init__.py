@@ -17,6 +17,7 @@ CONNECTORS: Registry = Registry(
         "spatial_aggregator": "mllm.connectors.spatial_aggregator:SpatialAggregatorConnector",
         "mova": "mllm.connectors.mova:MovaConnector",
         "merv": "mllm.connectors.merv:MervConnector",
+        "deepstack": "mllm.connectors.deepstack:DeepStackConnector",
         "multi_scale": "mllm.connectors.multi_scale:MultiScaleConnector",
         "spatial_mllm": "mllm.connectors.spatial_mllm:SpatialMllmConnector",
         "dual_perspective": "mllm.connectors.dual_perspective:DualPerspectiveConnector",

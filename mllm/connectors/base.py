@@ -53,6 +53,11 @@ class Connector(nn.Module):
         self.newline: nn.Parameter | None
         """``(L,)``: closes the rows of a visual that is seen in several views, for views that ask for it (`add_newline`)."""
 
+    @property
+    def token_width(self) -> int:
+        """Width of what `forward` gives for a token: L, and L more for each of the layout's levels."""
+        return self.width * (1 + getattr(self.config, "levels", 0))
+
     def __init_subclass__(cls, **kwargs: Any):
         """A connector written when a visual had one view gives ``(B, M, L)`` from `forward`: that is its `view_tokens`."""
         super().__init_subclass__(**kwargs)
@@ -128,12 +133,12 @@ class Connector(nn.Module):
 
     def add_newline(self) -> None:
         """Give the connector a learned newline token (LLaVA-NeXT's ``image_newline``)."""
-        self.newline = nn.Parameter(torch.empty(self.width))
+        self.newline = nn.Parameter(torch.empty(self.token_width))
         nn.init.normal_(self.newline, std=1 / math.sqrt(self.width))
 
     def add_opening(self) -> None:
         """Give the connector a learned token that stands before a visual (EVEv2's class token)."""
-        self.opening = nn.Parameter(torch.empty(self.width))
+        self.opening = nn.Parameter(torch.empty(self.token_width))
         nn.init.normal_(self.opening, std=1 / math.sqrt(self.width))
 
     def forward(

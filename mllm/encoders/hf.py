@@ -162,8 +162,9 @@ class HfEncoder(LibraryEncoder):
         captured: dict[str, Any] = {}
         self._captured = captured
         try:
-            with packed(self.model, [rows * columns for rows, columns in grids]):
-                self.model.encoder(inputs_embeds=(x + torch.cat(places))[None], attention_mask=None)
+            lengths = torch.tensor([rows * columns for rows, columns in grids], device="cpu")
+            with packed(self.model):
+                self.model.encoder(inputs_embeds=(x + torch.cat(places))[None], attention_mask=lengths)
         finally:
             self._captured = None
         layers = []

@@ -32,9 +32,10 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Sequenc
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None, **_: Any
 ) -> tuple[Tensor, None]:
-    """transformers' interface: ``(1, heads, ΣN, d)`` → ``(1, ΣN, heads, d)``."""
+    """transformers' interface: ``(1, heads, ΣN, d)`` → ``(1, ΣN, heads, d)``; attention_mask: the segments' lengths ``(S,)``, on the
+    CPU. As an argument they reach layers that are computed again in the backward pass, whatever other passes ran between."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    found = packed_attention(query[0], key[0], value[0], module.config.mllm_lengths, scale)
+    found = packed_attention(query[0], key[0], value[0], attention_mask.tolist(), scale)
     return found.transpose(0, 1)[None], None
 
 
@@ -42,15 +43,14 @@ AttentionInterface.register(_NAME, _attend)
 
 
 @contextmanager
-def packed(model: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
-    """While entered, attention of a transformers vision model stays within segments of these lengths. What is recomputed in
-    the backward pass finds them too: they are kept in the modules' own configs until the next call."""
+def packed(model: nn.Module) -> Iterator[None]:
+    """While entered, attention of a transformers vision model stays within segments, whose lengths it takes as its attention mask.
+    Where layers are computed again in the backward pass, it stays so until the next call."""
     modules: list[Any] = [m for m in model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "config")]
     kept = [module.config for module in modules]
     for module in modules:
         own = copy.copy(module.config)
         own._attn_implementation_internal = _NAME
-        own.mllm_lengths = list(lengths)
         module.config = own
     recomputes = torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     try:

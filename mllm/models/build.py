@@ -20,6 +20,7 @@ from mllm.heads.codes.build import empty_tokenizer, tokenizer_settings, visual_s
 from mllm.heads.segmentation.build import segment_spec
 from mllm.hub import hub_reason
 from mllm.models.configuration_mllm import MllmConfig, language_model_config
+from mllm.models.levels import install_levels
 from mllm.models.modality import install_switch
 from mllm.models.modeling_body import language_model_left_out
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
@@ -58,6 +59,7 @@ def build_config(
         UnavailableError: the language model's config cannot be read.
     """
     from mllm.connectors.build import connector_config
+    from mllm.connectors.deepstack import check_depths
     from mllm.encoders.catalogue import encoder_config
     from mllm.processing.layout import layout_rules
 
@@ -80,6 +82,12 @@ def build_config(
     if connector is not None:
         check_views(spec, encoders)
     text = text_config(spec.text_model)
+    if connector is not None and rules.view.levels:
+        check_depths(rules.view.levels, encoders, text.num_hidden_layers)
+        if drawing_head(spec.heads) is not None:
+            raise ConfigError(
+                "model.connector: deepstack reads pictures only, beside no head that draws; use mlp or pixel_shuffle"
+            )
     visual_tokenizer = tokenizer_settings(spec.visual_tokenizer, encoders)
     drawing = drawing_head(spec.heads) is not None and visual_tokenizer is not None
     parts = HeadParts(
@@ -403,6 +411,8 @@ def read_language_model(
     model.model.language_model = decoder.train(model.training)
     if model.config.modality_switch:
         model.model.visual_places = install_switch(decoder)
+    if model.model.rules.view.levels:
+        install_levels(decoder, model.model.rules.view.levels)
     model.lm_head.load_state_dict(head.state_dict(), assign=True)
     model.tie_weights()
 

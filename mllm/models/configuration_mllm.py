@@ -180,6 +180,7 @@ def component_types(config: Mapping[str, Any]) -> Iterator[Part]:
 
     single = {"connector": CONNECTORS, "router": ROUTERS, "visual_tokenizer": VISUAL_TOKENIZERS}
     named = [(key, registry, config.get(key)) for key, registry in single.items()]
+    named.append(("connector.each", CONNECTORS, (config.get("connector") or {}).get("each")))
     named.append(("views", VIEWS, config.get("views") or {"type": "single"}))
     named += [(f"heads.{name}", HEADS, head) for name, head in (config.get("heads") or {}).items()]
     named.append(("visual_head", HEADS, config.get("visual_head")))

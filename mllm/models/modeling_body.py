@@ -19,6 +19,7 @@ from transformers.utils import can_return_tuple  # pyright: ignore[reportPrivate
 from mllm.errors import AlignmentError, ConfigError
 from mllm.heads.build import encoders_read
 from mllm.models.configuration_mllm import MllmConfig
+from mllm.models.levels import VisualLevels, install_levels, split_levels
 from mllm.models.modality import VisualPlaces, install_switch
 from mllm.models.modeling_base import MllmModelOutput, MllmPreTrainedModel
 from mllm.models.pipeline import EncoderBank, build_own_tokenizer, build_visual_parts, home_of
@@ -61,6 +62,8 @@ class MllmModel(MllmPreTrainedModel):
         self._no_split_modules = [*(getattr(self.language_model, "_no_split_modules", None) or ()), *sorted(whole)]
         self.pixel_keys = PixelKeys(config.encoders)
         self.rules = config.layout_rules()
+        if self.rules.view.levels and not _language_model_follows.get():
+            install_levels(self.language_model, self.rules.view.levels)
         self.read_by_heads = encoders_read(config.heads)
         self._told_lost_losses = False
         self.post_init()
@@ -208,7 +211,7 @@ class MllmModel(MllmPreTrainedModel):
 
         Returns:
             ``pooler_output`` ``(B, M, L)``; a tuple of B ``(M, L)`` where images differ in M (views that depend on ``image_sizes``,
-            videos).
+            videos). Of a connector with levels (`ViewLayout.levels`) each token is as many times wider.
         """
         pixels = self.pixel_keys.by_encoder({**kwargs, PRIMARY_PIXELS: pixel_values})
         kept: dict[str, VisionFeatures] = {}
@@ -245,6 +248,21 @@ class MllmModel(MllmPreTrainedModel):
             input_ids = input_ids.masked_fill(input_ids == image_id, 0)
         return embeddings(input_ids)
 
+    def image_places(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+        """Where visual tokens go.
+
+        Args:
+            input_ids: ``(B, T)``; None: placeholders are found by their embedding.
+            inputs_embeds: ``(B, T, L)``, before anything is put in.
+
+        Returns:
+            ``(B, T)``, true at placeholders.
+        """
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        placeholder = self.embed_tokens(torch.tensor([[self.config.image_token_id]], device=inputs_embeds.device))
+        return (inputs_embeds == placeholder.to(inputs_embeds)).all(-1)
+
     def merge_images(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_tokens: Any) -> Tensor:
         """Put visual tokens into the placeholders, in order.
 
@@ -257,16 +275,21 @@ class MllmModel(MllmPreTrainedModel):
             ``(B, T, L)``.
 
         Raises:
-            AlignmentError: the counts differ.
+            AlignmentError: the counts or the widths differ.
         """
-        if input_ids is None:
-            placeholder = self.embed_tokens(torch.tensor([[self.config.image_token_id]], device=inputs_embeds.device))
-            mask = (inputs_embeds == placeholder.to(inputs_embeds)).all(-1)
-        else:
-            mask = input_ids == self.config.image_token_id
+        mask = self.image_places(input_ids, inputs_embeds)
         if not isinstance(image_tokens, Tensor):
             image_tokens = torch.cat(list(image_tokens))
         images = f" ({len(image_tokens)} images × {image_tokens.shape[1]})" if image_tokens.dim() == 3 else ""
+        if image_tokens.shape[-1] != inputs_embeds.shape[-1]:
+            raise AlignmentError(
+                f"visual tokens are {image_tokens.shape[-1]} wide and the language model's {inputs_embeds.shape[-1]}"
+                + (
+                    ": of connector deepstack only the first part stands in the sequence"
+                    if self.rules.view.levels
+                    else ""
+                )
+            )
         image_tokens = image_tokens.reshape(-1, image_tokens.shape[-1]).to(inputs_embeds.device, inputs_embeds.dtype)
         if not torch.compiler.is_compiling():
             found, given = int(mask.sum()), len(image_tokens)
@@ -382,7 +405,11 @@ class MllmModel(MllmPreTrainedModel):
             image_features, routing, features = output.pooler_output, output.routing, output.features  # pyright: ignore[reportAttributeAccessIssue]
             if routing is not None and not adds_losses:
                 self._tell_lost_losses(routing)
+        levels: VisualLevels | None = None
         if image_features is not None and len(image_features):
+            image_features, vectors = split_levels(image_features, self.rules.view.levels)
+            if vectors:
+                levels = VisualLevels(self.image_places(input_ids, inputs_embeds), vectors)
             inputs_embeds = self.merge_images(input_ids, inputs_embeds, image_features)
         elif self.vision_tower is not None:
             self._refuse_orphans(input_ids, past_key_values)
@@ -400,7 +427,10 @@ class MllmModel(MllmPreTrainedModel):
             past_key_values=past_key_values,
             return_dict=True,
             **kwargs,
+            **({} if levels is None else levels.arguments()),
         )
+        if levels is not None:
+            levels.check(self.language_model)
         return MllmModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.get("past_key_values"),

@@ -44,6 +44,7 @@ from mllm.serve.vllm.encoder_graphs import EncoderGraphs, compile_encoders, run_
 from mllm.serve.vllm.feature_memory import FeatureMemory
 from mllm.serve.vllm.placeholder import never_ids
 from mllm.serve.vllm.processing import MllmDummyInputsBuilder, MllmMultiModalProcessor, MllmProcessingInfo, short_grid
+from mllm.serve.vllm.refusals import refuse_unserved
 from mllm.types import VisualLayout
 
 _log = logging.getLogger("vllm.mllm")  # below vLLM's own logger, which has a handler
@@ -79,22 +80,9 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
         super().__init__()
         config: MllmConfig = vllm_config.model_config.hf_config  # type: ignore[assignment]
         self.config = config
-        if config.connector is None:
-            raise UnavailableError(
-                "this checkpoint is text-only (its config has no connector); serve its language model"
-            )
-        if getattr(config, "modality_switch", False):
-            raise UnavailableError(
-                "this checkpoint has weights of their own for visual tokens in every decoder layer (modality_switch), which vLLM's "
-                "language models have no place for; use mllm chat or model.generate"
-            )
+        refuse_unserved(config)
         self.pixel_keys = PixelKeys(config.encoders)
         self.rules = config.layout_rules()
-        if self.rules.view.frames > 1:
-            raise UnavailableError(
-                f"vLLM does not serve connector {(config.connector or {}).get('type')} yet, which takes {self.rules.view.frames} frames "
-                "together; answer with generate"
-            )
         self.short_grid = short_grid(config) if (config.router or {}).get("type") == "language_model" else None
         self.vision_tower: Any
         self.multi_modal_projector: Any

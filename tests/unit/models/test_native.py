@@ -27,6 +27,11 @@ KINDS: dict[str, dict[str, Any]] = {
         "connector": {"type": "pixel_shuffle", "factor": 2},
         "views": {"type": "native", "max_patches": 40, "newlines": True},
     },
+    "deepstack": {
+        "encoders": {"semantic": {"type": "hf", "architecture": SIGLIP2, "layers": [1, -1]}},
+        "connector": {"type": "deepstack", "levels": 1, "each": {"type": "pixel_shuffle"}},
+        "views": {"type": "native", "max_patches": 40, "newlines": True},
+    },
     "eve": {
         "encoders": {"eve": {"type": "eve", "width": 16, "patch_size": 7, "num_heads": 2, "image_size": 56}},
         "connector": {"type": "mlp", "depth": 2},
@@ -134,7 +139,9 @@ def test_a_native_view_is_refused_where_it_cannot_be_had(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=r"model.views: native needs encoders.*'semantic' takes 28 × 28 pixels only"):
         build_config(tiny_spec(str(tmp_path), views={"type": "native"}))
     spec = {**KINDS["siglip2"], "connector": {"type": "average_pool", "grid": [2, 2]}}
-    with pytest.raises(ConfigError, match=r"average_pool takes one grid only, not views native; use linear, mlp"):
+    with pytest.raises(
+        ConfigError, match=r"average_pool takes one grid only, not views native; use deepstack, linear, mlp"
+    ):
         build_config(tiny_spec(str(tmp_path), **spec))
     with pytest.raises(ConfigError, match="modality_switch: layer 0 of this decoder has no post_attention_layernorm"):
         odd = {"config": {"model_type": "phi", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,

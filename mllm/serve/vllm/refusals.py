@@ -1,0 +1,32 @@
+"""Which of our checkpoints can vLLM's language models not run?"""
+
+from __future__ import annotations
+
+from mllm.errors import UnavailableError
+from mllm.models.configuration_mllm import MllmConfig
+
+
+def refuse_unserved(config: MllmConfig) -> None:
+    """Raise `UnavailableError`, naming the part and what to use instead, for a model that vLLM would run as another one.
+
+    Args:
+        config: of the checkpoint.
+    """
+    if config.connector is None:
+        raise UnavailableError("this checkpoint is text-only (its config has no connector); serve its language model")
+    if getattr(config, "modality_switch", False):
+        raise UnavailableError(
+            "this checkpoint has weights of their own for visual tokens in every decoder layer (modality_switch), which vLLM's "
+            "language models have no place for; use mllm chat or model.generate"
+        )
+    view = config.view_layout()
+    if view.levels:
+        raise UnavailableError(
+            f"this checkpoint adds visual tokens behind {view.levels} layers of its language model (connector "
+            f"{config.connector['type']}), which vLLM's language models have no place for; use mllm chat or model.generate"
+        )
+    if view.frames > 1:
+        raise UnavailableError(
+            f"vLLM does not serve connector {config.connector['type']} yet, which takes {view.frames} frames together; answer with "
+            "generate"
+        )
