@@ -1,4 +1,4 @@
-"""How does any table that `datasets` can read become samples, with random access or as a stream?"""
+"""How does any table become samples through named columns, with random access or as a stream?"""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from typing import Any
 from mllm.data.blind import refuse_blind, refuse_other_media
 from mllm.data.cells import as_list, conversation_cell, plain_cell
 from mllm.data.conversations import PLACEHOLDER, message_turns, plain_text
-from mllm.data.files import file_hash, matching_files
+from mllm.data.files import Files, file_hash, matching_files
 from mllm.data.sources import Source, mask_entries, resolve_image, resolve_video, resolve_visual
 from mllm.data.spec import ColumnMap, DatasetSpec, expand_path
+from mllm.data.tables import SUFFIXES, is_saved, keys_of, open_files, open_hub, open_saved, undecoded
 from mllm.data.tools import tools_of
-from mllm.errors import AlignmentError, ConfigError, DataError, UnavailableError, did_you_mean
-from mllm.hub import hub_reason
+from mllm.errors import AlignmentError, ConfigError, DataError, did_you_mean
 from mllm.types import IMAGE_MARK, Sample, Turn
 
 _log = logging.getLogger(__name__)
 _RECENT = 32
-_READERS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json", ".arrow": "arrow", ".tsv": "csv"}
 
 
 class ColumnsSource(Source):
-    """Rows of a `datasets` table through a `ColumnMap`: hub id, parquet, csv, json, arrow, or a ``save_to_disk``
+    """Rows of a table (`mllm.data.tables`) through a `ColumnMap`: hub id, parquet, csv, json, arrow, or a ``save_to_disk``
     folder.
 
     With ``streaming`` rows are read in order; asking for an earlier row starts the stream again and skips to it.
@@ -42,7 +41,10 @@ class ColumnsSource(Source):
         self._files: list[Path] = []
         self._table = self._load()
         self.known = self._check_columns()
-        self._table = self._undecoded(self._table)
+        named = dict.fromkeys([*self.columns.used(), *_fields(self.spec.prompt)])
+        self._used = [name for name in named if name in self.known]
+        if not isinstance(self._table, Files):
+            self._table = self._undecoded(self._table)
         self.random_access = not spec.streaming  # type: ignore[misc]
         self._stream: Iterator[Any] | None = None
         self._next = 0
@@ -122,6 +124,8 @@ class ColumnsSource(Source):
         return text.replace(PLACEHOLDER, IMAGE_MARK)
 
     def _row(self, index: int) -> Mapping[str, Any]:
+        if isinstance(self._table, Files):
+            return self._text_row(self._table, index)
         if not self.spec.streaming:
             return self._table[index]
         if index in self._recent:  # a substitute was taken from here before its own turn came
@@ -134,9 +138,7 @@ class ColumnsSource(Source):
             try:
                 row = next(stream)
             except StopIteration:
-                raise DataError(
-                    f"{self.name}: the stream has no row {index}, and rows declares {len(self)}; correct rows"
-                ) from None
+                raise self._ended(index) from None
             self._recent[self._next] = row
             if len(self._recent) > _RECENT:
                 self._recent.popitem(last=False)
@@ -144,60 +146,47 @@ class ColumnsSource(Source):
             if self._next > index:
                 return row
 
+    def _text_row(self, rows: Files, index: int) -> Mapping[str, Any]:
+        """The columns that are used, of a row as it is written. A csv can say in no other way that a cell holds nothing than by
+        leaving it empty."""
+        if index >= len(rows):
+            raise self._ended(index)
+        file, number = rows.locate(index)
+        row = file[number]
+        return {name: None if row.get(name) == "" and file.empty_is_missing else row.get(name) for name in self._used}
+
+    def _ended(self, index: int) -> DataError:
+        return DataError(f"{self.name}: the stream has no row {index}, and rows declares {len(self)}; correct rows")
+
     def _load(self) -> Any:
-        try:
-            import datasets
-        except ImportError:
-            raise UnavailableError("format columns needs the datasets package: install mllm[train]") from None
         spec, where = self.spec, f"dataset {self.spec.name}"
         if spec.hub is not None:
             if spec.revision is None:
                 _log.warning("%s: no revision of %s is pinned; the rows may change under a run", spec.name, spec.hub)
             if spec.image_root:
                 self.root = expand_path(spec.image_root, where=where)
-            try:
-                return datasets.load_dataset(
-                    spec.hub, spec.subset, split=spec.split, revision=spec.revision, streaming=spec.streaming
-                )
-            except Exception as error:  # hub clients raise many kinds
-                raise DataError(
-                    f"{where}: {spec.hub} (revision {spec.revision or 'main'}) does not load: {hub_reason(error, spec.hub)}"
-                ) from error
+            return open_hub(
+                spec.hub, spec.subset, split=spec.split, revision=spec.revision, where=where, streaming=spec.streaming
+            )
         assert spec.path is not None
         path = self._path = expand_path(spec.path, where=where)
         self.root = (
             expand_path(spec.image_root, where=where) if spec.image_root else (path if path.is_dir() else path.parent)
         )
-        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-            table = datasets.load_from_disk(str(path))
-            if isinstance(table, datasets.DatasetDict):
-                if spec.split not in table:
-                    raise ConfigError(
-                        f"{where}: {path} has no split {spec.split!r}; it has {', '.join(map(str, table))}"
-                    )
-                table = table[spec.split]
-            return table.to_iterable_dataset() if spec.streaming else table
-        files = self._files = matching_files(path, tuple(_READERS), where=where)
-        suffixes = {file.suffix for file in files}
-        if len(suffixes) > 1 or not suffixes <= set(_READERS):
-            raise ConfigError(
-                f"{where}: {path} holds {', '.join(sorted(suffixes))}; expected files of one of {', '.join(_READERS)}"
-            )
-        suffix = suffixes.pop()
-        options: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
-        try:
-            return datasets.load_dataset(
-                _READERS[suffix], data_files=[str(f) for f in files], split="train", streaming=spec.streaming, **options
-            )
-        except Exception as error:
-            raise DataError(f"{where}: {path} does not load: {error}") from error
+        if is_saved(path):
+            return open_saved(path, spec.split, where=where, streaming=spec.streaming)
+        self._files = matching_files(path, SUFFIXES, where=where)
+        return open_files(self._files, where=where, streaming=spec.streaming)
 
     def _check_columns(self) -> list[str]:
         """The table's columns, once those that are named are among them and none that shows something is forgotten."""
-        known = self._table.column_names
+        needed = [*self.columns.used(), *_fields(self.spec.prompt)]
+        if isinstance(self._table, Files):
+            known = keys_of(self._table, [name for name in needed if name != "question"])
+        else:
+            known = self._table.column_names
         if known is None:  # a stream whose features are not declared
             known = list(next(iter(self._table)))
-        needed = [*self.columns.used(), *_fields(self.spec.prompt)]
         for name in needed:
             if name not in known and name != "question":
                 raise ConfigError(
@@ -210,7 +199,8 @@ class ColumnsSource(Source):
 
     def _refuse_forgotten_pictures(self) -> None:
         """Raises `ConfigError` when a table of pictures is declared without any: every row would be learned blind."""
-        pictures = [name for name, feature in (self._table.features or {}).items() if _is_image(feature)]
+        features = None if isinstance(self._table, Files) else self._table.features
+        pictures = [name for name, feature in (features or {}).items() if _is_image(feature)]
         unread = [name for name in pictures if name not in self.columns.used()]
         if unread and not self.spec.typed_images:
             raise ConfigError(
@@ -221,27 +211,7 @@ class ColumnsSource(Source):
     def _undecoded(self, table: Any) -> Any:
         """The columns that are used, images as they are stored."""
         table = undecoded(table)
-        used = [
-            name
-            for name in dict.fromkeys([*self.columns.used(), *_fields(self.spec.prompt)])
-            if name in (table.column_names or [])
-        ]
-        return table.select_columns(used) if used else table
-
-
-def undecoded(table: Any) -> Any:
-    """A table with its images left as ``{"bytes", "path"}``: they are decoded once, where their errors are named, and not at
-    all for samples that are only counted."""
-    import datasets
-
-    for name, feature in (table.features or {}).items():
-        if isinstance(feature, datasets.Image):
-            table = table.cast_column(name, datasets.Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            table = table.cast_column(name, type(feature)(datasets.Image(decode=False)))
-        elif isinstance(feature, list) and feature and isinstance(feature[0], datasets.Image):
-            table = table.cast_column(name, [datasets.Image(decode=False)])
-    return table
+        return table.select_columns(self._used) if self._used else table
 
 
 def _is_image(feature: Any) -> bool:

@@ -14,10 +14,10 @@ from mllm.data.cells import conversation_cell, plain_cell
 from mllm.data.conversations import has_exchanges
 from mllm.data.files import JsonRows, matching_files
 from mllm.data.spec import ColumnMap, DatasetSpec
+from mllm.data.tables import SUFFIXES, datasets_package, is_saved, open_files, open_saved, undecoded
 from mllm.errors import ConfigError, DataError, UnavailableError
 from mllm.hub import hub_reason
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow")
 _LOOKED_AT = 16
 _HEAD = 1 << 22
 _HUB_ID = re.compile(r"^([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?$")
@@ -47,9 +47,9 @@ def recognise(name: str | Path) -> DatasetSpec:
     if hub is not None:
         origin: dict[str, Any] = {"hub": hub[1], "revision": hub[2], "name": hub[1].replace("/", "--")}
         rows, as_json = _hub_rows(text, hub[1], hub[2]), False
-    elif _is_saved(path):
+    elif is_saved(path):
         origin = {"path": text, "name": path.name}
-        rows, as_json = _saved_rows(path), False
+        rows, as_json = _first(open_saved(path, "train", where="data")), False
     else:
         files = _files(path)
         origin = {"path": text, "name": path.name if path.is_dir() else re.sub(r"[*?\[\]]", "", path.stem) or "data"}
@@ -124,10 +124,7 @@ def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
             ):
                 yield row
     else:
-        table = _datasets().load_dataset(
-            "parquet" if path.suffix == ".parquet" else "arrow", data_files=[str(path)], split="train", streaming=True
-        )
-        yield from _first(table)
+        yield from _first(open_files([path], where="data", streaming=True))
 
 
 def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -186,23 +183,9 @@ def _lines(text: str) -> Iterator[Mapping[str, Any]]:
             return
 
 
-def _is_saved(path: Path) -> bool:
-    return (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
-
-
-def _saved_rows(path: Path) -> list[Mapping[str, Any]]:
-    datasets = _datasets()
-    table = datasets.load_from_disk(str(path))
-    if isinstance(table, datasets.DatasetDict):
-        if "train" not in table:
-            raise ConfigError(f"{path} has the splits {', '.join(map(str, table))} and no train; write a dataset YAML")
-        table = table["train"]
-    return _first(table)
-
-
 def _hub_rows(place: str, name: str, revision: str | None) -> list[Mapping[str, Any]]:
     try:
-        table = _datasets().load_dataset(name, split="train", revision=revision)
+        table = datasets_package().load_dataset(name, split="train", revision=revision)
     except UnavailableError:
         raise
     except Exception as error:  # hub clients raise many kinds
@@ -214,14 +197,4 @@ def _hub_rows(place: str, name: str, revision: str | None) -> list[Mapping[str, 
 
 
 def _first(table: Any) -> list[Mapping[str, Any]]:
-    from mllm.data.columns import undecoded
-
     return list(undecoded(table).take(_LOOKED_AT))
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise UnavailableError("tables are read by the datasets package: install mllm[train]") from None
-    return datasets

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mllm.data.files import JsonRows
+from mllm.data.files import text_rows
+from mllm.data.tables import json_entries, open_files, open_hub
 from mllm.errors import ConfigError, DataError, UnavailableError
-from mllm.eval.data.pictures import Picture
 from mllm.eval.data.refer import refer_rows
+from mllm.eval.data.stored import stored_rows
 from mllm.eval.task import JoinSpec, SourceSpec, TaskSpec
-from mllm.hub import hub_reason
 
 Row = dict[str, Any]
 _REFERENCE_LENGTH = 64
@@ -150,63 +147,33 @@ def _decorate(source: SourceSpec, read: Callable[[], Iterable[Row]], folder: Pat
             index += 1
 
 
-def read_json(path: Path) -> Any:
-    """Parsed JSON. Raises `DataError` naming the file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as JSON ({error})") from None
-
-
-def _records(data: Any, records: str | None, path: Path) -> Iterator[Row]:
-    for key in records.split(".") if records else []:
-        if not isinstance(data, dict) or key not in data:
-            raise DataError(
-                f"{path}: no {records!r} in it; keys: {', '.join(map(str, data)) if isinstance(data, dict) else '-'}"
-            )
-        data = data[key]
-    entries = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else None
-    if entries is None:
-        raise DataError(f"{path}: expected a list or mapping of rows{f' under {records!r}' if records else ''}")
-    for key, row in entries:
-        if not isinstance(row, dict):
-            raise DataError(f"{path}: entry {key!r} is {type(row).__name__}, expected a mapping of fields")
-        yield {**row, "_key": key}
+def _records(path: Path, records: str | None) -> Iterator[Row]:
+    return ({**row, "_key": key} for key, row in json_entries(path, records))
 
 
 def _read_json_source(source: SourceSpec, files: Sequence[tuple[Path, Row]], place: Path) -> Iterator[Row]:
     other: dict[str, Row] = {}
     if source.join is not None:
         join_path = place / source.join.path
-        other = _by_key(_records(read_json(join_path), source.join.records, join_path), source.join, join_path)
+        other = _by_key(_records(join_path, source.join.records), source.join, join_path)
     for path, fields in files:
-        for row in _records(read_json(path), source.records, path):
+        for row in _records(path, source.records):
             partner = other.get(str(row.get(source.join.by)), {}) if source.join is not None else {}
             yield {**partner, **row, **fields, "_file": path.stem, "_joined": bool(partner) or source.join is None}
 
 
-def _read_jsonl(source: SourceSpec, files: Sequence[tuple[Path, Row]], place: Path) -> Iterator[Row]:
+def _read_text(source: SourceSpec, files: Sequence[tuple[Path, Row]], place: Path) -> Iterator[Row]:
     for path, fields in files:
-        for row in JsonRows(path):  # as training reads it
-            yield {**row, **fields, "_file": path.stem}
-
-
-def _read_table(source: SourceSpec, files: Sequence[tuple[Path, Row]], place: Path) -> Iterator[Row]:
-    csv.field_size_limit(sys.maxsize)
-    for path, fields in files:
-        with path.open(encoding="utf-8-sig", newline="") as handle:
-            rows = list(csv.DictReader(handle, delimiter="\t" if source.format == "tsv" else ","))
-        pictures = {}
+        rows = text_rows(path)
+        picture_of: dict[str, int] = {}
         if source.image_key is not None:
-            pictures = {row.get(source.image_key): row.get("image") for row in rows}
+            picture_of = {str(row.get(source.image_key)): number for number, row in enumerate(rows)}
         for number, row in enumerate(rows, 2):
-            if None in row:
-                raise DataError(f"{path}:{number}: the row has more cells than the header")
             image = row.get("image")
-            if pictures and image is not None and len(image) <= _REFERENCE_LENGTH:
-                if image not in pictures:
+            if picture_of and image is not None and len(image) <= _REFERENCE_LENGTH:
+                if image not in picture_of:
                     raise DataError(f"{path}:{number}: image refers to row {image!r}, which does not exist")
-                row["image"] = pictures[image]
+                row["image"] = rows[picture_of[image]].get("image")
             yield {**row, **fields, "_file": path.stem}
 
 
@@ -222,20 +189,20 @@ def _by_key(rows: Iterable[Row], join: JoinSpec, where: object) -> dict[str, Row
 
 def _read_parquet(source: SourceSpec, files: Sequence[tuple[Path, Row]], place: Path) -> Iterator[Row]:
     """Rows of parquet files. Pictures stay in the file until they are used."""
-    try:
-        from mllm.eval.data.parquet import parquet_rows
-    except ImportError:
-        raise UnavailableError("parquet files need pyarrow; install mllm[eval]") from None
     other: dict[str, Row] = {}
     if source.join is not None:
         paths = _config_files(place, source.join.path, source.join.split or str(source.split))
         if not paths:
             raise ConfigError(f"{source.name}: no parquet file of {source.join.path!r} in {place}")
-        other = _by_key((row for path in paths for row in parquet_rows(path)), source.join, source.join.path)
+        other = _by_key((row for path in paths for row in _parquet_rows(path)), source.join, source.join.path)
     for path, fields in files:
-        for row in parquet_rows(path):
+        for row in _parquet_rows(path):
             partner = other.get(str(row.get(source.join.by)), {}) if source.join is not None else {}
             yield {**partner, **row, **fields, "_file": path.stem}
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    return stored_rows(open_files([path], where="benchmark"), path.name, path.parent)
 
 
 def _config_files(place: Path, config: str, split: str) -> list[Path]:
@@ -269,51 +236,25 @@ def _read_refer(source: SourceSpec, files: Sequence[tuple[Path, Row]], place: Pa
 
 
 def _from_hub(task: TaskSpec, source: SourceSpec) -> Iterator[Row]:
-    try:
-        import datasets
-    except ImportError:
-        raise UnavailableError(
-            f"{task.name}: reading {source.hub} from the hub needs datasets; install mllm[eval]"
-        ) from None
-    hub, split = str(source.hub), str(source.split)
     for config in source.configs or [None]:
-        try:
-            table = datasets.load_dataset(hub, config, split=split, revision=source.revision)
-        except Exception as error:
-            raise UnavailableError(
-                f"{task.name}: {source.hub} could not be loaded ({hub_reason(error, source.hub)}). {whereabouts(task)}"
-            ) from None
+        table = _hub_table(task, source, config, str(source.split))
         other: dict[str, Row] = {}
-        if source.join is not None:
-            second = datasets.load_dataset(
-                hub, source.join.path, split=source.join.split or split, revision=source.revision
-            )
-            other = _by_key(_hub_rows(datasets, second, source.join.path), source.join, source.join.path)
-        for row in _hub_rows(datasets, table, config):
-            yield {**(other.get(str(row.get(source.join.by)), {}) if source.join is not None else {}), **row}
+        if (join := source.join) is not None:
+            second = _hub_table(task, source, join.path, join.split or str(source.split))
+            other = _by_key(stored_rows(second, join.path), join, join.path)
+        for row in stored_rows(table, config or str(source.hub)):
+            partner = other.get(str(row.get(join.by)), {}) if join is not None else {}
+            yield {**partner, **row, "_config": config or "default", "_file": config or ""}
 
 
-def _hub_rows(datasets: Any, table: Any, config: str | None) -> Iterator[Row]:
-    images = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
-    for name in images:
-        table = table.cast_column(name, datasets.Image(decode=False))
-    rest = table.remove_columns(images)
-    for number, row in enumerate(rest):
-        pictures = {name: Picture(_lazy(table, number, name), f"{name} of row {number}") for name in images}
-        yield {**row, **pictures, "_config": config or "default", "_file": config or ""}
-
-
-def _lazy(table: Any, number: int, name: str) -> Callable[[], bytes]:
-    def read() -> bytes:
-        cell = table[number][name]
-        if cell is None:
-            raise DataError(f"{name} of row {number} is empty")
-        return cell["bytes"] or Path(cell["path"]).read_bytes()
-
-    return read
+def _hub_table(task: TaskSpec, source: SourceSpec, config: str | None, split: str) -> Any:
+    try:
+        return open_hub(str(source.hub), config, split=split, revision=source.revision, where=task.name)
+    except DataError as error:
+        raise UnavailableError(f"{error}. {whereabouts(task)}") from None
 
 
 _FORMATS: dict[str, Callable[[SourceSpec, Sequence[tuple[Path, Row]], Path], Iterator[Row]]] = {
-    "json": _read_json_source, "jsonl": _read_jsonl, "tsv": _read_table, "csv": _read_table, "parquet": _read_parquet,
+    "json": _read_json_source, "jsonl": _read_text, "tsv": _read_text, "csv": _read_text, "parquet": _read_parquet,
     "hub": _read_parquet, "mme": _read_mme, "refer": _read_refer,
 }  # fmt: skip
