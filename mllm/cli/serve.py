@@ -79,9 +79,12 @@ def serve(
         if not (place := adapter.partition("=")[2]):
             raise ConfigError(f"--lora {adapter}: expected name=folder")
         arguments.folder_of(Path(place), "a PEFT adapter", "adapter_config.json")
-    from mllm.serve.options import check_extra
+    from mllm.serve.options import check_extra, check_port, check_values
 
     check_extra(list(context.args))
+    check_values(memory, keys)
+    if not any(option.startswith(("--uds", "--headless")) for option in context.args):
+        check_port(host, port)
     from mllm.config import validate
     from mllm.serve.server import ServeSettings
     from mllm.serve.server import serve as start

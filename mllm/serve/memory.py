@@ -81,7 +81,9 @@ def cpu_cache(need: Need, memory: float | int | None, *, free: int, total: int) 
     if memory is not None:
         asked = int(memory * total) if isinstance(memory, float) else memory
         if asked > free:
-            raise ConfigError(f"--memory asks for {_gib(asked)} and {_gib(free)} of {_gib(total)} are free")
+            raise ConfigError(
+                f"--memory asks for {size_text(asked)} and {size_text(free)} of {size_text(total)} are free"
+            )
         room = asked - need.weights - PROCESSES
     else:
         room = min(room, int(_DEFAULT_SHARE * free)) if room >= need.one else room
@@ -91,8 +93,8 @@ def cpu_cache(need: Need, memory: float | int | None, *, free: int, total: int) 
     fits = max(0, room // need.per_token // BLOCK - 1) * BLOCK
     cure = f"with --max-model-len {fits} it would" if fits else "free memory, or take a smaller model"
     raise ConfigError(
-        f"the model needs {_gib(need.weights)} for weights, {_gib(PROCESSES)} for its processes and {_gib(need.one)} for "
-        f"one request of {need.length} tokens; {_gib(free if memory is None else room + need.weights + PROCESSES)} are "
+        f"the model needs {size_text(need.weights)} for weights, {size_text(PROCESSES)} for its processes and {size_text(need.one)} for "
+        f"one request of {need.length} tokens; {size_text(free if memory is None else room + need.weights + PROCESSES)} are "
         f"there: {cure}"
     )
 
@@ -103,7 +105,7 @@ def gpu_share(memory: float | int | None, *, free: int, total: int) -> float:
         share = memory if isinstance(memory, float) else memory / total
         if share * total > free:
             raise ConfigError(
-                f"--memory asks for {_gib(int(share * total))} and {_gib(free)} of {_gib(total)} are free"
+                f"--memory asks for {size_text(int(share * total))} and {size_text(free)} of {size_text(total)} are free"
             )
         return round(share, 4)
     return round(min(_GPU_SHARE, free / total - _GPU_MARGIN), 4)
@@ -125,7 +127,7 @@ def memory_arguments(need: Need, memory: str | None, extra: list[str]) -> tuple[
     free, total = free_memory()
     cache = cpu_cache(need, asked, free=free, total=total)
     full = min(need.seats, cache // need.one)
-    return ["--kv-cache-memory-bytes", str(cache)], f"cache {_gib(cache)}: {full} requests of {need.length} tokens"
+    return ["--kv-cache-memory-bytes", str(cache)], f"cache {size_text(cache)}: {full} requests of {need.length} tokens"
 
 
 def engine_memory(need: Need, memory: str | None, extra: list[str]) -> dict[str, Any]:
@@ -159,5 +161,6 @@ def seats_of(extra: list[str]) -> int:
     return SEATS
 
 
-def _gib(value: int) -> str:
-    return f"{value / 2**30:.1f} GiB"
+def size_text(value: int) -> str:
+    """Bytes for people: GiB, or MiB below one."""
+    return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"

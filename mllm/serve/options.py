@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from mllm.errors import ConfigError, did_you_mean
-from mllm.serve.http.keys import CLIENTS
+from mllm.serve.http.keys import CLIENTS, read_clients
+from mllm.serve.memory import parse_memory
 
 
 def check_extra(extra: list[str]) -> None:
@@ -45,6 +48,26 @@ def check_folder(checkpoint: str, *files: str) -> None:
     files = files or ("config.json",)
     if folder.is_dir() and not any((folder / name).is_file() for name in files):
         raise ConfigError(f"{checkpoint}: no checkpoint (the folder has no {' or '.join(files)})")
+
+
+def check_values(memory: str | None, keys: str | None) -> None:
+    """Raise `ConfigError` for a size that is none, or a file of keys that cannot be used."""
+    if memory is not None:
+        parse_memory(memory)
+    if keys is not None:
+        read_clients(keys)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise `ConfigError` where this machine cannot listen there, which vLLM says after half a minute."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            taken.bind((host.strip("[]"), port))
+        except OSError as error:
+            cure = "take another --port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "take another --host"
+            raise ConfigError(f"--host {host} --port {port}: {error.strerror or error}; {cure}") from None
 
 
 def vllm_source_has(text: str, files: str) -> bool:

@@ -22,7 +22,7 @@ from mllm.serve.adapters import adapter_arguments
 from mllm.serve.http.admission import ENVIRONMENT, AdmissionSettings
 from mllm.serve.http.keys import CLIENTS, FILE, LOOPBACK, OPERATOR, read_clients
 from mllm.serve.images.requests import SCHEDULER, refusal
-from mllm.serve.memory import memory_arguments, need_of, seats_of
+from mllm.serve.memory import memory_arguments, need_of, seats_of, size_text
 from mllm.serve.options import check_extra, check_folder, vllm_source_has
 from mllm.serve.supervisor import ENVIRONMENT as SUPERVISOR
 
@@ -51,7 +51,7 @@ class ServeSettings(StrictModel):
 
     checkpoint: str
     host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65535)
+    port: int = Field(default=8000, ge=1, le=65535)
     name: str | None = None
     """Model name in requests; default: the checkpoint's folder name."""
     dtype: str = "auto"
@@ -141,6 +141,8 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         arguments += ["--scheduler-cls", SCHEDULER, "--no-async-scheduling"]
     arguments += adapter_arguments(settings.lora)
     changing = bool(os.environ.get(OPERATOR) and (settings.lora or _has(settings.extra, "--enable-lora")))
+    if changing:
+        arguments += _one_process(settings.extra)
     alone = changing or (
         draws and not in_engine
     )  # adapters are loaded into one process; each would read the model to draw
@@ -238,6 +240,23 @@ def _processes(settings: ServeSettings) -> list[str]:
     return ["--api-server-count", str(count)] if count > 1 else []
 
 
+def _one_process(extra: list[str]) -> list[str]:
+    """vLLM's argument for one process that takes requests, however many engines: an adapter is loaded into the process that is
+    asked to, and the others would answer that there is none. Raises `ConfigError` where several are asked for."""
+    for place, option in enumerate(extra):
+        name, _, value = option.partition("=")
+        if name in ("--api-server-count", "-asc"):
+            value = value or (extra[place + 1] if place + 1 < len(extra) else "")
+            if value != "1":
+                raise ConfigError(
+                    f"{name} {value}: with {OPERATOR} adapters are loaded while the server runs, into one process for requests; "
+                    f"leave out {name}, or unset {OPERATOR}"
+                )
+            return []
+    several = ("--data-parallel-size", "-dp")
+    return ["--api-server-count", "1"] if any(_has(extra, option) for option in several) else []
+
+
 def _reachable(host: str) -> str:
     """Where this machine reaches a server that listens on ``host``."""
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
@@ -248,15 +267,13 @@ def _what_is_on(settings: ServeSettings, environment: dict[str, str], arguments:
     admission = AdmissionSettings.model_validate_json(environment[ENVIRONMENT])
     said = [f"http://{_reachable(settings.host)}:{settings.port}/v1", f"model {admission.name}"]
     said.append(f"{settings.max_images} pictures a request of {settings.max_pixels / 1e6:g} megapixels each")
-    if settings.max_model_len is not None:
-        said.append(f"{settings.max_model_len} tokens")
-    for option, text in (
-        ("--kv-cache-memory-bytes", "cache {:.1f} GiB"),
-        ("--gpu-memory-utilization", "{:.0%} of the GPU"),
-    ):
-        if option in arguments:
-            value = float(arguments[arguments.index(option) + 1])
-            said.append(text.format(value / 2**30 if "cache" in text else value))
+    text = _read(settings.checkpoint)[0].get_text_config()
+    length = settings.max_model_len or getattr(text, "max_position_embeddings", None)
+    said += [f"{length} tokens"] if length else []
+    if "--kv-cache-memory-bytes" in arguments:
+        said.append(f"cache {size_text(int(arguments[arguments.index('--kv-cache-memory-bytes') + 1]))}")
+    if "--gpu-memory-utilization" in arguments:
+        said.append(f"{float(arguments[arguments.index('--gpu-memory-utilization') + 1]):.0%} of the GPU")
     if admission.router is not None:
         said.append(f"{admission.router['type']} router over {', '.join(admission.router['experts'])}")
     said += ["draws"] if admission.checkpoint else []

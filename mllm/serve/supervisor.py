@@ -20,7 +20,7 @@ import time
 import urllib.request
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mllm.serve.http.state import FOLDER, ServerState
 
@@ -29,8 +29,9 @@ ENVIRONMENT = "MLLM_SUPERVISOR"
 _ERROR = re.compile(r"\b([A-Z]\w*(?:Error|Exception)): (.{1,500})")
 _FOLLOWS = re.compile(r"Engine core initialization failed|See stack trace above|EngineDeadError|EngineCore encountered")
 _MOST_LOG, _MOST_ERRORS = 20 * 2**20, 10
-_LEAVING = 20.0
-"""Seconds that vLLM's processes have to end once they were told."""
+ENDING, LEAVING = 5.0, 8.0
+"""Seconds that the last requests have to be told, and vLLM's processes to end once they were told; nothing is lost with them.
+``terminationGracePeriodSeconds`` and its like must be longer than ``--shutdown-timeout`` and both."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -102,10 +103,10 @@ class Supervisor:
         if self.state.running():
             _say(f"ending {self.state.running()} that did not finish")
             self.state.end()
-            self._until(lambda: not self.state.running() or process.poll() is not None, 5.0)
+            self._until(lambda: not self.state.running() or process.poll() is not None, ENDING)
         time.sleep(0.1)  # the last bytes of the last answer
         process.terminate()
-        self._until(lambda: process.poll() is not None, _LEAVING)
+        self._until(lambda: process.poll() is not None, LEAVING)
 
     def _until(self, done: Any, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -115,12 +116,12 @@ class Supervisor:
     def _read(self, lines: Any) -> None:
         """Keep what vLLM says in the log file, and show of it what an operator must see."""
         size = 0
-        file = self.log.open("w", encoding="utf-8")
+        file = self._new_log()
         for line in lines:
             if size > _MOST_LOG:
                 file.close()
                 self.log.replace(f"{self.log}.1")
-                file, size = self.log.open("w", encoding="utf-8"), 0
+                file, size = self._new_log(), 0
             size += file.write(line)
             file.flush()
             self.tail.append(line.rstrip()[:500])
@@ -132,6 +133,10 @@ class Supervisor:
             elif found and self.is_ready.is_set() and not self.stopping.is_set():
                 self._show_error(found.group(0))
         file.close()
+
+    def _new_log(self) -> TextIO:
+        """The log file, for its owner only (a traceback may hold a client's words); never one that somebody put there."""
+        return os.fdopen(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8")
 
     def _show_error(self, text: str) -> None:
         """Ten errors a minute; the rest are in the log."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -37,6 +38,9 @@ NOT_THERE = {  # command line → words of its one error; {d} is an empty folder
     "eval contamination --train {d}/nope.jsonl --tasks demo_charts": "no such file or folder",
     "draw {d}/nope x": "no such folder",
     "serve {d}/nope": "no such folder",
+    "serve {c} --memory lots": "--memory lots: expected a share",
+    "serve {c} --keys {d}/nope.yaml": "cannot be read",
+    "serve {c} --port {p}": "take another --port",
     "bench serve {d}/nope": "no such folder",
     "bench serve": "--server",
     "bench serve --server http://127.0.0.1:1 --clients 1,x": "whole numbers",
@@ -89,14 +93,18 @@ for line in json.loads(sys.argv[1]):
 
 
 def test_wrong_arguments_are_told_before_torch_is_imported(tmp_path):
-    folder, file = tmp_path / "empty", tmp_path / "file"
+    folder, file, checkpoint = tmp_path / "empty", tmp_path / "file", tmp_path / "checkpoint"
     folder.mkdir()
     file.touch()
-    lines = [line.format(d=folder, f=file) for line in NOT_THERE]
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    taken = socket.create_server(("127.0.0.1", 0))
+    lines = [line.format(d=folder, f=file, c=checkpoint, p=taken.getsockname()[1]) for line in NOT_THERE]
     done = subprocess.run(
         [sys.executable, "-c", _EVERY, json.dumps(lines)], text=True, capture_output=True, check=False, timeout=300,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
+    taken.close()
     told = [json.loads(row) for row in done.stdout.splitlines()]
     assert len(told) == len(lines), done.stderr
     for line, words, (error, torch, _) in zip(lines, NOT_THERE.values(), told):

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import yaml
 
+from mllm.serve.supervisor import ENDING, LEAVING
 from tests.unit.test_docs import parse
 
+ENDS = ENDING + LEAVING
+"""Seconds that a server needs at most after ``--shutdown-timeout``."""
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -39,7 +42,8 @@ def test_the_examples_say_commands_that_can_be_typed() -> None:
     server, _ = yaml.safe_load_all((ROOT / "examples/kubernetes.yaml").read_text(encoding="utf-8"))
     pod = server["spec"]["template"]["spec"]
     name, values = parse(pod["containers"][0]["args"])
-    assert name == "serve" and pod["terminationGracePeriodSeconds"] > values["shutdown_timeout"]
+    pause = int(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert name == "serve" and pod["terminationGracePeriodSeconds"] > pause + values["shutdown_timeout"] + ENDS
     probes = {pod["containers"][0][f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")}
     assert probes == {"/health", "/ping"}
 
@@ -47,7 +51,7 @@ def test_the_examples_say_commands_that_can_be_typed() -> None:
     command = re.search(r"^ExecStart=\S+/mllm (.*)$", unit, re.M)
     assert command is not None
     name, values = parse(command[1].split())
-    assert name == "serve" and int(re.findall(r"TimeoutStopSec=(\d+)", unit)[0]) > values["shutdown_timeout"] + 20
+    assert name == "serve" and int(re.findall(r"TimeoutStopSec=(\d+)", unit)[0]) > values["shutdown_timeout"] + ENDS
     if shutil.which("systemd-analyze"):
         told = subprocess.run(
             ["systemd-analyze", "verify", str(ROOT / "examples/mllm.service")],
@@ -63,7 +67,7 @@ def test_the_examples_say_commands_that_can_be_typed() -> None:
     services = yaml.safe_load((ROOT / "examples/compose.yaml").read_text(encoding="utf-8"))["services"]
     assert [parse(service["command"])[0] for service in services.values()] == ["serve", "app"]
     grace = int(services["server"]["stop_grace_period"].removesuffix("s"))
-    assert grace > parse(services["server"]["command"])[1]["shutdown_timeout"]
+    assert grace > parse(services["server"]["command"])[1]["shutdown_timeout"] + ENDS
 
     docker = (ROOT / "examples/Dockerfile").read_text(encoding="utf-8")
     for extras in re.findall(r"EXTRAS=([\w,-]+)", docker):

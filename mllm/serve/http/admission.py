@@ -20,7 +20,7 @@ from mllm.serve.adapters import adapter_rank
 from mllm.serve.http.answering import Answer, adding, appending, respond, shortening, uncompressed
 from mllm.serve.http.content import Content
 from mllm.serve.http.drawing import Drawings
-from mllm.serve.http.errors import Refused, error_body, shown
+from mllm.serve.http.errors import Refused, error_body, shortened, shown
 from mllm.serve.http.fields import (
     CHAT,
     COMPLETIONS,
@@ -160,30 +160,34 @@ class Admission:
         except Refused as refusal:
             path = route_of(scope)
             count_refusal(refusal.status, path if path in ROUTES or path in READ else "other")
-            body = error_body(refusal.status, str(refusal))
+            body = error_body(refusal.status, str(refusal), path)
             await respond(self.app, scope, receive, send, refusal.status, body, refusal.retry_after)
         except FirstPassFailed as failure:
-            await respond(self.app, scope, receive, send, failure.status, failure.body)
+            await respond(self.app, scope, receive, send, failure.status, shortened(failure.body))
         except ClientGone:
             return
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, method = route_of(scope), scope["method"]
+        if method == "HEAD":  # the web server leaves out the body
+            scope, method = {**scope, "method": "GET"}, "GET"
         if path in OPEN and self.state.draining:
             raise Refused(503, _LEAVING, retry_after=_RETRY)
-        if method == "OPTIONS" or (path in OPEN and method in ("GET", "HEAD")):
+        if method == "OPTIONS" or (path in OPEN and method == "GET"):
             await self.app(scope, receive, send)
             return
         if self.settings.loopback:
             check_host(scope["headers"])
         owner = self.keys.owner(scope["headers"])
-        if method in ("GET", "HEAD") and (path in READ or path.startswith(STATIC)):
+        if method == "GET" and (path in READ or path.startswith(STATIC)):
             await self._read(path, scope, receive, send)
         elif path in ROUTES or path in READ:
             if method != "POST" or path in READ:
                 raise Refused(405, f"{path} takes {'GET' if path in READ else 'POST'}, not {method}")
             if self.state.draining:
                 raise Refused(503, _LEAVING, retry_after=_RETRY)
+            if owner in self.keys.named:
+                count_client(owner, requests=1)
             self.limits.take(owner, requests=1)
             self.state.enter()
             try:
@@ -237,7 +241,7 @@ class Admission:
 
     async def _until_ended(self, work: Any, path: str, owner: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Do the work; when the server goes away first, end the answer with an error."""
-        answer = Answer(send)
+        answer = Answer(send, path)
         working = asyncio.create_task(work(path, owner, scope, receive, answer.send))
         ended = asyncio.create_task(self.state.ended())
         try:
@@ -289,7 +293,7 @@ class Admission:
     def _charge(self, owner: str, tokens: int) -> None:
         self.limits.spend(owner, tokens)
         if owner in self.keys.named:
-            count_client(owner, requests=1, tokens=tokens)
+            count_client(owner, tokens=tokens)
 
     async def read_body(self, scope: Scope, receive: Receive) -> bytes:
         """The whole body, within the limits of size and time."""

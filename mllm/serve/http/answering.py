@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from mllm.serve.http.errors import Refused, error_body, shortened
+from mllm.serve.http.errors import Refused, error_body, error_event, shortened
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -16,8 +16,8 @@ _OWN, _KEPT = "/mllm/answer", "mllm.answer"
 class Answer:
     """Watches how far an answer has come, so that it can be ended in its own form."""
 
-    def __init__(self, send: Send):
-        self._send, self._stream = send, False
+    def __init__(self, send: Send, path: str):
+        self._send, self._path, self._stream = send, path, False
         self._begun = self._over = False
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
@@ -42,7 +42,7 @@ class Answer:
             raise refusal
         status, text = refusal.status, str(refusal)
         if self._stream:
-            body = b"data: " + error_body(status, text) + b"\n\ndata: [DONE]\n\n"
+            body = error_event(status, text, self._path)
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
 

@@ -20,6 +20,7 @@ _KINDS = {
 _SHOWN = 80
 """Most characters of a client's own words in an error (and so in a log)."""
 _WORD, _LONGEST = re.compile(r"\S{81,}"), 600
+_ANTHROPIC, _RESPONSES = ("/v1/messages",), "/v1/responses"
 
 
 class Refused(Exception):
@@ -61,7 +62,16 @@ def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
-def error_body(status: int, message: str) -> bytes:
-    """An error in OpenAI's form."""
+def error_body(status: int, message: str, path: str = "") -> bytes:
+    """An error in the form of the route's clients: OpenAI's, or Anthropic's, whose own is the same with a type around it."""
     kind = _KINDS.get(status, "BadRequestError" if status < 500 else "InternalServerError")
-    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": status}}).encode()
+    said = {"error": {"message": _cut(message), "type": kind, "param": None, "code": status}}
+    return json.dumps({"type": "error", **said} if path.startswith(_ANTHROPIC) else said).encode()
+
+
+def error_event(status: int, message: str, path: str) -> bytes:
+    """An error in a stream that has begun, by which the route's clients end it as failed: they read the events by name, but for
+    those of chats and completions, which have none."""
+    if path.startswith((*_ANTHROPIC, _RESPONSES)):
+        return b"event: error\ndata: " + error_body(status, message, _ANTHROPIC[0]) + b"\n\n"
+    return b"data: " + error_body(status, message) + b"\n\ndata: [DONE]\n\n"

@@ -132,7 +132,9 @@ def _check_address(address: str, rules: PictureRules) -> None:
         url = httpx.URL(address)
     except (httpx.InvalidURL, ValueError):
         raise Refused(400, f"{shown(address)} is not an address") from None
-    if url.host.lower() not in rules.domains or url.userinfo:
+    if url.userinfo:
+        raise Refused(400, "an address with a user's name or a password is not fetched")
+    if url.host.lower() not in rules.domains:
         raise Refused(
             400, f"{shown(url.host)}: pictures are fetched from {', '.join(sorted(rules.domains))} only"[:400]
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from mllm.routers.fixed import fixed_weights_of
 from mllm.serve.http.reading import write_json
 from mllm.types import IMAGE_MARK
 
+_log = logging.getLogger("vllm.mllm")
 _KEPT = ("model", "chat_template_kwargs", "cache_salt", "user", "priority")
 Weights = list[dict[str, float]]
 
@@ -119,9 +121,13 @@ def _text(part: Mapping[str, Any]) -> str:
 
 
 async def disconnected(receive: Any) -> None:
-    """Returns when the client has gone away."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    """Returns when the client has gone away; never where that cannot be told, since whoever waits takes the return for it."""
+    try:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+    except Exception:
+        _log.warning("Whether a client has gone away cannot be told; its request is worked to the end", exc_info=True)
+        await asyncio.get_running_loop().create_future()
 
 
 async def _call(

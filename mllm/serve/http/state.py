@@ -36,7 +36,8 @@ class ServerState:
 
     def running(self) -> int:
         """Requests that run in all processes."""
-        return sum(struct.unpack("q", file.read_bytes())[0] for file in self.folder.glob(f"*{_COUNT}"))
+        counters = [file.read_bytes() for file in self.folder.glob(f"*{_COUNT}")]
+        return sum(struct.unpack("q", kept)[0] for kept in counters if len(kept) == 8)  # shorter: just being made
 
 
 class ProcessState:
@@ -71,11 +72,13 @@ class ProcessState:
         self._add(-1)
 
     async def ended(self) -> None:
-        """Returns when running requests are to be ended. One task of the running event loop looks for all requests."""
+        """Returns when running requests are to be ended. One task of the running event loop looks for all requests; after one that
+        failed the next request makes another."""
         if self.folder is None:
             await asyncio.Event().wait()
         watch = self._watch
-        if watch is None or watch.get_loop() is not asyncio.get_running_loop():
+        failed = watch is not None and watch.done() and (watch.cancelled() or watch.exception() is not None)
+        if watch is None or failed or watch.get_loop() is not asyncio.get_running_loop():
             watch = self._watch = asyncio.create_task(self._look())
         await asyncio.shield(watch)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 
 def register() -> None:
     """Register config, processor and model class; no remote code is needed afterwards.
@@ -25,3 +27,14 @@ def register() -> None:
         from mllm.serve.vllm.cpu_adapters import keep_rows_without_adapters
 
         keep_rows_without_adapters()
+    if os.environ.get("MLLM_ADMISSION"):  # a process of `mllm serve`
+        _limit_heads()
+
+
+def _limit_heads() -> None:
+    """Have uvicorn read requests by `mllm.serve.http.heads`, where it reads them with httptools; h11 has limits."""
+    from uvicorn.config import HTTP_PROTOCOLS
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    if AutoHTTPProtocol.__name__ == "HttpToolsProtocol":
+        HTTP_PROTOCOLS["auto"] = "mllm.serve.http.heads:LimitedHeads"

@@ -457,6 +457,74 @@ def test_a_clients_own_words_are_never_echoed_at_length():
     for url in ("data:image/png;base64," + "!" * 5000, "x" * 5000, "y" * 5000 + ":z", "data:" + "q" * 5000):
         answer = ask(Echo(), chat(picture(url)))
         assert answer.status_code == 400 and len(answer.text) < 400
+    long = "A" * 5000
+    routed = {"router": ROUTER}
+    for body, settings in (
+        (chat(picture(), mm_processor_kwargs={"experts": [long]}), routed),
+        (chat(picture(), mm_processor_kwargs={"experts": {long: 1}}), routed),
+        (chat(picture("http://" + "a" * 5000)), {"media_domains": ["pictures.example"]}),
+        (chat(picture("http://user:" + long + "@pictures.example/a")), {"media_domains": ["pictures.example"]}),
+        ({"messages": [{"role": long, "content": "x"}]}, {}),
+        (chat({"type": long}), {}),
+        (chat(**{long: 1}), {}),
+    ):
+        answer = ask(Echo(), body, **settings)
+        assert answer.status_code == 400 and "A" * 81 not in answer.text and "a" * 81 not in answer.text, answer.text
+
+
+def test_the_engines_word_to_the_first_pass_echoes_nothing_at_length():
+    """The first pass asks the engine itself, past what shortens its answers."""
+    app = Echo("A" * 5000, status=404)
+    answer = ask(app, chat(picture(), {"type": "text", "text": "?"}), router=LETTERS)
+    assert answer.status_code == 404 and "A" * 81 not in answer.text
+
+
+def test_an_error_has_the_form_of_the_routes_clients():
+    body = {"model": "m", "messages": [{"role": "user", "content": "a"}], "nothing": 1}
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        answer = ask(Echo(), body, path=path).json()
+        assert answer["type"] == "error" and "'nothing'" in answer["error"]["message"]
+    assert set(ask(Echo(), body).json()) == {"error"}
+
+
+def test_a_head_request_is_answered_as_a_read():
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200 if scope["method"] == "GET" else 405, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    for path, status in (("/health", 200), ("/v1/models", 200), ("/v1/chat/completions", 405), ("/sleep", 404)):
+        assert ask(app, path=path, method="HEAD").status_code == status, path
+
+
+def test_a_connection_that_cannot_be_watched_is_worked_to_the_end():
+    """A failure to hear from a client was read as the client's going away."""
+    sent: list[Any] = []
+
+    async def slow(scope, receive, send):
+        await receive()
+        await asyncio.sleep(0.05)
+        answer = json.dumps({"choices": [{"message": {"content": ""}}]}).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": answer})
+
+    async def go():
+        body = json.dumps(chat(picture(), {"type": "text", "text": "?"})).encode()
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive():
+            if messages:
+                return messages.pop()
+            raise OSError("not to be heard")
+
+        async def keep(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": JSON}
+        admission = Admission(slow, AdmissionSettings(router=LETTERS), Keys([]))
+        await asyncio.wait_for(admission(scope, receive, keep), timeout=5)
+
+    asyncio.run(go())
+    assert sent[0]["status"] == 200
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,16 @@ def test_each_key_has_its_own_minute():
     assert refused.json()["error"]["type"] == "RateLimitError"
 
 
+def test_every_client_with_a_name_is_counted_whatever_its_limits(monkeypatch):
+    """Only those whose tokens are limited were."""
+    counted = []
+    monkeypatch.setattr(
+        "mllm.serve.http.admission.count_client", lambda name, *, requests=0, tokens=0: counted.append((name, requests))
+    )
+    send(Echo(), [("no-limits-at-all", chat("a")), ("few-requests", chat("a"))])
+    assert counted == [("free", 1), ("few", 1)]
+
+
 def test_pictures_are_counted_one_by_one_and_more_than_a_minutes_never_pass():
     two, four = chat(picture(), picture()), chat(*[picture()] * 4)
     answers = send(Echo(), [("few-pictures", body) for body in (two, two, chat(picture()), chat("a"), four)])

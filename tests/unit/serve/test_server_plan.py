@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -182,6 +183,15 @@ def test_adapters_come_and_go_by_the_operators_key_only(checkpoints, monkeypatch
     monkeypatch.setenv("MLLM_ADMIN_KEY", "of-the-operator")
     assert plan(settings)[1]["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in plan(ServeSettings(checkpoint=checkpoints["plain"]))[1]
+    # vLLM takes a process for requests for each data-parallel engine; an adapter is loaded into one, and the other knows of none.
+    two = ["--data-parallel-size", "2"]
+    assert value_of(plan(settings.model_copy(update={"extra": two}))[0], "--api-server-count") == "1"
+    plan(settings.model_copy(update={"extra": [*two, "--api-server-count", "1"]}))
+    for several in (["--api-server-count", "2"], ["--api-server-count=2"], ["-asc", "2"]):
+        with pytest.raises(ConfigError, match="leave out"):
+            plan(settings.model_copy(update={"extra": several}))
+    monkeypatch.delenv("MLLM_ADMIN_KEY")
+    assert "--api-server-count" not in plan(settings.model_copy(update={"extra": two}))[0]
 
 
 def test_a_file_of_keys_is_read_before_the_start_and_named_to_the_server(checkpoints, tmp_path):
@@ -233,7 +243,12 @@ def test_the_cache_is_given_before_the_start(checkpoints, monkeypatch):
     arguments, environment = plan(ServeSettings(checkpoint=checkpoints["plain"], extra=["--max-num-seqs", "2"]))
     assert 0 < int(value_of(arguments, "--kv-cache-memory-bytes")) < 2**30
     line = _what_is_on(ServeSettings(checkpoint=checkpoints["plain"]), environment, arguments, key=False)
-    assert "http://127.0.0.1:8000/v1" in line and "cache 0." in line and "no key" in line
+    assert (
+        "http://127.0.0.1:8000/v1" in line
+        and re.search(r"cache [1-9]\d* MiB", line)
+        and " tokens" in line
+        and "no key" in line
+    )
     with pytest.raises(ConfigError, match="are free"):
         plan(ServeSettings(checkpoint=checkpoints["plain"], memory="900GB"))
 
