@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from mllm.connectors.layers import (
     resample,
 )
 from mllm.errors import ConfigError
+from mllm.fusions import GateFusion, SoftmaxFusion
 from mllm.types import EncoderInfo, ImageSpec, Routing, ViewLayout, VisionFeatures
 
 
@@ -38,54 +38,6 @@ class BranchFusionConfig(ConnectorConfig):
     """The scorers' inner width is ``width / reduction``."""
     expand: float = Field(default=4.0, gt=0)
     projector: ProjectorConfig = Field(default_factory=ProjectorConfig)
-
-
-def _scorer(width: int, inner: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(width, inner, bias=False), nn.SiLU(), nn.LayerNorm(inner), nn.Linear(inner, width, bias=False)
-    )
-
-
-class _Fusion(nn.Module):
-    """What both fusions end with: a pre-norm MLP beside the sum."""
-
-    def __init__(self, width: int, expand: float):
-        super().__init__()
-        self.ffn_norm = nn.LayerNorm(width)
-        self.fc1, self.fc2 = nn.Linear(width, int(width * expand)), nn.Linear(int(width * expand), width)
-
-    def think(self, joined: Tensor) -> Tensor:
-        return joined + self.fc2(nn.functional.gelu(self.fc1(self.ffn_norm(joined))))
-
-
-class SoftmaxFusion(_Fusion):
-    """Branches ``(…, C)`` compete at every position and channel; the ViT stands last."""
-
-    def __init__(self, width: int, branches: int, reduction: int, expand: float):
-        super().__init__(width, expand)
-        self.vit_scorer = _scorer(width, width // reduction)
-        self.conv_scorers = nn.ModuleList(_scorer(width, width // reduction) for _ in range(branches))
-
-    def forward(self, vit: Tensor, convs: list[Tensor]) -> Tensor:
-        scores = [scorer(conv) for scorer, conv in zip(self.conv_scorers, convs)] + [self.vit_scorer(vit)]
-        shares = torch.stack(scores).float().softmax(0).to(vit.dtype)
-        return self.think((shares * torch.stack([*convs, vit])).sum(0))
-
-
-class GateFusion(_Fusion):
-    """vit, conv ``(B, …, C)``: a share by what the convolutions see at a position and what the ViT sees of the whole."""
-
-    def __init__(self, width: int, reduction: int, expand: float):
-        super().__init__(width, expand)
-        self.spatial = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1, bias=False))
-        self.channel = _scorer(width, width // reduction)
-
-    def forward(self, vit: Tensor, convs: list[Tensor]) -> Tensor:
-        (conv,) = convs
-        whole = vit.flatten(1, -2).mean(1)
-        channel = self.channel(whole).view(len(vit), *[1] * (vit.dim() - 2), -1)
-        share = (self.spatial(conv) + channel).sigmoid()
-        return self.think(conv * share + vit * (1 - share))
 
 
 @CONNECTORS.register("branch_fusion")

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from mllm.connectors.attention_bias import BiasedCrossAttention
-from mllm.connectors.branch_fusion import GateFusion, SoftmaxFusion
 from mllm.connectors.build import build_connector
 from mllm.connectors.layers import ProjectorConfig
 from mllm.connectors.merv import AttentivePooler, EncoderMixture, PooledProjector
@@ -19,6 +18,7 @@ from mllm.connectors.mova import AdapterBlock, GatedMlp, MapAttention, rotary_ta
 from mllm.connectors.slow_fast import SlowTokenAttention, fast_frames, fast_tokens
 from mllm.connectors.spatial_aggregator import SpatialAggregator
 from mllm.connectors.spatial_mllm import GeometryMerger
+from mllm.fusions import ChannelAttentionConv, GateFusion, SoftmaxFusion
 from mllm.types import EncoderInfo, ImageSpec, Routing, VisionFeatures
 from tests.golden.fill import check, fill_all, load
 
@@ -296,8 +296,12 @@ def test_a_transformers_and_convolutions_maps_are_fused_as_db_sam_does():
                 state[name] = torch.from_numpy(value)
         module.load_state_dict(state, strict=True)
     convs = [x[f"conv_{k}"] for k in range(sizes["num_conv"])]
-    found = {"multi": multi(x["vit"], convs), "dane": gate(x["vit"], convs[:1])}
-    compare(meta, {f"output.{name}": expected[f"output.{name}"] for name in found}, **found)
+    attended = ChannelAttentionConv(sizes["dim"])
+    attended.load_state_dict(
+        {k.removeprefix("mb."): torch.from_numpy(v) for k, v in weights.items() if k.startswith("mb.")}
+    )
+    mbconv = attended(x["vit"].permute(0, 3, 1, 2))
+    compare(meta, expected, multi=multi(x["vit"], convs), dane=gate(x["vit"], convs[:1]), mbconv=mbconv)
 
 
 def test_spatial_mllm_merges_geometry_as_both_published_versions_do():
