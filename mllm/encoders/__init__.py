@@ -31,6 +31,8 @@ ENCODERS: Registry = Registry(
         "dependencyvit": "mllm.encoders.backbones.dependencyvit:DependencyVitEncoder",
         "vir": "mllm.encoders.backbones.vir:VirEncoder",
         "dualtokenvit": "mllm.encoders.backbones.dualtokenvit:DualTokenVitEncoder",
+        "samunet": "mllm.encoders.backbones.samunet:SamUnetEncoder",
+        "dbsam": "mllm.encoders.backbones.dbsam:DbSamEncoder",
         "visual_tokenizer": "mllm.visual_tokenizers.reader:TokenizerEncoder",
     },
 )

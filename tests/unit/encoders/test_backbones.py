@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mllm.encoders import ENCODERS
 from mllm.encoders.backbones import biformer, crossformer, vssd
 from mllm.encoders.catalogue import build_encoder, encoder_config
 from mllm.errors import CheckpointError, ConfigError
+from mllm.testing.encoders import build_example, resolve_example, sample_pixels
 from tests.golden.fill import check, fill_all, load
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -376,3 +378,75 @@ def test_ddrnet_is_the_authors(tmp_path):
     )
     with pytest.raises(ConfigError, match="no multiple of 64"):
         build_encoder(encoder_config({**spec, "image_size": 72}, where="encoder"))
+
+
+# SAM with something beside it ------------------------------------------------------------------------------------------
+
+
+def sam_file(encoder, folder, *, without=(), **more):
+    """SAM's checkpoint in the authors' names, of an encoder's trunk."""
+    names = (
+        ("patch_embed.projection.", "patch_embed.proj."), ("layers.", "blocks."), ("layer_norm", "norm"),
+        ("neck.conv1.", "neck.0."), ("neck.norm1.", "neck.1."), ("neck.conv2.", "neck.2."), ("neck.norm2.", "neck.3."),
+    )  # fmt: skip
+    state = {
+        "prompt_encoder.no_mask_embed.weight": torch.zeros(1, 8),
+        "mask_decoder.iou_token.weight": torch.zeros(1, 8),
+    }
+    for name, value in encoder.model.vit.state_dict().items():
+        for present, former in names:
+            name = name.replace(present, former)
+        state[f"image_encoder.{name}"] = value
+    state = {name: value for name, value in (state | more).items() if name not in without}
+    torch.save(state, folder / "sam.pth")
+    return {"source": str(folder / "sam.pth")}
+
+
+@pytest.mark.parametrize("kind", ["samunet", "dbsam"])
+def test_sams_weights_open_in_encoders_that_set_something_beside_it(kind, tmp_path):
+    donor = build_example(resolve_example(kind), seed=1)
+    spec = ENCODERS.get(kind).tiny()
+
+    def opened(**changes):
+        weights = sam_file(donor, tmp_path, **changes)
+        torch.manual_seed(0)
+        encoder = build_encoder(encoder_config({**spec, "weights": weights}, where="e"))
+        encoder.load_pretrained()
+        return encoder
+
+    encoder = opened()
+    for name, value in donor.model.vit.state_dict().items():
+        assert torch.equal(encoder.model.vit.state_dict()[name], value), name
+    with pytest.raises(CheckpointError, match=r"1 missing: vit\.layers\.1\.attn\.qkv\.weight"):
+        opened(without=("image_encoder.blocks.1.attn.qkv.weight",))
+    with pytest.raises(CheckpointError, match=r"1 not part of this architecture: vit\.layers\.9\.attn"):
+        opened(**{"image_encoder.blocks.9.attn": torch.zeros(1)})
+    own = {f"model.{name}": value for name, value in donor.model.state_dict().items()}
+    save_file({name: value.contiguous() for name, value in own.items()}, tmp_path / "own.safetensors")
+    encoder = build_encoder(
+        encoder_config({**spec, "weights": {"source": str(tmp_path / "own.safetensors")}}, where="e")
+    )
+    encoder.load_pretrained()
+    pixels = sample_pixels(donor.config, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.eval()(pixels).tokens, donor(pixels).tokens)
+
+
+def test_what_cannot_stand_beside_sam_is_refused():
+    refused({**ENCODERS.get("samunet").tiny(), "global_blocks": [1, 3]}, "global_blocks: name four")
+    refused({**ENCODERS.get("samunet").tiny(), "image_size": 40}, "40 x 40 is no multiple of 32")
+    refused({**ENCODERS.get("dbsam").tiny(), "fusion": "gate"}, "gate joins two branches; set branches: 1")
+    refused({**ENCODERS.get("dbsam").tiny(), "branches": 4}, "branches: 4 with patch_size 8", "at most 3 branches")
+    refused({**ENCODERS.get("dbsam").tiny(), "layers": [1]}, "layers is [-1]")
+
+
+@torch.no_grad()
+def test_sams_trunk_with_nothing_beside_it_is_transformers_sam():
+    """Adapters that say nothing leave SAM as it is."""
+    encoder = build_example(resolve_example({**ENCODERS.get("samunet").tiny(), "image_size": 64, "layers": [-1]}))
+    for adapter in encoder.model.adapters:
+        adapter.reshaper[-1].weight.zero_()
+        adapter.reshaper[-1].bias.zero_()
+    pixels = sample_pixels(encoder.config, 2)
+    wanted = encoder.model.vit(pixels).last_hidden_state.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(encoder(pixels).tokens, wanted, rtol=1e-5, atol=1e-5)
