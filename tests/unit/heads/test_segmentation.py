@@ -15,8 +15,12 @@ from mllm.data.collate import collate, collate_packed
 from mllm.data.sources import open_source
 from mllm.data.spec import DatasetSpec
 from mllm.errors import AlignmentError, ConfigError, DataError
+from mllm.heads.base import HeadParts
+from mllm.heads.build import head_config
+from mllm.heads.segmentation.decoders import DECODERS as DECODERS_BY_TYPE
 from mllm.processing.chat import encode_sample
-from mllm.types import IMAGE_MARK, Sample, Turn
+from mllm.testing.heads import CHECKS
+from mllm.types import IMAGE_MARK, EncoderInfo, ImageSpec, Sample, Turn
 from tests.helpers import picture, tiny_model
 
 HEAD: dict[str, Any] = {
@@ -159,7 +163,7 @@ def test_samples_that_do_not_fit_are_named(trained, tmp_path: Path) -> None:
 
 MISFITS = [
     ({"encoder": "semantics"}, "reads encoder 'semantics', which this model has not, did you mean 'semantic'"),
-    ({"decoder": {"type": "sam"}}, "a sam decoder of width 256 reads features of that width; the encoder gives 32"),
+    ({"decoder": {"type": "sam"}}, "a sam decoder of width 256 reads features of 256; the encoder gives 32"),
     ({"decoder": {"type": "query", "width": 30}}, "divisible by heads"),
     ({"weights": {"dise": 1.0}}, "did you mean 'dice'"),
     ({"weights": {"iou": 1.0}}, "a query decoder does not say how well it does"),
@@ -172,6 +176,32 @@ MISFITS = [
 def test_a_head_that_does_not_fit_is_refused_before_anything_is_built(changes, words, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=words):
         tiny_model(tmp_path, heads={"marks": {**HEAD, **changes}})
+
+
+DECODERS = [
+    {"type": "offset", "width": 16, "others": 3},
+    {"type": "sam_unet", "width": 16, "heads": 2, "mlp_width": 16, "bridges": [4, 4], "mask_channels": 4},
+    {"type": "sam", "width": 24, "heads": 2, "mlp_width": 16, "iou_width": 8, "mask_channels": 4},
+]
+
+
+@pytest.mark.parametrize("decoder", DECODERS, ids=lambda decoder: decoder["type"])
+def test_every_decoder_keeps_the_heads_contract(decoder) -> None:
+    info = EncoderInfo(image=ImageSpec(height=16, width=16), grid=(4, 4), width=24)
+    case = ({"type": "segmentation", "encoder": "eye", "decoder": decoder}, HeadParts(32, {"eye": info}))
+    for check in CHECKS:
+        check("segmentation", case)
+    # Masks of pictures in any order, several a picture: each is decoded on its own picture.
+    torch.manual_seed(0)
+    made: Any = DECODERS_BY_TYPE[decoder["type"]](head_config(case[0]).decoder, info).eval()
+    prompts, tokens, owners = torch.randn(3, made.config.width), torch.randn(2, 16, 24), torch.tensor([1, 0, 1])
+    with torch.no_grad():
+        masks = made(prompts, tokens, owners)[0]
+        apart = made(prompts[[0, 2]], tokens[1:], torch.tensor([0, 0]))[0]
+        alone = made(prompts[1:2], tokens, torch.tensor([0]))[0]
+        assert made(prompts[:0], tokens, owners[:0])[0].shape == (0, 16, 16)
+    torch.testing.assert_close(masks[[0, 2]], apart, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(masks[1:2], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_tiles_are_refused(tmp_path: Path) -> None:

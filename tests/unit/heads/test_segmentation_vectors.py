@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mllm.eval.metrics import Scored, build_metric
-from mllm.heads.segmentation.decoders import SamDecoder, SamDecoderConfig, present_name
+from mllm.heads.segmentation.in_context import CycleLayer, InContextPrompts, likeness
 from mllm.heads.segmentation.losses import (
     BCE_WEIGHT,
     DICE_WEIGHT,
@@ -20,6 +20,9 @@ from mllm.heads.segmentation.losses import (
     mask_bce,
     mask_dice,
 )
+from mllm.heads.segmentation.offset import OffsetLearning
+from mllm.heads.segmentation.sam import SamDecoder, SamDecoderConfig, present_name
+from mllm.heads.segmentation.sam_unet import SamUnetDecoder, SamUnetDecoderConfig
 from mllm.processing.mask_files import reasonseg_mask
 from mllm.processing.segments import restore
 from mllm.types import EncoderInfo, ImageSpec
@@ -49,6 +52,21 @@ def sam_decoder(meta: dict, weights: dict[str, np.ndarray]) -> SamDecoder:
     missing, unexpected = decoder.load_state_dict(tensors, strict=False)
     assert not unexpected and (not missing or all(name.startswith("mask_decoder.") for name in missing))
     return decoder.eval()
+
+
+def sam_unet_decoder(sizes: dict) -> SamUnetDecoder:
+    config = SamUnetDecoderConfig(
+        width=sizes["dim"], heads=sizes["heads"], mlp_width=sizes["mlp"], bridges=[sizes["embed_dim"]]
+    )
+    side = sizes["grid"]
+    info = EncoderInfo(
+        image=ImageSpec(height=16 * side, width=16 * side), grid=(side, side), width=config.features_width
+    )
+    return SamUnetDecoder(config, info).eval()
+
+
+AUTHORS = {"prompt_encoder.pe_layer.positional_encoding_gaussian_matrix": torch.zeros(2, 16)}
+"""A name that only the authors' files have."""
 
 
 @torch.no_grad()
@@ -176,3 +194,87 @@ def test_an_sam_encoder_of_this_toolkit_gives_sams_neck() -> None:
     features = encoder(torch.from_numpy(given["input.image"]))
     maps = features.tokens.transpose(1, 2).unflatten(2, features.grid)
     check(meta, wanted, {"output.embedding": maps.numpy()})
+
+
+@torch.no_grad()
+def test_sam_unets_decoder_and_adapters_are_the_authors(tmp_path) -> None:
+    from mllm.encoders.backbones.samunet import Reshaper
+
+    meta, given, wanted = load(GOLDEN / "samunet_decoder.json")
+    sizes, x = meta["ctor"], {name.removeprefix("input."): torch.from_numpy(value) for name, value in given.items()}
+    weights = {name: torch.from_numpy(value) for name, value in fill_all(meta).items()}
+    decoder = sam_unet_decoder(sizes)
+    fresh = {name: value for name, value in decoder.state_dict().items() if name.startswith(("prompt", "shared"))}
+    decoder.load_state_dict(
+        fresh | decoder.translated({k: v for k, v in weights.items() if "reshape" not in k} | AUTHORS)
+    )
+    decoder.image_positions = lambda: x["image_pe"]  # type: ignore[method-assign]
+    block = x["block"].permute(0, 3, 1, 2)
+    masks, scores = decoder.answer(x["sparse"], torch.cat([block, x["image_embedding"]], 1), dense=x["dense"])
+    found = {
+        "output.multi_scale": decoder.multi_scale([block], x["image_embedding"]),
+        "output.low_res_masks": masks,
+    }
+    assert scores is None
+    for name, part, stride, wanted_stride in (("big", "down", 4, 16), ("small", "up", 32, 8), ("same", "same", 16, 16)):
+        source = x[f"res_{name}"]
+        adapter = Reshaper(source.shape[1], sizes["embed_dim"], stride, wanted_stride)
+        prefix = f"reshape_{part}."
+        adapter.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+        found[f"output.adapter_{part}"] = adapter(source)
+    check(meta, wanted, {name: value.numpy() for name, value in found.items()})
+
+
+@torch.no_grad()
+def test_vectors_and_pixels_move_towards_one_another_as_in_offseg() -> None:
+    meta, given, wanted = load(GOLDEN / "offseg_offset_learning.json")
+    weights = {name: torch.from_numpy(value) for name, value in fill_all(meta).items()}
+    x, embed = torch.from_numpy(given["input.x"]), torch.from_numpy(given["input.mask_embed"])
+    pixels = x.flatten(2).transpose(1, 2)
+    table, marks = OffsetLearning(x.shape[1]), OffsetLearning(x.shape[1])
+    for module, prefix in ((table, ""), (marks, "mask_variant.")):
+        module.load_state_dict({name: weights[prefix + name] for name in module.state_dict()})
+    classes, moved = table(weights["cls_repr"].expand(len(x), -1, -1), pixels)
+    logits = moved @ classes.transpose(1, 2)
+    logits = torch.nn.functional.layer_norm(
+        logits, logits.shape[-1:], weights["mask_norm.weight"], weights["mask_norm.bias"]
+    )
+    vectors, features = marks(embed, pixels)
+    found = {
+        "output.masks": logits.transpose(1, 2).unflatten(2, x.shape[2:]),
+        "output.aligned_embed": vectors,
+        "output.aligned_features": features.transpose(1, 2).unflatten(2, x.shape[2:]),
+    }
+    check(meta, wanted, {name: value.numpy() for name, value in found.items()})
+    # Rows that are there only to fill a batch change nothing for the others.
+    there = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
+    some = marks(embed, pixels, there)
+    alone = marks(embed[:1, :3], pixels[:1])
+    torch.testing.assert_close(some[0][:1, :3], alone[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(some[1][:1], alone[1], rtol=1e-5, atol=1e-6)
+
+
+def test_prompts_of_a_marked_picture_see_what_leads_back_to_it() -> None:
+    meta, given, wanted = load(GOLDEN / "dcsam_cycle_attention.json")
+    layer = CycleLayer(meta["ctor"]["hidden_dim"], meta["ctor"]["num_heads"]).eval()
+    layer.load_state_dict({name: torch.from_numpy(value) for name, value in fill_all(meta).items()})
+    query, memory, mask = (torch.from_numpy(given[f"input.{name}"]) for name in ("query", "memory", "mask"))
+    with torch.no_grad():
+        found = layer(query.transpose(0, 1), memory.transpose(0, 1), mask)
+    check(meta, {"output.y_single": wanted["output.y_single"]}, {"output.y_single": found.transpose(0, 1).numpy()})
+    # The published batch takes another sample's mask for some heads: it is another result, which is not wanted.
+    assert np.abs(wanted["output.y"] - found.transpose(0, 1).numpy()).max() > 1e-3
+
+    torch.manual_seed(0)
+    prompts = InContextPrompts(16, 12, num_queries=3, num_heads=2, mlp_width=32)
+    marked, other, sam = torch.randn(2, 9, 12), torch.randn(2, 9, 12), torch.randn(2, 2, 9, 16)
+    where = torch.zeros(2, 9).index_fill(1, torch.tensor([1, 4]), 1)
+    both = prompts(marked, other, where, sam[0], sam[1])
+    assert both.shape == (2, 6, 16)
+    alone = prompts(marked[1:], other[1:], where[1:], sam[0, 1:], sam[1, 1:])
+    torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-5)
+    both.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in prompts.parameters())
+    copied = likeness(marked, torch.cat([marked[:, 4:5], other[:, 1:]], 1), where)
+    assert (copied.argmax(1) == 0).all(), "what is the marked thing itself is the most alike"
+    assert not likeness(marked, other, torch.zeros(2, 9)).any()
