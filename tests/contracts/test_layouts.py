@@ -132,7 +132,7 @@ def test_processor_model_and_vllm_agree_on_every_visual(name: str, views: dict[s
     features = features or sample_features(type(connector), connector.config, encoders, views_given)
     with torch.no_grad():
         tokens = connector(features, None, text, layouts)
-    assert tuple(tokens.shape) == (sum(expected), width)
+    assert tuple(tokens.shape) == (sum(expected), width * (1 + rules.view.levels))
     if rules.needs_size:
         last = native_features(encoders, layouts) if native else None
         last = last or sample_features(type(connector), connector.config, encoders, views_given)
