@@ -22,6 +22,7 @@ def serve(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt plus answer, in tokens.")] = None,
     max_images: Annotated[int, typer.Option(help="Pictures per request.")] = 8,
+    max_videos: Annotated[int, typer.Option(help="Videos per request, where the model takes any.")] = 2,
     max_pixels: Annotated[
         int, typer.Option(help="Largest picture, width × height; read before anything is decoded.")
     ] = 16_000_000,
@@ -99,6 +100,7 @@ def serve(
             "dtype": dtype,
             "max_model_len": max_model_len,
             "max_images": max_images,
+            "max_videos": max_videos,
             "max_pixels": max_pixels,
             "max_drawings": max_drawings,
             "max_body_mb": max_body_mb,

@@ -14,14 +14,17 @@ from mllm.config import to_plain
 from mllm.door import AUTO_MAP, SavesDoor
 from mllm.errors import AlignmentError, ConfigError
 from mllm.processing.image_processor import MllmImagesKwargs
-from mllm.processing.layout import VIDEO_TIMES, LayoutRules
+from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES, LayoutRules
 from mllm.processing.masks import apply_template
 from mllm.processing.pixel_keys import PixelKeys
 from mllm.processing.segments import SegmentSpec
 from mllm.processing.template import is_wrapped, wrap
 from mllm.processing.video_text import flat_visuals, join_videos, layout_in_call, marks_video, stamped, write_stamps
 from mllm.processing.visual_span import IGNORE, VisualSpan
-from mllm.types import VisualLayout
+from mllm.types import Video, VisualLayout
+
+APART = "videos_"
+"""Before the keys of videos that a processor was given without text: they stand in no order among its pictures."""
 
 
 class MllmProcessorKwargs(ProcessingKwargs, total=False):
@@ -92,12 +95,23 @@ class MllmProcessor(SavesDoor, ProcessorMixin):
         audio: Any = None,
         **kwargs: Unpack[ProcessingKwargs],  # vLLM reads this annotation
     ) -> MllmBatch:
+        if text is None and videos is not None and flat_visuals(videos):
+            return self._without_text(images, videos)
         if (videos is not None and flat_visuals(videos)) or (self.takes_video and marks_video(text)):
             text, images = join_videos(text, images, videos, self.image_token, takes=self.takes_video)
         batch = MllmBatch(super().__call__(images=images, text=text, audio=audio, **kwargs))  # pyright: ignore[reportArgumentType]
         batch.placeholder = self.image_token_id
         if VIDEO_TIMES in batch and "input_ids" in batch:
             write_stamps(self, batch)
+        return batch
+
+    def _without_text(self, images: Any, videos: Any) -> MllmBatch:
+        """Pictures under their keys, videos under the same with `APART` before them."""
+        films = [film if isinstance(film, Video) else Video(film) for film in flat_visuals(videos)]
+        seen = self.image_processor(films, return_tensors="pt")
+        batch = MllmBatch({} if images is None else self.image_processor(images, return_tensors="pt"))
+        batch.placeholder = self.image_token_id
+        batch.update({APART + key: value for key, value in seen.items() if key != IMAGE_SIZES})
         return batch
 
     @property

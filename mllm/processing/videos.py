@@ -91,6 +91,17 @@ def open_video(
     video: Video, *, where: str, max_pixels: int | None = MAX_PIXELS, max_seconds: float = float("inf")
 ) -> Clip:
     """A video from whatever source (see `Video`). Raises `DataError`, `MissingFile`."""
+    clip = _open(video, where, max_pixels, max_seconds)
+    if (
+        clip.times and clip.times[-1] > max_seconds
+    ):  # animations and frames with a rate; a container's index ends there itself
+        raise DataError(
+            f"{where}: lasts {_clock(clip.times[-1])}, more than max_seconds allows ({_clock(max_seconds)})"
+        )
+    return clip
+
+
+def _open(video: Video, where: str, max_pixels: int | None, max_seconds: float) -> Clip:
     source, fps = video.source, video.fps
     if isinstance(source, Mapping):
         fps = source.get("fps", fps)

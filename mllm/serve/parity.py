@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from mllm.errors import ConfigError, UnavailableError
 from mllm.processing.protocol import Processor
 from mllm.serve.adapters import adapter_rank
 from mllm.serve.traces import (
+    MOST_VIDEOS,
     Case,
     Trace,
     model_inputs,
@@ -27,7 +29,7 @@ from mllm.serve.traces import (
     trace_vllm,
     vllm_pixels,
 )
-from mllm.types import IMAGE_MARK, Turn
+from mllm.types import IMAGE_MARK, Turn, Video
 
 if TYPE_CHECKING:
     from mllm.models.modeling_mllm import MllmForConditionalGeneration
@@ -51,9 +53,12 @@ class Difference:
         return self.first is None and not self.notes
 
 
-def standard_cases(count: int = 12, *, max_images: int = 5, experts: Sequence[str] = (), seed: int = 0) -> list[Case]:
+def standard_cases(
+    count: int = 12, *, max_images: int = 5, experts: Sequence[str] = (), video: bool = False, seed: int = 0
+) -> list[Case]:
     """Varied prompts: 0 to ``max_images`` pictures of odd sizes, short and long text, several turns, typed
-    placeholders; for a routed model its own routing and fixed ones in turn."""
+    placeholders; for a routed model its own routing and fixed ones in turn; for one that takes ``video`` clips between the
+    pictures."""
     rng = np.random.default_rng(seed)
     words = [
         "what",
@@ -75,7 +80,11 @@ def standard_cases(count: int = 12, *, max_images: int = 5, experts: Sequence[st
     cases: list[Case] = []
     for index in range(count):
         num = index % (max_images + 1)
-        pictures = [make_picture(rng) for _ in range(num)]
+        pictures: list[Any] = [make_picture(rng) for _ in range(num)]
+        if video:
+            pictures = [
+                make_clip(rng) if (index + k) % 2 and k < 2 * MOST_VIDEOS else p for k, p in enumerate(pictures)
+            ]
         length = (3, 9, 40, 6)[index % 4]
         question = " ".join(rng.choice(words, length)) + "?"
         if index % 5 == 4:
@@ -105,6 +114,15 @@ def make_picture(rng: np.random.Generator) -> Image.Image:
         :, None, None
     ] * rng.uniform(0, 255, 3)
     return Image.fromarray((ramps / 2 + rng.uniform(0, 127, (height, width, 3))).astype(np.uint8))
+
+
+def make_clip(rng: np.random.Generator) -> Video:
+    """A few random frames of odd size as one animated file, each shown for some tenths of a second."""
+    first, count = make_picture(rng), int(rng.integers(1, 9))
+    frames = [make_picture(rng).resize(first.size) for _ in range(count)]
+    file = io.BytesIO()
+    first.save(file, "PNG", save_all=True, append_images=frames, duration=int(rng.integers(1, 9)) * 100)
+    return Video(file.getvalue())
 
 
 def compare(
@@ -181,7 +199,13 @@ def run_parity(
         model: Any = MllmForConditionalGeneration.from_pretrained(base, dtype=getattr(torch, dtype)).to(device).eval()
     experts = list((model.config.router or {}).get("experts", ()))
     images = 5 if model.config.connector is not None else 0
-    cases = list(cases) if cases is not None else standard_cases(num_cases, max_images=images, experts=experts)
+    cases = (
+        list(cases)
+        if cases is not None
+        else standard_cases(
+            num_cases, max_images=images, experts=experts, video=getattr(model.config, "video", None) is not None
+        )
+    )
     with tempfile.TemporaryDirectory() as folder:
         served, lora = base, None
         if unmerged:

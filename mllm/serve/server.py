@@ -18,6 +18,8 @@ from mllm.damage import opening
 from mllm.errors import ConfigError, UnavailableError
 from mllm.heads.codes.settings import vllm_environment, vllm_options
 from mllm.install import install_hint
+from mllm.processing.engine_videos import engine_options
+from mllm.processing.frames import VideoSpec
 from mllm.serve.adapters import adapter_arguments
 from mllm.serve.http.admission import ENVIRONMENT, AdmissionSettings
 from mllm.serve.http.keys import CLIENTS, FILE, LOOPBACK, OPERATOR, read_clients
@@ -57,6 +59,8 @@ class ServeSettings(StrictModel):
     dtype: str = "auto"
     max_model_len: int | None = Field(default=None, gt=0)
     max_images: int = Field(default=8, ge=0)
+    max_videos: int = Field(default=2, ge=0)
+    """Most videos of a request, where the model takes any."""
     max_pixels: int = Field(default=16_000_000, gt=0)
     max_drawings: int = Field(default=4, ge=1)
     """Most pictures that one request to ``/v1/images/generations`` may ask for."""
@@ -99,7 +103,8 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
     name = settings.name or Path(settings.checkpoint.rstrip("/")).name
     arguments += ["--served-model-name", name]
     arguments += ["--dtype", settings.dtype, "--seed", "0", "--chat-template-content-format", "openai"]
-    arguments += ["--limit-mm-per-prompt", json.dumps({"image": settings.max_images})]
+    for option, value in engine_options(config, images=settings.max_images, videos=settings.max_videos).items():
+        arguments += [f"--{option.replace('_', '-')}", json.dumps(value)]
     arguments += ["--allowed-media-domains", NO_DOMAIN]  # pictures are fetched before the engine, and judged there
     arguments += ["--middleware", "mllm.serve.http.admission.Admission"]
     arguments += ["--worker-extension-cls", "mllm.serve.http.stats.VisualStatistics"]
@@ -153,6 +158,8 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         media_domains=settings.media_domains,
         media_timeout=settings.media_timeout,
         max_images=settings.max_images,
+        max_videos=settings.max_videos if config.video else 0,
+        max_seconds=VideoSpec.model_validate(config.video).max_seconds if config.video else 0.0,
         max_pixels=settings.max_pixels,
         image_token=_image_token(settings.checkpoint),
         image_token_id=config.image_token_id,
@@ -267,6 +274,8 @@ def _what_is_on(settings: ServeSettings, environment: dict[str, str], arguments:
     admission = AdmissionSettings.model_validate_json(environment[ENVIRONMENT])
     said = [f"http://{_reachable(settings.host)}:{settings.port}/v1", f"model {admission.name}"]
     said.append(f"{settings.max_images} pictures a request of {settings.max_pixels / 1e6:g} megapixels each")
+    if admission.max_videos:
+        said.append(f"{admission.max_videos} videos of up to {admission.max_seconds / 60:g} minutes")
     text = _read(settings.checkpoint)[0].get_text_config()
     length = settings.max_model_len or getattr(text, "max_position_embeddings", None)
     said += [f"{length} tokens"] if length else []

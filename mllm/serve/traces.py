@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -16,16 +17,20 @@ from mllm.heads.codes.settings import vllm_environment, vllm_options
 from mllm.install import install_hint
 from mllm.models.routing import ANSWER_TOKENS
 from mllm.processing.chat import encode_text, render_prompt, routing_inputs
+from mllm.processing.engine_videos import engine_options
+from mllm.processing.images import read_bytes
 from mllm.processing.protocol import Processor
 from mllm.processing.questions import question_text
 from mllm.processing.template import messages_of
 from mllm.routers.build import build_router
 from mllm.serve.memory import engine_memory, need_of
-from mllm.types import IMAGE_MARK, Turn
+from mllm.types import IMAGE_MARK, Turn, Video
 
 if TYPE_CHECKING:
     from mllm.models.modeling_mllm import MllmForConditionalGeneration
 
+MOST_VIDEOS = 3
+"""Videos in a case, at most."""
 TOP = 5
 """Most likely tokens that are compared per position."""
 
@@ -183,7 +188,7 @@ def open_vllm(
         **engine_memory(need, memory, given),
         "dtype": dtype,
         "model_impl": model_impl,
-        "limit_mm_per_prompt": {"image": max_images},
+        **engine_options(config, images=max_images, videos=MOST_VIDEOS),
         "max_logprobs": TOP + 1,
         "enforce_eager": True,
         "seed": 0,
@@ -276,10 +281,16 @@ def vllm_messages(case: Case) -> list[dict[str, Any]]:
     for message in messages:
         if not isinstance(message["content"], str):
             message["content"] = [
-                {"type": "image_pil", "image_pil": next(pictures)} if part["type"] == "image" else part
-                for part in message["content"]
+                _vllm_part(next(pictures)) if part["type"] == "image" else part for part in message["content"]
             ]
     return messages
+
+
+def _vllm_part(visual: Any) -> dict[str, Any]:
+    if not isinstance(visual, Video):
+        return {"type": "image_pil", "image_pil": visual}
+    data = base64.b64encode(read_bytes(visual.source, where="video")).decode()
+    return {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{data}"}}
 
 
 def vllm_pixels(llm: Any, processor: Processor, cases: Sequence[Case]) -> list[str | None]:
@@ -290,7 +301,7 @@ def vllm_pixels(llm: Any, processor: Processor, cases: Sequence[Case]) -> list[s
     multimodal = MULTIMODAL_REGISTRY.create_processor(config)
     hashes: list[str | None] = []
     for case in cases:
-        if not case.images:
+        if not case.images or any(isinstance(visual, Video) for visual in case.images):
             hashes.append(None)
             continue
         items = multimodal.info.parse_mm_data({"image": case.images})

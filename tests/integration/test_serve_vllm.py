@@ -250,3 +250,28 @@ def test_an_adapter_on_the_language_model_is_served_unmerged(tmp_path):
         "forward", "merged adapter", "vLLM one by one", "vLLM batched, caches warm"
     }  # fmt: skip
     assert all(d["first"] is None and not d["notes"] for d in found["differences"])
+
+
+def test_videos_are_seen_as_generate_sees_them(tmp_path):
+    """Among pictures, in any order, with the text before their frames; the same frames at another rate are another video."""
+    pytest.importorskip("vllm")
+    folder = write_checkpoint(
+        tmp_path,
+        video={"frames": 4, "stamp": "{seconds:.1f}s: "},
+        language_model={
+            "config": {**TINY_LLM, "max_position_embeddings": 2048},
+            "tokenizer": str(tmp_path / "tokenizer"),
+        },
+    )
+    done = run("tests/integration/video_engine.py", folder)
+    line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
+    assert line is not None, done.stderr[-4000:]
+    result = json.loads(line.removeprefix("RESULT "))
+    assert result["videos"] >= 8
+    assert result["one by one"] == [] and result["batched"] == []
+    assert result["arrays"] == [True, True] and result["arrays differ"]
+    assert all(answer == known for answer, known in result["evaluation"]), result["evaluation"]
+    assert result["parts differ"] == 3
+    many, rate = result["refused"]
+    assert "1 places of videos in the prompt (<video>) and 2 videos" in many
+    assert "fps is 0" in rate

@@ -13,6 +13,7 @@ from mllm.errors import UnavailableError
 from mllm.eval.generators.base import GeneratorSettings, answer_text, checkpoint_hash, hf_messages
 from mllm.heads.codes.settings import vllm_environment, vllm_options
 from mllm.models.configuration_mllm import component_code
+from mllm.processing.engine_videos import engine_options, visual_inputs
 from mllm.types import Request, Response
 
 _WINDOW = 1024
@@ -62,7 +63,9 @@ class VLLMGenerator:
         options = {**vllm_options(config), **self._engine_options}
         for name, value in vllm_environment(options).items():
             os.environ.setdefault(name, value)
-        self.llm = LLM(model=checkpoint, dtype=dtype, limit_mm_per_prompt={"image": max_images}, **options)
+        self.llm = LLM(
+            model=checkpoint, dtype=dtype, **{**engine_options(config, images=max_images, videos=max_images), **options}
+        )
 
     @classmethod
     def open(cls, checkpoint: str, settings: GeneratorSettings) -> VLLMGenerator:
@@ -96,7 +99,7 @@ class VLLMGenerator:
             for request, prompt in zip(window, prompts):
                 entry: dict[str, Any] = {"prompt_token_ids": self._tokens(prompt)}
                 if request.images:
-                    entry["multi_modal_data"] = {"image": list(request.images)}
+                    entry |= visual_inputs(entry["prompt_token_ids"], request.images, self.processor, where=request.id)
                 inputs.append(entry)
             outputs = self.llm.generate(inputs, [self._sampling(request) for request in window], use_tqdm=False)
             for request, prompt, output in zip(window, prompts, outputs):

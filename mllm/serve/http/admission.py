@@ -92,6 +92,10 @@ class AdmissionSettings(StrictModel):
     media_timeout: float = Field(default=5.0, gt=0)
     """Seconds that such a host has for a picture."""
     max_images: int = Field(default=8, ge=0)
+    max_videos: int = Field(default=0, ge=0)
+    """0 where the model takes none."""
+    max_seconds: float = Field(default=0.0, ge=0)
+    """The longest video that is read."""
     max_pixels: int = Field(default=16_000_000, gt=0)
     image_token: str = "<image>"
     image_token_id: int | None = None
@@ -142,6 +146,8 @@ class Admission:
         self.rules = PictureRules(
             self.settings.max_images,
             self.settings.max_pixels,
+            self.settings.max_videos,
+            self.settings.max_seconds,
             frozenset(domain.lower() for domain in self.settings.media_domains),
             self.settings.max_body_bytes,
             self.settings.media_timeout,
@@ -336,7 +342,7 @@ class Admission:
     async def _admit(self, path: str, data: dict[str, Any], owner: str) -> tuple[dict[str, Any], list[bytes]]:
         """`admit`, and the files of its pictures."""
         fields = admitted_fields(path, data)
-        content = Content(self.settings.image_token)
+        content = Content(self.settings.image_token, videos=self.settings.max_videos > 0)
         made = content.rewrite(path, fields)
         secret = secret_of(self.settings.salt, owner if self.keys.several else "")
         check_number(content.pictures, self.rules)
@@ -398,6 +404,7 @@ class Admission:
         router = self.settings.router or {}
         return {
             "max_images": self.settings.max_images,
+            "max_videos": self.settings.max_videos,
             "experts": list(router.get("experts", [])),
             "router": router.get("type"),
             "media_domains": self.settings.media_domains,

@@ -28,22 +28,24 @@ _IGNORED = frozenset({"cache_control", "annotations", "logprobs", "citations", "
 
 @dataclass
 class Picture:
-    """A picture of a request. address: as the client wrote it; write: puts the checked address into the request; file: its
-    bytes, once they were checked."""
+    """A picture of a request, or a video. address: as the client wrote it; write: puts the checked address into the request;
+    file: its bytes, once they were checked."""
 
     address: str
     write: Callable[[str, str | None], None]
     file: bytes = b""
+    is_video: bool = False
 
 
 class Content:
-    """Rewrites the conversation of one request: known parts only, placeholders in texts pulled apart, pictures listed.
+    """Rewrites the conversation of one request: known parts only, placeholders in texts pulled apart, pictures and videos listed.
 
-    image_token: the text that stands for a picture in the prompt, which no client may write.
+    image_token: the text that stands for a picture in the prompt, which no client may write; videos: whether a chat may hold
+    any.
     """
 
-    def __init__(self, image_token: str):
-        self.image_token = image_token
+    def __init__(self, image_token: str, *, videos: bool = False):
+        self.image_token, self.videos = image_token, videos
         self.pictures: list[Picture] = []
 
     def rewrite(self, path: str, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,15 +119,23 @@ class Content:
         """A part of a chat message."""
         kind = part.get("type")
         if kind is None:
-            kind = "image_url" if "image_url" in part else "text"
+            kind = next((name for name in ("image_url", "video_url") if name in part), "text")
         if kind in ("image_url", "input_image"):
             _only(part, ("type", "image_url", "detail"))
             made: dict[str, Any] = {"type": "image_url", "image_url": {}}
             self._add(part.get("image_url"), lambda url, key: _write_part(made, made["image_url"], url, key))
             return made
+        if kind == "video_url" and self.videos:
+            _only(part, ("type", "video_url"))
+            film: dict[str, Any] = {"type": "video_url", "video_url": {}}
+            write = lambda url, key: _write_part(film, film["video_url"], url, key)  # noqa: E731
+            self._add(part.get("video_url"), write, is_video=True)
+            return film
         field = _TEXTS.get(kind) if isinstance(kind, str) else None
         if field is None:
-            raise Refused(400, f"a part of type {shown(kind)}: this server takes text and image_url")
+            raise Refused(
+                400, f"a part of type {shown(kind)}: this server takes text and image_url" + ", video_url" * self.videos
+            )
         if kind not in ("refusal", "thinking"):
             kind = "text"
         return self._text(part, field, kind)
@@ -264,13 +274,17 @@ class Content:
             raise Refused(400, "input: a part must be input_text, input_image or output_text")
         return {**made, "type": "output_text" if role == "assistant" else "input_text"}
 
-    def _add(self, address: Any, write: Callable[[str, str | None], None]) -> None:
+    def _add(self, address: Any, write: Callable[[str, str | None], None], *, is_video: bool = False) -> None:
         if isinstance(address, dict):
             _only(address, ("url", "detail"))
             address = address.get("url")
         if not isinstance(address, str) or not address.strip():
-            raise Refused(400, "a picture without an address: image_url.url must be a data: URI or an address")
-        self.pictures.append(Picture(address, write))
+            kind = "video" if is_video else "image"
+            raise Refused(
+                400,
+                f"a {'video' if is_video else 'picture'} without an address: {kind}_url.url must be a data: URI or an address",
+            )
+        self.pictures.append(Picture(address, write, is_video=is_video))
 
 
 def _write_part(part: dict[str, Any], holder: dict[str, Any], url: str, key: str | None, field: str = "url") -> None:

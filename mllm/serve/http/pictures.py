@@ -1,4 +1,4 @@
-"""Which pictures may reach the engine, and under which name are they cached?"""
+"""Which pictures and videos may reach the engine, and under which name are they cached?"""
 
 from __future__ import annotations
 
@@ -11,21 +11,27 @@ from typing import Any
 
 from mllm.errors import DataError
 from mllm.processing.images import image_size, read_bytes
+from mllm.processing.videos import open_video
 from mllm.serve.http.content import Picture
 from mllm.serve.http.errors import Refused, shown
+from mllm.types import Video
 
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.\-]*):")
 _DATA = re.compile(r"^data:([^,;]{0,80})((?:;[^,;]{0,80}){0,4});base64,", re.IGNORECASE)
 _IMAGE = re.compile(r"^image/[a-z0-9.+\-]{1,40}$")
+_VIDEO = "video/mp4"
+"""Media type of every video that is handed on: what it is its own bytes say, and vLLM reads one type by other rules."""
 
 
 @dataclass(frozen=True)
 class PictureRules:
-    """What a picture must be. domains: hosts whose pictures may be given by address; max_bytes, timeout (seconds): of one that
-    is fetched."""
+    """What a picture must be. max_videos, max_seconds: of a model that takes videos, how many and how long; domains: hosts whose
+    pictures may be given by address; max_bytes, timeout (seconds): of one that is fetched."""
 
     max_images: int
     max_pixels: int
+    max_videos: int = 0
+    max_seconds: float = 0.0
     domains: frozenset[str] = frozenset()
     max_bytes: int = 32 * 2**20
     timeout: float = 5.0
@@ -33,8 +39,11 @@ class PictureRules:
 
 def check_number(pictures: list[Picture], rules: PictureRules) -> None:
     """Raise `Refused` for more pictures than a request may have."""
-    if len(pictures) > rules.max_images:
-        raise Refused(400, f"{len(pictures)} pictures in one request; at most {rules.max_images} are served")
+    videos = sum(picture.is_video for picture in pictures)
+    if len(pictures) - videos > rules.max_images:
+        raise Refused(400, f"{len(pictures) - videos} pictures in one request; at most {rules.max_images} are served")
+    if videos > rules.max_videos:
+        raise Refused(400, f"{videos} videos in one request; at most {rules.max_videos} are served")
 
 
 async def fetch_pictures(pictures: list[Picture], rules: PictureRules) -> None:
@@ -53,7 +62,8 @@ async def fetch_pictures(pictures: list[Picture], rules: PictureRules) -> None:
     async with httpx.AsyncClient(timeout=rules.timeout, follow_redirects=False) as client:
         bodies = await asyncio.gather(*(_fetched(client, picture, place, rules) for place, picture in found))
     for (_, picture), body in zip(found, bodies):
-        picture.address = f"data:image/png;base64,{base64.b64encode(body).decode()}"
+        kind = _VIDEO if picture.is_video else "image/png"
+        picture.address = f"data:{kind};base64,{base64.b64encode(body).decode()}"
 
 
 async def _fetched(client: Any, picture: Picture, place: int, rules: PictureRules) -> bytes:
@@ -86,31 +96,33 @@ def write_pictures(pictures: list[Picture], rules: PictureRules, secret: bytes) 
     """Check every picture (`fetch_pictures` was before) by its header and write it into the request as it was checked, with our
     cache name: a keyed hash of its bytes, so that nobody without ``secret`` can name an entry. Raises `Refused`."""
     for position, picture in enumerate(pictures):
-        url, content = _embedded(picture.address.strip(), position, rules.max_pixels)
+        url, content = _embedded(picture, position, rules)
         picture.file = content
         picture.write(url, hashlib.blake2b(content, key=secret, digest_size=32).hexdigest())
 
 
-def _embedded(address: str, position: int, max_pixels: int) -> tuple[str, bytes]:
+def _embedded(picture: Picture, position: int, rules: PictureRules) -> tuple[str, bytes]:
     """A data URI in its one form, and the bytes in it."""
+    address, where = picture.address.strip(), f"{'video' if picture.is_video else 'picture'} {position}"
     found = _DATA.match(address)
     if found is None:
-        raise Refused(
-            400, f"picture {position}: expected data:<media type>;base64,<data> or an address, got {shown(address)}"
-        )
-    where = f"picture {position}"
+        raise Refused(400, f"{where}: expected data:<media type>;base64,<data> or an address, got {shown(address)}")
     data = "".join(address[found.end() :].split())
     kind = found.group(1).lower()
-    url = f"data:{kind if _IMAGE.match(kind) else 'image/png'};base64,{data}"
+    kind = _VIDEO if picture.is_video else kind if _IMAGE.match(kind) else "image/png"
+    url = f"data:{kind};base64,{data}"
     try:
         content = read_bytes(url, where=where)
+        if picture.is_video:  # its index is read: damaged, empty and too long ones are found before the engine
+            open_video(Video(content), where=where, max_pixels=rules.max_pixels, max_seconds=rules.max_seconds)
+            return url, content
         height, width = image_size(content, where=where)
     except DataError as error:
         raise Refused(400, str(error)[:300]) from None
-    if height * width > max_pixels:
+    if height * width > rules.max_pixels:
         raise Refused(
             400,
-            f"{where} has {width} × {height} pixels, above this server's limit of {max_pixels / 1e6:g} megapixels",
+            f"{where} has {width} × {height} pixels, above this server's limit of {rules.max_pixels / 1e6:g} megapixels",
         )
     return url, content
 

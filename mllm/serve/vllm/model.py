@@ -37,8 +37,10 @@ from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.pipeline import build_visual_parts
 from mllm.models.routing import short_image
 from mllm.models.weight_files import present_name, published_renamings
-from mllm.processing.layout import IMAGE_SIZES
+from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES
 from mllm.processing.pixel_keys import PRIMARY_PIXELS, PixelKeys
+from mllm.processing.processor import APART
+from mllm.processing.template import VIDEO
 from mllm.serve.http.stats import Choices, EncoderClock
 from mllm.serve.vllm.encoder_graphs import EncoderGraphs, compile_encoders, run_blank
 from mllm.serve.vllm.feature_memory import FeatureMemory
@@ -74,7 +76,9 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
         if modality.startswith("image"):
             return "<image>"
-        raise ValueError(f"{modality} input is not supported; only images are")
+        if modality.startswith("video"):
+            return VIDEO
+        raise ValueError(f"{modality} input is not supported; only images and videos are")
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -155,10 +159,13 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
     @torch.inference_mode()  # always: requests run in it, and a profiling run outside it makes compiled encoders compile twice
     def embed_multimodal(self, **kwargs: Any) -> list[Tensor]:
         """Visual tokens, one ``(M, L)`` tensor per image (``(m, L)`` in a routing request)."""
-        if kwargs.get(PRIMARY_PIXELS) is None:
-            return []
         if self._prepare_encoders:
             self._get_encoders_ready()
+        if kwargs.get(APART + VIDEO_TIMES) is not None:
+            found = {key: value for key, value in kwargs.items() if key.startswith(APART)}
+            return self._embed_videos({key.removeprefix(APART): value for key, value in found.items()})
+        if kwargs.get(PRIMARY_PIXELS) is None:
+            return []
         layouts = self.rules.layouts(_stacked(kwargs[IMAGE_SIZES]).flatten(0, -2)) if self.rules.needs_size else None
         join = _stacked if layouts is None else _end_to_end
         pixels = {name: join(value) for name, value in self.pixel_keys.by_encoder(kwargs).items()}
@@ -186,6 +193,15 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
             assert self.short_grid is not None
             tokens[index] = short_image(tokens[index][None], self.rules.view, self.short_grid)[0]
         return tokens
+
+    def _embed_videos(self, inputs: dict[str, Any]) -> list[Tensor]:
+        """Visual tokens of every video, all its frames together: ``(ΣM, L)``."""
+        rows = inputs[VIDEO_TIMES]
+        frames = [int(row.ge(0).sum()) for row in (rows.flatten(0, -2) if isinstance(rows, Tensor) else rows)]
+        layouts = [self.rules.video_layout(count) for count in frames]
+        pixels = {name: _end_to_end(value) for name, value in self.pixel_keys.by_encoder(inputs).items()}
+        joined = self._encode(pixels, None, None, [], layouts)
+        return list(joined.split([layout.num_placeholders for layout in layouts]))
 
     def _encode(
         self,

@@ -18,11 +18,13 @@ def register() -> None:
     from mllm.models.registration import ARCHITECTURE
     from mllm.models.registration import register as register_with_transformers
     from mllm.plugins import load_plugins
+    from mllm.serve.vllm.videos import register_loader
 
     load_plugins()
     register_with_transformers()
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, f"mllm.serve.vllm.model:{ARCHITECTURE}")
+    register_loader()
     if current_platform.is_cpu():
         from mllm.serve.vllm.cpu_adapters import keep_rows_without_adapters
 

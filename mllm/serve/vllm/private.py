@@ -47,6 +47,16 @@ PRIVATE = (
         "routed images pass by the cache of processed ones, each with its question (mllm.serve.vllm.processing)",
     ),
     Private(
+        ("multimodal/processing.py", "multimodal/processing/*.py"),
+        ("_get_hf_mm_inputs", "_call_hf_processor"),
+        "videos come to the processor as training gives them, and its errors out in its own words (mllm.serve.vllm.processing)",
+    ),
+    Private(
+        ("multimodal/video.py",),
+        ("register", "load_bytes"),
+        "a video's file reaches our own reader (mllm.serve.vllm.videos)",
+    ),
+    Private(
         ("multimodal/profiling.py", "multimodal/processing/*.py"),
         ("_get_dummy_images",),
         "memory is measured with the largest pictures (mllm.serve.vllm.processing)",

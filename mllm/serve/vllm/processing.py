@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import MultiModalDataItems, VideoProcessorItems
 from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
     BaseMultiModalProcessor,
@@ -23,18 +24,22 @@ from vllm.multimodal.processing import (
     PromptUpdateDetails,
 )
 
-from mllm.errors import AlignmentError, ConfigError
+from mllm.errors import AlignmentError, ConfigError, DataError
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.routing import routing_grid
+from mllm.processing.engine_videos import MODALITY as VIDEOS
+from mllm.processing.engine_videos import VIDEO_ID, unpack
 from mllm.processing.images import load_image
-from mllm.processing.layout import IMAGE_SIZES, LayoutRules
+from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES, LayoutRules
 from mllm.processing.pixel_keys import PixelKeys
-from mllm.processing.processor import MllmProcessor
+from mllm.processing.processor import APART, MllmProcessor
 from mllm.processing.questions import pad_questions
+from mllm.processing.template import VIDEO
 from mllm.routers.build import build_router
 from mllm.routers.fixed import fixed_weights_of
 from mllm.serve.http.stats import picture_key
 from mllm.serve.vllm.questions import QuestionReader
+from mllm.serve.vllm.videos import mark_videos, packed
 
 MODALITY = "image"
 
@@ -56,10 +61,26 @@ class MllmProcessingInfo(BaseProcessingInfo):
         return self.ctx.get_hf_processor(MllmProcessor)
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        return {MODALITY: None}
+        return {MODALITY: None, **({VIDEOS: None} if self.takes_video else {})}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        return {MODALITY: self.rules.layout(self.rules.largest()).num_tokens}
+        most = {MODALITY: self.rules.layout(self.rules.largest()).num_tokens}
+        if self.takes_video:
+            most[VIDEOS] = self.longest_video()
+        return most
+
+    @property
+    def takes_video(self) -> bool:
+        """Whether a request may hold videos: where the model takes them, and this vLLM hands on a prompt's tokens alone."""
+        return self.rules.video is not None and hasattr(BaseMultiModalProcessor, "_get_hf_mm_inputs")
+
+    def longest_video(self) -> int:
+        """Most tokens of a video, the text before its frames included."""
+        spec, processor = self.rules.video, self.get_hf_processor()
+        assert spec is not None
+        late = [round(spec.max_seconds * 1000) - 1] * spec.most
+        stamps = [processor.write(text) for text in spec.stamps(late)]
+        return self.rules.video_layout(spec.most, stamps).num_tokens
 
     @cached_property
     def rules(self) -> LayoutRules:
@@ -90,7 +111,8 @@ class MllmDummyInputsBuilder(BaseDummyInputsBuilder[MllmProcessingInfo]):
     """Pictures for memory profiling."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        return self.info.get_hf_processor().image_token * mm_counts.get(MODALITY, 0)
+        pictures = self.info.get_hf_processor().image_token * mm_counts.get(MODALITY, 0)
+        return pictures + VIDEO * mm_counts.get(VIDEOS, 0)
 
     def get_dummy_mm_data(
         self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any, *args: Any, **kwargs: Any
@@ -100,13 +122,18 @@ class MllmDummyInputsBuilder(BaseDummyInputsBuilder[MllmProcessingInfo]):
         height, width = max(spec.height for spec in specs), max(spec.width for spec in specs)
         if rules.needs_size:
             height, width = rules.largest()
+        more: dict[str, Any] = {}
+        if mm_counts.get(VIDEOS, 0) and rules.video is not None:
+            film = np.zeros((rules.video.most, height, width, 3), dtype=np.uint8)
+            more[VIDEOS] = [(film, {"fps": rules.video.fps or 1.0})] * mm_counts[VIDEOS]
         return {
+            **more,
             MODALITY: self._get_dummy_images(
                 width=width,
                 height=height,
                 num_images=mm_counts.get(MODALITY, 0),
                 overrides=mm_options.get(MODALITY) if mm_options else None,
-            )
+            ),
         }
 
 
@@ -133,6 +160,7 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
 
     def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         count = inputs.mm_data_items.get_all_counts().get(MODALITY, 0)
+        inputs = self.with_videos(inputs)
         self._check_placeholders(inputs.prompt, count)
         if count:
             read_as_in_training(inputs.mm_data_items[MODALITY])
@@ -143,6 +171,38 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
             settings = {**inputs.hf_processor_mm_kwargs, "visual_tokens": share}
             inputs = replace(inputs, hf_processor_mm_kwargs=settings)
         return super().apply(inputs, *args, **kwargs)
+
+    def with_videos(self, inputs: Any) -> Any:
+        """A request's videos in the form in which they go on, each with one id of its own in the prompt. Raises `AlignmentError`."""
+        found: Any = inputs.mm_data_items.get(VIDEOS)
+        if not found:
+            return inputs
+        processor = self.info.get_hf_processor()
+        marked = mark_videos(processor.tokenizer, inputs.prompt, processor.image_token, int(processor.image_token_id))
+        places = marked.count(VIDEO_ID)
+        if places != len(found):
+            raise AlignmentError(f"{places} places of videos in the prompt ({VIDEO}) and {len(found)} videos")
+        told = getattr(found, "metadata", None)
+        told = told if isinstance(told, list) else [told] * len(found)
+        items = VideoProcessorItems([packed(item, its) for item, its in zip(found.data, told, strict=True)])
+        kept = MultiModalDataItems({**inputs.mm_data_items, VIDEOS: items})
+        return replace(inputs, prompt=marked, mm_data_items=kept)
+
+    def _get_hf_mm_inputs(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
+        """The processor is given videos as training gives them."""
+        made: Any = super()._get_hf_mm_inputs(mm_items, hf_kwargs)
+        if "videos" in made.hf_data:
+            made.hf_data["videos"] = [unpack(item) for item in made.hf_data["videos"]]
+        return made
+
+    def _call_hf_processor(self, *args: Any, **kwargs: Any) -> Any:
+        """What is wrong with a picture or a video, in our words; vLLM's own say only that a processor failed."""
+        try:
+            return super()._call_hf_processor(*args, **kwargs)
+        except ValueError as error:
+            if isinstance(error.__cause__, DataError):
+                raise error.__cause__ from None
+            raise
 
     def with_routing(self, inputs: Any, num_images: int) -> dict[str, Any]:
         """A request's settings with its questions, and with a fixed routing written out image by image. Raises
@@ -214,6 +274,12 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
             for name, key in pixels.items():
                 rows = torch.tensor([layout.rows_of(name) for layout in layouts])
                 fields[key] = MultiModalFieldConfig.flat_from_sizes(MODALITY, rows)
+        if APART + VIDEO_TIMES in hf_inputs:
+            films = [rules.video_layout(count) for count in hf_inputs[APART + VIDEO_TIMES].ge(0).sum(-1).tolist()]
+            fields[APART + VIDEO_TIMES] = MultiModalFieldConfig.batched(VIDEOS)
+            for name, key in pixels.items():
+                rows = torch.tensor([film.rows_of(name) for film in films])
+                fields[APART + key] = MultiModalFieldConfig.flat_from_sizes(VIDEOS, rows)
         return fields
 
     def _get_prompt_updates(
@@ -231,4 +297,21 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
             ids = [i for block in layout.blocks for i in (block.ids or [token] * block.num_tokens)]
             return PromptUpdateDetails.select_token_id(ids, token) if layout.literals else ids
 
-        return [PromptReplacement(modality=MODALITY, target=[token], replacement=tokens)]
+        def film_tokens(number: int) -> Any:
+            times = out_mm_kwargs[VIDEOS][number][APART + VIDEO_TIMES].data.tolist()
+            return PromptUpdateDetails.select_token_id(self.film_ids([int(time) for time in times if time >= 0]), token)
+
+        updates = [PromptReplacement(modality=MODALITY, target=[token], replacement=tokens)]
+        if VIDEOS in mm_items:
+            film = PromptReplacement(modality=VIDEOS, target=[VIDEO_ID], replacement=film_tokens)
+            updates.append(film)
+        return updates
+
+    def film_ids(self, milliseconds: Sequence[int]) -> list[int]:
+        """The ids of a video whose frames are shown at these times, the text before them included."""
+        processor, spec = self.info.get_hf_processor(), self.info.rules.video
+        assert spec is not None
+        stamps = [processor.write(text) for text in spec.stamps(milliseconds)]
+        layout = self.info.rules.video_layout(len(milliseconds), stamps)
+        token = int(processor.image_token_id)
+        return [i for block in layout.blocks for i in (block.ids or [token] * block.num_tokens)]

@@ -1,0 +1,102 @@
+"""In what form does a video travel through an inference engine, whose own reader would choose frames by a rule of its own?"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mllm.processing.images import load_image, read_bytes
+from mllm.processing.videos import frame_files
+from mllm.types import Video
+
+MODALITY = "video"
+BACKEND = "mllm"
+"""Name of our reader among vLLM's readers of videos (``VLLM_VIDEO_LOADER_BACKEND``)."""
+VIDEO_ID = -1
+"""Stands for a video in a prompt's ids until its tokens are put there; no vocabulary has it."""
+_MAGIC = b"\x93mllm-video\n"
+_HEADER = len(_MAGIC) + 8
+
+
+def engine_options(config: Any, *, images: int, videos: int) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM``: most pictures and videos of a request, and who reads videos."""
+    if getattr(config, "video", None) is None:
+        return {"limit_mm_per_prompt": {"image": images}}
+    return {
+        "limit_mm_per_prompt": {"image": images, MODALITY: videos},
+        "media_io_kwargs": {MODALITY: {"video_backend": BACKEND}},
+    }
+
+
+def visual_inputs(ids: Sequence[int], visuals: Sequence[Any], processor: Any, *, where: str) -> dict[str, Any]:
+    """A prompt whose ids have one placeholder for each picture and video, in their order, as ``vllm.LLM`` takes it. Raises
+    `DataError` for a video that cannot be read."""
+    films = [pack(visual, where=where) for visual in visuals if isinstance(visual, Video)]
+    data: dict[str, Any] = {"image": [visual for visual in visuals if not isinstance(visual, Video)]}
+    if not films:
+        return {"multi_modal_data": data}
+    made, waiting = list(ids), iter(visuals)
+    for place, token in enumerate(made):
+        if token == processor.image_token_id and isinstance(next(waiting, None), Video):
+            made[place] = VIDEO_ID
+    data = {kind: given for kind, given in {**data, MODALITY: films}.items() if given}
+    return {"prompt_token_ids": made, "multi_modal_data": data}
+
+
+def pack(video: Video, *, where: str = "video") -> np.ndarray:
+    """A video as uint8 ``(1, 1, N, 3)``: its file (or its frames, where it is none) and what part of it is meant. vLLM names caches
+    by this array, and takes it apart and together again on its way, so all that an answer depends on is in it. Raises
+    `DataError`."""
+    source, rate = video.source, video.fps
+    if isinstance(source, Mapping):
+        rate = source.get("fps", rate)
+        source = next((source[key] for key in ("frames", "bytes", "path") if source.get(key) is not None), None)
+    meant = {"start": video.start, "end": video.end, "frames": video.frames, "play": video.play, "key": video.key}
+    frames = _frames(source, where)
+    if frames is None:
+        content = read_bytes(source, where=where)
+    else:
+        buffer = io.BytesIO()
+        np.save(buffer, frames, allow_pickle=False)
+        content = buffer.getvalue()
+    head = json.dumps({**meant, "fps": None if rate is None else float(rate), "file": frames is None}).encode()
+    body = head + b"\n" + content
+    whole = _MAGIC + len(body).to_bytes(8, "little") + body
+    return np.frombuffer(whole + bytes(-len(whole) % 3), dtype=np.uint8).reshape(1, 1, -1, 3)
+
+
+def unpack(array: np.ndarray) -> Video:
+    """The video in a packed array."""
+    head, _, content = (packed_body(array) or b"").partition(b"\n")
+    told = json.loads(head)
+    source = content if told.pop("file") else np.load(io.BytesIO(content), allow_pickle=False)
+    frames = told.pop("frames")
+    return Video(source, frames=None if frames is None else tuple(frames), **told)
+
+
+def _frames(source: Any, where: str) -> np.ndarray | None:
+    """The frames of a source that is no file, ``(T, H, W, C)``."""
+    if hasattr(source, "detach"):
+        source = source.detach().cpu().numpy()
+    if isinstance(source, np.ndarray):
+        return source
+    if isinstance(source, (str, Path)) and Path(source).is_dir():
+        source = frame_files(Path(source))
+    if not isinstance(source, (list, tuple)):
+        return None
+    return np.stack([np.asarray(load_image(frame, where=f"{where}, frame {k}")) for k, frame in enumerate(source)])
+
+
+def packed_body(array: Any) -> bytes | None:
+    """What `pack` put into an array; None for frames."""
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 4 or array.shape[:2] != (1, 1):
+        return None
+    whole = array.tobytes()
+    if not whole.startswith(_MAGIC):
+        return None
+    return whole[_HEADER : _HEADER + int.from_bytes(whole[len(_MAGIC) : _HEADER], "little")]

@@ -1,0 +1,180 @@
+"""Which videos does a server take, and in what form do they go to the engine?"""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mllm.errors import AlignmentError, ConfigError
+from mllm.processing.engine_videos import VIDEO_ID, engine_options, pack, unpack, visual_inputs
+from mllm.serve.vllm.videos import FileLoader, mark_videos, packed
+from mllm.types import Video
+from tests.helpers import picture, tiny_tokenizer
+from tests.unit.serve.test_admission import Echo, ask, chat, encoded
+from tests.unit.serve.test_admission import picture as image_part
+
+TAKES = {"max_videos": 2, "max_seconds": 60.0}
+
+
+def film(frames: int = 3, seconds: float = 0.2) -> bytes:
+    """An animated file."""
+    pictures = [picture(number) for number in range(frames)]
+    file = io.BytesIO()
+    pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=int(seconds * 1000))
+    return file.getvalue()
+
+
+def part(data: bytes | None = None, kind: str = "video/webm") -> dict:
+    url = f"data:{kind};base64,{base64.b64encode(film() if data is None else data).decode()}"
+    return {"type": "video_url", "video_url": {"url": url}}
+
+
+@pytest.mark.parametrize(
+    "video",
+    [
+        Video(film(), start=0.1, end=0.5),
+        Video(film(), frames=(2, 0), play="reversed", key="k"),
+        Video(np.arange(48, dtype=np.uint8).reshape(2, 4, 2, 3), fps=2.5),
+        Video({"frames": [picture(1), picture(2)], "fps": 3}),
+    ],
+    ids=["part of a file", "chosen frames", "array", "pictures"],
+)
+def test_a_video_comes_out_as_it_went_in(video):
+    array = pack(video)
+    assert array.dtype == np.uint8 and array.ndim == 4 and packed(array, None) is array
+    found = unpack(array)
+    assert (found.start, found.end, found.frames, found.play, found.key) == (
+        video.start,
+        video.end,
+        video.frames,
+        video.play,
+        video.key,
+    )
+    if isinstance(video.source, bytes):
+        assert found.source == video.source
+    elif isinstance(video.source, dict):
+        assert np.array_equal(found.source, np.stack([np.asarray(picture(n)) for n in (1, 2)])) and found.fps == 3
+    else:
+        assert np.array_equal(found.source, video.source) and found.fps == 2.5
+
+
+def test_what_an_answer_depends_on_is_in_the_array_that_names_the_cache():
+    frames = np.zeros((2, 4, 4, 3), np.uint8)
+    same = [
+        Video(film()),
+        Video(film(), start=0.1),
+        Video(film(), play="reversed"),
+        Video(film(), play="shuffled", key="a"),
+    ]
+    arrays = [pack(video).tobytes() for video in same]
+    arrays += [packed(frames, {"fps": fps}).tobytes() for fps in (1.0, 2.0)]
+    assert len(set(arrays)) == len(arrays)
+    assert FileLoader.load_bytes(film())[0].tobytes() == arrays[0]
+
+
+def test_a_folder_of_frames_travels_whole(tmp_path):
+    for number in (1, 2, 10):
+        Image.new("RGB", (4, 3), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    frames = np.asarray(unpack(pack(Video(str(tmp_path)))).source)
+    assert frames[:, 0, 0, 0].tolist() == [1, 2, 10]
+
+
+def test_a_models_video_section_opens_the_engine_for_videos():
+    class Config:
+        video = None
+
+    assert engine_options(Config, images=3, videos=2) == {"limit_mm_per_prompt": {"image": 3}}
+    Config.video = {"frames": 4}
+    assert engine_options(Config, images=3, videos=2)["limit_mm_per_prompt"] == {"image": 3, "video": 2}
+
+
+def test_a_videos_place_is_marked_where_its_text_stands():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    write = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    text = "a<video> b <image>\n<video>"
+    marked = mark_videos(tokenizer, write(text), "<image>", image)
+    assert marked == [
+        *write("a"),
+        VIDEO_ID,
+        *write(" b "),
+        image,
+        *write("\n"),
+        VIDEO_ID,
+    ]
+    assert mark_videos(tokenizer, marked, "<image>", image) == marked
+    assert mark_videos(tokenizer, write("no <image> film"), "<image>", image) == write("no <image> film")
+    cut = write("<video>")
+    odd = [*tokenizer.convert_tokens_to_ids(list("<video>"))] if len(cut) < 7 else [*write("<vid"), *write("eo>")]
+    if odd != cut:
+        with pytest.raises(ConfigError, match="cannot be found"):
+            mark_videos(tokenizer, odd, "<image>", image)
+
+
+def test_pictures_and_videos_of_a_prompt_are_told_apart_by_their_order():
+    class Processor:
+        image_token_id = 7
+
+    clip = Video(film())
+    made = visual_inputs([1, 7, 2, 7, 7], [clip, picture(1), clip], Processor, where="row")
+    assert made["prompt_token_ids"] == [1, VIDEO_ID, 2, 7, VIDEO_ID]
+    assert len(made["multi_modal_data"]["video"]) == 2 and len(made["multi_modal_data"]["image"]) == 1
+    assert set(visual_inputs([7], [picture(1)], Processor, where="row")) == {"multi_modal_data"}
+
+
+def test_a_model_without_video_refuses_the_part_by_name():
+    response = ask(Echo(), chat(part()))
+    assert response.status_code == 400 and "'video_url': this server takes text and image_url" in response.text
+
+
+def test_videos_pass_with_a_cache_name_of_the_servers_own():
+    app = Echo()
+    assert (
+        ask(app, chat(image_part(), part(), part(film(2)), {"type": "text", "text": "what?"}), **TAKES).status_code
+        == 200
+    )
+    picture_part, first, second, _ = app.raw[0]["messages"][0]["content"]
+    assert first["video_url"]["url"].startswith("data:video/mp4;base64,"), "vLLM reads video/jpeg by rules of its own"
+    assert len({picture_part["uuid"], first["uuid"], second["uuid"]}) == 3
+    untyped = {"video_url": part()["video_url"]}
+    assert ask(app, chat(untyped), **TAKES).status_code == 200
+    assert app.raw[1]["messages"][0]["content"][0]["type"] == "video_url"
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ([part(), part(), part()], "3 videos in one request; at most 2"),
+        ([part(b"no video at all")], "is no video that can be opened"),
+        ([part(b"")], "video 0"),
+        ([part(film(4, seconds=30.0))], "max_seconds"),
+        ([part(film()[:60])], "video 0"),
+        ([{"type": "video_url", "video_url": {"url": "file:///etc/passwd"}}], "file: addresses are not served"),
+        ([{"type": "video_url", "video_url": {"url": "http://inner/a.mp4"}}], "fetches no addresses"),
+        ([{"type": "video_url", "video_url": None}], "a video without an address"),
+        ([{**part(), "uuid": "x"}], "uuid is not accepted"),
+        ([{**part(), "fps": 3}], "not a field"),
+    ],
+    ids=["many", "damaged", "empty", "long", "cut", "file", "address", "null", "uuid", "field"],
+)
+def test_other_videos_are_refused_before_the_engine(parts, words):
+    app = Echo()
+    response = ask(app, chat(*parts), **TAKES)
+    assert response.status_code == 400 and words in response.json()["error"]["message"], response.text
+    assert app.bodies == [] and len(response.text) < 500
+
+
+def test_pictures_and_videos_are_counted_apart():
+    assert ask(Echo(), chat(*[image_part(encoded())] * 2, part()), max_images=2, **TAKES).status_code == 200
+    assert ask(Echo(), chat(*[image_part(encoded())] * 3, part()), max_images=2, **TAKES).status_code == 400
+
+
+def test_places_that_are_not_found_among_the_tokens_are_told():
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(AlignmentError, match="2 places of pictures and videos in the text and 0 among its tokens"):
+        mark_videos(tokenizer, tokenizer("<video> <image>", add_special_tokens=False)["input_ids"], "<image>", 10**6)
