@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mllm.encoders.backbones.base import BackboneConfig, BackboneEncoder, require_multiple
-from mllm.encoders.backbones.layers import Mlp, init_linear, run
+from mllm.encoders.backbones.layers import BATCH_NORMS, Mlp, init_linear, run
 from mllm.encoders.base import EncoderConfig
 from mllm.encoders.costs import gflops
 from mllm.encoders.library import LayerOutput, map_to_tokens
@@ -25,13 +26,18 @@ _EARLY, _LAST = 3, 4
 
 
 class DynPerceiverConfig(BackboneConfig):
-    """Dynamic Perceiver on a ResNet; defaults are the authors' with ResNet-50 and 128 latents."""
+    """Dynamic Perceiver on a CNN; defaults are the authors' with ResNet-50 and 128 latents."""
 
-    cnn: Literal["resnet18", "resnet34", "resnet50"] = "resnet50"
+    cnn: Literal[
+        "resnet18", "resnet34", "resnet50",
+        "regnety_004", "regnety_008", "regnety_016", "regnety_032",
+        "mobilenetv3_large_075", "mobilenetv3_large_100",
+    ] = "resnet50"  # fmt: skip
+    """The authors' ResNets, RegNets of 400 MF to 3.2 GF and MobileNets V3, by timm's names."""
     cnn_depths: Four | None = None
-    """Blocks of the CNN's stages. Default: its own."""
+    """Blocks of a ResNet's stages. Default: its own."""
     cnn_channels: Four | None = None
-    """Inner channels of the CNN's stages. Default: its own (64 to 512)."""
+    """Inner channels of a ResNet's stages. Default: its own (64 to 512)."""
     num_latents: int = Field(default=128, ge=8)
     """Latents of the first stage; half as many in each later one."""
     depth_factor: Four = (1, 1, 1, 1)
@@ -145,16 +151,13 @@ class DynPerceiver(nn.Module):
         self.is_map = config.output == "map"
         self.deepest = _LAST if self.is_map else config.exit
         self.confidence = config.confidence
-        cnn = _cnn(config)
-        widths = [
-            int(cnn.feature_info[s]["num_chs"]) for s in range(5)
-        ]  # at the entry of each stage, and the last map's
+        stem, stages, widths = _cnn(config)
         counts = [config.num_latents >> s for s in range(4)]
         self.latent = nn.Parameter(nn.init.trunc_normal_(torch.empty(counts[0], widths[0]), std=0.02))
-        self.cnn_stem = nn.Sequential(cnn.conv1, cnn.bn1, cnn.act1, cnn.maxpool)
+        self.cnn_stem = stem
         runs = self.deepest if self.is_map else self.deepest - 1
         for s in range(runs):
-            self.add_module(f"cnn_body_stage{s + 1}", getattr(cnn, f"layer{s + 1}"))
+            self.add_module(f"cnn_body_stage{s + 1}", stages[s])
         for s in range(self.deepest):
             self._add_stage(config, s, widths)
         steps = range(3)
@@ -170,6 +173,8 @@ class DynPerceiver(nn.Module):
 
     def _add_stage(self, config: Any, s: int, widths: list[int]) -> None:
         width, number = widths[s], s + 1
+        if width % config.num_heads[s]:
+            raise ConfigError(f"num_heads: {config.num_heads[s]} do not divide the {width} channels of stage {number}")
         self.add_module(f"dwc{number}_x2z", nn.Conv2d(width, width, 7, padding=3, groups=width))
         self.add_module(f"cross_att{number}_x2z", CrossLayer(width, width, width, places=_POOLED**2))
         if s:
@@ -192,7 +197,8 @@ class DynPerceiver(nn.Module):
     def stage(self, number: int, x: Tensor) -> Tensor:
         """The CNN's stage. Batch norms that learn would count recomputed images twice."""
         body = getattr(self, f"cnn_body_stage{number}")
-        return run(body, x, recompute=self.recompute and not self.cnn_stem[1].training)
+        counts = any(m.training for m in self.cnn_stem.modules() if isinstance(m, BATCH_NORMS))
+        return run(body, x, recompute=self.recompute and not counts)
 
     def read(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The map at the entry of stage 3 after its exchange, and the latents of stage 3."""
@@ -229,10 +235,24 @@ def _change(before: int, after: int) -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(before), nn.Linear(before, after))
 
 
-def _cnn(config: Any) -> Any:
+def _cnn(config: Any) -> tuple[nn.Sequential, list[nn.Module], list[int]]:
+    """The CNN's stem, its four stages, and the widths at the entry of each and of the last map. Raises `ConfigError` for sizes that
+    it does not have."""
     options = {"layers": config.cnn_depths, "channels": config.cnn_channels}
     options = {key: value for key, value in options.items() if value is not None}
-    return timm.create_model(config.cnn, pretrained=False, num_classes=0, **options)
+    if options and not config.cnn.startswith("resnet"):
+        raise ConfigError(f"cnn_depths, cnn_channels: {config.cnn} has its own; these are a ResNet's")
+    cnn: Any = timm.create_model(config.cnn, pretrained=False, num_classes=0, **options)
+    widths = [int(info["num_chs"]) for info in cnn.feature_info]
+    if config.cnn.startswith("resnet"):
+        stem = nn.Sequential(cnn.conv1, cnn.bn1, cnn.act1, cnn.maxpool)
+        return stem, [getattr(cnn, f"layer{s}") for s in range(1, 5)], widths
+    if config.cnn.startswith("regnet"):
+        return nn.Sequential(cnn.stem), [getattr(cnn, f"s{s}") for s in range(1, 5)], widths
+    # A MobileNet's stages are what halves the map and what follows at that size; the first lies in the stem.
+    ends = [int(info["module"].rpartition(".")[2]) + 1 for info in cnn.feature_info]
+    stem = nn.Sequential(cnn.conv_stem, cnn.bn1, *cnn.blocks[: ends[0]])
+    return stem, [nn.Sequential(*cnn.blocks[i:j]) for i, j in itertools.pairwise(ends)], widths
 
 
 @cache

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
 from mllm.encoders.backbones import dependencyvit, dynperceiver, paratranscnn, s4d, snnet, vir
 from mllm.encoders.catalogue import build_encoder, encoder_config
 from mllm.errors import ConfigError
-from mllm.testing.encoders import build_example, resolve_example, sample_pixels
+from mllm.testing.encoders import (
+    build_example,
+    check_batch_invariance,
+    check_description,
+    check_gradients,
+    check_layer_groups,
+    resolve_example,
+    sample_pixels,
+)
 from tests.unit.encoders.test_backbones import compare, encoder_with, refused, vector
 
 TINY_PERCEIVER = dynperceiver.DynPerceiverEncoder.tiny()
@@ -126,6 +135,37 @@ def test_a_budget_chooses_dynamic_perceivers_exit_and_what_cannot_be_is_refused(
     training = build_encoder(encoder_config({**spec, "exit": 3}, where="e")).train()
     training(torch.randn(2, 3, 64, 96)).tokens.sum().backward()
     assert training.model.latent.grad.any()
+
+
+@pytest.mark.parametrize("cnn", ["regnety_004", "mobilenetv3_large_075"])
+def test_dynamic_perceivers_other_cnns_keep_their_own_stages(cnn):
+    """Nothing of the CNN is lost or run twice: its stages end on the map that the library's own features are."""
+    spec = {"type": "dynperceiver", "cnn": cnn, "num_latents": 32, "image_size": [64, 96], "mlp_ratio": 1.0}
+    spec["depth_factor"] = [1, 1, 1, 1]
+    encoder = build_encoder(encoder_config({**spec, "output": "map"}, where="e")).eval()
+    model, pixels = encoder.model, sample_pixels(encoder.config, 2)
+    own = timm.create_model(cnn, pretrained=False, features_only=True).eval()
+    x, found, steps = pixels, [], (model.cnn_stem, *(getattr(model, f"cnn_body_stage{s}") for s in range(1, 5)))
+    mine = [value for step in steps for value in step.state_dict().values()]
+    theirs = own.state_dict()
+    assert [tuple(value.shape) for value in mine] == [tuple(value.shape) for value in theirs.values()]
+    own.load_state_dict(dict(zip(theirs, mine, strict=True)))
+    with torch.no_grad():
+        for step in steps:
+            found.append(x := step(x))
+        for have, want in zip(found, own(pixels), strict=True):
+            torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+    for check in (check_description, check_gradients, check_layer_groups, check_batch_invariance):
+        check(encoder.config)
+    early = encoder_config({**spec, "exit": 3}, where="e")
+    check_description(early)
+    check_layer_groups(early)
+
+
+def test_a_perceivers_sizes_that_its_cnn_does_not_have_are_refused():
+    spec = {"type": "dynperceiver", "image_size": 64, "num_latents": 32}
+    refused({**spec, "cnn": "regnety_004", "cnn_depths": [1, 1, 1, 1]}, "regnety_004 has its own; these are a ResNet's")
+    refused({**spec, "cnn": "regnety_004", "num_heads": [5, 2, 4, 8]}, "num_heads: 5 do not divide the 32 channels")
 
 
 # SN-Netv2 -------------------------------------------------------------------------------------------------------------
