@@ -14,7 +14,8 @@ def repeated_layers(module: nn.Module) -> list[nn.Module]:
     def walk(parent: nn.Module) -> None:
         for child in parent.children():
             rows = list(child.children()) if isinstance(child, (nn.ModuleList, nn.Sequential)) else []
-            is_list = any(isinstance(row, (nn.ModuleList, nn.ModuleDict)) for row in rows)  # never called: look inside
+            # Lists are never called, and of a bare `nn.Sequential` torch compiles nothing: look inside.
+            is_list = any(isinstance(row, (nn.ModuleList, nn.ModuleDict)) or type(row) is nn.Sequential for row in rows)
             if (
                 len(rows) >= 2
                 and not is_list

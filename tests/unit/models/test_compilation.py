@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
+from mllm.encoders import ENCODERS
 from mllm.encoders.backbones.vssd import VssdEncoder
 from mllm.encoders.catalogue import build_encoder, encoder_config
 from mllm.models.compilation import compile_layers, repeated_layers
+from mllm.testing.encoders import build_example, resolve_example, sample_pixels
 from tests.helpers import tiny_model
 
 
@@ -50,3 +53,26 @@ def test_the_blocks_of_nested_stages_are_compiled_not_the_lists_that_hold_them()
     found = repeated_layers(build_encoder(encoder_config(spec, where="e")))
     blocks = [layer for layer in found if type(layer).__name__ == "Block"]
     assert len(blocks) == 7 and not any(isinstance(layer, nn.ModuleList | nn.ModuleDict) for layer in found)
+
+
+@pytest.mark.parametrize("name", [*ENCODERS])
+def test_no_encoders_repeated_layers_are_such_that_torch_compiles_nothing_of_them(name):
+    """`nn.Module.compile` on a bare `nn.Sequential` finds no code of its own to compile, and says nothing."""
+    config = resolve_example(name)
+    with torch.device("meta"):
+        found = repeated_layers(build_encoder(config))
+    assert not [layer for layer in found if type(layer).__module__ == "torch.nn.modules.container"]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", [*ENCODERS])
+@torch._dynamo.config.patch(recompile_limit=64)  # a pyramid's blocks are one code at many sizes, a graph each
+def test_every_encoders_repeated_layers_compile_without_a_break(name):
+    encoder = build_example(resolve_example(name))
+    pixels = sample_pixels(encoder.config, 2)
+    with torch.no_grad():
+        wanted = encoder(pixels).tokens
+        torch._dynamo.reset()
+        for layer in repeated_layers(encoder):
+            layer.compile(backend="eager", fullgraph=True)
+        torch.testing.assert_close(encoder(pixels).tokens, wanted, rtol=1e-5, atol=1e-5)
