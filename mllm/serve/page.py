@@ -31,8 +31,9 @@ STYLE = """
 @media (max-width: 760px) {
   .gradio-container {padding: 6px !important}
   #shown .thumbnail-lg, #shown .gallery-item button {height: 18vh}
-  #shown {height: 24vh !important; min-height: 0 !important} #history {height: 32vh !important}
-  #pictures {height: 4.5rem !important; min-height: 0 !important}
+  #shown {height: 21vh !important; min-height: 0 !important} #history {height: 32vh !important}
+  #shown [data-testid="block-label"] {display: none}
+  #pictures {height: 6.5rem !important; min-height: 0 !important}
 }
 """
 _COLOURS = ("#e0403a", "#2b6fd6", "#1a9448", "#9a5fd8", "#d98a1f")
@@ -100,11 +101,15 @@ def build_page(client: ServerClient, *, mark: Mark | None = None, state: Callabl
 
         files.change(lambda paths: (paths or [], [], []), files, [shown, talk, past], show_progress="hidden")
         inputs = [files, question, talk, past, chosen, system, warmth, length]
-        running = question.submit(asking.answer, inputs, [talk, past, shown, question], show_progress="hidden")
+        # A question that is sent while an answer still comes waits for its end; by default it would be dropped without a word.
+        waits: dict[str, Any] = {"trigger_mode": "always_last"}
+        running = question.submit(asking.answer, inputs, [talk, past, shown, question], show_progress="hidden", **waits)
         stop.click(None, cancels=[running])
         new.click(lambda: ([], []), None, [talk, past])
+        # The chat's own button empties only what is seen. (Gradio reads a signature, which list has none of.)
+        talk.clear(lambda: [], None, past)  # noqa: PIE807
         if mark is not None:
-            phrase.submit(lambda paths, text: _marked(mark, paths, text), [files, phrase], shown)
+            phrase.submit(lambda paths, text: _marked(mark, paths, text), [files, phrase], shown, **waits)
         gr.Timer(3).tick(health, None, status, show_progress="hidden")
     return page
 

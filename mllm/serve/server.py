@@ -212,7 +212,7 @@ def serve(settings: ServeSettings) -> None:
     os.environ[SUPERVISOR] = json.dumps(
         {
             "command": command,
-            "address": f"http://{_reachable(settings.host)}:{settings.port}",
+            "address": _address(settings),
             "ready": _what_is_on(settings, environment, arguments, bool(api_key or settings.keys)),
             "shutdown_timeout": settings.shutdown_timeout,
             "verbose": settings.verbose,
@@ -269,10 +269,16 @@ def _reachable(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
 
 
+def _address(settings: ServeSettings) -> str:
+    """Where this machine reaches the server."""
+    scheme = "https" if _has(settings.extra, "--ssl-certfile") else "http"
+    return f"{scheme}://{_reachable(settings.host)}:{settings.port}"
+
+
 def _what_is_on(settings: ServeSettings, environment: dict[str, str], arguments: list[str], key: bool) -> str:
     """The address, the limits and what is on, on one line."""
     admission = AdmissionSettings.model_validate_json(environment[ENVIRONMENT])
-    said = [f"http://{_reachable(settings.host)}:{settings.port}/v1", f"model {admission.name}"]
+    said = [f"{_address(settings)}/v1", f"model {admission.name}"]
     said.append(f"{settings.max_images} pictures a request of {settings.max_pixels / 1e6:g} megapixels each")
     if admission.max_videos:
         said.append(f"{admission.max_videos} videos of up to {admission.max_seconds / 60:g} minutes")

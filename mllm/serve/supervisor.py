@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import http.client
 import json
 import os
 import re
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -115,28 +117,18 @@ class Supervisor:
 
     def _read(self, lines: Any) -> None:
         """Keep what vLLM says in the log file, and show of it what an operator must see."""
-        size = 0
-        file = self._new_log()
+        log = _Log(self.log)
         for line in lines:
-            if size > _MOST_LOG:
-                file.close()
-                self.log.replace(f"{self.log}.1")
-                file, size = self._new_log(), 0
-            size += file.write(line)
-            file.flush()
+            log.write(line)
             self.tail.append(line.rstrip()[:500])
             found = _ERROR.search(line)
             if found and not self.cause and not _FOLLOWS.search(line):
                 self.cause = f"{found.group(1)}: {found.group(2).strip()}"
             if self.verbose:
-                sys.stderr.write(line)
+                _show(line)
             elif found and self.is_ready.is_set() and not self.stopping.is_set():
                 self._show_error(found.group(0))
-        file.close()
-
-    def _new_log(self) -> TextIO:
-        """The log file, for its owner only (a traceback may hold a client's words); never one that somebody put there."""
-        return os.fdopen(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8")
+        log.close()
 
     def _show_error(self, text: str) -> None:
         """Ten errors a minute; the rest are in the log."""
@@ -157,17 +149,56 @@ class Supervisor:
 
     def _answers(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.address}/health", timeout=5) as answer:
+            # This machine's own server: whose certificate it shows does not matter here.
+            context = ssl._create_unverified_context() if self.address.startswith("https:") else None
+            with urllib.request.urlopen(f"{self.address}/health", timeout=5, context=context) as answer:
                 return answer.status == 200
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return False
 
     def _explain(self, code: int) -> None:
         when = "died" if self.is_ready.is_set() else "did not start"
         _say(f"error: the server {when} (status {code}): {self.cause or 'no error was written; the last lines were:'}")
         if not self.cause:
-            sys.stderr.write("".join(f"  {line}\n" for line in self.tail))
+            _show("".join(f"  {line}\n" for line in self.tail))
         _say(f"everything it wrote is in {self.log}")
+
+
+class _Log:
+    """The log file, of at most twice 20 MB, for its owner only (a traceback may hold a client's words). A disk that is full ends the log
+    and not the reading of what vLLM says: with a full pipe vLLM would wait for ever."""
+
+    def __init__(self, path: Path):
+        self.path, self._size, self._failed = path, 0, False
+        self._file: TextIO | None = None
+
+    def write(self, line: str) -> None:
+        """Keep a line."""
+        if self._failed:
+            return
+        try:
+            if self._file is None or self._size > _MOST_LOG:
+                self._next()
+            assert self._file is not None
+            self._size += self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            self._failed = True
+            _say(f"{self.path} cannot be written ({error.strerror}); the server goes on without a log")
+
+    def close(self) -> None:
+        """No more lines come."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+
+    def _next(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self.path.replace(f"{self.path}.1")
+        # Never a file that somebody put there.
+        self._file = os.fdopen(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8")
+        self._size = 0
 
 
 def _end_with_parent() -> None:
@@ -177,8 +208,14 @@ def _end_with_parent() -> None:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"mllm serve: {text}\n")
-    sys.stderr.flush()
+    _show(f"mllm serve: {text}\n")
+
+
+def _show(text: str) -> None:
+    """On the terminal, where there is one still."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ class Served:
 
     def __init__(self):
         self.asked: list[dict] = []
-        self.there = True
+        self.there, self.go = True, False
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -64,6 +64,8 @@ class Served:
                     {"type": "http.response.body", "body": f"data: {json.dumps(event)}\n\n".encode(), "more_body": True}
                 )
                 await asyncio.sleep(0.02)
+                while "lowest" in question and not self.go:
+                    await asyncio.sleep(0.02)
             await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
 
@@ -133,10 +135,15 @@ def test_the_page_in_a_browser(page, tmp_path):
         assert sent["temperature"] == 0 and "mm_processor_kwargs" not in sent
 
         tab.type("#question :is(textarea, input)", "And the lowest?")  # a second turn carries the first
-        tab.wait("document.querySelector('#history').innerText.includes('(2).')")
+        tab.wait("document.querySelector('#history').innerText.split('The').length > 2")
         assert [message["role"] for message in served.asked[-1]["messages"]] == ["user", "assistant", "user"]
+        tab.type("#question :is(textarea, input)", "And between them?")  # sent while an answer still comes: it waits
+        served.go = True
+        tab.wait("document.querySelector('#history').innerText.includes('(3).')")
+        assert [message["role"] for message in served.asked[-1]["messages"]] == ["user", "assistant"] * 2 + ["user"]
         tab.type("#question :is(textarea, input)", "this is too long")
         tab.wait("document.querySelector('#history').innerText.includes('Refused: the prompt has 727 tokens')")
+        tab.screenshot(shots / "refused.png")
 
         before = tab.run("document.querySelector('#shown img').src")
         tab.type("#phrase :is(textarea, input)", "the upper half")
@@ -146,9 +153,17 @@ def test_the_page_in_a_browser(page, tmp_path):
         served.there = False
         tab.wait("document.querySelector('#status').innerText.includes('does not answer')")
         tab.type("#question :is(textarea, input)", "Still there?")
-        tab.wait("document.querySelector('#history').innerText.includes('the engine is dead')")
+        tab.wait("document.querySelector('#history').innerText.includes('Failed: the engine is dead')")
+        tab.screenshot(shots / "away.png")
         served.there = True
         tab.wait("document.querySelector('#status').innerText.includes('server ready')")
+
+        asked = len(served.asked)
+        tab.run("document.querySelector('#history button[aria-label*=lear], #history button[title*=lear]').click()")
+        tab.wait("!document.querySelector('#history').innerText.includes('The')")
+        tab.type("#question :is(textarea, input)", "From the start?")
+        tab.wait(f"document.querySelector('#history').innerText.includes('({asked + 1}).')")
+        assert [message["role"] for message in served.asked[-1]["messages"]] == ["user"], "what was cleared was sent"
 
         tab.size(390, 844, phone=True)
         tab.wait("document.querySelector('#history').getBoundingClientRect().width < 391")

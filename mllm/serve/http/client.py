@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from mllm.errors import DataError, UnavailableError
+from mllm.errors import DataError, MllmError, UnavailableError
 
 AFFINITY = "x-mllm-affinity"
 """Header with a hash of a request's pictures."""
@@ -55,7 +55,7 @@ class ServerClient:
         model: str | None = None,
     ) -> Iterator[tuple[str, str | None]]:
         """Answer pieces as they come, each with the experts that looked at the pictures (None: not told). Raises
-        `DataError` with the server's words when it refuses."""
+        `DataError` with the server's words when it refuses, `UnavailableError` when it fails."""
         content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_uri(path)}} for path in images]
         content.append({"type": "text", "text": question})
         messages = [{"role": "user", "content": content}]
@@ -104,17 +104,22 @@ class ServerClient:
 
 def _pieces(response: httpx.Response) -> Iterator[tuple[str, str | None]]:
     if response.status_code != 200:
-        raise DataError(_message(response))
+        raise _error(response.status_code, _message(response))
     routed = response.headers.get("x-mllm-experts")
     for line in response.iter_lines():
         if not line.startswith("data: {"):
             continue
         event = json.loads(line.removeprefix("data: "))
         if "error" in event:
-            raise DataError(str(event["error"].get("message", event["error"])))
+            raise _error(event["error"].get("code"), str(event["error"].get("message", event["error"])))
         for choice in event.get("choices", []):
             if piece := choice["delta"].get("content"):
                 yield piece, routed
+
+
+def _error(status: Any, message: str) -> MllmError:
+    """A server's error: a refusal of what was asked, or, from 500 on, a failure of its own."""
+    return UnavailableError(message) if isinstance(status, int) and status >= 500 else DataError(message)
 
 
 def affinity(body: Any) -> dict[str, str]:

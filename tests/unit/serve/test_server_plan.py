@@ -249,6 +249,8 @@ def test_the_cache_is_given_before_the_start(checkpoints, monkeypatch):
         and " tokens" in line
         and "no key" in line
     )
+    secure = ServeSettings(checkpoint=checkpoints["plain"], extra=["--ssl-certfile", "x"])
+    assert _what_is_on(secure, environment, arguments, key=True).startswith("https://127.0.0.1:8000/v1")
     with pytest.raises(ConfigError, match="are free"):
         plan(ServeSettings(checkpoint=checkpoints["plain"], memory="900GB"))
 

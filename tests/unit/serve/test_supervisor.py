@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from mllm.serve.supervisor import ENVIRONMENT
+from mllm.serve.supervisor import ENVIRONMENT, Supervisor
 from tests.helpers import ROOT, free_port
 
 httpx = pytest.importorskip("httpx")
@@ -108,6 +108,19 @@ def test_a_server_that_is_told_to_stop_finishes_what_it_can_and_ends_the_rest_wi
     stream = next(answer.text for answer in long if answer.status_code == 200)
     assert "going away" in stream and stream.endswith("data: [DONE]\n\n")
     assert "noise" not in process.stderr.read()
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_reading(capsys):
+    """The reader ended, vLLM's pipe filled up, and the server stood still."""
+    supervisor = Supervisor([], "http://127.0.0.1:1", "", 1.0, verbose=False)
+    supervisor.log.mkdir()
+    try:
+        supervisor._read(iter(["one\n", "two\n"]))
+    finally:
+        supervisor.log.rmdir()
+        supervisor.state.folder.rmdir()
+    assert list(supervisor.tail) == ["one", "two"]
+    assert capsys.readouterr().err.count("goes on without a log") == 1
 
 
 def test_a_death_is_explained_by_its_cause_and_not_by_all_that_follows():
