@@ -114,6 +114,7 @@ def test_the_page_in_a_browser(page, tmp_path):
         tab.go(address)
         tab.wait("document.querySelector('#status')?.innerText.includes('server ready')", seconds=60)
         tab.wait("document.querySelector('#question :is(textarea, input)')")
+        tab.wait("document.querySelector('#settings button')")
         settings = "document.querySelector('#settings button').click()"
         tab.run(settings)
         tab.wait(f"document.querySelector('#length')?.innerText.includes('this model: {LIMIT - 16} tokens')")
