@@ -90,12 +90,12 @@ def _tensor_problem(path: Path, size: int, head: bytes) -> str | None:
     """The safetensors format: 8 bytes with the header's length, a JSON header with offsets, the tensors' bytes."""
     length = int.from_bytes(head[:8], "little")
     if size < 8 or length > size - 8:
-        told = (
+        reason = (
             f"its header should have {length} bytes"
             if size >= 8 and length < 1 << 32
             else "its first bytes are no header"
         )
-        return f"not a whole safetensors file ({size} bytes, {told}): cut short or of another kind; {_AGAIN}"
+        return f"not a whole safetensors file ({size} bytes, {reason}): cut short or of another kind; {_AGAIN}"
     with path.open("rb") as stream:
         stream.seek(8)
         header = stream.read(length)

@@ -50,8 +50,8 @@ def upgraded_stage(stage: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_former(recipe: Any) -> bool:
     """Whether a recipe (plain data) is in an earlier dialect."""
-    told = isinstance(recipe, Mapping) and (recipe.get("stages") or recipe.get("tokenizer"))
-    return bool(told) and upgraded(recipe) != dict(recipe)
+    stages = isinstance(recipe, Mapping) and (recipe.get("stages") or recipe.get("tokenizer"))
+    return bool(stages) and upgraded(recipe) != dict(recipe)
 
 
 def convert_recipe(source: str | Path, target: str | Path) -> Path:

@@ -22,15 +22,15 @@ def hub_refusal(error: BaseException, source: Any) -> str | None:
     seen: BaseException | None = error
     while seen is not None:
         # The datasets package raises its own error without the hub's behind it.
-        told = str(seen) if type(seen).__name__ == "DatasetNotFoundError" else ""
-        if isinstance(seen, errors.GatedRepoError) or "is a gated dataset" in told:
+        text = str(seen) if type(seen).__name__ == "DatasetNotFoundError" else ""
+        if isinstance(seen, errors.GatedRepoError) or "is a gated dataset" in text:
             return (
                 f"{source} is gated: accept its terms on its page on the hub, then `hf auth login` or set HF_TOKEN to a token that "
                 "may read it"
             )
-        if isinstance(seen, errors.RepositoryNotFoundError) or "or cannot be accessed" in told:
+        if isinstance(seen, errors.RepositoryNotFoundError) or "or cannot be accessed" in text:
             return f"the hub has no {source}, or it is private and needs `hf auth login`; check the spelling"
-        if isinstance(seen, errors.RevisionNotFoundError) or told.startswith("Revision "):
+        if isinstance(seen, errors.RevisionNotFoundError) or text.startswith("Revision "):
             return f"{source} has no such revision; leave it out, or name a branch, a tag or a whole commit"
         if isinstance(seen, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
             return (

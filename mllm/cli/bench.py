@@ -96,8 +96,8 @@ def _tell(level: object) -> None:
         f"{values['clients']:>8} {values['requests_per_second']:>8.2f} {values['tokens_per_second']:>8.1f} {first:>20} {whole:>20} "
         f"{values['answered']:>9} {values['failed']:>7}"
     )
-    for said, number in values["errors"].items():
-        typer.echo(f"         {number} × {said}", err=True)
+    for message, number in values["errors"].items():
+        typer.echo(f"         {number} × {message}", err=True)
 
 
 def _numbers(text: str, between: str, option: str) -> list[int]:

@@ -100,9 +100,9 @@ Anything else is a question. Pictures stay in the conversation until /reset."""
 
 def _picture_of(line: str) -> str | None:
     """The file or address that a line adds: after ``/image``, or pasted alone; None for a question."""
-    asked = line.startswith("/image ") or line == "/image"
-    place = line.removeprefix("/image").strip().strip("'\"") if asked else line.strip("'\"")
-    if asked:
+    is_command = line.startswith("/image ") or line == "/image"
+    place = line.removeprefix("/image").strip().strip("'\"") if is_command else line.strip("'\"")
+    if is_command:
         return place or "/image (no file given)"
     if place.startswith(("http://", "https://")) and " " not in place:
         return place

@@ -149,8 +149,8 @@ def _examples(result: Any, thumbnails: Path, count: int = 2) -> list[dict[str, A
             continue
         kept = found[entry["value"] == 1]
         if len(kept) < count:
-            told = {"question": row["question"], "answer": row["output"], "target": row["target"]}
-            kept.append({"image": picture, **told, "right": entry["value"] == 1})
+            texts = {"question": row["question"], "answer": row["output"], "target": row["target"]}
+            kept.append({"image": picture, **texts, "right": entry["value"] == 1})
     return [*found[True], *found[False]]
 
 

@@ -45,9 +45,9 @@ def draw(
     with opening(checkpoint):
         model = MllmForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
         processor = AutoProcessor.from_pretrained(checkpoint)
-    asked = [[Turn("user", IMAGE_MARK * len(image or []) + prompt)] for prompt in prompts]
+    conversations = [[Turn("user", IMAGE_MARK * len(image or []) + prompt)] for prompt in prompts]
     drawn = model.generate_images(
-        asked,
+        conversations,
         processor=processor,
         images=[[str(path) for path in image] for _ in prompts] if image else None,
         cfg_scale=cfg_scale,

@@ -129,10 +129,10 @@ def gpus_here() -> tuple[int, float | None]:
         return 0, None
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+        numbers = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()
     except (OSError, subprocess.SubprocessError):
         return 0, None
-    sizes = [float(word) * 2**20 / 1e9 for word in told if word.replace(".", "").isdigit()]
+    sizes = [float(word) * 2**20 / 1e9 for word in numbers if word.replace(".", "").isdigit()]
     return len(sizes), round(min(sizes), 1) if sizes else None
 
 

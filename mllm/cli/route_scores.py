@@ -32,7 +32,7 @@ class WithOptions:
     def generate(self, requests: Iterable[Request]) -> Iterator[Response]:
         waited = 0.0
 
-        def asked() -> Iterator[Request]:
+        def each_request() -> Iterator[Request]:
             nonlocal waited
             stream = iter(requests)
             while True:
@@ -43,7 +43,7 @@ class WithOptions:
                     return
                 yield replace(request, options={**request.options, **self.options})
 
-        answers = self.inner.generate(asked())
+        answers = self.inner.generate(each_request())
         while True:
             start, before = time.perf_counter(), waited
             response = next(answers, None)

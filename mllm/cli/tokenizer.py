@@ -269,13 +269,13 @@ def _chart_questions(size: int, split: str, *, number: int = 400) -> Any:
             tuple(generator.sample(range(1, MAX_VALUE + 1), bars)),
             LABELS[:bars],
         )
-        asked = []
+        of_picture = []
         for kind, choices in questions(chart).items():
             if choices:
                 question = generator.choice(choices)
-                asked.append((kind, question.text, question.answer))
+                of_picture.append((kind, question.text, question.answer))
         picture = Image.fromarray(renderer.draw(chart)).convert("RGB").resize((size, size), Image.Resampling.BOX)
-        drawn.append((np.array(picture), asked))
+        drawn.append((np.array(picture), of_picture))
     return gather_questions(drawn, split)
 
 

@@ -66,9 +66,9 @@ class DualPerspectiveEnhancement(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, local: Tensor, overall: Tensor, n: int) -> Tensor:
-        overall_asked = join_crops(self._ask(crop_parts(overall, n), crop_parts(local, n)), n)
-        local_asked = join_strided(self._ask(strided_parts(local, n), strided_parts(overall, n)), n)
-        g, x = overall_asked.permute(0, 2, 3, 1), local_asked.permute(0, 2, 3, 1)
+        overall_attended = join_crops(self._ask(crop_parts(overall, n), crop_parts(local, n)), n)
+        local_attended = join_strided(self._ask(strided_parts(local, n), strided_parts(overall, n)), n)
+        g, x = overall_attended.permute(0, 2, 3, 1), local_attended.permute(0, 2, 3, 1)
         fused = torch.cat([self.local_mlp(x), self.global_mlp(g)], dim=-1)
         return self.norm(fused + g + x).permute(0, 3, 1, 2)
 

@@ -134,19 +134,19 @@ def place_videos(entries: Any, images: Sequence[Any], videos: Sequence[Video], *
     shown before the first question. Raises `AlignmentError` when marks and videos differ in number.
     """
     entries = [dict(entry) for entry in _entries(entries, where)]
-    said = [
+    places = [
         (entry, key)
         for entry in entries
         if role_of(entry.get("from", entry.get("role")), where) == "user"
         for key in ("value", "content")
         if isinstance(entry.get(key), str)
     ]
-    text = " ".join(entry[key] for entry, key in said)
+    text = " ".join(entry[key] for entry, key in places)
     marks, pictures = text.count(VIDEO_PLACEHOLDER), text.count(PLACEHOLDER)
     if not marks and not images and pictures == len(videos):
         return entries, list(videos)
-    if not marks and not pictures and said:
-        entry, key = said[0]
+    if not marks and not pictures and places:
+        entry, key = places[0]
         entry[key] = f"{PLACEHOLDER}\n" * (len(images) + len(videos)) + entry[key]
         return entries, [*images, *videos]
     if marks != len(videos) or pictures != len(images):
@@ -156,7 +156,7 @@ def place_videos(entries: Any, images: Sequence[Any], videos: Sequence[Video], *
         )
     waiting = {VIDEO_PLACEHOLDER: iter(videos), PLACEHOLDER: iter(images)}
     visuals = [next(waiting[mark]) for mark in _MARKS.findall(text)]
-    for entry, key in said:
+    for entry, key in places:
         entry[key] = entry[key].replace(VIDEO_PLACEHOLDER, PLACEHOLDER)
     return entries, visuals
 

@@ -94,8 +94,8 @@ class Mixture:
 
     def left_out(self) -> list[str]:
         """One line for every dataset with a quarantine list: how many rows it leaves out, and why."""
-        told = (q.describe(s.name, len(s)) for s, q in zip(self.sources, self.quarantines, strict=True))
-        return [line for line in told if line is not None]
+        lines = (q.describe(s.name, len(s)) for s, q in zip(self.sources, self.quarantines, strict=True))
+        return [line for line in lines if line is not None]
 
     def locate(self, numbers: int | Sequence[int] | np.ndarray) -> list[Draw]:
         """The draws at these positions of the stream."""

@@ -50,8 +50,8 @@ class Source(Sequence):
     @property
     def reading(self) -> str:
         """How rows become samples, as far as the declaration decides it: the other half of what a sample's text is."""
-        told = ("format", "columns", "prompt", "image_first", "image_key", "typed_images")
-        return json.dumps({name: self.spec.model_dump(mode="json")[name] for name in told}, sort_keys=True)
+        fields = ("format", "columns", "prompt", "image_first", "image_key", "typed_images")
+        return json.dumps({name: self.spec.model_dump(mode="json")[name] for name in fields}, sort_keys=True)
 
     def quarantine_path(self) -> Path:
         """Where this dataset's list of bad samples lies, whether it exists or not."""

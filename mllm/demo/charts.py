@@ -63,8 +63,8 @@ class Question(NamedTuple):
 def questions(chart: Chart) -> dict[str, list[Question]]:
     """Every question that the chart answers beyond doubt, by kind. Ties and differences too small to see are not
     asked."""
-    asked = [*_counts(chart), *_colours(chart), *_comparisons(chart), *_trends(chart), *_values(chart)]
-    return {kind: found for kind in KINDS if (found := [q for q in asked if q.kind == kind])}
+    every = [*_counts(chart), *_colours(chart), *_comparisons(chart), *_trends(chart), *_values(chart)]
+    return {kind: found for kind in KINDS if (found := [q for q in every if q.kind == kind])}
 
 
 def caption(chart: Chart) -> str:
@@ -91,16 +91,16 @@ class Balance:
     kinds: Counter = field(default_factory=Counter)
 
     def choose(
-        self, asked: dict[str, list[Question]], count: int, rng: random.Random, slack: int | None = None
+        self, by_kind: dict[str, list[Question]], count: int, rng: random.Random, slack: int | None = None
     ) -> list[Question]:
         """Up to ``count`` questions of different kinds. slack: skip a question whose answer would be so far ahead of
         its template's rarest seen answer."""
         chosen: list[Question] = []
-        order = sorted(asked, key=lambda kind: (self.kinds[kind] / self.shares[kind], rng.random()))
+        order = sorted(by_kind, key=lambda kind: (self.kinds[kind] / self.shares[kind], rng.random()))
         for kind in order:
             if len(chosen) == count:
                 break
-            best = min(asked[kind], key=lambda q: (self.answers[q.template, q.answer], rng.random()))
+            best = min(by_kind[kind], key=lambda q: (self.answers[q.template, q.answer], rng.random()))
             if slack is not None and self._lead(best) > slack:
                 continue
             self.answers[best.template, best.answer] += 1

@@ -344,8 +344,8 @@ def _texts(files: Iterable[str]) -> Iterable[str]:
         for line in content.splitlines():
             for message in json.loads(line)["messages"]:
                 parts = message["content"]
-                said = parts if isinstance(parts, str) else "".join(part.get("text", "") for part in parts)
-                yield f"{message['role'].upper()}: {said.strip()} "
+                text = parts if isinstance(parts, str) else "".join(part.get("text", "") for part in parts)
+                yield f"{message['role'].upper()}: {text.strip()} "
 
 
 def blind_score(rows: Iterable[dict[str, Any]]) -> float:

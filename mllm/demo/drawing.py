@@ -57,8 +57,11 @@ def prepare_drawing(
     return files
 
 
-def _row(identity: str, asked: Any, answer: Any) -> dict[str, Any]:
-    return {"id": identity, "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+def _row(identity: str, question: Any, answer: Any) -> dict[str, Any]:
+    return {
+        "id": identity,
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+    }
 
 
 def train_text_tokenizer(output_dir: Path | str, *, vocab_size: int = 384) -> Path:
@@ -66,7 +69,9 @@ def train_text_tokenizer(output_dir: Path | str, *, vocab_size: int = 384) -> Pa
     returns ``output_dir``. Deterministic."""
     from mllm.demo.charts_and_digits import learn_bpe
 
-    said = [drawing_request(digit, kind) for digit in range(10) for kind in range(len(REQUESTS))]
-    lines = [f"USER: {text} " for text in (*said, *DIGIT_QUESTIONS)] + [f"ASSISTANT: {digit} " for digit in range(10)]
+    requests = [drawing_request(digit, kind) for digit in range(10) for kind in range(len(REQUESTS))]
+    lines = [f"USER: {text} " for text in (*requests, *DIGIT_QUESTIONS)] + [
+        f"ASSISTANT: {digit} " for digit in range(10)
+    ]
     learn_bpe(lines, vocab_size).save_pretrained(str(output_dir))
     return Path(output_dir)

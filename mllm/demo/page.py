@@ -51,8 +51,8 @@ def _scores(scores: Mapping[str, Mapping[str, float | None]]) -> str:
     names = list(next(iter(scores.values())))
     lines = ["<table><tr><th>held out" + "".join(f"<th>{html.escape(name)}" for name in names) + "</tr>"]
     for task, values in scores.items():
-        told = ("not measured" if values[name] is None else f"{values[name]:.1f} %" for name in names)
-        lines.append(f"<tr><td>{html.escape(task)}" + "".join(f"<td>{value}" for value in told) + "</tr>")
+        cells = ("not measured" if values[name] is None else f"{values[name]:.1f} %" for name in names)
+        lines.append(f"<tr><td>{html.escape(task)}" + "".join(f"<td>{value}" for value in cells) + "</tr>")
     lines.append(
         "</table><p class=t>blank: every picture gray; shuffled: another question's picture; prior: always the commonest answer of the "
         "question's kind. What seeing adds is the score above the highest of the three.</p>"

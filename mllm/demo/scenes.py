@@ -147,7 +147,7 @@ def prepare_scenes(
     _write(root / "words.jsonl", [{**row, "masks": []} for row in rows])
     rng = random.Random(f"scenes/test/{seed}")
     marks: list[dict[str, Any]] = []
-    asked: list[dict[str, Any]] = []
+    questions: list[dict[str, Any]] = []
     number = 0
     while len(marks) < test:
         scene, name = draw_scene(rng), f"test/{number:05d}.png"
@@ -156,23 +156,25 @@ def prepare_scenes(
             scene.picture.save(root / name)
             phrase, thing = rng.choice(named)
             marks.append({"image": name, "phrase": phrase, "mask": encode_rle(thing.mask)})
-            asked.append({"image": name, **dict(zip(("question", "answer"), question(scene, rng)))})
-            marks.append({"image": name, "phrase": absent(scene, rng), "mask": None}) if len(asked) % 5 == 0 else None
+            questions.append({"image": name, **dict(zip(("question", "answer"), question(scene, rng)))})
+            marks.append({"image": name, "phrase": absent(scene, rng), "mask": None}) if len(
+                questions
+            ) % 5 == 0 else None
     _write(root / "marks_test.jsonl", marks)
-    _write(root / "questions_test.jsonl", asked)
+    _write(root / "questions_test.jsonl", questions)
     return root
 
 
-def _row(identity: str, image: str, asked: str, answer: str, masks: list[Any]) -> dict[str, Any]:
-    messages = [{"role": "user", "content": f"<image>\n{asked}"}, {"role": "assistant", "content": answer}]
+def _row(identity: str, image: str, request: str, answer: str, masks: list[Any]) -> dict[str, Any]:
+    messages = [{"role": "user", "content": f"<image>\n{request}"}, {"role": "assistant", "content": answer}]
     return {"id": identity, "images": [image], "messages": messages, "masks": masks}
 
 
 def _without_phrase(row: dict[str, Any]) -> dict[str, Any]:
-    asked, answer = row["messages"]
-    if not asked["content"].startswith("<image>\nPlease segment"):
+    user, answer = row["messages"]
+    if not user["content"].startswith("<image>\nPlease segment"):
         return row
-    return {**row, "messages": [{**asked, "content": f"<image>\nPlease segment {BLIND}."}, answer]}
+    return {**row, "messages": [{**user, "content": f"<image>\nPlease segment {BLIND}."}, answer]}
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -185,9 +187,9 @@ def train_text_tokenizer(output_dir: Path | str, *, vocab_size: int = 384) -> Pa
 
     names = [f"the {colour} {shape}" for colour in COLOURS for shape in (*SHAPES, "thing")]
     names += [f"the {shape}" for shape in SHAPES] + ["the leftmost thing", "the rightmost thing", BLIND]
-    asked = [f"Please segment {name}." for name in names] + [f"Which colour is the {shape}?" for shape in SHAPES]
+    requests = [f"Please segment {name}." for name in names] + [f"Which colour is the {shape}?" for shape in SHAPES]
     answers = [*COLOURS, "2", "3", "4", "It is .", NOTHING]
-    lines = [f"USER: {text} " for text in (*asked, "How many things are there?")] + [
+    lines = [f"USER: {text} " for text in (*requests, "How many things are there?")] + [
         f"ASSISTANT: {a} " for a in answers
     ]
     learn_bpe(lines, vocab_size).save_pretrained(str(output_dir))

@@ -59,7 +59,7 @@ def answers(
 ) -> Iterator[Row]:
     """Rows as answers arrive, each item exactly once."""
     ready: list[Row] = []
-    asked: dict[str, tuple[Loaded, Request, str]] = {}
+    waiting: dict[str, tuple[Loaded, Request, str]] = {}
     fingerprint = generator.fingerprint()
     options = spec.generation.options()
 
@@ -76,7 +76,7 @@ def answers(
             if known is not None:
                 ready.append(_row(loaded, metrics, known, key, image_size=spec.image_size))
                 continue
-            asked[item.id] = (Loaded(item, [], loaded.hashes, size=loaded.size), request, key)
+            waiting[item.id] = (Loaded(item, [], loaded.hashes, size=loaded.size), request, key)
             yield request
 
     answered = failed = 0
@@ -84,11 +84,11 @@ def answers(
         answered, failed = answered + 1, failed + (response.error is not None)
         if failed == answered == _HOPELESS:
             raise DataError(f"{spec.name}: the first {failed} generations all failed, the last with: {response.error}")
-        if response.id not in asked:
+        if response.id not in waiting:
             raise DataError(
                 f"generator {generator.name} answered {response.id!r}, which was not asked or was answered before"
             )
-        loaded, request, key = asked.pop(response.id)
+        loaded, request, key = waiting.pop(response.id)
         request.images = []
         if cache is not None:
             cache.put(key, request, response)
@@ -96,9 +96,9 @@ def answers(
         while ready:
             yield ready.pop(0)
     yield from ready
-    if asked:
+    if waiting:
         raise DataError(
-            f"generator {generator.name} left {len(asked)} requests without an answer: {', '.join(list(asked)[:5])}"
+            f"generator {generator.name} left {len(waiting)} requests without an answer: {', '.join(list(waiting)[:5])}"
         )
 
 
@@ -215,13 +215,13 @@ def _load_whole(item: Item, blind: Blind | None) -> Loaded:
 def _one_mark_each(turns: Sequence[Turn], counts: Sequence[int]) -> list[Turn]:
     """Turns in which a run of as many marks as a video has frames is one mark."""
     skipped = iter([k > 0 for count in counts for k in range(count)])
-    said = []
+    merged = []
     for turn in turns:
         first, *rest = turn.content.split(IMAGE_MARK)
-        said.append(
+        merged.append(
             replace(turn, content=first + "".join(("" if next(skipped) else IMAGE_MARK) + part for part in rest))
         )
-    return said
+    return merged
 
 
 def _without_images(turns: Sequence[Turn]) -> list[Turn]:

@@ -68,7 +68,7 @@ def prior_rows(
     benchmark itself, which can only flatter the prior.
     """
     known = _training_answers(data.task, place)
-    told = f"the training split ({known[1]})" if known else "the benchmark itself, no training split is at hand"
+    origin = f"the training split ({known[1]})" if known else "the benchmark itself, no training split is at hand"
     counts = known[0] if known else _own_answers(data.items)
     rows = Spool[Row]()
     for item in data.items:
@@ -80,7 +80,7 @@ def prior_rows(
             "key": "",
         }  # fmt: skip
         rows.append(row | score_fields(row, metrics))
-    return rows, told
+    return rows, origin
 
 
 def _kinds(question: str, category: str | None) -> list[str]:
@@ -113,9 +113,9 @@ def _training_answers(
     counts: dict[str, Counter[str]] = {}
     for line in (folder / task.train).read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        told = row.get("kinds") or []  # one per question of a conversation
+        by_turn = row.get("kinds") or []  # one per question of a conversation
         for turn, (question, answer) in enumerate(_exchanges(row)):
-            for kind in _kinds(question, told[turn] if turn < len(told) else row.get("kind")):
+            for kind in _kinds(question, by_turn[turn] if turn < len(by_turn) else row.get("kind")):
                 counts.setdefault(kind, Counter())[answer] += 1
     seldom = [kind for kind, answers in counts.items() if kind.startswith("asks ") and answers.total() < _ENOUGH]
     for kind in seldom:
@@ -127,10 +127,10 @@ def _exchanges(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Questions and answers of one training row: its conversation, or its columns."""
     if "messages" not in row:
         return [(str(row["question"]), str(row["answer"]))] if "question" in row and "answer" in row else []
-    said = [(message["role"], _words(message["content"])) for message in row["messages"]]
+    messages = [(message["role"], _words(message["content"])) for message in row["messages"]]
     return [
-        (asked, replied)
-        for (one, asked), (two, replied) in itertools.pairwise(said)
+        (question, replied)
+        for (one, question), (two, replied) in itertools.pairwise(messages)
         if one == "user" and two == "assistant"
     ]
 

@@ -36,12 +36,12 @@ class Forecast:
         self._ways, self._processes, self._price, self._tell = ways, processes, price, tell
         self._rates = {name: rate for name, rate in (rates or {}).items() if name in self._sizes}
         self._started, self._answered, self._done = 0.0, 0, 0
-        self._told = bool(self._rates)
+        self._announced = bool(self._rates)
 
     def announce(self) -> None:
         """The line before a run begins."""
         rate = sum(self._rates.values()) / len(self._rates) if self._rates else None
-        text = f"{self._asked()}; "
+        text = f"{self._extent()}; "
         if rate is None:
             self._tell(f"{text}how long that takes is told after the first {FIRST} answers (--earlier FOLDER: before)")
             return
@@ -56,9 +56,9 @@ class Forecast:
     def advance(self) -> None:
         """One more answer of this process."""
         self._answered += 1
-        if self._told or self._answered < FIRST:
+        if self._announced or self._answered < FIRST:
             return
-        self._told = True
+        self._announced = True
         each = (time.monotonic() - self._started) / self._answered
         left = (
             self._ways * sum(size or 0 for size in self._sizes.values()) - self._done - self._answered * self._processes
@@ -67,7 +67,7 @@ class Forecast:
             cost = self._cost(each * left / self._processes)
             self._tell(f"{each:.2g} s an answer, measured on the first {self._answered}; {cost} for the {left:,} left")
 
-    def _asked(self) -> str:
+    def _extent(self) -> str:
         known = [size for size in self._sizes.values() if size is not None]
         count, unknown = self._ways * sum(known), len(self._sizes) - len(known)
         tasks = f"{len(self._sizes)} task{'s' if len(self._sizes) > 1 else ''}"
@@ -76,7 +76,7 @@ class Forecast:
 
     def _cost(self, seconds: float) -> str:
         minutes = seconds / 60
-        told = (
+        duration = (
             f"about {minutes:.0f} min"
             if 1 <= minutes < 120
             else f"about {minutes / 60:.1f} h"
@@ -88,7 +88,7 @@ class Forecast:
             if self._price is None
             else f", {seconds / 3600 * self._price * self._processes:.2f} at {self._price:g} an hour"
         )
-        return f"{told}{f' in {self._processes} processes' if self._processes > 1 else ''}{price}"
+        return f"{duration}{f' in {self._processes} processes' if self._processes > 1 else ''}{price}"
 
 
 def _fewer(size: int | None, limit: int | None) -> int | None:

@@ -153,9 +153,9 @@ class PredictionWriter:
         old, new = before.get("identity", {}), dict(header["identity"])
         differing = [key for key in new if old.get(key) != new[key]]
         if differing:
-            told = "; ".join(f"{key}: {old.get(key)!r} there, {new[key]!r} now" for key in differing)
+            differences = "; ".join(f"{key}: {old.get(key)!r} there, {new[key]!r} now" for key in differing)
             raise ConfigError(
-                f"{self.path} holds answers of another run ({told}). Choose another output folder, or "
+                f"{self.path} holds answers of another run ({differences}). Choose another output folder, or "
                 "start over with resume off"
             )
 
@@ -267,12 +267,12 @@ def merge_shards(folder: Path, task: str, expected: Sequence[str], world: int, *
                     places.setdefault(name, (len(paths) - 1, place))
     if extra or not wanted <= places.keys():
         missing = [name for name in expected if name not in places]
-        told = [
+        differences = [
             f"{len(names)} {word} ({', '.join(names[:5])})"
             for names, word in ((missing, "missing"), (extra, "unknown"))
             if names
         ]
-        raise DataError(f"{task}: the shards do not add up to the benchmark: ids {' and '.join(told)}")
+        raise DataError(f"{task}: the shards do not add up to the benchmark: ids {' and '.join(differences)}")
     with ExitStack() as stack:
         handles = [stack.enter_context(path.open("rb")) for path in paths]
         _write_parts(target, (_line_at(handles[number], place) for number, place in map(places.__getitem__, expected)))

@@ -81,7 +81,7 @@ def evaluate(
     mode: Blind | None = "gray" if blind is True else blind or None
     folder = Path(output_dir)
     share = Share(folder, rank, world, cell=getattr(generator, "batch_size", 1)) if world > 1 else None
-    asked: list[_Asked] = []
+    passes: list[_Pass] = []
     priors: dict[str, TaskResult] = {}
 
     def ask_all(spec: TaskSpec) -> None:
@@ -92,21 +92,21 @@ def evaluate(
         for way in (None, mode, *floors) if mode else (None,):
             shown = loaded if way != "shuffled" else replace(loaded, items=shuffled(loaded.items))
             if shown.items:
-                asked.append(_ask(generator, shown, folder, way, resume, cache, share, thumbnails, progress, forecast))
+                passes.append(_ask(generator, shown, folder, way, resume, cache, share, thumbnails, progress, forecast))
         if mode and rank == 0:
             priors[spec.name] = _prior(loaded, folder, data)
 
     for spec in specs:
         ask_all(spec)
     if share is not None:
-        runs = [one.token for one in asked]
+        runs = [one.token for one in passes]
         share.leave(runs)
         if rank != 0:
             return {}
         spent = share.wait(runs)
-        asked = [one.joined(folder, world, spent[one.title]) for one in asked]
+        passes = [one.joined(folder, world, spent[one.title]) for one in passes]
     results: dict[str, TaskResult] = {}
-    for one in asked:
+    for one in passes:
         result = one.result()
         if one.way is None:
             results[one.spec.name] = result
@@ -146,7 +146,7 @@ def _prior(data: TaskData, folder: Path, place: Mapping[str, str | Path] | None)
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Pass:
     """One task, asked in one way: what of it is still needed when all its answers are there. path: where they are, or this
     process's part of them."""
 
@@ -167,7 +167,7 @@ class _Asked:
     def token(self) -> str:
         return json.dumps([self.title, self.header["identity"], len(self.ids)], sort_keys=True)
 
-    def joined(self, folder: Path, world: int, spent: tuple[float, int]) -> _Asked:
+    def joined(self, folder: Path, world: int, spent: tuple[float, int]) -> _Pass:
         """The same with the answers of all processes in one file. spent: by all of them."""
         before = _spent_before(prediction_path(folder, self.spec.name, self.way), self.header)
         path = merge_shards(folder, self.spec.name, self.ids, world, blind=self.way)
@@ -198,7 +198,7 @@ def _ask(
     thumbnails: int,
     progress: bool,
     forecast: Forecast | None = None,
-) -> _Asked:
+) -> _Pass:
     """Answer what is not answered yet: everything, or what this process takes from the queue."""
     spec, metrics, items = data.task, data.task.build_metrics(), data.items
     header = run_header(generator, data, metrics, blind)
@@ -244,7 +244,7 @@ def _ask(
     spent = (time.perf_counter() - started, count) if count else (0.0, 0)
     if share is not None:
         share.spent[title] = spent
-    return _Asked(spec, metrics, header, blind, Names(item.id for item in items), path, _added(before, spent))
+    return _Pass(spec, metrics, header, blind, Names(item.id for item in items), path, _added(before, spent))
 
 
 def _spent_before(path: Path, header: Mapping[str, Any]) -> tuple[float, int]:
@@ -347,8 +347,8 @@ def _older(stored: Mapping[str, Any]) -> list[str]:
     if name not in assets.available("eval/tasks"):
         return []
     now = load_task(name).version
-    told = f"answers are to version {stored.get('version')} of the task, which is at version {now} now: not comparable with new runs"
-    return [told] if stored.get("version") != now else []
+    warning = f"answers are to version {stored.get('version')} of the task, which is at version {now} now: not comparable with new runs"
+    return [warning] if stored.get("version") != now else []
 
 
 def report_again(folder: str | Path, *, show: bool = True, against: Sequence[str | Path] = ()) -> dict[str, TaskResult]:

@@ -72,16 +72,16 @@ class Share:
     def _mark(self, rank: int) -> Path:
         return self.place / f"{rank:04d}.done"
 
-    def leave(self, asked: Sequence[str]) -> None:
+    def leave(self, runs: Sequence[str]) -> None:
         """Say that this process is through with all tasks (``asked``: what they were), with ``spent``: seconds and answers of each."""
         part = self.place / f".{self.rank:04d}.part"
-        part.write_text(json.dumps({"token": _token(asked), "spent": self.spent}), encoding="utf-8")
+        part.write_text(json.dumps({"token": _token(runs), "spent": self.spent}), encoding="utf-8")
         part.replace(self._mark(self.rank))
 
-    def wait(self, asked: Sequence[str], patience: float = 24 * 3600) -> dict[str, tuple[float, int]]:
+    def wait(self, runs: Sequence[str], patience: float = 24 * 3600) -> dict[str, tuple[float, int]]:
         """Return when every process has left this very run: seconds and answers of all processes together, by task and way. Raises
         `DataError` after ``patience`` seconds, naming who is missing."""
-        token, until = _token(asked), time.monotonic() + patience
+        token, until = _token(runs), time.monotonic() + patience
         while True:
             left = [self._read(rank) for rank in range(self.world)]
             absent = [rank for rank, mark in enumerate(left) if mark.get("token") != token]
@@ -110,7 +110,7 @@ def _safe(name: str) -> str:
     return quote(name, safe="").replace(".", "%2E")
 
 
-def _token(asked: Sequence[str]) -> str:
+def _token(runs: Sequence[str]) -> str:
     """The launch and the questions it belongs to, so that what an earlier, stopped run left is not taken for an answer."""
     launch = [os.environ.get(name, "") for name in (RUN_ID, "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")]
-    return hashlib.sha256(json.dumps([launch, list(asked)]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([launch, list(runs)]).encode()).hexdigest()

@@ -91,9 +91,9 @@ class ProbabilityHead(Head):
         if not length or width <= length:
             return None
         phrase = input_ids.new_tensor(self.config.phrase_ids)
-        said = (input_ids.unfold(1, length, 1)[:, :-1] == phrase).all(-1)
+        follows = (input_ids.unfold(1, length, 1)[:, :-1] == phrase).all(-1)
         next_ = labels[:, length:]
-        words = (next_[..., None] == labels.new_tensor(self.config.word_ids)) & said[..., None]
+        words = (next_[..., None] == labels.new_tensor(self.config.word_ids)) & follows[..., None]
         rows, columns, classes = words.nonzero(as_tuple=True)
         return ClassPlaces(rows, columns + length - 1, classes) if len(rows) else None
 
@@ -153,8 +153,8 @@ class ProbabilityMixin:
         ids = answered.ids
         found: list[Probability] = []
         for row, text in enumerate(answered.texts):
-            end, said = phrase_end(ids[row : row + 1, answered.start :], head.config.phrase_ids)
-            if not bool(said):
+            end, ends = phrase_end(ids[row : row + 1, answered.start :], head.config.phrase_ids)
+            if not bool(ends):
                 found.append(Probability(text, None, None))
                 continue
             place = ClassPlaces(ids.new_tensor([row]), end + answered.start - 1, ids.new_tensor([0]))

@@ -252,8 +252,8 @@ def _tell_a_missing_start(spec: LanguageModelSpec, tokenizer: TextTokenizer, tem
     source = spec.source or spec.tokenizer
     if source is None or not begins_every_text(source, tokenizer):
         return
-    said = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template=template, tokenize=False)
-    if not said.startswith(tokenizer.bos_token):
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template=template, tokenize=False)
+    if not rendered.startswith(tokenizer.bos_token):
         _log.warning(
             "model.chat_template: %s was trained with %s before every text, and this template does not write it; begin the template "
             "with {{ bos_token }}, unless you train the language model long enough to do without",

@@ -157,12 +157,12 @@ def _opening(repository: str, config: Mapping[str, Any], *, brings_code: bool) -
         f'processor = AutoProcessor.from_pretrained("{repository}"{trust})'
     )
     plugins = ", ".join(f"`{name}`" for name in files)
-    said = (
+    sentence = (
         f"\n\nParts of it are defined in {plugins}, code of its authors: read it, then open it with `--plugin`."
         if files and not brings_code
         else ""
     )
-    return f"## Opening it\n\n```python\n{code}\n```{said}"
+    return f"## Opening it\n\n```python\n{code}\n```{sentence}"
 
 
 def _scores(path: Path) -> str:

@@ -190,9 +190,9 @@ class MultimodalGenerationMixin(GenerationMixin):
         flat: set[str] = {key for key, value in images.items() if key == "image_features" and value.dim() == 2}
         if flat == set(images):
             return dict.fromkeys(flat, tokens)
-        told = [value for value in (sizes, times) if value is not None]
-        told = told or [value for key, value in images.items() if key not in flat]
-        count = len(told[0])
+        described = [value for value in (sizes, times) if value is not None]
+        described = described or [value for key, value in images.items() if key not in flat]
+        count = len(described[0])
         owned = visuals_of_rows(tokens, self.model.rules.layouts(sizes, count, times))
         return {
             key: tokens

@@ -65,7 +65,7 @@ class MllmModel(MllmPreTrainedModel):
         if self.rules.view.levels and not _language_model_follows.get():
             install_levels(self.language_model, self.rules.view.levels)
         self.read_by_heads = encoders_read(config.heads)
-        self._told_lost_losses = False
+        self._warned_of_lost_losses = False
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -302,8 +302,8 @@ class MllmModel(MllmPreTrainedModel):
 
     def _tell_lost_losses(self, routing: Routing) -> None:
         """Warn, once, when a learning router's losses are left out of the loss of a training step."""
-        if self.training and torch.is_grad_enabled() and routing.losses and not self._told_lost_losses:
-            self._told_lost_losses = True
+        if self.training and torch.is_grad_enabled() and routing.losses and not self._warned_of_lost_losses:
+            self._warned_of_lost_losses = True
             _log.warning(
                 "the router's own losses (%s) are not part of this training: the trainer takes its loss from hidden states or logits, "
                 "as TRL's do, and not from model(…, labels=…).loss. Nothing keeps the router from choosing always the same "

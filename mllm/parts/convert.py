@@ -86,8 +86,8 @@ def _convert_timm(part: Part, file: Path, folder: Path) -> None:
         raise CheckpointError(f"{part.name}: the tensors of {file.name} are not those of timm's {part.architecture}")
     weights = {name: tensor.contiguous() for name, tensor in zip(target, source.values(), strict=True)}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    told = {"architecture": part.architecture, "license": part.licence.lower()}
-    (folder / "config.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    config = {"architecture": part.architecture, "license": part.licence.lower()}
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def _convert_onnx(part: Part, file: Path, folder: Path) -> None:

@@ -53,9 +53,9 @@ def find_part(name: str) -> Part:
 
 def parts_home() -> Path:
     """Where parts are kept: ``$MLLM_PARTS``, else below the user's cache."""
-    told = os.environ.get("MLLM_PARTS")
+    folder = os.environ.get("MLLM_PARTS")
     home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    return Path(told).expanduser() if told else home / "mllm" / "parts"
+    return Path(folder).expanduser() if folder else home / "mllm" / "parts"
 
 
 def part_folder(source: str) -> Path:

@@ -88,7 +88,7 @@ def _spread(processor: Processor, ids: list[int], real: list[int], text: list[tu
     """The mask over tokens with images expanded and padding around: neither is said by the assistant."""
     says = [bool(r) and number != processor.image_token_id for number, r in zip(ids, real, strict=True)]
     learned = iter(flag for _, flag in text)
-    mask = [int(next(learned, False)) if said else 0 for said in says]
-    if [number for number, said in zip(ids, says) if said] != [number for number, _ in text]:
+    mask = [int(next(learned, False)) if by_assistant else 0 for by_assistant in says]
+    if [number for number, by_assistant in zip(ids, says) if by_assistant] != [number for number, _ in text]:
         raise AlignmentError("the tokens of a conversation are not those of its text; was it truncated?")
     return mask

@@ -344,12 +344,12 @@ def _notes(processor: TextProcessor, options: Mapping[str, Any], where: str) -> 
     render = renderer(processor, **options)
     known = {"template": template, "tokens": added_texts(tokenizer), "where": where}
     text, (one,) = find_replies(render, messages[:2], **known)
-    asked = render(messages[:1], True)
+    request = render(messages[:1], True)
     notes: list[_Note] = []
     if not one.prompted:
         notes.append(
             _Note(
-                f"{where}: generate is asked {_tail(asked)}, but trained is {_tail(text[: one.begin])}: no prefix.",
+                f"{where}: generate is asked {_tail(request)}, but trained is {_tail(text[: one.begin])}: no prefix.",
                 True,
             )
         )

@@ -28,9 +28,9 @@ def join_videos(text: Any, images: Any, videos: Any, image_token: str, *, takes:
     waiting = {VIDEO: _rows(videos, len(texts), _is_one_video), image_token: _rows(images, len(texts), lambda _: False)}
     mark = re.compile("|".join(map(re.escape, waiting)))
     joined = []
-    for number, said in enumerate(texts):
+    for number, prompt in enumerate(texts):
         row: list[Any] = []
-        for found in mark.findall(said):
+        for found in mark.findall(prompt):
             queue = waiting[found][number] if len(waiting[found]) > 1 else waiting[found][0]
             if not queue:
                 raise AlignmentError(f"text {number} has more {found} placeholders than there are {_kind(found)}")
@@ -40,7 +40,7 @@ def join_videos(text: Any, images: Any, videos: Any, image_token: str, *, takes:
     for token, queues in waiting.items():
         if left := sum(map(len, queues)):
             raise AlignmentError(f"{left} {_kind(token)} more than {token} placeholders in the text")
-    replaced = [said.replace(VIDEO, image_token) for said in texts]
+    replaced = [prompt.replace(VIDEO, image_token) for prompt in texts]
     return replaced[0] if isinstance(text, str) else replaced, joined
 
 
@@ -68,7 +68,7 @@ def _is_one_video(value: Any) -> bool:
 def marks_video(text: Any) -> bool:
     """Whether a video has its place in some of the texts (chat templates pull a typed mark apart)."""
     texts = text if isinstance(text, (list, tuple)) else [text]
-    return any(isinstance(said, str) and VIDEO in said for said in texts)
+    return any(isinstance(prompt, str) and VIDEO in prompt for prompt in texts)
 
 
 def layout_in_call(rules: LayoutRules, inputs: Any, number: int) -> VisualLayout:

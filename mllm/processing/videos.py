@@ -255,9 +255,9 @@ def _index(source: str | bytes, max_seconds: float, where: str) -> _Index:
     with _opened(source, where) as container:
         stream = _stream(container, where)
         base = float(stream.time_base or 0) or 1.0
-        told = max(float(container.duration or 0) / 1e6, float(stream.duration or 0) * base)
-        if told > max_seconds:
-            raise DataError(f"{where}: lasts {_clock(told)}, more than max_seconds allows ({_clock(max_seconds)})")
+        seconds = max(float(container.duration or 0) / 1e6, float(stream.duration or 0) * base)
+        if seconds > max_seconds:
+            raise DataError(f"{where}: lasts {_clock(seconds)}, more than max_seconds allows ({_clock(max_seconds)})")
         stamps, keys = set(), set()
         first: int | None = None
         try:

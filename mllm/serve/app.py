@@ -39,8 +39,8 @@ class KeptServer:
             return status_line("waiting", "the server does not answer yet")
         at = time.strftime("%H:%M:%S", time.localtime(self.died[-1]))
         if self.given_up:
-            told = f"the server died at {at}, too often to start it again; what it said is in the terminal"
-            return status_line("bad", told)
+            text = f"the server died at {at}, too often to start it again; what it said is in the terminal"
+            return status_line("bad", text)
         return status_line(
             "waiting", f"the server died at {at}; it is started again, which takes half a minute or more"
         )

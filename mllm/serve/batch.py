@@ -143,7 +143,7 @@ async def _send(client: httpx.AsyncClient, request: Request) -> dict[str, Any]:
             if response.status_code not in _AGAIN:
                 return {**line, "response": _response(response), "error": None}
             error = f"status {response.status_code}: {response.text[:200]}"
-            pause = _asked_pause(response.headers, pause)
+            pause = _retry_pause(response.headers, pause)
         if attempt + 1 < ATTEMPTS:
             await asyncio.sleep(pause)
     return {**line, "error": {"code": "no_answer", "message": error}}
@@ -158,9 +158,9 @@ def _response(response: httpx.Response) -> dict[str, Any]:
     return {"status_code": response.status_code, "request_id": name, "body": body}
 
 
-def _asked_pause(headers: Mapping[str, str], otherwise: float) -> float:
-    asked = headers.get("retry-after", "")
-    return min(_LONGEST_PAUSE, float(asked)) if asked.isdigit() else otherwise
+def _retry_pause(headers: Mapping[str, str], otherwise: float) -> float:
+    seconds = headers.get("retry-after", "")
+    return min(_LONGEST_PAUSE, float(seconds)) if seconds.isdigit() else otherwise
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -79,12 +79,12 @@ def cpu_cache(need: Need, memory: float | int | None, *, free: int, total: int) 
     """
     room = free - need.weights - PROCESSES
     if memory is not None:
-        asked = int(memory * total) if isinstance(memory, float) else memory
-        if asked > free:
+        wanted = int(memory * total) if isinstance(memory, float) else memory
+        if wanted > free:
             raise ConfigError(
-                f"--memory asks for {size_text(asked)} and {size_text(free)} of {size_text(total)} are free"
+                f"--memory asks for {size_text(wanted)} and {size_text(free)} of {size_text(total)} are free"
             )
-        room = asked - need.weights - PROCESSES
+        room = wanted - need.weights - PROCESSES
     else:
         room = min(room, int(_DEFAULT_SHARE * free)) if room >= need.one else room
     cache = min(need.all, room)
@@ -116,16 +116,16 @@ def memory_arguments(need: Need, memory: str | None, extra: list[str]) -> tuple[
     environment variable says it. Raises `ConfigError` before anything heavy has started."""
     import torch
 
-    asked = parse_memory(memory) if memory is not None else None
-    said = any(o.split("=")[0] in ("--gpu-memory-utilization", "--kv-cache-memory-bytes") for o in extra)
-    if said or (asked is None and os.environ.get("VLLM_CPU_KVCACHE_SPACE")):
+    wanted = parse_memory(memory) if memory is not None else None
+    given = any(o.split("=")[0] in ("--gpu-memory-utilization", "--kv-cache-memory-bytes") for o in extra)
+    if given or (wanted is None and os.environ.get("VLLM_CPU_KVCACHE_SPACE")):
         return [], "memory as given to vLLM"
     if torch.cuda.is_available():
         states = [torch.cuda.mem_get_info(index) for index in range(torch.cuda.device_count())]
-        share = min(gpu_share(asked, free=free, total=total) for free, total in states)
+        share = min(gpu_share(wanted, free=free, total=total) for free, total in states)
         return ["--gpu-memory-utilization", str(share)], f"{share:.0%} of each GPU"
     free, total = free_memory()
-    cache = cpu_cache(need, asked, free=free, total=total)
+    cache = cpu_cache(need, wanted, free=free, total=total)
     full = min(need.seats, cache // need.one)
     return ["--kv-cache-memory-bytes", str(cache)], f"cache {size_text(cache)}: {full} requests of {need.length} tokens"
 

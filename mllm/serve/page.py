@@ -146,13 +146,13 @@ class _Asking:
             yield [*talk, {"role": "assistant", "content": "…"}], past, gr.skip(), ""
             if not past:  # the pictures stand in the first question, as they were when it was asked
                 parts = [{"type": "image_url", "image_url": {"url": data_uri(path)}} for path in files or []]
-            asked = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
-            said = [{"role": "system", "content": system}] if system.strip() else []
+            turn = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
+            opening = [{"role": "system", "content": system}] if system.strip() else []
             options = {"experts": routing, "max_tokens": int(max_tokens), "temperature": float(temperature)}
-            for piece, who in self.client.stream_messages([*said, *past, asked], model=self.name, **options):
+            for piece, who in self.client.stream_messages([*opening, *past, turn], model=self.name, **options):
                 text, routed = text + piece, who
                 yield [*talk, {"role": "assistant", "content": text}], past, gr.skip(), gr.skip()
-            past = [*past, asked, {"role": "assistant", "content": text}]
+            past = [*past, turn, {"role": "assistant", "content": text}]
             looked = _described(self.information, routed, files)
             yield [*talk, {"role": "assistant", "content": text}], past, looked, gr.skip()
         except (MllmError, OSError) as error:
@@ -173,10 +173,10 @@ def _described(information: dict[str, Any], routed: str | None, files: list[str]
     shown: list[tuple[Any, str]] = []
     for path, row in zip(paths, rows):
         names = [] if row in (None, "none") else row.split(",")
-        said = f"always-on encoders and {', '.join(names)}" if names else "always-on encoders"
+        text = f"always-on encoders and {', '.join(names)}" if names else "always-on encoders"
         if row is None and information.get("experts"):
-            said = f"always-on encoders and what the {information.get('router')} router chose"
-        shown.append((labelled(path, names), said if information.get("experts") else "all encoders"))
+            text = f"always-on encoders and what the {information.get('router')} router chose"
+        shown.append((labelled(path, names), text if information.get("experts") else "all encoders"))
     return shown
 
 

@@ -249,7 +249,7 @@ def route_vllm(llm: Any, case: Case) -> Any:
     router = llm.llm_engine.vllm_config.model_config.hf_config.router
     if router["type"] != "language_model" or case.experts is not None or not case.images:
         return case.experts
-    asked: Any = build_router(dict(router), 0, 0)
+    router_module: Any = build_router(dict(router), 0, 0)
     questions = [question_text(t.content, IMAGE_MARK) for t in case.turns for _ in range(t.content.count(IMAGE_MARK))]
     requests = [
         [
@@ -257,7 +257,7 @@ def route_vllm(llm: Any, case: Case) -> Any:
                 "role": "user",
                 "content": [
                     {"type": "image_pil", "image_pil": image},
-                    {"type": "text", "text": asked.prompt(question)},
+                    {"type": "text", "text": router_module.prompt(question)},
                 ],
             }
         ]
@@ -270,7 +270,7 @@ def route_vllm(llm: Any, case: Case) -> Any:
         chat_template_content_format="openai",
         mm_processor_kwargs={"routing_pass": True},
     )
-    routing, _ = asked.decide([output.outputs[0].text.strip() for output in outputs])
+    routing, _ = router_module.decide([output.outputs[0].text.strip() for output in outputs])
     return [dict(zip(router["experts"], row, strict=True)) for row in routing.weights.tolist()]
 
 

@@ -75,10 +75,10 @@ def check_bad_request(generator: Any) -> None:
 def check_reads_as_it_goes(generator: Any) -> None:
     """Requests are taken one after the other from an iterator: a benchmark's pictures are never all in memory."""
 
-    def asked() -> Iterator[Request]:
+    def requests() -> Iterator[Request]:
         yield from sample_requests(2)
 
-    assert len(list(generator.generate(asked()))) == 2, "an iterator of requests is not answered"
+    assert len(list(generator.generate(requests()))) == 2, "an iterator of requests is not answered"
 
 
 CHECKS: tuple[Callable[[Any], None], ...] = (

@@ -45,13 +45,13 @@ def class_questions(images: ImageSource) -> QuestionSet:
     """Which digit, or which class, each image shows. Raises `DataError` for images without classes."""
     if images.labels is None:
         raise DataError("questions: these images have no classes; give a JSONL file of image, question and answer")
-    asked = []
+    questions = []
     for index, label in enumerate(images.labels.tolist()):
         name = images.classes[label]
         digit = name.isdigit() and len(name) == 1
         question = "Which digit is this?" if digit else "What is this?"
-        asked.append((index, "digit" if digit else "class", question, name))
-    return QuestionSet(images, asked)
+        questions.append((index, "digit" if digit else "class", question, name))
+    return QuestionSet(images, questions)
 
 
 def read_questions(path: Path, size: int, *, held_out: int = 5) -> tuple[QuestionSet, QuestionSet]:
@@ -78,8 +78,8 @@ def read_questions(path: Path, size: int, *, held_out: int = 5) -> tuple[Questio
     if len(rows) < held_out:
         raise DataError(f"{path}: {len(rows)} images; at least {held_out} are needed to hold some out")
     halves: tuple[list, list] = ([], [])
-    for index, (file, asked) in enumerate(rows.items()):
-        halves[index % held_out == held_out - 1].append((_read(file, size), asked))
+    for index, (file, questions) in enumerate(rows.items()):
+        halves[index % held_out == held_out - 1].append((_read(file, size), questions))
     first, second = (gather_questions(half, split) for half, split in zip(halves, ("train", "test")))
     return first, second
 
@@ -123,7 +123,9 @@ def answer_questions(
 def gather_questions(drawn: list[tuple[np.ndarray, list[tuple[str, str, str]]]], split: str) -> QuestionSet:
     """Images ``(size, size, 3)`` uint8, each with its (kind, question, answer) rows, as one set."""
     images = torch.from_numpy(np.stack([image for image, _ in drawn])).permute(0, 3, 1, 2)
-    return QuestionSet(_Pictures(images, split), [(i, *row) for i, (_, asked) in enumerate(drawn) for row in asked])
+    return QuestionSet(
+        _Pictures(images, split), [(i, *row) for i, (_, questions) in enumerate(drawn) for row in questions]
+    )
 
 
 def _read(path: Path, size: int) -> np.ndarray:

@@ -143,7 +143,7 @@ def train_classifier(teacher: Teacher, images: ImageSource, spec: SupervisedTeac
 
 
 def semantic_loss(
-    spec: SemanticSpec, said: dict[str, Tensor], taught: dict[str, Tensor], grids: tuple[Grid, Grid]
+    spec: SemanticSpec, features: dict[str, Tensor], taught: dict[str, Tensor], grids: tuple[Grid, Grid]
 ) -> dict[str, Tensor]:
     """Named losses between the tokenizer's features and the teacher's; grids: (tokenizer's, teacher's), where the
     teacher's tokens are resized to the tokenizer's."""
@@ -151,9 +151,11 @@ def semantic_loss(
     for key, weight in (("tokens", spec.tokens), ("pooled", spec.pooled)):
         if weight == 0:
             continue
-        if key not in said:
-            raise ConfigError(f"losses.semantic.{key}: this tokenizer says no {key!r} feature; it has {sorted(said)}")
-        mine, target = said[key].float(), taught[key].detach().float()
+        if key not in features:
+            raise ConfigError(
+                f"losses.semantic.{key}: this tokenizer says no {key!r} feature; it has {sorted(features)}"
+            )
+        mine, target = features[key].float(), taught[key].detach().float()
         if key == "tokens":
             target = resize_tokens(target, grids[1], grids[0])
         if mine.shape != target.shape:

@@ -133,14 +133,14 @@ def semantic_features(tokenizer: VisualTokenizer, pixels: Tensor) -> dict[str, T
     """What the codes of images say to a teacher, ``tokens`` ``(B, N, T)`` and perhaps ``pooled`` ``(B, T)``. Raises
     `ConfigError` for a tokenizer without a semantic part."""
     if hasattr(tokenizer, "semantic_features"):
-        said = tokenizer.semantic_features(tokenizer.encode(pixels))  # type: ignore[operator]
+        features = tokenizer.semantic_features(tokenizer.encode(pixels))  # type: ignore[operator]
     elif hasattr(tokenizer, "semantic_tokens"):
-        said = {"tokens": tokenizer.semantic_tokens(tokenizer.encode(pixels))}  # type: ignore[operator]
+        features = {"tokens": tokenizer.semantic_tokens(tokenizer.encode(pixels))}  # type: ignore[operator]
     else:
-        said = tokenizer(pixels).features
-    if not said:
+        features = tokenizer(pixels).features
+    if not features:
         raise ConfigError(f"zero-shot: this {tokenizer.name} tokenizer has no semantic part; its codes are of pixels")
-    return {name: value.float() for name, value in said.items()}
+    return {name: value.float() for name, value in features.items()}
 
 
 class TokenRestorer:
@@ -210,10 +210,10 @@ def zero_shot(
         rows = range(start, min(start + batch_size, number))
         pixels, labels = to_pixels(images.batch(rows), device), images.labels[rows.start : rows.stop].to(device)
         whole, tokens = _taught(joint, tap, pixels)
-        said = semantic_features(tokenizer, pixels)
-        if tap.says not in said:
-            raise ConfigError(f"zero-shot: this tokenizer says no {tap.says!r} feature; it has {sorted(said)}")
-        feature = said[tap.says]
+        features = semantic_features(tokenizer, pixels)
+        if tap.says not in features:
+            raise ConfigError(f"zero-shot: this tokenizer says no {tap.says!r} feature; it has {sorted(features)}")
+        feature = features[tap.says]
         if feature.shape[-1] != joint.width:
             raise ConfigError(
                 f"zero-shot: the codes' {tap.says} have {feature.shape[-1]} channels, the vision side of {joint.name} has "

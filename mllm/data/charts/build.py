@@ -183,8 +183,8 @@ def _train_rows(charts: Iterable[Chart], settings: ChartSettings, root: Path, ro
                 **extra,
             }
         )
-        said = picture_messages(name, [(REQUEST, transcript(chart))])
-        rows["captions.jsonl"].append({"id": f"caption-{number:06d}", "messages": said, **extra})
+        messages = picture_messages(name, [(REQUEST, transcript(chart))])
+        rows["captions.jsonl"].append({"id": f"caption-{number:06d}", "messages": messages, **extra})
         number += 1
 
 
@@ -276,9 +276,9 @@ def _write(
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
         (root / name).write_text(text, encoding="utf-8")
         files[name] = {"rows": len(content), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    told = {report.table: report.reason or report.split for report in reports}
-    (root / "tables.json").write_text(json.dumps(told, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
-    asked = Counter(kind for row in rows["train.jsonl"] for kind in row["kinds"])
+    outcomes = {report.table: report.reason or report.split for report in reports}
+    (root / "tables.json").write_text(json.dumps(outcomes, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
+    train_kinds = Counter(kind for row in rows["train.jsonl"] for kind in row["kinds"])
     manifest = {
         "version": VERSION,
         "settings": json.loads(json.dumps(asdict(settings))),
@@ -288,7 +288,7 @@ def _write(
         "files": files,
         "images": _digest(root, hashes),
         "num_images": len(hashes),
-        "train_kinds": dict(asked.most_common()),
+        "train_kinds": dict(train_kinds.most_common()),
         "test_kinds": dict(Counter(row["kind"] for row in rows["test.jsonl"]).most_common()),
     }
     (root / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

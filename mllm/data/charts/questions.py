@@ -35,7 +35,7 @@ def questions(chart: Chart, rng: random.Random) -> dict[str, list[Question]]:
     found: dict[str, list[Question]] = {kind: [] for kind in KINDS}
     for question in itertools.chain(*made, _counts(chart), _in_vain(chart, rng)):
         found[question.kind].append(question)
-    return {kind: asked for kind, asked in found.items() if asked}
+    return {kind: some for kind, some in found.items() if some}
 
 
 def _ask(kind: str, template: str, answer: str, *words: str) -> Question:
@@ -201,11 +201,13 @@ class Balance:
     answers: Counter[tuple[str, str]] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
 
-    def choose(self, asked: dict[str, list[Question]], count: int, rng: random.Random, *, slack: int) -> list[Question]:
+    def choose(
+        self, by_kind: dict[str, list[Question]], count: int, rng: random.Random, *, slack: int
+    ) -> list[Question]:
         """Up to ``count`` questions, no two alike; one whose answer is already ``slack`` ahead of its template's rarest answer
         is left out."""
         chosen: list[Question] = []
-        left = {kind: list(found) for kind, found in asked.items() if self.shares.get(kind, 0) > 0}
+        left = {kind: list(found) for kind, found in by_kind.items() if self.shares.get(kind, 0) > 0}
         while left and len(chosen) < count:
             kind = min(left, key=lambda k: (self.kinds[k] / self.shares[k], rng.random()))
             best = min(left[kind], key=lambda q: (self.answers[q.template, q.answer], rng.random()))

@@ -97,12 +97,12 @@ class Stage(nn.Module):
         streams = [block(x) for block, x in zip(self.blocks, (fine, coarse))]
         if self.fusion is None:
             return streams[0], streams[1]
-        asked = []
+        attended = []
         for b in range(2):
             carried = torch.cat([self.projs[b](streams[b][:, :1]), streams[1 - b][:, 1:]], dim=1)
             back = self.revert_projs[b](self.fusion[b](carried))
-            asked.append(torch.cat([back, streams[b][:, 1:]], dim=1))
-        return asked[0], asked[1]
+            attended.append(torch.cat([back, streams[b][:, 1:]], dim=1))
+        return attended[0], attended[1]
 
 
 class PatchEmbed(nn.Module):

@@ -98,8 +98,8 @@ class AdapterExperts(nn.Module):
         if self.capacity_factor is not None:
             count, experts = flat.shape
             capacity = int(count * self.router.top_k / experts * self.capacity_factor)
-            asked = flat > 0
-            flat = flat * (asked.cumsum(0) <= capacity)
+            routed = flat > 0
+            flat = flat * (routed.cumsum(0) <= capacity)
         tokens = x.flatten(0, -2)
         parts = [flat[:, e : e + 1] * expert(tokens) for e, expert in enumerate(self.experts)]
         return torch.stack(parts).sum(0).view_as(x)

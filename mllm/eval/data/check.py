@@ -27,14 +27,14 @@ def check_data(specs: Sequence[TaskSpec], data: Mapping[str, str | Path] | None 
         if place is None:
             hub.append((spec, found[0].source))
     with ThreadPoolExecutor(8) as pool:
-        for (spec, source), told in zip(hub, pool.map(lambda pair: _unreachable(pair[1]), hub)):
-            if told is not None:
-                problems[spec.name] = f"{spec.name}: {source.hub} could not be loaded ({told}). {whereabouts(spec)}"
+        for (spec, source), problem in zip(hub, pool.map(lambda pair: _unreachable(pair[1]), hub)):
+            if problem is not None:
+                problems[spec.name] = f"{spec.name}: {source.hub} could not be loaded ({problem}). {whereabouts(spec)}"
     if len(problems) == 1:
         raise UnavailableError(next(iter(problems.values())))
     if problems:
-        told = "\n".join(f"- {problems[spec.name]}" for spec in specs if spec.name in problems)
-        raise UnavailableError(f"the data of {len(problems)} of {len(specs)} tasks is not there\n{told}")
+        lines = "\n".join(f"- {problems[spec.name]}" for spec in specs if spec.name in problems)
+        raise UnavailableError(f"the data of {len(problems)} of {len(specs)} tasks is not there\n{lines}")
 
 
 def _unreachable(source: SourceSpec) -> str | None:

@@ -81,13 +81,13 @@ def whereabouts(task: TaskSpec) -> str:
 
 def _layouts(task: TaskSpec) -> str:
     """Each source with the files it wants."""
-    told = []
+    layouts = []
     for source in task.sources:
         patterns = _patterns(source)
         more = len(patterns) > _LISTED
         files = ", ".join(patterns[:_LISTED]) + (f" … ({len(patterns)} in all)" if more else "")
-        told.append(f"{source.name}: {files}")
-    return "; ".join(told)
+        layouts.append(f"{source.name}: {files}")
+    return "; ".join(layouts)
 
 
 def _patterns(source: SourceSpec) -> list[str]:

@@ -180,8 +180,8 @@ class HFGenerator:
             text = self._tokenizer.decode(reply, skip_special_tokens=True)
             tokens = int((reply != self._tokenizer.pad_token_id).sum())
             seen = routing.get(request.id)
-            said = answer_text(cut_at_stops(text, stops))
-            responses.append(Response(request.id, said, prompt, int(num_prompt), tokens, seen, logprob=logprob))
+            answer = answer_text(cut_at_stops(text, stops))
+            responses.append(Response(request.id, answer, prompt, int(num_prompt), tokens, seen, logprob=logprob))
         return responses
 
     def _ends(self) -> list[int]:

@@ -51,8 +51,8 @@ class KeptPictures:
             name: [1] * count if layouts is None else [layout.rows_of(name) for layout in layouts] for name in pixels
         }
         parts = {name: value.split(rows[name]) for name, value in pixels.items()}
-        told = {IMAGE_SIZES: sizes, VIDEO_TIMES: times, _QUESTIONS: questions}
-        keys = [_key({name: part[k] for name, part in parts.items()}, told, k) for k in range(count)]
+        details = {IMAGE_SIZES: sizes, VIDEO_TIMES: times, _QUESTIONS: questions}
+        keys = [_key({name: part[k] for name, part in parts.items()}, details, k) for k in range(count)]
         found = {key: kept for key in keys if (kept := self._get(key)) is not None}
         new = {key: k for k, key in reversed(list(enumerate(keys))) if key not in found}
         self.hits, self.misses = self.hits + count - len(new), self.misses + len(new)
@@ -60,7 +60,7 @@ class KeptPictures:
             chosen = sorted(new.values())
             tokens, _ = body.encode_images(
                 {name: torch.cat([part[k] for k in chosen]) for name, part in parts.items()},
-                **{name: value[chosen] for name, value in told.items() if value is not None},
+                **{name: value[chosen] for name, value in details.items() if value is not None},
             )
             each = None if layouts is None else [layouts[k].num_placeholders for k in chosen]
             flat = tokens.reshape(-1, tokens.shape[-1])
@@ -85,12 +85,12 @@ class KeptPictures:
             self._used -= gone.nbytes
 
 
-def _key(pixels: Mapping[str, Tensor], told: Mapping[str, Tensor | None], k: int) -> bytes:
+def _key(pixels: Mapping[str, Tensor], details: Mapping[str, Tensor | None], k: int) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for name, part in pixels.items():
         digest.update(f"{name} {part.dtype} {tuple(part.shape)};".encode())
         digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    for name, value in told.items():
+    for name, value in details.items():
         numbers = (
             [] if value is None else [number for number in value[k].tolist() if number >= 0]
         )  # the rest is padding

@@ -113,9 +113,9 @@ def judge_predictions(
     result = Judged(task, judge.name, prompt.label, prompt.reads, prompt.source, {}, [], {})
     target = place / FOLDER / f"{task}.{prompt.name}.{_slug(judge.name)}.jsonl"
     target.parent.mkdir(parents=True, exist_ok=True)
-    asked = [row for row in rows if not row.get("error")]
-    result.skipped = len(rows) - len(asked)
-    replies = _ask(judge, prompt, asked, own, task, progress)
+    sound = [row for row in rows if not row.get("error")]
+    result.skipped = len(rows) - len(sound)
+    replies = _ask(judge, prompt, sound, own, task, progress)
     if cache is None:
         own.close()
     for row in rows:

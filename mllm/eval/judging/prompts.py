@@ -105,11 +105,11 @@ def _binary(text: str) -> Verdict:
     bare = text.strip(" .*`\"'\n").lower()
     if bare in ("0", "1"):
         return Verdict(float(bare), "number alone")
-    said = [word.lower() for word in _WORD.findall(_NEGATED.sub("incorrect", text))]
+    words = [word.lower() for word in _WORD.findall(_NEGATED.sub("incorrect", text))]
     first = _WORD.match(text.lstrip("*`\"'[( "))
     if first and not _NEGATED.match(text):
         return Verdict(float(first[0].lower() in _RIGHT), "first word")
-    kinds = {word in _RIGHT for word in said}
+    kinds = {word in _RIGHT for word in words}
     return Verdict(float(kinds.pop()), "only verdict word") if len(kinds) == 1 else Verdict(None, "no verdict")
 
 

@@ -21,9 +21,9 @@ def judging_study(
     for result in results:
         sure = result.estimate()
         unread = sum(result.unread.values())
-        told = ", ".join(f"{count} {rule}" for rule, count in result.unread.items()) or "–"
+        unread_rules = ", ".join(f"{count} {rule}" for rule, count in result.unread.items()) or "–"
         rows.append((
-            result.task, result.label, number(sure.value), spread(sure.low, sure.high), str(len(result.verdicts)), told,
+            result.task, result.label, number(sure.value), spread(sure.low, sure.high), str(len(result.verdicts)), unread_rules,
             str(len(result.missing)),
         ))  # fmt: skip
         parts += [(result.task, result.label, name, number(value)) for name, value in result.by_category().items()]

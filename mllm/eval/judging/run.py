@@ -81,9 +81,9 @@ def _chosen(place: Path, prompt: str | None, tasks: Sequence[str] | None) -> lis
         else:
             found.append((path, task["name"], name))
     if not found:
-        told = (
+        reason = (
             f"{', '.join(without)} name no judge's prompt" if without else "no finished prediction file of these tasks"
         )
         known = ", ".join(sorted(assets.available("eval/judges")))
-        raise ConfigError(f"{place}: {told}; name one with --prompt ({known}, or a file)")
+        raise ConfigError(f"{place}: {reason}; name one with --prompt ({known}, or a file)")
     return found

@@ -28,21 +28,21 @@ class ChartBench(Metric):
     def score(self, prediction: str, target: Any, meta: Mapping[str, Any]) -> Score:
         if meta.get("kind") != "Acc+":
             return self._number(prediction.strip(), target)
-        said = "yes" in prediction.lower()
-        rule = "holds yes" if said else "holds no yes"
-        return Score(float(said == gold_yes(target)), "yes" if said else "no", rule, {"said_yes": float(said)})
+        yes = "yes" in prediction.lower()
+        rule = "holds yes" if yes else "holds no yes"
+        return Score(float(yes == gold_yes(target)), "yes" if yes else "no", rule, {"said_yes": float(yes)})
 
     @staticmethod
     def _number(answer: str, target: Any) -> Score:
-        said = plain_float(answer.rstrip("%"))
+        value = plain_float(answer.rstrip("%"))
         for reference in references(target):
             wanted = plain_float(reference.rstrip("%"))
-            if said is None or wanted is None:
+            if value is None or wanted is None:
                 if answer.lower() == reference.lower():
                     return Score(1.0, answer, "equal text")
                 continue
             for goal in (wanted, wanted / 100) if reference.endswith("%") else (wanted,):
-                if abs(said - goal) <= 0.05 * abs(goal):
+                if abs(value - goal) <= 0.05 * abs(goal):
                     return Score(1.0, answer, "number within 5%")
         return Score(0.0, answer, "different") if answer else Score(None, "", "empty")
 

@@ -45,15 +45,15 @@ class Count(Metric):
         numbers = [whole_number(each[0]) for each in found]
         if not numbers:
             return Score(None, "", "no number")
-        said, rule = numbers[0], "the only number"
+        count, rule = numbers[0], "the only number"
         if len(set(numbers)) > 1:
             announced = [
                 n for n, each in zip(numbers, found) if _CUE.search(text[max(0, each.start() - 48) : each.start()])
             ]
             if not announced:
                 return Score(None, "", "several numbers")
-            said, rule = announced[-1], "announced"
-        return Score(float(said == wanted), str(said), rule, {"error": float(said - wanted)})
+            count, rule = announced[-1], "announced"
+        return Score(float(count == wanted), str(count), rule, {"error": float(count - wanted)})
 
     def aggregate(self, items: Sequence[Scored]) -> dict[str, float]:
         errors = [item.score.parts["error"] for item in items if "error" in item.score.parts]
@@ -70,5 +70,5 @@ class CountFirst(Count):
         found = re.search(rf"\b(?:\d|1\d|20|{'|'.join(NUMBER_WORDS)})\b", prediction.lower())
         if found is None:
             return Score(None, "", "no number to 20")
-        said = whole_number(found[0])
-        return Score(float(said == wanted), str(said), "first number", {"error": float(said - wanted)})
+        count = whole_number(found[0])
+        return Score(float(count == wanted), str(count), "first number", {"error": float(count - wanted)})

@@ -40,12 +40,12 @@ class Mmfr(Metric):
         conclusion, reasoning = tagged(prediction, "CONCLUSION"), tagged(prediction, "REASONING")
         if conclusion is None or reasoning is None:
             return Score(None, "", "no conclusion" if conclusion is None else "no reasoning")
-        said = next((word for word in ("fake", "real") if f"This image is {word}." in conclusion), None)
-        if said is None:
+        verdict = next((word for word in ("fake", "real") if f"This image is {word}." in conclusion), None)
+        if verdict is None:
             return Score(None, "", "conclusion out of form")
         reference = str(meta.get("reasoning") or "")
         parts = {"bleu_1": bleu_1(reasoning, reference), "rouge_l": rouge_l(reasoning, reference)} if reference else {}
-        return Score(float(said == gold), said, "conclusion", parts)
+        return Score(float(verdict == gold), verdict, "conclusion", parts)
 
     def aggregate(self, items: Sequence[Scored]) -> dict[str, float]:
         read = [item for item in items if item.score.value is not None]

@@ -60,10 +60,10 @@ class Amber(PopeStrict):
     def _counts(items: Sequence[Scored]) -> dict[str, float]:
         if not items:
             return dict.fromkeys(("f1", "accuracy", "precision", "recall"), float("nan"))
-        said_no = [item.score.parts.get("said_yes") == 0.0 for item in items]
+        answered_no = [item.score.parts.get("said_yes") == 0.0 for item in items]
         absent = [not gold_yes(item.target) for item in items]
-        hits = sum(said and gone for said, gone in zip(said_no, absent))
-        precision = hits / sum(said_no) if any(said_no) else 0.0
+        hits = sum(no and gone for no, gone in zip(answered_no, absent))
+        precision = hits / sum(answered_no) if any(answered_no) else 0.0
         recall = hits / sum(absent) if any(absent) else 0.0
         f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
         accuracy = mean([item.value for item in items])

@@ -46,8 +46,8 @@ def final_answer(reply: str) -> tuple[str, str]:
     text = reply.rpartition("</think>")[2].strip()[-_TAIL:]
     if (inside := boxed(text)) is not None:
         return inside.strip(), "box"
-    if said := list(_SAYS.finditer(text)):
-        rest = text[said[-1].end() :].strip().split("\n")[0]
+    if announced := list(_SAYS.finditer(text)):
+        rest = text[announced[-1].end() :].strip().split("\n")[0]
         return re.split(r"\.(?:\s|$)", rest)[0].strip(), "answer is"
     return (text.split("\n")[-1].strip() if text else ""), "last line"
 

@@ -27,8 +27,8 @@ def extract(reply: str, choices: Sequence[str], question_type: str, answer_type:
         return reply, "a number"
     if (quoted := _quoted(reply)) is not None:
         return quoted, "quoted answer"
-    said = _SAYS.findall(reply)
-    tail = said[-1].strip(" *$`\"'") if said else ""
+    announced = _SAYS.findall(reply)
+    tail = announced[-1].strip(" *$`\"'") if announced else ""
     if question_type != "multi_choice" and answer_type in ("integer", "float"):
         for text, rule in ((tail, "number after 'answer is'"), (reply, "last number")):
             if numbers := _NUMBER.findall(text):

@@ -130,9 +130,9 @@ class OcrBenchV2(Metric):
     def _keys(prediction: str, answer: str) -> float:
         wanted = key_values(answer) if not answer.strip().startswith("{") else ast.literal_eval(answer)
         lists = [value if isinstance(value, list) else [value] for value in wanted.values()]
-        said = key_values(prediction)
+        pairs = key_values(prediction)
         ways = itertools.islice(itertools.product(*lists), _MOST)
-        return max((keys_f1(said, dict(zip(wanted, way))) for way in ways), default=0.0)
+        return max((keys_f1(pairs, dict(zip(wanted, way))) for way in ways), default=0.0)
 
     @staticmethod
     def _formula(prediction: str, answers: Sequence[str], kind: str) -> float:
@@ -161,23 +161,23 @@ class OcrBenchV2(Metric):
         found = re.search(r"\d{1,9}", prediction)
         if found is None:
             return Score(None, "", "no number")
-        said, best = int(found[0]), 0.0
+        number, best = int(found[0]), 0.0
         for answer in answers:
             wanted = int(answer)
-            if 0 < said < 2 * wanted:
-                best = max(best, 1 - abs(said - wanted) / wanted)
+            if 0 < number < 2 * wanted:
+                best = max(best, 1 - abs(number - wanted) / wanted)
         return Score(best if best > 0.5 else 0.0, found[0], "relative error")
 
     def _placed(self, prediction: str, answers: Sequence[str], meta: Mapping[str, Any]) -> Score:
-        said = key_values(prediction)
-        content = max((held(said["answer"], answer) for answer in answers), default=0.0) if "answer" in said else 0.0
-        numbers = [int(number) for number in re.findall(r"-?\d{1,6}", said.get("bbox", ""))]
+        pairs = key_values(prediction)
+        content = max((held(pairs["answer"], answer) for answer in answers), default=0.0) if "answer" in pairs else 0.0
+        numbers = [int(number) for number in re.findall(r"-?\d{1,6}", pairs.get("bbox", ""))]
         overlap = (
             box_overlap(numbers, [float(v) for v in meta.get("bbox") or ()])
             if len(numbers) == 4 and meta.get("bbox")
             else 0.0
         )
-        return Score(0.5 * content + 0.5 * overlap, said.get("answer", ""), "answer and box")
+        return Score(0.5 * content + 0.5 * overlap, pairs.get("answer", ""), "answer and box")
 
     @staticmethod
     def _box(answers: Sequence[str]) -> list[float]:

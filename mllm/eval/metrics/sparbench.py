@@ -76,8 +76,8 @@ class SparBench(Metric):
             raise DataError(f"target {target!r} of a {task} question is not a number")
         if not numbers:
             return Score(None, "", "no number")
-        said = numbers[-1] if task.endswith("_mv") else numbers[0]
-        return Score(mean_relative_accuracy(float(said), truth), said, "mean relative accuracy")
+        number = numbers[-1] if task.endswith("_mv") else numbers[0]
+        return Score(mean_relative_accuracy(float(number), truth), number, "mean relative accuracy")
 
     def aggregate(self, items: Sequence[Scored]) -> dict[str, float]:
         tasks: dict[str, list[float]] = {}

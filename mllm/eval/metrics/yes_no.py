@@ -24,10 +24,10 @@ def binary_counts(items: Sequence[Scored]) -> dict[str, float]:
     denominator is 0 (nothing called yes, no yes to find) is 0. Unparsed answers are wrong and not called yes."""
     if not items:
         return dict.fromkeys(("accuracy", "precision", "recall", "f1", "yes_ratio"), float("nan"))
-    said = [item.score.parts.get("said_yes", 0.0) == 1.0 for item in items]
+    answered_yes = [item.score.parts.get("said_yes", 0.0) == 1.0 for item in items]
     gold = [gold_yes(item.target) for item in items]
-    hits = sum(s and g for s, g in zip(said, gold))
-    precision = hits / sum(said) if any(said) else 0.0
+    hits = sum(s and g for s, g in zip(answered_yes, gold))
+    precision = hits / sum(answered_yes) if any(answered_yes) else 0.0
     recall = hits / sum(gold) if any(gold) else 0.0
     f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
     accuracy = mean([item.value for item in items])
@@ -36,7 +36,7 @@ def binary_counts(items: Sequence[Scored]) -> dict[str, float]:
         "precision": precision,
         "recall": recall,
         "f1": f1,
-        "yes_ratio": sum(said) / len(said),
+        "yes_ratio": sum(answered_yes) / len(answered_yes),
     }
     return {name: 100 * value for name, value in values.items()}
 
@@ -58,10 +58,10 @@ class PopeOfficial(Metric):
 
     def score(self, prediction: str, target: Any, meta: Mapping[str, Any]) -> Score:
         gold = gold_yes(target)
-        said, rule = self.read(prediction)
-        if said is None:
+        yes, rule = self.read(prediction)
+        if yes is None:
             return Score(None, "", rule)
-        return Score(float(said == gold), "yes" if said else "no", rule, {"said_yes": float(said)})
+        return Score(float(yes == gold), "yes" if yes else "no", rule, {"said_yes": float(yes)})
 
     def aggregate(self, items: Sequence[Scored]) -> dict[str, float]:
         groups: dict[str, list[Scored]] = {}
@@ -124,8 +124,8 @@ class Mme(Metric):
 
     def score(self, prediction: str, target: Any, meta: Mapping[str, Any]) -> Score:
         gold = gold_yes(target)
-        said, rule = self.read(prediction)
-        return Score(None, "", rule) if said is None else Score(float(said == gold), "yes" if said else "no", rule)
+        yes, rule = self.read(prediction)
+        return Score(None, "", rule) if yes is None else Score(float(yes == gold), "yes" if yes else "no", rule)
 
     def aggregate(self, items: Sequence[Scored]) -> dict[str, float]:
         pairs: dict[str, dict[str, list[float]]] = {}

@@ -80,8 +80,8 @@ def _scored(name: str, facts: _Facts) -> Scored:
 
 def _key(facts: _Facts) -> str:
     score, target, meta = facts
-    told = [score.value, score.extracted, score.rule, dict(score.parts), target, meta]
-    return json.dumps(told, sort_keys=True, default=repr)
+    verdict = [score.value, score.extracted, score.rule, dict(score.parts), target, meta]
+    return json.dumps(verdict, sort_keys=True, default=repr)
 
 
 class Clusters:
@@ -160,8 +160,8 @@ class Sureness:
 
     def append(self, row: Row) -> None:
         """One more scored row."""
-        told = row.get("logprob")
-        self._values.append(math.nan if told is None else told)
+        logprob = row.get("logprob")
+        self._values.append(math.nan if logprob is None else logprob)
 
     def positions(self, clusters: np.ndarray) -> dict[str, np.ndarray]:
         """`THIRDS` → positions of their samples; empty where some answer's probability is not told or there are under 30."""

@@ -136,8 +136,8 @@ def facts_table(
         return (), []
     rows = []
     for name, one in facts.items():
-        told = ((getattr(one, key), scale, digits) for _, key, scale, digits in columns)
-        cells = ["–" if value is None else number(scale * value, digits) for value, scale, digits in told]
+        values = ((getattr(one, key), scale, digits) for _, key, scale, digits in columns)
+        cells = ["–" if value is None else number(scale * value, digits) for value, scale, digits in values]
         rows.append((name, *cells, *(number(flips.get(name, {}).get(way, float("nan")), 1) for way in ways)))
     return ("task", *(title for title, *_ in columns), *(f"flips by {way} %" for way in ways)), rows
 
@@ -215,14 +215,14 @@ def sentence(result: TaskResult) -> str:
     metric = result.metrics[0]
     unit = f" {metric.unit}" if metric.unit else ""
     sure = f", 95 % interval {metric.low:.1f} to {metric.high:.1f}" if metric.low == metric.low else ""
-    told = (
+    text = (
         f"The score is {metric.value:.1f}{unit} over {metric.num_scored:,} samples{sure}, by the rule {metric.label}."
     )
     if metric.num_unparsed:
-        told += f" {metric.num_unparsed:,} answers could not be read as any answer and count as wrong."
+        text += f" {metric.num_unparsed:,} answers could not be read as any answer and count as wrong."
     if others := [m.label for m in result.metrics if m not in own_metrics(result)]:
-        told += f" {' and '.join(others)} {'agrees' if len(others) == 1 else 'agree'} on every sample."
-    return told
+        text += f" {' and '.join(others)} {'agrees' if len(others) == 1 else 'agree'} on every sample."
+    return text
 
 
 def limited_note(result: TaskResult) -> list[str]:
@@ -274,8 +274,8 @@ def _all_samples(name: str, result: TaskResult, listed: Listing, thumbnails: Pat
     )
     lines = []
     for position, pair in enumerate(disagreeing(result)):
-        told = f"{pair.replace(' | ', ' and ')} disagree on {result.disagreements[pair]} samples"
-        link = f"""<a class=f href="#{anchor}" onclick="f('{anchor}','d{position}')">{_text(told)}</a>"""
+        text = f"{pair.replace(' | ', ' and ')} disagree on {result.disagreements[pair]} samples"
+        link = f"""<a class=f href="#{anchor}" onclick="f('{anchor}','d{position}')">{_text(text)}</a>"""
         lines.append(f"<p class=note>{link}</p>")
     shown = f"{len(listed.rows)} shown"
     lines.append(f'<div class=bar id="b-{anchor}">{buttons}<span class=note id="n-{anchor}">{shown}</span></div>')
@@ -295,15 +295,15 @@ def _filter_pages(name: str, result: TaskResult, listed: Listing, thumbnails: Pa
             part = rows[place * PER_PAGE : (place + 1) * PER_PAGE]
             others = [(k + 1, _page_name(name, key, k).partition("/")[2]) for k in range(count)]
             doors = "".join(f'<a href="{_text(file)}">{k}</a>' for k, file in others if k != place + 1)
-            told = (
+            text = (
                 f"{listed.counts[key]:,} samples, {place * PER_PAGE + 1} to {place * PER_PAGE + len(part)} on this page"
             )
             if listed.counts[key] > len(rows):
-                told += f"; {len(rows):,} are listed, all are in {Path(result.path).name}"
-            lines = [*_head(f"{name}: {word}"), f"<p class=note>{_text(told)}</p>"]
+                text += f"; {len(rows):,} are listed, all are in {Path(result.path).name}"
+            lines = [*_head(f"{name}: {word}"), f"<p class=note>{_text(text)}</p>"]
             lines.append(f'<p class=pages><a href="../report.html#{_anchor(name)}">report</a>{doors}</p>')
             blind = (listed.blind.get(row["id"]) for row, _ in part)
-            lines += [sample_html("", row, flags, labels, said, show) for (row, flags), said in zip(part, blind)]
+            lines += [sample_html("", row, flags, labels, other, show) for (row, flags), other in zip(part, blind)]
             yield _page_name(name, key, place), "\n".join([*lines, "</html>\n"])
 
 

@@ -267,8 +267,8 @@ def _totals(
     levels[DIFFICULTY[2]] = sureness.positions(clusters)
     return (
         result,
-        [CategoryResult(*told) for told in each(split["category"].positions())],
-        [DifficultyResult(by, *told) for by, places in levels.items() for told in each(places)],
+        [CategoryResult(*totals) for totals in each(split["category"].positions())],
+        [DifficultyResult(by, *totals) for by, places in levels.items() for totals in each(places)],
     )
 
 
@@ -365,12 +365,12 @@ def _counted(rows: Iterable[Row], metrics: Sequence[Metric]) -> tuple[int, int, 
                 note(kind, row, entry["error"])
         if row.get("error"):
             note(failed, row, row["error"])
-    told = [
+    lines = [
         f"{counts[kind]} × {kind}: {', '.join(name for name, _ in found[kind])} ({found[kind][0][1]})"
         for kind in ("unusable", *dict.fromkeys(scored), failed)
         if kind in found
     ]
-    return counts["unusable"], counts[failed], told
+    return counts["unusable"], counts[failed], lines
 
 
 def prompt_hash(header: Mapping[str, Any]) -> str:

@@ -100,9 +100,9 @@ def sample_html(
     lines = [f"<div class=q>{_text(row['question'])}</div>"]
     target = row["target"] if row["target"] is not None else "(none)"
     lines.append(f"<div><span class=k>target</span> {_text(target)}</div>")
-    said = row.get("error") or row.get("unusable") or _shown(row["output"])
+    answer = row.get("error") or row.get("unusable") or _shown(row["output"])
     wrong = "w" if {"wrong", "error"} & set(flags) else "r"
-    lines.append(f'<div><span class=k>answer</span> <span class="p {wrong}">{_text(said)}</span></div>')
+    lines.append(f'<div><span class=k>answer</span> <span class="p {wrong}">{_text(answer)}</span></div>')
     if blind is not None:
         lines.append(f"<div><span class=k>blind answer</span> <span class=p>{_text(_shown(blind))}</span></div>")
     lines += [f"<div class=note>{line}</div>" for line in verdicts(row.get("scores", {}), labels)]
@@ -114,7 +114,7 @@ def sample_html(
 
 def verdicts(scores: Mapping[str, Mapping[str, Any]], labels: Sequence[str]) -> list[str]:
     """What the metrics say of a sample, as HTML; metrics that say the same share a line."""
-    told: dict[str, list[str]] = {}
+    verdicts: dict[str, list[str]] = {}
     for label in labels:
         entry = scores.get(label)
         if entry is None:
@@ -122,8 +122,8 @@ def verdicts(scores: Mapping[str, Mapping[str, Any]], labels: Sequence[str]) -> 
         value = entry.get("error") or ("unparsed" if entry["value"] is None else f"{entry['value']:.3g}")
         read = "" if "error" in entry else f" · read as <code>{_text(entry['extracted']) or 'nothing'}</code>"
         rule = "" if "error" in entry else f" · {_text(entry['rule'])}"
-        told.setdefault(f"{_text(value)}{read}{rule}", []).append(label)
-    return [f"{_text(', '.join(names))}: {text}" for text, names in told.items()]
+        verdicts.setdefault(f"{_text(value)}{read}{rule}", []).append(label)
+    return [f"{_text(', '.join(names))}: {text}" for text, names in verdicts.items()]
 
 
 def embedded(thumbnails: Path) -> Any:

@@ -102,13 +102,13 @@ def _header(path: Path) -> dict[str, Any]:
 def _refuse_unmatched(task: str, rows_a: list, rows_b: list, header_a: dict, header_b: dict) -> None:
     ids_a, ids_b = {row["id"] for row in rows_a}, {row["id"] for row in rows_b}
     if ids_a != ids_b:
-        told = [
+        unmatched = [
             f"{len(ids)} only in {name} ({', '.join(sorted(ids)[:3])})"
             for ids, name in ((ids_a - ids_b, "A"), (ids_b - ids_a, "B"))
             if ids
         ]
         raise DataError(
-            f"{task}: the runs answered different samples: {'; '.join(told)}. Compare runs over the same ids"
+            f"{task}: the runs answered different samples: {'; '.join(unmatched)}. Compare runs over the same ids"
         )
     for key in ("task", "version"):
         if header_a["identity"][key] != header_b["identity"][key]:

@@ -50,8 +50,8 @@ def leaderboard(runs: Mapping[str, Path], folder: str | Path, *, seed: int = 0) 
     files = {name: {path.stem: path for path in iterate_files(place)} for name, place in runs.items()}
     shared = [task for task in next(iter(files.values())) if all(task in found for found in files.values())]
     if not shared:
-        told = "; ".join(f"{name}: {', '.join(found) or 'none'}" for name, found in files.items())
-        raise ConfigError(f"no task was answered by all runs ({told})")
+        listing = "; ".join(f"{name}: {', '.join(found) or 'none'}" for name, found in files.items())
+        raise ConfigError(f"no task was answered by all runs ({listing})")
     results = {name: {task: rescore(found[task], write=False) for task in shared} for name, found in files.items()}
     comparisons = _comparisons(files, shared, seed)
     tables = [_ranks(results, shared), _scores(results, shared), _pairs(comparisons)]
@@ -136,10 +136,10 @@ def _scores(results: Mapping[str, Mapping[str, TaskResult]], shared: Sequence[st
 
 def _cost(result: TaskResult) -> tuple[str, ...]:
     facts = result.facts
-    told = (facts.tokens, 1), (facts.milliseconds, 0)
+    costs = (facts.tokens, 1), (facts.milliseconds, 0)
     shares = (facts.refused, 1), (facts.calibration_error, 1)
     return (
-        *("–" if value is None else number(value, digits) for value, digits in told),
+        *("–" if value is None else number(value, digits) for value, digits in costs),
         *("–" if share is None else number(100 * share, digits) for share, digits in shares),
     )
 

@@ -185,9 +185,9 @@ def cost_of(encoder: Any) -> float:
     from mllm.encoders.catalogue import build_encoder
     from mllm.encoders.costs import gflops
 
-    told = getattr(encoder, "last_cost", dict)().get("gflops")
-    if told is not None:
-        return float(told)
+    last_cost = getattr(encoder, "last_cost", dict)().get("gflops")
+    if last_cost is not None:
+        return float(last_cost)
     image = encoder.describe(encoder.config).image
     try:
         with torch.device("meta"):

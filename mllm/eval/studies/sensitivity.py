@@ -56,7 +56,7 @@ def _reworded(item: Item, write: Callable[[str], str]) -> Item:
     return replace(item, turns=[*before, replace(last, content=last.content[:place] + write(last.content[place:]))])
 
 
-def _asked_otherwise(text: str) -> str:
+def _with_another_request(text: str) -> str:
     text = _LETTER_ASKED.sub("Reply with the letter of the right option only.", text)
     return _WORD_ASKED.sub("Give the answer only, in a word or a few.", text)
 
@@ -65,7 +65,9 @@ WORDINGS: tuple[Callable[[str], str], ...] = (
     lambda text: f"Question: {text}",
     lambda text: f"{text}\nAnswer:",
     lambda text: f"Look at the image and answer. {text}",
-    lambda text: _asked_otherwise(text) if _asked_otherwise(text) != text else f"{text}\nGive the answer only.",
+    lambda text: (
+        _with_another_request(text) if _with_another_request(text) != text else f"{text}\nGive the answer only."
+    ),
     lambda text: f"Please help me with this. {text}",
 )
 

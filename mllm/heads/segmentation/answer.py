@@ -102,8 +102,8 @@ class SegmentationMixin:
         alone = not isinstance(images, (list, tuple))
         pictures = [images] if alone else list(images)
         own, name = _own_processor(self, processor), _segmentation_head(self)
-        asked = _questions(own[1], phrases, questions, len(pictures))
-        found = _segment(self, self.heads[name], own, pictures, asked, threshold, options)
+        texts = _questions(own[1], phrases, questions, len(pictures))
+        found = _segment(self, self.heads[name], own, pictures, texts, threshold, options)
         return found[0] if alone else found
 
 

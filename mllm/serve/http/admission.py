@@ -279,7 +279,7 @@ class Admission:
             count_experts(weights)
         send = shortening(send)
         if weights is not None:
-            send = adding(send, partial(_told, weights))
+            send = adding(send, partial(_choice_headers, weights))
         elif path == CHAT and self.routes is not None and files:
             keys = [picture_key(file, question) for file, (_, question) in zip(files, pictures(data), strict=True)]
             send = adding(send, partial(self._chosen, scope, keys))
@@ -333,7 +333,7 @@ class Admission:
             return []
         weights = [dict.fromkeys(names, 1.0) for names in chosen]
         count_experts(weights)
-        return await _told(weights)
+        return await _choice_headers(weights)
 
     async def admit(self, path: str, data: dict[str, Any], owner: str = "") -> dict[str, Any]:
         """The request as the engine may see it. Raises `Refused`."""
@@ -469,6 +469,6 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-async def _told(weights: list[dict[str, float]]) -> list[tuple[bytes, bytes]]:
+async def _choice_headers(weights: list[dict[str, float]]) -> list[tuple[bytes, bytes]]:
     """The header with the experts that look at a request's pictures."""
     return [(b"x-mllm-experts", experts_header(weights).encode())]

@@ -111,12 +111,12 @@ class Meter:
     def __init__(self, send: Any, *, hide: bool):
         self._send, self._hide = send, hide
         self._stream, self._rest, self._body = False, b"", bytearray()
-        self.told, self.events = 0, 0
+        self.reported, self.events = 0, 0
 
     @property
     def tokens(self) -> int:
         """Prompt and answer; of an answer that was broken off, its events."""
-        return self.told or self.events
+        return self.reported or self.events
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
         """Hand on a message of the answer."""
@@ -128,7 +128,7 @@ class Meter:
         elif message["type"] == "http.response.body":
             self._body += message.get("body", b"")
             if not message.get("more_body"):
-                self.told = max(self.told, used(bytes(self._body)))
+                self.reported = max(self.reported, used(bytes(self._body)))
         await self._send(message)
 
     def _events(self, body: bytes, last: bool) -> bytes:
@@ -138,7 +138,7 @@ class Meter:
         for event in whole:
             data = event.rpartition(b"data: ")[2]
             tokens = used(data) if b'"usage"' in data else 0
-            self.told = max(self.told, tokens)
+            self.reported = max(self.reported, tokens)
             self.events += data[:1] == b"{"
             if not (self._hide and tokens and b'"choices":[]' in data.replace(b" ", b"")):
                 passed += event + b"\n\n"

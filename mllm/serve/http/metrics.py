@@ -75,7 +75,9 @@ def state_metrics(running: int, draining: bool) -> str:
         ("mllm_running_requests", "Requests that have begun and not ended, in all processes", running),
         ("mllm_draining", "1 once the server was told to stop", int(draining)),
     )
-    return "".join(f"# HELP {name} {said}\n# TYPE {name} gauge\n{name} {value}\n" for name, said, value in rows)
+    return "".join(
+        f"# HELP {name} {help_text}\n# TYPE {name} gauge\n{name} {value}\n" for name, help_text, value in rows
+    )
 
 
 def encoder_metrics(workers: Iterable[Mapping[str, Mapping[str, float]]]) -> str:
@@ -86,8 +88,8 @@ def encoder_metrics(workers: Iterable[Mapping[str, Mapping[str, float]]]) -> str
             for what, kept in lines.items():
                 kept.append(f'mllm_encoder_{what}_total{{part="{part}",worker="{number}"}} {measured[what]}')
     text = ""
-    for what, said in (("images", "Pictures that a part of the model looked at"), ("seconds", "Time it took")):
+    for what, help_text in (("images", "Pictures that a part of the model looked at"), ("seconds", "Time it took")):
         if lines[what]:
             name = f"mllm_encoder_{what}_total"
-            text += f"# HELP {name} {said}\n# TYPE {name} counter\n" + "\n".join(lines[what]) + "\n"
+            text += f"# HELP {name} {help_text}\n# TYPE {name} counter\n" + "\n".join(lines[what]) + "\n"
     return text

@@ -43,8 +43,8 @@ def describe(engine: Mapping[str, Any], *, name: str, draws: bool, keys: bool) -
     for path in sorted(READ - {OPENAPI, DOCS}):
         if "get" in given.get(path, {}):
             paths[path] = {"get": copy.deepcopy(given[path]["get"])}
-    for path, said in _OWN.items():
-        paths[path] = {"get": {"summary": said, "responses": _answers("application/json")}}
+    for path, summary in _OWN.items():
+        paths[path] = {"get": {"summary": summary, "responses": _answers("application/json")}}
     if draws:
         paths[DRAW] = {"post": _drawing(schemas)}
     if keys:
@@ -76,7 +76,7 @@ def _narrowed(operation: dict[str, Any], path: str, schemas: dict[str, Any]) -> 
         schema = copy.deepcopy(schemas.get(reference.removeprefix(_SCHEMAS)))
         if schema is None:
             continue
-        schema["properties"] = {field: said for field, said in schema.get("properties", {}).items() if field in known}
+        schema["properties"] = {field: value for field, value in schema.get("properties", {}).items() if field in known}
         if "mm_processor_kwargs" in schema["properties"]:
             schema["properties"]["mm_processor_kwargs"] = _EXPERTS
         schema["additionalProperties"] = False

@@ -63,10 +63,10 @@ class Routes:
     async def decide(self, app: Any, scope: MutableMapping[str, Any], data: Mapping[str, Any], receive: Any) -> Weights:
         """Make the first pass, for all pictures at once. receive: tells when the client goes away, which ends it. Raises
         `FirstPassFailed` and `ClientGone`."""
-        asked = [self.first_pass(data, part, question) for part, question in pictures(data)]
+        bodies = [self.first_pass(data, part, question) for part, question in pictures(data)]
         left = asyncio.create_task(disconnected(receive))
         try:
-            answers = await asyncio.gather(*(_call(app, scope, body, left) for body in asked))
+            answers = await asyncio.gather(*(_call(app, scope, body, left) for body in bodies))
             if left.done():
                 raise ClientGone
         finally:
@@ -138,15 +138,15 @@ async def _call(
     dropped = (b"content-length", b"transfer-encoding", b"x-request-id")
     headers = [(k, v) for k, v in scope["headers"] if k.lower() not in dropped]
     inner = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
-    asked = False
+    sent = False
     status, answer = 500, bytearray()
 
     async def receive() -> MutableMapping[str, Any]:
-        nonlocal asked
-        if asked:
+        nonlocal sent
+        if sent:
             await asyncio.wait([left])
             return {"type": "http.disconnect"}
-        asked = True
+        sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     async def send(message: MutableMapping[str, Any]) -> None:

@@ -78,8 +78,8 @@ class ImageGenerator:
         seeds = drawing_seeds(request)
         drawn = await _together(self._draw_one(client, request, seed) for seed in seeds)
         pictures = await asyncio.to_thread(self._paint, torch.stack([codes for codes, _, _ in drawn]))
-        asked, made = (sum(count[place] for count in drawn) for place in (1, 2))
-        return images_body(pictures, seeds, self.size, asked, made)
+        prompt_tokens, made = (sum(count[place] for count in drawn) for place in (1, 2))
+        return images_body(pictures, seeds, self.size, prompt_tokens, made)
 
     async def _draw_one(self, client: Any, request: ImagesRequest, seed: int) -> tuple[Tensor, int, int]:
         """Codes ``(S,)``, prompt tokens, drawn tokens."""
@@ -111,14 +111,14 @@ def drawing_seeds(request: ImagesRequest) -> list[int]:
     return [first + number for number in range(request.n)]
 
 
-def images_body(pictures: list[str], seeds: list[int], size: str, asked: int, made: int) -> dict[str, Any]:
+def images_body(pictures: list[str], seeds: list[int], size: str, prompt_tokens: int, made: int) -> dict[str, Any]:
     """An answer in OpenAI's form. pictures: PNG files in base64; asked, made: tokens of prompts and drawings."""
     return {
         "created": int(time.time()),
         "size": size,
         "output_format": "png",
         "data": [{"b64_json": picture, "seed": seed} for picture, seed in zip(pictures, seeds)],
-        "usage": {"input_tokens": asked, "output_tokens": made, "total_tokens": asked + made},
+        "usage": {"input_tokens": prompt_tokens, "output_tokens": made, "total_tokens": prompt_tokens + made},
     }
 
 

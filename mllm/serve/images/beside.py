@@ -42,8 +42,8 @@ class ModelGenerator:
         if request.size not in (None, "auto", self.size):
             raise ConfigError(f"size {request.size}: this model draws {self.size}")
         seeds = drawing_seeds(request)
-        pictures, asked, made = await asyncio.to_thread(self._draw, request, seeds)
-        return images_body(pictures, seeds, self.size, asked, made)
+        pictures, prompt_tokens, made = await asyncio.to_thread(self._draw, request, seeds)
+        return images_body(pictures, seeds, self.size, prompt_tokens, made)
 
     def _draw(self, request: ImagesRequest, seeds: list[int]) -> tuple[list[str], int, int]:
         """Files in base64, tokens of the prompts, and codes drawn."""
@@ -52,9 +52,11 @@ class ModelGenerator:
             drawn = generate_images(
                 self.model, [request.prompt] * len(seeds), processor=self.processor, seed=seeds, batch_size=1, **options
             )
-        asked = len(prompt_prefix(self.processor, request.prompt, "prompt")) * (2 if request.cfg_scale != 1.0 else 1)
+        prompt_tokens = len(prompt_prefix(self.processor, request.prompt, "prompt")) * (
+            2 if request.cfg_scale != 1.0 else 1
+        )
         codes = sum(tensor.numel() for tensor in drawn.codes.codes.values())
-        return png_texts(to_pil(drawn.pixels)), asked * len(seeds), codes
+        return png_texts(to_pil(drawn.pixels)), prompt_tokens * len(seeds), codes
 
 
 def _device_for(model: torch.nn.Module) -> str:

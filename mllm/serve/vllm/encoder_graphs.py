@@ -54,9 +54,13 @@ class EncoderGraphs:
 
     def _run(self, name: str, forward: Any, pixels: Tensor, **options: Any) -> VisionFeatures:
         count = len(pixels)
-        asked = any(value is not None and value is not False for value in options.values())
+        has_options = any(value is not None and value is not False for value in options.values())
         captured = self.graphs[name]
-        if asked or not 0 < count <= self.sizes[-1] or pixels.shape[1:] != captured[self.sizes[-1]].pixels.shape[1:]:
+        if (
+            has_options
+            or not 0 < count <= self.sizes[-1]
+            or pixels.shape[1:] != captured[self.sizes[-1]].pixels.shape[1:]
+        ):
             return forward(pixels, **options)
         return captured[self.sizes[bisect_left(self.sizes, count)]](pixels)
 

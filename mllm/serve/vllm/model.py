@@ -136,8 +136,8 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
         largest = self.rules.layout(self.rules.largest())
         tokens = largest.num_tokens if self.short_grid is None else math.prod(self.short_grid)
         scheduler, media = vllm_config.scheduler_config, vllm_config.model_config.multimodal_config
-        asked = scheduler.max_num_seqs * (media.get_limit_per_prompt("image") if media is not None else 1)
-        most = max(1, min(scheduler.max_num_batched_tokens // tokens, asked)) * largest.num_views
+        pictures = scheduler.max_num_seqs * (media.get_limit_per_prompt("image") if media is not None else 1)
+        most = max(1, min(scheduler.max_num_batched_tokens // tokens, pictures)) * largest.num_views
         if settings.compile_mm_encoder and not eager:
             compile_encoders(encoders)
             todo.append(partial(run_blank, encoders, (2, 1)))  # one image is a case of its own for the compiler

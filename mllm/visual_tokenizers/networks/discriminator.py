@@ -30,7 +30,7 @@ class PatchDiscriminator(nn.Module):
         return self.layers(pixels)
 
 
-class _JudgeBlock(nn.Module):
+class _DiscriminatorBlock(nn.Module):
     """norm, leaky ReLU, 3×3 convolution; the shortcut is resized (bilinear) and mixed by 1×1."""
 
     def __init__(self, inside: int, outside: int, stride: int):
@@ -55,7 +55,7 @@ class ResidualDiscriminator(nn.Module):
         width = config.channels
         for index in range(1, config.num_layers + 1):
             wider = config.channels * min(2**index, 8)
-            layers.append(_JudgeBlock(width, wider, 2 if index < config.num_layers else 1))
+            layers.append(_DiscriminatorBlock(width, wider, 2 if index < config.num_layers else 1))
             width = wider
         layers.append(nn.Conv2d(width, 1, 3, padding=1))
         self.layers = nn.Sequential(*layers)

@@ -28,6 +28,6 @@ def test_a_loss_made_past_forward_is_warned_of_once_and_only_where_a_router_lear
     (told,) = [record.getMessage() for record in caplog.records]
     assert "the router's own losses (z_loss) are not part of this training" in told and "freeze it" in told
     caplog.clear()
-    model.model._told_lost_losses = False
+    model.model._warned_of_lost_losses = False
     model(**batch)  # logits alone: DPO and GRPO
     assert len(caplog.records) == 1

@@ -156,9 +156,9 @@ class MaskedModel(nn.Module):
         mask = torch.cat(masks).to(pixels.device)
         tokens = self.encoder(hide(torch.cat([pixels, pixels]), mask, self.grid)).tokens
         shown = tokens[~mask].view(len(mask), -1, tokens.shape[2])
-        told, seen = self.hidden_branch(tokens).float(), self.visible_branch(shown).float()
+        predicted, seen = self.hidden_branch(tokens).float(), self.visible_branch(shown).float()
         hidden, visible = joint_loss(
-            told, seen, self.target(inputs), mask, pair=options.losses, weight=options.visible_weight
+            predicted, seen, self.target(inputs), mask, pair=options.losses, weight=options.visible_weight
         )
         share = len(pixels) / float(num_items_in_batch)
         losses = {"masked/hidden": hidden.detach(), "masked/visible": visible.detach()}

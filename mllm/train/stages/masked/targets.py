@@ -76,12 +76,12 @@ def target_of(pixels: Tensor, grid: Grid, kind: Target) -> Tensor:
         parts = [cells(size * (bins == b), grid).unflatten(2, (pixels.shape[1], -1)).sum(3) for b in range(BINS)]
         return F.normalize(torch.stack(parts, dim=-1), dim=-1).flatten(2)
     x = cells(pixels, grid)
-    told = (x - x.mean(2, keepdim=True)) / (x.var(2, keepdim=True) + 1e-6).sqrt()
+    normalised = (x - x.mean(2, keepdim=True)) / (x.var(2, keepdim=True) + 1e-6).sqrt()
     if kind == "pixels":
-        return told
+        return normalised
     across, down = gradients(pixels)
     size = cells((across**2 + down**2).sqrt().mean(1, keepdim=True), grid)
-    return size if kind == "gradients" else torch.cat([told, size], dim=2)
+    return size if kind == "gradients" else torch.cat([normalised, size], dim=2)
 
 
 def joint_loss(

@@ -261,12 +261,12 @@ def as_row(sample: Sample, kind: str, options: PreferenceOptions, *, max_pixels:
     where = f"sample {sample.id!r} of {sample.dataset}"
     if not sample.turns or sample.turns[-1].role != "assistant" or len(sample.turns) < 2:
         raise DataError(f"{where}: does not end with an answer to a question")
-    asked, answer = sample.turns[:-1], sample.turns[-1].content
-    if any(IMAGE_MARK in turn.content for turn in asked if turn.role != "user") or IMAGE_MARK in answer:
+    request, answer = sample.turns[:-1], sample.turns[-1].content
+    if any(IMAGE_MARK in turn.content for turn in request if turn.role != "user") or IMAGE_MARK in answer:
         raise DataError(f"{where}: an image stands outside the user's turns")
     images = [load_image(i, where=where, max_pixels=max_pixels) for i in sample.images]
     # Every content as parts: TRL puts images before the first user turn that is a plain text, wherever they belong.
-    prompt = [{"role": turn.role, "content": parts_of(turn.content, IMAGE_MARK)} for turn in asked]
+    prompt = [{"role": turn.role, "content": parts_of(turn.content, IMAGE_MARK)} for turn in request]
     row: dict[str, Any] = {"prompt": prompt, "images": images}
     if kind == "grpo":
         return {**row, "target": sample.meta.get("answers") or answer, "meta": dict(sample.meta)}

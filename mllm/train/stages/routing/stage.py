@@ -99,8 +99,8 @@ class RoutingProcessor(WrappedProcessor):
         self, sample: Sample, losses: dict[str, float], where: str, max_length: int | None
     ) -> EncodedSample:
         """The routing request about the first picture, and the letters to answer with."""
-        asked = next(turn.content for turn in sample.turns if IMAGE_MARK in turn.content)
-        question = question_text(asked, self.image_token)
+        content = next(turn.content for turn in sample.turns if IMAGE_MARK in turn.content)
+        question = question_text(content, self.image_token)
         answer = self.router.target(helpful_experts(losses, margin=self.options.margin, top_k=self.top_k))
         turns = [Turn("user", f"{IMAGE_MARK}\n{self.router.prompt(question)}"), Turn("assistant", answer)]
         ids, labels = encode_text(self, turns, where=where)
