@@ -65,8 +65,8 @@ def _cut(text: str) -> str:
 def error_body(status: int, message: str, path: str = "") -> bytes:
     """An error in the form of the route's clients: OpenAI's, or Anthropic's, whose own is the same with a type around it."""
     kind = _KINDS.get(status, "BadRequestError" if status < 500 else "InternalServerError")
-    said = {"error": {"message": _cut(message), "type": kind, "param": None, "code": status}}
-    return json.dumps({"type": "error", **said} if path.startswith(_ANTHROPIC) else said).encode()
+    body = {"error": {"message": _cut(message), "type": kind, "param": None, "code": status}}
+    return json.dumps({"type": "error", **body} if path.startswith(_ANTHROPIC) else body).encode()
 
 
 def error_event(status: int, message: str, path: str) -> bytes:
