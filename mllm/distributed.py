@@ -34,7 +34,8 @@ def local_device() -> torch.device:
     """This process's GPU, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    own = torch.cuda.device_count() == 1  # Slurm may show each task its GPU alone
+    return torch.device("cuda", 0 if own else int(os.environ.get("LOCAL_RANK", "0")))
 
 
 @contextmanager

@@ -10,6 +10,9 @@ from collections.abc import Iterable, Iterator
 class MllmError(Exception):
     """Base of every error a user can cause and cure."""
 
+    told_by = ""
+    """Of an error that every process of a run has: the variable (RANK, LOCAL_RANK) that is 0 where it is shown."""
+
 
 class Interrupted(BaseException):
     """Ctrl-C while something long ran; the message says what is saved and how to go on. Not an `Exception`: nothing that mends

@@ -1,4 +1,4 @@
-"""How does every command take ``--plugin`` and ``--verbose``?"""
+"""Which options do several commands share? ``--plugin`` and ``--verbose`` are taken by all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +24,35 @@ Plugin = Annotated[
 Verbose = Annotated[
     bool, typer.Option("--verbose", help="Show what other libraries print of themselves.", show_default=False)
 ]
+Nodes = Annotated[
+    int | None,
+    typer.Option(
+        help="Machines that this command is started on, with --processes on each; no torchrun is needed.",
+        show_default=False,
+    ),
+]
+NodeRank = Annotated[
+    int | None,
+    typer.Option(
+        help="This machine's number, 0 on the one that --rendezvous names. Slurm and a hostfile know it.",
+        show_default=False,
+    ),
+]
+Rendezvous = Annotated[
+    str | None,
+    typer.Option(
+        help="HOST:PORT of the first machine, where all meet. Slurm and a hostfile know it.", show_default=False
+    ),
+]
+Hostfile = Annotated[
+    Path | None,
+    typer.Option(
+        help="DeepSpeed's list of machines, a line `host slots=8` each: gives --nodes, --processes and --rendezvous.",
+        show_default=False,
+    ),
+]
+LocalRank = Annotated[int | None, typer.Option("--local_rank", hidden=True)]
+"""DeepSpeed's launcher adds it to every command; the variable LOCAL_RANK, which it sets too, is what counts."""
 
 
 def add_common_options(app: typer.Typer) -> None:

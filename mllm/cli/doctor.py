@@ -6,9 +6,13 @@ import importlib.metadata
 import importlib.util
 import platform
 import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from mllm.cli.common_options import Hostfile, LocalRank, NodeRank, Nodes, Rendezvous
 from mllm.install import install_hint
 
 _PACKAGES = [
@@ -35,8 +39,26 @@ _PACKAGES = [
 ]
 
 
-def doctor() -> None:
-    """Say what is installed, which engines and accelerators work, and what to install for the rest."""
+def doctor(
+    network: Annotated[
+        bool, typer.Option("--network", help="Measure how fast processes exchange gradients instead, in ten seconds.")
+    ] = False,
+    processes: Annotated[int, typer.Option(help="With --network: processes on each machine, one per GPU.")] = 1,
+    nodes: Nodes = None,
+    node_rank: NodeRank = None,
+    rendezvous: Rendezvous = None,
+    hostfile: Hostfile = None,
+    local_rank: LocalRank = None,
+) -> None:
+    """Say what is installed, which engines and accelerators work, and what to install for the rest.
+
+    Before a run on several machines, on each of them (or under srun or torchrun):
+
+    [dim]mllm doctor --network --processes 8 --nodes 2 --node-rank 0 --rendezvous node0:29500[/]
+    """
+    if network:
+        _network(processes, nodes, node_rank, rendezvous, hostfile)
+        return
     from rich.console import Console
     from rich.table import Table
 
@@ -86,6 +108,24 @@ def doctor() -> None:
         "C++ compiler", shutil.which("g++") or shutil.which("clang++") or "none (only torch.compile needs one)"
     )
     console.print(table)
+
+
+def _network(
+    processes: int, nodes: int | None, node_rank: int | None, rendezvous: str | None, hostfile: Path | None
+) -> None:
+    from mllm import progress
+    from mllm.machines import find_machines
+
+    machines = find_machines(
+        nodes=nodes, node_rank=node_rank, rendezvous=rendezvous, hostfile=hostfile, processes=processes
+    )
+    progress.begin()
+    from mllm.train.preflight.network import check_network, verdict
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = check_network(10.0, processes=processes, machines=machines, report=Path(folder) / "network.json")
+    for line in verdict(found) if found is not None else []:
+        typer.echo(line)
 
 
 def _hint(extra: str) -> str:

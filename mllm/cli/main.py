@@ -128,7 +128,8 @@ def main() -> None:
     except MllmError as error:
         if os.environ.get("MLLM_TRACEBACK"):
             raise
-        sys.stderr.write(f"error: {error}\n")
+        if os.environ.get(error.told_by, "0") == "0":
+            sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
     except Interrupted as stop:
         sys.stderr.write(f"\nstopped: {stop}\n")

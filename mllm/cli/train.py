@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mllm.cli.common_options import Hostfile, LocalRank, NodeRank, Nodes, Rendezvous
+
 
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe's name (`mllm recipes ls`) or a YAML file.")],
@@ -35,23 +37,44 @@ def train(
         int, typer.Option(min=0, help="Record so many steps of every stage with the profiler: <output>/profile.")
     ] = 0,
     evaluate: Annotated[bool, typer.Option(help="Run the recipe's evaluation after the last stage.")] = True,
+    nodes: Nodes = None,
+    node_rank: NodeRank = None,
+    rendezvous: Rendezvous = None,
+    hostfile: Hostfile = None,
+    local_rank: LocalRank = None,
 ) -> None:
     """Train a recipe, stage by stage, into a Hugging Face checkpoint at <output>/final.
 
     [dim]mllm train demo stages.sft.steps=20 --output runs/try[/]
+
+    On several machines, the same on each but for the number (srun, torchrun and deepspeed work too):
+
+    [dim]mllm train my.yaml --processes 8 --nodes 2 --node-rank 0 --rendezvous node0:29500 --output /shared/runs/my[/]
     """
     from mllm import progress
+    from mllm.machines import find_machines
     from mllm.recipe import load_recipe
 
+    machines = find_machines(
+        nodes=nodes, node_rank=node_rank, rendezvous=rendezvous, hostfile=hostfile, processes=processes
+    )
     progress.begin()
     loaded = load_recipe(recipe, overrides)
     progress.tell(f"recipe {loaded.name}: {', '.join(stage.name for stage in loaded.stages)}")
     with progress.phase("importing torch and transformers"):
         from mllm.train.run import run_recipe
 
-    final = run_recipe(loaded, processes=processes, resume=resume, output=output, profile=profile, extend=extend)
+    final = run_recipe(
+        loaded,
+        processes=processes,
+        resume=resume,
+        output=output,
+        profile=profile,
+        extend=extend,
+        machines=machines,
+    )
     typer.echo(f"checkpoint: {final}")
-    if evaluate and loaded.evaluation.tasks:
+    if evaluate and loaded.evaluation.tasks and (machines is None or machines.node_rank == 0):
         from mllm.eval.run import run_eval
         from mllm.eval.settings import EvalSettings
 

@@ -2,37 +2,61 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import shutil
+import socket
+import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mllm import errors, progress
-from mllm.distributed import process_group
+from mllm.distributed import local_device, process_group
 from mllm.errors import ConfigError, MllmError
+from mllm.machines import placed
 from mllm.noise import hush
+from mllm.train.meeting import GO_ON, MachineLost, Meeting
 
 PRELOADED = ("mllm.models.build", "mllm.train.run", "mllm.train.stages.sft")
+MEET = "MEET"
+BUSY_SHARE = 0.9
+_BROKEN_LINES = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "ncclRemoteError",
+    "Socket Timeout",
+)
+"""What gloo and NCCL say of a neighbour that is gone."""
 
 
 class WorkerFailed(MllmError, RuntimeError):
     """A training process ended before its time; the message says which and why."""
 
 
-def launch(function: Callable[..., Any], processes: int, *arguments: Any, needs_group: bool = False) -> None:
+def launch(
+    function: Callable[..., Any],
+    processes: int,
+    *arguments: Any,
+    needs_group: bool = False,
+    meeting: Meeting | None = None,
+) -> None:
     """Run ``function(*arguments)`` in ``processes`` processes that form one process group; returns when all have ended.
 
-    One process runs right here. Under ``torchrun`` this process joins that run's group instead of starting others.
-    function must be importable by name. Raises `WorkerFailed` when a process dies; the others are ended then.
+    One process runs right here. Under a launcher (``torchrun``, ``srun``, DeepSpeed's) this process joins that run's group instead of
+    starting others. meeting: the other machines of the run, whose processes join the same group. function must be importable by
+    name. Raises `WorkerFailed` when a process dies, `MachineLost` when another machine ends; the others are ended then.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ or processes == 1:
-        with process_group(always=needs_group):
+    if placed() or (processes == 1 and meeting is None):
+        lone = contextlib.nullcontext() if not placed() else _naming_lost_machines()
+        with lone, process_group(always=needs_group):
+            tell_busy_gpu()
             function(*arguments)
         return
     available = torch.cuda.device_count()
@@ -41,12 +65,14 @@ def launch(function: Callable[..., Any], processes: int, *arguments: Any, needs_
     folder = tempfile.mkdtemp(prefix="mllm-launch-")
     progress.tell(f"starting {processes} processes …")
     try:
-        _start(function, processes, arguments, folder)
+        _start(function, processes, arguments, folder, meeting)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(function: Callable[..., Any], processes: int, arguments: tuple, folder: str) -> None:
+def _start(
+    function: Callable[..., Any], processes: int, arguments: tuple, folder: str, meeting: Meeting | None
+) -> None:
     multiprocessing: Any = importlib.import_module("torch.multiprocessing")
     # On CUDA every process starts afresh (a forked one cannot use the GPU). On the CPU one server imports everything once
     # and the processes are forked from it, which halves the start on two cores.
@@ -56,44 +82,101 @@ def _start(function: Callable[..., Any], processes: int, arguments: tuple, folde
         context.set_forkserver_preload([function.__module__, *PRELOADED])
     alive, ours = context.Pipe(duplex=False)
     try:
-        multiprocessing.start_processes(
+        started = multiprocessing.start_processes(
             _worker,
-            args=(function, processes, arguments, f"file://{folder}/meet", folder, alive),
+            args=(function, arguments, _places(processes, folder, meeting), folder, alive),
             nprocs=processes,
             start_method=method,
+            join=False,
         )
+        _wait(started, meeting)
     except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
         for path in sorted(Path(folder).glob("error-*")):  # a user's error needs no traceback of ours
             kind, _, message = path.read_text(encoding="utf-8").partition("\n")
             raise getattr(errors, kind, WorkerFailed)(message) from None
+        # A neighbour that is cut off shows as an error of whatever waits for it.
+        if meeting is not None and (news := meeting.wait_for_news()):
+            raise MachineLost(news) from None
         raise WorkerFailed(f"a training process ended early: {error}") from None
     finally:
         ours.close()
 
 
+def _wait(started: Any, meeting: Meeting | None) -> None:
+    """Until all processes have ended. Raises `MachineLost`, with these ended too, when another machine did."""
+    while not started.join(timeout=None if meeting is None else 0.5):
+        if meeting is not None and (news := meeting.news()):
+            with contextlib.suppress(Exception):
+                started.join(timeout=2.0)  # they may have an error of their own to tell, which is the same
+                for process in started.processes:
+                    process.kill()
+                    process.join()
+            raise MachineLost(news)
+
+
+def _places(processes: int, folder: str, meeting: Meeting | None) -> dict[str, str]:
+    """What torchrun would set for all processes of this machine; without other machines they meet in a file."""
+    # accelerate (TRL's trainers) takes processes without LOCAL_WORLD_SIZE for many machines.
+    local = {"LOCAL_WORLD_SIZE": str(processes)}
+    if meeting is None:
+        return {**local, "WORLD_SIZE": str(processes), "GROUP_RANK": "0", MEET: f"file://{folder}/meet"}
+    machines = meeting.machines
+    return {
+        **local,
+        "WORLD_SIZE": str(processes * machines.nodes),
+        "GROUP_RANK": str(machines.node_rank),
+        "MASTER_ADDR": machines.host,
+        "MASTER_PORT": str(machines.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the first machine's command listens, not its first process
+    }
+
+
 def _worker(
-    process: int,
-    function: Callable[..., Any],
-    processes: int,
-    arguments: tuple,
-    init_method: str,
-    folder: str,
-    alive: Any,
+    process: int, function: Callable[..., Any], arguments: tuple, places: dict[str, str], folder: str, alive: Any
 ) -> None:
-    # As torchrun sets them; accelerate (TRL's trainers) takes processes without LOCAL_WORLD_SIZE for many machines.
-    total = str(processes)
-    os.environ.update(RANK=str(process), LOCAL_RANK=str(process), WORLD_SIZE=total, LOCAL_WORLD_SIZE=total)
+    processes = int(places["LOCAL_WORLD_SIZE"])
+    rank = int(places["GROUP_RANK"]) * processes + process
+    meet = places.pop(MEET, None)
+    os.environ.update(places, RANK=str(rank), LOCAL_RANK=str(process))
     threading.Thread(target=_end_with_launcher, args=(alive,), daemon=True).start()
     hush()
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     try:
-        with process_group(process=process, processes=processes, init_method=init_method):
+        with process_group(process=rank, processes=int(places["WORLD_SIZE"]), init_method=meet):
+            tell_busy_gpu()
             function(*arguments)
     except MllmError as error:
         kind = "ConfigError" if isinstance(error, errors.ConfigError) else type(error).__name__
         (Path(folder) / f"error-{process}").write_text(f"{kind}\n{error}", encoding="utf-8")
         raise
+
+
+def tell_busy_gpu() -> None:
+    """A line when other programs hold much of this process's GPU: the plan's memory is then not there."""
+    if not torch.cuda.is_available():
+        return
+    device = local_device()
+    free, total = torch.cuda.mem_get_info(device)
+    if free < BUSY_SHARE * total:
+        sys.stderr.write(
+            f"! GPU {device.index} of {socket.gethostname()}: other programs hold {(total - free) / 1e9:.0f} of "
+            f"{total / 1e9:.0f} GB; end them (nvidia-smi shows which), or choose other GPUs with CUDA_VISIBLE_DEVICES\n"
+        )
+
+
+@contextlib.contextmanager
+def _naming_lost_machines() -> Iterator[None]:
+    """Under another launcher nobody else says why a neighbour's end is an error here."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if isinstance(error, MllmError) or not any(mark in text for mark in _BROKEN_LINES):
+            raise
+        lost = MachineLost(f"another process of this run is gone ({text.partition(chr(10))[0][:200]}). {GO_ON}")
+        lost.told_by = "LOCAL_RANK"
+        raise lost from error
 
 
 def _end_with_launcher(alive: Any) -> None:

@@ -15,14 +15,17 @@ from rich.console import Console
 
 from mllm import distributed, progress
 from mllm.errors import CheckpointError, ConfigError, Interrupted
+from mllm.machines import Machines
 from mllm.plugins import load_plugins
 from mllm.recipe import Recipe, StageSpec
+from mllm.train.agreement import agree
 from mllm.train.checkpoint.export import finished_otherwise, is_finished, publish
 from mllm.train.checkpoint.files import found
 from mllm.train.checkpoint.resume import LENGTH
 from mllm.train.checkpoint.run_lock import only_run_in
 from mllm.train.engine.base import choose_engine
 from mllm.train.launch import launch
+from mllm.train.meeting import meeting
 from mllm.train.observe.run_info import RunInfo
 from mllm.train.observe.tracking import Tracker, plot_loss
 from mllm.train.stages.kind import kind_of
@@ -41,6 +44,7 @@ def run_recipe(
     stop_after: int | None = None,
     profile: int = 0,
     extend: bool = False,
+    machines: Machines | None = None,
 ) -> Path:
     """Train every stage of a recipe that is not finished.
 
@@ -53,12 +57,14 @@ def run_recipe(
         profile: record so many steps of every stage with the profiler, into ``<output>/profile``.
         extend: resume, and let the last stage be longer than it was: it goes on from its optimizer's state (``keep_state``), with the
             schedule of the new length.
+        machines: those that run the same command, this one among them; ``processes`` is then theirs.
 
     Returns:
         ``<output>/final``, a Hugging Face directory.
 
     Raises:
-        ConfigError: before anything is trained.
+        ConfigError: before anything is trained; also when the machines do not agree on what is trained.
+        MachineLost: another machine of the run ended.
         TrainingDiverged: the loss is not finite; checkpoints written before stay as they are.
         CheckpointError: a checkpoint cannot be read or written.
         DataError: the data cannot be used.
@@ -70,12 +76,13 @@ def run_recipe(
     progress.begin()
     try:
         resume = resume or extend
-        _check_run(recipe, folder, resume, extend)
-        needs_group = any(choose_engine(stage).zero_stage for stage in recipe.stages)
-        with _naming_a_full_disk(folder), only_run_in(folder):
-            launch(
-                _train_recipe, processes, recipe, folder, resume, stop_after, profile, extend, needs_group=needs_group
-            )
+        with meeting(machines) as met:
+            _check_run(recipe, folder, resume, extend)
+            needs_group = any(choose_engine(stage).zero_stage for stage in recipe.stages)
+            processes, first = (processes, True) if machines is None else (machines.processes, machines.node_rank == 0)
+            arguments = recipe, folder, resume, stop_after, profile, extend
+            with _naming_a_full_disk(folder), only_run_in(folder, first=first):
+                launch(_train_recipe, processes, *arguments, needs_group=needs_group, meeting=met)
     except KeyboardInterrupt:
         raise Interrupted(saved_so_far(recipe, folder)) from None
     finally:
@@ -152,6 +159,8 @@ def _train(recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, p
     main, info, tracker = distributed.is_main(), None, None
     if main:
         folder.mkdir(parents=True, exist_ok=True)
+    agree(recipe, folder)
+    if main:
         with progress.phase("opening the run's records"):
             info = RunInfo(folder, recipe, processes=distributed.world_size(), resume=resume)
             tracker = Tracker(folder, recipe, info)

@@ -390,7 +390,9 @@ _DTYPES = {
 }
 
 
-def difference(saved: str, now: str, *, leave_out: Collection[str] = ()) -> str:
+def difference(
+    saved: str, now: str, *, leave_out: Collection[str] = (), words: tuple[str, str] = ("then", "now")
+) -> str:
     """``a.b: 1 then, 2 now`` for every setting of two JSON texts that differs; empty when none does."""
     if saved == now:
         return ""
@@ -399,7 +401,7 @@ def difference(saved: str, now: str, *, leave_out: Collection[str] = ()) -> str:
     except ValueError:
         return "signature differs"
     keys = [k for k in {**a, **b} if a.get(k) != b.get(k) and k not in leave_out]
-    different = [f"{k}: {a.get(k)!r} then, {b.get(k)!r} now" for k in keys]
+    different = [f"{k}: {a.get(k)!r} {words[0]}, {b.get(k)!r} {words[1]}" for k in keys]
     return "; ".join(different[:8]) + (f" and {len(different) - 8} more" if len(different) > 8 else "")
 
 

@@ -1,0 +1,144 @@
+"""Do several machines train one model? Here they are several launchers on one machine's loopback address."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from mllm.errors import ConfigError, MllmError
+from mllm.machines import Machines
+from mllm.recipe import Recipe
+from mllm.train import run_recipe
+from tests.helpers import free_port
+from tests.integration.train_helpers import ROOT, make_recipe
+
+CALM = {"optimizer": {"eps": 1e-5}, "dtype": "float32"}
+
+
+def _recipe(folder: Path, **stage) -> Recipe:
+    recipe = make_recipe(folder, stages=[{"name": "sft", "steps": 3, "batch_size": 1, **CALM, **stage}])
+    recipe.model.language_model.config["attention_dropout"] = 0.0
+    return recipe
+
+
+def _on_machines(recipes: list[Recipe], output: Path, **settings) -> list[MllmError | None]:
+    """Train as two launchers would, each in a thread of this process; the error of each."""
+    port, ended = free_port(), [None] * len(recipes)
+
+    def launcher(rank: int) -> None:
+        machines = Machines(len(recipes), rank, "127.0.0.1", port, 1)
+        try:
+            run_recipe(recipes[rank], output=output, machines=machines, **settings)
+        except MllmError as error:
+            ended[rank] = error
+
+    threads = [threading.Thread(target=launcher, args=(rank,)) for rank in range(len(recipes))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return ended
+
+
+def test_two_launchers_train_what_two_processes_do_and_refuse_unlike_recipes(tmp_path):
+    recipe = _recipe(tmp_path)
+    assert _on_machines([recipe, recipe], tmp_path / "machines") == [None, None]
+    run_recipe(recipe, output=tmp_path / "one", processes=2)
+    wanted, found = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "machines"))
+    assert set(wanted) == set(found)
+    assert max((wanted[name] - found[name]).abs().max().item() for name in wanted) < 1e-6
+
+    ended = _on_machines([recipe, _recipe(tmp_path, gradient_accumulation=3)], tmp_path / "unlike")
+    assert all(isinstance(error, ConfigError) for error in ended), ended
+    for error in ended:
+        assert "the recipe of machine 1" in str(error) and "\n" not in str(error)
+        assert "gradient_accumulation: 1 on machine 0" in str(error) and "3 on machine 1" in str(error)
+    assert not (tmp_path / "unlike" / "run.json").exists()
+
+
+def _command(folder: Path, output: str, *options: str, environment: dict[str, str] | None = None, before: tuple = ()):
+    recipe = folder / "recipe.json"
+    if not recipe.is_file():
+        stage = {"batch_size": 1, "steps": 40, "save_every": 2, "gradient_accumulation": 2}
+        recipe.write_text(_recipe(folder, **stage).model_dump_json(), encoding="utf-8")
+    around = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [*(before or (sys.executable, "-m", "mllm.cli.main")), "train", str(recipe), "--output", str(folder / output), *options],
+        env=around | (environment or {}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        cwd=folder,
+    )  # fmt: skip
+
+
+def _errors(said: str) -> list[str]:
+    return [line for line in said.splitlines() if line.startswith("error: ")]
+
+
+def _losses(output: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.nightly
+def test_a_lost_machine_ends_the_run_with_one_line_and_fewer_go_on(tmp_path):
+    """Two commands with two processes each; one machine is cut off as a pulled plug would."""
+    line = ("--processes", "2", "--nodes", "2", "--rendezvous", f"127.0.0.1:{free_port()}")
+    commands = [_command(tmp_path, "run", *line, "--node-rank", str(rank)) for rank in range(2)]
+    checkpoints = tmp_path / "run" / "checkpoints" / "sft"
+    end = time.monotonic() + 240
+    while not list(checkpoints.glob("step-*")):
+        assert all(command.poll() is None for command in commands) and time.monotonic() < end
+        time.sleep(0.05)
+    os.killpg(commands[1].pid, signal.SIGKILL)
+    said = commands[0].communicate(timeout=120)[0]
+    commands[1].communicate(timeout=30)
+    assert commands[0].returncode == 2, said
+    assert len(_errors(said)) == 1 and "machine 1 (" in _errors(said)[0] and "is lost" in _errors(said)[0], said
+    assert "Traceback" not in said
+    done = len(_losses(tmp_path / "run"))
+    again = _command(tmp_path, "run", "--processes", "2", "--resume")
+    said = again.communicate(timeout=240)[0]
+    assert again.returncode == 0 and "started with 4 processes, now 2" in said, said
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file() and len(_losses(tmp_path / "run")) > done
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("launcher", ["slurm", "deepspeed", "hostfile"])
+def test_other_launchers_start_the_same_command(tmp_path, launcher):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 slots=1\nlocalhost slots=1\n" if launcher == "hostfile" else "localhost slots=2\n")
+    if launcher == "slurm":
+        step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_STEP_NODELIST": "localhost,other",
+                "SLURM_LOCALID": "0", "SLURM_JOB_ID": str(free_port())}  # fmt: skip
+        places = [{**step, "SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)} for rank in range(2)]
+        commands = [_command(tmp_path, "run", "stages.sft.steps=4", environment=place) for place in places]
+    elif launcher == "hostfile":
+        common = ("stages.sft.steps=4", "--hostfile", str(hosts), "--rendezvous", f"127.0.0.1:{free_port()}")
+        commands = [_command(tmp_path, "run", *common, "--node-rank", str(rank)) for rank in range(2)]
+    else:
+        tool = str(Path(sys.executable).parent / "deepspeed")
+        before = (
+            tool,
+            "--num_gpus",
+            "2",
+            "--hostfile",
+            "/nowhere",
+            "--master_port",
+            str(free_port()),
+            "--module",
+            "mllm.cli.main",
+        )
+        settings = {"DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        commands = [_command(tmp_path, "run", "stages.sft.steps=4", environment=settings, before=before)]
+    for command in commands:
+        said = command.communicate(timeout=240)[0]
+        assert command.returncode == 0, said[-3000:]
+    started = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["starts"]
+    assert [start["processes"] for start in started] == [2] and len(_losses(tmp_path / "run")) == 4
