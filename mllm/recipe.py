@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from mllm import assets
 from mllm.config import StrictModel, apply_overrides, read_yaml, validate
@@ -263,10 +263,14 @@ class StageSpec(StrictModel):
     stage). Default: the model's."""
     packing: bool = False
     """Put several samples into one row of ``max_length``; none sees another."""
+    samples_per_step: int | None = Field(default=None, ge=1)
+    """When packing: samples of one optimizer step over all processes, as many as a published run took unpacked. Each step packs
+    exactly these, in as many micro-steps as their rows need."""
     group_by_length: bool = False
     """Batch samples of like length, so that less is padding."""
     engine: str | dict[str, Any] = "none"
-    """none, zero1, zero2, zero3, or a DeepSpeed json file."""
+    """none, zero1, zero2, zero3, a DeepSpeed json file, or auto: the one that shares least and fits, by the plan and the memory of
+    the GPUs it is started on."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights and products; with bfloat16 the optimizer keeps float32 copies of what learns."""
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
@@ -299,6 +303,16 @@ class StageSpec(StrictModel):
     """Pictures to draw while training (models with a visual head)."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Settings of the stage's kind; of sft: ``robust`` (pictures turned, and changed against the model)."""
+    _chosen: str = PrivateAttr("none")
+
+    @property
+    def engine_here(self) -> str | dict[str, Any]:
+        """``engine``; for auto what `choose_here` has said on these GPUs, none before."""
+        return self._chosen if self.engine == "auto" else self.engine
+
+    def choose_here(self, engine: str) -> None:
+        """What ``engine: auto`` is on these GPUs. It is no part of the recipe: elsewhere a run goes on with another."""
+        self._chosen = engine
 
     @model_validator(mode="after")
     def _length(self) -> StageSpec:

@@ -51,8 +51,6 @@ Hostfile = Annotated[
         show_default=False,
     ),
 ]
-LocalRank = Annotated[int | None, typer.Option("--local_rank", hidden=True)]
-"""DeepSpeed's launcher adds it to every command; the variable LOCAL_RANK, which it sets too, is what counts."""
 
 
 def add_common_options(app: typer.Typer) -> None:

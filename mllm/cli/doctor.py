@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from mllm.cli.common_options import Hostfile, LocalRank, NodeRank, Nodes, Rendezvous
+from mllm.cli.common_options import Hostfile, NodeRank, Nodes, Rendezvous
 from mllm.install import install_hint
 
 _PACKAGES = [
@@ -48,7 +48,6 @@ def doctor(
     node_rank: NodeRank = None,
     rendezvous: Rendezvous = None,
     hostfile: Hostfile = None,
-    local_rank: LocalRank = None,
 ) -> None:
     """Say what is installed, which engines and accelerators work, and what to install for the rest.
 

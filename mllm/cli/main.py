@@ -83,6 +83,8 @@ def _root(
     version: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Print the version and stop."
     ),
+    # DeepSpeed's launcher puts it before every command; the variable LOCAL_RANK, which it sets too, is what counts.
+    local_rank: int = typer.Option(0, "--local_rank", hidden=True),
 ) -> None:
     """A first look: mllm recipes ls, mllm list encoders, mllm doctor."""
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mllm.cli.common_options import Hostfile, LocalRank, NodeRank, Nodes, Rendezvous
+from mllm.cli.common_options import Hostfile, NodeRank, Nodes, Rendezvous
 
 
 def train(
@@ -41,7 +41,6 @@ def train(
     node_rank: NodeRank = None,
     rendezvous: Rendezvous = None,
     hostfile: Hostfile = None,
-    local_rank: LocalRank = None,
 ) -> None:
     """Train a recipe, stage by stage, into a Hugging Face checkpoint at <output>/final.
 

@@ -205,6 +205,27 @@ class PackedPlan(Plan):
         return [[[draws[i] for i in rows[r]] for r in order[k : k + step]] for k in range(0, len(order), step)]
 
 
+class SteppedPlan(PackedPlan):
+    """As `PackedPlan`, a window being the samples of one optimizer step: each step learns from exactly ``samples_per_step``, whatever
+    their lengths, in as many batches as their rows fill. That number is a multiple of the rows per batch, so that splitting
+    rows always comes out and none is repeated (but in the last, shorter step).
+    """
+
+    def __init__(self, mixture: Mixture, *, samples_per_step: int, **settings: Any):
+        super().__init__(mixture, window=samples_per_step, **settings)
+        if samples_per_step % self.rows_per_step:
+            raise ConfigError(
+                f"samples_per_step is {samples_per_step}, which the {self.rows_per_step} rows of a micro-step (batch_size "
+                f"{self.batch_size} × {self.world_size} processes) do not divide; give another batch_size"
+            )
+
+    def num_steps(self, start: Position | None = None) -> int:
+        """Optimizer steps from ``start`` to the total."""
+        if self.total is None:
+            raise ConfigError("an endless plan has no number of steps; give total")
+        return max(0, -(-self.total // self.window_size) - (start or Position()).window)
+
+
 def make_plan(
     mixture: Mixture,
     *,
@@ -215,6 +236,7 @@ def make_plan(
     group_by_length: bool = False,
     lengths: Sequence[np.ndarray] | None = None,
     max_length: int | None = None,
+    samples_per_step: int | None = None,
 ) -> Plan:
     """The plan a stage asks for. Packing and grouping need ``lengths`` (`mllm.data.lengths`). Raises `ConfigError`."""
     if packing and group_by_length:
@@ -228,6 +250,8 @@ def make_plan(
         return GroupedPlan(mixture, lengths=lengths, **common)
     if max_length is None:
         raise ConfigError("packing needs max_length")
+    if samples_per_step is not None:
+        return SteppedPlan(mixture, lengths=lengths, max_length=max_length, samples_per_step=samples_per_step, **common)
     window = max(2048, 16 * batch_size * world_size)
     return PackedPlan(mixture, lengths=lengths, max_length=max_length, window=window, **common)
 

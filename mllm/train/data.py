@@ -15,7 +15,7 @@ from mllm.data.collate import Batch, Dropped
 from mllm.data.dataset import BadShare, DataStream, DropLog, dropped_rows
 from mllm.data.lengths import counting_processes, measure
 from mllm.data.mixture import Draw, Mixture
-from mllm.data.plan import make_plan
+from mllm.data.plan import SteppedPlan, make_plan
 from mllm.errors import AlignmentError, ConfigError, DataError
 from mllm.odd_settings import odd_settings
 from mllm.processing.chat import count_tokens, encode_sample
@@ -92,7 +92,7 @@ def tell_left_out(mixture: Mixture, display: Any, info: Any, stage: StageSpec) -
 
 def tell_odd_settings(stage: StageSpec, steps: int, samples: int, display: Any) -> None:
     """Show the settings that mean nothing together, before anything is trained with them."""
-    rows = stage.batch_size * stage.gradient_accumulation * distributed.world_size()
+    rows = stage.samples_per_step or stage.batch_size * stage.gradient_accumulation * distributed.world_size()
     for line in odd_settings(stage, steps=steps, samples=samples, rows=rows):
         display.print(f"[yellow]! {stage.name}: {line}")
 
@@ -178,6 +178,7 @@ class StageData:
             group_by_length=stage.group_by_length,
             lengths=lengths,
             max_length=stage.max_length,
+            samples_per_step=stage.samples_per_step,
         )
         self.stream = DataStream(
             self.plan,
@@ -189,7 +190,8 @@ class StageData:
             pin_memory=distributed.local_device().type == "cuda",
             on_drop=self.drops,
         )
-        self.micro_batches = None if total is None else self.plan.num_batches()
+        stepped = isinstance(self.plan, SteppedPlan)
+        self.micro_batches = None if total is None or stepped else self.plan.num_batches()
 
     def _lengths(self, processor: TextProcessor, cache: Path) -> list[Any]:
         """Every dataset's token counts, measured once by the main process. Rows that cannot be measured are named, for
@@ -237,14 +239,21 @@ class StageData:
         """Optimizer steps of the whole stage."""
         if self.stage.steps is not None:
             return self.stage.steps
+        if isinstance(self.plan, SteppedPlan):
+            return max(1, self.plan.num_steps())
         assert self.micro_batches is not None
         return max(1, math.ceil(self.micro_batches / self.stage.gradient_accumulation))
 
     def draws(self) -> Iterator[Draw]:
         """The samples that this process will see, in order, as far as the plan tells (replacements of bad ones aside)."""
-        batches = self.total_steps * self.stage.gradient_accumulation
-        for planned in itertools.islice(self.plan.batches(self.stream.rank), batches):
-            for row in planned.rows:
+        batches = self.plan.batches(self.stream.rank)
+        if isinstance(self.plan, SteppedPlan):
+            last = self.total_steps
+            planned = itertools.takewhile(lambda batch: batch.position.window < last, batches)
+        else:
+            planned = itertools.islice(batches, self.total_steps * self.stage.gradient_accumulation)
+        for batch in planned:
+            for row in batch.rows:
                 yield from row
 
     def bad_rows(self, micro: list[Batch]) -> dict[str, float]:
@@ -254,6 +263,9 @@ class StageData:
     def steps(self) -> Iterator[list[Batch]]:
         """The micro-batches of each optimizer step, from the present position on; the last step may have fewer."""
         batches = iter(self.stream)
+        if isinstance(self.plan, SteppedPlan):
+            yield from _until_windows_end(batches)
+            return
         while micro := list(itertools.islice(batches, self.stage.gradient_accumulation)):
             yield micro
 
@@ -268,5 +280,17 @@ class StageData:
         """Steps left; after a change of processes counted anew from the position."""
         if self.stage.steps is not None or same_layout:
             return self.total_steps - done
+        if isinstance(self.plan, SteppedPlan):
+            return self.plan.num_steps(self.stream.position)
         left = self.plan.num_batches(self.stream.position)
         return math.ceil(left / self.stage.gradient_accumulation)
+
+
+def _until_windows_end(batches: Iterator[Batch]) -> Iterator[list[Batch]]:
+    """The batches of one window after the other; a window is one optimizer step."""
+    micro: list[Batch] = []
+    for batch in batches:
+        micro.append(batch)
+        if batch.following.batch == 0:
+            yield micro
+            micro = []

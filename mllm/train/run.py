@@ -28,6 +28,7 @@ from mllm.train.launch import launch
 from mllm.train.meeting import meeting
 from mllm.train.observe.run_info import RunInfo
 from mllm.train.observe.tracking import Tracker, plot_loss
+from mllm.train.preflight.auto import choose_engines
 from mllm.train.stages.kind import kind_of
 from mllm.train.trainer import Run
 
@@ -160,6 +161,7 @@ def _train(recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, p
     if main:
         folder.mkdir(parents=True, exist_ok=True)
     agree(recipe, folder)
+    choose_engines(recipe)
     if main:
         with progress.phase("opening the run's records"):
             info = RunInfo(folder, recipe, processes=distributed.world_size(), resume=resume)

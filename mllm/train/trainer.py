@@ -465,6 +465,8 @@ def _signature(recipe: Recipe, stage: StageSpec, data: dict[str, str]) -> str:
     settings["optimizer"].pop("fused", None)  # how the update is computed, not which
     if settings["float8"] is None:
         del settings["float8"]  # runs that were begun before there was one go on
+    if settings["samples_per_step"] is None:
+        del settings["samples_per_step"]  # likewise
     return json.dumps(
         {**settings, "seed": recipe.seed, "model": recipe.model.model_dump(mode="json"), "rows": data}, sort_keys=True
     )
@@ -475,6 +477,11 @@ def check_stage(stage: StageSpec, recipe: Recipe) -> None:
     parts that the model lacks, data that are not there. Nothing is built."""
     if stage.packing and stage.group_by_length:
         raise ConfigError(f"stages.{stage.name}: packing and group_by_length exclude each other; keep one")
+    if stage.samples_per_step is not None and not (stage.packing and stage.gradient_accumulation == 1):
+        raise ConfigError(
+            f"stages.{stage.name}.samples_per_step: is for packed rows, whose number decides how many micro-steps a step takes; set "
+            "packing: true and leave gradient_accumulation out"
+        )
     if stage.chat_template is not None:
         read_template(stage.chat_template)
     engine = choose_engine(stage)

@@ -52,19 +52,19 @@ class EngineChoice:
 
 def choose_engine(stage: StageSpec) -> EngineChoice:
     """Resolve ``stage.engine``: a name, a DeepSpeed json file, or its content. Raises `ConfigError`."""
-    where = f"stages.{stage.name}.engine"
-    if stage.engine == "none":
+    where, engine = f"stages.{stage.name}.engine", stage.engine_here
+    if engine == "none":
         return EngineChoice("none", 0)
-    if isinstance(stage.engine, dict):
-        config, name = dict(stage.engine), "deepspeed"
-    elif stage.engine in SHIPPED:
-        config, name = json.loads(assets.shipped_text(f"recipes/deepspeed/{stage.engine}.json")), stage.engine
-    elif stage.engine.endswith(".json"):
-        config, name = _read_json(stage.engine, where), stage.engine
+    if isinstance(engine, dict):
+        config, name = dict(engine), "deepspeed"
+    elif engine in SHIPPED:
+        config, name = json.loads(assets.shipped_text(f"recipes/deepspeed/{engine}.json")), engine
+    elif engine.endswith(".json"):
+        config, name = _read_json(engine, where), engine
     else:
         raise ConfigError(
-            f"{where}: unknown engine {stage.engine!r}{did_you_mean(stage.engine, SHIPPED)}. "
-            f"Known: {', '.join(SHIPPED)}, or a DeepSpeed json file"
+            f"{where}: unknown engine {engine!r}{did_you_mean(engine, ('auto', *SHIPPED))}. "
+            f"Known: auto, {', '.join(SHIPPED)}, or a DeepSpeed json file"
         )
     zero_stage = config.get("zero_optimization", {}).get("stage", 0)
     if zero_stage not in (1, 2, 3):

@@ -6,6 +6,7 @@ H200 (bytes per token and layer as a multiple of the hidden and feed-forward wid
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,11 +30,14 @@ from mllm.train.engine.base import choose_engine
 from mllm.train.engine.groups import Group, apply_learning, frozen_summary
 from mllm.train.lora import has_adapters
 from mllm.train.observe.flops import flop_model
+from mllm.train.preflight.scaling import ENGINES, Load, smallest_that_fits
 
 # Bytes per token and layer in bf16: (per hidden width, per feed-forward width). Compiled layers keep no fp32 copies in norms.
 _ACTIVATION_BYTES = {"eager": (26.0, 8.0), "compiled": (16.0, 6.0)}
 _FROZEN_SHARE = 0.6  # of that, when gradients only pass through: inputs of matrix products need not be kept
 _SAMPLED_ROWS = 256
+ROOM = 0.92
+"""Share of a GPU's memory that a plan may fill: CUDA's context, fragments between blocks."""
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "muon": 4, "sgd": 4}
 
 
@@ -48,6 +52,8 @@ class StagePlan:
     flops_step: float
     flops_step_language_model: float
     tokens_step: int
+    rows_step: int = 0
+    """Samples (rows when packing) of one optimizer step over all processes."""
     row_length: int = 0
     """Tokens of the longest row that memory is stated for."""
     accumulates: bool = False
@@ -66,21 +72,38 @@ class StagePlan:
     rows: str | None = None
     """How many rows of added tokens learn, or why none does."""
     hazards: list[str] = field(default_factory=list)
+    engine: str = ""
+    """What ``engine: auto`` becomes; empty where the recipe names one."""
+    memory_for: Callable[[int, int], dict[str, int]] | None = None
+    """``memory`` for another (ZeRO stage, number of GPUs)."""
+    load: Load | None = None
+    """A step's work on one GPU."""
+    engines: tuple[str, ...] = ()
+    """What this stage can be trained with."""
 
     @property
     def peak(self) -> int:
-        """Bytes at the fullest moment: what stays, and the larger of the backward pass and the update. Where nothing is
-        accumulated, gradients appear while activations go."""
-        memory = self.memory
-        stays = sum(v for k, v in memory.items() if k not in ("activations and loss", "update", "gradients"))
-        backward = memory["activations and loss"] + (memory["gradients"] if self.accumulates else 0)
-        return stays + max(backward, memory["gradients"] + memory["update"])
+        """Bytes at the fullest moment."""
+        return peak_of(self.memory, accumulates=self.accumulates)
+
+    def peak_for(self, engine: str, gpus: int) -> int:
+        """`peak` with another engine on so many GPUs."""
+        assert self.memory_for is not None
+        return peak_of(self.memory_for(ENGINES[engine], gpus), accumulates=self.accumulates)
 
     def seconds(self, *, peak_flops: float, mfu: float, processes: int) -> float | None:
         """Time of the stage at a model FLOP utilisation of the language model alone."""
         if self.steps is None:
             return None
         return self.steps * self.flops_step_language_model / (peak_flops * mfu * processes)
+
+
+def peak_of(memory: dict[str, int], *, accumulates: bool) -> int:
+    """What stays, and the larger of the backward pass and the update. Where nothing is accumulated, gradients appear while
+    activations go."""
+    stays = sum(v for k, v in memory.items() if k not in ("activations and loss", "update", "gradients"))
+    backward = memory["activations and loss"] + (memory["gradients"] if accumulates else 0)
+    return stays + max(backward, memory["gradients"] + memory["update"])
 
 
 @dataclass
@@ -95,8 +118,9 @@ class RecipePlan:
     final_bytes: int
 
 
-def plan_recipe(recipe: Recipe, *, processes: int = 1, with_data: bool = True) -> RecipePlan:
-    """Plan a recipe for so many GPUs. with_data: look at the stages' data where they are on this machine.
+def plan_recipe(recipe: Recipe, *, processes: int = 1, with_data: bool = True, gpu_memory: float = 80e9) -> RecipePlan:
+    """Plan a recipe for so many GPUs. with_data: look at the stages' data where they are on this machine. gpu_memory: bytes of one
+    GPU, which ``engine: auto`` is chosen for.
 
     Raises `ConfigError` for what would end training at its start.
     """
@@ -113,7 +137,7 @@ def plan_recipe(recipe: Recipe, *, processes: int = 1, with_data: bool = True) -
         if not clean:  # the stage before put adapters in
             with torch.device("meta"):
                 model = MllmForConditionalGeneration(config)
-        stages.append(_plan_stage(recipe, stage, model, processor, processes, with_data))
+        stages.append(_plan_stage(recipe, stage, model, processor, processes, with_data, gpu_memory))
         clean = not has_adapters(model)
     hazards += _recipe_hazards(recipe, parameters)
     hazards += licence_warnings({n: encoder_config(spec, where=f"encoders.{n}") for n, spec in config.encoders.items()})
@@ -168,16 +192,22 @@ def _plan_stage(
     processor: Processor,
     processes: int,
     with_data: bool,
+    gpu_memory: float,
 ) -> StagePlan:
-    choice = choose_engine(stage)
-    groups = apply_learning(model, stage, zero_stage=choice.zero_stage)
-    rows = stage.batch_size * stage.gradient_accumulation * processes
+    zero_stage = choose_engine(stage).zero_stage
+    groups = apply_learning(model, stage, zero_stage=zero_stage)
+    micro_steps = stage.gradient_accumulation
+    rows = stage.batch_size * micro_steps * processes
     plan = StagePlan(stage.name, groups, frozen_summary(model), {}, 0.0, 0.0, rows * stage.max_length)
-    plan.rows = rows_line(model, stage)
+    plan.rows, plan.rows_step = rows_line(model, stage), rows
     if with_data:
         _look_at_data(recipe, stage, plan, processor, rows)
     elif stage.steps is not None:
         plan.steps = stage.steps
+    if stage.samples_per_step is not None:
+        micro_steps = _micro_steps(stage, plan, processes)
+        rows = stage.batch_size * micro_steps * processes
+        plan.tokens_step, plan.rows_step = rows * stage.max_length, rows
     length = stage.max_length
     if plan.lengths and not stage.packing:
         length = min(length, round(float(np.mean(np.minimum(plan.lengths, stage.max_length)))))
@@ -195,14 +225,62 @@ def _plan_stage(
         views=views,
     )
     plan.flops_step, plan.flops_step_language_model = step.total, step.language_model
-    plan.row_length, plan.accumulates = _longest_row(stage, plan), stage.gradient_accumulation > 1
-    plan.memory = memory_of(
-        model, stage, groups, zero_stage=choice.zero_stage, processes=processes, row_length=plan.row_length
+    plan.row_length, plan.accumulates = _longest_row(stage, plan), micro_steps > 1
+    plan.memory_for = _memory_for(model, stage, groups, plan.row_length)
+    learned, plan.engines = sum(group.num_parameters for group in groups), possible_engines(recipe, stage)
+    if stage.engine == "auto":
+        limit = ROOM * gpu_memory
+        plan.engine = smallest_that_fits(
+            lambda zero: peak_of(plan.memory_for(zero, processes), accumulates=plan.accumulates),  # type: ignore[misc]
+            limit,
+            plan.engines if processes > 1 else ("none",),
+        )
+        zero_stage = ENGINES[plan.engine]
+    plan.memory = plan.memory_for(zero_stage, processes)
+    plan.load = Load(
+        operations=step.total / processes,
+        learned=learned,
+        weights=sum(p.numel() for p in model.parameters()),
+        size=2 if stage.dtype == "bfloat16" else 4,
+        micro_steps=micro_steps,
+        compiled=stage.compile,
+        again=stage.gradient_checkpointing,
     )
-    learned = sum(group.num_parameters for group in groups)
     plan.checkpoint_bytes = 2 * learned * (4 + STATE_BYTES[stage.optimizer.type])
-    plan.hazards = _stage_hazards(recipe, stage, model, plan, choice.zero_stage, rows)
+    plan.hazards = _stage_hazards(recipe, stage, model, plan, zero_stage, rows)
     return plan
+
+
+def possible_engines(recipe: Recipe, stage: StageSpec) -> tuple[str, ...]:
+    """Engines by name that the stage can be trained with, the one that shares least first."""
+    whole = tuple(ENGINES)
+    specs = stage.learning().values()
+    if stage.kind in ("dpo", "grpo") or any(spec.lora is not None and spec.lora.bits is not None for spec in specs):
+        return whole[:1]
+    robust = stage.kind == "sft" and isinstance(stage.options.get("robust"), dict)
+    if recipe.model.heads or stage.kind in ("contrastive", "masked", "tokenizer") or robust:
+        return whole[:3]
+    return whole
+
+
+def _micro_steps(stage: StageSpec, plan: StagePlan, processes: int) -> int:
+    """Micro-steps that a step's samples need when packed; where their lengths are not known, rows hold two."""
+    mean = float(np.mean(np.minimum(plan.lengths, stage.max_length))) if plan.lengths else stage.max_length / 2
+    rows = (stage.samples_per_step or 0) * mean / stage.max_length
+    return max(1, round(rows / (stage.batch_size * processes) + 0.499))
+
+
+def _memory_for(
+    model: MllmForConditionalGeneration, stage: StageSpec, groups: list[Group], row_length: int
+) -> Callable[[int, int], dict[str, int]]:
+    """The model's numbers are taken now: a later stage of the plan changes it."""
+    size = 2 if stage.dtype == "bfloat16" else 4
+    numbers = (
+        sum(p.numel() for p in model.parameters()),
+        sum(group.num_parameters for group in groups),
+        _activations(model, stage, groups, size, row_length),
+    )
+    return lambda zero_stage, processes: _memory(stage, *numbers, zero_stage=zero_stage, processes=processes)
 
 
 def _most_views(model: MllmForConditionalGeneration) -> int:
@@ -223,19 +301,11 @@ def _longest_row(stage: StageSpec, plan: StagePlan) -> int:
     return min(stage.max_length, -(-longest // 8) * 8)
 
 
-def memory_of(
-    model: MllmForConditionalGeneration,
-    stage: StageSpec,
-    groups: list[Group],
-    *,
-    zero_stage: int,
-    processes: int,
-    row_length: int,
+def _memory(
+    stage: StageSpec, total: int, learned: int, activations: int, *, zero_stage: int, processes: int
 ) -> dict[str, int]:
     """Bytes on one GPU by what they are for. ``update``: buffers of the optimizer step, when activations are gone."""
     size = 2 if stage.dtype == "bfloat16" else 4
-    total = sum(p.numel() for p in model.parameters())
-    learned = sum(group.num_parameters for group in groups)
     share = processes if zero_stage else 1
     states = learned * (STATE_BYTES[stage.optimizer.type] + (4 if size == 2 or zero_stage else 0)) // share
     states += 4 * learned if stage.optimizer.ema is not None else 0
@@ -247,7 +317,7 @@ def memory_of(
         "gradients": gradients,
         "optimizer states": states,
         "communication": buckets,
-        "activations and loss": _activations(model, stage, groups, size, row_length),
+        "activations and loss": activations,
         "update": update,
     }
 
@@ -311,6 +381,9 @@ def _look_at_data(recipe: Recipe, stage: StageSpec, plan: StagePlan, processor: 
         plan.steps = stage.steps
         return
     samples = stage.epochs * len(mixture) if stage.epochs else 0
+    if stage.samples_per_step is not None:
+        plan.steps = max(1, -(-round(samples) // stage.samples_per_step))
+        return
     if stage.packing and plan.lengths:
         samples *= float(np.mean(np.minimum(plan.lengths, stage.max_length))) / stage.max_length / 0.97
     plan.steps = max(1, round(samples / rows + 0.499))
@@ -333,7 +406,7 @@ def _stage_hazards(
         hazards.append(
             "zero3 with routed experts: every expert runs on every rank, one image for nothing; zero2 is faster"
         )
-    if zero_stage == 3 and stage.compile:
+    if zero_stage == 3 and stage.compile and stage.engine != "auto":
         hazards.append("compile and zero3 exclude each other")
     if stage.dtype == "float32" and sum(g.num_parameters for g in plan.groups) > 1e9:
         hazards.append("fp32 with more than a billion learning parameters: bf16 keeps fp32 copies where they matter")

@@ -91,7 +91,7 @@ def test_memory_is_within_nine_per_cent_of_what_an_h200_measured(name):
         recipe.model.encoders |= TWO_ENCODERS
         recipe.model.connector = {"type": "channel_concat", "grid": [24, 24], "projector": {"depth": 2}}
     stage = recipe.stages[-1]
-    plain = {"compile": True, "gradient_checkpointing": False, "group_by_length": False}
+    plain = {"compile": True, "gradient_checkpointing": False, "packing": False, "samples_per_step": None}
     accumulation = {"gradient_accumulation": 2 if "accumulating" in name else 1}
     recipe.stages = [type(stage).model_validate(stage.model_dump() | plain | accumulation | changes)]
     plan = plan_recipe(recipe, processes=2 if "on two" in name else 1, with_data=False).stages[0]
