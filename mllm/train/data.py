@@ -291,6 +291,7 @@ def _until_windows_end(batches: Iterator[Batch]) -> Iterator[list[Batch]]:
     micro: list[Batch] = []
     for batch in batches:
         micro.append(batch)
+        assert batch.following is not None
         if batch.following.batch == 0:
             yield micro
             micro = []

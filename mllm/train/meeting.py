@@ -7,6 +7,7 @@ others end too, with one line. The training processes meet at the same address.
 
 from __future__ import annotations
 
+import importlib
 import json
 import socket
 import threading
@@ -157,8 +158,7 @@ def meeting(machines: Machines | None) -> Iterator[Meeting | None]:
 
 
 def _open_store(machines: Machines) -> Any:
-    import torch.distributed as dist
-
+    dist: Any = importlib.import_module("torch.distributed")
     listens = machines.node_rank == 0
     try:
         with phase(f"coming to {machines.host}:{machines.port}", when=not listens):
