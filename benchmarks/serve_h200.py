@@ -9,8 +9,9 @@ caches off; three passes, best of the last two. ``ours``: CLIP-L/336 + DINOv2-L 
 compiled), ``fp8`` (language model quantised online), ``cached`` (caches on, 8 pictures asked again and again), ``tp2``
 (two GPUs share the language model and split the pictures). ``served_…`` is `mllm serve` and HTTP requests with JPEG
 pictures in place of vLLM's ``LLM``; there ``dp2`` too (an engine on each of two GPUs behind one address), ``pp2`` (layers on
-two GPUs) and ``api4`` (four processes for HTTP and pictures; default: as many as `mllm serve` takes). ``served_llava_…`` is vLLM's own
-server with its LLaVA. Beside the rate stand the GPU time of the visual parts, the CPU
+two GPUs) and ``api4`` (four processes for HTTP and pictures; default: as many as `mllm serve` takes). ``levels``: also the time to the
+first token with 1, 8, 32 and 128 clients; ``soak``: also some time with clients that come and go, and the memory before and after it.
+``served_llava_…`` is vLLM's own server with its LLaVA. Beside the rate stand the GPU time of the visual parts, the CPU
 time of a request's preparation, and a pass of one new token (prefill alone).
 ``encoders``: our two encoders without vLLM, plain, compiled and in graphs. ``hf``: the same checkpoint through
 `generate`, batches of 32, and 16 greedy answers as reference for the bf16 agreement of ``ours_*``: tokens up to the
@@ -345,7 +346,7 @@ def section_served(name: str, work: Path, small: bool) -> dict:
     count = 8 if small else REQUESTS
     started = time.perf_counter()
     start = start_vllms_own if theirs else start_server
-    server, address = start(str(folder), settings, timeout=400)
+    server, address = start(str(folder), settings, timeout=1200 if small else 400)
     try:
         loaded = time.perf_counter() - started
         texts = questions()
@@ -393,6 +394,7 @@ def section_served(name: str, work: Path, small: bool) -> dict:
             return seconds, waits, answers
 
         seconds, waits, answers = asyncio.run(passes())
+        more = under_load(address, server.pid, options, small)
         lines = urllib.request.urlopen(f"{address}/metrics", timeout=10).read().decode().splitlines()
         return {
             "loaded_s": round(loaded, 1),
@@ -405,11 +407,44 @@ def section_served(name: str, work: Path, small: bool) -> dict:
             "visual_parts": None
             if theirs
             else json.loads(urllib.request.urlopen(address + STATISTICS, timeout=10).read()),
+            **more,
         }
     finally:
         server.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(20)  # what is left then ends with this section's processes
+
+
+def under_load(address: str, pid: int, options: list[str], small: bool) -> dict:
+    """Levels of clients for some seconds each, and a soak: what `mllm bench serve` measures, every request with a picture of its
+    own. pid: the server's process, for its memory."""
+    from mllm.serve.load import Load, run_load
+
+    found: dict = {}
+    if "levels" in options:
+        levels, load = ([1, 2], Load(seconds=2)) if small else ([1, 8, 32, 128], Load(seconds=8))
+        measured = run_load(address, levels, load, pid=pid)["levels"]
+        kept = ("answered", "failed", "requests_per_second", "first_token_ms", "latency_ms", "errors")
+        found["levels"] = {str(level["clients"]): {name: level[name] for name in kept} for level in measured}
+    if "soak" in options:
+        load = Load(seconds=3 if small else 45, sides=(200, 1200), leaving=0.1, seed=1)
+        found["soak"] = run_load(address, [2 if small else 32], load, pid=pid)["levels"][0]
+        found["soak"]["gpu_memory_mib"] = gpu_memory()
+    return found
+
+
+def gpu_memory() -> list[int] | None:
+    """MiB that are taken on every GPU; None without one."""
+    try:
+        told = subprocess.run(
+            ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return [int(line) for line in told.stdout.split()]
 
 
 def start_vllms_own(folder: str, settings: list[str], timeout: float) -> tuple[subprocess.Popen, str]:
@@ -824,6 +859,19 @@ def main() -> None:
     print("SUMMARY " + json.dumps({"requests_per_s": rates, **ratios}), flush=True)
 
 
+def descendants(pid: int) -> list[int]:
+    """Processes below one, by Linux's list of children."""
+    found, waiting = [], [pid]
+    while waiting:
+        try:
+            text = Path(f"/proc/{(one := waiting.pop())}/task/{one}/children").read_text()
+        except OSError:
+            continue
+        waiting += (children := [int(word) for word in text.split()])
+        found += children
+    return found
+
+
 def run_section(command: list[str], environment: dict, limit: float, log: Path) -> dict:
     """Run one section; its result, or why there is none, with the end of its log."""
     with log.open("w") as out:
@@ -834,8 +882,14 @@ def run_section(command: list[str], environment: dict, limit: float, log: Path) 
             text, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
             text = None
+        started = descendants(
+            process.pid
+        )  # `mllm serve` gives vLLM a session of its own, which the group does not reach
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, 9)  # a server or engine that is left would hold the GPU's memory
+        for one in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(one, 9)
         if text is None:
             process.communicate()
             return {"error": f"stopped after {limit:.0f} s", "log": log.read_text(errors="replace")[-1500:]}

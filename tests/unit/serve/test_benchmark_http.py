@@ -1,0 +1,47 @@
+"""Does the benchmark of a server compare what it measured, and end what it started?"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+
+from benchmarks.serve_h200 import run_section
+from benchmarks.serve_http import ratios, report
+
+
+def test_rates_are_shares_of_ours_in_process_and_of_llavas_over_http():
+    found = {
+        "inside": {"requests_per_s": 40.0},
+        "default": {"requests_per_s": 36.0},
+        "llava": {"requests_per_s": 30.0},
+        "api1": {"error": "left out: no time left"},
+    }
+    made = ratios(found)
+    assert made["of ours in process"] == {"default": 0.9, "llava": 0.75}
+    assert made["of LLaVA over HTTP"] == {"default": 1.2}
+    assert ratios({"inside": {"error": "x"}, "default": {"requests_per_s": 1.0}})["of ours in process"] == {}
+    tiny = report(found, made, tiny=True)
+    assert "No figure here says anything about speed" in tiny and "No figure" not in report(found, made, tiny=False)
+    assert [json.loads(line.split(" ", 2)[2]) for line in tiny.splitlines() if line.startswith("RESULT")] == [
+        *found.values()
+    ]
+
+
+def test_a_section_that_runs_too_long_leaves_no_server_behind(tmp_path):
+    """`mllm serve` gives vLLM a session of its own, and what was left held the GPU's memory before the next section."""
+    file = tmp_path / "pid"
+    script = f"setsid sleep 600 & echo $! > {file}; wait"
+    result = run_section(["bash", "-c", script], dict(os.environ), 3.0, tmp_path / "log")
+    assert result["error"] == "stopped after 3 s"
+    pid = int(file.read_text())
+    for _ in range(100):
+        state = subprocess.run(
+            ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False
+        ).stdout
+        if not state.strip() or state.startswith("Z"):
+            return
+        time.sleep(0.05)
+    os.kill(pid, 9)
+    raise AssertionError("the server of a section that was stopped still runs")
