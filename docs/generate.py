@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import costs
 from pydantic import BaseModel
 
 FOLDER = Path(__file__).resolve().parent / "generated"
@@ -50,6 +51,7 @@ def pages(*, sizes: bool = True) -> dict[str, str]:
         "components.md": components_page(),
         "benchmarks.md": benchmarks_page(),
         "measured.md": measured_page(),
+        "not-run.md": not_run_page(),
         **dict(recipe_pages(sizes)),
         **dict(encoder_pages(sizes)),
     }
@@ -226,16 +228,30 @@ def measured_page() -> str:
     return "\n".join(lines)
 
 
-def measured(recipe: str) -> str:
-    """Links to the figures that name the recipe, with their dates and commands; else that there are none."""
-    files = [
-        path.stem
-        for path in sorted((ROOT / "benchmarks/results").glob("*.txt"))
-        if path.stem.startswith(f"{recipe}_")
-        or ("_" in recipe and re.search(rf"(?<![\w-]){recipe}(?![\w-])", path.read_text(encoding="utf-8")))
+def not_run_page() -> str:
+    """Commands of the pages that the test of all commands leaves out, with its reasons and what stands for them."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        from tests.integration.test_page_commands import cases, why_not
+    finally:
+        sys.path.remove(str(ROOT))
+    found = [(where, " ".join(words), why_not(words)) for where, words in cases()]
+    rows = [(f"`mllm {text}`", where.partition(":")[0], why) for where, text, why in found if why is not None]
+    head = [
+        "# Commands that are not run",
+        "",
+        f"`make test-all` types {len(found) - len(rows)} of the {len(found)} different commands on these pages, one after another as a reader "
+        "would, and names the page of one that fails. These are the others, why they are left out, and the tests that stand for them; all are parsed by the real command line.",
+        "",
     ]
-    links = ", ".join(f"[{stem}](../measured.md#{stem})" for stem in files)
-    return links or "not trained here: scores are the paper's own"
+    return "\n".join([*head, *table(("command", "page", "why, and what stands for it"), rows)])
+
+
+def measured(recipe: str) -> str:
+    """Links to the figures that name the recipe, with their dates and commands."""
+    named = {path.stem for path in costs.RESULTS.glob(f"{recipe}_*.txt")} - {costs.SCORES.get(recipe)}
+    named |= set(costs.results_naming(recipe)) if "_" in recipe else set()
+    return costs.links(sorted(named))
 
 
 def recipe_pages(sizes: bool) -> Iterator[tuple[str, str]]:
@@ -248,12 +264,15 @@ def recipe_pages(sizes: bool) -> Iterator[tuple[str, str]]:
         recipe = load_recipe(str(path))
         if recipe.model.language_model is None:
             tokenizers.append((f"[`{path.stem}`]({path.stem}.md)", recipe.description))
-            yield f"recipes/{path.stem}.md", _page(path, recipe.description, head, _stage_facts(recipe))
+            yield (
+                f"recipes/{path.stem}.md",
+                _page(path, recipe.description, head, _training_facts(recipe, path.stem, sizes)),
+            )
             continue
         encoders = " + ".join(_encoder_name(spec) for spec in recipe.model.encoders.values()) or "none"
         connector = (recipe.model.connector or {}).get("type", "none")
         text = recipe.model.text_model
-        hardware = " · ".join(part for part in (recipe.hardware.gpus, recipe.hardware.hours) if part)
+        hardware = _hardware(recipe)
         model = text.source or f"{(text.config or {}).get('model_type')}, from scratch"
         facts = [
             ("encoders", encoders),
@@ -261,13 +280,14 @@ def recipe_pages(sizes: bool) -> Iterator[tuple[str, str]]:
             ("visual tokens of a picture", _num_tokens(recipe) if sizes else ""),
             ("language model", model),
             ("its licence", text.licence if text.source else "made here"),
-            ("hardware", hardware),
+            ("licences of encoders' weights", _licences(recipe)),
             ("from", recipe.source),
             ("evaluation", ", ".join(f"`{task}`" for task in recipe.evaluation.tasks)),
-            ("measured", measured(path.stem)),
+            *_training_facts(recipe, path.stem, sizes),
         ]
-        rows.append((f"[`{path.stem}`]({path.stem}.md)", encoders, f"`{connector}`", model, hardware))
-        yield f"recipes/{path.stem}.md", _page(path, recipe.description, head, [*facts, *_stage_facts(recipe)])
+        score = f"[measured]({path.stem}.md#score)" if path.stem in costs.SCORES else costs.NOT_MEASURED
+        rows.append((f"[`{path.stem}`]({path.stem}.md)", encoders, f"`{connector}`", model, hardware, score))
+        yield f"recipes/{path.stem}.md", _page(path, recipe.description, head, facts)
     yield (
         "recipes/index.md",
         "\n".join(
@@ -277,7 +297,7 @@ def recipe_pages(sizes: bool) -> Iterator[tuple[str, str]]:
                 "`mllm recipes cp NAME my.yaml` makes a copy to edit. Hours are the papers' own or estimated; "
                 "none of the large recipes has been trained here.",
                 "",
-                *table(("recipe", "encoders", "connector", "language model", "hardware"), rows),
+                *table(("recipe", "encoders", "connector", "language model", "hardware", "score"), rows),
                 "## Visual tokenizers",
                 "",
                 "`mllm train NAME`.",
@@ -291,8 +311,38 @@ def recipe_pages(sizes: bool) -> Iterator[tuple[str, str]]:
 def _page(path: Path, description: str, head: Sequence[str], facts: Sequence[tuple[str, str]]) -> str:
     lines = [f"# {path.stem}", "", description + ("" if description.endswith(".") else "."), ""]
     lines += table(("", ""), [(name, value) for name, value in facts if value]) if facts else []
-    lines += [f"> {' '.join(head)}" if head else "", "", "```yaml", f'--8<-- "recipes/{path.name}"', "```", ""]
+    lines += [f"> {' '.join(head)}" if head else "", "", *costs.score_section(path.stem)]
+    lines += ["## The recipe", "", "```yaml", f'--8<-- "recipes/{path.name}"', "```", ""]
     return "\n".join(lines)
+
+
+def _hardware(recipe: Any) -> str:
+    return " · ".join(part for part in (recipe.hardware.gpus, recipe.hardware.hours, recipe.hardware.note) if part)
+
+
+def _training_facts(recipe: Any, name: str, sizes: bool) -> list[tuple[str, str]]:
+    """What training takes and gave: hardware and hours as the recipe states them, memory, score, stages."""
+    return [
+        ("hardware, hours", _hardware(recipe)),
+        *([costs.memory_row(recipe, name)] if sizes else []),
+        costs.score_row(name),
+        ("other figures", measured(name)),
+        *_stage_facts(recipe),
+    ]
+
+
+def _licences(recipe: Any) -> str:
+    """Of the encoders' published weights, as the catalogue or the recipe has them."""
+    from mllm.encoders.catalogue import catalogue
+
+    found = []
+    for name, spec in recipe.model.encoders.items():
+        preset = spec if isinstance(spec, str) else spec.get("preset")
+        entry = catalogue().get(preset, spec)
+        weights = entry.get("weights") if isinstance(entry, dict) else None
+        if isinstance(weights, dict) and weights.get("licence"):
+            found.append(f"{name}: {weights['licence']}")
+    return ", ".join(found)
 
 
 def _stage_facts(recipe: Any) -> list[tuple[str, str]]:
@@ -381,6 +431,9 @@ def encoder_pages(sizes: bool) -> Iterator[tuple[str, str]]:
             ("commercial use", words[weights.get("commercial")] if weights else ""),
             ("territory", weights.get("territory", "")),
             ("note", entry.get("note", "")),
+            ("memory", costs.encoder_memory(entry["about"]["millions"]) if sizes else ""),
+            ("hours", "those of the recipe that trains it"),
+            ("score, speed", costs.links(costs.results_naming(name)) or f"{costs.NOT_MEASURED} here"),
             ("recipes", recipes),
         ]
         body = [

@@ -47,6 +47,8 @@ from mllm.errors import Interrupted, MllmError
 COLLECT_SELDOM = (50_000, 20, 20)
 """Python's own thresholds look for cycles thousands of times while torch and transformers are imported, a sixth of the time."""
 
+WHOLE_SENTENCE = 400
+
 
 class PlainFirstPage(TyperGroup):
     """``mllm --help`` without rich, whose import alone takes half of the 0.3 s that a first look may take."""
@@ -57,6 +59,13 @@ class PlainFirstPage(TyperGroup):
             super().format_help(ctx, formatter)
         finally:
             self.rich_markup_mode = mode
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Each command's whole first sentence: click cuts it at the terminal's width."""
+        commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        rows = [(name, c.get_short_help_str(WHOLE_SENTENCE)) for name, c in commands.items() if c and not c.hidden]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
 
 app = typer.Typer(

@@ -26,7 +26,9 @@ def list_runs(
     from mllm.train.observe.tracking import read_metrics
 
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder")
+        raise ConfigError(
+            f"{folder}: no such folder; `mllm train` makes runs/NAME where it is started, `mllm runs ls FOLDER` looks elsewhere"
+        )
     shown = table("run", "started", "commit", "stages", "steps", "last loss", "finished", names=("run", "commit"))
     for path in sorted(folder.glob(f"*/{FILE}")):
         info = json.loads(path.read_text(encoding="utf-8"))

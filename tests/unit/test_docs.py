@@ -7,6 +7,7 @@ import importlib.util
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,14 +47,47 @@ def blocks(kind: str, pages: list[Path]) -> Iterator[tuple[str, str, str]]:
                 yield f"{page.relative_to(ROOT)}:{line}", found["mark"] or "", inner
 
 
+def script(name: str) -> Any:
+    """A module of docs/, with those beside it."""
+    sys.path.insert(0, str(DOCS))
+    try:
+        spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(DOCS))
+    return module
+
+
 @pytest.fixture(scope="module")
 def made() -> dict[str, str]:
     """The pages that docs/generate.py writes, without the sizes that it asks other libraries for."""
-    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.pages(sizes=False)
+    return script("generate").pages(sizes=False)
+
+
+def test_a_page_says_what_its_recipe_or_encoder_takes_and_reached(made: dict[str, str]) -> None:
+    costs = script("costs")
+    for name, file in costs.SCORES.items():
+        page = made[f"recipes/{name}.md"]
+        assert "## Score" in page and f'--8<-- "benchmarks/results/{file}.txt"' in page, name
+    pages = {name: page for name, page in made.items() if re.match(r"(recipes|encoders)/(?!index)", name)}
+    assert len(pages) > 120
+    for name, page in pages.items():
+        wanted = ("hardware, hours", "score") if name.startswith("recipes/") else ("hours", "score, speed")
+        assert all(f"| {row} |" in page for row in wanted), name
+    assert "not measured" in made["recipes/llava_1_5.md"]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "recipes").glob("*.yaml"))])
+def test_a_recipe_fits_the_gpus_that_it_names(name: str) -> None:
+    costs, recipe = script("costs"), load_recipe(name)
+    limit = costs.memory_of_one(recipe)
+    stages = costs.memory_of_stages(recipe)
+    assert stages, "every shipped recipe's memory can be computed"
+    for stage, peak in stages:
+        assert limit is None or peak < limit, f"{name}, {stage}: {peak / 1e9:.0f} GB of {limit / 1e9:.0f} GB"
 
 
 def anchors(text: str) -> set[str]:

@@ -38,6 +38,8 @@ _FROZEN_SHARE = 0.6  # of that, when gradients only pass through: inputs of matr
 _SAMPLED_ROWS = 256
 ROOM = 0.92
 """Share of a GPU's memory that a plan may fill: CUDA's context, fragments between blocks."""
+_ENCODERS_ALONE = ("contrastive", "masked")
+"""Kinds of stages in which the language model reads nothing: its weights are there, its activations are not."""
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "muon": 4, "sgd": 4}
 
 
@@ -160,10 +162,7 @@ def _config_and_processor(recipe: Recipe) -> tuple[MllmConfig, Any, str | None]:
     except ConfigError:
         raise
     except MllmError as error:
-        problem = (
-            f"lengths are not known, the tokenizer is not on this machine: {error} "
-            "(model.language_model.tokenizer=/folder), or fetch it once"
-        )
+        problem = f"lengths are not known, the tokenizer is not on this machine: {error}; a folder: model.language_model.tokenizer=/folder"
     finally:
         hub.HF_HUB_OFFLINE = before
     return build_config(recipe.model), None, problem
@@ -218,6 +217,8 @@ def _plan_stage(
     plan.tokens_step = rows * length
     flops = flop_model(model, {group.part for group in groups})
     inner = float(np.mean(plan.lengths)) if stage.packing and plan.lengths else length
+    if stage.kind in _ENCODERS_ALONE:
+        plan.tokens_step = 0
     step = flops.step(
         tokens=plan.tokens_step,
         squares=plan.tokens_step * inner,
@@ -334,7 +335,8 @@ def _activations(
     if "language_model" not in parts:
         layer *= _FROZEN_SHARE
     kept = layer + size * width * layers if stage.gradient_checkpointing else layer * layers
-    memory = tokens * kept
+    reads = stage.kind not in _ENCODERS_ALONE
+    memory = tokens * kept if reads else 0
     for name, info in model.config.encoder_infos().items():
         encoder = model.model.vision_tower.encoders[name]
         blocks = sum(1 for group, _ in encoder.layer_groups() if group.startswith("layers."))
@@ -343,6 +345,8 @@ def _activations(
         places = rows if rules.native else rows * info.num_tokens
         one = places * info.width * (per_width + 4 * per_inner) * size / 2
         memory += stage.batch_size * one * (blocks if f"encoders.{name}" in parts else 1)
+    if not reads:
+        return int(memory)
     chunk = min(DEFAULT_CHUNK, tokens)
     head = 8 * config.vocab_size * width if "language_model" in parts else 0
     return int(memory + chunk * config.vocab_size * (4 + size) + head)

@@ -45,6 +45,17 @@ def test_a_plan_counts_what_a_model_has_and_learns(tmp_path):
     assert "encoders.semantic starts from random weights and learns in no stage" in text
 
 
+def test_where_encoders_train_alone_the_language_model_keeps_nothing(tmp_path):
+    stage = {"name": "masked", "steps": 1, "kind": "masked", "learn": {"encoders.detail": 1e-3}, "max_length": 2048}
+    peaks = []
+    for kind in ("sft", "masked"):
+        recipe = make_recipe(tmp_path, stages=[{**stage, "kind": kind}])
+        (plan,) = plan_recipe(recipe, with_data=False).stages
+        peaks.append(plan.memory["activations and loss"])
+    assert plan.tokens_step == 0 and plan.flops_step_language_model == 0 < plan.flops_step
+    assert 0 < 10 * peaks[1] < peaks[0]
+
+
 def test_hazards_are_named(tmp_path):
     stages = [{"name": "sft", "steps": 1, "max_length": 24, "batch_size": 64, "learn": {"language_model": 1e-3}}]
     recipe = make_recipe(tmp_path, stages=stages)
