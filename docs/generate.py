@@ -240,8 +240,9 @@ def not_run_page() -> str:
     head = [
         "# Commands that are not run",
         "",
-        f"`make test-all` types {len(found) - len(rows)} of the {len(found)} different commands on these pages, one after another as a reader "
-        "would, and names the page of one that fails. These are the others, why they are left out, and the tests that stand for them; all are parsed by the real command line.",
+        f"`make test-all` types {len(found) - len(rows)} of the {len(found)} different commands on these pages, one after "
+        "another as a reader would, and names the page of one that fails. These are the others, why they are left out, and "
+        "the tests that stand for them; all are parsed by the real command line.",
         "",
     ]
     return "\n".join([*head, *table(("command", "page", "why, and what stands for it"), rows)])
