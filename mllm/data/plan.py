@@ -1,4 +1,5 @@
-"""Which samples make batch k of every process, so that a run can start again at any batch?"""
+"""Which samples make batch k of every process, so that a run can start again at any batch? The plan of a run's data; what a
+run costs is `mllm.train.preflight.plan`."""
 
 from __future__ import annotations
 

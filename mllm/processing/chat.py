@@ -1,4 +1,4 @@
-"""How does a conversation become token ids and labels?"""
+"""How does a conversation become token ids and labels? Called after the chat template, which decides both."""
 
 from __future__ import annotations
 
