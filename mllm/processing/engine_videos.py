@@ -73,10 +73,10 @@ def pack(video: Video, *, where: str = "video") -> np.ndarray:
 def unpack(array: np.ndarray) -> Video:
     """The video in a packed array."""
     head, _, content = (packed_body(array) or b"").partition(b"\n")
-    told = json.loads(head)
-    source = content if told.pop("file") else np.load(io.BytesIO(content), allow_pickle=False)
-    frames = told.pop("frames")
-    return Video(source, frames=None if frames is None else tuple(frames), **told)
+    attributes = json.loads(head)
+    source = content if attributes.pop("file") else np.load(io.BytesIO(content), allow_pickle=False)
+    frames = attributes.pop("frames")
+    return Video(source, frames=None if frames is None else tuple(frames), **attributes)
 
 
 def _frames(source: Any, where: str) -> np.ndarray | None:

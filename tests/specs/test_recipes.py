@@ -91,7 +91,8 @@ def test_recipe_builds_on_the_meta_device(name: str) -> None:
 
 def test_a_wrong_key_names_its_path_and_what_was_meant(tmp_path: Path) -> None:
     text = (FOLDER / "llava_1_5.yaml").read_text()
-    (tmp_path / "a.yaml").write_text(text.replace("batch_size: 32", "bach_size: 32"))
+    assert "    batch_size: 2\n" in text
+    (tmp_path / "a.yaml").write_text(text.replace("    batch_size: 2\n", "    bach_size: 2\n", 1))
     with pytest.raises(
         ConfigError,
         match=r"a.yaml.stages.pretrain.bach_size: unknown key, did you mean 'batch_size'\? Known keys: .*\.$",

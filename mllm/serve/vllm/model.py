@@ -166,7 +166,7 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
             return self._embed_videos({key.removeprefix(APART): value for key, value in found.items()})
         if kwargs.get(PRIMARY_PIXELS) is None:
             return []
-        layouts = self.rules.layouts(_stacked(kwargs[IMAGE_SIZES]).flatten(0, -2)) if self.rules.needs_size else None
+        layouts = self._picture_layouts(kwargs)
         join = _stacked if layouts is None else _end_to_end
         pixels = {name: join(value) for name, value in self.pixel_keys.by_encoder(kwargs).items()}
         weights = None if kwargs.get("expert_weights") is None else _stacked(kwargs["expert_weights"])
@@ -193,6 +193,14 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
             assert self.short_grid is not None
             tokens[index] = short_image(tokens[index][None], self.rules.view, self.short_grid)[0]
         return tokens
+
+    def _picture_layouts(self, inputs: dict[str, Any]) -> list[VisualLayout] | None:
+        """How each picture lies in the sequence; None where all lie alike, in one view."""
+        if self.rules.needs_size:
+            return self.rules.layouts(_stacked(inputs[IMAGE_SIZES]).flatten(0, -2))
+        if self.rules.view.frames > 1:  # a picture is as many equal frames
+            return [self.rules.layout()] * (len(_end_to_end(inputs[PRIMARY_PIXELS])) // self.rules.view.frames)
+        return None
 
     def _embed_videos(self, inputs: dict[str, Any]) -> list[Tensor]:
         """Visual tokens of every video, all its frames together: ``(ΣM, L)``."""

@@ -31,7 +31,7 @@ from mllm.processing.engine_videos import MODALITY as VIDEOS
 from mllm.processing.engine_videos import VIDEO_ID, unpack
 from mllm.processing.images import load_image
 from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES, LayoutRules
-from mllm.processing.pixel_keys import PixelKeys
+from mllm.processing.pixel_keys import PRIMARY_PIXELS, PixelKeys
 from mllm.processing.processor import APART, MllmProcessor
 from mllm.processing.questions import pad_questions
 from mllm.processing.template import VIDEO
@@ -182,9 +182,9 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
         places = marked.count(VIDEO_ID)
         if places != len(found):
             raise AlignmentError(f"{places} places of videos in the prompt ({VIDEO}) and {len(found)} videos")
-        told = getattr(found, "metadata", None)
-        told = told if isinstance(told, list) else [told] * len(found)
-        items = VideoProcessorItems([packed(item, its) for item, its in zip(found.data, told, strict=True)])
+        metadata = getattr(found, "metadata", None)
+        metadata = metadata if isinstance(metadata, list) else [metadata] * len(found)
+        items = VideoProcessorItems([packed(item, its) for item, its in zip(found.data, metadata, strict=True)])
         kept = MultiModalDataItems({**inputs.mm_data_items, VIDEOS: items})
         return replace(inputs, prompt=marked, mm_data_items=kept)
 
@@ -269,8 +269,12 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
         pixels, rules = PixelKeys(self.info.get_hf_config().encoders), self.info.rules
         names = [*pixels.values(), IMAGE_SIZES, "expert_weights", "router_input_ids", "routing_pass", "picture_key"]
         fields = {name: MultiModalFieldConfig.batched(MODALITY) for name in names}
+        layouts = []
         if rules.needs_size and IMAGE_SIZES in hf_inputs:
             layouts = rules.layouts(hf_inputs[IMAGE_SIZES])
+        elif rules.view.frames > 1 and PRIMARY_PIXELS in hf_inputs:
+            layouts = [rules.layout()] * (len(hf_inputs[PRIMARY_PIXELS]) // rules.view.frames)
+        if layouts:
             for name, key in pixels.items():
                 rows = torch.tensor([layout.rows_of(name) for layout in layouts])
                 fields[key] = MultiModalFieldConfig.flat_from_sizes(MODALITY, rows)
@@ -302,7 +306,7 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
             return PromptUpdateDetails.select_token_id(self.film_ids([int(time) for time in times if time >= 0]), token)
 
         updates = [PromptReplacement(modality=MODALITY, target=[token], replacement=tokens)]
-        if VIDEOS in mm_items:
+        if out_mm_kwargs.get(VIDEOS):
             film = PromptReplacement(modality=VIDEOS, target=[VIDEO_ID], replacement=film_tokens)
             updates.append(film)
         return updates

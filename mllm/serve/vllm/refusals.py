@@ -25,8 +25,3 @@ def refuse_unserved(config: MllmConfig) -> None:
             f"this checkpoint adds visual tokens behind {view.levels} layers of its language model (connector "
             f"{config.connector['type']}), which vLLM's language models have no place for; use mllm chat or model.generate"
         )
-    if view.frames > 1:
-        raise UnavailableError(
-            f"vLLM does not serve connector {config.connector['type']} yet, which takes {view.frames} frames together; answer with "
-            "generate"
-        )
