@@ -71,7 +71,7 @@ def test_a_timm_file_fills_the_blocks_that_are_kept(tmp_path, suffix):
     common = {"type": "timm", "architecture": "vit_small_patch14_reg4_dinov2", "options": TIMM, "image_size": 16}
     pixels = torch.randn(2, 3, 16, 16)
     want = model.forward_intermediates(pixels, indices=[2], output_fmt="NLC", intermediates_only=True)[0]
-    torch.testing.assert_close(load(source, **common, layers=[-2])(pixels).tokens, want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(load(source, **common, layers=[-2])(pixels).tokens, want, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -82,7 +82,7 @@ def test_timm_weights_of_one_image_size_serve_another(tmp_path):
     assert encoder.config.info.grid == (6, 8)
     table = model.pos_embed
     want = resize_positions(table, (4, 4), (6, 8), num_prefix_tokens=table.shape[1] - 16)
-    torch.testing.assert_close(encoder.model.pos_embed, want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(encoder.model.pos_embed, want, rtol=0, atol=1e-5)
     model.set_input_size((24, 32))
     pixels = torch.randn(1, 3, 24, 32)
     want = model.forward_features(pixels)[:, 1:]
@@ -100,7 +100,7 @@ def test_sam_weights_of_one_image_size_serve_another_and_the_authors_names_are_r
     encoder = load(tmp_path / "sam.safetensors", **common, image_size=16)
     pixels = torch.randn(2, 3, 16, 16)
     want = model.forward_features(pixels).flatten(2).mT
-    torch.testing.assert_close(encoder(pixels).tokens, want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(encoder(pixels).tokens, want, rtol=0, atol=1e-5)
     larger = load(tmp_path / "sam.safetensors", **common, image_size=24)
     pixels = torch.randn(1, 3, 24, 24)
     want = model.forward_features(pixels).flatten(2).mT  # timm resizes both tables on use
@@ -121,7 +121,7 @@ def test_vary_reads_the_authors_names(tmp_path):
     save_file(state, tmp_path / "vary.safetensors")
     pixels = torch.randn(2, 3, 16, 16)
     have = load(tmp_path / "vary.safetensors", **config)(pixels).tokens
-    torch.testing.assert_close(have, donor(pixels).tokens, rtol=0, atol=1e-6)
+    torch.testing.assert_close(have, donor(pixels).tokens, rtol=0, atol=1e-5)
     with pytest.raises(CheckpointError, match="no local file"):
         load("some/repository", **config)
 
@@ -133,7 +133,7 @@ def test_open_clip_reads_its_image_side_out_of_a_whole_model_at_another_size(tmp
     pixels = torch.randn(2, 3, 16, 16)
     encoder = load(source, type="open_clip", architecture=OPEN_CLIP, keep_prefix=True)
     _, tokens = model.visual._pool(model.visual.transformer(model.visual._embeds(pixels)))
-    torch.testing.assert_close(encoder(pixels).tokens, tokens, rtol=0, atol=1e-6)
+    torch.testing.assert_close(encoder(pixels).tokens, tokens, rtol=0, atol=1e-5)
     larger = load(source, type="open_clip", architecture=OPEN_CLIP, image_size=24)
     resized = {"visual.positional_embedding": model.visual.positional_embedding.data.clone()}
 
@@ -162,7 +162,7 @@ def test_open_clip_config_files_are_kept_inside_the_config(tmp_path):
     assert build_encoder(encoder.config).config.info.image.mean == (0.1, 0.1, 0.1)
     pixels = torch.randn(1, 3, 32, 32)
     want = model.forward_features(pixels)[:, 1:]
-    torch.testing.assert_close(encoder(pixels).tokens, want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(encoder(pixels).tokens, want, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -183,7 +183,7 @@ def test_a_folder_of_a_whole_clip_gives_architecture_preprocessing_and_weights(t
     assert encoder.config.info.image.mean == (0.1, 0.1, 0.1) and encoder.config.info.image.height == 16
     pixels = torch.randn(2, 3, 16, 16)
     want = model.vision_model(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-    torch.testing.assert_close(encoder(pixels).tokens, want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(encoder(pixels).tokens, want, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -201,7 +201,7 @@ def test_a_folder_of_a_whole_siglip_gives_the_image_side(tmp_path):
     encoder = load(tmp_path, type="hf")
     pixels = torch.randn(2, 3, 16, 16)
     want = model.vision_model(pixels).last_hidden_state
-    torch.testing.assert_close(encoder(pixels).tokens, want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(encoder(pixels).tokens, want, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
