@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
+from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar, overload
@@ -16,7 +17,23 @@ _AT_ONCE = 512
 _UNPICKLABLE = (pickle.PicklingError, AttributeError, TypeError)
 
 
-class Spool(Sequence[T]):
+class Indexed(Sequence[T]):
+    """Things by their place: `_at` gives one, and slices are lists."""
+
+    @abstractmethod
+    def _at(self, place: int) -> T:
+        """The thing at a place from 0 to the length."""
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        places = range(len(self))[index]
+        return self._at(places) if isinstance(places, int) else [self._at(place) for place in places]
+
+
+class Spool(Indexed[T]):
     """Things in order, of which the first `KEPT` are a list and more than that lie in a file without a name in the folder for
     temporary files (``$TMPDIR``): 8 bytes a thing stay in memory. What cannot be pickled (a picture that is a function of an open
     table) stays a list. Threads and forked processes may read it together."""
@@ -71,17 +88,8 @@ class Spool(Sequence[T]):
     def __len__(self) -> int:
         return len(self._list) if self._file is None else len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[T]: ...
-    def __getitem__(self, index: int | slice) -> T | list[T]:
-        if self._file is None:
-            return self._list[index]
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(len(self)))]
-        number = range(len(self))[index]
-        return pickle.loads(self._read(number, number + 1))
+    def _at(self, place: int) -> T:
+        return self._list[place] if self._file is None else pickle.loads(self._read(place, place + 1))
 
     def __iter__(self) -> Iterator[T]:
         if self._file is None:
@@ -98,7 +106,7 @@ class Spool(Sequence[T]):
         return self._list if self._file is None else self
 
 
-class Names(Sequence[str]):
+class Names(Indexed[str]):
     """Ids in order as one run of bytes: a million short ones are some 15 MB, as a list of texts 60."""
 
     def __init__(self, names: Iterable[str] = ()):
@@ -114,12 +122,5 @@ class Names(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(len(self)))]
-        k = range(len(self))[index]
-        return self._bytes[self._ends[k] : self._ends[k + 1]].decode("utf-8", "surrogatepass")
+    def _at(self, place: int) -> str:
+        return self._bytes[self._ends[place] : self._ends[place + 1]].decode("utf-8", "surrogatepass")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mllm.processing.images import load_image, read_bytes
-from mllm.processing.videos import frame_files
+from mllm.processing.videos import frame_files, source_of
 from mllm.types import Video
 
 MODALITY = "video"
@@ -52,10 +52,7 @@ def pack(video: Video, *, where: str = "video") -> np.ndarray:
     """A video as uint8 ``(1, 1, N, 3)``: its file (or its frames, where it is none) and what part of it is meant. vLLM names caches
     by this array, and takes it apart and together again on its way, so all that an answer depends on is in it. Raises
     `DataError`."""
-    source, rate = video.source, video.fps
-    if isinstance(source, Mapping):
-        rate = source.get("fps", rate)
-        source = next((source[key] for key in ("frames", "bytes", "path") if source.get(key) is not None), None)
+    source, rate = source_of(video, where)
     meant = {"start": video.start, "end": video.end, "frames": video.frames, "play": video.play, "key": video.key}
     frames = _frames(source, where)
     if frames is None:
@@ -72,17 +69,24 @@ def pack(video: Video, *, where: str = "video") -> np.ndarray:
 
 def unpack(array: np.ndarray) -> Video:
     """The video in a packed array."""
-    head, _, content = (packed_body(array) or b"").partition(b"\n")
+    whole = array.tobytes()
+    body = whole[_HEADER : _HEADER + int.from_bytes(whole[len(_MAGIC) : _HEADER], "little")]
+    head, _, content = body.partition(b"\n")
     attributes = json.loads(head)
     source = content if attributes.pop("file") else np.load(io.BytesIO(content), allow_pickle=False)
     frames = attributes.pop("frames")
     return Video(source, frames=None if frames is None else tuple(frames), **attributes)
 
 
+def is_packed(array: Any) -> bool:
+    """Whether `pack` made an array. Its beginning alone is looked at."""
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 4 or array.shape[:2] != (1, 1):
+        return False
+    return array[0, 0, : len(_MAGIC)].tobytes().startswith(_MAGIC)
+
+
 def _frames(source: Any, where: str) -> np.ndarray | None:
     """The frames of a source that is no file, ``(T, H, W, C)``."""
-    if hasattr(source, "detach"):
-        source = source.detach().cpu().numpy()
     if isinstance(source, np.ndarray):
         return source
     if isinstance(source, (str, Path)) and Path(source).is_dir():
@@ -90,13 +94,3 @@ def _frames(source: Any, where: str) -> np.ndarray | None:
     if not isinstance(source, (list, tuple)):
         return None
     return np.stack([np.asarray(load_image(frame, where=f"{where}, frame {k}")) for k, frame in enumerate(source)])
-
-
-def packed_body(array: Any) -> bytes | None:
-    """What `pack` put into an array; None for frames."""
-    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 4 or array.shape[:2] != (1, 1):
-        return None
-    whole = array.tobytes()
-    if not whole.startswith(_MAGIC):
-        return None
-    return whole[_HEADER : _HEADER + int.from_bytes(whole[len(_MAGIC) : _HEADER], "little")]

@@ -146,7 +146,7 @@ class MllmImageProcessor(SavesDoor, BaseImageProcessor):
             return layout
         seen = self._seen(image, where)
         times = seen.chosen.milliseconds
-        return self.rules.video_layout(len(times), [write(text) for text in seen.spec.stamps(times)] if write else ())
+        return self.rules.timed_layout(times, write) if write else self.rules.video_layout(len(times))
 
     def _seen(self, video: Video, where: str) -> Seen:
         """A video's chosen frames, none of them decoded. Raises `DataError` in a model that takes no video."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -182,6 +182,12 @@ class LayoutRules:
                 blocks.append(Block(len(stamps[first]), ids=tuple(stamps[first])))
             blocks.append(whole_view(self.view, number))
         return VisualLayout(tuple(blocks), num_views=-(-frames // together) * together, frames=frames)
+
+    def timed_layout(self, milliseconds: Sequence[int], write: Callable[[str], Sequence[int]]) -> VisualLayout:
+        """`video_layout` of frames shown at these times, with the text that the model's ``video`` section puts before them. write: a
+        text's token ids."""
+        stamps = [] if self.video is None else self.video.stamps(milliseconds)
+        return self.video_layout(len(milliseconds), [write(text) for text in stamps])
 
     def layouts(self, sizes: Any, count: int | None = None, times: Tensor | None = None) -> list[VisualLayout]:
         """The tokens of several visuals. sizes: ``(B, 2)`` tensor or pairs, ``(B, 3)`` with each one's `share`; None where they do

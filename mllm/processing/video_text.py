@@ -83,10 +83,7 @@ def layout_in_call(rules: LayoutRules, inputs: Any, number: int) -> VisualLayout
 def stamped(processor: Processor, inputs: Any, number: int) -> VisualLayout | None:
     """The tokens of visual ``number`` with the text before its frames; None for a picture."""
     times = [int(time) for time in inputs[VIDEO_TIMES][number] if int(time) >= 0]
-    video = processor.rules.video
-    if not times or video is None:
-        return None
-    return processor.rules.video_layout(len(times), [processor.write(text) for text in video.stamps(times)])
+    return processor.rules.timed_layout(times, processor.write) if times else None
 
 
 def write_stamps(processor: Processor, batch: Any) -> None:

@@ -101,7 +101,8 @@ def open_video(
     return clip
 
 
-def _open(video: Video, where: str, max_pixels: int | None, max_seconds: float) -> Clip:
+def source_of(video: Video, where: str) -> tuple[Any, float | None]:
+    """What a video is read from, out of its mapping and as an array where it was a tensor, and its rate. Raises `DataError`."""
     source, fps = video.source, video.fps
     if isinstance(source, Mapping):
         fps = source.get("fps", fps)
@@ -113,6 +114,11 @@ def _open(video: Video, where: str, max_pixels: int | None, max_seconds: float) 
         source = (
             source.transpose(0, 2, 3, 1) if source.ndim == 4 and source.shape[1] == 3 != source.shape[3] else source
         )
+    return source, fps
+
+
+def _open(video: Video, where: str, max_pixels: int | None, max_seconds: float) -> Clip:
+    source, fps = source_of(video, where)
     if isinstance(source, np.ndarray):
         if source.ndim != 4 or source.shape[3] not in (1, 3, 4):
             raise DataError(f"{where}: an array of shape {source.shape} is no video; expected (T, H, W, 1|3|4)")

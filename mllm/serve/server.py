@@ -19,7 +19,7 @@ from mllm.errors import ConfigError, UnavailableError
 from mllm.heads.codes.settings import vllm_environment, vllm_options
 from mllm.install import install_hint
 from mllm.processing.engine_videos import engine_options
-from mllm.processing.frames import VideoSpec
+from mllm.processing.frames import video_spec
 from mllm.serve.adapters import adapter_arguments
 from mllm.serve.http.admission import ENVIRONMENT, AdmissionSettings
 from mllm.serve.http.keys import CLIENTS, FILE, LOOPBACK, OPERATOR, read_clients
@@ -153,13 +153,14 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
     )  # adapters are loaded into one process; each would read the model to draw
     if not alone and not any(_has(settings.extra, option) for option in _OWN_PROCESSES):
         arguments += _processes(settings)
+    film = video_spec(config.video)
     admission = AdmissionSettings(
         max_body_bytes=int(settings.max_body_mb * 2**20),
         media_domains=settings.media_domains,
         media_timeout=settings.media_timeout,
         max_images=settings.max_images,
-        max_videos=settings.max_videos if config.video else 0,
-        max_seconds=VideoSpec.model_validate(config.video).max_seconds if config.video else 0.0,
+        max_videos=0 if film is None else settings.max_videos,
+        max_seconds=0.0 if film is None else film.max_seconds,
         max_pixels=settings.max_pixels,
         image_token=_image_token(settings.checkpoint),
         image_token_id=config.image_token_id,

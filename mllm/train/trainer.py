@@ -17,10 +17,9 @@ import torch
 from mllm import distributed
 from mllm.data.mixture import Mixture
 from mllm.errors import ConfigError
-from mllm.heads.build import drawing_head
 from mllm.models.encoder_losses import encoder_costs
 from mllm.processing.protocol import Processor, TextProcessor
-from mllm.processing.template import for_training, read_template
+from mllm.processing.template import for_training
 from mllm.progress import phase
 from mllm.recipe import Recipe, StageSpec
 from mllm.train.added_rows import rows_line
@@ -35,7 +34,6 @@ from mllm.train.checkpoint.resume import (
 )
 from mllm.train.data import (
     StageData,
-    check_some_rows,
     open_mixture,
     tell_dropped,
     tell_faded,
@@ -50,8 +48,6 @@ from mllm.train.engine.groups import (
     apply_learning,
     frozen_summary,
     groups_table,
-    learning_by_part,
-    recipe_parts,
     set_modes,
 )
 from mllm.train.engine.schedule import rate_factor, warmup_steps
@@ -463,40 +459,9 @@ def _signature(recipe: Recipe, stage: StageSpec, data: dict[str, str]) -> str:
     """What must be the same when a stage is resumed."""
     settings = stage.model_dump(mode="json", exclude=COSMETIC)
     settings["optimizer"].pop("fused", None)  # how the update is computed, not which
-    if settings["float8"] is None:
-        del settings["float8"]  # runs that were begun before there was one go on
-    if settings["samples_per_step"] is None:
-        del settings["samples_per_step"]  # likewise
+    for newer in ("float8", "samples_per_step"):  # runs that were begun before there was one go on
+        if settings[newer] is None:
+            del settings[newer]
     return json.dumps(
         {**settings, "seed": recipe.seed, "model": recipe.model.model_dump(mode="json"), "rows": data}, sort_keys=True
     )
-
-
-def check_stage(stage: StageSpec, recipe: Recipe) -> None:
-    """Raises `ConfigError` or `DataError` for what would end this stage later: settings that contradict each other,
-    parts that the model lacks, data that are not there. Nothing is built."""
-    if stage.packing and stage.group_by_length:
-        raise ConfigError(f"stages.{stage.name}: packing and group_by_length exclude each other; keep one")
-    if stage.samples_per_step is not None and not (stage.packing and stage.gradient_accumulation == 1):
-        raise ConfigError(
-            f"stages.{stage.name}.samples_per_step: is for packed rows, whose number decides how many micro-steps a step takes; set "
-            "packing: true and leave gradient_accumulation out"
-        )
-    if stage.chat_template is not None:
-        read_template(stage.chat_template)
-    engine = choose_engine(stage)
-    heads = recipe.model.heads
-    if heads and engine.zero_stage == 3:
-        raise ConfigError(f"stages.{stage.name}.engine: a model with heads trains with none, zero1 or zero2")
-    if stage.packing and any(head.get("type") == "next_scale" for head in heads.values()):
-        raise ConfigError(f"stages.{stage.name}.packing: a next_scale head needs a mask of its own; set packing: false")
-    if stage.draw is not None and drawing_head(heads) is None:
-        raise ConfigError(
-            f"stages.{stage.name}.draw: the model draws nothing; give model.heads one that draws, or leave draw out"
-        )
-    for part, spec in learning_by_part(recipe_parts(recipe.model), stage).items():
-        if engine.zero_stage and spec.lora is not None and spec.lora.bits is not None:
-            raise ConfigError(
-                f"stages.{stage.name}.learn.{part}.lora.bits: 4-bit weights and ZeRO do not mix; use engine: none"
-            )
-    check_some_rows(open_mixture(stage, recipe.seed), stage)

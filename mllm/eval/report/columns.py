@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from mllm.eval.metrics import Metric, Score, Scored
-from mllm.eval.spool import Names, Spool
+from mllm.eval.spool import Indexed, Names, Spool
 
 Row = Mapping[str, Any]
 _ALIKE = 1 << 15
@@ -19,7 +19,7 @@ _ALIKE = 1 << 15
 _Facts = tuple[Score, Any, Mapping[str, Any]]
 
 
-class ScoredItems(Sequence[Scored]):
+class ScoredItems(Indexed[Scored]):
     """The samples that a metric scored, made when asked for. Of each, its value and its id are in memory; what samples have in common
     (a verdict, a category) is there once. values: ``(n,)`` float64, an unparsed answer as 0; num_unparsed: how many are."""
 
@@ -59,15 +59,8 @@ class ScoredItems(Sequence[Scored]):
     def __len__(self) -> int:
         return len(self._names)
 
-    @overload
-    def __getitem__(self, index: int) -> Scored: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Scored]: ...
-    def __getitem__(self, index: int | slice) -> Scored | list[Scored]:
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(len(self)))]
-        position = range(len(self))[index]
-        return Scored(self._names[position], *self.facts(position))
+    def _at(self, place: int) -> Scored:
+        return Scored(self._names[place], *self.facts(place))
 
     def __iter__(self) -> Iterator[Scored]:
         facts = iter(self._spool) if self._spool is not None else map(self._table.__getitem__, self._codes)
@@ -179,7 +172,7 @@ class Sureness:
         return {name: found for k, name in enumerate(THIRDS) if len(found := np.flatnonzero(third == k))}
 
 
-class Taken(Sequence[Scored]):
+class Taken(Indexed[Scored]):
     """Some of the samples, by their positions among all."""
 
     def __init__(self, items: ScoredItems, positions: np.ndarray):
@@ -192,14 +185,8 @@ class Taken(Sequence[Scored]):
     def __len__(self) -> int:
         return len(self._positions)
 
-    @overload
-    def __getitem__(self, index: int) -> Scored: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Scored]: ...
-    def __getitem__(self, index: int | slice) -> Scored | list[Scored]:
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(len(self)))]
-        return self._items[int(self._positions[index])]
+    def _at(self, place: int) -> Scored:
+        return self._items[int(self._positions[place])]
 
 
 def scored_rows(rows: Iterable[Row], metric: Metric) -> Iterator[tuple[Row, _Facts]]:

@@ -120,17 +120,13 @@ class Content:
         kind = part.get("type")
         if kind is None:
             kind = next((name for name in ("image_url", "video_url") if name in part), "text")
-        if kind in ("image_url", "input_image"):
-            _only(part, ("type", "image_url", "detail"))
-            made: dict[str, Any] = {"type": "image_url", "image_url": {}}
-            self._add(part.get("image_url"), lambda url, key: _write_part(made, made["image_url"], url, key))
+        if kind in ("image_url", "input_image") or (kind == "video_url" and self.videos):
+            is_video = kind == "video_url"
+            name = "video_url" if is_video else "image_url"
+            _only(part, ("type", name) if is_video else ("type", name, "detail"))
+            made: dict[str, Any] = {"type": name, name: {}}
+            self._add(part.get(name), lambda url, key: _write_part(made, made[name], url, key), is_video=is_video)
             return made
-        if kind == "video_url" and self.videos:
-            _only(part, ("type", "video_url"))
-            film: dict[str, Any] = {"type": "video_url", "video_url": {}}
-            write = lambda url, key: _write_part(film, film["video_url"], url, key)  # noqa: E731
-            self._add(part.get("video_url"), write, is_video=True)
-            return film
         field = _TEXTS.get(kind) if isinstance(kind, str) else None
         if field is None:
             raise Refused(

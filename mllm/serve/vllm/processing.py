@@ -40,6 +40,7 @@ from mllm.routers.fixed import fixed_weights_of
 from mllm.serve.http.stats import picture_key
 from mllm.serve.vllm.questions import QuestionReader
 from mllm.serve.vllm.videos import mark_videos, packed
+from mllm.types import VisualLayout
 
 MODALITY = "image"
 
@@ -79,8 +80,7 @@ class MllmProcessingInfo(BaseProcessingInfo):
         spec, processor = self.rules.video, self.get_hf_processor()
         assert spec is not None
         late = [round(spec.max_seconds * 1000) - 1] * spec.most
-        stamps = [processor.write(text) for text in spec.stamps(late)]
-        return self.rules.video_layout(spec.most, stamps).num_tokens
+        return self.rules.timed_layout(late, processor.write).num_tokens
 
     @cached_property
     def rules(self) -> LayoutRules:
@@ -269,21 +269,21 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
         pixels, rules = PixelKeys(self.info.get_hf_config().encoders), self.info.rules
         names = [*pixels.values(), IMAGE_SIZES, "expert_weights", "router_input_ids", "routing_pass", "picture_key"]
         fields = {name: MultiModalFieldConfig.batched(MODALITY) for name in names}
-        layouts = []
-        if rules.needs_size and IMAGE_SIZES in hf_inputs:
-            layouts = rules.layouts(hf_inputs[IMAGE_SIZES])
-        elif rules.view.frames > 1 and PRIMARY_PIXELS in hf_inputs:
-            layouts = [rules.layout()] * (len(hf_inputs[PRIMARY_PIXELS]) // rules.view.frames)
-        if layouts:
+
+        def lay_out(prefix: str, modality: str, layouts: Sequence[VisualLayout]) -> None:
+            """As many rows of pixels for each visual as it has views."""
             for name, key in pixels.items():
                 rows = torch.tensor([layout.rows_of(name) for layout in layouts])
-                fields[key] = MultiModalFieldConfig.flat_from_sizes(MODALITY, rows)
+                fields[prefix + key] = MultiModalFieldConfig.flat_from_sizes(modality, rows)
+
+        if rules.needs_size and IMAGE_SIZES in hf_inputs:
+            lay_out("", MODALITY, rules.layouts(hf_inputs[IMAGE_SIZES]))
+        elif rules.view.frames > 1 and PRIMARY_PIXELS in hf_inputs:
+            lay_out("", MODALITY, [rules.layout()] * (len(hf_inputs[PRIMARY_PIXELS]) // rules.view.frames))
         if APART + VIDEO_TIMES in hf_inputs:
-            films = [rules.video_layout(count) for count in hf_inputs[APART + VIDEO_TIMES].ge(0).sum(-1).tolist()]
+            frames = hf_inputs[APART + VIDEO_TIMES].ge(0).sum(-1).tolist()
             fields[APART + VIDEO_TIMES] = MultiModalFieldConfig.batched(VIDEOS)
-            for name, key in pixels.items():
-                rows = torch.tensor([film.rows_of(name) for film in films])
-                fields[APART + key] = MultiModalFieldConfig.flat_from_sizes(VIDEOS, rows)
+            lay_out(APART, VIDEOS, [rules.video_layout(count) for count in frames])
         return fields
 
     def _get_prompt_updates(
@@ -298,12 +298,13 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
                 return [token] * few
             size = out_mm_kwargs[MODALITY][number][IMAGE_SIZES].data.tolist() if rules.needs_size else None
             layout = rules.layout() if size is None else rules.layouts([size])[0]
-            ids = [i for block in layout.blocks for i in (block.ids or [token] * block.num_tokens)]
+            ids = _ids_of(layout, token)
             return PromptUpdateDetails.select_token_id(ids, token) if layout.literals else ids
 
         def film_tokens(number: int) -> Any:
             times = out_mm_kwargs[VIDEOS][number][APART + VIDEO_TIMES].data.tolist()
-            return PromptUpdateDetails.select_token_id(self.film_ids([int(time) for time in times if time >= 0]), token)
+            layout = rules.timed_layout([int(time) for time in times if time >= 0], self.info.get_hf_processor().write)
+            return PromptUpdateDetails.select_token_id(_ids_of(layout, token), token)
 
         updates = [PromptReplacement(modality=MODALITY, target=[token], replacement=tokens)]
         if out_mm_kwargs.get(VIDEOS):
@@ -311,11 +312,7 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
             updates.append(film)
         return updates
 
-    def film_ids(self, milliseconds: Sequence[int]) -> list[int]:
-        """The ids of a video whose frames are shown at these times, the text before them included."""
-        processor, spec = self.info.get_hf_processor(), self.info.rules.video
-        assert spec is not None
-        stamps = [processor.write(text) for text in spec.stamps(milliseconds)]
-        layout = self.info.rules.video_layout(len(milliseconds), stamps)
-        token = int(processor.image_token_id)
-        return [i for block in layout.blocks for i in (block.ids or [token] * block.num_tokens)]
+
+def _ids_of(layout: VisualLayout, token: int) -> list[int]:
+    """The ids of a visual: its placeholder, and the vocabulary's tokens between."""
+    return [i for block in layout.blocks for i in (block.ids or [token] * block.num_tokens)]

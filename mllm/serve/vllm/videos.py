@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mllm.errors import AlignmentError, ConfigError
-from mllm.processing.engine_videos import BACKEND, VIDEO_ID, pack, packed_body
+from mllm.processing.engine_videos import BACKEND, VIDEO_ID, is_packed, pack
 from mllm.processing.template import VIDEO
 from mllm.types import Video
 
@@ -38,7 +38,7 @@ def packed(item: Any, metadata: Any) -> np.ndarray:
     item = getattr(item, "media", item)
     if isinstance(item, tuple):
         item, metadata = item
-    if packed_body(item) is not None:
+    if is_packed(item):
         return item
     return pack(Video(item, fps=metadata.get("fps") if isinstance(metadata, dict) else None))
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from mllm import distributed
 from mllm.errors import ConfigError
-from mllm.machines import Machines
+from mllm.machines import Machines, placed
 from mllm.train.launch import launch
 from mllm.train.meeting import meeting
 
@@ -33,8 +33,6 @@ def check_network(seconds: float, *, processes: int, machines: Machines | None, 
 
     Raises `ConfigError` for a single process, and what `meeting` raises.
     """
-    from mllm.machines import placed
-
     if not placed() and machines is None and processes < 2:
         raise ConfigError(
             "--network: two processes at least exchange something: --processes 8, and for machines --nodes, --node-rank and "

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from mllm.recipe import Recipe, StageSpec
+from mllm.train.preflight.stage_settings import check_stage
 from mllm.train.stages import STAGE_KINDS
-from mllm.train.trainer import Run, check_stage
+from mllm.train.trainer import Run
 
 
 class StageKind:

@@ -1,0 +1,41 @@
+"""Which settings of a stage contradict each other, or ask for what the model does not have?"""
+
+from __future__ import annotations
+
+from mllm.errors import ConfigError
+from mllm.heads.build import drawing_head
+from mllm.processing.template import read_template
+from mllm.recipe import Recipe, StageSpec
+from mllm.train.data import check_some_rows, open_mixture
+from mllm.train.engine.base import choose_engine
+from mllm.train.engine.groups import learning_by_part, recipe_parts
+
+
+def check_stage(stage: StageSpec, recipe: Recipe) -> None:
+    """Raises `ConfigError` or `DataError` for what would end this stage later: settings that contradict each other,
+    parts that the model lacks, data that are not there. Nothing is built."""
+    if stage.packing and stage.group_by_length:
+        raise ConfigError(f"stages.{stage.name}: packing and group_by_length exclude each other; keep one")
+    if stage.samples_per_step is not None and not (stage.packing and stage.gradient_accumulation == 1):
+        raise ConfigError(
+            f"stages.{stage.name}.samples_per_step: is for packed rows, whose number decides how many micro-steps a step takes; set "
+            "packing: true and leave gradient_accumulation out"
+        )
+    if stage.chat_template is not None:
+        read_template(stage.chat_template)
+    engine = choose_engine(stage)
+    heads = recipe.model.heads
+    if heads and engine.zero_stage == 3:
+        raise ConfigError(f"stages.{stage.name}.engine: a model with heads trains with none, zero1 or zero2")
+    if stage.packing and any(head.get("type") == "next_scale" for head in heads.values()):
+        raise ConfigError(f"stages.{stage.name}.packing: a next_scale head needs a mask of its own; set packing: false")
+    if stage.draw is not None and drawing_head(heads) is None:
+        raise ConfigError(
+            f"stages.{stage.name}.draw: the model draws nothing; give model.heads one that draws, or leave draw out"
+        )
+    for part, spec in learning_by_part(recipe_parts(recipe.model), stage).items():
+        if engine.zero_stage and spec.lora is not None and spec.lora.bits is not None:
+            raise ConfigError(
+                f"stages.{stage.name}.learn.{part}.lora.bits: 4-bit weights and ZeRO do not mix; use engine: none"
+            )
+    check_some_rows(open_mixture(stage, recipe.seed), stage)
