@@ -55,10 +55,13 @@ def ssim(made: Tensor, real: Tensor, *, data_range: float = 1.0) -> Tensor:
 def frechet_distance(first: Tensor, second: Tensor) -> float:
     """Fréchet distance of two sets of features ``(n, D)`` as Gaussians: ``|μ₁-μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½)``. With
     Inception features of real and reconstructed images this is rFID; other features give other numbers. Raises
-    `DataError` for fewer than two images."""
+    `DataError` for fewer than two images, and for a network that gives every image of both sets the same features:
+    its distance would be a perfect 0."""
     if min(len(first), len(second)) < 2:
         raise DataError(f"a Fréchet distance needs at least 2 images, got {len(first)} and {len(second)}")
     a, b = _double(first), _double(second)
+    if bool((a == a[0]).all() and (b == a[0]).all()):
+        raise DataError("the network gives every image the same features: a Fréchet distance of them says nothing")
     difference = (a.mean(0) - b.mean(0)).square().sum()
     cov_a, cov_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)
     # The eigenvalues of Σ₁Σ₂ are those of the symmetric Σ₁^½ Σ₂ Σ₁^½.

@@ -68,7 +68,8 @@ def ssim(prediction: Any, target: Any, *, data_range: float, channels: Literal["
 def frechet_distance(generated: Any, real: Any) -> float:
     """Fréchet distance between Gaussians fitted to two feature sets ``(N, D)``: ``|m1 - m2|² + tr(S1 + S2 - 2 (S1
     S2)^½)``, float64, unbiased covariance. With an Inception network this is FID; state network, resize, crop and N
-    beside the number."""
+    beside the number. Features that are the same for every picture of both sets raise `DataError`: their distance would
+    be a perfect 0."""
     moments = []
     for name, features in (("generated", generated), ("real", real)):
         array = np.asarray(features, np.float64)
@@ -78,6 +79,8 @@ def frechet_distance(generated: Any, real: Any) -> float:
     (m1, s1), (m2, s2) = moments
     if m1.shape != m2.shape:
         raise DataError(f"feature widths differ: {m1.shape[0]} and {m2.shape[0]}")
+    if not (s1.any() or s2.any() or (m1 != m2).any()):
+        raise DataError("every picture has the same features: a Fréchet distance of them says nothing")
     values, vectors = np.linalg.eigh(s1)
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
     cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ s2 @ root), 0, None)).sum()

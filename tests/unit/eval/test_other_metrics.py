@@ -271,6 +271,9 @@ def test_frechet_distance_of_known_gaussians():
     assert frechet_distance(3 * x, x) == pytest.approx(3 * (3 - 1) ** 2)
     with pytest.raises(DataError, match="widths differ"):
         frechet_distance(x[:, :2], x)
+    with pytest.raises(DataError, match="same features"):
+        frechet_distance(np.ones((5, 3)), np.ones((7, 3)))
+    assert frechet_distance(np.ones((5, 3)), 2 * np.ones((7, 3))) == pytest.approx(3.0)
 
 
 def test_frechet_distance_agrees_with_scipys_matrix_root():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 from mllm.errors import DataError
@@ -51,6 +52,7 @@ def test_the_command_line_says_which_network_gave_a_frechet_distance(tmp_path):
 
     build_tokenizer(TINY["vq"]).save_pretrained(tmp_path / "tokenizer")
     net = {"channels": [4, 4, 4, 8]}
+    torch.manual_seed(0)  # some random networks of this size are dead: they give every picture the same features
     save_file(timm.create_model("resnet10t", **net).state_dict(), tmp_path / "net.safetensors")
     encoder = {"type": "timm", "architecture": "resnet10t", "options": net, "image_size": 32, "layers": [-1]}
     weights = {"weights": {"source": str(tmp_path / "net.safetensors")}}

@@ -59,6 +59,8 @@ def test_rfid_is_torchmetrics_fid_of_the_same_8_bit_images(inception):
     assert network(real[:1].float() / 127.5 - 1).shape == (1, 2048)
     with pytest.raises(DataError, match="at least 2 images"):
         frechet_distance(torch.zeros(1, 3), torch.zeros(1, 3))
+    with pytest.raises(DataError, match="same features"):
+        frechet_distance(torch.ones(4, 3), torch.ones(5, 3))
 
 
 def test_weights_of_the_fid_network_are_asked_for_by_name(tmp_path):
