@@ -19,6 +19,7 @@ from mllm.eval.cache import AnswerCache, cache_key
 from mllm.eval.data.loading import Item
 from mllm.eval.data.pictures import Frames, Picture, blank
 from mllm.eval.generators.base import Generator
+from mllm.eval.ids import Places
 from mllm.eval.metrics import Metric
 from mllm.eval.predictions import Row
 from mllm.eval.report.results import score_fields
@@ -108,14 +109,16 @@ class SamePictures:
 
     def __init__(self, items: Sequence[Item], blind: Blind | None):
         self._items: Sequence[Item] = items if blind in (None, "shuffled") else []
-        self._places: dict[str, int] | None = None  # made when a run goes on
+        self._places: Places | None = None  # made when a run goes on
         self.changed: list[str] = []
 
     def __call__(self, row: Row) -> bool:
         if self._places is None:
-            self._places = {item.id: place for place, item in enumerate(self._items)}
-        place = self._places.get(row["id"])
-        item = None if place is None else self._items[place]
+            self._places = Places()
+            for place, item in enumerate(self._items):
+                self._places.add(item.id, place)
+        found = (self._items[place] for place in self._places.of(row["id"]))
+        item = next((item for item in found if item.id == row["id"]), None)
         if item is None or not all(isinstance(source, Picture) for source in item.pictures):
             return True
         try:

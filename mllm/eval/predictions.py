@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import heapq
 import itertools
 import json
 import os
 import time
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mllm.errors import ConfigError, DataError
+from mllm.eval.ids import Ids, RowIndex
 
 Row = dict[str, Any]
 _SYNC_SECONDS = 0.25
-_KEY = 16
+_NAMED = 5
 
 
 def prediction_path(folder: Path, task: str, blind: str | None = None, rank: int = 0, world: int = 1) -> Path:
@@ -48,7 +46,7 @@ def iterate_predictions(path: Path) -> Iterator[Row]:
 
 def _lines(path: Path) -> Iterator[tuple[Row, bytes]]:
     """(row, its line) of every whole line."""
-    seen: set[str] = set()
+    seen = Ids()
     try:
         handle = path.open("rb")
     except OSError as error:
@@ -64,37 +62,22 @@ def _lines(path: Path) -> Iterator[tuple[Row, bytes]]:
                 raise DataError(
                     f"{path}:{number}: damaged line; remove it to have that sample answered again"
                 ) from None
-            if name in seen:
+            if not seen.add(name):
                 raise DataError(f"{path}:{number}: id {name!r} occurs twice")
-            seen.add(name)
             yield row, line
 
 
 def rows_in_order(path: Path, ids: Sequence[str]) -> Iterator[Row]:
-    """The rows of these ids in their order, whatever the file's; ids without a row are passed over. Between the passes over the
-    file 24 bytes a row are kept."""
+    """The rows of these ids in their order, whatever the file's; ids without a row are passed over. Of each row 16 bytes are kept where
+    the orders differ."""
     if all(
         row["id"] == name for row, name in itertools.zip_longest(iterate_predictions(path), ids, fillvalue={"id": None})
     ):
         yield from iterate_predictions(path)
         return
-    places = array("Q")
-    keys = bytearray()
-    for name, place in _places(path):
-        keys += _key(name)
-        places.append(place)
-    there = np.frombuffer(bytes(keys), dtype=f"S{_KEY}")
-    order = np.argsort(there, kind="stable")
-    with path.open("rb") as handle:
-        for name in ids:
-            spot = int(np.searchsorted(there, np.bytes_(_key(name)), sorter=order))
-            if spot < len(order) and (row := json.loads(_line_at(handle, places[order[spot]])))["id"] == name:
-                yield row
-
-
-def _key(name: str) -> bytes:
-    """Sixteen bytes that stand for an id while rows are sought."""
-    return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=_KEY).digest()
+    with RowIndex() as index:
+        index.add(path, _places(path))
+        yield from (row for name in ids if (row := index.row(name)) is not None)
 
 
 def _torn(path: Path) -> bool:
@@ -125,7 +108,7 @@ class PredictionWriter:
         """
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.done: set[str] = set()
+        self.done = Ids()
         if resume and self.path.exists():
             self._check_header(header)
             dropped = _torn(self.path)
@@ -201,14 +184,14 @@ def other_files(path: Path, header: Mapping[str, Any]) -> list[Path]:
     return found
 
 
-def answered_elsewhere(path: Path, header: Mapping[str, Any]) -> Iterator[Row]:
+def answered_elsewhere(path: Path, header: Mapping[str, Any]) -> RowIndex:
     """Answers in the same run's other files: a run that goes on with another number of processes finds its questions there.
     Damaged files count up to the damage."""
+    index = RowIndex()
     for other in other_files(path, header):
-        try:
-            yield from (row for row in iterate_predictions(other) if not row.get("error"))
-        except DataError:
-            continue
+        with contextlib.suppress(DataError):
+            index.add(other, _places(other, failed=False))
+    return index
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -228,10 +211,14 @@ def write_lines(path: Path, rows: Iterable[Row]) -> None:
 
 def _write_parts(path: Path, parts: Iterable[bytes]) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("wb") as handle:
-        handle.writelines(parts)
-        handle.flush()
-        os.fsync(handle.fileno())
+    try:
+        with part.open("wb") as handle:
+            handle.writelines(parts)
+            handle.flush()
+            os.fsync(handle.fileno())
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     part.replace(path)
 
 
@@ -252,33 +239,37 @@ def merge_shards(folder: Path, task: str, expected: Sequence[str], world: int, *
             raise DataError(
                 f"{task}: {path.name} was made with other settings than {paths[0].name}; run that shard again"
             )
-    wanted, places = set(expected), dict[str, tuple[int, int]]()
-    for number, path in enumerate(paths):
-        for name, place in _places(path):
-            if name in places:
-                raise DataError(f"{task}: id {name!r} is in more than one shard (again in {path.name})")
-            places[name] = number, place
-    extra = sorted(set(places) - wanted)
-    if not wanted <= places.keys():
-        for other in [other for other in other_files(paths[0], headers[0]) if other not in paths]:
-            paths.append(other)
-            for name, place in _places(other, failed=False):
-                if name in wanted:
-                    places.setdefault(name, (len(paths) - 1, place))
-    if extra or not wanted <= places.keys():
-        missing = [name for name in expected if name not in places]
-        differences = [
-            f"{len(names)} {word} ({', '.join(names[:5])})"
-            for names, word in ((missing, "missing"), (extra, "unknown"))
-            if names
-        ]
-        raise DataError(f"{task}: the shards do not add up to the benchmark: ids {' and '.join(differences)}")
-    with ExitStack() as stack:
-        handles = [stack.enter_context(path.open("rb")) for path in paths]
-        _write_parts(target, (_line_at(handles[number], place) for number, place in map(places.__getitem__, expected)))
+    with RowIndex() as index, RowIndex() as others:
+        for path in paths:
+            index.add(path, _places(path))
+        if (double := index.doubled()) is not None:
+            raise DataError(f"{task}: id {double[0]!r} is in more than one shard (again in {double[1].name})")
+        lacking = sum(index.line(name) is None for name in expected)
+        extra = len(index) - (len(expected) - lacking)
+        for other in other_files(paths[0], headers[0]) if lacking else ():
+            if other not in paths:
+                others.add(other, _places(other, failed=False))
+        missing = (
+            [name for name in expected if index.line(name) is None and others.line(name) is None] if lacking else []
+        )
+        if missing or extra:
+            raise DataError(
+                f"{task}: the shards do not add up to the benchmark: ids {_differences(missing, extra, expected, paths)}"
+            )
+        _write_parts(target, (index.line(name) or others.line(name) or b"" for name in expected))
     header = headers[0] | {"shards": world}
     write_atomic(header_path(target), json.dumps(header, indent=2, ensure_ascii=False) + "\n")
     return target
+
+
+def _differences(missing: Sequence[str], extra: int, expected: Iterable[str], paths: Sequence[Path]) -> str:
+    """What shards lack and have too many of, in words."""
+    told = [f"{len(missing)} missing ({', '.join(missing[:_NAMED])})"] if missing else []
+    if extra:
+        known = Ids(expected)
+        names = heapq.nsmallest(_NAMED, (name for path in paths for name, _ in _places(path) if name not in known))
+        told.append(f"{extra} unknown ({', '.join(names)})")
+    return " and ".join(told)
 
 
 def _places(path: Path, *, failed: bool = True) -> Iterator[tuple[str, int]]:
@@ -288,11 +279,6 @@ def _places(path: Path, *, failed: bool = True) -> Iterator[tuple[str, int]]:
         if failed or not row.get("error"):
             yield row["id"], place
         place += len(line)
-
-
-def _line_at(handle: Any, place: int) -> bytes:
-    handle.seek(place)
-    return handle.readline()
 
 
 def iterate_files(place: Path) -> Iterator[Path]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -22,6 +21,7 @@ from mllm.eval.data.loading import Item, TaskData, load_data
 from mllm.eval.data.pictures import Frames
 from mllm.eval.forecast import Forecast
 from mllm.eval.generators.base import Generator
+from mllm.eval.ids import RowIndex
 from mllm.eval.launch import start_workers
 from mllm.eval.metrics import Metric, build_metric
 from mllm.eval.planning import earlier_rates
@@ -39,6 +39,7 @@ from mllm.eval.predictions import (
     write_lines,
 )
 from mllm.eval.progress import Progress
+from mllm.eval.report.levels import Levels, levels_by_runs
 from mllm.eval.report.results import TaskResult, score_fields, summarise
 from mllm.eval.report.samples import LISTED
 from mllm.eval.settings import EvalSettings
@@ -208,22 +209,19 @@ def _ask(
     started, count = time.perf_counter(), 0
     stands = SamePictures(items, blind)
     with PredictionWriter(path, header, resume=resume, stands=stands) as writer:
-        elsewhere: dict[str, Row] = {}
-        if resume:
-            left: set[str] | None = None
-            for row in answered_elsewhere(path, header):
-                left = {item.id for item in items} - writer.done if left is None else left
-                if row["id"] not in left:
-                    continue
-                if share is not None:
-                    elsewhere.setdefault(row["id"], {key: row.get(key) for key in ("id", "images", "unusable")})
-                elif stands(row):
-                    left.remove(row["id"])
+        elsewhere = answered_elsewhere(path, header) if resume else RowIndex()
+        if len(elsewhere) and share is None:
+            for item in items:
+                if item.id not in writer.done and (row := elsewhere.row(item.id)) is not None and stands(row):
                     writer.append(row)
+            elsewhere.close()
+            elsewhere = RowIndex()
 
         def is_open(item: Item) -> bool:
-            there = elsewhere.get(item.id)
-            return item.id not in writer.done and not (there is not None and stands(there))
+            if item.id in writer.done:
+                return False
+            there = elsewhere.row(item.id) if len(elsewhere) else None
+            return there is None or not stands(there)
 
         keep = {item.id for item in items[:thumbnails]} if blind is None else set()
         if forecast is not None:
@@ -237,8 +235,9 @@ def _ask(
                     bar.advance()
                     if forecast is not None:
                         forecast.advance()
-                if share is not None:
+                if share is not None and progress:
                     bar.reach(share.num_taken(title))
+        elsewhere.close()
     if stands.changed and progress:
         print(f"{spec.name}: {len(stands.changed)} answers were to other pictures than are there now; asked again")
     spent = (time.perf_counter() - started, count) if count else (0.0, 0)
@@ -314,10 +313,10 @@ def rescore(
     metrics: Sequence[str | Mapping[str, Any]] | None = None,
     *,
     write: bool = True,
-    others: Mapping[str, str] | None = None,
+    others: Levels | None = None,
 ) -> TaskResult:
     """Score a prediction file again, without a model: with its task's metrics as they are now, or with others. write:
-    put the new scores into the file; others: id → difficulty, see `levels_by_runs`."""
+    put the new scores into the file; others: difficulty, see `levels_by_runs`."""
     path = Path(path)
     next(iterate_predictions(path), None)  # a file that cannot be read says so before its header does
     try:
@@ -371,26 +370,6 @@ def report_again(folder: str | Path, *, show: bool = True, against: Sequence[str
         before = {}
     write_report(results, folder, batch_differences=before.get("batch_differences"), show=show)
     return results
-
-
-def levels_by_runs(name: str, folders: Sequence[str | Path]) -> dict[str, str]:
-    """Sample id → ``all of 3 other runs right``, ``some …`` or ``none …`` by the headlines of the prediction files of this name in
-    other runs' folders. Raises `ConfigError` for a folder that has none."""
-    right: Counter[str] = Counter()
-    seen: Counter[str] = Counter()
-    for folder in map(Path, folders):
-        if not (folder / name).is_file():
-            raise ConfigError(f"{folder}: holds no {name}, so it cannot tell which of its samples are hard")
-        for row in iterate_predictions(folder / name):
-            entry = next(iter(row.get("scores", {}).values()), {})
-            seen[row["id"]] += 1
-            right[row["id"]] += (entry.get("value") or 0.0) >= 0.5
-    whole = len(folders)
-
-    def level(count: int) -> str:
-        return f"{'all' if count == whole else 'some' if count else 'none'} of {whole} other run{'s' if whole > 1 else ''} right"
-
-    return {name: level(right[name]) for name, count in seen.items() if count == whole}
 
 
 def run_eval(checkpoint: str, tasks: Sequence[str], settings: EvalSettings | None = None) -> dict[str, TaskResult]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 
@@ -89,7 +90,7 @@ class Metric:
         several = {"macro": mean(list(categories.values())), **categories} if len(categories) > 1 else {}
         return {"score": self.scale * mean([item.value for item in items])} | several
 
-    @property
+    @cached_property
     def label(self) -> str:
         """Name, options and version, as printed beside a number."""
         options = ",".join(f"{k}={v}" for k, v in sorted(self.options.items()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -189,12 +189,10 @@ class Taken(Indexed[Scored]):
         return self._items[int(self._positions[place])]
 
 
-def scored_rows(rows: Iterable[Row], metric: Metric) -> Iterator[tuple[Row, _Facts]]:
-    """(row, what its metric says of it) of every row that the metric scored. A failed generation counts as a wrong, unparsed answer;
-    rows without a target, an undecodable image or a usable target take no part."""
-    for row in rows:
-        entry = row.get("scores", {}).get(metric.label)
-        if entry is None or "error" in entry:
-            continue
-        score = Score(entry["value"], entry["extracted"], entry["rule"], entry.get("parts", {}))
-        yield row, (score, row["target"], row["meta"])
+def scored(row: Row, metric: Metric) -> _Facts | None:
+    """(score, target, meta) of a row. A failed generation counts as a wrong, unparsed answer; rows without a target, an undecodable
+    image or a usable target take no part: None."""
+    entry = row.get("scores", {}).get(metric.label)
+    if entry is None or "error" in entry:
+        return None
+    return Score(entry["value"], entry["extracted"], entry["rule"], entry.get("parts", {})), row["target"], row["meta"]

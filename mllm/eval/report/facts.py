@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,32 +30,42 @@ class AnswerFacts:
     calibration_error: float | None = None
 
 
-def answer_facts(rows: Iterable[Row], header: Mapping[str, Any], label: str) -> AnswerFacts:
-    """Of one task's rows. label: the headline metric's."""
-    count, declined, sums = 0, 0, dict.fromkeys(("num_tokens", "num_prompt_tokens"), 0)
-    sure, right = array("d"), array("d")
-    for row in rows:
+class FactSums:
+    """`AnswerFacts` of one task, told row by row. label: the headline metric's."""
+
+    def __init__(self, label: str):
+        self._label = label
+        self._count = self._declined = 0
+        self._sums = dict.fromkeys(("num_tokens", "num_prompt_tokens"), 0)
+        self._sure, self._right = array("d"), array("d")
+
+    def append(self, row: Row) -> None:
+        """One more row; those that were not asked or not answered do not count."""
         if row.get("unusable") or row.get("error"):
-            continue
-        count += 1
-        declined += refused(row)
-        for key in sums:
-            sums[key] += row.get(key) or 0
-        entry = row.get("scores", {}).get(label)
+            return
+        self._count += 1
+        self._declined += refused(row)
+        for key in self._sums:
+            self._sums[key] += row.get(key) or 0
+        entry = row.get("scores", {}).get(self._label)
         if row.get("logprob") is not None and entry is not None and "error" not in entry:
-            sure.append(math.exp(row["logprob"]))
-            right.append(entry["value"] or 0.0)
-    if not count:
-        return AnswerFacts()
-    seconds, timed = header.get("seconds"), header.get("answered")
-    return AnswerFacts(
-        tokens=sums["num_tokens"] / count or None,
-        prompt_tokens=sums["num_prompt_tokens"] / count or None,
-        milliseconds=1000 * seconds / timed if seconds and timed else None,
-        refused=declined / count,
-        confidence=sum(sure) / len(sure) if sure else None,
-        calibration_error=expected_calibration_error(sure, right) if sure else None,
-    )
+            self._sure.append(math.exp(row["logprob"]))
+            self._right.append(entry["value"] or 0.0)
+
+    def result(self, header: Mapping[str, Any]) -> AnswerFacts:
+        """Of the rows so far. header: says how long they took."""
+        count, sure = self._count, self._sure
+        if not count:
+            return AnswerFacts()
+        seconds, timed = header.get("seconds"), header.get("answered")
+        return AnswerFacts(
+            tokens=self._sums["num_tokens"] / count or None,
+            prompt_tokens=self._sums["num_prompt_tokens"] / count or None,
+            milliseconds=1000 * seconds / timed if seconds and timed else None,
+            refused=self._declined / count,
+            confidence=sum(sure) / len(sure) if sure else None,
+            calibration_error=expected_calibration_error(sure, self._right) if sure else None,
+        )
 
 
 def expected_calibration_error(confidences: Sequence[float], values: Sequence[float], bins: int = BINS) -> float:
@@ -68,5 +78,5 @@ def expected_calibration_error(confidences: Sequence[float], values: Sequence[fl
 
 
 def refused(row: Row) -> bool:
-    """Whether a row's answer declines; slim rows hold the verdict already."""
-    return row["refused"] if "refused" in row else is_refusal(row["output"])
+    """Whether a row's answer declines."""
+    return is_refusal(row["output"])

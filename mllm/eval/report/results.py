@@ -7,22 +7,22 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from mllm.errors import DataError
 from mllm.eval.metrics import Metric, Scored
-from mllm.eval.report.columns import Categories, Clusters, ScoredItems, Sureness, Taken, scored_rows
-from mllm.eval.report.facts import AnswerFacts, answer_facts, refused
+from mllm.eval.report.columns import Categories, Clusters, ScoredItems, Sureness, Taken, scored
+from mllm.eval.report.facts import AnswerFacts, FactSums
 from mllm.eval.report.statistics import Estimate, bootstrap_estimate, mean_estimate, num_distinct, wilson_interval
-from mllm.eval.spool import Spool
 
 Row = dict[str, Any]
 _DRAWS = 200
-_HELD = 50_000
+HELD = 50_000
 """So many samples are in memory as objects while a bootstrap draws them again and again."""
 _NAMED = 5
+_UNUSABLE, _FAILED = "unusable", "generation failed, counted as wrong"
 
 
 @dataclass
@@ -57,6 +57,12 @@ class CategoryResult:
 
 DIFFICULTY = ("the benchmark's own level", "how many other runs are right", "the model's own probability")
 """By what samples are called difficult, where it is known."""
+
+
+class SampleLevels(Protocol):
+    """A level of difficulty by sample id, a mapping or what answers like one."""
+
+    def get(self, name: str, /) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -163,23 +169,6 @@ def score_fields(row: Row, metrics: Sequence[Metric]) -> dict[str, Any]:
     return {"extracted": scores[metrics[0].label].get("extracted", ""), "scores": scores}
 
 
-def scored_items(rows: Iterable[Row], metric: Metric) -> tuple[list[Scored], list[Row]]:
-    """(samples that the metric scored, their rows), all in memory: for comparisons. See `scored_rows`."""
-    items, kept = [], []
-    for row, facts in scored_rows(rows, metric):
-        items.append(Scored(row["id"], *facts))
-        kept.append(row)
-    return items, kept
-
-
-def clusters_of(rows: Iterable[Row], metric: Metric) -> np.ndarray:
-    """``(n,)`` int64: what makes samples dependent, see `Clusters`."""
-    clusters = Clusters(metric)
-    for row in rows:
-        clusters.append(row)
-    return clusters.codes()
-
-
 def statistic_of(metric: Metric, items: Sequence[Scored]) -> Callable[[np.ndarray], float]:
     """The metric's headline as a function of sample positions. A group that a bootstrap draws twice stays two
     groups."""
@@ -202,7 +191,7 @@ def statistic_of(metric: Metric, items: Sequence[Scored]) -> Callable[[np.ndarra
 def estimate(metric: Metric, items: ScoredItems | Taken, clusters: np.ndarray, *, draws: int = _DRAWS) -> Estimate:
     """Headline with its uncertainty, in display units."""
     if not metric.is_mean:
-        chosen = list(items) if len(items) <= _HELD else items
+        chosen = list(items) if len(items) <= HELD else items
         return _at_the_edge(bootstrap_estimate(statistic_of(metric, chosen), clusters, repeats=draws), metric, clusters)
     result = mean_estimate(items.values, clusters=clusters, binary=metric.binary)
     scaled = {name: metric.scale * getattr(result, name) for name in ("value", "standard_error", "low", "high")}
@@ -223,63 +212,78 @@ def _at_the_edge(result: Estimate, metric: Metric, clusters: np.ndarray) -> Esti
 
 def metric_result(metric: Metric, rows: Iterable[Row]) -> MetricResult:
     """One metric's total over prediction rows."""
-    return _totals(metric, rows)[0]
+    total = _Total(metric)
+    for row in rows:
+        total.append(row)
+    return total.result()[0]
 
 
-def by_category(metric: Metric, rows: Iterable[Row]) -> list[CategoryResult]:
-    """The metric over each category's samples, the largest category first. A group of samples that are scored together (pairs,
-    circles) belongs to the category of its first."""
-    return _totals(metric, rows, parts=True)[1]
+class _Total:
+    """A metric's total and, with ``parts``, its totals by category and by difficulty, told row by row. others: what other runs made of
+    each sample."""
 
+    def __init__(self, metric: Metric, *, parts: bool = False, others: SampleLevels | None = None):
+        self._metric, self._items, self._clusters = metric, ScoredItems(), Clusters(metric)
+        self._sureness = Sureness(metric) if parts else None
+        ways = {
+            "category": Categories(metric),
+            DIFFICULTY[0]: Categories(metric, lambda row: row["meta"].get("difficulty")),
+            DIFFICULTY[1]: Categories(metric, lambda row: None if others is None else others.get(row["id"])),
+        }
+        self._split = ways if parts else {}
 
-def _totals(
-    metric: Metric, rows: Iterable[Row], *, parts: bool = False, others: Mapping[str, str] | None = None
-) -> tuple[MetricResult, list[CategoryResult], list[DifficultyResult]]:
-    """A metric's total and, with ``parts``, its totals by category and by difficulty, from one pass over the rows. others: id → what
-    other runs made of the sample."""
-    items, grouped, sureness = ScoredItems(), Clusters(metric), Sureness(metric)
-    split = {
-        "category": Categories(metric),
-        DIFFICULTY[0]: Categories(metric, lambda row: row["meta"].get("difficulty")),
-        DIFFICULTY[1]: Categories(metric, lambda row: (others or {}).get(row["id"])),
-    }
-    for row, facts in scored_rows(rows, metric):
-        items.append(row["id"], facts)
-        grouped.append(row)
-        for part in (*split.values(), sureness) if parts else ():
+    def append(self, row: Row) -> None:
+        """One more row, of which the metric may have scored nothing."""
+        facts = scored(row, self._metric)
+        if facts is None:
+            return
+        self._items.append(row["id"], facts)
+        self._clusters.append(row)
+        for part in self._split.values():
             part.append(row)
-    clusters = grouped.codes()
-    details = metric.aggregate(items)
-    sure = estimate(metric, items, clusters)
-    result = MetricResult(
-        metric.label, metric.protocol, metric.unit, metric.scale, details["score"], sure.standard_error, sure.low,
-        sure.high, sure.method, len(items), items.num_unparsed, sure.num_clusters, details,
-    )  # fmt: skip
+        if self._sureness is not None:
+            self._sureness.append(row)
 
-    def each(places: Mapping[str, np.ndarray]) -> Iterator[tuple[str, float, float, float, int]]:
-        for name, positions in places.items() if len(places) > 1 else ():
-            part = estimate(metric, Taken(items, positions), clusters[positions])
-            yield name, part.value, part.low, part.high, len(positions)
+    def result(self) -> tuple[MetricResult, list[CategoryResult], list[DifficultyResult]]:
+        """(the total, the headline by category, the headline by difficulty)."""
+        metric, items, clusters = self._metric, self._items, self._clusters.codes()
+        details = metric.aggregate(items)
+        sure = estimate(metric, items, clusters)
+        result = MetricResult(
+            metric.label, metric.protocol, metric.unit, metric.scale, details["score"], sure.standard_error, sure.low,
+            sure.high, sure.method, len(items), items.num_unparsed, sure.num_clusters, details,
+        )  # fmt: skip
+        if self._sureness is None:
+            return result, [], []
 
-    if not parts:
-        return result, [], []
-    levels = {by: dict(sorted(split[by].positions().items())) for by in DIFFICULTY[:2]}
-    levels[DIFFICULTY[2]] = sureness.positions(clusters)
-    return (
-        result,
-        [CategoryResult(*totals) for totals in each(split["category"].positions())],
-        [DifficultyResult(by, *totals) for by, places in levels.items() for totals in each(places)],
-    )
+        def each(places: Mapping[str, np.ndarray]) -> Iterator[tuple[str, float, float, float, int]]:
+            for name, positions in places.items() if len(places) > 1 else ():
+                part = estimate(metric, Taken(items, positions), clusters[positions])
+                yield name, part.value, part.low, part.high, len(positions)
+
+        levels = {by: dict(sorted(self._split[by].positions().items())) for by in DIFFICULTY[:2]}
+        levels[DIFFICULTY[2]] = self._sureness.positions(clusters)
+        return (
+            result,
+            [CategoryResult(*totals) for totals in each(self._split["category"].positions())],
+            [DifficultyResult(by, *totals) for by, places in levels.items() for totals in each(places)],
+        )
 
 
-def disagreements(rows: Iterable[Row], labels: Sequence[str]) -> dict[str, int]:
-    """``"A | B" → number of samples`` that two metrics score differently, for every pair."""
-    pairs = list(itertools.combinations(labels, 2))
-    counts = [0] * len(pairs)
-    for row in rows if pairs else ():
-        for k, pair in enumerate(pairs):
-            counts[k] += disagree(row, pair)
-    return {f"{first} | {second}": count for (first, second), count in zip(pairs, counts)}
+class _Disagreements:
+    """On how many samples every two metrics differ, told row by row."""
+
+    def __init__(self, labels: Sequence[str]):
+        self._counts = dict.fromkeys(itertools.combinations(labels, 2), 0)
+
+    def append(self, row: Row) -> None:
+        """One more row."""
+        for pair in self._counts:
+            self._counts[pair] += disagree(row, pair)
+
+    def result(self) -> dict[str, int]:
+        """``"A | B" → number of samples``."""
+        return {f"{first} | {second}": count for (first, second), count in self._counts.items()}
 
 
 def disagree(row: Row, labels: Sequence[str]) -> bool:
@@ -289,88 +293,84 @@ def disagree(row: Row, labels: Sequence[str]) -> bool:
     return len(values) > 1
 
 
-_SUMMED = (
-    "id",
-    "scores",
-    "target",
-    "meta",
-    "cluster",
-    "category",
-    "unusable",
-    "error",
-    "num_tokens",
-    "num_prompt_tokens",
-    "logprob",
-)
-
-
-def slim(row: Row) -> Row:
-    """What of a row its task's result is made of: without question, prompt and answer a million fit into memory."""
-    return {key: row[key] for key in _SUMMED if key in row} | {"refused": refused(row)}
-
-
 def summarise(
     rows: Iterable[Row],
     metrics: Sequence[Metric],
     header: Mapping[str, Any],
     *,
     path: str = "",
-    others: Mapping[str, str] | None = None,
+    others: SampleLevels | None = None,
 ) -> TaskResult:
     """The result of one prediction file. rows: read once, as they come from a file of any length; others: id → a level of difficulty
     by what other runs made of the sample."""
     identity = header["identity"]
-    kept = Spool(map(slim, rows))
-    problems = [*header.get("problems", [])]
-    unusable, errors, counted = _counted(kept, metrics)
-    problems += counted
-    headline, categories, difficulty = _totals(metrics[0], kept, parts=True, others=others)
-    totals = [headline, *(_totals(metric, kept)[0] for metric in metrics[1:])]
+    count, counted, facts = 0, _Counted(metrics), FactSums(metrics[0].label)
+    apart = _Disagreements([metric.label for metric in metrics])
+    totals = [_Total(metric, parts=k == 0, others=others) for k, metric in enumerate(metrics)]
+    for row in rows:
+        count += 1
+        for part in (counted, facts, apart, *totals):
+            part.append(row)
+    (headline, categories, difficulty), *more = (total.result() for total in totals)
     return TaskResult(
         task=identity["task"],
         version=identity["version"],
-        metrics=totals,
-        num_samples=len(kept),
-        num_unusable=unusable + header.get("num_excluded", 0),
-        num_errors=errors,
-        problems=problems,
+        metrics=[headline, *(result for result, _, _ in more)],
+        num_samples=count,
+        num_unusable=counted.unusable + header.get("num_excluded", 0),
+        num_errors=counted.failed,
+        problems=[*header.get("problems", []), *counted.lines()],
         data_hash=identity["data"],
         prompt_hash=prompt_hash(header),
         header=dict(header),
-        disagreements=disagreements(kept, [metric.label for metric in metrics]),
-        facts=answer_facts(kept, header, metrics[0].label),
+        disagreements=apart.result(),
+        facts=facts.result(header),
         categories=categories,
         difficulty=difficulty,
         path=path,
     )
 
 
-def _counted(rows: Iterable[Row], metrics: Sequence[Metric]) -> tuple[int, int, list[str]]:
-    """(unusable rows, failed generations, both and rows that a metric cannot score in words, each kind with its first ids)."""
-    found: dict[str, list[tuple[str, str]]] = {}
-    counts: Counter[str] = Counter()
+class _Counted:
+    """Unusable rows, failed generations, and rows that a metric cannot score, told row by row: how many, and the first ids."""
 
-    def note(kind: str, row: Row, why: Any) -> None:
-        counts[kind] += 1
-        if counts[kind] <= _NAMED:
-            found.setdefault(kind, []).append((row["id"], str(why)))
+    def __init__(self, metrics: Sequence[Metric]):
+        self._kinds = [(metric.label, f"not scorable by {metric.name}") for metric in metrics]
+        self._counts: Counter[str] = Counter()
+        self._found: dict[str, list[tuple[str, str]]] = {}
 
-    failed, scored = "generation failed, counted as wrong", [f"not scorable by {m.name}" for m in metrics]
-    for row in rows:
+    def append(self, row: Row) -> None:
+        """One more row."""
         if row.get("unusable"):
-            note("unusable", row, row["unusable"])
-        for metric, kind in zip(metrics, scored):
-            entry = row.get("scores", {}).get(metric.label, {})
-            if "error" in entry:
-                note(kind, row, entry["error"])
+            self._note(_UNUSABLE, row, row["unusable"])
+        scores = row.get("scores", {})
+        for label, kind in self._kinds:
+            if "error" in (entry := scores.get(label, {})):
+                self._note(kind, row, entry["error"])
         if row.get("error"):
-            note(failed, row, row["error"])
-    lines = [
-        f"{counts[kind]} × {kind}: {', '.join(name for name, _ in found[kind])} ({found[kind][0][1]})"
-        for kind in ("unusable", *dict.fromkeys(scored), failed)
-        if kind in found
-    ]
-    return counts["unusable"], counts[failed], lines
+            self._note(_FAILED, row, row["error"])
+
+    def _note(self, kind: str, row: Row, why: Any) -> None:
+        self._counts[kind] += 1
+        if self._counts[kind] <= _NAMED:
+            self._found.setdefault(kind, []).append((row["id"], str(why)))
+
+    @property
+    def unusable(self) -> int:
+        return self._counts[_UNUSABLE]
+
+    @property
+    def failed(self) -> int:
+        return self._counts[_FAILED]
+
+    def lines(self) -> list[str]:
+        """A line for each kind."""
+        kinds = (_UNUSABLE, *dict.fromkeys(kind for _, kind in self._kinds), _FAILED)
+        return [
+            f"{self._counts[kind]} × {kind}: {', '.join(name for name, _ in found)} ({found[0][1]})"
+            for kind in kinds
+            if (found := self._found.get(kind))
+        ]
 
 
 def prompt_hash(header: Mapping[str, Any]) -> str:

@@ -17,6 +17,9 @@ from mllm.errors import DataError
 
 Z95 = 1.959963984540054
 _REPEATS = 1000
+_MANY, _FEW = 50_000, 4096
+"""Of more clusters than the first, of at most so many kinds, a bootstrap draws how often each kind comes."""
+_EXACT = 1000
 Values = Sequence[float] | np.ndarray
 Clusters = Sequence[Hashable] | np.ndarray
 
@@ -148,13 +151,17 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     total = only_a + only_b
     if total == 0:
         return 1.0
+    if total > _EXACT:  # by logarithms: the whole numbers have as many digits as there are answers
+        steps = np.arange(1, min(only_a, only_b) + 1, dtype=float)
+        logs = np.concatenate([[0.0], np.cumsum(np.log((total - steps + 1) / steps))]) - total * math.log(2)
+        return float(min(1.0, 2 * np.exp(logs - logs.max()).sum() * np.exp(logs.max())))
     tail = sum(math.comb(total, k) for k in range(min(only_a, only_b) + 1))
     return min(1.0, 2 * tail / 2**total)
 
 
 def paired_comparison(
-    values_a: Sequence[float],
-    values_b: Sequence[float],
+    values_a: Values,
+    values_b: Values,
     *,
     clusters: Clusters | None = None,
     binary: bool = False,
@@ -167,11 +174,18 @@ def paired_comparison(
     if len(values_a) != len(values_b):
         raise DataError(f"paired comparison needs the same samples: {len(values_a)} and {len(values_b)} values")
     differences = np.asarray(values_b, float) - np.asarray(values_a, float)
-    names = list(range(len(differences))) if clusters is None else list(clusters)
-    clustered = len(set(names)) < len(names)
+    names = np.arange(len(differences)) if clusters is None else clusters
+    distinct = num_distinct(names)
+    clustered = distinct < len(names)
     sums, sizes = _cluster_sums(differences, names)
+    kind_sums, kind_sizes, times = _kinds(sums, sizes)
 
     def draw(generator: np.random.Generator, count: int) -> np.ndarray:
+        if (
+            len(sums) > _MANY and len(times) <= _FEW
+        ):  # how often each kind of cluster is drawn, in place of a million draws
+            drawn = generator.multinomial(len(sums), times / len(sums), size=count)
+            return drawn @ kind_sums / (drawn @ kind_sizes)
         picks = generator.integers(0, len(sums), (count, len(sums)))
         return sums[picks].sum(1) / sizes[picks].sum(1)
 
@@ -180,7 +194,7 @@ def paired_comparison(
     method = f"paired {'cluster ' if clustered else ''}bootstrap, {repeats} draws, seed {seed}"
     if binary and not clustered:
         p_value, method = mcnemar_exact(losses, wins), f"McNemar exact; interval: {method}"
-    count = len(set(names)) if clustered else None
+    count = distinct if clustered else None
     return Comparison(difference, low, high, p_value, wins, losses, len(differences), count, method)
 
 
@@ -248,6 +262,12 @@ def _codes(clusters: Clusters) -> np.ndarray:
         return rank[places]
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(name, len(numbers)) for name in clusters], dtype=np.int64)
+
+
+def _kinds(sums: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The different (sum, size) of clusters, and how many clusters there are of each."""
+    kinds, times = np.unique(sums + 1j * sizes, return_counts=True)
+    return np.real(kinds), np.imag(kinds), times
 
 
 def _cluster_sums(values: np.ndarray, clusters: Clusters) -> tuple[np.ndarray, np.ndarray]:

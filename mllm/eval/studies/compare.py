@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mllm.errors import ConfigError, DataError
+from mllm.eval.ids import Ids
 from mllm.eval.metrics import build_metric
-from mllm.eval.predictions import header_path, iterate_files, read_predictions
-from mllm.eval.report.results import clusters_of, score_fields, scored_items, statistic_of
+from mllm.eval.predictions import header_path, iterate_files, iterate_predictions, rows_in_order
+from mllm.eval.report.columns import Clusters, ScoredItems, scored
+from mllm.eval.report.results import HELD, score_fields, statistic_of
 from mllm.eval.report.statistics import Comparison, holm, paired_bootstrap, paired_comparison
+from mllm.eval.spool import Names
 
 _DRAWS = 1000
+_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -37,39 +41,53 @@ def compare_predictions(first: str | Path, second: str | Path, *, seed: int = 0)
     Raises `DataError` when a task's sample sets, targets or groups differ: unmatched samples are never dropped.
     """
     pairs = _pairs(Path(first), Path(second))
-    unadjusted: list[tuple[Any, ...]] = []
-    for path_a, path_b in pairs:
-        rows_a, header_a = read_predictions(path_a), _header(path_a)
-        rows_b, header_b = read_predictions(path_b), _header(path_b)
-        task = header_a["identity"]["task"]
-        _refuse_unmatched(task, rows_a, rows_b, header_a, header_b)
-        metric = build_metric(header_a["task"]["metrics"][0])
-        by_id = {row["id"]: row for row in rows_b}
-        rows_a = [row | score_fields(row, [metric]) for row in rows_a]
-        rows_b = [by_id[row["id"]] | score_fields(by_id[row["id"]], [metric]) for row in rows_a]
-        items_a, kept_a = scored_items(rows_a, metric)
-        items_b, kept_b = scored_items(rows_b, metric)
-        if [row["id"] for row in kept_a] != [row["id"] for row in kept_b]:
-            only = sorted({row["id"] for row in kept_a} ^ {row["id"] for row in kept_b})
-            raise DataError(f"{task}: {len(only)} samples could be used in one run only: {', '.join(only[:5])}")
-        clusters = clusters_of(kept_a, metric)
-        if metric.is_mean:
-            values_a, values_b = ([item.value for item in items] for items in (items_a, items_b))
-            result = paired_comparison(values_a, values_b, clusters=clusters, binary=metric.binary, seed=seed)
-            result = _scaled(result, metric.scale)
-        else:
-            result = paired_bootstrap(
-                statistic_of(metric, items_a), statistic_of(metric, items_b), clusters, repeats=_DRAWS, seed=seed
-            )
-        totals = metric.aggregate(items_a)["score"], metric.aggregate(items_b)["score"]
-        unadjusted.append((task, metric.label, metric.unit, *totals, result))
+    unadjusted = [_compared(path_a, path_b, seed) for path_a, path_b in pairs]
     adjusted = holm([entry[-1].p_value for entry in unadjusted])
     return [TaskComparison(*entry, adjusted=p) for entry, p in zip(unadjusted, adjusted)]
 
 
-def _scaled(result: Comparison, scale: float) -> Comparison:
-    from dataclasses import replace
+def _compared(path_a: Path, path_b: Path, seed: int) -> tuple[str, str, str, float, float, Comparison]:
+    """One task: what `TaskComparison` has before the adjustment. Both files are read row by row, so that a million fit."""
+    header_a, header_b = _header(path_a), _header(path_b)
+    task = header_a["identity"]["task"]
+    ids = _same_ids(task, path_a, path_b)
+    for key in ("task", "version"):
+        if header_a["identity"][key] != header_b["identity"][key]:
+            raise DataError(
+                f"{key} differs: {header_a['identity'][key]!r} and {header_b['identity'][key]!r}; run one again"
+            )
+    metric = build_metric(header_a["task"]["metrics"][0])
+    items_a, items_b, clusters = ScoredItems(), ScoredItems(), Clusters(metric)
+    changed, alone = _Noted(), _Noted()
+    for row_a, row_b in zip(iterate_predictions(path_a), rows_in_order(path_b, ids), strict=True):
+        if row_a["target"] != row_b["target"]:
+            changed.append(row_a["id"])
+        facts_a, facts_b = (scored(row | score_fields(row, [metric]), metric) for row in (row_a, row_b))
+        if facts_a is not None and facts_b is not None:
+            items_a.append(row_a["id"], facts_a)
+            items_b.append(row_a["id"], facts_b)
+            clusters.append(row_a)
+        elif facts_a is not facts_b:
+            alone.append(row_a["id"])
+    if changed.count:
+        raise DataError(
+            f"{task}: {changed.count} samples have different targets, e.g. {changed.names[0]!r}: the data versions differ"
+        )
+    if alone.count:
+        raise DataError(f"{task}: {alone.count} samples could be used in one run only: {', '.join(alone.names)}")
+    codes = clusters.codes()
+    if metric.is_mean:
+        result = paired_comparison(items_a.values, items_b.values, clusters=codes, binary=metric.binary, seed=seed)
+        result = _scaled(result, metric.scale)
+    else:
+        held = [list(items) if len(items) <= HELD else items for items in (items_a, items_b)]
+        first, second = (statistic_of(metric, items) for items in held)
+        result = paired_bootstrap(first, second, codes, repeats=_DRAWS, seed=seed)
+    totals = metric.aggregate(items_a)["score"], metric.aggregate(items_b)["score"]
+    return task, metric.label, metric.unit, *totals, result
 
+
+def _scaled(result: Comparison, scale: float) -> Comparison:
     return replace(result, difference=scale * result.difference, low=scale * result.low, high=scale * result.high)
 
 
@@ -99,25 +117,32 @@ def _header(path: Path) -> dict[str, Any]:
         raise DataError(f"{header_path(path)}: needed beside {path.name}, cannot be read ({error})") from None
 
 
-def _refuse_unmatched(task: str, rows_a: list, rows_b: list, header_a: dict, header_b: dict) -> None:
-    ids_a, ids_b = {row["id"] for row in rows_a}, {row["id"] for row in rows_b}
-    if ids_a != ids_b:
-        unmatched = [
-            f"{len(ids)} only in {name} ({', '.join(sorted(ids)[:3])})"
-            for ids, name in ((ids_a - ids_b, "A"), (ids_b - ids_a, "B"))
-            if ids
-        ]
+def _same_ids(task: str, path_a: Path, path_b: Path) -> Names:
+    """The ids of both files, in the first one's order."""
+    names_a, names_b = (Names(row["id"] for row in iterate_predictions(path)) for path in (path_a, path_b))
+    if len(names_a) == len(names_b) and all(map(str.__eq__, names_a, names_b)):
+        return names_a
+    known_a, known_b = Ids(names_a), Ids(names_b)
+    only = {
+        "A": [name for name in names_a if name not in known_b],
+        "B": [name for name in names_b if name not in known_a],
+    }
+    unmatched = [f"{len(ids)} only in {name} ({', '.join(sorted(ids)[:3])})" for name, ids in only.items() if ids]
+    if unmatched:
         raise DataError(
             f"{task}: the runs answered different samples: {'; '.join(unmatched)}. Compare runs over the same ids"
         )
-    for key in ("task", "version"):
-        if header_a["identity"][key] != header_b["identity"][key]:
-            raise DataError(
-                f"{key} differs: {header_a['identity'][key]!r} and {header_b['identity'][key]!r}; run one again"
-            )
-    targets = {row["id"]: row["target"] for row in rows_b}
-    changed = [row["id"] for row in rows_a if row["target"] != targets[row["id"]]]
-    if changed:
-        raise DataError(
-            f"{task}: {len(changed)} samples have different targets, e.g. {changed[0]!r}: the data versions differ"
-        )
+    return names_a
+
+
+@dataclass
+class _Noted:
+    """How many ids, and the first by name."""
+
+    count: int = 0
+    names: list[str] = field(default_factory=list)
+
+    def append(self, name: str) -> None:
+        self.count += 1
+        if self.count <= _NAMED:
+            self.names.append(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ from mllm.errors import DataError
 from mllm.eval.data.loading import TaskData
 from mllm.eval.data.pictures import Picture
 from mllm.eval.metrics import build_metric
-from mllm.eval.predictions import read_predictions
-from mllm.eval.report.results import scored_items
+from mllm.eval.predictions import iterate_predictions
+from mllm.eval.report.columns import ScoredItems, Taken, scored
 
 _SIDE = 32
 _LOW = 8
@@ -204,15 +205,19 @@ def scores_without(
     path: str | Path, overlaps: Sequence[Overlap] | Set[str], metrics: Sequence[str | Mapping[str, Any]]
 ) -> list[CleanScore]:
     """Headlines of a prediction file with and without the overlapping samples (or those of the given ids)."""
-    rows = read_predictions(Path(path))
     met = overlaps if isinstance(overlaps, Set) else {overlap.id for overlap in overlaps}
     results = []
     for entry in metrics:
         metric = build_metric(entry)
-        items, _ = scored_items(rows, metric)
+        items, there = ScoredItems(), array("b")
+        for row in iterate_predictions(Path(path)):
+            if (facts := scored(row, metric)) is not None:
+                items.append(row["id"], facts)
+                there.append(row["id"] in met)
         if not items:
             raise DataError(f"{path}: no sample is scored by {metric.label}; rescore it first")
-        parts = items, [item for item in items if item.id not in met], [item for item in items if item.id in met]
+        overlapping = np.frombuffer(there, dtype=bool)
+        parts = items, Taken(items, np.flatnonzero(~overlapping)), Taken(items, np.flatnonzero(overlapping))
         totals = [metric.aggregate(part)["score"] if part else float("nan") for part in parts]
         results.append(CleanScore(metric.label, *totals, num_samples=len(items), num_overlapping=len(parts[2])))
     return results

@@ -8,13 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
+
 from mllm.errors import ConfigError
-from mllm.eval.predictions import iterate_files, read_predictions, write_atomic
+from mllm.eval.predictions import iterate_files, iterate_predictions, rows_in_order, write_atomic
 from mllm.eval.report.exports import latex_table
 from mllm.eval.report.results import TaskResult
 from mllm.eval.report.show import plain_results
 from mllm.eval.report.statistics import holm
 from mllm.eval.run import rescore
+from mllm.eval.spool import Names
 from mllm.eval.studies.compare import TaskComparison, compare_predictions
 from mllm.eval.studies.study import Study, Table, number, p_text, save_study, spread, study_html
 
@@ -164,22 +167,22 @@ def _difficulty(
     rows = []
     for task in shared:
         label = next(iter(results.values()))[task].metrics[0].label
-        right = {
-            name: {
-                row["id"]: (row["scores"].get(label, {}).get("value") or 0.0) for row in read_predictions(found[task])
-            }
-            for name, found in files.items()
-        }
-        ids = next(iter(right.values()))
-        share = {name: sum(each.get(name, 0.0) >= 0.5 for each in right.values()) for name in ids}
-        levels = [sum(count == len(right) for count in share.values()), 0, sum(count == 0 for count in share.values())]
-        divided = [name for name, count in share.items() if 0 < count < len(right)]
-        levels[1] = len(divided)
-        for name, each in right.items():
-            value = 100 * sum(each[i] for i in divided) / len(divided) if divided else float("nan")
+        ids = Names(row["id"] for row in iterate_predictions(next(iter(files.values()))[task]))
+        values = {name: _headlines(found[task], ids, label) for name, found in files.items()}
+        share = np.sum([each >= 0.5 for each in values.values()], axis=0)
+        divided = (share > 0) & (share < len(values))
+        levels = (int((share == len(values)).sum()), int(divided.sum()), int((share == 0).sum()))
+        for name, each in values.items():
+            value = 100 * float(each[divided].mean()) if divided.any() else float("nan")
             rows.append((task, name, *map(str, levels), number(value)))
     headings = ("task", "run", *_LEVELS, "score on the divided %")
     return Table("By difficulty: samples that divide the runs", headings, rows, 2)
+
+
+def _headlines(path: Path, ids: Sequence[str], label: str) -> np.ndarray:
+    """``(n,)`` float64: one rule's scores of these samples; 0 where it read or scored nothing."""
+    rows = rows_in_order(path, ids)
+    return np.fromiter((row["scores"].get(label, {}).get("value") or 0.0 for row in rows), dtype=float, count=len(ids))
 
 
 def _categories(results: Mapping[str, Mapping[str, TaskResult]], shared: Sequence[str]) -> Table:

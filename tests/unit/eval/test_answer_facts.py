@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from mllm.eval.report.facts import answer_facts, expected_calibration_error
+from mllm.eval.report.facts import FactSums, expected_calibration_error
 
 
 def test_calibration_error_worked_by_hand():
@@ -28,10 +28,17 @@ def test_facts_of_a_tasks_answers():
         row("5", 2, 0.0, 0.9, error="lost"),
         row("", 0, 0.0, 0.9, unusable="no picture"),
     ]
-    facts = answer_facts(rows, {"seconds": 3.0, "answered": 6}, "m v1")
+
+    def facts_of(header):
+        sums = FactSums("m v1")
+        for row in rows:
+            sums.append(row)
+        return sums.result(header)
+
+    facts = facts_of({"seconds": 3.0, "answered": 6})
     assert (facts.tokens, facts.prompt_tokens, facts.milliseconds, facts.refused) == (5.0, 10.0, 500.0, 0.5)
     assert facts.confidence == pytest.approx(0.5) and facts.calibration_error == pytest.approx((0.15 + 0.15) / 2)
     for gone in rows:
         del gone["logprob"]
-    silent = answer_facts(rows, {}, "m v1")
+    silent = facts_of({})
     assert silent.milliseconds is None and silent.confidence is None and silent.calibration_error is None

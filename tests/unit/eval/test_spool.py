@@ -71,9 +71,8 @@ def test_totals_from_disk_are_those_of_plain_arithmetic(kept, monkeypatch):
     metrics = [build_metric("pope_official"), build_metric("exact_match"), build_metric("mme")]
     rows = made_rows(metrics)
     whole = summarise(rows, metrics, HEADER)
-    monkeypatch.setattr(results, "Spool", partial(Spool, kept=kept))
     monkeypatch.setattr(columns, "_ALIKE", min(kept, 1 << 15))
-    monkeypatch.setattr(results, "_HELD", min(kept, 50_000))
+    monkeypatch.setattr(results, "HELD", min(kept, 50_000))
     found = summarise(iter(rows), metrics, HEADER)
     assert found == whole
     exact = metrics[1].label

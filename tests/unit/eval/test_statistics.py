@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mllm.errors import DataError
+from mllm.eval.report import statistics
 from mllm.eval.report.statistics import (
     bootstrap_estimate,
     clustered_standard_error,
@@ -104,6 +105,32 @@ def test_cluster_bootstrap_of_a_mean_finds_the_sandwich(clustered):
     assert estimate.standard_error == pytest.approx(clustered_standard_error(values, clusters), rel=0.1)
     again = bootstrap_estimate(lambda k: float(values[k].mean()), clusters, repeats=2000, seed=1)
     assert again == estimate
+
+
+def test_many_answers_take_the_short_way_to_the_same_numbers(monkeypatch):
+    """Above some size McNemar's sum goes by logarithms, and a bootstrap draws how often each kind of cluster comes."""
+    exact = [mcnemar_exact(*counts) for counts in ((0, 3), (5, 5), (400, 460), (480, 470))]
+    draw = np.random.default_rng(2)
+    a, b, clusters = draw.integers(0, 2, 900), draw.integers(0, 2, 900), np.arange(900) // 3
+    usual = [paired_comparison(a, b, clusters=names, repeats=4000) for names in (None, clusters)]
+    monkeypatch.setattr(statistics, "_EXACT", 1)
+    monkeypatch.setattr(statistics, "_MANY", 10)
+    assert [mcnemar_exact(*counts) for counts in ((0, 3), (5, 5), (400, 460), (480, 470))] == pytest.approx(
+        exact, rel=1e-9
+    )
+    for found, expected in zip(
+        (paired_comparison(a, b, clusters=names, repeats=4000) for names in (None, clusters)), usual
+    ):
+        width = expected.high - expected.low
+        assert found.low == pytest.approx(expected.low, abs=0.05 * width) and found != expected
+        assert found.high == pytest.approx(expected.high, abs=0.05 * width) and found.p_value == pytest.approx(
+            expected.p_value, abs=0.05
+        )
+        assert (found.difference, found.wins, found.num_clusters) == (
+            expected.difference,
+            expected.wins,
+            expected.num_clusters,
+        )
 
 
 def test_paired_comparison_uses_mcnemar_for_independent_right_and_wrong():
