@@ -28,7 +28,7 @@ class SegmentSpec(StrictModel):
     image: ImageSpec
     """What the encoder sees that the masks are read from."""
     size: tuple[int, int] = Field()
-    """(rows, columns) of the masks that it trains on."""
+    """(rows, columns) of the masks that it trains on: the encoder's input."""
     question: str
     """Asks for what ``{phrase}`` names."""
 

@@ -38,12 +38,13 @@ def segment_spec(config: Any) -> SegmentSpec | None:
         raise ConfigError(
             f"model.heads.{names[0]}.encoder: {head.encoder!r} is an expert, which does not see every picture"
         )
-    with torch.device("meta"):
-        module = SegmentationHead(head, HeadParts(config.get_text_config().hidden_size, infos))
+    with torch.device("meta"):  # raises for a decoder that does not fit
+        SegmentationHead(head, HeadParts(config.get_text_config().hidden_size, infos))
+    image = infos[head.encoder].image
     return SegmentSpec(
         token=head.token,
         token_id=head.tokens["mark"],
-        image=infos[head.encoder].image,
-        size=module.decoder.size,
+        image=image,
+        size=(image.height, image.width),
         question=head.question,
     )

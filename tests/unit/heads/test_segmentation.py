@@ -18,6 +18,7 @@ from mllm.errors import AlignmentError, ConfigError, DataError
 from mllm.heads.base import HeadParts
 from mllm.heads.build import head_config
 from mllm.heads.segmentation.decoders import DECODERS as DECODERS_BY_TYPE
+from mllm.heads.segmentation.head import raised
 from mllm.processing.chat import encode_sample
 from mllm.testing.heads import CHECKS
 from mllm.types import IMAGE_MARK, EncoderInfo, ImageSpec, Sample, Turn
@@ -116,6 +117,18 @@ def test_each_convention_reads_its_own_hidden_state(state: str, tmp_path: Path) 
     with torch.no_grad():
         first, second = model(**inputs).losses["marks/bce"], model(**changed).losses["marks/bce"]
     assert torch.equal(first, second) == (state == "predict")
+
+
+def test_masks_are_learned_where_they_are_answered(trained) -> None:
+    # On the decoder's grid an edge cannot run through a cell, and the nearest pixel of an even cell lies half a pixel off its middle.
+    model, processor = trained
+    masks = encode_sample(processor, marked(1, MASK)).masks
+    image, head = processor.segments.image, model.heads["marks"]
+    assert masks is not None and tuple(masks.shape[1:]) == (image.height, image.width) != head.decoder.size
+    logits = torch.randn(2, *head.decoder.size)
+    size = (image.height, image.width)
+    torch.testing.assert_close(raised(logits, size), processor.segments.restore(logits, size), atol=1e-5, rtol=1e-5)
+    assert raised(logits, head.decoder.size) is logits  # as batches of processors saved before have them
 
 
 def test_a_batch_without_masks_still_reaches_the_head(trained) -> None:
