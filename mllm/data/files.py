@@ -19,7 +19,7 @@ import numpy as np
 
 from mllm.errors import DataError
 
-_CHUNK = 1 << 24
+_CHUNK = 1 << 22
 _BESIDE = (".quarantine.jsonl", ".routing.jsonl")
 """How files of ours are called that lie beside data and are none."""
 
@@ -96,7 +96,7 @@ class JsonRows(TextRows):
             while chunk := file.read(_CHUNK):
                 breaks.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + position)
                 position += len(chunk)
-        ends = np.concatenate([*breaks, np.array([position])]).astype(np.int64)
+        ends = np.concatenate([*breaks, np.array([position])]).astype(np.int64, copy=False)
         starts = np.concatenate([np.zeros(1, np.int64), ends[:-1] + 1])
         keep = ends > starts
         short = np.flatnonzero(keep & (ends - starts <= 8))  # a line of blanks is not a row

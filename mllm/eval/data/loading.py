@@ -15,6 +15,7 @@ from mllm.errors import ConfigError, DataError
 from mllm.eval.data.pictures import Frames, Picture, picture
 from mllm.eval.data.sources import Found, Row, find_sources
 from mllm.eval.data.templates import clean, evaluate, lettered, render
+from mllm.eval.ids import Ids
 from mllm.eval.spool import Spool
 from mllm.eval.task import SourceSpec, TaskSpec, data_folder
 from mllm.types import IMAGE_MARK, Turn
@@ -94,8 +95,7 @@ def load_data(
     source, folder, rows = found.source, found.folder, found.rows()
     spool = Spool[Item]()
     problems: list[Problem] = []
-    seen: set[str] = set()
-    kept: set[str] = set()
+    seen, kept = Ids(), Ids()
     num_rows = 0
     for row in rows:
         name = f"row {row['_index']}"
@@ -106,23 +106,21 @@ def load_data(
                 continue
             if source.unique is not None:
                 value = str(evaluate(source.unique, row, "unique"))
-                if value in kept:
+                if not kept.add(value):
                     num_rows -= 1
                     continue
-                kept.add(value)
             name = str(evaluate(source.columns.id, row, "id"))
             item = _build(task, source, row, name, folder)
         except DataError as error:
             problems.append(Problem(name, "unusable row", str(error)))
             continue
-        if item.id in seen:
+        if not seen.add(item.id):
             problems.append(
                 Problem(
                     item.id, "duplicate id", f"row {row['_index']} repeats the id {item.id!r}; the first one is kept"
                 )
             )
             continue
-        seen.add(item.id)
         if missing := [p for p in item.pictures if p.missing()]:
             place = missing[0].path if isinstance(missing[0], Frames) else missing[0].source
             problems.append(Problem(item.id, "missing image", f"{place} does not exist"))

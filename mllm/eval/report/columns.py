@@ -14,8 +14,8 @@ from mllm.eval.metrics import Metric, Score, Scored
 from mllm.eval.spool import Indexed, Names, Spool
 
 Row = Mapping[str, Any]
-_ALIKE = 1 << 15
-"""So many different (score, target, meta) stay in memory; of more, each is read from disk when an aggregate asks."""
+_ALIKE = 1 << 12
+"""So many different (score, target, meta) of each metric stay in memory; of more, each is read from disk when an aggregate asks."""
 _Facts = tuple[Score, Any, Mapping[str, Any]]
 
 
@@ -45,7 +45,7 @@ class ScoredItems(Indexed[Scored]):
             self._table.append(facts)
         self._codes.append(code)
         if len(self._table) > _ALIKE:
-            self._spool = Spool(self._table[code] for code in self._codes)
+            self._spool = Spool((self._table[code] for code in self._codes), kept=_ALIKE)
             self._numbers, self._table, self._codes = None, [], array("i")
 
     @property
