@@ -81,8 +81,9 @@ class SourceSpec(StrictModel):
     """Jinja expression; rows for which it is false are not part of the benchmark."""
     unique: str | None = None
     """Jinja expression; of rows that give it the same value the first is part of the benchmark (one row per picture)."""
-    explode: str | None = None
-    """A field that holds a list: one row per entry."""
+    explode: str | dict[str, list[str]] | None = None
+    """A field that holds a list: one row per entry, which stands in its place. Or ``{name: [field, field, …]}``: one row for each of
+    these fields, whose value has that name. ``_part`` numbers the rows from 0."""
     lists: dict[str, str] = Field(default_factory=dict)
     """Name → text file; its lines are a list that ``where`` can ask (``_file in test_ids``)."""
     image_key: str | None = None
@@ -106,6 +107,10 @@ class SourceSpec(StrictModel):
 
     @model_validator(mode="after")
     def _complete(self) -> SourceSpec:
+        if isinstance(self.explode, dict) and len(self.explode) != 1:
+            raise ValueError(
+                f"explode names {len(self.explode)} fields; expected one, with the fields it takes its values from"
+            )
         if self.format == "hub" and not (self.hub and self.split):
             raise ValueError("format hub needs hub (dataset id) and split")
         if self.format not in ("hub", "mme") and not self.files:

@@ -134,17 +134,28 @@ def _decorate(source: SourceSpec, read: Callable[[], Iterable[Row]], folder: Pat
     lists = {name: (folder / path).read_text(encoding="utf-8").split() for name, path in source.lists.items()}
     index = 0
     for row in read():
-        entries = [row]
-        if source.explode is not None:
-            values = row.get(source.explode)
-            if not isinstance(values, list | tuple):
-                raise DataError(
-                    f"{source.name}: field {source.explode!r} of row {index} is not a list; explode needs one"
-                )
-            entries = [row | {source.explode: value, "_part": part} for part, value in enumerate(values)]
+        entries = _exploded(source, row, index)
         for entry in entries:
             yield entry | {"_index": index, "_lists": lists, "_folder": folder}
             index += 1
+
+
+def _exploded(source: SourceSpec, row: Row, index: int) -> list[Row]:
+    """A row as the rows that it stands for."""
+    name = source.explode
+    if name is None:
+        return [row]
+    if isinstance(name, dict):
+        ((name, places),) = name.items()
+        if absent := [place for place in places if place not in row]:
+            raise DataError(f"{source.name}: row {index} has no {', '.join(absent)}; its fields: {', '.join(row)}")
+        return [row | {name: row[place], "_part": part} for part, place in enumerate(places)]
+    values = row.get(name)
+    if not isinstance(values, list | tuple):
+        raise DataError(
+            f"{source.name}: field {name!r} of row {index} is not a list; explode needs one. Its fields: {', '.join(row)}"
+        )
+    return [row | {name: value, "_part": part} for part, value in enumerate(values)]
 
 
 def _records(path: Path, records: str | None) -> Iterator[Row]:

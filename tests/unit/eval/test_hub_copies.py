@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import csv
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mllm.errors import DataError
 from mllm.eval.data.loading import load_data
 from mllm.eval.task import load_task
 from tests.unit.eval.test_official_files import parquet, png, prompt_of, run, write
@@ -102,6 +105,24 @@ COPIES: dict[str, tuple[str, str, str, list[dict[str, Any]], Any, float]] = {
                    "prompt": "How many? (A) 1 (B) 2", "choices": ["1", "2"], "answer": answer, "filename": "f"}
                   for k, (kind, source, answer) in enumerate((("2D", "ADE20K", "(A)"), ("2D", "COCO", "(B)"),
                                                               ("3D", "Omni3D", "(A)")))], "(A)", 75.0),
+    # three of four: the third question's template asks for a tick, the fourth's for the layout and has no place
+    "charxiv_descriptive": ("charxiv_descriptive", "hub (princeton-nlp)", "data/validation-00000-of-00001.parquet",
+                            [{"image": IMAGE, "figure_path": "images/3.jpg", "subplot_loc": None, "subplot_row": 1, "subplot_col": 2,
+                              "reasoning_q": "?", "reasoning_a": "?"} |
+                             {f"descriptive_{kind}{k}": value for kind, values in (("q", (1, 4, 6, 18)), ("a", ("Sun", "0", "2", "1 by 2")))
+                              for k, value in enumerate(values, 1)}],
+                            lambda key: {"0": "Sun", "1": "0", "2": "3", "3": "1 by 2"}[key[-1]], 75.0),
+    # two questions to one picture and one to another: two of three are counted right
+    "tallyqa": ("tallyqa", "hub (vikhyatk)", "data/test-00000-of-00019.parquet",
+                [{"image": IMAGE, "qa": [{"question": "How many?", "answer": answer, "is_simple": simple, "data_source": "amt"}
+                                         for answer, simple in answers]} for answers in (((2, True), (3, False)), ((2, True),))],
+                "two", 200 / 3),
+    "evochart": ("evochart", "hub (gsarch)", "data/train-00000-of-00001.parquet",
+                 [QA | {"answer": "100", "is_clear": clear, "attribute": "value", "chart_type": "bar"} for clear in (True, False)],
+                 "104", 50.0),
+    "sat": ("sat", "hub (nv-njb)", "data/test-00000-of-00001.parquet",
+            [{"question": "Did it turn?", "answers": ["left", "right"], "correct_answer_idx": place, "image_bytes": [IMAGE, IMAGE]}
+             for place in (0, 1)], "B", 50.0),
 }  # fmt: skip
 
 
@@ -109,7 +130,7 @@ COPIES: dict[str, tuple[str, str, str, list[dict[str, Any]], Any, float]] = {
 def test_a_hub_copy_is_read_and_scored(copy: str, tmp_path: Path):
     task, source, file, rows, reply, headline = COPIES[copy]
     folder = tmp_path / "d"
-    several = any(isinstance(row.get("image"), list) for row in rows)
+    several = any(isinstance(row.get(name), list) for row in rows for name in ("image", "image_bytes"))
     images = () if several else tuple(name for name in ("image", "decoded_image") if _is_picture(rows[0].get(name)))
     parquet(folder / file, rows, images)
     if file == "test_2d.parquet":  # the other half, all right as well
@@ -125,6 +146,61 @@ def test_a_hub_copy_is_read_and_scored(copy: str, tmp_path: Path):
     assert result.metrics[0].value == pytest.approx(headline)
     item = load_data(load_task(task), data={task: folder}).items[0]
     assert item.question and item.pictures and prompt_of(item)
+
+
+# task, file, columns, rows, reply (or a rule on the row's id), the headline worked out by hand
+TABLES: dict[str, tuple[str, list[dict[str, Any]], Any, float]] = {
+    # 'no' is the class looked for: both no are found, one yes is called no: F1 of precision 2/3 and recall 1
+    "amber": ("AMBER.tsv", [{"category": category, "answer": answer, "image_path": "AMBER_1.jpg"} for category, answer in (
+        ("discriminative-hallucination", "no"), ("discriminative-attribute-state", "no"), ("relation", "yes"))], "No", 80.0),
+    # the pair: yes to what is true, no to what is false; the number 80 is not within 5 % of 70
+    "chartbench": ("ChartBench.tsv", [
+        {"index": index, "chart_type": "area", "task": task, "QA_type": kind, "answer": answer} for index, task, kind, answer in (
+            ("7_0", "CR", "Acc+", "Yes"), ("7_1", "CR", "Acc+", "No"), ("9_0", "NQA", "GPT-acc", "70.0"))],
+        lambda key: {"7_0": "Yes.", "7_1": "No.", "9_0": "80"}[key], 50.0),
+    "chartx": ("ChartX.tsv", [
+        {"category": category, "answer": answer, "metadata": '{"title": "t", "chart_type": "pie", "csv": "a"}'}
+        for category, answer in (("QA", "12"), ("structure", "a"), ("QA", "30"), ("description", "d"))], "12", 50.0),
+    "chartx_table": ("ChartX.tsv", [{"category": category, "answer": "year\\tsales\\n2019\\t4"} for category in ("structure", "QA")],
+                     "year | sales\n2019 | 4", 100.0),
+    "plotqa": ("PlotQA.tsv", [{"answer": answer} for answer in ("10.0", "11.0")], "10.4", 50.0),
+    "tallyqa": ("tallyqa_data.tsv", [{"answer": answer} for answer in ("3", "4")], "There are three.", 50.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", TABLES)
+def test_the_table_of_vlmevalkit_is_read_and_scored(task: str, tmp_path: Path):
+    """The columns that its classes read; a picture stands once, later rows name the row that has it."""
+    file, rows, reply, headline = TABLES[task]
+    rows = [{"index": str(k), "question": "What is it?"} | row for k, row in enumerate(rows)]
+    pictures = [base64.b64encode(png()).decode(), *[rows[0]["index"]] * (len(rows) - 1)]
+    (tmp_path / "d").mkdir()
+    with (tmp_path / "d" / file).open("w", newline="") as handle:
+        table = csv.DictWriter(handle, [*rows[0], "image"], delimiter="\t")
+        table.writeheader()
+        table.writerows(row | {"image": image} for row, image in zip(rows, pictures))
+    result = run(task, tmp_path / "d", (lambda request: reply(request.id)) if callable(reply) else reply, tmp_path)
+    assert result.header["source"] == "tsv (VLMEvalKit)" and result.problems == []
+    assert result.metrics[0].value == pytest.approx(headline)
+
+
+def test_a_copy_with_other_fields_says_which_it_has(tmp_path: Path):
+    parquet(
+        tmp_path / "d/data/train-00000-of-00001.parquet",
+        [QA | {"reply": "4", "is_clear": True, "chart_type": "bar", "attribute": "v"}],
+        ("image",),
+    )
+    with pytest.raises(DataError, match=r"'answer' is undefined.*the row's fields: .*reply"):
+        load_data(load_task("evochart"), data={"evochart": tmp_path / "d"})
+    write(tmp_path / "o/EvoChart-QA.json", [{"ask": "?", "reply": "4", "picture": "1.png", "is_clear": True}])
+    with pytest.raises(DataError, match=r"has no attribute 'query'; the row's fields: ask, reply, picture, is_clear"):
+        load_data(load_task("evochart"), data={"evochart": tmp_path / "o"})
+    parquet(tmp_path / "c/data/validation-00000-of-00001.parquet", [{"image": IMAGE, "descriptive_q1": 1}], ("image",))
+    with pytest.raises(
+        DataError,
+        match="row 0 has no descriptive_q2, descriptive_q3, descriptive_q4; its fields: descriptive_q1, image",
+    ):
+        load_data(load_task("charxiv_descriptive"), data={"charxiv_descriptive": tmp_path / "c"})
 
 
 def _is_picture(value: Any) -> bool:
