@@ -12,13 +12,16 @@ from torch import Tensor, nn
 MOMENTUM = 0.05
 """Share of a new batch in the running statistics, once as many batches were seen that their plain mean gives it less."""
 EPS = 1e-5
+ENOUGH = 8
+"""States of which a mean and a deviation are worth something."""
 
 
 class RunningNorm(nn.Module):
-    """States ``(N, L)`` less their running mean, over their running deviation, dimension by dimension.
+    """States ``(N, L)`` less their mean, over their deviation, dimension by dimension.
 
-    In training the batch's states enter the statistics first; gradients do not pass through these, so one state alone can be normalised,
-    and answers depend on nothing but the checkpoint. Statistics are fp32 buffers; each process of a run keeps its own.
+    In training these are the batch's own where it has `ENOUGH` states (the shared part moves faster than a running mean follows), and
+    running ones else, so one state alone can be normalised; gradients pass through the batch's own. Answers use the running ones and
+    depend on nothing but the checkpoint. Statistics are fp32 buffers; each process of a run keeps its own.
     """
 
     mean: Tensor
@@ -36,7 +39,10 @@ class RunningNorm(nn.Module):
         values = states.float()
         if self.training and len(values):
             self._count(values.detach())
-        mean, variance = self.mean.to(values.device), self.variance.to(values.device)
+        if self.training and len(values) >= ENOUGH:
+            mean, variance = values.mean(0), values.var(0, correction=0)
+        else:
+            mean, variance = self.mean.to(values.device), self.variance.to(values.device)
         return ((values - mean) * torch.rsqrt(variance + EPS)).to(states.dtype)
 
     @torch.no_grad()

@@ -74,6 +74,14 @@ def test_answers_depend_on_the_checkpoint_alone() -> None:
     assert torch.equal(again(states), found)
 
 
+def test_a_shared_part_that_moves_is_taken_out_of_each_batch() -> None:
+    torch.manual_seed(0)
+    norm, differences = RunningNorm(8), torch.randn(64, 8)
+    for step in range(20):
+        found = norm(3.0 * step + 0.1 * differences)
+    assert torch.corrcoef(torch.stack([found.flatten(), differences.flatten()]))[0, 1] > 0.95
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_batch_with_one_mask_or_none_trains(count: int) -> None:
     norm = RunningNorm(4)
