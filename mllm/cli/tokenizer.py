@@ -82,40 +82,71 @@ def evaluate(
         str | None,
         typer.Option(help="Answer from the codes alone: `classes` (which digit), `charts`, or a JSONL file."),
     ] = None,
+    decoder: Annotated[
+        str | None,
+        typer.Option(help="diffusion: also score the diffusion decoder that the folder holds, at the same codes."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="For --decoder: denoising steps; default: the decoder's own.", min=1)
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="For --decoder: guidance scale, 1 is none; default: the decoder's own.", min=0)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="For --decoder: of the noise.")] = 0,
+    perceptual: Annotated[
+        Path | None,
+        typer.Option(
+            help="LPIPS: file of torchvision's VGG-16 weights (channels count equally; compares with itself only)."
+        ),
+    ] = None,
     device: _DEVICE = "auto",
     batch_size: _BATCH_SIZE = 32,
     dtype: _DTYPE = "float32",
 ) -> None:
     """PSNR, SSIM, tokens and bits per image, code usage, linear probe; a picture of originals and reconstructions.
 
-    More on demand: rFID, zero-shot accuracy of the semantic codes, answers to questions.
+    More on demand: rFID, zero-shot accuracy of the semantic codes, answers to questions, a diffusion decoder beside the plain one.
 
     [dim]mllm tokenizer eval CKPT --recipe NAME --features inception=weights-inception-2015-12-05-6726825d.pth[/]
 
     [dim]mllm tokenizer eval CKPT --recipe NAME --zero-shot google/siglip2-so400m-patch16-256 --device cuda[/]
+
+    [dim]mllm tokenizer eval CKPT --recipe NAME --decoder diffusion --steps 20 --guidance 1.5 --features teacher[/]
     """
     from mllm.errors import ConfigError
 
     _checked(folder, recipe, device, dtype)
     from mllm.visual_tokenizers.evaluate import comparison_grid, evaluate_tokenizer, probe_tokenizer
     from mllm.visual_tokenizers.images import load_images, to_pixels
-    from mllm.visual_tokenizers.recipe import load_training
+    from mllm.visual_tokenizers.recipe import load_images_spec
     from mllm.visual_tokenizers.running import watched
 
+    if decoder is None and (steps is not None or guidance is not None or seed):
+        raise ConfigError("--steps, --guidance and --seed go with --decoder diffusion")
+    arguments.one_of(decoder or "diffusion", ("diffusion",), "--decoder")
     if templates is not None and zero_shot is None:
         raise ConfigError("--templates goes with --zero-shot MODEL")
     model = _open(folder, device, dtype)
-    spec = load_training(recipe).images
+    spec = load_images_spec(recipe)
     images = load_images(spec, model.image.height, "test")
     number = len(images) if limit is None else min(limit, len(images))
+    decoders, sampling = ({}, {}) if decoder is None else _diffusion(model, steps, guidance, seed)
     network, described = (None, {}) if features is None else _feature_network(features, recipe, model, folder)
+    distances = _distances(network, perceptual, model)
     # First, since a model that does not fit is told before the long part.
     named = None if zero_shot is None else _zero_shot(zero_shot, templates, recipe, model, images, batch_size, limit)
     with watched("reconstruct", images, total=number) as (seen,):
-        result = evaluate_tokenizer(model, seen, batch_size=batch_size, limit=limit, features=network)
+        pooled = None if network is None else network.pooled
+        result = evaluate_tokenizer(
+            model, seen, batch_size=batch_size, limit=limit, features=pooled, distances=distances, decoders=decoders
+        )
     if network is not None:
         key = "rfid" if described["name"].startswith("inception=") else "frechet_distance"
         result[key] = _described_distance(key, result.pop("frechet_distance"), described, number)
+        for scores in result.get("decoders", {}).values():
+            scores[key] = scores.pop("frechet_distance")
+    for name, scores in result.get("decoders", {}).items():
+        result["decoders"][name] = {**scores, **sampling}
     if named is not None:
         result["zero_shot"] = named
     if questions is not None:
@@ -125,7 +156,7 @@ def evaluate(
         with watched("probe", train, images) as (first, second):
             result["linear_probe"] = probe_tokenizer(model, first, second, batch_size=batch_size)
     picture = grid or folder / "grid.png"
-    comparison_grid(model, to_pixels(images.batch(range(min(8, len(images)))))).save(picture)
+    comparison_grid(model, to_pixels(images.batch(range(min(8, len(images))))), decoders=decoders).save(picture)
     result |= {"device": str(model.last_layer().device), "dtype": dtype, "grid": str(picture)}
     typer.echo(json.dumps(result, indent=2))
 
@@ -149,6 +180,30 @@ def _open(folder: Path, device: str, dtype: str) -> Any:
         raise ConfigError(f"--dtype {dtype}: give float32 or bfloat16")
     model = VisualTokenizer.from_pretrained(folder).to(choose_device(device))
     return run_in_bfloat16(model) if dtype == "bfloat16" else model
+
+
+def _diffusion(
+    model: VisualTokenizer, steps: int | None, guidance: float | None, seed: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The diffusion decoder by name, and how it samples. Raises what its first use would."""
+    decoder = model.diffusion
+    number, scale = decoder.settings(steps, guidance)
+    sampling = {"steps": number, "guidance": scale, "seed": seed}
+    return {"diffusion": lambda codes: decoder.decode(codes, steps=number, guidance=scale, seed=seed)}, sampling
+
+
+def _distances(network: Any, perceptual: Path | None, model: VisualTokenizer) -> dict[str, Any]:
+    """Distances of each picture to the real one, by name: of a feature network's tokens, and LPIPS."""
+    from mllm.visual_tokenizers.evaluate import feature_distance
+    from mllm.visual_tokenizers.perceptual import PerceptualLoss
+    from mllm.visual_tokenizers.recipe import PerceptualSpec
+
+    found: dict[str, Any] = {}
+    if network is not None and network.tokens is not None:
+        found["feature_distance"] = feature_distance(network.tokens)
+    if perceptual is not None:
+        found["lpips"] = PerceptualLoss(PerceptualSpec(vgg=str(perceptual))).to(model.last_layer().device).distances
+    return found
 
 
 def _described_distance(key: str, value: float, described: dict[str, Any], number: int) -> dict[str, Any]:
@@ -206,8 +261,10 @@ def _zero_shot(
 
 
 def _feature_network(name: str, recipe: str, model: VisualTokenizer, folder: Path) -> tuple[Any, dict[str, Any]]:
-    """Pixels in [-1, 1] → ``(B, D)``, and what it is: network, sha256 of its state or file, width."""
+    """``pooled``: pixels in [-1, 1] → ``(B, D)``, ``tokens``: → ``(B, N, D)`` where it has some; and what it is: network, sha256 of its
+    state or file, width."""
     import hashlib
+    from types import SimpleNamespace
 
     from mllm.config import read_yaml
     from mllm.errors import ConfigError
@@ -220,7 +277,7 @@ def _feature_network(name: str, recipe: str, model: VisualTokenizer, folder: Pat
     if name.partition("=")[0] == "inception":
         inception = InceptionFeatures(name.partition("=")[2]).to(device)
         described = {"name": name, "sha256": inception.sha256, "width": inception.width}
-        return inception, {**described, "published": inception.published}
+        return SimpleNamespace(pooled=inception, tokens=None), {**described, "published": inception.published}
     if name == "teacher":
         whole = load_training(recipe)
         if whole.teacher is None:
@@ -247,7 +304,10 @@ def _feature_network(name: str, recipe: str, model: VisualTokenizer, folder: Pat
         digest.update(key.encode() + value.detach().float().contiguous().cpu().numpy().tobytes())
     teacher.to(device)
     described = {"name": name, "sha256": digest.hexdigest(), "width": teacher.width}
-    return lambda pixels: teacher(pixels)["pooled"].float(), described
+    found = SimpleNamespace(
+        pooled=lambda pixels: teacher(pixels)["pooled"].float(), tokens=lambda pixels: teacher(pixels)["tokens"].float()
+    )
+    return found, described
 
 
 def _chart_questions(size: int, split: str, *, number: int = 400) -> Any:
@@ -325,12 +385,12 @@ def encode(
     _checked(folder, recipe, device, dtype)
     arguments.one_of(split, ("train", "test"), "--split")
     from mllm.visual_tokenizers.images import load_images
-    from mllm.visual_tokenizers.recipe import load_training
+    from mllm.visual_tokenizers.recipe import load_images_spec
     from mllm.visual_tokenizers.running import watched
     from mllm.visual_tokenizers.storage import SHARD_SIZE, encode_images
 
     model = _open(folder, device, dtype)
-    images = load_images(load_training(recipe).images, model.image.height, split)
+    images = load_images(load_images_spec(recipe), model.image.height, split)
     done = min(len(images), SHARD_SIZE * len(list(output.glob("codes-*.safetensors"))))
     with watched("encode", images, done=done) as (seen,):
         number = encode_images(model, seen, output, batch_size=batch_size)

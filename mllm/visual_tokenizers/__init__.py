@@ -1,4 +1,4 @@
-"""Where do visual tokenizers live? VISUAL_TOKENIZERS lists them."""
+"""Where do visual tokenizers live, and other decoders of their codes? VISUAL_TOKENIZERS and CODE_DECODERS list them."""
 
 from mllm.registry import Registry
 
@@ -10,4 +10,8 @@ VISUAL_TOKENIZERS: Registry = Registry(
         "dualtoken": "mllm.visual_tokenizers.dualtoken:DualToken",
         "illume": "mllm.visual_tokenizers.illume:Illume",
     },
+)
+
+CODE_DECODERS: Registry = Registry(
+    "decoder of codes", {"diffusion": "mllm.visual_tokenizers.diffusion.decoder:DiffusionDecoder"}
 )

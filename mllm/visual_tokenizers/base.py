@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,11 @@ from mllm.config import StrictModel, to_plain, validate
 from mllm.damage import read_json, read_safetensors
 from mllm.errors import CheckpointError, ConfigError
 from mllm.types import Grid, ImageSpec, VisualCodes
-from mllm.visual_tokenizers import VISUAL_TOKENIZERS
+from mllm.visual_tokenizers import CODE_DECODERS, VISUAL_TOKENIZERS
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+DECODER_CONFIG, DECODER_WEIGHTS = "diffusion_decoder.json", "diffusion_decoder.safetensors"
+"""A decoder that was trained beside the tokenizer, in the same folder."""
 
 
 class VisualTokenizerConfig(StrictModel):
@@ -57,6 +60,8 @@ class VisualTokenizer(nn.Module):
         self.config = config
         # `from_pretrained` gives only modules with a tensor of their own the chance to restore their buffers.
         self.register_buffer("has_lost_buffers", torch.empty(0), persistent=False)
+        self.folder: Path | None = None
+        self._diffusion: tuple[Any, ...] = ()  # beside the tokenizer, no part of it
 
     image: ImageSpec
     grid: Grid
@@ -126,6 +131,19 @@ class VisualTokenizer(nn.Module):
         """codes → pixels ``(B, 3, H, W)`` in [-1, 1]. Raises `ConfigError` for ids out of range or a wrong grid."""
         raise NotImplementedError
 
+    @property
+    def diffusion(self) -> Any:
+        """The `DiffusionDecoder` that was trained beside this tokenizer, read from its folder at first use:
+        ``tokenizer.diffusion.decode(codes, steps=20, guidance=1.5, seed=0)``. Raises `CheckpointError` where there is none."""
+        if not self._diffusion:
+            if self.folder is None:
+                raise CheckpointError(
+                    f"this {self.name} tokenizer was not read from a folder; DiffusionDecoder.from_pretrained(FOLDER, tokenizer) "
+                    "reads a decoder for it"
+                )
+            self._diffusion = (CODE_DECODERS.get("diffusion").from_pretrained(self.folder, self),)
+        return self._diffusion[0].to(self.last_layer().device)
+
     def forward(self, pixels: Tensor) -> TokenizerOutput:
         """Reconstruction, codes and the losses that need no other network."""
         raise NotImplementedError
@@ -185,7 +203,8 @@ class VisualTokenizer(nn.Module):
                 raise ConfigError(f"codes of {key!r}: id {bad} is out of range 0 to {size - 1}")
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors``, and the plug-in file that defines the class, if one does."""
+        """Write ``config.json`` and ``model.safetensors``, the plug-in file that defines the class, if one does, and the diffusion
+        decoder of the folder that the tokenizer was read from, if there is one."""
         from safetensors.torch import save_file
 
         directory = Path(directory)
@@ -196,6 +215,10 @@ class VisualTokenizer(nn.Module):
         (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tensors = {key: value.detach().contiguous().cpu() for key, value in self.state_dict().items()}
         save_file(tensors, str(directory / WEIGHTS_FILE), metadata={"format": "pt"})
+        if self.folder is not None and self.folder.resolve() != directory.resolve():
+            for name in (DECODER_CONFIG, DECODER_WEIGHTS):
+                if (self.folder / name).is_file():
+                    shutil.copy2(self.folder / name, directory / name)
 
     @staticmethod
     def from_pretrained(directory: str | Path) -> VisualTokenizer:
@@ -211,6 +234,7 @@ class VisualTokenizer(nn.Module):
             tokenizer.load_state_dict(read_safetensors(directory / WEIGHTS_FILE))
         except RuntimeError as error:
             raise CheckpointError(f"{directory / WEIGHTS_FILE} does not fit its config: {error}") from error
+        tokenizer.folder = directory
         return tokenizer.eval()
 
 

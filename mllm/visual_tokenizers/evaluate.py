@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -129,6 +129,52 @@ class CodeCounter:
         return out
 
 
+Decode = Callable[[VisualCodes], Tensor]
+"""codes → pixels ``(B, 3, H, W)`` in [-1, 1]."""
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""Pictures in [-1, 1] twice → ``(B,)``."""
+
+
+class _Scores:
+    """What one decoder's pictures are worth beside the real ones, which 8-bit files would hold."""
+
+    def __init__(self, features: Callable[[Tensor], Tensor] | None, distances: Mapping[str, Distance]):
+        self.features, self.distances = features, distances
+        self.values: dict[str, list[Tensor]] = {}
+        self.made: list[Tensor] = []
+
+    def add(self, pixels: Tensor, real: Tensor) -> None:
+        """pixels: as decoded, in [-1, 1]; real: in [0, 1]."""
+        made = (as_unit_range(pixels) * 255).round() / 255
+        found = {
+            "psnr": psnr(made, real),
+            "ssim": ssim(made, real),
+            "ssim_data_range_2": ssim(made, real, data_range=2.0),
+        }
+        found |= {name: distance(made * 2 - 1, real * 2 - 1) for name, distance in self.distances.items()}
+        for name, value in found.items():
+            self.values.setdefault(name, []).append(value)
+        if self.features is not None:
+            self.made.append(self.features(made * 2 - 1))
+
+    def summary(self, real_features: list[Tensor]) -> dict[str, float]:
+        result = {name: float(torch.cat(values).mean()) for name, values in self.values.items()}
+        if self.features is not None:
+            result["frechet_distance"] = frechet_distance(torch.cat(real_features), torch.cat(self.made))
+        return result
+
+
+def feature_distance(tokens: Callable[[Tensor], Tensor]) -> Distance:
+    """As LPIPS does on one layer of any network (arXiv 1801.03924): features ``(B, N, D)`` scaled to length 1 at every position, their
+    squared differences summed over channels and averaged over positions."""
+
+    def distance(made: Tensor, real: Tensor) -> Tensor:
+        first, second = (F.normalize(tokens(x).float(), dim=-1) for x in (made, real))
+        return (first - second).square().sum(-1).mean(1)
+
+    return distance
+
+
 @torch.no_grad()
 def evaluate_tokenizer(
     tokenizer: VisualTokenizer,
@@ -137,41 +183,45 @@ def evaluate_tokenizer(
     batch_size: int = 32,
     limit: int | None = None,
     features: Callable[[Tensor], Tensor] | None = None,
+    distances: Mapping[str, Distance] | None = None,
+    decoders: Mapping[str, Decode] | None = None,
 ) -> dict[str, Any]:
     """Scores on ``images``; pictures are compared as 8-bit files would be.
 
     psnr (dB, mean over images), ssim (data range 1) and ssim_data_range_2, tokens and bits per image, compression
     against 24-bit pixels, usage per codebook. features: pixels in [-1, 1] → ``(B, D)``; adds the Fréchet distance
-    of reconstructions under that network.
+    of reconstructions under that network. distances: by name, means over images. decoders: by name, other ways from the same
+    codes to pixels; each gets the same scores under ``decoders``.
     """
     device = tokenizer.last_layer().device
     number = len(images) if limit is None else min(limit, len(images))
     counter = CodeCounter(tokenizer.codebooks)
-    scores: dict[str, list[Tensor]] = {"psnr": [], "ssim": [], "ssim_data_range_2": []}
-    real_features, made_features = [], []
+    ways: dict[str, Decode] = {"": tokenizer.decode, **(decoders or {})}
+    scores = {name: _Scores(features, distances or {}) for name in ways}
+    real_features = []
     for start in range(0, number, batch_size):
         pixels = to_pixels(images.batch(range(start, min(start + batch_size, number))), device)
         codes = tokenizer.encode(pixels)
         counter.add(codes)
-        made = (as_unit_range(tokenizer.decode(codes)) * 255).round() / 255
         real = as_unit_range(pixels)
-        scores["psnr"].append(psnr(made, real))
-        scores["ssim"].append(ssim(made, real))
-        scores["ssim_data_range_2"].append(ssim(made, real, data_range=2.0))
+        for name, decode in ways.items():
+            scores[name].add(decode(codes), real)
         if features is not None:
             real_features.append(features(real * 2 - 1))
-            made_features.append(features(made * 2 - 1))
     raw = tokenizer.image.height * tokenizer.image.width * 24
+    plain = scores[""].summary(real_features)
+    distance = {"frechet_distance": plain.pop("frechet_distance")} if features is not None else {}
     result: dict[str, Any] = {
         "images": number,
-        **{name: float(torch.cat(values).mean()) for name, values in scores.items()},
+        **plain,
         "tokens_per_image": tokenizer.tokens_per_image,
         "bits_per_image": tokenizer.bits_per_image,
         "compression": raw / tokenizer.bits_per_image,
         "usage": counter.summary(),
+        **distance,
     }
-    if features is not None:
-        result["frechet_distance"] = frechet_distance(torch.cat(real_features), torch.cat(made_features))
+    if decoders:
+        result["decoders"] = {name: scores[name].summary(real_features) for name in decoders}
     return result
 
 
@@ -207,14 +257,24 @@ def probe_tokenizer(
 
 
 @torch.no_grad()
-def comparison_grid(tokenizer: VisualTokenizer, pixels: Tensor, *, gap: int = 2, least: int = 64) -> Image.Image:
-    """Originals above, reconstructions below. Small images are enlarged (nearest) to at least ``least`` pixels."""
+def comparison_grid(
+    tokenizer: VisualTokenizer,
+    pixels: Tensor,
+    *,
+    gap: int = 2,
+    least: int = 64,
+    decoders: Mapping[str, Decode] | None = None,
+) -> Image.Image:
+    """Originals above, reconstructions below, then what other decoders make of the same codes. Small images are enlarged (nearest) to at
+    least ``least`` pixels."""
     pixels = pixels.to(tokenizer.last_layer().device)
-    made = tokenizer.decode(tokenizer.encode(pixels))
-    rows = [(as_unit_range(x) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy() for x in (pixels, made)]
+    codes = tokenizer.encode(pixels)
+    shown = [pixels, tokenizer.decode(codes), *(decode(codes) for decode in (decoders or {}).values())]
+    rows = [(as_unit_range(x) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy() for x in shown]
     factor = max(1, -(-least // pixels.shape[-1]))
     side = pixels.shape[-1] * factor
-    sheet = np.full((2 * side + 3 * gap, len(pixels) * (side + gap) + gap, 3), 255, np.uint8)
+    height = len(rows) * (side + gap) + gap
+    sheet = np.full((height, len(pixels) * (side + gap) + gap, 3), 255, np.uint8)
     for r, row in enumerate(rows):
         for c, image in enumerate(row):
             top, left = gap + r * (side + gap), gap + c * (side + gap)

@@ -66,12 +66,16 @@ class PerceptualLoss(nn.Module):
                 break
         return out
 
-    def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        total = first.new_zeros(())
+    def distances(self, first: Tensor, second: Tensor) -> Tensor:
+        """``(B,)``: each pair's distance."""
+        total = first.new_zeros(len(first))
         for index, (a, b) in enumerate(zip(self._slices(first), self._slices(second))):
             weights = getattr(self, f"channel_weights_{index}").view(1, -1, 1, 1)
-            total = total + ((a - b).square() * weights).sum(1).mean()
+            total = total + ((a - b).square() * weights).sum(1).flatten(1).mean(1)
         return total
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return self.distances(first, second).mean()
 
 
 def read_weights(path: str, key: str) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from mllm import assets
 from mllm.config import StrictModel, read_yaml, validate
 from mllm.errors import ConfigError
 from mllm.recipe import Recipe, StageSpec, load_recipe
+from mllm.visual_tokenizers.diffusion.config import DiffusionDecoderConfig
 from mllm.visual_tokenizers.networks.settings import DiscriminatorConfig
 
 
@@ -149,6 +150,56 @@ class TokenizerOptions(StrictModel):
         return self
 
 
+class MaskSpec(StrictModel):
+    """Editing: which parts of a training picture are hidden, so that the decoder learns to make them fit what is kept."""
+
+    boxes: tuple[float, float] = (0.2, 0.8)
+    """Smallest and largest side of a random box, as a share of the picture's."""
+    empty: float = Field(default=0.1, ge=0, le=1)
+    """Share of pictures of which all is kept."""
+    full: float = Field(default=0.1, ge=0, le=1)
+    """Share of pictures of which nothing is kept."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> MaskSpec:
+        if self.empty + self.full > 1:
+            raise ValueError("empty and full together are more than all pictures")
+        if not 0 < self.boxes[0] <= self.boxes[1] <= 1:
+            raise ValueError("boxes is [smallest, largest] share of the side, both in (0, 1]")
+        return self
+
+
+class DiffusionOptions(StrictModel):
+    """``options`` of a diffusion stage."""
+
+    decoder: DiffusionDecoderConfig
+    """The decoder that learns."""
+    masks: MaskSpec | None = None
+    """Of a decoder with the condition ``source``."""
+    evaluate_every: int | None = Field(default=None, ge=1)
+    """Steps between held-out scores of sampled pictures; the last step always has them."""
+    evaluate_images: int = Field(default=64, ge=1)
+    """How many held-out pictures are sampled for these scores: the first ones."""
+
+    @model_validator(mode="after")
+    def _masked(self) -> DiffusionOptions:
+        if ("source" in self.decoder.conditions) != (self.masks is not None):
+            raise ValueError("masks and the decoder's condition source go together: give both or neither")
+        return self
+
+
+@dataclass(frozen=True)
+class DiffusionTraining:
+    """One diffusion stage of a recipe, taken apart. weights: folder of the saved tokenizer, None where a stage before makes it."""
+
+    recipe: Recipe
+    stage: StageSpec
+    tokenizer: dict[str, Any]
+    weights: str | None
+    images: ImagesSpec
+    options: DiffusionOptions
+
+
 @dataclass(frozen=True)
 class TokenizerTraining:
     """One tokenizer stage of a recipe, taken apart. tokenizer: the config that is trained."""
@@ -177,15 +228,46 @@ def tokenizer_training(recipe: Recipe, stage: StageSpec | None = None) -> Tokeni
     recipe that trains no tokenizer."""
     from mllm.visual_tokenizers.base import tokenizer_config
 
-    stage = stage or recipe.stages[-1]
+    stage = stage or next((s for s in reversed(recipe.stages) if s.kind == "tokenizer"), recipe.stages[-1])
     if stage.kind != "tokenizer" or recipe.model.visual_tokenizer is None:
         raise ConfigError(f"recipe {recipe.name} trains no visual tokenizer; those that do: mllm tokenizer ls")
     where = f"stages.{stage.name}"
-    data = {"type": "folder", "options": {"path": stage.data}} if isinstance(stage.data, str) else stage.data
-    images = validate(ImagesSpec, data, where=f"{where}.data")
     options = validate(TokenizerOptions, stage.options, where=f"{where}.options")
     tokenizer_config(recipe.model.visual_tokenizer, where="model.visual_tokenizer")
-    return TokenizerTraining(recipe, stage, recipe.model.visual_tokenizer, images, options)
+    return TokenizerTraining(recipe, stage, recipe.model.visual_tokenizer, stage_images(stage), options)
+
+
+def diffusion_training(recipe: Recipe, stage: StageSpec) -> DiffusionTraining:
+    """What a diffusion stage says. Raises `ConfigError` with the path to the key, also where no trained tokenizer comes before, and
+    `CheckpointError` for a folder that holds none."""
+    from mllm.visual_tokenizers.base import stored_config, tokenizer_config
+
+    where, settings = f"stages.{stage.name}", dict(recipe.model.visual_tokenizer or {})
+    options = validate(DiffusionOptions, stage.options, where=f"{where}.options")
+    weights, first = settings.pop("weights", None), stage.name == recipe.stages[0].name
+    if weights is None and first:
+        raise ConfigError(
+            f"{where}: a diffusion decoder learns beside a trained visual tokenizer; put a stage of kind tokenizer before it, or name "
+            "a saved one, model.visual_tokenizer: {weights: FOLDER}"
+        )
+    if "type" not in settings and weights is not None:
+        settings = stored_config(weights)
+    tokenizer_config(settings, where="model.visual_tokenizer")
+    return DiffusionTraining(recipe, stage, settings, weights if first else None, stage_images(stage), options)
+
+
+def stage_images(stage: StageSpec) -> ImagesSpec:
+    """Which pictures a stage of kind tokenizer or diffusion learns from. Raises `ConfigError`."""
+    data = {"type": "folder", "options": {"path": stage.data}} if isinstance(stage.data, str) else stage.data
+    return validate(ImagesSpec, data, where=f"stages.{stage.name}.data")
+
+
+def load_images_spec(name: str | Path) -> ImagesSpec:
+    """The pictures of a recipe's last stage of kind tokenizer or diffusion. Raises `ConfigError` for a recipe without one."""
+    recipe = load_recipe(str(name))
+    if recipe.model.language_model is not None:
+        raise ConfigError(f"recipe {recipe.name} trains no visual tokenizer; those that do: mllm tokenizer ls")
+    return stage_images(recipe.stages[-1])
 
 
 def load_training(name: str | Path, overrides: list[str] | None = None) -> TokenizerTraining:
@@ -194,11 +276,12 @@ def load_training(name: str | Path, overrides: list[str] | None = None) -> Token
 
 
 def tokenizer_recipes() -> dict[str, Path]:
-    """Name → file of every recipe that trains a visual tokenizer."""
+    """Name → file of every recipe that trains a visual tokenizer, or a diffusion decoder beside one."""
     found = {}
     for name, path in assets.iterate("recipes"):
         plain = read_yaml(path)
         stages = plain.get("stages") if isinstance(plain, dict) else None
-        if isinstance(stages, list) and any(isinstance(s, dict) and s.get("kind") == "tokenizer" for s in stages):
+        kinds = [s.get("kind") for s in stages if isinstance(s, dict)] if isinstance(stages, list) else []
+        if {"tokenizer", "diffusion"} & set(kinds):
             found[name] = path
     return found

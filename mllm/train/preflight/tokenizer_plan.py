@@ -1,12 +1,13 @@
-"""What will a visual tokenizer's training cost, and what is wrong with its recipe?
+"""What will the training of a visual tokenizer, or of a diffusion decoder beside it, cost, and what is wrong with its recipe?
 
-Memory is counted by what the engine keeps; activations and operations by running the tokenizer once on the meta device, which
+Memory is counted by what the engine keeps; activations and operations by running the networks once on the meta device, which
 computes nothing.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mllm.errors import MllmError
@@ -15,45 +16,72 @@ from mllm.recipe import Recipe, StageSpec
 from mllm.train.engine.base import choose_engine
 from mllm.train.engine.groups import apply_learning, frozen_summary
 from mllm.train.preflight.plan import STATE_BYTES, RecipePlan, StagePlan
+from mllm.train.stages.diffusion.model import DiffusionModel
+from mllm.train.stages.diffusion.stage import odd_diffusion_settings
 from mllm.train.stages.tokenizer.model import TokenizerModel
 from mllm.train.stages.tokenizer.stage import odd_tokenizer_settings, training_without_networks
 from mllm.visual_tokenizers.base import build_tokenizer
+from mllm.visual_tokenizers.diffusion.decoder import DiffusionDecoder
 from mllm.visual_tokenizers.images import load_images
 from mllm.visual_tokenizers.networks.discriminator import build_discriminator
-from mllm.visual_tokenizers.recipe import TokenizerTraining, tokenizer_training
+from mllm.visual_tokenizers.recipe import (
+    DiffusionTraining,
+    TokenizerTraining,
+    diffusion_training,
+    stage_images,
+    tokenizer_training,
+)
 
 
 def plan_tokenizer(recipe: Recipe, *, processes: int = 1, with_data: bool = True) -> RecipePlan:
-    """As `mllm.train.preflight.plan.plan_recipe`, for a recipe of tokenizer stages. Raises `ConfigError`."""
+    """As `mllm.train.preflight.plan.plan_recipe`, for a recipe of tokenizer and diffusion stages. Raises `ConfigError`."""
     stages, parameters, joins = [], {}, []
     for stage in recipe.stages:
-        training = tokenizer_training(recipe, stage)
-        with torch.device("meta"):
-            model = TokenizerModel(build_tokenizer(training.tokenizer), training_without_networks(training), None, None)
+        model = _on_meta(recipe, stage)
+        found = _parameters(model)
         if not stages:
-            parameters = _parameters(model)
             tokenizer = model.tokenizer
             joins.append(
-                f"visual_tokenizer ({training.tokenizer['type']}): 3 × {tokenizer.image.height} × {tokenizer.image.width} pixels → "
+                f"visual_tokenizer ({tokenizer.config.type}): 3 × {tokenizer.image.height} × {tokenizer.image.width} pixels → "
                 f"{tokenizer.tokens_per_image:,} codes, {tokenizer.bits_per_image:,.0f} bits"
             )
-        stages.append(_plan_stage(training, stage, model, processes, with_data))
+        if isinstance(model, DiffusionModel):
+            decoder, (rows, columns) = model.decoder, model.decoder.size
+            joins.append(
+                f"diffusion_decoder ({decoder.config.network}, {decoder.config.objective}): denoises {decoder.channels} × {rows} × "
+                f"{columns} beside {', '.join(decoder.config.conditions)}"
+            )
+        parameters |= found
+        stages.append(_plan_stage(recipe, stage, model, processes, with_data))
     hazards = []
     if all(stage.dtype == "bfloat16" for stage in recipe.stages):
         hazards.append("dtype bfloat16: the networks compute in it; weights, codebooks and the search stay in float32")
     return RecipePlan(recipe.name, parameters, joins, stages, hazards, 4 * sum(parameters.values()))
 
 
-def _parameters(model: TokenizerModel) -> dict[str, int]:
+def _on_meta(recipe: Recipe, stage: StageSpec) -> TokenizerModel | DiffusionModel:
+    with torch.device("meta"):
+        if stage.kind == "diffusion":
+            beside = diffusion_training(recipe, stage)
+            decoder = DiffusionDecoder(beside.options.decoder, build_tokenizer(beside.tokenizer))
+            return DiffusionModel(decoder, beside)
+        training = tokenizer_training(recipe, stage)
+        return TokenizerModel(build_tokenizer(training.tokenizer), training_without_networks(training), None, None)
+
+
+def _parameters(model: TokenizerModel | DiffusionModel) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, parameter in model.tokenizer.named_parameters():
         part = name.partition(".")[0]
         found[part] = found.get(part, 0) + parameter.numel()
+    if isinstance(model, DiffusionModel):
+        for name, child in model.decoder.named_children():
+            found[f"diffusion_decoder.{name}"] = sum(p.numel() for p in child.parameters())
     return found
 
 
 def _plan_stage(
-    training: TokenizerTraining, stage: StageSpec, model: TokenizerModel, processes: int, with_data: bool
+    recipe: Recipe, stage: StageSpec, model: TokenizerModel | DiffusionModel, processes: int, with_data: bool
 ) -> StagePlan:
     zero_stage = choose_engine(stage).zero_stage
     groups = apply_learning(model, stage, zero_stage=zero_stage)
@@ -62,7 +90,7 @@ def _plan_stage(
     plan.row_length, plan.accumulates = codes, stage.gradient_accumulation > 1
     if with_data:
         try:
-            plan.samples = len(load_images(training.images, model.tokenizer.image.height, "train"))
+            plan.samples = len(load_images(stage_images(stage), model.tokenizer.image.height, "train"))
         except MllmError as error:
             plan.hazards.append(f"pictures cannot be read here: {error}")
     plan.steps = stage.steps
@@ -70,7 +98,7 @@ def _plan_stage(
         plan.steps = max(1, -(-round(float(stage.epochs or 1) * plan.samples) // rows))
     learned, total = sum(g.num_parameters for g in groups), sum(p.numel() for p in model.parameters())
     share, states = processes if zero_stage else 1, STATE_BYTES[stage.optimizer.type] + (4 if zero_stage else 0)
-    activations, forward = _run_once(model, stage)
+    activations, operations = _run_once(model, stage)
     plan.memory = {
         "weights": 4 * total,
         "gradients": 4 * learned // (processes if zero_stage >= 2 else 1),
@@ -78,36 +106,55 @@ def _plan_stage(
         "activations and loss": activations,
         "update": 4 * learned // share,
     }
+    plan.flops_step = plan.flops_step_language_model = operations * stage.gradient_accumulation * processes
+    plan.checkpoint_bytes = 2 * learned * (4 + STATE_BYTES[stage.optimizer.type])
+    plan.hazards += odd_settings(stage, steps=plan.steps, samples=plan.samples, rows=rows)
+    if not activations:
+        plan.hazards.append("activations are not known: this tokenizer does not run on the meta device")
+    if isinstance(model, DiffusionModel):
+        _add_diffusion(plan, model.training_spec)
+    else:
+        _add_tokenizer(plan, tokenizer_training(recipe, stage))
+    return plan
+
+
+def _add_diffusion(plan: StagePlan, training: DiffusionTraining) -> None:
+    plan.hazards += odd_diffusion_settings(training, plan.steps) if plan.steps is not None else []
+
+
+def _add_tokenizer(plan: StagePlan, training: TokenizerTraining) -> None:
+    """What stands beside the tokenizer: the discriminator's memory, and what is left out."""
     adversarial = training.losses.adversarial
     if adversarial is not None:
         with torch.device("meta"):
             network = build_discriminator(adversarial.discriminator)
         plan.memory["discriminator"] = 16 * sum(p.numel() for p in network.parameters())
-    plan.flops_step = plan.flops_step_language_model = 3.0 * forward * stage.gradient_accumulation * processes
-    plan.checkpoint_bytes = 2 * learned * (4 + STATE_BYTES[stage.optimizer.type])
-    plan.hazards += odd_settings(stage, steps=plan.steps, samples=plan.samples, rows=rows)
     plan.hazards += odd_tokenizer_settings(training, plan.steps) if plan.steps is not None else []
-    if not activations:
-        plan.hazards.append("activations are not known: this tokenizer does not run on the meta device")
     if training.teacher is not None or training.losses.perceptual is not None:
         plan.hazards.append("teacher and perceptual network are left out of memory and operations")
-    return plan
 
 
-def _run_once(model: TokenizerModel, stage: StageSpec) -> tuple[int, float]:
-    """Bytes that a micro-batch's forward pass keeps, and its operations; (0, 0) for a tokenizer that cannot run on meta."""
+def _run_once(model: TokenizerModel | DiffusionModel, stage: StageSpec) -> tuple[int, float]:
+    """Bytes that a micro-batch's forward pass keeps, and operations of forward and backward; (0, 0) for a tokenizer that cannot run on
+    meta."""
     size, kept = model.tokenizer.image, 0
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def keep(tensor: Tensor) -> Tensor:
         nonlocal kept
         kept += tensor.numel() * tensor.element_size()
         return tensor
 
     pixels = torch.zeros(stage.batch_size, 3, size.height, size.width, dtype=torch.uint8, device="meta")
     model.eval()  # moving averages of codebooks look at numbers, of which meta has none
+    if stage.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     try:
         with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             model(num_items_in_batch=stage.batch_size, pixel_values=pixels)
+        with FlopCounterMode(display=False) as frozen:
+            if isinstance(model, DiffusionModel):
+                model.seen(pixels.float())
     except (NotImplementedError, RuntimeError, TypeError, ValueError):
         return 0, 0.0
-    return (kept // 2 if stage.dtype == "bfloat16" else kept), float(counter.get_total_flops())
+    operations = 3.0 * counter.get_total_flops() - 2.0 * frozen.get_total_flops()
+    return (kept // 2 if stage.dtype == "bfloat16" else kept), operations

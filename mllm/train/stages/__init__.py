@@ -10,6 +10,7 @@ STAGE_KINDS: Registry = Registry(
         "sft": f"{_HERE}.sft:SftStage",
         "routing": f"{_HERE}.routing.stage:RoutingStage",
         "tokenizer": f"{_HERE}.tokenizer.stage:TokenizerStage",
+        "diffusion": f"{_HERE}.diffusion.stage:DiffusionStage",
         "contrastive": f"{_HERE}.contrastive.stage:ContrastiveStage",
         "masked": f"{_HERE}.masked.stage:MaskedStage",
         "dpo": f"{_HERE}.preference.stage:PreferenceStage",

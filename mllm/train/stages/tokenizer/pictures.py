@@ -14,7 +14,7 @@ from mllm.data.spec import DatasetSpec, MixtureItem, MixtureSpec
 from mllm.processing.chat import IGNORE, EncodedSample
 from mllm.types import Sample
 from mllm.visual_tokenizers.images import ImageSource
-from mllm.visual_tokenizers.recipe import TokenizerTraining
+from mllm.visual_tokenizers.recipe import DiffusionTraining, TokenizerTraining
 
 PIXELS = "pixel_values"
 
@@ -45,7 +45,7 @@ class PictureSource(Source):
         return f"{self.name}, {self.images.describe(index)}"
 
 
-def picture_mixture(training: TokenizerTraining, images: ImageSource) -> Mixture:
+def picture_mixture(training: TokenizerTraining | DiffusionTraining, images: ImageSource) -> Mixture:
     """The training images in the order of the common data pipeline."""
     source = PictureSource(images, training.images.type)
     spec = MixtureSpec.model_construct(name=source.name, datasets=[MixtureItem.model_construct(dataset=source.spec)])

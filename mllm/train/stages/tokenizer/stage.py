@@ -33,16 +33,8 @@ from mllm.visual_tokenizers.quantizers.initialise import initialise_codebooks
 from mllm.visual_tokenizers.recipe import TokenizerTraining, tokenizer_training
 from mllm.visual_tokenizers.teacher import build_teacher
 
-_PASSED_OVER = (
-    "packing",
-    "group_by_length",
-    "compile",
-    "chat_template",
-    "cache_features",
-    "gradient_checkpointing",
-    "draw",
-    "float8",
-)
+NO_TEXT = ("packing", "group_by_length", "compile", "chat_template", "cache_features", "draw", "float8")
+"""Settings of stages with a language model."""
 
 
 class Finished:
@@ -141,9 +133,7 @@ def train_tokenizer(run: Run, stage: StageSpec, previous: Path | None, folder: P
     if engine is None:
         return False
     scores = beside.evaluate()
-    number = min(8, len(held_out))
-    picks = [round(i * (len(held_out) - 1) / max(1, number - 1)) for i in range(number)]
-    picture = comparison_grid(tokenizer.eval(), to_pixels(held_out.batch(picks), device))
+    picture = comparison_grid(tokenizer.eval(), to_pixels(held_out.batch(spread_picks(len(held_out))), device))
     if run.info is not None:
         run.info.stage(stage.name, evaluation=scores)
     engine.model = tokenizer
@@ -177,24 +167,36 @@ def _adversary(training: TokenizerTraining) -> Adversary | None:
 def check_tokenizer(stage: StageSpec, recipe: Recipe) -> TokenizerTraining:
     """What the stage says. Raises `ConfigError` for settings that a tokenizer stage cannot have, parts that its tokenizer
     lacks, and `DataError` for pictures that are not there."""
-    where = f"stages.{stage.name}"
     training = tokenizer_training(recipe, stage)
-    for key in _PASSED_OVER:
-        if getattr(stage, key):
-            raise ConfigError(
-                f"{where}.{key}: a tokenizer stage learns from single pictures and has no {key}; leave it out"
-            )
-    if choose_engine(stage).zero_stage == 3:
-        raise ConfigError(
-            f"{where}.engine: a tokenizer is small; use none, zero1 or zero2 (zero3 would cut every layer)"
-        )
-    if any(spec.lora is not None or spec.last_layers is not None for spec in stage.learning().values()):
-        raise ConfigError(f"{where}.learn: a visual tokenizer's parts learn whole; take lora and last_layers out")
+    check_picture_stage(stage, "tokenizer", (*NO_TEXT, "gradient_checkpointing"))
     with torch.device("meta"):
         model = TokenizerModel(build_tokenizer(training.tokenizer), training_without_networks(training), None, None)
     learning_by_part(list(model.part_prefixes()), stage)
     load_images(training.images, model.tokenizer.image.height, "train")
     return training
+
+
+def check_picture_stage(stage: StageSpec, kind: str, passed_over: tuple[str, ...]) -> None:
+    """Raises `ConfigError` for settings that a stage which learns from single pictures cannot have. passed_over: those that would be
+    without effect."""
+    where = f"stages.{stage.name}"
+    for key in passed_over:
+        if getattr(stage, key):
+            raise ConfigError(
+                f"{where}.{key}: a {kind} stage learns from single pictures and has no {key}; leave it out"
+            )
+    if choose_engine(stage).zero_stage == 3:
+        raise ConfigError(
+            f"{where}.engine: a {kind} stage's networks are small; use none, zero1 or zero2 (zero3 would cut every layer)"
+        )
+    if any(spec.lora is not None or spec.last_layers is not None for spec in stage.learning().values()):
+        raise ConfigError(f"{where}.learn: the parts of a {kind} stage learn whole; take lora and last_layers out")
+
+
+def spread_picks(number: int, wanted: int = 8) -> list[int]:
+    """Up to ``wanted`` of ``number`` places, evenly from the first to the last."""
+    chosen = min(wanted, number)
+    return [round(i * (number - 1) / max(1, chosen - 1)) for i in range(chosen)]
 
 
 def training_without_networks(training: TokenizerTraining) -> TokenizerTraining:

@@ -1,0 +1,77 @@
+"""What does the denoiser see of a picture's codes?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mllm.types import Grid
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """channels: maps ``(B, K, H, W)`` that go beside what is denoised; tokens: a sequence ``(B, N, D)`` to attend to; kept: maps that
+    stand without conditions too (of a picture that is edited, its mask and what is kept)."""
+
+    channels: Tensor | None = None
+    tokens: Tensor | None = None
+    kept: Tensor | None = None
+
+    def without(self) -> Conditions:
+        """The same with all codes zero: what guidance leads away from."""
+        return Conditions(_zeros(self.channels), _zeros(self.tokens), self.kept)
+
+    def joined(self, other: Conditions) -> Conditions:
+        """Both batches, one after the other."""
+        return Conditions(
+            _cat(self.channels, other.channels), _cat(self.tokens, other.tokens), _cat(self.kept, other.kept)
+        )
+
+    def beside(self, noisy: Tensor) -> Tensor:
+        """What is denoised, then the maps ``(B, C + K, H, W)``."""
+        return torch.cat([noisy, *(maps.to(noisy.dtype) for maps in (self.channels, self.kept) if maps is not None)], 1)
+
+
+def _zeros(value: Tensor | None) -> Tensor | None:
+    return None if value is None else torch.zeros_like(value)
+
+
+def _cat(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    return None if first is None or second is None else torch.cat([first, second])
+
+
+def code_map(vectors: Mapping[str, Tensor], grids: Mapping[str, Grid], grid: Grid, size: Grid) -> Tensor:
+    """Code vectors ``(B, N, D)`` of every codebook as one map ``(B, ΣD, *size)`` in the codebooks' order (ILLUME+: semantic, then pixel):
+    each resized (bicubic) to ``grid``, the whole then to what is denoised, to the nearest."""
+    maps = []
+    for name, value in vectors.items():
+        one = value.float().transpose(1, 2).unflatten(2, tuple(grids[name]))
+        if tuple(one.shape[-2:]) != tuple(grid):
+            one = F.interpolate(one, size=tuple(grid), mode="bicubic", align_corners=False)
+        maps.append(one)
+    whole = torch.cat(maps, 1)
+    return whole if tuple(whole.shape[-2:]) == tuple(size) else F.interpolate(whole, size=tuple(size), mode="nearest")
+
+
+class CodeSequence(nn.Module):
+    """Code vectors as a sequence to attend to: a linear layer and learned positions for every codebook.
+
+    dims: codebook → width of its vectors; positions: codebook → N; width: of the sequence.
+    """
+
+    def __init__(self, dims: Mapping[str, int], positions: Mapping[str, int], width: int):
+        super().__init__()
+        self.project = nn.ModuleDict({name: nn.Linear(dim, width) for name, dim in dims.items()})
+        self.positions = nn.ParameterDict(
+            {name: nn.Parameter(torch.randn(positions[name], width) * 0.02) for name in dims}
+        )
+
+    def forward(self, vectors: Mapping[str, Tensor]) -> Tensor:
+        """codebook → ``(B, N, D)`` gives ``(B, ΣN, width)``."""
+        return torch.cat(
+            [self.project[name](value.float()) + self.positions[name] for name, value in vectors.items()], 1
+        )

@@ -1,0 +1,210 @@
+"""Does a diffusion decoder learn beside a tokenizer, resume exactly, and is it planned and scored?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mllm.config import validate
+from mllm.errors import ConfigError, MllmError
+from mllm.recipe import Recipe
+from mllm.train.preflight.tokenizer_plan import plan_tokenizer
+from mllm.train.run import run_recipe
+from mllm.visual_tokenizers.base import VisualTokenizer, build_tokenizer
+from mllm.visual_tokenizers.diffusion.decoder import DiffusionDecoder
+from mllm.visual_tokenizers.recipe import load_images_spec
+from tests.unit.visual_tokenizers.diffusion_configs import DECODERS, SD3, UNET
+from tests.unit.visual_tokenizers.tokenizer_configs import TINY
+
+EMA_VQ = {**TINY["vq"], "quantizer": {**TINY["vq"]["quantizer"], "codebook": {"learn": "ema"}}}
+DATA = {"type": "digits_and_charts", "options": {"charts": 40, "digits": False}}
+SHARED: dict[str, Any] = {
+    "batch_size": 4, "dtype": "float32", "log_every": 1, "data": DATA, "schedule": {"type": "constant", "warmup": 0.0},
+}  # fmt: skip
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    torch.manual_seed(0)
+    build_tokenizer(EMA_VQ).save_pretrained(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+def stage(name: str = "decoder", decoder: Any = None, options: Any = None, **changes: Any) -> dict[str, Any]:
+    decoder = decoder or DECODERS["unet"]
+    options = {"decoder": {"steps": 2, **decoder}, "evaluate_images": 4, **(options or {})}
+    return {
+        "name": name,
+        "kind": "diffusion",
+        "learn": {"diffusion_decoder": 1e-3},
+        "steps": 4,
+        "options": options,
+        **SHARED,
+        **changes,
+    }
+
+
+def recipe(folder: Path, tokenizer: Any, *stages: dict[str, Any]) -> Recipe:
+    plain = {
+        "name": "tiny",
+        "output": str(folder / "run"),
+        "model": {"visual_tokenizer": tokenizer},
+        "stages": list(stages),
+    }
+    return validate(Recipe, plain)
+
+
+def log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_tokenizer_and_decoder_in_one_recipe(tmp_path):
+    first = {"name": "tokenizer", "kind": "tokenizer", "learn": {"visual_tokenizer": 1e-3}, "steps": 2, **SHARED}
+    second = stage(steps=25, options={"evaluate_every": 20}, optimizer={"ema": 0.5}, learn={"diffusion_decoder": 3e-3})
+    final = run_recipe(recipe(tmp_path, EMA_VQ, first, second))
+    lines = [line for line in log(tmp_path) if line["stage"] == "decoder"]
+    early, late = (sum(line["losses"]["flow_matching"] for line in part) / 5 for part in (lines[:5], lines[-5:]))
+    assert len(lines) == 25 and late < 0.8 * early
+    assert [line["step"] for line in lines if "evaluation" in line] == [20]
+    result = json.loads((final / "evaluation.json").read_text())
+    assert result["images"] == 4 and {"psnr", "ssim"} <= set(result["decoders"]["diffusion"]) and result["psnr"] > 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())["stages"]["decoder"]
+    assert record["evaluation"] == result and record["steps"] == 25
+    before = VisualTokenizer.from_pretrained(tmp_path / "run" / "tokenizer")
+    after = VisualTokenizer.from_pretrained(final)
+    assert all(torch.equal(v, after.state_dict()[k]) for k, v in before.state_dict().items()), "the tokenizer is frozen"
+    assert after.diffusion.decode(before.encode(torch.zeros(2, 3, 16, 16))).shape == (2, 3, 16, 16)
+    assert load_images_spec(final / "recipe.yaml").type == "digits_and_charts"
+
+
+@pytest.mark.parametrize("name", ["sd3", "edit"])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, saved, name):
+    """Times, noise, what is dropped and hidden go on where they were, and so does the moving average."""
+    options: dict[str, Any] = {"masks": {}} if name == "edit" else {}
+    changes: dict[str, Any] = {
+        "decoder": DECODERS[name],
+        "options": options,
+        "optimizer": {"ema": 0.9},
+        "save_every": 3,
+        "steps": 5,
+    }
+    changes["data"] = {**DATA, "crop": [0.5, 1.0], "flip": True}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    given = {"weights": str(saved)}
+    run_recipe(recipe(whole, given, stage(**changes)))
+    run_recipe(recipe(broken, given, stage(**changes)), stop_after=3)
+    assert not (broken / "run" / "final").exists()
+    run_recipe(recipe(broken, given, stage(**changes)), resume=True)
+    first, second = (
+        DiffusionDecoder.from_pretrained(folder / "run" / "final").state_dict() for folder in (whole, broken)
+    )
+    assert set(first) == set(second) and all(torch.equal(first[key], second[key]) for key in first)
+    assert [line["losses"] for line in log(whole)] == [line["losses"] for line in log(broken)]
+
+
+def test_a_second_stage_goes_on_with_the_decoder_of_the_first(tmp_path, saved):
+    latent = {**DECODERS["latent"], "sampler": "ddim"}
+    parts = {"diffusion_decoder.sequence": 1e-3}
+    run_recipe(
+        recipe(
+            tmp_path, {"weights": str(saved)}, stage("one", latent, steps=1), stage("two", latent, steps=2, learn=parts)
+        )
+    )
+    one, two = (DiffusionDecoder.from_pretrained(tmp_path / "run" / name).state_dict() for name in ("one", "two"))
+    changed = {key.partition(".")[0] for key in one if not torch.equal(one[key], two[key])}
+    assert changed == {"sequence"}, "what the stage does not name is frozen, the autoencoder always"
+    other = recipe(tmp_path / "b", {"weights": str(saved)}, stage("one", latent, steps=1), stage("two", steps=1))
+    with pytest.raises(ConfigError, match=r"stages\.two\.options\.decoder: does not fit"):
+        run_recipe(other)
+
+
+def test_a_plan_counts_both(saved, tmp_path):
+    first = {"name": "tokenizer", "kind": "tokenizer", "learn": {"visual_tokenizer": 1e-3}, "steps": 2, **SHARED}
+    plan = plan_tokenizer(
+        recipe(tmp_path, EMA_VQ, first, stage(decoder=DECODERS["latent"], gradient_checkpointing=True))
+    )
+    decoder = DiffusionDecoder(DECODERS["latent"], VisualTokenizer.from_pretrained(saved))
+    learned = sum(p.numel() for part in (decoder.network, decoder.sequence) for p in part.parameters())
+    beside = plan.stages[1]
+    assert sum(group.num_parameters for group in beside.groups) == learned
+    assert plan.parameters["diffusion_decoder.autoencoder"] == sum(p.numel() for p in decoder.autoencoder.parameters())
+    assert beside.memory["activations and loss"] > 0 and beside.flops_step > 0 and beside.steps == 4
+    assert not [line for line in beside.hazards if "not known" in line]
+    assert "denoises 4 × 8 × 8 beside cross_attention, reconstruction" in plan.joins[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learn": {"visual_tokenizer": 1e-3}}, "did you mean|Its parts: diffusion_decoder"),
+        ({"learn": {"diffusion_decoder": {"lr": 1e-3, "lora": {"r": 2}}}}, "take lora"),
+        ({"packing": True}, "a diffusion stage learns from single pictures and has no packing"),
+        ({"engine": "zero3"}, "use none, zero1 or zero2"),
+        ({"options": {"decoder": {"network": "unet", "settings": {**UNET, "block_out_channels": [8] * 7}}}}, "16 × 16 picture"),
+        ({"options": {"decoder": {"network": "sd4"}}}, r"stages\.decoder\.options\.decoder\.network"),
+        ({"options": {"masks": {}}}, "masks and the decoder's condition source go together"),
+        ({"options": {"masks": {"boxes": [0.5, 0.2]}, "decoder": DECODERS["edit"]}}, "smallest, largest"),
+        ({"data": "/no/such/folder"}, "no folder"),
+        ({"kind": "sft"}, "all kinds but tokenizer and diffusion"),
+    ],
+)  # fmt: skip
+def test_bad_recipes_say_what_to_change(tmp_path, saved, changes, message):
+    with pytest.raises(MllmError, match=message):
+        run_recipe(recipe(tmp_path, {"weights": str(saved)}, stage(**changes)))
+
+
+def test_a_decoder_without_a_trained_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="put a stage of kind tokenizer before it"):
+        run_recipe(recipe(tmp_path, TINY["vq"], stage()))
+    with pytest.raises(MllmError, match="nowhere"):
+        run_recipe(recipe(tmp_path, {"weights": str(tmp_path / "nowhere")}, stage()))
+
+
+def test_the_command_scores_both_decoders(tmp_path, saved, capsys):
+    from typer.testing import CliRunner
+
+    from mllm.cli.main import app
+
+    final = run_recipe(
+        recipe(tmp_path, {"weights": str(saved)}, stage(decoder={"network": "sd3", "settings": SD3}, steps=1))
+    )
+    encoder = tmp_path / "encoder.json"
+    settings = {"type": "small_vit", "image_size": 16, "patch_size": 8, "width": 8, "depth": 1, "heads": 2}
+    from safetensors.torch import save_file
+
+    from mllm.visual_tokenizers.teacher import EncoderTeacher
+
+    save_file(EncoderTeacher(settings).encoder.encoder.state_dict(), str(tmp_path / "vit.safetensors"))
+    encoder.write_text(json.dumps({**settings, "weights": str(tmp_path / "vit.safetensors")}))
+    call = [
+        "tokenizer",
+        "eval",
+        str(final),
+        "--recipe",
+        str(final / "recipe.yaml"),
+        "--limit",
+        "6",
+        "--no-probe",
+        "--device",
+        "cpu",
+    ]
+    call += ["--features", str(encoder)]
+    ran = CliRunner().invoke(app, [*call, "--decoder", "diffusion", "--steps", "3", "--guidance", "2", "--seed", "4"])
+    assert ran.exit_code == 0, ran.output
+    result = json.loads(ran.stdout)
+    scores = result["decoders"]["diffusion"]
+    assert {"psnr", "ssim", "feature_distance", "frechet_distance"} <= set(scores) and result["feature_distance"] >= 0
+    assert (scores["steps"], scores["guidance"], scores["seed"]) == (3, 2.0, 4)
+    plain = json.loads(CliRunner().invoke(app, call).stdout)
+    assert (
+        "decoders" not in plain
+        and plain["psnr"] == result["psnr"]
+        and plain["feature_distance"] == result["feature_distance"]
+    )
+    for wrong, message in ((["--steps", "3"], "go with --decoder"), (["--decoder", "diffusio"], "did you mean")):
+        refused = CliRunner().invoke(app, [*call, *wrong])
+        assert refused.exit_code != 0 and message in f"{refused.output}{refused.exception}"
