@@ -38,7 +38,9 @@ def run(
         ),
     ] = None,
     *,
-    tasks: Annotated[str, typer.Option(help="Tasks or suites, comma separated; see `mllm list tasks`.")],
+    tasks: Annotated[
+        str, typer.Option("--tasks", "--suite", help="Tasks or suites, comma separated; see `mllm list tasks`.")
+    ],
     output: Annotated[
         Path | None, typer.Option(help="Folder for predictions and reports; default <checkpoint>/../eval.")
     ] = None,

@@ -212,6 +212,7 @@ class SuiteSpec(StrictModel):
     name: str
     description: str
     tasks: list[str] = Field(min_length=1)
+    """``*`` stands for every benchmark there is: all tasks but those whose data this project makes (``data_dir``)."""
 
 
 def load_task(name: str, overrides: Sequence[str] = ()) -> TaskSpec:
@@ -240,8 +241,15 @@ def expand_tasks(names: Sequence[str]) -> list[str]:
     expanded: list[str] = []
     for name in names:
         known = assets.available("eval/tasks")
-        expanded.extend(load_suite(name).tasks if name in suites and name not in known else [name])
+        members = load_suite(name).tasks if name in suites and name not in known else [name]
+        for member in members:
+            expanded.extend(_benchmarks() if member == "*" else [member])
     return list(dict.fromkeys(expanded))
+
+
+def _benchmarks() -> list[str]:
+    """Every task whose data come from elsewhere."""
+    return [name for name in sorted(assets.available("eval/tasks")) if load_task(name).data_dir is None]
 
 
 def load_tasks(tasks: Sequence[str | TaskSpec]) -> list[TaskSpec]:

@@ -586,5 +586,15 @@ def test_compare_of_a_composite_score_bootstraps_whole_groups(tmp_path):
     assert found.comparison.low == found.comparison.high == 150.0 and found.comparison.num_clusters == 12
 
 
+def test_the_suite_of_all_holds_every_benchmark_also_ones_own_and_no_demo(tmp_path, monkeypatch):
+    spec = "version: 1\ndescription: d\nsources: [{name: s, format: jsonl, files: [t.jsonl], columns: {id: id, question: q, images: i}}]\n"
+    (tmp_path / "eval/tasks").mkdir(parents=True)
+    (tmp_path / "eval/tasks/mine.yaml").write_text(spec + 'prompt: "{{ question }}"\nmetrics: [exact_match]\n')
+    monkeypatch.setenv("MLLM_PATH", str(tmp_path))
+    names = expand_tasks(["all"])
+    assert {"mine", "mmvp", "chartqa", "wildvision"} <= set(names) and not {"demo_charts", "video_demo"} & set(names)
+    assert len(names) == len(set(names)) >= 70
+
+
 def test_suites_expand_once_and_in_order():
     assert expand_tasks(["demo", "demo_digits", "chartqa"]) == ["demo_charts", "demo_digits", "chartqa"]
