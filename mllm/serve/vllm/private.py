@@ -13,11 +13,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Private:
-    """Names that some file (glob patterns from vLLM's root; any of them) must define or set. why: what of ours stands on them."""
+    """Names that some file (glob patterns from vLLM's root; any of them) must define or set. why: what of ours stands on them.
+    since: the first release that has them; older ones do without what stands on them, which our code then refuses."""
 
     files: tuple[str, ...]
     names: tuple[str, ...]
     why: str
+    since: tuple[int, int] = (0, 0)
 
 
 PRIVATE = (
@@ -50,6 +52,7 @@ PRIVATE = (
         ("multimodal/processing.py", "multimodal/processing/*.py"),
         ("_get_hf_mm_inputs", "_call_hf_processor"),
         "videos come to the processor as training gives them, and its errors out in its own words (mllm.serve.vllm.processing)",
+        since=(0, 31),
     ),
     Private(
         ("multimodal/video.py",),
@@ -84,10 +87,14 @@ PRIVATE = (
 )
 
 
-def moved(root: Path) -> list[str]:
-    """One line for every name that the vLLM in ``root`` (its package folder) no longer defines where we expect it."""
+def moved(root: Path, version: str) -> list[str]:
+    """One line for every name that the vLLM in ``root`` (its package folder; version: ``0.32.0``) does not define where we
+    expect it."""
     lines = []
+    release = tuple(int(number) for number in version.split(".")[:2])
     for part in PRIVATE:
+        if release < part.since:
+            continue
         sources = [path.read_text(encoding="utf-8", errors="replace") for p in part.files for path in root.glob(p)]
         for name in part.names:
             defined = re.compile(
