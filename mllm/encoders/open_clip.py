@@ -188,7 +188,7 @@ def _native(settings: dict[str, Any], config: Any) -> nn.Module:
         raise ConfigError(f"architecture.vision_cfg: {error}") from error
 
 
-def cut(model: Any, config: Any) -> None:
+def cut(model: nn.Module, config: Any) -> None:
     """Drop what lies behind the deepest layer that is needed. In place."""
     if not isinstance(model, VisionTransformer):
         take_layers(config.layers, 5, lowest=1)
@@ -202,7 +202,7 @@ def cut(model: Any, config: Any) -> None:
     model.prune_intermediate_layers([k - 1 for k in sorted(set(counts))], prune_norm=not uses_norm, prune_head=True)
 
 
-def native_layers(model: Any, pixels: Tensor, config: Any) -> list[LayerOutput]:
+def native_layers(model: VisionTransformer | ModifiedResNet, pixels: Tensor, config: Any) -> list[LayerOutput]:
     """Outputs of ``config.layers`` of open_clip's own ViT or ResNet."""
     is_vit = isinstance(model, VisionTransformer)
     depth = int(getattr(model, "num_layers_before_cut", 5))  # a ResNet has a stem and four stages

@@ -178,9 +178,10 @@ def cut(model: nn.Module, config: Any) -> None:
         prune([k - 1 for k in sorted(set(counts))], prune_norm=not uses_norm, prune_head=True)
 
 
-def timm_layers(model: Any, pixels: Tensor, config: Any) -> list[LayerOutput]:
+def timm_layers(model: nn.Module, pixels: Tensor, config: Any) -> list[LayerOutput]:
     """Outputs of ``config.layers``; blocks after the deepest one do not run."""
     depth = depth_of(model)
+    forward: Any = model.forward_intermediates
     counts = take_layers(config.layers, depth, lowest=1)
     wanted = sorted(set(counts))
     uses_norm = config.final_norm and depth in wanted
@@ -189,10 +190,10 @@ def timm_layers(model: Any, pixels: Tensor, config: Any) -> list[LayerOutput]:
     # Tokens straight from the blocks save a copy; only these classes hand them out, and only on one grid.
     as_tokens = grid is not None and isinstance(model, VisionTransformer | Eva)
     options: dict[str, Any] = {"output_fmt": "NLC" if as_tokens else "NCHW"}
-    takes_prefix = "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
+    takes_prefix = "return_prefix_tokens" in inspect.signature(forward).parameters
     if config.keep_prefix and num_prefix and takes_prefix:
         options["return_prefix_tokens"] = True
-    result: Any = model.forward_intermediates(
+    result: Any = forward(
         pixels, indices=[k - 1 for k in wanted], stop_early=True, intermediates_only=not uses_norm, **options
     )
     final, maps = result if uses_norm else (None, result)
@@ -229,11 +230,12 @@ def _final(model: Any, final: Any, before: LayerOutput, num_prefix: int) -> Laye
     return LayerOutput(final[:, split:], before.grid, prefix)
 
 
-def set_checkpointing(model: Any, enabled: bool) -> None:
+def set_checkpointing(model: nn.Module, enabled: bool) -> None:
     """Switch activation checkpointing of a timm or open_clip model."""
     if not hasattr(model, "set_grad_checkpointing"):
         raise ConfigError(f"gradient_checkpointing: {type(model).__name__} does not offer it")
-    model.set_grad_checkpointing(enabled)
+    switch: Any = model.set_grad_checkpointing
+    switch(enabled)
 
 
 def load_timm(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mllm.heads.base import Step
 
@@ -24,7 +24,7 @@ def encoder_losses_of_step(bank: Any, step: Step) -> tuple[Tensor | float, dict[
     return total, named
 
 
-def encoder_costs(model: Any) -> dict[str, dict[str, float]]:
+def encoder_costs(model: nn.Module) -> dict[str, dict[str, float]]:
     """Encoder → what an image of the last call cost (`VisionEncoder.last_cost`), of the encoders whose work differs from call to
     call; empty for a model without such."""
     bank = getattr(getattr(model, "model", None), "vision_tower", None)

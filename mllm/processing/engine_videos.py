@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mllm.processing.images import load_image, read_bytes
+from mllm.processing.protocol import TextProcessor
 from mllm.processing.videos import frame_files, source_of
 from mllm.types import Video
 
@@ -33,7 +34,9 @@ def engine_options(config: Any, *, images: int, videos: int) -> dict[str, Any]:
     }
 
 
-def visual_inputs(ids: Sequence[int], visuals: Sequence[Any], processor: Any, *, where: str) -> dict[str, Any]:
+def visual_inputs(
+    ids: Sequence[int], visuals: Sequence[Any], processor: TextProcessor, *, where: str
+) -> dict[str, Any]:
     """A prompt whose ids have one placeholder for each picture and video, in their order, as ``vllm.LLM`` takes it. Raises
     `DataError` for a video that cannot be read."""
     films = [pack(visual, where=where) for visual in visuals if isinstance(visual, Video)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from mllm.processing.views.base import WHOLE, Size, View, ViewsConfig, views_con
 from mllm.processing.views.single import whole_view
 from mllm.types import Block, EncoderInfo, ImageSpec, ViewLayout, VisualLayout
 
+if TYPE_CHECKING:
+    from mllm.connectors.base import ConnectorConfig
+
 IMAGE_SIZES = "image_sizes"
 """Batch key of the pictures' (height, width) ``(B, 2)``, where tokens depend on them."""
 VIDEO_TIMES = "video_times"
@@ -23,7 +26,7 @@ VIDEO_TIMES = "video_times"
 known), -1 beyond a video's frames and for pictures."""
 
 
-def view_layout(encoders: Mapping[str, EncoderInfo], connector: Any) -> ViewLayout:
+def view_layout(encoders: Mapping[str, EncoderInfo], connector: ConnectorConfig) -> ViewLayout:
     """Tokens of one view after a connector. encoders: name → sizes in the model's order; connector: its validated config.
 
     Raises `ConfigError` when an encoder's grid does not fit the connector.

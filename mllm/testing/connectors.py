@@ -168,7 +168,7 @@ def check_bfloat16(name: str, case: Case) -> None:
     got = _run(connector.to(torch.bfloat16), 2, dtype=torch.bfloat16)
     assert got.dtype == torch.bfloat16, f"bfloat16 in, {got.dtype} out"
     assert torch.isfinite(got).all(), "bfloat16 gives values that are not finite"
-    error = float((got.float() - want).norm() / want.norm().clamp_min(1e-6))
+    error = float((got.float() - want).detach().norm() / want.detach().norm().clamp_min(1e-6))
     assert error < 0.05, f"bfloat16 is {error:.1%} away from fp32 (relative norm); compute sensitive parts in fp32"
 
 

@@ -123,7 +123,7 @@ def check_losses(name: str, case: Case) -> None:
     """With targets the loss is a finite scalar above zero, and its parts are reported by name, detached."""
     found = run(build(case).train(), case)
     assert found.total.dim() == 0 and torch.isfinite(found.total), f"the loss is no finite scalar: {found.total}"
-    assert float(found.total) > 0, "targets were given and the loss is zero"
+    assert float(found.total.detach()) > 0, "targets were given and the loss is zero"
     assert found.parts, "no part of the loss is reported by name"
     for part, value in found.parts.items():
         assert value.dim() == 0 and torch.isfinite(value), f"loss {part} is no finite scalar: {value}"
@@ -149,7 +149,7 @@ def check_idle(name: str, case: Case) -> None:
         return  # its words are its targets
     model = build(case).train()
     found = run(model, case, targets=False)
-    assert float(found.total) == 0 and not found.parts, f"a batch without targets has a loss: {found}"
+    assert float(found.total.detach()) == 0 and not found.parts, f"a batch without targets has a loss: {found}"
     if list(model.heads.parameters()):
         found.total.backward()
         wrong = [key for key, p in model.heads.named_parameters() if p.grad is None or p.grad.any()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -95,15 +95,6 @@ def tell_odd_settings(stage: StageSpec, steps: int, samples: int, display: Any) 
     rows = stage.samples_per_step or stage.batch_size * stage.gradient_accumulation * distributed.world_size()
     for line in odd_settings(stage, steps=steps, samples=samples, rows=rows):
         display.print(f"[yellow]! {stage.name}: {line}")
-
-
-def tell_idle(stage: StageSpec, parts: Iterable[str], moved: set[str], display: Any) -> None:
-    """Show the parts that were to learn and never got a gradient: clipping and decay had nothing to act on."""
-    for part in sorted(set(parts) - moved):
-        display.print(
-            f"[yellow]! {stage.name}: {part} learned nothing, its gradient was zero in every step: do the data use it (rows "
-            "with images, for encoders and connectors)?"
-        )
 
 
 def tell_faded(run: Any, stage: StageSpec, faded: dict[str, int], line: str, display: Any) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mllm.config import StrictModel
 from mllm.errors import ConfigError
+from mllm.heads.base import MultimodalModel
 from mllm.processing.pixel_keys import PixelKeys
 
 
@@ -58,14 +60,14 @@ def turn(pixels: dict[str, Tensor]) -> dict[str, Tensor]:
 class Robust:
     """A hook before the model's forward in training; ``attach`` it, and call what that gives to take it away."""
 
-    def __init__(self, options: RobustOptions, model: Any):
+    def __init__(self, options: RobustOptions, model: MultimodalModel):
         self.options = options
         infos = model.model.vision_tower.infos
         self.keys = PixelKeys(infos)
         self.deviations = {self.keys[name]: info.image.std for name, info in infos.items()}
         self.inside = False
 
-    def attach(self, model: Any) -> Any:
+    def attach(self, model: nn.Module) -> RemovableHandle:
         """Args: model: whose forward is hooked. Returns: a handle whose ``remove()`` ends it."""
         return model.register_forward_pre_hook(self, with_kwargs=True)
 

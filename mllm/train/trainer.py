@@ -37,7 +37,6 @@ from mllm.train.data import (
     open_mixture,
     tell_dropped,
     tell_faded,
-    tell_idle,
     tell_left_out,
     tell_odd_settings,
 )
@@ -58,6 +57,7 @@ from mllm.train.observe.dataset_loss import DatasetLoss
 from mllm.train.observe.drawings import Drawings
 from mllm.train.observe.fading import FadingParts
 from mllm.train.observe.flops import FlopModel, flop_model, peak_flops
+from mllm.train.observe.idle import AFTER, idle_parts, tell_idle
 from mllm.train.observe.meter import Meter, count_batches
 from mllm.train.observe.profiling import StepProfiler
 from mllm.train.observe.progress import StageDisplay
@@ -169,7 +169,6 @@ def train(
         profiler = StepProfiler(run.output / "profile", name, run.profile)
         stack.callback(profiler.close)
         first = True
-        moved: set[str] = set()  # parts that got a gradient at some step
         while progress.step < progress.total_steps:
             profiler()
             waited = time.perf_counter()
@@ -185,8 +184,9 @@ def train(
                 )
             first = False
             progress.step += 1
-            moved.update(name for name, norm in engine.norms.items() if norm > 0)
             last = progress.step == progress.total_steps
+            if last or progress.step == AFTER:
+                tell_idle(stage, idle_parts(engine), progress.step, display)
             beside.step(progress.step, last=last)
             spikes(stage.name, progress.step, {"loss": step.loss, "grad_norm": step.grad_norm}, micro)
             for line in fading(progress.step, engine.norms, step.grad_norm):
@@ -218,8 +218,6 @@ def train(
     if ran:
         shown = ", ".join(f"{name} {count:,}" for name, count in sorted(ran.items(), key=lambda item: -item[1]))
         display.print(f"{stage.name}: images by the experts that ran on them: {shown}")
-    if session.checkpoint is None:  # else the steps before were not seen
-        tell_idle(stage, engine.norms, moved, display)
     tell_dropped(run, stage, display)
     if run.info is not None:
         if ran:

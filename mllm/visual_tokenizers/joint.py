@@ -15,7 +15,7 @@ from mllm.errors import CheckpointError, ConfigError, DataError
 from mllm.types import ImageSpec
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TEMPLATE = "a photo of a {}."
 NO_CLASS_TOKEN = (
@@ -31,7 +31,10 @@ class JointModel(nn.Module):
     Shapes: B images · K texts · C classes · N patches · T width of the vision side · J width of the common space.
     """
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, name: str = "model"):
+    model: Any
+    vision: Any
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model"):
         """Raises `ConfigError` unless the model has a text side and a vision side that pools."""
         super().__init__()
         family = getattr(model.config, "model_type", None)

@@ -64,14 +64,15 @@ class InitialTeacher(Teacher):
     post_norm: Any
     head: Any
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: VisualTokenizer):
         super().__init__()
         if not hasattr(tokenizer, "embeddings"):
             raise ConfigError(f"teacher.initial: {tokenizer.name} has no vision model of its own; give teacher.encoder")
         for name in ("embeddings", "layers", "post_norm", "head"):
             setattr(self, name, copy.deepcopy(getattr(tokenizer, name)))
         self.layer = tokenizer.config.layer_semantic
-        self.grid, self.width = tokenizer.grid, tokenizer.width
+        vision: Any = tokenizer
+        self.grid, self.width = vision.grid, int(vision.width)
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         x = tokens = self.embeddings(pixels)

@@ -98,8 +98,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         row["image"] = str(folder / "mine" / row["image"])
     (folder / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     llava("small", folder / "llava-1.5-7b-hf")
-    for name in ("plugin", "plugin-routing"):
-        file = {"plugin": "my_encoder.py", "plugin-routing": "my_routing.py"}[name]
+    for name, file in {
+        "plugin": "my_encoder.py",
+        "plugin-routing": "my_routing.py",
+        "plugin-head": "my_head.py",
+    }.items():
         (folder / file).write_text(block(name))
     for name in ("a", "b", "c"):
         shutil.copytree(folder / "runs/demo/eval", folder / f"runs/{name}/eval")

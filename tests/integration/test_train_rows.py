@@ -62,12 +62,13 @@ def test_bad_rows_are_replaced_counted_and_told_and_a_list_is_honoured_while_it_
     assert "sft: rows: 3 of 70 rows are left out by" in " ".join(told.split()) and "trained on again" in told
 
 
-def test_training_says_which_settings_mean_nothing_and_which_part_never_learned(tmp_path, capsys):
+@pytest.mark.parametrize("engine", ["none", "zero1"])
+def test_training_says_which_settings_mean_nothing_and_which_part_never_learned(tmp_path, capsys, engine):
     path = tmp_path / "text.jsonl"
     talk = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "It."}]
     path.write_text((json.dumps({"messages": talk}) + "\n") * 8)
     stage = {"name": "sft", "steps": 2, "data": str(path), "schedule": {"warmup": 5}, "save_every": 9}
-    run_recipe(make_recipe(tmp_path, stages=[stage]))
+    run_recipe(make_recipe(tmp_path, stages=[{**stage, "engine": engine}]))
     told = " ".join("".join(capsys.readouterr()).split())
     assert "! sft: schedule.warmup 5 is not shorter than the 2 steps" in told
     assert "! sft: save_every 9 is beyond the 2 steps" in told

@@ -263,6 +263,7 @@ def test_the_notebooks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     [
         ("plugin", ["mean-colour"]),
         ("plugin-routing", ["sum", "linear"]),
+        ("plugin-head", ["digit_value"]),
         ("plugin-rules", ["first_word", "always_yes", "pairs"]),
     ],
 )
@@ -306,6 +307,26 @@ def test_the_readmes_figures_are_those_of_the_results() -> None:
         known = set(re.findall(r"\d+(?:\.\d+)?", text))
         for number in re.findall(r"\d+(?:\.\d+)?", figures.replace(",", "")):
             assert number in known, f"README.md, {what}: {number} is not in {file}"
+
+
+def test_figures_in_prose_are_those_of_the_results() -> None:
+    """A paragraph that links a file of results takes its decimal figures from it, as they stand there."""
+    checked = 0
+    for page in sorted(
+        [*DOCS.glob("*.md"), *DOCS.glob("how-to/*.md"), *DOCS.glob("concepts/*.md"), ROOT / "eval/README.md"]
+    ):
+        for paragraph in page.read_text(encoding="utf-8").split("\n\n"):
+            files = re.findall(r"measured\.md#(\w+)\)|benchmarks/results/(\w+)\.txt\)", paragraph)
+            known: set[str] = set()
+            for names in files:
+                known |= set(re.findall(r"\d+\.\d+", (ROOT / f"benchmarks/results/{''.join(names)}.txt").read_text()))
+            plain = re.sub(r"\]\([^)]*\)", "]", paragraph)
+            for figure in re.findall(r"(?<![\w.-])\d+\.\d+(?![\w.])", plain) if files else ():
+                assert figure in known, (
+                    f"{page.relative_to(ROOT)}: {figure} is in none of the results that its paragraph links"
+                )
+                checked += 1
+    assert checked >= 5
 
 
 def test_what_is_searched_for_is_a_page() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm.heads.base import MultimodalModel
 from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES
 
 _QUESTIONS = "router_input_ids"
@@ -31,12 +32,12 @@ class KeptPictures:
         return self._used / 2**20
 
     @staticmethod
-    def fit(model: Any) -> bool:
+    def fit(model: object) -> bool:
         """Whether it can work for a model: one of ours that sees pictures, without a router."""
         tower = getattr(getattr(model, "model", None), "vision_tower", None)
-        return tower is not None and hasattr(model.model, "encode_images") and not tower.experts
+        return tower is not None and hasattr(getattr(model, "model", None), "encode_images") and not tower.experts
 
-    def encode(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def encode(self, model: MultimodalModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """``generate``'s inputs with visual tokens in place of pixels; only pictures that are not kept are encoded."""
         body, left = model.model, dict(inputs)
         pixels = body.pixel_keys.pop(left)

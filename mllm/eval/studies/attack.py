@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mllm.config import StrictModel
+from mllm.encoders.base import VisionEncoder
 from mllm.errors import ConfigError
 from mllm.eval.data.pictures import Picture
 from mllm.eval.progress import Progress
@@ -46,7 +47,7 @@ def check_settings(settings: AttackSettings) -> None:
         raise ConfigError(f"steps: {settings.steps} are more than this test takes ({_MOST_STEPS})")
 
 
-def seen(encoder: Any, pictures: Tensor) -> Tensor:
+def seen(encoder: VisionEncoder, pictures: Tensor) -> Tensor:
     """Tokens ``(B, N, D)`` of pictures ``(B, 3, S, S)`` in [0, 1], which stay differentiable."""
     image = encoder.describe(encoder.config).image
     resized = F.interpolate(pictures, size=(image.height, image.width), mode="bilinear", align_corners=False)

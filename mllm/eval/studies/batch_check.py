@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mllm.errors import ConfigError
 from mllm.eval.asking import load_items
@@ -50,8 +50,14 @@ def _plain_answers(generator: Generator, data: TaskData) -> dict[str, str]:
             for response in generator.generate(requests())}  # fmt: skip
 
 
+class BatchedGenerator(Generator, Protocol):
+    """A generator that answers so many requests at once."""
+
+    batch_size: int | None
+
+
 def check_generator(
-    model: Any, tasks: Sequence[str | TaskSpec], data: Mapping[str, str | Path] | None
+    model: BatchedGenerator, tasks: Sequence[str | TaskSpec], data: Mapping[str, str | Path] | None
 ) -> list[dict[str, Any]]:
     """`check_batch` of a generator that has a ``batch_size``. Raises `ConfigError` for one that has none."""
     before = getattr(model, "batch_size", None)

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from mllm.eval.data.pictures import Picture
 from mllm.eval.predictions import write_atomic
 from mllm.eval.progress import Progress
 from mllm.eval.studies.study import Study, Table, number, save_study
+
+if TYPE_CHECKING:
+    from mllm.encoders.base import VisionEncoder
 
 ALIKE, UNLIKE = 0.95, 0.6
 """MMVP's bounds (arXiv 2401.06209): cosine above 0.95 for the one encoder, below 0.6 for the other."""
@@ -82,7 +85,7 @@ def open_encoders(names: Sequence[str], *, device: str | None = None, least: int
 
 
 def picture_features(
-    name: str, encoder: Any, files: Sequence[Path], *, batch_size: int = 16, progress: bool = True
+    name: str, encoder: VisionEncoder, files: Sequence[Path], *, batch_size: int = 16, progress: bool = True
 ) -> np.ndarray:
     """``(n, D)`` float32 features of length 1: the class token where the encoder has one, else the mean of its patches. Raises
     `DataError` for a picture that does not decode."""
@@ -195,7 +198,9 @@ def run_mine(
     return study
 
 
-def _kept(place: Path, name: str, encoder: Any, files: Sequence[Path], batch_size: int, progress: bool) -> np.ndarray:
+def _kept(
+    place: Path, name: str, encoder: VisionEncoder, files: Sequence[Path], batch_size: int, progress: bool
+) -> np.ndarray:
     """Features from the folder where they are of these very files, weights and encoder; else worked out and kept."""
     digest = hashlib.sha256(
         json.dumps([str(encoder.config), [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]]).encode()

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from mllm.eval.data.pictures import Picture
 from mllm.eval.predictions import write_atomic
 from mllm.eval.progress import Progress
 from mllm.eval.studies.study import Study, Table, number, save_study, study_html
+
+if TYPE_CHECKING:
+    from mllm.encoders.base import VisionEncoder
 
 SAME = 0.9
 """Linear CKA from which two encoders are told to see the same."""
@@ -145,7 +148,7 @@ def open_encoder(name: str, *, random: bool, device: Any) -> tuple[Any, str]:
 
 
 def features_of(
-    name: str, encoder: Any, weights: str, files: Sequence[Path], *, batch_size: int, progress: bool
+    name: str, encoder: VisionEncoder, weights: str, files: Sequence[Path], *, batch_size: int, progress: bool
 ) -> Probed:
     """Mean and largest value of every channel over the patches of each picture, with the encoder's cost. Time is of the encoder
     alone, without the first batch."""
@@ -178,7 +181,7 @@ def features_of(
     )
 
 
-def cost_of(encoder: Any) -> float:
+def cost_of(encoder: VisionEncoder) -> float:
     """GFLOPs of one picture: what the encoder tells of its last call, else counted without computing; NaN where that fails."""
     import torch
 

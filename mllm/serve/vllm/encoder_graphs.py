@@ -120,9 +120,10 @@ def with_weights(encoders: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     return {name: encoder for name, encoder in encoders.items() if next(encoder.parameters(), None) is not None}
 
 
-def blank_pixels(encoder: Any, size: int) -> Tensor:
+def blank_pixels(encoder: nn.Module, size: int) -> Tensor:
     """``(size, 3, H, W)`` zeros as an encoder takes them, on the device and in the dtype of its weights."""
-    image = encoder.describe(encoder.config).image
+    described: Any = encoder
+    image = described.describe(described.config).image
     weight = next(encoder.parameters())
     return torch.zeros(size, 3, image.height, image.width, device=weight.device, dtype=weight.dtype)
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from mllm.errors import AlignmentError, ConfigError
 from mllm.processing.engine_videos import BACKEND, VIDEO_ID, is_packed, pack
+from mllm.processing.protocol import TextTokenizer
 from mllm.processing.template import VIDEO
 from mllm.types import Video
 
@@ -43,7 +44,7 @@ def packed(item: Any, metadata: Any) -> np.ndarray:
     return pack(Video(item, fps=metadata.get("fps") if isinstance(metadata, dict) else None))
 
 
-def mark_videos(tokenizer: Any, ids: Sequence[int], image_token: str, image_id: int) -> list[int]:
+def mark_videos(tokenizer: TextTokenizer, ids: Sequence[int], image_token: str, image_id: int) -> list[int]:
     """A prompt's ids with one `VIDEO_ID` where each video stands, tokenised around it as around a picture.
 
     Raises `ConfigError` for ids that are not those of their own text, since the mark could then not be told from the text.

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import yaml
@@ -25,6 +25,9 @@ from mllm.train.checkpoint.files import sync_directory, sync_file
 from mllm.train.checkpoint.resume import COSMETIC, difference
 from mllm.train.engine.base import Engine
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 DONE = "stage.json"
 
 
@@ -41,7 +44,7 @@ def save_stage(
 
     All processes must call it; the engine is closed. Raises `CheckpointError` everywhere when the disk is full.
     """
-    model = engine.model
+    model: Any = engine.model
     state = engine.state_dict() if engine.zero_stage == 3 else None
     engine.close()
     error = ""
@@ -80,13 +83,13 @@ def save_stage(
         )
 
 
-def write_model(model: Any, processor: Savable, folder: Path) -> None:
+def write_model(model: Savable, processor: Savable, folder: Path) -> None:
     """``save_pretrained`` of model and processor."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
-def rebuild(model: Any, state: dict[str, torch.Tensor]) -> Any:
+def rebuild(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTrainedModel:
     """A CPU model of the same structure (adapters included) that holds ``state``: the partitioned one cannot be
     saved."""
     with torch.device("meta"):

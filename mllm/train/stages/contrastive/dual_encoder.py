@@ -7,17 +7,24 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mllm.damage import naming_damage
+from mllm.encoders.base import VisionEncoder
+from mllm.encoders.library import LibraryEncoder
 from mllm.encoders.weights import shorten
 from mllm.errors import CheckpointError, ConfigError, MllmError, UnavailableError
+from mllm.processing.protocol import TextTokenizer
 from mllm.train.engine.trainable import StageModel
 from mllm.train.stages.contrastive.losses import contrastive_loss, ranking_loss
+
+if TYPE_CHECKING:
+    from open_clip import CLIP, SimpleTokenizer
+    from transformers import PreTrainedModel
 
 TEXT_PART = "text_encoder"
 _LARGEST_SCALE = math.log(100)
@@ -27,8 +34,9 @@ class HfDual(nn.Module):
     """CLIP, SigLIP, SigLIP2, MetaCLIP … of transformers: any model with ``get_image_features`` and ``get_text_features``."""
 
     image_prefixes = ("vision_model.", "visual_projection.")
+    model: Any
 
-    def __init__(self, model: Any, tokenizer: Any):
+    def __init__(self, model: PreTrainedModel, tokenizer: TextTokenizer):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.fixed_length = str(model.config.model_type).startswith(
@@ -71,7 +79,7 @@ class OpenClipDual(nn.Module):
     image_prefixes = ("visual.",)
     fixed_length = True
 
-    def __init__(self, model: Any, tokenizer: Any, architecture: Any):
+    def __init__(self, model: CLIP, tokenizer: SimpleTokenizer, architecture: Any):
         super().__init__()
         self.model, self.tokenizer, self.architecture = model, tokenizer, architecture
         self.max_length = int(getattr(tokenizer, "context_length", 77))
@@ -95,7 +103,7 @@ class OpenClipDual(nn.Module):
         (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": self.architecture}), encoding="utf-8")
 
 
-def build_dual(encoder: Any, options: Any, *, where: str) -> Any:
+def build_dual(encoder: VisionEncoder, options: Any, *, where: str) -> HfDual | OpenClipDual:
     """The whole model that ``encoder`` is the image side of, starting from the encoder's present weights.
 
     Raises `ConfigError` for encoders that have no text side, `UnavailableError` when the published weights are not here.
@@ -103,15 +111,13 @@ def build_dual(encoder: Any, options: Any, *, where: str) -> Any:
     from mllm.encoders.hf import HfEncoder
     from mllm.encoders.open_clip import OpenClipEncoder
 
-    if isinstance(encoder, HfEncoder):
-        dual: Any = _hf_dual(encoder, options, where)
-    elif isinstance(encoder, OpenClipEncoder):
-        dual = _open_clip_dual(encoder, options, where)
-    else:
+    if not isinstance(encoder, HfEncoder | OpenClipEncoder):
         raise ConfigError(
             f"{where}: an encoder of type {encoder.config.type!r} has no text side to be compared with; contrastive stages train "
             "encoders of type hf (CLIP, SigLIP) or open_clip"
         )
+    make = _hf_dual if isinstance(encoder, HfEncoder) else _open_clip_dual
+    dual = make(encoder, options, where)
     pass_weights(encoder, dual, to_encoder=False)
     return dual
 
@@ -228,7 +234,7 @@ def _open_clip_dual(encoder: Any, options: Any, where: str) -> OpenClipDual:
     return OpenClipDual(model, tokenizer, described)
 
 
-def pass_weights(encoder: Any, dual: Any, *, to_encoder: bool) -> int:
+def pass_weights(encoder: LibraryEncoder, dual: Any, *, to_encoder: bool) -> int:
     """Copy every tensor that the encoder (cut at its feature layer) and the dual model's image side share; returns how many.
 
     Raises `CheckpointError` when one of the encoder's has no counterpart of the same shape.

@@ -7,6 +7,7 @@ recipe trains on with it; the branches that predict are dropped.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +18,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mllm.config import StrictModel, validate
+from mllm.encoders.base import VisionEncoder
 from mllm.errors import ConfigError, DataError
 from mllm.processing.chat import IGNORE, EncodedSample
 from mllm.processing.images import load_image, to_pixels_multi
+from mllm.processing.protocol import Processor
 from mllm.recipe import LearnSpec, Recipe, StageSpec
 from mllm.train.checkpoint.export import save_stage
 from mllm.train.engine.base import choose_engine
@@ -58,7 +61,7 @@ class MaskedOptions(StrictModel):
 class PictureReader(WrappedProcessor):
     """A processor whose samples are one picture, for the encoder and its teacher."""
 
-    def __init__(self, processor: Any, names: list[str]):
+    def __init__(self, processor: Processor, names: list[str]):
         super().__init__(processor)
         images = processor.image_processor
         self.specs = {name: images.specs[name] for name in names}
@@ -91,7 +94,9 @@ def _branch(width: int, inner: int, out: int, layers: int) -> nn.Sequential:
 class MaskedModel(nn.Module):
     """An encoder and its two branches as the trainer wants a model."""
 
-    def __init__(self, name: str, encoder: Any, options: MaskedOptions, keys: dict[str, str], teacher: Any = None):
+    def __init__(
+        self, name: str, encoder: VisionEncoder, options: MaskedOptions, keys: dict[str, str], teacher: Any = None
+    ):
         super().__init__()
         self.encoder_name, self.options, self.keys = name, options, keys
         self.encoder = encoder
@@ -190,7 +195,7 @@ def check_masked(stage: StageSpec, recipe: Recipe | None = None) -> MaskedOption
 
 
 def build_masked(
-    stage: StageSpec, options: MaskedOptions, encoders: Any, processor: Any
+    stage: StageSpec, options: MaskedOptions, encoders: Mapping[str, VisionEncoder], processor: Processor
 ) -> tuple[MaskedModel, PictureReader]:
     """Raises `ConfigError` for an encoder that is not there, or whose grid cannot be masked."""
     where = f"stages.{stage.name}"
