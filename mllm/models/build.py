@@ -26,7 +26,7 @@ from mllm.models.modeling_body import language_model_left_out
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.models.stops import set_stops
 from mllm.models.text_source import begins_every_text, dense_options, opened_by
-from mllm.models.vocabulary import add_image_token, add_tokens, added_ids, grow_vocabulary
+from mllm.models.vocabulary import add_image_token, add_tokens, added_ids, grow_vocabulary, num_token_ids
 from mllm.models.weight_files import refuse_gaps, some_names
 from mllm.processing.frames import video_spec
 from mllm.processing.image_processor import MllmImageProcessor
@@ -333,7 +333,7 @@ def build_model(
     if load_weights:
         load_pretrained_parts(model, spec)
         processor.image_processor.code_source = _codes_made_by(model)
-    grow_vocabulary(model, len(tokenizer))
+    grow_vocabulary(model, num_token_ids(tokenizer))
     set_stops(model, processor, source=spec.text_model.source, revision=spec.text_model.revision)
     model.generation_config.do_sample = False
     return model, processor
@@ -358,6 +358,7 @@ def config_and_processor(spec: ModelSpec, tokenizer: TextTokenizer) -> tuple[Mll
     image_id = tokenizer.convert_tokens_to_ids(spec.image_token)
     config = build_config(spec, image_token_id=image_id, tokenizer=tokenizer)
     processor = build_processor(spec, config, tokenizer)
+    config.num_token_ids = num_token_ids(tokenizer)
     if spec.text_model.source is not None:
         config.added_token_ids = added_ids(before, tokenizer, config.text_config.vocab_size)
     return config, processor

@@ -33,7 +33,8 @@ class MllmConfig(SavesDoor, PreTrainedConfig):
     whole);
     video: which frames of a video are seen, `mllm.processing.frames.VideoSpec` (None: the model takes no video);
     modality_switch: every decoder layer has weights of its own for visual tokens;
-    image_token_id: the placeholder's id; added_token_ids: first and one past the last id of tokens that the language model's
+    num_token_ids: one past the largest id that the tokenizer has; rows from there on fill the tables up and are never written (None:
+    not known); image_token_id: the placeholder's id; added_token_ids: first and one past the last id of tokens that the language model's
     source did not have (None: not known, or a model from scratch); plugins: the code of third parties that the checkpoint carries
     (`mllm.checkpoint_code`). The number of visual tokens is derived (`layout`), never stored.
     """
@@ -58,6 +59,7 @@ class MllmConfig(SavesDoor, PreTrainedConfig):
         lm_head_bias: bool = False,
         modality_switch: bool = False,
         added_token_ids: Sequence[int] | None = None,
+        num_token_ids: int | None = None,
         plugins: Sequence[Mapping[str, Any]] = (),
         **kwargs: Any,
     ):
@@ -80,12 +82,20 @@ class MllmConfig(SavesDoor, PreTrainedConfig):
         self.lm_head_bias = lm_head_bias
         self.modality_switch = modality_switch
         self.added_token_ids = None if added_token_ids is None else list(added_token_ids)
+        self.num_token_ids = num_token_ids
         self.plugins = [dict(entry) for entry in plugins]
         self.auto_map = dict(AUTO_MAP)
         for former in ("auto_map", "opens_with"):
             kwargs.pop(former, None)
         kwargs.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
+
+    @property
+    def unassigned_ids(self) -> range:
+        """Ids that the tables have rows for and the tokenizer no token."""
+        end = self.num_token_ids or (self.added_token_ids or (0, 0))[1]
+        size = self.get_text_config().vocab_size
+        return range(min(end, size), size) if end else range(0)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:

@@ -84,13 +84,17 @@ class MultimodalGenerationMixin(GenerationMixin):
         return output
 
     def _token_rules(self) -> Any:
-        """What may be generated: a placeholder never, since nothing would stand for it."""
+        """What may be generated: a placeholder never, since nothing would stand for it, nor an id that no token has."""
         if self.visual_config is not None:
             return self.image_rules()  # pyright: ignore[reportAttributeAccessIssue]
-        placeholder = self.config.image_token_id
-        if placeholder is None or placeholder >= self.config.get_text_config().vocab_size:
+        placeholder, size = self.config.image_token_id, self.config.get_text_config().vocab_size
+        never = [
+            *self.config.unassigned_ids,
+            *([placeholder] if placeholder is not None and placeholder < size else []),
+        ]
+        if not never:
             return None
-        return SuppressTokensLogitsProcessor([placeholder], device="cpu" if self.device.type == "meta" else self.device)  # pyright: ignore[reportAttributeAccessIssue]
+        return SuppressTokensLogitsProcessor(sorted(never), device="cpu" if self.device.type == "meta" else self.device)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _refuse_blind_decoding(self, args: tuple, kwargs: dict[str, Any]) -> None:
         settings = [kwargs.get("generation_config", args[0] if args else None), self.generation_config]

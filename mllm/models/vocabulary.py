@@ -54,6 +54,18 @@ def added_ids(before: int, tokenizer: TextTokenizer, vocabulary: int) -> list[in
     return [min(before, vocabulary), len(tokenizer)]
 
 
+def num_token_ids(tokenizer: TextTokenizer) -> int:
+    """One past the largest id; a tokenizer whose ids have gaps has fewer tokens than that.
+
+    Args:
+        tokenizer: the tokenizer.
+
+    Returns:
+        Rows that an embedding needs at least.
+    """
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+
+
 def grown(num_tokens: int, vocabulary: int) -> int:
     """Rows of the embedding when there are so many tokens.
 
@@ -68,7 +80,8 @@ def grown(num_tokens: int, vocabulary: int) -> int:
 
 
 def grow_vocabulary(model: MllmForConditionalGeneration, num_tokens: int) -> None:
-    """Give embedding and head rows for so many tokens, where they have fewer. New rows start with mean and spread of the model's own.
+    """Give embedding and head rows for so many tokens, where they have fewer. Rows of new tokens start with mean and spread of the
+    model's own; rows that only fill the tables up start at the mean, where no answer and hardly any probability goes to them.
 
     Args:
         model: changed in place.
@@ -77,10 +90,10 @@ def grow_vocabulary(model: MllmForConditionalGeneration, num_tokens: int) -> Non
     known = model.config.text_config.vocab_size
     if num_tokens > known:
         model.resize_token_embeddings(grown(num_tokens, known), mean_resizing=False)
-        _start_new_rows(model, known)
+        _start_new_rows(model, known, num_tokens)
 
 
-def _start_new_rows(model: MllmForConditionalGeneration, known: int) -> None:
+def _start_new_rows(model: MllmForConditionalGeneration, known: int, num_tokens: int) -> None:
     """Initial values for the embeddings of added tokens: mean and spread of the model's own, in every dimension. Torch's
     start, with a deviation of 1, drowns what is learned beside them; 0.02 is lost among SmolLM2's 0.136."""
     modules = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
@@ -88,6 +101,7 @@ def _start_new_rows(model: MllmForConditionalGeneration, known: int) -> None:
         for table in {id(m.weight): m.weight for m in modules}.values():
             mean, spread = (statistic(table[:known].float(), dim=0) for statistic in (torch.mean, torch.std))  # pyright: ignore[reportIndexIssue]
             fresh = torch.randn(len(table) - known, table.shape[1], device=table.device)  # pyright: ignore[reportArgumentType, reportIndexIssue]
+            fresh[num_tokens - known :] = 0.0
             table[known:] = (mean + spread * fresh).to(table.dtype)  # pyright: ignore[reportArgumentType, reportCallIssue, reportIndexIssue]
         for bias in (getattr(m, "bias", None) for m in modules):
             if bias is not None:

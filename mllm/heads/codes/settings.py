@@ -83,6 +83,7 @@ class DrawingMixin:
     def image_rules(self) -> Any:
         """The logits processor that keeps generated text to what the visual head allows."""
         never = never_written(self.visual_config, self.config.image_token_id, self.lm_head.weight.shape[0])
+        never = sorted({*never, *self.config.unassigned_ids})
         if not self.visual_head.has_weights:
             return ImageGrammarProcessor(self.grammar, never=never)
         return SuppressTokensLogitsProcessor(never, device=self.device)  # pyright: ignore[reportAttributeAccessIssue]

@@ -50,7 +50,7 @@ def converted_processor(found: ForeignCheckpoint, model: MllmForConditionalGener
 
     from mllm.models.build import build_processor
     from mllm.models.stops import set_stops
-    from mllm.models.vocabulary import added_ids, grow_vocabulary
+    from mllm.models.vocabulary import added_ids, grow_vocabulary, num_token_ids
     from mllm.recipe import ModelSpec
 
     if found.tokenizer is None:
@@ -72,6 +72,7 @@ def converted_processor(found: ForeignCheckpoint, model: MllmForConditionalGener
     processor = build_processor(spec, model.config, tokenizer)
     model.config.image_token_id = processor.image_token_id
     model.config.added_token_ids = added_ids(before, tokenizer, model.config.text_config.vocab_size)
-    grow_vocabulary(model, len(tokenizer))
+    model.config.num_token_ids = num_token_ids(tokenizer)
+    grow_vocabulary(model, num_token_ids(tokenizer))
     set_stops(model, processor, source=str(found.tokenizer))
     return processor

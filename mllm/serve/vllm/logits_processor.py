@@ -39,7 +39,7 @@ class TextRules:
         if not isinstance(config, MllmConfig) or config.drawing_head is None or config.visual_tokenizer is None:
             return
         head, size = head_config(config.drawing_head), config.get_text_config().vocab_size
-        never = never_written(head, config.image_token_id, size)
+        never = [*never_written(head, config.image_token_id, size), *config.unassigned_ids]
         if isinstance(head, VocabularyHeadConfig):
             grammar = image_grammar(head, empty_tokenizer(config.visual_tokenizer, config.encoders))
             self.start, self.ranges = grammar.start_of_image, grammar.ranges

@@ -26,10 +26,12 @@ def never_ids(config: Any) -> list[int]:
     """The ids that no text answer of a checkpoint holds. config: its `MllmConfig`; another one has none."""
     if not isinstance(config, MllmConfig):
         return []
-    size = config.get_text_config().vocab_size
+    size, never = config.get_text_config().vocab_size, set(config.unassigned_ids)
     if config.drawing_head is not None:
-        return sorted(set(never_written(head_config(config.drawing_head), config.image_token_id, size)))
-    return [config.image_token_id] if config.image_token_id is not None and config.image_token_id < size else []
+        never.update(never_written(head_config(config.drawing_head), config.image_token_id, size))
+    elif config.image_token_id is not None and config.image_token_id < size:
+        never.add(config.image_token_id)
+    return sorted(never)
 
 
 class PlaceholderProcessor(LogitsProcessor, RunnerV2Processor):  # pyright: ignore[reportGeneralTypeIssues]

@@ -19,7 +19,7 @@ from mllm.models.build import build_config, config_and_processor, load_tokenizer
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.loss import DEFAULT_CHUNK
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
-from mllm.models.vocabulary import grown
+from mllm.models.vocabulary import grown, num_token_ids
 from mllm.odd_settings import odd_settings
 from mllm.processing.chat import split_images
 from mllm.processing.protocol import Processor
@@ -157,7 +157,7 @@ def _config_and_processor(recipe: Recipe) -> tuple[MllmConfig, Any, str | None]:
     try:
         config, processor = config_and_processor(recipe.model, load_tokenizer(recipe.model.text_model))
         text = config.text_config
-        text.vocab_size = grown(len(processor.tokenizer), text.vocab_size)
+        text.vocab_size = grown(num_token_ids(processor.tokenizer), text.vocab_size)
         return config, processor, None
     except ConfigError:
         raise

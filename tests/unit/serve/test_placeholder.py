@@ -17,7 +17,7 @@ def test_both_of_vllms_runners_never_write_it_and_everything_else_is_left_alone(
     from mllm.serve.vllm.placeholder import PlaceholderProcessor, RunnerV2Processor, never_ids
 
     config = tiny_model(tmp_path)[0].config
-    assert never_ids(config) == [config.image_token_id]
+    assert never_ids(config) == sorted({config.image_token_id, *config.unassigned_ids}) and config.unassigned_ids
     assert issubclass(PlaceholderProcessor, (LogitsProcessor, RunnerV2Processor))
     engine = SimpleNamespace(model_config=SimpleNamespace(hf_config=config))
     first = PlaceholderProcessor(engine, torch.device("cpu"), False)
@@ -27,5 +27,5 @@ def test_both_of_vllms_runners_never_write_it_and_everything_else_is_left_alone(
     logits[:, config.image_token_id] = 1000.0  # what a client's bias could make of it
     for changed in (first.apply(logits.clone()), second.apply(logits.clone(), None)):
         assert (changed.argmax(-1) != config.image_token_id).all()
-        others = torch.arange(logits.shape[1]) != config.image_token_id
+        others = ~torch.isin(torch.arange(logits.shape[1]), torch.tensor(never_ids(config)))
         assert torch.equal(changed[:, others], logits[:, others]) and changed[:, ~others].isneginf().all()

@@ -51,6 +51,24 @@ def test_the_config_says_which_ids_are_new_to_the_source(tmp_path, image_token):
 
 
 @pytest.mark.parametrize("tied", [False, True])
+def test_rows_that_no_token_has_start_at_the_mean_and_are_never_written(tmp_path, tied):
+    """At random they were written: a frozen language model of 49,152 tokens answered with id 49,206, which decodes to nothing."""
+    model = _model(tmp_path, tied=tied).eval()
+    assert model.config.num_token_ids == 262 and model.config.unassigned_ids == range(262, 320)
+    with torch.no_grad():
+        for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+            assert len(table) == 320 and torch.equal(table[262:], table[262:263].expand(58, -1))
+            torch.testing.assert_close(table[262], table[:KNOWN].mean(0), atol=1e-6, rtol=1e-5)
+            assert (table[256:261] - table[262]).norm(dim=-1).min() > 0
+        model.get_output_embeddings().weight[300] *= 1e4
+        model.get_output_embeddings().weight[301] *= -1e4
+        inputs = _inputs(model)
+        assert int(model(**inputs).logits[0, -1].argmax()) in (300, 301)
+        answer = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert len(answer) and int(answer.max()) < 262
+
+
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
     "parts", [["language_model"], ["language_model", "connector"], ["connector", "language_model"]]
 )
