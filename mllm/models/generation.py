@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, SuppressTokensLogitsProcessor
+from transformers import GenerationMixin
 
 from mllm.errors import AlignmentError, ConfigError
 from mllm.heads.base import MultimodalModel
@@ -16,6 +16,7 @@ from mllm.models.routing import check_choices, encode_for_generation
 from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES, visuals_of_rows
 from mllm.processing.pixel_keys import PRIMARY_PIXELS
 from mllm.types import Routing
+from mllm.visual_tokenizers.grammar import NeverWritten
 
 
 class MultimodalGenerationMixin(GenerationMixin):
@@ -94,7 +95,7 @@ class MultimodalGenerationMixin(GenerationMixin):
         ]
         if not never:
             return None
-        return SuppressTokensLogitsProcessor(sorted(never), device="cpu" if self.device.type == "meta" else self.device)  # pyright: ignore[reportAttributeAccessIssue]
+        return NeverWritten(sorted(never), device="cpu" if self.device.type == "meta" else self.device)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _refuse_blind_decoding(self, args: tuple, kwargs: dict[str, Any]) -> None:
         settings = [kwargs.get("generation_config", args[0] if args else None), self.generation_config]

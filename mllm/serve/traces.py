@@ -97,7 +97,7 @@ def trace_generate(
             max_new_tokens=num_tokens,
             do_sample=False,
             eos_token_id=None,
-            suppress_tokens=[processor.image_token_id],
+            suppress_tokens=[processor.image_token_id, *model.config.unassigned_ids],
             tokenizer=processor.tokenizer,
             output_logits=True,
             return_dict_in_generate=True,
@@ -141,7 +141,7 @@ def trace_forward(
             moved["expert_weights"] = torch.tensor(known.routing, device=model.device)
         logits = model(**moved).logits[0, count - 1 : -1]
         allowed = logits.clone()
-        allowed[:, processor.image_token_id] = float("-inf")
+        allowed[:, [processor.image_token_id, *model.config.unassigned_ids]] = float("-inf")
         tokens = allowed.argmax(-1).tolist()
         logprobs = [_top(step, token) for step, token in zip(logits, tokens, strict=True)]
         pixels = processor.pixel_keys.split(inputs)[0]

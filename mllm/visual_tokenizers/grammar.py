@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, SuppressTokensLogitsProcessor
 
 from mllm.errors import AlignmentError, ConfigError
 
@@ -105,6 +105,11 @@ class ImageGrammar:
             codes[level.name] = (rows - level.first).flatten()
             place += number + 2
         return codes
+
+
+class NeverWritten(SuppressTokensLogitsProcessor):
+    """Ids that no answer of a model holds. A class of its own: `generate` takes a caller's ``suppress_tokens`` for the same rule as one of
+    transformers' class, and drops it."""
 
 
 class ImageGrammarProcessor(LogitsProcessor):

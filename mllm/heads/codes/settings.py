@@ -7,13 +7,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers import SuppressTokensLogitsProcessor
 
 from mllm.errors import ConfigError
 from mllm.heads.base import MultimodalModel
 from mllm.heads.build import drawing_head
 from mllm.heads.codes.grammar import image_grammar, never_written, visual_tokens, vocabulary_offsets
-from mllm.visual_tokenizers.grammar import ImageGrammarProcessor
+from mllm.visual_tokenizers.grammar import ImageGrammarProcessor, NeverWritten
 
 VLLM_PROCESSOR = "mllm.serve.vllm.logits_processor:DrawingProcessor"
 """For vLLM's ``logits_processors``: the image grammar of a model with a visual head, and its drawings. It knows vLLM's first model
@@ -86,7 +85,7 @@ class DrawingMixin:
         never = sorted({*never, *self.config.unassigned_ids})
         if not self.visual_head.has_weights:
             return ImageGrammarProcessor(self.grammar, never=never)
-        return SuppressTokensLogitsProcessor(never, device=self.device)  # pyright: ignore[reportAttributeAccessIssue]
+        return NeverWritten(never, device=self.device)  # pyright: ignore[reportAttributeAccessIssue]
 
     def generate_images(self: MultimodalModel, prompts: Any, **options: Any) -> Any:
         """Draw one image per prompt; see `mllm.heads.codes.generate.generate_images`."""

@@ -65,7 +65,11 @@ def test_rows_that_no_token_has_start_at_the_mean_and_are_never_written(tmp_path
         inputs = _inputs(model)
         assert int(model(**inputs).logits[0, -1].argmax()) in (300, 301)
         answer = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        first = int(answer[0])
+        other = model.generate(**inputs, max_new_tokens=8, do_sample=False, suppress_tokens=[first])
     assert len(answer) and int(answer.max()) < 262
+    other = other[0, inputs["input_ids"].shape[1] :]
+    assert first not in other and int(other.max()) < 262, "a caller's own list of tokens holds beside ours"
 
 
 @pytest.mark.parametrize("tied", [False, True])
