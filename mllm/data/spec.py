@@ -19,6 +19,7 @@ SOURCES: Registry = Registry(
         "sharegpt": "mllm.data.sources:ShareGptSource",
         "messages": "mllm.data.sources:MessagesSource",
         "columns": "mllm.data.columns:ColumnsSource",
+        "refer": "mllm.data.refer:ReferSource",
         "routing_labels": "mllm.data.routing_labels:LabelledSource",
     },
 )
@@ -81,7 +82,7 @@ class DatasetSpec(StrictModel):
     """Default: the YAML file's name."""
     description: str = ""
     format: str
-    """``llava``, ``sharegpt``, ``messages``, ``columns``, or a plugin's."""
+    """``llava``, ``sharegpt``, ``messages``, ``columns``, ``refer`` (RefCOCO's own files, with masks), or a plugin's."""
     path: str | None = None
     """Local json, jsonl, parquet, csv or arrow file, glob, or folder; ``~`` and ``$VARIABLES`` are expanded."""
     hub: str | None = None
@@ -99,7 +100,7 @@ class DatasetSpec(StrictModel):
     be trained blind when pictures lie under another key."""
     columns: ColumnMap | None = None
     prompt: str = "{question}"
-    """Format columns: what the user says; ``{column}`` for any column."""
+    """Format columns: what the user says; ``{column}`` for any column. Format refer: with the sentence as ``{question}``."""
     image_first: bool = False
     """Formats llava and sharegpt: move every turn's images before its text, as LLaVA's own training does."""
     streaming: bool = False

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from mllm.errors import DataError
+from mllm.processing.coco_polygons import fill_coco_polygon
 from mllm.processing.polygons import fill_polygon
 
 IGNORE_PIXEL = 255
@@ -19,15 +20,17 @@ def read_mask(entry: Any, size: tuple[int, int], *, where: str) -> np.ndarray:
     """One mask as uint8 ``(height, width)``: 0, 1, and 255 where pixels do not count.
 
     entry: None (nothing is there), an array or PIL picture, a picture's path or bytes, ``{"size": [h, w], "counts": …}`` (COCO's run
-    lengths, plain or compressed), a list of these (their union), or polygons ``[[x, y, x, y, …], …]``; ``{"path": …,
-    "foreground": v}`` for pictures whose foreground is another value than 1. size: the picture's. Raises `DataError` opening with
-    ``where``.
+    lengths, plain or compressed), a list of these (their union), or polygons ``[[x, y, x, y, …], …]`` (ReasonSeg's rule;
+    ``{"polygons": …}``: COCO's, as its annotations mean); ``{"path": …, "foreground": v}`` for pictures whose foreground is another
+    value than 1. size: the picture's. Raises `DataError` opening with ``where``.
     """
     height, width = size
     if entry is None or (isinstance(entry, (list, tuple)) and not entry):
         return np.zeros(size, np.uint8)
     if isinstance(entry, Mapping) and "counts" in entry:
         mask = decode_rle(entry, where=where)
+    elif isinstance(entry, Mapping) and "polygons" in entry:
+        mask = draw_polygons(entry["polygons"], size, rule="coco", where=where)
     elif isinstance(entry, (list, tuple)) and isinstance(entry[0], Mapping):
         parts = [read_mask(part, size, where=where) for part in entry]
         mask = np.maximum.reduce(parts)  # run lengths that overlap are one mask: never a 2
@@ -145,9 +148,12 @@ def _unpack(text: bytes) -> list[int]:
 # Polygons and boxes ------------------------------------------------------------------------------------------------------
 
 
-def draw_polygons(polygons: Sequence[Any], size: tuple[int, int], *, where: str = "mask") -> np.ndarray:
-    """Polygons ``[[x, y, x, y, …], …]`` or ``[[[x, y], …], …]``, outline included → uint8 ``(height, width)``. Corners are cut to whole
-    pixels, as ReasonSeg's are; a pixel inside several polygons is 1."""
+def draw_polygons(
+    polygons: Sequence[Any], size: tuple[int, int], *, rule: Literal["opencv", "coco"] = "opencv", where: str = "mask"
+) -> np.ndarray:
+    """Polygons ``[[x, y, x, y, …], …]`` or ``[[[x, y], …], …]`` → uint8 ``(height, width)``; a pixel inside several is 1.
+
+    rule: opencv cuts corners to whole pixels and draws the outline, as ReasonSeg's masks are made; coco is that of COCO's and RefCOCO's."""
     mask = np.zeros(size, np.uint8)
     for polygon in polygons:
         try:
@@ -156,7 +162,10 @@ def draw_polygons(polygons: Sequence[Any], size: tuple[int, int], *, where: str 
             raise DataError(f"{where}: a polygon is a list of x, y pairs ({error})") from None
         if len(points) < 3 or not np.isfinite(points).all():
             raise DataError(f"{where}: a polygon needs at least three points with finite x and y, got {len(points)}")
-        fill_polygon(mask, [(int(x), int(y)) for x, y in points])
+        if rule == "coco":
+            fill_coco_polygon(mask, points)
+        else:
+            fill_polygon(mask, [(int(x), int(y)) for x, y in points])
     return mask
 
 

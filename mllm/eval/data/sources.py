@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mllm.data.files import text_rows
+from mllm.data.refer import refer_rows
 from mllm.data.tables import json_entries, open_files, open_hub
 from mllm.errors import ConfigError, DataError, UnavailableError
-from mllm.eval.data.refer import refer_rows
 from mllm.eval.data.stored import stored_rows
 from mllm.eval.task import JoinSpec, SourceSpec, TaskSpec
 
