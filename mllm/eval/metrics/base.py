@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -88,7 +88,7 @@ class Metric:
         """
         categories = group_means(items, "category", self.scale)
         several = {"macro": mean(list(categories.values())), **categories} if len(categories) > 1 else {}
-        return {"score": self.scale * mean([item.value for item in items])} | several
+        return {"score": self.scale * mean(item.value for item in items)} | several
 
     @cached_property
     def label(self) -> str:
@@ -97,16 +97,19 @@ class Metric:
         return f"{self.name}{f'({options})' if options else ''} v{self.version}"
 
 
-def mean(values: Sequence[float]) -> float:
+def mean(values: Iterable[float]) -> float:
     """Arithmetic mean.
 
     Args:
-        values: any number of them.
+        values: any number of them, walked through once.
 
     Returns:
         The mean; NaN when there is none.
     """
-    return sum(values) / len(values) if values else float("nan")
+    total, count = 0.0, 0
+    for value in values:
+        total, count = total + value, count + 1
+    return total / count if count else float("nan")
 
 
 def group_means(items: Sequence[Scored], key: str, scale: float) -> dict[str, float]:
@@ -120,8 +123,9 @@ def group_means(items: Sequence[Scored], key: str, scale: float) -> dict[str, fl
     Returns:
         Group → ``scale`` × mean, in order of first appearance.
     """
-    groups: dict[str, list[float]] = {}
+    groups: dict[str, tuple[float, int]] = {}  # sums: a million values fit in no list
     for item in items:
         if item.meta.get(key) is not None:
-            groups.setdefault(str(item.meta[key]), []).append(item.value)
-    return {name: scale * mean(values) for name, values in groups.items()}
+            total, count = groups.get(str(item.meta[key]), (0.0, 0))
+            groups[str(item.meta[key])] = total + item.value, count + 1
+    return {name: scale * (total / count) for name, (total, count) in groups.items()}

@@ -14,8 +14,10 @@ from mllm.errors import DataError
 from mllm.eval import ids, predictions
 from mllm.eval.ids import Ids, Places, RowIndex
 from mllm.eval.predictions import header_path, merge_shards, prediction_path, rows_in_order, write_lines
+from mllm.eval.report import columns
 from mllm.eval.report.levels import Levels
 from mllm.eval.report.statistics import Comparison
+from mllm.eval.run import rescore
 from mllm.eval.spool import Names
 from mllm.eval.studies import compare
 from mllm.eval.studies.compare import compare_predictions
@@ -99,7 +101,7 @@ def scored_file(path, names: list[str], right: Callable[[int], bool]) -> None:
     write_lines(
         path,
         (
-            {"id": name, "output": str(int(right(k))), "target": "1", "meta": {}, "cluster": None, "category": None,
+            {"id": name, "output": str(int(right(k))), "target": "1", "meta": {"number": k}, "cluster": None, "category": None,
              "scores": {"exact_match v1": scores[right(k)]}}
             for k, name in enumerate(names)
         ),
@@ -108,27 +110,30 @@ def scored_file(path, names: list[str], right: Callable[[int], bool]) -> None:
 
 
 def peaks(folder, count: int) -> list[int]:
-    """The most bytes held while rows are joined, put in order, compared, and called hard or easy."""
+    """The most bytes held while rows are joined, put in order, compared, and called hard or easy, and scored by two rules."""
     folder.mkdir()
     names = Names(shards(folder, count, answer="y" * 600))
     backwards = Names(list(names)[::-1])
     first, second = folder / "a.jsonl", folder / "b.jsonl"
     scored_file(first, list(names), lambda k: k % 3 > 0)
     scored_file(second, list(backwards), lambda k: k % 5 > 0)
+    rescore(first, ["exact_match", "relaxed_strict"], write=False)  # what is imported on the way does not count
     return [
         peak_bytes(lambda: merge_shards(folder, "t", names, 3)),
         peak_bytes(lambda: sum(1 for _ in rows_in_order(first, backwards))),
         peak_bytes(lambda: compare_predictions(first, second)),
         peak_bytes(lambda: Levels().add(first)),
+        peak_bytes(lambda: rescore(first, ["exact_match", "relaxed_strict"], write=False)),
     ]
 
 
 def test_memory_for_a_row_more_is_a_few_bytes(tmp_path, monkeypatch):
     """As objects a row is well over 1,000 bytes."""
     monkeypatch.setattr(predictions, "Ids", partial(Ids, kept=100))
+    monkeypatch.setattr(columns, "_ALIKE", 50)
     monkeypatch.setattr(
         compare, "paired_comparison", lambda a, b, **rest: Comparison(0.0, 0.0, 0.0, 1.0, 0, 0, len(a), None, "")
     )
-    few, many = (peaks(tmp_path / str(count), count) for count in (500, 2_000))
-    more = [(large - small) / 1_500 for small, large in zip(few, many)]
-    assert all(each < limit for each, limit in zip(more, (80, 100, 350, 160))), more
+    few, many = (peaks(tmp_path / str(count), count) for count in (400, 1_600))
+    more = [(large - small) / 1_200 for small, large in zip(few, many)]
+    assert all(each < limit for each, limit in zip(more, (80, 120, 500, 160, 300))), more
