@@ -3,6 +3,8 @@
     pip install -e '.[lmms-eval]'                     # or: uv pip install --target FOLDER --no-deps lmms-eval and what it imports
     python benchmarks/eval_agreement.py [FOLDER]      # the table of eval/README.md; examples of what differs on stderr
 
+FOLDER holds what is not installed (``anls`` and ``munkres`` for ChartQAPro).
+
 Each task is asked hundreds of made-up questions; the replies have the wording of real ones (letters in every dress, hedges,
 numbers with units, lists, corrections, refusals, thoughts). Both harnesses score the same reply to the same question. Beside
 the headline stands the rule of ours that claims to be theirs.
@@ -11,19 +13,23 @@ the headline stands the rule of ours that claims to be theirs.
 from __future__ import annotations
 
 import ast
+import collections
 import contextlib
 import functools
 import io
 import itertools
 import random
 import sys
-from collections.abc import Callable, Iterator
+import unittest.mock
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from mllm.eval.metrics import Scored, build_metric
 from mllm.eval.metrics.text import NUMBER_WORDS
 
 Doc = dict[str, Any]
+Rule = tuple[str, Callable[[Doc, str], float], str | Doc, str | Doc | None, str]
+"""Kind of rows, their score, our headline, our copy of their rule, why the headline differs."""
 Case = tuple[Doc, str, Any, Doc]  # their row, the reply, our target, our meta
 OPTIONS = ["a red bus", "two blue cars", "nothing", "a green van"]
 LETTERS = "ABCD"
@@ -50,6 +56,14 @@ NUMBER = (
 TEXT = (
     "{a}", "{a}.", "{A}", "the {a}", "{a} ", "It says {a}.", "{b}", "a {a}", "{a}, {b}", "{a} and {b}", "{a}s", "'{a}'", '"{a}"',
     "{half}", "", "I cannot read it.", "{a}\n{b}", "The answer is {a}", "not {a}", "{a}!", "{a}?", "unanswerable", "{a} {a}", "{a}'s",
+)  # fmt: skip
+
+BOX = (
+    "[{a}, {b}, {c}, {d}]", "[{a},{b},{c},{d}]", "The box is [{a}, {b}, {c}, {d}].", "{a}, {b}, {c}, {d}", "({a}, {b}, {c}, {d})",
+    "<box>[{a}, {b}, {c}, {d}]</box>", "[{c}, {d}, {a}, {b}]", "[{a} {b} {c} {d}]", "[{a}, {b}, {c}]", "I cannot see it.", "",
+    "[[{a}, {b}, {c}, {d}]]", "bbox: [ {a} , {b} , {c} , {d} ]", "[{a}, {b}, {c}, {d}] and [0.1, 0.1, 0.2, 0.2]",
+    "[0.1, 0.1, 0.2, 0.2], no: [{a}, {b}, {c}, {d}]", "It stands at the left.", "```json\n[{a}, {b}, {c}, {d}]\n```",
+    '{{"bbox": [{a}, {b}, {c}, {d}]}}', "x1={a}, y1={b}, x2={c}, y2={d}", "[0, 0, 1, 1]", "**[{a}, {b}, {c}, {d}]**", "[{a}, {b}, {c}, 1]",
 )  # fmt: skip
 
 
@@ -114,6 +128,13 @@ def rows(kind: str, seed: int = 0) -> list[Case]:
             doc |= {"Question Type": "Factoid", "Year": ["YES" if wanted == "2008" else "NO"]}
             meta = {"question_type": "object_counting", "task": "depth_prediction_oc", "type": "Factoid"}
             made.append((doc, reply, wanted, meta | {"year": doc["Year"]}))
+    elif kind == "box":
+        for wording, _ in itertools.product(BOX, range(10)):
+            x, y, w, h = (rng.uniform(low, high) for low, high in ((0, 0.5), (0, 0.5), (0.1, 0.5), (0.1, 0.5)))
+            moved = [edge + rng.uniform(-0.06, 0.06) for edge in (x, y, x + w, y + h)]
+            reply = wording.format(**{name: round(abs(edge), 3) for name, edge in zip("abcd", moved)})
+            doc = {"bbox": [x, y, x + w, y + h], "question_id": 0, "answer": "the cat"}
+            made.append((doc, reply, [1000 * x, 1000 * y, 1000 * w, 1000 * h], {"width": 1000, "height": 1000}))
     else:
         for answers, reply in texts(rng):
             doc = {
@@ -129,20 +150,34 @@ def rows(kind: str, seed: int = 0) -> list[Case]:
     return [(doc, reply.strip(), target, meta) for doc, reply, target, meta in made]
 
 
-def theirs() -> dict[str, tuple[str, Callable[[Doc, str], float], str | Doc, str | Doc | None, str]]:
+def theirs() -> dict[str, Rule]:
     """Task → (kind of rows, lmms-eval's score, our headline, our copy of their rule, why the headline differs)."""
+    for name in (
+        "spacy",
+        "nltk",
+        "nltk.stem",
+        "Levenshtein",
+    ):  # of halves that are not asked here: AMBER's captions, MathVista's options
+        with contextlib.suppress(ModuleNotFoundError):
+            __import__(name)
+            continue
+        sys.modules[name] = unittest.mock.MagicMock()
     from lmms_eval.api.metrics import anls, exact_match_hf_evaluate
     from lmms_eval.tasks.ai2d.utils import MultiChoiceRegexFilter
+    from lmms_eval.tasks.amber_g.utils import process_discriminative_task
     from lmms_eval.tasks.blink.utils import blink_process_results
     from lmms_eval.tasks.chartqa.utils import chartqa_process_results
+    from lmms_eval.tasks.chartqapro.utils import chartqapro_process_results
     from lmms_eval.tasks.countbenchqa.utils import countbenchqa_process_results
     from lmms_eval.tasks.cv_bench.utils import cv_bench_process_results
     from lmms_eval.tasks.dude.utils import dude_process_results
     from lmms_eval.tasks.embspatial.utils import embspatial_process_results
     from lmms_eval.tasks.mathvision.utils import mathvision_process_results
+    from lmms_eval.tasks.mmbench.mmbench_evals import MMBench_Evaluator
     from lmms_eval.tasks.mme.utils import mme_process_results
     from lmms_eval.tasks.mme_realworld.utils import mme_realworld_process_results
     from lmms_eval.tasks.mmmu.utils import get_multi_choice_info, parse_multi_choice_response
+    from lmms_eval.tasks.mmmu_pro.utils import mmmu_pro_process_results
     from lmms_eval.tasks.mmstar.utils import mmstar_process_results
     from lmms_eval.tasks.mmt.utils import mmt_process_results
     from lmms_eval.tasks.mmvp.utils import mmvp_process_results
@@ -150,14 +185,19 @@ def theirs() -> dict[str, tuple[str, Callable[[Doc, str], float], str | Doc, str
     from lmms_eval.tasks.mvbench.utils import mvbench_process_results
     from lmms_eval.tasks.naturalbench.utils import extract_answer
     from lmms_eval.tasks.ocrbench.utils import ocrbench_process_results
+    from lmms_eval.tasks.omni_spatial.utils import omni_spatial_process_results
     from lmms_eval.tasks.pope.utils import pope_process_results
     from lmms_eval.tasks.realworldqa.utils import realworldqa_process_results
+    from lmms_eval.tasks.refcoco.utils_rec import compute_iou, refcoco_bbox_rec_process_result
+    from lmms_eval.tasks.sat.utils import MultiChoiceRegexFilter as SatFilter
     from lmms_eval.tasks.scienceqa.utils import sqa_process_results
+    from lmms_eval.tasks.seedbench.utils import seed_process_result as seed_process
     from lmms_eval.tasks.seedbench_2_plus.utils import seed_process_result
     from lmms_eval.tasks.slidevqa.utils import slidevqa_process_results
     from lmms_eval.tasks.sparbench.utils import sparbench_process_results
     from lmms_eval.tasks.textvqa.utils import textvqa_process_results
     from lmms_eval.tasks.videomme.utils import videomme_process_results
+    from lmms_eval.tasks.vizwiz_vqa.utils import vizwiz_vqa_process_results
     from lmms_eval.tasks.vqav2.utils import vqav2_process_results_val
     from lmms_eval.tasks.vsibench.utils import vsibench_process_results
     from lmms_eval.tasks.vstar_bench.utils import vstar_process_results
@@ -197,6 +237,33 @@ def theirs() -> dict[str, tuple[str, Callable[[Doc, str], float], str | Doc, str
     def spar(doc: Doc, reply: str) -> float:
         return float(sparbench_process_results(dict(doc), [reply])["sparbench_score"]["MRA:.5:.95:.05"])
 
+    def mmmu_pro(doc: Doc, reply: str) -> float:
+        random.seed(42)
+        row = doc | {"options": repr(doc["options"]), "subject": "s"}
+        return equal(mmmu_pro_process_results(row, [reply])["mmmu_acc"]["parsed_pred"], doc["answer"])
+
+    judge_free = object.__new__(MMBench_Evaluator)
+
+    def mmbench(doc: Doc, reply: str) -> float:
+        """Their rule before a language model is asked; what it leaves open counts as wrong here."""
+        return equal(str(judge_free.can_infer(reply, dict(zip(LETTERS, doc["options"])))), doc["answer"])
+
+    def amber(doc: Doc, reply: str) -> float:
+        counts: collections.Counter[str] = collections.Counter()
+        truth = {"type": "discriminative-hallucination", "truth": doc["answer"].lower()}
+        process_discriminative_task({"question_id": 0, "text": reply}, truth, counts)
+        return float(counts["qa_correct_score"])
+
+    def boxed(doc: Doc, reply: str) -> float:
+        return float(
+            compute_iou(doc["bbox"], refcoco_bbox_rec_process_result(doc, [reply])["refcoco_IoU"]["pred"]) >= 0.5
+        )
+
+    def sat(doc: Doc, reply: str) -> float:
+        listed = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, doc["options"]))
+        found = SatFilter(regex_pattern="x").apply([[reply]], [{"question": listed}])[0]
+        return bare_match(found, doc["answer"])
+
     letter, guess = (
         "our letter rule reads denials, corrections and option texts, and never guesses",
         "their parser guesses at random",
@@ -229,6 +296,12 @@ def theirs() -> dict[str, tuple[str, Callable[[Doc, str], float], str | Doc, str
         "scienceqa": ("choice", lambda d, r: sqa_process_results(d | {"answer": d["gold"]}, [r])["exact_match"], "letter",
                       "letter_scienceqa", letter),
         "ai2d": ("choice", ai2d, "letter", "letter_ai2d", letter),
+        "mmbench": ("choice", mmbench, "letter", None, f"{letter}; what theirs leaves open goes to a language model"),
+        "seed": ("choice", lambda d, r: equal(seed_process(d, [r])["seed_all"]["pred"], d["answer"]), "letter", "letter_first", letter),
+        "omnispatial": ("choice", lambda d, r: omni_spatial_process_results(d | {"answer": d["gold"]}, [r])["omni_spatial_score"]["score"],
+                        "letter", "letter_first", f"{letter}; theirs takes thoughts off first"),
+        "sat": ("choice", sat, "letter", None, f"{letter}; theirs reads the first word without its signs"),
+        "mmmu_pro": ("choice", mmmu_pro, "mmmu_pro", None, f"the published rule; {guess}"),
         "mmmu": ("choice", mmmu, "mmmu", {"name": "mmmu_lmms_eval"}, f"the published rule; {guess}"),
         "pope": ("yes_no", lambda d, r: pope_process_results(d, [r])["pope_accuracy"]["score"], "pope_official", "exact_match",
                  "lmms-eval compares the whole reply"),
@@ -236,10 +309,13 @@ def theirs() -> dict[str, tuple[str, Callable[[Doc, str], float], str | Doc, str
         "naturalbench": ("yes_no", lambda d, r: float(extract_answer(r, "yes_no") == (d["answer"] == "Yes")), "naturalbench", None, ""),
         "hallusionbench": ("yes_no", lambda d, r: float(("yes" in r.lower()) == (d["answer"] == "Yes")), "hallusionbench", None,
                            "lmms-eval's rule without its judge: any 'yes' in the reply, else no; ours wants one of the two words"),
+        "amber": ("yes_no", amber, "amber", None,
+                  "lmms-eval looks for the letters of yes, then of no, anywhere ('none'); ours wants one of the two words"),
         "countbench": ("number", lambda d, r: countbenchqa_process_results(d, [r])["acc"], "count", None,
                        "lmms-eval wants the bare digits; ours reads words and sentences"),
         "chartqa": ("number", lambda d, r: chartqa_process_results(d, [r])["relaxed_overall"], "relaxed_pix2struct",
                     "relaxed_stripped", ""),
+        "chartqapro": ("number", lambda d, r: float(chartqapro_process_results(d, [r])["relaxed_overall"]), "chartqapro", None, ""),
         "vsibench": ("number", lambda d, r: float(vsibench_process_results(dict(d), [r])["vsibench_overall"]["MRA:.5:.95:.05"]), "vsibench",
                      None, "lmms-eval has left the published first token for the first number anywhere"),
         "sparbench": ("number", spar, "sparbench", None,
@@ -251,6 +327,8 @@ def theirs() -> dict[str, tuple[str, Callable[[Doc, str], float], str | Doc, str
         "vqav2": ("text", lambda d, r: vqav2_process_results_val(
             {"question_id": 0, "answers": [{"answer": a, "answer_id": k} for k, a in enumerate(ten(d)["answers"])]}, [r])["exact_match"],
             "vqa_official", "vqa_evalai", "the published script leaves unanimous answers raw; lmms-eval normalises them"),
+        "vizwiz": ("text", lambda d, r: vizwiz_vqa_process_results(ten(d), [r])["exact_match"], "textvqa_m4c", None, ""),
+        "infovqa": ("text", lambda d, r: anls(d["answers"], [r])["anls"], "anls_rrc", "anls_rrc_raw", ""),
         "docvqa": ("text", lambda d, r: anls(d["answers"], [r])["anls"], "anls_rrc", "anls_rrc_raw", ""),
         "mpdocvqa": ("text", lambda d, r: multidocvqa_aggregate_results_anls(
             [{"questionId": 0, "answer": list(d["answers"]), "pred_answer": r}]), "anls_rrc", None, "inner white space is collapsed"),
@@ -259,6 +337,8 @@ def theirs() -> dict[str, tuple[str, Callable[[Doc, str], float], str | Doc, str
                      "lmms-eval follows VLMEvalKit's plain word overlap; ours is the authors' script"),
         "ocrbench": ("text", lambda d, r: float(ocrbench_process_results(d, [r])["ocrbench_accuracy"]["score"]), "ocrbench",
                      {"name": "ocrbench", "fold_full_width": True}, ""),
+        "refcoco, refcoco+, refcocog": ("box", boxed, "box_iou", None,
+                                        "lmms-eval wants square brackets, corners in order; ours any brackets, and swaps corners"),
         "gqa": ("text", lambda d, r: bare_match(r, d["answer"]),
                 "gqa_llava", "gqa_lmms_eval", "LLaVA keeps punctuation inside"),
     }  # fmt: skip
@@ -336,19 +416,14 @@ def grouped() -> list[tuple[str, int, bool]]:
     return [("wemath, strict and loose", len(made), all(same)), ("3dsrbench, flip and circular", len(right), alike)]
 
 
-def main() -> None:
-    if len(sys.argv) > 2 or "--help" in sys.argv:
-        sys.exit(__doc__)
-    sys.path.extend(sys.argv[1:])
-    from loguru import logger
-
-    logger.remove()
-    made = {kind: rows(kind) for kind in ("choice", "yes_no", "number", "text")}
+def table(rules: Mapping[str, Rule]) -> None:
+    """Print one line a task, and on stderr examples of what differs."""
+    made = {kind: rows(kind) for kind in ("choice", "yes_no", "number", "text", "box")}
     made["choice2"] = two_options(made["choice"])
     print(
         "| task | rows | headline | equal | copy of their rule | equal | what differs |\n|---|---|---|---|---|---|---|"
     )
-    for task, (kind, score, headline, copy, why) in theirs().items():
+    for task, (kind, score, headline, copy, why) in rules.items():
         cases, differing, apart = made[kind], {}, 0
         for doc, reply, target, meta in cases:
             said = asked(score, ast.literal_eval(repr(doc)), reply)
@@ -369,6 +444,16 @@ def main() -> None:
                 f"    {task}: {len(examples)} × {rule}: {reply!r} for {shown!r}: theirs {said:g}, ours {mine:g}",
                 file=sys.stderr,
             )
+
+
+def main() -> None:
+    if len(sys.argv) > 2 or "--help" in sys.argv:
+        sys.exit(__doc__)
+    sys.path.extend(sys.argv[1:])
+    from loguru import logger
+
+    logger.remove()
+    table(theirs())
     for what, count, same in grouped():
         print(f"| {what} | {count} | totals | {'equal' if same else 'DIFFERENT'} | | | |")
 

@@ -65,14 +65,19 @@ class Forecast:
         )
         if left > 0:
             cost = self._cost(each * left / self._processes)
-            self._tell(f"{each:.2g} s an answer, measured on the first {self._answered}; {cost} for the {left:,} left")
+            unknown = sum(size is None for size in self._sizes.values())
+            more = f", and {unknown} tasks of unknown size" if unknown else ""
+            self._tell(
+                f"{each:.2g} s an answer, measured on the first {self._answered}; {cost} for the {left:,} left{more}"
+            )
 
     def _extent(self) -> str:
         known = [size for size in self._sizes.values() if size is not None]
         count, unknown = self._ways * sum(known), len(self._sizes) - len(known)
         tasks = f"{len(self._sizes)} task{'s' if len(self._sizes) > 1 else ''}"
-        more = f" and what the files of {unknown} hold" if unknown else ""
-        return f"{tasks}, {count:,} questions{more}"
+        if not known:
+            return f"{tasks}, all questions of their files"
+        return f"{tasks}, {count:,} questions{f' and all of the files of {unknown}' if unknown else ''}"
 
     def _cost(self, seconds: float) -> str:
         minutes = seconds / 60

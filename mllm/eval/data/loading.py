@@ -97,6 +97,7 @@ def load_data(
     problems: list[Problem] = []
     seen, kept = Ids(), Ids()
     num_rows = 0
+    chooses = _lists_options(task, source) and task.build_metrics()[0].chooses
     for row in rows:
         name = f"row {row['_index']}"
         num_rows += 1
@@ -111,6 +112,10 @@ def load_data(
                     continue
             name = str(evaluate(source.columns.id, row, "id"))
             item = _build(task, source, row, name, folder)
+            if chooses and not item.meta.get("options"):
+                raise DataError(
+                    f"no options ({source.columns.options} gives none), so the answer {item.target!r} chooses nothing"
+                )
         except DataError as error:
             problems.append(Problem(name, "unusable row", str(error)))
             continue
@@ -133,6 +138,11 @@ def load_data(
     digest = data_hash(items)
     chosen = _choose(task, items, limit, ids)
     return TaskData(task, source.name, chosen, problems, num_rows, digest, len(chosen) < len(items))
+
+
+def _lists_options(task: TaskSpec, source: SourceSpec) -> bool:
+    """Whether a question is asked with options from a column (others have them in their text)."""
+    return source.columns.options is not None and any(word in task.prompt for word in ("choices", "options"))
 
 
 def _choose_source(task: TaskSpec, found: list[Found]) -> Found:

@@ -56,6 +56,8 @@ class Metric:
     """Key of ``meta`` whose samples the score joins (a picture, a question); a bootstrap draws whole groups."""
     reads_text: ClassVar[bool] = True
     """False: predictions are pictures, not replies."""
+    chooses: ClassVar[bool] = False
+    """Every question has options, of which the answer is one: a row without any cannot be used."""
     example: ClassVar[tuple[Any, Mapping[str, Any]] | None] = None
     """A (target, meta) that the rule takes, for `mllm check`, where it takes none of the usual ones."""
     options: Mapping[str, Any] = {}

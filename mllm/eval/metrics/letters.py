@@ -41,6 +41,8 @@ def gold_letters(target: Any, options: Mapping[str, str]) -> set[str]:
 class _LetterMetric(Metric):
     """Scores 1 when the letter read from the reply is a gold letter; None when no letter can be read."""
 
+    chooses = True
+
     def read(self, reply: str, options: Mapping[str, str]) -> tuple[str | None, str]:
         """(letter or None, the rule that decided)."""
         raise NotImplementedError
@@ -249,6 +251,7 @@ class LetterMmeRealWorld(_LetterMetric):
 
 class ChoiceOrExact(Letter):
     name = "choice_or_exact"
+    chooses = False
     version = "1"
     protocol = (
         "RealWorldQA: our letter rule where the answer is a letter; else equality after lower case, whitespace collapsed and "

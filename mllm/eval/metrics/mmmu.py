@@ -152,6 +152,7 @@ class MmmuLmmsEval(Mmmu):
 
 class MmmuPro(MmmuLmmsEval):
     name = "mmmu_pro"
+    chooses = True
     protocol = (
         "MMMU-Pro's own parser: one option letter after the last 'Answer:', then its letter rules; unreadable is "
         "unparsed"

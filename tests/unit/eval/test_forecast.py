@@ -25,7 +25,7 @@ def test_earlier_runs_tell_time_and_cost_before_the_start():
         == f"2 tasks, 200 questions; how long that takes is told after the first {FIRST} answers (--earlier FOLDER: before)"
     )
     Forecast(load_tasks(["demo"]), tell=told.append).announce()
-    assert told[2].startswith("2 tasks, 0 questions and what the files of 2 hold; ")
+    assert told[2].startswith("2 tasks, all questions of their files; ")
 
 
 def test_the_first_answers_tell_the_rest(monkeypatch, tmp_path):

@@ -132,6 +132,30 @@ def test_two_tasks_of_one_name_and_answers_to_another_version_are_named(tmp_path
         rescore(tmp_path / "mmvp.jsonl")
 
 
+def test_a_row_without_options_is_named_and_not_asked(tmp_path):
+    """Of a question of which the options are lost, a letter is right by chance: the row is left out and told, not averaged in."""
+    head = ["index", "question", "image", "answer", "category", "l2_category", "A", "B", "C", "D"]
+    lines = [
+        [str(k), f"Which {k}?", PIXEL, "A", "c", "l", *(["x", "y", "z", "w"] if k != 2 else [""] * 4)] for k in range(4)
+    ]
+    table = "\n".join("\t".join(line) for line in [head, *lines]) + "\n"
+    (tmp_path / "MMStar.tsv").write_text(table)
+    generator = RuleGenerator(constant("A"))
+    result = evaluate(generator, ["mmstar"], tmp_path / "o", data={"mmstar": tmp_path}, progress=False)["mmstar"]
+    assert generator.asked == ["0", "1", "3"] and (result.num_samples, result.num_unusable) == (3, 1)
+    assert result.problems == [
+        "1 × unusable row: 2 (no options ([A, B, C, D] | present gives none), so the answer 'A' chooses nothing)"
+    ]
+    (tmp_path / "MMStar.tsv").write_text(table.replace("x\ty\tz\tw", "\t\t\t"))
+    with pytest.raises(
+        DataError, match=r"mmstar: 4 × unusable row in 4 rows and no sample is usable\. First, 0: no options"
+    ):
+        evaluate(generator, ["mmstar"], tmp_path / "p", data={"mmstar": tmp_path}, progress=False)
+
+
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
 def test_a_score_of_nought_over_groups_is_not_sure(tmp_path):
     """No pair is right: every bootstrap draw is 0, but two pairs say little (Wilson over 2 groups: up to 65.8 %)."""
     result = evaluate(

@@ -20,7 +20,7 @@ from mllm.eval.predictions import prediction_path, read_predictions
 from mllm.eval.run import evaluate, run_eval
 from mllm.eval.settings import EvalSettings
 from mllm.eval.share import Share
-from tests.helpers import tiny_model
+from tests.helpers import free_port, tiny_model
 from tests.unit.eval.rules import RuleGenerator, pixel_rule
 from tests.unit.eval.test_runner import TASK, make_data, run
 
@@ -241,3 +241,46 @@ def test_only_process_0_joins_what_was_answered(tmp_path):
     lines = (tmp_path / "o/demo_charts.shard-0001-of-0002.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == [f"q{k}" for k in range(6)]
     assert not (tmp_path / "o/demo_charts.jsonl").exists()
+
+
+@pytest.mark.nightly
+def test_two_machines_with_a_common_disk_share_the_questions(checkpoint, tmp_path):
+    """Two launchers of two nodes, as ``torchrun --nnodes 2`` starts them, each with a process of its own: every question is answered
+    once, both nodes answer some, and the answers are those of one process."""
+    data = {name: make_data(tmp_path / name, count) for name, count in ((TASK, 60), ("demo_digits", 30))}
+    port, words = str(free_port()), [word for name in data for word in ("--data", f"{name}={data[name]}")]
+    told = ["--tasks", "demo", "--device", "cpu", *words, *(f"{name}.generation.max_new_tokens=2" for name in data)]
+
+    def command(*launcher: str, output: Path) -> list[str]:
+        return [*launcher, "-m", "mllm.cli.main", "eval", "run", str(checkpoint), "--output", str(output), *told]
+
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+        "--master-addr",
+        "127.0.0.1",
+    ]
+    nodes = [
+        subprocess.Popen(command(*launch, "--master-port", port, "--node-rank", str(k), output=tmp_path / "two"), cwd=ROOT)
+        for k in (0, 1)
+    ]  # fmt: skip
+    assert [node.wait(900) for node in nodes] == [0, 0]
+    subprocess.run(command(sys.executable, output=tmp_path / "one"), cwd=ROOT, check=True)
+    for name, count in ((TASK, 60), ("demo_digits", 30)):
+        one, two = (
+            {row["id"]: row["output"] for row in read_predictions(tmp_path / way / f"{name}.jsonl")}
+            for way in ("one", "two")
+        )
+        assert one == two and len(two) == count
+        parts = [len(read_predictions(prediction_path(tmp_path / "two", name, None, rank, 2))) for rank in (0, 1)]
+        assert sum(parts) == count
+    shares = [
+        sum(len(read_predictions(prediction_path(tmp_path / "two", name, None, rank, 2))) for name in data)
+        for rank in (0, 1)
+    ]
+    assert min(shares) > 0 and (tmp_path / "two/report.html").exists() and not (tmp_path / "two/.queue").exists()
