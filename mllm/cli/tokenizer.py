@@ -189,7 +189,11 @@ def _diffusion(
     decoder = model.diffusion
     number, scale = decoder.settings(steps, guidance)
     sampling = {"steps": number, "guidance": scale, "seed": seed}
-    return {"diffusion": lambda codes: decoder.decode(codes, steps=number, guidance=scale, seed=seed)}, sampling
+
+    def decode(codes: Any) -> Any:
+        return decoder.shrunk(decoder.decode(codes, steps=number, guidance=scale, seed=seed))
+
+    return {"diffusion": decode}, sampling
 
 
 def _distances(network: Any, perceptual: Path | None, model: VisualTokenizer) -> dict[str, Any]:

@@ -69,6 +69,11 @@ def _on_meta(recipe: Recipe, stage: StageSpec) -> TokenizerModel | DiffusionMode
         return TokenizerModel(build_tokenizer(training.tokenizer), training_without_networks(training), None, None)
 
 
+def _side(model: TokenizerModel | DiffusionModel) -> int:
+    """Rows of the pictures that a stage learns from."""
+    return model.decoder.image_side if isinstance(model, DiffusionModel) else model.tokenizer.image.height
+
+
 def _parameters(model: TokenizerModel | DiffusionModel) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, parameter in model.tokenizer.named_parameters():
@@ -90,7 +95,7 @@ def _plan_stage(
     plan.row_length, plan.accumulates = codes, stage.gradient_accumulation > 1
     if with_data:
         try:
-            plan.samples = len(load_images(stage_images(stage), model.tokenizer.image.height, "train"))
+            plan.samples = len(load_images(stage_images(stage), _side(model), "train"))
         except MllmError as error:
             plan.hazards.append(f"pictures cannot be read here: {error}")
     plan.steps = stage.steps
@@ -120,6 +125,7 @@ def _plan_stage(
 
 def _add_diffusion(plan: StagePlan, training: DiffusionTraining) -> None:
     plan.hazards += odd_diffusion_settings(training, plan.steps) if plan.steps is not None else []
+    plan.hazards.append("the frozen tokenizer is left out of operations, and of activations, of which it keeps none")
 
 
 def _add_tokenizer(plan: StagePlan, training: TokenizerTraining) -> None:
@@ -137,14 +143,14 @@ def _add_tokenizer(plan: StagePlan, training: TokenizerTraining) -> None:
 def _run_once(model: TokenizerModel | DiffusionModel, stage: StageSpec) -> tuple[int, float]:
     """Bytes that a micro-batch's forward pass keeps, and operations of forward and backward; (0, 0) for a tokenizer that cannot run on
     meta."""
-    size, kept = model.tokenizer.image, 0
+    side, kept = _side(model), 0
 
     def keep(tensor: Tensor) -> Tensor:
         nonlocal kept
         kept += tensor.numel() * tensor.element_size()
         return tensor
 
-    pixels = torch.zeros(stage.batch_size, 3, size.height, size.width, dtype=torch.uint8, device="meta")
+    pixels = torch.zeros(stage.batch_size, 3, side, side, dtype=torch.uint8, device="meta")
     model.eval()  # moving averages of codebooks look at numbers, of which meta has none
     if stage.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -153,7 +159,7 @@ def _run_once(model: TokenizerModel | DiffusionModel, stage: StageSpec) -> tuple
             model(num_items_in_batch=stage.batch_size, pixel_values=pixels)
         with FlopCounterMode(display=False) as frozen:
             if isinstance(model, DiffusionModel):
-                model.seen(pixels.float())
+                model.decoder.to_space(pixels.float())
     except (NotImplementedError, RuntimeError, TypeError, ValueError):
         return 0, 0.0
     operations = 3.0 * counter.get_total_flops() - 2.0 * frozen.get_total_flops()

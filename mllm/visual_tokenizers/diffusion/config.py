@@ -49,10 +49,12 @@ class DiffusionDecoderConfig(StrictModel):
     SD3Transformer2DModel, whose second stream is the codes."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Arguments of that class (``block_out_channels``, ``num_layers`` …), all but the channels and the size, which follow from the
-    rest."""
+    rest; default: those in ``source``."""
     source: str | None = None
     """Folder that the network's ``save_pretrained`` wrote: published weights to start from. Channels of the conditions are new, and zero at
     the start."""
+    scale: int = Field(default=1, ge=1)
+    """Side of the pictures it makes, as a multiple of the tokenizer's (ILLUME+ decodes codes of 256 pixels to 512 and more)."""
     space: Literal["pixel", "latent"] = "pixel"
     """What is denoised: the picture itself, or an autoencoder's latents of it."""
     autoencoder: AutoencoderSpec | None = None

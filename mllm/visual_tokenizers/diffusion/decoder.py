@@ -29,6 +29,7 @@ from mllm.visual_tokenizers.diffusion.library import (
     build_network,
     build_scheduler,
     load_saved,
+    with_saved_settings,
 )
 from mllm.visual_tokenizers.diffusion.objectives import build_objective
 from mllm.visual_tokenizers.diffusion.sampling import draw_noise, generators, sample
@@ -43,13 +44,14 @@ class DiffusionDecoder(nn.Module):
 
     def __init__(self, config: DiffusionDecoderConfig | Mapping[str, Any], tokenizer: VisualTokenizer):
         super().__init__()
-        self.config = config = decoder_config(config)
+        self.config = config = with_saved_settings(decoder_config(config))
         self._tokenizer = (tokenizer,)
         self._belongs_to: str | None = None
         for name in config.drop_parts:
             if name not in tokenizer.codebooks:
                 raise ConfigError(f"{WHERE}.drop_parts.{name}: the tokenizer has {', '.join(tokenizer.codebooks)}")
-        side = tokenizer.image.height
+        self.image_side = side = tokenizer.image.height * config.scale
+        """Rows and columns of the pictures it makes."""
         self.autoencoder = build_autoencoder(config, side).requires_grad_(False) if config.space == "latent" else None
         self.side = side if self.autoencoder is None else side // autoencoder_factor(self.autoencoder)
         self.channels = 3 if self.autoencoder is None else int(self.autoencoder.config.latent_channels)
@@ -96,6 +98,10 @@ class DiffusionDecoder(nn.Module):
         return self
 
     # Pixels and what is denoised
+
+    def shrunk(self, pixels: Tensor) -> Tensor:
+        """Pictures of the decoder's size at the tokenizer's, by the mean of their pixels."""
+        return pixels if self.config.scale == 1 else F.avg_pool2d(pixels, self.config.scale)
 
     def to_space(self, pixels: Tensor) -> Tensor:
         """Pixels in [-1, 1] → what is denoised: themselves, or latents of about unit variance."""
@@ -204,7 +210,7 @@ class DiffusionDecoder(nn.Module):
             seed: of the noise, one for all pictures or one for each.
 
         Returns:
-            Pixels ``(B, 3, H, W)`` in [-1, 1].
+            Pixels ``(B, 3, H, W)`` in [-1, 1], ``scale`` times the tokenizer's size.
 
         Raises:
             ConfigError: for codes of another grid, or a number of seeds, steps or scale that cannot be.
@@ -304,8 +310,10 @@ def time_ids(number: int, size_index: int) -> Tensor:
 
 
 def _resized(pixels: Tensor, size: Grid) -> Tensor:
-    """Pictures at the size of what is denoised; smaller ones by the mean of their pixels."""
-    return pixels if tuple(pixels.shape[-2:]) == size else F.interpolate(pixels, size=size, mode="area")
+    """Pictures at the size of what is denoised: by the mean of their pixels where that is smaller, else bilinear."""
+    if tuple(pixels.shape[-2:]) == size:
+        return pixels
+    return F.interpolate(pixels, size=size, mode="area" if pixels.shape[-1] > size[1] else "bilinear")
 
 
 def _told(network: Any, config: DiffusionDecoderConfig, seen: Tensor, times: Tensor, tokens: Tensor | None) -> Tensor:

@@ -73,10 +73,15 @@ def edit(
         ``(B, 3, H, W)`` in [-1, 1].
 
     Raises:
-        ConfigError: for a picture or mask of another size than the tokenizer's.
+        ConfigError: for a picture or mask of another size than the decoder's.
     """
-    tokenizer, device = decoder.tokenizer, decoder.device
-    pixels = tokenizer.check_pixels(pixels).float().to(device)
+    device = decoder.device
+    side = decoder.image_side
+    if tuple(pixels.shape[1:]) != (3, side, side):
+        raise ConfigError(
+            f"pixels: {tuple(pixels.shape)}; (B, 3, {side}, {side}) is expected, the size of the decoder's pictures"
+        )
+    pixels = pixels.float().to(device)
     mask = (mask[:, None] if mask.dim() == 3 else mask).to(device).float()
     if mask.shape != (len(pixels), 1, *pixels.shape[-2:]):
         raise ConfigError(

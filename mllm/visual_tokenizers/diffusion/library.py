@@ -39,6 +39,20 @@ def diffusers_class(name: str) -> Any:
     return getattr(diffusers, name)
 
 
+def with_saved_settings(config: DiffusionDecoderConfig) -> DiffusionDecoderConfig:
+    """The config with the arguments of saved networks written out where it gives none, so that it needs their folders no more. Raises
+    `CheckpointError` for a folder of something else."""
+    changes: dict[str, Any] = {}
+    if config.source is not None and not config.settings:
+        found = saved_settings(config.source, diffusers_class(NETWORKS[config.network]), f"{WHERE}.source")
+        changes["settings"] = {name: value for name, value in found.items() if name not in _OURS}
+    beside = config.autoencoder
+    if beside is not None and beside.source is not None and not beside.settings:
+        found = saved_settings(beside.source, diffusers_class("AutoencoderKL"), f"{WHERE}.autoencoder.source")
+        changes["autoencoder"] = beside.model_copy(update={"settings": found})
+    return config.model_copy(update=changes)
+
+
 def build_network(config: DiffusionDecoderConfig, *, channels: tuple[int, int], side: int) -> nn.Module:
     """The denoiser, with initial weights.
 
@@ -61,9 +75,6 @@ def build_network(config: DiffusionDecoderConfig, *, channels: tuple[int, int], 
 
 def _arguments(config: DiffusionDecoderConfig, cls: Any, where: str) -> dict[str, Any]:
     settings = dict(config.settings)
-    if config.source is not None:
-        stored = {k: v for k, v in saved_settings(config.source, cls, f"{WHERE}.source").items() if k not in _OURS}
-        settings = {**stored, **settings}
     known = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", *_OURS)]
     for name in settings:
         if name in _OURS:
@@ -105,8 +116,6 @@ def build_autoencoder(config: DiffusionDecoderConfig, image_side: int) -> Any:
     that side."""
     assert config.autoencoder is not None
     cls, where, settings = diffusers_class("AutoencoderKL"), f"{WHERE}.autoencoder", dict(config.autoencoder.settings)
-    if config.autoencoder.source is not None and not settings:
-        settings = saved_settings(config.autoencoder.source, cls, f"{where}.source")
     known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
     for name in settings:
         if name not in known:

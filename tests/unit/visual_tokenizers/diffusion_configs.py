@@ -41,6 +41,7 @@ DECODERS: dict[str, dict[str, Any]] = {
         "network": "unet_condition", "settings": CROSS, "space": "latent", "autoencoder": {"settings": VAE}, "objective": "epsilon",
         "conditions": ["cross_attention", "reconstruction"], "sampler": "dpm_solver",
     },
+    "large": {"network": "unet", "settings": UNET, "scale": 2, "conditions": ["channels", "reconstruction"]},
     "edit": {"network": "unet", "settings": UNET, "conditions": ["channels", "source"]},
     "sdxl": {"network": "unet_condition", "settings": SDXL, "objective": "epsilon", "sampler": "euler", "size_index": 11},
 }  # fmt: skip

@@ -121,7 +121,11 @@ def test_a_picture_depends_on_its_codes_and_seed_alone(name):
     decoder = tiny_decoder(name)
     codes = some_codes(decoder.tokenizer)
     whole = decoder.decode(codes, steps=2, guidance=2.0, seed=[5, 6, 7])
-    assert whole.shape == (3, 3, 16, 16) and whole.abs().max() <= 1 and whole.isfinite().all()
+    assert (
+        whole.shape == (3, 3, decoder.image_side, decoder.image_side)
+        and whole.abs().max() <= 1
+        and whole.isfinite().all()
+    )
     assert torch.equal(whole, decoder.decode(codes, steps=2, guidance=2.0, seed=[5, 6, 7]))
     for place in range(3):
         alone = decoder.decode(rows(codes, place), steps=2, guidance=2.0, seed=5 + place)
@@ -199,6 +203,10 @@ def test_published_weights_get_new_channels_that_start_at_zero(tmp_path):
         )
     latent = tiny_decoder("latent", autoencoder={"source": str(tmp_path / "vae")})
     latent.load_pretrained()
+    latent.save_pretrained(tmp_path / "saved")
+    (tmp_path / "vae" / "config.json").rename(tmp_path / "gone.json")
+    again = DiffusionDecoder.from_pretrained(tmp_path / "saved")  # needs the folders of the published parts no more
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in latent.state_dict().items())
     assert all(torch.equal(a, b) for a, b in zip(latent.autoencoder.state_dict().values(), vae.state_dict().values()))
     pixels = torch.rand(1, 3, 16, 16) * 2 - 1
     mode = vae.encode(pixels).latent_dist.mode()
@@ -209,7 +217,7 @@ def test_published_weights_get_new_channels_that_start_at_zero(tmp_path):
     with pytest.raises(CheckpointError, match="holds a UNet2DModel, AutoencoderKL is expected"):
         tiny_decoder("latent", autoencoder={"source": str(tmp_path / "unet")})
     with pytest.raises(CheckpointError, match="does not fit"):
-        tiny_decoder("unet", settings={"layers_per_block": 2}, source=str(tmp_path / "unet")).load_pretrained()
+        tiny_decoder("unet", settings={**UNET, "layers_per_block": 2}, source=str(tmp_path / "unet")).load_pretrained()
 
 
 def test_the_decoder_lies_beside_the_tokenizer(tmp_path):
@@ -289,6 +297,17 @@ def test_without_the_library_one_line_says_what_to_install(monkeypatch):
         tiny_decoder()
 
 
+def test_larger_pictures_than_the_tokenizers():
+    decoder = tiny_decoder("large")
+    assert (decoder.image_side, decoder.size, decoder.tokenizer.image.height) == (32, (32, 32), 16)
+    pixels = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(
+        decoder.shrunk(pixels), pixels.unflatten(-1, (16, 2)).unflatten(-3, (16, 2)).mean((-1, -3))
+    )
+    seen = decoder.conditions_of(some_codes(decoder.tokenizer, 2)).channels
+    assert seen.shape == (2, 16 + 3, 32, 32) and torch.equal(seen[:, :16, ::2, ::2], seen[:, :16, 1::2, 1::2])
+
+
 @pytest.mark.parametrize("name", ["edit", "dit", "latent"])
 def test_an_edit_leaves_what_is_outside_the_mask(name):
     torch.manual_seed(0)
@@ -316,7 +335,7 @@ def test_edits_that_cannot_be_say_why():
         edit(decoder, pixels, torch.zeros(2, 8, 8), codes)
     with pytest.raises(ConfigError, match=r"values are 0 \(kept\) to 1"):
         edit(decoder, pixels, torch.full((2, 16, 16), 2.0), codes)
-    with pytest.raises(ConfigError, match=r"takes images \(B, 3, 16, 16\)"):
+    with pytest.raises(ConfigError, match=r"pixels: .*; \(B, 3, 16, 16\) is expected"):
         edit(decoder, pixels[..., :8], torch.zeros(2, 16, 16), codes)
     sdxl = tiny_decoder("sdxl")
     with pytest.raises(ConfigError, match="use ddim or dpm_solver"):

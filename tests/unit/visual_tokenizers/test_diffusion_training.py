@@ -11,13 +11,14 @@ import torch
 
 from mllm.config import validate
 from mllm.errors import ConfigError, MllmError
-from mllm.recipe import Recipe
+from mllm.recipe import Recipe, load_recipe
 from mllm.train.preflight.tokenizer_plan import plan_tokenizer
 from mllm.train.run import run_recipe
 from mllm.visual_tokenizers.base import VisualTokenizer, build_tokenizer
 from mllm.visual_tokenizers.diffusion.decoder import DiffusionDecoder
-from mllm.visual_tokenizers.recipe import load_images_spec
-from tests.unit.visual_tokenizers.diffusion_configs import DECODERS, SD3, UNET
+from mllm.visual_tokenizers.diffusion.library import diffusers_class
+from mllm.visual_tokenizers.recipe import diffusion_training, load_images_spec
+from tests.unit.visual_tokenizers.diffusion_configs import DECODERS, UNET, VAE
 from tests.unit.visual_tokenizers.tokenizer_configs import TINY
 
 EMA_VQ = {**TINY["vq"], "quantizer": {**TINY["vq"]["quantizer"], "codebook": {"learn": "ema"}}}
@@ -81,18 +82,10 @@ def test_tokenizer_and_decoder_in_one_recipe(tmp_path):
     assert load_images_spec(final / "recipe.yaml").type == "digits_and_charts"
 
 
-@pytest.mark.parametrize("name", ["sd3", "edit"])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, saved, name):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, saved):
     """Times, noise, what is dropped and hidden go on where they were, and so does the moving average."""
-    options: dict[str, Any] = {"masks": {}} if name == "edit" else {}
-    changes: dict[str, Any] = {
-        "decoder": DECODERS[name],
-        "options": options,
-        "optimizer": {"ema": 0.9},
-        "save_every": 3,
-        "steps": 5,
-    }
-    changes["data"] = {**DATA, "crop": [0.5, 1.0], "flip": True}
+    changes: dict[str, Any] = {"decoder": DECODERS["edit"], "options": {"masks": {}}, "optimizer": {"ema": 0.9}}
+    changes |= {"save_every": 3, "steps": 5, "data": {**DATA, "crop": [0.5, 1.0], "flip": True}}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     given = {"weights": str(saved)}
     run_recipe(recipe(whole, given, stage(**changes)))
@@ -107,7 +100,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, saved, name):
 
 
 def test_a_second_stage_goes_on_with_the_decoder_of_the_first(tmp_path, saved):
-    latent = {**DECODERS["latent"], "sampler": "ddim"}
+    autoencoder = tmp_path / "vae"
+    diffusers_class("AutoencoderKL")(**VAE).save_pretrained(autoencoder)
+    latent = {**DECODERS["latent"], "sampler": "ddim", "autoencoder": {"source": str(autoencoder)}}
     parts = {"diffusion_decoder.sequence": 1e-3}
     run_recipe(
         recipe(
@@ -133,8 +128,22 @@ def test_a_plan_counts_both(saved, tmp_path):
     assert sum(group.num_parameters for group in beside.groups) == learned
     assert plan.parameters["diffusion_decoder.autoencoder"] == sum(p.numel() for p in decoder.autoencoder.parameters())
     assert beside.memory["activations and loss"] > 0 and beside.flops_step > 0 and beside.steps == 4
-    assert not [line for line in beside.hazards if "not known" in line]
+    assert beside.hazards == [
+        "the frozen tokenizer is left out of operations, and of activations, of which it keeps none"
+    ]
     assert "denoises 4 × 8 × 8 beside cross_attention, reconstruction" in plan.joins[1]
+
+
+def test_illumes_decoder_has_the_published_sizes():
+    """Of the specification: 4 noisy latents, 32 semantic and 32 pixel channels; SDXL's UNet of 2.57 B and autoencoder of 84 M."""
+    recipe = load_recipe("tokenizer_illume_sdxl_decoder")
+    training = diffusion_training(recipe, recipe.stages[0])
+    with torch.device("meta"):
+        decoder = DiffusionDecoder(training.options.decoder, build_tokenizer(training.tokenizer))
+    assert sum(p.numel() for p in decoder.network.conv_in.parameters()) == 196_160
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (decoder.network, decoder.autoencoder)]
+    assert round(sizes[0] / 1e9, 2) == 2.57 and round(sizes[1] / 1e6) == 84
+    assert (decoder.size, decoder.image_side, decoder.config.guidance) == ((64, 64), 512, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +157,7 @@ def test_a_plan_counts_both(saved, tmp_path):
         ({"options": {"decoder": {"network": "sd4"}}}, r"stages\.decoder\.options\.decoder\.network"),
         ({"options": {"masks": {}}}, "masks and the decoder's condition source go together"),
         ({"options": {"masks": {"boxes": [0.5, 0.2]}, "decoder": DECODERS["edit"]}}, "smallest, largest"),
+        ({"options": {"decoder": DECODERS["latent"]}}, r"autoencoder\.source: the autoencoder is frozen"),
         ({"data": "/no/such/folder"}, "no folder"),
         ({"kind": "sft"}, "all kinds but tokenizer and diffusion"),
     ],
@@ -169,9 +179,7 @@ def test_the_command_scores_both_decoders(tmp_path, saved, capsys):
 
     from mllm.cli.main import app
 
-    final = run_recipe(
-        recipe(tmp_path, {"weights": str(saved)}, stage(decoder={"network": "sd3", "settings": SD3}, steps=1))
-    )
+    final = run_recipe(recipe(tmp_path, {"weights": str(saved)}, stage(decoder=DECODERS["large"], steps=1)))
     encoder = tmp_path / "encoder.json"
     settings = {"type": "small_vit", "image_size": 16, "patch_size": 8, "width": 8, "depth": 1, "heads": 2}
     from safetensors.torch import save_file

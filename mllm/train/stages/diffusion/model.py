@@ -61,18 +61,22 @@ class DiffusionModel(StageModel):
     @torch.no_grad()
     def seen(self, pixels: Tensor) -> dict[str, Any]:
         """What the decoder's loss takes beside the pictures ``(B, 3, H, W)``."""
-        if pixels.is_meta:  # a plan: codes cannot be looked at
-            vectors, reconstruction = self.tokenizer.quantized(pixels)[1], pixels
-        else:
-            codes = self.tokenizer.encode(pixels)
-            vectors = self.tokenizer.embed(codes)
-            wanted = "reconstruction" in self.decoder.config.conditions
-            reconstruction = self.tokenizer.decode(codes) if wanted else None
+        small = self.decoder.shrunk(pixels)
+        vectors, reconstruction = self._told_by_codes(small)
         masks, kept = self.training_spec.options.masks, None
         if masks is not None:
             chosen = random_masks(masks, len(pixels), pixels.shape[-1]).to(pixels.device)
             kept = kept_maps(self.decoder, pixels, chosen)
         return {"vectors": vectors, "reconstruction": reconstruction, "kept": kept}
+
+    def _told_by_codes(self, small: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Code vectors, and the tokenizer's own picture where that is a condition."""
+        if small.is_meta:  # a plan: codes cannot be looked at, and only shapes count
+            dims, grids = self.tokenizer.embed_dims, self.tokenizer.grids
+            return {n: small.new_zeros(len(small), grids[n][0] * grids[n][1], dim) for n, dim in dims.items()}, small
+        codes = self.tokenizer.encode(small)
+        wanted = "reconstruction" in self.decoder.config.conditions
+        return self.tokenizer.embed(codes), self.tokenizer.decode(codes) if wanted else None
 
     def forward(self, num_items_in_batch: float, **inputs: Any) -> Any:
         """``loss``: the mean over this batch's pictures, weighted by their share of ``num_items_in_batch``, the pictures of the

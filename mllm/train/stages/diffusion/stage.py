@@ -23,7 +23,7 @@ from mllm.train.stages.kind import StageKind
 from mllm.train.stages.tokenizer.pictures import PictureProcessor, picture_mixture
 from mllm.train.stages.tokenizer.stage import NO_TEXT, Finished, check_picture_stage, spread_picks
 from mllm.train.trainer import Run, train
-from mllm.visual_tokenizers.base import DECODER_CONFIG, VisualTokenizer, build_tokenizer
+from mllm.visual_tokenizers.base import DECODER_CONFIG, VisualTokenizer, build_tokenizer, stored_config
 from mllm.visual_tokenizers.diffusion.decoder import DiffusionDecoder
 from mllm.visual_tokenizers.evaluate import comparison_grid, evaluate_tokenizer
 from mllm.visual_tokenizers.images import ImageSource, load_images, to_pixels
@@ -49,7 +49,8 @@ class BesideDiffusion(Beside):
             self.scores = self.evaluate()
 
     def evaluate(self) -> dict[str, Any]:
-        """Scores of the plain decoder and of this one at the same held-out codes, of the averaged weights where those are kept."""
+        """Scores of the plain decoder and of this one at the same held-out codes, pictures at the tokenizer's size, of the averaged weights
+        where those are kept."""
         assert self.engine is not None
         decoder, training = self.model.decoder, self.model.training
         self.model.eval()
@@ -59,7 +60,7 @@ class BesideDiffusion(Beside):
                 self.held_out,
                 batch_size=self.training.stage.batch_size,
                 limit=self.training.options.evaluate_images,
-                decoders={"diffusion": decoder.decode},
+                decoders={"diffusion": lambda codes: decoder.shrunk(decoder.decode(codes))},
             )
         self.model.train(training)
         return result
@@ -101,8 +102,8 @@ def train_decoder(run: Run, stage: StageSpec, previous: Path | None, folder: Pat
         decoder.tokenizer.to(device)
         decoder.to(device)
     distributed.broadcast_state(decoder)
-    size = decoder.tokenizer.image.height
-    images, held_out = (load_images(training.images, size, split) for split in ("train", "held_out"))
+    images = load_images(training.images, decoder.image_side, "train")
+    held_out = load_images(training.images, decoder.tokenizer.image.height, "held_out")
     model = DiffusionModel(decoder, training).train()
     beside = BesideDiffusion(model, training, held_out)
     # As in a tokenizer's stage: float32 weights, and networks that compute in bf16 by themselves.
@@ -115,7 +116,8 @@ def train_decoder(run: Run, stage: StageSpec, previous: Path | None, folder: Pat
     model.eval()
     with engine.averaged():
         pixels = to_pixels(held_out.batch(spread_picks(len(held_out))), device)
-        picture = comparison_grid(decoder.tokenizer, pixels, decoders={"diffusion": decoder.decode})
+        drawn = {"diffusion": lambda codes: decoder.shrunk(decoder.decode(codes))}
+        picture = comparison_grid(decoder.tokenizer, pixels, decoders=drawn)
     if run.info is not None:
         run.info.stage(stage.name, evaluation=scores)
     engine.model = decoder
@@ -128,11 +130,19 @@ def check_decoder(stage: StageSpec, recipe: Recipe) -> DiffusionTraining:
     `UnavailableError` without `diffusers`, and `DataError` for pictures that are not there."""
     training = diffusion_training(recipe, stage)
     check_picture_stage(stage, "diffusion", NO_TEXT)
+    autoencoder = training.options.decoder.autoencoder
+    if autoencoder is not None and autoencoder.source is None:
+        raise ConfigError(
+            f"stages.{stage.name}.options.decoder.autoencoder.source: the autoencoder is frozen, and without trained weights its latents "
+            "mean nothing; name a folder that diffusers' AutoencoderKL.save_pretrained wrote"
+        )
+    if training.weights is not None:
+        stored_config(training.weights)
     with torch.device("meta"):
         tokenizer = build_tokenizer(training.tokenizer)
         model = DiffusionModel(DiffusionDecoder(training.options.decoder, tokenizer), training)
     learning_by_part(list(model.part_prefixes()), stage)
-    load_images(training.images, tokenizer.image.height, "train")
+    load_images(training.images, model.decoder.image_side, "train")
     return training
 
 
