@@ -244,7 +244,9 @@ def diffusion_training(recipe: Recipe, stage: StageSpec) -> DiffusionTraining:
 
     where, settings = f"stages.{stage.name}", dict(recipe.model.visual_tokenizer or {})
     options = validate(DiffusionOptions, stage.options, where=f"{where}.options")
-    weights, first = settings.pop("weights", None), stage.name == recipe.stages[0].name
+    # A mapping is the tokenizer's own key (DualToken's published vision model), a text the folder of a trained tokenizer.
+    weights = settings.pop("weights") if isinstance(settings.get("weights"), str) else None
+    first = stage.name == recipe.stages[0].name
     if weights is None and first:
         raise ConfigError(
             f"{where}: a diffusion decoder learns beside a trained visual tokenizer; put a stage of kind tokenizer before it, or name "

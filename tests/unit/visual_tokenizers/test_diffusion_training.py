@@ -168,6 +168,12 @@ def test_bad_recipes_say_what_to_change(tmp_path, saved, changes, message):
 
 
 def test_a_decoder_without_a_trained_tokenizer_is_refused(tmp_path):
+    own = {
+        **TINY["dualtoken"],
+        "weights": {"source": "google/siglip2"},
+    }  # of the tokenizer's vision model: no trained tokenizer
+    with pytest.raises(ConfigError, match="put a stage of kind tokenizer before it"):
+        run_recipe(recipe(tmp_path, own, stage()))
     with pytest.raises(ConfigError, match="put a stage of kind tokenizer before it"):
         run_recipe(recipe(tmp_path, TINY["vq"], stage()))
     with pytest.raises(MllmError, match="nowhere"):

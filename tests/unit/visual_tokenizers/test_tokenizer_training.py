@@ -18,7 +18,7 @@ from mllm.train.run import run_recipe
 from mllm.visual_tokenizers.base import VisualTokenizer, build_tokenizer
 from mllm.visual_tokenizers.perceptual import PerceptualLoss
 from mllm.visual_tokenizers.quantizers.initialise import initialise_codebooks
-from mllm.visual_tokenizers.recipe import PerceptualSpec, load_training, tokenizer_recipes
+from mllm.visual_tokenizers.recipe import PerceptualSpec, diffusion_training, load_training, tokenizer_recipes
 from tests.unit.visual_tokenizers.tokenizer_configs import CONV, HEAD, TINY
 
 EMA_VQ = {**TINY["vq"], "quantizer": {**TINY["vq"]["quantizer"], "codebook": {"learn": "ema"}}}
@@ -258,10 +258,12 @@ def test_every_shipped_tokenizer_recipe_builds_on_meta():
     found = tokenizer_recipes()
     assert len(found) >= 8
     for name in found:
-        training = load_training(name)
-        assert training.recipe.description
+        recipe = load_recipe(name)
+        assert recipe.description
+        first, whole = recipe.stages[0], recipe.model.visual_tokenizer
+        settings = whole if first.kind == "tokenizer" else diffusion_training(recipe, first).tokenizer
         with torch.device("meta"):
-            tokenizer = build_tokenizer(training.tokenizer)
+            tokenizer = build_tokenizer(settings)
         assert tokenizer.bits_per_image > 0
 
 
