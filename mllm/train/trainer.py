@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
@@ -25,12 +24,12 @@ from mllm.recipe import Recipe, StageSpec
 from mllm.train.added_rows import rows_line
 from mllm.train.beside import Beside
 from mllm.train.checkpoint.resume import (
-    COSMETIC,
     CheckpointReader,
     Progress,
     fingerprint,
     latest_checkpoint,
     save_checkpoint,
+    signature,
 )
 from mllm.train.data import (
     StageData,
@@ -259,7 +258,7 @@ def open_session(
         dtype=stage.dtype,
         seed=run.recipe.seed,
         frozen=fingerprint(model),
-        signature=_signature(run.recipe, stage, mixture.fingerprints),
+        signature=signature(run.recipe, stage, mixture.fingerprints),
     )
     flops = _flop_model(model, groups)
     display = StageDisplay(stage.name, active=distributed.is_main())
@@ -451,15 +450,3 @@ def _flop_model(model: TrainableModel, groups: list[Group]) -> FlopModel | None:
 
 def _drop_log(run: Run, stage: StageSpec) -> Path:
     return run.output / "dropped" / f"{stage.name}-{distributed.rank()}.jsonl"
-
-
-def _signature(recipe: Recipe, stage: StageSpec, data: dict[str, str]) -> str:
-    """What must be the same when a stage is resumed."""
-    settings = stage.model_dump(mode="json", exclude=COSMETIC)
-    settings["optimizer"].pop("fused", None)  # how the update is computed, not which
-    for newer in ("float8", "samples_per_step"):  # runs that were begun before there was one go on
-        if settings[newer] is None:
-            del settings[newer]
-    return json.dumps(
-        {**settings, "seed": recipe.seed, "model": recipe.model.model_dump(mode="json"), "rows": data}, sort_keys=True
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,9 +15,9 @@ import yaml
 from torch import nn
 
 from mllm import distributed
-from mllm.config import read_yaml, to_plain
+from mllm.config import read_yaml, to_plain, validate
 from mllm.damage import read_json
-from mllm.errors import CheckpointError
+from mllm.errors import CheckpointError, ConfigError
 from mllm.former_recipes import upgraded
 from mllm.plugins import copy_files
 from mllm.recipe import Recipe, StageSpec
@@ -138,6 +139,8 @@ def finished_otherwise(folder: Path, recipe: Recipe, stage: StageSpec, *, leave_
     if not path.is_file():
         return ""
     saved = upgraded(read_yaml(path))
+    with contextlib.suppress(ConfigError):  # then it is compared as it is
+        saved = to_plain(validate(Recipe, saved))  # settings that were not yet there have their defaults
 
     def settings(plain: dict[str, Any]) -> str:
         own = next((s for s in plain.get("stages", []) if s.get("name") == stage.name), {})

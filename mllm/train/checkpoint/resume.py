@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from mllm import distributed
 from mllm.errors import CheckpointError
 from mllm.former_recipes import upgraded_model, upgraded_stage
+from mllm.recipe import ModelSpec, Recipe, StageSpec
 from mllm.train.checkpoint.files import (
     DELETING,
     MANIFEST,
@@ -370,14 +371,29 @@ class CheckpointReader:
 
 
 def _read_progress(saved: dict[str, Any]) -> Progress:
-    """A stage's place, also from a checkpoint whose settings are in an earlier dialect."""
+    """A stage's place, also from a checkpoint whose settings are in an earlier dialect, or which was written before there was
+    some setting: that one has its default."""
     progress = upgraded_stage(saved)
-    with contextlib.suppress(ValueError):  # then it is compared as it is
-        settings = upgraded_stage(json.loads(progress["signature"]))
-        if isinstance(settings.get("model"), dict):
-            settings["model"] = {"heads": {}, **upgraded_model(settings["model"])}
-        progress["signature"] = json.dumps(settings, sort_keys=True)
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # then it is compared as it is
+        stage = upgraded_stage(json.loads(progress["signature"]))
+        model, seed, rows = (stage.pop(key) for key in _BESIDE_STAGE)
+        spec = ModelSpec.model_validate(upgraded_model(model))
+        progress["signature"] = _settings(StageSpec.model_validate(stage), spec, seed, rows)
     return Progress(**progress)
+
+
+def signature(recipe: Recipe, stage: StageSpec, rows: dict[str, str]) -> str:
+    """What must be the same when a stage is resumed. rows: dataset → fingerprint of its rows."""
+    return _settings(stage, recipe.model, recipe.seed, rows)
+
+
+_BESIDE_STAGE = ("model", "seed", "rows")
+
+
+def _settings(stage: StageSpec, model: ModelSpec, seed: int, rows: dict[str, str]) -> str:
+    settings = stage.model_dump(mode="json", exclude=COSMETIC)
+    settings["optimizer"].pop("fused", None)  # how the update is computed, not which
+    return json.dumps({**settings, "model": model.model_dump(mode="json"), "seed": seed, "rows": rows}, sort_keys=True)
 
 
 _DTYPES = {
