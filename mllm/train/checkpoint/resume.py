@@ -376,6 +376,7 @@ def _read_progress(saved: dict[str, Any]) -> Progress:
     progress = upgraded_stage(saved)
     with contextlib.suppress(ValueError, KeyError, TypeError):  # then it is compared as it is
         stage = upgraded_stage(json.loads(progress["signature"]))
+        progress["signature"] = json.dumps(stage, sort_keys=True)
         model, seed, rows = (stage.pop(key) for key in _BESIDE_STAGE)
         spec = ModelSpec.model_validate(upgraded_model(model))
         progress["signature"] = _settings(StageSpec.model_validate(stage), spec, seed, rows)
