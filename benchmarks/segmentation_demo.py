@@ -28,12 +28,12 @@ from mllm.train.run import run_recipe
 from mllm.types import IMAGE_MARK, Turn
 
 DEFAULT_OUTPUT = Path("runs/segmentation_demo")
-WORDS = ["model.heads={}", "stages.sft.learn={encoders: 1.5e-3, connector: 1.5e-3, language_model: 1.5e-3}"]
+WORDS = ["model.heads={}", "stages.sft.learn={encoders: 1.5e-3, connector: 1.5e-3, language_model: 5.0e-4}"]
 CONTROLS = {"marks": ("train", []), "blind": ("blind", []), "words": ("words", WORDS)}
 """Model → its training file, and changes of the recipe."""
 
 
-def train(output: Path, name: str, steps: int | None) -> Path:
+def train(output: Path, name: str, steps: int | None, seed: int) -> Path:
     """Train one of the three models; returns its checkpoint."""
     file, changes = CONTROLS[name]
     dataset = {
@@ -45,6 +45,7 @@ def train(output: Path, name: str, steps: int | None) -> Path:
     overrides = [
         f"model.language_model.tokenizer={output / 'text_tokenizer'}",
         f"stages.sft.data={json.dumps({'datasets': [{'dataset': dataset}]})}",
+        f"seed={seed}",
         *changes,
         *([f"stages.sft.steps={steps}"] if steps else []),
     ]
@@ -99,6 +100,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
     parser.add_argument("--steps", type=int, help="optimizer steps of each model (default: the recipe's)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the weights and the order of samples; scenes stay (default: 0)"
+    )
     parser.add_argument("--models", nargs="+", choices=list(CONTROLS), default=list(CONTROLS))
     arguments = parser.parse_args()
     output, began = arguments.output, time.time()
@@ -107,7 +111,7 @@ def main() -> None:
     report: dict[str, Any] = {}
     for name in arguments.models:
         start = time.time()
-        checkpoint = train(output, name, arguments.steps)
+        checkpoint = train(output, name, arguments.steps, arguments.seed)
         report[name] = {"training_seconds": round(time.time() - start)}
         if name != "words":
             report[name] |= {k: round(v, 2) for k, v in score_masks(checkpoint, data, blind=name == "blind").items()}

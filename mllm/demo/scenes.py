@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,10 @@ UNSEEN = (("red", "triangle"), ("green", "circle"), ("blue", "cross"), ("yellow"
 """Colour and shape that no training phrase joins; tests ask for them."""
 BLIND = "something"
 """What a phrase-blind model is asked for."""
-NOTHING = "There is none."
+HERE, NOT_HERE = "It is {phrase} [SEG].", "It is {phrase} [SEG]: none."
+"""Answers to a phrase. They say it before its mask, whose hidden state then holds it; what is not there has an empty mask."""
+Turned = tuple[str, str, list[Any]]
+"""Request, answer, masks."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,26 @@ def question(scene: Scene, rng: random.Random) -> tuple[str, str]:
     return "How many things are there?", str(len(scene.things))
 
 
+def conversation(scene: Scene, rng: random.Random) -> list[Turned]:
+    """What a training scene is asked for: two things, whose masks differ by the phrase alone, and perhaps what is not there and a question
+    for words."""
+    named, turns = phrases(scene, unseen=False), []
+    for thing in rng.sample(scene.things, min(2, len(scene.things))):
+        names = [phrase for phrase, other in named if other is thing]
+        if names:
+            turns.append(_marked(rng.choice(names), HERE, encode_rle(thing.mask)))
+    if rng.random() < 0.1:
+        turns.append(_marked(absent(scene, rng), NOT_HERE, None))
+    if not turns or rng.random() < 0.5:
+        turns.append((*question(scene, rng), []))
+    rng.shuffle(turns)
+    return turns
+
+
+def _marked(phrase: str, answer: str, mask: Any) -> Turned:
+    return f"Please segment {phrase}.", answer.format(phrase=phrase), [mask]
+
+
 def prepare_scenes(
     output_dir: Path | str = "runs/segmentation_demo/data", *, train: int = 6000, test: int = 300, seed: int = 0
 ) -> Path:
@@ -132,16 +156,7 @@ def prepare_scenes(
     for number in range(train):
         scene, name = draw_scene(rng), f"train/{number:05d}.png"
         scene.picture.save(root / name)
-        kind, named = rng.random(), phrases(scene, unseen=False)
-        if kind < 0.7 and named:
-            phrase, thing = rng.choice(named)
-            rows.append(
-                _row(f"mark-{number}", name, f"Please segment {phrase}.", "It is [SEG].", [encode_rle(thing.mask)])
-            )
-        elif kind < 0.78:
-            rows.append(_row(f"none-{number}", name, f"Please segment {absent(scene, rng)}.", NOTHING, []))
-        else:
-            rows.append(_row(f"ask-{number}", name, *question(scene, rng), []))
+        rows.append(_row(f"scene-{number}", name, conversation(scene, rng)))
     _write(root / "train.jsonl", rows)
     _write(root / "blind.jsonl", [_without_phrase(row) for row in rows])
     _write(root / "words.jsonl", [{**row, "masks": []} for row in rows])
@@ -165,16 +180,21 @@ def prepare_scenes(
     return root
 
 
-def _row(identity: str, image: str, request: str, answer: str, masks: list[Any]) -> dict[str, Any]:
-    messages = [{"role": "user", "content": f"<image>\n{request}"}, {"role": "assistant", "content": answer}]
+def _row(identity: str, image: str, turns: list[Turned]) -> dict[str, Any]:
+    messages, masks = [], []
+    for number, (request, answer, marked) in enumerate(turns):
+        messages.append({"role": "user", "content": request if number else f"<image>\n{request}"})
+        messages.append({"role": "assistant", "content": answer})
+        masks += marked
     return {"id": identity, "images": [image], "messages": messages, "masks": masks}
 
 
 def _without_phrase(row: dict[str, Any]) -> dict[str, Any]:
-    user, answer = row["messages"]
-    if not user["content"].startswith("<image>\nPlease segment"):
-        return row
-    return {**row, "messages": [{**user, "content": f"<image>\nPlease segment {BLIND}."}, answer]}
+    messages = []
+    for message in row["messages"]:
+        content = re.sub(r"Please segment .*", f"Please segment {BLIND}.", message["content"])
+        messages.append({**message, "content": re.sub(r"It is .* \[SEG\]", f"It is {BLIND} [SEG]", content)})
+    return {**row, "messages": messages}
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -188,7 +208,7 @@ def train_text_tokenizer(output_dir: Path | str, *, vocab_size: int = 384) -> Pa
     names = [f"the {colour} {shape}" for colour in COLOURS for shape in (*SHAPES, "thing")]
     names += [f"the {shape}" for shape in SHAPES] + ["the leftmost thing", "the rightmost thing", BLIND]
     requests = [f"Please segment {name}." for name in names] + [f"Which colour is the {shape}?" for shape in SHAPES]
-    answers = [*COLOURS, "2", "3", "4", "It is .", NOTHING]
+    answers = [*COLOURS, "2", "3", "4", *(f"It is {name} {end}" for name in names for end in (".", ": none."))]
     lines = [f"USER: {text} " for text in (*requests, "How many things are there?")] + [
         f"ASSISTANT: {a} " for a in answers
     ]

@@ -1,0 +1,44 @@
+"""Do the drawn scenes keep what is tested out of training, and the phrase out of its blind control?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mllm.demo.scenes import BLIND, UNSEEN, prepare_scenes
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_scenes(tmp_path_factory.mktemp("scenes"), train=60, test=8)
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def text(row: dict[str, Any]) -> str:
+    return "\n".join(message["content"] for message in row["messages"])
+
+
+def test_every_mark_has_its_mask_and_no_tested_phrase_is_trained(data: Path) -> None:
+    train = rows(data / "train.jsonl")
+    unseen = [f"the {colour} {shape}" for colour, shape in UNSEEN]
+    for row in train:
+        assert text(row).count("[SEG]") == len(row["masks"])
+        assert not any(phrase in text(row) for phrase in unseen)
+    marks = [mask for row in train for mask in row["masks"]]
+    assert len(marks) > 60 and None in marks  # more than a mask a picture, and some of what is not there
+    tested = [row["phrase"] for row in rows(data / "marks_test.jsonl") if row["mask"] is not None]
+    assert len(tested) >= 6 and set(tested) <= set(unseen)
+
+
+def test_the_blind_control_is_told_no_phrase_and_sees_the_same_masks(data: Path) -> None:
+    for whole, blind, words in zip(*(rows(data / f"{name}.jsonl") for name in ("train", "blind", "words"))):
+        assert blind["masks"] == whole["masks"] and words["masks"] == [] and words["messages"] == whole["messages"]
+        for message in blind["messages"]:
+            marks = "[SEG]" in message["content"] or "segment" in message["content"]
+            assert not marks or (BLIND in message["content"] and "the " not in message["content"])
