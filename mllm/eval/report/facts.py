@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ BINS = 10
 
 @dataclass(frozen=True)
 class AnswerFacts:
-    """Beside a task's score; None: not measured. calibration_error: `expected_calibration_error` of the headline's verdicts."""
+    """Beside a task's score; None: not measured. calibration_error: `Calibration.error` of the headline's verdicts."""
 
     tokens: float | None = None
     """New tokens per answer."""
@@ -37,7 +36,7 @@ class FactSums:
         self._label = label
         self._count = self._declined = 0
         self._sums = dict.fromkeys(("num_tokens", "num_prompt_tokens"), 0)
-        self._sure, self._right = array("d"), array("d")
+        self._calibration = Calibration()
 
     def append(self, row: Row) -> None:
         """One more row; those that were not asked or not answered do not count."""
@@ -49,12 +48,11 @@ class FactSums:
             self._sums[key] += row.get(key) or 0
         entry = row.get("scores", {}).get(self._label)
         if row.get("logprob") is not None and entry is not None and "error" not in entry:
-            self._sure.append(math.exp(row["logprob"]))
-            self._right.append(entry["value"] or 0.0)
+            self._calibration.append(math.exp(row["logprob"]), entry["value"] or 0.0)
 
     def result(self, header: Mapping[str, Any]) -> AnswerFacts:
         """Of the rows so far. header: says how long they took."""
-        count, sure = self._count, self._sure
+        count, sure = self._count, self._calibration
         if not count:
             return AnswerFacts()
         seconds, timed = header.get("seconds"), header.get("answered")
@@ -63,18 +61,33 @@ class FactSums:
             prompt_tokens=self._sums["num_prompt_tokens"] / count or None,
             milliseconds=1000 * seconds / timed if seconds and timed else None,
             refused=self._declined / count,
-            confidence=sum(sure) / len(sure) if sure else None,
-            calibration_error=expected_calibration_error(sure, self._right) if sure else None,
+            confidence=sure.confidence if sure.count else None,
+            calibration_error=sure.error if sure.count else None,
         )
 
 
-def expected_calibration_error(confidences: Sequence[float], values: Sequence[float], bins: int = BINS) -> float:
-    """Mean distance between confidence and accuracy over ``bins`` equal parts of 0 to 1, weighted by their samples (Guo et al.,
-    arXiv 1706.04599, equation 3). values: 1 right, 0 wrong, or between."""
-    gaps = [0.0] * bins
-    for confidence, value in zip(confidences, values, strict=True):
-        gaps[min(int(confidence * bins), bins - 1)] += confidence - value
-    return sum(map(abs, gaps)) / len(confidences)
+class Calibration:
+    """How far confidences are from being right, told one after another: sums of ``bins`` equal parts of 0 to 1."""
+
+    def __init__(self, bins: int = BINS):
+        self.count, self._total, self._gaps = 0, 0.0, [0.0] * bins
+
+    def append(self, confidence: float, value: float) -> None:
+        """One more answer. value: 1 right, 0 wrong, or between."""
+        bins = len(self._gaps)
+        self._gaps[min(int(confidence * bins), bins - 1)] += confidence - value
+        self.count, self._total = self.count + 1, self._total + confidence
+
+    @property
+    def confidence(self) -> float:
+        """The mean."""
+        return self._total / self.count
+
+    @property
+    def error(self) -> float:
+        """Mean distance between confidence and accuracy over the parts, weighted by their samples (Guo et al., arXiv 1706.04599,
+        equation 3)."""
+        return sum(map(abs, self._gaps)) / self.count
 
 
 def refused(row: Row) -> bool:

@@ -87,7 +87,8 @@ def wilson_interval(successes: float, num_samples: float, *, z: float = Z95) -> 
     share = successes / num_samples
     middle = (share + z * z / (2 * num_samples)) / (1 + z * z / num_samples)
     half = z / (1 + z * z / num_samples) * math.sqrt(share * (1 - share) / num_samples + z * z / (4 * num_samples**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    return 0.0 if share == 0 else low, 1.0 if share == 1 else high  # and not 8e-17
 
 
 def mean_estimate(values: Values, *, clusters: Clusters | None = None, binary: bool = False) -> Estimate:

@@ -6,14 +6,21 @@ import math
 
 import pytest
 
-from mllm.eval.report.facts import FactSums, expected_calibration_error
+from mllm.eval.report.facts import Calibration, FactSums
+
+
+def error_of(confidences, values) -> float:
+    calibration = Calibration()
+    for confidence, value in zip(confidences, values, strict=True):
+        calibration.append(confidence, value)
+    return calibration.error
 
 
 def test_calibration_error_worked_by_hand():
     """Two answers in the part from 0.8 to 0.9 (confidence 0.85 on the mean, half right), two from 0.1 to 0.2 (0.1, none right):
     (2 · |0.85 − 0.5| + 2 · |0.1 − 0|) / 4 = 0.225."""
-    assert expected_calibration_error([0.82, 0.88, 0.1, 0.1], [1, 0, 0, 0]) == pytest.approx(0.225)
-    assert expected_calibration_error([1.0, 1.0], [1, 1]) == 0.0, "a confidence of 1 belongs to the last part"
+    assert error_of([0.82, 0.88, 0.1, 0.1], [1, 0, 0, 0]) == pytest.approx(0.225)
+    assert error_of([1.0, 1.0], [1, 1]) == 0.0, "a confidence of 1 belongs to the last part"
 
 
 def test_facts_of_a_tasks_answers():

@@ -107,6 +107,11 @@ def test_cluster_bootstrap_of_a_mean_finds_the_sandwich(clustered):
     assert again == estimate
 
 
+def test_the_interval_of_none_or_all_right_ends_there_exactly():
+    for count in (6, 12, 359, 600):
+        assert wilson_interval(0, count)[0] == 0.0 and wilson_interval(count, count)[1] == 1.0
+
+
 def test_many_answers_take_the_short_way_to_the_same_numbers(monkeypatch):
     """Above some size McNemar's sum goes by logarithms, and a bootstrap draws how often each kind of cluster comes."""
     exact = [mcnemar_exact(*counts) for counts in ((0, 3), (5, 5), (400, 460), (480, 470))]
