@@ -139,6 +139,18 @@ def test_a_picture_depends_on_its_codes_and_seed_alone(name):
     assert not torch.equal(decoder.decode(other, steps=2, seed=5)[0], first), "other codes, another picture"
 
 
+@pytest.mark.parametrize("tokenizer", ["vq", "tokenflow", "dualtoken"])
+def test_every_tokenizers_codes_can_be_drawn(tokenizer):
+    """One codebook, several scales, two grids of one size: as a map and as a sequence."""
+    decoder = tiny_decoder("sd3", tokenizer)
+    codes = some_codes(decoder.tokenizer, 2)
+    drawn = decoder.decode(codes, steps=2, guidance=2.0)
+    assert drawn.shape == (2, 3, 16, 16) and (drawn[0] - drawn[1]).abs().max() > 0, "one noise, two codes"
+    loss = decoder.loss(torch.zeros(2, 3, 16, 16), decoder.tokenizer.embed(codes))
+    loss.sum().backward()
+    assert loss.shape == (2,) and all(p.grad is not None for p in decoder.sequence.parameters())
+
+
 def test_noise_of_a_picture_is_the_same_in_every_batch():
     noise = draw_noise(generators([3, 4], 2), (3, 4, 4), torch.device("cpu"))
     assert torch.equal(noise[1:], draw_noise(generators(4, 1), (3, 4, 4), torch.device("cpu")))
