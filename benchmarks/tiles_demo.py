@@ -1,9 +1,12 @@
 """Do tiles let a model read what the whole picture at 112 pixels hides, and does the native size do so with fewer tokens?
 
-Draws charts, trains one model from scratch in three ways of looking at equal steps, and asks each with its controls (blank, another chart).
+Draws charts, trains one model from scratch in three ways of looking at equal steps on the same rows, and asks each with its controls
+(blank, another chart, the commonest answer).
 
     python benchmarks/tiles_demo.py                        # two CPU cores; exit code 1 when a check fails
-    python benchmarks/tiles_demo.py --output /tmp/x --charts 64 --tests 20 stages.sft.steps=3     # only to try the script
+    python benchmarks/tiles_demo.py --seed 1 --output runs/tiles_demo_1    # other weights, other charts to learn from and to ask about
+    python benchmarks/tiles_demo.py --output /tmp/x --charts 64 --tests 20 --close-ups 64 stages.close_ups.steps=3 \
+        stages.captions.steps=3 stages.sft.steps=3     # only to try the script
 
 Checks on held-out charts: tiles at least 40 points above the same model without them; native within 3 points of tiles, at fewer tokens.
 """
@@ -23,6 +26,8 @@ WAYS = {
     "native": ["model.views={type: native, rule: qwen, max_patches: 256}"],
 }
 """Way of looking → what it changes in the recipe."""
+DATA = {"close_ups": "close_ups", "captions": "captions", "sft": "train"}
+"""Stage → its rows."""
 PICTURE = (448, 448)
 
 
@@ -32,6 +37,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/tiles_demo"))
     parser.add_argument("--charts", type=int, default=2000)
     parser.add_argument("--tests", type=int, default=300)
+    parser.add_argument("--close-ups", type=int, default=4000)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--way", action="append", choices=list(WAYS), help="only this one (may be given again)")
     options = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -39,10 +46,12 @@ def main() -> int:
     from mllm.demo.small_marks import prepare_small_marks, train_small_marks_tokenizer
 
     root = options.output
-    data = prepare_small_marks(root / "data", num_train=options.charts, num_test=options.tests)
+    counts = {"num_train": options.charts, "num_test": options.tests, "num_close_ups": options.close_ups}
+    data = prepare_small_marks(root / "data", **counts, seed=options.seed)
     places = [
+        f"seed={options.seed}",
         f"model.language_model.tokenizer={train_small_marks_tokenizer(root / 'tokenizer')}",
-        f"stages.sft.data.path={data / 'train.jsonl'}",
+        *(f"stages.{stage}.data.path={data / name}.jsonl" for stage, name in DATA.items()),
     ]
     report: dict[str, Any] = {}
     for way in options.way or WAYS:
@@ -74,7 +83,7 @@ def measure(way: str, changes: list[str], data: Path) -> dict[str, float]:
         data={"tiles_demo": data},
         blind=True,
     )["tiles_demo"]
-    asked = {"score": found, "blank": found.blind, "another chart": found.shuffled}
+    asked = {"score": found, "blank": found.blind, "another chart": found.shuffled, "commonest answer": found.prior}
     scores = {name: round(100 * result.score, 1) for name, result in asked.items() if result is not None}
     return {
         **scores,
