@@ -35,6 +35,8 @@ MAX_PIXELS = 100_000_000
 # set must not start programs.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000", "TGA")
 
+_PIXELS = (b"IDAT", b"fdAT", b"acTL", b"fcTL", b"IEND")
+"""Chunks of a PNG that hold or announce pixels, and the last one."""
 _ROTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -186,10 +188,27 @@ def _from_array(array: np.ndarray, where: str) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
+    file = getattr(image, "fp", None)
     try:
+        if image.format == "PNG" and isinstance(
+            file, io.BytesIO
+        ):  # Pillow would decode it to see what stands behind the pixels
+            with Image.open(io.BytesIO(_without_pixels(file.getvalue())), formats=["PNG"]) as described:
+                return int(Image.Image.getexif(described).get(0x0112, 1))
         return int(image.getexif().get(0x0112, 1))
     except Exception:  # a broken EXIF block does not spoil the picture
         return 1
+
+
+def _without_pixels(png: bytes) -> bytes:
+    """A PNG file with what it says of itself, before and behind its pixels, and without these (and without frames)."""
+    kept, place = [png[:8]], 8
+    while place + 12 <= len(png):
+        stop = place + 12 + int.from_bytes(png[place : place + 4], "big")
+        if png[place + 4 : place + 8] not in _PIXELS and stop <= len(png):
+            kept.append(png[place:stop])
+        place = stop
+    return b"".join([*kept, b"\0\0\0\0IEND\xaeB`\x82"])
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -82,6 +82,23 @@ def test_exif_orientation_is_applied(orientation):
     assert image_size(data, where="s") == (20, 30)
 
 
+@pytest.mark.parametrize("trailing", [False, True])
+def test_the_size_of_a_png_is_read_without_decoding_it(trailing, monkeypatch):
+    """What turns it may stand behind the pixels, where Pillow looks by decoding; a server asks for sizes before it refuses large ones."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(photo(300, 200), exif=exif)
+    if trailing:
+        start = data.index(b"eXIf") - 4
+        stop = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        data = data[:start] + data[stop:-12] + data[start:stop] + data[-12:]
+    assert load_image(data, where="s").size == (200, 300)
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda image: pytest.fail("decoded"))
+    assert image_size(data, where="s") == (300, 200)
+    assert image_size(encoded(photo(300, 200).convert("L")), where="s") == (200, 300)
+    assert image_size(data[: len(data) // 2], where="s") == ((200, 300) if trailing else (300, 200))  # cut before it
+
+
 def test_alpha_is_laid_on_white_in_every_mode_that_has_it():
     rgba = np.zeros((4, 4, 4), np.uint8)
     rgba[:, :2] = (200, 0, 0, 255)
