@@ -2,8 +2,8 @@
 
 A mark is 24 pixels wide in a picture of 448. All hatchings have the same period of four pixels and the same share of ink, and fade
 out at the mark's edge: at 112 pixels each is the same gray blot, whatever its hatching. They are drawn at random, whatever a bar's
-height and colour. From easy to hard: close-ups (one bar, 112 pixels), whole charts read from left to right, questions about one bar, which are
-answered as the charts are read: by the bar's colour and its hatching.
+height and colour. From easy to hard: close-ups (one bar, 112 pixels), whole charts read from left to right, questions about one bar,
+which are answered as the charts are read: by the bar's colour and its hatching.
 """
 
 from __future__ import annotations
