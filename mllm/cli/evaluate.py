@@ -185,15 +185,23 @@ def _show_plan(
 
 @evaluation.command("rescore")
 def rescore(
-    predictions: Annotated[Path, typer.Argument(help="A predictions .jsonl of an earlier run.")],
+    predictions: Annotated[
+        Path, typer.Argument(help="A predictions .jsonl of an earlier run, or its folder: all of them.")
+    ],
     metrics: Annotated[str | None, typer.Option(help="Other metrics than the task's own, comma separated.")] = None,
 ) -> None:
     """Score stored predictions again, without a model: new scores go into the file, the table to the console."""
+    from mllm.errors import DataError
+    from mllm.eval.predictions import header_path
     from mllm.eval.report.show import print_results
     from mllm.eval.run import rescore as rescore_file
 
-    result = rescore_file(predictions, metrics=listed(metrics))
-    print_results({result.task: result})
+    files = [predictions]
+    if predictions.is_dir():
+        files = [path for path in sorted(predictions.glob("*.jsonl")) if header_path(path).is_file()]
+        if not files:
+            raise DataError(f"{predictions}: holds no predictions of an evaluation (TASK.jsonl beside TASK.run.json)")
+    print_results({path.stem: rescore_file(path, metrics=listed(metrics)) for path in files})
 
 
 @evaluation.command("compare")

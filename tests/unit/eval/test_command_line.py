@@ -24,3 +24,11 @@ def test_rescore_shows_the_new_scores(tmp_path):
         evaluation, ["rescore", str(tmp_path / "o/demo_charts.jsonl"), "--metrics", "exact_match,anls_rrc"]
     )
     assert said.exit_code == 0 and "exact_match" in said.output and "anls_rrc" in said.output and "n=4" in said.output
+
+
+def test_rescore_takes_a_runs_folder(tmp_path):
+    run(make_data(tmp_path / "d", 4), tmp_path / "o")
+    said = CliRunner().invoke(evaluation, ["rescore", str(tmp_path / "o"), "--metrics", "exact_match"])
+    assert said.exit_code == 0 and "demo_charts" in said.output and "n=4" in said.output
+    empty = CliRunner().invoke(evaluation, ["rescore", str(tmp_path / "d")])
+    assert empty.exit_code != 0 and "holds no predictions" in str(empty.exception)
