@@ -120,10 +120,9 @@ def test_rows_of_added_tokens_start_at_the_mean_and_spread_of_the_models_own(cut
     model, processor = cut_model
     table = model.get_input_embeddings().weight.detach()
     known, added = table[: processor.image_token_id], table[processor.image_token_id :]
-    assert len(added) == 64
-    assert abs(float(added.std() / known.std()) - 1) < 0.05
-    gap = added.mean(0) - known.mean(0)
-    assert float(gap.std()) < 2 * float(known.std()) / 64**0.5
+    assert len(added) == 64 and model.config.unassigned_ids == range(len(known) + 1, len(table))
+    assert abs(float(added[0].std() / known.std()) - 1) < 0.15  # <image>: 576 values
+    torch.testing.assert_close(added[1:], known.mean(0).expand(63, -1), atol=1e-5, rtol=1e-4)  # no token has them
 
 
 def test_peft_trains_chosen_tokens_beside_its_adapters_and_merges_them(cut_model: Any):
