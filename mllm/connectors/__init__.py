@@ -21,6 +21,8 @@ CONNECTORS: Registry = Registry(
         "multi_scale": "mllm.connectors.multi_scale:MultiScaleConnector",
         "spatial_mllm": "mllm.connectors.spatial_mllm:SpatialMllmConnector",
         "dual_perspective": "mllm.connectors.dual_perspective:DualPerspectiveConnector",
+        "gated_fusion": "mllm.connectors.gated_fusion:GatedFusionConnector",
+        "geometry_exchange": "mllm.connectors.geometry_exchange:GeometryExchangeConnector",
         "attention_bias": "mllm.connectors.attention_bias:AttentionBiasConnector",
     },
 )

@@ -42,6 +42,8 @@ VARIANTS = [
     ("mova", {"base": "base", "top_k": 1, "output_grid": [1, 3], "depth": 2}),
     ("merv", {"pooling": "attentive", "num_heads": 2}),
     ("attention_bias", {"query": "spatial", "source": "semantic"}),
+    ("gated_fusion", {"first": "radar", "norm": "batch_norm", "add_second": True, "frames": 3}),
+    ("geometry_exchange", {"scales": [1, 2, 3], "opposite": True, "field": [90, 60]}),
 ]
 
 
@@ -98,6 +100,14 @@ MISFITS = [
     ("deepstack", {"each": {"type": "multi_scale"}}, {"a": info(2, 2, 32)}, ["multi_scale joins several views"]),
     ("branch_fusion", {}, {"a": info(2, 2)}, ["at least 2 encoders", "has 1"]),
     ("branch_fusion", {"vit": "c"}, {"a": info(2, 2), "b": info(2, 2)}, ["no encoder 'c'"]),
+    ("gated_fusion", {}, {"a": info(2, 2)}, ["at least 2 encoders", "has 1"]),
+    ("gated_fusion", {}, {"a": info(2, 2), "b": info(2, 2), "c": info(2, 2)}, ["two encoders", "a, b, c"]),
+    ("gated_fusion", {"first": "c"}, {"a": info(2, 2), "b": info(2, 2)}, ["no encoder 'c'"]),
+    ("geometry_exchange", {}, {"a": info(2, 2), "b": info(2, 2)}, ["exactly one encoder"]),
+    ("geometry_exchange", {"scales": [2, 3]}, {"a": info(2, 2)}, ["[1, 2]", "[2, 3]"]),
+    ("geometry_exchange", {}, {"a": info(2, 2, 48)}, ["width 48", "multiple of 32"]),
+    ("geometry_exchange", {"field": [360, 360]}, {"a": info(2, 2)}, ["180", "360"]),
+    ("geometry_exchange", {"code": "published"}, {"a": info(2, 2, 640)}, ["320", "640", "bounded"]),
     ("spatial_mllm", {}, {"a": info(2, 2)}, ["two encoders", "has 1: a"]),
     ("spatial_mllm", {}, {"a": info(2, 2), "b": info(4, 4)}, ["'a'", "2×2", "'b'", "4×4"]),
     ("mlp", {"hidden": "4y"}, {"a": info(2, 2)}, ["model.connector.hidden", "4x"]),

@@ -22,6 +22,7 @@ QUANTIZERS: Registry = Registry(
         "vq": f"{_HERE}.vector:VectorQuantizer",
         "residual": f"{_HERE}.residual:ResidualQuantizer",
         "multi_scale": f"{_HERE}.multi_scale:MultiScaleQuantizer",
+        "intra_inter": f"{_HERE}.intra_inter:IntraInterQuantizer",
         "product": f"{_HERE}.product:ProductQuantizer",
         "lookup_free": f"{_HERE}.lookup_free:LookupFreeQuantizer",
         "finite_scalar": f"{_HERE}.lookup_free:FiniteScalarQuantizer",

@@ -12,6 +12,8 @@ from torch import nn
 
 from mllm.connectors.attention_bias import BiasedCrossAttention
 from mllm.connectors.build import build_connector
+from mllm.connectors.gated_fusion import ConvNorm, FrameBottleneck, GatedFusion
+from mllm.connectors.geometry_exchange import GeometryExchange
 from mllm.connectors.layers import ProjectorConfig
 from mllm.connectors.merv import AttentivePooler, EncoderMixture, PooledProjector
 from mllm.connectors.mova import AdapterBlock, GatedMlp, MapAttention, rotary_table, rotate
@@ -347,3 +349,109 @@ def test_slow_fast_splits_tokens_and_reads_the_slow_ones_as_published():
     module.load_state_dict(state)
     valid = x["key_mask"].bool() & x["has_visual"].bool()[:, None]
     compare(meta, expected, y=module(x["state"], x["query"], x["slow"], asks=x["token_type"] <= 2, valid=valid))
+
+
+def part_from(module: nn.Module, meta: dict, prefix: str, renames: list[tuple[str, str]]) -> nn.Module:
+    """`fill_from` with the parameters under one name."""
+    state = {}
+    for name, value in fill_all(meta).items():
+        if name.startswith(prefix):
+            name = name.removeprefix(prefix)
+            for pattern, replacement in renames:
+                name = re.sub(pattern, replacement, name)
+            state[name] = torch.from_numpy(value)
+    counted = {name: value for name, value in module.state_dict().items() if name.endswith("num_batches_tracked")}
+    module.load_state_dict({**state, **counted}, strict=True)
+    return module.eval()
+
+
+GATE_NAMES = [
+    (r"fuse_conv\.(0|conv)\.", "fuse.conv."),
+    (r"fuse_conv\.(1|bn)\.", "fuse.norm."),
+    (r"attention\.(0|3)\.", lambda found: f"gate.{0 if found[1] == '0' else 2}.conv."),
+    (r"attention\.(1|4)\.", lambda found: f"gate.{0 if found[1] == '1' else 2}.norm."),
+]
+
+
+@torch.no_grad()
+def test_a_second_sensor_passes_the_gate_as_in_doracamom():
+    meta, x, expected = case("doracamom_bev_voxel_fusion")
+    sizes, names = meta["ctor"], GATE_NAMES
+    width = sizes["bev_channels"]
+    enter = part_from(
+        ConvNorm(sizes["voxel_channels"] * sizes["z"], width, 2, "batch_norm"),
+        meta,
+        "bev.img_bev_conv.",
+        [(r"^0\.", "conv."), (r"^1\.", "norm.")],
+    )
+    flat = GatedFusion(width)
+    state = {name: value for name, value in fill_all(meta).items() if not name.startswith("bev.img_bev_conv")}
+    params = [entry for entry in meta["params"] if entry["name"] in state]
+    part_from(flat, {**meta, "params": params}, "bev.", names)
+    solid = part_from(GatedFusion(sizes["img_channels3d"], dims=3, bias=False), meta, "vox.", names)
+    camera = enter(x["voxel"].flatten(1, 2)).relu()
+    compare(
+        meta,
+        expected,
+        bev=flat(camera, x["radar_bev"]),
+        bev_add_radar=flat(camera, x["radar_bev"], add_second=True),
+        voxel=solid(x["img_voxel"], x["pts_voxel"]),
+    )
+
+
+@torch.no_grad()
+def test_frames_of_both_sensors_become_one_as_in_doracamom():
+    meta, x, expected = case("doracamom_temporal_c3d")
+    sizes = meta["ctor"]
+    width, queue, (rows, cols, height) = sizes["embed_dims"], sizes["queue"], sizes["hwz"]
+    names = [
+        (r"conv1", "reduce"), (r"conv2", "mix"), (r"conv3", "expand"), (r"bn(\d)", r"norm\1"),
+        (r"downsample\.0", "shortcut"), (r"downsample\.1", "shortcut_norm"),
+    ]  # fmt: skip
+    camera = part_from(FrameBottleneck(width, width, queue, dims=3), meta, "t.temporal_block.0.", names)
+    radar = part_from(FrameBottleneck(sizes["radar_channels"], width, queue), meta, "t.radar_temporal_block.0.", names)
+    now = x["voxel"].transpose(1, 2).unflatten(2, (rows, cols, height)).permute(0, 1, 4, 2, 3)
+    before = x["prev_voxel"].permute(0, 1, 2, 5, 3, 4)
+
+    def tokens(voxels: torch.Tensor) -> torch.Tensor:
+        return voxels.permute(0, 3, 4, 2, 1).flatten(1, 3)
+
+    compare(
+        meta,
+        expected,
+        voxel=tokens(camera(torch.cat([before, now[:, None]], 1))),
+        radar=radar(torch.cat([x["prev_radar"], x["radar"][:, None]], 1)),
+        voxel_first=tokens(camera(now[:, None])),
+        radar_first=radar(x["radar"][:, None]),
+    )
+
+
+def exchange_case() -> tuple[GeometryExchange, dict, dict[str, torch.Tensor], dict]:
+    meta, x, expected = case("imagine360_warp_attention")
+    names = [
+        (r"attn1\.to_q", "query"), (r"attn1\.to_k", "key"), (r"attn1\.to_v", "value"), (r"attn1\.to_out", "out"),
+        (r"ff\.net\.0\.proj", "ffn_in"), (r"ff\.net\.2", "ffn_out"), (r"norm1", "norm"), (r"norm2", "ffn_norm"),
+    ]  # fmt: skip
+    block = GeometryExchange(meta["ctor"]["dim"], code="published")
+    return part_from(block, meta, "warp.transformer.", names), meta, x, expected
+
+
+@torch.no_grad()
+def test_a_panorama_and_its_views_exchange_as_in_imagine360():
+    block, meta, x, expected = exchange_case()
+    sizes = meta["ctor"]
+    number, count, frames = sizes["B"], sizes["views"], sizes["frames"]
+    whole = x["pano"].permute(0, 2, 3, 4, 1).flatten(2, 3).flatten(0, 1)
+    views = x["pers"].unflatten(0, (number, count)).permute(0, 3, 1, 4, 5, 2).flatten(3, 4).flatten(0, 1)
+    angles = (x["pano_coords"].flatten(0, 1), x["pers_coords"].flatten(1, 2))
+    got = {}
+    for kind in ("same", "opposite"):
+        over_views = x[f"mask_pers_{kind}"].permute(1, 2, 0, 3, 4).flatten(2, 4).flatten(0, 1)
+        over_whole = x[f"mask_pano_{kind}"].flatten(3, 4).flatten(0, 2)
+        new_whole, new_views = block(whole, views, angles, (over_views, over_whole))
+        got[f"pano_{kind}"] = (
+            new_whole.unflatten(0, (number, frames)).unflatten(2, sizes["pano_hw"]).permute(0, 4, 1, 2, 3)
+        )
+        split = new_views.unflatten(0, (number, frames)).unflatten(3, sizes["pers_hw"])
+        got[f"pers_{kind}"] = split.permute(0, 2, 5, 1, 3, 4).flatten(0, 1)
+    compare(meta, expected, **got)

@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from mllm.errors import ConfigError
+from mllm.testing.running import run_checks
+from mllm.testing.visual_tokenizers import CHECKS
+from mllm.visual_tokenizers import VISUAL_TOKENIZERS
 from mllm.visual_tokenizers.quantizers import QUANTIZERS, build_quantizer
 from mllm.visual_tokenizers.quantizers.codebook import kmeans
+from mllm.visual_tokenizers.quantizers.history import HistoryFusion, MapHistory
 from mllm.visual_tokenizers.quantizers.search import nearest_codes
 from mllm.visual_tokenizers.quantizers.vector import entropy_loss
 
@@ -26,6 +30,7 @@ EXAMPLES = {
         "type": "multi_scale", "scales": [1, 2, 4], "drop": 0.5,
         "inner": {"type": "vq", "size": 16, "parts": {"semantic": 8, "pixel": 4}, "l2_norm": True},
     },
+    "intra_inter": {"type": "intra_inter", "size": 16, "dim": 8, "grid": [4, 4], "stages": 2, "history": 1},
     "product": {"type": "product", "size": 16, "dim": 8, "chunks": 4},
     "lookup_free": {"type": "lookup_free", "dim": 12, "groups": 2},
     "lookup_free spherical": {"type": "lookup_free", "dim": 12, "spherical": True},
@@ -80,6 +85,98 @@ def test_multi_scale_encode_is_tokenflows(golden):
         indices=out.codes[..., 0],
         from_indices=to_maps(quantizer.embed(out.codes), f),
     )
+
+
+def intra_inter_case(golden):
+    case = golden("iiworld_intra_inter_quantizer")
+    ctor, given = case.meta["ctor"], case.weights
+    quantizer = build_quantizer(
+        {
+            "type": "intra_inter", "size": ctor["n_e"], "dim": ctor["e_dim"], "grid": ctor["hw"],
+            "stages": ctor["recover_stage"], "history": ctor["recover_time"], "beta": ctor["beta"],
+        }
+    )  # fmt: skip
+    state = {"book.weight": given["vq.embedding.weight"]}
+    for index in range(len(quantizer.grids)):
+        stages = ctor["recover_stage"]
+        name = f"scale_conv.{index}" if index < stages else f"time_conv.{index - stages}"
+        state |= {f"convolutions.{index}.{end}": given[f"vq.recover_{name}.{end}"] for end in ("weight", "bias")}
+    quantizer.load_state_dict(state, strict=True)
+    z = torch.nn.functional.conv2d(case.inputs["curr"], given["vq.quant_conv.weight"], given["vq.quant_conv.bias"])
+    return case, quantizer.eval(), z
+
+
+def test_scales_and_former_frames_are_quantised_as_in_i2_world(golden):
+    case, quantizer, z = intra_inter_case(golden)
+    given = case.weights
+    out = quantizer(to_tokens(z), case.inputs["history"].flatten(3).transpose(2, 3))
+
+    def result(tokens):
+        return torch.nn.functional.conv2d(
+            to_maps(tokens, z), given["vq.post_quant_conv.weight"], given["vq.post_quant_conv.bias"]
+        )
+
+    parts, stages = quantizer.split_stages(out.codes), case.meta["ctor"]["recover_stage"]
+    case.check(
+        z_q=result(out.quantized),
+        loss=sum(out.losses.values()),
+        **{f"codes_scale{k}": part.flatten() for k, part in enumerate(parts[:stages])},
+        **{f"codes_time{k}": part.flatten() for k, part in enumerate(parts[stages:])},
+    )
+    assert torch.allclose(quantizer.embed(out.codes), out.quantized, atol=5e-6, rtol=2e-5)
+
+
+def test_without_history_the_later_stages_quantise_what_the_scales_left_over(golden):
+    _, quantizer, z = intra_inter_case(golden)
+    tokens = to_tokens(z)
+    none = quantizer(tokens)
+    zeros = quantizer(tokens, torch.zeros(len(z), quantizer.config.history, *tokens.shape[1:]))
+    assert torch.equal(none.codes, zeros.codes) and torch.equal(none.quantized, zeros.quantized)
+    before, after = (part[..., 0] for part in quantizer.split_stages(none.codes)[2:4])
+    plain = build_quantizer({**quantizer.config.model_dump(), "history": 0}).eval()
+    kept = {k: v for k, v in quantizer.state_dict().items() if k in plain.state_dict()}
+    plain.load_state_dict(kept, strict=True)
+    left = tokens - _unconvolved(plain, plain(tokens).codes)
+    assert torch.equal(before, plain.split_stages(plain(tokens).codes)[2][..., 0])
+    assert torch.equal(after.flatten(), nearest_codes(left.flatten(0, 1), quantizer.book.table()))
+    with pytest.raises(ConfigError, match=r"history is \(2, 1, .* expected \(B, history, N, D\) = \(2, 2, "):
+        quantizer(tokens, torch.zeros(2, 1, *tokens.shape[1:]))
+
+
+def _unconvolved(quantizer, codes):
+    total = 0.0
+    for grid, part in zip(quantizer.grids, quantizer.split_stages(codes)):
+        maps = quantizer.code_vectors(part)[..., 0, :].transpose(1, 2).unflatten(2, grid)
+        total = total + torch.nn.functional.interpolate(maps, size=quantizer.config.grid, mode="bilinear")
+    return to_tokens(total)
+
+
+def test_former_maps_are_warped_as_in_i2_world(golden):
+    case = golden("iiworld_align_history")
+    bounds = [case.meta["ctor"][f"{axis}_bound"] for axis in "xyz"]
+    history = MapHistory(
+        tuple(low for low, _, _ in bounds), tuple(step for _, _, step in bounds), case.meta["ctor"]["frames"]
+    )
+    steps = zip(case.inputs["curr_to_prev"], case.inputs["aug"], case.inputs["start"])
+    case.check(**{f"sampled{k}": history.step(case.inputs[f"bev{k}"], *step) for k, step in enumerate(steps)})
+
+
+def test_tokens_read_former_ones_as_in_i2_world(golden):
+    case = golden("iiworld_temporal_fusion")
+    fusion = HistoryFusion(case.meta["ctor"]["embed_dims"], case.meta["ctor"]["history"]).eval()
+    names = {"fusion.history_fusion": "fuse", "fusion.output_proj": "out"}
+    state = {}
+    for name, value in case.weights.items():
+        for former, present in names.items():
+            name = name.replace(former, present)
+        state[name] = value
+    fusion.load_state_dict(state, strict=True)
+    case.check(y=fusion(*(case.inputs[name] for name in ("query", "pos", "history"))))
+
+
+def test_a_tokenizer_of_pictures_takes_the_intra_inter_quantizer():
+    quantizer = {"type": "intra_inter", "size": 16, "dim": 8, "grid": [4, 4], "stages": 2}
+    run_checks(CHECKS, {**VISUAL_TOKENIZERS.get("vq").tiny(), "quantizer": quantizer})
 
 
 def test_entropy_loss_is_tokenflows(golden):
