@@ -31,9 +31,10 @@ class Conditions:
             _cat(self.channels, other.channels), _cat(self.tokens, other.tokens), _cat(self.kept, other.kept)
         )
 
-    def beside(self, noisy: Tensor) -> Tensor:
-        """What is denoised, then the maps ``(B, C + K, H, W)``."""
-        return torch.cat([noisy, *(maps.to(noisy.dtype) for maps in (self.channels, self.kept) if maps is not None)], 1)
+    def beside(self, noisy: Tensor, *, kept: bool = True) -> Tensor:
+        """What is denoised, then the maps ``(B, C + K, H, W)``; kept: those of an edited picture too."""
+        shown = (self.channels, self.kept if kept else None)
+        return torch.cat([noisy, *(maps.to(noisy.dtype) for maps in shown if maps is not None)], 1)
 
 
 def _zeros(value: Tensor | None) -> Tensor | None:

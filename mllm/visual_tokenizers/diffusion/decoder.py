@@ -20,8 +20,9 @@ from mllm.damage import read_json, read_safetensors
 from mllm.errors import CheckpointError, ConfigError
 from mllm.types import Grid, VisualCodes
 from mllm.visual_tokenizers.base import DECODER_CONFIG, DECODER_WEIGHTS, VisualTokenizer
+from mllm.visual_tokenizers.diffusion.branches import ContextBranch, injected, untouched_patches
 from mllm.visual_tokenizers.diffusion.conditioning import CodeSequence, Conditions, code_map
-from mllm.visual_tokenizers.diffusion.config import DiffusionDecoderConfig
+from mllm.visual_tokenizers.diffusion.config import ContextBranchSpec, DiffusionDecoderConfig
 from mllm.visual_tokenizers.diffusion.library import (
     WHERE,
     autoencoder_factor,
@@ -56,6 +57,7 @@ class DiffusionDecoder(nn.Module):
         self.side = side if self.autoencoder is None else side // autoencoder_factor(self.autoencoder)
         self.channels = 3 if self.autoencoder is None else int(self.autoencoder.config.latent_channels)
         self.network = build_network(config, channels=(self._input_channels(), self.channels), side=self.side)
+        self.branch = None if config.branch is None else self._build_branch(config.branch)
         self.sequence: CodeSequence | None = None
         if "cross_attention" in config.conditions:
             positions = {name: rows * columns for name, (rows, columns) in tokenizer.grids.items()}
@@ -76,7 +78,22 @@ class DiffusionDecoder(nn.Module):
         conditions, total = self.config.conditions, self.channels
         total += sum(self.tokenizer.embed_dims.values()) if "channels" in conditions else 0
         total += 3 if "reconstruction" in conditions else 0
-        return total + (1 + self.channels if "source" in conditions else 0)
+        return total + (1 + self.channels if "source" in conditions and self.config.branch is None else 0)
+
+    def _build_branch(self, spec: ContextBranchSpec) -> ContextBranch:
+        """A network of ``depth`` blocks that also sees the mask and what is kept; it starts from this one's weights."""
+        blocks = len(self.network.transformer_blocks)  # type: ignore[arg-type]
+        if spec.depth > blocks:
+            raise ConfigError(
+                f"{WHERE}.branch.depth: {spec.depth} blocks beside a network of {blocks}; give at most as many"
+            )
+        short = self.config.model_copy(update={"settings": {**self.config.settings, "num_layers": spec.depth}})
+        inputs = self._input_channels()
+        branch = ContextBranch(
+            build_network(short, channels=(inputs + 1 + self.channels, self.channels), side=self.side)
+        )
+        branch.start_from(self.network, inputs)
+        return branch
 
     def _token_width(self) -> int:
         config: Any = self.network.config
@@ -88,6 +105,8 @@ class DiffusionDecoder(nn.Module):
         """Published weights of network and autoencoder, where the config names some. Raises `CheckpointError`."""
         if self.config.source is not None:
             load_saved(self.network, self.config.source, f"{WHERE}.source", kept_channels=self.channels)
+            if self.branch is not None:
+                self.branch.start_from(self.network, self._input_channels())
         if self.autoencoder is not None and self.config.autoencoder is not None and self.config.autoencoder.source:
             load_saved(self.autoencoder, self.config.autoencoder.source, f"{WHERE}.autoencoder.source")
 
@@ -164,7 +183,15 @@ class DiffusionDecoder(nn.Module):
 
     def denoise(self, noisy: Tensor, times: Tensor, conditions: Conditions) -> Tensor:
         """What the network tells of ``(B, C, *size)`` at times ``(B,)``."""
-        return _told(self.network, self.config, conditions.beside(noisy), times, conditions.tokens)
+        config, tokens = self.config, conditions.tokens
+        if self.branch is None or config.branch is None:
+            return _told(self.network, config, conditions.beside(noisy), times, tokens)
+        assert conditions.kept is not None
+        residuals = self.branch(lambda network: _told(network, config, conditions.beside(noisy), times, tokens))
+        patch = int(self.network.config.patch_size)  # type: ignore[union-attr]
+        keep = untouched_patches(conditions.kept[:, :1], patch) if config.branch.outside_only else None
+        with injected(self.network, residuals, placement=config.branch.placement, keep=keep):
+            return _told(self.network, config, conditions.beside(noisy, kept=False), times, tokens)
 
     # Training
 

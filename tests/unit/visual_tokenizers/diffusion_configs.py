@@ -43,6 +43,9 @@ DECODERS: dict[str, dict[str, Any]] = {
     },
     "large": {"network": "unet", "settings": UNET, "scale": 2, "conditions": ["channels", "reconstruction"]},
     "edit": {"network": "unet", "settings": UNET, "conditions": ["channels", "source"]},
+    "branch": {
+        "network": "sd3", "settings": {**SD3, "num_layers": 3}, "conditions": ["channels", "source"], "branch": {"depth": 2},
+    },
     "sdxl": {"network": "unet_condition", "settings": SDXL, "objective": "epsilon", "sampler": "euler", "size_index": 11},
 }  # fmt: skip
 """Every network, space, objective and condition at least once."""

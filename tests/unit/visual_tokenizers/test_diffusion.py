@@ -320,7 +320,7 @@ def test_larger_pictures_than_the_tokenizers():
     assert seen.shape == (2, 16 + 3, 32, 32) and torch.equal(seen[:, :16, ::2, ::2], seen[:, :16, 1::2, 1::2])
 
 
-@pytest.mark.parametrize("name", ["edit", "dit", "latent"])
+@pytest.mark.parametrize("name", ["edit", "branch", "dit", "latent"])
 def test_an_edit_leaves_what_is_outside_the_mask(name):
     torch.manual_seed(0)
     decoder = tiny_decoder(name)
