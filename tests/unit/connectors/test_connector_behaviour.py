@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 
 from mllm.connectors import CONNECTORS
 from mllm.connectors.build import build_connector
+from mllm.connectors.geometry_exchange import angle_bias, box_angles
 from mllm.connectors.layers import (
     ProjectorConfig,
     attend,
@@ -20,6 +22,7 @@ from mllm.connectors.layers import (
     resample,
     unblind,
 )
+from mllm.connectors.partitions import join_crops
 from mllm.connectors.pixel_shuffle import space_to_depth
 from mllm.connectors.spatial_aggregator import window_partition
 from mllm.errors import AlignmentError, ConfigError
@@ -376,3 +379,75 @@ def test_merv_weighs_encoders_once_for_a_whole_video():
     torch.testing.assert_close(tokens[:12], whole[0], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(tokens[12:], connector.mixture(pooled[3:])[0][0], atol=1e-6, rtol=1e-5)
     assert not torch.allclose(tokens[:4], connector.mixture(pooled[:1])[0][0], atol=1e-6)
+
+
+def scales_layout(count: int) -> VisualLayout:
+    return VisualLayout((Block(6, (1, 2, 3)),), count, thumbnail=0, scales=(1, 2))
+
+
+@torch.no_grad()
+def test_a_panorama_and_its_crops_exchange_before_they_become_one_map():
+    torch.manual_seed(0)
+    config, encoders, width = CONNECTORS.get("geometry_exchange").tiny()
+    connector = build_connector(config, encoders, width).eval()
+    plain = build_connector({"type": "multi_scale"}, encoders, width).eval()
+    plain.projector.load_state_dict(connector.projector.state_dict())
+    tokens = torch.randn(10, 6, 32)
+    features = {"vision": VisionFeatures(tokens, (2, 3))}
+    layouts = [scales_layout(5), scales_layout(5)]
+    before = plain(features, layouts=layouts)
+    assert torch.allclose(connector(features, layouts=layouts), before, atol=1e-6), (
+        "an untrained exchange changes the map"
+    )
+    for layer in (connector.exchange.out, connector.exchange.ffn_out):
+        torch.nn.init.normal_(layer.weight, std=0.2)
+    after = connector(features, layouts=layouts)
+    assert after.shape == before.shape and not torch.allclose(after, before, atol=1e-3)
+    alone = connector({"vision": VisionFeatures(tokens[5:], (2, 3))}, layouts=layouts[:1])
+    assert torch.allclose(after[6:], alone, atol=1e-6), "a picture's map depends on the others of its batch"
+    moved = tokens[[0, 2, 1, 3, 4, *range(5, 10)]]
+    other = connector({"vision": VisionFeatures(moved, (2, 3))}, layouts=layouts)
+    assert not torch.allclose(other[:6], after[:6], atol=1e-3), "where a crop lies does not matter"
+
+
+def test_angles_of_crops_are_those_of_the_whole_and_bias_leads_to_what_lies_there():
+    field, boxes = (360.0, 180.0), [(0, 0, 0.5, 0.5), (0.5, 0, 1, 0.5), (0, 0.5, 0.5, 1), (0.5, 0.5, 1, 1)]
+    crops = torch.stack([box_angles((2, 3), box, field) for box in boxes])
+    large = join_crops(crops.transpose(1, 2).unflatten(2, (2, 3))[None], 2)[0].flatten(1).T
+    assert torch.allclose(large, box_angles((4, 6), (0, 0, 1, 1), field), atol=1e-6)
+    assert large[0].tolist() == pytest.approx([-math.pi * 5 / 6, math.pi * 3 / 8])
+    whole = box_angles((4, 6), (0, 0, 1, 1), field)
+    bias = angle_bias(whole, whole, 0.3)
+    assert torch.equal(bias.argmax(1), torch.arange(24)) and bias.max() == 1 and bias.min() >= -1
+    behind = angle_bias(whole, whole, 0.3, opposite=True).argmax(1)
+    assert behind[0] == 3 * 6 + 3, "straight behind up left is down right, half a turn on"
+
+
+@torch.no_grad()
+def test_frames_of_a_video_are_fused_in_groups_and_the_gate_decides_what_a_second_sensor_adds():
+    torch.manual_seed(0)
+    config, encoders, width = CONNECTORS.get("gated_fusion").tiny()
+    connector = build_connector({**config, "frames": 2}, encoders, width).eval()
+    features = {
+        name: VisionFeatures(torch.randn(4, *size), encoders[name].grid)
+        for name, size in (("camera", (12, 6)), ("radar", (4, 10)))
+    }
+    layout = VisualLayout(tuple(Block(12, (1, 3, 4), view=2 * k) for k in range(2)), 4, frames=4)
+    both = connector(features, layouts=[layout])
+    second = {name: VisionFeatures(found.tokens[2:], found.grid) for name, found in features.items()}
+    half = VisualLayout((Block(12, (1, 3, 4)),), 2, frames=2)
+    assert both.shape == (24, width) and torch.allclose(both[12:], connector(second, layouts=[half]), atol=1e-6)
+    swapped = {name: VisionFeatures(found.tokens.flip(0), found.grid) for name, found in second.items()}
+    assert not torch.allclose(connector(swapped, layouts=[half]), both[12:], atol=1e-4), "frames have no order"
+    still = {name: VisionFeatures(found.tokens[:1], found.grid) for name, found in features.items()}
+    twice = {name: VisionFeatures(found.tokens[:1].repeat(2, 1, 1), found.grid) for name, found in features.items()}
+    assert torch.allclose(connector(still), connector(twice, layouts=[half]), atol=1e-6), "a picture is equal frames"
+
+    fusion = connector.fusion
+    first, other = torch.randn(1, 8, 3, 4), torch.randn(1, 8, 3, 4)
+    fusion.gate[2].norm.weight.zero_()
+    fusion.gate[2].norm.bias.fill_(-50.0)
+    assert torch.allclose(fusion(first, other), first), "a shut gate lets something pass"
+    fusion.gate[2].norm.bias.fill_(50.0)
+    fused = fusion.fuse(torch.cat([first, other], 1)).relu()
+    assert torch.allclose(fusion(first, other), first + fused)
