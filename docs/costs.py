@@ -15,6 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
 SCORES = {
+    "demo": "demo_cpu",
     "real_charts": "real_charts_h200",
     "routed_demo": "routing_demo_cpu",
     "segmentation_demo": "segmentation_demo_cpu",

@@ -131,7 +131,7 @@ def conversation(scene: Scene, rng: random.Random) -> list[Turned]:
         names = [phrase for phrase, other in named if other is thing]
         if names:
             turns.append(_marked(rng.choice(names), HERE, encode_rle(thing.mask)))
-    if rng.random() < 0.1:
+    if rng.random() < 0.25:
         turns.append(_marked(absent(scene, rng), NOT_HERE, None))
     if not turns or rng.random() < 0.5:
         turns.append((*question(scene, rng), []))
