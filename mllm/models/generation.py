@@ -12,6 +12,7 @@ from transformers import GenerationMixin
 
 from mllm.errors import AlignmentError, ConfigError
 from mllm.heads.base import MultimodalModel
+from mllm.heads.codes.grammar import never_written
 from mllm.models.routing import check_choices, encode_for_generation
 from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES, visuals_of_rows
 from mllm.processing.pixel_keys import PRIMARY_PIXELS
@@ -88,14 +89,10 @@ class MultimodalGenerationMixin(GenerationMixin):
         """What may be generated: a placeholder never, since nothing would stand for it, nor an id that no token has."""
         if self.visual_config is not None:
             return self.image_rules()  # pyright: ignore[reportAttributeAccessIssue]
-        placeholder, size = self.config.image_token_id, self.config.get_text_config().vocab_size
-        never = [
-            *self.config.unassigned_ids,
-            *([placeholder] if placeholder is not None and placeholder < size else []),
-        ]
+        never = never_written(self.config)
         if not never:
             return None
-        return NeverWritten(sorted(never), device="cpu" if self.device.type == "meta" else self.device)  # pyright: ignore[reportAttributeAccessIssue]
+        return NeverWritten(never, device="cpu" if self.device.type == "meta" else self.device)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _refuse_blind_decoding(self, args: tuple, kwargs: dict[str, Any]) -> None:
         settings = [kwargs.get("generation_config", args[0] if args else None), self.generation_config]

@@ -70,21 +70,19 @@ def frechet_distance(generated: Any, real: Any) -> float:
     S2)^½)``, float64, unbiased covariance. With an Inception network this is FID; state network, resize, crop and N
     beside the number. Features that are the same for every picture of both sets raise `DataError`: their distance would
     be a perfect 0."""
-    moments = []
+    sets = []
     for name, features in (("generated", generated), ("real", real)):
         array = np.asarray(features, np.float64)
         if array.ndim != 2 or len(array) < 2:
             raise DataError(f"{name} features must be (N, D) with N of at least 2, got shape {array.shape}")
-        moments.append((array.mean(0), np.atleast_2d(np.cov(array, rowvar=False))))
-    (m1, s1), (m2, s2) = moments
-    if m1.shape != m2.shape:
-        raise DataError(f"feature widths differ: {m1.shape[0]} and {m2.shape[0]}")
-    if not (s1.any() or s2.any() or (m1 != m2).any()):
-        raise DataError("every picture has the same features: a Fréchet distance of them says nothing")
-    values, vectors = np.linalg.eigh(s1)
-    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ s2 @ root), 0, None)).sum()
-    return float(((m1 - m2) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * cross)
+        sets.append(array)
+    if sets[0].shape[1] != sets[1].shape[1]:
+        raise DataError(f"feature widths differ: {sets[0].shape[1]} and {sets[1].shape[1]}")
+    import torch
+
+    from mllm.visual_tokenizers.evaluate import frechet_distance as distance
+
+    return distance(*map(torch.from_numpy, sets))
 
 
 class _Picture(Metric):

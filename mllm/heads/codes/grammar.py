@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mllm.errors import ConfigError
+from mllm.heads.build import head_config
 from mllm.heads.codes.configs import VocabularyHeadConfig
 from mllm.processing.visual_span import VisualSpan
 from mllm.visual_tokenizers.base import VisualTokenizer
@@ -85,11 +86,16 @@ def visual_tokens(input_ids: Tensor, config: Any, grammar: ImageGrammar | None, 
     return visual
 
 
-def never_written(config: Any, image_token_id: int | None, size: int) -> list[int]:
-    """Ids below ``size`` that a text answer never holds: placeholders and, where images are no ids, their marks."""
-    never = [i for i in (config.tokens["code"], image_token_id) if i is not None and i < size]
-    marks = [] if isinstance(config, VocabularyHeadConfig) else [config.tokens["start"], config.tokens["end"]]
-    return [*marks, *never]
+def never_written(config: Any) -> list[int]:
+    """Ids that no text answer of a model holds, in order: those without a token, placeholders and, of a head that draws without writing
+    ids, its marks. config: an `MllmConfig`."""
+    never, size = {config.image_token_id}, config.get_text_config().vocab_size
+    if config.drawing_head is not None:
+        head = head_config(config.drawing_head)
+        never.add(head.tokens["code"])
+        if not isinstance(head, VocabularyHeadConfig):
+            never |= {head.tokens["start"], head.tokens["end"]}
+    return sorted({*config.unassigned_ids, *(i for i in never if i is not None and i < size)})
 
 
 def make_span(config: Any, tokenizer: VisualTokenizer, num_slots: int, *, resize: Any = "squash") -> VisualSpan:

@@ -81,8 +81,7 @@ class DrawingMixin:
 
     def image_rules(self) -> Any:
         """The logits processor that keeps generated text to what the visual head allows."""
-        never = never_written(self.visual_config, self.config.image_token_id, self.lm_head.weight.shape[0])
-        never = sorted({*never, *self.config.unassigned_ids})
+        never = never_written(self.config)
         if not self.visual_head.has_weights:
             return ImageGrammarProcessor(self.grammar, never=never)
         return NeverWritten(never, device=self.device)  # pyright: ignore[reportAttributeAccessIssue]

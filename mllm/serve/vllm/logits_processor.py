@@ -38,8 +38,7 @@ class TextRules:
         self.start, self.never, self.rows = -1, torch.empty(0, dtype=torch.long), {}
         if not isinstance(config, MllmConfig) or config.drawing_head is None or config.visual_tokenizer is None:
             return
-        head, size = head_config(config.drawing_head), config.get_text_config().vocab_size
-        never = [*never_written(head, config.image_token_id, size), *config.unassigned_ids]
+        head, never = head_config(config.drawing_head), never_written(config)
         if isinstance(head, VocabularyHeadConfig):
             grammar = image_grammar(head, empty_tokenizer(config.visual_tokenizer, config.encoders))
             self.start, self.ranges = grammar.start_of_image, grammar.ranges

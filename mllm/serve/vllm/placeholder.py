@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
-from mllm.heads.build import head_config
 from mllm.heads.codes.grammar import never_written
 from mllm.models.configuration_mllm import MllmConfig
 
@@ -24,14 +23,7 @@ except ImportError:  # a vLLM with one model runner
 
 def never_ids(config: Any) -> list[int]:
     """The ids that no text answer of a checkpoint holds. config: its `MllmConfig`; another one has none."""
-    if not isinstance(config, MllmConfig):
-        return []
-    size, never = config.get_text_config().vocab_size, set(config.unassigned_ids)
-    if config.drawing_head is not None:
-        never.update(never_written(head_config(config.drawing_head), config.image_token_id, size))
-    elif config.image_token_id is not None and config.image_token_id < size:
-        never.add(config.image_token_id)
-    return sorted(never)
+    return never_written(config) if isinstance(config, MllmConfig) else []
 
 
 class PlaceholderProcessor(LogitsProcessor, RunnerV2Processor):  # pyright: ignore[reportGeneralTypeIssues]
