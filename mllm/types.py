@@ -110,7 +110,8 @@ class Block:
     num_tokens: all of them, separators included; grid: (time, rows, columns) of those that carry position; row_separators:
     a learned token closes every row; newlines: it is the visual's own one, not the connector's; view: the first view that
     the map is taken from; tiles: (rows, columns) of views laid side by side; corner: the (row, column) of their joined map
-    where the block begins; ids: the vocabulary's tokens, for a block of these; leading: tokens before the map, in ``num_tokens``.
+    where the block begins; ids: the vocabulary's tokens, for a block of these; leading: tokens before the map, in ``num_tokens``;
+    shrunk: (rows, columns) of the joined map where it is resized (bilinear) to ``grid``; (0, 0): it is not.
     """
 
     num_tokens: int
@@ -122,6 +123,7 @@ class Block:
     corner: Grid = (0, 0)
     ids: tuple[int, ...] = ()
     leading: int = 0
+    shrunk: Grid = (0, 0)
 
 
 @dataclass(frozen=True)

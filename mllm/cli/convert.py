@@ -14,13 +14,20 @@ def convert(
     source: Annotated[
         str,
         typer.Argument(
-            help="LLaVA-1.5 checkpoint (HF or original layout), Prismatic run folder, or a recipe of an earlier version (.yaml)."
+            help="LLaVA-1.5 (HF or original layout), LLaVA-NeXT, LLaVA-OneVision or InternVL checkpoint, Prismatic run folder, or a "
+            "recipe of an earlier version (.yaml)."
         ),
     ],
     target: Annotated[Path, typer.Argument(help="Folder to write; must not hold a checkpoint yet.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = "auto",
     language_model: Annotated[
         str | None, typer.Option(help="Prismatic: path or hub id of the LLM's config and tokenizer.")
+    ] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            help="Shipped template or Jinja file; default: as the checkpoint's language model is known to be asked."
+        ),
     ] = None,
 ) -> None:
     """Turn a known checkpoint, or a recipe that an earlier version wrote, into ours.
@@ -38,7 +45,8 @@ def convert(
     arguments.dtype(dtype)
     from mllm.models.foreign.convert import convert as convert_checkpoint
 
-    typer.echo(f"written: {convert_checkpoint(source, target, dtype=dtype, language_model=language_model)}")
+    made = convert_checkpoint(source, target, dtype=dtype, language_model=language_model, chat_template=chat_template)
+    typer.echo(f"written: {made}")
 
 
 def export(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -27,18 +29,30 @@ def join_views(
         raise AlignmentError(f"features of {tokens.shape[0]} views where {len(layouts)} visuals have {expected}")
     if newline is None and all(_is_plain(layout, view) for layout in layouts):
         return tokens.flatten(0, 1)
-    places, first = [], 0
-    for layout in layouts:
-        places += [_in_batch(block, view, first) for block in layout.blocks if not block.ids]
-        first += layout.num_views
+    blocks = [block for layout in layouts for block in layout.blocks if not block.ids]
+    owners = [number for number, layout in enumerate(layouts) for block in layout.blocks if not block.ids]
+    firsts = [0, *accumulate(layout.num_views for layout in layouts)]
+    places = [_in_batch(block, view, firsts[owner]) for block, owner in zip(blocks, owners)]
     index = torch.cat(places) if places else torch.zeros(0, dtype=torch.long)
     closing = index < 0
     joined = tokens.flatten(0, 1)[index.clamp(min=0).to(tokens.device)]
-    if newline is None:
+    if newline is not None:
+        # Ranks reduce the same gradients whether their visuals have rows to close or not.
+        joined = joined + 0.0 * newline.sum().to(joined.dtype)
+        joined = torch.where(closing[:, None].to(tokens.device), newline.to(joined.dtype), joined)
+    if not any(block.shrunk != (0, 0) for block in blocks):
         return joined
-    # Ranks reduce the same gradients whether their visuals have rows to close or not.
-    joined = joined + 0.0 * newline.sum().to(joined.dtype)
-    return torch.where(closing[:, None].to(tokens.device), newline.to(joined.dtype), joined)
+    parts = joined.split([len(place) for place in places])
+    return torch.cat([_shrink(part, block, newline) for part, block in zip(parts, blocks)])
+
+
+def _shrink(tokens: Tensor, block: Block, newline: Tensor | None) -> Tensor:
+    """A joined map's tokens ``(N, L)`` at the block's own grid (bilinear, fp32), its rows closed again."""
+    if block.shrunk == (0, 0):
+        return tokens
+    whole = tokens.transpose(0, 1).unflatten(1, block.shrunk)[None].float()
+    small = F.interpolate(whole, size=block.grid[1:], mode="bilinear", align_corners=False)[0]
+    return close_rows(small.flatten(1).transpose(0, 1).to(tokens.dtype), block, newline, None)
 
 
 def spread_views(
@@ -88,8 +102,11 @@ def close_rows(tokens: Tensor, block: Block, newline: Tensor | None, opening: Te
 
 
 def source(block: Block, view: ViewLayout) -> Tensor:
-    """For every token of a block, its place among the tokens of the block's views, end to end; `NEWLINE` for a row's end."""
+    """For every token of a block, its place among the tokens of the block's views, end to end; `NEWLINE` for a row's end. Of a shrunk
+    map: for every token before it is."""
     rows, columns = view.grid
+    if block.shrunk != (0, 0):
+        block = replace(block, grid=(1, *block.shrunk), num_tokens=0, newlines=False)
     _, height, width = block.grid
     if not block.newlines and block.tiles == (1, 1) and block.num_tokens == view.num_tokens:
         return torch.arange(view.num_tokens)

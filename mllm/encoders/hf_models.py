@@ -29,6 +29,7 @@ _PREPROCESSING: dict[str, tuple[Any, str, str]] = {
     "deit": (_IMAGENET, "crop", "bicubic"),
     "dinov2": (_IMAGENET, "crop", "bicubic"),
     "dinov3": (_IMAGENET, "squash", "bilinear"),
+    "internvl": (_IMAGENET, "squash", "bicubic"),
     "ijepa": (_IMAGENET, "squash", "bicubic"),
     "metaclip_2": (_CLIP, "crop", "bicubic"),
     "mlcd": (_CLIP, "crop", "bicubic"),

@@ -135,8 +135,9 @@ class MllmImageProcessor(SavesDoor, BaseImageProcessor):
             raise (
                 error if str(error).startswith(where) else DataError(f"{where}: {len(images)} images: {error}")
             ) from error
-        if limit and any(rules.layout(size) != found for size, found in zip(sizes, layouts)):
-            _tell_reduction(rules.sample_budget or 0)
+        budget = rules.sample_budget
+        if budget is not None and any(rules.layout(size) != found for size, found in zip(sizes, layouts)):
+            _tell_reduction(budget)
         return layouts
 
     def _visual_layout(self, image: Any, where: str, write: Callable[[str], list[int]] | None) -> VisualLayout:
@@ -266,7 +267,7 @@ class MllmImageProcessor(SavesDoor, BaseImageProcessor):
         pixels_by_name = {name: join(tensors) for name, tensors in rows.items() if tensors}
         data: dict[str, Any] = dict(self.pixel_keys.by_key(pixels_by_name))
         if rules.needs_size and flat:
-            rows_of = sizes if rules.sample_budget is None else [(*s, k) for s, k in zip(sizes, limits)]
+            rows_of = [(*s, k) for s, k in zip(sizes, limits)] if rules.shares else sizes
             data[IMAGE_SIZES] = torch.tensor(rows_of, dtype=torch.long)
         if rules.video is not None and flat:
             longest = max(1, *map(len, times)) if times else 1

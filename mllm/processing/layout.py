@@ -70,6 +70,8 @@ def checked_video(config: Any, view: ViewLayout, views: ViewsConfig) -> VideoSpe
         f"views of type {views.type}": views.type not in ("single", "tiles"),
         "views.thumbnail_only": bool(getattr(views, "thumbnail_only", None)),
         "views.max_sample_tokens": getattr(views, "max_sample_tokens", None) is not None,
+        "views.several: whole": getattr(views, "several", None) == "whole",
+        "views.marks": getattr(views, "marks", None) is not None,
         "a router": getattr(config, "router", None) is not None,
         "a visual tokenizer": getattr(config, "visual_tokenizer", None) is not None,
         **{f"head {name!r}": True for name in getattr(config, "heads", None) or {}},
@@ -150,7 +152,12 @@ class LayoutRules:
 
     def share(self, count: int) -> int:
         """Most visual tokens of each of a sample's ``count`` pictures; 0: nothing but the picture's own budget binds."""
-        return 0 if self.sample_budget is None or not count else max(self.sample_budget // count, 1)
+        return VIEWS.get(self.views.type).share(self.views, self.view, count)
+
+    @property
+    def shares(self) -> bool:
+        """Whether a picture's neighbours in its sample can change how it is seen."""
+        return VIEWS.get(self.views.type).shares(self.views)
 
     def layout(self, size: Size | None = None, limit: int = 0) -> VisualLayout:
         """The tokens of one visual of this (height, width). limit: most that it may take, as `share` gives it. Raises
@@ -230,7 +237,7 @@ class LayoutRules:
 
     def largest(self) -> Size:
         """A (height, width) that takes the most tokens of all."""
-        sizes = VIEWS.get(self.views.type).largest(self._within(0), self._lead)
+        sizes = VIEWS.get(self.views.type).largest(self._within(0), self.view, self._lead)
         return max(sizes, key=lambda size: self.layout(size).num_tokens)
 
     def describe(self) -> str:

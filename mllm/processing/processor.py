@@ -237,17 +237,28 @@ class MllmProcessor(SavesDoor, ProcessorMixin):
     def prepare_inputs_layout(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
     ):
-        """Empty lists of images mean no image."""
+        """Empty lists of images mean no image; a flat list beside several texts is each text's own pictures, which share a sample's
+        budget."""
         nested_empty = isinstance(images, (list, tuple)) and not any(
             (len(item) if isinstance(item, (list, tuple)) else 1) for item in images
         )
         return super().prepare_inputs_layout(
-            images=None if nested_empty else images,  # pyright: ignore[reportArgumentType]
+            images=None if nested_empty else self._of_each_text(images, text),  # pyright: ignore[reportArgumentType]
             text=text,
             videos=videos,
             audio=audio,
             **kwargs,
         )
+
+    def _of_each_text(self, images: Any, text: Any) -> Any:
+        """Pictures in one list, told apart by the placeholders of several texts."""
+        several = isinstance(text, (list, tuple)) and len(text) > 1 and all(isinstance(item, str) for item in text)
+        flat = isinstance(images, (list, tuple)) and not any(isinstance(item, (list, tuple)) for item in images)
+        counts = [item.count(self.image_token) for item in text] if several else []
+        if not flat or sum(counts) != len(images):
+            return images
+        rest = iter(images)
+        return [[next(rest) for _ in range(count)] for count in counts]
 
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
         """The placeholder, once per visual token, and the vocabulary's tokens between them. Text before a video's frames has room

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,12 @@ import torch
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    GotOcr2ImageProcessorPil,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+    InternVLVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -18,7 +25,14 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessorPil,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
     LlavaProcessor,
+    Qwen2Config,
+    SiglipVisionConfig,
 )
 
 from mllm.errors import CheckpointError, ConfigError
@@ -108,61 +122,155 @@ NEXT_SIZES = [
 """width × height"""
 
 
-def test_llava_next_looks_at_the_same_tiles_and_gives_the_same_logits(tmp_path: Path) -> None:
-    """At twenty sizes: token ids, pixels, visual tokens and logits."""
+PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
+LARGER = [[28 * rows, 28 * columns] for rows in range(1, 5) for columns in range(1, 5)]
+"""Height × width."""
+
+
+def next_checkpoint() -> tuple[Any, Any]:
     vision, text, pixels, patch = SIZES["small"]
-    torch.manual_seed(5)
     tokenizer = tiny_tokenizer(template=None)
-    pinpoints = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
     config = LlavaNextConfig(
         vision_config=CLIPVisionConfig(image_size=pixels, patch_size=patch, projection_dim=16, **vision),
         text_config=LlamaConfig(vocab_size=320, **text),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_grid_pinpoints=pinpoints,
+        image_grid_pinpoints=PINPOINTS,
     )
-    theirs = LlavaNextForConditionalGeneration(config).eval()
-    with torch.no_grad():  # random features are faint: make the picture matter
-        for parameter in theirs.model.multi_modal_projector.parameters():
-            parameter.mul_(8)
     images = LlavaNextImageProcessorPil(
-        size={"shortest_edge": pixels}, crop_size={"height": pixels, "width": pixels}, image_grid_pinpoints=pinpoints
+        size={"shortest_edge": pixels}, crop_size={"height": pixels, "width": pixels}, image_grid_pinpoints=PINPOINTS
     )
     reader = LlavaNextProcessor(
         images, tokenizer, patch_size=patch, vision_feature_select_strategy="default", num_additional_image_tokens=1
     )
-    theirs.save_pretrained(tmp_path / "next")
-    reader.save_pretrained(tmp_path / "next")
-    assert recognise(tmp_path / "next") == "llava_next"
-    convert(str(tmp_path / "next"), tmp_path / "ours")
+    return LlavaNextForConditionalGeneration(config), reader
+
+
+def onevision_checkpoint(aspect: str = "anyres_max_3", layer: int = -1) -> tuple[Any, Any]:
+    """SigLIP, whose last layer has not passed its norm, tiles whose joined map is shrunk, a newline behind a lone picture."""
+    vision, text, pixels, patch = SIZES["small"]
+    tokenizer = tiny_tokenizer(template=None)
+    tokenizer.add_tokens(["<video>"], special_tokens=True)
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(image_size=pixels, patch_size=patch, vision_use_head=False, **vision),
+        text_config=Qwen2Config(vocab_size=320, num_key_value_heads=1, tie_word_embeddings=False, **text),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=LARGER,
+        vision_aspect_ratio=aspect,
+        vision_feature_layer=layer,
+    )
+    images = LlavaOnevisionImageProcessorPil(
+        size={"height": pixels, "width": pixels}, image_grid_pinpoints=LARGER, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    reader = LlavaOnevisionProcessor(
+        images,
+        tokenizer,
+        LlavaOnevisionVideoProcessor(size={"height": pixels, "width": pixels}),
+        num_image_tokens=(pixels // patch) ** 2,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio=aspect,
+    )
+    return LlavaOnevisionForConditionalGeneration(config), reader
+
+
+def internvl_checkpoint(pooled: bool = True, layer: int = -1) -> tuple[Any, Any]:
+    """Dynamic tiles and thumbnail, four tokens merged into one, between tokens of the vocabulary."""
+    vision, text, pixels, patch = SIZES["small"]
+    tokenizer = tiny_tokenizer(template=None, image_token=None)
+    marks = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    extra = {**marks, "video_token": "<video>"}
+    tokenizer = type(tokenizer)(
+        tokenizer_object=tokenizer.backend_tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        extra_special_tokens=extra,
+    )  # fmt: skip
+    config = InternVLConfig(
+        vision_config=InternVLVisionConfig(
+            image_size=[pixels, pixels],
+            patch_size=[patch, patch],
+            use_mean_pooling=pooled,
+            layer_scale_init_value=1.0,
+            **vision,
+        ),
+        text_config=Qwen2Config(vocab_size=320, num_key_value_heads=1, tie_word_embeddings=False, **text),
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        tie_word_embeddings=False,
+        vision_feature_layer=layer,
+    )
+    images = GotOcr2ImageProcessorPil(crop_to_patches=True, max_patches=6, size={"height": pixels, "width": pixels})
+    reader = InternVLProcessor(
+        images, tokenizer, InternVLVideoProcessor(size={"height": pixels, "width": pixels}), image_seq_length=4
+    )
+    return InternVLForConditionalGeneration(config), reader
+
+
+TILED: dict[str, Any] = {
+    "llava_next": next_checkpoint,
+    "llava_onevision": onevision_checkpoint,
+    "llava_onevision, a layer before the last": partial(onevision_checkpoint, "anyres_max_9", -2),
+    "internvl": internvl_checkpoint,
+    "internvl with a final norm": partial(internvl_checkpoint, False),
+}
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_checkpoints_of_tiles_look_at_the_same_tiles_and_give_the_same_logits(name: str, tmp_path: Path) -> None:
+    """At twenty sizes: token ids, pixels, visual tokens and logits."""
+    torch.manual_seed(5)
+    theirs, reader = TILED[name]()
+    kind, theirs = name.split()[0].rstrip(","), theirs.eval()
+    with torch.no_grad():  # random features are faint: make the picture matter
+        for parameter in theirs.model.multi_modal_projector.parameters():
+            parameter.mul_(8)
+        for module in theirs.model.vision_tower.modules():  # a norm that does nothing would hide a missing one
+            if isinstance(module, torch.nn.LayerNorm):
+                module.weight.add_(torch.randn_like(module.weight), alpha=0.3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    reader.save_pretrained(tmp_path / "theirs")
+    assert recognise(tmp_path / "theirs") == kind
+    convert(str(tmp_path / "theirs"), tmp_path / "ours")
     ours = MllmForConditionalGeneration.from_pretrained(tmp_path / "ours").eval()
     processor = MllmProcessor.from_pretrained(tmp_path / "ours")
-    texts = [f"USER: <image>\n{'what? ' * (k % 3)}ASSISTANT:" for k in range(len(NEXT_SIZES))]
+    mark = processor.image_token
+    texts = [f"USER: {mark}\n{'what? ' * (k % 3)}ASSISTANT:" for k in range(len(NEXT_SIZES))]
     pictures = [picture(k, size=size) for k, size in enumerate(NEXT_SIZES)]
-    options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-    expected, given = (r(text=texts, images=pictures, **options) for r in (reader, processor))
-    assert torch.equal(expected["input_ids"], given["input_ids"])
-    assert torch.equal(expected["image_sizes"], given["image_sizes"])
-    views = [layout.num_views for layout in ours.model.rules.layouts(given["image_sizes"])]
-    tiles = [rows[:count] for rows, count in zip(expected["pixel_values"], views)]
-    torch.testing.assert_close(given["pixel_values"], torch.cat(tiles), atol=1e-5, rtol=0)
-    with torch.no_grad():
-        wanted = theirs.get_image_features(expected["pixel_values"], expected["image_sizes"]).pooler_output
-        for mine, want in zip(ours.get_image_features(**_visual(given)).pooler_output, wanted, strict=True):
-            torch.testing.assert_close(mine, want, atol=1e-5, rtol=1e-5)
-        reference, visible = theirs(**expected).logits, expected["attention_mask"].bool()
-        assert (ours(**given).logits[visible] - reference[visible]).abs().max() <= 1e-5
+    compare(theirs, reader, ours, processor, texts, [[image] for image in pictures])
+    if kind != "llava_next":  # transformers' own of NeXT cuts every picture, whatever its neighbours
+        several = [pictures[9:12], pictures[4:5], pictures[2:4]]
+        texts = [f"{mark} or {mark}{mark} here?", f"USER: {mark}\n? ASSISTANT:", f"{mark}{mark}"]
+        compare(theirs, reader, ours, processor, texts, several)
     settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     settings["suppress_tokens"] = list(ours.config.unassigned_ids)
-    part = processor(text=texts[8:11], images=pictures[8:11], **options)
-    want = theirs.generate(**reader(text=texts[8:11], images=pictures[8:11], **options), **settings)
+    texts = [f"USER: {mark}\n{'what? ' * k}ASSISTANT:" for k in range(3)]
+    options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    part = processor(text=texts, images=pictures[8:11], **options)
+    want = theirs.generate(**reader(text=texts, images=[[image] for image in pictures[8:11]], **options), **settings)
     assert torch.equal(ours.generate(**part, **settings), want)
     beams = ours.generate(**part, num_beams=2, **settings)
-    assert torch.equal(
-        beams[:1],
-        ours.generate(**processor(text=texts[8], images=pictures[8], **options), num_beams=2, **settings)[
-            :, -beams.shape[1] :
-        ],
-    )
+    alone = processor(text=texts[0], images=pictures[8], **options)
+    assert torch.equal(beams[:1, -6:], ours.generate(**alone, num_beams=2, **settings)[:, -6:])
+
+
+def compare(theirs: Any, reader: Any, ours: Any, processor: Any, texts: list[str], images: list[list[Any]]) -> None:
+    """Ids, pixels, visual tokens and logits of one batch."""
+    options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    expected, given = reader(text=texts, images=images, **options), processor(text=texts, images=images, **options)
+    assert torch.equal(expected["input_ids"], given["input_ids"])
+    views = [layout.num_views for layout in ours.model.rules.layouts(given["image_sizes"])]
+    pixels = expected["pixel_values"]
+    if pixels.dim() == 5:
+        assert torch.equal(expected["image_sizes"], given["image_sizes"][:, :2])
+        pixels = torch.cat([rows[:count] for rows, count in zip(pixels, views, strict=True)])
+    torch.testing.assert_close(given["pixel_values"], pixels, atol=1e-5, rtol=0)
+    more = {key: expected[key] for key in ("image_sizes", "batch_num_images") if key in expected}
+    with torch.no_grad():
+        wanted = theirs.get_image_features(expected["pixel_values"], **more).pooler_output
+        have = ours.get_image_features(**_visual(given)).pooler_output
+        want = torch.cat([part.reshape(-1, part.shape[-1]) for part in wanted])
+        torch.testing.assert_close(torch.cat(list(have)), want, atol=1e-5 * max(1.0, float(want.abs().max())), rtol=0)
+        reference, visible = theirs(**expected).logits, expected["attention_mask"].bool()
+        assert (ours(**given).logits[visible] - reference[visible]).abs().max() <= 1e-5
+        other = {**given, "pixel_values": given["pixel_values"].flip(0)}
+        assert (ours(**other).logits[visible] - reference[visible]).abs().max() > 1e-2, "the pictures must matter"
 
 
 def _visual(inputs: Any) -> dict[str, Any]:

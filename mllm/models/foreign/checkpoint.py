@@ -22,7 +22,7 @@ class ForeignCheckpoint:
         tensors: Every weight of the model under our names, but those of ``unread`` encoders.
         dtype: As stored, or as asked for.
         where: The folder, for errors.
-        template: Name of the chat template that renders its prompts.
+        template: Name of the chat template that renders its prompts; None: the tokenizer's own.
         tokenizer: Folder of the tokenizer; None when there is none.
         unread: Encoders that the checkpoint names by source without holding their weights.
         generation: Its `GenerationConfig`, where it has one.
@@ -32,7 +32,7 @@ class ForeignCheckpoint:
     tensors: Mapping[str, Tensor]
     dtype: torch.dtype
     where: Path
-    template: str
+    template: str | None
     tokenizer: Path | None
     unread: tuple[str, ...] = field(default=())
     generation: Any = None

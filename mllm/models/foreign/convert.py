@@ -9,13 +9,33 @@ from mllm.errors import CheckpointError, ConfigError, UnavailableError
 from mllm.hub import hub_reason
 from mllm.models.foreign.checkpoint import ForeignCheckpoint
 from mllm.models.foreign.read import read_foreign, recognise
+from mllm.processing.template import check_template, shipped_templates
 
 if TYPE_CHECKING:
     from mllm.models.modeling_mllm import MllmForConditionalGeneration
 
 
-def convert(source: str, target: str | Path, *, dtype: str = "auto", language_model: str | None = None) -> Path:
-    """Write a foreign checkpoint as ours. Raises `CheckpointError` for a format that is not recognised."""
+def convert(
+    source: str,
+    target: str | Path,
+    *,
+    dtype: str = "auto",
+    language_model: str | None = None,
+    chat_template: str | None = None,
+) -> Path:
+    """Write a foreign checkpoint as ours.
+
+    Args:
+        source: Folder or hub id.
+        target: Folder to write.
+        dtype: Of the weights; ``auto``: as stored.
+        language_model: Prismatic: where the language model's config and tokenizer are.
+        chat_template: Shipped name or Jinja file, in place of what the checkpoint's prompts are known to look like.
+
+    Raises:
+        CheckpointError: The format is not recognised, or a weight is lost or left over.
+        ConfigError: A setting that the converted model could not honour.
+    """
     from mllm.models.modeling_mllm import MllmForConditionalGeneration
 
     target = Path(target)
@@ -32,20 +52,24 @@ def convert(source: str, target: str | Path, *, dtype: str = "auto", language_mo
     kind = recognise(folder)
     if kind is None:
         raise CheckpointError(
-            f"{source}: not a LLaVA-1.5 checkpoint (config.json with vision_config or mm_vision_tower) nor a Prismatic run "
-            "(config.json with model.vision_backbone_id)"
+            f"{source}: neither a LLaVA, LLaVA-NeXT, LLaVA-OneVision or InternVL checkpoint in transformers' layout (config.json with "
+            "that model_type and a vision_config), nor LLaVA-1.5 in its authors' (mm_vision_tower), nor a Prismatic run "
+            "(model.vision_backbone_id)"
         )
     found = read_foreign(folder, kind, dtype=dtype, language_model=language_model)
     model = MllmForConditionalGeneration.from_foreign(found)
-    processor = converted_processor(found, model)
+    processor = converted_processor(found, model, chat_template)
     model.save_pretrained(target)
     if processor is not None:
         processor.save_pretrained(target)
     return target
 
 
-def converted_processor(found: ForeignCheckpoint, model: MllmForConditionalGeneration) -> Any:
-    """The processor of a converted model, when there is a tokenizer; the model's embedding grows where it is too small."""
+def converted_processor(
+    found: ForeignCheckpoint, model: MllmForConditionalGeneration, chat_template: str | None = None
+) -> Any:
+    """The processor of a converted model, when there is a tokenizer; the model's embedding grows where it is too small. Raises
+    `ConfigError` where nothing says how its prompts are written."""
     from transformers import AutoTokenizer
 
     from mllm.models.build import build_processor
@@ -61,10 +85,11 @@ def converted_processor(found: ForeignCheckpoint, model: MllmForConditionalGener
         if model.config.image_token_id < len(tokenizer)
         else None
     )
+    template = chat_template or _template(found, tokenizer)
     spec = ModelSpec.model_validate(
         {
             "language_model": {"source": str(found.tokenizer)},
-            "chat_template": found.template,
+            "chat_template": template,
             "image_token": placeholder or "<image>",
         }
     )
@@ -76,3 +101,20 @@ def converted_processor(found: ForeignCheckpoint, model: MllmForConditionalGener
     grow_vocabulary(model, num_token_ids(tokenizer))
     set_stops(model, processor, source=str(found.tokenizer))
     return processor
+
+
+def _template(found: ForeignCheckpoint, tokenizer: Any) -> str | None:
+    """Name of the chat template; None: the tokenizer's own. Raises `ConfigError` where there is neither."""
+    if found.template is not None:
+        return found.template
+    try:
+        if tokenizer.chat_template is None:
+            raise ConfigError("chat_template: the tokenizer has none")
+        check_template(tokenizer, tokenizer.chat_template)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{found.where}: how the prompts of its language model ({found.config.text_config.model_type}) are written is not known, and "
+            f"its own template takes messages in parts ({error}); name one: --chat-template FILE.jinja, or one of "
+            f"{', '.join(shipped_templates())}"
+        ) from error
+    return None

@@ -8,18 +8,33 @@ from typing import Any
 from mllm.errors import ConfigError
 from mllm.models.foreign.settings import Settings, read_json
 
-_PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor", "SiglipImageProcessor")
-_TILING = ("LlavaNextImageProcessor",)
+_PROCESSORS = {
+    "llava": ("CLIPImageProcessor", "LlavaImageProcessor", "SiglipImageProcessor"),
+    "llava_next": ("LlavaNextImageProcessor",),
+    "llava_onevision": ("LlavaOnevisionImageProcessor",),
+    "internvl": ("GotOcr2ImageProcessor",),
+}
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 _FILES = ("preprocessor_config.json", "processor_config.json")
 
 
-def image_settings(folder: Path, *, grids: list[list[int]] | None = None) -> dict[str, Any]:
-    """``image_size, mean, std, resize, interpolation`` of the folder's image processor; empty without one. grids: the sizes that
-    the model's config has for pictures in tiles, whose processor must have the same.
+def image_settings(folder: Path, kind: str = "llava", *, grids: list[list[int]] | None = None) -> dict[str, Any]:
+    """``image_size, mean, std, resize, interpolation`` of the folder's image processor; empty without one. kind: the model's, as
+    `recognise` says; grids: the sizes that the model's config has for pictures in tiles, whose processor must have the same.
 
     Raises `ConfigError` for a setting under which our pixels would be others.
     """
+    found = _processor_file(folder)
+    return {} if found is None else _read(Settings(found[1], found[0]), found[0], kind, grids)
+
+
+def processor_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings of the folder's image processor as written; None without one."""
+    found = _processor_file(folder)
+    return None if found is None else found[1]
+
+
+def _processor_file(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     for file in (folder / name for name in _FILES):
         if file.is_file():
             data = read_json(file)
@@ -27,13 +42,13 @@ def image_settings(folder: Path, *, grids: list[list[int]] | None = None) -> dic
             if isinstance(inner, dict) and (
                 "image_mean" in inner or "size" in inner or "image_processor_type" in inner
             ):
-                return _read(Settings(inner, file), file, grids)
-    return {}
+                return file, inner
+    return None
 
 
-def _read(settings: Settings, file: Path, grids: list[list[int]] | None) -> dict[str, Any]:
+def _read(settings: Settings, file: Path, family: str, grids: list[list[int]] | None) -> dict[str, Any]:
     kind = settings.take("image_processor_type") or settings.take("feature_extractor_type")
-    known = _PROCESSORS if grids is None else _TILING
+    known = _PROCESSORS[family]
     if kind is not None and kind.removesuffix("Fast").removesuffix("Pil") not in known:
         raise ConfigError(f"{file}: image processor {kind!r} is not supported; known: {', '.join(known)}")
     settings.expect("do_resize", (True, None), "every picture would need the encoder's size already")
@@ -49,8 +64,11 @@ def _read(settings: Settings, file: Path, grids: list[list[int]] | None) -> dict
         "data_format", "input_data_format", "return_tensors", "disable_grouping", "image_seq_length", "pad_size"
     )
     crops = bool(settings.take("do_center_crop", _crops_by_default(settings)))
-    if grids is None:
-        result: dict[str, Any] = {"resize": _fit(settings, file, cropped=crops)}
+    if family == "internvl":  # its processor cuts tiles whatever the file says
+        settings.harmless("crop_to_patches", "min_patches", "max_patches", "size", "do_pad")
+        result: dict[str, Any] = {"resize": "squash"}
+    elif grids is None:
+        result = {"resize": _fit(settings, file, cropped=crops)}
     else:  # tiles are squashed to the encoder's size by the views; do_pad is about batches then
         settings.expect("image_grid_pinpoints", (grids, None), f"the model's config has {grids}")
         settings.harmless("do_pad", "aspect_ratio_setting", "size")

@@ -8,15 +8,17 @@ from typing import Any
 from mllm.models.foreign.checkpoint import ForeignCheckpoint
 from mllm.models.foreign.settings import read_json
 
+HUB_LAYOUTS = ("llava", "llava_next", "llava_onevision", "internvl")
+
 
 def recognise(path: Any) -> str | None:
-    """``llava`` and ``llava_next`` (transformers' layout), ``llava_original``, ``prismatic``, or None: from the folder's
-    config.json alone."""
+    """Which format a folder has, from its config.json alone: one of `HUB_LAYOUTS` (transformers' layout), ``llava_original``,
+    ``prismatic``, or None."""
     file = Path(str(path)) / "config.json"
     if not file.is_file():
         return None
     config = read_json(file)
-    if config.get("model_type") in ("llava", "llava_next") and "vision_config" in config:
+    if config.get("model_type") in HUB_LAYOUTS and "vision_config" in config:
         return config["model_type"]
     if "mm_vision_tower" in config:
         return "llava_original"
@@ -30,10 +32,10 @@ def read_foreign(
 ) -> ForeignCheckpoint:
     """A recognised checkpoint. Raises `CheckpointError` when a weight is lost or left over, `ConfigError` for a setting that the
     converted model could not honour."""
-    from mllm.models.foreign import llava, prismatic  # they take long to import, and most folders are ours
+    from mllm.models.foreign import hub_layout, llava, prismatic  # they take long to import, and most folders are ours
 
-    if kind in ("llava", "llava_next"):
-        return llava.read_llava(folder, dtype, tiles=kind == "llava_next")
+    if kind in HUB_LAYOUTS:
+        return hub_layout.read_hub_layout(folder, kind, dtype)
     if kind == "llava_original":
         return llava.read_llava_original(folder, dtype)
     return prismatic.read_prismatic(folder, dtype, language_model)

@@ -10,6 +10,28 @@ from typing import Any
 from mllm import damage
 from mllm.errors import CheckpointError, ConfigError
 
+ABOUT_THE_FILE = (
+    "architectures",
+    "transformers_version",
+    "(torch_)?dtype",
+    "_name_or_path",
+    "_commit_hash",
+    "auto_map",
+    "ignore_index",
+    "(pad|bos|eos|unk)_token_id",
+    "vocab_size",
+    "hidden_size",
+    "use_cache",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "return_dict",
+    "output_(hidden_states|attentions)",
+    "chunk_size_feed_forward",
+    "is_encoder_decoder",
+)
+"""Keys that say nothing about what is computed from inputs."""
+
 
 class Settings:
     """A foreign config file whose every key must be accounted for: taken, allowed in one value, or named harmless.

@@ -10,7 +10,7 @@ from pydantic import Field
 from mllm.config import StrictModel, validate
 from mllm.errors import ConfigError
 from mllm.processing.views import VIEWS
-from mllm.types import Grid, ImageSpec, ViewLayout, VisualLayout
+from mllm.types import Block, Grid, ImageSpec, ViewLayout, VisualLayout
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
@@ -21,9 +21,9 @@ class View(NamedTuple):
 
     picture: (height, width) to which the picture is resized; canvas: (height, width) of the black plane it is laid on, with
     its (top, left) at ``place``; corner: (top, left) of what is cut out. Without ``canvas`` the view is the whole picture as
-    the encoder's `ImageSpec` says. stride: only every so many-th row and column of the canvas is taken; as_spec: the picture
-    fills the canvas by the `ImageSpec`'s own way of resizing, where it is squashed to ``picture`` else; patch: the picture at
-    this size is given as squares of so many pixels, in rows, each channel by channel.
+    the encoder's `ImageSpec` says; padded: as ``letterbox`` does it instead. stride: only every so many-th row and column of the
+    canvas is taken; as_spec: the picture fills the canvas by the `ImageSpec`'s own way of resizing, where it is squashed to
+    ``picture`` else; patch: the picture at this size is given as squares of so many pixels, in rows, each channel by channel.
     """
 
     picture: Size = (0, 0)
@@ -33,15 +33,26 @@ class View(NamedTuple):
     stride: int = 1
     as_spec: bool = False
     patch: int = 0
+    padded: bool = False
 
 
 WHOLE = View()
+PADDED = View(padded=True)
 
 
 class ViewsConfig(StrictModel):
     """What every way of looking has."""
 
     type: str
+
+
+class Marks(StrictModel):
+    """Tokens of the vocabulary around and inside a picture; those that are missing are added to it."""
+
+    begin: str | None = None
+    row: str | None = None
+    """Between rows, not behind the last one (views native)."""
+    end: str | None = None
 
 
 class BudgetConfig(ViewsConfig):
@@ -51,6 +62,9 @@ class BudgetConfig(ViewsConfig):
     """Most visual tokens of one picture: of all tilings (sizes) only those are chosen from that stay below it."""
     max_sample_tokens: int | None = Field(default=None, ge=1)
     """Most visual tokens of all pictures of one sample or request together: each has an equal share."""
+    marks: Marks | None = None
+    mark_ids: dict[str, int] | None = None
+    """Filled when the model is built; never written by hand."""
 
 
 class Views:
@@ -74,14 +88,27 @@ class Views:
         return config
 
     @classmethod
+    def share(cls, config: Any, view: ViewLayout, count: int) -> int:
+        """Most visual tokens of each of a sample's ``count`` pictures; 0: nothing but the picture's own budget binds."""
+        budget = getattr(config, "max_sample_tokens", None)
+        return 0 if budget is None or not count else max(budget // count, 1)
+
+    @classmethod
+    def shares(cls, config: Any) -> bool:
+        """Whether a picture's neighbours in its sample can change how it is seen."""
+        return getattr(config, "max_sample_tokens", None) is not None
+
+    @classmethod
     def marks(cls, config: Any) -> dict[str, str]:
         """Texts of the vocabulary's tokens that stand around and inside a visual, by what they are for."""
-        return {}
+        marks = getattr(config, "marks", None)
+        return {} if marks is None else {key: text for key, text in marks.model_dump().items() if text is not None}
 
     @classmethod
     def with_ids(cls, config: Any, id_of: Callable[[str], int]) -> Any:
         """The config with the ids of `marks`."""
-        return config
+        ids = {key: id_of(text) for key, text in sorted(cls.marks(config).items())}  # JSON is written sorted
+        return config.model_copy(update={"mark_ids": ids}) if ids else config
 
     @classmethod
     def opening(cls, config: Any) -> bool:
@@ -105,14 +132,21 @@ class Views:
         raise NotImplementedError
 
     @classmethod
-    def largest(cls, config: Any, lead: ImageSpec) -> list[Size]:
-        """Sizes of which one takes the most tokens of all."""
+    def largest(cls, config: Any, view: ViewLayout, lead: ImageSpec) -> list[Size]:
+        """Sizes of which one takes the most tokens of all, where each view becomes ``view``."""
         raise NotImplementedError
 
     @classmethod
     def tiny(cls) -> list[dict[str, Any]]:
         """The smallest sensible configs; the contract tests build them."""
         return [{"type": cls.name}]
+
+
+def between_marks(config: BudgetConfig, blocks: Sequence[Block]) -> tuple[Block, ...]:
+    """A visual's blocks with the vocabulary's tokens before and behind them."""
+    ids = config.mark_ids or {}
+    begin, end = ([Block(1, ids=(ids[key],))] if key in ids else [] for key in ("begin", "end"))
+    return (*begin, *blocks, *end)
 
 
 def views_config(spec: Mapping[str, Any] | ViewsConfig | None, where: str = "model.views") -> ViewsConfig:

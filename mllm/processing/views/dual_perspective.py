@@ -48,7 +48,7 @@ class DualPerspective(Views):
         return VisualLayout(blocks, count, thumbnail=count - 1, perspectives=config.n)
 
     @classmethod
-    def largest(cls, config: DualPerspectiveConfig, lead: ImageSpec) -> list[Size]:
+    def largest(cls, config: DualPerspectiveConfig, view: ViewLayout, lead: ImageSpec) -> list[Size]:
         return [(config.n * lead.height, config.n * lead.width)]
 
     @classmethod

@@ -56,7 +56,7 @@ class MultiScale(Views):
         return VisualLayout((whole_view(view, 0),), count, thumbnail=thumbnail, scales=tuple(config.scales))
 
     @classmethod
-    def largest(cls, config: MultiScaleConfig, lead: ImageSpec) -> list[Size]:
+    def largest(cls, config: MultiScaleConfig, view: ViewLayout, lead: ImageSpec) -> list[Size]:
         return [(config.scales[-1] * lead.height, config.scales[-1] * lead.width)]
 
     @classmethod

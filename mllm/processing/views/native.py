@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from mllm.config import StrictModel
 from mllm.errors import DataError
 from mllm.processing.views import VIEWS
-from mllm.processing.views.base import BudgetConfig, Size, View, Views
+from mllm.processing.views.base import BudgetConfig, Size, View, Views, between_marks
 from mllm.processing.views.single import whole_view
 from mllm.types import Block, Grid, ImageSpec, ViewLayout, VisualLayout
 
 _DEFAULTS = {"naflex": 1024, "qwen": 1280, "solo": 1024, "eve": 576, "evev2": 2500}
-
-
-class Marks(StrictModel):
-    """Tokens of the vocabulary around and inside a picture; those that are missing are added to it."""
-
-    begin: str | None = None
-    row: str | None = None
-    """Between rows, not behind the last one."""
-    end: str | None = None
 
 
 class NativeConfig(BudgetConfig):
@@ -52,9 +41,6 @@ class NativeConfig(BudgetConfig):
     """A learned token closes every row."""
     opening: bool = False
     """A learned token stands before the picture."""
-    marks: Marks | None = None
-    mark_ids: dict[str, int] | None = None
-    """Filled when the model is built; never written by hand."""
 
     @model_validator(mode="after")
     def _of_one_rule(self) -> NativeConfig:
@@ -100,15 +86,6 @@ class Native(Views):
         return config.opening
 
     @classmethod
-    def marks(cls, config: NativeConfig) -> dict[str, str]:
-        return {} if config.marks is None else {k: v for k, v in config.marks.model_dump().items() if v is not None}
-
-    @classmethod
-    def with_ids(cls, config: NativeConfig, id_of: Callable[[str], int]) -> NativeConfig:
-        ids = {key: id_of(text) for key, text in sorted(cls.marks(config).items())}  # JSON is written sorted
-        return config.model_copy(update={"mark_ids": ids or None})
-
-    @classmethod
     def views(cls, config: NativeConfig, lead: ImageSpec, image: ImageSpec, size: Size) -> tuple[View, ...]:
         rows, columns = cls.patches(config, lead, 1, size)
         side = image.patch or 1
@@ -142,27 +119,27 @@ class Native(Views):
     def layout(cls, config: NativeConfig, view: ViewLayout, lead: ImageSpec, size: Size) -> VisualLayout:
         grid = cls.patches(config, lead, view.cell or 1, size)
         ids, leading = config.mark_ids or {}, view.leading + config.opening
-        begin, row_end, end = ([Block(1, ids=(ids[key],))] if key in ids else [] for key in ("begin", "row", "end"))
+        row_end = [Block(1, ids=(ids["row"],))] if "row" in ids else []
         if not _is_map(view):
             block = whole_view(view, 0)
             block = Block(block.num_tokens + config.opening, block.grid, block.row_separators, leading=leading)
-            return VisualLayout((*begin, block, *end), patches=grid)
+            return VisualLayout(between_marks(config, [block]), patches=grid)
         rows, columns = grid[0] // (view.cell or 1), grid[1] // (view.cell or 1)
         if row_end:
             lines = [Block(columns, (1, 1, columns), corner=(row, 0)) for row in range(rows)]
             inside = [block for line in lines for block in (line, *row_end)][:-1]
-            return VisualLayout((*begin, *inside, *end), patches=grid)
+            return VisualLayout(between_marks(config, inside), patches=grid)
         ends = view.row_separators or config.newlines
         count = leading + rows * (columns + ends)
         block = Block(count, (1, rows, columns), ends, config.newlines and not view.row_separators, leading=leading)
-        return VisualLayout((*begin, block, *end), patches=grid)
+        return VisualLayout(between_marks(config, [block]), patches=grid)
 
     @classmethod
     def limited(cls, config: NativeConfig, view: ViewLayout, lead: ImageSpec, limit: int) -> NativeConfig:
         budget, most = config.budget, 0
         while budget >= 1:
             smaller = config.model_copy(update={"max_patches": budget, "min_patches": min(config.min_patches, budget)})
-            most = max(cls.layout(smaller, view, lead, size).num_tokens for size in cls.largest(smaller, lead))
+            most = max(cls.layout(smaller, view, lead, size).num_tokens for size in cls.largest(smaller, view, lead))
             if most <= limit:
                 return smaller
             if view.cell == 0 or budget == 1:
@@ -174,7 +151,7 @@ class Native(Views):
         )
 
     @classmethod
-    def largest(cls, config: NativeConfig, lead: ImageSpec) -> list[Size]:
+    def largest(cls, config: NativeConfig, view: ViewLayout, lead: ImageSpec) -> list[Size]:
         unit, most = lead.patch or 1, config.budget
         counts = sorted({most, *(2**power for power in range(most.bit_length())), math.isqrt(most)})
         grids = [(rows * unit, max(most // rows, 1) * unit) for rows in counts]

@@ -30,7 +30,9 @@ def to_view_pixels(
             pixels[name] = _patches(image, spec, views[name][0], resampler)
             continue
         rows = [
-            to_pixels(image, spec, resampler=resampler)
+            to_pixels(
+                image, spec.model_copy(update={"resize": "letterbox"}) if view.padded else spec, resampler=resampler
+            )
             if view.canvas is None
             else finish(_cut(image, spec, view, canvases, resampler), spec)
             for view in views[name]

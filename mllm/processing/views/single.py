@@ -31,7 +31,7 @@ class SingleView(Views):
         return VisualLayout((whole_view(view, 0),))
 
     @classmethod
-    def largest(cls, config: Any, lead: ImageSpec) -> list[Size]:
+    def largest(cls, config: Any, view: ViewLayout, lead: ImageSpec) -> list[Size]:
         return [(lead.height, lead.width)]
 
 

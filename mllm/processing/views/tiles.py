@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from mllm.errors import DataError
 from mllm.processing.views import VIEWS
-from mllm.processing.views.base import BudgetConfig, Size, View, Views
+from mllm.processing.views.base import PADDED, BudgetConfig, Size, View, Views, between_marks
 from mllm.processing.views.single import whole_view
 from mllm.types import Block, Box, Grid, ImageSpec, ViewLayout, VisualLayout
 
@@ -28,7 +28,8 @@ class TilesConfig(BudgetConfig):
     each row closed by a learned newline. internvl (arXiv 2404.16821): the grid of ``min_tiles`` to ``max_tiles`` tiles whose
     aspect ratio is closest; the picture is squashed to it; tile after tile, then the thumbnail where there are several.
     falcon (arXiv 2501.16297): of all grids of at most ``max_tiles`` the one whose shape, then size, overlaps the picture's
-    most; the picture is squashed to it; thumbnail first, then tile after tile.
+    most; the picture is squashed to it; thumbnail first, then tile after tile. LLaVA-OneVision (arXiv 2408.03326) is llava_next
+    with ``grids`` up to 6 × 6, ``max_joined: 9`` and ``several: whole``; InternVL's ``marks`` are ``<img>`` and ``</img>``.
     """
 
     type: str = "tiles"
@@ -38,12 +39,18 @@ class TilesConfig(BudgetConfig):
     min_tiles: int | None = Field(default=None, ge=1)
     max_tiles: int | None = Field(default=None, ge=1)
     """internvl: default 1 and 12; falcon: max_tiles, default 9."""
+    max_joined: int | None = Field(default=None, ge=1)
+    """llava_next: a joined map of clearly more tokens than so many tiles have (1.21 times) is shrunk to about that number, bilinear
+    (``anyres_max_9``)."""
+    several: Literal["tiles", "whole"] = "tiles"
+    """llava_next: what a sample with several pictures is seen in. whole: each padded to a square with the mean colour and seen once,
+    a newline behind it."""
     thumbnail: bool = True
     thumbnail_only: list[str] = Field(default_factory=list)
     """Encoders (not the first) that see the thumbnail alone: beside a tile stands the part of their map that shows it."""
 
     allowed: list[Grid] | None = Field(default=None, exclude=True)
-    """What a budget leaves of the grids; never written by hand."""
+    """What a budget leaves of the grids (empty: the whole picture alone); never written by hand."""
 
     @model_validator(mode="after")
     def _of_one_dialect(self) -> TilesConfig:
@@ -51,6 +58,12 @@ class TilesConfig(BudgetConfig):
             raise ValueError("min_tiles and max_tiles belong to dialect internvl; llava_next takes grids: [[1, 2], …]")
         if self.dialect != "llava_next" and self.grids is not None:
             raise ValueError(f"grids belong to dialect llava_next; {self.dialect} takes min_tiles and max_tiles")
+        if self.dialect != "llava_next" and (self.max_joined is not None or self.several != "tiles"):
+            raise ValueError(f"max_joined and several belong to dialect llava_next, not {self.dialect}")
+        if self.several == "whole" and self.thumbnail_only:
+            raise ValueError("several: whole goes with encoders that see the same; leave thumbnail_only out")
+        if self.marks is not None and self.marks.row is not None:
+            raise ValueError("marks.row belongs to views native; tiles take begin and end")
         if self.dialect == "falcon" and self.min_tiles is not None:
             raise ValueError("min_tiles belongs to dialect internvl; falcon takes max_tiles")
         if self.grids is not None and (not self.grids or any(min(grid) < 1 for grid in self.grids)):
@@ -99,6 +112,8 @@ class Tiles(Views):
 
     @classmethod
     def views(cls, config: TilesConfig, lead: ImageSpec, image: ImageSpec, size: Size) -> tuple[View, ...]:
+        if not config.candidates:
+            return (PADDED,)
         rows, columns = cls.grid(config, lead, size)
         canvas = (rows * image.height, columns * image.width)
         inside = _fit(size, canvas) if config.dialect == "llava_next" else canvas
@@ -114,6 +129,9 @@ class Tiles(Views):
 
     @classmethod
     def layout(cls, config: TilesConfig, view: ViewLayout, lead: ImageSpec, size: Size) -> VisualLayout:
+        if not config.candidates:
+            ends = [_NEWLINE] if cls.newlines(config, view) else []
+            return VisualLayout(between_marks(config, [whole_view(view, 0), *ends]), thumbnail=0)
         rows, columns = cls.grid(config, lead, size)
         count = rows * columns
         thumbnail = int(_has_thumbnail(config, count))
@@ -125,8 +143,10 @@ class Tiles(Views):
             "corners": cls._corners(config, lead, size, (rows, columns)),
         }
         if not cls.newlines(config, view):
-            return VisualLayout(tuple(whole_view(view, k) for k in range(count + thumbnail)), **seen)
-        top, left, height, width = _unpadded(view.grid, (rows, columns), lead, size, least=1 - thumbnail)
+            whole = [whole_view(view, k) for k in range(count + thumbnail)]
+            return VisualLayout(between_marks(config, whole), **seen)
+        top, left, *full = _unpadded(view.grid, (rows, columns), lead, size, least=1 - thumbnail)
+        height, width = _shrunk(config, view, (full[0], full[1]))
         tiles = Block(
             num_tokens=height * (width + 1),
             grid=(1, height, width),
@@ -135,16 +155,37 @@ class Tiles(Views):
             view=thumbnail,
             tiles=(rows, columns),
             corner=(top, left),
+            shrunk=(0, 0) if [height, width] == full else (full[0], full[1]),
         )
-        return VisualLayout((*(whole_view(view, k) for k in range(thumbnail)), tiles), **seen)
+        blocks = [*(whole_view(view, k) for k in range(thumbnail)), tiles]
+        return VisualLayout(between_marks(config, blocks), **seen)
+
+    @classmethod
+    def share(cls, config: TilesConfig, view: ViewLayout, count: int) -> int:
+        share = super().share(config, view, count)
+        if config.several != "whole" or count < 2:
+            return share
+        whole = cls.layout(_whole_only(config), view, ImageSpec(height=1, width=1), (1, 1)).num_tokens
+        return min(share or whole, whole)
+
+    @classmethod
+    def shares(cls, config: TilesConfig) -> bool:
+        return super().shares(config) or config.several == "whole"
 
     @classmethod
     def limited(cls, config: TilesConfig, view: ViewLayout, lead: ImageSpec, limit: int) -> TilesConfig:
         counts = {}
         for rows, columns in config.candidates:
             one = config.model_copy(update={"allowed": [(rows, columns)]})
-            counts[rows, columns] = cls.layout(one, view, lead, (rows * lead.height, columns * lead.width)).num_tokens
+            counts[rows, columns] = max(
+                cls.layout(one, view, lead, size).num_tokens for size in cls.largest(one, view, lead)
+            )
         allowed = [grid for grid in config.candidates if counts[grid] <= limit]
+        if not allowed and config.several == "whole":
+            whole = _whole_only(config)
+            counts = {(1, 1): cls.layout(whole, view, lead, (1, 1)).num_tokens}
+            if counts[1, 1] <= limit:
+                return whole
         if not allowed:
             raise DataError(
                 f"a picture may take {limit} visual tokens, and the smallest tiling takes {min(counts.values())}; raise the budget "
@@ -169,17 +210,56 @@ class Tiles(Views):
         return tuple((down[r], across[c], down[r + 1], across[c + 1]) for r in range(rows) for c in range(columns))
 
     @classmethod
-    def largest(cls, config: TilesConfig, lead: ImageSpec) -> list[Size]:
-        return [(rows * lead.height, columns * lead.width) for rows, columns in config.candidates]
+    def largest(cls, config: TilesConfig, view: ViewLayout, lead: ImageSpec) -> list[Size]:
+        sizes = [(rows * lead.height, columns * lead.width) for rows, columns in config.candidates]
+        return [*sizes, *_cut_sizes(config, view, lead)] or [(lead.height, lead.width)]
 
     @classmethod
     def tiny(cls) -> list[dict[str, Any]]:
         return [
             {"type": "tiles", "grids": [[1, 2], [2, 1], [2, 2]]},
             {"type": "tiles", "grids": [[2, 2], [1, 3]], "thumbnail": False},
+            {"type": "tiles", "grids": [[1, 1], [1, 3], [3, 2]], "max_joined": 2, "several": "whole"},
             {"type": "tiles", "dialect": "internvl", "max_tiles": 4},
             {"type": "tiles", "dialect": "falcon", "max_tiles": 6},
         ]
+
+
+_NEWLINE = Block(1, (1, 1, 0), row_separators=True, newlines=True)
+"""A row without tokens and its end."""
+
+
+def _whole_only(config: TilesConfig) -> TilesConfig:
+    """No tiles at all."""
+    return config.model_copy(update={"allowed": []})
+
+
+def _shrunk(config: TilesConfig, view: ViewLayout, joined: Grid) -> Grid:
+    """(rows, columns) that a joined map keeps (LLaVA-OneVision's ``anyres_max_N``)."""
+    if config.max_joined is None:
+        return joined
+    ratio = math.sqrt(joined[0] * joined[1] / (config.max_joined * view.grid[0] * view.grid[1]))
+    return joined if ratio <= _SPARED else (max(int(joined[0] // ratio), 1), max(int(joined[1] // ratio), 1))
+
+
+_SPARED = 1.1
+"""Times the side that a joined map may have before it is shrunk."""
+
+
+def _cut_sizes(config: TilesConfig, view: ViewLayout, lead: ImageSpec) -> list[Size]:
+    """Sizes whose padding leaves about as much as is just not shrunk: there, not in full grids, most tokens are."""
+    if config.max_joined is None or not view.grid[0] * view.grid[1]:
+        return []
+    most, sizes = _SPARED**2 * config.max_joined * view.grid[0] * view.grid[1], []
+    for tiles in config.candidates:
+        rows, columns = tiles[0] * view.grid[0], tiles[1] * view.grid[1]
+        if rows * columns <= most:
+            continue
+        for step in range(-3, 3):
+            high, wide = int(most // columns) + step, int(most // rows) + step
+            sizes += [(round(high / view.grid[0] * lead.height), tiles[1] * lead.width)] * (0 < high <= rows)
+            sizes += [(tiles[0] * lead.height, round(wide / view.grid[1] * lead.width))] * (0 < wide <= columns)
+    return [size for size in sizes if min(size) > 0]
 
 
 def _joins(view: ViewLayout) -> bool:

@@ -243,8 +243,8 @@ def why_not(model: MllmForConditionalGeneration, learning: Iterable[str]) -> str
     rules = getattr(getattr(model, "model", model), "rules", None)
     if rules is not None and rules.native:
         return "pictures have as many features as their size gives (views native)"
-    if rules is not None and rules.sample_budget is not None:
-        return "how a picture is seen depends on its neighbours (views.max_sample_tokens)"
+    if rules is not None and rules.shares:
+        return "how a picture is seen depends on its neighbours (views.max_sample_tokens, or several: whole)"
     together = next((name for name, encoder in bank.encoders.items() if encoder.joins_views), None)
     if together is not None:
         return f"in encoder {together} the views of a picture see each other"
