@@ -241,8 +241,7 @@ def section_engine(name: str, work: Path, small: bool) -> dict:
     started = time.perf_counter()
     settings: dict = {"dtype": "bfloat16", "max_model_len": 2048, "gpu_memory_utilization": 0.85, "max_num_seqs": 256}
     if small:
-        settings |= {"dtype": "float32", "block_size": 32}
-        settings.pop("gpu_memory_utilization")
+        settings |= {"dtype": "float32", "block_size": 32, "gpu_memory_utilization": 0.1}  # on a CPU: of main memory
     if not ours or not list(folder.glob("*.safetensors")):
         settings["load_format"] = "dummy"
     if not cached:
@@ -336,7 +335,8 @@ def section_served(name: str, work: Path, small: bool) -> dict:
     settings += [] if "graphs" in options else ["--enforce-eager" if theirs else "--eager"]
     settings += [] if theirs else ["--"]
     settings += ["--max-num-seqs", "256"]
-    settings += ["--block-size", "32"] if small else ["--gpu-memory-utilization", "0.85"]
+    settings += ["--block-size", "32"] if small else []
+    settings += ["--gpu-memory-utilization", "0.1" if small else "0.85"] if theirs or not small else []  # a CPU's: main memory
     settings += [] if "cached" in options else ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0"]
     settings += ["--data-parallel-size", "2"] if "dp2" in options else []
     settings += ["--pipeline-parallel-size", "2"] if "pp2" in options else []
