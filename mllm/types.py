@@ -33,6 +33,9 @@ class ImageSpec(StrictModel):
     interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"] = "bicubic"
     patch: int | None = Field(default=None, gt=0)
     """Side in pixels of the square that one token is made of, for encoders that take any grid of them (views native)."""
+    panels: int = Field(default=1, ge=1)
+    """Pictures under one another in one, each resized by itself to height / panels (`mllm.processing.panels`): how channels beyond three
+    travel. An encoder of one panel sees the first."""
 
 
 class EncoderInfo(StrictModel):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mllm.errors import ConfigError, UnavailableError
+from mllm.processing.panels import number_of_panels, split_panels
 from mllm.types import ImageSpec
 
 Resampler = Literal["pil", "torch"]
@@ -36,6 +37,9 @@ def resize(image: Image.Image, spec: ImageSpec, *, resampler: Resampler = "pil")
     of 255 away from PIL in < 1 % of the values and about four times as fast.
     """
     _check(image)
+    if spec.panels > 1 or number_of_panels(image) > 1:
+        panels, one = split_panels(image, spec)
+        return np.concatenate([resize(panel, one, resampler=resampler) for panel in panels])
     if resampler == "pil":
         return _with_pil(image, spec)
     return _with_torch(image, np.array(image), spec)
@@ -54,6 +58,8 @@ def to_pixels_multi(
 ) -> dict[str, Tensor]:
     """``{name: (3, H, W)}`` for several encoders; specs that resize alike share the work."""
     _check(image)
+    if number_of_panels(image) > 1 or any(spec.panels > 1 for spec in specs.values()):
+        return {name: to_pixels(image, spec, resampler=resampler) for name, spec in specs.items()}
     array = np.array(image) if resampler == "torch" else None
     resized: dict[tuple, np.ndarray] = {}
     result = {}

@@ -31,6 +31,23 @@ class BackboneConfig(ImageEncoderConfig):
     with the few images of a multimodal batch, published statistics are better kept."""
 
 
+class PanelConfig(BackboneConfig):
+    """Settings of a backbone that sees more than three channels."""
+
+    panels: int = Field(default=1, ge=1)
+    """RGB pictures under one another that an image file brings, three channels each (`mllm.processing.panels`); ``image_size``,
+    ``mean`` and ``std`` are of each."""
+
+    def image(self, default: ImageSpec) -> ImageSpec:
+        one = super().image(default)
+        return one.model_copy(update={"height": one.height * self.panels, "panels": self.panels})
+
+
+def planes_of(pixels: Tensor, panels: int) -> Tensor:
+    """``(B, 3, panels · H, W)`` → ``(B, 3 · panels, H, W)``."""
+    return pixels.unflatten(2, (panels, -1)).transpose(1, 2).flatten(1, 2)
+
+
 class BackboneEncoder(LibraryEncoder):
     """A backbone built here. Its weights come from a local file or a hub's ``owner/name/file``, in this module's names
     or the authors'."""

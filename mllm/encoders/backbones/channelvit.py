@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mllm.encoders.backbones.base import BackboneConfig, BackboneEncoder, require_multiple
+from mllm.encoders.backbones.base import BackboneEncoder, PanelConfig, planes_of, require_multiple
 from mllm.encoders.backbones.layers import Block, drop_rates, init_linear, run, token_table
 from mllm.encoders.base import EncoderConfig
 from mllm.encoders.library import LayerOutput, merge_layers, take_layers
@@ -17,7 +17,7 @@ from mllm.errors import ConfigError, UnavailableError
 from mllm.types import VisionFeatures
 
 
-class ChannelVitConfig(BackboneConfig):
+class ChannelVitConfig(PanelConfig):
     """ChannelViT; defaults are ChannelViT-S/16."""
 
     width: int = Field(default=384, gt=0)
@@ -28,7 +28,7 @@ class ChannelVitConfig(BackboneConfig):
     num_channels: int = Field(default=3, gt=0)
     """Rows of the channel table: all channels that the weights know."""
     channels: list[int] | None = Field(default=None, min_length=1)
-    """Ids of the channels that pixels bring, in order, unless a call names others. Default: 0, 1, 2."""
+    """Ids of the channels that pixels bring, in order, unless a call names others. Default: 0, 1, 2 … as many as ``panels`` hold."""
     trained_size: int = Field(default=224, gt=0)
     """Image size of the position table, which is resized as the authors resize it."""
     merge: Literal["stack", "concat", "mean"] = "stack"
@@ -39,7 +39,7 @@ class ChannelVitConfig(BackboneConfig):
 
     @property
     def default_channels(self) -> list[int]:
-        return list(range(min(self.num_channels, 3))) if self.channels is None else self.channels
+        return list(range(min(self.num_channels, 3 * self.panels))) if self.channels is None else self.channels
 
 
 class ChannelPatches(nn.Module):
@@ -139,8 +139,15 @@ class ChannelVitEncoder(BackboneEncoder):
             )
         if config.keep_prefix and config.merge == "concat":
             raise ConfigError("keep_prefix: there is one class token for all channels; it has no place beside concat")
+        if len(config.default_channels) > 3 * config.panels:
+            raise ConfigError(
+                f"channels: {len(config.default_channels)} channels are more than the {3 * config.panels} of an image of panels: "
+                f"{config.panels}; set panels: {-(-len(config.default_channels) // 3)}"
+            )
         if config.info is not None:
-            require_multiple(config.info.image, config.patch_size, "patch_size")
+            image = config.info.image
+            one = image.model_copy(update={"height": image.height // config.panels})
+            require_multiple(one, config.patch_size, "patch_size")
         depth = max(take_layers(config.layers, config.depth))
         return ChannelVit(config, depth, config.final_norm and depth == config.depth)
 
@@ -162,17 +169,21 @@ class ChannelVitEncoder(BackboneEncoder):
         return_attention: bool = False,
         channels: Tensor | None = None,
     ) -> VisionFeatures:
-        """pixels ``(B, c, H, W)``; channels ``(B, c)`` or ``(c,)``: ids of the channels in the table, which may differ
-        between images. Raises `ConfigError` where their number is another than the pixels'."""
+        """pixels ``(B, c, H, W)``, or ``(B, 3, panels · H, W)`` as the processor makes them, of which the first c channels are taken;
+        channels ``(B, c)`` or ``(c,)``: ids of the channels in the table, which may differ between images. Raises `ConfigError` where
+        their number is another than the pixels'."""
         if return_attention:
             raise UnavailableError("return_attention: channelvit uses fused attention, which hands out no weights")
         if channels is not None and channels.ndim == 1:
             channels = channels.expand(len(pixels), -1)
-        image = self.config.info.image
+        image, panels = self.config.info.image, self.config.panels
         expected = len(self.config.default_channels) if channels is None else channels.shape[-1]
-        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (expected, image.height, image.width):
+        height = image.height // panels
+        if pixels.ndim == 4 and panels > 1 and tuple(pixels.shape[1:]) == (3, image.height, image.width):
+            pixels = planes_of(pixels, panels)[:, :expected]
+        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (expected, height, image.width):
             raise ConfigError(
-                f"channelvit encoder: expected pixels (B, {expected}, {image.height}, {image.width}), got "
+                f"channelvit encoder: expected pixels (B, {expected}, {height}, {image.width}), got "
                 f"{tuple(pixels.shape)}; name the channels they bring (channels), or set image_size"
             )
         pixels = pixels.to(self.dtype)
@@ -188,7 +199,7 @@ class ChannelVitEncoder(BackboneEncoder):
     def read_layers(self, pixels: Tensor) -> list[LayerOutput]:
         """Of pixels with the config's channels; used to measure sizes."""
         ids = torch.tensor(self.config.default_channels, device=pixels.device).expand(len(pixels), -1)
-        return self._read(pixels[:, :1].expand(-1, ids.shape[1], -1, -1), ids)
+        return self._read(planes_of(pixels, self.config.panels)[:, :1].expand(-1, ids.shape[1], -1, -1), ids)
 
     def _read(self, pixels: Tensor, channels: Tensor) -> list[LayerOutput]:
         if self.training and self.config.sample_channels:

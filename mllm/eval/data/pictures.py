@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from mllm.errors import DataError
+from mllm.processing.panels import like, panel_info
 from mllm.types import Video
 
 
@@ -99,7 +100,7 @@ def picture(value: Any, folder: Path) -> Picture | Frames:
         raise DataError(f"image {label}: is {reference.kind}; give a file or its bytes")
     if isinstance(value, Image.Image):
         buffer = io.BytesIO()
-        value.save(buffer, "PNG")
+        value.save(buffer, "PNG", pnginfo=panel_info(value))
         return Picture(buffer.getvalue(), "image")
     raise DataError(f"an image is a path, bytes or {{bytes, path}}; got {type(value).__name__}")
 
@@ -114,7 +115,7 @@ def from_base64(text: Any) -> bytes:
 def blank(image: Image.Image) -> Image.Image:
     """Plain mid-gray in the size of ``image``: what a blind run shows. (The image's own mean colour would tell
     something.)"""
-    return Image.new("RGB", image.size, (127, 127, 127))
+    return like(Image.new("RGB", image.size, (127, 127, 127)), image)
 
 
 def _spread(available: int, frames: Frames, fps: float) -> list[int]:

@@ -96,7 +96,9 @@ def run_attack(
     check_settings(settings)
     files = picture_files(pictures)[:limit]
     loaded = dict(opened) if opened is not None else open_encoders(encoders, device=device, least=1)
-    for encoder in loaded.values():
+    for name, encoder in loaded.items():
+        if encoder.describe(encoder.config).image.panels > 1:
+            raise ConfigError(f"encoder {name} sees pictures of several panels; this test changes RGB pictures only")
         encoder.eval().requires_grad_(False)
     targets: dict[str, list[str]] = {name: [name] for name in loaded}
     if len(loaded) > 1:

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mllm.errors import DataError
+from mllm.processing.panels import number_of_panels
 from mllm.processing.pixels import Resampler, finish, resize, to_pixels
 from mllm.processing.views.base import View
 from mllm.types import ImageSpec
@@ -23,6 +25,8 @@ def to_view_pixels(
 ) -> dict[str, Tensor]:
     """RGB image → encoder name → ``(V, 3, H, W)``, its views normalised, or ``(N, 3 p²)``, its patches; encoders and tiles that
     resize alike share the work."""
+    if number_of_panels(image) > 1:
+        raise DataError("a picture of several panels is seen as a whole only; leave model.views out")
     canvases: dict[tuple, np.ndarray] = {}
     pixels = {}
     for name, spec in specs.items():

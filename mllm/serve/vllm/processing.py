@@ -31,6 +31,7 @@ from mllm.processing.engine_videos import MODALITY as VIDEOS
 from mllm.processing.engine_videos import VIDEO_ID, unpack
 from mllm.processing.images import load_image
 from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES, LayoutRules
+from mllm.processing.panels import as_panels
 from mllm.processing.pixel_keys import PRIMARY_PIXELS, PixelKeys
 from mllm.processing.processor import APART, MllmProcessor
 from mllm.processing.questions import pad_questions
@@ -126,15 +127,14 @@ class MllmDummyInputsBuilder(BaseDummyInputsBuilder[MllmProcessingInfo]):
         if mm_counts.get(VIDEOS, 0) and rules.video is not None:
             film = np.zeros((rules.video.most, height, width, 3), dtype=np.uint8)
             more[VIDEOS] = [(film, {"fps": rules.video.fps or 1.0})] * mm_counts[VIDEOS]
-        return {
-            **more,
-            MODALITY: self._get_dummy_images(
-                width=width,
-                height=height,
-                num_images=mm_counts.get(MODALITY, 0),
-                overrides=mm_options.get(MODALITY) if mm_options else None,
-            ),
-        }
+        panels = max(spec.panels for spec in specs)
+        pictures = self._get_dummy_images(
+            width=width,
+            height=height if panels == 1 else -(-height // panels) * panels,
+            num_images=mm_counts.get(MODALITY, 0),
+            overrides=mm_options.get(MODALITY) if mm_options and panels == 1 else None,
+        )
+        return {**more, MODALITY: pictures if panels == 1 else [as_panels(picture, panels) for picture in pictures]}
 
 
 def read_as_in_training(items: Any) -> None:

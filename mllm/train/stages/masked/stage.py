@@ -206,6 +206,10 @@ def build_masked(
         raise ConfigError(f"{where}.learn: name one encoder: " + " or ".join(f"encoders.{n}" for n in known))
     info = encoders[name].describe(encoders[name].config)
     (rows, columns), image = info.grid, info.image
+    if image.panels > 1:
+        raise ConfigError(
+            f"{where}: encoder {name} sees pictures of {image.panels} panels, whose cells cannot be hidden yet"
+        )
     if rows < 2 or columns < 2 or image.height % rows or image.width % columns:
         raise ConfigError(
             f"{where}: encoder {name} has a grid of {rows} x {columns} on {image.height} x {image.width} pixels; cells that are hidden "
