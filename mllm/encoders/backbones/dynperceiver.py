@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 from functools import cache
 from typing import Any, ClassVar, Literal
 
-import timm
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from mllm.encoders.backbones.base import BackboneConfig, BackboneEncoder, require_multiple
+from mllm.encoders.backbones.dynperceiver_cnn import authors_names, cut_cnn, last_widths
+from mllm.encoders.backbones.dynperceiver_exits import Exits
 from mllm.encoders.backbones.layers import BATCH_NORMS, Mlp, init_linear, run
 from mllm.encoders.base import EncoderConfig
 from mllm.encoders.costs import gflops
@@ -30,10 +30,12 @@ class DynPerceiverConfig(BackboneConfig):
 
     cnn: Literal[
         "resnet18", "resnet34", "resnet50",
-        "regnety_004", "regnety_008", "regnety_016", "regnety_032",
-        "mobilenetv3_large_075", "mobilenetv3_large_100",
+        "regnet_y_400mf", "regnet_y_800mf", "regnet_y_1_6gf", "regnet_y_3_2gf",
+        "mobilenet_v3_large",
     ] = "resnet50"  # fmt: skip
-    """The authors' ResNets, RegNets of 400 MF to 3.2 GF and MobileNets V3, by timm's names."""
+    """The authors' ResNets, RegNets of 400 MF to 3.2 GF and MobileNet V3, by torchvision's names."""
+    cnn_width: float = Field(default=1.0, gt=0)
+    """Times all channels of a ResNet or MobileNet; the authors' have 0.375 to 0.75, and 0.5 to 2."""
     cnn_depths: Four | None = None
     """Blocks of a ResNet's stages. Default: its own."""
     cnn_channels: Four | None = None
@@ -53,8 +55,11 @@ class DynPerceiverConfig(BackboneConfig):
     """GFLOPs an image may cost, in place of ``exit``: the deepest exit within it is taken."""
     confidence: float | None = Field(default=None, gt=0, le=1)
     """In evaluation an image stops after stage 3 when the published classifier there gives its best class this probability."""
+    classifier: bool = False
+    """Build that classifier though no confidence is set: a stage of kind ``exits`` teaches it. With it, ``confidence`` needs no
+    published weights."""
     num_classes: int = Field(default=1000, ge=2)
-    """Classes of that classifier, which is built for ``confidence`` only and does not learn here."""
+    """Classes of that classifier; where neither ``confidence`` nor ``classifier`` is set it is not built."""
 
 
 class Attention(nn.Module):
@@ -151,7 +156,8 @@ class DynPerceiver(nn.Module):
         self.is_map = config.output == "map"
         self.deepest = _LAST if self.is_map else config.exit
         self.confidence = config.confidence
-        stem, stages, widths = _cnn(config)
+        stem, stages, widths = cut_cnn(config)
+        self.widths = widths
         counts = [config.num_latents >> s for s in range(4)]
         self.latent = nn.Parameter(nn.init.trunc_normal_(torch.empty(counts[0], widths[0]), std=0.02))
         self.cnn_stem = stem
@@ -165,7 +171,7 @@ class DynPerceiver(nn.Module):
         self.token_expander = nn.ModuleList(_change(widths[s], widths[s + 1]) for s in steps)
         if self.is_map:
             self.last_cross_att_z2x = CrossLayer(widths[4], widths[3], widths[4] // 8)
-        if self.confidence is not None:
+        if self.confidence is not None or config.classifier:
             self.early_classifier3 = nn.Linear(widths[2], config.num_classes)
         for name, module in self.named_children():
             if not name.startswith("cnn"):
@@ -219,9 +225,9 @@ class DynPerceiver(nn.Module):
         """Map and latents of stage 4 from those that `read` gives."""
         return self.exchange(_LAST, self.stage(_EARLY, x), self.mixed(z, _LAST))
 
-    def last_map(self, x: Tensor, z: Tensor) -> Tensor:
-        """The CNN's last map ``(B, C, rows, cols)`` after it has read the latents."""
-        x = self.stage(_LAST, x)
+    def last_map(self, x: Tensor, z: Tensor, last: Tensor | None = None) -> Tensor:
+        """The CNN's last map ``(B, C, rows, cols)`` after it has read the latents; last: it, where it is known."""
+        x = self.stage(_LAST, x) if last is None else last
         read = self.last_cross_att_z2x(x.flatten(2).transpose(1, 2), z)
         return read.transpose(1, 2).unflatten(2, x.shape[2:])
 
@@ -233,26 +239,6 @@ class DynPerceiver(nn.Module):
 
 def _change(before: int, after: int) -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(before), nn.Linear(before, after))
-
-
-def _cnn(config: Any) -> tuple[nn.Sequential, list[nn.Module], list[int]]:
-    """The CNN's stem, its four stages, and the widths at the entry of each and of the last map. Raises `ConfigError` for sizes that
-    it does not have."""
-    options = {"layers": config.cnn_depths, "channels": config.cnn_channels}
-    options = {key: value for key, value in options.items() if value is not None}
-    if options and not config.cnn.startswith("resnet"):
-        raise ConfigError(f"cnn_depths, cnn_channels: {config.cnn} has its own; these are a ResNet's")
-    cnn: Any = timm.create_model(config.cnn, pretrained=False, num_classes=0, **options)
-    widths = [int(info["num_chs"]) for info in cnn.feature_info]
-    if config.cnn.startswith("resnet"):
-        stem = nn.Sequential(cnn.conv1, cnn.bn1, cnn.act1, cnn.maxpool)
-        return stem, [getattr(cnn, f"layer{s}") for s in range(1, 5)], widths
-    if config.cnn.startswith("regnet"):
-        return nn.Sequential(cnn.stem), [getattr(cnn, f"s{s}") for s in range(1, 5)], widths
-    # A MobileNet's stages are what halves the map and what follows at that size; the first lies in the stem.
-    ends = [int(info["module"].rpartition(".")[2]) + 1 for info in cnn.feature_info]
-    stem = nn.Sequential(cnn.conv_stem, cnn.bn1, *cnn.blocks[: ends[0]])
-    return stem, [nn.Sequential(*cnn.blocks[i:j]) for i, j in itertools.pairwise(ends)], widths
 
 
 @cache
@@ -305,9 +291,10 @@ class DynPerceiverEncoder(BackboneEncoder):
             raise ConfigError(
                 "output: the map is there at the end only; set output: latents for exit, budget or confidence"
             )
-        if config.confidence is not None and config.weights is None:
+        if config.confidence is not None and config.weights is None and not config.classifier:
             raise ConfigError(
-                "confidence: the exit's classifier has random weights here; name published weights, or set exit: 3"
+                "confidence: the exit's classifier has random weights here; name published weights, teach it in a stage of kind exits "
+                "(classifier: true), or set exit: 3"
             )
         if config.info is not None:
             require_multiple(config.info.image, 32, "stages halve the map exactly")
@@ -316,7 +303,9 @@ class DynPerceiverEncoder(BackboneEncoder):
     @classmethod
     def exit_costs(cls, config: Any) -> dict[int, float]:
         """GFLOPs of an image at each exit, of a resolved config."""
-        plain = config.model_copy(update={"budget": None, "confidence": None, "weights": None, "exit": _LAST})
+        plain = config.model_copy(
+            update={"budget": None, "confidence": None, "weights": None, "exit": _LAST, "classifier": False}
+        )
         return _exit_costs(plain.model_dump_json())
 
     @classmethod
@@ -336,11 +325,12 @@ class DynPerceiverEncoder(BackboneEncoder):
         whole = {"output": "map", "exit": _LAST, "budget": None, "confidence": 0.5}
         with torch.device("meta"):
             names = set(DynPerceiver(config.model_copy(update=whole)).state_dict())
-        heads = {"classifier_cnn": 2, "classifier_att": 2, "isc3.0": 2, "isc4.0": 2, "classifier_merge.1": 2}
-        norms = ("isc3.1", "isc4.1", "classifier_merge.0")
-        names |= {f"{head}.{kind}" for head in heads for kind in ("weight", "bias")}
-        kinds = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-        return names | {f"{norm}.{kind}" for norm in norms for kind in kinds}
+            names |= set(Exits(cut_cnn(config)[2], config.num_classes, last_widths(config)).state_dict())
+        return names
+
+    @classmethod
+    def translate(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+        return authors_names(state)
 
     def read_layers(self, pixels: Tensor) -> list[LayerOutput]:
         model = self.model
@@ -380,6 +370,16 @@ class DynPerceiverEncoder(BackboneEncoder):
         stopped = getattr(self, "_stopped", None)
         share = 1.0 if self.model.deepest == _EARLY else 0.0 if stopped is None else float(stopped.float().mean())
         return {"gflops": share * costs[_EARLY] + (1 - share) * costs[_LAST], "early": share}
+
+    def logits(self, pixels: Tensor, exits: Exits) -> dict[str, Tensor]:
+        """``(B, classes)`` of every exit, of an encoder with ``output: map`` and ``classifier: true``."""
+        model = self.model
+        model.recompute = self.recompute
+        x, z = model.read(pixels.to(self.dtype))
+        early = model.early_classifier3(z.mean(1))
+        x, z = model.finish(x, z)
+        last = model.stage(_LAST, x)
+        return exits(early, z, last, model.last_map(x, z, last))
 
     def layer_groups(self) -> list[tuple[str, list[str]]]:
         """A stage is a layer: the CNN's and the latents' together."""

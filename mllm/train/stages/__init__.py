@@ -13,6 +13,7 @@ STAGE_KINDS: Registry = Registry(
         "diffusion": f"{_HERE}.diffusion.stage:DiffusionStage",
         "contrastive": f"{_HERE}.contrastive.stage:ContrastiveStage",
         "masked": f"{_HERE}.masked.stage:MaskedStage",
+        "exits": f"{_HERE}.exits.stage:ExitsStage",
         "dpo": f"{_HERE}.preference.stage:PreferenceStage",
         "grpo": f"{_HERE}.preference.stage:PreferenceStage",
     },

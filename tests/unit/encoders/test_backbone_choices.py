@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 
 from mllm.encoders.backbones import dependencyvit, dynperceiver, paratranscnn, s4d, snnet, vir
+from mllm.encoders.backbones.dynperceiver_cnn import last_widths
+from mllm.encoders.backbones.dynperceiver_exits import EXITS, Exits, exit_losses
 from mllm.encoders.catalogue import build_encoder, encoder_config
-from mllm.errors import ConfigError
+from mllm.errors import CheckpointError, ConfigError
 from mllm.testing.encoders import (
     build_example,
     check_batch_invariance,
@@ -137,35 +138,75 @@ def test_a_budget_chooses_dynamic_perceivers_exit_and_what_cannot_be_is_refused(
     assert training.model.latent.grad.any()
 
 
-@pytest.mark.parametrize("cnn", ["regnety_004", "mobilenetv3_large_075"])
-def test_dynamic_perceivers_other_cnns_keep_their_own_stages(cnn):
-    """Nothing of the CNN is lost or run twice: its stages end on the map that the library's own features are."""
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dynperceiver_regnet", "dynperceiver_mobilenet", "dynperceiver_narrow"])
+def test_dynamic_perceiver_is_the_authors_on_their_other_cnns(name, tmp_path):
+    """By their checkpoints' own keys, classifiers included."""
+    meta, inputs, outputs, state = vector(name)
+    sizes, image = meta["ctor"], inputs["input.image"]
+    spec = {**perceiver_spec(meta), "cnn": sizes["cnn"], "cnn_width": sizes.get("cnn_width", 1.0), "cnn_depths": None}
+    encoder = encoder_with(state, {**spec, "output": "map", "classifier": True}, tmp_path)
+    seen = {}
+    for number in (1, 2, 3, 4):
+        last = getattr(encoder.model, f"self_att{number}")[-1]
+        last.register_forward_hook(lambda _, __, out, number=number: seen.update({f"output.latent{number}": out}))
+    exits = Exits(encoder.model.widths, 6, last_widths(encoder.config)).eval()
+    if isinstance(exits.classifier_cnn, torch.nn.Linear):  # the authors leave the CNN's own classifier at 1000 classes
+        exits.classifier_cnn = torch.nn.Linear(exits.classifier_cnn.in_features, 1000)
+    own = exits.state_dict()
+    exits.load_state_dict({key: state.get(key, value) for key, value in own.items()})
+    assert {key for key in own if not key.endswith("tracked")} <= set(state)
+    have = {f"output.exit_{exit}": logits for exit, logits in encoder.logits(image, exits).items()}
+    compare(meta, outputs, seen | have)
+
+
+@pytest.mark.parametrize("cnn", ["regnet_y_400mf", "mobilenet_v3_large"])
+def test_dynamic_perceivers_other_cnns_keep_the_contract(cnn):
     spec = {"type": "dynperceiver", "cnn": cnn, "num_latents": 32, "image_size": [64, 96], "mlp_ratio": 1.0}
-    spec["depth_factor"] = [1, 1, 1, 1]
-    encoder = build_encoder(encoder_config({**spec, "output": "map"}, where="e")).eval()
-    model, pixels = encoder.model, sample_pixels(encoder.config, 2)
-    own = timm.create_model(cnn, pretrained=False, features_only=True).eval()
-    x, found, steps = pixels, [], (model.cnn_stem, *(getattr(model, f"cnn_body_stage{s}") for s in range(1, 5)))
-    mine = [value for step in steps for value in step.state_dict().values()]
-    theirs = own.state_dict()
-    assert [tuple(value.shape) for value in mine] == [tuple(value.shape) for value in theirs.values()]
-    own.load_state_dict(dict(zip(theirs, mine, strict=True)))
-    with torch.no_grad():
-        for step in steps:
-            found.append(x := step(x))
-        for have, want in zip(found, own(pixels), strict=True):
-            torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+    config = encoder_config({**spec, "output": "map"}, where="e")
     for check in (check_description, check_gradients, check_layer_groups, check_batch_invariance):
-        check(encoder.config)
+        check(config)
     early = encoder_config({**spec, "exit": 3}, where="e")
     check_description(early)
     check_layer_groups(early)
 
 
+def test_half_a_perceivers_keys_or_another_cnns_are_named(tmp_path):
+    *_, state = vector("dynperceiver_regnet")
+    spec = {"type": "dynperceiver", "num_latents": 16, "mlp_ratio": 2.0, "image_size": 64, "num_classes": 6}
+    half = {key: value for key, value in state.items() if "block3" not in key}
+    with pytest.raises(CheckpointError, match=r"missing: cnn_body_stage3\."):
+        encoder_with(half, {**spec, "cnn": "regnet_y_400mf"}, tmp_path)
+    with pytest.raises(CheckpointError, match=r"of another shape|missing"):
+        encoder_with(state, {**spec, "cnn": "regnet_y_800mf"}, tmp_path)
+    with pytest.raises(CheckpointError, match=r"early_classifier3\.weight \(6, 104\) instead of \(10, 104\)"):
+        encoder_with(state, {**spec, "cnn": "regnet_y_400mf", "classifier": True, "num_classes": 10}, tmp_path)
+    prefixed = {f"module.{key}": value for key, value in state.items()}
+    encoder_with(prefixed, {**spec, "cnn": "regnet_y_400mf"}, tmp_path)
+
+
+def test_the_last_exit_teaches_the_others_and_is_not_moved_by_it():
+    torch.manual_seed(0)
+    logits = {name: torch.randn(3, 4, requires_grad=True) for name in EXITS}
+    labels = torch.tensor([0, 3, 1])
+    weights = dict(zip(EXITS, (0.5, 0.5, 1.0, 1.0)))
+    losses = exit_losses(logits, labels, weights=weights, distill=0.5, temperature=2.0)
+    target = (logits["merge"] / 2).softmax(-1)
+    want = sum(weights[name] * F.nll_loss(logits[name].log_softmax(-1), labels) for name in EXITS) + 0.5 * sum(
+        (target * (target.log() - (logits[n] / 2).log_softmax(-1))).sum(-1).mean() * 4 for n in EXITS[:3]
+    )
+    torch.testing.assert_close(sum(losses.values()), want)
+    losses["distilled"].backward()
+    assert logits["merge"].grad is None and all(logits[name].grad.any() for name in EXITS[:3])
+    assert "distilled" not in exit_losses(logits, labels, weights=weights, distill=0.0)
+
+
 def test_a_perceivers_sizes_that_its_cnn_does_not_have_are_refused():
     spec = {"type": "dynperceiver", "image_size": 64, "num_latents": 32}
-    refused({**spec, "cnn": "regnety_004", "cnn_depths": [1, 1, 1, 1]}, "regnety_004 has its own; these are a ResNet's")
-    refused({**spec, "cnn": "regnety_004", "num_heads": [5, 2, 4, 8]}, "num_heads: 5 do not divide the 32 channels")
+    regnet = {**spec, "cnn": "regnet_y_400mf"}
+    refused({**regnet, "cnn_depths": [1, 1, 1, 1]}, "regnet_y_400mf has its own; these are a ResNet's")
+    refused({**regnet, "cnn_width": 0.5}, "cnn_width: regnet_y_400mf has its own widths")
+    refused({**regnet, "num_heads": [5, 2, 4, 8]}, "num_heads: 5 do not divide the 32 channels")
 
 
 # SN-Netv2 -------------------------------------------------------------------------------------------------------------

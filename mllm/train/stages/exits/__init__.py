@@ -1,0 +1,1 @@
+"""The stage kind ``exits``: an encoder that may stop early learns when, from labelled pictures."""
