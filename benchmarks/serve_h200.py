@@ -336,7 +336,9 @@ def section_served(name: str, work: Path, small: bool) -> dict:
     settings += [] if theirs else ["--"]
     settings += ["--max-num-seqs", "256"]
     settings += ["--block-size", "32"] if small else []
-    settings += ["--gpu-memory-utilization", "0.1" if small else "0.85"] if theirs or not small else []  # a CPU's: main memory
+    settings += (
+        ["--gpu-memory-utilization", "0.1" if small else "0.85"] if theirs or not small else []
+    )  # a CPU's: main memory
     settings += [] if "cached" in options else ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0"]
     settings += ["--data-parallel-size", "2"] if "dp2" in options else []
     settings += ["--pipeline-parallel-size", "2"] if "pp2" in options else []
