@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ _MOBILENET_CUTS = (3, 5, 8, 14, 17)
 """Where the stem ends, and each stage: behind what halves the map, so that latents read the finer map's channels on the coarser."""
 _MOBILENET_LAST = 1280
 
-Parts = tuple[nn.Sequential, list[nn.Module], list[int]]
+Parts = tuple[nn.Sequential, Sequence[nn.Module], list[int]]
 
 
 def cut_cnn(config: Any) -> Parts:
