@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from mllm.encoders.backbones.base import BackboneConfig, BackboneEncoder, requir
 from mllm.encoders.backbones.layers import IMAGENET, run
 from mllm.encoders.base import EncoderConfig
 from mllm.encoders.library import LayerOutput, take_layers
+from mllm.errors import ConfigError
 from mllm.types import ImageSpec
 
 _HEADS = ("final_layer", "seghead_extra")
@@ -21,10 +22,12 @@ _HEADS = ("final_layer", "seghead_extra")
 
 
 class DdrNetConfig(BackboneConfig):
-    """Defaults are DDRNet-23-slim; DDRNet-23 has ``planes: 64``."""
+    """Defaults are DDRNet-23-slim; DDRNet-23 has ``planes: 64``, DDRNet-39 also ``depths: [3, 4, 6, 3]`` and ``exchanges: 3``."""
 
     planes: int = Field(default=32, ge=1)
     depths: tuple[int, int, int, int] = (2, 2, 2, 2)
+    exchanges: Literal[2, 3] = 2
+    """How often the branches exchange; 3: the third stage is cut in two, and the fine branch is as deep as the coarse one."""
     pooled_planes: int = Field(default=128, ge=1)
     """Width inside the pyramid of pools (DAPPM)."""
 
@@ -121,7 +124,7 @@ class DdrNet(nn.Module):
         p, depths = config.planes, config.depths
 
         def stage(width_in: int, width: int, depth: int, stride: int) -> nn.Sequential:
-            first = BasicBlock(width_in, width, stride, depth == 1)
+            first = BasicBlock(width_in, width, stride, last=False)
             return nn.Sequential(first, *(BasicBlock(width, width, 1, k == depth - 1) for k in range(1, depth)))
 
         self.conv1 = nn.Sequential(
@@ -129,12 +132,19 @@ class DdrNet(nn.Module):
             nn.Conv2d(p, p, 3, stride=2, padding=1), nn.BatchNorm2d(p), nn.ReLU(),
         )  # fmt: skip
         self.layer1, self.layer2 = stage(p, p, depths[0], 1), stage(p, 2 * p, depths[1], 2)
-        self.layer3, self.layer4 = stage(2 * p, 4 * p, depths[2], 2), stage(4 * p, 8 * p, depths[3], 2)
-        self.compression3, self.compression4 = (
-            nn.Sequential(nn.Conv2d(width, 2 * p, 1, bias=False), nn.BatchNorm2d(2 * p)) for width in (4 * p, 8 * p)
-        )
-        self.down3, self.down4 = _down(2 * p, 4 * p), _down(2 * p, 4 * p, 8 * p)
-        self.layer3_, self.layer4_ = stage(2 * p, 2 * p, 2, 1), stage(2 * p, 2 * p, 2, 1)
+        parts = config.exchanges - 1
+        self.names = ["3", "4"] if parts == 1 else ["3_1", "3_2", "4"]
+        before = 2 * p
+        for number, name in enumerate(self.names):
+            last = number == parts
+            width, depth = (8 * p, depths[3]) if last else (4 * p, depths[2] // parts)
+            finer = 2 if parts == 1 else depth
+            self.add_module(f"layer{name}", stage(before, width, depth, 2 if last or number == 0 else 1))
+            self.add_module(f"layer{name}_", stage(2 * p, 2 * p, finer, 1))
+            compress = nn.Sequential(nn.Conv2d(width, 2 * p, 1, bias=False), nn.BatchNorm2d(2 * p))
+            self.add_module(f"compression{name}", compress)
+            self.add_module(f"down{name}", _down(2 * p, 4 * p, 8 * p) if last else _down(2 * p, 4 * p))
+            before = width
         self.layer5_ = nn.Sequential(Bottleneck(2 * p, 1))
         self.layer5 = nn.Sequential(Bottleneck(8 * p, 2))
         self.spp = PooledPyramid(16 * p, config.pooled_planes, 4 * p)
@@ -144,11 +154,9 @@ class DdrNet(nn.Module):
         x = run(self.layer1, self.conv1(pixels), recompute=self.recompute)
         low = high = run(self.layer2, F.relu(x), recompute=self.recompute)
         size, maps = high.shape[-2:], [high]
-        exchanges = (
-            (self.layer3, self.layer3_, self.down3, self.compression3),
-            (self.layer4, self.layer4_, self.down4, self.compression4),
-        )
-        for deeper, finer, down, compress in exchanges:
+        for name in self.names:
+            deeper, finer = getattr(self, f"layer{name}"), getattr(self, f"layer{name}_")
+            down, compress = getattr(self, f"down{name}"), getattr(self, f"compression{name}")
             low = run(deeper, F.relu(low), recompute=self.recompute)
             high = run(finer, F.relu(high), recompute=self.recompute)
             low, high = low + down(F.relu(high)), high + _to(compress(F.relu(low)), size)
@@ -159,8 +167,8 @@ class DdrNet(nn.Module):
 
 
 class DdrNetEncoder(BackboneEncoder):
-    """Tokens of the fine branch's grid, an eighth of the image's sides. ``layers`` counts maps: 1 before the branches part, 2 and 3 after
-    their exchanges, 4 ([-1]) both branches' sum. There is no last norm."""
+    """Tokens of the fine branch's grid, an eighth of the image's sides. ``layers`` counts maps: 1 before the branches part, 2 and more
+    after their exchanges, the last one ([-1]) both branches' sum. There is no last norm."""
 
     Config: ClassVar[type[EncoderConfig]] = DdrNetConfig
     model: DdrNet
@@ -175,6 +183,10 @@ class DdrNetEncoder(BackboneEncoder):
 
     @classmethod
     def build(cls, config: Any) -> DdrNet:
+        if config.exchanges == 3 and config.depths[2] % 2:
+            raise ConfigError(
+                f"depths: the third stage is cut in two with exchanges: 3, and its {config.depths[2]} blocks are odd"
+            )
         if config.info is not None:
             require_multiple(config.info.image, 64, "the coarse branch is a sixty-fourth")
         return DdrNet(config)
@@ -194,14 +206,12 @@ class DdrNetEncoder(BackboneEncoder):
     def read_layers(self, pixels: Tensor) -> list[LayerOutput]:
         self.model.recompute = self.recompute
         maps = self.model(pixels)
-        chosen = [maps[count - 1] for count in take_layers(self.config.layers, 4, lowest=1)]
+        chosen = [maps[count - 1] for count in take_layers(self.config.layers, self.config.exchanges + 2, lowest=1)]
         return [LayerOutput(x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])) for x in chosen]
 
     def layer_groups(self) -> list[tuple[str, list[str]]]:
-        together = [
-            ("embeddings", ("conv1", "layer1", "layer2")),
-            ("layers.0", ("layer3", "layer3_", "down3", "compression3")),
-            ("layers.1", ("layer4", "layer4_", "down4", "compression4")),
-            ("layers.2", ("layer5", "layer5_", "spp")),
-        ]
-        return [(group, [f"model.{name}." for name in names]) for group, names in together]
+        kinds = ("layer{}.", "layer{}_.", "down{}.", "compression{}.")
+        exchanges = [[f"model.{kind.format(name)}" for kind in kinds] for name in self.model.names]
+        together = [*exchanges, ["model.layer5.", "model.layer5_.", "model.spp."]]
+        first = ("embeddings", ["model.conv1.", "model.layer1.", "model.layer2."])
+        return [first, *((f"layers.{k}", prefixes) for k, prefixes in enumerate(together))]

@@ -278,7 +278,7 @@ class SnNetEncoder(BackboneEncoder):
 
     @classmethod
     def possible(cls, config: Any) -> list[Route]:
-        """The routes that end where the config says."""
+        """The routes that end where the config says, of those that are trained; `choose` takes any by its id."""
         last = 0 if config.ends == "small" else 1
         return [r for r in sampled(config.depths) if r.segments[-1][0] == last]
 
@@ -310,6 +310,8 @@ class SnNetEncoder(BackboneEncoder):
                 )
             return table[max(within, key=costs.__getitem__)]
         number = config.route if config.route is not None else 0 if config.ends == "small" else 1
+        last = 0 if config.ends == "small" else 1
+        table = {r.id: r for r in routes(config.depths) if r.segments[-1][0] == last}
         if number not in table:
             shown = ", ".join(str(key) for key in list(table)[:12])
             raise ConfigError(

@@ -256,6 +256,9 @@ def test_snnet_is_the_authors_on_every_route(tmp_path):
 def test_snnets_tables_have_the_published_number_of_routes():
     assert [len(snnet.routes(d)) for d in ((12, 12), (12, 24), (24, 24))] == [135, 135, 555]
     assert [len(snnet.sampled(d)) for d in ((12, 12), (12, 24), (24, 24))] == [134, 134, 555]
+    deep = build_encoder(encoder_config({**TINY_SNNET, "depths": [12, 12]}, where="e"))
+    (untrained,) = {r.id for r in snnet.routes((12, 12))} - {r.id for r in snnet.sampled((12, 12))}
+    assert untrained not in deep.route_costs(deep.config) and deep.choose(route=untrained).id == untrained
 
 
 @torch.no_grad()

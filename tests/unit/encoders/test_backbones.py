@@ -13,7 +13,7 @@ from mllm.encoders import ENCODERS
 from mllm.encoders.backbones import biformer, crossformer, vssd
 from mllm.encoders.catalogue import build_encoder, encoder_config
 from mllm.errors import CheckpointError, ConfigError
-from mllm.testing.encoders import build_example, resolve_example, sample_pixels
+from mllm.testing.encoders import build_example, check_encoder, resolve_example, sample_pixels
 from tests.golden.fill import check, fill_all, load
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -378,6 +378,19 @@ def test_ddrnet_is_the_authors(tmp_path):
     )
     with pytest.raises(ConfigError, match="no multiple of 64"):
         build_encoder(encoder_config({**spec, "image_size": 72}, where="encoder"))
+
+
+def test_ddrnet_39_exchanges_three_times_and_stages_of_one_block_end_in_their_relu():
+    spec = {**ENCODERS.get("ddrnet").tiny(), "depths": [1, 2, 4, 1], "exchanges": 3, "image_size": [64, 128]}
+    assert len(check_encoder({**spec, "layers": [2, 4, -1]})) > 5
+    refused({**spec, "depths": [1, 2, 3, 1]}, "cut in two with exchanges: 3, and its 3 blocks are odd")
+    encoder = build_example(resolve_example(spec))
+    names = {name.split(".")[0] for name, _ in encoder.model.named_parameters()}
+    assert {"layer3_1", "layer3_2_", "compression3_2", "down3_1", "layer4"} <= names and "layer3" not in names
+    assert len(encoder.model.layer4_) == 1 and len(encoder.model.layer3_2_) == 2
+    with torch.no_grad():
+        assert bool((encoder.model.layer4(torch.randn(1, 16, 8, 8)) >= 0).all())
+        assert bool((encoder.model.layer3_1(torch.randn(1, 8, 8, 8)) < 0).any())
 
 
 # SAM with something beside it ------------------------------------------------------------------------------------------
