@@ -96,6 +96,7 @@ class AttentionBiasConnector(Connector):
     """Two encoders → ``(B, N, L)``. Needs the source encoder's last attention map (`Connector.attention_from`)."""
 
     Config = AttentionBiasConfig
+    config: AttentionBiasConfig
 
     def __init__(self, config: AttentionBiasConfig, encoders: Mapping[str, EncoderInfo], width: int):
         super().__init__(config, encoders, width)

@@ -33,10 +33,11 @@ class Connector(nn.Module):
 
     name: ClassVar[str] = ""
     Config: ClassVar[type[ConnectorConfig]] = ConnectorConfig
+    config: ConnectorConfig
     uses_routing: ClassVar[bool] = False
     """Whether `forward` takes experts' weights; others get absent experts' features as zeros."""
 
-    def __init__(self, config: Any, encoders: Mapping[str, EncoderInfo], width: int):
+    def __init__(self, config: ConnectorConfig, encoders: Mapping[str, EncoderInfo], width: int):
         """encoders: name → sizes, in the model's order; width: L, the language model's hidden size."""
         super().__init__()
         self.config, self.encoders, self.width = config, dict(encoders), width
@@ -67,7 +68,7 @@ class Connector(nn.Module):
             del cls.forward
 
     @classmethod
-    def layout(cls, config: Any, encoders: Mapping[str, EncoderInfo]) -> ViewLayout:
+    def layout(cls, config: ConnectorConfig, encoders: Mapping[str, EncoderInfo]) -> ViewLayout:
         """How many tokens one view becomes. Pure arithmetic.
 
         Args:
@@ -83,7 +84,7 @@ class Connector(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def native_cell(cls, config: Any) -> int | None:
+    def native_cell(cls, config: ConnectorConfig) -> int | None:
         """For views native, `ViewLayout.cell`.
 
         Args:
@@ -96,7 +97,7 @@ class Connector(nn.Module):
         return None
 
     @classmethod
-    def attention_from(cls, config: Any, encoders: Mapping[str, EncoderInfo]) -> dict[str, int]:
+    def attention_from(cls, config: ConnectorConfig, encoders: Mapping[str, EncoderInfo]) -> dict[str, int]:
         """Encoders whose last attention map `forward` reads (`VisionFeatures.attention`).
 
         Args:

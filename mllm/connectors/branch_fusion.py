@@ -45,6 +45,7 @@ class BranchFusionConnector(Connector):
     """Encoders → ``(B, rows * cols, L)`` on the ViT's grid."""
 
     Config = BranchFusionConfig
+    config: BranchFusionConfig
 
     def __init__(self, config: BranchFusionConfig, encoders: Mapping[str, EncoderInfo], width: int):
         super().__init__(config, encoders, width)

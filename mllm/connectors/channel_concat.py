@@ -54,6 +54,7 @@ class ChannelConcatConnector(Connector):
     """E encoders → ``(B, rows * cols, L)``: features resampled to one grid in fp32, absent experts' channels zero."""
 
     Config = ChannelConcatConfig
+    config: ChannelConcatConfig
     uses_routing = True
 
     def __init__(self, config: ChannelConcatConfig, encoders: Mapping[str, EncoderInfo], width: int):

@@ -44,6 +44,7 @@ class DeepStackConnector(Connector):
     sequence, then what is added behind layer 0, 1, …"""
 
     Config = DeepStackConfig
+    config: DeepStackConfig
 
     def __init__(self, config: DeepStackConfig, encoders: Mapping[str, EncoderInfo], width: int):
         super().__init__(config, encoders, width)

@@ -86,6 +86,7 @@ class DualPerspectiveConnector(Connector):
     local and global map (n = 1)."""
 
     Config = DualPerspectiveConfig
+    config: DualPerspectiveConfig
 
     def __init__(self, config: DualPerspectiveConfig, encoders: Mapping[str, EncoderInfo], width: int):
         super().__init__(config, encoders, width)

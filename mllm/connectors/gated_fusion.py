@@ -143,6 +143,7 @@ class GatedFusionConnector(Connector):
     """Two encoders → ``(F / frames, rows * cols, L)`` on the first one's grid."""
 
     Config = GatedFusionConfig
+    config: GatedFusionConfig
 
     def __init__(self, config: GatedFusionConfig, encoders: Mapping[str, EncoderInfo], width: int):
         super().__init__(config, encoders, width)

@@ -137,6 +137,7 @@ class MervConnector(Connector):
     are added to the logits, so absent ones get none."""
 
     Config = MervConfig
+    config: MervConfig
     uses_routing = True
 
     def __init__(self, config: MervConfig, encoders: Mapping[str, EncoderInfo], width: int):

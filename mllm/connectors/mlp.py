@@ -30,8 +30,9 @@ class MlpConnector(Connector):
     """One encoder, token by token: ``(B, N, D)`` → ``(B, N, L)``."""
 
     Config = MlpConfig
+    config: MlpConfig
 
-    def __init__(self, config: Any, encoders: Mapping[str, EncoderInfo], width: int):
+    def __init__(self, config: MlpConfig, encoders: Mapping[str, EncoderInfo], width: int):
         super().__init__(config, encoders, width)
         self.layout(config, encoders)
         self.projector = build_projector(self.projector_config(), self.encoders[next(iter(encoders))].width, width)
@@ -41,14 +42,14 @@ class MlpConnector(Connector):
         return self.config
 
     @classmethod
-    def layout(cls, config: Any, encoders: Mapping[str, EncoderInfo]) -> ViewLayout:
+    def layout(cls, config: MlpConfig, encoders: Mapping[str, EncoderInfo]) -> ViewLayout:
         info = encoders[single(f"connector {config.type}", encoders)]
         return ViewLayout(
             num_tokens=info.num_tokens, grid=info.grid, row_separators=info.row_ends, leading=info.leading
         )
 
     @classmethod
-    def native_cell(cls, config: Any) -> int | None:
+    def native_cell(cls, config: MlpConfig) -> int | None:
         return 1
 
     @classmethod
@@ -73,6 +74,7 @@ class LinearConnector(MlpConnector):
     """One linear layer per token: ``(B, N, D)`` → ``(B, N, L)``."""
 
     Config = LinearConfig
+    config: LinearConfig
 
     def projector_config(self) -> ProjectorConfig:
         return ProjectorConfig(depth=1, bias=self.config.bias)

@@ -198,6 +198,7 @@ class MovaConnector(Connector):
     tokens) for any routing. Encoders that the routing does not name are always read."""
 
     Config = MovaConfig
+    config: MovaConfig
     uses_routing = True
 
     def __init__(self, config: MovaConfig, encoders: Mapping[str, EncoderInfo], width: int):

@@ -32,6 +32,7 @@ class MultiScaleConnector(Connector):
     """One encoder: all crops of a visual → ``(M, L)``, M of one view. A view by itself is its own map at every scale."""
 
     Config = MultiScaleConfig
+    config: MultiScaleConfig
 
     def __init__(self, config: MultiScaleConfig, encoders: Mapping[str, EncoderInfo], width: int):
         super().__init__(config, encoders, width)

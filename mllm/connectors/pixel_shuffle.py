@@ -38,6 +38,7 @@ class PixelShuffleConnector(Connector):
     """One encoder: ``(B, N, D)`` → ``(B, N / factor², L)``."""
 
     Config = PixelShuffleConfig
+    config: PixelShuffleConfig
 
     def __init__(self, config: PixelShuffleConfig, encoders: Mapping[str, EncoderInfo], width: int):
         super().__init__(config, encoders, width)

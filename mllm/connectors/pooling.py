@@ -45,6 +45,7 @@ class AveragePoolConnector(Connector):
     """One encoder: ``(B, N, D)`` → ``(B, rows * cols, L)``; the average is taken in fp32, before the MLP."""
 
     Config = AveragePoolConfig
+    config: AveragePoolConfig
 
     def __init__(self, config: AveragePoolConfig, encoders: Mapping[str, EncoderInfo], width: int):
         super().__init__(config, encoders, width)

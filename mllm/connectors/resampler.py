@@ -86,6 +86,7 @@ class ResamplerConnector(Connector):
     the attention logits, so absent ones are not read."""
 
     Config = ResamplerConfig
+    config: ResamplerConfig
     uses_routing = True
 
     def __init__(self, config: ResamplerConfig, encoders: Mapping[str, EncoderInfo], width: int):

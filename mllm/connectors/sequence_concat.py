@@ -52,9 +52,10 @@ class SequenceConcatConnector(Connector):
     """E encoders → ``(B, N_1 + … + N_E, L)``. An absent expert's tokens are zero vectors; the length never changes."""
 
     Config = SequenceConcatConfig
+    config: SequenceConcatConfig
     uses_routing = True
 
-    def __init__(self, config: Any, encoders: Mapping[str, EncoderInfo], width: int):
+    def __init__(self, config: SequenceConcatConfig, encoders: Mapping[str, EncoderInfo], width: int):
         super().__init__(config, encoders, width)
         self.layout(config, encoders)
         self.grids = self.target_grids(config, encoders)
@@ -71,12 +72,12 @@ class SequenceConcatConnector(Connector):
         self.reset_parameters()
 
     @classmethod
-    def target_grids(cls, config: Any, encoders: Mapping[str, EncoderInfo]) -> dict[str, Grid]:
+    def target_grids(cls, config: SequenceConcatConfig, encoders: Mapping[str, EncoderInfo]) -> dict[str, Grid]:
         """The grid on which each encoder's tokens are taken."""
         return {name: config.grid or info.grid for name, info in encoders.items()}
 
     @classmethod
-    def layout(cls, config: Any, encoders: Mapping[str, EncoderInfo]) -> ViewLayout:
+    def layout(cls, config: SequenceConcatConfig, encoders: Mapping[str, EncoderInfo]) -> ViewLayout:
         at_least(f"connector {config.type}", encoders, 1)
         grids = cls.target_grids(config, encoders)
         for name, info in encoders.items():
@@ -123,9 +124,10 @@ class InterleaveConnector(SequenceConcatConnector):
     """E encoders on one grid → ``(B, N * E, L)``: position 0 of every encoder, then position 1, …"""
 
     Config = InterleaveConfig
+    config: InterleaveConfig
 
     @classmethod
-    def target_grids(cls, config: Any, encoders: Mapping[str, EncoderInfo]) -> dict[str, Grid]:
+    def target_grids(cls, config: InterleaveConfig, encoders: Mapping[str, EncoderInfo]) -> dict[str, Grid]:
         return {name: config.grid or next(iter(encoders.values())).grid for name in encoders}
 
     @classmethod

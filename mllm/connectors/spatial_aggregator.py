@@ -216,6 +216,7 @@ class SpatialAggregatorConnector(Connector):
     Experts' log weights are added to the logits of their keys, so absent ones are not read."""
 
     Config = SpatialAggregatorConfig
+    config: SpatialAggregatorConfig
     uses_routing = True
 
     def __init__(self, config: SpatialAggregatorConfig, encoders: Mapping[str, EncoderInfo], width: int):

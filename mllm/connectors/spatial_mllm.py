@@ -84,6 +84,7 @@ class SpatialMllmConnector(Connector):
     """Two encoders → ``(F / temporal_merge, rows / spatial_merge * cols / spatial_merge, L)``: projected semantics plus geometry."""
 
     Config = SpatialMllmConfig
+    config: SpatialMllmConfig
 
     def __init__(self, config: SpatialMllmConfig, encoders: Mapping[str, EncoderInfo], width: int):
         super().__init__(config, encoders, width)

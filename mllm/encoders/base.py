@@ -30,6 +30,12 @@ class EncoderConfig(StrictModel):
     info: EncoderInfo | None = None
     """Filled by `VisionEncoder.resolve`; never written by hand."""
 
+    @property
+    def resolved_info(self) -> EncoderInfo:
+        """`info`, of a config that is resolved."""
+        assert self.info is not None, f"config of encoder {self.type} is not resolved"
+        return self.info
+
 
 class VisionEncoder(nn.Module):
     """Pixels of one encoder's own size to a feature grid.
@@ -39,18 +45,19 @@ class VisionEncoder(nn.Module):
 
     name: ClassVar[str] = ""
     Config: ClassVar[type[EncoderConfig]] = EncoderConfig
+    config: EncoderConfig
     joins_views: ClassVar[bool] = False
     """Views of one picture see each other: `forward` is given ``scene_ids``, and ``places`` ``(B, 2)``, each view's (row,
     column) among the tiles, (-1, -1) for a whole picture."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = config
         # `from_pretrained` gives only modules with a tensor of their own the chance to restore their buffers.
         self.register_buffer("has_lost_buffers", torch.empty(0), persistent=False)
 
     @classmethod
-    def resolve(cls, config: Any) -> Any:
+    def resolve(cls, config: EncoderConfig) -> Any:
         """The same config with everything that follows from it written out (`info` above all). May import the library the encoder comes
         from; loads no weights.
 
@@ -63,7 +70,7 @@ class VisionEncoder(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def describe(cls, config: Any) -> EncoderInfo:
+    def describe(cls, config: EncoderConfig) -> EncoderInfo:
         """Sizes of a config.
 
         Args:
@@ -72,10 +79,7 @@ class VisionEncoder(nn.Module):
         Returns:
             What the encoder takes and gives; agrees with `forward` (contract-tested).
         """
-        if config.info is None:
-            config = cls.resolve(config)
-        assert config.info is not None
-        return config.info
+        return (cls.resolve(config) if config.info is None else config).resolved_info
 
     def load_pretrained(self) -> None:
         """Load the weights that ``config.weights`` names. Raises `CheckpointError` or `UnavailableError`, naming the

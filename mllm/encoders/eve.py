@@ -131,21 +131,25 @@ class PatchEmbeddingLayer(nn.Module):
         return torch.cat([leading, torch.cat([rows, ends], dim=2).flatten(1, 2)], dim=1)
 
 
+PatchLayerConfig = EveConfig | PatchConvConfig
+
+
 class _PatchEncoder(VisionEncoder):
     """An encoder of one or two layers that learns with the language model."""
 
+    config: PatchLayerConfig
     layer: nn.Module
 
-    def __init__(self, config: Any):
+    def __init__(self, config: PatchLayerConfig):
         super().__init__(config if config.info is not None else self.resolve(config))
 
     @classmethod
-    def unit(cls, config: Any) -> int:
+    def unit(cls, config: PatchLayerConfig) -> int:
         """Pixels of one token's side."""
         return config.patch_size
 
     @classmethod
-    def resolve(cls, config: Any) -> Any:
+    def resolve(cls, config: PatchLayerConfig) -> Any:
         unit = cls.unit(config)
         side = unit * (672 // unit)
         image = config.image(ImageSpec(height=side, width=side, patch=unit, **_CLIP))
@@ -160,7 +164,7 @@ class _PatchEncoder(VisionEncoder):
         return config.model_copy(update={"info": cls.sizes(config, image, (image.height // unit, image.width // unit))})
 
     @classmethod
-    def sizes(cls, config: Any, image: ImageSpec, grid: Grid) -> EncoderInfo:
+    def sizes(cls, config: PatchLayerConfig, image: ImageSpec, grid: Grid) -> EncoderInfo:
         return EncoderInfo(image=image, grid=grid, width=config.width)
 
     def forward(
@@ -175,11 +179,11 @@ class _PatchEncoder(VisionEncoder):
             raise UnavailableError(f"return_attention: {self.config.type} hands out no attention")
         pixels = pixels.to(next(self.parameters()).dtype)
         if grids is not None:
-            check_patches(pixels, grids, self.config.info.image, self.config.type)
+            check_patches(pixels, grids, self.config.resolved_info.image, self.config.type)
             tokens = self.of_patches(pixels, grids)[None]
             return VisionFeatures(tokens, (1, tokens.shape[1]), grids=tuple(grids))
-        check_pixels(pixels, self.config.info.image, self.config.type)
-        return VisionFeatures(self.of_pixels(pixels), self.config.info.grid)
+        check_pixels(pixels, self.config.resolved_info.image, self.config.type)
+        return VisionFeatures(self.of_pixels(pixels), self.config.resolved_info.grid)
 
     def of_patches(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         raise NotImplementedError
@@ -207,9 +211,10 @@ class EveEncoder(_PatchEncoder):
     """Class token, rows of the map, a split token behind each."""
 
     Config: ClassVar[type[EncoderConfig]] = EveConfig
+    config: EveConfig
     layer: PatchEmbeddingLayer
 
-    def __init__(self, config: Any):
+    def __init__(self, config: EveConfig):
         super().__init__(config)
         if config.width % config.num_heads:
             raise ConfigError(f"num_heads: {config.num_heads} do not divide width {config.width}")
@@ -220,11 +225,11 @@ class EveEncoder(_PatchEncoder):
         return {"type": "eve", "width": 16, "patch_size": 4, "num_heads": 2, "image_size": [16, 24]}
 
     @classmethod
-    def unit(cls, config: Any) -> int:
+    def unit(cls, config: EveConfig) -> int:
         return config.patch_size * config.stride
 
     @classmethod
-    def sizes(cls, config: Any, image: ImageSpec, grid: Grid) -> EncoderInfo:
+    def sizes(cls, config: EveConfig, image: ImageSpec, grid: Grid) -> EncoderInfo:
         return EncoderInfo(image=image, grid=grid, width=config.width, leading=1, row_ends=True)
 
     def of_patches(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
@@ -238,9 +243,10 @@ class PatchConvEncoder(_PatchEncoder):
     """One token per patch."""
 
     Config: ClassVar[type[EncoderConfig]] = PatchConvConfig
+    config: PatchConvConfig
     layer: nn.Conv2d
 
-    def __init__(self, config: Any):
+    def __init__(self, config: PatchConvConfig):
         super().__init__(config)
         self.layer = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=config.bias)
 

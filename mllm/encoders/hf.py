@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,9 @@ from mllm.encoders.weights import load_exactly
 from mllm.errors import ConfigError, UnavailableError
 from mllm.types import Grid, ImageSpec, VisionFeatures
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 _NATIVE = "siglip2_vision_model"
 
 
@@ -51,6 +54,12 @@ class HfConfig(ImageEncoderConfig):
     """HF config: ``model_type`` and sizes. Default: read once from ``weights.source``, then kept here."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
 
+    @property
+    def known_architecture(self) -> dict[str, Any]:
+        """`architecture`, of a config that is complete."""
+        assert self.architecture is not None, "the config of an hf encoder is not complete"
+        return self.architecture
+
 
 class HfEncoder(LibraryEncoder):
     """CLIP, SigLIP, SigLIP2, DINOv2, DINOv3, C-RADIO, TIPSv2, SAM, Pix2Struct … by config.
@@ -60,15 +69,16 @@ class HfEncoder(LibraryEncoder):
     """
 
     Config: ClassVar[type[EncoderConfig]] = HfConfig
+    config: HfConfig
 
-    def __init__(self, config: Any):
+    def __init__(self, config: HfConfig):
         super().__init__(config)
         self._captured: dict[str, Any] | None = None
         self._attention: Tensor | None = None
         path, blocks = find_blocks(self.model)
         assert blocks is not None
         self._deepest = f"{path}.{len(list(blocks.children())) - 1}"
-        self._depth = num_blocks(self.config.architecture)
+        self._depth = num_blocks(self.config.known_architecture)
         self._counts = take_layers(self.config.layers, self._depth)
         self._norm = next(iter(final_norms(self.model)), None)
         modules = list(blocks.children())
@@ -97,8 +107,9 @@ class HfEncoder(LibraryEncoder):
         }
 
     @classmethod
-    def complete(cls, config: Any) -> Any:
-        if config.architecture is None:
+    def complete(cls, config: HfConfig) -> HfConfig:
+        architecture = config.architecture
+        if architecture is None:
             if config.weights is None:
                 raise ConfigError(
                     "architecture: give an HF config {model_type: …}, or weights: {source: hub id or folder}"
@@ -106,23 +117,23 @@ class HfEncoder(LibraryEncoder):
             architecture, found = hf_weights.read_published_config(config.weights)
             preset = {key: value for key, value in found.items() if getattr(config, key) is None}
             config = config.model_copy(update={"architecture": architecture, **preset})
-        full = vision_config(config.architecture)
-        if full.model_type != config.architecture.get("model_type"):
+        full = vision_config(architecture)
+        if full.model_type != architecture.get("model_type"):
             plain = {k: v for k, v in full.to_diff_dict().items() if k not in NOISE}
             config = config.model_copy(update={"architecture": {"model_type": full.model_type, **plain}})
         return config
 
     @classmethod
-    def default_image(cls, config: Any) -> ImageSpec:
+    def default_image(cls, config: HfConfig) -> ImageSpec:
         normalised = config.mean is not None and config.std is not None
-        full = vision_config(config.architecture)
+        full = vision_config(config.known_architecture)
         image = published_image(full, normalised=normalised)
         return image.model_copy(update={"patch": full.patch_size}) if full.model_type == _NATIVE else image
 
     @classmethod
-    def build(cls, config: Any) -> nn.Module:
-        full = vision_config(config.architecture)
-        set_image_size(full, config.info.image)
+    def build(cls, config: HfConfig) -> nn.Module:
+        full = vision_config(config.known_architecture)
+        set_image_size(full, config.resolved_info.image)
         model = new_model(full, config.attention)
         _, blocks = find_blocks(model)
         if blocks is None:
@@ -205,8 +216,8 @@ class HfEncoder(LibraryEncoder):
 
     def load_pretrained(self) -> None:
         weights = self.required_weights()
-        donor = hf_weights.load_donor(self.model, vision_config(self.config.architecture), weights)
-        state = hf_weights.fit_positions(donor, self.model, self.config.info.image)
+        donor = hf_weights.load_donor(self.model, vision_config(self.config.known_architecture), weights)
+        state = hf_weights.fit_positions(donor, self.model, self.config.resolved_info.image)
         load_exactly(self.model, state, source=weights.source, known=state)
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
@@ -282,7 +293,7 @@ def _patches_last_channel(pixels: Tensor, size: int) -> tuple[Tensor, int, int]:
     return patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * cols, size * size * channels), rows, cols
 
 
-def _pix2struct_patches(pixels: Tensor, config: Any) -> Tensor:
+def _pix2struct_patches(pixels: Tensor, config: PreTrainedConfig) -> Tensor:
     """Patches of an image standardised by its own mean and deviation, each led by its row and column (from 1)."""
     values = pixels.float()
     deviation = values.std(dim=(1, 2, 3), keepdim=True).clamp_min(values[0].numel() ** -0.5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -15,6 +15,9 @@ from transformers.models.pix2struct.modeling_pix2struct import Pix2StructVisionM
 from mllm.encoders.library import find_blocks
 from mllm.errors import ConfigError, did_you_mean
 from mllm.types import ImageSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -54,7 +57,7 @@ _PIX2STRUCT_SIDE = 45
 """Patches per side: 45 × 45 = 2025 of the 2048 that Pix2Struct was trained with."""
 
 
-def vision_config(architecture: dict[str, Any]) -> Any:
+def vision_config(architecture: dict[str, Any]) -> PreTrainedConfig:
     """The vision part of an HF config given as plain data. Raises `ConfigError`."""
     settings = dict(architecture)
     model_type = settings.pop("model_type", None)
@@ -77,7 +80,7 @@ def vision_config(architecture: dict[str, Any]) -> Any:
     return inner if isinstance(inner, PreTrainedConfig) else full
 
 
-def published_image(full: Any, *, normalised: bool) -> ImageSpec:
+def published_image(full: PreTrainedConfig, *, normalised: bool) -> ImageSpec:
     """Size and preprocessing that models of this family are published with.
 
     normalised: the user gives mean and std. Raises `ConfigError` where they are missing and the family is not known.
@@ -95,12 +98,12 @@ def published_image(full: Any, *, normalised: bool) -> ImageSpec:
     )
 
 
-def _family(full: Any) -> str | None:
+def _family(full: PreTrainedConfig) -> str | None:
     names = sorted(_PREPROCESSING, key=len, reverse=True)
     return next((name for name in names if full.model_type.startswith(name)), None)
 
 
-def model_class(full: Any) -> Any:
+def model_class(full: PreTrainedConfig) -> Any:
     """The PreTrainedModel class of a vision config. Raises `ConfigError`."""
     if full.model_type == "pix2struct_vision_model":  # not in the Auto classes
         return Pix2StructVisionModel
@@ -109,7 +112,7 @@ def model_class(full: Any) -> Any:
     return MODEL_MAPPING[type(full)]
 
 
-def new_model(full: Any, attention: str = "sdpa") -> nn.Module:
+def new_model(full: PreTrainedConfig, attention: str = "sdpa") -> nn.Module:
     """The model of a vision config, without weights, pooling head and wrapper. Where sdpa is not offered: eager."""
     prepare(full)
     cls = model_class(full)
@@ -122,7 +125,7 @@ def new_model(full: Any, attention: str = "sdpa") -> nn.Module:
     return unwrap(model)
 
 
-def prepare(full: Any) -> None:
+def prepare(full: PreTrainedConfig) -> None:
     """Tell a config that no pooling head is wanted, and no random positions in training (DINOv3's augmentation for
     learning from scratch, which would make features depend on the mode). In place."""
     if full.model_type.startswith("siglip"):
@@ -183,7 +186,7 @@ def num_blocks(architecture: dict[str, Any]) -> int:
     raise ConfigError(f"architecture: the config of {full.model_type} does not say how many blocks it has")
 
 
-def _native_size(full: Any) -> tuple[int, int]:
+def _native_size(full: PreTrainedConfig) -> tuple[int, int]:
     size = getattr(full, "image_size", None)
     if size is None:
         side = int(full.num_patches**0.5) if hasattr(full, "num_patches") else _PIX2STRUCT_SIDE
@@ -191,14 +194,14 @@ def _native_size(full: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def set_image_size(full: Any, image: ImageSpec) -> None:
+def set_image_size(full: PreTrainedConfig, image: ImageSpec) -> None:
     """Position tables are built for square images of the run's size; other shapes interpolate the published table on
     use."""
     if isinstance(getattr(full, "image_size", None), int) and image.height == image.width:
         full.image_size = image.height
 
 
-def patch_size(full: Any) -> int:
+def patch_size(full: PreTrainedConfig) -> int:
     """Pixels per side of a patch; 1 for models of another kind, which give maps instead of sequences."""
     size = getattr(full, "patch_size", None)
     if size is None and hasattr(full, "patch_embed_hidden_size"):  # Pix2Struct says how many numbers a patch has

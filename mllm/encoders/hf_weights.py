@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from mllm.encoders.hf_models import NOISE, model_class, new_model, prepare, unwr
 from mllm.encoders.weights import local_path, read_weights, shorten, strip_prefix, unavailable
 from mllm.errors import CheckpointError
 from mllm.types import ImageSpec, WeightsSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
@@ -58,7 +61,7 @@ def _read_preprocessing(weights: WeightsSource, path: Path | None) -> dict[str, 
     return found
 
 
-def load_donor(model: nn.Module, native: Any, weights: WeightsSource) -> nn.Module:
+def load_donor(model: nn.Module, native: PreTrainedConfig, weights: WeightsSource) -> nn.Module:
     """The published model at its own image size, with weights for at least everything that ``model`` has.
 
     Raises `CheckpointError` listing keys that are missing or belong to another architecture, `UnavailableError`
@@ -119,7 +122,7 @@ def _refuse_deeper(unexpected: Any, needed: set[str], source: str) -> None:
         )
 
 
-def _donor_from_tensors(state: dict[str, Tensor], native: Any, needed: set[str], source: str) -> nn.Module:
+def _donor_from_tensors(state: dict[str, Tensor], native: PreTrainedConfig, needed: set[str], source: str) -> nn.Module:
     with torch.device("meta"):
         donor = new_model(native)
     own = donor.state_dict()

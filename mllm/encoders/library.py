@@ -142,10 +142,11 @@ class LibraryEncoder(VisionEncoder):
     forward pass on the meta device, so `describe` cannot disagree with `forward`."""
 
     Config: ClassVar[type[EncoderConfig]] = ImageEncoderConfig
+    config: ImageEncoderConfig
     model: Any
     """The library's `nn.Module`."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: ImageEncoderConfig):
         if config.info is None:
             config = self.resolve(config)
         super().__init__(config)
@@ -154,18 +155,18 @@ class LibraryEncoder(VisionEncoder):
             self.restore_buffers()  # positions computed in bf16 would be wrong in the third digit
 
     @classmethod
-    def complete(cls, config: Any) -> Any:
+    def complete(cls, config: ImageEncoderConfig) -> Any:
         """The config with names replaced by data (architectures read from files or hubs). May read; loads no
         weights."""
         return config
 
     @classmethod
-    def default_image(cls, config: Any) -> ImageSpec:
+    def default_image(cls, config: ImageEncoderConfig) -> ImageSpec:
         """The pretrained preprocessing of a completed config."""
         raise NotImplementedError
 
     @classmethod
-    def build(cls, config: Any) -> nn.Module:
+    def build(cls, config: ImageEncoderConfig) -> nn.Module:
         """The library's model without weights, cut after the deepest block that is needed."""
         raise NotImplementedError
 
@@ -174,7 +175,7 @@ class LibraryEncoder(VisionEncoder):
         raise NotImplementedError
 
     @classmethod
-    def resolve(cls, config: Any) -> Any:
+    def resolve(cls, config: ImageEncoderConfig) -> Any:
         config = cls.complete(config)
         image = config.image(cls.default_image(config))
         unknown = EncoderInfo(image=image, grid=(1, 1), width=1)
@@ -211,7 +212,7 @@ class LibraryEncoder(VisionEncoder):
         return_attention: bool = False,
         grids: Sequence[Grid] | None = None,
     ) -> VisionFeatures:
-        info = self.config.info
+        info = self.config.resolved_info
         if grids is not None:
             check_patches(pixels, grids, info.image, self.config.type)
             return self.read_native(pixels.to(self.dtype), grids)
@@ -232,12 +233,14 @@ class LibraryEncoder(VisionEncoder):
         none is padded."""
         counts = [rows * columns for rows, columns in grids]
         parts, found = patches.split(counts), [patches[:0]] * len(grids)
+        side = self.config.resolved_info.image.patch
+        assert side is not None, "an encoder that is given patches has a patch size"
         for grid in dict.fromkeys(grids):
             members = [number for number, other in enumerate(grids) if other == grid]
-            pixels = from_patches(torch.cat([parts[m] for m in members]), grid, self.config.info.image.patch)
+            pixels = from_patches(torch.cat([parts[m] for m in members]), grid, side)
             for member, tokens in zip(members, merge_layers(self.read_layers(pixels), False).tokens):
                 found[member] = tokens
-        tokens = torch.cat(found)[None] if found else patches.new_zeros(1, 0, self.config.info.width)
+        tokens = torch.cat(found)[None] if found else patches.new_zeros(1, 0, self.config.resolved_info.width)
         return VisionFeatures(tokens, (1, tokens.shape[1]), grids=tuple(grids))
 
     def read_layers_and_attention(self, pixels: Tensor) -> tuple[list[LayerOutput], Tensor]:
@@ -249,7 +252,7 @@ class LibraryEncoder(VisionEncoder):
 
     def empty_features(self, pixels: Tensor, *, return_attention: bool = False) -> VisionFeatures:
         """The features of no images."""
-        info = self.config.info
+        info = self.config.resolved_info
         count = info.num_prefix_tokens
         prefix = pixels.new_zeros(0, count, info.width) if count else None
         return VisionFeatures(pixels.new_zeros(0, info.grid[0] * info.grid[1], info.width), info.grid, prefix)

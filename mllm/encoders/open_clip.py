@@ -43,6 +43,7 @@ class OpenClipEncoder(LibraryEncoder):
     """
 
     Config: ClassVar[type[EncoderConfig]] = OpenClipConfig
+    config: OpenClipConfig
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
@@ -55,7 +56,7 @@ class OpenClipEncoder(LibraryEncoder):
         }
 
     @classmethod
-    def complete(cls, config: Any) -> Any:
+    def complete(cls, config: OpenClipConfig) -> Any:
         architecture = config.architecture
         preset: dict[str, Any] = {}
         if isinstance(architecture, str):
@@ -77,7 +78,7 @@ class OpenClipEncoder(LibraryEncoder):
         return config.model_copy(update=preset)
 
     @classmethod
-    def default_image(cls, config: Any) -> ImageSpec:
+    def default_image(cls, config: OpenClipConfig) -> ImageSpec:
         settings = vision_settings(config)
         size = settings.get("image_size", 224)
         height, width = (size, size) if isinstance(size, int) else size
@@ -92,10 +93,12 @@ class OpenClipEncoder(LibraryEncoder):
         )
 
     @classmethod
-    def build(cls, config: Any) -> nn.Module:
+    def build(cls, config: OpenClipConfig) -> nn.Module:
         settings = vision_settings(config)
         if settings.get("timm_model_name"):
-            model = timm_adapter.create(settings["timm_model_name"], config.info.image, _timm_options(settings))
+            model = timm_adapter.create(
+                settings["timm_model_name"], config.resolved_info.image, _timm_options(settings)
+            )
             timm_adapter.cut(model, config)
             return model
         model = _native(settings, config)
@@ -124,7 +127,7 @@ class OpenClipEncoder(LibraryEncoder):
             if any(key.startswith("trunk.") for key in state):
                 state = {key.removeprefix("trunk."): value for key, value in state.items() if key.startswith("trunk.")}
             timm_adapter.load_timm(
-                self.model, state, trunk, self.config.info.image, _timm_options(settings), str(weights.source)
+                self.model, state, trunk, self.config.resolved_info.image, _timm_options(settings), str(weights.source)
             )
             return
         state = _fit_native(strip_prefix(state, set(self.model.state_dict())), self.model)
@@ -150,7 +153,7 @@ def read_architecture(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return settings, {}
 
 
-def vision_settings(config: Any) -> dict[str, Any]:
+def vision_settings(config: OpenClipConfig) -> dict[str, Any]:
     """``vision_cfg`` of a config."""
     architecture = config.architecture
     if isinstance(architecture, str):
@@ -158,7 +161,7 @@ def vision_settings(config: Any) -> dict[str, Any]:
     return architecture["vision_cfg"]
 
 
-def _tag_settings(config: Any) -> dict[str, Any]:
+def _tag_settings(config: OpenClipConfig) -> dict[str, Any]:
     """open_clip's preprocessing of the tag that ``weights.source`` names, {} for other sources."""
     if config.weights is None or not isinstance(config.architecture, str):
         return {}
@@ -175,11 +178,11 @@ def _timm_options(settings: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _native(settings: dict[str, Any], config: Any) -> nn.Module:
+def _native(settings: dict[str, Any], config: OpenClipConfig) -> nn.Module:
     architecture = config.architecture
     if isinstance(architecture, str):
         architecture, _ = read_architecture(architecture)
-    size = (config.info.image.height, config.info.image.width)
+    size = (config.resolved_info.image.height, config.resolved_info.image.width)
     # Patch dropout, for training from scratch, would tear holes into the grid.
     settings = {**settings, "image_size": size if size[0] != size[1] else size[0], "patch_dropout": 0.0}
     try:
@@ -188,7 +191,7 @@ def _native(settings: dict[str, Any], config: Any) -> nn.Module:
         raise ConfigError(f"architecture.vision_cfg: {error}") from error
 
 
-def cut(model: nn.Module, config: Any) -> None:
+def cut(model: nn.Module, config: OpenClipConfig) -> None:
     """Drop what lies behind the deepest layer that is needed. In place."""
     if not isinstance(model, VisionTransformer):
         take_layers(config.layers, 5, lowest=1)
@@ -202,7 +205,9 @@ def cut(model: nn.Module, config: Any) -> None:
     model.prune_intermediate_layers([k - 1 for k in sorted(set(counts))], prune_norm=not uses_norm, prune_head=True)
 
 
-def native_layers(model: VisionTransformer | ModifiedResNet, pixels: Tensor, config: Any) -> list[LayerOutput]:
+def native_layers(
+    model: VisionTransformer | ModifiedResNet, pixels: Tensor, config: OpenClipConfig
+) -> list[LayerOutput]:
     """Outputs of ``config.layers`` of open_clip's own ViT or ResNet."""
     is_vit = isinstance(model, VisionTransformer)
     depth = int(getattr(model, "num_layers_before_cut", 5))  # a ResNet has a stem and four stages
@@ -244,7 +249,7 @@ def _fit_native(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]
     return {**state, key: table}
 
 
-def _download(config: Any, source: str, revision: str | None) -> Path:
+def _download(config: OpenClipConfig, source: str, revision: str | None) -> Path:
     """Path of a tag's or a hub repository's weights. Raises `CheckpointError` for an unknown tag, `UnavailableError`
     without network."""
     try:

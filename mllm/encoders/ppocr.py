@@ -43,8 +43,9 @@ class PPOcrEncoder(VisionEncoder):
     """The recogniser's or detector's map of a whole picture. All weights may learn; there is no batch norm left in them."""
 
     Config: ClassVar[type[EncoderConfig]] = PPOcrConfig
+    config: PPOcrConfig
 
-    def __init__(self, config: Any):
+    def __init__(self, config: PPOcrConfig):
         super().__init__(config if config.info is not None else self.resolve(config))
         self.net = GraphNetwork(_graph(config.architecture))
 
@@ -53,7 +54,7 @@ class PPOcrEncoder(VisionEncoder):
         return {"type": "ppocr", "image_size": 128, "pool": [2, 2]}
 
     @classmethod
-    def resolve(cls, config: Any) -> Any:
+    def resolve(cls, config: PPOcrConfig) -> Any:
         graph = _graph(config.architecture)
         image = config.image(ImageSpec(height=448, width=448, mean=graph["mean"], std=graph["std"]))
         if config.layers != [-1]:
@@ -88,7 +89,7 @@ class PPOcrEncoder(VisionEncoder):
     ) -> VisionFeatures:
         if return_attention:
             raise UnavailableError("return_attention: ppocr has no attention")
-        info = self.config.info
+        info = self.config.resolved_info
         check_pixels(pixels, info.image, self.config.type)
         weight = next(self.net.parameters())
         pixels = pixels.to(weight.dtype)

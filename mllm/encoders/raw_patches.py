@@ -26,8 +26,9 @@ class RawPatches(VisionEncoder):
     row."""
 
     Config: ClassVar[type[EncoderConfig]] = RawPatchesConfig
+    config: RawPatchesConfig
 
-    def __init__(self, config: Any):
+    def __init__(self, config: RawPatchesConfig):
         super().__init__(config if config.info is not None else self.resolve(config))
 
     @classmethod
@@ -35,7 +36,7 @@ class RawPatches(VisionEncoder):
         return {"type": "raw_patches", "patch_size": 4, "image_size": [8, 12]}
 
     @classmethod
-    def resolve(cls, config: Any) -> Any:
+    def resolve(cls, config: RawPatchesConfig) -> Any:
         image = config.image(ImageSpec(height=448, width=448))
         size = config.patch_size
         if image.height % size or image.width % size:
@@ -64,7 +65,7 @@ class RawPatches(VisionEncoder):
     ) -> VisionFeatures:
         if return_attention:
             raise UnavailableError("return_attention: raw_patches has no attention")
-        info, size = self.config.info, self.config.patch_size
+        info, size = self.config.resolved_info, self.config.patch_size
         if grids is not None:
             check_patches(pixels, grids, info.image, self.config.type)
             return VisionFeatures(pixels[None], (1, len(pixels)), grids=tuple(grids))

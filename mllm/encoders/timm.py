@@ -45,6 +45,7 @@ class TimmEncoder(LibraryEncoder):
     """
 
     Config: ClassVar[type[EncoderConfig]] = TimmConfig
+    config: TimmConfig
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
@@ -58,12 +59,12 @@ class TimmEncoder(LibraryEncoder):
         }
 
     @classmethod
-    def default_image(cls, config: Any) -> ImageSpec:
+    def default_image(cls, config: TimmConfig) -> ImageSpec:
         return timm_image(config.architecture)
 
     @classmethod
-    def build(cls, config: Any) -> nn.Module:
-        model = create(config.architecture, config.info.image, config.options)
+    def build(cls, config: TimmConfig) -> nn.Module:
+        model = create(config.architecture, config.resolved_info.image, config.options)
         cut(model, config)
         return model
 
@@ -85,7 +86,14 @@ class TimmEncoder(LibraryEncoder):
         weights, config = self.required_weights(), self.config
         path = local_path(weights.source) if weights.source != "timm" else None
         if path is not None:
-            load_timm(self.model, read_weights(path), config.architecture, config.info.image, config.options, str(path))
+            load_timm(
+                self.model,
+                read_weights(path),
+                config.architecture,
+                config.resolved_info.image,
+                config.options,
+                str(path),
+            )
             return
         overlay = None
         if weights.source != "timm":
@@ -97,7 +105,11 @@ class TimmEncoder(LibraryEncoder):
         named = f"timm's {config.architecture}" if weights.source == "timm" else weights.source
         try:
             donor = create(
-                config.architecture, config.info.image, config.options, pretrained=True, pretrained_cfg_overlay=overlay
+                config.architecture,
+                config.resolved_info.image,
+                config.options,
+                pretrained=True,
+                pretrained_cfg_overlay=overlay,
             )
         except RuntimeError as error:
             if "state_dict" in str(error) or "No pretrained weights" in str(error):
@@ -162,7 +174,7 @@ def depth_of(model: nn.Module) -> int:
     return int(getattr(model, "num_layers_before_cut", 0)) or len(model.feature_info)  # type: ignore[arg-type]
 
 
-def cut(model: nn.Module, config: Any) -> None:
+def cut(model: nn.Module, config: EncoderConfig) -> None:
     """Drop the blocks after the deepest one that is needed, and the last norm where it is not. In place."""
     if not hasattr(model, "forward_intermediates"):
         raise ConfigError(
@@ -178,7 +190,7 @@ def cut(model: nn.Module, config: Any) -> None:
         prune([k - 1 for k in sorted(set(counts))], prune_norm=not uses_norm, prune_head=True)
 
 
-def timm_layers(model: nn.Module, pixels: Tensor, config: Any) -> list[LayerOutput]:
+def timm_layers(model: nn.Module, pixels: Tensor, config: EncoderConfig) -> list[LayerOutput]:
     """Outputs of ``config.layers``; blocks after the deepest one do not run."""
     depth = depth_of(model)
     forward: Any = model.forward_intermediates
@@ -186,7 +198,7 @@ def timm_layers(model: nn.Module, pixels: Tensor, config: Any) -> list[LayerOutp
     wanted = sorted(set(counts))
     uses_norm = config.final_norm and depth in wanted
     num_prefix = getattr(model, "num_prefix_tokens", 0) or 0
-    grid: Grid | None = config.info.grid if config.info.grid != (1, 1) else None
+    grid: Grid | None = config.resolved_info.grid if config.resolved_info.grid != (1, 1) else None
     # Tokens straight from the blocks save a copy; only these classes hand them out, and only on one grid.
     as_tokens = grid is not None and isinstance(model, VisionTransformer | Eva)
     options: dict[str, Any] = {"output_fmt": "NLC" if as_tokens else "NCHW"}

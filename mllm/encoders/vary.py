@@ -39,6 +39,7 @@ class VaryEncoder(TimmEncoder):
     """1024 × 1024 pixels to a 32 × 32 grid of 512 channels with the default config."""
 
     Config: ClassVar[type[EncoderConfig]] = VaryConfig
+    config: VaryConfig
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
@@ -51,18 +52,18 @@ class VaryEncoder(TimmEncoder):
         }
 
     @classmethod
-    def build(cls, config: Any) -> nn.Module:
+    def build(cls, config: VaryConfig) -> nn.Module:
         if config.layers != [-1] or not config.final_norm:
             raise ConfigError(
                 "layers: the convolutions of type vary follow the neck, so layers is [-1] and final_norm true"
             )
-        sam = create(config.architecture, config.info.image, config.options)
+        sam = create(config.architecture, config.resolved_info.image, config.options)
         cut(sam, config)
         return SamWithConvs(sam, int(sam.num_features), config.convs)  # type: ignore[arg-type]
 
     def read_layers(self, pixels: Tensor) -> list[LayerOutput]:
         model: Any = self.model
-        unknown = self.config.info.model_copy(update={"grid": (1, 1)})
+        unknown = self.config.resolved_info.model_copy(update={"grid": (1, 1)})
         (output,) = timm_layers(model.sam, pixels, self.config.model_copy(update={"info": unknown}))
         feature_map = output.tokens.transpose(1, 2).unflatten(2, output.grid)
         for conv in model.convs:

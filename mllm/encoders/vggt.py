@@ -114,7 +114,7 @@ class PatchConv(nn.Module):
 class DinoV2(nn.Module):
     """DINOv2 with registers (arXiv 2309.16588); returns normalised tokens: class, registers, patches."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: VggtConfig):
         super().__init__()
         width, self.side = config.width, config.dinov2_image_size // config.patch_size
         self.patch_size = config.patch_size
@@ -152,7 +152,7 @@ class Aggregator(nn.Module):
     The first view of a scene is its reference: it has camera and register tokens of its own.
     """
 
-    def __init__(self, config: Any, depth: int):
+    def __init__(self, config: VggtConfig, depth: int):
         super().__init__()
         width = config.width
         self.num_special, self.patch_size = 1 + config.num_registers, config.patch_size
@@ -209,7 +209,7 @@ class Aggregator(nn.Module):
         return torch.cat([rows.new_zeros(self.num_special, 2), torch.cartesian_prod(rows, cols)])
 
 
-def _block(config: Any) -> Block:
+def _block(config: VggtConfig) -> Block:
     return Block(config.width, config.num_heads, qk_norm=True, scale=0.01, eps=1e-5)
 
 
@@ -237,6 +237,7 @@ class VggtEncoder(LibraryEncoder):
     """
 
     Config: ClassVar[type[EncoderConfig]] = VggtConfig
+    config: VggtConfig
     joins_views: ClassVar[bool] = True
     model: Aggregator
 
@@ -246,12 +247,12 @@ class VggtEncoder(LibraryEncoder):
         return {"type": "vggt", **sizes, "image_size": [16, 20], "keep_prefix": True}
 
     @classmethod
-    def default_image(cls, config: Any) -> ImageSpec:
+    def default_image(cls, config: VggtConfig) -> ImageSpec:
         return ImageSpec(height=518, width=518, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
     @classmethod
-    def build(cls, config: Any) -> Aggregator:
-        image, size = config.info.image, config.patch_size
+    def build(cls, config: VggtConfig) -> Aggregator:
+        image, size = config.resolved_info.image, config.patch_size
         if image.height % size or image.width % size:
             raise ConfigError(f"image_size: ({image.height}, {image.width}) is no multiple of the patch size {size}")
         if config.width % (4 * config.num_heads):
@@ -270,7 +271,7 @@ class VggtEncoder(LibraryEncoder):
         own; frames of a video are whole, and one scene."""
         if return_attention:
             raise UnavailableError("return_attention: vggt uses fused attention, which hands out no weights")
-        check_pixels(pixels, self.config.info.image, self.config.type)
+        check_pixels(pixels, self.config.resolved_info.image, self.config.type)
         pixels = pixels.to(self.dtype)
         if pixels.shape[0] == 0:
             return self.empty_features(pixels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from mllm.processing.chat import encode_pixels, render_prompt
 from mllm.processing.layout import IMAGE_SIZES, expand
 from mllm.processing.protocol import Processor
 from mllm.types import IMAGE_MARK, Turn
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 
 @dataclass
@@ -68,7 +71,7 @@ def answer(
     return Answered(output, start, hidden, features, texts)
 
 
-def _until_end(answers: Tensor, config: Any) -> Tensor:
+def _until_end(answers: Tensor, config: GenerationConfig) -> Tensor:
     """1 up to each answer's first end token, 0 behind it."""
     ends = config.eos_token_id
     ends = torch.tensor([] if ends is None else ends if isinstance(ends, list) else [ends], dtype=answers.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from mllm.errors import ConfigError
 from mllm.types import EncoderInfo, VisionFeatures
 from mllm.visual_tokenizers.base import VisualTokenizer
 from mllm.visual_tokenizers.grammar import ImageGrammar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class HeadConfig(StrictModel):
@@ -86,10 +89,14 @@ class HeadLoss:
 class HeadModel(Protocol):
     """What a head may use of the model it belongs to."""
 
-    config: Any
     heads: Any
     lm_head: Any
     training: bool
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The whole model's."""
+        ...
 
     @property
     def model(self) -> Any:
@@ -150,6 +157,7 @@ class Head(nn.Module):
 
     name: ClassVar[str] = ""
     Config: ClassVar[type[HeadConfig]] = HeadConfig
+    config: HeadConfig
     targets: ClassVar[tuple[str, ...]] = ()
     """Arguments of ``model(…)`` that hold what the head should answer; a batch without the first of them teaches it nothing. None: the
     words themselves teach it."""
@@ -163,7 +171,7 @@ class Head(nn.Module):
     without_gradient: ClassVar[tuple[str, ...]] = ()
     """Parts of its parameters' names that no loss reaches, on purpose: weights that are kept for the layout of a published file."""
 
-    def __init__(self, config: Any, parts: HeadParts):
+    def __init__(self, config: HeadConfig, parts: HeadParts):
         super().__init__()
         self.config, self.width = config, parts.width
 
@@ -177,18 +185,18 @@ class Head(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def tokens(cls, config: Any, parts: HeadParts) -> list[str]:
+    def tokens(cls, config: HeadConfig, parts: HeadParts) -> list[str]:
         """Tokens that the vocabulary needs for this head, in the order in which they get ids."""
         return []
 
     @classmethod
-    def resolve(cls, config: Any, parts: HeadParts, id_of: Callable[[str], int], *, null: int) -> Any:
+    def resolve(cls, config: HeadConfig, parts: HeadParts, id_of: Callable[[str], int], *, null: int) -> Any:
         """``config`` with the ids of its tokens. id_of: text of a token → id; null: the id that stands for text left out.
         Raises `ConfigError` for a config that does not fit the parts."""
         return config
 
     @classmethod
-    def reads(cls, config: Any) -> tuple[str, ...]:
+    def reads(cls, config: HeadConfig) -> tuple[str, ...]:
         """Names of the encoders whose features it reads beside the hidden states."""
         return ()
 

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 
 from mllm.errors import ConfigError
 from mllm.heads import HEADS
@@ -63,6 +64,7 @@ class ProbabilityHead(Head):
     """The classes' own logits at the place of the class word, as a loss and as a probability."""
 
     Config = ProbabilityHeadConfig
+    config: ProbabilityHeadConfig
     has_weights = False
 
     @classmethod
@@ -75,7 +77,7 @@ class ProbabilityHead(Head):
         return Step(ids, ids.clone()), {}
 
     @classmethod
-    def resolve(cls, config: Any, parts: HeadParts, id_of: Callable[[str], int], *, null: int) -> Any:
+    def resolve(cls, config: ProbabilityHeadConfig, parts: HeadParts, id_of: Callable[[str], int], *, null: int) -> Any:
         if parts.tokenize is None:
             return config
         phrase, words = class_tokens(parts.tokenize, config.phrase, config.words)
@@ -126,7 +128,7 @@ class Probability:
 class ProbabilityMixin:
     """The judging side of `MllmForConditionalGeneration`; means something when one of its heads is a probability head."""
 
-    config: Any
+    config: PreTrainedConfig
     heads: Any
 
     def probability(self: MultimodalModel, images: Any, question: str, *, processor: Processor, **options: Any) -> Any:

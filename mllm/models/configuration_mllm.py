@@ -202,7 +202,7 @@ def component_types(config: Mapping[str, Any]) -> Iterator[Part]:
             yield Part(where, registry, part["type"])
 
 
-def component_code(config: Any) -> list[str]:
+def component_code(config: PreTrainedConfig) -> list[str]:
     """SHA-256 of every plug-in file that a component of this model is defined in, as loaded here; [] for another project's."""
     if not isinstance(config, MllmConfig):
         return []

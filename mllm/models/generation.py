@@ -13,6 +13,7 @@ from transformers import GenerationMixin
 from mllm.errors import AlignmentError, ConfigError
 from mllm.heads.base import MultimodalModel
 from mllm.heads.codes.grammar import never_written
+from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.routing import check_choices, encode_for_generation
 from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES, visuals_of_rows
 from mllm.processing.pixel_keys import PRIMARY_PIXELS
@@ -23,7 +24,7 @@ from mllm.visual_tokenizers.grammar import NeverWritten
 class MultimodalGenerationMixin(GenerationMixin):
     """transformers' generation with routing chosen per call, images kept with their samples, and image grammar."""
 
-    config: Any
+    config: MllmConfig
     model: Any
     heads: Any
     visual_config: Any

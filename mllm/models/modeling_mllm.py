@@ -36,6 +36,8 @@ class MllmForConditionalGeneration(
     router that learns this is warned of.
     """
 
+    config_class = MllmConfig  # beside its annotation, which transformers would read as a string
+    config: MllmConfig
     opens_foreign = True
 
     def __init__(self, config: MllmConfig):

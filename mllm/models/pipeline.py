@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,9 @@ from mllm.encoders.catalogue import build_encoder, encoder_config
 from mllm.errors import AlignmentError, ConfigError
 from mllm.models.routing import limit_routing
 from mllm.types import Routing, VisionFeatures, VisualLayout
+
+if TYPE_CHECKING:
+    from mllm.models.configuration_mllm import MllmConfig
 
 
 class EncoderBank(nn.Module):
@@ -277,7 +280,7 @@ def _is_partitioned(module: nn.Module) -> bool:
     return any(hasattr(p, "ds_id") for p in module.parameters())
 
 
-def build_visual_parts(config: Any) -> tuple[EncoderBank | None, nn.Module | None]:
+def build_visual_parts(config: MllmConfig) -> tuple[EncoderBank | None, nn.Module | None]:
     """Encoder bank and connector of an `MllmConfig`; both None for a text-only model."""
     if config.connector is None:
         return None, None
@@ -311,7 +314,7 @@ def fetched(module: nn.Module) -> ExitStack:
     return stack
 
 
-def build_own_tokenizer(config: Any) -> nn.Module | None:
+def build_own_tokenizer(config: MllmConfig) -> nn.Module | None:
     """The visual tokenizer of an `MllmConfig`; None without one, or where an encoder's is used."""
     if config.visual_tokenizer is None or "encoder" in config.visual_tokenizer:
         return None

@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from mllm.processing.images import load_image, read_bytes
 from mllm.processing.protocol import TextProcessor
 from mllm.processing.videos import frame_files, source_of
 from mllm.types import Video
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 MODALITY = "video"
 BACKEND = "mllm"
@@ -24,7 +27,7 @@ _MAGIC = b"\x93mllm-video\n"
 _HEADER = len(_MAGIC) + 8
 
 
-def engine_options(config: Any, *, images: int, videos: int) -> dict[str, Any]:
+def engine_options(config: PreTrainedConfig, *, images: int, videos: int) -> dict[str, Any]:
     """Arguments of ``vllm.LLM``: most pictures and videos of a request, and who reads videos."""
     if getattr(config, "video", None) is None:
         return {"limit_mm_per_prompt": {"image": images}}

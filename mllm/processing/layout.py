@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,15 @@ from mllm.types import Block, EncoderInfo, ImageSpec, ViewLayout, VisualLayout
 
 if TYPE_CHECKING:
     from mllm.connectors.base import ConnectorConfig
+
+
+class HasVisualParts(Protocol):
+    """A model's config, or its section of a recipe. Either may have ``views``, ``video``, ``router``, ``heads`` and
+    ``visual_tokenizer`` too."""
+
+    @property
+    def connector(self) -> Any: ...
+
 
 IMAGE_SIZES = "image_sizes"
 """Batch key of the pictures' (height, width) ``(B, 2)``, where tokens depend on them."""
@@ -38,13 +47,13 @@ def view_layout(encoders: Mapping[str, EncoderInfo], connector: ConnectorConfig)
     return view.model_copy(update={"in_place": False}) if gathered else view
 
 
-def layout(config: Any, encoders: Mapping[str, EncoderInfo], size: Size | None) -> VisualLayout:
+def layout(config: HasVisualParts, encoders: Mapping[str, EncoderInfo], size: Size | None) -> VisualLayout:
     """The tokens of one visual. config: anything with a ``connector`` and ``views`` (a model's config or its section of a
     recipe); size: its (height, width) in pixels, None where the views do not ask."""
     return layout_rules(config, encoders).layout(size)
 
 
-def layout_rules(config: Any, encoders: Mapping[str, EncoderInfo]) -> LayoutRules:
+def layout_rules(config: HasVisualParts, encoders: Mapping[str, EncoderInfo]) -> LayoutRules:
     """All that `layout` needs of a model, worked out once. A model without connector gives no visual tokens."""
     from mllm.connectors.build import connector_config
 
@@ -58,7 +67,7 @@ def layout_rules(config: Any, encoders: Mapping[str, EncoderInfo]) -> LayoutRule
     return LayoutRules(view, images, views, checked_video(config, view, views))
 
 
-def checked_video(config: Any, view: ViewLayout, views: ViewsConfig) -> VideoSpec | None:
+def checked_video(config: HasVisualParts, view: ViewLayout, views: ViewsConfig) -> VideoSpec | None:
     """A model's ``video`` section. Raises `ConfigError` beside what does not take video yet, by name."""
     video = video_spec(getattr(config, "video", None))
     if view.frames > 1 and (video is None or views.type != "single"):

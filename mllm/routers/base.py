@@ -36,12 +36,13 @@ class Router(nn.Module):
 
     name: ClassVar[str] = ""
     Config: ClassVar[type[RouterConfig]] = RouterConfig
+    config: RouterConfig
     asks_language_model: ClassVar[bool] = False
     """Whether the language model decides in a first pass of its own (`mllm.models.routing.ask_language_model`)."""
     trains_when_frozen: ClassVar[bool] = True
     """A stage in which other parts learn leaves a frozen router in training mode: ``explore`` is for those parts."""
 
-    def __init__(self, config: Any, summary_width: int, text_width: int):
+    def __init__(self, config: RouterConfig, summary_width: int, text_width: int):
         """summary_width: channels of the image summary (the always-on encoders' mean features, concatenated);
         text_width: L."""
         super().__init__()

@@ -60,6 +60,7 @@ class ConstantRouter(Router):
     """The same weights for every image; where ``allowed`` removes experts, the others share what is left."""
 
     Config = ConstantConfig
+    config: ConstantConfig
 
     @classmethod
     def tiny(cls) -> tuple[dict[str, Any], int, int]:

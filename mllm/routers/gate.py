@@ -55,6 +55,7 @@ class GateRouter(Router):
     """Summary and question → logits → softmax over allowed experts → the k largest, scaled to sum 1."""
 
     Config = GateConfig
+    config: GateConfig
 
     def __init__(self, config: GateConfig, summary_width: int, text_width: int):
         super().__init__(config, summary_width, text_width)

@@ -120,6 +120,7 @@ class LanguageModelRouter(Router):
     """
 
     Config = LanguageModelConfig
+    config: LanguageModelConfig
     asks_language_model = True
 
     @classmethod

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mllm.models.configuration_mllm import MllmConfig
 
 SEATS = 128
 """Requests at once where ``--max-num-seqs`` says nothing (vLLM's own number of a server)."""
@@ -40,7 +43,7 @@ class Need:
         return self.seats * self.one
 
 
-def need_of(checkpoint: str, config: Any, *, dtype: str, length: int | None, seats: int) -> Need:
+def need_of(checkpoint: str, config: MllmConfig, *, dtype: str, length: int | None, seats: int) -> Need:
     """What a checkpoint needs. config: ours; dtype: as in ``--dtype``; length: ``--max-model-len``, None: the model's."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads

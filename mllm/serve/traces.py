@@ -178,7 +178,7 @@ def open_vllm(
         raise UnavailableError(
             f"vLLM is not installed: {install_hint('serve')}, or with serve-cpu without a GPU"
         ) from None
-    config = AutoConfig.from_pretrained(checkpoint)
+    config: Any = AutoConfig.from_pretrained(checkpoint)
     ours = vllm_options(config, draws=model_impl != "transformers")
     for name, value in vllm_environment(ours).items():
         os.environ.setdefault(name, value)

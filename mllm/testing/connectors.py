@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mllm.connectors import CONNECTORS
-from mllm.connectors.base import Connector
+from mllm.connectors.base import Connector, ConnectorConfig
 from mllm.connectors.build import build_connector, connector_config
 from mllm.testing.running import run_checks
 from mllm.types import EncoderInfo, Routing, VisionFeatures
@@ -22,7 +22,7 @@ Case = tuple[dict[str, Any], dict[str, EncoderInfo], int]
 
 def sample_features(
     connector: type[Connector],
-    config: Any,
+    config: ConnectorConfig,
     encoders: Mapping[str, EncoderInfo],
     batch: int,
     *,

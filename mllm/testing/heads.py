@@ -29,7 +29,8 @@ class TinyModel(nn.Module):
         self.heads = nn.ModuleDict({"head": head})
         self.embeddings, self.lm_head = nn.Embedding(vocabulary, parts.width), nn.Linear(parts.width, vocabulary)
         self.image_tokenizer: Any = parts.tokenizer
-        self.visual_head, self.visual_config = head, head.config
+        self.visual_head: Head = head
+        self.visual_config: Any = head.config
         self.features = {
             name: VisionFeatures(torch.randn(2, info.grid[0] * info.grid[1], info.width), info.grid)
             for name, info in parts.encoders.items()
@@ -45,7 +46,7 @@ class TinyModel(nn.Module):
         return self
 
     @property
-    def config(self) -> TinyModel:
+    def config(self) -> Any:
         return self
 
     def get_text_config(self) -> TinyModel:

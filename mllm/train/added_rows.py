@@ -22,7 +22,7 @@ PART = "language_model"
 def added_rows(model: TrainableModel) -> list[int]:
     """Ids of added tokens whose rows are read: all but the image placeholder, in whose place features stand."""
     first, end = getattr(model.config, "added_token_ids", None) or (0, 0)
-    return [number for number in range(first, end) if number != model.config.image_token_id]
+    return [number for number in range(first, end) if number != getattr(model.config, "image_token_id", None)]
 
 
 def rows_beside_adapter(

@@ -13,8 +13,10 @@ from mllm.recipe import StageSpec
 from mllm.train import attention
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from mllm.models.modeling_mllm import MllmForConditionalGeneration
-    from mllm.train.engine.trainable import TrainableModel
+    from mllm.train.engine.trainable import StageConfig, TrainableModel
 
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -54,7 +56,7 @@ def prepare_model(model: TrainableModel, stage: StageSpec, *, device: torch.devi
     return chosen
 
 
-def default_attention(config: Any, stage: StageSpec, device: torch.device) -> str:
+def default_attention(config: PreTrainedConfig | StageConfig, stage: StageSpec, device: torch.device) -> str:
     """Packed rows: variable-length attention (flex on CUDA where scores are capped, which the kernel lacks). Padded
     rows: the same on CUDA, where right padding then needs no mask; SDPA otherwise and for models that are not plain
     transformers."""

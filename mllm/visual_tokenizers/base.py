@@ -54,8 +54,9 @@ class VisualTokenizer(nn.Module):
 
     name: ClassVar[str] = ""
     Config: ClassVar[type[VisualTokenizerConfig]] = VisualTokenizerConfig
+    config: VisualTokenizerConfig
 
-    def __init__(self, config: Any):
+    def __init__(self, config: VisualTokenizerConfig):
         super().__init__()
         self.config = config
         # `from_pretrained` gives only modules with a tensor of their own the chance to restore their buffers.

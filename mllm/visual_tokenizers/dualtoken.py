@@ -68,8 +68,9 @@ class DualToken(VisualTokenizer):
 
     name = "dualtoken"
     Config = DualTokenConfig
+    config: DualTokenConfig
 
-    def __init__(self, config: Any):
+    def __init__(self, config: DualTokenConfig):
         super().__init__(config)
         from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -123,7 +124,7 @@ class DualToken(VisualTokenizer):
         from transformers import SiglipVisionModel
 
         try:
-            model = SiglipVisionModel.from_pretrained(weights.source, revision=weights.revision)
+            model = SiglipVisionModel.from_pretrained(weights.source, revision=weights.revision or "main")
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"dualtoken.weights.source {weights.source!r} cannot be read ({str(error).splitlines()[0]}). "
@@ -155,7 +156,7 @@ class DualToken(VisualTokenizer):
         pixels = self.check_pixels(pixels)
         hidden = self._run(self.embeddings(pixels), 0, self.config.layer_semantic)
         feature = self.pixel_down(hidden[self.config.layer_pixel])
-        if self.shortcut_down is not None:
+        if self.shortcut_down is not None and self.config.layer_shortcut is not None:
             feature = feature + self.config.shortcut_weight * self.shortcut_down(hidden[self.config.layer_shortcut])
         semantic = self.semantic_down(hidden[self.config.layer_semantic])
         return self.pixel_quantizer(feature), self.semantic_quantizer(semantic)

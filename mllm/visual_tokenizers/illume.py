@@ -53,8 +53,9 @@ class Illume(VisualTokenizer):
 
     name = "illume"
     Config = IllumeConfig
+    config: IllumeConfig
 
-    def __init__(self, config: Any):
+    def __init__(self, config: IllumeConfig):
         super().__init__(config)
         self.image = pixel_spec(config.image_size)
         side = config.image_size // config.pixel_encoder.factor

@@ -36,8 +36,9 @@ class TokenizerEncoder(VisionEncoder):
     """
 
     Config: ClassVar[type[EncoderConfig]] = TokenizerEncoderConfig
+    config: TokenizerEncoderConfig
 
-    def __init__(self, config: Any):
+    def __init__(self, config: TokenizerEncoderConfig):
         super().__init__(config if config.info is not None else self.resolve(config))
         self.tokenizer = build_tokenizer(self.config.tokenizer)
 
@@ -55,7 +56,7 @@ class TokenizerEncoder(VisionEncoder):
         return {"type": "visual_tokenizer", "tokenizer": tokenizer}
 
     @classmethod
-    def resolve(cls, config: Any) -> Any:
+    def resolve(cls, config: TokenizerEncoderConfig) -> Any:
         settings = config.tokenizer or _stored_config(config)
         tokenizer_settings = tokenizer_config(settings, where="tokenizer")
         if config.layers != [-1]:
@@ -99,7 +100,7 @@ class TokenizerEncoder(VisionEncoder):
         if return_attention:
             raise UnavailableError("return_attention: a visual tokenizer has no attention")
         if pixels.is_meta:  # shapes alone: codes are values, which the meta device has none of
-            info = self.config.info
+            info = self.config.resolved_info
             shape = (len(pixels), info.grid[0] * info.grid[1], info.width)
             return VisionFeatures(tokens=pixels.new_zeros(shape, dtype=self.tokenizer.dtype), grid=info.grid)
         if not pixels.is_floating_point():
@@ -125,7 +126,7 @@ class TokenizerEncoder(VisionEncoder):
         return features
 
 
-def _stored_config(config: Any) -> dict[str, Any]:
+def _stored_config(config: TokenizerEncoderConfig) -> dict[str, Any]:
     if config.weights is None:
         raise ConfigError("tokenizer: give the tokenizer's config, or weights.source, the folder of a saved tokenizer")
     file = Path(config.weights.source) / CONFIG_FILE

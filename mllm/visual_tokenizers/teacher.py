@@ -70,8 +70,8 @@ class InitialTeacher(Teacher):
             raise ConfigError(f"teacher.initial: {tokenizer.name} has no vision model of its own; give teacher.encoder")
         for name in ("embeddings", "layers", "post_norm", "head"):
             setattr(self, name, copy.deepcopy(getattr(tokenizer, name)))
-        self.layer = tokenizer.config.layer_semantic
         vision: Any = tokenizer
+        self.layer: int = vision.config.layer_semantic
         self.grid, self.width = vision.grid, int(vision.width)
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:

@@ -67,8 +67,9 @@ class TokenFlow(VisualTokenizer):
 
     name = "tokenflow"
     Config = TokenFlowConfig
+    config: TokenFlowConfig
 
-    def __init__(self, config: Any):
+    def __init__(self, config: TokenFlowConfig):
         super().__init__(config)
         self.image = pixel_spec(config.image_size)
         self.pixel_size = config.pixel_image_size or config.image_size

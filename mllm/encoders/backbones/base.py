@@ -53,13 +53,14 @@ class BackboneEncoder(LibraryEncoder):
     or the authors'."""
 
     Config: ClassVar[type[EncoderConfig]] = BackboneConfig
+    config: BackboneConfig
 
     @classmethod
-    def default_image(cls, config: Any) -> ImageSpec:
+    def default_image(cls, config: BackboneConfig) -> ImageSpec:
         return ImageSpec(height=224, width=224, **IMAGENET)
 
     @classmethod
-    def published_names(cls, config: Any) -> set[str]:
+    def published_names(cls, config: BackboneConfig) -> set[str]:
         """Names of everything a checkpoint of this family may hold, with the parts that the config leaves out."""
         with torch.device("meta"):
             return set(cls.build(config.model_copy(update={"layers": [-1], "final_norm": True})).state_dict())
@@ -71,7 +72,7 @@ class BackboneEncoder(LibraryEncoder):
         return {key: torch.zeros((), dtype=torch.long) for key in counters}
 
     @classmethod
-    def translate(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    def translate(cls, state: dict[str, Tensor], config: BackboneConfig) -> dict[str, Tensor]:
         """A published state dict in this module's names, below whatever prefix it has; one in this module's names stays
         as it is."""
         return state
@@ -160,7 +161,7 @@ class PyramidEncoder(BackboneEncoder):
     num_stages: ClassVar[int] = 4
 
     @classmethod
-    def stages_needed(cls, config: Any) -> tuple[int, bool]:
+    def stages_needed(cls, config: BackboneConfig) -> tuple[int, bool]:
         """How many stages run, and whether the last norm does."""
         needed = max(take_layers(config.layers, cls.num_stages, lowest=1))
         return needed, config.final_norm and needed == cls.num_stages

@@ -54,7 +54,7 @@ class RoutedAttention(nn.Module):
     """Pixels of a region attend to all pixels of the ``top_k`` regions most related to it; a depthwise convolution of
     the values is added. Maps ``(B, rows, cols, C)``."""
 
-    def __init__(self, width: int, config: Any, stage: int):
+    def __init__(self, width: int, config: BiFormerConfig, stage: int):
         super().__init__()
         self.num_heads = width // config.head_width
         self.top_k, self.per_side = config.top_k[stage], config.regions[stage]
@@ -134,7 +134,7 @@ def _means(x: Tensor, side: tuple[int, int]) -> Tensor:
 class Block(nn.Module):
     """``(B, rows, cols, C)`` to the same shape."""
 
-    def __init__(self, config: Any, stage: int, rate: float):
+    def __init__(self, config: BiFormerConfig, stage: int, rate: float):
         super().__init__()
         width = config.widths[stage]
         if config.variant == "biformer":
@@ -178,7 +178,7 @@ class LastNorm(nn.BatchNorm2d):
 class BiFormer(Pyramid):
     """Pixels to the maps of BiFormer's stages; names are the authors' but for the attention and the MLP."""
 
-    def __init__(self, config: Any, num_stages: int, last_norm: bool):
+    def __init__(self, config: BiFormerConfig, num_stages: int, last_norm: bool):
         super().__init__()
         self.num_stages, widths = num_stages, config.widths
         self.downsample_layers = nn.ModuleList(_entry(config, stage) for stage in range(num_stages))
@@ -197,7 +197,7 @@ class BiFormer(Pyramid):
         return self.stages[stage]  # type: ignore[return-value]
 
 
-def _entry(config: Any, stage: int) -> Entry:
+def _entry(config: BiFormerConfig, stage: int) -> Entry:
     width, before = config.widths[stage], config.widths[stage - 1] if stage else 3
     if config.variant == "biformer":
         layers: list[nn.Module] = [nn.Conv2d(before, width, 3, stride=2, padding=1), nn.BatchNorm2d(width)]
@@ -216,6 +216,7 @@ class BiFormerEncoder(PyramidEncoder):
     """BiFormer and its STL versions: stride 32 in the last stage, 16 in the one before."""
 
     Config: ClassVar[type[EncoderConfig]] = BiFormerConfig
+    config: BiFormerConfig
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
@@ -231,16 +232,16 @@ class BiFormerEncoder(PyramidEncoder):
         }
 
     @classmethod
-    def build(cls, config: Any) -> BiFormer:
+    def build(cls, config: BiFormerConfig) -> BiFormer:
         check(config)
         return BiFormer(config, *cls.stages_needed(config))
 
     @classmethod
-    def translate(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    def translate(cls, state: dict[str, Tensor], config: BiFormerConfig) -> dict[str, Tensor]:
         return {_own_name(key): _as_linear(key, value) for key, value in state.items()}
 
 
-def check(config: Any) -> None:
+def check(config: BiFormerConfig) -> None:
     """Raise `ConfigError` for widths that heads do not divide and sizes that regions do not."""
     for stage, width in enumerate(config.widths):
         heads = 8 if stage == 3 else max(width // config.head_width, 1)

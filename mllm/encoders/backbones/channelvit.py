@@ -45,7 +45,7 @@ class ChannelVitConfig(PanelConfig):
 class ChannelPatches(nn.Module):
     """``(B, c, H, W)`` → ``(B, D, c, rows, cols)``: one projection for all channels, and a row of a table for each."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: ChannelVitConfig):
         super().__init__()
         size = config.patch_size
         self.proj = nn.Conv3d(1, config.width, (1, size, size), stride=(1, size, size))
@@ -61,7 +61,7 @@ class ChannelVit(nn.Module):
 
     recompute = False
 
-    def __init__(self, config: Any, depth: int, last_norm: bool):
+    def __init__(self, config: ChannelVitConfig, depth: int, last_norm: bool):
         super().__init__()
         self.patch_size, self.side = config.patch_size, config.trained_size // config.patch_size
         self.cls_token = token_table(1, 1, config.width)
@@ -111,6 +111,7 @@ class ChannelVitEncoder(BackboneEncoder):
     the class token."""
 
     Config: ClassVar[type[EncoderConfig]] = ChannelVitConfig
+    config: ChannelVitConfig
     model: ChannelVit
 
     @classmethod
@@ -126,7 +127,7 @@ class ChannelVitEncoder(BackboneEncoder):
         }
 
     @classmethod
-    def build(cls, config: Any) -> ChannelVit:
+    def build(cls, config: ChannelVitConfig) -> ChannelVit:
         if config.width % config.num_heads:
             raise ConfigError(f"num_heads: {config.num_heads} do not divide width {config.width}")
         if config.trained_size % config.patch_size:
@@ -145,14 +146,14 @@ class ChannelVitEncoder(BackboneEncoder):
                 f"{config.panels}; set panels: {-(-len(config.default_channels) // 3)}"
             )
         if config.info is not None:
-            image = config.info.image
+            image = config.resolved_info.image
             one = image.model_copy(update={"height": image.height // config.panels})
             require_multiple(one, config.patch_size, "patch_size")
         depth = max(take_layers(config.layers, config.depth))
         return ChannelVit(config, depth, config.final_norm and depth == config.depth)
 
     @classmethod
-    def translate(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    def translate(cls, state: dict[str, Tensor], config: ChannelVitConfig) -> dict[str, Tensor]:
         """The authors' fixed-list class stores the channel table as ``(1, D, C, 1, 1)``."""
         renamed = {}
         for key, value in state.items():
@@ -176,7 +177,7 @@ class ChannelVitEncoder(BackboneEncoder):
             raise UnavailableError("return_attention: channelvit uses fused attention, which hands out no weights")
         if channels is not None and channels.ndim == 1:
             channels = channels.expand(len(pixels), -1)
-        image, panels = self.config.info.image, self.config.panels
+        image, panels = self.config.resolved_info.image, self.config.panels
         expected = len(self.config.default_channels) if channels is None else channels.shape[-1]
         height = image.height // panels
         if pixels.ndim == 4 and panels > 1 and tuple(pixels.shape[1:]) == (3, image.height, image.width):

@@ -110,7 +110,7 @@ class GroupAttention(nn.Module):
 class Block(nn.Module):
     """``(B, rows, cols, C)`` to the same shape. Even blocks look near, odd ones far."""
 
-    def __init__(self, config: Any, stage: int, index: int, rate: float):
+    def __init__(self, config: CrossFormerConfig, stage: int, index: int, rate: float):
         super().__init__()
         width = config.width << stage
         self.size, self.interval = config.group_size[stage], config.interval[stage] if index % 2 else 1
@@ -168,7 +168,7 @@ class Downsample(nn.Module):
 class CrossFormer(Pyramid):
     """Pixels to the maps of CrossFormer's stages, under the authors' names."""
 
-    def __init__(self, config: Any, num_stages: int, last_norm: bool):
+    def __init__(self, config: CrossFormerConfig, num_stages: int, last_norm: bool):
         super().__init__()
         self.num_stages = num_stages
         self.patch_embed = PatchEmbed(config.width)
@@ -195,6 +195,7 @@ class CrossFormerEncoder(PyramidEncoder):
     biases follow the map."""
 
     Config: ClassVar[type[EncoderConfig]] = CrossFormerConfig
+    config: CrossFormerConfig
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
@@ -211,7 +212,7 @@ class CrossFormerEncoder(PyramidEncoder):
         }
 
     @classmethod
-    def build(cls, config: Any) -> CrossFormer:
+    def build(cls, config: CrossFormerConfig) -> CrossFormer:
         for stage, heads in enumerate(config.num_heads):
             if (config.width << stage) % heads:
                 raise ConfigError(f"num_heads: {heads} of stage {stage} do not divide width {config.width << stage}")
@@ -222,6 +223,6 @@ class CrossFormerEncoder(PyramidEncoder):
         return CrossFormer(config, *cls.stages_needed(config))
 
     @classmethod
-    def translate(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    def translate(cls, state: dict[str, Tensor], config: CrossFormerConfig) -> dict[str, Tensor]:
         """Without the tables that older checkpoints of the authors store and that follow from the sizes."""
         return {k: v for k, v in state.items() if not k.endswith((".biases", ".relative_position_index"))}

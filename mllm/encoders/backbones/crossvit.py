@@ -74,7 +74,7 @@ class Stage(nn.Module):
     fuses: False leaves the exchange out, where nobody reads the class tokens after it.
     """
 
-    def __init__(self, config: Any, counts: tuple[int, int, int], rates: list[float], fuses: bool):
+    def __init__(self, config: CrossVitConfig, counts: tuple[int, int, int], rates: list[float], fuses: bool):
         super().__init__()
         widths, heads, ratios = config.widths, config.num_heads, config.mlp_ratios
         self.blocks = nn.ModuleList(
@@ -131,7 +131,7 @@ class CrossVit(nn.Module):
 
     recompute = False
 
-    def __init__(self, config: Any, depth: int, last_norm: bool):
+    def __init__(self, config: CrossVitConfig, depth: int, last_norm: bool):
         super().__init__()
         self.sizes = config.branch_sizes
         grids = [size // patch for size, patch in zip(config.branch_sizes, config.patch_sizes)]
@@ -175,6 +175,7 @@ class CrossVitEncoder(BackboneEncoder):
     tokens."""
 
     Config: ClassVar[type[EncoderConfig]] = CrossVitConfig
+    config: CrossVitConfig
     model: CrossVit
 
     @classmethod
@@ -191,11 +192,11 @@ class CrossVitEncoder(BackboneEncoder):
         }
 
     @classmethod
-    def default_image(cls, config: Any) -> ImageSpec:
+    def default_image(cls, config: CrossVitConfig) -> ImageSpec:
         return ImageSpec(height=config.branch_sizes[0], width=config.branch_sizes[0], **IMAGENET)
 
     @classmethod
-    def build(cls, config: Any) -> CrossVit:
+    def build(cls, config: CrossVitConfig) -> CrossVit:
         for b, name in enumerate(("fine", "coarse")):
             if config.widths[b] % config.num_heads[b]:
                 raise ConfigError(f"num_heads: {config.num_heads[b]} do not divide width {config.widths[b]} ({name})")
@@ -213,11 +214,11 @@ class CrossVitEncoder(BackboneEncoder):
         return CrossVit(config, depth, config.final_norm and depth == len(config.stages))
 
     @classmethod
-    def published_names(cls, config: Any) -> set[str]:
+    def published_names(cls, config: CrossVitConfig) -> set[str]:
         return super().published_names(config.model_copy(update={"keep_prefix": True}))
 
     @classmethod
-    def translate(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    def translate(cls, state: dict[str, Tensor], config: CrossVitConfig) -> dict[str, Tensor]:
         """timm's copies call ``pos_embed.0`` ``pos_embed_0``."""
         return {re.sub(r"(^|\.)(pos_embed|cls_token)_(\d)$", r"\1\2.\3", key): value for key, value in state.items()}
 

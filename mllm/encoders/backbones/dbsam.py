@@ -169,10 +169,11 @@ class DbSamEncoder(SamSidedEncoder):
     """One map: SAM's and the convolutions' weighed against one another, after SAM's neck with ``final_norm``."""
 
     Config: ClassVar[type[EncoderConfig]] = DbSamConfig
+    config: DbSamConfig
     model: DbSam
 
     @classmethod
-    def default_image(cls, config: Any) -> ImageSpec:
+    def default_image(cls, config: DbSamConfig) -> ImageSpec:
         return ImageSpec(height=1024, width=1024, **IMAGENET)
 
     @classmethod
@@ -196,7 +197,7 @@ class DbSamEncoder(SamSidedEncoder):
         }
 
     @classmethod
-    def build(cls, config: Any) -> DbSam:
+    def build(cls, config: DbSamConfig) -> DbSam:
         if config.layers != [-1]:
             raise ConfigError("layers: this encoder hands out one map, fused at the end; layers is [-1]")
         if 2**config.branches > config.patch_size or config.patch_size // 2 > 8:

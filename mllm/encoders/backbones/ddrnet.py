@@ -119,7 +119,7 @@ class DdrNet(nn.Module):
 
     recompute = False
 
-    def __init__(self, config: Any):
+    def __init__(self, config: DdrNetConfig):
         super().__init__()
         p, depths = config.planes, config.depths
 
@@ -171,6 +171,7 @@ class DdrNetEncoder(BackboneEncoder):
     after their exchanges, the last one ([-1]) both branches' sum. There is no last norm."""
 
     Config: ClassVar[type[EncoderConfig]] = DdrNetConfig
+    config: DdrNetConfig
     model: DdrNet
 
     @classmethod
@@ -178,11 +179,11 @@ class DdrNetEncoder(BackboneEncoder):
         return {"type": "ddrnet", "planes": 4, "pooled_planes": 8, "image_size": 64, "layers": [1, -1]}
 
     @classmethod
-    def default_image(cls, config: Any) -> ImageSpec:
+    def default_image(cls, config: DdrNetConfig) -> ImageSpec:
         return ImageSpec(height=512, width=512, **IMAGENET)
 
     @classmethod
-    def build(cls, config: Any) -> DdrNet:
+    def build(cls, config: DdrNetConfig) -> DdrNet:
         if config.exchanges == 3 and config.depths[2] % 2:
             raise ConfigError(
                 f"depths: the third stage is cut in two with exchanges: 3, and its {config.depths[2]} blocks are odd"
@@ -192,7 +193,7 @@ class DdrNetEncoder(BackboneEncoder):
         return DdrNet(config)
 
     @classmethod
-    def published_names(cls, config: Any) -> set[str]:
+    def published_names(cls, config: DdrNetConfig) -> set[str]:
         with torch.device("meta"):
             own = set(cls.build(config).state_dict())
         norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")

@@ -73,7 +73,7 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """Attention from children to parents, then an MLP. keep: how many tokens go on to the MLP, those with the largest messages."""
 
-    def __init__(self, config: Any, rate: float):
+    def __init__(self, config: DependencyVitConfig, rate: float):
         super().__init__()
         width = config.width
         self.norm1 = nn.LayerNorm(width, eps=_EPS)
@@ -96,7 +96,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    def __init__(self, config: Any):
+    def __init__(self, config: DependencyVitConfig):
         super().__init__()
         self.proj = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
 
@@ -109,7 +109,7 @@ class DependencyVit(nn.Module):
 
     recompute = False
 
-    def __init__(self, config: Any, depth: int, last_norm: bool):
+    def __init__(self, config: DependencyVitConfig, depth: int, last_norm: bool):
         super().__init__()
         self.patch_size, self.side = config.patch_size, config.trained_size // config.patch_size
         self.pos_embed = token_table(1, self.side**2, config.width)
@@ -156,6 +156,7 @@ class DependencyVitEncoder(BackboneEncoder):
     ``last_places`` ``(B, N)`` says where they lie."""
 
     Config: ClassVar[type[EncoderConfig]] = DependencyVitConfig
+    config: DependencyVitConfig
     model: DependencyVit
     last_places: Tensor | None = None
 
@@ -165,7 +166,7 @@ class DependencyVitEncoder(BackboneEncoder):
         return {"type": "dependencyvit", **sizes, "image_size": [16, 20]}
 
     @classmethod
-    def build(cls, config: Any) -> DependencyVit:
+    def build(cls, config: DependencyVitConfig) -> DependencyVit:
         if config.width % config.num_heads:
             raise ConfigError(f"num_heads: {config.num_heads} do not divide width {config.width}")
         if config.trained_size % config.patch_size:

@@ -131,7 +131,7 @@ class Broadcast(nn.Module):
 class Block(nn.Module):
     """A map ``(B, rows, cols, C)`` and the tokens carried along ``(B, M, C)`` → both."""
 
-    def __init__(self, config: Any, stage: int, rate: float):
+    def __init__(self, config: DualTokenVitConfig, stage: int, rate: float):
         super().__init__()
         width, heads = config.widths[stage], config.num_heads[stage]
         self.local = DepthwiseConv(width, 7)
@@ -160,7 +160,7 @@ class DualTokenVit(nn.Module):
 
     recompute = False
 
-    def __init__(self, config: Any, num_stages: int, last_norm: bool):
+    def __init__(self, config: DualTokenVitConfig, num_stages: int, last_norm: bool):
         super().__init__()
         self.stem = Stem(config.widths[0])
         self.tokens = token_table(1, config.side**2, config.widths[0])
@@ -190,6 +190,7 @@ class DualTokenVitEncoder(BackboneEncoder):
     """``layers`` counts stages. Prefix: the tokens that are carried through all stages, on their own grid."""
 
     Config: ClassVar[type[EncoderConfig]] = DualTokenVitConfig
+    config: DualTokenVitConfig
     model: DualTokenVit
 
     @classmethod
@@ -206,7 +207,7 @@ class DualTokenVitEncoder(BackboneEncoder):
         }
 
     @classmethod
-    def build(cls, config: Any) -> DualTokenVit:
+    def build(cls, config: DualTokenVitConfig) -> DualTokenVit:
         for stage, heads in enumerate(config.num_heads):
             if config.widths[stage] % heads:
                 raise ConfigError(f"num_heads: {heads} of stage {stage} do not divide width {config.widths[stage]}")

@@ -85,7 +85,7 @@ class ScaleToken(nn.Module):
 class PatchAttention(nn.Module):
     """Attention across regions, bare as the authors have it."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: DuoFormerConfig):
         super().__init__()
         self.attn = SelfAttention(config.width, config.num_heads, qk_norm=config.patch_qk_norm)
         self.residual = config.patch_residual
@@ -97,7 +97,7 @@ class PatchAttention(nn.Module):
 class MultiscaleFormer(nn.Module):
     """Tokens of regions ``(B, R, T, D)`` through attention inside regions, then across them."""
 
-    def __init__(self, config: Any, depth: int):
+    def __init__(self, config: DuoFormerConfig, depth: int):
         super().__init__()
         width = config.width
         self.pos_embed_for_scale = nn.Parameter(_table(1, 1, config.tokens_per_region, width))
@@ -138,7 +138,7 @@ class DuoFormer(nn.Module):
 
     recompute = False
 
-    def __init__(self, config: Any, depth: int):
+    def __init__(self, config: DuoFormerConfig, depth: int):
         super().__init__()
         cnn = _cnn(config)
         channels = [int(info["num_chs"]) for info in cnn.feature_info[1:]]
@@ -181,8 +181,8 @@ def to_regions(x: Tensor, side: int, *, by_column: bool = False) -> Tensor:
     return x.permute(order).flatten(3, 4).flatten(1, 2)
 
 
-def _cnn(config: Any) -> Any:
-    options = {"channels": config.cnn_channels} if config.cnn_channels else {}
+def _cnn(config: DuoFormerConfig) -> Any:
+    options: dict[str, Any] = {"channels": config.cnn_channels} if config.cnn_channels else {}
     return timm.create_model(config.cnn, pretrained=False, num_classes=0, **options)
 
 
@@ -203,6 +203,7 @@ class DuoFormerEncoder(BackboneEncoder):
     the class token."""
 
     Config: ClassVar[type[EncoderConfig]] = DuoFormerConfig
+    config: DuoFormerConfig
     model: DuoFormer
 
     @classmethod
@@ -219,7 +220,7 @@ class DuoFormerEncoder(BackboneEncoder):
         }
 
     @classmethod
-    def build(cls, config: Any) -> DuoFormer:
+    def build(cls, config: DuoFormerConfig) -> DuoFormer:
         if config.width % config.num_heads:
             raise ConfigError(f"num_heads: {config.num_heads} do not divide width {config.width}")
         if config.output == "patches" and config.layers != [-1]:
@@ -231,13 +232,13 @@ class DuoFormerEncoder(BackboneEncoder):
         return DuoFormer(config, max(take_layers(config.layers, config.depth)))
 
     @classmethod
-    def published_names(cls, config: Any) -> set[str]:
+    def published_names(cls, config: DuoFormerConfig) -> set[str]:
         rest = {f"vision_transformer.{part}.{kind}" for part in ("fc_norm", "head") for kind in ("weight", "bias")}
         changes = {"output": "patches", "keep_prefix": False}
         return super().published_names(config.model_copy(update=changes)) | rest
 
     @classmethod
-    def translate(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    def translate(cls, state: dict[str, Tensor], config: DuoFormerConfig) -> dict[str, Tensor]:
         """The three heads that make the scale token stand beside the CNN in the authors' model."""
         heads = re.compile(r"(^|\.)(?<!scale_token\.)chann_proj")
         return {heads.sub(r"\1scale_token.chann_proj", key): value for key, value in state.items()}

@@ -151,7 +151,7 @@ class DynPerceiver(nn.Module):
 
     recompute = False
 
-    def __init__(self, config: Any):
+    def __init__(self, config: DynPerceiverConfig):
         super().__init__()
         self.is_map = config.output == "map"
         self.deepest = _LAST if self.is_map else config.exit
@@ -177,7 +177,7 @@ class DynPerceiver(nn.Module):
             if not name.startswith("cnn"):
                 module.apply(init_linear)
 
-    def _add_stage(self, config: Any, s: int, widths: list[int]) -> None:
+    def _add_stage(self, config: DynPerceiverConfig, s: int, widths: list[int]) -> None:
         width, number = widths[s], s + 1
         if width % config.num_heads[s]:
             raise ConfigError(f"num_heads: {config.num_heads[s]} do not divide the {width} channels of stage {number}")
@@ -264,6 +264,7 @@ class DynPerceiverEncoder(BackboneEncoder):
     stage 4. ``last_cost`` tells what the images of the last call cost."""
 
     Config: ClassVar[type[EncoderConfig]] = DynPerceiverConfig
+    config: DynPerceiverConfig
     model: DynPerceiver
 
     @classmethod
@@ -281,7 +282,7 @@ class DynPerceiverEncoder(BackboneEncoder):
         }
 
     @classmethod
-    def build(cls, config: Any) -> DynPerceiver:
+    def build(cls, config: DynPerceiverConfig) -> DynPerceiver:
         if config.num_latents % 8:
             raise ConfigError(f"num_latents: {config.num_latents} is no multiple of 8; it is halved three times")
         if config.layers != [-1]:
@@ -301,7 +302,7 @@ class DynPerceiverEncoder(BackboneEncoder):
         return DynPerceiver(config.model_copy(update={"exit": cls.deepest(config)}))
 
     @classmethod
-    def exit_costs(cls, config: Any) -> dict[int, float]:
+    def exit_costs(cls, config: DynPerceiverConfig) -> dict[int, float]:
         """GFLOPs of an image at each exit, of a resolved config."""
         plain = config.model_copy(
             update={"budget": None, "confidence": None, "weights": None, "exit": _LAST, "classifier": False}
@@ -309,7 +310,7 @@ class DynPerceiverEncoder(BackboneEncoder):
         return _exit_costs(plain.model_dump_json())
 
     @classmethod
-    def deepest(cls, config: Any) -> int:
+    def deepest(cls, config: DynPerceiverConfig) -> int:
         """The exit that the budget allows, or the config's own."""
         if config.budget is None or config.info is None:
             return config.exit
@@ -321,7 +322,7 @@ class DynPerceiverEncoder(BackboneEncoder):
         return max(within)
 
     @classmethod
-    def published_names(cls, config: Any) -> set[str]:
+    def published_names(cls, config: DynPerceiverConfig) -> set[str]:
         whole = {"output": "map", "exit": _LAST, "budget": None, "confidence": 0.5}
         with torch.device("meta"):
             names = set(DynPerceiver(config.model_copy(update=whole)).state_dict())
@@ -329,7 +330,7 @@ class DynPerceiverEncoder(BackboneEncoder):
         return names
 
     @classmethod
-    def translate(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    def translate(cls, state: dict[str, Tensor], config: DynPerceiverConfig) -> dict[str, Tensor]:
         return authors_names(state)
 
     def read_layers(self, pixels: Tensor) -> list[LayerOutput]:

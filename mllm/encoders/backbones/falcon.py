@@ -93,7 +93,7 @@ class Mlp(nn.Module):
 class Layer(nn.Module):
     """Pre-norm block; what registers see of other tiles is added to the attention's output, before the residual."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: FalconConfig):
         super().__init__()
         self.num_registers = config.num_registers
         self.layer_norm1, self.layer_norm2 = (nn.LayerNorm(config.width, eps=_EPS) for _ in range(2))
@@ -112,7 +112,7 @@ class Layer(nn.Module):
 class Embeddings(nn.Module):
     """Pixels → positioned patches, behind them the registers at the tile's place."""
 
-    def __init__(self, config: Any, num_patches: int):
+    def __init__(self, config: FalconConfig, num_patches: int):
         super().__init__()
         self.whole = config.max_tiles
         self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
@@ -129,7 +129,7 @@ class Embeddings(nn.Module):
 
 
 class Blocks(nn.Module):
-    def __init__(self, config: Any, depth: int):
+    def __init__(self, config: FalconConfig, depth: int):
         super().__init__()
         self.layers = nn.ModuleList(Layer(config) for _ in range(depth))
 
@@ -139,7 +139,7 @@ class Falcon(nn.Module):
 
     recompute = False
 
-    def __init__(self, config: Any, depth: int, last_norm: bool, num_patches: int):
+    def __init__(self, config: FalconConfig, depth: int, last_norm: bool, num_patches: int):
         super().__init__()
         self.embeddings = Embeddings(config, num_patches)
         self.encoder = Blocks(config, depth)
@@ -163,6 +163,7 @@ class FalconEncoder(BackboneEncoder):
     places fresh, as the authors begin."""
 
     Config: ClassVar[type[EncoderConfig]] = FalconConfig
+    config: FalconConfig
     joins_views: ClassVar[bool] = True
     model: Falcon
 
@@ -172,32 +173,32 @@ class FalconEncoder(BackboneEncoder):
         return {"type": "falcon", **sizes, "max_tiles": 6, "image_size": [16, 16]}
 
     @classmethod
-    def default_image(cls, config: Any) -> ImageSpec:
+    def default_image(cls, config: FalconConfig) -> ImageSpec:
         """CLIP's mean and deviation, as published, although the encoder is SigLIP's."""
         mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
         return ImageSpec(height=384, width=384, mean=mean, std=std)
 
     @classmethod
-    def resolve(cls, config: Any) -> Any:
+    def resolve(cls, config: FalconConfig) -> Any:
         config = super().resolve(config)
-        return config.model_copy(update={"info": config.info.model_copy(update={"in_place": False})})
+        return config.model_copy(update={"info": config.resolved_info.model_copy(update={"in_place": False})})
 
     @classmethod
-    def build(cls, config: Any) -> Falcon:
+    def build(cls, config: FalconConfig) -> Falcon:
         if config.width % config.num_heads:
             raise ConfigError(f"num_heads: {config.num_heads} do not divide width {config.width}")
-        image = config.info.image if config.info is not None else cls.default_image(config)
+        image = config.resolved_info.image if config.info is not None else cls.default_image(config)
         require_multiple(image, config.patch_size, "one patch")
         depth = max(take_layers(config.layers, config.depth))
         count = (image.height // config.patch_size) * (image.width // config.patch_size)
         return Falcon(config, depth, config.final_norm and depth == config.depth, count)
 
     @classmethod
-    def published_names(cls, config: Any) -> set[str]:
+    def published_names(cls, config: FalconConfig) -> set[str]:
         return super().published_names(config.model_copy(update={"interactive": True}))
 
     @classmethod
-    def translate(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    def translate(cls, state: dict[str, Tensor], config: FalconConfig) -> dict[str, Tensor]:
         """Only the vision part of a whole SigLIP, without its pooling head."""
         return {
             key: value
@@ -224,7 +225,7 @@ class FalconEncoder(BackboneEncoder):
     ) -> VisionFeatures:
         if return_attention:
             raise UnavailableError("return_attention: falcon uses fused attention, which hands out no weights")
-        check_pixels(pixels, self.config.info.image, self.config.type)
+        check_pixels(pixels, self.config.resolved_info.image, self.config.type)
         pixels = pixels.to(self.dtype)
         if pixels.shape[0] == 0:
             return self.empty_features(pixels)

@@ -92,7 +92,7 @@ class Cascade(nn.Module):
 
     recompute = False
 
-    def __init__(self, widths: list[int], config: Any):
+    def __init__(self, widths: list[int], config: GlDmNetConfig):
         super().__init__()
         width = config.decoder_width
         self.narrow = nn.ModuleList(nn.Conv2d(w, width, 1) for w in widths)
@@ -124,7 +124,7 @@ class GlDmNet(nn.Module):
 
     recompute = False
 
-    def __init__(self, config: Any, num_stages: int):
+    def __init__(self, config: GlDmNetConfig, num_stages: int):
         super().__init__()
         options = {"layers": config.cnn_depths, "channels": config.cnn_channels}
         options = {key: value for key, value in options.items() if value is not None}
@@ -158,6 +158,7 @@ class GlDmNetEncoder(BackboneEncoder):
     """Pictures with depth: a colour panel over a depth panel (`mllm.processing.panels`), on one grid."""
 
     Config: ClassVar[type[EncoderConfig]] = GlDmNetConfig
+    config: GlDmNetConfig
     model: GlDmNet
 
     @classmethod
@@ -167,7 +168,7 @@ class GlDmNetEncoder(BackboneEncoder):
         return {"type": "gldmnet", "cnn": "resnet18", **sizes, **decoder, "image_size": [32, 64]}
 
     @classmethod
-    def build(cls, config: Any) -> GlDmNet:
+    def build(cls, config: GlDmNetConfig) -> GlDmNet:
         if config.output == "decoded" and config.layers != [-1]:
             raise ConfigError("layers: decoded maps come from all stages; layers is [-1], or set output: fused")
         if config.decoder_width % config.decoder_heads:

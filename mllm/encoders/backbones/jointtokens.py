@@ -111,6 +111,7 @@ class EvitPoseEncoder(BackboneEncoder):
     """Patches in raster order, those that no joint looked for as they were when the choice was made. Prefix: the joint tokens."""
 
     Config: ClassVar[type[EncoderConfig]] = EvitPoseConfig
+    config: EvitPoseConfig
     model: EvitPose
 
     @classmethod
@@ -120,7 +121,7 @@ class EvitPoseEncoder(BackboneEncoder):
         return {"type": "evitpose", **sizes, **joints, "image_size": [16, 20]}
 
     @classmethod
-    def build(cls, config: Any) -> EvitPose:
+    def build(cls, config: EvitPoseConfig) -> EvitPose:
         if config.width % config.num_heads:
             raise ConfigError(f"num_heads: {config.num_heads} do not divide width {config.width}")
         if any(side % config.patch_size for side in config.trained_size):
@@ -302,6 +303,7 @@ class UniTransPoseEncoder(BackboneEncoder):
     """A stage's patches, or those of several on the last one's grid. Prefix: the latents, one for each joint where they are learned."""
 
     Config: ClassVar[type[EncoderConfig]] = UniTransPoseConfig
+    config: UniTransPoseConfig
     model: UniTransPose
 
     @classmethod
@@ -317,7 +319,7 @@ class UniTransPoseEncoder(BackboneEncoder):
         }
 
     @classmethod
-    def build(cls, config: Any) -> UniTransPose:
+    def build(cls, config: UniTransPoseConfig) -> UniTransPose:
         for s, (width, heads) in enumerate(zip(config.widths, config.num_heads)):
             if width % heads:
                 raise ConfigError(f"num_heads: {heads} of stage {s} do not divide its width {width}")

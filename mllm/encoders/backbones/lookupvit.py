@@ -100,7 +100,7 @@ class LookupBlock(nn.ModuleList):
     infuses: False leaves the last part out, where nobody reads the lookup tokens after it.
     """
 
-    def __init__(self, config: Any, infuses: bool):
+    def __init__(self, config: LookupVitConfig, infuses: bool):
         width, across = config.width, (config.lookup_heads, config.lookup_head_width)
         parts: list[nn.Module] = [
             Attention(width, config.num_heads, config.head_width),
@@ -114,7 +114,7 @@ class LookupBlock(nn.ModuleList):
         self.by_logits = config.infusion == "logits"
 
     def forward(self, compressed: Tensor, lookup: Tensor) -> tuple[Tensor, Tensor]:
-        attention, mlp, gather, *rest = cast(list[Any], list(self))
+        attention, mlp, gather, *rest = cast("list[Any]", list(self))
         logits = gather.logits(compressed, lookup)
         gathered = logits.softmax(-1)
         compressed = compressed + gather.read(gathered, lookup)
@@ -133,7 +133,7 @@ class LookupVit(nn.Module):
 
     recompute = False
 
-    def __init__(self, config: Any, depth: int, last_norm: bool):
+    def __init__(self, config: LookupVitConfig, depth: int, last_norm: bool):
         super().__init__()
         self.patch_size, self.grid = config.patch_size, config.compressed_grid
         channels, kernel = 3 * config.patch_size**2, config.patch_kernel
@@ -173,6 +173,7 @@ class LookupVitEncoder(BackboneEncoder):
     """A few tokens of a picture seen at full resolution."""
 
     Config: ClassVar[type[EncoderConfig]] = LookupVitConfig
+    config: LookupVitConfig
     model: LookupVit
 
     @classmethod
@@ -181,11 +182,11 @@ class LookupVitEncoder(BackboneEncoder):
         return {"type": "lookupvit", **sizes, "patch_size": 4, "compressed_grid": [3, 3], "image_size": [24, 24]}
 
     @classmethod
-    def default_image(cls, config: Any) -> ImageSpec:
+    def default_image(cls, config: LookupVitConfig) -> ImageSpec:
         return ImageSpec(height=224, width=224, **IMAGENET)
 
     @classmethod
-    def build(cls, config: Any) -> LookupVit:
+    def build(cls, config: LookupVitConfig) -> LookupVit:
         if config.patch_kernel % 2 == 0:
             raise ConfigError(f"patch_kernel: expected an odd number of patches, got {config.patch_kernel}")
         if min(config.compressed_grid) < 1:
@@ -196,7 +197,7 @@ class LookupVitEncoder(BackboneEncoder):
         return LookupVit(config, depth, config.final_norm and depth == config.depth)
 
     @classmethod
-    def published_names(cls, config: Any) -> set[str]:
+    def published_names(cls, config: LookupVitConfig) -> set[str]:
         names = super().published_names(config.model_copy(update={"output": "both"}))
         return names | {"pos_embedding", "to_logits.weight"}
 

@@ -94,7 +94,7 @@ class ParaTransCnn(nn.Module):
 
     recompute = False
 
-    def __init__(self, config: Any):
+    def __init__(self, config: ParaTransCnnConfig):
         super().__init__()
         widths = [config.width << s for s in range(3)]
         cnn: Any = timm.create_model(
@@ -145,6 +145,7 @@ class ParaTransCnnEncoder(BackboneEncoder):
     positions and no last norm."""
 
     Config: ClassVar[type[EncoderConfig]] = ParaTransCnnConfig
+    config: ParaTransCnnConfig
     model: ParaTransCnn
 
     @classmethod
@@ -161,7 +162,7 @@ class ParaTransCnnEncoder(BackboneEncoder):
         }
 
     @classmethod
-    def build(cls, config: Any) -> ParaTransCnn:
+    def build(cls, config: ParaTransCnnConfig) -> ParaTransCnn:
         if config.width % config.num_heads:
             raise ConfigError(f"num_heads: {config.num_heads} do not divide width {config.width}")
         for s in range(3):
@@ -172,7 +173,7 @@ class ParaTransCnnEncoder(BackboneEncoder):
         return ParaTransCnn(config)
 
     @classmethod
-    def translate(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    def translate(cls, state: dict[str, Tensor], config: ParaTransCnnConfig) -> dict[str, Tensor]:
         """Without the decoder, which is a segmentation head."""
         return {k: v for k, v in state.items() if not k.rpartition("module.")[2].startswith(_HEADS)}
 

@@ -115,7 +115,7 @@ def balance_loss(gates: Tensor, logits: Tensor) -> Tensor:
 class Block(nn.Module):
     """Pre-norm block; experts read what the MLP reads and are added beside it."""
 
-    def __init__(self, config: Any, index: int, rate: float):
+    def __init__(self, config: S4dConfig, index: int, rate: float):
         super().__init__()
         width = config.width
         self.norm1 = nn.LayerNorm(width, eps=_EPS)
@@ -147,7 +147,7 @@ class S4d(nn.Module):
 
     recompute = False
 
-    def __init__(self, config: Any, depth: int, last_norm: bool):
+    def __init__(self, config: S4dConfig, depth: int, last_norm: bool):
         super().__init__()
         size = (_TUBELET, config.patch_size, config.patch_size)
         self.frames = config.frames
@@ -181,6 +181,7 @@ class S4dEncoder(BackboneEncoder):
     """A face's tokens on its grid. There is no class token."""
 
     Config: ClassVar[type[EncoderConfig]] = S4dConfig
+    config: S4dConfig
     model: S4d
 
     @classmethod
@@ -196,11 +197,11 @@ class S4dEncoder(BackboneEncoder):
         }
 
     @classmethod
-    def default_image(cls, config: Any) -> ImageSpec:
+    def default_image(cls, config: S4dConfig) -> ImageSpec:
         return ImageSpec(height=160, width=160, **IMAGENET)
 
     @classmethod
-    def build(cls, config: Any) -> S4d:
+    def build(cls, config: S4dConfig) -> S4d:
         if config.width % config.num_heads:
             raise ConfigError(f"num_heads: {config.num_heads} do not divide width {config.width}")
         if config.top_k > config.num_experts:

@@ -97,10 +97,11 @@ class SamSidedEncoder(BackboneEncoder):
     stands beside it is new and must learn, or this encoder's own."""
 
     Config: ClassVar[type[EncoderConfig]] = SamTrunkConfig
+    config: SamTrunkConfig
     model: Any
 
     @classmethod
-    def translate(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    def translate(cls, state: dict[str, Tensor], config: SamTrunkConfig) -> dict[str, Tensor]:
         """SAM's image encoder under ``vit.``; its prompt encoder and mask decoder are heads."""
         found = {}
         for name, value in state.items():
@@ -121,12 +122,12 @@ class SamSidedEncoder(BackboneEncoder):
         return {name: value for name, value in own.items() if not name.startswith("vit.")}
 
     @classmethod
-    def published_names(cls, config: Any) -> set[str]:
+    def published_names(cls, config: SamTrunkConfig) -> set[str]:
         with torch.device("meta"):
             return set(cls.build(config.model_copy(update={"layers": [-1], "final_norm": True})).state_dict())
 
     @classmethod
-    def fits(cls, config: Any) -> None:
+    def fits(cls, config: SamTrunkConfig) -> None:
         """Raise `ConfigError` unless the picture is a whole number of patches."""
         if config.info is not None:
             require_multiple(config.info.image, config.patch_size, "patches")

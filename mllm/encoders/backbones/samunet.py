@@ -101,10 +101,11 @@ class SamUnetEncoder(SamSidedEncoder):
     ``final_norm``, the neck's map last."""
 
     Config: ClassVar[type[EncoderConfig]] = SamUnetConfig
+    config: SamUnetConfig
     model: SamUnet
 
     @classmethod
-    def default_image(cls, config: Any) -> ImageSpec:
+    def default_image(cls, config: SamUnetConfig) -> ImageSpec:
         return ImageSpec(height=256, width=256, **IMAGENET)
 
     @classmethod
@@ -127,7 +128,7 @@ class SamUnetEncoder(SamSidedEncoder):
         }
 
     @classmethod
-    def build(cls, config: Any) -> SamUnet:
+    def build(cls, config: SamUnetConfig) -> SamUnet:
         if len(config.global_blocks) != len(_STRIDES):
             raise ConfigError(
                 f"global_blocks: name four; each of the ResNet's stages speaks before one, not {config.global_blocks}"

@@ -128,7 +128,7 @@ class PatchEmbed(nn.Module):
 class Anchor(nn.Module):
     """One of the two models. Its class token has no position."""
 
-    def __init__(self, config: Any, which: int):
+    def __init__(self, config: SnNetConfig, which: int):
         super().__init__()
         width, self.side = config.widths[which], config.trained_size // config.patch_size
         self.cls_token = token_table(1, 1, width)
@@ -172,7 +172,7 @@ class SnNet(nn.Module):
 
     recompute = False
 
-    def __init__(self, config: Any):
+    def __init__(self, config: SnNetConfig):
         super().__init__()
         self.anchors = nn.ModuleList(Anchor(config, which) for which in range(2))
         small, large = config.widths
@@ -230,9 +230,10 @@ class SnNetEncoder(BackboneEncoder):
     Prefix: the class token."""
 
     Config: ClassVar[type[EncoderConfig]] = SnNetConfig
+    config: SnNetConfig
     model: SnNet
 
-    def __init__(self, config: Any):
+    def __init__(self, config: SnNetConfig):
         super().__init__(config)
         self.route = self._chosen(self.config)
         # Batches of all processes take the same route, also after a resumed run: the draw follows from their number.
@@ -255,11 +256,11 @@ class SnNetEncoder(BackboneEncoder):
         }
 
     @classmethod
-    def default_image(cls, config: Any) -> ImageSpec:
+    def default_image(cls, config: SnNetConfig) -> ImageSpec:
         return ImageSpec(height=config.trained_size, width=config.trained_size, **IMAGENET)
 
     @classmethod
-    def build(cls, config: Any) -> SnNet:
+    def build(cls, config: SnNetConfig) -> SnNet:
         small, large = config.depths
         if large % small:
             raise ConfigError(f"depths: {large} blocks are no multiple of {small}; routes pair them")
@@ -277,13 +278,13 @@ class SnNetEncoder(BackboneEncoder):
         return SnNet(config)
 
     @classmethod
-    def possible(cls, config: Any) -> list[Route]:
+    def possible(cls, config: SnNetConfig) -> list[Route]:
         """The routes that end where the config says, of those that are trained; `choose` takes any by its id."""
         last = 0 if config.ends == "small" else 1
         return [r for r in sampled(config.depths) if r.segments[-1][0] == last]
 
     @classmethod
-    def route_costs(cls, config: Any) -> dict[int, float]:
+    def route_costs(cls, config: SnNetConfig) -> dict[int, float]:
         """GFLOPs of an image by route id, of a resolved config: the routes that `choose` takes."""
         plain = config.model_copy(update={"route": None, "budget": None, "sample_routes": False, "weights": None})
         costs = _route_costs(plain.model_dump_json())
@@ -296,7 +297,7 @@ class SnNetEncoder(BackboneEncoder):
         return self.route
 
     @classmethod
-    def _chosen(cls, config: Any) -> Route:
+    def _chosen(cls, config: SnNetConfig) -> Route:
         table = {r.id: r for r in cls.possible(config)}
         if config.budget is not None and (config.info is None or config.info.grid == (1, 1)):
             return table[0 if config.ends == "small" else 1]  # sizes are being measured
@@ -321,7 +322,7 @@ class SnNetEncoder(BackboneEncoder):
         return table[number]
 
     @classmethod
-    def published_names(cls, config: Any) -> set[str]:
+    def published_names(cls, config: SnNetConfig) -> set[str]:
         names = super().published_names(config)
         return names | {f"anchors.{k}.head.{kind}" for k in range(2) for kind in ("weight", "bias")}
 

@@ -40,7 +40,7 @@ class UnifiedPatchEmbed(nn.Module):
     """Pictures ``(B, 3, H, W)`` or volumes ``(B, 3, slices, H, W)`` → tokens ``(B, N, D)`` with their positions, by the input's
     number of axes: two projections, two tables. Volumes lie group of slices by group, then row by row."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Uni4EyeConfig):
         super().__init__()
         size, depth = config.patch_size, config.patch_depth
         self.patch_depth, self.side = depth, config.trained_size // size
@@ -84,7 +84,7 @@ class Uni4EyeVit(nn.Module):
 
     recompute = False
 
-    def __init__(self, config: Any, depth: int, last_norm: bool):
+    def __init__(self, config: Uni4EyeConfig, depth: int, last_norm: bool):
         super().__init__()
         self.patch_embed = UnifiedPatchEmbed(config)
         self.cls_token = nn.Parameter(nn.init.normal_(torch.empty(1, 1, config.width), std=0.02))
@@ -111,6 +111,7 @@ class Uni4EyeEncoder(BackboneEncoder):
     see each other. A slice's tokens are those of its group of ``patch_depth`` slices. Prefix: the class token."""
 
     Config: ClassVar[type[EncoderConfig]] = Uni4EyeConfig
+    config: Uni4EyeConfig
     joins_views: ClassVar[bool] = True
     model: Uni4EyeVit
 
@@ -121,7 +122,7 @@ class Uni4EyeEncoder(BackboneEncoder):
         return {"type": "uni4eye", **sizes, **trained, "image_size": [16, 20], "keep_prefix": True}
 
     @classmethod
-    def build(cls, config: Any) -> Uni4EyeVit:
+    def build(cls, config: Uni4EyeConfig) -> Uni4EyeVit:
         if config.width % config.num_heads:
             raise ConfigError(f"num_heads: {config.num_heads} do not divide width {config.width}")
         if config.trained_size % config.patch_size:
@@ -132,7 +133,7 @@ class Uni4EyeEncoder(BackboneEncoder):
         return Uni4EyeVit(config, depth, config.final_norm and depth == config.depth)
 
     @classmethod
-    def translate(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    def translate(cls, state: dict[str, Tensor], config: Uni4EyeConfig) -> dict[str, Tensor]:
         """A masked autoencoder's position table has its place beside the projection here, without the class token's zeros."""
         renamed = {}
         for key, value in state.items():
@@ -162,7 +163,7 @@ class Uni4EyeEncoder(BackboneEncoder):
         return filled
 
     @classmethod
-    def published_names(cls, config: Any) -> set[str]:
+    def published_names(cls, config: Uni4EyeConfig) -> set[str]:
         return super().published_names(config) | {"mask_token", "decoder_pos_embed"}
 
     def forward(

@@ -62,7 +62,7 @@ class ClassTokens(nn.Module):
 class PatchGenerator(nn.Module):
     """Pixels ``(B, 3, H, W)`` → class tokens, registers and positioned patches ``(B, S + N, D)``."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: UnitConfig):
         super().__init__()
         self.patch_size, self.side, self.jitters = config.patch_size, config.side, config.position_jitter
         self.pos_embed = token_table(1, config.side**2, config.width)
@@ -112,7 +112,7 @@ class Unit(nn.Module):
 
     recompute = False
 
-    def __init__(self, config: Any, depth: int, last_norm: bool):
+    def __init__(self, config: UnitConfig, depth: int, last_norm: bool):
         super().__init__()
         self.patch_generator = PatchGenerator(config)
         rates = drop_rates(config.drop_path, config.depth)
@@ -137,6 +137,7 @@ class UnitEncoder(BackboneEncoder):
     """UNIT's patch tokens at any size that whole patches fill. Prefix: class tokens and registers."""
 
     Config: ClassVar[type[EncoderConfig]] = UnitConfig
+    config: UnitConfig
     model: Unit
 
     @classmethod
@@ -145,12 +146,12 @@ class UnitEncoder(BackboneEncoder):
         return {"type": "unit", **sizes, "image_size": [16, 20], "keep_prefix": True}
 
     @classmethod
-    def default_image(cls, config: Any) -> ImageSpec:
+    def default_image(cls, config: UnitConfig) -> ImageSpec:
         side = config.patch_size * (448 // config.patch_size)
         return ImageSpec(height=side, width=side, patch=config.patch_size, **CLIP)
 
     @classmethod
-    def build(cls, config: Any) -> Unit:
+    def build(cls, config: UnitConfig) -> Unit:
         if config.width % config.num_heads:
             raise ConfigError(f"num_heads: {config.num_heads} do not divide width {config.width}")
         if config.info is not None:
@@ -159,7 +160,7 @@ class UnitEncoder(BackboneEncoder):
         return Unit(config, depth, config.final_norm and depth == config.depth)
 
     @classmethod
-    def translate(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    def translate(cls, state: dict[str, Tensor], config: UnitConfig) -> dict[str, Tensor]:
         """Mean and deviation, which checkpoints hold, are the image's (`ImageSpec`) here; a table of another size is
         resized as the authors do."""
         state = {key: value for key, value in state.items() if "input_conditioner." not in key}

@@ -68,10 +68,11 @@ def _parallel(q: Tensor, k: Tensor, v: Tensor, decays: Tensor) -> Tensor:
 class Retention(nn.Module):
     """``(B, N, D)`` to the same shape; each place reads itself and those before it."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: VirConfig):
         super().__init__()
         width, heads = config.width, config.num_heads
-        self.form, self.chunk, self.num_heads = config.form, config.chunk, heads
+        self.form: Form = config.form
+        self.chunk, self.num_heads = config.chunk, heads
         self.decays = tuple(config.decays or (1 - 2.0 ** -(5 + i) for i in range(heads)))
         self.qkv = nn.Linear(width, 3 * width)
         self.ln = nn.LayerNorm(width)
@@ -91,7 +92,7 @@ class Retention(nn.Module):
 class Block(nn.Module):
     """Pre-norm block of retention and an MLP."""
 
-    def __init__(self, config: Any, rate: float):
+    def __init__(self, config: VirConfig, rate: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width)
         self.retention = Retention(config)
@@ -109,7 +110,7 @@ class Vir(nn.Module):
 
     recompute = False
 
-    def __init__(self, config: Any, depth: int, last_norm: bool):
+    def __init__(self, config: VirConfig, depth: int, last_norm: bool):
         super().__init__()
         self.patch_size, self.side = config.patch_size, config.trained_size // config.patch_size
         self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
@@ -138,6 +139,7 @@ class VirEncoder(BackboneEncoder):
     (prefix) has seen all."""
 
     Config: ClassVar[type[EncoderConfig]] = VirConfig
+    config: VirConfig
     model: Vir
 
     @classmethod
@@ -146,7 +148,7 @@ class VirEncoder(BackboneEncoder):
         return {"type": "vir", **sizes, "image_size": [16, 20], "form": "chunkwise", "chunk": 6, "keep_prefix": True}
 
     @classmethod
-    def build(cls, config: Any) -> Vir:
+    def build(cls, config: VirConfig) -> Vir:
         if config.width % config.num_heads:
             raise ConfigError(f"num_heads: {config.num_heads} do not divide width {config.width}")
         if config.trained_size % config.patch_size:

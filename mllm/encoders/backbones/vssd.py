@@ -81,7 +81,7 @@ class MapAttention(SelfAttention):
 class Block(nn.Module):
     """``(B, rows, cols, C)`` to the same shape."""
 
-    def __init__(self, config: Any, stage: int, rate: float):
+    def __init__(self, config: VssdConfig, stage: int, rate: float):
         super().__init__()
         width, heads = config.width << stage, config.num_heads[stage]
         self.cpe1 = DepthwiseConv(width, 3)
@@ -162,7 +162,7 @@ class Downsample(nn.Module):
 class Vssd(Pyramid):
     """Pixels to the maps of VSSD's stages, under the authors' names but for the last stage's attention."""
 
-    def __init__(self, config: Any, num_stages: int, last_norm: bool):
+    def __init__(self, config: VssdConfig, num_stages: int, last_norm: bool):
         super().__init__()
         self.num_stages = num_stages
         self.patch_embed = Stem(config.width)
@@ -195,6 +195,7 @@ class VssdEncoder(PyramidEncoder):
     """VSSD at any size; sides are halved and rounded up, as in the authors' dense class."""
 
     Config: ClassVar[type[EncoderConfig]] = VssdConfig
+    config: VssdConfig
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
@@ -209,7 +210,7 @@ class VssdEncoder(PyramidEncoder):
         }
 
     @classmethod
-    def build(cls, config: Any) -> Vssd:
+    def build(cls, config: VssdConfig) -> Vssd:
         for stage, heads in enumerate(config.num_heads):
             inner = (config.width << stage) * (1 if stage == 3 else config.expansion)
             if inner % heads:
@@ -219,7 +220,7 @@ class VssdEncoder(PyramidEncoder):
         return Vssd(config, *cls.stages_needed(config))
 
     @classmethod
-    def published_names(cls, config: Any) -> set[str]:
+    def published_names(cls, config: VssdConfig) -> set[str]:
         """A classifier's last norm, and the norms that the dense class adds to its outputs."""
         norms = {f"outnorm{stage}.{kind}" for stage in range(4) for kind in ("weight", "bias")}
         return super().published_names(config.model_copy(update={"stage_norms": False})) | norms
@@ -234,5 +235,5 @@ class VssdEncoder(PyramidEncoder):
         return norms | super().absent(state, own)
 
     @classmethod
-    def translate(cls, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    def translate(cls, state: dict[str, Tensor], config: VssdConfig) -> dict[str, Tensor]:
         return {k.replace(".to_qkv.", ".qkv.").replace(".to_out.", ".proj."): v for k, v in state.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,9 @@ from mllm.heads.build import drawing_head, head_config
 from mllm.heads.codes.grammar import make_span
 from mllm.processing.visual_span import VisualSpan
 from mllm.visual_tokenizers.base import CONFIG_FILE, VisualTokenizer, build_tokenizer, stored_config, tokenizer_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def tokenizer_settings(value: Mapping[str, Any] | None, encoders: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -61,7 +64,7 @@ def empty_tokenizer(settings: Mapping[str, Any], encoders: Mapping[str, Any]) ->
         return build_tokenizer(resolved_settings(settings, encoders))
 
 
-def visual_span(config: Any) -> VisualSpan | None:
+def visual_span(config: PreTrainedConfig) -> VisualSpan | None:
     """What the processor of an `MllmConfig` writes for an image to draw; None for a model that draws nothing."""
     name = drawing_head(config.heads)
     if name is None:

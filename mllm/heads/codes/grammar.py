@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mllm.errors import ConfigError
 from mllm.heads.build import head_config
-from mllm.heads.codes.configs import VocabularyHeadConfig
+from mllm.heads.codes.configs import CodeHeadConfig, VocabularyHeadConfig
 from mllm.processing.visual_span import VisualSpan
 from mllm.visual_tokenizers.base import VisualTokenizer
 from mllm.visual_tokenizers.grammar import ImageGrammar, Level
 from mllm.visual_tokenizers.sequence import code_blocks
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 START, END, CODE, LINE = "<image_start>", "<image_end>", "<image_code>", "<image_line>"
 
 
-def code_tokens(config: Any, tokenizer: VisualTokenizer) -> list[str]:
+def code_tokens(config: CodeHeadConfig, tokenizer: VisualTokenizer) -> list[str]:
     """Tokens that the language model's vocabulary needs for a head, in the order in which they get ids."""
     names = [START, END, CODE]
     if isinstance(config, VocabularyHeadConfig):
@@ -33,7 +36,7 @@ def code_tokens(config: Any, tokenizer: VisualTokenizer) -> list[str]:
     return names
 
 
-def with_ids(config: Any, tokenizer: VisualTokenizer, id_of: Callable[[str], int], *, null: int) -> Any:
+def with_ids(config: CodeHeadConfig, tokenizer: VisualTokenizer, id_of: Callable[[str], int], *, null: int) -> Any:
     """``config`` with the ids of its tokens filled in. id_of: text of a token → id; null: id that stands for dropped
     text. Scales of one codebook and depth share their ids."""
     update: dict[str, Any] = {
@@ -58,7 +61,7 @@ def with_ids(config: Any, tokenizer: VisualTokenizer, id_of: Callable[[str], int
     return config.model_copy(update=update)
 
 
-def image_grammar(config: Any, tokenizer: VisualTokenizer) -> ImageGrammar:
+def image_grammar(config: VocabularyHeadConfig, tokenizer: VisualTokenizer) -> ImageGrammar:
     """The grammar of a resolved vocabulary head."""
     levels = [
         Level(block.name, ids["start"], ids["end"], ids["first"], block.size, block.rows, block.columns)
@@ -68,13 +71,15 @@ def image_grammar(config: Any, tokenizer: VisualTokenizer) -> ImageGrammar:
     return ImageGrammar(levels, start_of_image=tokens["start"], end_of_image=tokens["end"], end_of_line=tokens["line"])
 
 
-def vocabulary_offsets(config: Any, tokenizer: VisualTokenizer) -> Tensor:
+def vocabulary_offsets(config: VocabularyHeadConfig, tokenizer: VisualTokenizer) -> Tensor:
     """``(S,)``: packed code number s is the id ``offset[s] + code``."""
     blocks = code_blocks(tokenizer)
     return torch.cat([torch.full((b.number,), ids["first"]) for b, ids in zip(blocks, config.levels)])
 
 
-def visual_tokens(input_ids: Tensor, config: Any, grammar: ImageGrammar | None, image_token_id: int | None) -> Tensor:
+def visual_tokens(
+    input_ids: Tensor, config: CodeHeadConfig, grammar: ImageGrammar | None, image_token_id: int | None
+) -> Tensor:
     """Which of input_ids ``(…)`` stand for an image, read or drawn. grammar: that of a vocabulary head."""
     visual = torch.isin(
         input_ids, torch.tensor([config.tokens[name] for name in ("start", "end", "code")]).to(input_ids)
@@ -86,7 +91,7 @@ def visual_tokens(input_ids: Tensor, config: Any, grammar: ImageGrammar | None, 
     return visual
 
 
-def never_written(config: Any) -> list[int]:
+def never_written(config: PreTrainedConfig) -> list[int]:
     """Ids that no text answer of a model holds, in order: those without a token, placeholders and, of a head that draws without writing
     ids, its marks. config: an `MllmConfig`."""
     never, size = {config.image_token_id}, config.get_text_config().vocab_size
@@ -98,7 +103,9 @@ def never_written(config: Any) -> list[int]:
     return sorted({*config.unassigned_ids, *(i for i in never if i is not None and i < size)})
 
 
-def make_span(config: Any, tokenizer: VisualTokenizer, num_slots: int, *, resize: Any = "squash") -> VisualSpan:
+def make_span(
+    config: CodeHeadConfig, tokenizer: VisualTokenizer, num_slots: int, *, resize: Any = "squash"
+) -> VisualSpan:
     """The tokens of a drawn image for a resolved head. num_slots: placeholders of a head with weights."""
     tokens = config.tokens
     if isinstance(config, VocabularyHeadConfig):

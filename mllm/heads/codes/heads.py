@@ -36,6 +36,7 @@ class CodeHead(Head):
     """
 
     Config = CodeHeadConfig
+    config: CodeHeadConfig
     targets = ("target_images",)
     draws = True
     num_slots: int
@@ -43,7 +44,7 @@ class CodeHead(Head):
     num_steps: int
     """Hidden states that predict: the start token's and those of the first ``num_steps - 1`` placeholders."""
 
-    def __init__(self, config: Any, parts: HeadParts):
+    def __init__(self, config: CodeHeadConfig, parts: HeadParts):
         super().__init__(config, parts)
         tokenizer = parts.drawn_with(config.type)
         check_weights(config, tokenizer)
@@ -63,11 +64,11 @@ class CodeHead(Head):
         return Step(ids, ids.clone()), {"target_images": codes % sizes}
 
     @classmethod
-    def tokens(cls, config: Any, parts: HeadParts) -> list[str]:
+    def tokens(cls, config: CodeHeadConfig, parts: HeadParts) -> list[str]:
         return code_tokens(config, parts.drawn_with(config.type))
 
     @classmethod
-    def resolve(cls, config: Any, parts: HeadParts, id_of: Callable[[str], int], *, null: int) -> Any:
+    def resolve(cls, config: CodeHeadConfig, parts: HeadParts, id_of: Callable[[str], int], *, null: int) -> Any:
         return with_ids(config, parts.drawn_with(config.type), id_of, null=null)
 
     def lay(self, model: HeadModel, step: Step, targets: Mapping[str, Tensor]) -> DrawnImages:
@@ -117,9 +118,10 @@ class VocabularyHead(CodeHead):
     """Codes are ids of the language model's own vocabulary: it needs no weights, and its loss is the language model's."""
 
     Config = VocabularyHeadConfig
+    config: VocabularyHeadConfig
     has_weights = False
 
-    def __init__(self, config: Any, parts: HeadParts):
+    def __init__(self, config: VocabularyHeadConfig, parts: HeadParts):
         super().__init__(config, parts)
         self.num_slots = self.num_steps = self.num_codes
 
@@ -129,8 +131,9 @@ class SeparateHead(CodeHead):
     """One step per code, in the order of `code_blocks`."""
 
     Config = SeparateHeadConfig
+    config: SeparateHeadConfig
 
-    def __init__(self, config: Any, parts: HeadParts):
+    def __init__(self, config: SeparateHeadConfig, parts: HeadParts):
         super().__init__(config, parts)
         tokenizer, width = parts.drawn_with(config.type), parts.width
         self.num_slots = self.num_steps = self.num_codes
@@ -164,6 +167,7 @@ class DepthHead(CodeHead):
     written each by its own depth transformer from the same hidden state (DualToken, section 3.3 of its paper)."""
 
     Config = DepthHeadConfig
+    config: DepthHeadConfig
 
     @classmethod
     def tiny(cls) -> tuple[dict[str, Any], HeadParts]:
@@ -171,7 +175,7 @@ class DepthHead(CodeHead):
             32, tokenizer=tiny_tokenizer("dualtoken")
         )
 
-    def __init__(self, config: Any, parts: HeadParts):
+    def __init__(self, config: DepthHeadConfig, parts: HeadParts):
         super().__init__(config, parts)
         tokenizer, width = parts.drawn_with(config.type), parts.width
         if tokenizer.scales is not None:
@@ -234,12 +238,13 @@ class NextScaleHead(CodeHead):
     code, predicted at the start token. Level and place have embeddings of their own (TokenFlow)."""
 
     Config = NextScaleHeadConfig
+    config: NextScaleHeadConfig
 
     @classmethod
     def tiny(cls) -> tuple[dict[str, Any], HeadParts]:
         return {"type": cls.name}, HeadParts(32, tokenizer=tiny_tokenizer("tokenflow"))
 
-    def __init__(self, config: Any, parts: HeadParts):
+    def __init__(self, config: NextScaleHeadConfig, parts: HeadParts):
         super().__init__(config, parts)
         tokenizer, width = parts.drawn_with(config.type), parts.width
         if tokenizer.scales is None or tokenizer.scales[0] != 1 or len(tokenizer.codebooks) != 1:

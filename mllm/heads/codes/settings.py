@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from mllm.errors import ConfigError
 from mllm.heads.base import MultimodalModel
@@ -21,7 +22,7 @@ VLLM_PLACEHOLDER = "mllm.serve.vllm.placeholder:PlaceholderProcessor"
 """For vLLM's ``logits_processors``: no answer of any other model holds a picture's placeholder."""
 
 
-def vllm_options(config: Any, *, draws: bool = True) -> dict[str, Any]:
+def vllm_options(config: PreTrainedConfig, *, draws: bool = True) -> dict[str, Any]:
     """What a vLLM engine of this checkpoint needs so that its text follows `DrawingMixin.image_rules`, and never holds a
     placeholder. draws: False where the engine cannot draw (vLLM's Transformers backend)."""
     if getattr(config, "image_token_id", None) is None:
@@ -38,7 +39,7 @@ def vllm_environment(options: dict[str, Any]) -> dict[str, str]:
 class DrawingMixin:
     """The drawing side of `MllmForConditionalGeneration`; means something when its config has a ``visual_head``."""
 
-    config: Any
+    config: PreTrainedConfig
     model: Any
     heads: Any
     lm_head: Any
@@ -99,7 +100,7 @@ class DrawingMixin:
         return generate_interleaved(self, prompts, **options)
 
 
-def tokenizer_of_encoder(config: Any, bank: Any) -> Any:
+def tokenizer_of_encoder(config: PreTrainedConfig, bank: Any) -> Any:
     """The visual tokenizer inside the encoder that ``visual_tokenizer: {encoder: name}`` names. Raises `ConfigError`."""
     if config.visual_tokenizer is None:
         raise ConfigError("heads: the model has no visual_tokenizer to draw with")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from mllm.errors import ConfigError
 from mllm.heads.answers import answer
@@ -68,7 +69,7 @@ class Segments:
 class SegmentationMixin:
     """The marking side of `MllmForConditionalGeneration`; means something when one of its heads is a segmentation head."""
 
-    config: Any
+    config: PreTrainedConfig
     model: Any
     heads: Any
     device: Any

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,9 @@ from mllm.heads.build import head_configs
 from mllm.heads.segmentation.head import SegmentationHead
 from mllm.processing.segments import SegmentSpec
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 
 def segmentation_heads(heads: Any) -> list[str]:
     """Names of the heads that answer with masks."""
@@ -21,7 +24,7 @@ def segmentation_heads(heads: Any) -> list[str]:
     ]
 
 
-def segment_spec(config: Any) -> SegmentSpec | None:
+def segment_spec(config: PreTrainedConfig) -> SegmentSpec | None:
     """What the processor of an `MllmConfig` lays masks by; None for a model that marks nothing. Raises `ConfigError` for a model whose
     masks would have no one place on what the encoder sees."""
     names = segmentation_heads(config.heads)

@@ -96,11 +96,12 @@ class SegmentationHead(Head):
     """Hidden states ``(K, L)`` → projection → mask decoder on the features of each mask's picture."""
 
     Config = SegmentationHeadConfig
+    config: SegmentationHeadConfig
     targets = ("target_masks",)
     special_tokens = False
     without_gradient = ("iou_prediction_head", "mlps.1.", "mlps.2.", "mlps.3.")
 
-    def __init__(self, config: Any, parts: HeadParts):
+    def __init__(self, config: SegmentationHeadConfig, parts: HeadParts):
         super().__init__(config, parts)
         if config.encoder not in parts.encoders:
             raise ConfigError(
@@ -126,15 +127,17 @@ class SegmentationHead(Head):
         return Step(ids, ids.clone()), {"target_masks": masks}
 
     @classmethod
-    def tokens(cls, config: Any, parts: HeadParts) -> list[str]:
+    def tokens(cls, config: SegmentationHeadConfig, parts: HeadParts) -> list[str]:
         return [config.token]
 
     @classmethod
-    def resolve(cls, config: Any, parts: HeadParts, id_of: Callable[[str], int], *, null: int) -> Any:
+    def resolve(
+        cls, config: SegmentationHeadConfig, parts: HeadParts, id_of: Callable[[str], int], *, null: int
+    ) -> Any:
         return config.model_copy(update={"tokens": {"mark": id_of(config.token)}})
 
     @classmethod
-    def reads(cls, config: Any) -> tuple[str, ...]:
+    def reads(cls, config: SegmentationHeadConfig) -> tuple[str, ...]:
         return (config.encoder,)
 
     def load_pretrained(self) -> None:

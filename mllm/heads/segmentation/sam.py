@@ -19,6 +19,7 @@ from mllm.types import EncoderInfo, Grid
 class SamSizes(StrictModel):
     """Sizes of SAM's prompt encoder and two-way transformer; the defaults are the published checkpoints'."""
 
+    type: str
     width: int = 256
     layers: int = 2
     heads: int = 8
@@ -53,7 +54,7 @@ class SamDecoder(nn.Module):
 
     without_gradient = ("iou_prediction_head", "mlps.1.", "mlps.2.", "mlps.3.")  # of the answers that are not asked for
 
-    def __init__(self, config: Any, info: EncoderInfo):
+    def __init__(self, config: SamSizes, info: EncoderInfo):
         super().__init__()
         rows, columns = info.grid
         if rows != columns:
@@ -91,8 +92,9 @@ class SamDecoder(nn.Module):
         ):  # as in LISA; the Fourier table is no weight at all
             _never_learn(fixed)
 
-    def build_decoder(self, config: Any, sizes: SamMaskDecoderConfig) -> nn.Module:
+    def build_decoder(self, config: SamSizes, sizes: SamMaskDecoderConfig) -> nn.Module:
         """What turns prompts and maps into masks. sizes: of its two-way transformer."""
+        assert isinstance(config, SamDecoderConfig)
         sizes.num_multimask_outputs = config.num_multimask
         sizes.iou_head_depth, sizes.iou_head_hidden_dim = config.iou_layers, config.iou_width
         return SamMaskDecoder(sizes)

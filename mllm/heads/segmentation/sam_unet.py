@@ -35,6 +35,7 @@ class SamUnetDecoder(SamDecoder):
     """Prompts and features → logits. Its weights are the authors' but for the prompt encoder's, which are SAM's."""
 
     without_gradient: tuple[str, ...] = ()
+    config: SamUnetDecoderConfig
 
     def build_decoder(self, config: SamUnetDecoderConfig, sizes: SamMaskDecoderConfig) -> nn.Module:
         width = config.width

@@ -80,11 +80,9 @@ def converted_processor(
     if found.tokenizer is None:
         return None
     tokenizer = AutoTokenizer.from_pretrained(found.tokenizer)
-    placeholder = (
-        tokenizer.convert_ids_to_tokens(model.config.image_token_id)
-        if model.config.image_token_id < len(tokenizer)
-        else None
-    )
+    image_id = model.config.image_token_id
+    assert image_id is not None, "a reader of foreign checkpoints gives it"
+    placeholder = tokenizer.convert_ids_to_tokens(image_id) if image_id < len(tokenizer) else None
     template = chat_template or _template(found, tokenizer)
     spec = ModelSpec.model_validate(
         {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mllm.errors import CheckpointError, ConfigError, UnavailableError
 from mllm.models.foreign.checkpoint import ForeignCheckpoint, find_tokenizer
@@ -11,6 +11,9 @@ from mllm.models.foreign.parts import decoder_tensors, encoder_tensors, head_ten
 from mllm.models.foreign.settings import ABOUT_THE_FILE, Settings, read_json
 from mllm.models.foreign.tensors import Tensors, output_head
 from mllm.models.weight_files import chosen_dtype, read_tensors
+
+if TYPE_CHECKING:
+    pass
 
 _LANGUAGE_MODELS = {
     "llava": "llama",

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mllm.connectors.build import connector_config
+from mllm.encoders.base import EncoderConfig
 from mllm.encoders.catalogue import build_encoder, encoder_config
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.foreign.tensors import within
@@ -48,16 +49,18 @@ def encoder_tensors(config: MllmConfig, name: str, state: Mapping[str, Tensor], 
     return {f"model.vision_tower.encoders.{name}.model.{key}": value for key, value in tensors.items()}
 
 
-def whole_encoder(config: Any) -> Any:
+def whole_encoder(config: EncoderConfig) -> nn.Module:
     """The library's model before anything is cut off. Call it under ``torch.device("meta")``."""
-    if config.type == "timm":
-        from mllm.encoders.timm import create
+    from mllm.encoders.timm import TimmConfig, create
 
-        return create(config.architecture, config.info.image, config.options)
+    if isinstance(config, TimmConfig):
+        return create(config.architecture, config.resolved_info.image, config.options)
+    from mllm.encoders.hf import HfConfig
     from mllm.encoders.hf_models import new_model, set_image_size, vision_config
 
-    full = vision_config(config.architecture)
-    set_image_size(full, config.info.image)
+    assert isinstance(config, HfConfig)
+    full = vision_config(config.known_architecture)
+    set_image_size(full, config.resolved_info.image)
     return new_model(full)
 
 

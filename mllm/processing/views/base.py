@@ -78,61 +78,61 @@ class Views:
     """Whether encoders are given a picture's patches in a grid of the picture's own."""
 
     @classmethod
-    def whole_only(cls, config: Any) -> Sequence[str]:
+    def whole_only(cls, config: ViewsConfig) -> Sequence[str]:
         """Encoders that see the whole picture alone, whatever their neighbours see."""
         return ()
 
     @classmethod
-    def limited(cls, config: Any, view: ViewLayout, lead: ImageSpec, limit: int) -> Any:
+    def limited(cls, config: ViewsConfig, view: ViewLayout, lead: ImageSpec, limit: int) -> Any:
         """The config with only those choices that take at most ``limit`` tokens. Raises `DataError` where there is none."""
         return config
 
     @classmethod
-    def share(cls, config: Any, view: ViewLayout, count: int) -> int:
+    def share(cls, config: ViewsConfig, view: ViewLayout, count: int) -> int:
         """Most visual tokens of each of a sample's ``count`` pictures; 0: nothing but the picture's own budget binds."""
         budget = getattr(config, "max_sample_tokens", None)
         return 0 if budget is None or not count else max(budget // count, 1)
 
     @classmethod
-    def shares(cls, config: Any) -> bool:
+    def shares(cls, config: ViewsConfig) -> bool:
         """Whether a picture's neighbours in its sample can change how it is seen."""
         return getattr(config, "max_sample_tokens", None) is not None
 
     @classmethod
-    def marks(cls, config: Any) -> dict[str, str]:
+    def marks(cls, config: ViewsConfig) -> dict[str, str]:
         """Texts of the vocabulary's tokens that stand around and inside a visual, by what they are for."""
         marks = getattr(config, "marks", None)
         return {} if marks is None else {key: text for key, text in marks.model_dump().items() if text is not None}
 
     @classmethod
-    def with_ids(cls, config: Any, id_of: Callable[[str], int]) -> Any:
+    def with_ids(cls, config: ViewsConfig, id_of: Callable[[str], int]) -> Any:
         """The config with the ids of `marks`."""
         ids = {key: id_of(text) for key, text in sorted(cls.marks(config).items())}  # JSON is written sorted
         return config.model_copy(update={"mark_ids": ids}) if ids else config
 
     @classmethod
-    def opening(cls, config: Any) -> bool:
+    def opening(cls, config: ViewsConfig) -> bool:
         """Whether a learned token stands before the visual."""
         return False
 
     @classmethod
-    def newlines(cls, config: Any, view: ViewLayout) -> bool:
+    def newlines(cls, config: ViewsConfig, view: ViewLayout) -> bool:
         """Whether rows are closed by a token that the model learns."""
         return False
 
     @classmethod
-    def views(cls, config: Any, lead: ImageSpec, image: ImageSpec, size: Size) -> tuple[View, ...]:
+    def views(cls, config: ViewsConfig, lead: ImageSpec, image: ImageSpec, size: Size) -> tuple[View, ...]:
         """What an encoder that takes ``image`` sees of a picture of ``size``. lead: what the model's first encoder takes;
         it decides for all, so that every encoder has the same views."""
         raise NotImplementedError
 
     @classmethod
-    def layout(cls, config: Any, view: ViewLayout, lead: ImageSpec, size: Size) -> VisualLayout:
+    def layout(cls, config: ViewsConfig, view: ViewLayout, lead: ImageSpec, size: Size) -> VisualLayout:
         """The tokens of a picture of ``size``, whose views each become ``view``."""
         raise NotImplementedError
 
     @classmethod
-    def largest(cls, config: Any, view: ViewLayout, lead: ImageSpec) -> list[Size]:
+    def largest(cls, config: ViewsConfig, view: ViewLayout, lead: ImageSpec) -> list[Size]:
         """Sizes of which one takes the most tokens of all, where each view becomes ``view``."""
         raise NotImplementedError
 

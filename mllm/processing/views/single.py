@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from mllm.processing.views import VIEWS
 from mllm.processing.views.base import WHOLE, Size, View, Views, ViewsConfig
 from mllm.types import Block, ImageSpec, ViewLayout, VisualLayout
@@ -23,15 +21,15 @@ class SingleView(Views):
     needs_size = False
 
     @classmethod
-    def views(cls, config: Any, lead: ImageSpec, image: ImageSpec, size: Size) -> tuple[View, ...]:
+    def views(cls, config: SingleConfig, lead: ImageSpec, image: ImageSpec, size: Size) -> tuple[View, ...]:
         return (WHOLE,)
 
     @classmethod
-    def layout(cls, config: Any, view: ViewLayout, lead: ImageSpec, size: Size) -> VisualLayout:
+    def layout(cls, config: SingleConfig, view: ViewLayout, lead: ImageSpec, size: Size) -> VisualLayout:
         return VisualLayout((whole_view(view, 0),))
 
     @classmethod
-    def largest(cls, config: Any, view: ViewLayout, lead: ImageSpec) -> list[Size]:
+    def largest(cls, config: SingleConfig, view: ViewLayout, lead: ImageSpec) -> list[Size]:
         return [(lead.height, lead.width)]
 
 

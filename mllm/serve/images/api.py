@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Coroutine, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
@@ -24,6 +24,9 @@ from mllm.heads.codes.generate import decode_packed, to_pil
 from mllm.models.weight_files import present_name, published_renamings, read_part
 from mllm.serve.images.requests import BrokenDrawing, DrawingPlan
 from mllm.visual_tokenizers.base import VisualTokenizer, build_tokenizer
+
+if TYPE_CHECKING:
+    from mllm.models.configuration_mllm import MllmConfig
 
 ATTEMPTS = 3
 """How often a guided pair that came apart (one half was late) is drawn again."""
@@ -65,7 +68,7 @@ class ImageGenerator:
     def __init__(self, checkpoint: str):
         from transformers import AutoConfig, AutoProcessor
 
-        config = AutoConfig.from_pretrained(checkpoint)
+        config: Any = AutoConfig.from_pretrained(checkpoint)
         self.plan = DrawingPlan(config, AutoProcessor.from_pretrained(checkpoint))
         self.image_tokenizer = _load_tokenizer(config, checkpoint)
         info = self.image_tokenizer.image
@@ -183,13 +186,14 @@ def _one_engine(client: Any, seed: int) -> dict[str, Any]:
     return {"data_parallel_rank": seed % engines} if engines > 1 else {}
 
 
-def _load_tokenizer(config: Any, checkpoint: str) -> VisualTokenizer:
+def _load_tokenizer(config: MllmConfig, checkpoint: str) -> VisualTokenizer:
     """The visual tokenizer that a checkpoint draws with: its own, or the one inside an encoder."""
     folder = Path(checkpoint)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(checkpoint))
+    assert config.visual_tokenizer is not None
     owner = config.visual_tokenizer.get("encoder")
     prefix = "model.visual_tokenizer." if owner is None else f"model.vision_tower.encoders.{owner}.tokenizer."
     tokenizer = build_tokenizer(resolved_settings(config.visual_tokenizer, config.encoders))

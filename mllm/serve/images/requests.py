@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
@@ -21,6 +21,9 @@ from mllm.heads.codes.targets import drop_text
 from mllm.processing.protocol import Processor
 from mllm.visual_tokenizers.sequence import code_blocks
 
+if TYPE_CHECKING:
+    from mllm.models.configuration_mllm import MllmConfig
+
 KEY = "mllm_drawing"
 """Where `DrawingRequest` stands in ``SamplingParams.extra_args``."""
 SCHEDULER = "mllm.serve.vllm.scheduler.PairScheduler"
@@ -30,7 +33,7 @@ SCHEDULER = "mllm.serve.vllm.scheduler.PairScheduler"
 NO_HEAD = "this model draws no images: none of its heads draws"
 
 
-def refusal(config: Any) -> str | None:
+def refusal(config: MllmConfig) -> str | None:
     """Why vLLM cannot draw with a checkpoint of this config; None: it can."""
     if config.drawing_head is None:
         return NO_HEAD
@@ -77,13 +80,14 @@ class DrawingPlan:
     Raises `UnavailableError` for a model without a visual head or with one that vLLM cannot run.
     """
 
-    def __init__(self, config: Any, processor: Processor):
+    def __init__(self, config: MllmConfig, processor: Processor):
         why = refusal(config)
         if why is not None:
             raise UnavailableError(why)
         self.processor, self.head = processor, head_config(config.drawing_head)
         self.null = self.head.tokens["null"]
         self.image_token_id = config.image_token_id
+        assert config.visual_tokenizer is not None, "a model that draws has one"
         tokenizer = empty_tokenizer(config.visual_tokenizer, config.encoders)
         self.blocks, self.grammar = code_blocks(tokenizer), image_grammar(self.head, tokenizer)
         if any(block.size < 2 for block in self.blocks):

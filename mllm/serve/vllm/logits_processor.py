@@ -4,7 +4,7 @@ drawing itself, for both requests of a guided pair."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from mllm.heads.codes.grammar import image_grammar, never_written
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.serve.images.requests import KEY, DrawingRequest
 from mllm.visual_tokenizers.sampling import guide, sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass
@@ -33,7 +36,7 @@ class TextRules:
     """What a request that is no drawing may say, as `MllmForConditionalGeneration.image_rules` has it: a vocabulary head's
     images keep their grammar, other heads' image tokens are not generated."""
 
-    def __init__(self, config: Any, device: torch.device):
+    def __init__(self, config: PreTrainedConfig, device: torch.device):
         self.ranges: list[tuple[int, int]] = []
         self.start, self.never, self.rows = -1, torch.empty(0, dtype=torch.long), {}
         if not isinstance(config, MllmConfig) or config.drawing_head is None or config.visual_tokenizer is None:

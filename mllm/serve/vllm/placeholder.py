@@ -6,7 +6,7 @@ lift the rule and the reported log-probabilities stay those of the model. It spe
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,13 +15,16 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from mllm.heads.codes.grammar import never_written
 from mllm.models.configuration_mllm import MllmConfig
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 try:
     from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as RunnerV2Processor
 except ImportError:  # a vLLM with one model runner
     RunnerV2Processor: Any = object
 
 
-def never_ids(config: Any) -> list[int]:
+def never_ids(config: PreTrainedConfig) -> list[int]:
     """The ids that no text answer of a checkpoint holds. config: its `MllmConfig`; another one has none."""
     return never_written(config) if isinstance(config, MllmConfig) else []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -12,11 +13,22 @@ if TYPE_CHECKING:
     TrainableModel: TypeAlias = "MllmForConditionalGeneration | StageModel"
 
 
+class StageConfig:
+    """What the engine asks of a model's config, of one that has no language model."""
+
+    def __init__(self, kind: str):
+        self.model_type, self.layer_types = kind, None
+        self.dtype: torch.dtype | None = None
+
+    def get_text_config(self) -> StageConfig:
+        return self
+
+
 class StageModel(nn.Module):
     """A stage's own model, whose parameters belong to parts with names, as those of the multimodal one do. Its networks keep their own
     attention, and it has no vocabulary."""
 
-    config: Any
+    config: StageConfig
 
     def part_prefixes(self) -> dict[str, list[str]]:
         """Part → prefixes of its parameters' names, most specific part first."""

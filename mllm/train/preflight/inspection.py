@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -22,6 +22,9 @@ from mllm.recipe import Recipe, StageSpec
 from mllm.train.data import StageData, open_mixture
 from mllm.train.preflight.first_row import show_row, stop_line
 from mllm.types import Grid, VisualLayout
+
+if TYPE_CHECKING:
+    from mllm.models.configuration_mllm import MllmConfig
 
 KINDS = ("sft",)
 """Stage kinds whose samples are conversations that the model is trained to continue."""
@@ -113,7 +116,7 @@ def inspect_recipe(recipe: Recipe, *, num_samples: int = 8, stage: str | None = 
     return [_look(recipe, s, config, processor, num_samples) for s in chosen]
 
 
-def _look(recipe: Recipe, stage: StageSpec, config: Any, processor: Processor, num_samples: int) -> SeenStage:
+def _look(recipe: Recipe, stage: StageSpec, config: MllmConfig, processor: Processor, num_samples: int) -> SeenStage:
     if stage.chat_template is not None:
         processor = for_training(processor, stage.chat_template)
     quiet = stage.model_copy(update={"num_workers": 0, "max_bad_share": 1.0})  # the page shows what is dropped

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ class Quantizer(nn.Module):
 
     name: ClassVar[str] = ""
     Config: ClassVar[type[QuantizerConfig]] = QuantizerConfig
+    config: QuantizerConfig
 
     dim: int
     """D: channels of a vector."""
@@ -45,7 +46,7 @@ class Quantizer(nn.Module):
     num_codes: int
     """Q: codes per position."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: QuantizerConfig):
         super().__init__()
         self.config = config
 

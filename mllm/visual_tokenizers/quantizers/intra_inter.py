@@ -6,7 +6,6 @@ Written from a description of lzzzzzm/II-World, which has no licence file, and c
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from pydantic import Field
@@ -53,9 +52,10 @@ class IntraInterQuantizer(Quantizer):
 
     name = "intra_inter"
     Config = IntraInterQuantizerConfig
+    config: IntraInterQuantizerConfig
     num_codes = 1
 
-    def __init__(self, config: Any):
+    def __init__(self, config: IntraInterQuantizerConfig):
         super().__init__(config)
         self.size, self.dim = config.size, config.dim
         rows, cols = config.grid

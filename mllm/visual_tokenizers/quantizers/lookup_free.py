@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -52,8 +51,9 @@ class LookupFreeQuantizer(Quantizer):
 
     name = "lookup_free"
     Config = LookupFreeQuantizerConfig
+    config: LookupFreeQuantizerConfig
 
-    def __init__(self, config: Any):
+    def __init__(self, config: LookupFreeQuantizerConfig):
         super().__init__(config)
         self.dim, self.num_codes = config.dim, config.groups
         self.bits = config.dim // config.groups
@@ -117,9 +117,10 @@ class FiniteScalarQuantizer(Quantizer):
 
     name = "finite_scalar"
     Config = FiniteScalarQuantizerConfig
+    config: FiniteScalarQuantizerConfig
     num_codes = 1
 
-    def __init__(self, config: Any):
+    def __init__(self, config: FiniteScalarQuantizerConfig):
         super().__init__(config)
         self.levels = tuple(config.levels)
         self.dim, self.size = len(self.levels), math.prod(self.levels)

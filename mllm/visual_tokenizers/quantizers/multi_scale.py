@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
-from typing import Any
 
 import torch
 from pydantic import Field, field_validator
@@ -40,9 +39,10 @@ class MultiScaleQuantizer(Quantizer):
 
     name = "multi_scale"
     Config = MultiScaleQuantizerConfig
+    config: MultiScaleQuantizerConfig
     num_codes = 1
 
-    def __init__(self, config: Any):
+    def __init__(self, config: MultiScaleQuantizerConfig):
         super().__init__(config)
         self.inner = VectorQuantizer(config.inner)
         self.size, self.dim = self.inner.size, self.inner.dim

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -40,8 +38,9 @@ class ProductQuantizer(Quantizer):
 
     name = "product"
     Config = ProductQuantizerConfig
+    config: ProductQuantizerConfig
 
-    def __init__(self, config: Any):
+    def __init__(self, config: ProductQuantizerConfig):
         super().__init__(config)
         self.size, self.dim, self.num_codes = config.size, config.dim, config.chunks
         inner = config.model_dump(exclude={"type", "dim", "chunks"})

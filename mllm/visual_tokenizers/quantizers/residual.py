@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -46,8 +46,9 @@ class ResidualQuantizer(Quantizer):
 
     name = "residual"
     Config = ResidualQuantizerConfig
+    config: ResidualQuantizerConfig
 
-    def __init__(self, config: Any):
+    def __init__(self, config: ResidualQuantizerConfig):
         super().__init__(config)
         self.size, self.dim, self.num_codes = config.size, config.dim, config.depth
         number = 1 if config.shared else config.depth

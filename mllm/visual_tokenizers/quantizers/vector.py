@@ -71,9 +71,10 @@ class VectorQuantizer(Quantizer):
 
     name = "vq"
     Config = VectorQuantizerConfig
+    config: VectorQuantizerConfig
     num_codes = 1
 
-    def __init__(self, config: Any):
+    def __init__(self, config: VectorQuantizerConfig):
         super().__init__(config)
         self.size, self.dim = config.size, sum(config.parts.values())
         self.books = nn.ModuleDict(

@@ -19,7 +19,7 @@ from mllm.encoders.library import LibraryEncoder
 from mllm.encoders.weights import shorten
 from mllm.errors import CheckpointError, ConfigError, MllmError, UnavailableError
 from mllm.processing.protocol import TextTokenizer
-from mllm.train.engine.trainable import StageModel
+from mllm.train.engine.trainable import StageConfig, StageModel
 from mllm.train.stages.contrastive.losses import contrastive_loss, ranking_loss
 
 if TYPE_CHECKING:
@@ -264,8 +264,7 @@ class ContrastiveModel(StageModel):
         super().__init__()
         self.encoder_name, self.options, self.pixel_key = name, options, pixel_key
         self.dual = dual
-        text = SimpleNamespace(get_text_config=lambda: SimpleNamespace(model_type="dual", layer_types=None), dtype=None)
-        self.config = text
+        self.config = StageConfig("dual")
         inner = dual.model
         if getattr(inner, "logit_scale", None) is None:
             inner.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm.train.engine.trainable import StageModel
+from mllm.train.engine.trainable import StageConfig, StageModel
 from mllm.train.stages.tokenizer.pictures import PIXELS
 from mllm.visual_tokenizers.diffusion.decoder import DiffusionDecoder
 from mllm.visual_tokenizers.diffusion.edit import kept_maps, random_masks
@@ -28,9 +28,7 @@ class DiffusionModel(StageModel):
         self.autocast = training.stage.dtype == "bfloat16"
         self.named: dict[str, Tensor] = {}
         """Losses of the last micro-batch, on the device."""
-        self.config = SimpleNamespace(
-            get_text_config=lambda: SimpleNamespace(model_type=PART, layer_types=None), dtype=None
-        )
+        self.config = StageConfig(PART)
 
     def train(self, mode: bool = True) -> DiffusionModel:
         """The tokenizer stays as it is: codebooks that follow a moving average would go on moving."""

@@ -26,6 +26,7 @@ from mllm.processing.protocol import Processor
 from mllm.recipe import LearnSpec, Recipe, StageSpec
 from mllm.train.checkpoint.export import save_stage
 from mllm.train.engine.base import choose_engine
+from mllm.train.engine.trainable import StageConfig
 from mllm.train.stages.kind import StageKind
 from mllm.train.stages.masked.targets import BINS, LossPair, Target, disjoint_masks, hide, joint_loss, target_of
 from mllm.train.stages.wrapped_processor import WrappedProcessor
@@ -109,9 +110,7 @@ class MaskedModel(nn.Module):
         dtype = next(p.dtype for p in encoder.parameters())
         self.hidden_branch.to(dtype)
         self.visible_branch.to(dtype)
-        self.config: Any = SimpleNamespace(
-            get_text_config=lambda: SimpleNamespace(model_type="masked", layer_types=None), dtype=None
-        )
+        self.config = StageConfig("masked")
 
     def _target_width(self, info: Any) -> int:
         kind = self.options.target

@@ -36,6 +36,7 @@ from mllm.train.trainer import Run, train
 from mllm.types import IMAGE_MARK, Sample, Turn
 
 if TYPE_CHECKING:
+    from mllm.models.configuration_mllm import MllmConfig
     from mllm.models.modeling_mllm import MllmForConditionalGeneration
 
 
@@ -51,7 +52,7 @@ class RoutingOptions(LabelRule):
 class RoutingProcessor(WrappedProcessor):
     """A processor whose samples teach routing: what the model looks at is the same, what it learns is the label."""
 
-    def __init__(self, processor: Processor, config: Any, options: RoutingOptions):
+    def __init__(self, processor: Processor, config: MllmConfig, options: RoutingOptions):
         super().__init__(processor)
         self.options = options
         if config.router is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm.errors import CheckpointError, ConfigError
-from mllm.train.engine.trainable import StageModel
+from mllm.train.engine.trainable import StageConfig, StageModel
 from mllm.train.stages.tokenizer.adversary import Adversary
 from mllm.train.stages.tokenizer.pictures import PIXELS
 from mllm.visual_tokenizers.base import VisualTokenizer, build_tokenizer
@@ -37,9 +37,7 @@ class TokenizerModel(StageModel):
         """Updates done; the discriminator joins in at a step of its own."""
         self.named: dict[str, Tensor] = {}
         """Losses and usage of the last micro-batch, on the device."""
-        self.config = SimpleNamespace(
-            get_text_config=lambda: SimpleNamespace(model_type=PART, layer_types=None), dtype=None
-        )
+        self.config = StageConfig(PART)
         freeze = tuple(training.options.freeze)
         self._learnable = {
             f"tokenizer.{name}": self._part(name)
