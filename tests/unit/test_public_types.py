@@ -1,4 +1,4 @@
-"""Does a public signature say what it takes for a model, a processor, a tokenizer, an encoder?"""
+"""Does a public signature say what it takes for a model, a processor, a tokenizer, an encoder, a config?"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mllm
 
-PARTS = {"model", "processor", "tokenizer", "encoder", "connector", "language_model"}
+PARTS = {"config", "model", "processor", "tokenizer", "encoder", "connector", "language_model"}
 KNOWN = {"MllmProcessor.__init__", "MllmConfig.__init__"}
 """transformers calls these two with what it read from files."""
 
