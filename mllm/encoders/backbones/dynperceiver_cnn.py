@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import timm
 import torch
@@ -34,7 +34,23 @@ _MOBILENET_LAST = 1280
 Parts = tuple[nn.Sequential, Sequence[nn.Module], list[int]]
 
 
-def cut_cnn(config: Any) -> Parts:
+class CnnSettings(Protocol):
+    """What an encoder's config says of its CNN."""
+
+    @property
+    def cnn(self) -> str: ...
+
+    @property
+    def cnn_width(self) -> float: ...
+
+    @property
+    def cnn_depths(self) -> Sequence[int] | None: ...
+
+    @property
+    def cnn_channels(self) -> Sequence[int] | None: ...
+
+
+def cut_cnn(config: CnnSettings) -> Parts:
     """A CNN's stem, its four stages, and the widths at the entry of each and of the last map. Raises `ConfigError` for sizes that it
     does not have."""
     if not config.cnn.startswith("resnet") and (config.cnn_depths or config.cnn_channels):
@@ -46,7 +62,7 @@ def cut_cnn(config: Any) -> Parts:
     return _mobilenet(config.cnn_width) if config.cnn == "mobilenet_v3_large" else _resnet(config)
 
 
-def last_widths(config: Any) -> int | None:
+def last_widths(config: CnnSettings) -> int | None:
     """Hidden width of the classifiers behind the last map: a MobileNet's; None for CNNs with plain ones."""
     return _even(_MOBILENET_LAST * config.cnn_width) if config.cnn == "mobilenet_v3_large" else None
 
@@ -57,7 +73,7 @@ def _even(value: float) -> int:
     return rounded + 8 if rounded < 0.9 * value else rounded
 
 
-def _resnet(config: Any) -> Parts:
+def _resnet(config: CnnSettings) -> Parts:
     channels = list(config.cnn_channels or (64, 128, 256, 512))
     scaled = [int(config.cnn_width * width) for width in channels]
     options: dict[str, Any] = {"channels": scaled}

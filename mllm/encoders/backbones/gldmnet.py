@@ -126,7 +126,7 @@ class GlDmNet(nn.Module):
 
     def __init__(self, config: GlDmNetConfig, num_stages: int):
         super().__init__()
-        options = {"layers": config.cnn_depths, "channels": config.cnn_channels}
+        options: dict[str, Any] = {"layers": config.cnn_depths, "channels": config.cnn_channels}
         options = {key: value for key, value in options.items() if value is not None}
         self.streams = nn.ModuleList()
         for channels in (3, 1):

@@ -55,7 +55,7 @@ class EvitPose(nn.Module):
 
     recompute = False
 
-    def __init__(self, config: Any, depth: int, last_norm: bool):
+    def __init__(self, config: EvitPoseConfig, depth: int, last_norm: bool):
         super().__init__()
         self.num_joints, self.choose_after, self.keep = config.num_joints, config.choose_after, config.keep
         self.side = tuple(side // config.patch_size for side in config.trained_size)
@@ -195,7 +195,7 @@ class GatherMixScatter(nn.Module):
 class JaglBlock(nn.Module):
     """Attention in windows and through the latents, then an MLP, on maps ``(B, rows, cols, C)``."""
 
-    def __init__(self, width: int, num_heads: int, config: Any, rate: float):
+    def __init__(self, width: int, num_heads: int, config: UniTransPoseConfig, rate: float):
         super().__init__()
         self.window = config.window
         self.position = DepthwiseConv(width, 3)
@@ -252,7 +252,7 @@ class UniTransPose(nn.Module):
 
     recompute = False
 
-    def __init__(self, config: Any, num_stages: int, last_norm: bool):
+    def __init__(self, config: UniTransPoseConfig, num_stages: int, last_norm: bool):
         super().__init__()
         widths, count = config.widths[:num_stages], config.num_latents
         self.pooled_side = math.isqrt(count) if config.latents == "pooled" else 0

@@ -177,7 +177,7 @@ class Uni4EyeEncoder(BackboneEncoder):
         """places ``(B, 2)``: a tile (not (-1, -1)) shows a part of a picture, so it is a picture of its own."""
         if return_attention:
             raise UnavailableError("return_attention: uni4eye uses fused attention, which hands out no weights")
-        check_pixels(pixels, self.config.info.image, self.config.type)
+        check_pixels(pixels, self.config.resolved_info.image, self.config.type)
         pixels = pixels.to(self.dtype)
         if len(pixels) == 0:
             return self.empty_features(pixels)
@@ -192,7 +192,7 @@ class Uni4EyeEncoder(BackboneEncoder):
 
     def _read_scenes(self, pixels: Tensor, scenes: list[Tensor]) -> VisionFeatures:
         """Scenes with as many slices run as one batch."""
-        info, count = self.config.info, len(pixels)
+        info, count = self.config.resolved_info, len(pixels)
         tokens = pixels.new_zeros(count, info.num_tokens, info.width)
         prefix = pixels.new_zeros(count, 1, info.width)
         for slices in sorted({len(scene) for scene in scenes}):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -15,6 +15,9 @@ from mllm.models.foreign.pictures import image_settings
 from mllm.models.foreign.settings import ABOUT_THE_FILE, Settings, read_json
 from mllm.models.foreign.tensors import Tensors, output_head
 from mllm.models.weight_files import read_tensors, refuse_gaps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 KINDS = {
     "llava": "LlavaForConditionalGeneration",
@@ -72,7 +75,7 @@ def read_hub_layout(folder: Path, kind: str, dtype: Any) -> ForeignCheckpoint:
     )
 
 
-def _encoder(config: Any, kind: str, folder: Path) -> dict[str, Any]:
+def _encoder(config: PreTrainedConfig, kind: str, folder: Path) -> dict[str, Any]:
     layers = config.vision_feature_layer
     layers, tower = [layers] if isinstance(layers, int) else list(layers), config.vision_config.model_type
     depth = config.vision_config.num_hidden_layers
@@ -94,7 +97,7 @@ def _encoder(config: Any, kind: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def _check_class_token(config: Any, tower: str, folder: Path) -> None:
+def _check_class_token(config: PreTrainedConfig, tower: str, folder: Path) -> None:
     """Refuse a choice of tokens that drops a patch, or keeps what shows no place of the picture."""
     strategy = config.vision_feature_select_strategy
     without = tower.startswith("siglip")
@@ -110,7 +113,7 @@ def _check_class_token(config: Any, tower: str, folder: Path) -> None:
         )
 
 
-def _connector(config: Any, kind: str, folder: Path) -> dict[str, Any]:
+def _connector(config: PreTrainedConfig, kind: str, folder: Path) -> dict[str, Any]:
     activation = config.projector_hidden_act
     if activation not in _ACTIVATIONS:
         raise ConfigError(f"{folder}: projector activation {activation!r} is not supported")
@@ -154,7 +157,7 @@ def _head(source: Any, folder: Path) -> dict[str, Tensor]:
     )
 
 
-def _views(config: Any, kind: str, folder: Path) -> dict[str, Any] | None:
+def _views(config: PreTrainedConfig, kind: str, folder: Path) -> dict[str, Any] | None:
     if kind == "llava":
         return None
     if kind == "internvl":

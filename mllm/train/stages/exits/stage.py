@@ -133,7 +133,7 @@ class ExitsModel(nn.Module):
         self.behind = nn.ModuleDict({part: module for part, module in full.model.named_children() if part not in own})
         self.encoder = encoder
         self._full = [full]  # no child: its parts are those of encoder and behind
-        config: Any = encoder.config
+        config = encoder.config
         self.exits = Exits(full.model.widths, config.num_classes, last_widths(config))
         dtype = next(p.dtype for p in encoder.parameters())
         self.behind.to(dtype)
@@ -219,7 +219,7 @@ def build_exits(
         raise ConfigError(
             f"{where}: encoder {name} is of type {encoder.config.type}, which has no exits; dynperceiver has"
         )
-    config: Any = encoder.config
+    config = encoder.config
     classes = class_names(options, where)
     if not config.classifier or config.num_classes != len(classes) or config.output == "map":
         raise ConfigError(
