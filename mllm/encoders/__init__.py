@@ -10,6 +10,7 @@ ENCODERS: Registry = Registry(
         "hf": "mllm.encoders.hf:HfEncoder",
         "raw_patches": "mllm.encoders.raw_patches:RawPatches",
         "eve": "mllm.encoders.eve:EveEncoder",
+        "qwen_vl": "mllm.encoders.qwen_vl:QwenVlEncoder",
         "patch_conv": "mllm.encoders.eve:PatchConvEncoder",
         "vary": "mllm.encoders.vary:VaryEncoder",
         "ppocr": "mllm.encoders.ppocr:PPOcrEncoder",

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mllm.encoders import hf_weights
 from mllm.encoders.base import EncoderConfig
 from mllm.encoders.hf_models import (
     NOISE,
+    checkpoint_layers,
     cut_blocks,
     final_norms,
     keep_own_names,
@@ -221,12 +220,7 @@ class HfEncoder(LibraryEncoder):
         load_exactly(self.model, state, source=weights.source, known=state)
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
-        layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        if enabled and not layers:
-            raise ConfigError(f"gradient_checkpointing: {self.model.config.model_type} does not offer it")
-        for layer in layers:
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
-            layer.gradient_checkpointing = enabled
+        checkpoint_layers(self.model, enabled)
 
     def _run(self, pixels: Tensor) -> dict[str, Tensor]:
         captured: dict[str, Any] = {}

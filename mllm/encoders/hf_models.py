@@ -8,7 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # pyright: ignore[reportPrivateImportUsage]
 from transformers.models.pix2struct.modeling_pix2struct import Pix2StructVisionModel
 
@@ -157,6 +159,16 @@ def keep_own_names(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.is_custom_code = partial(bool, True)  # type: ignore[method-assign, assignment]
+
+
+def checkpoint_layers(model: Any, enabled: bool) -> None:
+    """Whether each block is computed again in the backward pass. Raises `ConfigError` for a model that does not offer it."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if enabled and not layers:
+        raise ConfigError(f"gradient_checkpointing: {model.config.model_type} does not offer it")
+    for layer in layers:
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+        layer.gradient_checkpointing = enabled
 
 
 def cut_blocks(model: nn.Module, count: int) -> None:

@@ -295,6 +295,12 @@ def check_patches(patches: Tensor, grids: Sequence[Grid], image: ImageSpec, wher
         )
 
 
+def to_patches(pixels: Tensor, side: int) -> Tensor:
+    """Pixels ``(B, 3, rows · p, columns · p)`` → patches ``(B · rows · columns, 3 p²)``, each channel by channel."""
+    cells = pixels.unflatten(3, (-1, side)).unflatten(2, (-1, side))
+    return cells.permute(0, 2, 4, 1, 3, 5).reshape(-1, pixels.shape[1] * side * side)
+
+
 def from_patches(patches: Tensor, grid: Grid, side: int) -> Tensor:
     """Patches ``(B · rows · columns, 3 p²)``, each channel by channel → pixels ``(B, 3, rows · p, columns · p)``."""
     cells = patches.reshape(-1, *grid, 3, side, side)

@@ -15,6 +15,8 @@ from transformers import AttentionInterface
 from mllm.varlen import segment_attention, varlen_attn
 
 _NAME = "mllm_packed"
+VARLEN = "mllm_packed_flash"
+"""For models that hand the segments' ends to what they take for flash attention, and split the sequence themselves else."""
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
@@ -30,27 +32,41 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Sequenc
 
 
 def _attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None, **_: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' interface: ``(1, heads, ΣN, d)`` → ``(1, ΣN, heads, d)``; attention_mask: the segments' lengths ``(S,)``, on the
-    CPU. As an argument they reach layers that are computed again in the backward pass, whatever other passes ran between."""
+    CPU; cu_seq_lens_q: their ends ``(S + 1,)``, in place of it; neither: one segment. As an argument they reach layers that are
+    computed again in the backward pass, whatever other passes ran between."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    found = packed_attention(query[0], key[0], value[0], attention_mask.tolist(), scale)
+    if attention_mask is None:
+        lengths = [query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.diff().tolist()
+    else:
+        lengths = attention_mask.tolist()
+    found = packed_attention(query[0], key[0], value[0], lengths, scale)
     return found.transpose(0, 1)[None], None
 
 
-AttentionInterface.register(_NAME, _attend)
+for _name in (_NAME, VARLEN):
+    AttentionInterface.register(_name, _attend)
 
 
 @contextmanager
-def packed(model: nn.Module) -> Iterator[None]:
-    """While entered, attention of a transformers vision model stays within segments, whose lengths it takes as its attention mask.
+def packed(model: nn.Module, name: str = _NAME) -> Iterator[None]:
+    """While entered, attention of a transformers vision model stays within segments, whose lengths it takes as its attention mask
+    (name `VARLEN`: whose ends it hands over itself).
     Where layers are computed again in the backward pass, it stays so until the next call."""
     modules: list[Any] = [m for m in model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "config")]
     kept = [module.config for module in modules]
     for module in modules:
         own = copy.copy(module.config)
-        own._attn_implementation_internal = _NAME
+        own._attn_implementation_internal = name
         module.config = own
     recomputes = torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     try:

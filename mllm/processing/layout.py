@@ -98,7 +98,8 @@ def _cell(connector: Any, encoders: Mapping[str, EncoderInfo]) -> int:
         if info.image.patch is None:
             raise ConfigError(
                 f"model.views: native needs encoders whose positions fit any grid of patches; {name!r} takes "
-                f"{info.image.height} × {info.image.width} pixels only. Use siglip2 (type hf), unit, eve, patch_conv or raw_patches"
+                f"{info.image.height} × {info.image.width} pixels only. Use siglip2 (type hf), qwen_vl, unit, eve, patch_conv or "
+                "raw_patches"
             )
     cell = CONNECTORS.get(connector.type).native_cell(connector)
     if cell is None:

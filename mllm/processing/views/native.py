@@ -189,7 +189,8 @@ def naflex_size(size: Size, patch: int, max_patches: int, eps: float = 1e-5) -> 
 
 
 def qwen_size(size: Size, factor: int, min_pixels: int, max_pixels: int) -> Size:
-    """Qwen-VL's ``smart_resize``: both sides rounded to ``factor``, the area kept between the two bounds."""
+    """Qwen-VL's ``smart_resize`` as in ``qwen_vl_utils``: both sides rounded to ``factor``, the area kept between the two bounds.
+    transformers' copy rounds a side below half a ``factor`` to nothing, and then enlarges the picture."""
     height, width = size
     rows, columns = (max(factor, round(side / factor) * factor) for side in size)
     if rows * columns > max_pixels:

@@ -20,6 +20,8 @@ from tests.helpers import TINY_LLM, picture, samples_of_unlike_sizes, tiny_model
 
 SIGLIP2 = {"model_type": "siglip2_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SIGLIP2 |= {"num_attention_heads": 2, "num_patches": 16, "patch_size": 8}
+QWEN = {"model_type": "qwen2_5_vl_vision", "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
+QWEN |= {"out_hidden_size": 24, "patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1]}
 MARKS = {"begin": "<vision>", "row": "<vrow_sep>", "end": "</vision>"}
 KINDS: dict[str, dict[str, Any]] = {
     "siglip2": {
@@ -31,6 +33,11 @@ KINDS: dict[str, dict[str, Any]] = {
         "encoders": {"semantic": {"type": "hf", "architecture": SIGLIP2, "layers": [1, -1]}},
         "connector": {"type": "deepstack", "levels": 1, "each": {"type": "pixel_shuffle"}},
         "views": {"type": "native", "max_patches": 40, "newlines": True},
+    },
+    "qwen_vl": {
+        "encoders": {"tower": {"type": "qwen_vl", "architecture": QWEN}},
+        "connector": {"type": "linear"},
+        "views": {"type": "native", "rule": "qwen", "max_patches": 20},
     },
     "eve": {
         "encoders": {"eve": {"type": "eve", "width": 16, "patch_size": 7, "num_heads": 2, "image_size": 56}},
