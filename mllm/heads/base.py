@@ -1,4 +1,4 @@
-"""What is a head here?"""
+"""What is a head here, and what do a model's heads do in one call?"""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from mllm.config import StrictModel
 from mllm.errors import ConfigError
 from mllm.types import EncoderInfo, VisionFeatures
 from mllm.visual_tokenizers.base import VisualTokenizer
-from mllm.visual_tokenizers.grammar import ImageGrammar
+from mllm.visual_tokenizers.sequence import ImageGrammar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+TARGET = "target_"
+"""Every argument of ``model(…)`` that teaches a head begins with it."""
 
 
 class HeadConfig(StrictModel):
@@ -118,9 +121,6 @@ class HeadModel(Protocol):
     @property
     def image_tokenizer(self) -> VisualTokenizer: ...
 
-    @property
-    def code_offsets(self) -> Tensor: ...
-
     def is_visual(self, input_ids: Tensor) -> Tensor: ...
 
 
@@ -216,3 +216,39 @@ class Head(nn.Module):
         """Zero that reaches every learning parameter: what a batch without targets adds in training, so that all ranks reduce
         the same gradients."""
         return 0.0 * sum(p.float().sum() for p in self.parameters() if p.requires_grad)
+
+
+def lay_targets(model: HeadModel, step: Step) -> None:
+    """Take the targets out of ``step.inputs`` and let each head lay its own. Raises `ConfigError` for targets that no head of this
+    model learns from."""
+    given = {key: step.inputs.pop(key) for key in list(step.inputs) if key.startswith(TARGET)}
+    given = {key: value for key, value in given.items() if value is not None}
+    for name, head in model.heads.items():
+        own = {key: given.pop(key) for key in head.targets if key in given}
+        if own and len(own[head.targets[0]]):
+            if step.input_ids is None:
+                raise ConfigError(
+                    f"{head.targets[0]}: input_ids are missing, and head {name!r} finds its places by them"
+                )
+            step.laid[name] = head.lay(model, step, own)
+        elif not head.targets and step.labels is not None and step.input_ids is not None:
+            step.laid[name] = head.lay(model, step, {})
+    for key, value in given.items():
+        if len(value):
+            raise ConfigError(
+                f"{key}: no head of this model learns from it; its heads: {', '.join(model.heads) or 'none'}"
+            )
+
+
+def head_losses(model: HeadModel, step: Step, reading: Reading) -> tuple[Tensor | float, dict[str, Tensor] | None]:
+    """What the heads add to the loss, and ``<head>/<part>`` → value to report (None where nothing was to be answered)."""
+    total: Tensor | float = 0.0
+    report: dict[str, Tensor] = {}
+    for name, head in model.heads.items():
+        if step.laid.get(name) is not None:
+            found = head.losses(model, step, step.laid[name], reading)
+            total = total + found.total
+            report |= {f"{name}/{part}": value for part, value in found.parts.items()}
+        elif model.training and head.has_weights:
+            total = total + head.idle()
+    return total, report or None

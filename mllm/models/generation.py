@@ -18,7 +18,7 @@ from mllm.models.routing import check_choices, encode_for_generation
 from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES, visuals_of_rows
 from mllm.processing.pixel_keys import PRIMARY_PIXELS
 from mllm.types import Routing
-from mllm.visual_tokenizers.grammar import NeverWritten
+from mllm.visual_tokenizers.sequence import NeverWritten
 
 
 class MultimodalGenerationMixin(GenerationMixin):

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import can_return_tuple  # pyright: ignore[reportPrivateImportUsage]
 
-from mllm.heads.base import HeadParts, Reading, Step
+from mllm.heads.base import HeadParts, Reading, Step, head_losses, lay_targets
 from mllm.heads.build import build_heads, drawing_head
 from mllm.heads.codes.settings import DrawingMixin
 from mllm.heads.probability import ProbabilityMixin
 from mllm.heads.segmentation.answer import SegmentationMixin
-from mllm.heads.steps import head_losses, lay_targets
 from mllm.models.configuration_mllm import MllmConfig, head_settings
 from mllm.models.encoder_losses import encoder_losses_of_step
 from mllm.models.generation import MultimodalGenerationMixin

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mllm.heads import HEADS
-from mllm.heads.base import Head, HeadLoss, HeadParts, Reading, Step
+from mllm.heads.base import TARGET, Head, HeadLoss, HeadParts, Reading, Step, head_losses, lay_targets
 from mllm.heads.build import head_config, head_tokens, resolved_heads
-from mllm.heads.steps import TARGET, head_losses, lay_targets
 from mllm.testing.running import run_checks
 from mllm.types import VisionFeatures
 
@@ -54,12 +53,6 @@ class TinyModel(nn.Module):
 
     def embed_tokens(self, input_ids: Tensor) -> Tensor:
         return self.embeddings(input_ids)
-
-    @property
-    def code_offsets(self) -> Tensor:
-        from mllm.heads.codes.grammar import vocabulary_offsets
-
-        return vocabulary_offsets(self.visual_config, self.image_tokenizer)
 
     def is_visual(self, input_ids: Tensor) -> Tensor:
         return torch.zeros_like(input_ids, dtype=torch.bool)

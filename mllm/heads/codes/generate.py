@@ -20,8 +20,7 @@ from mllm.processing.layout import IMAGE_SIZES, expand
 from mllm.processing.protocol import Processor, TextTokenizer
 from mllm.processing.visual_span import VisualSpan
 from mllm.types import IMAGE_MARK, Turn, VisualCodes
-from mllm.visual_tokenizers.base import VisualTokenizer, as_unit_range
-from mllm.visual_tokenizers.sequence import code_blocks, unpack_codes
+from mllm.visual_tokenizers.sequence import code_blocks, decode_packed, unpack_codes
 
 
 @dataclass
@@ -254,12 +253,6 @@ def generate_images(
 
 
 @torch.no_grad()
-def decode_packed(tokenizer: VisualTokenizer, packed: Tensor) -> Tensor:
-    """Packed codes ``(B, S)`` → pixels ``(B, 3, H, W)`` in [0, 1]. Raises `AlignmentError` for another length and
-    `ConfigError` for ids out of range."""
-    return as_unit_range(tokenizer.decode(unpack_codes(tokenizer, packed)))
-
-
 # Text and images -------------------------------------------------------------------------------------------------------
 
 

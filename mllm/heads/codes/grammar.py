@@ -13,8 +13,7 @@ from mllm.heads.build import head_config
 from mllm.heads.codes.configs import CodeHeadConfig, VocabularyHeadConfig
 from mllm.processing.visual_span import VisualSpan
 from mllm.visual_tokenizers.base import VisualTokenizer
-from mllm.visual_tokenizers.grammar import ImageGrammar, Level
-from mllm.visual_tokenizers.sequence import code_blocks
+from mllm.visual_tokenizers.sequence import ImageGrammar, Level, code_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig
 from mllm.errors import ConfigError
 from mllm.heads.base import MultimodalModel
 from mllm.heads.build import drawing_head
-from mllm.heads.codes.grammar import image_grammar, never_written, visual_tokens, vocabulary_offsets
-from mllm.visual_tokenizers.grammar import ImageGrammarProcessor, NeverWritten
+from mllm.heads.codes.grammar import image_grammar, never_written, visual_tokens
+from mllm.visual_tokenizers.sequence import ImageGrammarProcessor, NeverWritten
 
 VLLM_PROCESSOR = "mllm.serve.vllm.logits_processor:DrawingProcessor"
 """For vLLM's ``logits_processors``: the image grammar of a model with a visual head, and its drawings. It knows vLLM's first model
@@ -69,11 +69,6 @@ class DrawingMixin:
         if self._grammar is None:
             self._grammar = image_grammar(self.visual_config, self.image_tokenizer)
         return self._grammar
-
-    @property
-    def code_offsets(self) -> Tensor:
-        """``(S,)``: packed code s is the id ``offset[s] + code`` (vocabulary head)."""
-        return vocabulary_offsets(self.visual_config, self.image_tokenizer)
 
     def is_visual(self, input_ids: Tensor) -> Tensor:
         """Which of input_ids ``(B, T)`` stand for an image, read or drawn."""

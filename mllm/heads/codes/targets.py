@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mllm.errors import AlignmentError, ConfigError
 from mllm.heads.base import HeadLoss, HeadModel, MultimodalModel, Step
+from mllm.heads.codes.grammar import vocabulary_offsets
 from mllm.processing.chat import IGNORE
 from mllm.visual_tokenizers.base import VisualTokenizer
 from mllm.visual_tokenizers.next_scale import next_scale_mask
@@ -141,7 +142,7 @@ def first_of_sample(starts: Tensor, mask: Tensor | None, position_ids: Tensor | 
 
 def _write_vocabulary(model: HeadModel, drawn: DrawnImages, places: Tensor) -> None:
     """Codes as ids in the placeholders, and for each codebook the labels of its codes."""
-    offsets = model.code_offsets.to(drawn.codes.device)
+    offsets = vocabulary_offsets(model.visual_config, model.image_tokenizer).to(drawn.codes.device)
     ids = drawn.codes + offsets
     rows, columns = places[..., 0], places[..., 1]
     drawn.input_ids = drawn.input_ids.clone()

@@ -20,10 +20,11 @@ from torch import Tensor
 from mllm.config import StrictModel
 from mllm.errors import ConfigError, MllmError, UnavailableError
 from mllm.heads.codes.build import resolved_settings
-from mllm.heads.codes.generate import decode_packed, to_pil
+from mllm.heads.codes.generate import to_pil
 from mllm.models.weight_files import present_name, published_renamings, read_part
 from mllm.serve.images.requests import BrokenDrawing, DrawingPlan
 from mllm.visual_tokenizers.base import VisualTokenizer, build_tokenizer
+from mllm.visual_tokenizers.sequence import decode_packed
 
 if TYPE_CHECKING:
     from mllm.models.configuration_mllm import MllmConfig

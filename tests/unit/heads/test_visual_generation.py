@@ -12,13 +12,14 @@ from PIL import Image
 
 from mllm.errors import AlignmentError, ConfigError
 from mllm.heads.base import Step
-from mllm.heads.codes.generate import decode_packed, read_interleaved
+from mllm.heads.codes.generate import read_interleaved
+from mllm.heads.codes.grammar import vocabulary_offsets
 from mllm.heads.codes.targets import lay_images
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.processing.chat import render_prompt
 from mllm.processing.processor import MllmProcessor
 from mllm.types import IMAGE_MARK, Turn
-from mllm.visual_tokenizers.sequence import code_blocks
+from mllm.visual_tokenizers.sequence import code_blocks, decode_packed
 from tests.helpers import picture
 from tests.unit.heads.drawing_models import PAIRS, PROMPTS, batch, draw_sample, drawing_model, one, read_sample
 
@@ -46,7 +47,7 @@ def teacher_forced(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         places = (inputs["input_ids"][0] == model.visual_config.tokens["code"]).nonzero().flatten()
         for block in code_blocks(tokenizer):
             for place in range(block.start, block.start + block.number):
-                first = int(model.code_offsets[place])
+                first = int(vocabulary_offsets(model.visual_config, model.image_tokenizer)[place])
                 best[place] = logits[places[place] - 1, first : first + block.size].argmax()
         return best
     step = Step(inputs["input_ids"], inputs["labels"], inputs["attention_mask"])

@@ -8,7 +8,6 @@ import torch
 from mllm.errors import AlignmentError, ConfigError
 from mllm.types import VisualCodes
 from mllm.visual_tokenizers.base import build_tokenizer
-from mllm.visual_tokenizers.grammar import ImageGrammar, ImageGrammarProcessor, Level
 from mllm.visual_tokenizers.heads import DepthTransformer, DepthTransformerConfig, GenerationHead
 from mllm.visual_tokenizers.next_scale import decode_sum, generate_next_scale, next_scale_inputs, next_scale_mask
 from mllm.visual_tokenizers.sampling import (
@@ -17,6 +16,7 @@ from mllm.visual_tokenizers.sampling import (
     next_scale_guidance,
     sample,
 )
+from mllm.visual_tokenizers.sequence import ImageGrammar, ImageGrammarProcessor, Level
 from tests.unit.visual_tokenizers.test_tokenizer_networks import renamed
 from tests.unit.visual_tokenizers.tokenizer_configs import TINY
 
