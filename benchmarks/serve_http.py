@@ -1,6 +1,6 @@
 """What of the engine's speed is left over HTTP? One call on a machine with one GPU, at most nine minutes.
 
-    python benchmarks/serve_http.py [--budget 520] [--tiny] [--sections inside,default,llava,api1,api2,api4]
+    python benchmarks/serve_http.py [--budget 520] [--tiny] [--sections inside,default,llava,llava_inside,api1,…]
 
 The same 128 requests (`benchmarks/serve_h200.py`: one 640×480 picture, 336 px, 64 new tokens, all at once, caches off, random weights
 made on the GPU, no downloads) to
@@ -9,7 +9,10 @@ made on the GPU, no downloads) to
     default   `mllm serve` with as many processes for HTTP and pictures as it takes by itself; then the time to the first token with 1, 8,
               32 and 128 clients, and a soak of 45 s with 32 clients, one request in ten broken off, and the memory before and after it
     llava     vLLM's own LLaVA-7B behind vLLM's own server; then the same numbers of clients
+    llava_inside  the same LLaVA in process: what its own server costs it
     api1 …    `mllm serve` with so many of these processes
+
+All with CUDA graphs, as a user has them who sets nothing, and with the same number of tokens a step.
 
 Each is a process of its own, the most important first: one that would begin too late is left out, and says so. Prints a line of JSON for
 each, then the ratios (the goal is 0.9 of our own rate in process), and writes everything to ``benchmarks/results/serve_http_<date>.txt``
@@ -31,12 +34,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = {
-    "inside": "ours_eager",
-    "default": "served_eager_levels_soak",
-    "llava": "served_llava_eager_levels",
-    "api1": "served_eager_api1",
-    "api2": "served_eager_api2",
-    "api4": "served_eager_api4",
+    "inside": "ours_graphs",
+    "default": "served_graphs_levels_soak",
+    "llava": "served_llava_graphs_levels",
+    "llava_inside": "llava_graphs",
+    "api1": "served_graphs_api1",
+    "api2": "served_graphs_api2",
+    "api4": "served_graphs_api4",
 }
 
 

@@ -225,8 +225,9 @@ def serve(settings: ServeSettings) -> None:
 def http_processes(cores: int, gpus: int, max_pixels: int) -> int:
     """How many processes take requests and prepare their pictures before engines on ``gpus`` GPUs.
 
-    One prepares a 640×480 picture for two encoders in 13 ms of one core and answers beside it, under one lock of the interpreter: 28 to
-    30 requests a second where the engine does 40. Cores are left to the engine and a worker for each GPU; larger pictures take longer.
+    One process took 24 requests a second of a 640×480 picture for two encoders, two 25.6, four 27.4 (one H200, 7B;
+    `benchmarks/results/serve_http_h200.txt`); more were not tried. Cores are left to the engine and a worker for each
+    GPU; larger pictures take longer.
     """
     spare = cores - 1 - gpus
     wanted = 2 if max_pixels <= 1_000_000 else 4

@@ -29,6 +29,7 @@ from mllm.serve.http.state import FOLDER, ServerState
 ENVIRONMENT = "MLLM_SUPERVISOR"
 """Environment variable with `Supervisor`'s arguments as JSON."""
 _ERROR = re.compile(r"\b([A-Z]\w*(?:Error|Exception)): (.{1,500})")
+_QUIETER = re.compile(r"\b(?:WARNING|INFO|DEBUG) \d\d-\d\d \d\d:\d\d")  # a warning may name an error that it only fears
 _FOLLOWS = re.compile(r"Engine core initialization failed|See stack trace above|EngineDeadError|EngineCore encountered")
 _MOST_LOG, _MOST_ERRORS = 20 * 2**20, 10
 ENDING, LEAVING = 5.0, 8.0
@@ -121,7 +122,7 @@ class Supervisor:
         for line in lines:
             log.write(line)
             self.tail.append(line.rstrip()[:500])
-            found = _ERROR.search(line)
+            found = None if _QUIETER.search(line) else _ERROR.search(line)
             if found and not self.cause and not _FOLLOWS.search(line):
                 self.cause = f"{found.group(1)}: {found.group(2).strip()}"
             if self.verbose:

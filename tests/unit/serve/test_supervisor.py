@@ -124,7 +124,9 @@ def test_a_log_that_cannot_be_written_does_not_end_the_reading(capsys):
 
 
 def test_a_death_is_explained_by_its_cause_and_not_by_all_that_follows():
-    died = "import sys\nfor _ in range(5000): print('noise')\nprint('(Worker) ERROR ValueError: no room')\n"
+    died = "import sys\nfor _ in range(5000): print('noise')\n"
+    died += "print('(APIServer pid=7) WARNING 11-29 14:30:01 [utils.py:9] This can cause `OSError: [Errno 24] Too many open files`.')\n"
+    died += "print('(Worker) ERROR ValueError: no room')\n"
     died += "print('RuntimeError: Engine core initialization failed.')\nsys.exit(3)"
     with supervised([sys.executable, "-c", died], free_port()) as (process, _):
         shown = process.communicate(timeout=30)[1]
