@@ -1,7 +1,8 @@
 """How do transformers' Auto classes learn of ours without ``import mllm`` loading torch, and how is its import kept short?
 
-The one place that reaches into other packages while they are imported: Auto classes are wrapped once they are there, and
-transformers' assisted decoding gets scikit-learn at the first use instead of at every start (3 of 16 s of processor time).
+The one place that reaches into other packages while they are imported: Auto classes are wrapped once they are there,
+transformers' assisted decoding gets scikit-learn at the first use instead of at every start (3 of 16 s of processor time), and
+timm's log of its own training gets wandb likewise, which is most of timm's import.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 Loader = Callable[[ModuleType], None]
@@ -23,6 +24,7 @@ _ENTRANCES = {
     "transformers.models.auto.image_processing_auto": "AutoImageProcessor",
 }
 _ASSISTED = "transformers.generation.candidate_generator"
+_TIMMS_LOG = "timm.utils.summary"
 
 
 def arm() -> None:
@@ -36,6 +38,8 @@ def arm() -> None:
             waiting[module] = partial(_with_our_classes, name)
     if _ASSISTED not in sys.modules:
         waiting[_ASSISTED] = _without_sklearn
+    if _TIMMS_LOG not in sys.modules:
+        waiting[_TIMMS_LOG] = _without_wandb
     if waiting:
         sys.meta_path.insert(0, _DuringImport(waiting))
 
@@ -79,6 +83,25 @@ def _roc_curve(*arguments: Any, **options: Any) -> Any:
     from sklearn.metrics import roc_curve
 
     return roc_curve(*arguments, **options)
+
+
+def _without_wandb(execute: Loader, module: ModuleType) -> None:
+    """Execute timm's log as if wandb were absent, and hand it one that is imported when something is logged."""
+    if "wandb" in sys.modules or importlib.util.find_spec("wandb") is None:
+        execute(module)
+        return
+    sys.modules["wandb"] = None  # type: ignore[assignment]
+    try:
+        execute(module)
+    finally:
+        del sys.modules["wandb"]
+    module.wandb = SimpleNamespace(log=_log_to_wandb)  # type: ignore[attr-defined]
+
+
+def _log_to_wandb(*arguments: Any, **options: Any) -> None:
+    import wandb
+
+    wandb.log(*arguments, **options)
 
 
 class _DuringImport(importlib.abc.MetaPathFinder):

@@ -10,7 +10,6 @@ from mllm.errors import ConfigError
 from mllm.heads import HEADS
 from mllm.heads.base import HeadParts
 from mllm.heads.build import head_configs
-from mllm.heads.segmentation.head import SegmentationHead
 from mllm.processing.segments import SegmentSpec
 
 if TYPE_CHECKING:
@@ -19,9 +18,12 @@ if TYPE_CHECKING:
 
 def segmentation_heads(heads: Any) -> list[str]:
     """Names of the heads that answer with masks."""
-    return [
-        name for name, config in head_configs(heads).items() if issubclass(HEADS.get(config.type), SegmentationHead)
-    ]
+    configs = head_configs(heads)
+    if not configs:
+        return []  # most models: they wait for none of the libraries of decoders
+    from mllm.heads.segmentation.head import SegmentationHead
+
+    return [name for name, config in configs.items() if issubclass(HEADS.get(config.type), SegmentationHead)]
 
 
 def segment_spec(config: PreTrainedConfig) -> SegmentSpec | None:
@@ -42,7 +44,7 @@ def segment_spec(config: PreTrainedConfig) -> SegmentSpec | None:
             f"model.heads.{names[0]}.encoder: {head.encoder!r} is an expert, which does not see every picture"
         )
     with torch.device("meta"):  # raises for a decoder that does not fit
-        SegmentationHead(head, HeadParts(config.get_text_config().hidden_size, infos))
+        HEADS.get(head.type)(head, HeadParts(config.get_text_config().hidden_size, infos))
     image = infos[head.encoder].image
     return SegmentSpec(
         token=head.token,
