@@ -11,6 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
+from mllm.cli.stopped import KEPT
+from mllm.errors import Interrupted
+
 Plugin = Annotated[
     list[str] | None,
     typer.Option(
@@ -53,18 +56,20 @@ Hostfile = Annotated[
 ]
 
 
-def add_common_options(app: typer.Typer) -> None:
+def add_common_options(app: typer.Typer, group: str = "") -> None:
     """Give every command of ``app`` and of its groups the options; plug-ins are known, and other libraries quiet, before the command
-    begins. A command with a ``verbose`` of its own keeps that."""
+    begins, and Ctrl-C says what is kept. A command with a ``verbose`` of its own keeps that. group: the words before a command's name."""
     for command in app.registered_commands:
         if command.callback is not None:
-            command.callback = _with_common(command.callback)
-    for group in app.registered_groups:
-        if group.typer_instance is not None:
-            add_common_options(group.typer_instance)
+            name = command.name or command.callback.__name__.replace("_", "-")
+            command.callback = _with_common(command.callback, f"{group} {name}".strip())
+    for each in app.registered_groups:
+        if each.typer_instance is not None:
+            name = each.name or each.typer_instance.info.name
+            add_common_options(each.typer_instance, f"{group} {name}".strip())
 
 
-def _with_common(command: Callable[..., Any]) -> Callable[..., Any]:
+def _with_common(command: Callable[..., Any], name: str) -> Callable[..., Any]:
     signature = inspect.signature(command, eval_str=True)
     common = {"plugin": (Plugin, None)} | ({} if "verbose" in signature.parameters else {"verbose": (Verbose, False)})
 
@@ -76,9 +81,12 @@ def _with_common(command: Callable[..., Any]) -> Callable[..., Any]:
         given = {name: kwargs.pop(name, default) for name, (_, default) in common.items()}
         if given.get("verbose"):
             os.environ[VERBOSE] = "1"
-        hush()
-        use_plugins(given["plugin"] or [])
-        return command(*args, **kwargs)
+        try:
+            hush()
+            use_plugins(given["plugin"] or [])
+            return command(*args, **kwargs)
+        except KeyboardInterrupt:  # click ends such a command without a word
+            raise Interrupted(KEPT[name]) from None
 
     options = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)

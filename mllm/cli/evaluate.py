@@ -100,7 +100,7 @@ def run(
 
     [dim]mllm eval run CKPT --tasks charts --data chartqa=/data/ChartQA --processes 8 --dtype bfloat16[/]
     """
-    from mllm.errors import ConfigError, Interrupted
+    from mllm.errors import ConfigError
     from mllm.eval.generators import GENERATORS
 
     arguments.one_of(generator, GENERATORS, "--generator")
@@ -129,35 +129,32 @@ def run(
 
     if blind_as not in ("gray", "none"):
         raise ConfigError(f"--blind-as {blind_as}: expected gray or none")
-    try:
-        run_eval(
-            checkpoint,
-            listed(tasks) or [],
-            EvalSettings(
-                output_dir=output or (Path("runs/eval") / Path(checkpoint).name if generator == "openai" else None),
-                limit=limit,
-                ids=listed(ids),
-                batch_size=batch_size,
-                blind=blind_as if blind else False,  # type: ignore[arg-type]
-                check_batch=check_batch,
-                resume=resume,
-                data_dirs=folders(data),
-                dtype=dtype,
-                device=device,
-                generator=generator,
-                base_url=base_url,
-                concurrency=concurrency,
-                picture_cache=picture_cache,
-                earlier=earlier or (),
-                price=price,
-                cache_dir=cache,
-                overrides=overrides or (),
-                strict=strict,
-                processes=processes,
-            ),
-        )
-    except KeyboardInterrupt:
-        raise Interrupted("the answers so far are kept; the same command goes on where it was") from None
+    run_eval(
+        checkpoint,
+        listed(tasks) or [],
+        EvalSettings(
+            output_dir=output or (Path("runs/eval") / Path(checkpoint).name if generator == "openai" else None),
+            limit=limit,
+            ids=listed(ids),
+            batch_size=batch_size,
+            blind=blind_as if blind else False,  # type: ignore[arg-type]
+            check_batch=check_batch,
+            resume=resume,
+            data_dirs=folders(data),
+            dtype=dtype,
+            device=device,
+            generator=generator,
+            base_url=base_url,
+            concurrency=concurrency,
+            picture_cache=picture_cache,
+            earlier=earlier or (),
+            price=price,
+            cache_dir=cache,
+            overrides=overrides or (),
+            strict=strict,
+            processes=processes,
+        ),
+    )
 
 
 def _show_plan(

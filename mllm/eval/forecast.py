@@ -66,7 +66,7 @@ class Forecast:
         if left > 0:
             cost = self._cost(each * left / self._processes)
             unknown = sum(size is None for size in self._sizes.values())
-            more = f", and {unknown} tasks of unknown size" if unknown else ""
+            more = f", and {unknown} task{'s' if unknown > 1 else ''} of unknown size" if unknown else ""
             self._tell(
                 f"{each:.2g} s an answer, measured on the first {self._answered}; {cost} for the {left:,} left{more}"
             )

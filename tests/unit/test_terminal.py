@@ -4,15 +4,18 @@ checkpoint?"""
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer.main
 import yaml
 from typer.testing import CliRunner
 
 from mllm.cli.main import app, main
+from mllm.cli.stopped import KEPT
 from mllm.cli.tables import show, table
 from mllm.config import described_schema
 from mllm.errors import ConfigError, Interrupted
@@ -124,6 +127,29 @@ def test_ctrl_c_says_what_is_saved_and_how_to_go_on(
         main()
     assert ended.value.code == 130
     assert capsys.readouterr().err.splitlines()[-1].startswith("stopped: stage pretrain is saved up to step 120")
+
+
+def test_every_command_says_what_is_kept_when_it_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def names(command: Any, words: list[str]) -> Iterator[str]:
+        for name, each in getattr(command, "commands", {}).items():
+            yield from names(each, [*words, name])
+        if not hasattr(command, "commands"):
+            yield " ".join(words)
+
+    assert set(names(typer.main.get_command(app), [])) == set(KEPT)
+
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mllm.plugins.use_plugins", stopped)
+    monkeypatch.setattr("sys.argv", ["mllm", "eval", "leaderboard", "a", "b"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    told = capsys.readouterr().err.strip().splitlines()
+    assert told == ["stopped: its result is not written; the same command begins again"]
 
 
 @pytest.mark.parametrize("width", ["40", "80"])
