@@ -7,8 +7,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from mllm.errors import MllmError
 from mllm.eval.metrics import METRICS, Metric, Score, Scored, build_metric
+from mllm.eval.report.tallies import Tallies
 from mllm.testing.running import run_checks
 
 _REPLIES = (
@@ -93,6 +96,21 @@ def check_aggregate(metric: Metric, example: Example) -> None:
     )
 
 
+def check_counts(metric: Metric, example: Example) -> None:
+    """Where a metric tells what a sample adds to its headline, that adds up to what `aggregate` gives."""
+    target, meta = example
+    items = [Scored(str(k), metric.score(reply, target, meta), target, meta) for k, reply in enumerate(_REPLIES)]
+    if metric.is_mean or metric.counts(items[0]) is None:
+        return
+    tallies = Tallies(metric)
+    for item in items:
+        tallies.append(item)
+    drawn = tallies.taken(np.zeros(len(items), dtype=np.int64))
+    assert drawn is not None, "counts gives None for some samples and numbers for others"
+    told, whole = drawn.headline(), metric.aggregate(items)["score"]
+    assert math.isclose(told, whole, rel_tol=1e-9, abs_tol=1e-9), f"counts give the headline {told}, aggregate {whole}"
+
+
 def check_time(metric: Metric, example: Example, *, sizes: tuple[int, ...] = (10_000, 100_000)) -> None:
     """Scoring takes time in proportion to a reply's length, whatever it is made of. sizes: characters, tried in this order."""
     metric.score("5", *example)  # imports are not the metric's time
@@ -114,6 +132,7 @@ CHECKS: tuple[Callable[[Metric, Example], None], ...] = (
     check_words,
     check_odd_replies,
     check_aggregate,
+    check_counts,
     check_time,
 )
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Score:
@@ -92,6 +94,40 @@ class Metric:
         several = {"macro": mean(list(categories.values())), **categories} if len(categories) > 1 else {}
         return {"score": self.scale * mean(item.value for item in items)} | several
 
+    def counts(self, item: Scored) -> tuple[str, tuple[float, ...]] | None:
+        """What a sample adds to the headline, for a total that is no mean: with it a bootstrap of a million answers adds up numbers,
+        without it every draw calls `aggregate`.
+
+        Args:
+            item: one scored sample.
+
+        Returns:
+            (the part whose counts stand apart, the counts: equally many for every sample); None where the metric has no such form.
+        """
+        return None
+
+    def joined(self, sums: np.ndarray) -> np.ndarray:
+        """What whole groups of `group_key` add to the headline.
+
+        Args:
+            sums: ``(groups, k)``, each group's sums of `counts`.
+
+        Returns:
+            ``(groups, j)``, here the sums themselves.
+        """
+        return sums
+
+    def headline(self, parts: np.ndarray) -> float:
+        """The headline that `aggregate` gives.
+
+        Args:
+            parts: ``(parts, j)``, each part's sums of `joined`; a row of zeros is a part that does not occur.
+
+        Returns:
+            It, in the metric's `unit`.
+        """
+        raise NotImplementedError
+
     @cached_property
     def label(self) -> str:
         """Name, options and version, as printed beside a number."""
@@ -108,13 +144,51 @@ def mean(values: Iterable[float]) -> float:
     Returns:
         The mean; NaN when there is none.
     """
-    total, count = 0.0, 0
+    whole = Mean()
     for value in values:
-        total, count = total + value, count + 1
-    return total / count if count else float("nan")
+        whole.append(value)
+    return whole.value
 
 
-def group_means(items: Sequence[Scored], key: str, scale: float) -> dict[str, float]:
+class Mean:
+    """An arithmetic mean told value by value: a million values fit in no list."""
+
+    __slots__ = ("count", "total")
+
+    def __init__(self) -> None:
+        self.count, self.total = 0, 0.0
+
+    def append(self, value: float) -> None:
+        """One more value.
+
+        Args:
+            value: it, added to the sum.
+        """
+        self.count, self.total = self.count + 1, self.total + value
+
+    @property
+    def value(self) -> float:
+        """The mean so far; NaN of none."""
+        return self.total / self.count if self.count else float("nan")
+
+
+def means_by(pairs: Iterable[tuple[str, float]], scale: float) -> dict[str, float]:
+    """Means by name.
+
+    Args:
+        pairs: (name, value), walked through once.
+        scale: what every mean is multiplied by.
+
+    Returns:
+        Name → ``scale`` × mean, in order of first appearance.
+    """
+    means: dict[str, Mean] = {}
+    for name, value in pairs:
+        means.setdefault(name, Mean()).append(value)
+    return {name: scale * each.value for name, each in means.items()}
+
+
+def group_means(items: Iterable[Scored], key: str, scale: float) -> dict[str, float]:
     """Means by group.
 
     Args:
@@ -125,9 +199,17 @@ def group_means(items: Sequence[Scored], key: str, scale: float) -> dict[str, fl
     Returns:
         Group → ``scale`` × mean, in order of first appearance.
     """
-    groups: dict[str, tuple[float, int]] = {}  # sums: a million values fit in no list
-    for item in items:
-        if item.meta.get(key) is not None:
-            total, count = groups.get(str(item.meta[key]), (0.0, 0))
-            groups[str(item.meta[key])] = total + item.value, count + 1
-    return {name: scale * (total / count) for name, (total, count) in groups.items()}
+    return means_by(((str(name), item.value) for item in items if (name := item.meta.get(key)) is not None), scale)
+
+
+def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Element by element, 0 where the denominator is.
+
+    Args:
+        above: numerators.
+        below: denominators, of the same shape.
+
+    Returns:
+        ``above / below``.
+    """
+    return np.divide(above, below, out=np.zeros(np.broadcast(above, below).shape), where=below != 0)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from mllm.eval.metrics.base import Metric, Score, Scored, group_means, mean
+from mllm.eval.metrics.groups import all_right, as_samples, whole_groups
 from mllm.eval.metrics.relaxed import strict_match
 from mllm.eval.metrics.text import collapse, plain_float, references
 from mllm.eval.metrics.yes_no import gold_yes
@@ -46,31 +51,51 @@ class ChartBench(Metric):
                     return Score(1.0, answer, "number within 5%")
         return Score(0.0, answer, "different") if answer else Score(None, "", "empty")
 
+    def counts(self, item: Scored) -> tuple[str, tuple[float, ...]]:
+        right, paired = float(item.value == 1), float(_paired(item))
+        return "", (paired, paired * right, 1 - paired, (1 - paired) * item.value)
+
+    def joined(self, sums: np.ndarray) -> np.ndarray:
+        asked, right, numbers, near = sums.T
+        pairs = asked == 2
+        return np.stack([pairs + numbers, (pairs & (right == 2)) + near, np.ones(len(sums))], axis=1)
+
+    def headline(self, parts: np.ndarray) -> float:
+        counted, right, samples = parts.sum(axis=0)
+        return float(self.scale * right / counted) if counted else (0.0 if samples else float("nan"))
+
     def aggregate(self, items: Sequence[Scored]) -> dict[str, float]:
-        pairs: dict[str, list[Scored]] = {}
-        numbers = [item for item in items if item.meta.get("kind") != "Acc+"]
+        pairs = whole_groups((item for item in items if _paired(item)), "pair", noted=_noted, alone=True)
+        whole = {name: pair for name, pair in pairs.items() if pair.size == 2}
+        said: dict[str, int] = {}  # one bit for each answer that was given: both the same leave one
         for item in items:
-            if item.meta.get("kind") == "Acc+":
-                pairs.setdefault(str(item.meta.get("pair")), []).append(item)
-        whole = [pair for pair in pairs.values() if len(pair) == 2]
-        plus = [
-            Scored(pair[0].id, Score(float(all(item.value == 1 for item in pair))), None, pair[0].meta)
-            for pair in whole
-        ]
-        same = [float(len({item.score.parts.get("said_yes") for item in pair}) == 1) for pair in whole]
-        joined = [*plus, *numbers]
-        result = {
-            "score": self.scale * mean([item.value for item in joined]) if joined else (0.0 if items else float("nan"))
-        }
+            if _paired(item) and (name := str(item.meta.get("pair", item.id))) in whole:
+                said[name] = said.get(name, 0) | _BITS[item.score.parts.get("said_yes")]
+        numbers = mean(item.value for item in items if not _paired(item))
+
+        def joined() -> Iterator[Scored]:
+            return itertools.chain(as_samples(whole), (item for item in items if not _paired(item)))
+
+        total = self.scale * mean(item.value for item in joined())
+        result = {"score": 0.0 if items and math.isnan(total) else total}
         if whole:
-            result |= {
-                "acc_plus": self.scale * mean([item.value for item in plus]),
-                "confused": self.scale * mean(same),
-            }
-        if numbers:
-            result["nqa"] = self.scale * mean([item.value for item in numbers])
+            result["acc_plus"] = self.scale * mean(all_right(whole))
+            result["confused"] = self.scale * mean(float(bits.bit_count() == 1) for bits in said.values())
+        if not math.isnan(numbers):
+            result["nqa"] = self.scale * numbers
         result["odd_pairs"] = float(len(pairs) - len(whole))
-        return result | group_means(joined, "category", self.scale) | group_means(joined, "chart", self.scale)
+        return result | group_means(joined(), "category", self.scale) | group_means(joined(), "chart", self.scale)
+
+
+_BITS = {None: 1, 0.0: 2, 1.0: 4}
+
+
+def _paired(item: Scored) -> bool:
+    return item.meta.get("kind") == "Acc+"
+
+
+def _noted(meta: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: meta.get(key) for key in ("category", "chart")}
 
 
 class EvoChart(Metric):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mllm.eval.metrics.base import Scored, group_means, mean
-from mllm.eval.metrics.letters import Letter
+from mllm.eval.metrics.groups import WholeGroups, all_right, as_samples, whole_groups
 
 
-class MmBenchCircular(Letter):
+class MmBenchCircular(WholeGroups):
     """Rows of one question share ``meta.group`` (the index modulo a million) and differ in ``meta.pass`` (0 = original
     order).
 
@@ -18,23 +19,23 @@ class MmBenchCircular(Letter):
 
     name = "mmbench_circular"
     version = "2"
-    group_key = "group"
     protocol = (
         "MMBench circular: a question is right only if every order of its options is answered right (our letter rule)"
     )
-    is_mean = False
 
     def aggregate(self, items: Sequence[Scored]) -> dict[str, float]:  # type: ignore[override]
-        groups: dict[str, list[Scored]] = {}
-        for item in items:
-            groups.setdefault(str(item.meta.get("group", item.id)), []).append(item)
-        first = [item.value for item in items if not int(item.meta.get("pass") or 0)]
-        whole = [float(all(item.value == 1 for item in group)) for group in groups.values()]
-        short = sum(len(group) < len(group[0].meta.get("options") or ()) for group in groups.values())
-        result = {"score": self.scale * mean(whole), "vanilla": self.scale * mean(first), "groups": float(len(groups))}
+        groups = whole_groups(items, "group", noted=_noted, alone=True)
+        first = (item.value for item in items if not int(item.meta.get("pass") or 0))
+        short = sum(group.size < group.meta["passes"] for group in groups.values())
+        result = {
+            "score": self.scale * mean(all_right(groups)),
+            "vanilla": self.scale * mean(first),
+            "groups": float(len(groups)),
+        }
         result["incomplete_groups"] = float(short)
-        by_group = [
-            Scored(name, group[0].score.__class__(value), None, group[0].meta)
-            for (name, group), value in zip(groups.items(), whole)
-        ]
-        return result | group_means(by_group, "l2_category", self.scale) | group_means(by_group, "category", self.scale)
+        parts = (group_means(as_samples(groups), key, self.scale) for key in ("l2_category", "category"))
+        return result | next(parts) | next(parts)
+
+
+def _noted(meta: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: meta.get(key) for key in ("l2_category", "category")} | {"passes": len(meta.get("options") or ())}

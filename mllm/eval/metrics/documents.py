@@ -114,5 +114,5 @@ class SlideVqa(Metric):
         return best
 
     def aggregate(self, items: Sequence[Scored]) -> dict[str, float]:
-        exact = self.scale * mean([item.score.parts.get("em", 0.0) for item in items])
+        exact = self.scale * mean(item.score.parts.get("em", 0.0) for item in items)
         return super().aggregate(items) | {"em": exact}

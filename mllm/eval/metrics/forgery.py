@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mllm.errors import DataError
-from mllm.eval.metrics.base import Metric, Score, Scored, mean
+from mllm.eval.metrics.base import Mean, Metric, Score, Scored
 from mllm.eval.metrics.text import references, rouge_l, tagged
 
 
@@ -48,16 +48,21 @@ class Mmfr(Metric):
         return Score(float(verdict == gold), verdict, "conclusion", parts)
 
     def aggregate(self, items: Sequence[Scored]) -> dict[str, float]:
-        read = [item for item in items if item.score.value is not None]
-        result = super().aggregate(items) | {"failures": self.scale * (1 - len(read) / len(items)) if items else 0.0}
-        if read:
-            result["accuracy_of_read"] = self.scale * mean([item.value for item in read])
-            for name in ("bleu_1", "rouge_l"):
-                values = [item.score.parts[name] for item in read if name in item.score.parts]
-                result |= {name: self.scale * mean(values)} if values else {}
-        for kind in ("real", "fake"):
-            values = [item.value for item in items if references(item.target)[0].lower() == kind]
-            result |= {kind: self.scale * mean(values)} if values else {}
+        read, counted = Mean(), 0
+        words, kinds = {"bleu_1": Mean(), "rouge_l": Mean()}, {"real": Mean(), "fake": Mean()}
+        for item in items:
+            counted += 1
+            kinds[references(item.target)[0].strip().lower()].append(item.value)
+            if item.score.value is not None:
+                read.append(item.value)
+                for name, total in words.items():
+                    if name in item.score.parts:
+                        total.append(item.score.parts[name])
+        result = super().aggregate(items) | {"failures": self.scale * (1 - read.count / counted) if counted else 0.0}
+        if read.count:
+            result["accuracy_of_read"] = self.scale * read.value
+        told = (words | kinds).items()
+        result |= {name: self.scale * total.value for name, total in told if total.count}
         return result | {"average_precision": self.scale * _hard_precision(items)}
 
 

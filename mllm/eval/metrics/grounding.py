@@ -84,4 +84,4 @@ class BoxIou(Metric):
         overlaps = [float(item.score.parts.get("iou", 0.0)) for item in items]
         result = super().aggregate(items) | {"iou": self.scale * mean(overlaps)}
         result |= {f"acc@{t}": self.scale * mean([float(iou >= t) for iou in overlaps]) for t in _THRESHOLDS}
-        return result | {"center": self.scale * mean([float(item.score.parts.get("center", 0.0)) for item in items])}
+        return result | {"center": self.scale * mean(float(item.score.parts.get("center", 0.0)) for item in items)}

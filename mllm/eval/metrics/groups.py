@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from mllm.errors import DataError
 from mllm.eval.metrics.base import Metric, Score, Scored, group_means, mean
@@ -12,22 +14,75 @@ from mllm.eval.metrics.letters import Letter, gold_letters, option_texts
 from mllm.eval.metrics.yes_no import gold_yes
 
 
-def whole_groups(items: Sequence[Scored], key: str) -> dict[str, list[Scored]]:
-    """Samples by ``meta[key]``, in order of first appearance. Raises `DataError` for a sample without it."""
-    groups: dict[str, list[Scored]] = {}
+class Group:
+    """Samples that are scored together, of which neither is kept. meta: what was noted of the first one's."""
+
+    __slots__ = ("meta", "right", "size")
+
+    def __init__(self, meta: Mapping[str, Any]):
+        self.size, self.right, self.meta = 0, True, meta
+
+    def append(self, item: Scored) -> None:
+        """One more sample."""
+        self.size, self.right = self.size + 1, self.right and item.value == 1
+
+
+def whole_groups(
+    items: Iterable[Scored],
+    key: str,
+    *,
+    noted: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda meta: {},
+    alone: bool = False,
+) -> dict[str, Group]:
+    """Samples by ``meta[key]``, in order of first appearance. noted: what is remembered of the ``meta`` of each group's first sample;
+    alone: a sample without the key is a group by itself, else raises `DataError`."""
+    groups: dict[str, Group] = {}
+    known: dict[str, Mapping[str, Any]] = {}
     for item in items:
-        if item.meta.get(key) is None:
+        name = item.meta.get(key)
+        if name is None and not alone:
             raise DataError(f"sample {item.id}: this metric joins samples by meta.{key}, which it has not")
-        groups.setdefault(str(item.meta[key]), []).append(item)
+        name = str(item.id if name is None else name)
+        if name not in groups:
+            meta = noted(item.meta)
+            groups[name] = Group(known.setdefault(repr(meta), meta))  # what groups have in common is there once
+        groups[name].append(item)
     return groups
 
 
-def all_right(groups: Mapping[str, Sequence[Scored]]) -> list[float]:
+def category_of(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The category alone."""
+    return {"category": meta.get("category")}
+
+
+def all_right(groups: Mapping[str, Group]) -> list[float]:
     """1 for each group whose every sample is right, else 0."""
-    return [float(all(item.value == 1 for item in group)) for group in groups.values()]
+    return [float(group.right) for group in groups.values()]
 
 
-class LetterGroups(Letter):
+def as_samples(groups: Mapping[str, Group]) -> Iterator[Scored]:
+    """Each group as one sample, right or wrong."""
+    return (Scored(name, Score(float(group.right)), None, group.meta) for name, group in groups.items())
+
+
+class WholeGroups(Letter):
+    """Our letter rule where a group is right when all of it is: what its total is drawn from."""
+
+    group_key = "group"
+    is_mean = False
+
+    def counts(self, item: Scored) -> tuple[str, tuple[float, ...]]:
+        return "", (1.0, float(item.value == 1))
+
+    def joined(self, sums: np.ndarray) -> np.ndarray:
+        return np.stack([np.ones(len(sums)), sums[:, 0] == sums[:, 1]], axis=1)
+
+    def headline(self, parts: np.ndarray) -> float:
+        groups, right = parts.sum(axis=0)
+        return float(self.scale * right / groups) if groups else float("nan")
+
+
+class LetterGroups(WholeGroups):
     """Our letter rule; a group of samples (``meta.group``) is right when all of it is.
 
     size: how many samples a whole group has; ``incomplete_groups`` counts those that have another number (a limited run, a
@@ -35,30 +90,24 @@ class LetterGroups(Letter):
     """
 
     name = "letter_groups"
-    group_key = "group"
     protocol = "our letter rule; a group (a pair of pictures, all orders of the options) is right when all of it is"
-    is_mean = False
     example = ("A", {"options": ["red", "blue"], "group": "0"})
 
     def __init__(self, size: int | None = None, also: Sequence[str] = ()):
         self.size, self.also = size, list(also)
 
     def aggregate(self, items: Sequence[Scored]) -> dict[str, float]:
-        groups = whole_groups(items, "group")
+        groups = whole_groups(items, "group", noted=category_of)
         result = {
             "score": self.scale * mean(all_right(groups)),
-            "accuracy": self.scale * mean([i.value for i in items]),
+            "accuracy": self.scale * mean(item.value for item in items),
         }
         result["groups"] = float(len(groups))
         if self.size is not None:
-            result["incomplete_groups"] = float(sum(len(group) != self.size for group in groups.values()))
+            result["incomplete_groups"] = float(sum(group.size != self.size for group in groups.values()))
         for key in self.also:
             result[key] = self.scale * mean(all_right(whole_groups(items, key)))
-        joined = [
-            Scored(name, Score(value), None, group[0].meta)
-            for (name, group), value in zip(groups.items(), all_right(groups))
-        ]
-        return result | group_means(joined, "category", self.scale)
+        return result | group_means(as_samples(groups), "category", self.scale)
 
 
 class NaturalBench(Metric):
@@ -84,16 +133,32 @@ class NaturalBench(Metric):
             return Score(None, "", f"neither {words[0]} nor {words[1]}")
         return Score(float(found[0].lower() == gold), found[0].lower(), "first of the two words")
 
+    def counts(self, item: Scored) -> tuple[str, tuple[float, ...]]:
+        place = [float(int(item.meta["place"]) == k) for k in range(4)]
+        return "", (1.0, *place, float(item.value == 1))
+
+    def joined(self, sums: np.ndarray) -> np.ndarray:
+        whole = (sums[:, :5] == [4, 1, 1, 1, 1]).all(axis=1)
+        return np.stack([whole, whole & (sums[:, 5] == 4), np.ones(len(sums))], axis=1).astype(float)
+
+    def headline(self, parts: np.ndarray) -> float:
+        whole, right, groups = parts.sum(axis=0)
+        return float(self.scale * right / whole) if whole else (0.0 if groups else float("nan"))
+
     def aggregate(self, items: Sequence[Scored]) -> dict[str, float]:
-        groups = whole_groups(items, "group")
+        groups: dict[str, list[int]] = {}  # answers, a bit for each place answered, a bit for each that is right
+        for item in items:
+            if (name := item.meta.get("group")) is None:
+                raise DataError(f"sample {item.id}: this metric joins samples by meta.group, which it has not")
+            group, place = groups.setdefault(str(name), [0, 0, 0]), 1 << int(item.meta["place"])
+            group[0], group[1], group[2] = group[0] + 1, group[1] | place, group[2] | (place if item.value == 1 else 0)
         whole, question, image = [], [], []
-        for group in groups.values():
-            right = {int(item.meta["place"]): item.value == 1 for item in group}
-            if sorted(right) != [0, 1, 2, 3] or len(group) != 4:
+        for size, places, right in groups.values():
+            if size != 4 or places != 0b1111:
                 continue
-            question += [right[0] and right[1], right[2] and right[3]]
-            image += [right[0] and right[2], right[1] and right[3]]
-            whole.append(all(right.values()))
+            question += [right & 0b0011 == 0b0011, right & 0b1100 == 0b1100]
+            image += [right & 0b0101 == 0b0101, right & 0b1010 == 0b1010]
+            whole.append(right == 0b1111)
 
         def percent(values: Sequence[bool]) -> float:
             return self.scale * sum(values) / len(values) if values else 0.0
@@ -103,11 +168,12 @@ class NaturalBench(Metric):
             "question": percent(question),
             "image": percent(image),
         }
-        result["accuracy"] = self.scale * mean([item.value for item in items])
+        result["accuracy"] = self.scale * mean(item.value for item in items)
         return result | {"groups": float(len(whole)), "incomplete_groups": float(len(groups) - len(whole))}
 
 
 _STEPS = ("2steps", "3steps")
+_KEYS = tuple(f"{kind}_{part}" for kind in _STEPS for part in (*map(str, range(1, int(kind[0]) + 1)), "multi"))
 
 
 class WeMath(Letter):
@@ -128,6 +194,25 @@ class WeMath(Letter):
         gold = gold_letters(target, options)
         letter, rule = self.read(prediction, options)
         return Score(None, "", rule) if letter is None else Score(float(letter in gold), letter, rule)
+
+    def counts(self, item: Scored) -> tuple[str, tuple[float, ...]]:
+        place = [float(str(item.meta.get("key")) == key) for key in _KEYS]
+        kind = str(item.meta.get("key")).partition("_")[0]  # a problem's two and three steps are two problems
+        return kind, (1.0, *place, *(float(item.value == 1) * asked for asked in place))
+
+    def joined(self, sums: np.ndarray) -> np.ndarray:
+        whole, lost = np.zeros(len(sums), bool), np.zeros(len(sums))
+        for first, last in ((0, 3), (3, 7)):
+            asked, right = sums[:, 1 + first : 1 + last], sums[:, 8 + first : 8 + last]
+            here = (asked > 0).all(axis=1)
+            known, solved = (right[:, :-1] > 0).all(axis=1), right[:, -1] > 0
+            whole |= here
+            lost += here * np.where(solved, ~known, np.where(known, 0.5, 1.0))
+        return np.stack([whole, lost, np.ones(len(sums))], axis=1).astype(float)
+
+    def headline(self, parts: np.ndarray) -> float:
+        whole, lost, problems = parts.sum(axis=0)
+        return float(self.scale * (whole - lost) / whole) if whole else (0.0 if problems else float("nan"))
 
     def aggregate(self, items: Sequence[Scored]) -> dict[str, float]:
         problems: dict[tuple[str, str], dict[str, bool]] = {}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mllm.eval.metrics.base import Scored, mean
+import numpy as np
+
+from mllm.eval.metrics.base import Scored, group_means, mean, ratio
 from mllm.eval.metrics.groups import all_right, whole_groups
-from mllm.eval.metrics.yes_no import PopeStrict, gold_yes
+from mllm.eval.metrics.yes_no import PopeStrict, said_and_wanted, yes_no_counts
 
 
 class HallusionBench(PopeStrict):
@@ -21,16 +23,19 @@ class HallusionBench(PopeStrict):
     )
     example = ("yes", {"figure": "0", "question_pair": "0", "set": "0"})
 
+    def counts(self, item: Scored) -> tuple[str, tuple[float, ...]]:
+        return "", (1.0, item.value)
+
+    def headline(self, parts: np.ndarray) -> float:
+        return self.scale * mean(ratio(*parts[:, ::-1].T))
+
     def aggregate(self, items: Sequence[Scored]) -> dict[str, float]:
         figures, pairs = whole_groups(items, "figure"), whole_groups(items, "question_pair")
         parts = [
-            self.scale * mean(values) for values in ([i.value for i in items], all_right(figures), all_right(pairs))
+            self.scale * mean(values) for values in ((i.value for i in items), all_right(figures), all_right(pairs))
         ]
         result = {"score": parts[0], "fAcc": parts[1], "qAcc": parts[2], "mean": mean(parts)}
-        categories: dict[str, list[float]] = {}
-        for item in items:
-            categories.setdefault(str(item.meta.get("category") or ""), []).append(item.value)
-        return result | {name: self.scale * mean(values) for name, values in categories.items() if name}
+        return result | {name: value for name, value in group_means(items, "category", self.scale).items() if name}
 
 
 class Amber(PopeStrict):
@@ -44,28 +49,15 @@ class Amber(PopeStrict):
         "unparsed; F1 with 'no' as the positive class"
     )
 
-    def aggregate(self, items: Sequence[Scored]) -> dict[str, float]:
-        dimensions: dict[str, list[Scored]] = {}
-        for item in items:
-            dimensions.setdefault(str(item.meta.get("category") or ""), []).append(item)
-        whole = self._counts(items)
-        result = {"score": whole["f1"]} | {name: value for name, value in whole.items() if name != "f1"}
-        result["average_accuracy"] = mean([self._counts(group)["accuracy"] for group in dimensions.values()])
-        for name, group in dimensions.items():
-            if name:
-                result |= {f"{name}/{key}": value for key, value in self._counts(group).items()}
-        return result
+    def counts(self, item: Scored) -> tuple[str, tuple[float, ...]]:
+        return "", said_and_wanted(item, "no")
 
-    @staticmethod
-    def _counts(items: Sequence[Scored]) -> dict[str, float]:
-        if not items:
-            return dict.fromkeys(("f1", "accuracy", "precision", "recall"), float("nan"))
-        answered_no = [item.score.parts.get("said_yes") == 0.0 for item in items]
-        absent = [not gold_yes(item.target) for item in items]
-        hits = sum(no and gone for no, gone in zip(answered_no, absent))
-        precision = hits / sum(answered_no) if any(answered_no) else 0.0
-        recall = hits / sum(absent) if any(absent) else 0.0
-        f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-        accuracy = mean([item.value for item in items])
-        values = {"f1": f1, "accuracy": accuracy, "precision": precision, "recall": recall}
-        return {name: 100 * value for name, value in values.items()}
+    def aggregate(self, items: Sequence[Scored]) -> dict[str, float]:
+        whole, dimensions = yes_no_counts(items, "no")
+        for counts in (whole, *dimensions.values()):
+            del counts["said"]
+        result = {"score": whole.pop("f1")} | whole
+        result["average_accuracy"] = mean(counts["accuracy"] for counts in dimensions.values())
+        return result | {
+            f"{name}/{key}": value for name, counts in dimensions.items() if name for key, value in counts.items()
+        }

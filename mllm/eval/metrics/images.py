@@ -110,6 +110,14 @@ class Psnr(_Picture):
     def score(self, prediction: Any, target: Any, meta: Mapping[str, Any]) -> Score:
         return Score(psnr(prediction, target, data_range=self.data_range), "", f"range {self.data_range:g}")
 
+    def counts(self, item: Scored) -> tuple[str, tuple[float, ...]]:
+        perfect = item.value == float("inf")
+        return "", (1.0, float(perfect), 0.0 if perfect else item.value)
+
+    def headline(self, parts: np.ndarray) -> float:
+        count, perfect, total = parts.sum(axis=0)
+        return float(total / (count - perfect)) if count > perfect else float("inf" if count else "nan")
+
     def aggregate(self, items: Sequence[Scored]) -> dict[str, float]:
         finite = [item.value for item in items if item.value != float("inf")]
         score = mean(finite) if finite or not items else float("inf")

@@ -7,8 +7,10 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from mllm.errors import DataError
-from mllm.eval.metrics.base import Metric, Score, Scored, group_means
+from mllm.eval.metrics.base import Metric, Score, Scored, group_means, mean
 from mllm.eval.metrics.choosing import LETTERS, choose
 from mllm.eval.metrics.text import collapse, references
 from mllm.eval.metrics.vqa import strip_punctuation
@@ -205,6 +207,19 @@ class LetterCvBench(_LetterMetric):
     def read(self, reply: str, options: Mapping[str, str]) -> tuple[str | None, str]:
         found = re.match(r"\s*+\(?\s*+([A-Za-z])", reply)
         return (found[1].upper(), "leading letter") if found else (None, "no letter")
+
+    def counts(self, item: Scored) -> tuple[str, tuple[float, ...]]:
+        source = str(item.meta.get("source"))
+        flat, deep = (float(source.lower() == name) for name in ("ade20k", "omni3d"))
+        coco = float(source.lower() == "coco")
+        return "", (1.0, item.value, flat, flat * item.value, coco, coco * item.value, deep, deep * item.value)
+
+    def headline(self, parts: np.ndarray) -> float:
+        count, total, *each = parts.sum(axis=0)
+        (ade, coco, deep) = (right / asked if asked else None for asked, right in zip(each[::2], each[1::2]))
+        flat = [value for value in (ade, coco) if value is not None]
+        halves = [mean(flat), *([deep] if deep is not None else [])] if flat else ([deep] if deep is not None else [])
+        return self.scale * float(mean(halves) if halves else total / count if count else float("nan"))
 
     def aggregate(self, items: list[Scored]) -> dict[str, float]:  # type: ignore[override]
         by_source = group_means(items, "source", self.scale)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mllm.eval.metrics.base import Metric, Score, Scored, group_means
+from mllm.eval.metrics.base import Metric, Score, Scored, group_means, means_by
 from mllm.eval.metrics.letters import gold_letters, option_texts
 from mllm.eval.metrics.text import references
 
@@ -132,13 +132,11 @@ class Mmmu(Metric):
         return read_choice(reply, options, self.patterns)
 
     def aggregate(self, items: Sequence[Scored]) -> dict[str, float]:
-        domains = [
-            Scored(i.id, i.score, i.target, {"domain": _DOMAIN_OF[str(i.meta["category"])]})
-            for i in items
-            if str(i.meta.get("category")) in _DOMAIN_OF
-        ]
+        domains = (
+            (_DOMAIN_OF[name], item.value) for item in items if (name := str(item.meta.get("category"))) in _DOMAIN_OF
+        )
         kinds = group_means(items, "question_type", self.scale)
-        return super().aggregate(items) | kinds | group_means(domains, "domain", self.scale)
+        return super().aggregate(items) | kinds | means_by(domains, self.scale)
 
 
 class MmmuLmmsEval(Mmmu):

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mllm.errors import DataError
-from mllm.eval.metrics.base import Metric, Score, Scored, mean
+from mllm.eval.metrics.base import Metric, Score, Scored, mean, means_by
 from mllm.eval.metrics.text import collapse, edit_distance, references
 
 _SHORT_ANSWERS = (
@@ -193,12 +193,12 @@ class OcrBenchV2(Metric):
         return numbers
 
     def aggregate(self, items: Sequence[Scored]) -> dict[str, float]:
-        groups: dict[str, list[float]] = {}
-        for item in items:
-            kind = str(item.meta.get("type"))
-            language = kind[-2:]
-            ability = _ABILITY.get(kind, "reasoning")
-            for name in (language, f"{language}/{ability}", kind):
-                groups.setdefault(name, []).append(item.value)
-        totals = {name: self.scale * mean(values) for name, values in groups.items()}
-        return {"score": self.scale * mean([item.value for item in items])} | totals
+        totals = means_by(((name, item.value) for item in items for name in _counted_under(item)), self.scale)
+        return {"score": self.scale * mean(item.value for item in items)} | totals
+
+
+def _counted_under(item: Scored) -> tuple[str, ...]:
+    """A question's language, its ability in that language, and its kind."""
+    kind = str(item.meta.get("type"))
+    language = kind[-2:]
+    return language, f"{language}/{_ABILITY.get(kind, 'reasoning')}", kind

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mllm.errors import ConfigError, DataError
-from mllm.eval.metrics.base import Metric, Score, Scored, mean
+from mllm.eval.metrics.base import Mean, Metric, Score, Scored
 
 IGNORE = 255
 _EPS = 1e-5
@@ -69,16 +69,34 @@ class MaskIou(Metric):
             },
         )
 
+    def counts(self, item: Scored) -> tuple[str, tuple[float, ...]]:
+        parts = item.score.parts
+        summed = float(self.rule == "lisa" or not parts["no_target"])
+        return "", (1.0, summed * parts["intersection"], summed * parts["union"])
+
+    def headline(self, parts: np.ndarray) -> float:
+        count, inside, union = parts.sum(axis=0)
+        return float(self.scale * (inside / (union + _EPS) if union else 1.0)) if count else float("nan")
+
     def aggregate(self, items: Sequence[Scored]) -> dict[str, float]:
-        parts = [item.score.parts for item in items]
-        summed = [p for p in parts if self.rule == "lisa" or not p["no_target"]]
-        inside, union = (sum(p[name] for p in summed) for name in ("intersection", "union"))
-        total = float("nan") if not items else self.scale * (inside / (union + _EPS) if union else 1.0)
-        result = {"score": total, "ciou": total, "giou": self.scale * mean([item.value for item in items])}
-        result["dice"] = self.scale * mean([p["dice"] for p in parts])
-        result |= {f"p@{t}": self.scale * mean([float(item.value > t) for item in items]) for t in _THRESHOLDS}
-        without = [p["no_mask"] for p in parts if p["no_target"]]
-        if without:
-            result["n_acc"] = self.scale * mean(without)
-            result["t_acc"] = self.scale * mean([1 - p["no_mask"] for p in parts if not p["no_target"]])
+        inside = union = 0.0
+        dice, overlap, over = Mean(), Mean(), {threshold: Mean() for threshold in _THRESHOLDS}
+        without, with_target = Mean(), Mean()
+        for item in items:
+            parts = item.score.parts
+            if self.rule == "lisa" or not parts["no_target"]:
+                inside, union = inside + parts["intersection"], union + parts["union"]
+            dice.append(parts["dice"])
+            overlap.append(item.value)
+            for threshold, share in over.items():
+                share.append(float(item.value > threshold))
+            if parts["no_target"]:
+                without.append(parts["no_mask"])
+            else:
+                with_target.append(1 - parts["no_mask"])
+        total = self.scale * (inside / (union + _EPS) if union else 1.0) if dice.count else float("nan")
+        result = {"score": total, "ciou": total, "giou": self.scale * overlap.value, "dice": self.scale * dice.value}
+        result |= {f"p@{threshold}": self.scale * share.value for threshold, share in over.items()}
+        if without.count:
+            result |= {"n_acc": self.scale * without.value, "t_acc": self.scale * with_target.value}
         return result

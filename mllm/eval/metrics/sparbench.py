@@ -6,8 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from mllm.errors import DataError
-from mllm.eval.metrics.base import Metric, Score, Scored, mean
+from mllm.eval.metrics.base import Metric, Score, Scored, mean, means_by
 from mllm.eval.metrics.text import plain_float, references
 from mllm.eval.metrics.vsibench import mean_relative_accuracy
 
@@ -79,11 +81,15 @@ class SparBench(Metric):
         number = numbers[-1] if task.endswith("_mv") else numbers[0]
         return Score(mean_relative_accuracy(float(number), truth), number, "mean relative accuracy")
 
+    def counts(self, item: Scored) -> tuple[str, tuple[float, ...]]:
+        return _task(item.meta), (1.0, item.value)
+
+    def headline(self, parts: np.ndarray) -> float:
+        count, total = parts[parts[:, 0] > 0].T
+        return self.scale * mean(total / count)
+
     def aggregate(self, items: Sequence[Scored]) -> dict[str, float]:
-        tasks: dict[str, list[float]] = {}
-        for item in items:
-            tasks.setdefault(_task(item.meta), []).append(item.value)
-        each = {task: self.scale * mean(values) for task, values in tasks.items()}
+        each = means_by(((_task(item.meta), item.value) for item in items), self.scale)
         levels: dict[str, list[float]] = {}
         for task, value in each.items():
             level = "low" if task in _NUMBERS else "middle" if task in _MIDDLE else "high"

@@ -109,7 +109,7 @@ class RmsF1(Metric):
 
     def aggregate(self, items: Sequence[Scored]) -> dict[str, float]:
         parts = {
-            part: self.scale * mean([float(item.score.parts.get(part, 0.0)) for item in items])
+            part: self.scale * mean(float(item.score.parts.get(part, 0.0)) for item in items)
             for part in ("precision", "recall", "f1")
         }
         return super().aggregate(items) | parts

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mllm.errors import DataError
-from mllm.eval.metrics.base import Metric, Score, Scored, mean
+from mllm.eval.metrics.base import Metric, Score, Scored, mean, means_by
 from mllm.eval.metrics.text import plain_float, references
 
 NUMBER_TYPES = ("object_abs_distance", "object_counting", "object_size_estimation", "room_size_estimation")
@@ -65,11 +65,17 @@ class VsiBench(Metric):
             return Score(None, token, "first token is no number")
         return Score(mean_relative_accuracy(number, truth), token, "mean relative accuracy")
 
+    def counts(self, item: Scored) -> tuple[str, tuple[float, ...]]:
+        kind = _kind(item.meta)
+        return kind, (1.0, item.value, float(kind.startswith(DIRECTION)))
+
+    def headline(self, parts: np.ndarray) -> float:
+        count, total, direction = parts[parts[:, 0] > 0].T
+        each, levels = total / count, direction > 0
+        return self.scale * mean([*each[~levels], *([mean(each[levels])] if levels.any() else [])])
+
     def aggregate(self, items: Sequence[Scored]) -> dict[str, float]:
-        kinds: dict[str, list[float]] = {}
-        for item in items:
-            kinds.setdefault(_kind(item.meta), []).append(item.value)
-        each = {kind: self.scale * mean(values) for kind, values in kinds.items()}
+        each = means_by(((_kind(item.meta), item.value) for item in items), self.scale)
         levels = [value for kind, value in each.items() if kind.startswith(DIRECTION)]
         tasks = [value for kind, value in each.items() if not kind.startswith(DIRECTION)] + (
             [mean(levels)] if levels else []

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from mllm.errors import DataError
-from mllm.eval.metrics.base import Metric, Score, Scored, mean
+from mllm.eval.metrics.base import Metric, Score, Scored, mean, ratio
 from mllm.eval.metrics.text import references
 
 
@@ -19,26 +21,54 @@ def gold_yes(target: Any) -> bool:
     return word == "yes"
 
 
-def binary_counts(items: Sequence[Scored]) -> dict[str, float]:
-    """Accuracy, precision, recall, F1 (yes positive) and yes-ratio of the predictions, in percent. A ratio whose
-    denominator is 0 (nothing called yes, no yes to find) is 0. Unparsed answers are wrong and not called yes."""
-    if not items:
-        return dict.fromkeys(("accuracy", "precision", "recall", "f1", "yes_ratio"), float("nan"))
-    answered_yes = [item.score.parts.get("said_yes", 0.0) == 1.0 for item in items]
-    gold = [gold_yes(item.target) for item in items]
-    hits = sum(s and g for s, g in zip(answered_yes, gold))
-    precision = hits / sum(answered_yes) if any(answered_yes) else 0.0
-    recall = hits / sum(gold) if any(gold) else 0.0
-    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-    accuracy = mean([item.value for item in items])
-    values = {
-        "accuracy": accuracy,
-        "precision": precision,
-        "recall": recall,
-        "f1": f1,
-        "yes_ratio": sum(answered_yes) / len(answered_yes),
-    }
-    return {name: 100 * value for name, value in values.items()}
+class YesNoCounts:
+    """What answers add up to where one word is looked for, told answer by answer: of a million none is kept. Unparsed answers are
+    wrong and not that word."""
+
+    def __init__(self, wanted: Literal["yes", "no"] = "yes"):
+        self._yes = wanted == "yes"
+        self._count = self._said = self._gold = self._hits = 0
+        self._right = 0.0
+
+    def append(self, item: Scored) -> None:
+        """One more answer. Raises `DataError` where the target is neither yes nor no."""
+        said, gold = item.score.parts.get("said_yes") == float(self._yes), gold_yes(item.target) == self._yes
+        self._count, self._right = self._count + 1, self._right + item.value
+        self._said, self._gold, self._hits = self._said + said, self._gold + gold, self._hits + (said and gold)
+
+    def percent(self) -> dict[str, float]:
+        """Accuracy, precision, recall, F1 and the share that is said; NaN without answers. A ratio whose denominator is 0 (nothing
+        called so, none to find) is 0."""
+        if not self._count:
+            return dict.fromkeys(("accuracy", "precision", "recall", "f1", "said"), float("nan"))
+        precision = self._hits / self._said if self._said else 0.0
+        recall = self._hits / self._gold if self._gold else 0.0
+        f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+        values = {"accuracy": self._right / self._count, "precision": precision, "recall": recall, "f1": f1}
+        return {name: 100 * value for name, value in (values | {"said": self._said / self._count}).items()}
+
+
+def said_and_wanted(item: Scored, word: Literal["yes", "no"]) -> tuple[float, ...]:
+    """1, said, wanted, and both: of one answer."""
+    said, gold = item.score.parts.get("said_yes") == float(word == "yes"), gold_yes(item.target) == (word == "yes")
+    return 1.0, float(said), float(gold), float(said and gold)
+
+
+def f1(counts: np.ndarray) -> np.ndarray:
+    """``(n,)``, 0 to 1, of ``(n, 4)`` sums of `said_and_wanted`."""
+    precision, recall = ratio(counts[:, 3], counts[:, 1]), ratio(counts[:, 3], counts[:, 2])
+    return ratio(2 * precision * recall, precision + recall)
+
+
+def yes_no_counts(
+    items: Sequence[Scored], wanted: Literal["yes", "no"] = "yes"
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """`YesNoCounts.percent` of all answers, and by category in order of first appearance (``""``: answers without one)."""
+    whole, groups = YesNoCounts(wanted), dict[str, YesNoCounts]()
+    for item in items:
+        for counts in (whole, groups.setdefault(str(item.meta.get("category") or ""), YesNoCounts(wanted))):
+            counts.append(item)
+    return whole.percent(), {name: counts.percent() for name, counts in groups.items()}
 
 
 class PopeOfficial(Metric):
@@ -63,12 +93,16 @@ class PopeOfficial(Metric):
             return Score(None, "", rule)
         return Score(float(yes == gold), "yes" if yes else "no", rule, {"said_yes": float(yes)})
 
+    def counts(self, item: Scored) -> tuple[str, tuple[float, ...]]:
+        return str(item.meta.get("category") or ""), said_and_wanted(item, "yes")
+
+    def headline(self, parts: np.ndarray) -> float:
+        return self.scale * mean(f1(parts[parts[:, 0] > 0]))
+
     def aggregate(self, items: Sequence[Scored]) -> dict[str, float]:
-        groups: dict[str, list[Scored]] = {}
-        for item in items:
-            groups.setdefault(str(item.meta.get("category") or ""), []).append(item)
-        each = {name: binary_counts(group) for name, group in groups.items()}
-        pooled = binary_counts(items)
+        pooled, each = yes_no_counts(items)
+        for counts in (pooled, *each.values()):
+            counts["yes_ratio"] = counts.pop("said")
         result = {"score": mean([counts["f1"] for counts in each.values()])} | pooled
         result["f1_pooled"] = result.pop("f1")
         if set(each) - {""}:
@@ -127,18 +161,31 @@ class Mme(Metric):
         yes, rule = self.read(prediction)
         return Score(None, "", rule) if yes is None else Score(float(yes == gold), "yes" if yes else "no", rule)
 
+    def counts(self, item: Scored) -> tuple[str, tuple[float, ...]]:
+        return str(item.meta["category"]), (1.0, item.value)
+
+    def joined(self, sums: np.ndarray) -> np.ndarray:
+        asked, right = sums.T
+        return np.stack([asked, right, asked == 2, (asked == 2) & (right == 2)], axis=1).astype(float)
+
+    def headline(self, parts: np.ndarray) -> float:
+        asked, right, whole, plus = parts[parts[:, 0] > 0].T
+        return float(100 * (ratio(right, asked) + ratio(plus, whole)).sum()) if len(asked) else float("nan")
+
     def aggregate(self, items: Sequence[Scored]) -> dict[str, float]:
-        pairs: dict[str, dict[str, list[float]]] = {}
+        pairs: dict[str, dict[str, tuple[float, int]]] = {}  # category → image → (right, asked)
         for item in items:
             if "category" not in item.meta or "pair" not in item.meta:
                 raise DataError(f"sample {item.id}: MME needs meta.category and meta.pair")
-            pairs.setdefault(str(item.meta["category"]), {}).setdefault(str(item.meta["pair"]), []).append(item.value)
+            images, image = pairs.setdefault(str(item.meta["category"]), {}), str(item.meta["pair"])
+            right, asked = images.get(image, (0.0, 0))
+            images[image] = right + item.value, asked + 1
         odd, categories = 0, {}
         for category, images in pairs.items():
-            whole = [values for values in images.values() if len(values) == 2]
+            whole = [right for right, asked in images.values() if asked == 2]
             odd += len(images) - len(whole)
-            accuracy = 100 * mean([value for values in images.values() for value in values])
-            plus = 100 * mean([float(sum(values) == 2) for values in whole]) if whole else 0.0
+            accuracy = 100 * sum(right for right, _ in images.values()) / sum(asked for _, asked in images.values())
+            plus = 100 * mean(float(right == 2) for right in whole) if whole else 0.0
             categories[category] = (accuracy, plus)
 
         def total(names: Sequence[str], pick: Callable[[tuple[float, float]], float] = sum) -> float:

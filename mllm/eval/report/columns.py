@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mllm.eval.metrics import Metric, Score, Scored
+from mllm.eval.report.tallies import Drawn, Tallies
 from mllm.eval.spool import Indexed, Names, Spool
 
 Row = Mapping[str, Any]
@@ -21,9 +22,11 @@ _Facts = tuple[Score, Any, Mapping[str, Any]]
 
 class ScoredItems(Indexed[Scored]):
     """The samples that a metric scored, made when asked for. Of each, its value and its id are in memory; what samples have in common
-    (a verdict, a category) is there once. values: ``(n,)`` float64, an unparsed answer as 0; num_unparsed: how many are."""
+    (a verdict, a category) is there once. values: ``(n,)`` float64, an unparsed answer as 0; num_unparsed: how many are; tallies: what
+    they add to ``metric``'s headline where that is no mean."""
 
-    def __init__(self) -> None:
+    def __init__(self, metric: Metric | None = None) -> None:
+        self.tallies = None if metric is None or metric.is_mean else Tallies(metric)
         self._names, self._values = Names(), array("d")
         self._codes, self._table = array("i"), list[_Facts]()
         self._numbers: dict[str, int] | None = {}
@@ -36,6 +39,8 @@ class ScoredItems(Indexed[Scored]):
         value = facts[0].value
         self._values.append(0.0 if value is None else value)
         self.num_unparsed += value is None
+        if self.tallies is not None:
+            self.tallies.append(Scored(name, *facts))
         if self._numbers is None:
             assert self._spool is not None
             self._spool.append(facts)
@@ -51,6 +56,10 @@ class ScoredItems(Indexed[Scored]):
     @property
     def values(self) -> np.ndarray:
         return np.frombuffer(self._values, dtype=np.float64) if self._values else np.zeros(0)
+
+    def drawn(self, clusters: np.ndarray) -> Drawn | None:
+        """`Tallies.taken` of all."""
+        return None if self.tallies is None else self.tallies.taken(clusters)
 
     def facts(self, position: int) -> _Facts:
         """(score, target, meta) of one sample."""
@@ -81,8 +90,8 @@ class Clusters:
     """What makes samples dependent, told row by row: the task's cluster where every row has one; else the metric's own groups; else
     the clusters there are, and each other row by itself."""
 
-    def __init__(self, metric: Metric):
-        self._key = metric.group_key
+    def __init__(self, metric: Metric | None = None):
+        self._key = None if metric is None else metric.group_key
         self._rows, self._clusters, self._groups = 0, _Codes(), _Codes()
         self._whole = True
 
@@ -177,6 +186,10 @@ class Taken(Indexed[Scored]):
 
     def __init__(self, items: ScoredItems, positions: np.ndarray):
         self._items, self._positions = items, positions
+
+    def drawn(self, clusters: np.ndarray) -> Drawn | None:
+        """`Tallies.taken` of them. clusters: one a sample of these."""
+        return None if self._items.tallies is None else self._items.tallies.taken(clusters, self._positions)
 
     @property
     def values(self) -> np.ndarray:

@@ -16,6 +16,7 @@ from mllm.eval.metrics import Metric, Scored
 from mllm.eval.report.columns import Categories, Clusters, ScoredItems, Sureness, Taken, scored
 from mllm.eval.report.facts import AnswerFacts, FactSums
 from mllm.eval.report.statistics import Estimate, bootstrap_estimate, mean_estimate, num_distinct, wilson_interval
+from mllm.eval.report.tallies import bootstrap_tallies
 
 Row = dict[str, Any]
 _DRAWS = 200
@@ -174,6 +175,8 @@ def statistic_of(metric: Metric, items: Sequence[Scored]) -> Callable[[np.ndarra
     groups."""
 
     def statistic(positions: np.ndarray) -> float:
+        if len(positions) == len(items) and (np.diff(positions) > 0).all():
+            return metric.aggregate(items)["score"]  # all of them, as they come: a million are not there at once
         seen: Counter[int] = Counter()
         chosen = []
         for position in positions.tolist():
@@ -190,6 +193,8 @@ def statistic_of(metric: Metric, items: Sequence[Scored]) -> Callable[[np.ndarra
 
 def estimate(metric: Metric, items: ScoredItems | Taken, clusters: np.ndarray, *, draws: int = _DRAWS) -> Estimate:
     """Headline with its uncertainty, in display units."""
+    if not metric.is_mean and (drawn := items.drawn(clusters)) is not None:
+        return _at_the_edge(bootstrap_tallies(drawn, repeats=draws), metric, clusters)
     if not metric.is_mean:
         chosen = list(items) if len(items) <= HELD else items
         return _at_the_edge(bootstrap_estimate(statistic_of(metric, chosen), clusters, repeats=draws), metric, clusters)
@@ -201,7 +206,7 @@ def estimate(metric: Metric, items: ScoredItems | Taken, clusters: np.ndarray, *
 def _at_the_edge(result: Estimate, metric: Metric, clusters: np.ndarray) -> Estimate:
     """No draw differs from a percentage of 0 or 100, so a bootstrap's interval there is a point; Wilson's over the groups is
     not."""
-    if metric.scale != 100 or result.value not in (0.0, 100.0) or not len(clusters):
+    if metric.unit != "%" or result.value not in (0.0, 100.0) or not len(clusters):
         return result
     groups = num_distinct(clusters)
     low, high = wilson_interval(result.value / 100 * groups, groups)
@@ -223,7 +228,7 @@ class _Total:
     each sample."""
 
     def __init__(self, metric: Metric, *, parts: bool = False, others: SampleLevels | None = None):
-        self._metric, self._items, self._clusters = metric, ScoredItems(), Clusters(metric)
+        self._metric, self._items, self._clusters = metric, ScoredItems(metric), Clusters(metric)
         self._sureness = Sureness(metric) if parts else None
         ways = {
             "category": Categories(metric),

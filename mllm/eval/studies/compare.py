@@ -14,6 +14,7 @@ from mllm.eval.predictions import header_path, iterate_files, iterate_prediction
 from mllm.eval.report.columns import Clusters, ScoredItems, scored
 from mllm.eval.report.results import HELD, score_fields, statistic_of
 from mllm.eval.report.statistics import Comparison, holm, paired_bootstrap, paired_comparison
+from mllm.eval.report.tallies import paired_tallies
 from mllm.eval.spool import Names
 
 _DRAWS = 1000
@@ -57,7 +58,7 @@ def _compared(path_a: Path, path_b: Path, seed: int) -> tuple[str, str, str, flo
                 f"{key} differs: {header_a['identity'][key]!r} and {header_b['identity'][key]!r}; run one again"
             )
     metric = build_metric(header_a["task"]["metrics"][0])
-    items_a, items_b, clusters = ScoredItems(), ScoredItems(), Clusters(metric)
+    items_a, items_b, clusters = ScoredItems(metric), ScoredItems(metric), Clusters(metric)
     changed, alone = _Noted(), _Noted()
     for row_a, row_b in zip(iterate_predictions(path_a), rows_in_order(path_b, ids), strict=True):
         if row_a["target"] != row_b["target"]:
@@ -79,6 +80,8 @@ def _compared(path_a: Path, path_b: Path, seed: int) -> tuple[str, str, str, flo
     if metric.is_mean:
         result = paired_comparison(items_a.values, items_b.values, clusters=codes, binary=metric.binary, seed=seed)
         result = _scaled(result, metric.scale)
+    elif (drawn_a := items_a.drawn(codes)) is not None and (drawn_b := items_b.drawn(codes)) is not None:
+        result = paired_tallies(drawn_a, drawn_b, repeats=_DRAWS, seed=seed)
     else:
         held = [list(items) if len(items) <= HELD else items for items in (items_a, items_b)]
         first, second = (statistic_of(metric, items) for items in held)
