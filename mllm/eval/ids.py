@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mllm.eval.spool import KEPT
+from mllm.eval.spool import KEPT, Names
 
 _KEY = 16
 _FULLEST = 0.8
@@ -124,6 +124,29 @@ class Places:
             numbers = np.frombuffer(self._numbers, dtype=np.uint64) if self._numbers else np.zeros(0, np.uint64)
             self._sorted = hashes[order], numbers[order]
         return self._sorted
+
+
+class ByName(Mapping[str, float]):
+    """Numbers by name, some 40 bytes each. The first of a name that comes twice stands."""
+
+    def __init__(self, pairs: Iterable[tuple[str, float]] = ()):
+        self._names, self._values, self._places = Names(), array("d"), Places()
+        for name, value in pairs:
+            self._places.add(name, len(self._values))
+            self._names.append(name)
+            self._values.append(value)
+
+    def __getitem__(self, name: str) -> float:
+        for place in self._places.of(name):
+            if self._names[place] == name:
+                return self._values[place]
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._values)
 
 
 class RowIndex:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from mllm.errors import ConfigError, DataError
 from mllm.eval.data.loading import Item, load_data
-from mllm.eval.predictions import Row, header_path, prediction_path, read_predictions, write_atomic, write_lines
+from mllm.eval.ids import ByName
+from mllm.eval.predictions import Row, header_path, iterate_predictions, prediction_path, write_atomic, write_lines
 from mllm.eval.report.results import TaskResult, score_fields, summarise
 from mllm.eval.run import run_header
+from mllm.eval.spool import Spool
 from mllm.eval.task import load_task
 
 Form = Literal["lmms-eval", "vlmevalkit"]
@@ -30,26 +35,19 @@ def export_answers(predictions: str | Path, output: str | Path, form: Form) -> i
     ``.csv``) with ``index``, ``question``, options ``A`` …, ``answer``, ``category`` and ``prediction``, which its ``--mode eval``
     reads. Raises `ConfigError` for an unknown form or suffix.
     """
-    rows, target = read_predictions(Path(predictions)), Path(output)
+    path, target = Path(predictions), Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
     if form == "lmms-eval":
-        lines = [
-            {
-                "doc_id": position, "input": row["prompt"], "target": row["target"], "resps": [[row["output"]]],
-                "filtered_resps": [row["output"]], "our_id": row["id"],
-            }
-            for position, row in enumerate(rows)
-        ]  # fmt: skip
-        write_lines(target, lines)
-        return len(lines)
+        write_lines(target, map(_as_lmms_eval, itertools.count(), iterate_predictions(path)))
+        return sum(1 for _ in iterate_predictions(path))
     if form != "vlmevalkit":
         raise ConfigError(f"form {form!r}: expected one of {', '.join(FORMS)}")
-    mark = _mark(target)
-    most = max((len(row["meta"].get("options") or []) for row in rows), default=0)
+    mark, count = _mark(target), 0
+    most = max((len(row["meta"].get("options") or []) for row in iterate_predictions(path)), default=0)
     with target.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle, delimiter=mark)
         writer.writerow(["index", "question", *_LETTERS[:most], "answer", "category", "prediction"])
-        for row in rows:
+        for row in iterate_predictions(path):
             options = list(row["meta"].get("options") or [])
             answer = (
                 row["target"]
@@ -58,7 +56,15 @@ def export_answers(predictions: str | Path, output: str | Path, form: Form) -> i
             )
             padded = [*options, *[""] * (most - len(options))]
             writer.writerow([row["id"], row["question"], *padded, answer, row.get("category") or "", row["output"]])
-    return len(rows)
+            count += 1
+    return count
+
+
+def _as_lmms_eval(position: int, row: Row) -> Row:
+    return {
+        "doc_id": position, "input": row["prompt"], "target": row["target"], "resps": [[row["output"]]],
+        "filtered_resps": [row["output"]], "our_id": row["id"],
+    }  # fmt: skip
 
 
 def import_answers(
@@ -77,62 +83,82 @@ def import_answers(
     """
     path, spec = Path(answers), load_task(task)
     loaded = load_data(spec, data=data)
-    found = _vlmevalkit(path, loaded.items) if path.suffix in (".tsv", ".csv") else _lmms_eval(path, loaded.items)
-    missing = [item.id for item in loaded.items if item.id not in found]
-    if missing:
-        raise DataError(
-            f"{path}: no answer for {len(missing)} of {len(loaded.items)} questions, e.g. {', '.join(missing[:_SHOWN])}"
-        )
+    read = _vlmevalkit if path.suffix in (".tsv", ".csv") else _lmms_eval
+    found = _Answers(path, loaded.items, read(path, loaded.items))
     metrics = spec.build_metrics()
-    rows: list[Row] = []
-    for item in loaded.items:
-        row: Row = {
-            "id": item.id, "question": item.question, "prompt": "", "images": [], "output": found[item.id], "target": item.target,
-            "meta": item.meta, "cluster": item.cluster, "category": item.category, "num_prompt_tokens": 0, "num_tokens": 0, "key": "",
-        }  # fmt: skip
-        rows.append(row | score_fields(row, metrics))
     header = run_header(None, loaded, metrics, None)
     header["identity"]["model"] = f"{model}: {path.name}"
     header["generator"] = header["imported_from"] = path.name
     target = prediction_path(Path(output_dir), spec.name)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_lines(target, rows)
+
+    def rows() -> Iterator[Row]:
+        for item, reply in zip(loaded.items, found.in_order(), strict=True):
+            row: Row = {
+                "id": item.id, "question": item.question, "prompt": "", "images": [], "output": reply, "target": item.target,
+                "meta": item.meta, "cluster": item.cluster, "category": item.category, "num_prompt_tokens": 0, "num_tokens": 0,
+                "key": "",
+            }  # fmt: skip
+            yield row | score_fields(row, metrics)
+
+    write_lines(target, rows())
     write_atomic(header_path(target), json.dumps(header, indent=2, ensure_ascii=False) + "\n")
-    return summarise(rows, metrics, header, path=str(target))
+    return summarise(iterate_predictions(target), metrics, header, path=str(target))
 
 
-def _vlmevalkit(path: Path, items: Sequence[Item]) -> dict[str, str]:
+class _Answers:
+    """Replies by the question's place; they lie on disk where they are many. Raises `DataError` for one answered twice, and for
+    questions without an answer."""
+
+    def __init__(self, path: Path, items: Sequence[Item], pairs: Iterable[tuple[int, str]]):
+        self._replies, self._places = Spool[str](), np.full(len(items), -1)
+        for place, reply in pairs:
+            if self._places[place] >= 0:
+                raise DataError(f"{path}: question {items[place].id} is answered twice")
+            self._places[place] = len(self._replies)
+            self._replies.append(reply)
+        missing = np.flatnonzero(self._places < 0)
+        if len(missing):
+            names = ", ".join(items[int(place)].id for place in missing[:_SHOWN])
+            raise DataError(f"{path}: no answer for {len(missing)} of {len(items)} questions, e.g. {names}")
+
+    def in_order(self) -> Iterator[str]:
+        """Of the first question to the last."""
+        return (self._replies[place] for place in self._places.tolist())
+
+
+def _vlmevalkit(path: Path, items: Sequence[Item]) -> Iterator[tuple[int, str]]:
+    known = ByName((item.id, float(place)) for place, item in enumerate(items))
+    by_name = all(row["index"] in known for row in _table(path))
+    for position, row in enumerate(_table(path)):
+        place = int(known[row["index"]]) if by_name else position
+        _same_target(path, _at(items, place, path), row.get("answer"))
+        yield place, row["prediction"] or ""
+
+
+def _table(path: Path) -> Iterator[dict[str, str]]:
     csv.field_size_limit(sys.maxsize)
     with path.open(newline="", encoding="utf-8-sig") as handle:
-        table = list(csv.DictReader(handle, delimiter=_mark(path)))
-    if table and not {"index", "prediction"} <= set(table[0]):
-        raise DataError(f"{path}: needs the columns index and prediction; it has {', '.join(map(str, table[0]))}")
-    known = {item.id: item for item in items}
-    by_name = all(row["index"] in known for row in table)
-    found: dict[str, str] = {}
-    for position, row in enumerate(table):
-        item = known[row["index"]] if by_name else _at(items, position, path)
-        _same_target(path, item, row.get("answer"))
-        _once(path, found, item.id, row["prediction"] or "")
-    return found
+        for row in csv.DictReader(handle, delimiter=_mark(path)):
+            if not {"index", "prediction"} <= set(row):
+                raise DataError(f"{path}: needs the columns index and prediction; it has {', '.join(map(str, row))}")
+            yield row
 
 
-def _lmms_eval(path: Path, items: Sequence[Item]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row: dict[str, Any] = json.loads(line)
-            position, replies = int(row["doc_id"]), row.get("filtered_resps") or row["resps"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}:{number}: no line of lmms-eval's samples ({type(error).__name__}: {error})"
-            ) from None
-        while isinstance(replies, list) and replies:
-            replies = replies[0]
-        item = _at(items, position, path)
-        _same_target(path, item, row.get("target"))
-        _once(path, found, item.id, str(replies or ""))
-    return found
+def _lmms_eval(path: Path, items: Sequence[Item]) -> Iterator[tuple[int, str]]:
+    with path.open(encoding="utf-8") as handle:
+        for number, line in enumerate(handle, 1):
+            try:
+                row: dict[str, Any] = json.loads(line)
+                position, replies = int(row["doc_id"]), row.get("filtered_resps") or row["resps"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(
+                    f"{path}:{number}: no line of lmms-eval's samples ({type(error).__name__}: {error})"
+                ) from None
+            while isinstance(replies, list) and replies:
+                replies = replies[0]
+            _same_target(path, _at(items, position, path), row.get("target"))
+            yield position, str(replies or "")
 
 
 def _at(items: Sequence[Item], position: int, path: Path) -> Item:
@@ -165,12 +191,6 @@ def _forms(value: Any, options: Sequence[str]) -> set[str]:
         if letter in texts or str(option).strip().lower() in texts:
             texts |= {letter, str(option).strip().lower(), str(_LETTERS.lower().index(letter))}
     return texts
-
-
-def _once(path: Path, found: dict[str, str], name: str, reply: str) -> None:
-    if name in found:
-        raise DataError(f"{path}: question {name} is answered twice")
-    found[name] = reply
 
 
 def _mark(path: Path) -> str:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import csv
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mllm.errors import DataError
-from mllm.eval.predictions import Row
+from mllm.eval.predictions import Row, iterate_predictions
 
+_NAMED = 1000
 SHEET = ("id", "question", "reference", "reply", "verdict")
 
 
 @dataclass(frozen=True)
 class Agreement:
     """Over the samples that both judged. kappa: Cohen's, linear weights where verdicts are more than right and wrong; NaN
-    when both always say the same one thing."""
+    when both always say the same one thing; differing: the first 1,000 ids."""
 
     first: str
     second: str
@@ -30,39 +32,64 @@ class Agreement:
     differing: list[str]
 
 
-def cohens_kappa(first: Sequence[float], second: Sequence[float]) -> float:
+def cohens_kappa(first: Iterable[float], second: Iterable[float]) -> float:
     """``1 - observed / expected`` disagreement, each pair of verdicts weighing its distance (Cohen 1960, 1968). NaN when no
-    disagreement can be expected."""
-    if len(first) != len(second):
-        raise DataError(f"{len(first)} and {len(second)} verdicts; agreement needs them on the same samples")
-    levels = sorted({*first, *second})
-    total = len(first)
-    shares = [[sum(v == level for v in side) / total for level in levels] for side in (first, second)]
-    expected = sum(p * q * abs(a - b) for a, p in zip(levels, shares[0]) for b, q in zip(levels, shares[1]))
-    observed = sum(abs(a - b) for a, b in zip(first, second)) / total
+    disagreement can be expected. Raises `DataError` where they are not equally many."""
+    try:
+        return _kappa(Counter(zip(first, second, strict=True)))
+    except ValueError:
+        raise DataError("agreement needs as many verdicts of the one as of the other, on the same samples") from None
+
+
+def _kappa(pairs: Counter[tuple[float, float]]) -> float:
+    """`cohens_kappa` of how often each pair of verdicts comes."""
+    total = pairs.total()
+    sides = [Counter[float](), Counter[float]()]
+    for pair, count in pairs.items():
+        for side, level in zip(sides, pair):
+            side[level] += count
+    expected = sum(
+        p / total * (q / total) * abs(a - b) for a, p in sorted(sides[0].items()) for b, q in sorted(sides[1].items())
+    )
+    observed = sum(count * abs(a - b) for (a, b), count in pairs.items()) / total
     return 1 - observed / expected if expected else float("nan")
 
 
 def agreement(names: tuple[str, str], first: Mapping[str, float], second: Mapping[str, float]) -> Agreement:
     """Compare verdicts by id. Raises `DataError` when no sample has both."""
-    shared = [name for name in first if name in second]
-    if not shared:
+    pairs: Counter[tuple[float, float]] = Counter()
+    differing: list[str] = []
+    for name in first:
+        if (other := second.get(name)) is None:
+            continue
+        pair = round(first[name], 1), round(other, 1)
+        pairs[pair] += 1
+        if pair[0] != pair[1] and len(differing) < _NAMED:
+            differing.append(name)
+    total = pairs.total()
+    if not total:
         raise DataError(f"{names[0]} and {names[1]} judged no sample in common")
-    left, right = [round(first[name], 1) for name in shared], [round(second[name], 1) for name in shared]
-    differing = [name for name, a, b in zip(shared, left, right) if a != b]
-    share = 1 - len(differing) / len(shared)
-    means = (sum(left) / len(left), sum(right) / len(right))
-    return Agreement(*names, len(shared), share, cohens_kappa(left, right), *means, differing)
+    agreed = sum(count for (a, b), count in pairs.items() if a == b) / total
+    first_mean, second_mean = (sum(count * pair[side] for pair, count in pairs.items()) / total for side in (0, 1))
+    return Agreement(*names, total, agreed, _kappa(pairs), first_mean, second_mean, differing)
 
 
-def write_sheet(rows: Sequence[Row], path: str | Path, number: int, *, seed: int = 0) -> Path:
+def write_sheet(predictions: str | Path, path: str | Path, number: int, *, seed: int = 0) -> Path:
     """A CSV of ``number`` random answers for a person to fill in the verdicts (1 right, 0 wrong); no judge's verdict is shown.
-    Raises `DataError` rather than write over a sheet."""
+    predictions: their file, read row by row. Raises `DataError` rather than write over a sheet."""
     path = Path(path)
     if path.exists():
         raise DataError(f"{path} exists; a sheet that may hold hand verdicts is not written over")
-    usable = [row for row in rows if row["target"] is not None and not row.get("unusable") and not row.get("error")]
-    chosen = random.Random(seed).sample(usable, min(number, len(usable)))
+
+    def usable() -> Iterator[Row]:
+        rows = iterate_predictions(Path(predictions))
+        return (row for row in rows if row["target"] is not None and not row.get("unusable") and not row.get("error"))
+
+    total = sum(1 for _ in usable())
+    places = random.Random(seed).sample(range(total), min(number, total))
+    wanted = set(places)
+    found = {place: row for place, row in enumerate(usable()) if place in wanted}
+    chosen = [found[place] for place in places]
     with path.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle)
         writer.writerow(SHEET)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from mllm.errors import DataError
 from mllm.eval.judging.agreement import Agreement, agreement
 from mllm.eval.judging.judge import Judged
 from mllm.eval.studies.study import Study, Table, number, save_study, spread
@@ -23,14 +25,12 @@ def judging_study(
         unread = sum(result.unread.values())
         unread_rules = ", ".join(f"{count} {rule}" for rule, count in result.unread.items()) or "–"
         rows.append((
-            result.task, result.label, number(sure.value), spread(sure.low, sure.high), str(len(result.verdicts)), unread_rules,
-            str(len(result.missing)),
+            result.task, result.label, number(sure.value), spread(sure.low, sure.high), str(result.num_verdicts), unread_rules,
+            str(result.missing),
         ))  # fmt: skip
         parts += [(result.task, result.label, name, number(value)) for name, value in result.by_category().items()]
         if result.missing:
-            notes.append(
-                f"{result.task}: {len(result.missing)} answers are not judged yet; the same command goes on there."
-            )
+            notes.append(f"{result.task}: {result.missing} answers are not judged yet; the same command goes on there.")
         if unread:
             notes.append(
                 f"{result.task}: {unread} replies of {result.judge} give no verdict and "
@@ -68,13 +68,12 @@ def _agreements(results: Sequence[Judged], hand: Mapping[str, float] | None) -> 
     for result in results:
         by_task.setdefault(result.task, []).append(result)
     for task, group in by_task.items():
-        values = {r.label: {n: v["value"] or 0.0 for n, v in r.verdicts.items()} for r in group}
-        for first, second in itertools.combinations(values, 2):
-            if set(values[first]) & set(values[second]):
-                found.append((task, agreement((first, second), values[first], values[second])))
-        for label, verdicts in values.items():
-            if hand and set(hand) & set(verdicts):
-                found.append((task, agreement((label, "by hand"), verdicts, hand)))
+        values = {result.label: result.values() for result in group}
+        pairs = [(a, b, values[a], values[b]) for a, b in itertools.combinations(values, 2)]
+        pairs += [(label, "by hand", verdicts, hand) for label, verdicts in values.items() if hand]
+        for first, second, one, other in pairs:
+            with contextlib.suppress(DataError):  # no sample in common
+                found.append((task, agreement((first, second), one, other)))
     return found
 
 
@@ -84,6 +83,6 @@ def _plain(result: Judged) -> dict[str, object]:
     return kept | {
         "estimate": asdict(sure),
         "unread": result.unread,
-        "missing": len(result.missing),
+        "missing": result.missing,
         "path": result.path,
     }

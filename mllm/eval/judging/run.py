@@ -13,7 +13,7 @@ from mllm.eval.judging.agreement import read_hand_verdicts, write_sheet
 from mllm.eval.judging.judge import FOLDER, judge_predictions, stored_verdicts
 from mllm.eval.judging.prompts import load_judge_prompt
 from mllm.eval.judging.report import judging_study
-from mllm.eval.predictions import header_path, iterate_files, read_predictions
+from mllm.eval.predictions import header_path, iterate_files
 from mllm.eval.studies.study import Study
 
 
@@ -44,7 +44,7 @@ def run_judge(
         for path, task, _ in chosen:
             target = folder / FOLDER / f"{task}.hand.csv"
             target.parent.mkdir(parents=True, exist_ok=True)
-            say(f"{write_sheet(read_predictions(path), target, sheet)}: fill in the column verdict (1 right, 0 wrong)")
+            say(f"{write_sheet(path, target, sheet)}: fill in the column verdict (1 right, 0 wrong)")
         return None, folder
     verdicts = read_hand_verdicts(hand) if hand is not None else None
     if judge is not None:
@@ -59,7 +59,7 @@ def run_judge(
         for path, each in prompts:
             result = judge_predictions(path, generator, each, cache=cache, folder=folder, progress=progress)
             if result.missing:
-                say(f"{result.task}: {len(result.missing)} answers are not judged; the same command goes on there")
+                say(f"{result.task}: {result.missing} answers are not judged; the same command goes on there")
     found = stored_verdicts(folder)
     if not found:
         raise ConfigError(

@@ -21,6 +21,7 @@ from torch import Tensor
 from mllm.errors import ConfigError, DataError
 from mllm.eval.data.loading import load_data
 from mllm.eval.generators.hf import HFGenerator
+from mllm.eval.metrics.base import Mean
 from mllm.eval.predictions import PredictionWriter, header_path, prediction_path
 from mllm.eval.report.results import TaskResult
 from mllm.eval.report.statistics import Comparison, holm
@@ -337,16 +338,15 @@ def _gflops(probe: _Probe, info: Any) -> float:
 
 def routing_by_category(path: Path) -> dict[str, dict[str, float]]:
     """Category → expert → mean routing weight over a prediction file; empty for a model without a router."""
-    from mllm.eval.predictions import read_predictions
+    from mllm.eval.predictions import iterate_predictions
 
-    groups: dict[str, list[dict[str, float]]] = {}
-    for row in read_predictions(path):
+    sums: dict[str, dict[str, Mean]] = {}
+    for row in iterate_predictions(path):
         if row.get("routing"):
-            groups.setdefault(str(row.get("category") or "all"), []).append(row["routing"])
-    return {
-        category: {name: sum(weights[name] for weights in rows) / len(rows) for name in rows[0]}
-        for category, rows in groups.items()
-    }
+            means = sums.setdefault(str(row.get("category") or "all"), {})
+            for name, weight in row["routing"].items():
+                means.setdefault(name, Mean()).append(weight)
+    return {category: {name: mean.value for name, mean in means.items()} for category, means in sums.items()}
 
 
 def _key(image: Tensor) -> str:

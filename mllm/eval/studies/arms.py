@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,10 @@ from mllm import assets
 from mllm.config import StrictModel, read_yaml, validate
 from mllm.errors import ConfigError, DataError
 from mllm.eval.metrics import build_metric
-from mllm.eval.predictions import prediction_path, read_predictions
+from mllm.eval.predictions import iterate_predictions, prediction_path
 from mllm.eval.report.results import score_fields
 from mllm.eval.report.statistics import Comparison, mean_estimate, paired_comparison
+from mllm.eval.spool import Names
 from mllm.eval.studies.study import Study, Table, number, p_text, spread
 from mllm.eval.task import load_task
 
@@ -67,15 +69,45 @@ class ArmsSpec(StrictModel):
         return self
 
 
+class Labels:
+    """A name of each of many questions, each different one kept once."""
+
+    def __init__(self) -> None:
+        self._codes, self._known = array("i"), dict[str, int]()
+
+    def append(self, name: str) -> None:
+        """The next question's."""
+        self._codes.append(self._known.setdefault(name, len(self._known)))
+
+    def reorder(self, order: np.ndarray) -> None:
+        """Put the questions into another order."""
+        self._codes = array("i", np.frombuffer(self._codes, dtype=np.int32)[order].tobytes())
+
+    @property
+    def codes(self) -> np.ndarray:
+        """``(n,)``: equal where the names are."""
+        return np.frombuffer(self._codes, dtype=np.int32)
+
+    @property
+    def names(self) -> list[str]:
+        """The different ones."""
+        return list(self._known)
+
+    def are(self, name: str) -> np.ndarray:
+        """``(n,)``: whose name this is."""
+        return self.codes == self._known.get(name, -1)
+
+
 @dataclass(frozen=True)
 class Answers:
-    """One run's scored questions, in the order of their ids: 0 or 1, the cluster, the category, the kind it is split by."""
+    """One run's scored questions, in the order of their ids: 0 or 1, the cluster, the category, the kind it is split by. Some 50 bytes
+    a question."""
 
-    ids: tuple[str, ...]
+    ids: Names
     values: np.ndarray
-    clusters: tuple[str, ...]
-    categories: tuple[str, ...]
-    kinds: tuple[str, ...]
+    clusters: Labels
+    categories: Labels
+    kinds: Labels
 
 
 def load_arms(name: str) -> ArmsSpec:
@@ -91,17 +123,20 @@ def load_arms(name: str) -> ArmsSpec:
 def read_answers(spec: ArmsSpec, path: Path) -> Answers:
     """A prediction file, scored by the task's headline metric."""
     metric = build_metric(load_task(spec.task).metrics[0])
-    rows = sorted(read_predictions(path), key=lambda row: row["id"])
-    if not rows:
+    ids, values, clusters, categories, kinds = Names(), array("d"), Labels(), Labels(), Labels()
+    for row in iterate_predictions(path):
+        entry = score_fields(row, [metric])["scores"][metric.label]
+        ids.append(row["id"])
+        values.append(float(entry.get("value") or 0.0))
+        clusters.append(str(row.get("cluster") or row["id"]))
+        categories.append(str(row.get("category")))
+        kinds.append(str(row["meta"].get(spec.split_by)) if spec.split_by else "")
+    if not ids:
         raise DataError(f"{path}: holds no answers")
-    scored = [(row | score_fields(row, [metric]))["scores"][metric.label] for row in rows]
-    return Answers(
-        tuple(row["id"] for row in rows),
-        np.array([float(entry.get("value") or 0.0) for entry in scored]),
-        tuple(str(row.get("cluster") or row["id"]) for row in rows),
-        tuple(str(row.get("category")) for row in rows),
-        tuple(str(row["meta"].get(spec.split_by)) if spec.split_by else "" for row in rows),
-    )
+    order = np.array(sorted(range(len(ids)), key=list(ids).__getitem__))
+    for labels in (clusters, categories, kinds):
+        labels.reorder(order)
+    return Answers(Names(ids[place] for place in order.tolist()), np.array(values)[order], clusters, categories, kinds)
 
 
 def run_folder(output: Path, arm: str, seed: int) -> Path:
@@ -128,10 +163,10 @@ def compare_arms(
     shared = sorted(set(first) & set(second))
     one, other = (np.mean([answers[s].values for s in shared], axis=0) for answers in (first, second))
     sample = first[shared[0]]
-    if sample.ids != second[shared[0]].ids:
+    theirs = second[shared[0]].ids
+    if len(sample.ids) != len(theirs) or not all(map(str.__eq__, sample.ids, theirs)):
         raise DataError("the arms were asked different questions; evaluate them with the same settings")
-    clusters = [cluster for cluster, kept in zip(sample.clusters, keep) if kept]
-    return paired_comparison(list(100 * other[keep]), list(100 * one[keep]), clusters=clusters, seed=seed)
+    return paired_comparison(100 * other[keep], 100 * one[keep], clusters=sample.clusters.codes[keep], seed=seed)
 
 
 def arms_study(spec: ArmsSpec, output: Path) -> Study:
@@ -144,7 +179,7 @@ def arms_study(spec: ArmsSpec, output: Path) -> Study:
     floors = _floors(spec, output)
     tables = [_scores(spec, arms, floors, parts), *_expectations(spec, arms, parts), _by_category(spec, arms, parts)]
     notes = [
-        f"{spec.description}. Task {spec.task}: {len(sample.ids)} questions, {len(set(sample.clusters))} clusters; headline metric "
+        f"{spec.description}. Task {spec.task}: {len(sample.ids)} questions, {len(sample.clusters.names)} clusters; headline metric "
         f"{build_metric(load_task(spec.task).metrics[0]).label}, percent.",
         "What is expected was written in the study's file before any arm was trained; intervals are 95 %, differences by a paired "
         "cluster bootstrap over questions averaged over seeds.",
@@ -161,11 +196,12 @@ def arms_study(spec: ArmsSpec, output: Path) -> Study:
 
 def _parts(spec: ArmsSpec, sample: Answers) -> dict[str, np.ndarray]:
     """Name → which questions: all, each kind, and those seen and unseen in training."""
-    kinds = np.array(sample.kinds)
-    parts = {"all": np.ones(len(kinds), bool)}
+    parts = {"all": np.ones(len(sample.ids), bool)}
     if spec.split_by is not None:
-        parts |= {kind: kinds == kind for kind in [*spec.seen, *sorted(set(sample.kinds) - set(spec.seen))]}
-        seen = np.isin(kinds, spec.seen)
+        parts |= {
+            kind: sample.kinds.are(kind) for kind in [*spec.seen, *sorted(set(sample.kinds.names) - set(spec.seen))]
+        }
+        seen = np.any([sample.kinds.are(kind) for kind in spec.seen], axis=0) | np.zeros(len(sample.ids), bool)
         parts |= {"seen": seen, "unseen": ~seen}
     return {name: keep for name, keep in parts.items() if keep.any()}
 
@@ -199,7 +235,7 @@ def _scores(
     for name, seeds in arms.items():
         values = np.mean([answers.values for answers in seeds.values()], axis=0)
         sample = next(iter(seeds.values()))
-        overall = mean_estimate(list(100 * values), clusters=list(sample.clusters))
+        overall = mean_estimate(100 * values, clusters=sample.clusters.codes)
         cells = [number(100 * float(values[keep].mean()), 1) for keep in parts.values()]
         rows.append((name, spec.arms[name].what, str(len(seeds)), *cells, spread(overall.low, overall.high, digits=1)))
     for name, answers in floors.items():
@@ -237,11 +273,10 @@ def _expectations(
 def _by_category(spec: ArmsSpec, arms: Mapping[str, Mapping[int, Answers]], parts: Mapping[str, np.ndarray]) -> Table:
     where = "unseen" if "unseen" in parts else "all"
     sample = next(iter(next(iter(arms.values())).values()))
-    categories = sorted(set(sample.categories))
-    kinds = np.array(sample.categories)
+    categories = sorted(sample.categories.names)
     rows = []
     for name, seeds in arms.items():
         values = np.mean([answers.values for answers in seeds.values()], axis=0)
-        chosen = [parts[where] & (kinds == category) for category in categories]
+        chosen = [parts[where] & sample.categories.are(category) for category in categories]
         rows.append((name, *(number(100 * float(values[keep].mean()), 1) if keep.any() else "–" for keep in chosen)))
     return Table(f"By kind of question ({where})", ("arm", *categories), rows)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import re
 import string
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from mllm.errors import ConfigError
@@ -19,11 +21,15 @@ from mllm.eval.data.loading import Item, TaskData, data_hash, load_data
 from mllm.eval.data.pictures import Picture
 from mllm.eval.data.templates import lettered
 from mllm.eval.generators.base import Generator
+from mllm.eval.ids import ByName
+from mllm.eval.metrics.base import Mean
 from mllm.eval.metrics.letters import gold_letters
-from mllm.eval.predictions import Row, read_predictions
+from mllm.eval.predictions import Row, iterate_predictions
+from mllm.eval.report.columns import Clusters
 from mllm.eval.report.results import TaskResult
 from mllm.eval.report.statistics import mean_estimate
 from mllm.eval.run import evaluate_data
+from mllm.eval.spool import Spool
 from mllm.eval.studies.study import Study, Table, number, save_study, spread
 from mllm.eval.task import TaskSpec, load_tasks
 from mllm.types import IMAGE_MARK
@@ -101,14 +107,14 @@ def _repainted(item: Item, paint: Callable[[Image.Image], bytes]) -> Item | None
     """Every picture drawn anew; None for an item with a video or without a picture."""
     if not item.pictures or not all(isinstance(source, Picture) for source in item.pictures):
         return None
-
-    def drawn(source: Picture) -> bytes:
-        return paint(source.load()[0])
-
     pictures = [
-        Picture(partial(drawn, source), source.label) for source in item.pictures if isinstance(source, Picture)
+        Picture(partial(_drawn, paint, source), source.label) for source in item.pictures if isinstance(source, Picture)
     ]
     return replace(item, pictures=list(pictures))
+
+
+def _drawn(paint: Callable[[Image.Image], bytes], source: Picture) -> bytes:
+    return paint(source.load()[0])
 
 
 def _jpeg(quality: int, image: Image.Image) -> bytes:
@@ -170,7 +176,7 @@ def run_sensitivity(
     for spec in load_tasks(tasks):
         loaded = load_data(spec, data=data, limit=limit)
         base = evaluate_data(generator, loaded, place / "as it is", cache=cache, resume=resume, progress=progress)
-        plain = _verdicts(base)
+        plain = ByName((row["id"], verdict) for row, verdict in _verdicts(base))
         by_way: dict[str, list[tuple[float, float]]] = {}
         for variation in chosen:
             varied, left = _varied(loaded, variation)
@@ -185,20 +191,16 @@ def run_sensitivity(
                 resume=resume,
                 progress=progress,
             )
-            verdicts = _verdicts(result)
-            shared = [name for name in verdicts if name in plain]
-            flips = [float(abs(verdicts[name] - plain[name]) > 0.25) for name in shared]
-            clusters = {item.id: item.cluster or item.id for item in varied.items}
-            sure = mean_estimate(flips, clusters=[clusters[name] for name in shared], binary=True)
-            before = 100 * sum(plain[name] for name in shared) / len(shared) if shared else float("nan")
-            after = 100 * sum(verdicts[name] for name in shared) / len(shared) if shared else float("nan")
+            moved = _moved(plain, result)
+            sure = mean_estimate(moved.flips, clusters=moved.clusters, binary=True)
+            before, after = 100 * moved.before.value, 100 * moved.after.value
             by_way.setdefault(variation.way, []).append((100 * sure.value, after))
             rows.append((
                 spec.name, variation.name, number(before), number(after), f"{after - before:+.2f}", number(100 * sure.value, 1),
-                spread(100 * sure.low, 100 * sure.high, digits=1), str(len(shared)),
+                spread(100 * sure.low, 100 * sure.high, digits=1), str(len(moved.flips)),
             ))  # fmt: skip
             details.append({"task": spec.name, "way": variation.way, "variation": variation.name, "before": before, "after": after,
-                            "flips": sure.value, "num_samples": len(shared)})  # fmt: skip
+                            "flips": sure.value, "num_samples": len(moved.flips)})  # fmt: skip
             if left:
                 notes.append(
                     f"{spec.name}: {left} questions cannot be asked with {variation.name} and are left out there"
@@ -221,16 +223,36 @@ def run_sensitivity(
 
 
 def _varied(data: TaskData, variation: Variation) -> tuple[TaskData, int]:
-    changed = [variation.change(item) for item in data.items]
-    items = [item for item in changed if item is not None]
-    return replace(data, items=items, data_hash=data_hash(items)), len(changed) - len(items)
+    items = Spool(changed for item in data.items if (changed := variation.change(item)) is not None)
+    return replace(data, items=items, data_hash=data_hash(items)), len(data.items) - len(items)
 
 
-def _verdicts(result: TaskResult) -> dict[str, float]:
-    """Headline score by sample, an unparsed reply as 0."""
-    label, found = result.metrics[0].label, {}
-    for row in read_predictions(Path(result.path)):
+@dataclass(frozen=True)
+class _Moved:
+    """What a variation did to the samples that could be scored both ways. flips: 0 or 1 of each; clusters: equal where two go
+    together."""
+
+    flips: np.ndarray
+    clusters: np.ndarray
+    before: Mean
+    after: Mean
+
+
+def _moved(plain: Mapping[str, float], result: TaskResult) -> _Moved:
+    flips, clusters, before, after = array("d"), Clusters(), Mean(), Mean()
+    for row, verdict in _verdicts(result):
+        if (earlier := plain.get(row["id"])) is not None:
+            flips.append(float(abs(verdict - earlier) > 0.25))
+            clusters.append(row)
+            before.append(earlier)
+            after.append(verdict)
+    return _Moved(np.array(flips), clusters.codes(), before, after)
+
+
+def _verdicts(result: TaskResult) -> Iterator[tuple[Row, float]]:
+    """(row, headline score) of each sample that could be scored, an unparsed reply as 0."""
+    label = result.metrics[0].label
+    for row in iterate_predictions(Path(result.path)):
         entry: Row | Any = row.get("scores", {}).get(label)
         if entry is not None and "error" not in entry:
-            found[row["id"]] = float(entry["value"] or 0.0)
-    return found
+            yield row, float(entry["value"] or 0.0)

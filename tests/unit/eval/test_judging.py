@@ -103,12 +103,12 @@ def test_verdicts_are_scored_counted_and_never_paid_for_twice(tmp_path, server):
     result = judge_predictions(path, ask(judge), load_judge_prompt("chartx"), progress=False)
     sure = result.estimate()
     assert sure.value == pytest.approx(40.0) and sure.num_samples == 5 and 0 < sure.low < 40 < sure.high < 100
-    assert result.unread == {"no verdict": 1, "refused": 1} and result.missing == []
+    assert result.unread == {"no verdict": 1, "refused": 1} and result.missing == 0
     assert result.by_category() == pytest.approx({"pie": 200 / 3, "bar": 0.0})
     assert "openai:judge = judge-2026-01-01 · chartx v1 (" in result.label
     assert len(judge.asked) == 4, "two answers are the same: one question to the judge"
     again = judge_predictions(path, ask(judge), load_judge_prompt("chartx"), progress=False)
-    assert len(judge.asked) == 4 and again.verdicts == result.verdicts
+    assert len(judge.asked) == 4 and list(again.verdicts()) == list(result.verdicts())
     (stored,) = stored_verdicts(tmp_path)
     assert stored.estimate() == sure
 
@@ -118,11 +118,11 @@ def test_a_judge_that_goes_away_gives_no_score_and_is_asked_on_later(tmp_path, s
     judge.last = 3
     path = predictions(tmp_path, [str(k) for k in range(100, 120)])
     result = judge_predictions(path, ask(judge), load_judge_prompt("chartx"), progress=False)
-    assert len(result.missing) == 17 and result.estimate().value != result.estimate().value
-    assert [len(each.missing) for each in stored_verdicts(tmp_path)] == [17]
+    assert result.missing == 17 and result.estimate().value != result.estimate().value
+    assert [each.missing for each in stored_verdicts(tmp_path)] == [17]
     judge.last = None
     whole = judge_predictions(path, ask(judge), load_judge_prompt("chartx"), progress=False)
-    assert whole.missing == [] and len(judge.asked) == 20 and whole.estimate().value == 0.0
+    assert whole.missing == 0 and len(judge.asked) == 20 and whole.estimate().value == 0.0
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_preference_is_asked_in_both_orders_and_ratings_are_a_ratio(tmp_path, se
     judge = server(lambda text: "[[A>B]]")  # always the first: the order decides
     path = predictions(tmp_path / "a", ["9"], "wildvision")
     result = judge_predictions(path, ask(judge), load_judge_prompt("wildvision"), progress=False)
-    (verdict,) = result.verdicts.values()
+    (verdict,) = result.verdicts()
     assert verdict["value"] == 0.0 and verdict["rule"] == "the order decides" and len(judge.asked) == 2
     rater = server(lambda text: "10 5" if "Assistant 2: a" in text else "5 5")
     path = predictions(tmp_path / "b", ["a", "b"], "llava_bench")
@@ -171,7 +171,7 @@ def test_an_extraction_is_scored_by_the_published_rule(tmp_path, server):
     meta = {"question_type": "free_form", "answer_type": "integer", "precision": 0}
     path.write_text(path.read_text().replace('"meta": {}', f'"meta": {json.dumps(meta)}'))
     result = judge_predictions(path, ask(judge), load_judge_prompt("mathvista"), progress=False)
-    assert result.estimate().value == 50.0 and {v["extracted"] for v in result.verdicts.values()} == {"5", "6"}
+    assert result.estimate().value == 50.0 and {v["extracted"] for v in result.verdicts()} == {"5", "6"}
 
 
 def test_kappa_by_hand():
@@ -220,7 +220,8 @@ def test_hand_verdicts_and_missing_judges_are_named(tmp_path):
         run_judge(tmp_path, None)
     with pytest.raises(ConfigError, match="name one with --prompt"):
         run_judge(tmp_path, "x", tasks=["mmvet"])
-    assert write_sheet([], tmp_path / "empty.csv", 5).read_text().startswith("id,question")
+    (tmp_path / "none.jsonl").touch()
+    assert write_sheet(tmp_path / "none.jsonl", tmp_path / "empty.csv", 5).read_text().startswith("id,question")
 
 
 def test_every_shipped_prompt_says_its_source_and_asks_about_any_row():
