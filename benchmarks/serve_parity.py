@@ -52,6 +52,14 @@ KINDS: dict[str, dict] = {
             "parser": "lenient",
         },
     },
+    **{
+        f"backbones_{group}": {"connector": {"type": "sequence_concat"}, "encoders": names}
+        for group, names in {
+            "pyramids": ["biformer", "crossformer", "vssd", "unitranspose", "dualtokenvit", "ddrnet"],
+            "vits": ["channelvit", "crossvit", "unit", "lookupvit", "dependencyvit", "vir", "evitpose", "uni4eye"],
+            "hybrids": ["duoformer", "dynperceiver", "snnet", "s4d", "paratranscnn", "samunet", "dbsam"],
+        }.items()
+    },
     "gate": {
         "connector": {"type": "channel_concat", "projector": {"depth": 2}},
         "encoders": ["clip", "timm", "dinov2"],
@@ -79,7 +87,12 @@ def build(kind: str, folder: str):
             "keep_prefix": True,
         },
     }  # fmt: skip
+    from mllm.encoders import ENCODERS
+
     spec = KINDS[kind]
+    for name in spec["encoders"]:  # research backbones by their type, at their smallest
+        if name not in library:
+            library[name] = {**ENCODERS.get(name).tiny(), "keep_prefix": False}
     tokenizer = str(Path(folder) / "tokenizer")
     changes = {"encoders": {name: library[name] for name in spec["encoders"]}, "connector": spec["connector"]}
     if "router" in spec:

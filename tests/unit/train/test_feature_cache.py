@@ -10,6 +10,7 @@ import torch
 
 from mllm.connectors import CONNECTORS
 from mllm.data.collate import collate
+from mllm.encoders import ENCODERS
 from mllm.errors import UnavailableError
 from mllm.eval.generators.vllm import VLLMGenerator
 from mllm.models.configuration_mllm import component_code
@@ -111,6 +112,36 @@ def test_stored_features_give_the_same_visual_tokens_as_pixels(tmp_path, model):
     assert (cached - live).abs().max() < 1e-5
     again = model.model.encode_images({name: torch.stack([row[name] for row in rows]) for name in specs})[0]
     assert torch.equal(again, live), "afterwards the encoders take pixels again"
+
+
+BACKBONES = (
+    "biformer", "crossformer", "vssd", "unitranspose", "dualtokenvit", "ddrnet", "channelvit", "crossvit", "unit", "lookupvit",
+    "dependencyvit", "vir", "evitpose", "duoformer", "dynperceiver", "snnet", "s4d", "paratranscnn", "samunet", "dbsam",
+)  # fmt: skip
+
+
+def test_every_research_backbones_features_are_stored_as_they_are(tmp_path):
+    encoders = {name: {**ENCODERS.get(name).tiny(), "keep_prefix": False} for name in BACKBONES}
+    changes = {"encoders": encoders, "connector": {"type": "sequence_concat"}}
+    model = tiny_model(tmp_path / "tokenizer", **changes)[0].requires_grad_(False)
+    assert why_not(model, ["connector"]) is None
+    stores, image = open_stores(model, "float32", root=tmp_path / "stores"), picture(3)
+    assert fill(model, stores, [image]) == (1, 0)
+    specs = {name: info.image for name, info in model.model.vision_tower.infos.items()}
+    pixels = {name: row[None] for name, row in to_pixels_multi(image, specs).items()}
+    live = model.model.encode_images(pixels)[0]
+    with FeaturesInPlaceOfPixels(model):
+        cached = model.model.encode_images({n: stores[n].get(picture_key(image))[None] for n in specs})[0]
+    assert (cached - live).abs().max() < 1e-5 * live.abs().max().clamp_min(1)
+
+
+def test_volumes_of_slices_are_not_stored_picture_by_picture(tmp_path):
+    changes = {
+        "encoders": {"eyes": {**ENCODERS.get("uni4eye").tiny(), "keep_prefix": False}},
+        "connector": {"type": "mlp"},
+    }
+    model = tiny_model(tmp_path / "tokenizer", **changes)[0].requires_grad_(False)
+    assert why_not(model, ["connector"]) == "in encoder eyes the views of a picture see each other"
 
 
 def test_other_weights_other_dtype_and_another_transform_have_stores_of_their_own(tmp_path, model):
