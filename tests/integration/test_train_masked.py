@@ -9,9 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mllm.encoders import ENCODERS
+from mllm.encoders.catalogue import build_encoder, encoder_config
 from mllm.errors import ConfigError
 from mllm.train import run_recipe
 from mllm.train.stages.kind import kind_of
+from mllm.train.stages.masked.stage import MaskedModel, MaskedOptions
 from mllm.train.stages.masked.targets import cells, disjoint_masks, hide, joint_loss, target_of
 from tests.golden.fill import check, load
 from tests.helpers import TINY_CLIP
@@ -127,3 +130,29 @@ def test_a_teacher_of_another_encoder_is_told_of_and_wrong_names_are_refused(tmp
     wrong = _recipe(tmp_path, steps=2, options={"target": "teacher", "teacher": "semantic"})
     with pytest.raises(ConfigError, match=r"'semantic' is no other encoder of the model \(teacher\)"):
         run_recipe(wrong, output=tmp_path / "wrong")
+
+
+def test_uni4eye_tells_the_picture_and_its_gradient_map_by_two_decoders(tmp_path):
+    eye = {**ENCODERS.get("uni4eye").tiny(), "keep_prefix": False, "image_size": 16}
+    stage = {
+        "name": "alone",
+        "kind": "masked",
+        "steps": 20,
+        "batch_size": 8,
+        "data": {"format": "llava", "path": _data(tmp_path / "pairs")},
+        "learn": {"encoders": 3e-3},
+        "options": {"target": "pixels_gradients", "branch_width": 32, "decoder_depth": 2},
+    }
+    run_recipe(make_recipe(tmp_path, stages=[stage], model={"encoders": {"eye": eye}, "connector": {"type": "mlp"}}))
+    losses = [float.fromhex(row["loss"]) for row in metrics(tmp_path / "run")]
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4]), losses
+
+    encoder = build_encoder(encoder_config(eye, where="e"))
+    options = MaskedOptions(target="pixels_gradients", branch_width=32, decoder_depth=1)
+    model = MaskedModel("eye", encoder, options, {"eye": "pixels"})
+    picture, gradient = model.hidden_branch
+    assert (picture.out.out_features, gradient.out.out_features) == (48, 16)
+    tokens = torch.randn(1, 16, 24)
+    moved = tokens.clone()
+    moved[0, 15] += torch.randn(24)
+    assert not torch.allclose(picture(tokens)[0, 0], picture(moved)[0, 0], atol=1e-6), "cells see each other"

@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mllm.config import StrictModel, validate
+from mllm.encoders.backbones.layers import Block
 from mllm.encoders.base import VisionEncoder
 from mllm.errors import ConfigError, DataError
 from mllm.processing.chat import IGNORE, EncodedSample
@@ -55,6 +56,9 @@ class MaskedOptions(StrictModel):
     visible_weight: float = Field(default=1.0, ge=0)
     """Weight of the visible cells' loss; 0: only hidden cells are told."""
     branch_width: int = Field(default=512, gt=0)
+    decoder_depth: int = Field(default=0, ge=0)
+    """Transformer blocks of the branch that tells hidden cells (DMJD has 2 or 8); 0: a layer of its own only. Target
+    ``pixels_gradients`` has two such branches, one for the picture and one for its gradient map."""
     branch_lr: float | None = Field(default=None, gt=0)
     """Learning rate of the branches, which are new; default: the encoder's."""
 
@@ -92,6 +96,23 @@ def _branch(width: int, inner: int, out: int, layers: int) -> nn.Sequential:
     return nn.Sequential(*parts, nn.Linear(inner, out))
 
 
+class Decoder(nn.Module):
+    """Tokens ``(B, N, D)`` of all cells, which see each other, to what is told of each."""
+
+    def __init__(self, width: int, inner: int, out: int, depth: int):
+        super().__init__()
+        heads = next(h for h in range(max(inner // 64, 1), 0, -1) if inner % h == 0)
+        self.embed = nn.Linear(width, inner)
+        self.blocks = nn.ModuleList(Block(inner, heads, 4.0) for _ in range(depth))
+        self.norm, self.out = nn.LayerNorm(inner), nn.Linear(inner, out)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.out(self.norm(x))
+
+
 class MaskedModel(nn.Module):
     """An encoder and its two branches as the trainer wants a model."""
 
@@ -104,21 +125,29 @@ class MaskedModel(nn.Module):
         self._teacher = [teacher]  # no child: it neither learns nor is counted
         info = encoder.describe(encoder.config)
         self.grid = info.grid
-        out = self._target_width(info)
-        self.hidden_branch = _branch(info.width, options.branch_width, out, 1)
-        self.visible_branch = _branch(info.width, options.branch_width, out, 3)
+        told, inner = self._target_widths(info), options.branch_width
+        self.hidden_branch = nn.ModuleList(
+            Decoder(info.width, inner, out, options.decoder_depth)
+            if options.decoder_depth
+            else _branch(info.width, inner, out, 1)
+            for out in told
+        )
+        self.visible_branch = _branch(info.width, inner, sum(told), 3)
         dtype = next(p.dtype for p in encoder.parameters())
         self.hidden_branch.to(dtype)
         self.visible_branch.to(dtype)
         self.config = StageConfig("masked")
 
-    def _target_width(self, info: Any) -> int:
+    def _target_widths(self, info: Any) -> list[int]:
+        """Of every part of the target, in its order."""
         kind = self.options.target
         if kind == "teacher":
             teacher = self._teacher[0]
-            return teacher.describe(teacher.config).width
+            return [teacher.describe(teacher.config).width]
         area = (info.image.height // info.grid[0]) * (info.image.width // info.grid[1])
-        return {"hog": 3 * BINS, "pixels": 3 * area, "gradients": area, "pixels_gradients": 4 * area}[kind]
+        return {"hog": [3 * BINS], "pixels": [3 * area], "gradients": [area], "pixels_gradients": [3 * area, area]}[
+            kind
+        ]
 
     def part_prefixes(self) -> dict[str, list[str]]:
         return {f"encoders.{self.encoder_name}": ["encoder."], BRANCHES: ["hidden_branch.", "visible_branch."]}
@@ -160,7 +189,8 @@ class MaskedModel(nn.Module):
         mask = torch.cat(masks).to(pixels.device)
         tokens = self.encoder(hide(torch.cat([pixels, pixels]), mask, self.grid)).tokens
         shown = tokens[~mask].view(len(mask), -1, tokens.shape[2])
-        predicted, seen = self.hidden_branch(tokens).float(), self.visible_branch(shown).float()
+        predicted = torch.cat([branch(tokens) for branch in self.hidden_branch], dim=2).float()
+        seen = self.visible_branch(shown).float()
         hidden, visible = joint_loss(
             predicted, seen, self.target(inputs), mask, pair=options.losses, weight=options.visible_weight
         )
