@@ -263,7 +263,7 @@ class MllmImageProcessor(SavesDoor, BaseImageProcessor):
                 continue
             for name, pixels in to_pixels_multi(picture, specs, resampler=self.resampler).items():  # type: ignore[arg-type]
                 rows[name].append(pixels if rules.video is None else pixels.expand(rules.view.frames, *pixels.shape))
-        join = torch.cat if rules.needs_size or rules.video is not None else stack_images
+        join = _cat if rules.needs_size or rules.video is not None else stack_images
         pixels_by_name = {name: join(tensors) for name, tensors in rows.items() if tensors}
         data: dict[str, Any] = dict(self.pixel_keys.by_key(pixels_by_name))
         if rules.needs_size and flat:
@@ -302,6 +302,10 @@ def stack_images(images: Sequence[torch.Tensor]) -> torch.Tensor:
     if len({image.dim() for image in images}) > 1:
         raise DataError("some images are given as pictures and some as stored codes; one batch takes one kind")
     return images[0][None] if len(images) == 1 else torch.stack(list(images))  # one picture need not be copied
+
+
+def _cat(views: Sequence[torch.Tensor]) -> torch.Tensor:
+    return views[0] if len(views) == 1 else torch.cat(list(views))  # one picture's need not be copied
 
 
 @lru_cache(maxsize=32)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from mllm.errors import DataError
 from mllm.processing.panels import number_of_panels
-from mllm.processing.pixels import Resampler, finish, resize, to_pixels
+from mllm.processing.pixels import Resampler, finish, finish_all, resize
 from mllm.processing.views.base import View
 from mllm.types import ImageSpec
 
@@ -28,20 +27,14 @@ def to_view_pixels(
     if number_of_panels(image) > 1:
         raise DataError("a picture of several panels is seen as a whole only; leave model.views out")
     canvases: dict[tuple, np.ndarray] = {}
+    array = np.array(image) if resampler == "torch" else None
     pixels = {}
     for name, spec in specs.items():
         if views[name][0].patch:
             pixels[name] = _patches(image, spec, views[name][0], resampler)
             continue
-        rows = [
-            to_pixels(
-                image, spec.model_copy(update={"resize": "letterbox"}) if view.padded else spec, resampler=resampler
-            )
-            if view.canvas is None
-            else finish(_cut(image, spec, view, canvases, resampler), spec)
-            for view in views[name]
-        ]
-        pixels[name] = torch.stack(rows)
+        rows = [_seen(image, spec, view, canvases, resampler, array) for view in views[name]]
+        pixels[name] = finish_all(rows, spec)
     return pixels
 
 
@@ -54,18 +47,25 @@ def _patches(image: Image.Image, spec: ImageSpec, view: View, resampler: Resampl
     return cells.permute(1, 3, 0, 2, 4).reshape(-1, 3 * side * side)
 
 
-def _cut(
-    image: Image.Image, spec: ImageSpec, view: View, canvases: dict[tuple, np.ndarray], resampler: Resampler
+def _seen(
+    image: Image.Image,
+    spec: ImageSpec,
+    view: View,
+    canvases: dict[tuple, np.ndarray],
+    resampler: Resampler,
+    array: np.ndarray | None,
 ) -> np.ndarray:
-    """uint8 ``(spec.height, spec.width, 3)`` of one view."""
+    """uint8 ``(spec.height, spec.width, 3)`` of one view. array: the picture's values, where ``resampler`` takes them."""
+    if view.canvas is None:
+        whole = spec.model_copy(update={"resize": "letterbox"}) if view.padded else spec
+        return resize(image, whole, resampler=resampler, array=array)
     fit = (spec.resize, spec.mean) if view.as_spec else None
     key = (view.picture, view.canvas, view.place, spec.interpolation, fit)
     if key not in canvases:
-        assert view.canvas is not None
         (height, width), (top, left) = view.picture, view.place
         how = spec.resize if view.as_spec else "squash"
         whole = spec.model_copy(update={"height": height, "width": width, "resize": how})
-        resized = resize(image, whole, resampler=resampler)
+        resized = resize(image, whole, resampler=resampler, array=array)
         if view.picture != view.canvas:
             canvas = np.zeros((*view.canvas, 3), np.uint8)
             canvas[top : top + height, left : left + width] = resized
@@ -73,4 +73,4 @@ def _cut(
         canvases[key] = resized
     (top, left), step = view.corner, view.stride
     rows, columns = slice(top, top + step * spec.height, step), slice(left, left + step * spec.width, step)
-    return np.ascontiguousarray(canvases[key][rows, columns])
+    return canvases[key][rows, columns]
