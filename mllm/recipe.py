@@ -311,6 +311,11 @@ class StageSpec(StrictModel):
         """``engine``; for auto what `choose_here` has said on these GPUs, none before."""
         return self._chosen if self.engine == "auto" else self.engine
 
+    @property
+    def compiles_here(self) -> bool:
+        """``compile``; not where ``engine: auto`` has become zero3, whose parameters are not whole inside a compiled layer."""
+        return self.compile and not (self.engine == "auto" and self._chosen == "zero3")
+
     def choose_here(self, engine: str) -> None:
         """What ``engine: auto`` is on these GPUs. It is no part of the recipe: elsewhere a run goes on with another."""
         self._chosen = engine

@@ -46,7 +46,7 @@ def prepare_model(model: TrainableModel, stage: StageSpec, *, device: torch.devi
     model.set_attn_implementation({"text_config": chosen})
     if stage.gradient_checkpointing:
         enable_checkpointing(model)
-    if stage.compile and not (zero_stage == 3 and stage.engine == "auto"):
+    if stage.compiles_here:
         if zero_stage == 3:
             raise ConfigError(
                 f"stages.{stage.name}.compile: compiled layers and zero3 do not work together; use zero1 or zero2"

@@ -177,7 +177,7 @@ def train(
             engine.set_rate_factor(rate_factor(stage.schedule, progress.step, progress.total_steps))
             rates = engine.rates()
             wish = time.monotonic() - saved > SAVE_SECONDS
-            with phase("first step" + (", compiling" if stage.compile else ""), when=first):
+            with phase("first step" + (", compiling" if stage.compiles_here else ""), when=first):
                 step = optimizer_step(
                     engine, micro, session.attention, session.flops, session.data, save=wish, datasets=session.datasets
                 )

@@ -37,4 +37,5 @@ def choose_engines(recipe: Recipe) -> None:
         stage.choose_here(chosen[stage.name])
         progress.tell(
             f"stage {stage.name}: engine {chosen[stage.name]} (auto: {memory / 1e9:.0f} GB, {processes} GPUs)"
+            + ("" if stage.compiles_here == stage.compile else "; compile is off, which zero3 does not go with")
         )

@@ -79,3 +79,20 @@ def test_auto_is_the_engine_that_shares_least_and_fits():
 
     assert chosen(1, 141e9) == "none" and chosen(8, 300e9) == "none"
     assert chosen(8, 80e9) in ("zero1", "zero2") and chosen(8, 24e9) == "zero3"
+
+
+def test_auto_that_becomes_zero3_is_planned_and_told_without_compile():
+    recipe = load_recipe("llava_1_5", ["stages.sft.engine=auto", "stages.sft.compile=true"])
+    stage = next(stage for stage in recipe.stages if stage.name == "sft")
+    assert stage.compiles_here
+    plans = {}
+    for memory in (1e12, 30e9):
+        plans[memory] = next(
+            s for s in plan_recipe(recipe, processes=8, with_data=False, gpu_memory=memory).stages if s.name == "sft"
+        )
+    roomy, tight = plans[1e12], plans[30e9]
+    assert (roomy.engine, tight.engine) == ("none", "zero3") and roomy.load.compiled and not tight.load.compiled
+    assert tight.memory["activations and loss"] > roomy.memory["activations and loss"]
+    assert any("runs without compile" in line for line in tight.hazards)
+    stage.choose_here("zero3")
+    assert not stage.compiles_here
