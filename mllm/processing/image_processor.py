@@ -127,8 +127,8 @@ class MllmImageProcessor(SavesDoor, BaseImageProcessor):
             return [self._visual_layout(image, f"{where}, image {k}", write) for k, image in enumerate(images)]
         if not rules.needs_size:
             return rules.layouts(images)
-        limit = rules.share(len(images))
         try:
+            limit = rules.share(len(images))
             sizes = [image_size(image, where=f"{where}, image {k}") for k, image in enumerate(images)]
             layouts = [rules.layout(size, limit) for size in sizes]
         except DataError as error:

@@ -483,3 +483,59 @@ def test_transformers_layout_is_read_whole_or_not_at_all(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps(tied))
     with pytest.raises(CheckpointError, match="ties the output head"):
         MllmForConditionalGeneration.from_pretrained(tmp_path)
+
+
+HUB_LOST: dict[str, tuple[dict[str, Any], str]] = {
+    "a patch taken for a class token": ({"vision_feature_select_strategy": "default"}, "drops the first token"),
+    "another way of shrinking": ({"vision_aspect_ratio": "square"}, "vision_aspect_ratio 'square' is not supported"),
+    "tiles of another size": ({"image_grid_pinpoints": [[28, 30]]}, "no multiple of the encoder's 28"),
+    "an unread setting": ({"spatial_pool_mode": "max"}, "does not know .spatial_pool_mode"),
+    "an unknown activation": ({"projector_hidden_act": "mish"}, "activation 'mish' is not supported"),
+}
+
+
+def test_settings_of_tiled_checkpoints_that_would_be_lost_are_refused(tmp_path: Path) -> None:
+    model, reader = onevision_checkpoint()
+    model.save_pretrained(tmp_path / "one")
+    reader.save_pretrained(tmp_path / "one")
+    file = tmp_path / "one" / "config.json"
+    config = json.loads(file.read_text())
+    for changes, message in HUB_LOST.values():
+        file.write_text(json.dumps(config | changes))
+        with pytest.raises(ConfigError, match=message):
+            convert(str(tmp_path / "one"), tmp_path / "ours")
+    file.write_text(json.dumps(config))
+    convert(str(tmp_path / "one"), tmp_path / "ours")
+    said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
+    text = MllmProcessor.from_pretrained(tmp_path / "ours").apply_chat_template(said, add_generation_prompt=True)
+    assert text == "<|im_start|>user\n<image>\nwhat?<|im_end|>\n<|im_start|>assistant\n"
+    convert(str(tmp_path / "one"), tmp_path / "other", chat_template="vicuna")
+    text = MllmProcessor.from_pretrained(tmp_path / "other").apply_chat_template(said, add_generation_prompt=True)
+    assert text.endswith("USER: <image>\nwhat? ASSISTANT:")
+    theirs, reader = internvl_checkpoint()
+    theirs.save_pretrained(tmp_path / "intern")
+    reader.image_processor.save_pretrained(tmp_path / "intern")
+    with pytest.raises(CheckpointError, match="needs its tokenizer, which names the tokens around a picture"):
+        convert(str(tmp_path / "intern"), tmp_path / "again")
+
+
+def test_a_language_model_whose_prompts_are_not_known_needs_a_template(tmp_path: Path) -> None:
+    """Vicuna's format for every language model would be a wrong question, and nobody would be told."""
+    from transformers import MistralConfig
+
+    vision, text, pixels, patch = SIZES["small"]
+    tokenizer = tiny_tokenizer(template=None)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=pixels, patch_size=patch, projection_dim=16, **vision),
+        text_config=MistralConfig(vocab_size=320, num_key_value_heads=1, **text),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "theirs")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ConfigError, match="--chat-template"):
+        convert(str(tmp_path / "theirs"), tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+    convert(str(tmp_path / "theirs"), tmp_path / "ours", chat_template="chatml")

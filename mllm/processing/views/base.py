@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 from pydantic import Field
 
 from mllm.config import StrictModel, validate
-from mllm.errors import ConfigError
+from mllm.errors import ConfigError, DataError
 from mllm.processing.views import VIEWS
 from mllm.types import Block, Grid, ImageSpec, ViewLayout, VisualLayout
 
@@ -89,9 +89,16 @@ class Views:
 
     @classmethod
     def share(cls, config: ViewsConfig, view: ViewLayout, count: int) -> int:
-        """Most visual tokens of each of a sample's ``count`` pictures; 0: nothing but the picture's own budget binds."""
+        """Most visual tokens of each of a sample's ``count`` pictures; 0: nothing but the picture's own budget binds. Raises
+        `DataError` for more pictures than tokens."""
         budget = getattr(config, "max_sample_tokens", None)
-        return 0 if budget is None or not count else max(budget // count, 1)
+        if budget is None or not count:
+            return 0
+        if count > budget:
+            raise DataError(
+                f"{count} pictures cannot share {budget} visual tokens (model.views.max_sample_tokens); give fewer, or raise it"
+            )
+        return budget // count
 
     @classmethod
     def shares(cls, config: ViewsConfig) -> bool:

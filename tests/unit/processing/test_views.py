@@ -438,6 +438,22 @@ def test_a_budget_leaves_the_tilings_that_fit_it() -> None:
         assert shared.layouts([(*size, shared.share(4)) for size in sizes]) == [tight.layout(size) for size in sizes]
         with pytest.raises(DataError, match="a picture may take 1 visual tokens, and the smallest"):
             shared.layout((64, 64), shared.share(4 * limit))
+        with pytest.raises(DataError, match="pictures cannot share"):  # a token each would be more than the budget
+            shared.share(4 * limit + 1)
+
+
+def test_pictures_in_one_list_belong_to_the_text_that_holds_their_place(tmp_path: Any) -> None:
+    """One of a text's own is seen in tiles, several of one text are seen whole, however the list is given."""
+    views = {"type": "tiles", "grids": [[1, 2], [2, 2]], "several": "whole"}
+    _, processor = tiny_model(tmp_path, views=views)
+    pictures = [picture(k, size=(60, 40)) for k in range(3)]
+    texts = ["<image> one", "<image> and <image>"]
+    flat = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+    nested = processor(text=texts, images=[pictures[:1], pictures[1:]], padding=True, return_tensors="pt")
+    assert flat.keys() == nested.keys() and all(torch.equal(flat[key], nested[key]) for key in flat)
+    assert [len(layout.blocks) for layout in processor.rules.layouts(flat["image_sizes"])] == [2, 2, 2]
+    views_of = [layout.num_views for layout in processor.rules.layouts(flat["image_sizes"])]
+    assert views_of[0] > 1 and views_of[1:] == [1, 1]
 
 
 def test_a_samples_pictures_share_its_budget_and_it_is_said_once(tmp_path: Any, caplog: Any) -> None:
