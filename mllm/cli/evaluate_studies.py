@@ -288,8 +288,11 @@ def judge(
         device=device,
         say=say_aloud,
     )
-    if study is not None:
-        finish(study, folder)
+    if study is None:
+        return
+    finish(study, folder)
+    if judge is not None and any(each["missing"] and each["judge"].endswith(judge) for each in study.data["judged"]):
+        raise typer.Exit(1)  # a script that goes on with the score would have none
 
 
 def add_to(group: typer.Typer) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from mllm.data.files import Files, JsonRows, TextRows
 from mllm.errors import ConfigError, DataError, UnavailableError
 from mllm.hub import hub_reason
+from mllm.install import install_hint
 
 TEXT = (".jsonl", ".json", ".csv", ".tsv")
 BINARY = {".parquet": "parquet", ".arrow": "arrow"}
@@ -85,7 +86,7 @@ def datasets_package() -> Any:
         import datasets
     except ImportError:
         raise UnavailableError(
-            "parquet, arrow and hub tables need the datasets package: install mllm[train] or mllm[eval]"
+            f"parquet, arrow and hub tables need the datasets package: {install_hint('train')}"
         ) from None
     return datasets
 

@@ -22,6 +22,7 @@ from mllm.data.parallel import chunks, spread
 from mllm.demo.charts import ANSWER_TYPES, KINDS, Balance, Chart, Question, Renderer, caption, questions
 from mllm.demo.tables import draw_chart
 from mllm.errors import UnavailableError
+from mllm.install import install_hint
 from mllm.recipe import Recipe, StageSpec
 
 DATA = Path("runs/demo/data")
@@ -290,7 +291,7 @@ def _require_libraries() -> None:
         try:
             __import__(module)
         except ImportError:
-            raise UnavailableError(f"the demo's data needs {package}: install mllm[train]") from None
+            raise UnavailableError(f"the demo's data needs {package}: {install_hint('train')}") from None
 
 
 def train_tokenizer(data_dir: Path | str, output_dir: Path | str, *, vocab_size: int = 512) -> Path:

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mllm.demo.charts import COLOURS, LABELS, MAX_VALUE, Chart, Renderer
 from mllm.demo.charts_and_digits import learn_bpe
 from mllm.errors import UnavailableError
-from mllm.install import package_hint
+from mllm.install import install_hint, package_hint
 
 VERSION = 6
 """Raised when the data that a seed gives changes."""
@@ -179,7 +179,7 @@ def _digits(seed: int) -> dict[str, list[tuple[np.ndarray, int]]]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise UnavailableError("the demo's data needs scikit-learn: install mllm[train]") from None
+        raise UnavailableError(f"the demo's data needs scikit-learn: {install_hint('train')}") from None
     found: Any = load_digits()
     images = [np.rint(pixels * (255 / 16)).astype(np.uint8) for pixels in found.images]
     pairs = list(zip(images, found.target.tolist()))

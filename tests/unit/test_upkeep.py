@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -72,10 +73,30 @@ def test_the_examples_say_commands_that_can_be_typed() -> None:
     docker = (ROOT / "examples/Dockerfile").read_text(encoding="utf-8")
     for extras in re.findall(r"EXTRAS=([\w,-]+)", docker):
         assert set(extras.split(",")) <= set(PROJECT["optional-dependencies"]), extras
-    for copied in re.findall(r"^COPY ((?:\S+ )+)", docker, re.M):
-        assert all((ROOT / path).exists() for path in copied.split()), copied
+    copied = {
+        path.removeprefix("./") for line in re.findall(r"^COPY ((?:\S+ )+)", docker, re.M) for path in line.split()
+    }
+    taken = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"][
+        "wheel"
+    ]
+    needed = {PROJECT["readme"], "LICENSE", "pyproject.toml", *taken["packages"], *taken["force-include"]}
+    assert needed == copied, "what is copied into the image is what its wheel is built from"
+    assert [
+        parse(words.split())[0] for words in re.findall(r"^#   docker run .* mllm ((?!-cpu).*)$", docker, re.M)
+    ] == ["serve"]
+
+    batch = (ROOT / "examples/slurm.sbatch").read_text(encoding="utf-8")
     assert subprocess.run(["bash", "-n", str(ROOT / "examples/slurm.sbatch")], check=False).returncode == 0
-    json.loads((ROOT / ".devcontainer/devcontainer.json").read_text(encoding="utf-8"))
+    started = re.search(r"-m mllm\.cli\.main (.*)$", re.sub(r"\\\n\s*", " ", batch), re.M)
+    assert started is not None
+    name, values = parse(shlex.split(started[1].replace("$resume", "--resume").replace("$recipe", "demo")))
+    assert name == "train" and values["resume"] and str(values["output"]) == "$output"
+
+    container = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text(encoding="utf-8"))
+    target = container["postCreateCommand"].removeprefix("make ")
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M), container[
+        "postCreateCommand"
+    ]
     forms = [
         yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")
     ]

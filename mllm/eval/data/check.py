@@ -10,6 +10,7 @@ from mllm.errors import MllmError, UnavailableError
 from mllm.eval.data.sources import find_sources, whereabouts
 from mllm.eval.task import SourceSpec, TaskSpec, data_folder
 from mllm.hub import hub_reason
+from mllm.install import install_hint
 
 
 def check_data(specs: Sequence[TaskSpec], data: Mapping[str, str | Path] | None = None) -> None:
@@ -42,7 +43,7 @@ def _unreachable(source: SourceSpec) -> str | None:
     try:
         import datasets
     except ImportError:
-        return "reading from the hub needs datasets; install mllm[eval]"
+        return f"reading from the hub needs datasets: {install_hint('eval')}"
     try:
         datasets.load_dataset_builder(str(source.hub), (source.configs or [None])[0], revision=source.revision)
     except Exception as error:

@@ -6,7 +6,8 @@ import base64
 import io
 import os
 import random
-import time
+import sys
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image
 
 from mllm.errors import ConfigError, UnavailableError
 from mllm.eval.generators.base import GeneratorSettings, answer_text
+from mllm.install import install_hint
 from mllm.types import IMAGE_MARK, Request, Response, Turn
 
 _RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
@@ -46,13 +48,14 @@ class OpenAIGenerator:
         try:
             import httpx
         except ImportError:
-            raise UnavailableError("the OpenAI generator needs httpx; install mllm[eval]") from None
+            raise UnavailableError(f"the OpenAI generator needs httpx: {install_hint('eval')}") from None
         if concurrency < 1:
             raise ConfigError(f"concurrency is {concurrency}; expected at least 1")
         self.name, self.model, self.base_url = f"openai:{model}", model, base_url.rstrip("/")
         self.concurrency, self.max_retries, self.image_format = concurrency, max_retries, image_format
         self.extra = dict(extra or {})
         self.first_pause = 0.5
+        self._told, self._telling = False, threading.Lock()
         self.answered_by: dict[str, int] = {}
         """Models that the server says answered (a version behind a name), and how often."""
         key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
@@ -73,23 +76,27 @@ class OpenAIGenerator:
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Response]:
         """Answers as they come; at most ``concurrency`` requests are under way and as many read ahead."""
-        stream = iter(requests)
-        with ThreadPoolExecutor(self.concurrency) as pool:
+        stream, stopped = iter(requests), threading.Event()
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
             waiting: set[Future[Response]] = set()
             while True:
                 while len(waiting) < 2 * self.concurrency and (request := next(stream, None)) is not None:
-                    waiting.add(pool.submit(self._answer, request))
+                    waiting.add(pool.submit(self._answer, request, stopped))
                 if not waiting:
                     return
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield future.result()
+        finally:  # whoever asks no more waits for no pause before another try
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
 
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
 
-    def _answer(self, request: Request) -> Response:
+    def _answer(self, request: Request, stopped: threading.Event) -> Response:
         body = self._body(request)
         shown = "".join(f"[{turn.role}] {turn.content}\n" for turn in request.turns).replace(IMAGE_MARK, "<image>")
         problem = ""
@@ -108,8 +115,17 @@ class OpenAIGenerator:
                 after = reply.headers.get("Retry-After", "")
                 pause = max(pause, float(after)) if after.replace(".", "", 1).isdigit() else pause
             if attempt < self.max_retries:
-                time.sleep(pause)
+                self._tell_once(problem)
+                if stopped.wait(pause):
+                    break
         return Response(request.id, "", shown, error=problem)
+
+    def _tell_once(self, problem: str) -> None:
+        """Say that the server does not answer while it is asked again: nobody looks at a terminal that is silent for a minute."""
+        with self._telling:
+            if not self._told:
+                self._told = True
+                sys.stderr.write(f"{self.base_url}: {problem}; tried again, {self.max_retries} times a request\n")
 
     def _read(self, request: Request, reply: Any, shown: str) -> Response:
         try:

@@ -12,6 +12,7 @@ import torch
 from mllm.errors import UnavailableError
 from mllm.eval.generators.base import GeneratorSettings, answer_text, checkpoint_hash, hf_messages
 from mllm.heads.codes.settings import vllm_environment, vllm_options
+from mllm.install import install_hint
 from mllm.models.configuration_mllm import component_code
 from mllm.processing.engine_videos import engine_options, visual_inputs
 from mllm.types import Request, Response
@@ -50,7 +51,7 @@ class VLLMGenerator:
             from vllm import LLM
         except ImportError:
             raise UnavailableError(
-                "the vLLM generator needs vllm; install mllm[serve] (GPU) or mllm[serve-cpu]"
+                f"the vLLM generator needs vllm: {install_hint('serve')}, or with serve-cpu without a GPU"
             ) from None
         from transformers import AutoConfig, AutoProcessor
 

@@ -18,6 +18,7 @@ from mllm.eval.data.loading import Item, TaskData
 from mllm.eval.metrics.letters import gold_letters, option_texts
 from mllm.eval.metrics.text import references
 from mllm.eval.report.statistics import Estimate, mean_estimate
+from mllm.install import install_hint
 
 _MAX_ANSWERS = 200
 
@@ -47,7 +48,7 @@ def stress_test(data: TaskData, *, folds: int = 5, trees: int = 200, seed: int =
     try:
         from sklearn.model_selection import GroupKFold
     except ImportError:
-        raise UnavailableError("the stress test needs scikit-learn; install mllm[eval]") from None
+        raise UnavailableError(f"the stress test needs scikit-learn: {install_hint('eval')}") from None
     items = [item for item in data.items if item.target is not None]
     choice = [item for item in items if item.meta.get("options")]
     open_ended = len(choice) < len(items) / 2

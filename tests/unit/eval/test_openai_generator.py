@@ -132,6 +132,22 @@ def test_busy_and_broken_servers_are_asked_again_refusals_are_not(server):
     assert tries.count("word0") == 4 and tries.count("word1") == 1 and tries.count("word2") == 4
 
 
+def test_nobody_waits_for_pauses_when_no_more_answers_are_wanted(server, capsys):
+    server.refusals = {f"word{k}": [503] * 9 for k in range(1, 20)}
+    generator = generator_for(server, concurrency=4, max_retries=3)
+    generator.first_pause = 3600.0
+    answers = generator.generate(requests(20))
+    assert next(answers).id == "r0"
+    while len(server.bodies) < 4:  # three are told to come again, and wait
+        time.sleep(0.01)
+    leaving = threading.Thread(target=answers.close, daemon=True)
+    leaving.start()
+    leaving.join(60)
+    assert not leaving.is_alive()
+    told = capsys.readouterr().err
+    assert told.count("HTTP 503") == 1 and "tried again, 3 times a request" in told
+
+
 def test_a_server_that_hangs_is_asked_again_with_growing_pauses_and_not_for_ever(server):
     server.hangs = {"word1": 1, "word3": 100}
     generator = generator_for(server, concurrency=4, max_retries=2, timeout=0.25)
