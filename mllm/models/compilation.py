@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
 from torch import nn
 
 from mllm.heads.base import MultimodalModel
+
+_LEAST = 4
+"""Parts that a layer has at least: of a convolution with its norm a graph makes nothing faster, and each would be one of its own."""
 
 
 def repeated_layers(module: nn.Module) -> list[nn.Module]:
@@ -20,7 +27,7 @@ def repeated_layers(module: nn.Module) -> list[nn.Module]:
                 len(rows) >= 2
                 and not is_list
                 and len({type(layer) for layer in rows}) == 1
-                and any(True for _ in rows[0].children())
+                and sum(1 for part in rows[0].modules() if not any(True for _ in part.children())) >= _LEAST
             ):
                 found.extend(rows)
             else:
@@ -28,6 +35,21 @@ def repeated_layers(module: nn.Module) -> list[nn.Module]:
 
     walk(module)
     return found
+
+
+_WAYS = 4
+"""Graphs that one layer may need: with and without gradients, each for its first size and for any."""
+
+
+def allow_graphs(layers: Iterable[nn.Module]) -> None:
+    """Raise torch's limit of graphs for one piece of code where these layers need more: a pyramid's blocks are one code in as many
+    widths as it has stages, and what comes after the limit would run uncompiled without a word."""
+    shapes: dict[type, set[tuple]] = defaultdict(set)
+    for layer in layers:
+        shapes[type(layer)].add(tuple(tuple(p.shape) for p in layer.parameters()))
+    needed = _WAYS * max((len(found) for found in shapes.values()), default=0)
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, needed)
 
 
 def compile_layers(
@@ -49,7 +71,9 @@ def compile_layers(
     if encoders and tower is not None:
         parts.extend((encoder, None) for encoder in tower.encoders.values())
     for part, dynamic in parts:
-        for layer in repeated_layers(part):
+        layers = repeated_layers(part)
+        allow_graphs(layers)
+        for layer in layers:
             layer.compile(dynamic=dynamic)
-            count += 1
+        count += len(layers)
     return count

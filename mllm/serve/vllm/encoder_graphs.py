@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm.errors import UnavailableError
-from mllm.models.compilation import repeated_layers
+from mllm.models.compilation import allow_graphs, repeated_layers
 from mllm.types import VisionFeatures
 
 MAX_BATCH = 32
@@ -102,6 +102,7 @@ def _capture(forward: Any, pixels: Tensor, pool: Any) -> _Graph:
 def compile_encoders(encoders: Mapping[str, nn.Module]) -> int:
     """Compile the encoders' repeated layers in place, for any batch size; returns how many layers."""
     layers = [layer for encoder in encoders.values() for layer in repeated_layers(encoder)]
+    allow_graphs(layers)
     for layer in layers:
         layer.compile(dynamic=True)
     return len(layers)

@@ -52,7 +52,28 @@ def test_the_blocks_of_nested_stages_are_compiled_not_the_lists_that_hold_them()
     spec = {**VssdEncoder.tiny(), "depths": [1, 2, 3, 2]}
     found = repeated_layers(build_encoder(encoder_config(spec, where="e")))
     blocks = [layer for layer in found if type(layer).__name__ == "Block"]
-    assert len(blocks) == 7 and not any(isinstance(layer, nn.ModuleList | nn.ModuleDict) for layer in found)
+    assert len(blocks) == len(found) == 7, "convolutions with their norms are no layers"
+    assert not any(isinstance(layer, nn.ModuleList | nn.ModuleDict) for layer in found)
+
+
+@torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True)
+def test_a_pyramids_blocks_are_compiled_in_all_their_widths_with_and_without_gradients(monkeypatch):
+    """One code in four widths needs more graphs than torch allows by itself; the rest would run uncompiled."""
+    spec = {**VssdEncoder.tiny(), "depths": [1, 2, 1, 1]}
+    encoder = build_encoder(encoder_config(spec, where="e")).eval()
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **given: compile_module(self, backend="eager", **given))
+    tower = nn.Module()
+    tower.vision_tower = nn.Module()
+    tower.vision_tower.encoders = nn.ModuleDict({"e": encoder})
+    torch._dynamo.reset()
+    compile_layers(tower, language_model=False)
+    for count in (2, 3, 1):
+        pixels = sample_pixels(encoder.config, count)
+        with torch.no_grad():
+            encoder.eval()(pixels)
+        encoder.train()(pixels).tokens.sum().backward()
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", [*ENCODERS])
