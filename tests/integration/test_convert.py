@@ -145,6 +145,17 @@ def next_checkpoint() -> tuple[Any, Any]:
     return LlavaNextForConditionalGeneration(config), reader
 
 
+def siglip_next_checkpoint() -> tuple[Any, Any]:
+    """SigLIP has no class token; the family takes its last layer before the norm that follows it."""
+    vision, _, pixels, patch = SIZES["small"]
+    model, reader = next_checkpoint()
+    config = model.config
+    config.vision_config = SiglipVisionConfig(image_size=pixels, patch_size=patch, vision_use_head=False, **vision)
+    config.vision_feature_select_strategy, config.vision_feature_layer = "full", -1
+    reader.vision_feature_select_strategy, reader.num_additional_image_tokens = "full", 0
+    return LlavaNextForConditionalGeneration(config), reader
+
+
 def onevision_checkpoint(aspect: str = "anyres_max_3", layer: int = -1) -> tuple[Any, Any]:
     """SigLIP, whose last layer has not passed its norm, tiles whose joined map is shrunk, a newline behind a lone picture."""
     vision, text, pixels, patch = SIZES["small"]
@@ -205,6 +216,7 @@ def internvl_checkpoint(pooled: bool = True, layer: int = -1) -> tuple[Any, Any]
 
 TILED: dict[str, Any] = {
     "llava_next": next_checkpoint,
+    "llava_next, the last layer of SigLIP": siglip_next_checkpoint,
     "llava_onevision": onevision_checkpoint,
     "llava_onevision, a layer before the last": partial(onevision_checkpoint, "anyres_max_9", -2),
     "internvl": internvl_checkpoint,
