@@ -26,6 +26,8 @@ class StrictModel(BaseModel):
 
 
 S = TypeVar("S", bound=BaseModel)
+CURE = "`mllm convert OLD.yaml NEW.yaml` rewrites a whole file"
+_FORMER_VALUES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -85,7 +87,58 @@ def validate(model: type[S], data: Any, *, where: str = "") -> S:
     try:
         return model.model_validate(dict(data))
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(model, problem, where, data) for problem in error.errors())) from None
+        raise ConfigError(
+            "\n".join(_explain(model, problem, where, data) for problem in _telling(error.errors(), data))
+        ) from None
+
+
+def _telling(problems: Sequence[Any], data: Any) -> list[Any]:
+    """The problems without those of other forms that a key could have: of ``lr`` alone or a mapping with ``lr``, the form that was
+    written; of a choice of words, the words. The names that pydantic gives the forms stand in no path."""
+    forms: dict[tuple[Any, ...], dict[Any, list[Any]]] = {}
+    told: list[Any] = []
+    for problem in problems:
+        place = _form_in(problem["loc"], data)
+        if place is None:
+            told.append(problem)
+            continue
+        location, form = problem["loc"][:place], problem["loc"][place]
+        plain = {**problem, "loc": (*location, *problem["loc"][place + 1 :])}
+        known = forms.setdefault(location, {})
+        if not known:
+            told.append((location, known))
+        known.setdefault(form, []).append(plain)
+    return [one for each in told for one in ([each] if isinstance(each, dict) else _closest(each[1]))]
+
+
+def _form_in(location: Sequence[Any], data: Any) -> int | None:
+    """Where a path to a key names the form of a value, and no key that is written there."""
+    node = data
+    for place, part in enumerate(location):
+        if (isinstance(node, Mapping) and part in node) or (
+            isinstance(node, list) and isinstance(part, int) and part < len(node)
+        ):
+            node = node[part]
+        else:
+            looks = isinstance(part, str) and (part in _FORMS or part.startswith("literal[") or part[:1].isupper())
+            return place if looks and place else None
+    return None
+
+
+_FORMS = ("bool", "int", "float", "str")
+"""What pydantic calls forms that are no class and no choice of words."""
+
+
+def _closest(forms: Mapping[str, list[Any]]) -> list[Any]:
+    """What is wrong with the form that was meant: a mapping's own keys before its being no number, words before its being no flag."""
+    deep = [
+        found for form, found in forms.items() if form[:1].isupper() and any(p["type"] != "model_type" for p in found)
+    ]
+    if deep:
+        renamed = [p for p in deep[0] if p["type"] == "extra_forbidden"]
+        return renamed or deep[0]
+    words = [found for form, found in forms.items() if form.startswith("literal[")]
+    return (words or list(forms.values()))[0]
 
 
 def _explain(model: type[BaseModel], problem: Any, where: str, data: Any) -> str:
@@ -94,7 +147,7 @@ def _explain(model: type[BaseModel], problem: Any, where: str, data: Any) -> str
     if problem["type"] == "extra_forbidden":
         now = getattr(_model_at(model, problem["loc"][:-1]), "renamed", {}).get(location[-1])
         if now is not None:
-            return f"{path}: this key is now {now}; `mllm convert OLD.yaml NEW.yaml` rewrites a whole file"
+            return f"{path}: this key is now {now}; {CURE}"
         known = _fields_at(model, problem["loc"][:-1])
         meant = _deeper(_model_at(model, problem["loc"][:-1]), location[-1]) or did_you_mean(location[-1], known)
         return f"{path}: unknown key{meant or '.'}" + (f" Known keys: {', '.join(known)}." if known else "")
@@ -103,6 +156,8 @@ def _explain(model: type[BaseModel], problem: Any, where: str, data: Any) -> str
     shown = repr(problem.get("input"))
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
     message = problem["msg"].removeprefix("Value error, ")
+    if (now := _FORMER_VALUES.get(str(problem.get("input")))) is not None and f"'{now}'" in message:
+        shown += f", which is now {now}"
     return f"{path}: {message}" + ("" if problem["type"] == "value_error" else f" (got {shown})")
 
 

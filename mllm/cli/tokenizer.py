@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -12,6 +12,7 @@ from mllm.cli import arguments
 
 if TYPE_CHECKING:
     from mllm.visual_tokenizers.base import VisualTokenizer
+    from mllm.visual_tokenizers.images import Split
 
 _DEVICE = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda, cuda:1 … or mps.")]
 _BATCH_SIZE = Annotated[int, typer.Option(help="Images at a time.", min=1)]
@@ -128,7 +129,7 @@ def evaluate(
         raise ConfigError("--templates goes with --zero-shot MODEL")
     model = _open(folder, device, dtype)
     spec = load_images_spec(recipe)
-    images = load_images(spec, model.image.height, "test")
+    images = load_images(spec, model.image.height, "held_out")
     number = len(images) if limit is None else min(limit, len(images))
     decoders, sampling = ({}, {}) if decoder is None else _diffusion(model, steps, guidance, seed)
     network, described = (None, {}) if features is None else _feature_network(features, recipe, model, folder)
@@ -314,7 +315,7 @@ def _feature_network(name: str, recipe: str, model: VisualTokenizer, folder: Pat
     return found, described
 
 
-def _chart_questions(size: int, split: str, *, number: int = 400) -> Any:
+def _chart_questions(size: int, split: Split, *, number: int = 400) -> Any:
     """Bar charts with questions that have exact answers, one of each kind per chart; needs matplotlib."""
     import random
 
@@ -351,9 +352,9 @@ def _question_scores(name: str, spec: Any, model: VisualTokenizer, batch_size: i
 
     size = model.image.height
     if name == "classes":
-        parts = tuple(class_questions(load_images(spec, size, split)) for split in ("train", "test"))
+        parts = tuple(class_questions(load_images(spec, size, split)) for split in ("train", "held_out"))
     elif name == "charts":
-        parts = _chart_questions(size, "train"), _chart_questions(size, "test", number=200)
+        parts = _chart_questions(size, "train"), _chart_questions(size, "held_out", number=200)
     else:
         parts = read_questions(Path(name), size)
     pictures = [part.images for part in parts]
@@ -380,21 +381,25 @@ def encode(
     output: Annotated[
         Path, typer.Option(help="Folder for the code shards; a second call goes on where the first ended.")
     ],
-    split: Annotated[str, typer.Option(help="train or test.")] = "train",
+    split: Annotated[str, typer.Option(help="train or held_out.")] = "train",
     device: _DEVICE = "auto",
     batch_size: _BATCH_SIZE = 32,
     dtype: _DTYPE = "float32",
 ) -> None:
     """Write the codes of a recipe's images to disk, in shards; resumable."""
+    from mllm.errors import ConfigError
+
     _checked(folder, recipe, device, dtype)
-    arguments.one_of(split, ("train", "test"), "--split")
+    if split == "test":
+        raise ConfigError("--split: test is now held_out, as recipes and logs say")
+    arguments.one_of(split, ("train", "held_out"), "--split")
     from mllm.visual_tokenizers.images import load_images
     from mllm.visual_tokenizers.recipe import load_images_spec
     from mllm.visual_tokenizers.running import watched
     from mllm.visual_tokenizers.storage import SHARD_SIZE, encode_images
 
     model = _open(folder, device, dtype)
-    images = load_images(load_images_spec(recipe), model.image.height, split)
+    images = load_images(load_images_spec(recipe), model.image.height, cast("Split", split))
     done = min(len(images), SHARD_SIZE * len(list(output.glob("codes-*.safetensors"))))
     with watched("encode", images, done=done) as (seen,):
         number = encode_images(model, seen, output, batch_size=batch_size)

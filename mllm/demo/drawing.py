@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -13,7 +13,7 @@ from mllm.demo.charts_and_digits import DIGIT_QUESTIONS
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 REQUESTS = ("Draw a {digit}.", "Draw the digit {name}.", "Show me a {digit}.", "Please draw the digit {digit}.")
-SPLITS = ("train", "held_out")
+SPLITS: tuple[Literal["train", "held_out"], ...] = ("train", "held_out")
 
 
 def drawing_request(digit: int, kind: int = 0) -> str:

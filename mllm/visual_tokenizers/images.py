@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ IMAGE_SOURCES: Registry = Registry(
 )
 
 
+Split = Literal["train", "held_out"]
+
+
 class ImageSource:
     """Square RGB images of one size, with a class for each where there are classes."""
 
@@ -38,9 +41,10 @@ class ImageSource:
     """``(len,)`` int64."""
     classes: tuple[str, ...] = ()
 
-    def __init__(self, options: Any, size: int, split: str):
+    def __init__(self, options: Any, size: int, split: Split):
         """size: side in pixels; split: ``train`` or ``held_out``, disjoint."""
-        self.options, self.size, self.split = options, size, split
+        self.options, self.size = options, size
+        self.split: Split = split
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -62,7 +66,7 @@ class ImageSource:
         return f"{type(self).__name__} {self.options!r} {self.size} {self.split} {len(self)}"
 
 
-def load_images(spec: ImagesSpec, size: int, split: str) -> ImageSource:
+def load_images(spec: ImagesSpec, size: int, split: Split) -> ImageSource:
     """The images of a recipe. Raises `ConfigError` for unknown options and `DataError` for an empty source."""
     cls = IMAGE_SOURCES.get(spec.type)
     source = cls(validate(cls.Options, spec.options, where=f"data.options ({spec.type})"), size, split)
@@ -107,7 +111,7 @@ class FolderImages(ImageSource):
 
     Options = FolderOptions
 
-    def __init__(self, options: Any, size: int, split: str):
+    def __init__(self, options: Any, size: int, split: Split):
         super().__init__(options, size, split)
         root = Path(options.path).expanduser()
         if not root.is_dir():
@@ -222,7 +226,7 @@ class DigitsAndCharts(ImageSource):
     Options = DigitsAndChartsOptions
     classes = (*"0123456789", *CHARTS)
 
-    def __init__(self, options: Any, size: int, split: str):
+    def __init__(self, options: Any, size: int, split: Split):
         super().__init__(options, size, split)
         images, labels = [], []
         train = split == "train"

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from mllm.errors import DataError
 from mllm.visual_tokenizers.base import VisualTokenizer
 from mllm.visual_tokenizers.evaluate import code_features, predict_linear
-from mllm.visual_tokenizers.images import ImageSource
+from mllm.visual_tokenizers.images import ImageSource, Split
 
 
 @dataclass
@@ -30,7 +30,7 @@ class QuestionSet:
 
 
 class _Pictures(ImageSource):
-    def __init__(self, images: Tensor, split: str):
+    def __init__(self, images: Tensor, split: Split):
         super().__init__(None, images.shape[-1], split)
         self._images = images
 
@@ -80,7 +80,7 @@ def read_questions(path: Path, size: int, *, held_out: int = 5) -> tuple[Questio
     halves: tuple[list, list] = ([], [])
     for index, (file, questions) in enumerate(rows.items()):
         halves[index % held_out == held_out - 1].append((_read(file, size), questions))
-    first, second = (gather_questions(half, split) for half, split in zip(halves, ("train", "test")))
+    first, second = (gather_questions(half, split) for half, split in zip(halves, ("train", "held_out")))
     return first, second
 
 
@@ -120,7 +120,7 @@ def answer_questions(
     return result
 
 
-def gather_questions(drawn: list[tuple[np.ndarray, list[tuple[str, str, str]]]], split: str) -> QuestionSet:
+def gather_questions(drawn: list[tuple[np.ndarray, list[tuple[str, str, str]]]], split: Split) -> QuestionSet:
     """Images ``(size, size, 3)`` uint8, each with its (kind, question, answer) rows, as one set."""
     images = torch.from_numpy(np.stack([image for image, _ in drawn])).permute(0, 3, 1, 2)
     return QuestionSet(

@@ -31,10 +31,29 @@ def test_an_old_key_says_what_it_is_now(tmp_path):
     path.write_text(FORMER)
     with pytest.raises(ConfigError) as error:
         load_recipe(str(path))
-    assert "stages.sft.precision: this key is now dtype (float32 or bfloat16)" in str(error.value)
-    assert "rate: this key is now lr" in str(error.value) and "mllm convert" in str(error.value)
+    cure = "`mllm convert OLD.yaml NEW.yaml` rewrites a whole file"
+    words = "Input should be 'auto', 'float32', 'bfloat16', 'float16' or 'int8'"
+    assert [line.partition(".yaml.")[2] for line in str(error.value).splitlines()] == [
+        f"stages.sft.learn.language_model.rate: this key is now lr; {cure}",
+        f"stages.sft.cache_features: {words} (got 'fp16', which is now float16)",
+        f"stages.sft.precision: this key is now dtype (float32 or bfloat16); {cure}",
+    ]
     with pytest.raises(ConfigError, match=r"stages\.pretrain\.dtype.*'float32' or 'bfloat16'"):
         load_recipe("demo", ["stages.0.dtype=bf16"])
+
+
+def test_of_a_key_with_several_forms_the_one_that_was_written_is_explained():
+    def said(learn: object) -> list[str]:
+        stage = {"name": "sft", "learn": learn, "data": "x", "steps": 3}
+        with pytest.raises(ConfigError) as error:
+            validate(Recipe, {"name": "x", "model": {"language_model": {"source": "s"}}, "stages": [stage]})
+        return str(error.value).splitlines()
+
+    assert said({"connector": {"weight_decay": 0.1}}) == ["stages.sft.learn.connector.lr: this key is required"]
+    (line,) = said({"Connector": {"lr": 1e-3, "lora": {"r": "x"}}})  # a name that looks like a form's
+    assert line.startswith("stages.sft.learn.Connector.lora.r: ")
+    (line,) = said({"connector": "fast"})
+    assert line.startswith("stages.sft.learn.connector: ") and "fast" in line
 
 
 def test_a_converted_recipe_loads_and_keeps_its_head(tmp_path):

@@ -146,6 +146,8 @@ def test_the_commands_take_device_batch_size_and_type(tmp_path, inception, monke
     done = CliRunner().invoke(app, ["tokenizer", "encode", *common, "--output", str(tmp_path / "codes")])
     assert done.exit_code == 0 and "1 shards written" in done.output
     assert sizes == [7, 7, 7, 7, 7, 5] and len(StoredCodes(tmp_path / "codes")) == 40
+    former = CliRunner().invoke(app, ["tokenizer", "encode", *common, "--output", str(tmp_path), "--split", "test"])
+    assert former.exit_code != 0 and "--split: test is now held_out" in str(former.exception)
     again = ["tokenizer", "encode", *common, "--output", str(tmp_path / "codes"), "--dtype", "bfloat16"]
     done = CliRunner().invoke(app, again)
     assert done.exit_code != 0 and "holds other codes (dtype differ)" in str(done.exception)
