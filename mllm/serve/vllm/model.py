@@ -304,9 +304,9 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
         places = {name: tensor for name, tensor in self.state_dict().items() if name.startswith(_VISUAL)}
         renamings = published_renamings(self)
         for original, tensor in weights:
-            if original.startswith(_NOT_SERVED) or ".lora_" in original:
-                continue  # not used here, or an adapter file that vLLM finds beside the merged model
             name = original.removeprefix("model.")
+            if original.startswith(_NOT_SERVED) or (".lora_" in original and name not in places):
+                continue  # not used here, or an adapter file that vLLM finds beside the merged model
             if not name.startswith(_VISUAL):
                 yield original, tensor
                 continue
