@@ -161,7 +161,7 @@ def keep_own_names(model: nn.Module) -> None:
             module.is_custom_code = partial(bool, True)  # type: ignore[method-assign, assignment]
 
 
-def checkpoint_layers(model: Any, enabled: bool) -> None:
+def checkpoint_layers(model: PreTrainedModel, enabled: bool) -> None:
     """Whether each block is computed again in the backward pass. Raises `ConfigError` for a model that does not offer it."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if enabled and not layers:

@@ -39,17 +39,23 @@ class QwenVlConfig(ImageEncoderConfig):
     image_size: int | tuple[int, int] | None = Field(default=None)
     """Where views are not native; default 448, or the next multiple of a token's side."""
 
+    @property
+    def known_architecture(self) -> dict[str, Any]:
+        """`architecture`, of a config that is complete."""
+        assert self.architecture is not None, "the config of a qwen_vl encoder is not complete"
+        return self.architecture
+
 
 class QwenVlEncoder(LibraryEncoder):
     """Patches attend within windows, in some layers within the whole picture; tokens come out in raster order."""
 
     Config: ClassVar[type[EncoderConfig]] = QwenVlConfig
 
-    config: Any
+    config: QwenVlConfig
 
-    def __init__(self, config: Any):
+    def __init__(self, config: QwenVlConfig):
         super().__init__(config)
-        self._merge, self._patch, self._frames = _sizes(vision_config(self.config.architecture))
+        self._merge, self._patch, self._frames = _sizes(vision_config(self.config.known_architecture))
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
@@ -70,7 +76,7 @@ class QwenVlEncoder(LibraryEncoder):
         }
 
     @classmethod
-    def complete(cls, config: Any) -> Any:
+    def complete(cls, config: QwenVlConfig) -> Any:
         if config.architecture is not None:
             return config
         if config.weights is None:
@@ -80,9 +86,9 @@ class QwenVlEncoder(LibraryEncoder):
         return config.model_copy(update={"architecture": architecture, **preset})
 
     @classmethod
-    def resolve(cls, config: Any) -> Any:
+    def resolve(cls, config: QwenVlConfig) -> Any:
         config = cls.complete(config)
-        full = vision_config(config.architecture)
+        full = vision_config(config.known_architecture)
         if full.model_type not in _TOWERS:
             raise ConfigError(
                 f"architecture.model_type: {full.model_type} is no tower of {', '.join(_TOWERS)}; use type hf for others"
@@ -99,7 +105,7 @@ class QwenVlEncoder(LibraryEncoder):
             raise ConfigError(
                 f"image_size: ({image.height}, {image.width}) is no multiple of {unit}, the side of a token"
             )
-        architecture = {**config.architecture, "model_type": full.model_type}
+        architecture = {**config.known_architecture, "model_type": full.model_type}
         if "vision_config" in architecture:
             architecture = {**full.to_diff_dict(), "model_type": full.model_type}
         grid = (image.height // unit, image.width // unit)
@@ -107,8 +113,8 @@ class QwenVlEncoder(LibraryEncoder):
         return config.model_copy(update={"architecture": architecture, "info": info})
 
     @classmethod
-    def build(cls, config: Any) -> nn.Module:
-        full = vision_config(config.architecture)
+    def build(cls, config: QwenVlConfig) -> nn.Module:
+        full = vision_config(config.known_architecture)
         module, name, _ = _TOWERS[full.model_type]
         tower = getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), name)
         model = tower._from_config(full, attn_implementation="sdpa")
@@ -116,13 +122,13 @@ class QwenVlEncoder(LibraryEncoder):
         return model
 
     def read_layers(self, pixels: Tensor) -> list[LayerOutput]:
-        grid = self.config.info.grid
+        grid = self.config.resolved_info.grid
         tokens = self._run(to_patches(pixels, self._merge * self._patch), [grid] * len(pixels))
         return [LayerOutput(tokens.view(len(pixels), grid[0] * grid[1], -1), grid)]
 
     def read_native(self, patches: Tensor, grids: Sequence[Grid]) -> VisionFeatures:
         """All pictures at once; none sees another, and none is padded."""
-        tokens = self._run(patches, grids) if grids else patches.new_zeros(0, self.config.info.width)
+        tokens = self._run(patches, grids) if grids else patches.new_zeros(0, self.config.resolved_info.width)
         return VisionFeatures(tokens[None], (1, len(tokens)), grids=tuple(grids))
 
     def load_pretrained(self) -> None:
