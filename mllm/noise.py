@@ -1,15 +1,17 @@
 """What do other libraries print that a user can do nothing about, and when is it shown?
 
-bitsandbytes tells of a kernel that it would like, DeepSpeed of every setting it takes, TRL of what is experimental. ``--verbose``, a common
-option of all commands, or ``MLLM_VERBOSE=1`` shows it.
+bitsandbytes tells of a kernel that it would like, DeepSpeed of every setting it takes, TRL of what is experimental, vLLM of every step
+of its start. ``--verbose``, a common option of all commands, or ``MLLM_VERBOSE=1`` shows it.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-VERBOSE = "MLLM_VERBOSE"
+VERBOSE, _VLLM = "MLLM_VERBOSE", "VLLM_LOGGING_LEVEL"
 """Environment variable, so that processes started by a command are as quiet or loud as it is."""
 LEVELS = {"bitsandbytes": logging.ERROR, "DeepSpeed": logging.WARNING, "trl": logging.ERROR}
 """Logger → the least that is worth a user's eye."""
@@ -25,3 +27,17 @@ def hush() -> None:
     if not is_verbose():
         for name, level in LEVELS.items():
             logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def quiet_vllm() -> Iterator[None]:
+    """Around (or as a decorator of) what imports vLLM and starts an engine: it and its processes log errors alone. A server's log is a file
+    and keeps everything. Changes nothing with ``--verbose`` or where ``VLLM_LOGGING_LEVEL`` says otherwise."""
+    if is_verbose() or _VLLM in os.environ:
+        yield
+        return
+    os.environ[_VLLM] = "ERROR"
+    try:
+        yield
+    finally:
+        os.environ.pop(_VLLM, None)

@@ -16,6 +16,7 @@ from mllm.errors import UnavailableError
 from mllm.heads.codes.settings import vllm_environment, vllm_options
 from mllm.install import install_hint
 from mllm.models.routing import ANSWER_TOKENS
+from mllm.noise import quiet_vllm
 from mllm.processing.chat import encode_text, render_prompt, routing_inputs
 from mllm.processing.engine_videos import engine_options
 from mllm.processing.images import read_bytes
@@ -158,6 +159,7 @@ def _top(logits: Tensor, token: int) -> dict[int, float]:
 # ----------------------------------------------------------------------------------------------------------------- vLLM
 
 
+@quiet_vllm()
 def open_vllm(
     checkpoint: str,
     *,

@@ -4,6 +4,7 @@ checkpoint?"""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -204,3 +205,13 @@ def test_other_libraries_are_quiet_unless_asked(monkeypatch: pytest.MonkeyPatch)
     run("recipes", "ls", "--verbose")
     assert below.isEnabledFor(logging.WARNING) and noise.is_verbose()
     assert "--verbose" in run("train", "--help")
+
+    def level() -> str | None:
+        return os.environ.get("VLLM_LOGGING_LEVEL")
+
+    monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
+    loud = noise.quiet_vllm()(level)()
+    monkeypatch.setenv(noise.VERBOSE, "0")
+    assert (loud, noise.quiet_vllm()(level)(), level()) == (None, "ERROR", None)
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
+    assert noise.quiet_vllm()(level)() == "DEBUG", "what a user says himself stands"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +16,12 @@ from mllm.eval.generators.base import GeneratorSettings, answer_text, checkpoint
 from mllm.heads.codes.settings import vllm_environment, vllm_options
 from mllm.install import install_hint
 from mllm.models.configuration_mllm import component_code
+from mllm.noise import quiet_vllm
 from mllm.processing.engine_videos import engine_options, visual_inputs
 from mllm.types import Request, Response
 
 _WINDOW = 1024
+_OF_FREE, _OF_GPU = 0.8, 0.9
 
 
 def own_gpu(environment: Mapping[str, str], count: int) -> dict[str, str]:
@@ -31,6 +35,25 @@ def own_gpu(environment: Mapping[str, str], count: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": names[int(rank) % count]}
 
 
+def memory_share(environment: Mapping[str, str], gpus: int, free: int, total: int) -> dict[str, float]:
+    """What part of the memory an engine may take beside those of this machine's other processes; nothing (vLLM's own default) where each
+    has a GPU of its own. On a CPU vLLM refuses to start with more than is free. free, total: bytes of the host's memory."""
+    processes = int(environment.get("LOCAL_WORLD_SIZE", 1))
+    if not gpus:
+        return {"gpu_memory_utilization": round(_OF_FREE * free / total / processes, 3)}
+    sharing = -(-processes // gpus)
+    return {} if sharing == 1 else {"gpu_memory_utilization": round(_OF_GPU / sharing, 3)}
+
+
+def _host_memory() -> tuple[int, int]:
+    """(bytes that are free, bytes there are) of the host's memory; equal where Linux does not tell."""
+    try:
+        told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return tuple(1024 * int(told[name].split()[0]) for name in ("MemAvailable", "MemTotal"))  # type: ignore[return-value]
+    except (OSError, KeyError, ValueError):
+        return 1, 1
+
+
 class VLLMGenerator:
     """A checkpoint in vLLM's own engine, which batches continuously.
 
@@ -38,6 +61,7 @@ class VLLMGenerator:
     checkpoint's files, or the hub id.
     """
 
+    @quiet_vllm()
     def __init__(
         self,
         checkpoint: str,
@@ -46,7 +70,11 @@ class VLLMGenerator:
         max_images: int = 8,
         model_hash: str | None = None,
         engine: dict[str, Any] | None = None,
+        memory: Mapping[str, float] | None = None,
     ):
+        """engine: vLLM's options, part of the fingerprint; memory: one of them that is none, since no answer hangs on it."""
+        if int(os.environ.get("RANK", 0)) == 0:
+            sys.stderr.write("starting vLLM, which takes a minute or more (--verbose shows what it says) …\n")
         try:
             from vllm import LLM
         except ImportError:
@@ -61,7 +89,7 @@ class VLLMGenerator:
         self._ours = hasattr(self.processor, "pixel_keys")
         config = AutoConfig.from_pretrained(checkpoint)
         self._code = component_code(config)
-        options = {**vllm_options(config), **self._engine_options}
+        options = {**(memory or {}), **vllm_options(config), **self._engine_options}
         for name, value in vllm_environment(options).items():
             os.environ.setdefault(name, value)
         self.llm = LLM(
@@ -71,8 +99,10 @@ class VLLMGenerator:
     @classmethod
     def open(cls, checkpoint: str, settings: GeneratorSettings) -> VLLMGenerator:
         """A checkpoint folder or hub id. Under a launcher each process has an engine of its own on the GPU of its LOCAL_RANK."""
-        os.environ |= own_gpu(os.environ, torch.cuda.device_count())
-        return cls(checkpoint, dtype=settings.dtype)
+        gpus, free, total = torch.cuda.device_count(), *_host_memory()
+        memory = memory_share(os.environ, gpus, free, total)
+        os.environ |= own_gpu(os.environ, gpus)  # from here on one GPU is counted
+        return cls(checkpoint, dtype=settings.dtype, memory=memory)
 
     def fingerprint(self) -> str:
         """Weights by hash or name, precision, vLLM's version, and the hashes of plug-in code."""

@@ -11,6 +11,7 @@ import textwrap
 import pytest
 
 from mllm.eval.generators.base import checkpoint_hash
+from mllm.eval.generators.vllm import memory_share
 from tests.helpers import ROOT, tiny_model
 from tests.integration.serving import VLLM_ON_CPU
 
@@ -32,6 +33,13 @@ SCRIPT = textwrap.dedent(
         main()
     """
 )
+
+
+def test_engines_of_one_machine_share_its_memory():
+    assert memory_share({"LOCAL_WORLD_SIZE": "8"}, 8, 1, 2) == {} == memory_share({}, 1, 1, 2), "a GPU of its own"
+    assert memory_share({"LOCAL_WORLD_SIZE": "4"}, 2, 1, 2) == {"gpu_memory_utilization": 0.45}
+    assert memory_share({}, 0, 16, 24) == {"gpu_memory_utilization": 0.533}, "of what is free, not of what there is"
+    assert memory_share({"LOCAL_WORLD_SIZE": "2"}, 0, 16, 24) == {"gpu_memory_utilization": 0.267}
 
 
 @pytest.mark.vllm
