@@ -349,15 +349,4 @@ def _texts(files: Iterable[str]) -> Iterable[str]:
                 yield f"{message['role'].upper()}: {text.strip()} "
 
 
-def blind_score(rows: Iterable[dict[str, Any]]) -> float:
-    """Percent of flat evaluation rows that the best guess from the question alone gets right."""
-    by_question: dict[str, dict[str, int]] = {}
-    total = 0
-    for row in rows:
-        answers = by_question.setdefault(row["question"], {})
-        answers[row["answer"]] = answers.get(row["answer"], 0) + 1
-        total += 1
-    return 100 * sum(max(answers.values()) for answers in by_question.values()) / max(total, 1)
-
-
 assert set(SHARES) == set(KINDS)
