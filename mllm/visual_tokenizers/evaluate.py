@@ -29,10 +29,10 @@ def psnr(made: Tensor, real: Tensor, *, data_range: float = 1.0) -> Tensor:
     return 10 * torch.log10(data_range**2 / error)
 
 
-def ssim(made: Tensor, real: Tensor, *, data_range: float = 1.0) -> Tensor:
+def ssim(made: Tensor, real: Tensor, *, data_range: float = 1.0, padded: bool = False) -> Tensor:
     """Structural similarity of each image ``(B, C, H, W)`` (Wang et al. 2004): Gaussian window of 11, σ 1.5, K 0.01
     and 0.03, over positions where the whole window fits, channels averaged. Images smaller than the window raise
-    `DataError`.
+    `DataError`. padded: over all positions, with zeros around the image (as losses of Gaussian splatting do).
 
     ``data_range`` is the largest difference of two values: 1.0 for [0, 1]. TokenFlow's published numbers use 2.0 on
     [0, 1] images, which inflates them.
@@ -44,7 +44,7 @@ def ssim(made: Tensor, real: Tensor, *, data_range: float = 1.0) -> Tensor:
     line = torch.exp(-((torch.arange(11, dtype=torch.float64, device=a.device) - 5) ** 2) / (2 * 1.5**2))
     line = line / line.sum()
     window = (line[:, None] * line[None]).expand(channels, 1, 11, 11)
-    mean = lambda x: F.conv2d(x, window, groups=channels)  # noqa: E731
+    mean = lambda x: F.conv2d(x, window, groups=channels, padding=5 if padded else 0)  # noqa: E731
     mean_a, mean_b = mean(a), mean(b)
     var_a, var_b, both = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2, mean(a * b) - mean_a * mean_b
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,8 +11,9 @@ from torch.nn import functional as F
 from mllm.errors import ConfigError
 from mllm.visual_tokenizers.base import TokenizerOutput, VisualTokenizer
 from mllm.visual_tokenizers.networks.discriminator import adaptive_weight, generator_loss
+from mllm.visual_tokenizers.outliers import gradient_masked, grid_regions, region_mask, soft_target
 from mllm.visual_tokenizers.perceptual import PerceptualLoss
-from mllm.visual_tokenizers.recipe import LossesSpec
+from mllm.visual_tokenizers.recipe import LossesSpec, OutliersSpec
 from mllm.visual_tokenizers.teacher import semantic_loss
 
 
@@ -43,7 +46,14 @@ class TokenizerLosses(nn.Module):
     def forward(self, output: TokenizerOutput, pixels: Tensor, step: int) -> tuple[dict[str, Tensor], Tensor]:
         """Named weighted losses of a batch ``(B, 3, H, W)`` in [-1, 1], and their sum."""
         named: dict[str, Tensor] = {}
-        made = output.reconstruction.float()
+        made, taught = output.reconstruction.float(), None
+        if self.teacher is not None:
+            with torch.no_grad():
+                taught = self.teacher(pixels)
+        if self.spec.outliers is not None and taught is not None and step >= self.spec.outliers.start:
+            keep = self._kept(self.spec.outliers, made, pixels, taught)
+            output.usage["kept_pixels"] = keep.float().mean()
+            made = gradient_masked(made, keep)
         if self.spec.l1:
             named["l1"] = self.spec.l1 * F.l1_loss(made, pixels)
         if self.spec.l2:
@@ -59,8 +69,6 @@ class TokenizerLosses(nn.Module):
             named[key] = self.spec.weights.get(key, self.spec.quantizer) * value
         if self.teacher is not None:
             assert self.spec.semantic is not None
-            with torch.no_grad():
-                taught = self.teacher(pixels)
             grids = (self.tokenizer_grid, self.teacher.grid)
             named.update(semantic_loss(self.spec.semantic, output.features, taught, grids))  # type: ignore[arg-type]
         total = sum(named.values(), made.new_zeros(()))
@@ -68,6 +76,20 @@ class TokenizerLosses(nn.Module):
             named["adversarial"] = self._adversarial(made, seen)
             total = total + named["adversarial"]
         return named, total
+
+    @torch.no_grad()
+    def _kept(self, spec: OutliersSpec, made: Tensor, pixels: Tensor, taught: dict[str, Tensor]) -> Tensor:
+        """``(B, 1, H, W)``: how far each pixel is learned from."""
+        assert self.teacher is not None
+        size = pixels.shape[-2:]
+        unlike = 1 - F.cosine_similarity(self.teacher(made)["tokens"].float(), taught["tokens"].float(), dim=-1)
+        grid: Any = self.teacher.grid
+        features = F.interpolate(unlike.view(-1, 1, *grid), size=size, mode="nearest")
+        if spec.kind == "soft":
+            return soft_target(features)
+        regions = grid_regions(size[0], size[1], spec.region, pixels.device)
+        residual = (made - pixels).abs().mean(1, keepdim=True)
+        return region_mask(residual, features, regions, quantile=spec.quantile)
 
     def _adversarial(self, made: Tensor, seen: Tensor) -> Tensor:
         spec = self.spec.adversarial

@@ -109,6 +109,20 @@ class TeacherSpec(StrictModel):
         return self
 
 
+class OutliersSpec(StrictModel):
+    """Which pixels are not learned from, by the teacher's features (Asymmetric Dual 3DGS, arXiv 2506.03538): their gradients are masked,
+    the losses' values are not."""
+
+    kind: Literal["regions", "soft"] = "regions"
+    """regions: squares with more hot pixels than the picture has, hot where both pixel and feature residual are above the picture's
+    quantile. soft: every pixel by 1 less its feature residual, scaled to 0 to 1 in each picture."""
+    quantile: float = Field(default=0.9, gt=0, lt=1)
+    region: int = Field(default=16, ge=1)
+    """Side of a square, in pixels."""
+    start: int = Field(default=0, ge=0)
+    """Step from which pixels are left out: at first everything is hard to reconstruct."""
+
+
 class LossesSpec(StrictModel):
     """Weights of everything that is summed. Perceptual and adversarial losses are off unless given."""
 
@@ -117,6 +131,8 @@ class LossesSpec(StrictModel):
     perceptual: PerceptualSpec | None = None
     adversarial: AdversarialSpec | None = None
     semantic: SemanticSpec | None = None
+    outliers: OutliersSpec | None = None
+    """Leave pixels out that a teacher finds nothing like the picture; needs ``teacher``."""
     quantizer: float = Field(default=1.0, ge=0)
     """Weight of the tokenizer's own losses (commitment, codebook, entropy …)."""
     weights: dict[str, float] = Field(default_factory=dict)
@@ -145,6 +161,8 @@ class TokenizerOptions(StrictModel):
     def _consistent(self) -> TokenizerOptions:
         if (self.teacher is None) != (self.losses.semantic is None):
             raise ValueError("teacher and losses.semantic go together: give both or neither")
+        if self.losses.outliers is not None and self.teacher is None:
+            raise ValueError("losses.outliers compares features: give a teacher (and losses.semantic) too")
         if self.losses.l1 == 0 and self.losses.l2 == 0:
             raise ValueError("losses.l1 and losses.l2 are both 0: nothing would be reconstructed")
         return self
@@ -159,6 +177,8 @@ class MaskSpec(StrictModel):
     """Share of pictures of which all is kept."""
     full: float = Field(default=0.1, ge=0, le=1)
     """Share of pictures of which nothing is kept."""
+    emphasis: bool = False
+    """Errors where a picture is hidden count once more, by 1 less the hidden share: small parts weigh more (DualDiff's foreground loss)."""
 
     @model_validator(mode="after")
     def _shares(self) -> MaskSpec:

@@ -34,6 +34,7 @@ from mllm.visual_tokenizers.diffusion.library import (
 )
 from mllm.visual_tokenizers.diffusion.objectives import build_objective
 from mllm.visual_tokenizers.diffusion.sampling import draw_noise, generators, sample
+from mllm.visual_tokenizers.diffusion.semantic_fusion import weighted_error
 from mllm.visual_tokenizers.storage import fingerprint
 
 
@@ -202,9 +203,11 @@ class DiffusionDecoder(nn.Module):
         *,
         reconstruction: Tensor | None = None,
         kept: Tensor | None = None,
+        heat: Tensor | None = None,
     ) -> Tensor:
-        """``(B,)``: each picture's mean squared error at a random time with random noise, conditions left out for some. Random numbers
-        come from torch's own generator of the pixels' device."""
+        """``(B,)``: each picture's mean squared error at a random time with random noise, conditions left out for some. heat:
+        ``(B, *size)``, how much more an error counts where something matters. Random numbers come from torch's own generator of the pixels'
+        device."""
         clean = self.to_space(pixels)
         number, device = len(clean), clean.device
         times, noise = self.objective.draw_times(number, device), torch.randn_like(clean)
@@ -215,7 +218,7 @@ class DiffusionDecoder(nn.Module):
             hidden[name] = alone | (torch.rand(number, device=device) < share) if share else alone
         seen = self.conditions(vectors, reconstruction=reconstruction, kept=kept, hidden=hidden)
         told = self.denoise(self.objective.noisy(clean, noise, times), times, seen)
-        return (told.float() - self.objective.target(clean, noise).float()).square().flatten(1).mean(1)
+        return weighted_error(told, self.objective.target(clean, noise), heat).flatten(1).mean(1)
 
     # Decoding
 

@@ -9,16 +9,26 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from mllm.config import validate
 from mllm.errors import CheckpointError, ConfigError, MllmError, UnavailableError
 from mllm.former_recipes import upgraded
 from mllm.recipe import Recipe, load_recipe
 from mllm.train.run import run_recipe
-from mllm.visual_tokenizers.base import VisualTokenizer, build_tokenizer
+from mllm.visual_tokenizers.base import TokenizerOutput, VisualTokenizer, build_tokenizer
+from mllm.visual_tokenizers.losses import TokenizerLosses
 from mllm.visual_tokenizers.perceptual import PerceptualLoss
 from mllm.visual_tokenizers.quantizers.initialise import initialise_codebooks
-from mllm.visual_tokenizers.recipe import PerceptualSpec, diffusion_training, load_training, tokenizer_recipes
+from mllm.visual_tokenizers.recipe import (
+    LossesSpec,
+    PerceptualSpec,
+    TokenizerOptions,
+    diffusion_training,
+    load_training,
+    tokenizer_recipes,
+)
+from mllm.visual_tokenizers.teacher import Teacher
 from tests.unit.visual_tokenizers.tokenizer_configs import CONV, HEAD, TINY
 
 EMA_VQ = {**TINY["vq"], "quantizer": {**TINY["vq"]["quantizer"], "codebook": {"learn": "ema"}}}
@@ -130,12 +140,46 @@ def test_the_other_tokenizers_train(tmp_path, name):
             "losses": {
                 "semantic": {"kind": "mse_cosine", "tokens": 5.0, "pooled": 1.0},
                 "weights": {"commitment/pixel": 5.0, "commitment/semantic": 5.0},
+                "outliers": {"region": 4, "start": 3},
             },
         }
     run_recipe(make(tmp_path, tokenizer=TINY[name], steps=12, options={"kmeans": 8, **changes}))
     lines = [line["losses"] for line in log(tmp_path)]
     assert lines[-1]["l2"] < lines[0]["l2"]
     assert any(key.startswith("semantic") for key in lines[0])
+    if name == "dualtoken":
+        assert [number for number, line in enumerate(lines) if "kept_pixels" in line] == list(range(3, 12))
+        assert all(0 < line["kept_pixels"] <= 1 for line in lines[3:])
+
+
+def test_outliers_are_not_learned_from_and_leave_the_losses_values():
+    """Gradients end where a picture is left out; what is logged of the losses is the same."""
+
+    class Means(Teacher):
+        grid, width = (4, 4), 3
+
+        def forward(self, pixels):
+            return {"tokens": F.adaptive_avg_pool2d(pixels, 4).flatten(2).transpose(1, 2)}
+
+    torch.manual_seed(0)
+    tokenizer, pixels = build_tokenizer(TINY["dualtoken"]), torch.rand(1, 3, 16, 16)
+    seen = {}
+    for kind in (None, "regions", "soft"):
+        made = pixels.clone()
+        made[..., :4, :4] *= -1  # one square looks like nothing that it should
+        made.requires_grad_()
+        outliers = None if kind is None else {"kind": kind, "region": 4}
+        spec = validate(LossesSpec, {"semantic": {"weight": 1e-9}, "outliers": outliers})
+        features = {"tokens": torch.zeros(1, tokenizer.grid[0] * tokenizer.grid[1], 3)}
+        output = TokenizerOutput(made, tokenizer.encode(pixels), {}, features)
+        named, total = TokenizerLosses(spec, tokenizer, Means())(output, pixels, 0)
+        seen[kind] = named["l2"].item(), torch.autograd.grad(total, made)[0]
+    assert seen[None][0] == seen["regions"][0] == pytest.approx(seen["soft"][0], rel=1e-6)
+    assert seen[None][1][..., :4, :4].any()
+    for kind in ("regions", "soft"):
+        assert not seen[kind][1][..., :4, :4].any(), kind
+    with pytest.raises(ConfigError, match=r"losses\.outliers compares features"):
+        validate(TokenizerOptions, {"losses": {"outliers": {}}})
 
 
 def test_parts_and_freeze_choose_what_learns(tmp_path):

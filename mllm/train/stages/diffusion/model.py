@@ -61,11 +61,14 @@ class DiffusionModel(StageModel):
         """What the decoder's loss takes beside the pictures ``(B, 3, H, W)``."""
         small = self.decoder.shrunk(pixels)
         vectors, reconstruction = self._told_by_codes(small)
-        masks, kept = self.training_spec.options.masks, None
+        masks, kept, heat = self.training_spec.options.masks, None, None
         if masks is not None:
             chosen = random_masks(masks, len(pixels), pixels.shape[-1]).to(pixels.device)
             kept = kept_maps(self.decoder, pixels, chosen)
-        return {"vectors": vectors, "reconstruction": reconstruction, "kept": kept}
+            if masks.emphasis:
+                hidden = kept[:, 0]
+                heat = hidden * (1 - hidden.mean((1, 2), keepdim=True))
+        return {"vectors": vectors, "reconstruction": reconstruction, "kept": kept, "heat": heat}
 
     def _told_by_codes(self, small: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
         """Code vectors, and the tokenizer's own picture where that is a condition."""
