@@ -346,6 +346,9 @@ def section_served(name: str, work: Path, small: bool) -> dict:
     settings += [] if "cached" in options else ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0"]
     settings += ["--data-parallel-size", "2"] if "dp2" in options else []
     settings += ["--pipeline-parallel-size", "2"] if "pp2" in options else []
+    if "compiled" in options or "encoders" in options:
+        graphs = {"cudagraph_mm_encoder": not small, "compile_mm_encoder": "compiled" in options}
+        settings += ["--compilation-config", json.dumps(graphs)]
     asked = next((option.removeprefix("api") for option in options if option.startswith("api")), None)
     settings += ["--api-server-count", asked] if asked else []
     settings += [] if list(folder.glob("*.safetensors")) else ["--load-format", "dummy"]
