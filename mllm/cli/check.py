@@ -12,7 +12,7 @@ def check(
     kind: Annotated[
         str | None,
         typer.Option(
-            help="Where several go by the name: encoder, connector, router, visual-tokenizer, head, metric, generator, format."
+            help="Where several go by the name: encoder, connector, router, visual-tokenizer, branch, head, metric, generator, format."
         ),
     ] = None,
     checkpoint: Annotated[

@@ -16,6 +16,7 @@ class Kind(StrEnum):
     views = "views"
     routers = "routers"
     visual_tokenizers = "visual-tokenizers"
+    branches = "branches"
     heads = "heads"
     metrics = "metrics"
     generators = "generators"
@@ -100,6 +101,7 @@ def list_(
         Kind.views: ("mllm.processing.views", "VIEWS"),
         Kind.routers: ("mllm.routers", "ROUTERS"),
         Kind.visual_tokenizers: ("mllm.visual_tokenizers", "VISUAL_TOKENIZERS"),
+        Kind.branches: ("mllm.visual_tokenizers.diffusion.branches", "CONDITIONING_BRANCHES"),
         Kind.heads: ("mllm.heads", "HEADS"),
         Kind.metrics: ("mllm.eval.metrics", "METRICS"),
         Kind.generators: ("mllm.eval.generators", "GENERATORS"),

@@ -17,6 +17,10 @@ _KINDS = {
         "mllm.visual_tokenizers:VISUAL_TOKENIZERS",
         "mllm.testing.visual_tokenizers:check_visual_tokenizer",
     ),
+    "branch": (
+        "mllm.visual_tokenizers.diffusion.branches:CONDITIONING_BRANCHES",
+        "mllm.testing.branches:check_branch",
+    ),
     "head": ("mllm.heads:HEADS", "mllm.testing.heads:check_head"),
     "metric": ("mllm.eval.metrics:METRICS", "mllm.testing.metrics:check_metric"),
     "generator": ("mllm.eval.generators:GENERATORS", "mllm.testing.generators:check_generator"),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +15,28 @@ from mllm.types import Grid
 @dataclass(frozen=True)
 class Conditions:
     """channels: maps ``(B, K, H, W)`` that go beside what is denoised; tokens: a sequence ``(B, N, D)`` to attend to; kept: maps that
-    stand without conditions too (of a picture that is edited, its mask and what is kept)."""
+    stand without conditions too (of a picture that is edited, its mask and what is kept); apart: maps by name that branches see."""
 
     channels: Tensor | None = None
     tokens: Tensor | None = None
     kept: Tensor | None = None
+    apart: Mapping[str, Tensor] = field(default_factory=dict)
 
     def without(self) -> Conditions:
         """The same with all codes zero: what guidance leads away from."""
-        return Conditions(_zeros(self.channels), _zeros(self.tokens), self.kept)
+        apart = {name: torch.zeros_like(value) for name, value in self.apart.items()}
+        return Conditions(_zeros(self.channels), _zeros(self.tokens), self.kept, apart)
 
     def joined(self, other: Conditions) -> Conditions:
         """Both batches, one after the other."""
-        return Conditions(
-            _cat(self.channels, other.channels), _cat(self.tokens, other.tokens), _cat(self.kept, other.kept)
-        )
+        apart = {name: torch.cat([value, other.apart[name]]) for name, value in self.apart.items()}
+        channels, tokens = _cat(self.channels, other.channels), _cat(self.tokens, other.tokens)
+        return Conditions(channels, tokens, _cat(self.kept, other.kept), apart)
+
+    def seen(self, names: Sequence[str]) -> Tensor:
+        """What a branch sees ``(B, M, H, W)``, in the order of the names."""
+        maps = [self.kept if name == "source" else self.apart[name] for name in names]
+        return torch.cat([one for one in maps if one is not None], 1)
 
     def beside(self, noisy: Tensor, *, kept: bool = True) -> Tensor:
         """What is denoised, then the maps ``(B, C + K, H, W)``; kept: those of an edited picture too."""

@@ -10,7 +10,6 @@ from mllm.config import StrictModel
 
 NetworkName = Literal["unet", "unet_condition", "dit", "sd3"]
 Condition = Literal["channels", "cross_attention", "reconstruction", "source"]
-Placement = Literal["spread", "first"]
 
 SAMPLERS: dict[str, dict[str, str]] = {
     "flow_matching": {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMatchHeunDiscreteScheduler"},
@@ -41,17 +40,6 @@ class AutoencoderSpec(StrictModel):
         return self
 
 
-class ContextBranchSpec(StrictModel):
-    """A copy of the network's first blocks that sees the condition ``source`` in its place (VideoPainter, arXiv 2503.05639)."""
-
-    depth: int = Field(default=2, ge=1)
-    """Blocks of the branch."""
-    placement: Placement = "spread"
-    """spread: each of its blocks speaks to an equal run of the network's. first: to the one at its own place."""
-    outside_only: bool = True
-    """Speak only where a patch lies wholly outside what is made anew, as published."""
-
-
 class DiffusionDecoderConfig(StrictModel):
     """A denoiser of `diffusers` that sees a visual tokenizer's codes."""
 
@@ -80,9 +68,9 @@ class DiffusionDecoderConfig(StrictModel):
     conditions: list[Condition] = Field(default=["channels"], min_length=1)
     """channels: all code vectors as a map beside what is denoised (ILLUME+). cross_attention: as a sequence. reconstruction: the
     tokenizer's own picture as three more channels. source: for editing, a mask and what of a picture is kept."""
-    branch: ContextBranchSpec | None = None
-    """dit and sd3 with the condition source: a branch sees the mask and what is kept, and the network itself is as without that
-    condition. It starts by changing nothing."""
+    branches: dict[str, Any] = Field(default_factory=dict)
+    """dit, sd3 and unet_condition: name → a conditioning branch ``{type: context | control | …, sees: [source]}``. A branch sees conditions
+    in the network's place; what several tell is added up. All start by changing nothing."""
     drop: float = Field(default=0.1, ge=0, le=1)
     """Training: share of pictures that are denoised without conditions, which guidance needs."""
     drop_parts: dict[str, float] = Field(default_factory=dict)
@@ -95,6 +83,17 @@ class DiffusionDecoderConfig(StrictModel):
     """Guidance scale of `decode` unless it is told otherwise; 1: none, at half the cost."""
     size_index: int | None = Field(default=None, ge=0)
     """SDXL networks: the last of the six time ids (ILLUME+: which of its 12 sizes; 11 is 512 × 512)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_branch(cls, value: Any) -> Any:
+        """``branch: {…}``, the key of the time when there was one, is a branch named context."""
+        if isinstance(value, dict) and "branch" in value and "branches" not in value:
+            value = dict(value)
+            one = value.pop("branch")
+            if one is not None:
+                value["branches"] = {"context": {"type": "context", **one}}
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> DiffusionDecoderConfig:
@@ -115,10 +114,10 @@ class DiffusionDecoderConfig(StrictModel):
         if "cross_attention" in self.conditions and self.network in ("unet", "dit"):
             other = {"unet": "unet_condition", "dit": "sd3"}[self.network]
             raise ValueError(f"network {self.network} has no cross attention; use {other}, or conditions: [channels]")
-        if self.branch is not None and (self.network not in ("dit", "sd3") or "source" not in self.conditions):
-            raise ValueError(
-                "a branch goes beside network dit or sd3 and sees the condition source: conditions: [channels, source]"
-            )
+        if self.branches and self.network == "unet":
+            raise ValueError("branches go beside network dit, sd3 or unet_condition")
+        if bad := [name for name in self.branches if not name.isidentifier()]:
+            raise ValueError(f"branches: {bad[0]!r} is a name of a part: letters, digits and _")
         if bad := [name for name, share in self.drop_parts.items() if not 0 <= share <= 1]:
             raise ValueError(f"drop_parts.{bad[0]} is a share, 0 to 1")
         return self

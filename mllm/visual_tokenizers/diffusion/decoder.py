@@ -20,9 +20,11 @@ from mllm.damage import read_json, read_safetensors
 from mllm.errors import CheckpointError, ConfigError
 from mllm.types import Grid, VisualCodes
 from mllm.visual_tokenizers.base import DECODER_CONFIG, DECODER_WEIGHTS, VisualTokenizer
-from mllm.visual_tokenizers.diffusion.branches import ContextBranch, injected, untouched_patches
+from mllm.visual_tokenizers.diffusion.branches.base import BranchConfig, Seen, Trunk, branch_config, build_branch
+from mllm.visual_tokenizers.diffusion.branches.injection import summed, told_with
+from mllm.visual_tokenizers.diffusion.calls import called
 from mllm.visual_tokenizers.diffusion.conditioning import CodeSequence, Conditions, code_map
-from mllm.visual_tokenizers.diffusion.config import ContextBranchSpec, DiffusionDecoderConfig
+from mllm.visual_tokenizers.diffusion.config import DiffusionDecoderConfig
 from mllm.visual_tokenizers.diffusion.library import (
     WHERE,
     autoencoder_factor,
@@ -57,12 +59,20 @@ class DiffusionDecoder(nn.Module):
         self.autoencoder = build_autoencoder(config, side).requires_grad_(False) if config.space == "latent" else None
         self.side = side if self.autoencoder is None else side // autoencoder_factor(self.autoencoder)
         self.channels = 3 if self.autoencoder is None else int(self.autoencoder.config.latent_channels)
+        specs = {name: branch_config(spec, f"{WHERE}.branches.{name}") for name, spec in config.branches.items()}
+        self.config = config = config.model_copy(update={"branches": {n: to_plain(spec) for n, spec in specs.items()}})
+        self._told_apart = {name for spec in specs.values() for name in spec.sees}
+        self._check_sees(specs)
         self.network = build_network(config, channels=(self._input_channels(), self.channels), side=self.side)
-        self.branch = None if config.branch is None else self._build_branch(config.branch)
         self.sequence: CodeSequence | None = None
         if "cross_attention" in config.conditions:
             positions = {name: rows * columns for name, (rows, columns) in tokenizer.grids.items()}
             self.sequence = CodeSequence(tokenizer.embed_dims, positions, self._token_width())
+        trunk = self._trunk()
+        self.branches = nn.ModuleDict()
+        for name, spec in specs.items():
+            width = sum(self._map_channels()[seen] for seen in spec.sees)
+            self.branches[name] = build_branch(spec, trunk, width, f"{WHERE}.branches.{name}")
         self.objective = build_objective(config)
         build_scheduler(config, config.steps)  # what it refuses is told before anything is trained
 
@@ -75,26 +85,37 @@ class DiffusionDecoder(nn.Module):
         """Rows and columns of what is denoised."""
         return (self.side, self.side)
 
-    def _input_channels(self) -> int:
-        conditions, total = self.config.conditions, self.channels
-        total += sum(self.tokenizer.embed_dims.values()) if "channels" in conditions else 0
-        total += 3 if "reconstruction" in conditions else 0
-        return total + (1 + self.channels if "source" in conditions and self.config.branch is None else 0)
+    def _map_channels(self) -> dict[str, int]:
+        """Channels of everything that can be seen as a map: conditions, and codebooks by their names."""
+        dims = self.tokenizer.embed_dims
+        return {**dims, "channels": sum(dims.values()), "reconstruction": 3, "source": 1 + self.channels}
 
-    def _build_branch(self, spec: ContextBranchSpec) -> ContextBranch:
-        """A network of ``depth`` blocks that also sees the mask and what is kept; it starts from this one's weights."""
-        blocks = len(self.network.transformer_blocks)  # type: ignore[arg-type]
-        if spec.depth > blocks:
-            raise ConfigError(
-                f"{WHERE}.branch.depth: {spec.depth} blocks beside a network of {blocks}; give at most as many"
-            )
-        short = self.config.model_copy(update={"settings": {**self.config.settings, "num_layers": spec.depth}})
-        inputs = self._input_channels()
-        branch = ContextBranch(
-            build_network(short, channels=(inputs + 1 + self.channels, self.channels), side=self.side)
-        )
-        branch.start_from(self.network, inputs)
-        return branch
+    def shows(self, condition: str) -> bool:
+        """Whether the network itself sees a condition as maps."""
+        return condition in self.config.conditions and condition not in self._told_apart
+
+    def _input_channels(self) -> int:
+        widths = self._map_channels()
+        return self.channels + sum(widths[c] for c in ("channels", "reconstruction", "source") if self.shows(c))
+
+    def _check_sees(self, specs: Mapping[str, BranchConfig]) -> None:
+        maps = [c for c in self.config.conditions if c != "cross_attention"]
+        for name, spec in specs.items():
+            for seen in spec.sees:
+                if seen not in maps and seen not in self.tokenizer.embed_dims:
+                    raise ConfigError(
+                        f"{WHERE}.branches.{name}.sees: {seen!r} is neither a map among this decoder's conditions "
+                        f"({', '.join(maps) or 'none'}) nor a codebook ({', '.join(self.tokenizer.embed_dims)})"
+                    )
+
+    def _trunk(self) -> Trunk:
+        def build(channels: int, blocks: int | None) -> nn.Module:
+            settings = self.config.settings if blocks is None else {**self.config.settings, "num_layers": blocks}
+            same = self.config.model_copy(update={"settings": settings})
+            return build_network(same, channels=(channels, self.channels), side=self.side)
+
+        width = None if self.sequence is None else self._token_width()
+        return Trunk(self.network, build, self._input_channels(), width)
 
     def _token_width(self) -> int:
         config: Any = self.network.config
@@ -106,8 +127,8 @@ class DiffusionDecoder(nn.Module):
         """Published weights of network and autoencoder, where the config names some. Raises `CheckpointError`."""
         if self.config.source is not None:
             load_saved(self.network, self.config.source, f"{WHERE}.source", kept_channels=self.channels)
-            if self.branch is not None:
-                self.branch.start_from(self.network, self._input_channels())
+            for branch in self.branches.values():
+                branch.start_from(self._trunk())  # type: ignore[operator]
         if self.autoencoder is not None and self.config.autoencoder is not None and self.config.autoencoder.source:
             load_saved(self.autoencoder, self.config.autoencoder.source, f"{WHERE}.autoencoder.source")
 
@@ -163,15 +184,17 @@ class DiffusionDecoder(nn.Module):
         shown = {name: value.to(device, torch.float32) for name, value in vectors.items()}
         if hidden is not None:
             shown = {name: value * ~hidden[name][:, None, None].to(device) for name, value in shown.items()}
-        maps = []
+        maps: dict[str, Tensor] = {}
         if "channels" in self.config.conditions:
-            maps.append(code_map(shown, self.tokenizer.grids, self.tokenizer.grid, self.size))
+            maps["channels"] = code_map(shown, self.tokenizer.grids, self.tokenizer.grid, self.size)
+        for name in self._told_apart & set(shown):
+            maps[name] = code_map({name: shown[name]}, self.tokenizer.grids, self.tokenizer.grid, self.size)
         if "reconstruction" in self.config.conditions:
             assert reconstruction is not None
             whole = _resized(reconstruction.to(device).float(), self.size)
             if hidden is not None:
                 whole = whole * ~torch.stack(list(hidden.values())).any(0)[:, None, None, None].to(device)
-            maps.append(whole)
+            maps["reconstruction"] = whole
         tokens = None if self.sequence is None else self.sequence(shown)
         if tokens is not None and hidden is not None:
             seen = [~hidden[n][:, None].expand(-1, v.shape[1]) for n, v in shown.items()]
@@ -180,19 +203,25 @@ class DiffusionDecoder(nn.Module):
             number = len(next(iter(shown.values())))
             kept = torch.zeros(number, 1 + self.channels, *self.size, device=device)
             kept[:, 0] = 1
-        return Conditions(torch.cat(maps, 1) if maps else None, tokens, kept)
+        beside = [maps[name] for name in maps if self.shows(name)]
+        apart = {name: value for name, value in maps.items() if name in self._told_apart}
+        return Conditions(torch.cat(beside, 1) if beside else None, tokens, kept, apart)
 
     def denoise(self, noisy: Tensor, times: Tensor, conditions: Conditions) -> Tensor:
         """What the network tells of ``(B, C, *size)`` at times ``(B,)``."""
-        config, tokens = self.config, conditions.tokens
-        if self.branch is None or config.branch is None:
-            return _told(self.network, config, conditions.beside(noisy), times, tokens)
-        assert conditions.kept is not None
-        residuals = self.branch(lambda network: _told(network, config, conditions.beside(noisy), times, tokens))
-        patch = int(self.network.config.patch_size)  # type: ignore[union-attr]
-        keep = untouched_patches(conditions.kept[:, :1], patch) if config.branch.outside_only else None
-        with injected(self.network, residuals, placement=config.branch.placement, keep=keep):
-            return _told(self.network, config, conditions.beside(noisy, kept=False), times, tokens)
+        inputs = conditions.beside(noisy, kept=self.shows("source"))
+
+        def call(network: nn.Module, seen: Tensor, **more: Any) -> Any:
+            return called(network, self.config, seen, times, conditions.tokens, **more)
+
+        if not self.branches:
+            return call(self.network, inputs).sample
+        hidden = None if conditions.kept is None else conditions.kept[:, :1]
+        told = []
+        for branch in self.branches.values():
+            maps = conditions.seen(branch.config.sees).to(noisy.dtype)  # type: ignore[union-attr]
+            told.append(branch(Seen(inputs, maps, hidden, conditions.tokens, call)))
+        return told_with(self.network, summed(told), lambda **more: call(self.network, inputs, **more)).sample
 
     # Training
 
@@ -320,7 +349,7 @@ class DiffusionDecoder(nn.Module):
             validate(DiffusionDecoderConfig, stored, where=str(directory / DECODER_CONFIG)), tokenizer
         )
         try:
-            decoder.load_state_dict(read_safetensors(directory / DECODER_WEIGHTS))
+            decoder.load_state_dict(_present_names(read_safetensors(directory / DECODER_WEIGHTS)))
         except RuntimeError as error:
             raise CheckpointError(f"{directory / DECODER_WEIGHTS} does not fit its config: {error}") from error
         decoder._belongs_to = found
@@ -332,13 +361,6 @@ def decoder_config(value: DiffusionDecoderConfig | Mapping[str, Any]) -> Diffusi
     return validate(DiffusionDecoderConfig, value, where=WHERE)
 
 
-def time_ids(number: int, size_index: int) -> Tensor:
-    """``(number, 6)``: SDXL's size and crop are gone; the last says which of its sizes ILLUME+ draws."""
-    ids = torch.zeros(number, 6)
-    ids[:, 5] = size_index
-    return ids
-
-
 def _resized(pixels: Tensor, size: Grid) -> Tensor:
     """Pictures at the size of what is denoised: by the mean of their pixels where that is smaller, else bilinear."""
     if tuple(pixels.shape[-2:]) == size:
@@ -346,25 +368,7 @@ def _resized(pixels: Tensor, size: Grid) -> Tensor:
     return F.interpolate(pixels, size=size, mode="area" if pixels.shape[-1] > size[1] else "bilinear")
 
 
-def _told(network: Any, config: DiffusionDecoderConfig, seen: Tensor, times: Tensor, tokens: Tensor | None) -> Tensor:
-    """One call of any of the networks."""
-    number, device = len(seen), seen.device
-    if config.network == "unet":
-        return network(seen, times).sample
-    if config.network == "dit":
-        # Its class embedding drops labels at random in training; the label that stands for a dropped one stays what it is.
-        labels = torch.ones(number, dtype=torch.long, device=device)
-        return network(seen, timestep=times, class_labels=labels).sample
-    if config.network == "sd3":
-        width, pooled = network.config.joint_attention_dim, network.config.pooled_projection_dim
-        tokens = torch.zeros(number, 1, width, device=device) if tokens is None else tokens
-        zeros = torch.zeros(number, pooled, device=device)
-        return network(seen, encoder_hidden_states=tokens, pooled_projections=zeros, timestep=times).sample
-    # Without a sequence the attention sees one zero: ILLUME+'s 77 zeros of an absent text give the same.
-    tokens = torch.zeros(number, 1, network.config.cross_attention_dim, device=device) if tokens is None else tokens
-    more = {}
-    if network.config.addition_embed_type == "text_time":  # SDXL: its pooled text and six time ids
-        ids = time_ids(number, config.size_index or 0).to(device)
-        pooled = network.config.projection_class_embeddings_input_dim - 6 * network.config.addition_time_embed_dim
-        more["added_cond_kwargs"] = {"text_embeds": torch.zeros(number, pooled, device=device), "time_ids": ids}
-    return network(seen, times, encoder_hidden_states=tokens, **more).sample
+def _present_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Files of the time when there was one branch."""
+    former, present = "branch.", "branches.context.copy."
+    return {present + n.removeprefix(former) if n.startswith(former) else n: value for n, value in weights.items()}

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from mllm.errors import CheckpointError, ConfigError, UnavailableError
 from mllm.types import VisualCodes
 from mllm.visual_tokenizers.base import DECODER_CONFIG, VisualTokenizer, build_tokenizer
+from mllm.visual_tokenizers.diffusion.calls import time_ids
 from mllm.visual_tokenizers.diffusion.conditioning import Conditions, code_map
-from mllm.visual_tokenizers.diffusion.decoder import DiffusionDecoder, decoder_config, time_ids
+from mllm.visual_tokenizers.diffusion.decoder import DiffusionDecoder, decoder_config
 from mllm.visual_tokenizers.diffusion.edit import edit, random_masks
 from mllm.visual_tokenizers.diffusion.library import build_scheduler, diffusers_class
 from mllm.visual_tokenizers.diffusion.objectives import build_objective

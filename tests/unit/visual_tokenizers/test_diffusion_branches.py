@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from mllm.errors import ConfigError
-from mllm.visual_tokenizers.diffusion.branches import ContextBranch, injected, untouched_patches
-from mllm.visual_tokenizers.diffusion.decoder import _told
+from mllm.visual_tokenizers.diffusion.branches.context import BlockCopy
+from mllm.visual_tokenizers.diffusion.branches.injection import injected, placed, untouched_patches
+from mllm.visual_tokenizers.diffusion.calls import called
 from tests.unit.visual_tokenizers.diffusion_configs import DIT, tiny_decoder
 
 pytest.importorskip("diffusers")
@@ -40,7 +41,7 @@ def test_residuals_and_their_places_are_videopainters(golden):
     case = golden("videopainter_context_branch")
     sizes, x = case.meta["ctor"], case.inputs
     trunk = cogvideox(sizes, channels=2 * sizes["latent"], layers=sizes["layers"])
-    branch = ContextBranch(cogvideox(sizes, channels=2 * sizes["latent"] + 1, layers=sizes["branch_layers"]))
+    branch = BlockCopy(cogvideox(sizes, channels=2 * sizes["latent"] + 1, layers=sizes["branch_layers"]))
     given, own = {}, {}
     for name, value in case.weights.items():
         part, _, rest = name.partition(".")
@@ -56,7 +57,8 @@ def test_residuals_and_their_places_are_videopainters(golden):
         return network(torch.cat(maps, 2), x["text"], x["timestep"], image_rotary_emb=rotary).sample
 
     def told(samples, **how):
-        with injected(trunk, samples, **how):
+        how = {"placement": "spread", **how}
+        with injected(trunk, placed(samples, sizes["layers"], **how)):
             return run(trunk, x["noisy"], x["image"])
 
     samples = branch(lambda network: run(network, x["noisy"], x["masked"], x["mask"]))
@@ -76,7 +78,7 @@ def test_residuals_and_their_places_are_videopainters(golden):
 def test_a_branch_changes_nothing_at_first_and_only_outside_the_mask_later(name, changes):
     torch.manual_seed(0)
     decoder = tiny_decoder(name, **changes)
-    assert not {p.data_ptr() for p in decoder.branch.parameters()} & {
+    assert not {p.data_ptr() for p in decoder.branches.parameters()} & {
         p.data_ptr() for p in decoder.network.parameters()
     }
     noisy, times = torch.randn(1, 3, 16, 16), torch.tensor([500.0])
@@ -88,9 +90,9 @@ def test_a_branch_changes_nothing_at_first_and_only_outside_the_mask_later(name,
         for book, width in decoder.tokenizer.embed_dims.items()
     }
     seen = decoder.conditions(vectors, kept=kept)
-    plain = _told(decoder.network, decoder.config, seen.beside(noisy, kept=False), times, seen.tokens)
+    plain = called(decoder.network, decoder.config, seen.beside(noisy, kept=False), times, seen.tokens).sample
     assert torch.equal(decoder.denoise(noisy, times, seen), plain), "an untrained branch changes what the network tells"
-    for layer in decoder.branch.project:
+    for layer in decoder.branches["context"].copy.project:
         torch.nn.init.normal_(layer.weight, std=0.5)
     moved = decoder.denoise(noisy, times, seen)
     assert not torch.allclose(moved, plain, atol=1e-3)
@@ -111,13 +113,13 @@ def test_every_parameter_of_a_branch_gets_a_gradient():
         for book, width in decoder.tokenizer.embed_dims.items()
     }
     decoder.loss(torch.rand(2, 3, 16, 16) * 2 - 1, vectors, kept=torch.zeros(2, 4, 16, 16)).mean().backward()
-    missing = [name for name, p in decoder.branch.named_parameters() if p.grad is None]
+    missing = [name for name, p in decoder.branches.named_parameters() if p.grad is None]
     assert not missing
-    assert all(layer.weight.grad.abs().sum() > 0 for layer in decoder.branch.project)
+    assert all(layer.weight.grad.abs().sum() > 0 for layer in decoder.branches["context"].copy.project)
 
 
 def test_a_branch_that_cannot_be_says_why():
-    with pytest.raises(ConfigError, match=r"branch goes beside network dit or sd3"):
+    with pytest.raises(ConfigError, match=r"branches go beside network dit, sd3 or unet_condition"):
         tiny_decoder("edit", branch={"depth": 1})
-    with pytest.raises(ConfigError, match=r"decoder\.branch\.depth: 4 blocks beside a network of 3"):
+    with pytest.raises(ConfigError, match=r"decoder\.branches\.context\.depth: 4 blocks beside a network of 3"):
         tiny_decoder("branch", branch={"depth": 4})

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mllm.config import validate
 from mllm.errors import ConfigError, MllmError
@@ -115,6 +116,29 @@ def test_a_second_stage_goes_on_with_the_decoder_of_the_first(tmp_path, saved):
     other = recipe(tmp_path / "b", {"weights": str(saved)}, stage("one", latent, steps=1), stage("two", steps=1))
     with pytest.raises(ConfigError, match=r"stages\.two\.options\.decoder: does not fit"):
         run_recipe(other)
+
+
+def test_a_branch_learns_beside_a_frozen_network_and_files_of_one_branch_open(tmp_path, saved):
+    branch = DECODERS["branch"]
+    changes: dict[str, Any] = {"decoder": branch, "options": {"masks": {"emphasis": True}}, "steps": 2}
+    first = stage(**changes, learn={"diffusion_decoder.branches": 1e-2}, gradient_checkpointing=True)
+    run_recipe(recipe(tmp_path, {"weights": str(saved)}, first))
+    final = tmp_path / "run" / "final"
+    trained = DiffusionDecoder.from_pretrained(final)
+    torch.manual_seed(0)
+    moved = [n for n, p in trained.branches["context"].named_parameters() if "project" in n and p.abs().sum() > 0]
+    assert len(moved) == 4, "two layers that started at zero, with their biases"
+    start = log(tmp_path)
+    assert len(start) == 2
+    config, weights = final / "diffusion_decoder.json", final / "diffusion_decoder.safetensors"
+    plain = json.loads(config.read_text())
+    one = plain.pop("branches")["context"]
+    config.write_text(json.dumps({**plain, "branch": {k: one[k] for k in ("depth", "placement", "outside_only")}}))
+    tensors = {n.replace("branches.context.copy.", "branch."): v for n, v in trained.state_dict().items()}
+    save_file(tensors, str(weights))
+    opened = DiffusionDecoder.from_pretrained(final)
+    assert opened.config == trained.config
+    assert all(torch.equal(v, opened.state_dict()[n]) for n, v in trained.state_dict().items())
 
 
 def test_a_plan_counts_both(saved, tmp_path):

@@ -19,8 +19,8 @@ PART = "diffusion_decoder"
 
 
 class DiffusionModel(StageModel):
-    """A diffusion decoder beside its frozen tokenizer, as the trainer wants a model. Parts: ``diffusion_decoder.network``, and
-    ``diffusion_decoder.sequence`` where the network attends to the codes."""
+    """A diffusion decoder beside its frozen tokenizer, as the trainer wants a model. Parts: ``diffusion_decoder.network``,
+    ``diffusion_decoder.sequence`` where the network attends to the codes, and ``diffusion_decoder.branches.NAME``."""
 
     def __init__(self, decoder: DiffusionDecoder, training: DiffusionTraining):
         super().__init__()
@@ -38,6 +38,7 @@ class DiffusionModel(StageModel):
 
     def part_prefixes(self) -> dict[str, list[str]]:
         names = ["network"] if self.decoder.sequence is None else ["network", "sequence"]
+        names += [f"branches.{name}" for name in self.decoder.branches]
         return {f"{PART}.{name}": [f"decoder.{name}."] for name in names}
 
     def named_parts(self) -> dict[str, list[tuple[str, nn.Module]]]:
@@ -54,7 +55,9 @@ class DiffusionModel(StageModel):
         return "frozen"
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
-        self.decoder.network.enable_gradient_checkpointing()  # type: ignore[operator]
+        beside = [network for branch in self.decoder.branches.values() for network in branch.networks()]  # type: ignore[operator]
+        for network in (self.decoder.network, *beside):
+            network.enable_gradient_checkpointing()  # type: ignore[operator]
 
     @torch.no_grad()
     def seen(self, pixels: Tensor) -> dict[str, Any]:
