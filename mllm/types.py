@@ -75,6 +75,53 @@ class WeightsSource(StrictModel):
     """Where use is restricted to or excluded from, in words."""
 
 
+class FastFrames(StrictModel):
+    """Which tokens of a video stand in the sequence, where the others are only read (Slow-Fast). A video of one frame is a picture."""
+
+    cell: int = Field(default=2, ge=1)
+    """cell × cell tokens of a video's frame are averaged: those are the slow ones."""
+    stride: int = Field(default=1, ge=1)
+    """Every so many-th frame is kept."""
+    pool: int = Field(default=1, ge=1)
+    """So many of the frames kept are averaged together."""
+    side: int = Field(default=1, ge=1)
+    """side × side slow tokens of a frame are averaged for the sequence."""
+    least: int = Field(default=16, ge=1)
+    """Frames that are left at least, in each of both steps."""
+    every: int = Field(default=8, ge=1)
+    """Layers 0, every, 2 · every … of the language model read the slow tokens."""
+
+    def sampled(self, frames: int) -> list[int]:
+        """Which frames the stride keeps.
+
+        Args:
+            frames: of the video.
+
+        Returns:
+            Their numbers, from 0.
+        """
+        number = min(max(frames // self.stride, self.least), frames)
+        return [int(k * frames / number) for k in range(number)]
+
+    def first(self, frames: int) -> list[int]:
+        """For each frame of the sequence, the first of the video's frames that it is made of.
+
+        Args:
+            frames: of the video.
+
+        Returns:
+            Their numbers, from 0.
+        """
+        kept = self.sampled(frames)
+        if self.pool == 1:
+            return kept
+        number = len(kept) // self.pool
+        if number >= self.least:
+            return [kept[k * self.pool] for k in range(number)]
+        number = min(len(kept), self.least)
+        return [kept[k * len(kept) // number] for k in range(number)]
+
+
 class ViewLayout(StrictModel):
     """What a connector makes of one view: how many tokens, in which order. `Connector.layout` gives it."""
 
@@ -100,6 +147,8 @@ class ViewLayout(StrictModel):
     levels: int = Field(default=0, ge=0)
     """Further vectors of every visual token, each added to it behind one of the language model's first layers (DeepStack); the
     connector gives them beside the token itself, so that its width is ``levels + 1`` times the language model's."""
+    fast: FastFrames | None = None
+    """Of a video, only some tokens stand in the sequence; all are read by layers of the language model."""
 
 
 ImageLayout = ViewLayout
@@ -138,7 +187,8 @@ class VisualLayout:
     it shows of the picture, as (top, left, bottom, right) from 0 to 1 (beyond it where it is padded); perspectives: n, where
     the views are n × n crops, n × n strided pictures and a thumbnail; patches: (rows, columns) of the encoders' tokens, where
     the picture is seen at its own aspect (views native) and pixels come as patches; scales: of the views, where the connector makes
-    one map of several; frames: of a video, each a view (0: no video).
+    one map of several; frames: of a video, each a view (0: no video); beside: tokens that the connector gives behind those of the
+    sequence, which layers of the language model read (`FastFrames`).
     """
 
     blocks: tuple[Block, ...]
@@ -151,6 +201,7 @@ class VisualLayout:
     patches: Grid | None = None
     scales: tuple[int, ...] = ()
     frames: int = 0
+    beside: int = 0
 
     def rows_of(self, encoder: str) -> int:
         """Rows of an encoder's pixels that belong to the visual.
@@ -181,6 +232,11 @@ class VisualLayout:
     def num_placeholders(self) -> int:
         """M: visual tokens, those that the connector gives."""
         return sum(block.num_tokens for block in self.blocks if not block.ids)
+
+    @property
+    def num_given(self) -> int:
+        """All tokens that the connector gives: those of the sequence and those beside it."""
+        return self.num_placeholders + self.beside
 
     @property
     def grid(self) -> tuple[int, int, int]:

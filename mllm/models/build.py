@@ -20,8 +20,6 @@ from mllm.heads.codes.build import empty_tokenizer, tokenizer_settings, visual_s
 from mllm.heads.segmentation.build import segment_spec
 from mllm.hub import hub_reason
 from mllm.models.configuration_mllm import MllmConfig, language_model_config
-from mllm.models.levels import install_levels
-from mllm.models.modality import install_switch
 from mllm.models.modeling_body import language_model_left_out
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.models.stops import set_stops
@@ -409,11 +407,7 @@ def read_language_model(
         )
     source.config.name_or_path = ""
     model.config.text_config = source.config  # transformers gave the modules a copy of it
-    model.model.language_model = decoder.train(model.training)
-    if model.config.modality_switch:
-        model.model.visual_places = install_switch(decoder)
-    if model.model.rules.view.levels:
-        install_levels(decoder, model.model.rules.view.levels)
+    model.model.take_decoder(decoder)
     model.lm_head.load_state_dict(head.state_dict(), assign=True)
     model.tie_weights()
 

@@ -159,6 +159,8 @@ class MllmPreTrainedModel(OpenedByDoor, PreTrainedModel):
             parts["router"] = [f"{root}vision_tower.router."]
         if self.config.connector is not None:
             parts["connector"] = [f"{root}multi_modal_projector."]
+            if self.config.view_layout().fast is not None:
+                parts["slow_attention"] = [f"{root}slow_attention."]
         if self.config.visual_tokenizer is not None and "encoder" not in self.config.visual_tokenizer:
             parts["visual_tokenizer"] = [f"{root}visual_tokenizer."]
         parts |= {f"heads.{name}": [f"heads.{name}."] for name in heads_with_weights(self.config.heads)}

@@ -23,6 +23,7 @@ from mllm.models.levels import VisualLevels, install_levels, split_levels
 from mllm.models.modality import VisualPlaces, install_switch
 from mllm.models.modeling_base import MllmModelOutput, MllmPreTrainedModel
 from mllm.models.pipeline import EncoderBank, build_own_tokenizer, build_visual_parts, home_of
+from mllm.models.slow_tokens import SlowTokens, build_readers, install_readers, take_slow
 from mllm.processing.pixel_keys import PRIMARY_PIXELS, PixelKeys
 from mllm.types import Routing, VisionFeatures, VisualLayout
 
@@ -45,6 +46,7 @@ class MllmModel(MllmPreTrainedModel):
 
     vision_tower: EncoderBank | None
     multi_modal_projector: nn.Module | None
+    language_model: Any
 
     def __init__(self, config: MllmConfig):
         super().__init__(config)
@@ -53,8 +55,6 @@ class MllmModel(MllmPreTrainedModel):
         with torch.device("meta") if _language_model_follows.get() else nullcontext():
             self.language_model = AutoModel.from_config(config.text_config)
         self.visual_places: VisualPlaces | None = None
-        if config.modality_switch and not _language_model_follows.get():
-            self.visual_places = install_switch(self.language_model)
         tower = self.vision_tower
         parts = [self.multi_modal_projector, self.visual_tokenizer]
         parts += [] if tower is None else [tower.router, *tower.encoders.values()]
@@ -62,11 +62,31 @@ class MllmModel(MllmPreTrainedModel):
         self._no_split_modules = [*(getattr(self.language_model, "_no_split_modules", None) or ()), *sorted(whole)]
         self.pixel_keys = PixelKeys(config.encoders)
         self.rules = config.layout_rules()
-        if self.rules.view.levels and not _language_model_follows.get():
-            install_levels(self.language_model, self.rules.view.levels)
+        fast = self.rules.view.fast
+        self.slow_attention: Any = None if fast is None else build_readers(fast, config.get_text_config())
+        if not _language_model_follows.get():
+            self._prepare_decoder()
         self.read_by_heads = encoders_read(config.heads)
         self._warned_of_lost_losses = False
         self.post_init()
+
+    def _prepare_decoder(self, *, published: bool = False) -> None:
+        """Give the language model's layers what the model's other parts need there. published: its weights are read already."""
+        if self.config.modality_switch:
+            self.visual_places = install_switch(self.language_model)
+        if self.rules.view.levels:
+            install_levels(self.language_model, self.rules.view.levels)
+        if self.slow_attention is not None:
+            install_readers(self.language_model, self.slow_attention, start=published)
+
+    def take_decoder(self, decoder: nn.Module) -> None:
+        """Put a published language model, without its head, into a model that was built without one.
+
+        Args:
+            decoder: of the config's own kind, its weights read.
+        """
+        self.language_model = decoder.train(self.training)
+        self._prepare_decoder(published=True)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -211,7 +231,8 @@ class MllmModel(MllmPreTrainedModel):
 
         Returns:
             ``pooler_output`` ``(B, M, L)``; a tuple of B ``(M, L)`` where images differ in M (views that depend on ``image_sizes``,
-            videos). Of a connector with levels (`ViewLayout.levels`) each token is as many times wider.
+            videos). Of a connector with levels (`ViewLayout.levels`) each token is as many times wider; behind a video's fast tokens
+            stand its slow ones (`ViewLayout.fast`).
         """
         pixels = self.pixel_keys.by_encoder({**kwargs, PRIMARY_PIXELS: pixel_values})
         kept: dict[str, VisionFeatures] = {}
@@ -228,7 +249,7 @@ class MllmModel(MllmPreTrainedModel):
         if layouts is None:
             tokens = joined.view(len(pixel_values), self.rules.layout().num_placeholders, joined.shape[-1])
         else:
-            tokens = joined.split([layout.num_placeholders for layout in layouts])
+            tokens = joined.split([layout.num_given for layout in layouts])
         output = BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tokens)
         output.routing, output.features = routing, kept
         return output
@@ -406,6 +427,11 @@ class MllmModel(MllmPreTrainedModel):
             if routing is not None and not adds_losses:
                 self._tell_lost_losses(routing)
         levels: VisualLevels | None = None
+        slow: SlowTokens | None = None
+        if self.slow_attention is not None:
+            layouts, places = self.visual_layouts(image_sizes, video_times), self.image_places(input_ids, inputs_embeds)
+            given = (image_features, layouts, places, position_ids)
+            image_features, slow = take_slow(self.rules.layout(), self.training, inputs_embeds, past_key_values, *given)
         if image_features is not None and len(image_features):
             image_features, vectors = split_levels(image_features, self.rules.view.levels)
             if vectors:
@@ -428,9 +454,14 @@ class MllmModel(MllmPreTrainedModel):
             return_dict=True,
             **kwargs,
             **({} if levels is None else levels.arguments()),
+            **({} if slow is None else slow.arguments()),
         )
         if levels is not None:
             levels.check(self.language_model)
+        if slow is not None:
+            slow.check(self.language_model)
+            if (cache := outputs.get("past_key_values")) is not None:
+                slow.remember(cache)
         return MllmModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.get("past_key_values"),

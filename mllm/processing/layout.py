@@ -14,7 +14,7 @@ from mllm.processing.frames import VideoSpec, video_spec
 from mllm.processing.views import VIEWS
 from mllm.processing.views.base import WHOLE, Size, View, ViewsConfig, views_config
 from mllm.processing.views.single import whole_view
-from mllm.types import Block, EncoderInfo, ImageSpec, ViewLayout, VisualLayout
+from mllm.types import Block, EncoderInfo, FastFrames, ImageSpec, ViewLayout, VisualLayout
 
 if TYPE_CHECKING:
     from mllm.connectors.base import ConnectorConfig
@@ -70,9 +70,10 @@ def layout_rules(config: HasVisualParts, encoders: Mapping[str, EncoderInfo]) ->
 def checked_video(config: HasVisualParts, view: ViewLayout, views: ViewsConfig) -> VideoSpec | None:
     """A model's ``video`` section. Raises `ConfigError` beside what does not take video yet, by name."""
     video = video_spec(getattr(config, "video", None))
-    if view.frames > 1 and (video is None or views.type != "single"):
+    if (view.frames > 1 or view.fast is not None) and (video is None or views.type != "single"):
         cure = "add model.video, e.g. {frames: 16}" if video is None else f"leave model.views ({views.type}) out"
-        raise ConfigError(f"model.connector: takes {view.frames} frames together, of videos that are seen once; {cure}")
+        what = f"takes {view.frames} frames together, of" if view.fast is None else "thins"
+        raise ConfigError(f"model.connector: {what} videos that are seen once; {cure}")
     if video is None:
         return None
     refused = {
@@ -195,6 +196,8 @@ class LayoutRules:
     def video_layout(self, frames: int, stamps: Sequence[Sequence[int]] = ()) -> VisualLayout:
         """The tokens of a video of so many frames, each seen once as a whole. stamps: ids of the text before each frame (of the
         first, where several become one set of tokens)."""
+        if self.view.fast is not None and frames > 1:
+            return fast_layout(self.view, self.view.fast, frames, stamps)
         together = self.view.frames
         blocks: list[Block] = []
         for number, first in enumerate(range(0, frames, together)):
@@ -282,6 +285,19 @@ class LayoutRules:
         return size
 
 
+def fast_layout(view: ViewLayout, fast: FastFrames, frames: int, stamps: Sequence[Sequence[int]] = ()) -> VisualLayout:
+    """The tokens of a video of several frames of which only some stand in the sequence. stamps: ids of the text before each frame; of
+    several that are averaged, the first one's is written."""
+    rows, columns = (side // fast.cell for side in view.grid)
+    grid = (1, rows // fast.side, columns // fast.side)
+    blocks: list[Block] = []
+    for number in fast.first(frames):
+        if stamps and stamps[number]:
+            blocks.append(Block(len(stamps[number]), ids=tuple(stamps[number])))
+        blocks.append(Block(grid[1] * grid[2], grid, view=number))
+    return VisualLayout(tuple(blocks), num_views=frames, frames=frames, beside=frames * rows * columns)
+
+
 def expand(ids: Tensor, places: Sequence[int], layouts: Sequence[VisualLayout]) -> tuple[Tensor, Tensor]:
     """Ids ``(T,)`` with the placeholder at each of ``places`` made as long as its layout says, the vocabulary's tokens in it
     written; and how often each of the T tokens was taken (for what lies beside them)."""
@@ -346,6 +362,8 @@ def token_cells(layout: VisualLayout, view: ViewLayout, number: int) -> dict[tup
     absent. Empty where the connector keeps no map of the view."""
     if layout.patches is not None:
         return _native_cells(layout) if view.cell else {}
+    if layout.beside:
+        return {}
     rows, columns = view.grid
     if view.leading + rows * (columns + view.row_separators) != view.num_tokens:
         return {}

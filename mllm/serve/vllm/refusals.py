@@ -20,6 +20,11 @@ def refuse_unserved(config: MllmConfig) -> None:
             "language models have no place for; use mllm chat or model.generate"
         )
     view = config.view_layout()
+    if view.fast is not None:
+        raise UnavailableError(
+            f"this checkpoint reads slow tokens in every {view.fast.every}. layer of its language model (connector "
+            f"{config.connector['type']}), which vLLM's language models have no place for; use mllm chat or model.generate"
+        )
     if view.levels:
         raise UnavailableError(
             f"this checkpoint adds visual tokens behind {view.levels} layers of its language model (connector "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+from mllm.connectors.build import connector_config
 from mllm.errors import ConfigError, did_you_mean
 from mllm.heads.build import FORMER, heads_with_weights
 from mllm.recipe import LearnSpec, ModelSpec, StageSpec
@@ -56,6 +57,8 @@ def recipe_parts(spec: ModelSpec) -> list[str]:
     parts = [] if spec.language_model is None else ["language_model"]
     parts += [*(f"encoders.{name}" for name in spec.encoders)]
     parts += [name for name in ("connector", "router") if getattr(spec, name) is not None]
+    if spec.connector is not None and getattr(connector_config(spec.connector), "fast", None) is not None:
+        parts.append("slow_attention")
     if spec.visual_tokenizer is not None and "encoder" not in spec.visual_tokenizer:
         parts.append("visual_tokenizer")
     return [*parts, *(f"heads.{name}" for name in heads_with_weights(spec.heads))]

@@ -441,7 +441,7 @@ def _stage_hazards(
 def _recipe_hazards(recipe: Recipe, parameters: dict[str, int]) -> list[str]:
     hazards = []
     ever = {part for stage in recipe.stages for part in stage.learn}
-    for part in ("connector", "router"):
+    for part in ("connector", "router", "slow_attention"):
         if part in parameters and part not in ever:
             hazards.append(f"{part} starts from random weights and learns in no stage")
     for name, value in recipe.model.encoders.items():
