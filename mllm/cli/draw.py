@@ -23,6 +23,14 @@ def draw(
     image: Annotated[
         list[Path] | None, typer.Option("--image", "-i", help="Picture that every prompt refers to (repeatable).")
     ] = None,
+    decoder: Annotated[
+        str,
+        typer.Option(
+            help="By what codes become pixels: plain, diffusion, or auto (diffusion where the checkpoint has it)."
+        ),
+    ] = "auto",
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of the diffusion decoder.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="Guidance of the diffusion decoder; 1: none.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Draw one picture per prompt.
@@ -32,6 +40,8 @@ def draw(
     arguments.checkpoint(checkpoint)
     arguments.dtype(dtype)
     arguments.pictures(image)
+    if decoder not in ("auto", "plain", "diffusion"):
+        raise ConfigError(f"--decoder {decoder}: one of auto, plain, diffusion is expected")
     if output.is_file():
         raise ConfigError(f"--output {output} is a file; expected a folder")
     import torch
@@ -40,6 +50,7 @@ def draw(
     from mllm.damage import opening
     from mllm.models.modeling_mllm import MllmForConditionalGeneration
     from mllm.types import IMAGE_MARK, Turn
+    from mllm.visual_tokenizers.painting import Painting
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with opening(checkpoint):
@@ -55,6 +66,7 @@ def draw(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        painting=Painting(decoder, steps, guidance),  # type: ignore[arg-type]
     )
     output.mkdir(parents=True, exist_ok=True)
     for number, picture in enumerate(drawn.pil()):

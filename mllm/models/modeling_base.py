@@ -20,6 +20,7 @@ from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.foreign.checkpoint import ForeignCheckpoint
 from mllm.models.foreign.read import read_foreign, recognise
 from mllm.models.weight_files import refuse_gaps
+from mllm.visual_tokenizers.diffusion.carried import attach, carry, hub_decoder
 
 
 @dataclass
@@ -54,6 +55,15 @@ def _forget_former_names(model: Any) -> None:
     kept = [c for c in conversions if not set(_FORMER_NAMES) & set(getattr(c, "source_patterns", ()))]
     if len(kept) < len(conversions):
         model._weight_conversions = kept
+
+
+def _attach_decoder(model: Any, path: str | Path) -> None:
+    """Tell a model that draws of the diffusion decoder in its checkpoint, if there is one; nothing of it is read."""
+    if getattr(model.config, "visual_tokenizer", None) is None or not hasattr(model, "image_tokenizer"):
+        return
+    folder = Path(path) if Path(path).is_dir() else hub_decoder(str(path))
+    if folder is not None:
+        attach(model.image_tokenizer, folder)
 
 
 class MllmPreTrainedModel(OpenedByDoor, PreTrainedModel):
@@ -110,8 +120,19 @@ class MllmPreTrainedModel(OpenedByDoor, PreTrainedModel):
                 ) from error
             raise
         _forget_former_names(model)
+        _attach_decoder(model, pretrained_model_name_or_path)
         refuse_gaps(str(pretrained_model_name_or_path), info, quantized=getattr(model, "hf_quantizer", None))
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As in transformers; the diffusion decoder of the model's visual tokenizer goes with it, in ``diffusion_decoder/``."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if (
+            self.config.visual_tokenizer is not None
+            and hasattr(self, "image_tokenizer")
+            and kwargs.get("is_main_process", True)
+        ):
+            carry(self.image_tokenizer, save_directory)  # pyright: ignore[reportArgumentType]
 
     @classmethod
     def from_foreign(cls, found: ForeignCheckpoint) -> Any:

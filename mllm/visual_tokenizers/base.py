@@ -62,6 +62,8 @@ class VisualTokenizer(nn.Module):
         # `from_pretrained` gives only modules with a tensor of their own the chance to restore their buffers.
         self.register_buffer("has_lost_buffers", torch.empty(0), persistent=False)
         self.folder: Path | None = None
+        self.decoder_of: str | None = None
+        """Fingerprint in bfloat16 of the tokenizer that the folder's diffusion decoder was trained beside, where that is known."""
         self._diffusion: tuple[Any, ...] = ()  # beside the tokenizer, no part of it
 
     image: ImageSpec
@@ -144,6 +146,11 @@ class VisualTokenizer(nn.Module):
                 )
             self._diffusion = (CODE_DECODERS.get("diffusion").from_pretrained(self.folder, self),)
         return self._diffusion[0].to(self.last_layer().device)
+
+    @property
+    def has_diffusion(self) -> bool:
+        """Whether there is a `diffusion` decoder; reads nothing."""
+        return bool(self._diffusion) or (self.folder is not None and (self.folder / DECODER_CONFIG).is_file())
 
     def forward(self, pixels: Tensor) -> TokenizerOutput:
         """Reconstruction, codes and the losses that need no other network."""

@@ -13,6 +13,7 @@ from mllm.encoders.base import EncoderConfig, VisionEncoder
 from mllm.errors import CheckpointError, ConfigError, UnavailableError
 from mllm.types import EncoderInfo, VisionFeatures, VisualCodes
 from mllm.visual_tokenizers.base import CONFIG_FILE, VisualTokenizer, build_tokenizer, stored_config, tokenizer_config
+from mllm.visual_tokenizers.diffusion.carried import attach
 from mllm.visual_tokenizers.features import feature_grid, join_parts
 from mllm.visual_tokenizers.sequence import unpack_codes
 
@@ -143,5 +144,6 @@ def load_tokenizer_weights(tokenizer: VisualTokenizer, folder: str | Path) -> No
     saved = VisualTokenizer.from_pretrained(folder)
     try:
         tokenizer.load_state_dict(saved.state_dict())
+        attach(tokenizer, folder)
     except RuntimeError as error:
         raise CheckpointError(f"{folder} holds a visual tokenizer of another config: {error}") from error

@@ -21,13 +21,16 @@ SHARD_SIZE = 4096
 INDEX_FILE = "codes.json"
 
 
-def fingerprint(tokenizer: VisualTokenizer) -> str:
-    """A hash of the config, the weights and of plug-in code: codes of one tokenizer mean nothing to another."""
+def fingerprint(tokenizer: VisualTokenizer, *, rounded: bool = False) -> str:
+    """A hash of the config, the weights and of plug-in code: codes of one tokenizer mean nothing to another. rounded: of the weights in
+    bfloat16, the same for a tokenizer and its copy in that type."""
     digest = hashlib.sha256(tokenizer.config.model_dump_json().encode())
     for sha256 in code_hashes(type(module) for module in tokenizer.modules()):
         digest.update(sha256.encode())
     for name, tensor in sorted(tokenizer.state_dict().items()):
         digest.update(name.encode())
+        if rounded and tensor.is_floating_point():
+            tensor = tensor.to(torch.bfloat16)
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -20,7 +20,8 @@ from mllm.processing.layout import IMAGE_SIZES, expand
 from mllm.processing.protocol import Processor, TextTokenizer
 from mllm.processing.visual_span import VisualSpan
 from mllm.types import IMAGE_MARK, Turn, VisualCodes
-from mllm.visual_tokenizers.sequence import code_blocks, decode_packed, unpack_codes
+from mllm.visual_tokenizers.painting import Painting, paint
+from mllm.visual_tokenizers.sequence import code_blocks, unpack_codes
 
 
 @dataclass
@@ -196,6 +197,7 @@ def generate_images(
     negative_prompt: Any = None,
     passes: Sequence[tuple[int, float]] | None = None,
     batch_size: int | None = None,
+    painting: Painting | None = None,
 ) -> GeneratedImages:
     """One image per prompt.
 
@@ -216,6 +218,7 @@ def generate_images(
         negative_prompt: what guidance leads away from, as a prompt.
         passes: (top_k, top_p) of each look at a scale (next_scale).
         batch_size: most prompts at once (default: all).
+        painting: by which decoder codes become pixels; default: the diffusion decoder where the checkpoint has one, else the plain one.
 
     Returns:
         Pixels ``(B, 3, H, W)`` in [0, 1], and the codes.
@@ -236,6 +239,8 @@ def generate_images(
         raise ConfigError(
             f"passes: only a next_scale head looks at a scale again; this one is {model.visual_config.type}"
         )
+    painting = painting or Painting()
+    painting.by_diffusion(model.image_tokenizer)  # what it refuses is told before anything is drawn
     seeds, parts = sample_seeds(seed, len(prompts)), []
     size = batch_size or len(prompts)
     with evaluating(model):
@@ -248,7 +253,8 @@ def generate_images(
             hidden = decoder(embeddings)[:, -1]
             parts.append(draw_codes(model, decoder, hidden, drawing, passes))
         packed = torch.cat(parts)
-        pixels = torch.cat([decode_packed(model.image_tokenizer, chunk) for chunk in packed.split(size)])
+        chunks = [slice(start, start + size) for start in range(0, len(packed), size)]
+        pixels = torch.cat([paint(model.image_tokenizer, packed[c], painting, seeds[c]) for c in chunks])
     return GeneratedImages(pixels, packed, unpack_codes(model.image_tokenizer, packed))
 
 
@@ -262,7 +268,10 @@ def read_interleaved(model: MultimodalModel, tokenizer: TextTokenizer, ids: Tens
     grammar, blocks = model.grammar, code_blocks(model.image_tokenizer)
     found = grammar.read(ids.cpu())
     packed = [torch.cat([image[block.name] for block in blocks]) for image in found]
-    pictures = to_pil(decode_packed(model.image_tokenizer, torch.stack(packed).to(model.device))) if packed else []
+    pictures: list[Image.Image] = []
+    if packed:
+        whole = torch.stack(packed).to(model.device)
+        pictures = to_pil(paint(model.image_tokenizer, whole, Painting(), range(len(packed))))
     parts: list[str | Image.Image] = []
     last = 0
     starts = (ids == grammar.start_of_image).nonzero().flatten().tolist()

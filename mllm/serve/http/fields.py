@@ -82,7 +82,7 @@ ROUTES: dict[str, Fields] = {
     DETOKENIZE: Fields(_names("model tokens")),
     DRAW: Fields(
         _names("prompt model n size cfg_scale temperature top_k top_p seed response_format output_format quality style "
-               "background moderation stream output_compression partial_images"),
+               "background moderation stream output_compression partial_images decoder steps guidance"),
         _names("user"),
     ),
 }  # fmt: skip

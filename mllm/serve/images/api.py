@@ -24,7 +24,8 @@ from mllm.heads.codes.generate import to_pil
 from mllm.models.weight_files import present_name, published_renamings, read_part
 from mllm.serve.images.requests import BrokenDrawing, DrawingPlan
 from mllm.visual_tokenizers.base import VisualTokenizer, build_tokenizer
-from mllm.visual_tokenizers.sequence import decode_packed
+from mllm.visual_tokenizers.diffusion.carried import attach
+from mllm.visual_tokenizers.painting import DecoderName, Painting, paint
 
 if TYPE_CHECKING:
     from mllm.models.configuration_mllm import MllmConfig
@@ -57,6 +58,13 @@ class ImagesRequest(StrictModel):
     top_k: int = Field(default=0, ge=0, lt=2**31)
     top_p: float = Field(default=0.0, ge=0, le=1)
     seed: int | None = Field(default=None, ge=0, lt=2**62)
+    decoder: DecoderName = "auto"
+    steps: int | None = Field(default=None, ge=1, le=1000)
+    guidance: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
+
+    def painting(self) -> Painting:
+        """By which decoder the codes become pixels."""
+        return Painting(self.decoder, self.steps, self.guidance)
 
 
 class Busy(MllmError):
@@ -72,18 +80,16 @@ class ImageGenerator:
         config: Any = AutoConfig.from_pretrained(checkpoint)
         self.plan = DrawingPlan(config, AutoProcessor.from_pretrained(checkpoint))
         self.image_tokenizer = _load_tokenizer(config, checkpoint)
-        info = self.image_tokenizer.image
-        self.size = f"{info.width}x{info.height}"
 
     async def draw(self, client: Any, request: ImagesRequest) -> dict[str, Any]:
         """The answer's body. client: vLLM's ``AsyncLLM``. Raises `ConfigError` for what cannot be drawn and `Busy`."""
-        if request.size not in (None, "auto", self.size):
-            raise ConfigError(f"size {request.size}: this model draws {self.size}")
+        size = picture_size(self.image_tokenizer, request)
         seeds = drawing_seeds(request)
         drawn = await _together(self._draw_one(client, request, seed) for seed in seeds)
-        pictures = await asyncio.to_thread(self._paint, torch.stack([codes for codes, _, _ in drawn]))
+        packed = torch.stack([codes for codes, _, _ in drawn])
+        pictures = await asyncio.to_thread(self._paint, packed, request.painting(), seeds)
         prompt_tokens, made = (sum(count[place] for count in drawn) for place in (1, 2))
-        return images_body(pictures, seeds, self.size, prompt_tokens, made)
+        return images_body(pictures, seeds, size, prompt_tokens, made)
 
     async def _draw_one(self, client: Any, request: ImagesRequest, seed: int) -> tuple[Tensor, int, int]:
         """Codes ``(S,)``, prompt tokens, drawn tokens."""
@@ -104,9 +110,19 @@ class ImageGenerator:
             "the engine is too busy to keep the two halves of a guided drawing together; try again later, or with cfg_scale 1"
         )
 
-    def _paint(self, packed: Tensor) -> list[str]:
+    def _paint(self, packed: Tensor, painting: Painting, seeds: list[int]) -> list[str]:
         """Codes ``(n, S)`` → PNG files in base64."""
-        return [png_texts(to_pil(decode_packed(self.image_tokenizer, row)))[0] for row in packed.split(1)]
+        rows = zip(packed.split(1), seeds)
+        return [png_texts(to_pil(paint(self.image_tokenizer, row, painting, [seed])))[0] for row, seed in rows]
+
+
+def picture_size(tokenizer: VisualTokenizer, request: ImagesRequest) -> str:
+    """What a request's pictures are, as OpenAI writes it. Raises `ConfigError` for another size, or a decoder that is not there."""
+    rows, columns = request.painting().size(tokenizer)
+    size = f"{columns}x{rows}"
+    if request.size not in (None, "auto", size):
+        raise ConfigError(f"size {request.size}: this model draws {size}")
+    return size
 
 
 def drawing_seeds(request: ImagesRequest) -> list[int]:
@@ -205,4 +221,5 @@ def _load_tokenizer(config: MllmConfig, checkpoint: str) -> VisualTokenizer:
         raise ConfigError(
             f"{checkpoint}: visual tokenizer weights missing {missing[:5]}, without a place {foreign[:5]}"
         )
+    attach(tokenizer, folder)
     return tokenizer.eval()

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from mllm.errors import ConfigError
 from mllm.heads.codes.generate import generate_images, prompt_prefix, to_pil
-from mllm.serve.images.api import ImagesRequest, drawing_seeds, images_body, png_texts
+from mllm.serve.images.api import ImagesRequest, drawing_seeds, images_body, picture_size, png_texts
 
 _log = logging.getLogger("vllm.mllm")
 _ROOM = 1.3
@@ -32,25 +31,28 @@ class ModelGenerator:
         self.model = MllmForConditionalGeneration.from_pretrained(checkpoint, dtype="auto").eval()
         self.model.to(_device_for(self.model))
         self.processor = AutoProcessor.from_pretrained(checkpoint)
-        info = self.model.image_tokenizer.image
-        self.size = f"{info.width}x{info.height}"
         self._one = threading.Lock()
         _log.info("Drawings are made beside the engine, on %s", self.model.device)
 
     async def draw(self, client: Any, request: ImagesRequest) -> dict[str, Any]:
         """The answer's body, as `ImageGenerator.draw` gives it. client: not used. Raises `ConfigError` for what cannot be drawn."""
-        if request.size not in (None, "auto", self.size):
-            raise ConfigError(f"size {request.size}: this model draws {self.size}")
+        size = picture_size(self.model.image_tokenizer, request)
         seeds = drawing_seeds(request)
         pictures, prompt_tokens, made = await asyncio.to_thread(self._draw, request, seeds)
-        return images_body(pictures, seeds, self.size, prompt_tokens, made)
+        return images_body(pictures, seeds, size, prompt_tokens, made)
 
     def _draw(self, request: ImagesRequest, seeds: list[int]) -> tuple[list[str], int, int]:
         """Files in base64, tokens of the prompts, and codes drawn."""
         options = request.model_dump(include={"cfg_scale", "temperature", "top_k", "top_p"})
         with self._one:  # a client that leaves does not stop a drawing, and the next waits for it
             drawn = generate_images(
-                self.model, [request.prompt] * len(seeds), processor=self.processor, seed=seeds, batch_size=1, **options
+                self.model,
+                [request.prompt] * len(seeds),
+                processor=self.processor,
+                seed=seeds,
+                batch_size=1,
+                painting=request.painting(),
+                **options,
             )
         prompt_tokens = len(prompt_prefix(self.processor, request.prompt, "prompt")) * (
             2 if request.cfg_scale != 1.0 else 1

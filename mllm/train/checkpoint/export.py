@@ -100,7 +100,15 @@ def rebuild(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTraine
     fresh.load_state_dict(state, strict=True, assign=True)
     fresh.tie_weights()
     fresh.generation_config = model.generation_config
+    _tell_of_decoder(model, fresh)
     return fresh
+
+
+def _tell_of_decoder(model: Any, fresh: Any) -> None:
+    """Where the diffusion decoder lies that goes with the visual tokenizer: no tensor, so no part of the state."""
+    if getattr(model.config, "visual_tokenizer", None) is not None and hasattr(model, "image_tokenizer"):
+        given, own = model.image_tokenizer, fresh.image_tokenizer
+        own.folder, own.decoder_of = given.folder, given.decoder_of
 
 
 def _inject_like(model: Any, fresh: Any) -> None:

@@ -38,6 +38,7 @@ class Drawings:
         if spec is None or not (last or step % spec.every == 0):
             return None
         from mllm.heads.codes.generate import generate_images, side_by_side
+        from mllm.visual_tokenizers.painting import Painting
 
         state = torch.get_rng_state()
         drawn = generate_images(
@@ -49,6 +50,7 @@ class Drawings:
             top_k=spec.top_k,
             top_p=spec.top_p,
             seed=spec.seed,
+            painting=Painting("plain"),  # it is the codes that learn, and diffusion costs a run of its own
         )
         torch.set_rng_state(state)
         self.folder.mkdir(parents=True, exist_ok=True)

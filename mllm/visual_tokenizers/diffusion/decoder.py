@@ -23,6 +23,7 @@ from mllm.visual_tokenizers.base import DECODER_CONFIG, DECODER_WEIGHTS, VisualT
 from mllm.visual_tokenizers.diffusion.branches.base import BranchConfig, Seen, Trunk, branch_config, build_branch
 from mllm.visual_tokenizers.diffusion.branches.injection import summed, told_with
 from mllm.visual_tokenizers.diffusion.calls import called
+from mllm.visual_tokenizers.diffusion.carried import ROUNDED
 from mllm.visual_tokenizers.diffusion.conditioning import CodeSequence, Conditions, code_map
 from mllm.visual_tokenizers.diffusion.config import DiffusionDecoderConfig
 from mllm.visual_tokenizers.diffusion.library import (
@@ -341,7 +342,10 @@ class DiffusionDecoder(nn.Module):
         tokenizer = tokenizer or VisualTokenizer.from_pretrained(directory)
         stored = read_json(directory / DECODER_CONFIG)
         found = fingerprint(tokenizer)
-        if stored.pop("tokenizer", None) != found:
+        rounded = stored.pop(ROUNDED, None)  # in a multimodal checkpoint, which may hold the tokenizer in bfloat16
+        if stored.pop("tokenizer", None) != found and (
+            rounded is None or rounded != fingerprint(tokenizer, rounded=True)
+        ):
             raise CheckpointError(
                 f"{directory / DECODER_CONFIG}: the decoder was trained beside another visual tokenizer"
             )
