@@ -38,6 +38,8 @@ _FROZEN_SHARE = 0.6  # of that, when gradients only pass through: inputs of matr
 _SAMPLED_ROWS = 256
 ROOM = 0.92
 """Share of a GPU's memory that a plan may fill: CUDA's context, fragments between blocks."""
+_EVEN_ATTENTION = 1 / 3
+"""Below this share of 1 / sqrt(width), the first weights' spread lets queries and keys say almost nothing of one another."""
 _ENCODERS_ALONE = ("contrastive", "masked", "exits")
 """Kinds of stages in which the language model reads nothing: its weights are there, its activations are not."""
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "muon": 4, "sgd": 4}
@@ -450,4 +452,12 @@ def _recipe_hazards(recipe: Recipe, parameters: dict[str, int]) -> list[str]:
             hazards.append(f"encoders.{name} starts from random weights and learns in no stage")
     if recipe.model.text_model.source is None and "language_model" not in ever:
         hazards.append("language_model starts from random weights and learns in no stage")
+    spec = recipe.model.language_model
+    if spec is not None and spec.source is None and spec.config is not None:
+        width, spread = spec.config.get("hidden_size"), spec.config.get("initializer_range", 0.02)
+        if isinstance(width, int) and spread < _EVEN_ATTENTION / width**0.5:
+            hazards.append(
+                f"language_model starts from random weights of spread {spread} at width {width}: attention stays nearly even for long; "
+                f"model.language_model.config.initializer_range={width**-0.5:.1g} learns sooner"
+            )
     return hazards

@@ -41,7 +41,9 @@ def test_a_plan_counts_what_a_model_has_and_learns(tmp_path):
     for item in plan_tables(plan, processes=2):
         console.print(item)
     text = console.export_text()
-    assert "3 × 28 × 28 pixels → 4 × 4 = 16 × 32" in text and "language_model starts from random weights" not in text
+    assert (
+        "3 × 28 × 28 pixels → 4 × 4 = 16 × 32" in text and "language_model starts from random weights and" not in text
+    )
     assert "encoders.semantic starts from random weights and learns in no stage" in text
 
 
@@ -67,6 +69,10 @@ def test_hazards_are_named(tmp_path):
     assert "of the samples looked at are longer than max_length 24" in text
     assert "connector starts from random weights and learns in no stage" in text
     assert "encoder semantic: the weights x (CC-BY-NC-4.0) may not be used commercially" in text
+    assert "of spread 0.02 at width" in text
+    width = recipe.model.text_model.config["hidden_size"]
+    recipe.model.text_model.config["initializer_range"] = width**-0.5
+    assert "of spread" not in "\n".join(plan_recipe(recipe, with_data=False).hazards)
 
 
 SMALL = {
