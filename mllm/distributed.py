@@ -112,6 +112,15 @@ def sum_numbers(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
+def largest_number(value: float) -> float:
+    """The largest of all processes' values."""
+    if world_size() == 1:
+        return float(value)
+    tensor = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_small)
+    return tensor.item()
+
+
 def broadcast_state(module: nn.Module) -> None:
     """Rank 0's parameters and buffers to every process."""
     if world_size() > 1:

@@ -27,6 +27,11 @@ def odd_settings(stage: StageSpec, *, steps: int | None, samples: int | None = N
         )
     if stage.group_by_length and rows == 1:
         found.append("group_by_length with one sample a step groups nothing")
+    if stage.max_tokens_per_batch is not None and stage.batch_size * stage.max_length <= stage.max_tokens_per_batch:
+        found.append(
+            f"max_tokens_per_batch {stage.max_tokens_per_batch:,} splits nothing: {stage.batch_size} rows of max_length "
+            f"{stage.max_length:,} have no more tokens"
+        )
     if stage.kind == "grpo":
         found += _clipping(stage)
     if steps is None:

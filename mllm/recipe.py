@@ -269,6 +269,9 @@ class StageSpec(StrictModel):
     exactly these, in as many micro-steps as their rows need."""
     group_by_length: bool = False
     """Batch samples of like length, so that less is padding."""
+    max_tokens_per_batch: int | None = Field(default=None, ge=8)
+    """Most tokens (rows × the longest, padding included) that a process computes at once. A padded micro-batch of more is split into
+    several whose gradients add up to the same, so that the longest samples need no smaller ``batch_size``. At least ``max_length``."""
     engine: str | dict[str, Any] = "none"
     """none, zero1, zero2, zero3, a DeepSpeed json file, or auto: the one that shares least and fits, by the plan and the memory of
     the GPUs it is started on."""

@@ -100,6 +100,22 @@ def collate(
     return _batch(inputs, samples, [[len(sample)] for sample in samples])
 
 
+def split_by_tokens(samples: Sequence[EncodedSample], most: int, multiple: int = 1) -> list[list[EncodedSample]]:
+    """The samples of a padded batch as few batches of at most ``most`` tokens each, padding to a ``multiple`` included; the longest come
+    first. As they are where they fit; a sample of more than ``most`` is alone."""
+    padded = [-(-len(sample) // multiple) * multiple for sample in samples]
+    if len(samples) * max(padded) <= most:
+        return [list(samples)]
+    parts: list[list[EncodedSample]] = []
+    rows = 0  # that the present part may have
+    for index in sorted(range(len(samples)), key=lambda index: -padded[index]):
+        if not parts or len(parts[-1]) >= rows:
+            parts.append([])
+            rows = most // padded[index]
+        parts[-1].append(samples[index])
+    return parts
+
+
 def collate_packed(rows: Sequence[Sequence[EncodedSample]], *, max_length: int, pad_token_id: int) -> Batch:
     """Several samples a row, one after another, every row ``max_length`` long.
 

@@ -8,13 +8,14 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mllm.data.collate import Batch, Dropped, collate, collate_packed
+from mllm.data.collate import Batch, Dropped, collate, collate_packed, split_by_tokens
 from mllm.data.mixture import Draw, Mixture
 from mllm.data.parallel import pool_context
 from mllm.data.plan import PackedPlan, Plan, PlannedBatch, Position
@@ -28,7 +29,8 @@ _MAX_ATTEMPTS = 100
 
 
 class PlannedDataset(Dataset):
-    """A planned batch → `Batch`. Holds no state, so workers, their number and a resume change nothing.
+    """A planned batch → its `Batch`, or several where ``collate_rows`` splits it: only behind the last of them does the next planned
+    one follow. Holds no state, so workers, their number and a resume change nothing.
 
     encode: sample → `EncodedSample` (e.g. ``partial(encode_sample, processor, max_length=2048)``). A sample that cannot be
     read or encoded, whatever it raises, is replaced by the next good row of its dataset (in a packed row it is left out,
@@ -41,7 +43,7 @@ class PlannedDataset(Dataset):
         mixture: Mixture,
         encode: Callable[[Sample], EncodedSample],
         *,
-        collate_rows: Callable[[list[list[EncodedSample]]], Batch],
+        collate_rows: Callable[[list[list[EncodedSample]]], list[Batch]],
         packed: bool = False,
         room: int | None = None,
     ):
@@ -49,15 +51,16 @@ class PlannedDataset(Dataset):
         self.room = room
 
     @one_thread()
-    def __getitem__(self, planned: PlannedBatch) -> Batch:
+    def __getitem__(self, planned: PlannedBatch) -> list[Batch]:
         dropped: list[Dropped] = []
         rows = []
         for draws in planned.rows:
             rows.append(self._packed_row(draws, dropped) if self.packed else [self._good(draws[0], dropped)])
-        batch = self.collate_rows(rows)
-        batch.dropped, batch.epoch = dropped, planned.epoch
-        batch.position, batch.following = planned.position, planned.following
-        return batch
+        parts = self.collate_rows(rows)
+        for part in parts:
+            part.epoch, part.position, part.following = planned.epoch, planned.position, planned.position
+        parts[0].dropped, parts[-1].following = dropped, planned.following
+        return parts
 
     def _packed_row(self, draws: tuple[Draw, ...], dropped: list[Dropped]) -> list[EncodedSample]:
         samples: list[EncodedSample] = []
@@ -196,7 +199,8 @@ class _PlanSampler(Sampler):
 
 
 class DataStream:
-    """One process's batches, from any position: ``for batch in stream``; ``batch.following`` is where to start again.
+    """One process's batches, from any position: ``for batch in stream``; ``batch.following`` is where to start again. max_tokens: a
+    padded batch of more (padding included) comes as several.
 
     `state_dict` tells the place after the last batch handed out (not after what workers have prefetched);
     `load_state_dict` continues there, also with another number of workers, and approximately with another number of
@@ -213,6 +217,7 @@ class DataStream:
         num_workers: int = 0,
         padding_side: Any = "right",
         pad_to_multiple_of: int | None = None,
+        max_tokens: int | None = None,
         pin_memory: bool = False,
         prefetch_factor: int = 4,
         on_drop: Callable[[list[Dropped]], None] | None = None,
@@ -222,13 +227,14 @@ class DataStream:
         self.on_drop = on_drop if on_drop is not None else DropLog()
         room = plan.max_length if isinstance(plan, PackedPlan) else None
         if isinstance(plan, PackedPlan):
-            rows: Any = partial(collate_packed, max_length=plan.max_length, pad_token_id=pad_token_id)
+            rows: Any = partial(_collate_packed, max_length=plan.max_length, pad_token_id=pad_token_id)
         else:
             rows = partial(
                 _collate_single,
                 pad_token_id=pad_token_id,
                 padding_side=padding_side,
                 pad_to_multiple_of=pad_to_multiple_of,
+                max_tokens=max_tokens,
             )
         self.dataset = PlannedDataset(
             plan.mixture, encode, collate_rows=rows, packed=isinstance(plan, PackedPlan), room=room
@@ -249,7 +255,7 @@ class DataStream:
             # differs from the uninterrupted run's.
             generator=torch.Generator().manual_seed(0),
         )
-        for batch in loader:
+        for batch in chain.from_iterable(loader):
             self.position = batch.following
             if batch.dropped:
                 self.on_drop(batch.dropped)
@@ -266,5 +272,13 @@ class DataStream:
         self.position = self.plan.resume(position, **sizes)
 
 
-def _collate_single(rows: list[list[EncodedSample]], **options: Any) -> Batch:
-    return collate([row[0] for row in rows], **options)
+def _collate_single(
+    rows: list[list[EncodedSample]], *, max_tokens: int | None, pad_to_multiple_of: int | None, **options: Any
+) -> list[Batch]:
+    samples = [row[0] for row in rows]
+    parts = [samples] if max_tokens is None else split_by_tokens(samples, max_tokens, pad_to_multiple_of or 1)
+    return [collate(part, pad_to_multiple_of=pad_to_multiple_of, **options) for part in parts]
+
+
+def _collate_packed(rows: list[list[EncodedSample]], **options: Any) -> list[Batch]:
+    return [collate_packed(rows, **options)]

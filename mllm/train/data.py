@@ -28,6 +28,8 @@ from mllm.recipe import StageSpec
 from mllm.types import Sample, Video
 
 _ROWS_TRIED = 16
+PADDED_TO = 8
+"""Padded rows are a multiple of so many tokens."""
 
 
 def open_mixture(stage: StageSpec, seed: int) -> Mixture:
@@ -177,7 +179,8 @@ class StageData:
             pad_token_id=processor.tokenizer.pad_token_id,
             rank=rank,
             num_workers=stage.num_workers,
-            pad_to_multiple_of=None if stage.packing else 8,
+            pad_to_multiple_of=None if stage.packing else PADDED_TO,
+            max_tokens=stage.max_tokens_per_batch,
             pin_memory=distributed.local_device().type == "cuda",
             on_drop=self.drops,
         )
@@ -252,12 +255,13 @@ class StageData:
         return self.bad_share.count(micro, [source.name for source in self.mixture.sources])
 
     def steps(self) -> Iterator[list[Batch]]:
-        """The micro-batches of each optimizer step, from the present position on; the last step may have fewer."""
+        """The micro-batches of each optimizer step, from the present position on; the last step may have fewer, and one in which a
+        batch was split has more."""
         batches = iter(self.stream)
         if isinstance(self.plan, SteppedPlan):
             yield from _until_windows_end(batches)
             return
-        while micro := list(itertools.islice(batches, self.stage.gradient_accumulation)):
+        while micro := _planned(batches, self.stage.gradient_accumulation):
             yield micro
 
     def state(self) -> dict[str, Any]:
@@ -275,6 +279,17 @@ class StageData:
             return self.plan.num_steps(self.stream.position)
         left = self.plan.num_batches(self.stream.position)
         return math.ceil(left / self.stage.gradient_accumulation)
+
+
+def _planned(batches: Iterator[Batch], count: int) -> list[Batch]:
+    """The micro-batches of the next ``count`` planned batches, or of as many as there are."""
+    micro: list[Batch] = []
+    for batch in batches:
+        micro.append(batch)
+        count -= batch.following != batch.position
+        if not count:
+            break
+    return micro
 
 
 def _until_windows_end(batches: Iterator[Batch]) -> Iterator[list[Batch]]:

@@ -48,6 +48,7 @@ from mllm.train.engine.groups import (
     groups_table,
     set_modes,
 )
+from mllm.train.engine.level import level
 from mllm.train.engine.schedule import rate_factor, warmup_steps
 from mllm.train.engine.trainable import StageModel
 from mllm.train.features.stage import use_cache
@@ -314,13 +315,17 @@ def optimizer_step(
     counts = dict(zip(own, distributed.sum_numbers(list(own.values()))))
     data.bad_share.add(counts)
     losses, of_codes = [], []
-    for index, batch in enumerate(micro):
+    passes = level(engine, micro)
+    for index, batch in enumerate(passes):
+        counts_nothing = index >= len(micro)
         batch = batch.to(engine.device, non_blocking=True)
         inputs = attention_inputs(batch, attention)
-        with datasets.of(batch) if datasets is not None else nullcontext([]) as outputs:
+        with datasets.of(batch) if datasets is not None and not counts_nothing else nullcontext([]) as outputs:
             output = engine(**inputs, num_items_in_batch=counts["supervised"], skip_logits=engine.zero_stage != 3)
             outputs.append(output)
-        engine.backward(output.loss, last=index == len(micro) - 1)
+        engine.backward(output.loss * 0.0 if counts_nothing else output.loss, last=index == len(passes) - 1)
+        if counts_nothing:
+            continue
         losses.append(output.loss.detach())
         of_codes.append(getattr(output, "losses", None))
     loss = distributed.sum_numbers([float(torch.stack(losses).float().sum())])[0]

@@ -46,8 +46,8 @@ FORMAT = 1
 BESIDE = "beside.safetensors"
 _FILE_BYTES = 2 << 30  # one tensor file's size: bounds the host memory that writing takes
 _WEIGHTS = "weights"
-COSMETIC = {"log_every", "save_every", "keep_state", "num_workers", "draw", "max_bad_share"}
-"""A stage's settings that change no weight."""
+COSMETIC = {"log_every", "save_every", "keep_state", "num_workers", "draw", "max_bad_share", "max_tokens_per_batch"}
+"""A stage's settings that change no weight, but for the rounding of sums: a run that was out of memory goes on with another."""
 LENGTH = ("steps", "epochs")
 """A stage's settings that ``--extend`` may change."""
 

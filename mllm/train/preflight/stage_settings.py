@@ -16,6 +16,8 @@ def check_stage(stage: StageSpec, recipe: Recipe) -> None:
     parts that the model lacks, data that are not there. Nothing is built."""
     if stage.packing and stage.group_by_length:
         raise ConfigError(f"stages.{stage.name}: packing and group_by_length exclude each other; keep one")
+    if stage.max_tokens_per_batch is not None:
+        _check_most_tokens(stage, stage.max_tokens_per_batch)
     if stage.samples_per_step is not None and not (stage.packing and stage.gradient_accumulation == 1):
         raise ConfigError(
             f"stages.{stage.name}.samples_per_step: is for packed rows, whose number decides how many micro-steps a step takes; set "
@@ -39,3 +41,17 @@ def check_stage(stage: StageSpec, recipe: Recipe) -> None:
                 f"stages.{stage.name}.learn.{part}.lora.bits: 4-bit weights and ZeRO do not mix; use engine: none"
             )
     check_some_rows(open_mixture(stage, recipe.seed), stage)
+
+
+def _check_most_tokens(stage: StageSpec, most: int) -> None:
+    where = f"stages.{stage.name}.max_tokens_per_batch"
+    if stage.packing:
+        raise ConfigError(
+            f"{where}: packed rows all have max_length {stage.max_length}, so batch_size says how many tokens are computed at "
+            "once; leave it out"
+        )
+    if most < stage.max_length:
+        raise ConfigError(
+            f"{where} is {most}, and one row may have max_length {stage.max_length}: a row is never split; give at least "
+            f"{stage.max_length}, or lower max_length, which cuts longer samples"
+        )

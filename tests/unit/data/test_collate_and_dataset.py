@@ -307,3 +307,25 @@ def test_lengths_are_cached_by_contents_and_key(folder, processor, tmp_path):
 
 def _turns(sample) -> int:
     return len(sample.turns)
+
+
+def test_a_batch_is_split_where_it_has_more_tokens_than_allowed_and_not_elsewhere(folder, processor):
+    def batches(most: int | None) -> list[Batch]:
+        one = stream(folder, processor, total=24, batch_size=6)
+        options = {**one.dataset.collate_rows.keywords, "max_tokens": most, "pad_to_multiple_of": 8}
+        one.dataset.collate_rows = partial(one.dataset.collate_rows.func, **options)
+        return list(one)
+
+    whole, roomy = batches(None), batches(10**6)
+    assert [contents(b) for b in roomy] == [contents(b) for b in whole]
+    most = 2 * max(batch.inputs["input_ids"].shape[1] for batch in whole)
+    parts = batches(most)
+    assert len(parts) > len(whole) and all(part.inputs["input_ids"].numel() <= most for part in parts)
+    for batch in whole:
+        own = [part for part in parts if part.position == batch.position]
+        assert sorted(i for part in own for i in part.ids) == sorted(batch.ids)
+        assert sum(part.num_supervised for part in own) == batch.num_supervised
+        assert [part.following for part in own] == [batch.position] * (len(own) - 1) + [batch.following]
+        assert sum(map(len, (part.dropped for part in own))) == len(batch.dropped)
+    alone = batches(8)  # less than any row: each alone, none lost
+    assert all(len(part.ids) == 1 for part in alone) and len(alone) == 24

@@ -150,7 +150,7 @@ def check_contrastive(stage: StageSpec) -> ContrastiveOptions:
     """The stage's options. Raises `ConfigError` for settings that a contrastive stage cannot have."""
     where = f"stages.{stage.name}"
     options = validate(ContrastiveOptions, stage.options, where=f"{where}.options")
-    for key in ("packing", "group_by_length", "compile", "chat_template"):
+    for key in ("packing", "group_by_length", "max_tokens_per_batch", "compile", "chat_template"):
         if getattr(stage, key):
             raise ConfigError(
                 f"{where}.{key}: a contrastive stage compares whole captions and has no {key}; leave it out"

@@ -191,7 +191,7 @@ def check_exits(stage: StageSpec) -> ExitsOptions:
     """The stage's options. Raises `ConfigError` for settings that an exits stage cannot have."""
     where = f"stages.{stage.name}"
     options = validate(ExitsOptions, stage.options, where=f"{where}.options")
-    for key in ("packing", "group_by_length", "compile", "chat_template", "cache_features"):
+    for key in ("packing", "group_by_length", "max_tokens_per_batch", "compile", "chat_template", "cache_features"):
         if getattr(stage, key):
             raise ConfigError(
                 f"{where}.{key}: an exits stage sees pictures and classes only, and its encoder learns; leave it out"

@@ -203,7 +203,7 @@ def check_masked(stage: StageSpec, recipe: Recipe | None = None) -> MaskedOption
     """The stage's options. Raises `ConfigError` for settings that a masked stage cannot have."""
     where = f"stages.{stage.name}"
     options = validate(MaskedOptions, stage.options, where=f"{where}.options")
-    for key in ("packing", "group_by_length", "compile", "chat_template", "cache_features"):
+    for key in ("packing", "group_by_length", "max_tokens_per_batch", "compile", "chat_template", "cache_features"):
         if getattr(stage, key):
             raise ConfigError(f"{where}.{key}: a masked stage sees pictures only, and its encoder learns; leave it out")
     if choose_engine(stage).zero_stage == 3:

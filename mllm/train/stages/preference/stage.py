@@ -81,7 +81,15 @@ def check_preference(stage: StageSpec) -> PreferenceOptions:
     """The stage's options. Raises `ConfigError` for what a preference stage cannot have."""
     where = f"stages.{stage.name}"
     options = validate(PreferenceOptions, stage.options, where=f"{where}.options")
-    for key in ("packing", "group_by_length", "cache_features", "compile", "chat_template", "attention"):
+    for key in (
+        "packing",
+        "group_by_length",
+        "max_tokens_per_batch",
+        "cache_features",
+        "compile",
+        "chat_template",
+        "attention",
+    ):
         if getattr(stage, key):
             raise ConfigError(f"{where}.{key}: TRL makes this stage's batches and has no {key}; leave it out")
     if stage.engine != "none":

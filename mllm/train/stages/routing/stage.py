@@ -134,8 +134,9 @@ def train_routing(run: Run, stage: StageSpec, previous: Path | None, folder: Pat
     """Train a router on labels; the same contract as `StageKind.train`."""
     where = f"stages.{stage.name}"
     options = validate(RoutingOptions, stage.options, where=f"{where}.options")
-    if stage.packing or stage.group_by_length:
-        raise ConfigError(f"{where}: a routing stage neither packs nor groups by length; its samples are short")
+    for key in ("packing", "group_by_length", "max_tokens_per_batch"):
+        if getattr(stage, key):
+            raise ConfigError(f"{where}.{key}: a routing stage's samples are short, so it has no {key}; leave it out")
     model, processor = start_model(run.recipe, stage, previous)
     reader = RoutingProcessor(processor, model.config, options)
     expected = "language_model" if reader.by_text else "router"

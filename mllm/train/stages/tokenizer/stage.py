@@ -33,7 +33,16 @@ from mllm.visual_tokenizers.quantizers.initialise import initialise_codebooks
 from mllm.visual_tokenizers.recipe import TokenizerTraining, tokenizer_training
 from mllm.visual_tokenizers.teacher import build_teacher
 
-NO_TEXT = ("packing", "group_by_length", "compile", "chat_template", "cache_features", "draw", "float8")
+NO_TEXT = (
+    "packing",
+    "group_by_length",
+    "max_tokens_per_batch",
+    "compile",
+    "chat_template",
+    "cache_features",
+    "draw",
+    "float8",
+)
 """Settings of stages with a language model."""
 
 
