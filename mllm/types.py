@@ -144,11 +144,18 @@ class ViewLayout(StrictModel):
     takes one grid only."""
     frames: int = Field(default=1, ge=1)
     """Successive frames of a video that become one set of tokens; a picture is shown so often."""
+    repeats: int = Field(default=1, ge=1)
+    """How often a picture is shown, each time with tokens of its own (PVC)."""
     levels: int = Field(default=0, ge=0)
     """Further vectors of every visual token, each added to it behind one of the language model's first layers (DeepStack); the
     connector gives them beside the token itself, so that its width is ``levels + 1`` times the language model's."""
     fast: FastFrames | None = None
     """Of a video, only some tokens stand in the sequence; all are read by layers of the language model."""
+
+    @property
+    def shown(self) -> int:
+        """How many equal frames a picture is."""
+        return self.frames * self.repeats
 
 
 ImageLayout = ViewLayout

@@ -19,6 +19,7 @@ CONNECTORS: Registry = Registry(
         "merv": "mllm.connectors.merv:MervConnector",
         "deepstack": "mllm.connectors.deepstack:DeepStackConnector",
         "multi_scale": "mllm.connectors.multi_scale:MultiScaleConnector",
+        "pvc": "mllm.connectors.pvc:PvcConnector",
         "slow_fast": "mllm.connectors.slow_fast:SlowFastConnector",
         "spatial_mllm": "mllm.connectors.spatial_mllm:SpatialMllmConnector",
         "dual_perspective": "mllm.connectors.dual_perspective:DualPerspectiveConnector",

@@ -8,6 +8,7 @@ ENCODERS: Registry = Registry(
         "open_clip": "mllm.encoders.open_clip:OpenClipEncoder",
         "timm": "mllm.encoders.timm:TimmEncoder",
         "hf": "mllm.encoders.hf:HfEncoder",
+        "progressive": "mllm.encoders.progressive:ProgressiveEncoder",
         "raw_patches": "mllm.encoders.raw_patches:RawPatches",
         "eve": "mllm.encoders.eve:EveEncoder",
         "qwen_vl": "mllm.encoders.qwen_vl:QwenVlEncoder",

@@ -262,7 +262,7 @@ class MllmImageProcessor(SavesDoor, BaseImageProcessor):
                     rows[name].append(pixels)
                 continue
             for name, pixels in to_pixels_multi(picture, specs, resampler=self.resampler).items():  # type: ignore[arg-type]
-                rows[name].append(pixels if rules.video is None else pixels.expand(rules.view.frames, *pixels.shape))
+                rows[name].append(pixels if rules.video is None else pixels.expand(rules.view.shown, *pixels.shape))
         join = _cat if rules.needs_size or rules.video is not None else stack_images
         pixels_by_name = {name: join(tensors) for name, tensors in rows.items() if tensors}
         data: dict[str, Any] = dict(self.pixel_keys.by_key(pixels_by_name))

@@ -70,9 +70,10 @@ def layout_rules(config: HasVisualParts, encoders: Mapping[str, EncoderInfo]) ->
 def checked_video(config: HasVisualParts, view: ViewLayout, views: ViewsConfig) -> VideoSpec | None:
     """A model's ``video`` section. Raises `ConfigError` beside what does not take video yet, by name."""
     video = video_spec(getattr(config, "video", None))
-    if (view.frames > 1 or view.fast is not None) and (video is None or views.type != "single"):
+    if (view.shown > 1 or view.fast is not None) and (video is None or views.type != "single"):
         cure = "add model.video, e.g. {frames: 16}" if video is None else f"leave model.views ({views.type}) out"
-        what = f"takes {view.frames} frames together, of" if view.fast is None else "thins"
+        what = "thins" if view.fast is not None else "shows pictures as"
+        what = f"takes {view.frames} frames together, of" if view.frames > 1 else what
         raise ConfigError(f"model.connector: {what} videos that are seen once; {cure}")
     if video is None:
         return None
@@ -179,7 +180,10 @@ class LayoutRules:
                 self._known.clear()
             kind, views = VIEWS.get(self.views.type), self._within(limit)
             found = kind.layout(views, self.view, self._lead, size or (1, 1))
-            self._known[size, limit] = replace(found, num_views=self.view.frames) if self.view.frames > 1 else found
+            if self.view.repeats > 1:
+                blocks = tuple(replace(found.blocks[0], view=number) for number in range(self.view.repeats))
+                found = replace(found, blocks=blocks)
+            self._known[size, limit] = replace(found, num_views=self.view.shown) if self.view.shown > 1 else found
         return self._known[size, limit]
 
     def _within(self, limit: int) -> ViewsConfig:

@@ -98,6 +98,7 @@ MISFITS = [
     ("deepstack", {}, {"a": info(2, 2, 30)}, ["'a'", "30 channels", "4 layers", "levels: 3"]),
     ("deepstack", {"each": {"type": "pixle_shuffle"}}, {"a": info(2, 2, 32)}, ["each", "did you mean 'pixel_shuffle'"]),
     ("deepstack", {"each": {"type": "multi_scale"}}, {"a": info(2, 2, 32)}, ["multi_scale joins several views"]),
+    ("pvc", {}, {"a": info(6, 6)}, ["'a'", "6×6", "factor 4"]),
     ("slow_fast", {}, {"a": info(3, 3)}, ["3×3", "cell 2", "side 1", "image size"]),
     ("slow_fast", {"each": {"type": "multi_scale"}}, {"a": info(2, 2)}, ["multi_scale", "mlp"]),
     ("branch_fusion", {}, {"a": info(2, 2)}, ["at least 2 encoders", "has 1"]),

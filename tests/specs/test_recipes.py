@@ -26,6 +26,7 @@ SIZES = {
     "cambrian_8b": (600, 8030, None, None),
     "siglip2_dinov3": (576, 7616, 20.6, None),
     "spatial_mllm": (144, 3086, 323.0, None),
+    "pvc": (4 * 64, 7616, 80.1, 362),
     "slow_fast": (324, 7616, 23.9, 843),
     "c_radio": (576, 7616, None, None),
     "llava_next": (2928, 6738, 21.0, 291),

@@ -20,6 +20,11 @@ def refuse_unserved(config: MllmConfig) -> None:
             "language models have no place for; use mllm chat or model.generate"
         )
     view = config.view_layout()
+    if view.repeats > 1:
+        raise UnavailableError(
+            f"this checkpoint shows a picture {view.repeats} times (connector {config.connector['type']}), which was not tried in vLLM; "
+            "use mllm chat or model.generate"
+        )
     if view.fast is not None:
         raise UnavailableError(
             f"this checkpoint reads slow tokens in every {view.fast.every}. layer of its language model (connector "
