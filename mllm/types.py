@@ -151,6 +151,8 @@ class ViewLayout(StrictModel):
     connector gives them beside the token itself, so that its width is ``levels + 1`` times the language model's."""
     fast: FastFrames | None = None
     """Of a video, only some tokens stand in the sequence; all are read by layers of the language model."""
+    beside: int = Field(default=0, ge=0)
+    """Further channels of every visual token, which the connector's `readers` read inside the language model (Cambrian-1)."""
 
     @property
     def shown(self) -> int:

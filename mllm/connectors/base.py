@@ -56,8 +56,17 @@ class Connector(nn.Module):
 
     @property
     def token_width(self) -> int:
-        """Width of what `forward` gives for a token: L, and L more for each of the layout's levels."""
+        """Width of what `forward` gives for a token: L, L more for each of the layout's levels, and what lies beside it."""
         return self.width * (1 + getattr(self.config, "levels", 0))
+
+    def readers(self) -> dict[int, nn.Module]:
+        """Layer of the language model → module that runs behind it on the visual tokens' hidden states.
+
+        Returns:
+            Modules that take hidden states ``(n, L)`` and what the layout has ``beside`` them ``(n, X)``, and give ``(n, L)``;
+            none by default.
+        """
+        return {}
 
     def __init_subclass__(cls, **kwargs: Any):
         """A connector written when a visual had one view gives ``(B, M, L)`` from `forward`: that is its `view_tokens`."""

@@ -9,7 +9,9 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from mllm.config import StrictModel
 from mllm.connectors import CONNECTORS
 from mllm.connectors.base import Connector, ConnectorConfig
 from mllm.connectors.layers import (
@@ -186,8 +188,24 @@ def window_partition(tokens: Tensor, grid: Grid, side: int) -> Tensor:
     return cells.reshape(batch * rows * cols, side * side, width)
 
 
+class InsideConfig(StrictModel):
+    """Cambrian-1's samplers inside the language model; the defaults are those of its 8B model."""
+
+    count: int = Field(default=10, ge=1)
+    start: int = Field(default=0, ge=0)
+    """The first layer (from 0) behind which there is one."""
+    stride: int = Field(default=3, ge=1)
+    depth: int = Field(default=1, ge=1)
+    """Aggregator layers of each."""
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers behind which there is one."""
+        return [self.start + number * self.stride for number in range(self.count)]
+
+
 class SpatialAggregatorConfig(ConnectorConfig):
-    """Cambrian-1's spatial vision aggregator; the defaults are its 8B recipe without the samplers inside the LLM."""
+    """Cambrian-1's spatial vision aggregator; the defaults are its 8B recipe without the samplers inside the language model."""
 
     type: str = "spatial_aggregator"
     grid: Grid = (24, 24)
@@ -203,11 +221,60 @@ class SpatialAggregatorConfig(ConnectorConfig):
     sampler: Literal["joint", "sep"] = "joint"
     row_separators: bool = True
     """A learned token closes every row (`ViewLayout.row_separators`)."""
+    inside: InsideConfig | None = None
+    """Let the visual tokens read their windows again behind several layers of the language model."""
     projector: ProjectorConfig = Field(default_factory=ProjectorConfig)
 
     def side(self, encoder: str, info: EncoderInfo) -> int:
         """r of one encoder."""
         return self.windows.get(encoder) or max(1, round(info.grid[0] / self.grid[0]))
+
+
+class InsideSampler(nn.Module):
+    """An aggregator whose queries are the language model's hidden states of visual tokens."""
+
+    def __init__(self, config: SpatialAggregatorConfig, depth: int, sides: Sequence[int], width: int):
+        super().__init__()
+        self.windows, self.hidden, hidden = [side * side for side in sides], config.hidden, config.hidden
+        self.aggregator = SpatialAggregator(
+            width,
+            hidden,
+            [hidden] * len(sides),
+            sides,
+            hidden=hidden,
+            depth=depth,
+            num_heads=config.num_heads,
+            sampler=config.sampler,
+        )
+
+    def forward(self, hidden: Tensor, beside: Tensor) -> Tensor:
+        """hidden ``(n, L)``, beside ``(n, X)`` as `beside_tokens` lays it out → ``(n, L)``; tokens without windows (row separators)
+        stay as they are."""
+        keys = sum(self.windows)
+        context, windows, weights, cell = beside.split([self.hidden, keys * self.hidden, len(self.windows), 1], dim=-1)
+        each = windows.unflatten(-1, (keys, self.hidden)).split(self.windows, dim=1)
+        biases = [
+            log_weight(weight)[:, None].expand(-1, count)
+            for weight, count in zip(weights.unbind(dim=-1), self.windows, strict=True)
+        ]
+        read = self.aggregator(hidden[:, None], context[:, None], each, biases)[:, 0]
+        return torch.where(cell > 0.5, read.to(hidden.dtype), hidden)
+
+
+def beside_width(hidden: int, sides: Sequence[int]) -> int:
+    """Channels of what an `InsideSampler` reads of a token: context, windows, a weight an encoder, and whether it has any."""
+    return hidden * (1 + sum(side * side for side in sides)) + len(sides) + 1
+
+
+def beside_tokens(context: Tensor, windows: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """context ``(S, W)``, windows ``(S, r², W)`` per encoder, weights ``(S, E)`` (0: not read) → ``(S, X)``."""
+    parts = [
+        context,
+        *(window.flatten(1) for window in windows),
+        weights.to(context.dtype),
+        torch.ones_like(context[:, :1]),
+    ]
+    return torch.cat(parts, dim=-1)
 
 
 @CONNECTORS.register("spatial_aggregator")
@@ -239,7 +306,21 @@ class SpatialAggregatorConnector(Connector):
         )
         self.projector = build_projector(config.projector, hidden, width)
         self.row_separator = nn.Parameter(torch.empty(width)) if config.row_separators else None
+        inside, sides = config.inside, list(self.sides.values())
+        self.inside: Any = (
+            None
+            if inside is None
+            else nn.ModuleList(InsideSampler(config, inside.depth, sides, width) for _ in inside.layers)
+        )
         self.reset_parameters()
+
+    @property
+    def token_width(self) -> int:
+        return self.width + self.layout(self.config, self.encoders).beside
+
+    def readers(self) -> dict[int, nn.Module]:
+        inside = self.config.inside
+        return {} if inside is None else dict(zip(inside.layers, self.inside, strict=True))
 
     @classmethod
     def layout(cls, config: SpatialAggregatorConfig, encoders: Mapping[str, EncoderInfo]) -> ViewLayout:
@@ -253,8 +334,12 @@ class SpatialAggregatorConnector(Connector):
         for name, info in encoders.items():
             side = config.side(name, info)
             check_grid(where, name, info.grid, (rows * side, cols * side), config.interpolation)
+        sides = [config.side(name, info) for name, info in encoders.items()]
         return ViewLayout(
-            num_tokens=rows * (cols + config.row_separators), grid=config.grid, row_separators=config.row_separators
+            num_tokens=rows * (cols + config.row_separators),
+            grid=config.grid,
+            row_separators=config.row_separators,
+            beside=0 if config.inside is None else beside_width(config.hidden, sides),
         )
 
     @classmethod
@@ -268,7 +353,8 @@ class SpatialAggregatorConnector(Connector):
         return config, encoders, 12
 
     def output_layers(self) -> list[nn.Module]:
-        return [self.projector[-1]]
+        inside = [layer.output.linear_2 for reader in self.inside or () for layer in reader.aggregator.layers]
+        return [self.projector[-1], *inside]
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -280,21 +366,28 @@ class SpatialAggregatorConnector(Connector):
         self, features: Mapping[str, VisionFeatures], routing: Routing | None = None, text: Tensor | None = None
     ) -> Tensor:
         rows, cols = self.config.grid
-        windows, biases, context = [], [], None
+        windows, biases, weights, context = [], [], [], None
         for name, tokens in read_features(self.encoders, features, routing).items():
             side, weight = self.sides[name], expert_weight(routing, name)
             tokens = resample(tokens, self.encoders[name].grid, (rows * side, cols * side), "bilinear")
             tokens = self.inputs[name](tokens)
             context = weigh(tokens, weight).mean(dim=1, keepdim=True) if context is None else context
             windows.append(window_partition(tokens, self.config.grid, side))
+            weights.append(tokens.new_ones(tokens.shape[0]) if weight is None else weight.to(tokens.dtype))
             if routing is not None:
                 bias = tokens.new_zeros(tokens.shape[0]) if weight is None else log_weight(weight)
                 biases.append(bias.float().repeat_interleave(rows * cols)[:, None].expand(-1, side * side))
         assert context is not None
         batch = context.shape[0]
         query = self.query.to(context.dtype).expand(batch * rows * cols, 1, -1)
-        read = self.aggregator(query, context.repeat_interleave(rows * cols, dim=0), windows, biases or None)
+        context = context.repeat_interleave(rows * cols, dim=0)
+        read = self.aggregator(query, context, windows, biases or None)
         result = self.projector(read.reshape(batch, rows, cols, self.config.hidden))
+        if self.inside is not None:
+            each = torch.stack(weights, dim=-1).repeat_interleave(rows * cols, dim=0)
+            beside = beside_tokens(context[:, 0], windows, each).view(batch, rows, cols, -1)
+            result = torch.cat([result, beside], dim=-1)
         if self.row_separator is not None:
-            result = torch.cat([result, self.row_separator.to(result.dtype).expand(batch, rows, 1, -1)], dim=2)
+            closing = F.pad(self.row_separator, (0, result.shape[-1] - self.width))
+            result = torch.cat([result, closing.to(result.dtype).expand(batch, rows, 1, -1)], dim=2)
         return result.flatten(1, 2)

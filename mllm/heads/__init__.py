@@ -11,5 +11,6 @@ HEADS: Registry = Registry(
         "next_scale": "mllm.heads.codes.heads:NextScaleHead",
         "probability": "mllm.heads.probability:ProbabilityHead",
         "segmentation": "mllm.heads.segmentation.head:SegmentationHead",
+        "alignment": "mllm.heads.alignment:AlignmentHead",
     },
 )

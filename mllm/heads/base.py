@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -40,6 +40,8 @@ class HeadParts:
     tokenizer: VisualTokenizer | None = None
     tokenize: Callable[[str], list[int]] | None = None
     """Text → the language model's ids; None before there is a text tokenizer."""
+    layers: int = 0
+    """Of the language model."""
 
     def drawn_with(self, head: str) -> VisualTokenizer:
         """The visual tokenizer of a head that draws. head: its type, for the message. Raises `ConfigError` where the model has none."""
@@ -53,7 +55,8 @@ class Step:
     """One call of the model, before it runs. Heads may change it (`Head.lay`).
 
     input_ids, labels ``(B, T)``; attention_mask, position_ids: as transformers has them; num_items: supervised tokens that the
-    loss is divided by (None: those of this batch); inputs: more arguments for the model; laid: head → what its `lay` gave.
+    loss is divided by (None: those of this batch); inputs: more arguments for the model; laid: head → what its `lay` gave; pixels:
+    encoder → pixels of the pictures that the batch holds.
     """
 
     input_ids: Tensor | None
@@ -63,6 +66,7 @@ class Step:
     num_items: Any = None
     inputs: dict[str, Any] = field(default_factory=dict)
     laid: dict[str, Any] = field(default_factory=dict)
+    pixels: Mapping[str, Tensor] = field(default_factory=dict)
 
     def share(self) -> Any:
         """This call's part of the optimizer step, by supervised tokens: what a mean over the call counts with, so that more processes
@@ -75,10 +79,12 @@ class Step:
 @dataclass
 class Reading:
     """What heads read of a call. hidden ``(B, T, L)``: last hidden states, after the final norm; features: those of the encoders that
-    heads name (`Head.reads`), of all views in their order."""
+    heads name (`Head.reads`), of all views in their order; hidden_states: those before the first layer and after each, ``(B, T, L)``,
+    where a head asked for ``output_hidden_states`` (the last ones normed)."""
 
     hidden: Tensor
     features: Mapping[str, VisionFeatures] = field(default_factory=dict)
+    hidden_states: Sequence[Tensor] | None = None
 
 
 @dataclass

@@ -80,20 +80,19 @@ def build_config(
     if connector is not None:
         check_views(spec, encoders)
     text = text_config(spec.text_model)
-    if connector is not None and rules.view.levels:
-        check_depths(rules.view.levels, encoders, text.num_hidden_layers)
+    if connector is not None and (rules.view.levels or rules.view.beside):
+        if rules.view.levels:
+            check_depths(rules.view.levels, encoders, text.num_hidden_layers)
         if drawing_head(spec.heads) is not None:
             raise ConfigError(
-                "model.connector: deepstack reads pictures only, beside no head that draws; use mlp or pixel_shuffle"
+                f"model.connector: {connector.type} with parts inside the language model reads pictures only, beside no head that draws; "
+                "use mlp or pixel_shuffle"
             )
     visual_tokenizer = tokenizer_settings(spec.visual_tokenizer, encoders)
     drawing = drawing_head(spec.heads) is not None and visual_tokenizer is not None
-    parts = HeadParts(
-        text.hidden_size,
-        infos,
-        empty_tokenizer(visual_tokenizer, encoders) if drawing and visual_tokenizer else None,
-        None if tokenizer is None else lambda words: tokenizer(words, add_special_tokens=False)["input_ids"],
-    )
+    drawn_by = empty_tokenizer(visual_tokenizer, encoders) if drawing and visual_tokenizer else None
+    words = None if tokenizer is None else lambda said: tokenizer(said, add_special_tokens=False)["input_ids"]
+    parts = HeadParts(text.hidden_size, infos, drawn_by, words, text.num_hidden_layers)
     if tokenizer is not None:
         add_tokens(tokenizer, head_tokens(spec.heads, parts))
         if tokenizer.pad_token_id is None:

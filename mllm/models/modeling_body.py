@@ -19,7 +19,7 @@ from transformers.utils import can_return_tuple  # pyright: ignore[reportPrivate
 from mllm.errors import AlignmentError, ConfigError
 from mllm.heads.build import encoders_read
 from mllm.models.configuration_mllm import MllmConfig
-from mllm.models.levels import VisualLevels, install_levels, split_levels
+from mllm.models.levels import Visits, VisualReads, install_visits, visits_of
 from mllm.models.modality import VisualPlaces, install_switch
 from mllm.models.modeling_base import MllmModelOutput, MllmPreTrainedModel
 from mllm.models.pipeline import EncoderBank, build_own_tokenizer, build_visual_parts, home_of
@@ -74,8 +74,7 @@ class MllmModel(MllmPreTrainedModel):
         """Give the language model's layers what the model's other parts need there. published: its weights are read already."""
         if self.config.modality_switch:
             self.visual_places = install_switch(self.language_model)
-        if self.rules.view.levels:
-            install_levels(self.language_model, self.rules.view.levels)
+        install_visits(self.language_model, self.rules.view.levels, self.readers)
         if self.slow_attention is not None:
             install_readers(self.language_model, self.slow_attention, start=published)
 
@@ -306,8 +305,8 @@ class MllmModel(MllmPreTrainedModel):
             raise AlignmentError(
                 f"visual tokens are {image_tokens.shape[-1]} wide and the language model's {inputs_embeds.shape[-1]}"
                 + (
-                    ": of connector deepstack only the first part stands in the sequence"
-                    if self.rules.view.levels
+                    f": of connector {(self.config.connector or {}).get('type')} only the first part stands in the sequence"
+                    if self.rules.view.levels or self.rules.view.beside
                     else ""
                 )
             )
@@ -426,21 +425,24 @@ class MllmModel(MllmPreTrainedModel):
             image_features, routing, features = output.pooler_output, output.routing, output.features  # pyright: ignore[reportAttributeAccessIssue]
             if routing is not None and not adds_losses:
                 self._tell_lost_losses(routing)
-        levels: VisualLevels | None = None
+        visits: Visits | None = None
         slow: SlowTokens | None = None
         if self.slow_attention is not None:
             layouts, places = self.visual_layouts(image_sizes, video_times), self.image_places(input_ids, inputs_embeds)
             given = (image_features, layouts, places, position_ids)
             image_features, slow = take_slow(self.rules.layout(), self.training, inputs_embeds, past_key_values, *given)
         if image_features is not None and len(image_features):
-            image_features, vectors = split_levels(image_features, self.rules.view.levels)
-            if vectors:
-                levels = VisualLevels(self.image_places(input_ids, inputs_embeds), vectors)
+            image_features, visits = visits_of(
+                self.rules.view, self.readers, image_features, lambda: self.image_places(input_ids, inputs_embeds)
+            )
             inputs_embeds = self.merge_images(input_ids, inputs_embeds, image_features)
         elif self.vision_tower is not None:
             self._refuse_orphans(input_ids, past_key_values)
             if self.training and torch.is_grad_enabled():
                 inputs_embeds = self._idle_pass(inputs_embeds)
+                if self.readers:
+                    nowhere = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+                    visits = VisualReads(nowhere, inputs_embeds.new_zeros(1, self.rules.view.beside), self.readers)
         if self.visual_places is not None:
             seen = image_features is not None and len(image_features)
             if seen and input_ids is None:
@@ -453,11 +455,11 @@ class MllmModel(MllmPreTrainedModel):
             past_key_values=past_key_values,
             return_dict=True,
             **kwargs,
-            **({} if levels is None else levels.arguments()),
+            **({} if visits is None else visits.arguments()),
             **({} if slow is None else slow.arguments()),
         )
-        if levels is not None:
-            levels.check(self.language_model)
+        if visits is not None:
+            visits.check(self.language_model)
         if slow is not None:
             slow.check(self.language_model)
             if (cache := outputs.get("past_key_values")) is not None:
@@ -471,6 +473,11 @@ class MllmModel(MllmPreTrainedModel):
             routing=routing,
             features=features,
         )
+
+    @property
+    def readers(self) -> dict[int, nn.Module]:
+        """Modules of the connector that run behind layers of the language model, by layer."""
+        return {} if self.multi_modal_projector is None else self.multi_modal_projector.readers()  # type: ignore[operator]
 
     def _refuse_orphans(self, input_ids: Tensor | None, past_key_values: Any) -> None:
         """Placeholders without an image would be read as ordinary tokens: refuse them (all but single tokens after a

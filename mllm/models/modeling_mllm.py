@@ -22,6 +22,7 @@ from mllm.models.loss import linear_cross_entropy, without_placeholders
 from mllm.models.modeling_base import MllmOutput, MllmPreTrainedModel
 from mllm.models.modeling_body import MllmModel
 from mllm.models.routing import routing_loss_of_step
+from mllm.processing.pixel_keys import PRIMARY_PIXELS
 from mllm.types import Routing
 
 
@@ -48,7 +49,9 @@ class MllmForConditionalGeneration(
         self._head = head_settings(text)
         draws = drawing_head(config.heads) is not None
         tokenizer = self.image_tokenizer if draws else None
-        self.heads = build_heads(config.heads, HeadParts(text.hidden_size, config.encoder_infos(), tokenizer))
+        self.heads = build_heads(
+            config.heads, HeadParts(text.hidden_size, config.encoder_infos(), tokenizer, layers=text.num_hidden_layers)
+        )
         embedding = self.model.get_input_embeddings()
         name = next(n for n, m in self.model.language_model.named_modules() if m is embedding)
         self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{name}.weight"}
@@ -209,7 +212,8 @@ class MllmForConditionalGeneration(
         num_items = kwargs.pop("num_items_in_batch", None)
         if labels is not None:
             labels, num_items = without_placeholders(labels, self.config.image_token_id, num_items)
-        step = Step(input_ids, labels, attention_mask, position_ids, num_items, kwargs)
+        pixels = self.model.pixel_keys.by_encoder({**kwargs, PRIMARY_PIXELS: pixel_values})
+        step = Step(input_ids, labels, attention_mask, position_ids, num_items, kwargs, pixels=pixels)
         lay_targets(self, step)
         outputs = self.model(
             input_ids=step.input_ids,
@@ -230,7 +234,9 @@ class MllmForConditionalGeneration(
         if loss is not None:
             if outputs.routing is not None and self.training:
                 loss = loss + routing_loss_of_step(self, outputs.routing, routing_targets, step.labels, step.num_items)  # pyright: ignore[reportArgumentType]
-            of_heads, losses = head_losses(self, step, Reading(outputs.last_hidden_state, outputs.features))
+            of_heads, losses = head_losses(
+                self, step, Reading(outputs.last_hidden_state, outputs.features, outputs.hidden_states)
+            )
             loss = loss + of_heads
             if self.training and self.model.vision_tower is not None:
                 of_encoders, named = encoder_losses_of_step(self.model.vision_tower, step)

@@ -86,7 +86,7 @@ def check_shapes(name: str, case: Case) -> None:
     assert layout.num_tokens == total, f"layout says {layout.num_tokens} tokens, its grid and separators make {total}"
     for text in (True, False):
         got = tuple(_run(connector, 2, text=text).shape)
-        want = (2, layout.num_tokens, connector.width * (1 + layout.levels))
+        want = (2, layout.num_tokens, connector.width * (1 + layout.levels) + layout.beside)
         assert got == want, f"forward gives shape {got}, layout says {want}"
     assert type(connector).layout(connector.config, connector.encoders) == layout, "layout changes from call to call"
     features = sample_features(type(connector), connector.config, connector.encoders, 2)
@@ -131,7 +131,7 @@ def check_empty_batch(name: str, case: Case) -> None:
     connector = _build(case)
     layout = type(connector).layout(connector.config, connector.encoders)
     output = _run(connector, 0)
-    want = (0, layout.num_tokens, connector.width * (1 + layout.levels))
+    want = (0, layout.num_tokens, connector.width * (1 + layout.levels) + layout.beside)
     assert tuple(output.shape) == want, f"an empty batch gives shape {tuple(output.shape)}, expected {want}"
     output.sum().backward()
     missing = [key for key, p in connector.named_parameters() if p.grad is None]

@@ -13,7 +13,7 @@ from mllm.heads import HEADS
 from mllm.heads.base import TARGET, Head, HeadLoss, HeadParts, Reading, Step, head_losses, lay_targets
 from mllm.heads.build import head_config, head_tokens, resolved_heads
 from mllm.testing.running import run_checks
-from mllm.types import VisionFeatures
+from mllm.types import Block, VisionFeatures, VisualLayout
 
 Case = tuple[dict[str, Any], HeadParts]
 FIRST_TOKEN = 20
@@ -30,12 +30,28 @@ class TinyModel(nn.Module):
         self.image_tokenizer: Any = parts.tokenizer
         self.visual_head: Head = head
         self.visual_config: Any = head.config
+        self.infos = parts.encoders
+        self.depth = parts.layers
         self.features = {
             name: VisionFeatures(torch.randn(2, info.grid[0] * info.grid[1], info.width), info.grid)
             for name, info in parts.encoders.items()
         }
 
     image_token_id = 4
+
+    def visual_layouts(self, image_sizes: Tensor | None) -> list[VisualLayout] | None:
+        """As views native lay pictures of these (height, width) out, for the first encoder; None without sizes."""
+        if image_sizes is None:
+            return None
+        info = next(iter(self.infos.values()))
+        unit = info.image.patch or 1
+        grids = [(height // unit, width // unit) for height, width in image_sizes.tolist()]
+        lines = [info.leading + rows * (columns + info.row_ends) for rows, columns in grids]
+        blocks = [
+            Block(count, (1, *grid), info.row_ends, leading=info.leading)
+            for count, grid in zip(lines, grids, strict=True)
+        ]
+        return [VisualLayout((block,), patches=grid) for block, grid in zip(blocks, grids, strict=True)]
 
     def tokens_of_images(self, total: int, image_sizes: Tensor | None) -> list[int]:
         return [1] * total
@@ -77,7 +93,9 @@ class TinyModel(nn.Module):
         features = {name: self.features[name] for name in wanted}
         for feature in features.values():
             feature.tokens = feature.tokens.to(values.dtype)
-        return Reading(values.float().cumsum(1).div(count).to(values), features)
+        hidden = values.float().cumsum(1).div(count).to(values)
+        asked = step.inputs.get("output_hidden_states")
+        return Reading(hidden, features, [values * (1 + k) for k in range(self.depth)] + [hidden] if asked else None)
 
 
 def build(case: Case, *, seed: int = 0) -> TinyModel:

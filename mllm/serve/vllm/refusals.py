@@ -30,6 +30,11 @@ def refuse_unserved(config: MllmConfig) -> None:
             f"this checkpoint reads slow tokens in every {view.fast.every}. layer of its language model (connector "
             f"{config.connector['type']}), which vLLM's language models have no place for; use mllm chat or model.generate"
         )
+    if view.beside:
+        raise UnavailableError(
+            f"this checkpoint's visual tokens read the encoders again inside its language model (connector {config.connector['type']}: "
+            "inside), which vLLM's language models have no place for; use mllm chat or model.generate"
+        )
     if view.levels:
         raise UnavailableError(
             f"this checkpoint adds visual tokens behind {view.levels} layers of its language model (connector "
