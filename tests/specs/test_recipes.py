@@ -88,7 +88,8 @@ def test_recipe_builds_on_the_meta_device(name: str) -> None:
         weights = torch.zeros(1, len(config.router["experts"])) if config.router else None
         if weights is None:
             visual, _ = model.model.encode_images(pixels, image_sizes=[rules.largest()] if rules.needs_size else None)
-            assert tuple(visual.shape) == (layout.num_placeholders, config.get_text_config().hidden_size)
+            width = config.get_text_config().hidden_size + rules.view.beside
+            assert tuple(visual.shape) == (layout.num_placeholders, width)
 
 
 def test_a_wrong_key_names_its_path_and_what_was_meant(tmp_path: Path) -> None:
