@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -433,7 +434,7 @@ class MllmModel(MllmPreTrainedModel):
             image_features, slow = take_slow(self.rules.layout(), self.training, inputs_embeds, past_key_values, *given)
         if image_features is not None and len(image_features):
             image_features, visits = visits_of(
-                self.rules.view, self.readers, image_features, lambda: self.image_places(input_ids, inputs_embeds)
+                self.rules.view, self.readers, image_features, partial(self.image_places, input_ids, inputs_embeds)
             )
             inputs_embeds = self.merge_images(input_ids, inputs_embeds, image_features)
         elif self.vision_tower is not None:
