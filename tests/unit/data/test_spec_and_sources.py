@@ -422,3 +422,15 @@ def test_a_registered_format_keeps_its_datasets_names():
     from mllm.data.sources import Source
 
     assert LabelledSource.name is Source.name, "what is dropped and counted is named by dataset, not by format"
+
+
+def test_a_missing_shard_is_told_and_chosen_ones_are_not(tmp_path):
+    for number in (0, 2, 3):
+        (tmp_path / f"train-{number:05d}-of-00004.jsonl").write_text("{}")
+    (tmp_path / "test-00000-of-00001.jsonl").write_text("{}")
+    for path in (tmp_path, tmp_path / "train-*.jsonl"):
+        with pytest.raises(DataError, match=r"d: .*: of 4 files train-00001-of-00004\.jsonl is missing; fetch"):
+            matching_files(path, (".jsonl",), where="d")
+    assert len(matching_files(tmp_path / "train-0000[02]-of-00004.jsonl", (".jsonl",), where="d")) == 2
+    (tmp_path / "train-00001-of-00004.jsonl").write_text("{}")
+    assert len(matching_files(tmp_path, (".jsonl",), where="d")) == 5
