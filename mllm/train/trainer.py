@@ -28,9 +28,9 @@ from mllm.train.checkpoint.resume import (
     Progress,
     fingerprint,
     latest_checkpoint,
-    save_checkpoint,
     signature,
 )
+from mllm.train.checkpoint.write import CheckpointWriter
 from mllm.train.data import (
     StageData,
     open_mixture,
@@ -108,6 +108,8 @@ class Step:
     grad_norm: float
     counts: dict[str, float]
     save: bool
+    written: bool = False
+    """All processes have written their shares of the checkpoint that is being written."""
     losses: dict[str, float] = field(default_factory=dict)
     """Mean cross-entropy per code of each codebook, of this process's images to draw."""
 
@@ -160,6 +162,8 @@ def train(
         seed_everything(run.recipe.seed, stage.name)
         if session.checkpoint is not None:  # last: whatever was drawn while starting must not count
             session.checkpoint.restore_random(engine)
+        writer = CheckpointWriter(run.checkpoints(stage), background=stage.save_in_background)
+        stack.callback(writer.abandon)
         meter, saved = Meter(session.flops, peak, engine.device), time.monotonic()
         name = f"{stage.name}-{distributed.rank()}"
         spikes = SpikeDetector(
@@ -180,8 +184,17 @@ def train(
             wish = time.monotonic() - saved > SAVE_SECONDS
             with phase("first step" + (", compiling" if stage.compiles_here else ""), when=first):
                 step = optimizer_step(
-                    engine, micro, session.attention, session.flops, session.data, save=wish, datasets=session.datasets
+                    engine,
+                    micro,
+                    session.attention,
+                    session.flops,
+                    session.data,
+                    save=wish,
+                    written=writer.done(),
+                    datasets=session.datasets,
                 )
+            if step.written:
+                writer.finish()
             first = False
             progress.step += 1
             last = progress.step == progress.total_steps
@@ -207,9 +220,11 @@ def train(
             due = step.save or stop or bool(stage.save_every and progress.step % stage.save_every == 0)
             if stage.keep_state if last else due:
                 progress.extra = {"data": session.data.state()}
-                save_checkpoint(run.checkpoints(stage), engine, progress, beside=beside.state())
+                writer.save(engine, progress, beside=beside.state())
                 _record_place(run, stage, session)
                 saved = time.monotonic()
+            if stop or last:
+                writer.finish()
             if stop and not last:
                 engine.close()
                 return None
@@ -301,17 +316,20 @@ def optimizer_step(
     data: StageData,
     *,
     save: bool = False,
+    written: bool = False,
     datasets: DatasetLoss | None = None,
 ) -> Step:
     """Forward and backward of all micro-batches, then the update. The loss is the mean over all supervised tokens of
     the step, on all processes, however they are spread.
 
     data: counts the rows that cannot be used. save: this process asks for a checkpoint; the main process's wish is what
-    counts. datasets: told each token's loss. Raises `TrainingDiverged` before anything is updated when the loss is not finite,
-    `DataError` when too many rows of all processes cannot be used.
+    counts. written: this process has written its share of the last one. datasets: told each token's loss. Raises
+    `TrainingDiverged` before anything is updated when the loss is not finite, `DataError` when too many rows of all processes
+    cannot be used.
     """
     own = count_batches(micro, flops) | data.bad_rows(micro)
     own["save"] = float(save and distributed.is_main())
+    own["written"] = float(written)
     counts = dict(zip(own, distributed.sum_numbers(list(own.values()))))
     data.bad_share.add(counts)
     losses, of_codes = [], []
@@ -334,7 +352,8 @@ def optimizer_step(
     norm = engine.step()
     if not math.isfinite(norm):
         raise diverged("gradient norm", norm, micro)
-    return Step(loss, norm, counts, save=counts["save"] > 0, losses=_mean_losses(of_codes))
+    everywhere = counts["written"] == distributed.world_size()
+    return Step(loss, norm, counts, save=counts["save"] > 0, written=everywhere, losses=_mean_losses(of_codes))
 
 
 def _mean_losses(found: list[dict[str, torch.Tensor] | None]) -> dict[str, float]:

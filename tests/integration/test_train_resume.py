@@ -46,12 +46,13 @@ MOMENTS: dict[str, dict] = {
 
 @pytest.mark.slow
 def test_a_run_killed_at_every_step_of_saving_exporting_and_changing_stages_goes_on_bit_equal(tmp_path):
-    """One run, killed again and again: a weighted mixture with workers and accumulation in fp32 over two epochs, then
-    packing in bf16. Numbers, samples and the final weights must be those of the run that was left alone."""
+    """One run, killed again and again: a weighted mixture with workers and accumulation in fp32 over two epochs, then packing in bf16
+    with checkpoints written in the background. Numbers, samples and the final weights must be those of the run that was left
+    alone."""
     common = {"data": _mixture(tmp_path), "gradient_accumulation": 2, "save_every": 1, **MIXED}
     stages = [
         {"name": "first", "epochs": 2, "num_workers": 1, **common},
-        {"name": "second", "epochs": 3, "packing": True, "dtype": "bfloat16", **common},
+        {"name": "second", "epochs": 3, "packing": True, "dtype": "bfloat16", "save_in_background": True, **common},
     ]
     recipe = make_recipe(tmp_path, stages=stages)
     recipe.plugins = [plugin(tmp_path)]

@@ -48,7 +48,8 @@ def _slots(output):
 
 
 def test_a_split_batch_gives_the_gradient_of_the_whole_one_and_resumes_exactly(tmp_path):
-    whole, split = _recipe(tmp_path, {}), _recipe(tmp_path, {"max_tokens_per_batch": 160})
+    whole = _recipe(tmp_path, {})
+    split = _recipe(tmp_path, {"max_tokens_per_batch": 160, "save_every": 1, "save_in_background": True})
     run_recipe(whole, output=tmp_path / "whole")
     run_recipe(split, output=tmp_path / "split")
     _close(tmp_path / "whole", tmp_path / "split")

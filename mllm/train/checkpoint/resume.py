@@ -14,14 +14,14 @@ import json
 import random
 import shutil
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mllm import distributed
@@ -32,21 +32,24 @@ from mllm.train.checkpoint.files import (
     DELETING,
     MANIFEST,
     WRITING,
-    describe,
     found,
     problem_of,
-    remove,
-    sync_directory,
-    sync_file,
-    write_text,
 )
 from mllm.train.engine.base import Engine, Fragment
 
 FORMAT = 1
 BESIDE = "beside.safetensors"
-_FILE_BYTES = 2 << 30  # one tensor file's size: bounds the host memory that writing takes
-_WEIGHTS = "weights"
-COSMETIC = {"log_every", "save_every", "keep_state", "num_workers", "draw", "max_bad_share", "max_tokens_per_batch"}
+WEIGHTS = "weights"
+COSMETIC = {
+    "log_every",
+    "save_every",
+    "keep_state",
+    "num_workers",
+    "draw",
+    "max_bad_share",
+    "max_tokens_per_batch",
+    "save_in_background",
+}
 """A stage's settings that change no weight, but for the rounding of sums: a run that was out of memory goes on with another."""
 LENGTH = ("steps", "epochs")
 """A stage's settings that ``--extend`` may change."""
@@ -71,143 +74,6 @@ class Progress:
     frozen: str = ""
     signature: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
-
-
-# Writing -----------------------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(
-    folder: Path, engine: Engine, progress: Progress, *, keep: int = 2, beside: dict[str, Tensor] | None = None
-) -> Path:
-    """Write ``folder/step-…`` and drop all but the newest ``keep``. All processes must call it. beside: what a stage keeps besides
-    its model, on the CPU; the main process writes it.
-
-    Raises `CheckpointError` on every process when one of them cannot write (full disk); earlier checkpoints stay.
-    """
-    name = f"step-{progress.step:08d}"
-    target, temporary = folder / name, folder / f"{WRITING}{name}"
-    rank, error, entries = distributed.rank(), "", {}
-    try:
-        if distributed.is_main():
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-    except OSError as problem:
-        error = str(problem)
-    _agree(error, target, temporary)
-    try:
-        files = [*_write_fragments(temporary, rank, engine), *_write_local(temporary, rank, engine)]
-        if beside and rank == 0:
-            save_file(beside, temporary / BESIDE)
-            sync_file(temporary / BESIDE)
-            files.append(temporary / BESIDE)
-        entries = {path.name: describe(path) for path in files}
-    except (OSError, SafetensorError) as problem:
-        error = str(problem)
-    everything = _agree(error, target, temporary, entries)
-    if distributed.is_main():
-        try:
-            manifest = {
-                "format": FORMAT,
-                "progress": asdict(progress),
-                "files": {k: v for part in everything for k, v in part.items()},
-            }
-            write_text(temporary / MANIFEST, json.dumps(manifest, indent=1))
-            if target.exists():
-                remove(target)
-            temporary.rename(target)
-            sync_directory(folder)
-        except OSError as problem:
-            error = str(problem)
-    _agree(error, target, temporary)
-    if distributed.is_main():
-        for old in found(folder)[:-keep]:
-            remove(old)
-    distributed.barrier()
-    return target
-
-
-def _agree(error: str, target: Path, temporary: Path, value: Any = None) -> list[Any]:
-    """Every process's value; raises on all of them when one had an error."""
-    answers = distributed.gather_objects((error, value))
-    for number, (problem, _) in enumerate(answers):
-        if problem:
-            if distributed.is_main():
-                shutil.rmtree(temporary, ignore_errors=True)
-            earlier = [path.name for path in found(target.parent)]
-            raise CheckpointError(
-                f"{target}: process {number} could not write the checkpoint ({problem}). "
-                + (f"The previous one is intact ({earlier[-1]}); " if earlier else "")
-                + "free space or choose another output, then go on with --resume"
-            )
-    return [answer for _, answer in answers]
-
-
-def _write_fragments(folder: Path, rank: int, engine: Engine) -> list[Path]:
-    """Tensor files of this process's fragments, and the index that says what is where."""
-    index: list[dict[str, Any]] = []
-    files: list[Path] = []
-    pending: dict[str, Tensor] = {}
-    size = 0
-
-    def flush() -> None:
-        nonlocal pending, size
-        if pending:
-            path = folder / f"state-{rank:05d}-{len(files):04d}.safetensors"
-            save_file(pending, path)
-            sync_file(path)
-            files.append(path)
-            pending, size = {}, 0
-
-    for fragment in engine.fragments():
-        entry: dict[str, Any] = {
-            "name": fragment.name,
-            "start": fragment.start,
-            "length": fragment.length,
-            "tensors": {},
-        }
-        entry["numbers"] = {}
-        for key, value in [(_WEIGHTS, fragment.flat), *fragment.state.items()]:
-            if not isinstance(value, Tensor) or value.dim() == 0:
-                number = value.item() if isinstance(value, Tensor) else value
-                if isinstance(number, (int, float, bool)):
-                    entry["numbers"][key] = {"value": number, "tensor": isinstance(value, Tensor)}
-                continue
-            whole = value.numel() != fragment.like.numel()
-            piece = value if whole else value.reshape(-1)[fragment.offset : fragment.offset + fragment.length]
-            label = f"{fragment.name}|{key}"
-            pending[label] = piece.detach().cpu().contiguous().clone()
-            size += pending[label].numel() * pending[label].element_size()
-            entry["tensors"][key] = {"file": len(files), "whole": whole}
-        index.append(entry)
-        if size >= _FILE_BYTES:
-            flush()
-    flush()
-    path = folder / f"index-{rank:05d}.json"
-    write_text(path, json.dumps(index))
-    return [*files, path]
-
-
-def _write_local(folder: Path, rank: int, engine: Engine) -> list[Path]:
-    """What differs between processes: random generators and the model's persistent buffers."""
-    persistent = set(engine.model.state_dict())
-    tensors = {
-        f"buffer.{n}": b.detach().cpu().contiguous().clone() for n, b in engine.model.named_buffers() if n in persistent
-    }
-    tensors["rng.torch"] = torch.get_rng_state()
-    if engine.device.type == "cuda":
-        tensors["rng.cuda"] = torch.cuda.get_rng_state(engine.device)
-    path = folder / f"local-{rank:05d}.safetensors"
-    save_file(tensors, path)
-    sync_file(path)
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
-    state = {
-        "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), int(position), int(has_gauss), float(cached)],  # type: ignore[union-attr]
-    }
-    text = folder / f"random-{rank:05d}.json"
-    write_text(text, json.dumps(state))
-    return [path, text]
 
 
 # Reading -----------------------------------------------------------------------------------------------------------
@@ -284,7 +150,7 @@ class CheckpointReader:
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
                     flat = torch.empty(parameter.numel(), dtype=torch.float32)
-                    self._read(name, _WEIGHTS, 0, flat)
+                    self._read(name, WEIGHTS, 0, flat)
                     parameter.copy_(flat.view_as(parameter))
             own = load_file(self._local(), device="cpu")
             buffers = dict(model.named_buffers())
@@ -300,7 +166,7 @@ class CheckpointReader:
 
     def _fill(self, fragment: Fragment) -> None:
         first = self._sources[fragment.name][0][1]
-        self._read_into(fragment, _WEIGHTS, fragment.flat)
+        self._read_into(fragment, WEIGHTS, fragment.flat)
         for key, saved in first["numbers"].items():
             value = saved["value"]
             device = fragment.like.device if fragment.like.is_cuda else "cpu"
@@ -308,7 +174,7 @@ class CheckpointReader:
                 torch.tensor(float(value), dtype=torch.float32, device=device) if saved["tensor"] else value
             )
         for key, saved in first["tensors"].items():
-            if key == _WEIGHTS:
+            if key == WEIGHTS:
                 continue
             owner = self._sources[fragment.name][0][0]
             if saved["whole"]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
+import signal
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from torch import nn
 
 from mllm.errors import CheckpointError
 from mllm.recipe import StageSpec
-from mllm.train.checkpoint.resume import Progress, fingerprint, latest_checkpoint, save_checkpoint
+from mllm.train.checkpoint.resume import Progress, fingerprint, latest_checkpoint
+from mllm.train.checkpoint.write import CheckpointWriter, save_checkpoint
 from mllm.train.engine.base import Engine
 from mllm.train.engine.groups import Group
 
@@ -214,3 +217,62 @@ def test_eight_bit_optimizer_state_goes_on_bit_equal(tmp_path):
     reader.restore_engine(again)
     reader.restore_random(again)
     assert _steps(again, 3) == wanted
+
+
+def test_written_in_the_background_it_holds_the_moment_it_was_begun_at(tmp_path):
+    engine, writer = _engine(), CheckpointWriter(tmp_path, background=True)
+    torch.manual_seed(7)
+    _steps(engine, 2)
+    path = writer.save(engine, _progress(frozen=fingerprint(engine.model)))
+    wanted = _steps(engine, 4)  # while it is written, and before it is closed
+    assert not path.exists() and latest_checkpoint(tmp_path / "elsewhere") is None
+    writer.finish()
+    assert not writer.done()
+    reader = latest_checkpoint(tmp_path)
+    assert reader is not None and reader.path == path
+    again = _engine()
+    reader.restore_weights(again.model)
+    reader.restore_engine(again)
+    assert reader.restore_random(again) and _steps(again, 4) == wanted
+
+
+def test_a_failed_write_in_the_background_is_told_and_is_no_checkpoint(tmp_path):
+    engine, writer = _engine(), CheckpointWriter(tmp_path, background=True)
+    for step in (1, 2):  # the second save closes the first
+        _steps(engine, 1)
+        writer.save(engine, Progress(stage="s", step=step))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    _steps(engine, 1)
+    writer.finish()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))
+    try:
+        writer.save(engine, Progress(stage="s", step=3))
+        with pytest.raises(
+            CheckpointError, match=r"step-00000003: process 0 could not write.*intact \(step-00000002\)"
+        ):
+            writer.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+    writer.save(engine, Progress(stage="s", step=4))
+    writer.abandon()  # training failed meanwhile: what was written whole is still not closed
+    reader = latest_checkpoint(tmp_path)
+    assert reader is not None and reader.progress.step == 2 and not reader.passed_over
+
+
+def test_killed_in_the_middle_of_a_write_in_the_background_the_one_before_is_the_last(tmp_path, monkeypatch):
+    engine, writer = _engine(), CheckpointWriter(tmp_path, background=True)
+    _steps(engine, 1)
+    writer.save(engine, Progress(stage="s", step=1))
+    writer.finish()
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr("mllm.train.checkpoint.write.sync_file", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        writer.save(engine, Progress(stage="s", step=2))
+        writer.finish()
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert (tmp_path / ".writing-step-00000002").is_dir()
+    reader = latest_checkpoint(tmp_path)
+    assert reader is not None and reader.progress.step == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
