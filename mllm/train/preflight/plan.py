@@ -25,7 +25,7 @@ from mllm.processing.chat import split_images
 from mllm.processing.protocol import Processor
 from mllm.recipe import Recipe, StageSpec
 from mllm.train.added_rows import rows_line
-from mllm.train.data import check_some_rows, open_mixture, token_count
+from mllm.train.data import PADDED_TO, check_some_rows, open_mixture, token_count
 from mllm.train.engine.base import choose_engine
 from mllm.train.engine.groups import Group, apply_learning, frozen_summary
 from mllm.train.lora import has_adapters
@@ -228,7 +228,9 @@ def _plan_stage(
         views=views,
     )
     plan.flops_step, plan.flops_step_language_model = step.total, step.language_model
-    plan.row_length, plan.accumulates = _longest_row(stage, plan), micro_steps > 1
+    plan.row_length = _longest_row(stage, plan)
+    passes = micro_steps * _parts(stage, length)
+    plan.accumulates = micro_steps * _parts(stage, plan.row_length) > 1
     plan.memory_for = _memory_for(model, stage, groups, plan.row_length)
     learned, plan.engines = sum(group.num_parameters for group in groups), possible_engines(recipe, stage)
     if stage.engine == "auto":
@@ -245,7 +247,7 @@ def _plan_stage(
         learned=learned,
         weights=sum(p.numel() for p in model.parameters()),
         size=2 if stage.dtype == "bfloat16" else 4,
-        micro_steps=micro_steps,
+        micro_steps=passes,
         compiled=stage.compile and zero_stage != 3,
         again=stage.gradient_checkpointing,
     )
@@ -271,6 +273,14 @@ def _micro_steps(stage: StageSpec, plan: StagePlan, processes: int) -> int:
     mean = float(np.mean(np.minimum(plan.lengths, stage.max_length))) if plan.lengths else stage.max_length / 2
     rows = (stage.samples_per_step or 0) * mean / stage.max_length
     return max(1, round(rows / (stage.batch_size * processes) + 0.499))
+
+
+def _parts(stage: StageSpec, row_length: int) -> int:
+    """Batches that a micro-batch of such rows is computed in."""
+    rows = stage.batch_size
+    if stage.max_tokens_per_batch is not None:
+        rows = max(1, min(rows, stage.max_tokens_per_batch // row_length))
+    return -(-stage.batch_size // rows)
 
 
 def _memory_for(
@@ -337,6 +347,8 @@ def _activations(
 ) -> int:
     config = model.config.get_text_config()
     tokens = stage.batch_size * row_length
+    if stage.max_tokens_per_batch is not None:
+        tokens = min(tokens, max(stage.max_tokens_per_batch, row_length))
     width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     per_width, per_inner = _ACTIVATION_BYTES["compiled" if compiled else "eager"]
     layer = (per_width * width + per_inner * inner) * size / 2
@@ -427,6 +439,14 @@ def _stage_hazards(
         )
     if stage.dtype == "float32" and sum(g.num_parameters for g in plan.groups) > 1e9:
         hazards.append("fp32 with more than a billion learning parameters: bf16 keeps fp32 copies where they matter")
+    if stage.group_by_length and stage.compile and stage.max_tokens_per_batch is None and stage.batch_size > 1:
+        mean = np.mean(np.minimum(plan.lengths, stage.max_length)) if plan.lengths else stage.max_length / 2
+        most = max(stage.max_length, -(-round(stage.batch_size * mean) // PADDED_TO) * PADDED_TO)
+        hazards.append(
+            f"group_by_length with compile: the {stage.batch_size} longest samples meet in one batch, of {plan.row_length:,} tokens "
+            "each, and what torch compiles for every other length may keep more than is counted here (a run was out of memory at "
+            f"its second step); max_tokens_per_batch: {most} splits such batches"
+        )
     hazards += odd_settings(stage, steps=plan.steps, samples=plan.samples, rows=rows)
     if plan.samples is not None and plan.samples < rows:
         hazards.append(f"{plan.samples} samples are fewer than the {rows} of one step")

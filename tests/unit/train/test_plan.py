@@ -75,6 +75,25 @@ def test_hazards_are_named(tmp_path):
     assert "of spread" not in "\n".join(plan_recipe(recipe, with_data=False).hazards)
 
 
+def test_a_limit_of_tokens_bounds_the_memory_and_is_what_grouping_compiled_is_told_to_use(tmp_path):
+    grouped = {
+        "steps": 1,
+        "batch_size": 16,
+        "group_by_length": True,
+        "compile": True,
+        "learn": {"language_model": 1e-3},
+    }
+    told = []
+    for settings in ({}, {"max_tokens_per_batch": 320}, {"max_tokens_per_batch": 10**6}):
+        (plan,) = plan_recipe(make_recipe(tmp_path, stages=[{"name": "sft", **grouped, **settings}])).stages
+        text = "\n".join(plan.hazards)
+        told.append((plan.memory["activations and loss"], plan.accumulates, "max_tokens_per_batch" in text, text))
+    free, split, idle = told
+    assert free[0] == idle[0] > 2 * split[0] > 0 and (free[1], split[1], idle[1]) == (False, True, False)
+    assert free[2] and "group_by_length with compile: the 16 longest samples meet in one batch" in free[3]
+    assert not split[2] and "max_tokens_per_batch 1,000,000 splits nothing" in idle[3]
+
+
 SMALL = {
     "hidden_size": 2048,
     "intermediate_size": 5632,
