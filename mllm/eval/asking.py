@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from mllm.errors import DataError
+from mllm.errors import ConfigError, DataError
 from mllm.eval.cache import AnswerCache, cache_key
 from mllm.eval.data.loading import Item
 from mllm.eval.data.pictures import Frames, Picture, blank
@@ -63,6 +63,11 @@ def answers(
     waiting: dict[str, tuple[Loaded, Request, str]] = {}
     fingerprint = generator.fingerprint()
     options = spec.generation.options()
+    if spec.generation.masks and not getattr(generator, "gives_masks", False):
+        raise ConfigError(
+            f"{spec.name}: its answers are masks, and {generator.name} gives none; evaluate a checkpoint with a segmentation head with "
+            "--generator hf"
+        )
 
     def requests() -> Iterator[Request]:
         for loaded in load_items(items, blind, folder, keep, whole=getattr(generator, "takes_video", False)):

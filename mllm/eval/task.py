@@ -68,8 +68,9 @@ class SourceSpec(StrictModel):
     """One file layout the benchmark comes in. The first source whose files are all in the folder is read."""
 
     name: str
-    format: Literal["json", "jsonl", "tsv", "csv", "parquet", "mme", "refer", "hub"]
-    """mme: MME's folders of pictures and question files. refer: a ``refs(…).p`` file with ``instances.json`` beside it.
+    format: Literal["json", "jsonl", "tsv", "csv", "parquet", "mme", "refer", "reasonseg", "hub"]
+    """mme: MME's folders of pictures and question files. reasonseg: a JSON file of shapes and sentences beside each picture.
+    refer: a ``refs(…).p`` file with ``instances.json`` beside it.
     hub: a hub dataset, from its parquet files in the folder when they are there, else downloaded through ``datasets``."""
     files: list[FileSpec] = Field(default_factory=list)
     needs: list[str] = Field(default_factory=list)
@@ -132,12 +133,16 @@ class GenerationSpec(StrictModel):
     stop: list[str] = Field(default_factory=list)
     """The reply ends before the first of these."""
     seed: int | None = None
+    masks: bool = False
+    """The answer is what the model marks: a JSON object of its ``text`` and its ``masks`` as run lengths (`mask_iou` reads it). For
+    generators that mark (hf, a model with a segmentation head)."""
 
     def options(self) -> dict[str, Any]:
         """The settings that differ from saying nothing, as a request carries them."""
         chosen = {"max_new_tokens": self.max_new_tokens, "do_sample": self.do_sample}
         optional = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed, "stop": self.stop or None}
         beams = {"num_beams": self.num_beams} if self.num_beams != 1 else {}
+        beams |= {"masks": True} if self.masks else {}
         return chosen | beams | {name: value for name, value in optional.items() if value is not None}
 
 

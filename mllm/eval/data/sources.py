@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -246,6 +247,22 @@ def _read_refer(source: SourceSpec, files: Sequence[tuple[Path, Row]], place: Pa
             yield {**row, **fields, "_file": path.stem}
 
 
+def _read_reasonseg(source: SourceSpec, files: Sequence[tuple[Path, Row]], place: Path) -> Iterator[Row]:
+    """One row a picture: its file, sentences (``text``), ``is_sentence`` and annotation."""
+    for path, fields in files:
+        try:
+            found = json.loads(path.read_bytes().decode("utf-8", errors="replace"))
+            row = {
+                "text": found["text"],
+                "is_sentence": bool(found["is_sentence"]),
+                "annotation": {"shapes": found["shapes"]},
+            }
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: no annotation of ReasonSeg ({type(error).__name__}: {error})") from None
+        image = str(path.with_suffix(".jpg").relative_to(place))
+        yield {**row, "image": image, **fields, "_file": path.stem}
+
+
 def _from_hub(task: TaskSpec, source: SourceSpec) -> Iterator[Row]:
     for config in source.configs or [None]:
         table = _hub_table(task, source, config, str(source.split))
@@ -267,5 +284,5 @@ def _hub_table(task: TaskSpec, source: SourceSpec, config: str | None, split: st
 
 _FORMATS: dict[str, Callable[[SourceSpec, Sequence[tuple[Path, Row]], Path], Iterator[Row]]] = {
     "json": _read_json_source, "jsonl": _read_text, "tsv": _read_text, "csv": _read_text, "parquet": _read_parquet,
-    "hub": _read_parquet, "mme": _read_mme, "refer": _read_refer,
+    "hub": _read_parquet, "mme": _read_mme, "refer": _read_refer, "reasonseg": _read_reasonseg,
 }  # fmt: skip

@@ -85,6 +85,13 @@ class HFGenerator:
         """Whether a request's images may be `Video`s, whose frames the model's processor chooses."""
         return getattr(self.processor, "takes_video", False)
 
+    @property
+    def gives_masks(self) -> bool:
+        """Whether the model marks what a request asks for: one of its heads is a segmentation head."""
+        from mllm.heads.segmentation.build import segmentation_heads
+
+        return self._ours and bool(segmentation_heads(getattr(self.model.config, "heads", None) or {}))
+
     def fingerprint(self) -> str:
         """Architecture, precision, a hash over every weight, one over the processor's settings, and those of plug-in code."""
         if self._model_hash is None:
@@ -154,6 +161,8 @@ class HFGenerator:
 
     @torch.inference_mode()
     def _forward(self, requests: Sequence[Request], prompts: Sequence[str]) -> list[Response]:
+        if requests[0].options.get("masks"):
+            return self._marked(requests, prompts)
         inputs = self._encode(requests, prompts)
         if self.kept is not None:
             inputs = self.kept.encode(self.model, inputs)
@@ -183,6 +192,18 @@ class HFGenerator:
             answer = answer_text(cut_at_stops(text, stops))
             responses.append(Response(request.id, answer, prompt, int(num_prompt), tokens, seen, logprob=logprob))
         return responses
+
+    def _marked(self, requests: Sequence[Request], prompts: Sequence[str]) -> list[Response]:
+        """What the model marks in each request's picture, as text: the answer and run lengths of its masks."""
+        options = {name: value for name, value in requests[0].options.items() if name != "masks"}
+        for request in requests:
+            if len(request.images) != 1 or sum(turn.role == "user" for turn in request.turns) != 1:
+                raise AlignmentError(f"request {request.id}: masks are given for one question about one picture")
+        asked = [request.turns[-1].content.replace(IMAGE_MARK, "").strip() for request in requests]
+        pictures = [request.images[0] for request in requests]
+        found = self.model.segment(pictures, questions=asked, processor=self.processor, **options)
+        texts = [json.dumps({"text": answer_text(one.text), "masks": one.rle()}) for one in found]
+        return [Response(request.id, text, prompt) for request, text, prompt in zip(requests, texts, prompts)]
 
     def _ends(self) -> list[int]:
         """Tokens that end a reply."""

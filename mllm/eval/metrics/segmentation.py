@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from mllm.errors import ConfigError, DataError
 from mllm.eval.metrics.base import Mean, Metric, Score, Scored
+from mllm.processing.mask_files import decode_rle, read_mask, reasonseg_mask
 
 IGNORE = 255
 _EPS = 1e-5
@@ -17,7 +19,8 @@ _THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 class MaskIou(Metric):
     """Masks of one size: predictions are booleans (or logits, marked above 0; None: no mask was given), targets hold 0, 1 and 255,
-    where nothing is counted. Headline: cIoU.
+    where nothing is counted. Headline: cIoU. From a run, a prediction is the text of an answer with masks (their union counts), a target
+    what `read_mask` takes or a ReasonSeg annotation (``{"shapes": […]}``), of the size in ``meta``.
 
     rule: whose cIoU and gIoU. ``lisa``: IoU is I / (U + 1e-5), 1 where neither marks anything; every sample counts in both.
     ``grefcoco``: a sample without target is 1 in gIoU where nothing is marked, else 0, and is left out of cIoU. smallest: a prediction
@@ -41,8 +44,8 @@ class MaskIou(Metric):
         self.smallest = (50 if rule == "grefcoco" else 1) if smallest is None else smallest
 
     def score(self, prediction: Any, target: Any, meta: Mapping[str, Any]) -> Score:
-        wanted = np.asarray(target)
-        given = np.zeros(wanted.shape, bool) if prediction is None else np.asarray(prediction)
+        wanted = _target(target, meta)
+        given = _given(prediction, wanted.shape)
         given = given if given.dtype == bool else given > 0
         if given.shape != wanted.shape:
             raise DataError(
@@ -100,3 +103,26 @@ class MaskIou(Metric):
         if without.count:
             result |= {"n_acc": self.scale * without.value, "t_acc": self.scale * with_target.value}
         return result
+
+
+def _target(target: Any, meta: Mapping[str, Any]) -> np.ndarray:
+    if not isinstance(target, Mapping):
+        return np.asarray(target)
+    height, width = (int(meta.get(side) or 0) for side in ("height", "width"))
+    if not height or not width:
+        raise DataError("mask_iou needs meta.width and meta.height, the picture's size in pixels, to draw the target")
+    if "shapes" in target:
+        return reasonseg_mask(target, (height, width))
+    return read_mask(target, (height, width), where="target")
+
+
+def _given(prediction: Any, size: tuple[int, ...]) -> np.ndarray:
+    """The union of an answer's masks; an answer that is no object with masks marks nothing."""
+    if isinstance(prediction, str):
+        try:
+            entries = json.loads(prediction)["masks"]
+        except (ValueError, KeyError, TypeError):
+            entries = []
+        masks = [decode_rle(entry, where="prediction") > 0 for entry in entries]
+        prediction = np.logical_or.reduce(masks) if masks else None
+    return np.zeros(size, bool) if prediction is None else np.asarray(prediction)

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm.errors import DataError
+from mllm.errors import ConfigError, DataError
 from mllm.eval.data.loading import load_data
 from mllm.eval.data.pictures import Frames
 from mllm.eval.run import evaluate
 from mllm.eval.task import load_task
+from mllm.processing.mask_files import encode_rle
 from mllm.types import IMAGE_MARK
 from tests.unit.eval.rules import RuleGenerator, constant
 
@@ -517,6 +518,56 @@ def test_refcoco_official_references_and_instances(refs, task, split, tmp_path):
     result = run(task, folder, lambda r: "[0.1, 0.1, 0.6, 0.6]" if r.id == "3#0" else "[0.4, 0.1, 0.8, 0.6]", tmp_path)
     assert result.num_samples == 2 and result.metrics[0].value == 50.0 and result.metrics[0].num_clusters == 1
     assert result.metrics[0].details["iou"] == pytest.approx(100 * (1 + 4 / 14) / 2) and result.problems == []
+
+
+def masks_reply(left: int, top: int, right: int, bottom: int) -> str:
+    mask = np.zeros((10, 20), bool)
+    mask[top:bottom, left:right] = True
+    return json.dumps({"text": "It is [SEG].", "masks": [encode_rle(mask)]})
+
+
+def test_refcoco_masks_of_official_files_and_generators_that_give_none(tmp_path, monkeypatch):
+    sentences = [{"sent": "left cup", "sent_id": k} for k in range(2)]
+    reference = {"ref_id": 3, "ann_id": 11, "image_id": 5, "split": "testB", "sentences": sentences}
+    folder = tmp_path / "d"
+    square = [[2, 1, 12, 1, 12, 6, 2, 6]]  # 10 × 5 pixels by COCO's rule
+    write(folder / "instances.json", {"images": [{"id": 5, "file_name": "a.jpg"}],
+                                      "annotations": [{"id": 11, "bbox": [2, 1, 10, 5], "segmentation": square}]})  # fmt: skip
+    (folder / "refs(unc).p").write_bytes(pickle.dumps([reference, reference | {"split": "val"}], protocol=0))
+    picture(folder / "train2014/a.jpg", size=(20, 10))
+    with pytest.raises(ConfigError, match="refcoco_testb_seg: its answers are masks"):
+        run("refcoco_testb_seg", folder, "a box", tmp_path / "none")
+    monkeypatch.setattr(RuleGenerator, "gives_masks", True, raising=False)
+    # the second shares 5 of 10 columns and has 5 of its own: 25 of 75
+    reply = lambda r: masks_reply(2, 1, 12, 6) if r.id == "3#0" else masks_reply(7, 1, 17, 6)  # noqa: E731
+    result = run("refcoco_testb_seg", folder, reply, tmp_path)
+    assert result.num_samples == 2 and result.problems == []
+    details = result.metrics[0].details
+    assert result.metrics[0].value == pytest.approx(100 * 75 / 125, abs=1e-3)
+    assert details["giou"] == pytest.approx(100 * (1 + 1 / 3) / 2, abs=1e-3)
+
+
+def test_reasonseg_asks_the_first_sentence_and_leaves_ignored_pixels_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(RuleGenerator, "gives_masks", True, raising=False)
+    folder = tmp_path / "d"
+    corners = lambda left, right: [[left, 1], [right, 1], [right, 5], [left, 5]]  # noqa: E731
+    shapes = [{"label": "target", "points": corners(2, 11)}, {"label": "ignore it", "points": corners(14, 16)}]
+    for name, sentence in (("a", True), ("b", False)):
+        texts = ["what holds tea", "another"]
+        write(folder / f"val/{name}.json", {"text": texts, "is_sentence": sentence, "shapes": shapes})
+        picture(folder / f"val/{name}.jpg", size=(20, 10))
+    asked = {}
+
+    def reply(request):
+        asked[request.id] = request.turns[-1].content
+        return masks_reply(2, 1, 17, 6) if request.id == "a" else "I see none."
+
+    result = run("reasonseg", folder, reply, tmp_path)
+    assert asked["a"].endswith("what holds tea Please output segmentation mask.")
+    assert "What is what holds tea in this image?" in asked["b"]
+    # columns 12, 13 and 14 … 16 are marked beside the target's 10; the last three do not count: 50 of 60, and 0 of 50
+    assert result.metrics[0].details["giou"] == pytest.approx(100 * (50 / 60) / 2, abs=1e-3)
+    assert result.metrics[0].value == pytest.approx(100 * 50 / 110, abs=1e-3)
 
 
 def test_a_reference_file_that_would_run_code_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from pathlib import Path
@@ -15,6 +16,7 @@ from mllm.eval.metrics.anls import similarity
 from mllm.eval.metrics.images import frechet_distance, psnr, ssim
 from mllm.eval.metrics.tables import _key_similarities
 from mllm.eval.metrics.vsibench import clean_answer, mean_relative_accuracy, mean_relative_accuracy_fp32
+from mllm.processing.mask_files import encode_rle
 from tests.golden.fill import check, load, texts
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -303,3 +305,26 @@ def test_frechet_distance_of_wide_and_of_few_features():
     s, t = np.cov(few, rowvar=False), np.cov(other, rowvar=False)
     expected = ((few.mean(0) - other.mean(0)) ** 2).sum() + np.trace(s + t - 2 * sqrtm(s @ t).real)
     assert frechet_distance(few, other) == pytest.approx(expected, rel=1e-5)
+
+
+def test_masks_of_an_answers_text_are_scored_against_files_annotations():
+    metric, size = build_metric("mask_iou"), {"width": 6, "height": 4}
+    marked = np.zeros((4, 6), bool)
+    marked[1:3, 1:4] = True
+    half = marked.copy()
+    half[:, 3] = False
+    text = json.dumps({"text": "It is [SEG].", "masks": [encode_rle(half), encode_rle(marked & ~half)]})
+    square = {"polygons": [[1, 1, 4, 1, 4, 3, 1, 3]]}  # COCO's rule: six pixels
+    assert metric.score(text, square, size).value == pytest.approx(1, abs=1e-4)
+    assert metric.score(text, encode_rle(marked), size).value == pytest.approx(1, abs=1e-4)
+    for nothing in ("", "no mask", json.dumps({"text": "None.", "masks": []})):
+        assert metric.score(nothing, square, size).parts["no_mask"] == 1
+    shapes = [{"label": "target", "points": [[1, 1], [3, 1], [3, 2], [1, 2]]}]
+    ignored = [*shapes, {"label": "ignore", "points": [[5, 0], [5, 3], [5, 3]]}]
+    spill = marked.copy()
+    spill[:, 5] = True
+    spilled = json.dumps({"text": "", "masks": [encode_rle(spill)]})
+    assert metric.score(spilled, {"shapes": shapes}, size).value < 0.7
+    assert metric.score(spilled, {"shapes": ignored}, size).value == pytest.approx(1, abs=1e-4)
+    with pytest.raises(DataError, match="width"):
+        metric.score(text, square, {})

@@ -15,13 +15,15 @@ from mllm.data.collate import collate, collate_packed
 from mllm.data.sources import open_source
 from mllm.data.spec import DatasetSpec
 from mllm.errors import AlignmentError, ConfigError, DataError
+from mllm.eval.generators.hf import HFGenerator
 from mllm.heads.base import HeadParts
 from mllm.heads.build import head_config
 from mllm.heads.segmentation.decoders import DECODERS as DECODERS_BY_TYPE
 from mllm.heads.segmentation.head import raised
 from mllm.processing.chat import encode_sample
+from mllm.processing.mask_files import decode_rle
 from mllm.testing.heads import CHECKS
-from mllm.types import IMAGE_MARK, EncoderInfo, ImageSpec, Sample, Turn
+from mllm.types import IMAGE_MARK, EncoderInfo, ImageSpec, Request, Sample, Turn
 from tests.helpers import picture, tiny_model
 
 HEAD: dict[str, Any] = {
@@ -220,3 +222,26 @@ def test_every_decoder_keeps_the_heads_contract(decoder) -> None:
 def test_tiles_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="masks are read from one view of the whole picture"):
         tiny_model(tmp_path, heads={"marks": HEAD}, views={"type": "tiles", "grids": [[1, 2], [2, 1]]})
+
+
+def test_an_evaluation_is_answered_with_the_masks_of_segment(trained: Any) -> None:
+    model, processor = trained
+    generator = HFGenerator(model, processor, batch_size=2)
+    assert generator.gives_masks
+    options = {"max_new_tokens": 40, "masks": True}
+    question = "Please segment it."
+    requests = [
+        Request(str(n), [Turn("user", f"{IMAGE_MARK}\n{question}")], [picture(n)], dict(options)) for n in (1, 3, 4)
+    ]
+    answers = {response.id: response for response in generator.generate(requests)}
+    found = model.segment([picture(n) for n in (1, 3, 4)], questions=question, processor=processor, max_new_tokens=40)
+    assert [len(one) for one in found] == [1, 2, 1]
+    for request, one in zip(requests, found):
+        assert answers[request.id].error is None
+        told = json.loads(answers[request.id].text)
+        masks = [decode_rle(entry) for entry in told["masks"]]
+        assert told["text"] == one.text.strip()
+        assert all((np.asarray(a) == b.numpy()).mean() > 0.999 for a, b in zip(masks, one.masks, strict=True))
+    two = Request("x", [Turn("user", IMAGE_MARK * 2 + "both")], [picture(1), picture(3)], options)
+    (refused,) = generator.generate([two])
+    assert refused.error is not None and "one question about one picture" in refused.error
