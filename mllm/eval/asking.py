@@ -48,6 +48,15 @@ class Loaded:
     """Width and height of the first picture."""
 
 
+def check_masks(generator: Generator, spec: TaskSpec) -> None:
+    """Raise `ConfigError` for a task of masks and a generator that gives none."""
+    if spec.generation.masks and not getattr(generator, "gives_masks", False):
+        raise ConfigError(
+            f"{spec.name}: its answers are masks, and {generator.name} gives none; evaluate a checkpoint with a segmentation head with "
+            "--generator hf"
+        )
+
+
 def answers(
     generator: Generator,
     spec: TaskSpec,
@@ -63,11 +72,7 @@ def answers(
     waiting: dict[str, tuple[Loaded, Request, str]] = {}
     fingerprint = generator.fingerprint()
     options = spec.generation.options()
-    if spec.generation.masks and not getattr(generator, "gives_masks", False):
-        raise ConfigError(
-            f"{spec.name}: its answers are masks, and {generator.name} gives none; evaluate a checkpoint with a segmentation head with "
-            "--generator hf"
-        )
+    check_masks(generator, spec)
 
     def requests() -> Iterator[Request]:
         for loaded in load_items(items, blind, folder, keep, whole=getattr(generator, "takes_video", False)):

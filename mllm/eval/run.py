@@ -13,7 +13,7 @@ from typing import Any
 
 from mllm import assets
 from mllm.errors import ConfigError, DataError
-from mllm.eval.asking import FRAMES, Blind, SamePictures, answers
+from mllm.eval.asking import FRAMES, Blind, SamePictures, answers, check_masks
 from mllm.eval.baselines import prior_rows, shuffled
 from mllm.eval.cache import AnswerCache
 from mllm.eval.data.check import check_data
@@ -79,6 +79,8 @@ def evaluate(
     for the HTML report. strict: any unusable row raises. forecast: is told of every answer, to say how long the run will take.
     """
     specs = load_tasks(tasks)
+    for spec in specs:
+        check_masks(generator, spec)
     mode: Blind | None = "gray" if blind is True else blind or None
     folder = Path(output_dir)
     share = Share(folder, rank, world, cell=getattr(generator, "batch_size", 1)) if world > 1 else None

@@ -16,7 +16,7 @@ from mllm.errors import ConfigError, DataError
 from mllm.eval.data.loading import load_data
 from mllm.eval.data.pictures import Frames
 from mllm.eval.run import evaluate
-from mllm.eval.task import load_task
+from mllm.eval.task import expand_tasks, load_task
 from mllm.processing.mask_files import encode_rle
 from mllm.types import IMAGE_MARK
 from tests.unit.eval.rules import RuleGenerator, constant
@@ -537,6 +537,7 @@ def test_refcoco_masks_of_official_files_and_generators_that_give_none(tmp_path,
     picture(folder / "train2014/a.jpg", size=(20, 10))
     with pytest.raises(ConfigError, match="refcoco_testb_seg: its answers are masks"):
         run("refcoco_testb_seg", folder, "a box", tmp_path / "none")
+    assert "refcoco_testb_seg" in expand_tasks(["segmentation"]) and "refcoco_testb_seg" not in expand_tasks(["all"])
     monkeypatch.setattr(RuleGenerator, "gives_masks", True, raising=False)
     # the second shares 5 of 10 columns and has 5 of its own: 25 of 75
     reply = lambda r: masks_reply(2, 1, 12, 6) if r.id == "3#0" else masks_reply(7, 1, 17, 6)  # noqa: E731
