@@ -152,6 +152,7 @@ def make_stage(kind, options, **changes):
         (("dpo", {"bet": 1}), "did you mean 'beta'"),
         (("dpo", {"trl": {"learning_rate": 1}}), "set from the stage's own keys"),
         (("dpo", {}, {"packing": True}), "has no packing"),
+        (("dpo", {}, {"save_in_background": True}), "has no save_in_background"),
         (("dpo", {}, {"engine": "zero2"}), "TRL runs DeepSpeed itself"),
     ],
 )

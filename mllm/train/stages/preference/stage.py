@@ -89,9 +89,10 @@ def check_preference(stage: StageSpec) -> PreferenceOptions:
         "compile",
         "chat_template",
         "attention",
+        "save_in_background",
     ):
         if getattr(stage, key):
-            raise ConfigError(f"{where}.{key}: TRL makes this stage's batches and has no {key}; leave it out")
+            raise ConfigError(f"{where}.{key}: TRL trains this stage and has no {key}; leave it out")
     if stage.engine != "none":
         raise ConfigError(
             f"{where}.engine: TRL runs DeepSpeed itself; leave engine out and give options.trl.deepspeed: file.json"
