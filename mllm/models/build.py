@@ -23,7 +23,7 @@ from mllm.models.configuration_mllm import MllmConfig, language_model_config
 from mllm.models.modeling_body import language_model_left_out
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.models.stops import set_stops
-from mllm.models.text_source import begins_every_text, dense_options, opened_by
+from mllm.models.text_source import begins_every_text, check_language_model, dense_options, opened_by
 from mllm.models.vocabulary import add_image_token, add_tokens, added_ids, grow_vocabulary, num_token_ids
 from mllm.models.weight_files import refuse_gaps, some_names
 from mllm.processing.frames import video_spec
@@ -80,6 +80,7 @@ def build_config(
     if connector is not None:
         check_views(spec, encoders)
     text = text_config(spec.text_model)
+    check_language_model(text)
     if connector is not None and (rules.view.levels or rules.view.beside):
         if rules.view.levels:
             check_depths(rules.view.levels, encoders, text.num_hidden_layers)

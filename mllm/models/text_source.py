@@ -6,8 +6,10 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+
 from mllm.damage import damage_of
-from mllm.errors import CheckpointError, UnavailableError
+from mllm.errors import CheckpointError, ConfigError, UnavailableError
 from mllm.install import install_hint
 from mllm.parts.get import is_part, part_folder
 from mllm.processing.protocol import TextTokenizer
@@ -70,3 +72,30 @@ def begins_every_text(source: str, tokenizer: TextTokenizer) -> bool:
         model = fields.get("tokenizer.ggml.model")
         return bool(added.contents()) if added is not None else model is not None and model.contents() == "llama"
     return list(tokenizer("a").input_ids[:1]) == [tokenizer.bos_token_id]
+
+
+def check_language_model(config: PreTrainedConfig) -> None:
+    """Refuse what cannot be the language model, before anything is built.
+
+    Args:
+        config: the language model's.
+
+    Raises:
+        ConfigError: it is no causal language model of transformers (the text part of Qwen-VL is none), or asks for positions of several
+            axes (M-RoPE), where every token has one here.
+    """
+    kind = config.model_type
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(
+            f"model.language_model: {kind} is no causal language model of transformers. A model that sees, or its text part, does not fit "
+            "here: it comes with an encoder and positions (M-RoPE) of its own; give a language model that reads text alone, such as "
+            "Qwen/Qwen2.5-3B-Instruct or {model_type: qwen2, …}"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    asked = rope.get("rope_type") == "mrope" or "mrope_section" in rope
+    own = getattr(type(config)(), "rope_parameters", None) or {} if asked else {}
+    if asked and "mrope_section" not in own:
+        raise ConfigError(
+            f"model.language_model: {kind} has no positions of several axes (mrope_section, M-RoPE): every token has one position here; "
+            "leave mrope_section and rope type mrope out of rope_parameters"
+        )
