@@ -182,7 +182,9 @@ class SlowFastConnector(Connector):
         inner = connector_config(config.each)
         view = CONNECTORS.get(inner.type).layout(inner, encoders)
         rows, columns = view.grid
-        several = view.frames > 1 or view.levels or view.fast or view.joins_scales or view.joins_perspectives
+        several = (
+            view.shown > 1 or view.levels or view.beside or view.fast or view.joins_scales or view.joins_perspectives
+        )
         if several or view.num_tokens != rows * columns:
             raise ConfigError(
                 f"connector slow_fast: each: {inner.type} gives no plain map of one frame; use mlp, pixel_shuffle, average_pool or "
