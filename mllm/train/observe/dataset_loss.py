@@ -36,7 +36,7 @@ class DatasetLoss:
             return
         if heard:
             rows, losses = heard[0]
-        elif outputs and outputs[0].logits is not None:
+        elif outputs and getattr(outputs[0], "logits", None) is not None:
             rows, losses = _from_logits(outputs[0].logits.detach(), labels, batch.inputs.get("position_ids"))
         else:
             return

@@ -40,7 +40,7 @@ ROOM = 0.92
 """Share of a GPU's memory that a plan may fill: CUDA's context, fragments between blocks."""
 _EVEN_ATTENTION = 1 / 3
 """Below this share of 1 / sqrt(width), the first weights' spread lets queries and keys say almost nothing of one another."""
-_ENCODERS_ALONE = ("contrastive", "masked", "exits")
+_ENCODERS_ALONE = ("contrastive", "masked", "exits", "recognition")
 """Kinds of stages in which the language model reads nothing: its weights are there, its activations are not."""
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "muon": 4, "sgd": 4}
 
@@ -263,7 +263,7 @@ def possible_engines(recipe: Recipe, stage: StageSpec) -> tuple[str, ...]:
     if stage.kind in ("dpo", "grpo") or any(spec.lora is not None and spec.lora.bits is not None for spec in specs):
         return whole[:1]
     robust = stage.kind == "sft" and isinstance(stage.options.get("robust"), dict)
-    if recipe.model.heads or stage.kind in ("contrastive", "masked", "exits", "tokenizer") or robust:
+    if recipe.model.heads or stage.kind in (*_ENCODERS_ALONE, "tokenizer") or robust:
         return whole[:3]
     return whole
 

@@ -14,6 +14,7 @@ STAGE_KINDS: Registry = Registry(
         "contrastive": f"{_HERE}.contrastive.stage:ContrastiveStage",
         "masked": f"{_HERE}.masked.stage:MaskedStage",
         "exits": f"{_HERE}.exits.stage:ExitsStage",
+        "recognition": f"{_HERE}.recognition.stage:RecognitionStage",
         "dpo": f"{_HERE}.preference.stage:PreferenceStage",
         "grpo": f"{_HERE}.preference.stage:PreferenceStage",
     },
