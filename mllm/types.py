@@ -196,7 +196,7 @@ class VisualLayout:
     it shows of the picture, as (top, left, bottom, right) from 0 to 1 (beyond it where it is padded); perspectives: n, where
     the views are n × n crops, n × n strided pictures and a thumbnail; patches: (rows, columns) of the encoders' tokens, where
     the picture is seen at its own aspect (views native) and pixels come as patches; scales: of the views, where the connector makes
-    one map of several; frames: of a video, each a view (0: no video); beside: tokens that the connector gives behind those of the
+    one map of several; frames: of a video, each a view (0: no video); num_slow: tokens that the connector gives behind those of the
     sequence, which layers of the language model read (`FastFrames`).
     """
 
@@ -210,7 +210,7 @@ class VisualLayout:
     patches: Grid | None = None
     scales: tuple[int, ...] = ()
     frames: int = 0
-    beside: int = 0
+    num_slow: int = 0
 
     def rows_of(self, encoder: str) -> int:
         """Rows of an encoder's pixels that belong to the visual.
@@ -245,7 +245,7 @@ class VisualLayout:
     @property
     def num_given(self) -> int:
         """All tokens that the connector gives: those of the sequence and those beside it."""
-        return self.num_placeholders + self.beside
+        return self.num_placeholders + self.num_slow
 
     @property
     def grid(self) -> tuple[int, int, int]:

@@ -228,7 +228,7 @@ class SlowFastConnector(Connector):
             return tokens.flatten(0, 1)
         parts = tokens.split([layout.num_views for layout in layouts])
         return torch.cat(
-            [self._of_video(part) if at.beside else part.flatten(0, 1) for part, at in zip(parts, layouts)]
+            [self._of_video(part) if at.num_slow else part.flatten(0, 1) for part, at in zip(parts, layouts)]
         )
 
     def _of_video(self, frames: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ def split_slow(
     fast, slow = [], []
     for part, layout in zip(joined.split(counts), layouts, strict=True):
         fast.append(part[: layout.num_placeholders])
-        slow.append(part[layout.num_placeholders :] if layout.beside else part)
+        slow.append(part[layout.num_placeholders :] if layout.num_slow else part)
     return torch.cat(fast), slow, layouts
 
 

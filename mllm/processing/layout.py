@@ -299,7 +299,7 @@ def fast_layout(view: ViewLayout, fast: FastFrames, frames: int, stamps: Sequenc
         if stamps and stamps[number]:
             blocks.append(Block(len(stamps[number]), ids=tuple(stamps[number])))
         blocks.append(Block(grid[1] * grid[2], grid, view=number))
-    return VisualLayout(tuple(blocks), num_views=frames, frames=frames, beside=frames * rows * columns)
+    return VisualLayout(tuple(blocks), num_views=frames, frames=frames, num_slow=frames * rows * columns)
 
 
 def expand(ids: Tensor, places: Sequence[int], layouts: Sequence[VisualLayout]) -> tuple[Tensor, Tensor]:
@@ -366,7 +366,7 @@ def token_cells(layout: VisualLayout, view: ViewLayout, number: int) -> dict[tup
     absent. Empty where the connector keeps no map of the view."""
     if layout.patches is not None:
         return _native_cells(layout) if view.cell else {}
-    if layout.beside:
+    if layout.num_slow:
         return {}
     rows, columns = view.grid
     if view.leading + rows * (columns + view.row_separators) != view.num_tokens:
