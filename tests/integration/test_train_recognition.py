@@ -134,6 +134,7 @@ CLIP = {**TINY_CLIP, "layers": [-1]}
         ({"packing": True}, "has a decoder of its own"),
         ({"options": {"decoder_heads": 5}}, "5 heads of even width do not divide 48"),
         ({"options": {"sizes": {"pages": 20}}}, "pages: 20 is not whole patches of 8 pixels"),
+        ({"options": {"sizes": {"page": 16}}}, "no dataset 'page', did you mean 'pages'"),
         ({"encoder": CLIP}, "takes pictures of one size"),
     ],
 )

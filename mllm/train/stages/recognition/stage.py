@@ -21,12 +21,13 @@ from transformers import LlamaConfig, LlamaModel
 
 from mllm.config import StrictModel, validate
 from mllm.encoders.base import VisionEncoder
-from mllm.errors import ConfigError, DataError
+from mllm.errors import ConfigError, DataError, did_you_mean
 from mllm.processing.chat import IGNORE, EncodedSample
 from mllm.processing.images import load_image, to_pixels_multi
 from mllm.processing.protocol import Processor
 from mllm.recipe import LearnSpec, StageSpec
 from mllm.train.checkpoint.export import save_stage
+from mllm.train.data import open_mixture
 from mllm.train.engine.base import choose_engine
 from mllm.train.engine.trainable import StageConfig
 from mllm.train.stages.kind import StageKind
@@ -273,6 +274,22 @@ def check_recognition(stage: StageSpec) -> RecognitionOptions:
     return options
 
 
+def check_sizes(stage: StageSpec, options: RecognitionOptions) -> None:
+    """Raises `ConfigError` for a size of a dataset that the stage does not read: its pictures would have the other size, unsaid."""
+    if not options.sizes:
+        return
+    try:
+        known = [source.name for source in open_mixture(stage, 0).sources]
+    except DataError:
+        return  # what is not there is told by name where the stage's data are checked
+    for name in options.sizes:
+        if name not in known:
+            raise ConfigError(
+                f"stages.{stage.name}.options.sizes: the stage has no dataset {name!r}{did_you_mean(name, known)} "
+                f"(it has {', '.join(known)})"
+            )
+
+
 def build_recognition(
     stage: StageSpec, options: RecognitionOptions, encoders: Mapping[str, VisionEncoder], processor: Processor
 ) -> tuple[RecognitionModel, TextReader]:
@@ -300,7 +317,7 @@ class RecognitionStage(StageKind):
 
     @classmethod
     def check_options(cls, stage: StageSpec) -> None:
-        check_recognition(stage)
+        check_sizes(stage, check_recognition(stage))
 
     @classmethod
     def train(cls, run: Run, stage: StageSpec, previous: Path | None, folder: Path) -> bool:
