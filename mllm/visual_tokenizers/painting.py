@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from mllm.errors import ConfigError
 from mllm.types import Grid
-from mllm.visual_tokenizers.base import VisualTokenizer, as_unit_range
-from mllm.visual_tokenizers.sequence import decode_packed, unpack_codes
+from mllm.visual_tokenizers.base import VisualTokenizer
 
 DecoderName = Literal["auto", "plain", "diffusion"]
 
@@ -45,16 +40,3 @@ class Painting:
         """Rows and columns of the pictures."""
         side = tokenizer.diffusion.image_side if self.by_diffusion(tokenizer) else None
         return (tokenizer.image.height, tokenizer.image.width) if side is None else (side, side)
-
-
-@torch.no_grad()
-def paint(tokenizer: VisualTokenizer, packed: Tensor, painting: Painting, seeds: Sequence[int]) -> Tensor:
-    """Packed codes ``(B, S)`` → pixels ``(B, 3, H, W)`` in [0, 1]. seeds: of each picture's noise. Raises `ConfigError` for settings that
-    do not fit."""
-    if not painting.by_diffusion(tokenizer):
-        return decode_packed(tokenizer, packed)
-    codes = unpack_codes(tokenizer, packed)
-    seeds = [seed % 2**63 for seed in seeds]
-    return as_unit_range(
-        tokenizer.diffusion.decode(codes, steps=painting.steps, guidance=painting.guidance, seed=seeds)
-    )

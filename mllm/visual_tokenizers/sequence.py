@@ -12,6 +12,7 @@ from transformers import LogitsProcessor, SuppressTokensLogitsProcessor
 from mllm.errors import AlignmentError, ConfigError
 from mllm.types import VisualCodes
 from mllm.visual_tokenizers.base import VisualTokenizer, as_unit_range
+from mllm.visual_tokenizers.painting import Painting
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,20 @@ def unpack_codes(tokenizer: VisualTokenizer, packed: Tensor) -> VisualCodes:
     return result
 
 
-def decode_packed(tokenizer: VisualTokenizer, packed: Tensor) -> Tensor:
-    """Packed codes ``(B, S)`` → pixels ``(B, 3, H, W)`` in [0, 1]. Raises `AlignmentError` for another length and
-    `ConfigError` for ids out of range."""
-    return as_unit_range(tokenizer.decode(unpack_codes(tokenizer, packed)))
+@torch.no_grad()
+def decode_packed(
+    tokenizer: VisualTokenizer, packed: Tensor, painting: Painting | None = None, seeds: Sequence[int] = ()
+) -> Tensor:
+    """Packed codes ``(B, S)`` → pixels ``(B, 3, H, W)`` in [0, 1]. painting: by which decoder; default: the tokenizer's own. seeds: of
+    each picture's noise, where the decoder is a diffusion decoder. Raises `AlignmentError` for another length and `ConfigError` for ids
+    out of range or settings that do not fit."""
+    codes = unpack_codes(tokenizer, packed)
+    if painting is None or not painting.by_diffusion(tokenizer):
+        return as_unit_range(tokenizer.decode(codes))
+    noise = [seed % 2**63 for seed in seeds]
+    return as_unit_range(
+        tokenizer.diffusion.decode(codes, steps=painting.steps, guidance=painting.guidance, seed=noise)
+    )
 
 
 def single_vectors(tokenizer: VisualTokenizer, block: CodeBlock, ids: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from mllm.processing.layout import IMAGE_SIZES, expand
 from mllm.processing.protocol import Processor, TextTokenizer
 from mllm.processing.visual_span import VisualSpan
 from mllm.types import IMAGE_MARK, Turn, VisualCodes
-from mllm.visual_tokenizers.painting import Painting, paint
-from mllm.visual_tokenizers.sequence import code_blocks, unpack_codes
+from mllm.visual_tokenizers.painting import Painting
+from mllm.visual_tokenizers.sequence import code_blocks, decode_packed, unpack_codes
 
 
 @dataclass
@@ -254,7 +254,7 @@ def generate_images(
             parts.append(draw_codes(model, decoder, hidden, drawing, passes))
         packed = torch.cat(parts)
         chunks = [slice(start, start + size) for start in range(0, len(packed), size)]
-        pixels = torch.cat([paint(model.image_tokenizer, packed[c], painting, seeds[c]) for c in chunks])
+        pixels = torch.cat([decode_packed(model.image_tokenizer, packed[c], painting, seeds[c]) for c in chunks])
     return GeneratedImages(pixels, packed, unpack_codes(model.image_tokenizer, packed))
 
 
@@ -271,7 +271,7 @@ def read_interleaved(model: MultimodalModel, tokenizer: TextTokenizer, ids: Tens
     pictures: list[Image.Image] = []
     if packed:
         whole = torch.stack(packed).to(model.device)
-        pictures = to_pil(paint(model.image_tokenizer, whole, Painting(), range(len(packed))))
+        pictures = to_pil(decode_packed(model.image_tokenizer, whole, Painting(), range(len(packed))))
     parts: list[str | Image.Image] = []
     last = 0
     starts = (ids == grammar.start_of_image).nonzero().flatten().tolist()

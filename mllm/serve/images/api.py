@@ -25,7 +25,8 @@ from mllm.models.weight_files import present_name, published_renamings, read_par
 from mllm.serve.images.requests import BrokenDrawing, DrawingPlan
 from mllm.visual_tokenizers.base import VisualTokenizer, build_tokenizer
 from mllm.visual_tokenizers.diffusion.carried import attach
-from mllm.visual_tokenizers.painting import DecoderName, Painting, paint
+from mllm.visual_tokenizers.painting import DecoderName, Painting
+from mllm.visual_tokenizers.sequence import decode_packed
 
 if TYPE_CHECKING:
     from mllm.models.configuration_mllm import MllmConfig
@@ -113,7 +114,7 @@ class ImageGenerator:
     def _paint(self, packed: Tensor, painting: Painting, seeds: list[int]) -> list[str]:
         """Codes ``(n, S)`` → PNG files in base64."""
         rows = zip(packed.split(1), seeds)
-        return [png_texts(to_pil(paint(self.image_tokenizer, row, painting, [seed])))[0] for row, seed in rows]
+        return [png_texts(to_pil(decode_packed(self.image_tokenizer, row, painting, [seed])))[0] for row, seed in rows]
 
 
 def picture_size(tokenizer: VisualTokenizer, request: ImagesRequest) -> str:

@@ -18,7 +18,7 @@ from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.visual_tokenizers.base import VisualTokenizer, as_unit_range
 from mllm.visual_tokenizers.diffusion.carried import attach
 from mllm.visual_tokenizers.diffusion.decoder import DiffusionDecoder
-from mllm.visual_tokenizers.painting import Painting, paint
+from mllm.visual_tokenizers.painting import Painting
 from mllm.visual_tokenizers.sequence import decode_packed, unpack_codes
 from tests.unit.heads.drawing_models import PROMPTS, drawing_model
 from tests.unit.visual_tokenizers.diffusion_configs import DECODERS
@@ -60,7 +60,7 @@ def test_a_checkpoint_carries_the_decoder_and_draws_with_it(made, tmp_path):
     assert torch.equal(plain.packed, drawn.packed)
     with torch.no_grad():
         torch.testing.assert_close(plain.pixels, decode_packed(tokenizer, plain.packed))
-    other = paint(tokenizer, drawn.packed, Painting("diffusion", steps=1), [5, 6, 7])
+    other = decode_packed(tokenizer, drawn.packed, Painting("diffusion", steps=1), [5, 6, 7])
     assert not torch.allclose(other, drawn.pixels, atol=1e-3)
     model.save_pretrained(tmp_path / "again")
     again = MllmForConditionalGeneration.from_pretrained(tmp_path / "again", dtype=torch.bfloat16)
