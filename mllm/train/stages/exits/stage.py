@@ -8,6 +8,7 @@ everything, also teaches the other three (self-distillation). The encoder and it
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,13 +27,11 @@ from mllm.errors import ConfigError, DataError
 from mllm.processing.chat import IGNORE, EncodedSample
 from mllm.processing.images import load_image, to_pixels_multi
 from mllm.processing.protocol import Processor
-from mllm.recipe import LearnSpec, StageSpec
-from mllm.train.checkpoint.export import save_stage
-from mllm.train.engine.base import choose_engine
+from mllm.recipe import StageSpec
 from mllm.train.stages.kind import StageKind
+from mllm.train.stages.one_encoder import EncoderModel, check_one_encoder, encoder_to_train, train_one_encoder
 from mllm.train.stages.wrapped_processor import WrappedProcessor
-from mllm.train.start import start_model
-from mllm.train.trainer import Run, seed_everything, train
+from mllm.train.trainer import Run
 from mllm.types import Sample
 
 PARTS = "exits"
@@ -109,12 +108,12 @@ class LabelReader(WrappedProcessor):
         return result
 
 
-class ExitsModel(nn.Module):
+class ExitsModel(EncoderModel):
     """An encoder, what lies behind its last exit, and all classifiers, as the trainer wants a model."""
 
     def __init__(self, name: str, encoder: DynPerceiverEncoder, options: ExitsOptions, pixel_key: str):
-        super().__init__()
-        self.encoder_name, self.options, self.pixel_key = name, options, pixel_key
+        super().__init__("exits", name, encoder, beside=PARTS, prefixes=("behind.", "exits."))
+        self.options, self.pixel_key = options, pixel_key
         whole = {
             "output": "map",
             "exit": 4,
@@ -131,34 +130,12 @@ class ExitsModel(nn.Module):
         full.model.latent = shared.latent
         own = {part for part, _ in shared.named_children()}
         self.behind = nn.ModuleDict({part: module for part, module in full.model.named_children() if part not in own})
-        self.encoder = encoder
         self._full = [full]  # no child: its parts are those of encoder and behind
         config = encoder.config
         self.exits = Exits(full.model.widths, config.num_classes, last_widths(config))
         dtype = next(p.dtype for p in encoder.parameters())
         self.behind.to(dtype)
         self.exits.to(dtype)
-        self.config: Any = SimpleNamespace(
-            get_text_config=lambda: SimpleNamespace(model_type="exits", layer_types=None), dtype=None
-        )
-
-    def part_prefixes(self) -> dict[str, list[str]]:
-        return {f"encoders.{self.encoder_name}": ["encoder."], PARTS: ["behind.", "exits."]}
-
-    def named_parts(self) -> dict[str, list[tuple[str, nn.Module]]]:
-        return {
-            part: [(prefix.rstrip("."), self.get_submodule(prefix.rstrip("."))) for prefix in prefixes]
-            for part, prefixes in self.part_prefixes().items()
-        }
-
-    def part_of(self, parameter_name: str) -> str:
-        return f"encoders.{self.encoder_name}" if parameter_name.startswith("encoder.") else PARTS
-
-    def get_output_embeddings(self) -> None:
-        return None
-
-    def set_attn_implementation(self, _: Any) -> None:
-        """The encoder keeps its own."""
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         self.encoder.set_gradient_checkpointing(True)
@@ -191,17 +168,7 @@ def check_exits(stage: StageSpec) -> ExitsOptions:
     """The stage's options. Raises `ConfigError` for settings that an exits stage cannot have."""
     where = f"stages.{stage.name}"
     options = validate(ExitsOptions, stage.options, where=f"{where}.options")
-    for key in ("packing", "group_by_length", "max_tokens_per_batch", "compile", "chat_template", "cache_features"):
-        if getattr(stage, key):
-            raise ConfigError(
-                f"{where}.{key}: an exits stage sees pictures and classes only, and its encoder learns; leave it out"
-            )
-    if choose_engine(stage).zero_stage == 3:
-        raise ConfigError(
-            f"{where}.engine: an encoder is small; use none, zero1 or zero2 (zero3 would cut every layer)"
-        )
-    if len(stage.learn) != 1 or not next(iter(stage.learn)).startswith("encoders"):
-        raise ConfigError(f"{where}.learn: an exits stage trains one encoder, e.g. learn: {{encoders.vision: 1.0e-3}}")
+    check_one_encoder(stage, "an exits", because="sees pictures and classes only", lr="1.0e-3")
     class_names(options, where)
     return options
 
@@ -210,10 +177,7 @@ def build_exits(
     stage: StageSpec, options: ExitsOptions, encoders: Mapping[str, VisionEncoder], processor: Processor
 ) -> tuple[ExitsModel, LabelReader]:
     """Raises `ConfigError` for an encoder that is not there, has no exits, or other classes."""
-    where, part, known = f"stages.{stage.name}", next(iter(stage.learn)), list(encoders)
-    name = known[0] if part == "encoders" and len(known) == 1 else part.removeprefix("encoders.")
-    if name not in known:
-        raise ConfigError(f"{where}.learn: name one encoder: " + " or ".join(f"encoders.{n}" for n in known))
+    where, name = f"stages.{stage.name}", encoder_to_train(stage, encoders)
     encoder = encoders[name]
     if not isinstance(encoder, DynPerceiverEncoder):
         raise ConfigError(
@@ -240,15 +204,5 @@ class ExitsStage(StageKind):
     @classmethod
     def train(cls, run: Run, stage: StageSpec, previous: Path | None, folder: Path) -> bool:
         options = check_exits(stage)
-        model, processor = start_model(run.recipe, stage, previous)
-        seed_everything(run.recipe.seed, f"{stage.name}/exits", same=True)
-        wrapped, reader = build_exits(stage, options, model.model.vision_tower.encoders, processor)
-        part = next(iter(stage.learn))
-        rate = options.exits_lr or stage.learning()[part].lr
-        learn: dict[str, float | LearnSpec] = {f"encoders.{wrapped.encoder_name}": stage.learn[part], PARTS: rate}
-        engine = train(run, stage.model_copy(update={"learn": learn}), wrapped, reader)  # type: ignore[arg-type]
-        if engine is None:
-            return False
-        engine.model = model
-        save_stage(engine, processor, run.recipe, stage, folder, run.record())
-        return True
+        build = partial(build_exits, stage, options)
+        return train_one_encoder(run, stage, previous, folder, build, lr_beside=options.exits_lr)

@@ -8,6 +8,7 @@ recipe trains on with it; the branches that predict are dropped.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,15 +25,12 @@ from mllm.errors import ConfigError, DataError
 from mllm.processing.chat import IGNORE, EncodedSample
 from mllm.processing.images import load_image, to_pixels_multi
 from mllm.processing.protocol import Processor
-from mllm.recipe import LearnSpec, Recipe, StageSpec
-from mllm.train.checkpoint.export import save_stage
-from mllm.train.engine.base import choose_engine
-from mllm.train.engine.trainable import StageConfig
+from mllm.recipe import Recipe, StageSpec
 from mllm.train.stages.kind import StageKind
 from mllm.train.stages.masked.targets import BINS, LossPair, Target, disjoint_masks, hide, joint_loss, target_of
+from mllm.train.stages.one_encoder import EncoderModel, check_one_encoder, encoder_to_train, train_one_encoder
 from mllm.train.stages.wrapped_processor import WrappedProcessor
-from mllm.train.start import start_model
-from mllm.train.trainer import Run, seed_everything, train
+from mllm.train.trainer import Run
 from mllm.types import Sample
 
 BRANCHES = "mask_branches"
@@ -113,15 +111,14 @@ class Decoder(nn.Module):
         return self.out(self.norm(x))
 
 
-class MaskedModel(nn.Module):
+class MaskedModel(EncoderModel):
     """An encoder and its two branches as the trainer wants a model."""
 
     def __init__(
         self, name: str, encoder: VisionEncoder, options: MaskedOptions, keys: dict[str, str], teacher: Any = None
     ):
-        super().__init__()
-        self.encoder_name, self.options, self.keys = name, options, keys
-        self.encoder = encoder
+        super().__init__("masked", name, encoder, beside=BRANCHES, prefixes=("hidden_branch.", "visible_branch."))
+        self.options, self.keys = options, keys
         self._teacher = [teacher]  # no child: it neither learns nor is counted
         info = encoder.describe(encoder.config)
         self.grid = info.grid
@@ -136,7 +133,6 @@ class MaskedModel(nn.Module):
         dtype = next(p.dtype for p in encoder.parameters())
         self.hidden_branch.to(dtype)
         self.visible_branch.to(dtype)
-        self.config = StageConfig("masked")
 
     def _target_widths(self, info: Any) -> list[int]:
         """Of every part of the target, in its order."""
@@ -148,27 +144,6 @@ class MaskedModel(nn.Module):
         return {"hog": [3 * BINS], "pixels": [3 * area], "gradients": [area], "pixels_gradients": [3 * area, area]}[
             kind
         ]
-
-    def part_prefixes(self) -> dict[str, list[str]]:
-        return {f"encoders.{self.encoder_name}": ["encoder."], BRANCHES: ["hidden_branch.", "visible_branch."]}
-
-    def named_parts(self) -> dict[str, list[tuple[str, nn.Module]]]:
-        return {
-            part: [(prefix.rstrip("."), self.get_submodule(prefix.rstrip("."))) for prefix in prefixes]
-            for part, prefixes in self.part_prefixes().items()
-        }
-
-    def part_of(self, parameter_name: str) -> str:
-        return f"encoders.{self.encoder_name}" if parameter_name.startswith("encoder.") else BRANCHES
-
-    def get_output_embeddings(self) -> None:
-        return None
-
-    def set_attn_implementation(self, _: Any) -> None:
-        """The encoder keeps its own."""
-
-    def gradient_checkpointing_enable(self, **options: Any) -> None:
-        self.encoder.set_gradient_checkpointing(True)
 
     @torch.no_grad()
     def target(self, inputs: dict[str, Any]) -> Tensor:
@@ -203,13 +178,7 @@ def check_masked(stage: StageSpec, recipe: Recipe | None = None) -> MaskedOption
     """The stage's options. Raises `ConfigError` for settings that a masked stage cannot have."""
     where = f"stages.{stage.name}"
     options = validate(MaskedOptions, stage.options, where=f"{where}.options")
-    for key in ("packing", "group_by_length", "max_tokens_per_batch", "compile", "chat_template", "cache_features"):
-        if getattr(stage, key):
-            raise ConfigError(f"{where}.{key}: a masked stage sees pictures only, and its encoder learns; leave it out")
-    if choose_engine(stage).zero_stage == 3:
-        raise ConfigError(
-            f"{where}.engine: an encoder is small; use none, zero1 or zero2 (zero3 would cut every layer)"
-        )
+    check_one_encoder(stage, "a masked", because="sees pictures only", lr="1.5e-4")
     if options.predict_ratio < options.mask_ratio:
         raise ConfigError(
             f"{where}.options.predict_ratio: {options.predict_ratio:g} is less than one view hides ({options.mask_ratio:g})"
@@ -218,8 +187,6 @@ def check_masked(stage: StageSpec, recipe: Recipe | None = None) -> MaskedOption
         raise ConfigError(
             f"{where}.options.teacher: target teacher and the name of an encoder of the model go together"
         )
-    if len(stage.learn) != 1 or not next(iter(stage.learn)).startswith("encoders"):
-        raise ConfigError(f"{where}.learn: a masked stage trains one encoder, e.g. learn: {{encoders.vision: 1.5e-4}}")
     return options
 
 
@@ -227,12 +194,7 @@ def build_masked(
     stage: StageSpec, options: MaskedOptions, encoders: Mapping[str, VisionEncoder], processor: Processor
 ) -> tuple[MaskedModel, PictureReader]:
     """Raises `ConfigError` for an encoder that is not there, or whose grid cannot be masked."""
-    where = f"stages.{stage.name}"
-    part = next(iter(stage.learn))
-    known = list(encoders)
-    name = known[0] if part == "encoders" and len(known) == 1 else part.removeprefix("encoders.")
-    if name not in known:
-        raise ConfigError(f"{where}.learn: name one encoder: " + " or ".join(f"encoders.{n}" for n in known))
+    where, name = f"stages.{stage.name}", encoder_to_train(stage, encoders)
     info = encoders[name].describe(encoders[name].config)
     (rows, columns), image = info.grid, info.image
     if image.panels > 1:
@@ -250,8 +212,8 @@ def build_masked(
         )
     teacher = None
     if options.teacher is not None:
-        if options.teacher not in known or options.teacher == name:
-            others = ", ".join(n for n in known if n != name) or "none"
+        if options.teacher not in encoders or options.teacher == name:
+            others = ", ".join(n for n in encoders if n != name) or "none"
             raise ConfigError(
                 f"{where}.options.teacher: {options.teacher!r} is no other encoder of the model ({others})"
             )
@@ -275,15 +237,5 @@ class MaskedStage(StageKind):
     @classmethod
     def train(cls, run: Run, stage: StageSpec, previous: Path | None, folder: Path) -> bool:
         options = check_masked(stage)
-        model, processor = start_model(run.recipe, stage, previous)
-        seed_everything(run.recipe.seed, f"{stage.name}/masked", same=True)
-        wrapped, reader = build_masked(stage, options, model.model.vision_tower.encoders, processor)
-        part = next(iter(stage.learn))
-        rate = options.branch_lr or stage.learning()[part].lr
-        learn: dict[str, float | LearnSpec] = {f"encoders.{wrapped.encoder_name}": stage.learn[part], BRANCHES: rate}
-        engine = train(run, stage.model_copy(update={"learn": learn}), wrapped, reader)  # type: ignore[arg-type]
-        if engine is None:
-            return False
-        engine.model = model
-        save_stage(engine, processor, run.recipe, stage, folder, run.record())
-        return True
+        build = partial(build_masked, stage, options)
+        return train_one_encoder(run, stage, previous, folder, build, lr_beside=options.branch_lr)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,16 +26,13 @@ from mllm.errors import ConfigError, DataError, did_you_mean
 from mllm.processing.chat import IGNORE, EncodedSample
 from mllm.processing.images import load_image, to_pixels_multi
 from mllm.processing.protocol import Processor
-from mllm.recipe import LearnSpec, StageSpec
-from mllm.train.checkpoint.export import save_stage
+from mllm.recipe import StageSpec
 from mllm.train.data import open_mixture
-from mllm.train.engine.base import choose_engine
-from mllm.train.engine.trainable import StageConfig
 from mllm.train.stages.kind import StageKind
 from mllm.train.stages.masked.stage import Decoder
+from mllm.train.stages.one_encoder import EncoderModel, check_one_encoder, encoder_to_train, train_one_encoder
 from mllm.train.stages.wrapped_processor import WrappedProcessor
-from mllm.train.start import start_model
-from mllm.train.trainer import Run, seed_everything, train
+from mllm.train.trainer import Run
 from mllm.types import Grid, ImageSpec, Sample
 
 DECODERS = "decoders"
@@ -162,13 +160,12 @@ class LanguageDecoder(nn.Module):
         return found
 
 
-class RecognitionModel(nn.Module):
+class RecognitionModel(EncoderModel):
     """An encoder and its two decoders as the trainer wants a model."""
 
     def __init__(self, name: str, encoder: VisionEncoder, options: RecognitionOptions, pixel_key: str, vocabulary: int):
-        super().__init__()
-        self.encoder_name, self.options, self.pixel_key = name, options, pixel_key
-        self.encoder = encoder
+        super().__init__("recognition", name, encoder, beside=DECODERS, prefixes=("language.", "vision."))
+        self.options, self.pixel_key = options, pixel_key
         width = encoder.describe(encoder.config).width
         dtype = next(p.dtype for p in encoder.parameters())
         self.language = LanguageDecoder(width, vocabulary, options).to(dtype)
@@ -177,29 +174,6 @@ class RecognitionModel(nn.Module):
         if options.vision_weight:
             self.vision = Decoder(width, options.decoder_width, width, options.vision_depth).to(dtype)
             self._teacher.append(copy.deepcopy(encoder).requires_grad_(False).eval())
-        self.config = StageConfig("recognition")
-
-    def part_prefixes(self) -> dict[str, list[str]]:
-        return {f"encoders.{self.encoder_name}": ["encoder."], DECODERS: ["language.", "vision."]}
-
-    def named_parts(self) -> dict[str, list[tuple[str, nn.Module]]]:
-        modules = dict(self.named_modules())
-        return {
-            part: [(p.rstrip("."), modules[p.rstrip(".")]) for p in prefixes if p.rstrip(".") in modules]
-            for part, prefixes in self.part_prefixes().items()
-        }
-
-    def part_of(self, parameter_name: str) -> str:
-        return f"encoders.{self.encoder_name}" if parameter_name.startswith("encoder.") else DECODERS
-
-    def get_output_embeddings(self) -> None:
-        return None
-
-    def set_attn_implementation(self, _: Any) -> None:
-        """The networks keep their own."""
-
-    def gradient_checkpointing_enable(self, **options: Any) -> None:
-        self.encoder.set_gradient_checkpointing(True)
 
     def pages(self, tokens: list[Tensor], grids: list[Grid]) -> list[Tensor]:
         """Tokens ``(N, D)`` of each picture as the language decoder reads them."""
@@ -254,19 +228,7 @@ def check_recognition(stage: StageSpec) -> RecognitionOptions:
     """The stage's options. Raises `ConfigError` for settings that a recognition stage cannot have."""
     where = f"stages.{stage.name}"
     options = validate(RecognitionOptions, stage.options, where=f"{where}.options")
-    for key in ("packing", "group_by_length", "compile", "chat_template", "cache_features"):
-        if getattr(stage, key):
-            raise ConfigError(
-                f"{where}.{key}: a recognition stage has a decoder of its own, and its encoder learns; leave it out"
-            )
-    if choose_engine(stage).zero_stage == 3:
-        raise ConfigError(
-            f"{where}.engine: an encoder is small; use none, zero1 or zero2 (zero3 would cut every layer)"
-        )
-    if len(stage.learn) != 1 or not next(iter(stage.learn)).startswith("encoders"):
-        raise ConfigError(
-            f"{where}.learn: a recognition stage trains one encoder, e.g. learn: {{encoders.vision: 1.0e-4}}"
-        )
+    check_one_encoder(stage, "a recognition", because="has a decoder of its own", lr="1.0e-4")
     if options.decoder_width % (2 * options.decoder_heads):
         raise ConfigError(
             f"{where}.options.decoder_heads: {options.decoder_heads} heads of even width do not divide {options.decoder_width}"
@@ -294,10 +256,7 @@ def build_recognition(
     stage: StageSpec, options: RecognitionOptions, encoders: Mapping[str, VisionEncoder], processor: Processor
 ) -> tuple[RecognitionModel, TextReader]:
     """Raises `ConfigError` for an encoder that is not there or takes one size only, and for sizes that are not whole patches."""
-    where, part, known = f"stages.{stage.name}", next(iter(stage.learn)), list(encoders)
-    name = known[0] if part == "encoders" and len(known) == 1 else part.removeprefix("encoders.")
-    if name not in known:
-        raise ConfigError(f"{where}.learn: name one encoder: " + " or ".join(f"encoders.{n}" for n in known))
+    where, name = f"stages.{stage.name}", encoder_to_train(stage, encoders)
     info = encoders[name].describe(encoders[name].config)
     if info.image.patch is None or info.leading or info.row_ends:
         raise ConfigError(
@@ -322,15 +281,5 @@ class RecognitionStage(StageKind):
     @classmethod
     def train(cls, run: Run, stage: StageSpec, previous: Path | None, folder: Path) -> bool:
         options = check_recognition(stage)
-        model, processor = start_model(run.recipe, stage, previous)
-        seed_everything(run.recipe.seed, f"{stage.name}/recognition", same=True)
-        wrapped, reader = build_recognition(stage, options, model.model.vision_tower.encoders, processor)
-        part = next(iter(stage.learn))
-        rate = options.decoder_lr or stage.learning()[part].lr
-        learn: dict[str, float | LearnSpec] = {f"encoders.{wrapped.encoder_name}": stage.learn[part], DECODERS: rate}
-        engine = train(run, stage.model_copy(update={"learn": learn}), wrapped, reader)  # type: ignore[arg-type]
-        if engine is None:
-            return False
-        engine.model = model
-        save_stage(engine, processor, run.recipe, stage, folder, run.record())
-        return True
+        build = partial(build_recognition, stage, options)
+        return train_one_encoder(run, stage, previous, folder, build, lr_beside=options.decoder_lr)
