@@ -224,6 +224,10 @@ def _crossvit(folder: Path, config: Any) -> Theirs:
     return Theirs(module, module.forward_features, differs="the class tokens' last exchange")
 
 
+def _to_the_weights_dtype(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].to(next(module.parameters()).dtype), *inputs[1:])
+
+
 def _unit(folder: Path, config: Any) -> Theirs:
     file = _load(folder, "unit.hf_model")
     from timm.models import create_model
@@ -231,7 +235,9 @@ def _unit(folder: Path, config: Any) -> Theirs:
     name = {32: "vit_huge_patch14_224", 50: "vit_huge_patch14_224_1B"}[config.depth]
     vit = create_model(name, pretrained=False, num_classes=0, weight_init="skip")
     module = file.UNITModelEncoder(vit, config.cpe_max_size, config.num_cls_tokens, config.register_multiple)
-    module.input_conditioner = nn.Identity()  # scales pixels, in fp32 alone; ours gets them scaled
+    module.input_conditioner = nn.Identity()  # scales pixels; ours gets them scaled
+    for part in (vit.patch_generator.embedder, vit.blocks):  # in front of them the authors' code goes to fp32
+        part.register_forward_pre_hook(_to_the_weights_dtype)
     return Theirs(module, module)
 
 

@@ -181,7 +181,8 @@ def _work(jobs: list[Job], options: argparse.Namespace, answers: Connection) -> 
 
 def section(jobs: list[Job], options: argparse.Namespace, seconds: float) -> list[dict[str, Any]]:
     """The jobs in a fork; what it had told when its time was up counts."""
-    context = multiprocessing.get_context("fork")
+    # A GPU that something imported has opened is lost in forks: then every section imports for itself.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(jobs, options, sender))
     process.start()
