@@ -1,5 +1,5 @@
-"""Do vLLM and `generate` agree, over connectors, routers and vLLM's two ways of running a model? Tiny random models,
-fp32, CPU.
+"""Do vLLM and `generate` agree, over connectors, routers, ways of looking at a picture and vLLM's two ways of running a model? Tiny
+random models, fp32, CPU.
 
     python benchmarks/serve_parity.py [--only mlp,mova] [--cases 54] [--tokens 16] [--backend native|transformers]
 
@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+MARKS = {"begin": "<vision>", "row": "<vrow_sep>", "end": "</vision>"}
 KINDS: dict[str, dict] = {
     "mlp": {"connector": {"type": "mlp"}, "encoders": ["clip"]},
     "channel_concat": {
@@ -60,6 +61,46 @@ KINDS: dict[str, dict] = {
             "hybrids": ["duoformer", "dynperceiver", "snnet", "s4d", "paratranscnn", "samunet", "dbsam"],
         }.items()
     },
+    "native_siglip2": {
+        "connector": {"type": "pixel_shuffle", "factor": 2},
+        "encoders": ["siglip2"],
+        "views": {"type": "native", "max_patches": 40, "newlines": True},
+    },
+    "native_qwen_vl": {
+        "connector": {"type": "linear"},
+        "encoders": ["qwen_vl"],
+        "views": {"type": "native", "rule": "qwen", "max_patches": 20, "max_sample_tokens": 40},
+    },
+    "native_two": {
+        "connector": {"type": "resampler"},
+        "encoders": ["siglip2", "patches"],
+        "views": {"type": "native", "max_patches": 30},
+    },
+    "native_without_encoder": {
+        "connector": {"type": "linear"},
+        "encoders": [],
+        "views": {"type": "native", "rule": "solo", "patch_size": 8, "max_side": 48, "marks": MARKS},
+    },
+    "tiles_llava_next": {
+        "connector": {"type": "channel_concat", "projector": {"depth": 2}},
+        "encoders": ["clip", "timm"],
+        "views": {"type": "tiles", "grids": [[1, 2], [2, 1], [2, 2]], "thumbnail_only": ["timm"]},
+    },
+    "tiles_internvl": {
+        "connector": {"type": "pixel_shuffle", "factor": 2},
+        "encoders": ["clip"],
+        "views": {"type": "tiles", "dialect": "internvl", "max_tiles": 6, "max_sample_tokens": 64},
+    },
+    "dual_perspective": {
+        "connector": {"type": "dual_perspective"},
+        "encoders": ["clip"],
+        "views": {"type": "dual_perspective", "n": 2},
+    },
+    "multi_scale": {
+        "connector": {"type": "multi_scale"},
+        "encoders": ["dinov2"],
+        "views": {"type": "multi_scale", "scales": [1, 2]},
+    },
     "gate": {
         "connector": {"type": "channel_concat", "projector": {"depth": 2}},
         "encoders": ["clip", "timm", "dinov2"],
@@ -86,6 +127,21 @@ def build(kind: str, folder: str):
             "layers": [-1],
             "keep_prefix": True,
         },
+        "siglip2": {
+            "type": "hf",
+            "architecture": {
+                "model_type": "siglip2_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                "num_attention_heads": 2, "num_patches": 16, "patch_size": 8,
+            },
+        },
+        "qwen_vl": {
+            "type": "qwen_vl",
+            "architecture": {
+                "model_type": "qwen2_5_vl_vision", "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2,
+                "out_hidden_size": 24, "patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1],
+            },
+        },
+        "patches": {"type": "raw_patches", "image_size": 32, "patch_size": 8},
     }  # fmt: skip
     from mllm.encoders import ENCODERS
 
@@ -95,8 +151,7 @@ def build(kind: str, folder: str):
             library[name] = {**ENCODERS.get(name).tiny(), "keep_prefix": False}
     tokenizer = str(Path(folder) / "tokenizer")
     changes = {"encoders": {name: library[name] for name in spec["encoders"]}, "connector": spec["connector"]}
-    if "router" in spec:
-        changes["router"] = spec["router"]
+    changes |= {key: spec[key] for key in ("router", "views") if key in spec}
     changes["language_model"] = {"config": {**TINY_LLM, "max_position_embeddings": 2048}, "tokenizer": tokenizer}
     model, processor = tiny_model(tokenizer, seed=3, **changes)
     generator = torch.Generator().manual_seed(5)
@@ -187,7 +242,7 @@ def main() -> None:
         if line is None:
             print(f"{kind}: FAILED\n{result['error']}", flush=True)
             continue
-        weakest = min(result["moved"].values())
+        weakest = min(result["moved"].values(), default=float("nan"))
         for path, row in result["paths"].items():
             print(
                 f"{kind:20} {path:28} equal {row['equal']}/{row['of']}  gap {row['largest_gap']:.1e}  "

@@ -203,12 +203,32 @@ def test_images_read_through_a_visual_tokenizer_get_the_tokens_of_generate(tmp_p
     assert max(d["gap"] for d in found["differences"]) < 1e-3
 
 
-def test_pictures_of_unlike_sizes_in_tiles_get_the_tokens_of_generate(tmp_path):
+SIGLIP2 = {"model_type": "siglip2_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SIGLIP2 |= {"num_attention_heads": 2, "num_patches": 16, "patch_size": 8}
+MARKS = {"begin": "<vision>", "row": "<vrow_sep>", "end": "</vision>"}
+VIEWED = {
+    "tiles": {"views": {"type": "tiles", "grids": [[1, 2], [2, 1], [2, 2]], "thumbnail_only": ["detail"]}},
+    "native": {
+        "encoders": {"semantic": {"type": "hf", "architecture": SIGLIP2}},
+        "connector": {"type": "pixel_shuffle", "factor": 2},
+        "views": {"type": "native", "max_patches": 40, "max_sample_tokens": 30, "newlines": True},
+    },
+    "without encoder": {
+        "encoders": {},
+        "connector": {"type": "linear"},
+        "views": {"type": "native", "rule": "solo", "patch_size": 8, "max_side": 48, "marks": MARKS},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["tiles", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("native", "without encoder"))]
+)
+def test_pictures_of_unlike_sizes_get_the_tokens_of_generate(name, tmp_path):
     """Cases of odd sizes, several to a prompt and a batch: the same prompt ids, pixels and answers on every path."""
     pytest.importorskip("vllm")
-    long = {"config": {**TINY_LLM, "max_position_embeddings": 2048}, "tokenizer": str(tmp_path / "tiles" / "tokenizer")}
-    views = {"type": "tiles", "grids": [[1, 2], [2, 1], [2, 2]]}
-    folder = write_checkpoint(tmp_path / "tiles", views=views, language_model=long)
+    long = {"config": {**TINY_LLM, "max_position_embeddings": 2048}, "tokenizer": str(tmp_path / "made" / "tokenizer")}
+    folder = write_checkpoint(tmp_path / "made", language_model=long, **VIEWED[name])
     report = tmp_path / "report.json"
     done = run(
         *("-m", "mllm.cli.main", "parity", folder, "--cases", "10", "--tokens", "6", "--output", str(report)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mllm.serve import parity
+from mllm.serve import parity, traces
 from mllm.types import IMAGE_MARK
 from tests.helpers import tiny_model
 
@@ -75,3 +75,13 @@ def test_trainer_forward_and_generate_agree_on_a_tiny_model_and_a_changed_model_
     model.lm_head.weight.mul_(-1.0)
     changed = parity.compare(cases, reference, parity.trace_generate(model, processor, cases, num_tokens=4), path="x")
     assert not any(d.same for d in changed)
+
+
+def test_pixels_are_told_apart_where_an_encoder_sees_fewer_views_than_its_neighbour():
+    tiles, whole = torch.arange(24.0).view(4, 1, 2, 3), torch.ones(1, 1, 2, 2)
+    seen = traces.hash_pixels({"detail": whole, "semantic": tiles})
+    assert seen == traces.hash_pixels({"semantic": tiles.clone(), "detail": whole.clone()})
+    changed = tiles.clone()
+    changed[3] += 1
+    assert seen != traces.hash_pixels({"semantic": changed, "detail": whole})
+    assert seen != traces.hash_pixels({"semantic": tiles, "detail": whole.view(1, 1, 1, 4)})
