@@ -95,7 +95,7 @@ class MllmPreTrainedModel(OpenedByDoor, PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; a checkpoint with missing or foreign weights raises `CheckpointError` instead of being filled
-        with random ones, and LLaVA-1.5 and Prismatic checkpoints are recognised and converted."""
+        with random ones, and foreign checkpoints (`mllm.models.foreign.read.recognise`) are converted."""
         path = pretrained_model_name_or_path
         if args == () and kwargs.get("config") is None and cls.opens_foreign and isinstance(path, (str, Path)):
             kind = recognise(path)

@@ -22,7 +22,7 @@ class ForeignCheckpoint:
         tensors: Every weight of the model under our names, but those of ``unread`` encoders.
         dtype: As stored, or as asked for.
         where: The folder, for errors.
-        template: Name of the chat template that renders its prompts; None: the tokenizer's own.
+        template: Name or file of the chat template that renders its prompts; None: the tokenizer's own.
         tokenizer: Folder of the tokenizer; None when there is none.
         unread: Encoders that the checkpoint names by source without holding their weights.
         generation: Its `GenerationConfig`, where it has one.

@@ -53,8 +53,8 @@ def convert(
     if kind is None:
         raise CheckpointError(
             f"{source}: neither a LLaVA, LLaVA-NeXT, LLaVA-OneVision or InternVL checkpoint in transformers' layout (config.json with "
-            "that model_type and a vision_config), nor LLaVA-1.5 in its authors' (mm_vision_tower), nor a Prismatic run "
-            "(model.vision_backbone_id)"
+            "that model_type and a vision_config), nor LLaVA-1.5 (mm_vision_tower), InternVL (internvl_chat), EVE (eve, eve-qwen2) or SOLO "
+            "(SoloForCausalLM) in its authors', nor a Prismatic run (model.vision_backbone_id)"
         )
     found = read_foreign(folder, kind, dtype=dtype, language_model=language_model)
     model = MllmForConditionalGeneration.from_foreign(found)
@@ -79,7 +79,13 @@ def converted_processor(
 
     if found.tokenizer is None:
         return None
-    tokenizer = AutoTokenizer.from_pretrained(found.tokenizer)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(found.tokenizer)
+    except Exception as error:
+        raise UnavailableError(
+            f"{found.tokenizer}: its tokenizer cannot be read ({error}); where it is code of the authors' own, put tokenizer.json and "
+            "tokenizer_config.json of the same checkpoint in transformers' layout into the folder"
+        ) from error
     image_id = model.config.image_token_id
     assert image_id is not None, "a reader of foreign checkpoints gives it"
     placeholder = tokenizer.convert_ids_to_tokens(image_id) if image_id < len(tokenizer) else None

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mllm.errors import CheckpointError, ConfigError, UnavailableError
 from mllm.models.foreign.checkpoint import ForeignCheckpoint, find_tokenizer
 from mllm.models.foreign.parts import decoder_tensors, encoder_tensors, head_tensors, model_config, projector_tensors
-from mllm.models.foreign.settings import ABOUT_THE_FILE, Settings, read_json
+from mllm.models.foreign.settings import ABOUT_THE_FILE, Settings, read_json, text_config
 from mllm.models.foreign.tensors import Tensors, output_head
 from mllm.models.weight_files import chosen_dtype, read_tensors
-
-if TYPE_CHECKING:
-    pass
 
 _LANGUAGE_MODELS = {
     "llava": "llama",
@@ -30,7 +27,12 @@ def read_llava_original(folder: Path, dtype: Any) -> ForeignCheckpoint:
     from transformers import AutoConfig
 
     settings = Settings(read_json(folder / "config.json"), folder / "config.json")
-    text = _text_config(settings, folder)
+    kind = settings.take("model_type", "llava")
+    if kind not in _LANGUAGE_MODELS:
+        raise ConfigError(
+            f"{folder}: model_type {kind!r} is not supported; known: {', '.join(sorted(_LANGUAGE_MODELS))}"
+        )
+    text = text_config(settings, _LANGUAGE_MODELS[kind])
     vision = settings.take("mm_vision_tower")
     resize = _check_original_settings(settings)
     trained_tower = bool(settings.take("unfreeze_mm_vision_tower"))
@@ -98,18 +100,3 @@ def _check_original_settings(settings: Settings) -> dict[str, Any]:
     settings.harmless("tokenizer_(padding_side|model_max_length)", "max_sequence_length", "pretraining_tp")
     settings.harmless("model_type", "mm_tunable_parts", "vision_tower_pretrained", *ABOUT_THE_FILE)
     return {"resize": "letterbox"} if shape == "pad" else {}
-
-
-def _text_config(settings: Settings, folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    kind = settings.take("model_type", "llava")
-    if kind not in _LANGUAGE_MODELS:
-        raise ConfigError(
-            f"{folder}: model_type {kind!r} is not supported; known: {', '.join(sorted(_LANGUAGE_MODELS))}"
-        )
-    blank = AutoConfig.for_model(_LANGUAGE_MODELS[kind])
-    known = {*blank.to_dict(), "rope_theta", "rope_scaling", "head_dim"} - {"model_type", "architectures"}
-    return AutoConfig.for_model(
-        _LANGUAGE_MODELS[kind], **{key: settings.take(key) for key in sorted(known) if key in settings}
-    )

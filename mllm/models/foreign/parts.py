@@ -25,6 +25,7 @@ def model_config(
     head_bias: bool,
     dtype: torch.dtype,
     views: Mapping[str, Any] | None = None,
+    modality_switch: bool = False,
 ) -> MllmConfig:
     """Our config of a foreign model."""
     return MllmConfig(
@@ -34,6 +35,7 @@ def model_config(
         views=None if views is None else views_config(views),
         image_token_id=image_token_id,
         lm_head_bias=head_bias,
+        modality_switch=modality_switch,
         dtype=dtype,
     )
 

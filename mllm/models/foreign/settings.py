@@ -82,3 +82,12 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{file}: holds a {type(data).__name__}, expected an object")
     return data
+
+
+def text_config(settings: Settings, model_type: str) -> Any:
+    """The language model's config, where a foreign config holds its keys among its own. model_type: transformers' name of it."""
+    from transformers import AutoConfig
+
+    blank = AutoConfig.for_model(model_type)
+    known = {*blank.to_dict(), "rope_theta", "rope_scaling", "head_dim"} - {"model_type", "architectures"}
+    return AutoConfig.for_model(model_type, **{key: settings.take(key) for key in sorted(known) if key in settings})
