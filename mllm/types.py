@@ -191,7 +191,8 @@ class Block:
 class VisualLayout:
     """How one visual lies in the token sequence. Made by `mllm.processing.layout` only.
 
-    num_views: views that the connector joins; fewer: encoder → how many of them it has itself, where that is not all;
+    num_views: views that the connector joins; fewer: encoder → how many of them it has itself, where that is not all (of a picture the
+    thumbnail, of a video those that `frames_of` says);
     tiles: (rows, columns) of tiles among the views; thumbnail: which view is the whole picture; corners: of each tile, what
     it shows of the picture, as (top, left, bottom, right) from 0 to 1 (beyond it where it is padded); perspectives: n, where
     the views are n × n crops, n × n strided pictures and a thumbnail; patches: (rows, columns) of the encoders' tokens, where
@@ -224,6 +225,18 @@ class VisualLayout:
         if self.patches is not None:
             return self.patches[0] * self.patches[1]
         return dict(self.fewer).get(encoder, self.num_views)
+
+    def frames_of(self, encoder: str) -> tuple[int, ...]:
+        """Which frames of a video an encoder is given.
+
+        Args:
+            encoder: its name.
+
+        Returns:
+            Their numbers among the video's ``frames``, ascending; beyond the last one where views are repeated to whole groups.
+        """
+        count = self.rows_of(encoder)
+        return tuple(range(count)) if count == self.num_views else tuple(k * self.frames // count for k in range(count))
 
     @property
     def places(self) -> tuple[Grid, ...]:
@@ -368,6 +381,11 @@ class Sample:
     meta: dict[str, Any] = field(default_factory=dict)
     masks: list[Any] = field(default_factory=list)
     """What the assistant marks, one for each mask token of its turns, in order, as `mllm.processing.mask_files.read_mask` takes them."""
+    poses: list[Any] = field(default_factory=list)
+    """The cameras of the videos among ``images``, one entry for each image (None: not known), as `mllm.processing.geometry.read_poses`
+    takes them."""
+    depths: list[Any] = field(default_factory=list)
+    """Depth maps of ``images``, one entry for each (None: not known), as `mllm.processing.geometry` reads them."""
 
 
 IMAGE_MARK = "\ufffcimage\ufffc"

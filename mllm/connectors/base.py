@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm.config import StrictModel
-from mllm.connectors.joining import close_rows, join_views, spread_views
+from mllm.connectors.joining import close_rows, hold_frames, join_views, spread_views
 from mllm.errors import AlignmentError
 from mllm.types import EncoderInfo, Grid, Routing, ViewLayout, VisionFeatures, VisualLayout
 
@@ -41,6 +41,7 @@ class Connector(nn.Module):
         """encoders: name → sizes, in the model's order; width: L, the language model's hidden size."""
         super().__init__()
         self.config, self.encoders, self.width = config, dict(encoders), width
+        self.register_forward_pre_hook(_every_frame, with_kwargs=True)
         if kind := config.feature_norm:
             norm = nn.LayerNorm if kind == "layer_norm" else nn.RMSNorm
             self.feature_norms = nn.ModuleDict(
@@ -225,6 +226,16 @@ class Connector(nn.Module):
             Visual tokens ``(V, M, L)``.
         """
         raise NotImplementedError
+
+
+def _every_frame(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Before `forward`, whichever class defines it: an encoder that is given fewer frames of a video than its neighbours has all."""
+    layouts = named.get("layouts", arguments[3] if len(arguments) > 3 else None)
+    if not layouts or not any(layout.frames and layout.fewer for layout in layouts):
+        return arguments, named
+    if arguments:
+        return (hold_frames(arguments[0], layouts), *arguments[1:]), named
+    return arguments, {**named, "features": hold_frames(named["features"], layouts)}
 
 
 def _norm_features(connector: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

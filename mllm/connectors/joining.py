@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -60,10 +61,39 @@ def spread_views(
 ) -> Mapping[str, VisionFeatures]:
     """Features in which every encoder has every view: one that saw the thumbnail alone gets, for each tile, the part of its
     map that shows the tile (bilinear, fp32)."""
-    few = {name for layout in layouts for name, _ in layout.fewer if name in features}
+    few = {name for layout in layouts if not layout.frames for name, _ in layout.fewer if name in features}
     if not few:
         return features
     return {name: _spread(found, layouts) if name in few else found for name, found in features.items()}
+
+
+def hold_frames(
+    features: Mapping[str, VisionFeatures], layouts: Sequence[VisualLayout]
+) -> Mapping[str, VisionFeatures]:
+    """Features in which every encoder has every frame of a video: one that is given fewer keeps, between two of its frames, what it saw
+    in the first."""
+    few = {name for layout in layouts if layout.frames for name, _ in layout.fewer if name in features}
+    return {name: _hold(found, layouts, name) if name in few else found for name, found in features.items()}
+
+
+def _hold(found: VisionFeatures, layouts: Sequence[VisualLayout], encoder: str) -> VisionFeatures:
+    """Features of the frames that an encoder is given → of all views, pictures as they are."""
+    index, first = [], 0
+    for layout in layouts:
+        given = layout.frames_of(encoder)
+        views = range(layout.num_views)
+        index += [
+            first + bisect_right(given, min(view, max(layout.frames, 1) - 1) if layout.frames else view) - 1
+            for view in views
+        ]
+        first += len(given)
+    if len(found.tokens) != first:
+        raise AlignmentError(f"features of {len(found.tokens)} frames where encoder {encoder!r} is given {first}")
+    places = torch.tensor(index, dtype=torch.long, device=found.tokens.device)
+    others = {
+        name: None if (value := getattr(found, name)) is None else value[places] for name in ("prefix", "attention")
+    }
+    return replace(found, tokens=found.tokens[places], **others)
 
 
 def _spread(found: VisionFeatures, layouts: Sequence[VisualLayout]) -> VisionFeatures:

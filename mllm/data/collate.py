@@ -187,13 +187,15 @@ def join_images(samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
 
 
 def join_targets(samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
-    """``target_images``, ``target_masks``: what is to be drawn and marked in all samples, end to end, where there is any. Raises
+    """``target_images``, ``target_masks`` and what heads of geometry learn: of all samples, end to end, where there is any. Raises
     `AlignmentError` for pictures and stored codes in one batch."""
     marked = [sample.masks for sample in samples if sample.masks is not None]
-    masks = {"target_masks": torch.cat(marked)} if marked else {}
+    beside = {"target_masks": torch.cat(marked)} if marked else {}
+    for key in dict.fromkeys(key for sample in samples for key in sample.geometry):
+        beside[key] = torch.cat([sample.geometry[key] for sample in samples if key in sample.geometry])
     parts = [(sample, sample.targets) for sample in samples if sample.targets is not None]
     if not parts:
-        return masks
+        return beside
     first = parts[0][1]
     for sample, tensor in parts:
         if tensor.dim() != first.dim():
@@ -201,7 +203,7 @@ def join_targets(samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
                 f"sample {sample.id!r} of {sample.dataset}: images to draw come as pictures and as stored codes in one batch; "
                 "encode all of the mixture's pictures (mllm tokenizer encode), or none"
             )
-    return {"target_images": torch.cat([tensor for _, tensor in parts]), **masks}
+    return {"target_images": torch.cat([tensor for _, tensor in parts]), **beside}
 
 
 def _batch(inputs: dict[str, Tensor], samples: Sequence[EncodedSample], lengths: list[list[int]]) -> Batch:

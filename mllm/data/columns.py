@@ -14,7 +14,7 @@ from mllm.data.blind import refuse_blind, refuse_other_media
 from mllm.data.cells import as_list, conversation_cell, plain_cell
 from mllm.data.conversations import PLACEHOLDER, message_turns, plain_text
 from mllm.data.files import Files, file_hash, matching_files
-from mllm.data.sources import Source, mask_entries, resolve_image, resolve_video, resolve_visual
+from mllm.data.sources import TAUGHT, Source, resolve_image, resolve_video, resolve_visual, taught
 from mllm.data.spec import ColumnMap, DatasetSpec, expand_path
 from mllm.data.tables import SUFFIXES, is_saved, keys_of, open_files, open_hub, open_saved, undecoded
 from mllm.data.tools import tools_of
@@ -94,8 +94,8 @@ class ColumnsSource(Source):
             refuse_blind(row, turns, known=read, where=where, keys=self.known, cure="columns.image: {}")
         if columns.system is not None and row.get(columns.system):
             turns = [Turn("system", plain_text(str(row[columns.system]))), *turns]
-        masks = mask_entries(row.get(columns.masks) if columns.masks else None, self.root, where)
-        return Sample(identity, turns, images, self.name, meta, masks)
+        names = {name: getattr(columns, name) for name in TAUGHT}
+        return Sample(identity, turns, images, self.name, meta, **taught(row, self.root, len(images), where, names))
 
     def _question(self, row: Mapping[str, Any], num_images: int, meta: dict[str, Any], where: str) -> list[Turn]:
         assert self.columns.question is not None and self.columns.answer is not None

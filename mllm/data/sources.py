@@ -23,6 +23,8 @@ from mllm.types import Sample, Turn, Video
 
 VIDEO_KEYS = ("video", "videos")
 """Keys that a row's videos are read from."""
+TAUGHT = ("masks", "poses", "depths")
+"""Keys that hold what heads learn."""
 
 
 class Source(Sequence):
@@ -168,8 +170,8 @@ class LlavaSource(JsonSource):
             conversation, images = place_videos(conversation, images, videos, where=where)
         turns = placeholder_turns(conversation, len(images), where=where, image_first=self.spec.image_first)
         self.refuse_blind(row, turns, images, where)
-        meta = _rest(row, *keys, "system", "masks", *self.image_keys, *VIDEO_KEYS)
-        return Sample(identity, turns, images, self.name, meta, mask_entries(row.get("masks"), root, where))
+        meta = _rest(row, *keys, "system", *TAUGHT, *self.image_keys, *VIDEO_KEYS)
+        return Sample(identity, turns, images, self.name, meta, **taught(row, root, len(images), where))
 
 
 class ShareGptSource(LlavaSource):
@@ -193,10 +195,10 @@ class MessagesSource(JsonSource):
         turns, images = message_turns(messages, listed, where=where, videos=self.videos(row, root, where))
         self.refuse_blind(row, turns, images, where)
         images = [resolve_visual(image, root, where) for image in images]
-        meta = _rest(row, "messages", "masks", *self.image_keys, *VIDEO_KEYS)
+        meta = _rest(row, "messages", *TAUGHT, *self.image_keys, *VIDEO_KEYS)
         if row.get("tools"):
             meta["tools"] = tools_of(row, where)
-        return Sample(identity, turns, images, self.name, meta, mask_entries(row.get("masks"), root, where))
+        return Sample(identity, turns, images, self.name, meta, **taught(row, root, len(images), where))
 
 
 def _refuse_half_characters(text: str, where: str) -> None:
@@ -247,6 +249,42 @@ def resolve_image(item: Any, root: Path | None, where: str) -> Any:
     reference = refer(item, where=where, root=root)
     local = reference.kind in ("file", "codes") and isinstance(reference.value, (str, Path))
     return str(reference.value) if local else item
+
+
+def taught(
+    row: Mapping[str, Any], root: Path | None, count: int, where: str, names: Mapping[str, str | None] | None = None
+) -> dict[str, list[Any]]:
+    """What heads learn of a row, under the names that a `Sample` has for it. count: images and videos of the row; names: `TAUGHT` → the
+    row's keys for it, where they differ. Raises `DataError` for values of another form."""
+    cells = {name: row.get(name if names is None else names[name] or "") for name in TAUGHT}
+    return {
+        "masks": mask_entries(cells["masks"], root, where),
+        "poses": geometry_entries(cells["poses"], root, count, f"{where}: poses"),
+        "depths": geometry_entries(cells["depths"], root, count, f"{where}: depths"),
+    }
+
+
+def geometry_entries(value: Any, root: Path | None, count: int, where: str) -> list[Any]:
+    """A row's ``poses`` or ``depths`` as a sample keeps them: one entry for each image or video, files as paths, relative ones from
+    ``root``. A row of one visual may hold the entry itself, where it is a file or a mapping. Raises `DataError`."""
+    if value is None:
+        return []
+    if isinstance(value, (str, Mapping)) and count == 1:
+        value = [value]
+    if not isinstance(value, (list, tuple)):
+        raise DataError(
+            f"{where}: is {type(value).__name__}; expected a list, one entry for each image and video, in their order"
+        )
+
+    def placed(item: Any) -> Any:
+        if isinstance(item, str):
+            reference = refer(item, where=where, root=root)
+            return str(reference.value) if reference.kind == "file" else item
+        if isinstance(item, Mapping):
+            return {key: placed(part) if key in ("path", "frames") else part for key, part in item.items()}
+        return [placed(part) for part in item] if isinstance(item, (list, tuple)) else item
+
+    return [placed(item) for item in value]
 
 
 def mask_entries(value: Any, root: Path | None, where: str) -> list[Any]:

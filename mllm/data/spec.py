@@ -42,6 +42,10 @@ class ColumnMap(StrictModel):
     """One video per row, or a list of them."""
     masks: str | None = None
     """What the answers mark: a list of files, run lengths or polygons, one for each mask token (`mllm.processing.mask_files`)."""
+    poses: str | None = None
+    """Cameras of the row's videos, one entry for each image and video (`mllm.processing.geometry`)."""
+    depths: str | None = None
+    """Depth maps, one entry for each image and video (`mllm.processing.geometry`)."""
     system: str | None = None
     id: str | None = None
     """Default: the row number."""
@@ -68,6 +72,8 @@ class ColumnMap(StrictModel):
             self.images,
             self.video,
             self.masks,
+            self.poses,
+            self.depths,
             self.system,
             self.id,
             *self.meta,

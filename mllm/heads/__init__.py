@@ -12,5 +12,7 @@ HEADS: Registry = Registry(
         "probability": "mllm.heads.probability:ProbabilityHead",
         "segmentation": "mllm.heads.segmentation.head:SegmentationHead",
         "alignment": "mllm.heads.alignment:AlignmentHead",
+        "pose": "mllm.heads.geometry.pose:PoseHead",
+        "depth_map": "mllm.heads.geometry.depth_map:DepthMapHead",
     },
 )

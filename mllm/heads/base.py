@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mllm.config import StrictModel
 from mllm.errors import ConfigError
+from mllm.processing.layout import LayoutRules
 from mllm.types import EncoderInfo, VisionFeatures
 from mllm.visual_tokenizers.base import VisualTokenizer
 from mllm.visual_tokenizers.sequence import ImageGrammar
@@ -42,6 +43,8 @@ class HeadParts:
     """Text → the language model's ids; None before there is a text tokenizer."""
     layers: int = 0
     """Of the language model."""
+    rules: LayoutRules | None = None
+    """How visuals are looked at and lie in the sequence; None for a model that sees nothing."""
 
     def drawn_with(self, head: str) -> VisualTokenizer:
         """The visual tokenizer of a head that draws. head: its type, for the message. Raises `ConfigError` where the model has none."""
@@ -172,6 +175,8 @@ class Head(nn.Module):
     has_weights: ClassVar[bool] = True
     """False: a part of the language model does its work, and nothing of its own learns."""
 
+    reads_video: ClassVar[bool] = False
+    """Whether it may stand in a model that takes video."""
     special_tokens: ClassVar[bool] = True
     """Whether its tokens are left out of decoded answers."""
     without_gradient: ClassVar[tuple[str, ...]] = ()

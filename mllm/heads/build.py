@@ -11,7 +11,7 @@ from torch import nn
 from mllm.config import to_plain, validate
 from mllm.errors import ConfigError, UnknownName
 from mllm.heads import HEADS
-from mllm.heads.base import HeadConfig, HeadParts
+from mllm.heads.base import Head, HeadConfig, HeadParts
 
 FORMER = "visual_head"
 """Name of the one head that recipes and checkpoints had before heads had names."""
@@ -59,8 +59,15 @@ def encoders_read(heads: Mapping[str, Any] | None) -> frozenset[str]:
 
 def build_heads(heads: Mapping[str, Any] | None, parts: HeadParts) -> nn.ModuleDict:
     """The heads of a resolved config, by name."""
-    configs = head_configs(heads)
-    return nn.ModuleDict({name: HEADS.get(config.type)(config, parts) for name, config in configs.items()})
+    return nn.ModuleDict({name: build_head(name, config, parts) for name, config in head_configs(heads).items()})
+
+
+def build_head(name: str, config: HeadConfig, parts: HeadParts) -> Head:
+    """One head. Raises `ConfigError` for a head that does not fit the parts."""
+    cls = HEADS.get(config.type)
+    if parts.rules is not None and parts.rules.video is not None and not cls.reads_video:
+        raise ConfigError(f"model.video: head {name!r} takes no video yet; leave it or the video section out")
+    return cls(config, parts)
 
 
 def head_tokens(heads: Mapping[str, Any] | None, parts: HeadParts, *, where: str = "model.heads") -> dict[str, bool]:
@@ -97,6 +104,6 @@ def resolved_heads(
     for name, config in head_configs(heads, where=where).items():
         cls = HEADS.get(config.type)
         with torch.device("meta"):
-            cls(config, parts)  # a head that does not fit is told now
+            build_head(name, config, parts)  # a head that does not fit is told now
         resolved[name] = to_plain(cls.resolve(config, parts, id_of, null=null))
     return resolved

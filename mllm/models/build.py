@@ -17,6 +17,7 @@ from mllm.errors import CheckpointError, ConfigError, DataError, UnavailableErro
 from mllm.heads.base import Head, HeadParts
 from mllm.heads.build import drawing_head, head_tokens, resolved_heads
 from mllm.heads.codes.build import empty_tokenizer, tokenizer_settings, visual_span
+from mllm.heads.geometry.build import geometry_spec
 from mllm.heads.segmentation.build import segment_spec
 from mllm.hub import hub_reason
 from mllm.models.configuration_mllm import MllmConfig, language_model_config
@@ -93,7 +94,8 @@ def build_config(
     drawing = drawing_head(spec.heads) is not None and visual_tokenizer is not None
     drawn_by = empty_tokenizer(visual_tokenizer, encoders) if drawing and visual_tokenizer else None
     words = None if tokenizer is None else lambda said: tokenizer(said, add_special_tokens=False)["input_ids"]
-    parts = HeadParts(text.hidden_size, infos, drawn_by, words, text.num_hidden_layers)
+    seen = None if connector is None else rules
+    parts = HeadParts(text.hidden_size, infos, drawn_by, words, text.num_hidden_layers, seen)
     if tokenizer is not None:
         add_tokens(tokenizer, head_tokens(spec.heads, parts))
         if tokenizer.pad_token_id is None:
@@ -242,6 +244,7 @@ def build_processor(spec: ModelSpec, config: MllmConfig, tokenizer: TextTokenize
         visual_span=visual_span(config),
         template_options=spec.template_options,
         segment_spec=segment_spec(config),
+        geometry_spec=geometry_spec(config),
     )
 
 

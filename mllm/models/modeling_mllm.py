@@ -49,8 +49,10 @@ class MllmForConditionalGeneration(
         self._head = head_settings(text)
         draws = drawing_head(config.heads) is not None
         tokenizer = self.image_tokenizer if draws else None
+        rules = None if config.connector is None else self.model.rules
         self.heads = build_heads(
-            config.heads, HeadParts(text.hidden_size, config.encoder_infos(), tokenizer, layers=text.num_hidden_layers)
+            config.heads,
+            HeadParts(text.hidden_size, config.encoder_infos(), tokenizer, layers=text.num_hidden_layers, rules=rules),
         )
         embedding = self.model.get_input_embeddings()
         name = next(n for n, m in self.model.language_model.named_modules() if m is embedding)

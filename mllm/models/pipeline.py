@@ -261,11 +261,10 @@ def _per_visual(values: Tensor, layouts: Sequence[VisualLayout] | None, encoder:
 def _scenes(layouts: Sequence[VisualLayout], encoder: str) -> tuple[Tensor, Tensor]:
     """For every row of an encoder's pixels, the number of its visual ``(V,)`` and its place among the tiles ``(V, 2)``."""
     counts = [layout.rows_of(encoder) for layout in layouts]
-    whole = ((-1, -1),)
     places = [
         place
         for layout, count in zip(layouts, counts, strict=True)
-        for place in (layout.places if count == layout.num_views else whole)
+        for place in (layout.places if count == layout.num_views else ((-1, -1),) * count)
     ]
     scenes = torch.tensor([number for number, count in enumerate(counts) for _ in range(count)], dtype=torch.long)
     return scenes, torch.tensor(places, dtype=torch.long).view(-1, 2)

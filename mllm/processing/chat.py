@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -16,6 +18,8 @@ from mllm.processing.questions import pad_questions, question_text
 from mllm.processing.template import messages_of
 from mllm.processing.turns import IGNORE, added_texts, find_replies, label_text, renderer, special_ids
 from mllm.types import IMAGE_MARK, Sample, Turn, VisualLayout
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -40,6 +44,8 @@ class EncodedSample:
     """Images that the assistant draws, in order: pixels ``(K, 3, H, W)`` in [-1, 1], or packed codes ``(K, S)``."""
     masks: Tensor | None = None
     """What the assistant marks, one for each of its mask tokens that is learned: uint8 ``(K, rows, columns)``, 255 does not count."""
+    geometry: dict[str, Tensor] = field(default_factory=dict)
+    """What heads of geometry learn, by batch key, a row for each frame that is seen (`mllm.processing.geometry`)."""
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])
@@ -186,6 +192,7 @@ def _encode(processor: Processor, sample: Sample, max_length: int | None) -> Enc
         span.check(ids, kept)
         encoded.targets = encode_targets(processor, targets[:kept], where=where) if kept else None
     encoded.masks = masks_of(processor, sample, inputs, labels, where=where)
+    encoded.geometry = geometry_of(processor, sample, inputs[:num_images], where=where)
     return encoded
 
 
@@ -214,6 +221,25 @@ def masks_of(
     if number == 0:
         return None
     return encode_masks(spec, kept[:number], pictures, owners[:number], where=where)
+
+
+def geometry_of(processor: Processor, sample: Sample, visuals: Sequence[Any], *, where: str) -> dict[str, Tensor]:
+    """What heads of geometry learn of a sample, by batch key; {} for a model without such a head. visuals: images and videos that are
+    read and were not cut off. Raises `DataError` for poses and depth maps that do not fit."""
+    spec = getattr(getattr(processor, "processor", processor), "geometry", None)  # a feature cache wraps the processor
+    if spec is None:
+        if sample.poses or sample.depths:
+            _tell_unread(sample.dataset, "poses" if sample.poses else "depths")
+        return {}
+    from mllm.processing.geometry import encode_geometry
+
+    return encode_geometry(getattr(processor, "processor", processor), spec, sample, visuals, where=where)
+
+
+@lru_cache(maxsize=64)
+def _tell_unread(dataset: str, what: str) -> None:
+    """Said once a dataset: the model that is trained beside one with such a head may well be on the same rows."""
+    _log.warning("%s: its rows have %s, and no head of this model learns from them", dataset or "a sample", what)
 
 
 def split_images(turns: Sequence[Turn], images: Sequence[Any], *, drawn: bool) -> tuple[list[Any], list[Any]]:

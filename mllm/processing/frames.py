@@ -34,6 +34,9 @@ class VideoSpec(StrictModel):
     """Text before each frame: ``"{seconds:.1f}s: "`` or ``"Frame {number}: "`` (from 1). None: frames follow one another."""
     max_seconds: float = Field(default=4 * 3600, gt=0)
     """A longer video is refused before it is read."""
+    fewer: dict[str, int] = {}
+    """Encoder → how many of the frames it is given at most, evenly from the first on (``{geometry: 8}`` of 16: every second). Between
+    them its features of the frame before stand."""
 
     @model_validator(mode="after")
     def _one_count(self) -> VideoSpec:
@@ -44,6 +47,11 @@ class VideoSpec(StrictModel):
             raise ValueError("give either frames (so many of any video) or fps (so many of a second)")
         elif self.fps is not None and self.which == "middle":
             raise ValueError("which: middle spreads a number of frames; give frames, not fps")
+        for name, count in self.fewer.items():
+            if not 1 <= count < self.most:
+                raise ValueError(
+                    f"fewer.{name}: {count} is not between 1 and {self.most - 1}: a video has up to {self.most} frames"
+                )
         if self.stamp is not None:
             try:
                 self.stamp.format(seconds=1.0, number=1)
@@ -57,6 +65,10 @@ class VideoSpec(StrictModel):
     def most(self) -> int:
         """The most frames that a video has."""
         return self.frames or self.max_frames
+
+    def fewer_of(self, frames: int) -> tuple[tuple[str, int], ...]:
+        """(encoder, how many it is given) of a video of so many frames, for those that are given fewer."""
+        return tuple((name, count) for name, count in self.fewer.items() if count < frames)
 
     def stamps(self, milliseconds: Sequence[int]) -> list[str]:
         """The text before each frame; [] without ``stamp``."""

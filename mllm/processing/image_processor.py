@@ -158,17 +158,20 @@ class MllmImageProcessor(SavesDoor, BaseImageProcessor):
         return frames_of(video, self.rules.video, where=where, max_pixels=self.max_pixels)
 
     def _video_pixels(self, seen: Seen) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
-        """Every encoder's ``(F, 3, H, W)``, frame by frame (the last one repeated where the connector takes several together), and
-        the frames' (height, width)."""
-        specs, together = self.specs, self.rules.view.frames
-        count, size = len(seen.chosen.numbers), (1, 1)
-        rows: dict[str, list[torch.Tensor]] = {name: [torch.empty(0)] * count for name in specs}
+        """Every encoder's ``(F, 3, H, W)``, frame by frame of those that it is given (the last one repeated where the connector takes
+        several together), and the frames' (height, width)."""
+        specs, count, size = self.specs, len(seen.chosen.numbers), (1, 1)
+        layout = self.rules.video_layout(count)
+        given = {name: layout.frames_of(name) for name in specs}
+        rows = {name: [torch.empty(0)] * len(frames) for name, frames in given.items()}
         for places, picture in seen.pictures():
             size = (picture.height, picture.width)
-            for name, pixels in to_pixels_multi(picture, specs, resampler=self.resampler).items():  # type: ignore[arg-type]
-                for place in places:
-                    rows[name][place] = pixels
-        return {name: torch.stack([*found, *[found[-1]] * (-count % together)]) for name, found in rows.items()}, size
+            wanted = {name: spec for name, spec in specs.items() if not set(places).isdisjoint(given[name])}
+            for name, pixels in to_pixels_multi(picture, wanted, resampler=self.resampler).items():  # type: ignore[arg-type]
+                for row, frame in enumerate(given[name]):
+                    if min(frame, count - 1) in places:
+                        rows[name][row] = pixels
+        return {name: torch.stack(found) for name, found in rows.items()}, size
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Read what a conversation names.

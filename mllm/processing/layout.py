@@ -64,10 +64,12 @@ def layout_rules(config: HasVisualParts, encoders: Mapping[str, EncoderInfo]) ->
     view = view_layout(encoders, connector)
     if VIEWS.get(views.type).native:
         view = view.model_copy(update={"cell": _cell(connector, encoders)})
-    return LayoutRules(view, images, views, checked_video(config, view, views))
+    return LayoutRules(view, images, views, checked_video(config, view, views, list(images)))
 
 
-def checked_video(config: HasVisualParts, view: ViewLayout, views: ViewsConfig) -> VideoSpec | None:
+def checked_video(
+    config: HasVisualParts, view: ViewLayout, views: ViewsConfig, encoders: Sequence[str]
+) -> VideoSpec | None:
     """A model's ``video`` section. Raises `ConfigError` beside what does not take video yet, by name."""
     video = video_spec(getattr(config, "video", None))
     if (view.shown > 1 or view.fast is not None) and (video is None or views.type != "single"):
@@ -85,10 +87,16 @@ def checked_video(config: HasVisualParts, view: ViewLayout, views: ViewsConfig) 
         "views.marks": getattr(views, "marks", None) is not None,
         "a router": getattr(config, "router", None) is not None,
         "a visual tokenizer": getattr(config, "visual_tokenizer", None) is not None,
-        **{f"head {name!r}": True for name in getattr(config, "heads", None) or {}},
     }
     if found := [name for name, there in refused.items() if there]:
         raise ConfigError(f"model.video: {found[0]} takes no video yet; leave it or the video section out")
+    for name in video.fewer:
+        if name not in encoders:
+            raise ConfigError(f"model.video.fewer: {name!r} is no encoder of this model; it has {', '.join(encoders)}")
+    if video.fewer and len(video.fewer) == len(encoders):
+        raise ConfigError(
+            "model.video.fewer: every encoder is given fewer frames than there are; lower model.video.frames"
+        )
     return video
 
 
@@ -200,15 +208,16 @@ class LayoutRules:
     def video_layout(self, frames: int, stamps: Sequence[Sequence[int]] = ()) -> VisualLayout:
         """The tokens of a video of so many frames, each seen once as a whole. stamps: ids of the text before each frame (of the
         first, where several become one set of tokens)."""
+        fewer = () if self.video is None else self.video.fewer_of(frames)
         if self.view.fast is not None and frames > 1:
-            return fast_layout(self.view, self.view.fast, frames, stamps)
+            return replace(fast_layout(self.view, self.view.fast, frames, stamps), fewer=fewer)
         together = self.view.frames
         blocks: list[Block] = []
         for number, first in enumerate(range(0, frames, together)):
             if stamps and stamps[first]:
                 blocks.append(Block(len(stamps[first]), ids=tuple(stamps[first])))
             blocks.append(whole_view(self.view, number))
-        return VisualLayout(tuple(blocks), num_views=-(-frames // together) * together, frames=frames)
+        return VisualLayout(tuple(blocks), num_views=-(-frames // together) * together, fewer=fewer, frames=frames)
 
     def timed_layout(self, milliseconds: Sequence[int], write: Callable[[str], Sequence[int]]) -> VisualLayout:
         """`video_layout` of frames shown at these times, with the text that the model's ``video`` section puts before them. write: a

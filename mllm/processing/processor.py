@@ -13,6 +13,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from mllm.config import to_plain
 from mllm.door import AUTO_MAP, SavesDoor
 from mllm.errors import AlignmentError, ConfigError
+from mllm.processing.geometry import GeometrySpec
 from mllm.processing.image_processor import MllmImagesKwargs
 from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES, LayoutRules
 from mllm.processing.masks import apply_template
@@ -53,7 +54,8 @@ class MllmProcessor(SavesDoor, ProcessorMixin):
 
     visual_span: how an image that the model draws lies in the text (`VisualSpan`), where it draws any; template_options: values
     of the chat template's own variables (``{"enable_thinking": False}``), kept inside the saved template; segment_spec: how masks lie on
-    what the model sees (`SegmentSpec`), where it answers with any.
+    what the model sees (`SegmentSpec`), where it answers with any; geometry_spec: which poses and depth maps its heads learn from
+    (`GeometrySpec`).
     """
 
     valid_processor_kwargs = MllmProcessorKwargs
@@ -67,9 +69,11 @@ class MllmProcessor(SavesDoor, ProcessorMixin):
         visual_span: Any = None,
         template_options: Any = None,
         segment_spec: Any = None,
+        geometry_spec: Any = None,
         **kwargs: Any,
     ):
         self.segment_spec = None if segment_spec is None else to_plain(segment_spec)
+        self.geometry_spec = None if geometry_spec is None else to_plain(geometry_spec)
         self.visual_span = None if visual_span is None else to_plain(visual_span)
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
@@ -166,6 +170,11 @@ class MllmProcessor(SavesDoor, ProcessorMixin):
     def segments(self) -> SegmentSpec | None:
         """How masks are read and written; None for a model that marks nothing."""
         return None if self.segment_spec is None else SegmentSpec.model_validate(self.segment_spec)
+
+    @property
+    def geometry(self) -> GeometrySpec | None:
+        """What heads learn of poses and depth; None for a model without such heads."""
+        return None if self.geometry_spec is None else GeometrySpec.model_validate(self.geometry_spec)
 
     @property
     def pixel_keys(self) -> PixelKeys:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mllm.processing.layout import LayoutRules
 from mllm.processing.pixel_keys import PixelKeys
 from mllm.processing.segments import SegmentSpec
 from mllm.processing.visual_span import VisualSpan
 from mllm.types import VisualLayout
+
+if TYPE_CHECKING:
+    from mllm.processing.geometry import GeometrySpec
 
 
 class TextTokenizer(Protocol):
@@ -99,6 +102,9 @@ class Processor(TextProcessor, Protocol):
 
     @property
     def segments(self) -> SegmentSpec | None: ...
+
+    @property
+    def geometry(self) -> GeometrySpec | None: ...
 
     @property
     def pixel_keys(self) -> PixelKeys: ...

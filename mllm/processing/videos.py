@@ -70,6 +70,11 @@ class Seen:
     spec: VideoSpec
     play: str = "forward"
 
+    def frame_size(self) -> tuple[int, int]:
+        """(height, width) of the frames, upright; decodes one of them."""
+        (first,) = self.clip.read([min(self.chosen.numbers)])
+        return first.height, first.width
+
     def pictures(self) -> Iterator[tuple[list[int], Image.Image]]:
         """Every different frame once, in the order of the file, with the places at which it is shown."""
         places: dict[int, list[int]] = {}
@@ -408,7 +413,7 @@ def _parts(source: Any, where: str) -> Iterator[bytes]:
 
 def frame_files(folder: Path) -> list[Path]:
     """A folder's frames in the order of their numbers."""
-    return sorted((file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES), key=_natural)
+    return sorted((file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES), key=natural_order)
 
 
 def import_av() -> Any:
@@ -438,7 +443,8 @@ def _stream(container: Any, where: str) -> Any:
     return container.streams.video[0]
 
 
-def _natural(path: Path) -> list[Any]:
+def natural_order(path: Path) -> list[Any]:
+    """What files sort by so that 10 follows 9."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
 
 

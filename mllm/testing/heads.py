@@ -31,7 +31,7 @@ class TinyModel(nn.Module):
         self.visual_head: Head = head
         self.visual_config: Any = head.config
         self.infos = parts.encoders
-        self.depth = parts.layers
+        self.depth, self.rules = parts.layers, parts.rules
         self.features = {
             name: VisionFeatures(torch.randn(2, info.grid[0] * info.grid[1], info.width), info.grid)
             for name, info in parts.encoders.items()
@@ -39,8 +39,14 @@ class TinyModel(nn.Module):
 
     image_token_id = 4
 
-    def visual_layouts(self, image_sizes: Tensor | None) -> list[VisualLayout] | None:
-        """As views native lay pictures of these (height, width) out, for the first encoder; None without sizes."""
+    def visual_layouts(
+        self, image_sizes: Tensor | None, video_times: Tensor | None = None
+    ) -> list[VisualLayout] | None:
+        """As views native lay pictures of these (height, width) out, for the first encoder; as the parts' rules lay videos out, where times
+        are given; None without either."""
+        if video_times is not None:
+            assert self.rules is not None
+            return self.rules.layouts(None, times=video_times)
         if image_sizes is None:
             return None
         info = next(iter(self.infos.values()))

@@ -191,6 +191,17 @@ def _bounds(batch: Batch, row: int, slots: int) -> list[int] | None:
     return sorted({int(end) - low for end in batch.cu_seq_lens if low <= end <= high})
 
 
+def _place_of(view: int, layout: VisualLayout, encoder: str) -> int | None:
+    """Which of an encoder's pixels of a visual show a view; None: it is not given that view."""
+    if layout.patches is not None:
+        return 0
+    if layout.rows_of(encoder) == layout.num_views:
+        return view
+    if layout.frames:
+        return layout.frames_of(encoder).index(view) if view in layout.frames_of(encoder) else None
+    return 0 if view == (layout.thumbnail or 0) else None  # encoders with fewer views have the thumbnail
+
+
 def _sample(
     batch: Batch,
     sample: int,
@@ -208,12 +219,10 @@ def _sample(
     for number, run in enumerate(run for run in runs if run.layout is not None):
         assert run.layout is not None
         for view in range(run.layout.num_views):
-            native = run.layout.patches is not None
-            whole = native or view == (run.layout.thumbnail or 0)  # encoders with fewer views have the thumbnail
             rows = {
-                name: first + (view if run.layout.rows_of(name) == run.layout.num_views else 0)
+                name: first + place
                 for name, first in first_views.items()
-                if whole or run.layout.rows_of(name) == run.layout.num_views
+                if (place := _place_of(view, run.layout, name)) is not None
             }
             pictures.append(
                 Picture(number, view, run.start, run.layout, _pixels(batch, rows, processor, run.layout.patches))
