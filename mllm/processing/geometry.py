@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mllm.config import StrictModel
 from mllm.errors import DataError
+from mllm.processing.geometry_spec import GeometrySpec
 from mllm.processing.images import MAX_PIXELS, image_size, read_bytes
 from mllm.processing.pixels import placed_at
 from mllm.processing.protocol import Processor
@@ -28,15 +28,6 @@ view in radians. VGGT's encoding (arXiv 2503.11651)."""
 _DEPTH_SUFFIXES = (".png", ".tif", ".tiff", ".npy")
 _SHAPES_ALIKE = 0.02
 """Share by which a depth map's shape (height : width) may differ from its picture's: sensors crop a little."""
-
-
-class GeometrySpec(StrictModel):
-    """What a processor must know of a model whose heads learn geometry. poses: a head learns camera poses; depth: (rows, columns) of
-    the maps that a head learns (None: none does); image: what the encoder sees that the maps lie on."""
-
-    poses: bool = False
-    depth: tuple[int, int] | None = None
-    image: ImageSpec
 
 
 def encode_geometry(

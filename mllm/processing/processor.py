@@ -13,7 +13,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from mllm.config import to_plain
 from mllm.door import AUTO_MAP, SavesDoor
 from mllm.errors import AlignmentError, ConfigError
-from mllm.processing.geometry import GeometrySpec
+from mllm.processing.geometry_spec import GeometrySpec
 from mllm.processing.image_processor import MllmImagesKwargs
 from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES, LayoutRules
 from mllm.processing.masks import apply_template

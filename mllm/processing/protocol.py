@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from mllm.processing.geometry_spec import GeometrySpec
 from mllm.processing.layout import LayoutRules
 from mllm.processing.pixel_keys import PixelKeys
 from mllm.processing.segments import SegmentSpec
 from mllm.processing.visual_span import VisualSpan
 from mllm.types import VisualLayout
-
-if TYPE_CHECKING:
-    from mllm.processing.geometry import GeometrySpec
 
 
 class TextTokenizer(Protocol):

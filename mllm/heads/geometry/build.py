@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from mllm.errors import ConfigError
 from mllm.heads.build import head_configs
-from mllm.processing.geometry import GeometrySpec
+from mllm.processing.geometry_spec import GeometrySpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
