@@ -147,7 +147,11 @@ def _list_encoders(console: Any, filters: dict[str, Any], names: bool) -> None:
             words[weights.get("commercial")],
         )
     show(shown)
-    console.print(f"\n{len(found)} of {len(catalogue())} encoders; adapters (type: …): " + ", ".join(ENCODERS))
+    if not found:
+        console.print("\nnothing fits all of these; leave one filter out, or search for fewer words")
+    whole = len(catalogue())
+    adapters = "; adapters (type: …): " + ", ".join(ENCODERS) if len(found) == whole else ""
+    console.print(f"\n{len(found)} of {whole} encoders{adapters}")
 
 
 def add_to(app: typer.Typer) -> None:

@@ -48,8 +48,16 @@ def matching(
     words: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """The entries for which all that is given holds. licence, words: parts of the licence's name; of name, capability and note
-    (case does not matter); least, most: millions of parameters. Raises `ConfigError` for a kind or objective that no entry has."""
+    (case does not matter); least, most: millions of parameters. Raises `ConfigError` for a kind, objective or licence that no entry has,
+    and for sizes that no number is between."""
     entries = catalogue()
+    if least is not None and most is not None and least > most:
+        raise ConfigError(f"size: at least {least:g} and at most {most:g} million parameters; no number is both")
+    licences = sorted({str((entry.get("weights") or {}).get("licence")) for entry in entries.values()} - {"None"})
+    if licence is not None and not any(licence.lower() in known.lower() for known in licences):
+        raise ConfigError(
+            f"licence: no encoder's weights are under {licence!r}{did_you_mean(licence, licences)} Known: {', '.join(licences)}"
+        )
     for key, value in (("kind", kind), ("objective", objective)):
         known = sorted({entry["about"][key] for entry in entries.values()})
         if value is not None and value not in known:

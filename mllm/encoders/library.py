@@ -309,8 +309,13 @@ def from_patches(patches: Tensor, grid: Grid, side: int) -> Tensor:
 
 def check_pixels(pixels: Tensor, image: ImageSpec, where: str) -> None:
     """Raise `ConfigError` unless pixels are ``(B, 3, image.height, image.width)``."""
-    if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, image.height, image.width):
-        raise ConfigError(
-            f"{where} encoder: expected pixels (B, 3, {image.height}, {image.width}), got {tuple(pixels.shape)}; "
-            "resize images to the encoder's own ImageSpec, or set its image_size"
-        )
+    if pixels.ndim == 4 and tuple(pixels.shape[1:]) == (3, image.height, image.width):
+        return
+    got = f"{where} encoder: expected pixels (B, 3, {image.height}, {image.width}), got {tuple(pixels.shape)}; "
+    if pixels.ndim == 4 and pixels.shape[1] == 1:
+        raise ConfigError(f"{got}repeat the one channel for red, green and blue: pixels.expand(-1, 3, -1, -1)")
+    if pixels.ndim == 4 and pixels.shape[1] != 3:
+        raise ConfigError(f"{got}choose three of the {pixels.shape[1]} channels, or an encoder of type channelvit")
+    if pixels.ndim == 3:
+        raise ConfigError(f"{got}add the batch in front: pixels[None]")
+    raise ConfigError(f"{got}resize images to the encoder's own ImageSpec, or set its image_size")

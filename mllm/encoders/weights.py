@@ -122,9 +122,23 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], *, source: str,
     problems = [("missing", missing), ("of another shape", shapes), ("not part of this architecture", extra)]
     text = "; ".join(f"{len(keys)} {what}: {shorten(keys)}" for what, keys in problems if keys)
     if text:
-        raise CheckpointError(f"weights: {source} does not fit this encoder. Keys {text}")
+        advice = _advice(len(own), len(missing), bool(shapes), bool(extra))
+        raise CheckpointError(f"weights: {source} does not fit this encoder. Keys {text}. {advice}")
     on_meta = any(tensor.is_meta for tensor in own.values())
     module.load_state_dict({key: state[key] for key in own}, assign=on_meta)
+
+
+def _advice(own: int, missing: int, shapes: bool, extra: bool) -> str:
+    """What to give in place of weights that do not fit."""
+    if extra and 3 * missing > own:
+        return "Too few of the encoder's names are there: is it another family's file?"
+    if shapes:
+        return "It is of another size or variant: choose the preset of that one, or set the config's sizes to it"
+    if missing and extra:
+        return "It is of another depth or variant: choose the preset of that one, or set the config to it"
+    if missing:
+        return f"It holds {own - missing} of the encoder's {own} tensors: give the whole file, or the folder with all its parts"
+    return "All of the encoder is there: save it without those names if they are a head, choose a deeper preset if they are layers"
 
 
 def shorten(keys: list[str], limit: int = 12) -> str:

@@ -211,8 +211,9 @@ class FalconEncoder(BackboneEncoder):
         fresh = ("vision_queries", "row_embedding", "column_embedding")
         found = {key: value for key, value in own.items() if key.split(".")[1] in fresh and key not in state}
         for key in own:
-            if ".interact_attn." in key and key not in state:
-                found[key] = state[key.replace(".interact_attn.", ".self_attn.")]
+            copied = key.replace(".interact_attn.", ".self_attn.")
+            if ".interact_attn." in key and key not in state and copied in state:
+                found[key] = state[copied]
         return found
 
     def forward(

@@ -165,8 +165,8 @@ class UnitEncoder(BackboneEncoder):
         resized as the authors do."""
         state = {key: value for key, value in state.items() if "input_conditioner." not in key}
         for key, value in state.items():
-            if key.endswith("patch_generator.pos_embed") and value.shape[1] != config.side**2:
-                side = math.isqrt(value.shape[1])
+            side = math.isqrt(value.shape[1]) if key.endswith("patch_generator.pos_embed") and value.ndim == 3 else 0
+            if side not in (0, config.side) and side**2 == value.shape[1]:
                 table = value.unflatten(1, (side, side)).permute(0, 3, 1, 2).float()
                 table = F.interpolate(table, size=(config.side, config.side), mode="bicubic", align_corners=True)
                 state[key] = table.flatten(2).transpose(1, 2).to(value.dtype)

@@ -140,3 +140,10 @@ def test_a_list_of_encoders_cuts_no_name_and_filters_nothing_else():
     assert f"{len(catalogue())} of {len(catalogue())} encoders" in shown.replace("\n", " ")
     refused = subprocess.run([*run, "tasks", "--commercial"], capture_output=True, text=True, env=narrow, check=False)
     assert refused.returncode == 2 and "mllm list encoders" in refused.stderr
+
+
+def test_filters_that_nothing_can_fit_are_refused():
+    with pytest.raises(ConfigError, match=r"licence: .*'apach-2.0', did you mean 'Apache-2.0'\? Known: .*MIT"):
+        matching(licence="apach-2.0")
+    with pytest.raises(ConfigError, match="at least 500 and at most 100 million"):
+        matching(least=500, most=100)
