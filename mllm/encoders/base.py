@@ -56,6 +56,11 @@ class VisionEncoder(nn.Module):
         # `from_pretrained` gives only modules with a tensor of their own the chance to restore their buffers.
         self.register_buffer("has_lost_buffers", torch.empty(0), persistent=False)
 
+    @property
+    def volume_depth(self) -> int | None:
+        """Slices that one token of a volume holds, where images of one scene are the slices of a volume; None: they are pictures."""
+        return None
+
     @classmethod
     def resolve(cls, config: EncoderConfig) -> Any:
         """The same config with everything that follows from it written out (`info` above all). May import the library the encoder comes

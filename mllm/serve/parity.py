@@ -16,6 +16,7 @@ from PIL import Image
 
 from mllm.damage import opening
 from mllm.errors import ConfigError, UnavailableError
+from mllm.processing.panels import as_panels
 from mllm.processing.protocol import Processor
 from mllm.serve.adapters import adapter_rank
 from mllm.serve.traces import (
@@ -54,11 +55,17 @@ class Difference:
 
 
 def standard_cases(
-    count: int = 12, *, max_images: int = 5, experts: Sequence[str] = (), video: bool = False, seed: int = 0
+    count: int = 12,
+    *,
+    max_images: int = 5,
+    experts: Sequence[str] = (),
+    video: bool = False,
+    panels: int = 1,
+    seed: int = 0,
 ) -> list[Case]:
     """Varied prompts: 0 to ``max_images`` pictures of odd sizes, short and long text, several turns, typed
     placeholders; for a routed model its own routing and fixed ones in turn; for one that takes ``video`` clips between the
-    pictures."""
+    pictures; for one that sees more than three channels pictures of so many ``panels``."""
     rng = np.random.default_rng(seed)
     words = [
         "what",
@@ -80,7 +87,7 @@ def standard_cases(
     cases: list[Case] = []
     for index in range(count):
         num = index % (max_images + 1)
-        pictures: list[Any] = [make_picture(rng) for _ in range(num)]
+        pictures: list[Any] = [make_picture(rng, panels) for _ in range(num)]
         if video:
             pictures = [
                 make_clip(rng) if (index + k) % 2 and k < 2 * MOST_VIDEOS else p for k, p in enumerate(pictures)
@@ -107,13 +114,15 @@ def standard_cases(
     return cases
 
 
-def make_picture(rng: np.random.Generator) -> Image.Image:
-    """A random picture of odd size: colour ramps with noise."""
+def make_picture(rng: np.random.Generator, panels: int = 1) -> Image.Image:
+    """A random picture of odd size: colour ramps with noise, as tall again for each further panel."""
     width, height = (int(n) for n in rng.integers(17, 140, 2))
+    height *= panels
     ramps = np.linspace(0, 1, width)[None, :, None] * rng.uniform(0, 255, 3) + np.linspace(0, 1, height)[
         :, None, None
     ] * rng.uniform(0, 255, 3)
-    return Image.fromarray((ramps / 2 + rng.uniform(0, 127, (height, width, 3))).astype(np.uint8))
+    picture = Image.fromarray((ramps / 2 + rng.uniform(0, 127, (height, width, 3))).astype(np.uint8))
+    return picture if panels == 1 else as_panels(picture, panels)
 
 
 def make_clip(rng: np.random.Generator) -> Video:
@@ -203,7 +212,11 @@ def run_parity(
         list(cases)
         if cases is not None
         else standard_cases(
-            num_cases, max_images=images, experts=experts, video=getattr(model.config, "video", None) is not None
+            num_cases,
+            max_images=images,
+            experts=experts,
+            video=getattr(model.config, "video", None) is not None,
+            panels=max((spec.panels for spec in processor.image_processor.specs.values()), default=1),
         )
     )
     with tempfile.TemporaryDirectory() as folder:

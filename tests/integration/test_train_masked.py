@@ -151,8 +151,51 @@ def test_uni4eye_tells_the_picture_and_its_gradient_map_by_two_decoders(tmp_path
     options = MaskedOptions(target="pixels_gradients", branch_width=32, decoder_depth=1)
     model = MaskedModel("eye", encoder, options, {"eye": "pixels"})
     picture, gradient = model.hidden_branch
-    assert (picture.out.out_features, gradient.out.out_features) == (48, 16)
+    told = picture.out.out_features, gradient.out.out_features
+    assert told == (2 * 48, 2 * 16), "of the two slices that a token of a volume holds"
     tokens = torch.randn(1, 16, 24)
     moved = tokens.clone()
     moved[0, 15] += torch.randn(24)
     assert not torch.allclose(picture(tokens)[0, 0], picture(moved)[0, 0], atol=1e-6), "cells see each other"
+
+
+def test_volumes_are_masked_patch_by_patch_and_slices_told_apart(tmp_path):
+    torch.manual_seed(0)
+    eye = build_encoder(encoder_config(ENCODERS.get("uni4eye").tiny(), where="eye")).train()
+    eye.restore_buffers()
+    seen = []
+    eye.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args[0], kwargs["scene_ids"])), with_kwargs=True)
+    model = MaskedModel("eye", eye, MaskedOptions(branch_width=16, target="pixels_gradients"), {"eye": "pixels"})
+    # A volume of five slices, a picture, a volume of two; a patch holds two slices.
+    numbers = torch.tensor([0, 1, 2, 3, 4, 0, 0, 1])
+    found = model(8.0, pixels=torch.randn(8, 3, 16, 20) + 3.0, slice_numbers=numbers)
+    found.loss.backward()
+    pixels, scenes = seen[0]
+    assert scenes.tolist() == [0] * 5 + [1] + [2] * 2 + [3] * 5 + [4] + [5] * 2
+    hidden = (cells(pixels, model.grid) == 0).all(2)
+    patches = [[0, 1], [2, 3], [4], [5], [6, 7]]
+    assert all(torch.equal(hidden[p[0]], hidden[p[-1]]) for p in patches)
+    assert len({tuple(hidden[p[0]].tolist()) for p in patches}) > 1, "patches of one volume are hidden apart"
+    grads = {name: p.grad for name, p in eye.named_parameters()}
+    for name in ("proj.weight", "proj_3d.weight", "pos_embed_3d", "depth_embed_3d"):
+        assert grads[f"model.patch_embed.{name}"].abs().sum() > 0, f"{name} does not learn"
+    told = torch.arange(16.0).view(4, 1, 4)  # of two slices in both views: what their one token tells of either
+    own = model._own(told[[0, 0, 2, 2]], torch.tensor([0, 1]))
+    assert own[:, 0].tolist() == [[0, 1], [2, 3], [8, 9], [10, 11]]
+
+
+def test_several_pictures_are_a_volume_or_refused(tmp_path):
+    from PIL import Image
+
+    from mllm.errors import DataError
+    from mllm.train.stages.masked.stage import PictureReader
+    from mllm.types import Sample
+    from tests.helpers import tiny_model
+
+    _, processor = tiny_model(tmp_path)
+    sample = Sample("s", [], [Image.new("RGB", (20, 20), (40 * k, 0, 0)) for k in range(3)])
+    with pytest.raises(DataError, match="3 pictures, and a masked stage learns from one a row"):
+        PictureReader(processor, ["semantic"]).encode_sample(sample)
+    volume = PictureReader(processor, ["semantic"], volumes=True).encode_sample(sample)
+    assert volume.num_images == volume.num_supervised == 3 and volume.extras["slice_numbers"].tolist() == [0, 1, 2]
+    assert len({float(each[0].mean()) for each in volume.pixels[processor.pixel_keys["semantic"]]}) == 3

@@ -115,6 +115,10 @@ class Uni4EyeEncoder(BackboneEncoder):
     joins_views: ClassVar[bool] = True
     model: Uni4EyeVit
 
+    @property
+    def volume_depth(self) -> int:
+        return self.config.patch_depth
+
     @classmethod
     def tiny(cls) -> dict[str, Any]:
         sizes = {"width": 24, "depth": 2, "num_heads": 2, "patch_size": 4, "patch_depth": 2, "mlp_ratio": 2.0}

@@ -34,6 +34,7 @@ from mllm.train.trainer import Run
 from mllm.types import Sample
 
 BRANCHES = "mask_branches"
+_SLICE = "slice_numbers"
 
 
 class MaskedOptions(StrictModel):
@@ -62,28 +63,35 @@ class MaskedOptions(StrictModel):
 
 
 class PictureReader(WrappedProcessor):
-    """A processor whose samples are one picture, for the encoder and its teacher."""
+    """A processor whose samples are one picture, for the encoder and its teacher; with ``volumes`` several are the slices of one."""
 
-    def __init__(self, processor: Processor, names: list[str]):
+    def __init__(self, processor: Processor, names: list[str], *, volumes: bool = False):
         super().__init__(processor)
+        self.volumes = volumes
         images = processor.image_processor
         self.specs = {name: images.specs[name] for name in names}
         self.keys = {name: processor.pixel_keys[name] for name in names}
         self.max_pixels = images.max_pixels
 
     def encode_sample(self, sample: Sample, max_length: int | None = None) -> EncodedSample:
-        """Raises `DataError` naming a sample without picture."""
+        """Raises `DataError` naming a sample without picture, or with several that are no volume."""
         where = f"sample {sample.id!r} of {sample.dataset}"
         if not sample.images:
             raise DataError(f"{where}: a masked stage learns from pictures, and there is none")
-        picture = load_image(sample.images[0], where=where, max_pixels=self.max_pixels)
-        pixels = to_pixels_multi(picture, self.specs)
-        counted = torch.zeros(2, dtype=torch.long)
-        labels = torch.tensor(
-            [IGNORE, 0]
-        )  # one learned position a picture, so the stage's loss is the mean over pictures
-        result = EncodedSample(sample.id, sample.dataset, counted, labels, num_images=1)
-        result.pixels = {self.keys[name]: pixels[name][None] for name in self.specs}
+        count = len(sample.images)
+        if count > 1 and not self.volumes:
+            raise DataError(
+                f"{where}: {count} pictures, and a masked stage learns from one a row; write a row for each (only an encoder of volumes, "
+                "such as uni4eye, reads several as slices)"
+            )
+        pictures = [load_image(image, where=where, max_pixels=self.max_pixels) for image in sample.images]
+        pixels = [to_pixels_multi(picture, self.specs) for picture in pictures]
+        counted = torch.zeros(1 + count, dtype=torch.long)
+        labels = torch.tensor([IGNORE, *[0] * count])  # one a picture, so the stage's loss is the mean over pictures
+        result = EncodedSample(sample.id, sample.dataset, counted, labels, num_images=count)
+        result.pixels = {self.keys[name]: torch.stack([each[name] for each in pixels]) for name in self.specs}
+        if self.volumes:
+            result.extras = {_SLICE: torch.arange(count)}
         return result
 
 
@@ -122,7 +130,8 @@ class MaskedModel(EncoderModel):
         self._teacher = [teacher]  # no child: it neither learns nor is counted
         info = encoder.describe(encoder.config)
         self.grid = info.grid
-        told, inner = self._target_widths(info), options.branch_width
+        self.depth = encoder.volume_depth or 1
+        told, inner = [self.depth * width for width in self._target_widths(info)], options.branch_width
         self.hidden_branch = nn.ModuleList(
             Decoder(info.width, inner, out, options.decoder_depth)
             if options.decoder_depth
@@ -156,16 +165,37 @@ class MaskedModel(EncoderModel):
         tokens = teacher(pixels).tokens.float()
         return F.layer_norm(tokens, tokens.shape[-1:])
 
+    @staticmethod
+    def _scenes(numbers: Tensor | None) -> dict[str, Tensor]:
+        """What an encoder of volumes is told: which slices of both views belong together, by their numbers ``(S,)`` in their volumes."""
+        if numbers is None:
+            return {}
+        volumes = (numbers == 0).cumsum(0) - 1
+        return {"scene_ids": torch.cat([volumes, volumes + volumes[-1] + 1])}
+
+    def _own(self, told: Tensor, numbers: Tensor | None) -> Tensor:
+        """Of what a token ``(2 S, N, depth · D)`` tells of all slices that it holds, the part of the slice itself: ``(2 S, N, D)``."""
+        if numbers is None or self.depth == 1:
+            return told
+        parts = told.unflatten(2, (self.depth, -1))
+        return parts[torch.arange(len(told), device=told.device), :, (numbers % self.depth).repeat(2)]
+
     def forward(self, num_items_in_batch: float, **inputs: Any) -> Any:
-        """``loss``: the mean over these pictures, weighted by their share of ``num_items_in_batch``, all of the optimizer step."""
+        """``loss``: the mean over these pictures, weighted by their share of ``num_items_in_batch``, all of the optimizer step. Of
+        volumes every slice counts as a picture; the cells of the slices that one token holds are hidden together."""
         options = self.options
         pixels = inputs[self.keys[self.encoder_name]]
-        masks = disjoint_masks(len(pixels), self.grid, options.mask_ratio, options.predict_ratio, options.block)
-        mask = torch.cat(masks).to(pixels.device)
-        tokens = self.encoder(hide(torch.cat([pixels, pixels]), mask, self.grid)).tokens
-        shown = tokens[~mask].view(len(mask), -1, tokens.shape[2])
-        predicted = torch.cat([branch(tokens) for branch in self.hidden_branch], dim=2).float()
-        seen = self.visible_branch(shown).float()
+        numbers = inputs.get(_SLICE)
+        patches = torch.arange(len(pixels)) if numbers is None else (numbers % self.depth == 0).cumsum(0).cpu() - 1
+        masks = disjoint_masks(
+            int(patches[-1]) + 1, self.grid, options.mask_ratio, options.predict_ratio, options.block
+        )
+        mask = torch.cat([each[patches] for each in masks]).to(pixels.device)
+        shown = hide(torch.cat([pixels, pixels]), mask, self.grid)
+        tokens = self.encoder(shown, **self._scenes(numbers)).tokens
+        seen = tokens[~mask].view(len(mask), -1, tokens.shape[2])
+        predicted = torch.cat([self._own(branch(tokens), numbers) for branch in self.hidden_branch], dim=2).float()
+        seen = self._own(self.visible_branch(seen), numbers).float()
         hidden, visible = joint_loss(
             predicted, seen, self.target(inputs), mask, pair=options.losses, weight=options.visible_weight
         )
@@ -223,7 +253,8 @@ def build_masked(
             raise ConfigError(
                 f"{where}.options.teacher: its grid is {grid}, that of {name} {info.grid}; choose its image_size"
             )
-    reader = PictureReader(processor, [n for n in (name, options.teacher) if n is not None])
+    names = [n for n in (name, options.teacher) if n is not None]
+    reader = PictureReader(processor, names, volumes=encoders[name].volume_depth is not None)
     return MaskedModel(name, encoders[name], options, reader.keys, teacher), reader
 
 
