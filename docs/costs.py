@@ -19,6 +19,7 @@ SCORES = {
     "real_charts": "real_charts_h200",
     "routed_demo": "routing_demo_cpu",
     "segmentation_demo": "segmentation_demo_cpu",
+    "forgery_demo": "forgery_demo_cpu",
     "tiles_demo": "tiles_demo_cpu",
     "unified_demo": "unified_demo_cpu",
     "video_demo": "video_demo_cpu",

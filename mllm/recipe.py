@@ -229,6 +229,24 @@ class DrawSpec(StrictModel):
     """Draw from the likeliest codes that make up this share; 0: from all."""
     seed: int = 0
     """Seed of the drawing alone."""
+    decoder: Literal["auto", "plain", "diffusion"] = "auto"
+    """What paints the codes: plain, the visual tokenizer's own decoder; diffusion, the one trained beside it. auto: that where there is
+    one and the tokenizer does not learn in this stage, else the plain one."""
+    steps: int | None = Field(default=None, ge=1)
+    """Denoising steps of the diffusion decoder; default: its own."""
+    guidance: float | None = Field(default=None, ge=0)
+    """Scale of the diffusion decoder's guidance; default: its own."""
+
+
+def reader_of(settings: Mapping[str, Any] | None) -> str | None:
+    """Name of the encoder whose tokenizer a model draws with, of its ``visual_tokenizer: {encoder: NAME}``; None for a tokenizer of its
+    own (some types have a key ``encoder`` too, which is a mapping)."""
+    name = (settings or {}).get("encoder")
+    return name if isinstance(name, str) else None
+
+
+ALONE = ("tokenizer", "diffusion")
+"""Kinds of stages that train a visual tokenizer, or a decoder beside it, without a language model."""
 
 
 class StageSpec(StrictModel):
@@ -401,17 +419,25 @@ class Recipe(StrictModel):
             raise ValueError(f"stage names must differ, got {names}")
         if "final" in names:
             raise ValueError("a stage cannot be called 'final': that folder holds the last checkpoint")
-        alone = self.model.language_model is None
-        for stage in self.stages:
-            if (stage.kind in ("tokenizer", "diffusion")) != alone:
-                raise ValueError(
-                    f"stages.{stage.name} is of kind {stage.kind}, and model has "
-                    + (
-                        "no language_model, which all kinds but tokenizer and diffusion need"
-                        if alone
-                        else "a language_model: a visual tokenizer is trained in a recipe of its own (model: {visual_tokenizer: …} "
-                        "alone), and this one then names its folder, visual_tokenizer: {weights: folder}"
+        kinds = [stage.kind in ALONE for stage in self.stages]
+        if self.model.language_model is None:
+            for stage in self.stages:
+                if stage.kind not in ALONE:
+                    raise ValueError(
+                        f"stages.{stage.name} is of kind {stage.kind}, and model has no language_model, which all kinds but tokenizer and "
+                        "diffusion need"
                     )
+        elif any(kinds):
+            first = self.stages[0]
+            if all(kinds) or kinds != sorted(kinds, reverse=True):
+                raise ValueError(
+                    f"stages: those of kind tokenizer and diffusion come first ({first.name} is of kind {first.kind}), and at least one "
+                    "that trains the language_model's model behind them; a visual tokenizer alone has a recipe of its own (model: "
+                    "{visual_tokenizer: …} alone)"
+                )
+            if self.model.visual_tokenizer is None:
+                raise ValueError(
+                    f"stages.{first.name} is of kind {first.kind}, and model has no visual_tokenizer: {{type: …}}"
                 )
         return self
 

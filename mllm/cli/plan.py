@@ -82,22 +82,26 @@ def plan(
     ports = parse_network(network or "400Gb", processes // nodes)
     if kind is not None:
         memory = memory or kind.memory / 1e9
+    from mllm.recipe_of_stage import parts_of_run
     from mllm.train.preflight.plan import plan_recipe
     from mllm.train.preflight.plan_report import plan_tables, scaling_tables, too_large
     from mllm.train.preflight.tokenizer_plan import plan_tokenizer
 
-    if loaded.model.language_model is None:
-        planned = plan_tokenizer(loaded, processes=processes, with_data=data)
-    else:
-        planned = plan_recipe(loaded, processes=processes, with_data=data, gpu_memory=memory * 1e9 if memory else 80e9)
-    problems = too_large(planned, memory)
-    console = Console()
-    for item in plan_tables(planned, peak_flops=peak * 1e12, mfu=mfu, processes=processes):
-        console.print(item, soft_wrap=isinstance(item, str), highlight=False)
-    if kind is not None:
-        cluster = Cluster(kind, processes, nodes, ports)
-        for item in scaling_tables(planned, cluster, rate=rate * 1e12 if rate else None):
+    console, problems = Console(), []
+    for part in parts_of_run(loaded, loaded.output_dir):
+        if part.model.language_model is None:
+            planned = plan_tokenizer(part, processes=processes, with_data=data)
+        else:
+            planned = plan_recipe(
+                part, processes=processes, with_data=data, gpu_memory=memory * 1e9 if memory else 80e9
+            )
+        problems += too_large(planned, memory)
+        for item in plan_tables(planned, peak_flops=peak * 1e12, mfu=mfu, processes=processes):
             console.print(item, soft_wrap=isinstance(item, str), highlight=False)
+        if kind is not None:
+            cluster = Cluster(kind, processes, nodes, ports)
+            for item in scaling_tables(planned, cluster, rate=rate * 1e12 if rate else None):
+                console.print(item, soft_wrap=isinstance(item, str), highlight=False)
     for line in problems:
         console.print(f"[red]! {line}", soft_wrap=True, highlight=False)
     if problems:

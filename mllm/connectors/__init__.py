@@ -25,6 +25,7 @@ CONNECTORS: Registry = Registry(
         "dual_perspective": "mllm.connectors.dual_perspective:DualPerspectiveConnector",
         "gated_fusion": "mllm.connectors.gated_fusion:GatedFusionConnector",
         "geometry_exchange": "mllm.connectors.geometry_exchange:GeometryExchangeConnector",
+        "gated_cross": "mllm.connectors.gated_cross:GatedCrossConnector",
         "attention_bias": "mllm.connectors.attention_bias:AttentionBiasConnector",
     },
 )

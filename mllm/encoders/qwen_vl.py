@@ -156,10 +156,22 @@ class QwenVlEncoder(LibraryEncoder):
         still = cells.reshape(-1, 3, 1, side, side).expand(
             -1, -1, self._frames, -1, -1
         )  # a picture is shown to both frames
+        if patches.is_meta:
+            return self._products(still.flatten(1))
         shapes = [(1, rows * merge, columns * merge) for rows, columns in grids]
         with packed(self.model, VARLEN):
             found = self.model(still.flatten(1), grid_thw=torch.tensor(shapes, device=patches.device))
         return found.pooler_output
+
+    def _products(self, patches: Tensor) -> Tensor:
+        """The tower's products alone, for a plan on the meta device: where patches stand and which see each other are values, which that
+        device has none of. Attention's own are left out."""
+        model: Any = self.model
+        x = model.patch_embed(patches)
+        for block in model.blocks:
+            x = x + block.attn.proj(block.attn.qkv(block.norm1(x))[..., : x.shape[-1]])
+            x = x + block.mlp(block.norm2(x))
+        return model.merger(x)
 
 
 def _sizes(full: Any) -> tuple[int, int, int]:

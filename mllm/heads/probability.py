@@ -131,6 +131,7 @@ class ProbabilityMixin:
     config: PreTrainedConfig
     heads: Any
 
+    @torch.no_grad()
     def probability(self: MultimodalModel, images: Any, question: str, *, processor: Processor, **options: Any) -> Any:
         """Ask a question whose answer names a class.
 
@@ -237,7 +238,7 @@ def calibrate(scores: Tensor, classes: Tensor) -> float:
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(scores.double() / log.exp(), classes)
+        loss = F.cross_entropy(scores.detach().double() / log.exp(), classes)
         loss.backward()
         return loss
 

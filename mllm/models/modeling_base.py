@@ -20,6 +20,7 @@ from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.foreign.checkpoint import ForeignCheckpoint
 from mllm.models.foreign.read import read_foreign, recognise
 from mllm.models.weight_files import refuse_gaps
+from mllm.recipe import reader_of
 from mllm.visual_tokenizers.diffusion.carried import attach, carry, hub_decoder
 
 
@@ -182,7 +183,7 @@ class MllmPreTrainedModel(OpenedByDoor, PreTrainedModel):
             parts["connector"] = [f"{root}multi_modal_projector."]
             if self.config.view_layout().fast is not None:
                 parts["slow_attention"] = [f"{root}slow_attention."]
-        if self.config.visual_tokenizer is not None and "encoder" not in self.config.visual_tokenizer:
+        if self.config.visual_tokenizer is not None and reader_of(self.config.visual_tokenizer) is None:
             parts["visual_tokenizer"] = [f"{root}visual_tokenizer."]
         parts |= {f"heads.{name}": [f"heads.{name}."] for name in heads_with_weights(self.config.heads)}
         parts["language_model"] = [f"{root}language_model.", "lm_head."]

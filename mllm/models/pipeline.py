@@ -17,6 +17,7 @@ from mllm.connectors.build import build_connector, connector_config
 from mllm.encoders.catalogue import build_encoder, encoder_config
 from mllm.errors import AlignmentError, ConfigError
 from mllm.models.routing import limit_routing
+from mllm.recipe import reader_of
 from mllm.types import Routing, VisionFeatures, VisualLayout
 
 if TYPE_CHECKING:
@@ -315,7 +316,7 @@ def fetched(module: nn.Module) -> ExitStack:
 
 def build_own_tokenizer(config: MllmConfig) -> nn.Module | None:
     """The visual tokenizer of an `MllmConfig`; None without one, or where an encoder's is used."""
-    if config.visual_tokenizer is None or "encoder" in config.visual_tokenizer:
+    if config.visual_tokenizer is None or reader_of(config.visual_tokenizer) is not None:
         return None
     from mllm.visual_tokenizers.base import build_tokenizer
 

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from mllm.errors import CheckpointError, ConfigError, Interrupted
 from mllm.machines import Machines
 from mllm.plugins import load_plugins
 from mllm.recipe import Recipe, StageSpec
+from mllm.recipe_of_stage import parts_of_run, recipe_of_stage
 from mllm.train.agreement import agree
 from mllm.train.checkpoint.export import finished_otherwise, is_finished, publish
 from mllm.train.checkpoint.files import found
@@ -110,7 +112,7 @@ def _check_run(recipe: Recipe, folder: Path, resume: bool, extend: bool) -> None
     with progress.phase("checking the recipe and its data"):
         load_plugins(recipe.plugins)
         for stage in recipe.stages:
-            kind_of(stage).check(stage, recipe)
+            kind_of(stage).check(stage, recipe_of_stage(recipe, stage, folder))
     former = sorted(folder.glob("step-*/training_state.pt")) if folder.is_dir() else []
     if former:
         raise ConfigError(
@@ -123,7 +125,8 @@ def _check_run(recipe: Recipe, folder: Path, resume: bool, extend: bool) -> None
         )
     for stage in recipe.stages:
         if is_finished(folder / stage.name):
-            _check_finished(recipe, stage, folder, extend and stage is recipe.stages[-1])
+            own = recipe_of_stage(recipe, stage, folder)
+            _check_finished(own, stage, folder, extend and stage is recipe.stages[-1])
 
 
 def _check_finished(recipe: Recipe, stage: StageSpec, folder: Path, extend: bool) -> None:
@@ -161,7 +164,8 @@ def _train(recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, p
     if main:
         folder.mkdir(parents=True, exist_ok=True)
     agree(recipe, folder)
-    choose_engines(recipe)
+    for part in parts_of_run(recipe, folder):
+        choose_engines(part)
     if main:
         with progress.phase("opening the run's records"):
             info = RunInfo(folder, recipe, processes=distributed.world_size(), resume=resume)
@@ -215,10 +219,14 @@ def _train_stages(run: Run) -> bool:
     previous: Path | None = None
     for stage in run.recipe.stages:
         folder = run.output / stage.name
+        own = replace(run, recipe=recipe_of_stage(run.recipe, stage, run.output))
+        if stage is own.recipe.stages[0]:
+            previous = None  # of a model that is built on a tokenizer of this run, which its recipe names
         if not is_finished(folder) or (run.extend and stage is run.recipe.stages[-1]):
             distributed.barrier()
-            if not kind_of(stage).train(run, stage, previous, folder):
+            if not kind_of(stage).train(own, stage, previous, folder):
                 return False
+            run.stop_after = own.stop_after
         elif distributed.is_main():
             Console(stderr=True).print(f"stage {stage.name} is finished ({folder})", highlight=False)
         # A run killed right after the stage was written left its checkpoints behind.

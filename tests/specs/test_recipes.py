@@ -12,7 +12,10 @@ from mllm.config import read_yaml
 from mllm.errors import ConfigError, UnknownName
 from mllm.models.build import build_config
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
-from mllm.recipe import Recipe, load_recipe
+from mllm.recipe import ALONE, Recipe, load_recipe
+from mllm.recipe_of_stage import parts_of_run, recipe_of_stage
+from mllm.train.preflight.plan import plan_recipe
+from mllm.train.preflight.tokenizer_plan import plan_tokenizer
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(p.stem for p in FOLDER.glob("*.yaml") if "language_model" in read_yaml(p)["model"])
@@ -54,7 +57,7 @@ def test_recipe_builds_on_the_meta_device(name: str) -> None:
     for parameter_name, parameter in model.named_parameters():
         part = model.part_of(parameter_name).partition(".")[0]
         parts[part] = parts.get(part, 0) + parameter.numel()
-    for stage in recipe.stages:
+    for stage in recipe_of_stage(recipe, recipe.stages[-1], Path("run")).stages:
         for part in stage.learning():
             assert any(known == part or known.startswith(f"{part}.") for known in model.part_prefixes()), (
                 f"{stage.name}: {part}"
@@ -129,3 +132,46 @@ def test_a_stage_that_contradicts_itself_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"learn.connector is 0.0; a rate is positive"):
         load_recipe("llava_1_5", ["stages.sft.learn.connector=0.0"])
     assert Recipe.model_json_schema()["properties"]["stages"]
+
+
+def test_one_recipe_may_train_a_tokenizer_and_the_model_on_it(tmp_path: Path) -> None:
+    recipe = load_recipe("focus")
+    first, second = parts_of_run(recipe, tmp_path)
+    assert [stage.name for stage in first.stages] == ["tokenizer", "decoder"] and first.model.language_model is None
+    assert [stage.name for stage in second.stages] == ["understanding", "segmentation", "editing", "joint"]
+    assert second.model.visual_tokenizer["weights"] == str(
+        tmp_path / "decoder"
+    )  # the tokenizer, and the decoder beside it
+    assert {**second.model.visual_tokenizer, "weights": None} == {**first.model.visual_tokenizer, "weights": None}
+    assert recipe_of_stage(load_recipe("llava_1_5"), load_recipe("llava_1_5").stages[0], tmp_path).name == "llava_1_5"
+
+
+@pytest.mark.nightly
+def test_both_halves_of_such_a_recipe_are_planned(tmp_path: Path) -> None:
+    first, second = parts_of_run(load_recipe("focus"), tmp_path)
+    parts = plan_tokenizer(first, processes=8, with_data=False).parameters
+    assert sum(n for part, n in parts.items() if part.startswith("diffusion_decoder.network")) / 1e9 == pytest.approx(
+        2.57, rel=0.01
+    )
+    planned = plan_recipe(second, processes=8, with_data=False)
+    assert [stage.name for stage in planned.stages] == [stage.name for stage in second.stages]
+    assert planned.parameters["encoders.whole"] / 1e6 == pytest.approx(676, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("order", "words"),
+    [
+        (["sft", "tokenizer"], "come first"),
+        (["tokenizer"], "at least one"),
+        (["sft"], None),
+    ],
+)
+def test_stages_of_the_tokenizer_come_first(order: list[str], words: str | None) -> None:
+    data = read_yaml(FOLDER / "focus.yaml")
+    made = {stage.get("kind", "sft"): stage for stage in data["stages"]}
+    data = {**data, "name": "mixed", "stages": [made[kind] for kind in order]}
+    if words is None:
+        assert Recipe.model_validate(data).stages[0].kind not in ALONE
+        return
+    with pytest.raises(ValueError, match=words):
+        Recipe.model_validate(data)

@@ -72,14 +72,19 @@ def answer_text(reply: str) -> str:
 
 
 def checkpoint_hash(checkpoint: str) -> str:
-    """Sixteen hex digits over the files of a checkpoint folder; a hub id stays what it is."""
+    """Sixteen hex digits over the files of a checkpoint folder, its diffusion decoder's among them; a hub id stays what it is."""
     folder = Path(checkpoint)
     if not folder.is_dir():
         return checkpoint
+    from mllm.visual_tokenizers.diffusion.carried import FOLDER
+
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
+    carried = (
+        folder / FOLDER
+    )  # what it draws with; other folders (optimizer state, parts of a run) are no part of the model
+    for path in [*sorted(folder.iterdir()), *(sorted(carried.iterdir()) if carried.is_dir() else [])]:
         if path.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt"):
-            digest.update(path.name.encode())
+            digest.update(path.relative_to(folder).as_posix().encode())
             with path.open("rb") as handle:
                 digest.update(hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()[:16]

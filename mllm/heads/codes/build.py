@@ -15,6 +15,7 @@ from mllm.heads.base import HeadParts
 from mllm.heads.build import drawing_head, head_config
 from mllm.heads.codes.grammar import make_span
 from mllm.processing.visual_span import VisualSpan
+from mllm.recipe import reader_of
 from mllm.visual_tokenizers.base import CONFIG_FILE, VisualTokenizer, build_tokenizer, stored_config, tokenizer_config
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def tokenizer_settings(value: Mapping[str, Any] | None, encoders: Mapping[str, A
     if value is None:
         return None
     where = "model.visual_tokenizer"
-    if "encoder" in value:
+    if reader_of(value) is not None:
         name = value["encoder"]
         readers = [n for n, config in encoders.items() if config.type == "visual_tokenizer"]
         if name not in readers or len(value) > 1:
@@ -52,8 +53,9 @@ def tokenizer_settings(value: Mapping[str, Any] | None, encoders: Mapping[str, A
 
 def resolved_settings(settings: Mapping[str, Any], encoders: Mapping[str, Any]) -> dict[str, Any]:
     """The tokenizer's whole config for `tokenizer_settings`, those of the encoder that it may name."""
-    if "encoder" in settings:
-        encoder = encoders[settings["encoder"]]
+    name = reader_of(settings)
+    if name is not None:
+        encoder = encoders[name]
         settings = encoder["tokenizer"] if isinstance(encoder, Mapping) else encoder.tokenizer
     return dict(settings)
 
@@ -73,5 +75,6 @@ def visual_span(config: PreTrainedConfig) -> VisualSpan | None:
     tokenizer = empty_tokenizer(config.visual_tokenizer, config.encoders)
     with torch.device("meta"):
         module = HEADS.get(head.type)(head, HeadParts(config.get_text_config().hidden_size, tokenizer=tokenizer))
-    reader = config.encoders[config.visual_tokenizer["encoder"]] if "encoder" in config.visual_tokenizer else {}
+    reader_name = reader_of(config.visual_tokenizer)
+    reader = {} if reader_name is None else config.encoders[reader_name]
     return make_span(head, tokenizer, module.num_slots, resize=reader.get("resize", "squash"))

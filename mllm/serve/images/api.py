@@ -22,6 +22,7 @@ from mllm.errors import ConfigError, MllmError, UnavailableError
 from mllm.heads.codes.build import resolved_settings
 from mllm.heads.codes.generate import to_pil
 from mllm.models.weight_files import present_name, published_renamings, read_part
+from mllm.recipe import reader_of
 from mllm.serve.images.requests import BrokenDrawing, DrawingPlan
 from mllm.visual_tokenizers.base import VisualTokenizer, build_tokenizer
 from mllm.visual_tokenizers.diffusion.carried import attach
@@ -212,7 +213,7 @@ def _load_tokenizer(config: MllmConfig, checkpoint: str) -> VisualTokenizer:
 
         folder = Path(snapshot_download(checkpoint))
     assert config.visual_tokenizer is not None
-    owner = config.visual_tokenizer.get("encoder")
+    owner = reader_of(config.visual_tokenizer)
     prefix = "model.visual_tokenizer." if owner is None else f"model.vision_tower.encoders.{owner}.tokenizer."
     tokenizer = build_tokenizer(resolved_settings(config.visual_tokenizer, config.encoders))
     renamings = published_renamings(tokenizer)

@@ -163,12 +163,15 @@ def publish(source: Path, target: Path) -> None:
     temporary = target.with_name(f".writing-{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for path in sorted(source.iterdir()):
-        if path.is_file():
-            try:
-                os.link(path, temporary / path.name)
-            except OSError:
-                shutil.copy2(path, temporary / path.name)
+    for path in sorted(source.rglob("*")):  # a model may carry a decoder in a folder of its own
+        place = temporary / path.relative_to(source)
+        if path.is_dir():
+            place.mkdir()
+            continue
+        try:
+            os.link(path, place)
+        except OSError:
+            shutil.copy2(path, place)
     if target.exists():
         shutil.rmtree(target)
     temporary.rename(target)

@@ -12,7 +12,7 @@ from torch import nn
 from mllm.connectors.build import connector_config
 from mllm.errors import ConfigError, did_you_mean
 from mllm.heads.build import FORMER, heads_with_weights
-from mllm.recipe import LearnSpec, ModelSpec, StageSpec
+from mllm.recipe import LearnSpec, ModelSpec, StageSpec, reader_of
 from mllm.train import lora
 from mllm.train.added_rows import PART, rows_beside_adapter
 
@@ -59,7 +59,7 @@ def recipe_parts(spec: ModelSpec) -> list[str]:
     parts += [name for name in ("connector", "router") if getattr(spec, name) is not None]
     if spec.connector is not None and getattr(connector_config(spec.connector), "fast", None) is not None:
         parts.append("slow_attention")
-    if spec.visual_tokenizer is not None and "encoder" not in spec.visual_tokenizer:
+    if spec.visual_tokenizer is not None and reader_of(spec.visual_tokenizer) is None:
         parts.append("visual_tokenizer")
     return [*parts, *(f"heads.{name}" for name in heads_with_weights(spec.heads))]
 

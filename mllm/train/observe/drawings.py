@@ -13,6 +13,8 @@ from mllm.recipe import DrawSpec, StageSpec
 
 if TYPE_CHECKING:
     from mllm.models.modeling_mllm import MllmForConditionalGeneration
+    from mllm.visual_tokenizers.base import VisualTokenizer
+    from mllm.visual_tokenizers.painting import Painting
 
 
 class Drawings:
@@ -31,6 +33,7 @@ class Drawings:
             tracker,
         )
         self.spec: DrawSpec | None = stage.draw if distributed.is_main() else None
+        self.painting = None if self.spec is None else _painting(self.spec, model.image_tokenizer)
 
     def __call__(self, step: int, *, last: bool) -> Path | None:
         """Draw if it is time to; returns the file."""
@@ -38,7 +41,6 @@ class Drawings:
         if spec is None or not (last or step % spec.every == 0):
             return None
         from mllm.heads.codes.generate import generate_images, side_by_side
-        from mllm.visual_tokenizers.painting import Painting
 
         state = torch.get_rng_state()
         drawn = generate_images(
@@ -50,7 +52,7 @@ class Drawings:
             top_k=spec.top_k,
             top_p=spec.top_p,
             seed=spec.seed,
-            painting=Painting("plain"),  # it is the codes that learn, and diffusion costs a run of its own
+            painting=self.painting,
         )
         torch.set_rng_state(state)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -59,3 +61,14 @@ class Drawings:
         if self.tracker is not None:
             self.tracker.log_images(f"{self.stage.name}/drawings", drawn.pixels, step=step)
         return path
+
+
+def _painting(spec: DrawSpec, tokenizer: VisualTokenizer) -> Painting:
+    """By which decoder a stage's drawings become pixels. Raises `ConfigError`, before the stage trains, for a decoder that is not
+    there."""
+    from mllm.visual_tokenizers.painting import Painting
+
+    learns = any(parameter.requires_grad for parameter in tokenizer.parameters())  # away from the codes of its decoder
+    painting = Painting("plain" if spec.decoder == "auto" and learns else spec.decoder, spec.steps, spec.guidance)
+    painting.by_diffusion(tokenizer)
+    return painting

@@ -133,7 +133,8 @@ def _image_flops(model: MllmForConditionalGeneration) -> tuple[dict[str, float],
     features = {}
     with torch.no_grad():
         for name, encoder in bank.encoders.items():
-            features[name] = torch.func.functional_call(encoder, _meta_state(encoder), (pixels[name],))
+            wanted = {"return_attention": True} if name in bank.with_attention else {}
+            features[name] = torch.func.functional_call(encoder, _meta_state(encoder), (pixels[name],), wanted)
     return encoders, _count(projector, (features,))
 
 

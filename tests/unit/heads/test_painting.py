@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,46 @@ def test_a_tokenizer_that_learned_since_loses_its_decoder_with_a_warning(made, t
     for painting, words in ((Painting("diffusion"), "has none"), (Painting(steps=3), "steps and guidance")):
         with pytest.raises(ConfigError, match=words):
             plain.generate_images(PROMPTS[:1], processor=processor, painting=painting)
+
+
+def test_another_decoder_is_another_checkpoint(made, tmp_path):
+    from mllm.eval.generators.base import checkpoint_hash
+
+    shutil.copytree(made[1], tmp_path / "copy")
+    before = checkpoint_hash(str(tmp_path / "copy"))
+    (tmp_path / "copy" / "step-3").mkdir()
+    (tmp_path / "copy" / "step-3" / "state.json").write_text("{}")  # what lies beside a model is no part of it
+    assert checkpoint_hash(str(tmp_path / "copy")) == before == checkpoint_hash(str(made[1]))
+    weights = tmp_path / "copy" / "diffusion_decoder" / "diffusion_decoder.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    assert checkpoint_hash(str(tmp_path / "copy")) != before
+
+
+def test_a_stage_draws_with_it_unless_the_tokenizer_learns(made, tmp_path):
+    from mllm.recipe import StageSpec
+    from mllm.train.observe.drawings import Drawings
+
+    _, folder, processor = made
+
+    def drawn_by(changes: dict[str, Any]) -> tuple[int, int]:
+        draw = {"prompts": [PROMPTS[0]], "seed": 5, **changes}
+        stage = StageSpec.model_validate({"name": "s", "learn": {"heads": 1e-3}, "data": "x", "steps": 1, "draw": draw})
+        path = Drawings(tmp_path, stage, model, processor, None)(1, last=True)
+        with Image.open(str(path)) as picture:
+            return picture.size
+
+    model = MllmForConditionalGeneration.from_pretrained(folder).eval()
+    with pytest.raises(ConfigError, match="steps and guidance are the diffusion decoder's"):
+        drawn_by({"decoder": "plain", "steps": 2})
+    model.image_tokenizer.requires_grad_(True)
+    assert drawn_by({}) == (16, 16), "its codes move away from those that the decoder was trained beside"
+    model.image_tokenizer.requires_grad_(False)
+    assert drawn_by({}) == (32, 32) and drawn_by({"decoder": "plain"}) == (16, 16)
+    random = torch.get_rng_state()
+    assert drawn_by({"decoder": "diffusion", "steps": 1, "guidance": 1.0}) == (32, 32)
+    assert torch.equal(random, torch.get_rng_state())
 
 
 def test_the_servers_draw_with_it(made, monkeypatch):

@@ -103,6 +103,8 @@ def test_a_model_with_the_head_learns_from_the_words_alone(tmp_path: Path) -> No
     assert [part.text for part in found] == ["It shines. This image is real", "It shines. This image is fake"]
     assert found[0].probabilities["real"] > 0.9 and found[1].probabilities["fake"] > 0.9
     assert sum(found[0].probabilities.values()) == pytest.approx(1)
+    assert not found[0].scores.requires_grad
+    calibrate(torch.stack([part.scores for part in found]), torch.tensor([1, 0]))  # two answers, both called wrong
     silent = model.probability(picture(3), "What?", processor=processor, max_new_tokens=4)
     assert silent.probabilities is None
     with pytest.raises(ConfigError, match="do not each begin with a token of their own"):

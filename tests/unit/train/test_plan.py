@@ -140,6 +140,11 @@ def test_memory_is_within_nine_per_cent_of_what_an_h200_measured(name):
         assert per_token == pytest.approx(6 * 6.607e9 + 6 * 32 * 4096 * 4096, rel=0.03)
 
 
+def test_a_connector_that_reads_attention_maps_is_planned_too():
+    plan = plan_recipe(load_recipe("forgery_demo"), processes=1, with_data=False).stages[0]
+    assert plan.flops_step > plan.flops_step_language_model > 0
+
+
 def test_a_tokenizers_training_is_planned_too():
     from mllm.recipe import load_recipe
     from mllm.train.preflight.tokenizer_plan import plan_tokenizer

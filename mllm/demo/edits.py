@@ -1,0 +1,147 @@
+"""What does a model learn from that edits pictures? Drawn scenes, marks in them, and the same scenes with one thing in another colour."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mllm.demo.scenes import COLOURS, HERE, SHAPES, Scene, Thing, draw_scene, phrases
+from mllm.processing.mask_files import decode_rle, encode_rle
+
+INSTRUCTION = "Make {phrase} {colour}."
+MARK = "Please segment {phrase}."
+PSNR, REACH = 30.0, 60.0
+"""An edit is right where nothing outside its mask differs by more than so many dB, and inside the mean colour is within so much of the
+one that was asked for (of 255, in each of red, green and blue), and nearer to it than to any other."""
+
+
+def recoloured(scene: Scene, thing: Thing, colour: str) -> Image.Image:
+    """The scene with one thing in another colour."""
+    pixels = np.asarray(scene.picture).copy()
+    pixels[thing.mask] = COLOURS[colour]
+    return Image.fromarray(pixels)
+
+
+@dataclass
+class EditScore:
+    """right: by the exact rule; coloured: what is inside the mask has the colour; outside: PSNR in dB of what is outside."""
+
+    right: bool
+    coloured: bool
+    outside: float
+
+
+def judge_edit(source: np.ndarray, made: np.ndarray, mask: np.ndarray, colour: str) -> EditScore:
+    """One edit by the exact rule.
+
+    Args:
+        source: the picture ``(H, W, 3)`` uint8.
+        made: the edited one, of the same size.
+        mask: what was to change ``(H, W)`` bool.
+        colour: a name of `COLOURS`.
+
+    Returns:
+        Its score.
+    """
+    inside = made[mask].astype(float).mean(0)
+    distance = {name: float(np.abs(inside - np.array(value)).max()) for name, value in COLOURS.items()}
+    coloured = min(distance, key=distance.__getitem__) == colour and distance[colour] <= REACH
+    error = float(((source[~mask].astype(float) - made[~mask].astype(float)) ** 2).mean())
+    outside = 99.0 if error == 0 else min(99.0, 10 * float(np.log10(255**2 / error)))
+    return EditScore(coloured and outside >= PSNR, coloured, outside)
+
+
+def prepare_edits(
+    output_dir: Path | str = "runs/focus_demo/data", *, train: int = 4000, test: int = 200, seed: int = 0
+) -> Path:
+    """Write ``train.jsonl`` (half of the scenes marked twice, half recoloured) and ``test.jsonl`` on other scenes, with PNG pictures; the
+    folder ``pictures`` holds all training pictures, for a tokenizer.
+
+    Args:
+        output_dir: a folder, made where it is missing.
+        train: training scenes.
+        test: scenes that nothing was trained on.
+        seed: of all that is drawn.
+
+    Returns:
+        The folder.
+    """
+    root = Path(output_dir)
+    for name in ("pictures", "test"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+    rng, rows = random.Random(f"edits/train/{seed}"), []
+    while len(rows) < train:
+        scene, number = draw_scene(rng), len(rows)
+        named = [(phrase, thing) for phrase, thing in phrases(scene, unseen=False)]
+        if named:
+            rows.append(_row(root, scene, named, number, rng))
+    _write(root / "train.jsonl", rows)
+    rng, tests = random.Random(f"edits/test/{seed}"), []
+    while len(tests) < test:
+        scene = draw_scene(rng)
+        named = [(phrase, thing) for phrase, thing in phrases(scene, unseen=False)]
+        if not named:
+            continue
+        (phrase, thing), name = rng.choice(named), f"test/{len(tests):04d}.png"
+        colour = rng.choice([one for one in COLOURS if one != thing.colour])
+        scene.picture.save(root / name)
+        tests.append({"image": name, "phrase": phrase, "colour": colour, "mask": encode_rle(thing.mask)})
+    _write(root / "test.jsonl", tests)
+    return root
+
+
+def _row(root: Path, scene: Scene, named: list[tuple[str, Thing]], number: int, rng: random.Random) -> dict[str, Any]:
+    source, target = f"pictures/{number:05d}.png", f"pictures/{number:05d}-edited.png"
+    scene.picture.save(root / source)
+    marked, (phrase, thing) = rng.choice(named), rng.choice(named)
+    colour = rng.choice([one for one in COLOURS if one != thing.colour])
+    recoloured(scene, thing, colour).save(root / target)
+    instruction = INSTRUCTION.format(phrase=phrase, colour=colour)
+    asked = [
+        (MARK.format(phrase=marked[0]), HERE.format(phrase=marked[0])),
+        (MARK.format(phrase=instruction), HERE.format(phrase=phrase)),
+    ]
+    messages = []
+    for question, answer in asked:
+        shown = "" if messages else "<image>\n"
+        messages += [{"role": "user", "content": shown + question}, {"role": "assistant", "content": answer}]
+    edit = [{"role": "user", "content": f"<image>\n{instruction}"}, {"role": "assistant", "content": "<image>"}]
+    if number % 2:  # half of the scenes teach marks, half the codes of the edited picture
+        return {"id": f"edit-{number}", "images": [source, target], "messages": edit, "masks": []}
+    masks = [encode_rle(marked[1].mask), encode_rle(thing.mask)]
+    return {"id": f"mark-{number}", "images": [source], "messages": messages, "masks": masks}
+
+
+def read_edits(root: Path) -> list[dict[str, Any]]:
+    """The rows of ``test.jsonl`` with masks as arrays and pictures by their places."""
+    found = []
+    for line in (root / "test.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        found.append(
+            {**row, "image": str(root / row["image"]), "mask": np.asarray(decode_rle(row["mask"])).astype(bool)}
+        )
+    return found
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def train_edit_tokenizer(output_dir: Path | str) -> Path:
+    """A byte-level BPE tokenizer of the demo's few words; returns ``output_dir``."""
+    from mllm.demo.charts_and_digits import learn_bpe
+
+    names = [f"the {colour} {shape}" for colour in COLOURS for shape in (*SHAPES, "thing")]
+    names += [f"the {shape}" for shape in SHAPES] + ["the leftmost thing", "the rightmost thing"]
+    lines = []
+    for number, name in enumerate(names):
+        instruction = INSTRUCTION.format(phrase=name, colour=list(COLOURS)[number % len(COLOURS)])
+        lines += [f"USER: {MARK.format(phrase=name)} ", f"USER: {instruction} ASSISTANT: {HERE.format(phrase=name)} "]
+    learn_bpe(lines * 4, 384).save_pretrained(str(output_dir))
+    return Path(output_dir)

@@ -1,0 +1,142 @@
+"""How does a model that segments and draws edit a picture: mark what changes, draw what it becomes, paint that inside the mark (FOCUS)?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mllm.errors import ConfigError
+from mllm.heads.base import MultimodalModel
+from mllm.heads.codes.generate import generate_images, to_pil
+from mllm.processing.images import load_image
+from mllm.processing.protocol import Processor
+from mllm.types import IMAGE_MARK, Turn
+from mllm.visual_tokenizers.base import as_unit_range
+from mllm.visual_tokenizers.diffusion.edit import edit
+from mllm.visual_tokenizers.images import to_pixels
+from mllm.visual_tokenizers.painting import Painting
+from mllm.visual_tokenizers.sequence import decode_packed, unpack_codes
+
+
+class EditingModel(MultimodalModel, Protocol):
+    """A model that marks and draws."""
+
+    def segment(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@dataclass
+class Edited:
+    """pixels ``(3, H, W)`` in [0, 1]: the edited picture, at the size that the model draws; mask ``(H, W)`` bool: what was painted anew;
+    text: what the model said changes; packed ``(S,)``: the codes it drew."""
+
+    pixels: Tensor
+    mask: Tensor
+    text: str
+    packed: Tensor
+
+    def pil(self) -> Any:
+        """The picture as PIL's."""
+        return to_pil(self.pixels[None])[0]
+
+
+@torch.no_grad()
+def edit_pictures(
+    model: EditingModel,
+    images: Sequence[Any],
+    instructions: Sequence[str],
+    *,
+    processor: Processor,
+    ask: str = "{instruction}",
+    masks: Tensor | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    feather: int = 0,
+    **options: Any,
+) -> list[Edited]:
+    """Pictures changed as instructions say; what the model does not mark stays as it was, pixel by pixel.
+
+    Args:
+        model: one with a segmentation head and a head that draws.
+        images: pictures (paths, PIL, arrays, bytes).
+        instructions: what to change, one for each.
+        processor: the model's own.
+        ask: the question that is answered with a mask, ``{instruction}`` in it; the codes are drawn for the instruction itself.
+        masks: ``(B, H, W)``, what to paint anew in place of what the model marks, at the size that the model draws.
+        steps: denoising steps of the diffusion decoder; default: its own.
+        guidance: its scale; default: its own.
+        seed: of its noise.
+        feather: pixels around the mask over which old and new are mixed.
+        options: of the drawing, as `generate_images` takes them.
+
+    Returns:
+        One result a picture.
+
+    Raises:
+        ConfigError: the model marks or draws nothing, or its visual tokenizer has no diffusion decoder and ``steps`` was given.
+    """
+    if len(images) != len(instructions):
+        raise ConfigError(f"edit: {len(instructions)} instructions for {len(images)} pictures; give one for each")
+    found = model.segment(
+        list(images), questions=[ask.format(instruction=i) for i in instructions], processor=processor
+    )
+    prompts = [[Turn("user", f"{IMAGE_MARK}\n{instruction}")] for instruction in instructions]
+    shown = [[image] for image in images]
+    settings = {"temperature": 0.0, "painting": Painting("plain"), **options}  # only its codes are used
+    drawn = generate_images(model, prompts, processor=processor, images=shown, **settings)
+    made = _painted(model, images, found, drawn.packed, masks, steps, guidance, seed, feather)
+    texts = [part.text for part in found]
+    return [Edited(p, m, text, codes) for p, m, text, codes in zip(*made, texts, drawn.packed)]
+
+
+def _painted(
+    model: MultimodalModel,
+    images: Sequence[Any],
+    found: Sequence[Any],
+    packed: Tensor,
+    masks: Tensor | None,
+    steps: int | None,
+    guidance: float | None,
+    seed: int,
+    feather: int,
+) -> tuple[Tensor, Tensor]:
+    """Pictures ``(B, 3, H, W)`` in [0, 1] and masks ``(B, H, W)``."""
+    tokenizer = model.image_tokenizer
+    side = tokenizer.diffusion.image_side if tokenizer.has_diffusion else tokenizer.image.height
+    pixels = torch.cat(
+        [to_pixels(_square(image, side, f"picture {k}"), model.device) for k, image in enumerate(images)]
+    )
+    if masks is None:
+        masks = torch.stack([_shrunk(part.union, side) for part in found])
+    masks = masks.to(model.device).bool()
+    if tokenizer.has_diffusion:
+        codes = unpack_codes(tokenizer, packed)
+        made = edit(
+            tokenizer.diffusion, pixels, masks, codes, steps=steps, guidance=guidance, seed=seed, feather=feather
+        )
+        return as_unit_range(made), masks
+    if steps is not None or guidance is not None:
+        raise ConfigError("edit: steps and guidance are the diffusion decoder's, and this model's tokenizer has none")
+    plain = decode_packed(tokenizer, packed)  # what the plain decoder makes, where the mask is
+    return torch.where(masks[:, None], plain, as_unit_range(pixels)), masks
+
+
+def _square(image: Any, side: int, where: str) -> Tensor:
+    """A picture ``(1, 3, side, side)`` uint8. Raises `ConfigError` for one that is not square."""
+    picture = load_image(image, where=where).convert("RGB")
+    if picture.width != picture.height:
+        raise ConfigError(
+            f"edit: {where} is {picture.width} × {picture.height}, and this model draws squares; cut it to one first"
+        )
+    return torch.from_numpy(np.asarray(picture.resize((side, side))).copy()).permute(2, 0, 1)[None]
+
+
+def _shrunk(mask: Tensor, side: int) -> Tensor:
+    """A mask ``(height, width)`` at the size that the model draws."""
+    return F.interpolate(mask[None, None].float(), (side, side), mode="nearest")[0, 0].bool()

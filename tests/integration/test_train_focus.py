@@ -1,0 +1,123 @@
+"""Does one recipe train a tokenizer, a decoder beside it and a model that segments and edits with both, and resume in every part?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from mllm.demo.edits import prepare_edits, read_edits, train_edit_tokenizer
+from mllm.errors import CheckpointError, ConfigError
+from mllm.heads.editing import edit_pictures
+from mllm.recipe import Recipe
+from mllm.train.run import run_recipe
+from tests.helpers import TINY_CLIP, TINY_LLM, picture
+from tests.unit.visual_tokenizers.diffusion_configs import DECODERS
+from tests.unit.visual_tokenizers.tokenizer_configs import TINY
+
+pytest.importorskip("diffusers")
+
+
+def recipe(root: Path, steps: int = 3) -> Recipe:
+    bare = {"type": "folder", "options": {"path": str(root / "data" / "pictures")}}
+    common = {"steps": 2, "batch_size": 2, "dtype": "float32"}
+    model = {
+        "language_model": {"config": {**TINY_LLM, "vocab_size": 384}, "tokenizer": str(root / "text")},
+        "encoders": {"eye": dict(TINY_CLIP)},
+        "connector": {"type": "mlp"},
+        "visual_tokenizer": TINY["vq"],  # its config has a key "encoder" of its own
+        "heads": {
+            "marks": {
+                "type": "segmentation",
+                "encoder": "eye",
+                "decoder": {"type": "query", "width": 32, "depth": 1, "heads": 2},
+            },
+            "draw": {"type": "separate"},
+        },
+        "chat_template": "vicuna",
+    }
+    stages = [
+        {"name": "tokenizer", "kind": "tokenizer", "learn": {"visual_tokenizer": 1e-3}, "data": bare, **common},
+        {
+            "name": "decoder",
+            "kind": "diffusion",
+            "learn": {"diffusion_decoder": 1e-3},
+            "data": bare,
+            "options": {"decoder": {**DECODERS["edit"], "steps": 2}, "masks": {}, "evaluate_images": 2},
+            **common,
+        },
+        {
+            "name": "joint",
+            "learn": {"encoders": 1e-3, "connector": 1e-3, "language_model": 1e-3, "heads": 1e-3},
+            "data": {"format": "messages", "path": str(root / "data" / "train.jsonl")},
+            "max_length": 256,
+            **common,
+            "steps": steps,
+        },
+    ]
+    return Recipe.model_validate({"name": "focus", "model": model, "stages": stages})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The root of data, and a run's ``final``."""
+    root = tmp_path_factory.mktemp("focus")
+    prepare_edits(root / "data", train=8, test=3)
+    train_edit_tokenizer(root / "text")
+    return root, run_recipe(recipe(root), output=root / "whole")
+
+
+def test_its_parts_resume_and_are_one_checkpoint(trained: tuple[Path, Path]) -> None:
+    root, whole = trained
+    for stop in (1, 2, 1):  # within the tokenizer's stage, the decoder's, the model's
+        run_recipe(recipe(root), output=root / "parts", resume=stop != 1 or (root / "parts").exists(), stop_after=stop)
+    parts = run_recipe(recipe(root), output=root / "parts", resume=True)
+    first, second = (load_file(str(folder / "model.safetensors")) for folder in (whole, parts))
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    decoders = [load_file(str(f / "diffusion_decoder/diffusion_decoder.safetensors")) for f in (whole, parts)]
+    assert all(torch.equal(decoders[0][k], decoders[1][k]) for k in decoders[0])
+    before = load_file(str(root / "whole" / "tokenizer" / "model.safetensors"))
+    for name, tensor in before.items():
+        assert torch.equal(first[f"model.visual_tokenizer.{name}"], tensor), (
+            "the model is built on this run's tokenizer"
+        )
+    with pytest.raises(CheckpointError, match="with other settings"):
+        run_recipe(recipe(root, steps=4), output=root / "whole", resume=True)
+
+
+def test_an_edit_changes_what_is_marked_and_nothing_else(trained: tuple[Path, Path]) -> None:
+    root, folder = trained
+    model: Any = AutoModelForImageTextToText.from_pretrained(str(folder)).eval()
+    processor, rows = AutoProcessor.from_pretrained(str(folder)), read_edits(root / "data")
+    images, asked = [row["image"] for row in rows], ["Make the thing blue."] * len(rows)
+    side = model.image_tokenizer.image.height
+    masks = torch.zeros(len(rows), side, side, dtype=torch.bool)
+    masks[:, 2:9, 3:8] = True
+    found = edit_pictures(model, images, asked, processor=processor, masks=masks)
+    again = edit_pictures(model, images[1:2], asked[:1], processor=processor, masks=masks[:1], seed=1)
+    for number, one in enumerate(found):
+        source = np.asarray(processor_picture(images[number], side)).astype(np.float32) / 255
+        made = one.pixels.permute(1, 2, 0).numpy()
+        assert np.abs(made - source)[~masks[number].numpy()].max() < 1e-5
+        assert np.abs(made - source)[masks[number].numpy()].max() > 1e-3
+        assert torch.equal(one.mask, masks[number]) and one.pil().size == (side, side)
+    torch.testing.assert_close(again[0].packed, found[1].packed)
+    unmarked = edit_pictures(model, images[:1], asked[:1], processor=processor)[0]
+    assert unmarked.mask.shape == (side, side)
+    wide = picture(0, size=(40, 30))
+    with pytest.raises(ConfigError, match="picture 0 is 40 × 30, and this model draws squares"):
+        edit_pictures(model, [wide], asked[:1], processor=processor)
+    with pytest.raises(ConfigError, match="2 instructions for 1 pictures"):
+        edit_pictures(model, images[:1], asked[:2], processor=processor)
+
+
+def processor_picture(path: str, side: int) -> Any:
+    from PIL import Image
+
+    with Image.open(path) as opened:
+        return opened.convert("RGB").resize((side, side))
