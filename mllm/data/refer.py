@@ -1,4 +1,5 @@
-"""How are the official files of RefCOCO, RefCOCO+ and RefCOCOg read, to test and to train, without running what a pickle may hold?"""
+"""How are the official files of RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO read, to test and to train, without running what a pickle
+may hold?"""
 
 from __future__ import annotations
 
@@ -9,14 +10,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mllm.data.files import file_hash
 from mllm.data.sources import Source, resolve_image
 from mllm.data.spec import DatasetSpec, expand_path
 from mllm.errors import ConfigError, DataError
+from mllm.processing.mask_files import encode_rle, read_mask
 from mllm.types import IMAGE_MARK, Sample, Turn
 
-ANSWER = "It is [SEG]."
-"""What is learned beside the mask; LISA's first answer."""
+ANSWER, ANSWER_NOTHING = "It is [SEG].", "It is [SEG]: none."
+"""What is learned beside the mask (LISA's first answer), and beside the empty mask of what is not there."""
+NOTHING: dict[str, Any] = {"polygons": []}
+"""The mask of a sentence that names nothing, as `read_mask` takes it."""
 
 
 class _PlainData(pickle.Unpickler):
@@ -27,51 +33,83 @@ class _PlainData(pickle.Unpickler):
 
 
 def refer_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """One row a sentence of a ``refs(…).p`` file, with the box of ``instances.json`` beside it: ``ref_id number sentence
-    bbox (x, y, width, height in pixels) mask file_name split``; the mask as `read_mask` takes it, None where the annotation has none.
-    Raises `DataError` naming the file and the reference."""
+    """One row a sentence of a ``refs(…).p`` or ``grefs(…).json`` file, with the box of ``instances.json`` beside it: ``ref_id number
+    sentence bbox (x, y, width, height in pixels) mask file_name split no_target``; the mask as `read_mask` takes it, None where the
+    annotation has none.
+
+    gRefCOCO: a sentence names several annotations (its mask is their union, its box goes round them) or nothing (``no_target``: an
+    empty mask, no box). Raises `DataError` naming the file and the reference."""
     boxes_path = path.with_name("instances.json")
     try:
-        with path.open("rb") as handle:
-            references = _PlainData(handle, encoding="latin1").load()
+        if path.suffix == ".json":
+            references = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            with path.open("rb") as handle:
+                references = _PlainData(handle, encoding="latin1").load()
     except Exception as error:  # a damaged pickle may raise anything
         raise DataError(f"{path}: not readable as references ({type(error).__name__}: {error})") from None
     try:
         instances = json.loads(boxes_path.read_text(encoding="utf-8"))
         boxes = {entry["id"]: entry["bbox"] for entry in instances["annotations"]}
-        masks = {entry["id"]: _mask(entry.get("segmentation")) for entry in instances["annotations"]}
+        outlines = {entry["id"]: entry.get("segmentation") for entry in instances["annotations"]}
         names = {entry["id"]: entry["file_name"] for entry in instances["images"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{boxes_path}: no COCO annotations with boxes ({type(error).__name__}: {error})") from None
     for reference in references:
         try:
+            named = reference["ann_id"] if isinstance(reference["ann_id"], list) else [reference["ann_id"]]
+            nothing = bool(reference.get("no_target")) or named == [-1]
+            found = [] if nothing else named
             common = {
-                "ref_id": reference["ref_id"], "split": reference["split"], "bbox": boxes.get(reference["ann_id"]),
-                "mask": masks.get(reference["ann_id"]), "file_name": names.get(reference["image_id"]),
+                "ref_id": reference["ref_id"], "split": reference["split"], "bbox": _around([boxes.get(one) for one in found]),
+                "mask": NOTHING if nothing else _union([outlines.get(one) for one in found], f"{path}: {reference['ref_id']}"),
+                "file_name": names.get(reference["image_id"]), "no_target": nothing,
             }  # fmt: skip
             sentences = [entry["sent"] for entry in reference["sentences"]]
         except (KeyError, TypeError) as error:
             raise DataError(f"{path}: a reference is incomplete ({type(error).__name__}: {error})") from None
-        if common["bbox"] is None or common["file_name"] is None:
+        if (common["bbox"] is None and not nothing) or common["file_name"] is None:
             raise DataError(f"{path}: reference {common['ref_id']} has no box or picture in {boxes_path.name}")
         for number, sentence in enumerate(sentences):
             yield common | {"number": number, "sentence": sentence}
 
 
-def _mask(segmentation: Any) -> Any:
-    """COCO's ``segmentation`` as `read_mask` takes it; None: there is none."""
-    return {"polygons": segmentation} if isinstance(segmentation, list) and segmentation else segmentation or None
+def _around(boxes: list[Any]) -> list[float] | None:
+    """The box ``(x, y, width, height)`` round all of these; None without any, or where one is missing."""
+    if not boxes or None in boxes:
+        return None
+    if len(boxes) == 1:
+        return boxes[0]
+    left, top = (min(box[k] for box in boxes) for k in (0, 1))
+    right, bottom = (max(box[k] + box[k + 2] for box in boxes) for k in (0, 1))
+    return [left, top, right - left, bottom - top]
+
+
+def _union(segmentations: list[Any], where: str) -> Any:
+    """COCO's ``segmentation`` of one or several annotations as `read_mask` takes it; None where one has none."""
+    if not segmentations or not all(segmentations):
+        return None
+    if all(isinstance(one, list) for one in segmentations):
+        return {"polygons": [ring for one in segmentations for ring in one]}
+    if len(segmentations) == 1:
+        return segmentations[0]
+    size = next(tuple(one["size"]) for one in segmentations if not isinstance(one, list))
+    parts = [{"polygons": one} if isinstance(one, list) else one for one in segmentations]
+    return encode_rle(np.maximum.reduce([read_mask(part, size, where=where) for part in parts]))
 
 
 class ReferSource(Source):
-    """Format ``refer``: one sample a sentence of a ``refs(…).p`` file, whose mask is learned. ``split``: its own names (train, val, testA
+    """Format ``refer``: one sample a sentence of a ``refs(…).p`` or ``grefs(…).json`` file, whose mask is learned, empty where it names
+    nothing. ``split``: its own names (train, val, testA
     …); ``image_root``: where COCO's pictures lie; ``prompt``: what the user says, with the sentence as ``{question}``."""
 
     def __init__(self, spec: DatasetSpec):
         super().__init__(spec)
         where = f"dataset {spec.name}"
         if spec.path is None or spec.streaming:
-            raise ConfigError(f"{where}: format refer reads a file refs(…).p; give path, and neither hub nor streaming")
+            raise ConfigError(
+                f"{where}: format refer reads a file refs(…).p or grefs(…).json; give path, and neither hub nor streaming"
+            )
         if "{question}" not in spec.prompt:
             raise ConfigError(
                 f"{where}: prompt: {spec.prompt!r} has no place for the sentence; write {{question}} there"
@@ -106,6 +144,7 @@ class ReferSource(Source):
         if row["mask"] is None:
             raise DataError(f"{where}: its annotation in instances.json has no segmentation")
         request = self.spec.prompt.replace("{question}", row["sentence"].replace(IMAGE_MARK, "").strip())
-        turns = [Turn("user", f"{IMAGE_MARK}\n{request}"), Turn("assistant", ANSWER)]
+        answer, mask = (ANSWER_NOTHING, None) if row["no_target"] else (ANSWER, row["mask"])
+        turns = [Turn("user", f"{IMAGE_MARK}\n{request}"), Turn("assistant", answer)]
         picture = resolve_image(str(row["file_name"]), self.root, where)
-        return Sample(identity, turns, [picture], self.name, {"split": row["split"]}, [row["mask"]])
+        return Sample(identity, turns, [picture], self.name, {"split": row["split"]}, [mask])

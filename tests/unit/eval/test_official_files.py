@@ -17,7 +17,7 @@ from mllm.eval.data.loading import load_data
 from mllm.eval.data.pictures import Frames
 from mllm.eval.run import evaluate
 from mllm.eval.task import expand_tasks, load_task
-from mllm.processing.mask_files import encode_rle
+from mllm.processing.mask_files import encode_rle, read_mask
 from mllm.types import IMAGE_MARK
 from tests.unit.eval.rules import RuleGenerator, constant
 
@@ -546,6 +546,44 @@ def test_refcoco_masks_of_official_files_and_generators_that_give_none(tmp_path,
     details = result.metrics[0].details
     assert result.metrics[0].value == pytest.approx(100 * 75 / 125, abs=1e-3)
     assert details["giou"] == pytest.approx(100 * (1 + 1 / 3) / 2, abs=1e-3)
+
+
+def test_grefcoco_counts_sentences_that_name_several_things_or_none(tmp_path, monkeypatch):
+    from mllm.data.lookup import load_dataset
+    from mllm.data.refer import ANSWER_NOTHING, ReferSource
+
+    folder = tmp_path / "d"
+    square = lambda left: [[left, 1, left + 5, 1, left + 5, 6, left, 6]]  # noqa: E731  # 5 × 5 pixels by COCO's rule
+    crowd = np.zeros((10, 20), bool)
+    crowd[1:6, 14:19] = True
+    annotations = [{"id": 11, "bbox": [2, 1, 5, 5], "segmentation": square(2)},
+                   {"id": 12, "bbox": [8, 1, 5, 5], "segmentation": square(8)},
+                   {"id": 13, "bbox": [14, 1, 5, 5], "segmentation": encode_rle(crowd)}]  # fmt: skip
+    write(folder / "instances.json", {"images": [{"id": 5, "file_name": "a.jpg"}], "annotations": annotations})
+    named = {0: [11], 1: [11, 12], 2: [12, 13], 3: [-1], 4: [-1]}
+    references = [{"ref_id": k, "ann_id": ids, "image_id": 5, "split": "val", "no_target": ids == [-1],
+                   "sentences": [{"sent": "cups", "sent_id": k}]} for k, ids in named.items()]  # fmt: skip
+    write(folder / "grefs(unc).json", [*references, references[1] | {"split": "testA"}])
+    picture(folder / "train2014/a.jpg", size=(20, 10))
+    monkeypatch.setattr(RuleGenerator, "gives_masks", True, raising=False)
+    left = masks_reply(2, 1, 13, 6)  # 55 pixels, a column of 5 between two squares of 25
+    found = {"1#0": left, "2#0": masks_reply(8, 1, 19, 6), "3#0": masks_reply(0, 0, 4, 4), "4#0": left}
+    result = run("grefcoco_val_seg", folder, lambda r: found.get(r.id, "nothing"), tmp_path)
+    assert result.num_samples == 5 and result.problems == []
+    details = result.metrics[0].details
+    # none marked of 25; 50 of 55 twice; no target: 16 pixels are taken for none, 55 are not
+    assert details["giou"] == pytest.approx(100 * (0 + 2 * 50 / 55 + 1 + 0) / 5, abs=1e-3)
+    assert details["ciou"] == pytest.approx(100 * 100 / (25 + 110), abs=1e-3)
+    assert details["n_acc"] == 50.0 and details["t_acc"] == pytest.approx(200 / 3)
+    assert "grefcoco_testb_seg" in expand_tasks(["segmentation"])
+    spec = load_dataset("grefcoco_masks").model_copy(
+        update={"path": str(folder / "grefs(unc).json"), "split": "val", "image_root": str(folder / "train2014")}
+    )
+    source = ReferSource(spec)
+    assert source.sample(3).masks == [None] and source.sample(3).turns[1].content == ANSWER_NOTHING
+    both = read_mask(source.sample(2).masks[0], (10, 20), where="two")
+    assert both.sum() == 50 and both[3, 9] == both[3, 15] == 1 and both.max() == 1
+    assert source.rows[2]["bbox"] == [8, 1, 11, 5] and source.rows[3]["bbox"] is None
 
 
 def test_reasonseg_asks_the_first_sentence_and_leaves_ignored_pixels_out(tmp_path, monkeypatch):
