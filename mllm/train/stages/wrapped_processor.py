@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mllm.errors import DataError
 from mllm.processing.chat import EncodedSample
+from mllm.processing.images import load_image
 from mllm.types import Block, Sample, VisualLayout
 
 
@@ -46,3 +48,14 @@ class WrappedProcessor:
     def encode_sample(self, sample: Sample, max_length: int | None = None) -> EncodedSample:
         """A sample as tensors. Raises `DataError` naming it when it cannot be used."""
         raise NotImplementedError
+
+
+def one_picture(sample: Sample, stage: str, *, max_pixels: int | None) -> Any:
+    """The picture of a sample that stands for one. stage: with its article, as "an exits". Raises `DataError` for a sample of several,
+    of which all but the first would go unseen."""
+    where = f"sample {sample.id!r} of {sample.dataset}"
+    if len(sample.images) != 1:
+        raise DataError(
+            f"{where}: {len(sample.images)} pictures, and {stage} stage learns from one a row; write a row for each"
+        )
+    return load_image(sample.images[0], where=where, max_pixels=max_pixels)

@@ -18,7 +18,7 @@ from mllm import distributed
 from mllm.config import StrictModel, validate
 from mllm.errors import ConfigError, DataError
 from mllm.processing.chat import IGNORE, EncodedSample
-from mllm.processing.images import load_image, to_pixels_multi
+from mllm.processing.images import to_pixels_multi
 from mllm.processing.protocol import Processor
 from mllm.recipe import LearnSpec, StageSpec
 from mllm.train import lora
@@ -27,7 +27,7 @@ from mllm.train.engine.base import choose_engine
 from mllm.train.stages.contrastive.dual_encoder import TEXT_PART, ContrastiveModel, build_dual, pass_weights
 from mllm.train.stages.contrastive.losses import LossName
 from mllm.train.stages.kind import StageKind
-from mllm.train.stages.wrapped_processor import WrappedProcessor
+from mllm.train.stages.wrapped_processor import WrappedProcessor, one_picture
 from mllm.train.start import start_model
 from mllm.train.trainer import Run, seed_everything, train
 from mllm.types import IMAGE_MARK, Sample
@@ -77,7 +77,7 @@ class PairProcessor(WrappedProcessor):
         caption = next((t.content for t in sample.turns if t.role == "assistant" and t.content.strip()), None)
         if caption is None or not sample.images:
             raise DataError(f"{where}: a pair needs an image and something said about it")
-        picture = load_image(sample.images[0], where=where, max_pixels=self.max_pixels)
+        picture = one_picture(sample, "a contrastive", max_pixels=self.max_pixels)
         pixels = to_pixels_multi(picture, {self.name: self.spec})[self.name]
         negatives, scores = self._negatives(sample, where)
         texts = [caption.replace(IMAGE_MARK, " ").strip(), *negatives]

@@ -25,12 +25,12 @@ from mllm.encoders.base import VisionEncoder
 from mllm.encoders.catalogue import build_encoder
 from mllm.errors import ConfigError, DataError
 from mllm.processing.chat import IGNORE, EncodedSample
-from mllm.processing.images import load_image, to_pixels_multi
+from mllm.processing.images import to_pixels_multi
 from mllm.processing.protocol import Processor
 from mllm.recipe import StageSpec
 from mllm.train.stages.kind import StageKind
 from mllm.train.stages.one_encoder import EncoderModel, check_one_encoder, encoder_to_train, train_one_encoder
-from mllm.train.stages.wrapped_processor import WrappedProcessor
+from mllm.train.stages.wrapped_processor import WrappedProcessor, one_picture
 from mllm.train.trainer import Run
 from mllm.types import Sample
 
@@ -98,7 +98,7 @@ class LabelReader(WrappedProcessor):
             raise DataError(
                 f"{where}: the answer {answer[:60]!r} is none of the {len(self.number_of)} classes ({shown} …)"
             )
-        picture = load_image(sample.images[0], where=where, max_pixels=self.max_pixels)
+        picture = one_picture(sample, "an exits", max_pixels=self.max_pixels)
         labels = torch.tensor(
             [IGNORE, 0]
         )  # one learned position a picture, so the stage's loss is the mean over pictures

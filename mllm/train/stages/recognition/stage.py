@@ -24,14 +24,14 @@ from mllm.config import StrictModel, validate
 from mllm.encoders.base import VisionEncoder
 from mllm.errors import ConfigError, DataError, did_you_mean
 from mllm.processing.chat import IGNORE, EncodedSample
-from mllm.processing.images import load_image, to_pixels_multi
+from mllm.processing.images import to_pixels_multi
 from mllm.processing.protocol import Processor
 from mllm.recipe import StageSpec
 from mllm.train.data import open_mixture
 from mllm.train.stages.kind import StageKind
 from mllm.train.stages.masked.stage import Decoder
 from mllm.train.stages.one_encoder import EncoderModel, check_one_encoder, encoder_to_train, train_one_encoder
-from mllm.train.stages.wrapped_processor import WrappedProcessor
+from mllm.train.stages.wrapped_processor import WrappedProcessor, one_picture
 from mllm.train.trainer import Run
 from mllm.types import Grid, ImageSpec, Sample
 
@@ -93,7 +93,7 @@ class TextReader(WrappedProcessor):
             )
         height, width = self.options.size_of(sample.dataset)
         spec = self.spec.model_copy(update={"height": height, "width": width})
-        picture = load_image(sample.images[0], where=where, max_pixels=self.max_pixels)
+        picture = one_picture(sample, "a recognition", max_pixels=self.max_pixels)
         pixels = to_pixels_multi(picture, {self.name: spec})[self.name]
         patch = spec.patch or 1
         grid = (height // patch, width // patch)
