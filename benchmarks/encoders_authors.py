@@ -200,7 +200,7 @@ def _duoformer(folder: Path, config: Any) -> Theirs:
 
     for name in ("resnet18", "resnet50"):
         build = getattr(torchvision.models, name)
-        setattr(file.models, name, lambda pretrained, build=build: build(weights=None))
+        setattr(file.models, name, lambda *_, build=build, **__: build(weights=None))
     module = file.MyModel_no_extra_params(
         depth=config.depth, embed_dim=config.width, num_heads=config.num_heads, num_classes=1, num_layers=config.scales,
         proj_dim=config.width, mlp_ratio=config.mlp_ratio, backbone={"resnet18": "r18", "resnet50": "r50"}[config.cnn],

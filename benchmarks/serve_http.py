@@ -9,9 +9,9 @@ made on the GPU, no downloads) to
     default   `mllm serve` with as many processes for HTTP and pictures as it takes by itself; then the time to the first token with 1, 8,
               32 and 128 clients, and a soak of 45 s with 32 clients, one request in ten broken off, and the memory before and after it
     llava     vLLM's own LLaVA-7B behind vLLM's own server; then the same numbers of clients
-    encoder_graphs, compiled
-              ours with the encoders in CUDA graphs of their own, and compiled too: over HTTP pictures arrive one by one, and to launch
-              two encoders' kernels for one takes 13 ms of the CPU, in a graph 4
+    ungraphed, compiled
+              ours without CUDA graphs of the encoders, and with their layers compiled too: over HTTP pictures arrive one by one, and
+              to launch two encoders' kernels for one takes 13 ms of the CPU, in a graph 4
     llava_inside  the same LLaVA in process: what its own server costs it
     api1 …    `mllm serve` with so many of these processes
 
@@ -40,7 +40,7 @@ SECTIONS = {
     "inside": "ours_graphs",
     "default": "served_graphs_levels_soak",
     "llava": "served_llava_graphs_levels",
-    "encoder_graphs": "served_graphs_encoders_levels",
+    "ungraphed": "served_graphs_ungraphed",
     "compiled": "served_graphs_compiled_levels",
     "llava_inside": "llava_graphs",
     "api1": "served_graphs_api1",

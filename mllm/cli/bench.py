@@ -87,6 +87,8 @@ def bench_serve(
 
 
 def _tell(level: object) -> None:
+    from mllm.serve.load import CLIENT_LIMIT
+
     values = vars(level)
     first, whole = (
         f"{times.get('p50', 0):.0f} / {times.get('p95', 0):.0f}"
@@ -98,6 +100,11 @@ def _tell(level: object) -> None:
     )
     for message, number in values["errors"].items():
         typer.echo(f"         {number} × {message}", err=True)
+    if values["client_busy"] > CLIENT_LIMIT:
+        typer.echo(
+            f"         these clients took {values['client_busy']:.0%} of their core: they may be the limit, not the server",
+            err=True,
+        )
 
 
 def _numbers(text: str, between: str, option: str) -> list[int]:

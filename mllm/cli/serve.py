@@ -70,8 +70,8 @@ def serve(
 
     [dim]MLLM_API_KEY=secret mllm serve runs/demo/final --port 8000 -- --max-num-seqs 64[/]
 
-    [dim]mllm serve CKPT -- --quantization fp8[/] · the encoders in CUDA graphs of their own:
-    [dim]-- --compilation-config '{"cudagraph_mm_encoder": true}'[/]
+    [dim]mllm serve CKPT -- --quantization fp8[/] · the encoders compiled:
+    [dim]-- --compilation-config '{"compile_mm_encoder": true}'[/]
     """
     arguments.checkpoint(checkpoint)
     arguments.dtype(dtype)

@@ -13,11 +13,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 
 from mllm.errors import UnavailableError
 from mllm.serve.http.client import affinity
 
+CLIENT_LIMIT = 0.7
+"""Above this share of its core the measuring client may be what holds the rate back."""
+_IDLE = 4
+"""Seconds after which a resting connection is not used again: vLLM's server closes one after 5."""
 _POOL = 64
 """Pictures that are made; each request's own differs from all others by its bytes, so that no cache knows it."""
 
@@ -64,6 +68,8 @@ class Level:
     first_token_ms: dict[str, float]
     latency_ms: dict[str, float]
     errors: dict[str, int] = field(default_factory=dict)
+    client_busy: float = 0.0
+    """Share of one core that the clients themselves took: near 1 they are the limit, not the server (`CLIENT_LIMIT`)."""
     memory_mib: list[float] = field(default_factory=list)
     """Of the server's processes before and after, where it was started here."""
 
@@ -80,16 +86,18 @@ async def _run(
     address: str, levels: list[int], load: Load, api_key: str | None, pid: int | None, tell: Any
 ) -> dict[str, Any]:
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=address, headers=headers, timeout=600, limits=limits) as client:
+    limits = aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE)
+    timeout = aiohttp.ClientTimeout(total=600)
+    async with aiohttp.ClientSession(address, headers=headers, timeout=timeout, connector=limits) as client:
         try:
-            models = await client.get("/v1/models")
-        except httpx.TransportError as error:
+            async with client.get("/v1/models") as models:
+                if models.status != 200:
+                    raise UnavailableError(f"{address}: status {models.status}: {(await models.text())[:200]}")
+                model = (await models.json())["data"][0]["id"]
+            async with client.get("/version") as told:
+                version = (await told.json()).get("version") if told.status == 200 else None
+        except aiohttp.ClientError as error:
             raise UnavailableError(f"{address}: no server answers ({error}); start one with mllm serve") from error
-        if models.status_code != 200:
-            raise UnavailableError(f"{address}: status {models.status_code}: {models.text[:200]}")
-        model = models.json()["data"][0]["id"]
-        version = await client.get("/version")
         pool = make_pictures(_POOL, load.sides, load.seed)
         measured = []
         for clients in levels:
@@ -100,7 +108,7 @@ async def _run(
     return {
         "address": address,
         "model": model,
-        "vllm": version.json().get("version") if version.status_code == 200 else None,
+        "vllm": version,
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "load": asdict(load),
         "levels": [asdict(level) for level in measured],
@@ -108,13 +116,13 @@ async def _run(
 
 
 async def _level(
-    client: httpx.AsyncClient, model: str, pool: list[bytes], load: Load, clients: int, pid: int | None
+    client: aiohttp.ClientSession, model: str, pool: list[bytes], load: Load, clients: int, pid: int | None
 ) -> Level:
     warm = random.Random(-1 - load.seed * 1000 - clients)
     await asyncio.gather(*(_ask(client, model, pool, load, warm) for _ in range(min(4, clients))))
     before = memory_mib(pid)
     found: list[Outcome] = []
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
 
     async def user(number: int) -> None:
         rng = random.Random((load.seed * 1000 + clients) * 10_000 + number)
@@ -136,12 +144,13 @@ async def _level(
         tokens_per_second=rate(one.tokens for one in done),
         first_token_ms=_quantiles([one.first for one in done if one.first is not None]),
         latency_ms=_quantiles([one.seconds for one in done]),
+        client_busy=round((time.process_time() - worked) / elapsed, 3),
         errors=dict(Counter(one.error for one in found if one.error).most_common(5)),
         memory_mib=[size for size in (before, memory_mib(pid)) if size is not None],
     )
 
 
-async def _ask(client: httpx.AsyncClient, model: str, pool: list[bytes], load: Load, rng: random.Random) -> Outcome:
+async def _ask(client: aiohttp.ClientSession, model: str, pool: list[bytes], load: Load, rng: random.Random) -> Outcome:
     """One streamed request."""
     pictures = [picture if load.same else renamed(picture, rng) for picture in rng.choices(pool, k=load.pictures)]
     content: list[dict[str, Any]] = [
@@ -155,15 +164,18 @@ async def _ask(client: httpx.AsyncClient, model: str, pool: list[bytes], load: L
     }  # fmt: skip
     outcome = Outcome(pictures=len(pictures))
     leaves = rng.random() < load.leaving
+    kind = {"content-type": "application/json", **affinity(body)}
+    data = json.dumps(body).encode()
     started = time.perf_counter()
     try:
-        async with client.stream("POST", "/v1/chat/completions", json=body, headers=affinity(body)) as response:
-            if response.status_code != 200:
-                text = (await response.aread()).decode("utf-8", "replace")
-                return Outcome(error=f"status {response.status_code}: {text[:160]}")
-            async for line in response.aiter_lines():
-                if not line.startswith("data: {"):
+        async with client.post("/v1/chat/completions", data=data, headers=kind) as response:
+            if response.status != 200:
+                return Outcome(error=f"status {response.status}: {(await response.text(errors='replace'))[:160]}")
+            async for line in response.content:
+                if not line.startswith(b"data: {"):
                     continue
+                if outcome.first is not None and b'"completion_tokens"' not in line and b'"error"' not in line:
+                    continue  # one more piece of the answer: nothing to read in it, and reading takes the client's time
                 event = json.loads(line[6:])
                 if "error" in event:
                     return Outcome(error=f"in the stream: {str(event['error'])[:160]}")
@@ -172,7 +184,7 @@ async def _ask(client: httpx.AsyncClient, model: str, pool: list[bytes], load: L
                 outcome.tokens = (event.get("usage") or {}).get("completion_tokens", outcome.tokens)
                 if leaves and outcome.first is not None:
                     return Outcome(left=True)
-    except httpx.HTTPError as error:
+    except (aiohttp.ClientError, TimeoutError) as error:
         return Outcome(error=f"{type(error).__name__}: {str(error)[:160]}")
     outcome.seconds = time.perf_counter() - started
     return outcome

@@ -225,9 +225,9 @@ def serve(settings: ServeSettings) -> None:
 def http_processes(cores: int, gpus: int, max_pixels: int) -> int:
     """How many processes take requests and prepare their pictures before engines on ``gpus`` GPUs.
 
-    One process took 24 requests a second of a 640×480 picture for two encoders, two 25.6, four 27.4 (one H200, 7B;
-    `benchmarks/results/serve_http_h200.txt`); more were not tried. Cores are left to the engine and a worker for each
-    GPU; larger pictures take longer.
+    Four take 38.95 requests a second of a 640×480 picture for two encoders, 0.98 of what the engine does without HTTP
+    (one H200, 7B; `benchmarks/results/serve_http_h200.txt`); fewer and more were not measured with a client that is fast
+    enough. Cores are left to the engine and a worker for each GPU; larger pictures take longer.
     """
     spare = cores - 1 - gpus
     wanted = 2 if max_pixels <= 1_000_000 else 4

@@ -73,6 +73,23 @@ def from_groups(x: Tensor, size: int, interval: int, grid: tuple[int, int]) -> T
     return x.permute(0, 1, 5, 2, 3, 6, 4, 7).reshape(x.shape[0], *grid, x.shape[-1])
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Attention inside groups: ``(B, groups, heads, size², head_dim)``, with ``(…, heads, size², size²)`` added to the scores.
+
+    On a GPU in plain products: the fused kernel takes a mask in multiples of 8 keys, and a group has 49; with it the
+    authors' modules, which multiply, were 1.4 times as fast (H200, bf16).
+    """
+    if q.is_cuda:
+        return multiply(q, k, v, bias)
+    mask = bias.expand(*q.shape[:3], *bias.shape[-2:]).flatten(0, 1)
+    return F.scaled_dot_product_attention(*(part.flatten(0, 1) for part in (q, k, v)), attn_mask=mask).view_as(q)
+
+
+def multiply(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """`attend` in plain products."""
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias).softmax(-1) @ v
+
+
 class GroupAttention(nn.Module):
     """Attention inside groups of a map ``(B, rows, cols, C)``."""
 
@@ -84,19 +101,20 @@ class GroupAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, size: int, interval: int) -> Tensor:
-        batch, rows, cols, _ = x.shape
+        _, rows, cols, _ = x.shape
         multiple = size * interval
         down, right = -rows % multiple, -cols % multiple
-        x = F.pad(x, (0, 0, 0, right, 0, down))
+        if down or right:
+            x = F.pad(x, (0, 0, 0, right, 0, down))
         grid = (rows + down, cols + right)
-        q, k, v = self.qkv(to_groups(x, size, interval)).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
-        bias = self.pos(size).to(q.dtype)[None]
+        q, k, v = (
+            self.qkv(to_groups(x, size, interval)).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)
+        )
+        bias = self.pos(size).to(q.dtype)
         if down or right:
             bias = bias + self.padding(rows, cols, size, interval, q)
-            bias = bias.expand(batch, *bias.shape).flatten(0, 1)
-        q, k, v = (part.flatten(0, 1).transpose(1, 2) for part in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(-2)
-        y = from_groups(self.proj(y).unflatten(0, (batch, -1)), size, interval, grid)
+        y = attend(q, k, v, bias).transpose(2, 3).flatten(-2)
+        y = from_groups(self.proj(y), size, interval, grid)
         return y[:, :rows, :cols]
 
     def padding(self, rows: int, cols: int, size: int, interval: int, like: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class EncoderGraphs:
 
     ``install()`` puts them in front of the encoders' ``forward``: hooks, weights and names stay as they are. A batch is
     padded to the next captured size; a larger one, stored codes in place of pixels, or a call that asks for attention maps
-    or gives scenes, runs as before.
+    or gives scenes, runs as before. So does an encoder that cannot be captured, or whose graph gives other features.
     """
 
     def __init__(self, encoders: Mapping[str, nn.Module], max_images: int):
@@ -35,22 +35,37 @@ class EncoderGraphs:
         self.sizes = sizes_up_to(max_images)
         self.graphs: dict[str, dict[int, _Graph]] = {name: {} for name in self.encoders}
 
-    def install(self) -> None:
-        """Capture every encoder at every size, on the device and in the dtype of its weights. Raises `UnavailableError`
-        naming an encoder that cannot be captured."""
+    def install(self, required: bool = True) -> dict[str, str]:
+        """Capture every encoder at every size, on the device and in the dtype of its weights.
+
+        required: an encoder that cannot be captured raises `UnavailableError`; else it runs as before. Returns those that
+        do, each with the reason.
+        """
         pool = torch.cuda.graph_pool_handle()
+        left: dict[str, str] = {}
         for name, encoder in self.encoders.items():
             forward = encoder.forward
-            pixels = blank_pixels(encoder, self.sizes[-1])
-            for size in reversed(self.sizes):  # the largest first: the others fit into its memory
-                try:
-                    self.graphs[name][size] = _capture(forward, pixels[:size], pool)
-                except RuntimeError as error:
-                    raise UnavailableError(
-                        f"encoder {name!r} cannot be captured in a CUDA graph ({str(error).splitlines()[0]}); serve without "
-                        "cudagraph_mm_encoder"
-                    ) from error
-            encoder.forward = partial(self._run, name, forward)
+            reason = self._capture_all(name, forward, blank_pixels(encoder, self.sizes[-1]), pool)
+            if reason is None:
+                encoder.forward = partial(self._run, name, forward)
+                continue
+            self.graphs[name].clear()
+            left[name] = reason
+            if required:
+                raise UnavailableError(f"encoder {name!r} {reason}; serve without cudagraph_mm_encoder")
+        return left
+
+    def _capture_all(self, name: str, forward: Any, pixels: Tensor, pool: Any) -> str | None:
+        """Fill ``graphs[name]``; why not, where it cannot be done."""
+        for size in reversed(self.sizes):  # the largest first: the others fit into its memory
+            try:
+                self.graphs[name][size] = _capture(forward, pixels[:size], pool)
+            except (RuntimeError, TypeError, AttributeError) as error:
+                return f"cannot be captured in a CUDA graph ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        noise = torch.randn_like(pixels)
+        if not repeats(self.graphs[name][self.sizes[-1]](noise).tokens, forward(noise).tokens):
+            return "gives other features from a CUDA graph: what it does depends on the pixels"
+        return None
 
     def _run(self, name: str, forward: Any, pixels: Tensor, **options: Any) -> VisionFeatures:
         count = len(pixels)
@@ -60,6 +75,7 @@ class EncoderGraphs:
             has_options
             or not 0 < count <= self.sizes[-1]
             or pixels.shape[1:] != captured[self.sizes[-1]].pixels.shape[1:]
+            or not pixels.is_floating_point()
         ):
             return forward(pixels, **options)
         return captured[self.sizes[bisect_left(self.sizes, count)]](pixels)
@@ -97,6 +113,12 @@ def _capture(forward: Any, pixels: Tensor, pool: Any) -> _Graph:
     with torch.cuda.graph(graph, pool=pool):
         features = forward(pixels)
     return _Graph(graph, pixels, features)
+
+
+def repeats(replayed: Tensor, run: Tensor) -> bool:
+    """Whether a graph's features are those of the run itself, up to what kernels chosen anew may round."""
+    run, replayed = run.float(), replayed.float()
+    return bool((run - replayed).norm() <= 0.02 * run.norm())
 
 
 def compile_encoders(encoders: Mapping[str, nn.Module]) -> int:

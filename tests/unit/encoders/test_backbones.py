@@ -96,6 +96,14 @@ def crossformer_spec(meta):
 
 
 @torch.no_grad()
+def test_crossformer_attends_alike_fused_and_in_plain_products():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 5, 3, 49, 16).unbind(0)
+    for bias in (torch.randn(3, 49, 49), torch.randn(3, 49, 49) + torch.randn(5, 1, 1, 49)):  # the latter: padded keys
+        fused, plain = crossformer.attend(q, k, v, bias), crossformer.multiply(q, k, v, bias)
+        assert torch.allclose(fused, plain, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["crossformer", "crossformer_pp", "crossformer_pyramid"])
 def test_crossformer_is_the_authors(name, tmp_path):
     meta, inputs, outputs, state = vector(name)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mllm.models.pipeline import EncoderBank
-from mllm.serve.vllm.encoder_graphs import MAX_BATCH, compile_encoders, run_blank, sizes_up_to
+from mllm.serve.vllm.encoder_graphs import MAX_BATCH, compile_encoders, repeats, run_blank, sizes_up_to
 from tests.helpers import TINY_CLIP
 
 
@@ -40,3 +40,12 @@ def test_compiled_encoders_give_the_same_features_at_every_batch_size():
     with torch.inference_mode(), torch.compiler.set_stance("fail_on_recompile"):  # no request waits for the compiler
         for count, expected in plain.items():
             assert torch.allclose(bank({"only": pixels[:count]})[0]["only"].tokens, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_graph_that_answers_for_other_pixels_is_told_from_one_that_rounds():
+    torch.manual_seed(0)
+    run = torch.randn(4, 9, 16)
+    assert repeats(run + 1e-3 * torch.randn_like(run), run)
+    assert not repeats(run.roll(1, dims=0), run)
+    assert not repeats(torch.zeros_like(run), run)
+    assert not repeats(torch.full_like(run, float("nan")), run)

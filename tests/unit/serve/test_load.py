@@ -75,6 +75,7 @@ def test_rates_times_and_failures_are_those_of_the_server(server):
         assert level["requests_per_second"] == pytest.approx(level["answered"] / level["seconds"], rel=0.02)
         assert level["pictures_per_second"] == pytest.approx(2 * level["answered"] / level["seconds"], rel=0.02)
         assert level["tokens_per_second"] == pytest.approx(3 * level["answered"] / level["seconds"], rel=0.02)
+        assert 0 < level["client_busy"] < 3
         assert sum(level["errors"].values()) == level["failed"] and "503" in str(level["errors"])
     assert sum(level["answered"] + level["failed"] for level in measured["levels"]) == len(seen) - 1 - 4  # the warm-up
     addresses = [part["image_url"]["url"] for body in seen for part in body["messages"][0]["content"][:2]]
