@@ -1,4 +1,5 @@
-"""``mllm eval watch / sensitivity / mine / attack``: scores over a run, under changes that should not matter, and of encoders alone."""
+"""``mllm eval watch / sensitivity / budgets / mine / attack``: scores over a run, under changes that should not matter, at fewer visual
+tokens, and of encoders alone."""
 
 from __future__ import annotations
 
@@ -100,6 +101,58 @@ def sensitivity(
     finish(study, folder)
 
 
+def budgets(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder of this toolkit.")],
+    tasks: Annotated[str, typer.Option(help="Tasks or suites, comma separated; see `mllm list tasks`.")],
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="Most visual tokens of a picture, comma separated; default: all that it takes, a half, a quarter, an eighth."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only N samples of each task, spread evenly over it.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run; default <checkpoint>/../eval.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts per generation batch.")] = 8,
+    resume: Annotated[bool, typer.Option(help="Keep answers that are already there.")] = True,
+    data: Data = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: the GPU when there is one.")] = None,
+) -> None:
+    """What do visual tokens buy? One model's score at several numbers of them, as a table that its model card shows.
+
+    For models whose number is chosen after training: views tiles and native, connectors resampler and average_pool, encoder
+    lookupvit. `mllm push` puts the table into the model card.
+
+    [dim]mllm eval budgets runs/tiles_demo/native/final --tasks tiles_demo --tokens 64,36,16,4[/]
+    """
+    arguments.checkpoint(checkpoint)
+    arguments.dtype(dtype, auto=False)
+    arguments.device(device)
+    arguments.at_least(batch_size, 1, "--batch-size")
+    arguments.tasks(listed(tasks) or [])
+    wanted = _numbers(tokens)
+    from mllm.eval.checkpoint import load_model
+    from mllm.eval.studies.budgets import run_budgets
+
+    folder = output or Path(checkpoint).parent / "eval"
+    model, processor = load_model(checkpoint, dtype=dtype, device=device)
+    study = run_budgets(
+        model, processor, listed(tasks) or [], folder, tokens=wanted, limit=limit, batch_size=batch_size, data=folders(data),
+        resume=resume, say=say_aloud,
+    )  # fmt: skip
+    finish(study, folder)
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    """Comma separated whole numbers of 1 or more. Raises `ConfigError`."""
+    from mllm.errors import ConfigError
+
+    found = listed(text)
+    if wrong := [word for word in found or [] if not word.isdigit() or int(word) < 1]:
+        raise ConfigError(f"--tokens {wrong[0]}: expected whole numbers of 1 or more, comma separated, e.g. 64,36,16,4")
+    return None if found is None else [int(word) for word in found]
+
+
 def mine(
     pictures: Annotated[
         Path | None, typer.Argument(help="Folder of pictures to look for pairs in.", show_default=False)
@@ -175,8 +228,9 @@ def attack(
 
 
 def add_to(group: typer.Typer) -> None:
-    """Register the four verbs in ``mllm eval``."""
+    """Register the five verbs in ``mllm eval``."""
     group.command("watch")(watch)
     group.command("sensitivity")(sensitivity)
+    group.command("budgets")(budgets)
     group.command("mine")(mine)
     group.command("attack")(attack)

@@ -17,6 +17,7 @@ KEPT: dict[str, str] = {
     "eval run": _ANSWERS,
     "eval ablate": _ANSWERS,
     "eval sensitivity": _ANSWERS,
+    "eval budgets": _ANSWERS,
     "eval watch": "checkpoints that are evaluated are kept; the same command goes on with the others",
     "eval judge": f"the verdicts so far are kept; {_ON}",
     "eval rescore": f"files that were not reached are as they were; {_AGAIN}",

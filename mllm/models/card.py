@@ -29,9 +29,9 @@ def push(
 ) -> str:
     """Send a checkpoint folder with its model card to ``owner/name`` on the hub; returns the commit's address.
 
-    scores: folder of an evaluation (``results.json``); default: ``eval`` beside the checkpoint, where there is one. A README.md
-    that was not written here is kept as it is. Raises `ConfigError` for a folder that holds no checkpoint, `UnavailableError`
-    with the reason when the hub refuses.
+    scores: folder of an evaluation (``results.json``; of `mllm eval budgets` ``budgets.json``); default: ``eval`` beside the
+    checkpoint, where there is one. A README.md that was not written here is kept as it is. Raises `ConfigError` for a folder that
+    holds no checkpoint, `UnavailableError` with the reason when the hub refuses.
     """
     folder = Path(checkpoint)
     if not (folder / "config.json").is_file():
@@ -83,6 +83,7 @@ def model_card(folder: Path, repository: str, *, scores: str | Path | None = Non
         "## Parts\n\n" + _table(("part", "from", "licence", "commercial use"), parts),
         _opening(repository, config, brings_code=(folder / SOURCES).is_file()),
         _scores(place / "results.json"),
+        _budgets(place / "budgets.json"),
         _training(recipe),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -177,6 +178,31 @@ def _scores(path: Path) -> str:
                 (f"{name}{limited}", value, str(task["num_samples"]), metric["label"], metric.get("protocol", ""))
             )
     return "## Scores\n\n" + _table(("task", "score", "samples", "rule", "whose rule"), rows)
+
+
+def _budgets(path: Path) -> str:
+    """What `mllm eval budgets` found: score against visual tokens."""
+    if not path.is_file():
+        return ""
+    study = read_json(path)
+
+    def said(value: float | None, digits: int = 2) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    rows = [
+        (
+            found["task"],
+            found["budget"],
+            said(found["tokens"], 1),
+            said(found["score"]),
+            f"{said(found['low'])} to {said(found['high'])}",
+            found["num_samples"],
+            found["rule"],
+        )
+        for found in study["data"]["budgets"]
+    ]
+    head = ("task", "most tokens a picture", "tokens a question", "score", "95 %", "samples", "rule")
+    return f"## Score against visual tokens\n\n{study['notes'][0]}\n\n" + _table(head, rows)
 
 
 def _training(recipe: Mapping[str, Any]) -> str:

@@ -33,6 +33,8 @@ NOT_THERE = {  # command line → words of its one error; {d} is an empty folder
     "encoders probe {d}/nope -e efficientnet-lite0-448": "expected a folder",
     "eval watch {d}/nope --tasks demo_charts": "no such folder",
     "eval sensitivity {d}/nope --tasks demo_charts": "no such folder",
+    "eval budgets {d}/nope --tasks demo_charts": "no such folder",
+    "eval budgets {c} --tasks demo_charts --tokens 64,x": "--tokens x: expected whole numbers",
     "eval mine {d}/nope": "no such folder",
     "eval stress nope": "unknown task 'nope'",
     "eval contamination --train {d}/nope.jsonl --tasks demo_charts": "no such file or folder",

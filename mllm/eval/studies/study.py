@@ -19,7 +19,7 @@ from mllm.eval.predictions import write_atomic
 
 _LONG = 16
 """A longer table is folded on the HTML page."""
-NAMES = ("judges", "sensitivity", "ablation", "ablations", "stress", "contamination")
+NAMES = ("judges", "sensitivity", "budgets", "ablation", "ablations", "stress", "contamination")
 """Studies that a report shows when their files lie in its folder, in this order."""
 
 
