@@ -9,6 +9,7 @@ CONNECTORS: Registry = Registry(
         "mlp": "mllm.connectors.mlp:MlpConnector",
         "branch_fusion": "mllm.connectors.branch_fusion:BranchFusionConnector",
         "channel_concat": "mllm.connectors.channel_concat:ChannelConcatConnector",
+        "come_vl": "mllm.connectors.come_vl:ComeVlConnector",
         "sequence_concat": "mllm.connectors.sequence_concat:SequenceConcatConnector",
         "interleave": "mllm.connectors.sequence_concat:InterleaveConnector",
         "pixel_shuffle": "mllm.connectors.pixel_shuffle:PixelShuffleConnector",

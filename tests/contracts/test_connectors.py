@@ -53,6 +53,7 @@ def test_variants_keep_the_contract(name, changes):
 
 
 MISFITS = [
+    ("come_vl", {}, {"a": info(2, 2), "b": info(3, 4)}, ["'b' has grid 3×4", "pool 2 does not divide", "pool: 1"]),
     ("linear", {}, {"a": info(2, 2), "b": info(3, 3)}, ["exactly one encoder", "'a'|a \\(2×2\\)", "channel_concat"]),
     ("mlp", {}, {}, ["exactly one encoder", "has 0"]),
     (
@@ -103,6 +104,7 @@ MISFITS = [
     ("slow_fast", {"each": {"type": "multi_scale"}}, {"a": info(2, 2)}, ["multi_scale", "mlp"]),
     ("branch_fusion", {}, {"a": info(2, 2)}, ["at least 2 encoders", "has 1"]),
     ("branch_fusion", {"vit": "c"}, {"a": info(2, 2), "b": info(2, 2)}, ["no encoder 'c'"]),
+    ("gated_cross", {}, {"a": info(2, 2)}, ["exactly two encoders", "has 1"]),
     ("gated_fusion", {}, {"a": info(2, 2)}, ["at least 2 encoders", "has 1"]),
     ("gated_fusion", {}, {"a": info(2, 2), "b": info(2, 2), "c": info(2, 2)}, ["two encoders", "a, b, c"]),
     ("gated_fusion", {"first": "c"}, {"a": info(2, 2), "b": info(2, 2)}, ["no encoder 'c'"]),
