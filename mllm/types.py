@@ -6,6 +6,7 @@ M visual tokens · T text tokens · L language-model width · E experts · Q cod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -346,6 +347,19 @@ class Video:
     frames: tuple[int, ...] | None = None
     play: Literal["forward", "reversed", "shuffled", "frozen", "gray"] = "forward"
     key: str = ""
+
+
+def scene(pictures: Sequence[Any]) -> Video:
+    """Several pictures of one scene as one visual, for a model that takes video: all of them are seen, and encoders that join views see
+    them together.
+
+    Args:
+        pictures: files, bytes, PIL images or arrays, all of one size.
+
+    Returns:
+        A video of these frames, at no times.
+    """
+    return Video(list(pictures), frames=tuple(range(len(pictures))))
 
 
 @dataclass

@@ -42,6 +42,9 @@ class VggtConfig(ImageEncoderConfig):
     dinov2_depth: int = Field(default=24, gt=0)
     dinov2_image_size: int = Field(default=518, gt=0)
     """Image size of DINOv2's position table, which is resized on use (bicubic, antialiased)."""
+    chunk: int | None = Field(default=None, ge=2)
+    """Most views that see each other at once: a longer scene is encoded in parts, its first view (the reference) at the head of each, so
+    that memory does not grow with the scene. Views of unlike parts then meet in the reference alone."""
 
 
 class Attention(nn.Module):
@@ -213,6 +216,19 @@ def _block(config: VggtConfig) -> Block:
     return Block(config.width, config.num_heads, qk_norm=True, scale=0.01, eps=1e-5)
 
 
+def _prefix(output: LayerOutput) -> Tensor:
+    """Camera and register tokens of a layer, which every layer here has."""
+    assert output.prefix is not None
+    return output.prefix
+
+
+def _joined(parts: Sequence[LayerOutput]) -> LayerOutput:
+    """One layer of all views from that of their parts."""
+    return LayerOutput(
+        torch.cat([part.tokens for part in parts]), parts[0].grid, torch.cat([_prefix(part) for part in parts])
+    )
+
+
 def rotary_table(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """positions ``(…, 2)`` → cos, sin ``(…, head_dim)``: the first half of the channels turns by row, the second by
     column."""
@@ -292,6 +308,21 @@ class VggtEncoder(LibraryEncoder):
         return self._read(pixels, [1] * pixels.shape[0])
 
     def _read(self, pixels: Tensor, views: list[int]) -> list[LayerOutput]:
+        chunk = self.config.chunk
+        if chunk is None or max(views) <= chunk:
+            return self._read_whole(pixels, views)
+        parts = [part for scene in pixels.split(views) for part in self._read_in_parts(scene, chunk)]
+        return [_joined(layers) for layers in zip(*parts, strict=True)]
+
+    def _read_in_parts(self, scene: Tensor, chunk: int) -> list[list[LayerOutput]]:
+        """Layers of each part of a scene ``(S, 3, H, W)``; the reference's of the first part alone."""
+        parts = [self._read_whole(scene[:chunk], [min(chunk, len(scene))])]
+        for rest in scene[chunk:].split(chunk - 1):
+            found = self._read_whole(torch.cat([scene[:1], rest]), [1 + len(rest)])
+            parts.append([LayerOutput(one.tokens[1:], one.grid, _prefix(one)[1:]) for one in found])
+        return parts
+
+    def _read_whole(self, pixels: Tensor, views: list[int]) -> list[LayerOutput]:
         counts = take_layers(self.config.layers, self.config.depth, lowest=1)
         outputs = self.model(pixels, views, counts)
         grid = (pixels.shape[2] // self.config.patch_size, pixels.shape[3] // self.config.patch_size)

@@ -60,8 +60,12 @@ def pack(video: Video, *, where: str = "video") -> np.ndarray:
     `DataError`."""
     source, rate = source_of(video, where)
     meant = {"start": video.start, "end": video.end, "frames": video.frames, "play": video.play, "key": video.key}
-    frames = _frames(source, where)
-    if frames is None:
+    files = _files(source)
+    frames = None if files else _frames(source, where)
+    if files:
+        content = b"".join(files)
+        meant["files"] = [len(file) for file in files]
+    elif frames is None:
         content = read_bytes(source, where=where)
     else:
         buffer = io.BytesIO()
@@ -79,9 +83,21 @@ def unpack(array: np.ndarray) -> Video:
     body = whole[_HEADER : _HEADER + int.from_bytes(whole[len(_MAGIC) : _HEADER], "little")]
     head, _, content = body.partition(b"\n")
     attributes = json.loads(head)
-    source = content if attributes.pop("file") else np.load(io.BytesIO(content), allow_pickle=False)
+    sizes, whole_file = attributes.pop("files", None), attributes.pop("file")
+    if sizes:
+        ends = np.cumsum(sizes).tolist()
+        source: Any = [content[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    else:
+        source = content if whole_file else np.load(io.BytesIO(content), allow_pickle=False)
     frames = attributes.pop("frames")
     return Video(source, frames=None if frames is None else tuple(frames), **attributes)
+
+
+def packed_bytes(data: bytes) -> np.ndarray | None:
+    """The array of `pack` in its bytes; None for the bytes of any video's file."""
+    if not data.startswith(_MAGIC):
+        return None
+    return np.frombuffer(data, dtype=np.uint8).reshape(1, 1, -1, 3)
 
 
 def is_packed(array: Any) -> bool:
@@ -89,6 +105,13 @@ def is_packed(array: Any) -> bool:
     if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 4 or array.shape[:2] != (1, 1):
         return False
     return array[0, 0, : len(_MAGIC)].tobytes().startswith(_MAGIC)
+
+
+def _files(source: Any) -> list[bytes]:
+    """The pictures of a list that are all given as encoded files (a scene's in a request); [] for any other source. They travel as they
+    are: decoded, a few large photographs would be hundreds of megabytes."""
+    listed = isinstance(source, (list, tuple)) and source and all(isinstance(item, bytes) for item in source)
+    return list(source) if listed else []
 
 
 def _frames(source: Any, where: str) -> np.ndarray | None:

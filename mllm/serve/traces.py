@@ -18,7 +18,7 @@ from mllm.install import install_hint
 from mllm.models.routing import ANSWER_TOKENS
 from mllm.noise import quiet_vllm
 from mllm.processing.chat import encode_text, render_prompt, routing_inputs
-from mllm.processing.engine_videos import engine_options
+from mllm.processing.engine_videos import engine_options, pack
 from mllm.processing.images import read_bytes
 from mllm.processing.protocol import Processor
 from mllm.processing.questions import question_text
@@ -290,8 +290,9 @@ def vllm_messages(case: Case) -> list[dict[str, Any]]:
 def _vllm_part(visual: Any) -> dict[str, Any]:
     if not isinstance(visual, Video):
         return {"type": "image_pil", "image_pil": visual}
-    data = base64.b64encode(read_bytes(visual.source, where="video")).decode()
-    return {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{data}"}}
+    listed = isinstance(visual.source, list)  # pictures of a scene travel as the server packs them
+    content = pack(visual).tobytes() if listed else read_bytes(visual.source, where="video")
+    return {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{base64.b64encode(content).decode()}"}}
 
 
 def vllm_pixels(llm: Any, processor: Processor, cases: Sequence[Case]) -> list[str | None]:

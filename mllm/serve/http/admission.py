@@ -53,7 +53,15 @@ from mllm.serve.http.metrics import (
     state_metrics,
 )
 from mllm.serve.http.openapi import PAGE, describe
-from mllm.serve.http.pictures import PictureRules, cache_salt, check_number, fetch_pictures, secret_of, write_pictures
+from mllm.serve.http.pictures import (
+    PictureRules,
+    cache_salt,
+    check_number,
+    fetch_pictures,
+    secret_of,
+    singly,
+    write_pictures,
+)
 from mllm.serve.http.reading import read_json, write_json
 from mllm.serve.http.routes import ClientGone, FirstPassFailed, Routes, experts_header, pictures
 from mllm.serve.http.state import ProcessState
@@ -96,6 +104,8 @@ class AdmissionSettings(StrictModel):
     """0 where the model takes none."""
     max_seconds: float = Field(default=0.0, ge=0)
     """The longest video that is read."""
+    max_frames: int = Field(default=0, ge=0)
+    """Most pictures of a scene: the frames that the model sees of a video."""
     max_pixels: int = Field(default=16_000_000, gt=0)
     image_token: str = "<image>"
     image_token_id: int | None = None
@@ -151,6 +161,7 @@ class Admission:
             frozenset(domain.lower() for domain in self.settings.media_domains),
             self.settings.max_body_bytes,
             self.settings.media_timeout,
+            self.settings.max_frames,
         )
         self.drawings = Drawings(self.settings)
 
@@ -347,7 +358,7 @@ class Admission:
         secret = secret_of(self.settings.salt, owner if self.keys.several else "")
         check_number(content.pictures, self.rules)
         if content.pictures:
-            self.limits.take(owner, pictures=len(content.pictures))
+            self.limits.take(owner, pictures=len(singly(content.pictures)))
             await fetch_pictures(content.pictures, self.rules)
             await asyncio.to_thread(write_pictures, content.pictures, self.rules, secret)
         count_pictures(len(content.pictures), path)

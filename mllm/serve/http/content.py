@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mllm.serve.http.errors import Refused, shown
@@ -24,17 +24,20 @@ _TEXTS = {
 """Kinds of text part, and the field that holds the text."""
 _IGNORED = frozenset({"cache_control", "annotations", "logprobs", "citations", "signature", "id", "index", "status"})
 """What clients send back of an earlier answer, and no answer depends on."""
+_SCENE = 64
+"""Most characters of a scene's name."""
 
 
 @dataclass
 class Picture:
     """A picture of a request, or a video. address: as the client wrote it; write: puts the checked address into the request;
-    file: its bytes, once they were checked."""
+    file: its bytes, once they were checked; views: the pictures of a scene, which goes on as one video of them."""
 
     address: str
     write: Callable[[str, str | None], None]
     file: bytes = b""
     is_video: bool = False
+    views: list[Picture] = field(default_factory=list)
 
 
 class Content:
@@ -47,6 +50,9 @@ class Content:
     def __init__(self, image_token: str, *, videos: bool = False):
         self.image_token, self.videos = image_token, videos
         self.pictures: list[Picture] = []
+        self._scenes: dict[str, Picture] = {}
+        self._scene: str | None = None
+        """The scene that the part before is a picture of."""
 
     def rewrite(self, path: str, data: Mapping[str, Any]) -> dict[str, Any]:
         """The request with its conversation in canonical form. Raises `Refused`."""
@@ -106,13 +112,48 @@ class Content:
         if not isinstance(content, list):
             raise Refused(400, f"content must be a text or a list of parts, not {type(content).__name__}")
         made: list[dict[str, Any]] = []
+        self._scene = None
         for item in content:
             if isinstance(item, str):
                 item = {"type": "text", "text": item}
             if not isinstance(item, dict):
                 raise Refused(400, f"a part of content must be an object, not {type(item).__name__}")
+            if self._joins_scene(item):
+                continue
             made.append(part(item))
             self._keep_apart(made)
+        return made
+
+    def _joins_scene(self, part: dict[str, Any]) -> bool:
+        """Whether a part is a further picture of the scene before it, which takes it in. Raises `Refused` for one that stands apart."""
+        name, before = part.get("scene"), self._scene
+        self._scene = None if name is None else name if isinstance(name, str) else ""
+        if name is None or not self.videos:
+            return False
+        if not isinstance(name, str) or not 0 < len(name) <= _SCENE:
+            raise Refused(
+                400, f"scene must be a text of 1 to {_SCENE} characters, the same for every picture of a scene"
+            )
+        if name != before:
+            if name in self._scenes:
+                raise Refused(400, f"scene {shown(name)}: its pictures must stand side by side in one message")
+            return False
+        _only(part, ("type", "image_url", "detail", "scene"))
+        self._scenes[name].views.append(Picture(_address(part.get("image_url")), lambda url, key: None))
+        return True
+
+    def _scene_part(self, part: dict[str, Any]) -> dict[str, Any]:
+        """The first picture of a scene: the place of all of them."""
+        if not self.videos:
+            raise Refused(400, "scene: this model takes no videos and sees pictures one by one; leave scene out")
+        _only(part, ("type", "image_url", "detail", "scene"))
+        made: dict[str, Any] = {"type": "video_url", "video_url": {}}
+        view = Picture(_address(part.get("image_url")), lambda url, key: None)
+        whole = Picture(
+            "", lambda url, key: _write_part(made, made["video_url"], url, key), is_video=True, views=[view]
+        )
+        self.pictures.append(whole)
+        self._scenes[part["scene"]] = whole
         return made
 
     def _part(self, part: dict[str, Any]) -> dict[str, Any]:
@@ -120,6 +161,8 @@ class Content:
         kind = part.get("type")
         if kind is None:
             kind = next((name for name in ("image_url", "video_url") if name in part), "text")
+        if kind in ("image_url", "input_image") and part.get("scene") is not None:
+            return self._scene_part(part)
         if kind in ("image_url", "input_image") or (kind == "video_url" and self.videos):
             is_video = kind == "video_url"
             name = "video_url" if is_video else "image_url"
@@ -271,16 +314,21 @@ class Content:
         return {**made, "type": "output_text" if role == "assistant" else "input_text"}
 
     def _add(self, address: Any, write: Callable[[str, str | None], None], *, is_video: bool = False) -> None:
-        if isinstance(address, dict):
-            _only(address, ("url", "detail"))
-            address = address.get("url")
-        if not isinstance(address, str) or not address.strip():
-            kind = "video" if is_video else "image"
-            raise Refused(
-                400,
-                f"a {'video' if is_video else 'picture'} without an address: {kind}_url.url must be a data: URI or an address",
-            )
-        self.pictures.append(Picture(address, write, is_video=is_video))
+        self.pictures.append(Picture(_address(address, is_video=is_video), write, is_video=is_video))
+
+
+def _address(address: Any, *, is_video: bool = False) -> str:
+    """What a part says where its picture is. Raises `Refused`."""
+    if isinstance(address, dict):
+        _only(address, ("url", "detail"))
+        address = address.get("url")
+    if not isinstance(address, str) or not address.strip():
+        kind = "video" if is_video else "image"
+        raise Refused(
+            400,
+            f"a {'video' if is_video else 'picture'} without an address: {kind}_url.url must be a data: URI or an address",
+        )
+    return address
 
 
 def _write_part(part: dict[str, Any], holder: dict[str, Any], url: str, key: str | None, field: str = "url") -> None:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from mllm.errors import DataError
+from mllm.processing.engine_videos import pack
 from mllm.processing.images import image_size, read_bytes
 from mllm.processing.videos import open_video
 from mllm.serve.http.content import Picture
 from mllm.serve.http.errors import Refused, shown
-from mllm.types import Video
+from mllm.types import Video, scene
 
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.\-]*):")
 _DATA = re.compile(r"^data:([^,;]{0,80})((?:;[^,;]{0,80}){0,4});base64,", re.IGNORECASE)
@@ -25,7 +26,8 @@ _VIDEO = "video/mp4"
 
 @dataclass(frozen=True)
 class PictureRules:
-    """What a picture must be. max_videos, max_seconds: of a model that takes videos, how many and how long; domains: hosts whose
+    """What a picture must be. max_videos, max_seconds: of a model that takes videos, how many (scenes among them) and how long; max_frames:
+    pictures of a scene; domains: hosts whose
     pictures may be given by address; max_bytes, timeout (seconds): of one that is fetched."""
 
     max_images: int
@@ -35,15 +37,27 @@ class PictureRules:
     domains: frozenset[str] = frozenset()
     max_bytes: int = 32 * 2**20
     timeout: float = 5.0
+    max_frames: int = 0
 
 
 def check_number(pictures: list[Picture], rules: PictureRules) -> None:
     """Raise `Refused` for more pictures than a request may have."""
-    videos = sum(picture.is_video for picture in pictures)
-    if len(pictures) - videos > rules.max_images:
-        raise Refused(400, f"{len(pictures) - videos} pictures in one request; at most {rules.max_images} are served")
+    stills, videos = sum(not picture.is_video for picture in pictures), sum(picture.is_video for picture in pictures)
+    if stills > rules.max_images:
+        raise Refused(400, f"{stills} pictures in one request; at most {rules.max_images} are served")
     if videos > rules.max_videos:
-        raise Refused(400, f"{videos} videos in one request; at most {rules.max_videos} are served")
+        kind = "videos and scenes" if any(picture.views for picture in pictures) else "videos"
+        raise Refused(400, f"{videos} {kind} in one request; at most {rules.max_videos} are served")
+    for picture in pictures:
+        if len(picture.views) > rules.max_frames:
+            raise Refused(
+                400, f"a scene of {len(picture.views)} pictures; this model sees at most {rules.max_frames} of one"
+            )
+
+
+def singly(pictures: list[Picture]) -> list[Picture]:
+    """The pictures and videos of a request, each picture of a scene by itself."""
+    return [one for picture in pictures for one in (picture.views or [picture])]
 
 
 async def fetch_pictures(pictures: list[Picture], rules: PictureRules) -> None:
@@ -52,7 +66,9 @@ async def fetch_pictures(pictures: list[Picture], rules: PictureRules) -> None:
     Fetched here and not by the engine: one reader of addresses, one limit of time and size, and the picture is judged and named
     as an embedded one. No redirect is followed, since it could lead to any host.
     """
-    found = [(place, picture) for place, picture in enumerate(pictures) if _scheme_of(picture.address) != "data"]
+    found = [
+        (place, picture) for place, picture in enumerate(singly(pictures)) if _scheme_of(picture.address) != "data"
+    ]
     for _, picture in found:
         _check_address(picture.address.strip(), rules)
     if not found:
@@ -95,10 +111,29 @@ async def _fetched(client: Any, picture: Picture, place: int, rules: PictureRule
 def write_pictures(pictures: list[Picture], rules: PictureRules, secret: bytes) -> None:
     """Check every picture (`fetch_pictures` was before) by its header and write it into the request as it was checked, with our
     cache name: a keyed hash of its bytes, so that nobody without ``secret`` can name an entry. Raises `Refused`."""
-    for position, picture in enumerate(pictures):
-        url, content = _embedded(picture, position, rules)
+    position = 0
+    for picture in pictures:
+        url, content = _scene(picture, position, rules) if picture.views else _embedded(picture, position, rules)
+        position += len(picture.views) or 1
         picture.file = content
         picture.write(url, hashlib.blake2b(content, key=secret, digest_size=32).hexdigest())
+
+
+def _scene(whole: Picture, position: int, rules: PictureRules) -> tuple[str, bytes]:
+    """The pictures of a scene as one video, of which every one is seen (`mllm.types.scene`): its data URI, and the bytes in it."""
+    files, first = [], None
+    for number, view in enumerate(whole.views):
+        files.append(_embedded(view, position + number, rules)[1])
+        size = image_size(files[-1], where=f"picture {position + number}")
+        first = first or size
+        if size != first:
+            raise Refused(
+                400,
+                f"picture {position + number} is {size[1]} × {size[0]} pixels, the first of its scene {first[1]} × {first[0]}; the "
+                "pictures of a scene have one size",
+            )
+    content = pack(scene(files)).tobytes()
+    return f"data:{_VIDEO};base64,{base64.b64encode(content).decode()}", content
 
 
 def _embedded(picture: Picture, position: int, rules: PictureRules) -> tuple[str, bytes]:

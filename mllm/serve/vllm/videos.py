@@ -13,18 +13,19 @@ from typing import Any
 import numpy as np
 
 from mllm.errors import AlignmentError, ConfigError
-from mllm.processing.engine_videos import BACKEND, VIDEO_ID, is_packed, pack
+from mllm.processing.engine_videos import BACKEND, VIDEO_ID, is_packed, pack, packed_bytes
 from mllm.processing.protocol import TextTokenizer
 from mllm.processing.template import VIDEO
 from mllm.types import Video
 
 
 class FileLoader:
-    """vLLM's reader of videos that reads none: the file travels in the shape of frames."""
+    """vLLM's reader of videos that reads none: the file travels in the shape of frames, and what the server packed as it is."""
 
     @classmethod
     def load_bytes(cls, data: bytes, num_frames: int = -1, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        return pack(Video(data)), {}
+        made = packed_bytes(data)
+        return (pack(Video(data)) if made is None else made), {}
 
 
 def register_loader() -> None:

@@ -142,3 +142,36 @@ def test_sizes_that_do_not_fit_are_told():
         encoder_config({**TINY, "image_size": [15, 20]}, where="encoder")
     with pytest.raises(ConfigError, match=r"encoder\.num_heads: 3 does not split width 32"):
         encoder_config({**TINY, "num_heads": 3}, where="encoder")
+
+
+@torch.no_grad()
+def test_a_long_scene_is_read_in_parts_that_each_see_the_reference():
+    torch.manual_seed(0)
+    whole = build_encoder(encoder_config({**TINY, "keep_prefix": True}, where="encoder")).eval()
+    for parameter in whole.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    parted = build_encoder(encoder_config({**TINY, "keep_prefix": True, "chunk": 3}, where="encoder")).eval()
+    parted.load_state_dict(whole.state_dict())
+    pixels = torch.rand(8, 3, 16, 20)
+    ids = torch.tensor([0] * 6 + [1] * 2)
+    found = parted(pixels, scene_ids=ids)
+    for views, kept in (
+        (range(3), slice(0, 3)),
+        ((0, 3, 4), slice(1, 3)),
+        ((0, 5), slice(1, 2)),
+        ((6, 7), slice(0, 2)),
+    ):
+        alone = whole(pixels[list(views)], scene_ids=torch.zeros(len(views), dtype=torch.long))
+        own = list(views)[kept]
+        torch.testing.assert_close(found.tokens[own], alone.tokens[kept], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found.prefix[own], alone.prefix[kept], atol=1e-5, rtol=1e-5)
+    all_at_once = whole(pixels, scene_ids=ids)
+    assert not torch.allclose(found.tokens[3:6], all_at_once.tokens[3:6], atol=1e-3), (
+        "parts meet in the reference alone"
+    )
+    short = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
+    torch.testing.assert_close(
+        parted(pixels, scene_ids=short).tokens, whole(pixels, scene_ids=short).tokens, atol=1e-5, rtol=1e-5
+    )
+    with pytest.raises(ConfigError, match="chunk"):
+        encoder_config({**TINY, "chunk": 1}, where="encoder")

@@ -14,7 +14,7 @@ from mllm.errors import AlignmentError, ConfigError, DataError
 from mllm.models.build import build_config
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.processing.chat import encode_sample, render_prompt
-from mllm.types import IMAGE_MARK, Sample, Turn, Video
+from mllm.types import IMAGE_MARK, Sample, Turn, Video, scene
 from tests.helpers import TINY_CLIP, TINY_LLM, picture, tiny_model, tiny_spec
 from tests.videos import painted, write_clip
 
@@ -324,6 +324,31 @@ def test_frames_are_taken_together_and_geometry_sees_the_whole_scene(tmp_path):
     assert not torch.equal(moved[1][:4], whole[1][:4]), "the first frames' geometry knows of the last frame"
     model.train()(**collate([encoded], pad_token_id=0).inputs).loss.backward()
     model(**collate([encode_sample(processor, sample())], pad_token_id=0).inputs).loss.backward()
+
+
+def test_all_pictures_of_a_scene_are_seen_together(tmp_path):
+    """More of them than the section's frames, in their order; those that stand alone are no scene."""
+    encoders = {"semantic": dict(TINY_CLIP), "geometry": dict(TINY_VGGT)}
+    model, processor = tiny_model(tmp_path, video={"frames": 2}, encoders=encoders)
+    with torch.no_grad():
+        for name, parameter in model.model.vision_tower.encoders["geometry"].named_parameters():
+            if name.endswith("gamma"):  # 0.01 at the start: frames would hardly see each other
+                parameter.fill_(1.0)
+    views = [picture(seed) for seed in range(3)]
+    room = by_call(processor, "<image>?", images=[[scene(views)]])
+    alone = by_call(processor, "<image><image><image>?", images=views)
+    assert torch.equal(room["input_ids"], alone["input_ids"])
+    for key in processor.pixel_keys.values():
+        assert torch.equal(room[key], alone[key])
+    with torch.no_grad():
+        together, apart, turned = (
+            model(**batch).logits
+            for batch in (room, alone, by_call(processor, "<image>?", images=[[scene(views[::-1])]]))
+        )
+    assert not torch.allclose(together, apart, atol=1e-3), "the geometry of one picture knows of the others"
+    assert not torch.allclose(together, turned, atol=1e-3)
+    with pytest.raises(DataError, match="frame 1: is 50 × 30, the first 40 × 30"):
+        by_call(processor, "<image>?", images=[[scene([picture(1), picture(2, size=(50, 30))])]])
 
 
 def test_video_benchmarks_are_asked_with_the_models_own_frames(tmp_path, parts, clip):

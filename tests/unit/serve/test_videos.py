@@ -12,7 +12,7 @@ from PIL import Image
 from mllm.errors import AlignmentError, ConfigError
 from mllm.processing.engine_videos import VIDEO_ID, engine_options, pack, unpack, visual_inputs
 from mllm.serve.vllm.videos import FileLoader, mark_videos, packed
-from mllm.types import Video
+from mllm.types import Video, scene
 from tests.helpers import picture, tiny_tokenizer
 from tests.unit.serve.test_admission import Echo, ask, chat, encoded
 from tests.unit.serve.test_admission import picture as image_part
@@ -178,3 +178,59 @@ def test_places_that_are_not_found_among_the_tokens_are_told():
     tokenizer = tiny_tokenizer()
     with pytest.raises(AlignmentError, match="2 places of pictures and videos in the text and 0 among its tokens"):
         mark_videos(tokenizer, tokenizer("<video> <image>", add_special_tokens=False)["input_ids"], "<image>", 10**6)
+
+
+def photo(seed: int, size: tuple[int, int] = (40, 30)) -> bytes:
+    buffer = io.BytesIO()
+    picture(seed, size=size).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def view(seed: int = 1, name: object = "room", size: tuple[int, int] = (40, 30)) -> dict:
+    return {**image_part(f"data:image/png;base64,{base64.b64encode(photo(seed, size)).decode()}"), "scene": name}
+
+
+SCENES = {**TAKES, "max_images": 4, "max_frames": 3}
+
+
+def test_pictures_of_a_scene_go_on_as_one_video_of_which_all_are_seen():
+    app = Echo()
+    words = {"type": "text", "text": "which is nearer?"}
+    asked = chat(image_part(), view(1), view(2), view(3), words, view(4, "hall"), view(5, "hall"))
+    assert ask(app, asked, **SCENES).status_code == 200
+    parts = app.raw[0]["messages"][0]["content"]
+    assert [one["type"] for one in parts] == ["image_url", "video_url", "text", "video_url"]
+    assert len({one["uuid"] for one in parts if "uuid" in one}) == 3
+    for one, seeds in ((parts[1], (1, 2, 3)), (parts[3], (4, 5))):
+        data = base64.b64decode(one["video_url"]["url"].removeprefix("data:video/mp4;base64,"))
+        found = unpack(FileLoader.load_bytes(data)[0])
+        assert found.source == [photo(seed) for seed in seeds], "as they came, not decoded"
+        assert found.frames == tuple(range(len(seeds))) and found.play == "forward"
+        assert np.array_equal(FileLoader.load_bytes(data)[0], pack(scene(found.source)))
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ([view(1), view(2, size=(50, 30))], "picture 1 is 50 × 30 pixels, the first of its scene 40 × 30"),
+        ([view(n) for n in range(4)], "a scene of 4 pictures; this model sees at most 3 of one"),
+        ([view(1), image_part(), view(2)], "scene 'room': its pictures must stand side by side in one message"),
+        ([view(1), {"type": "text", "text": "and"}, view(2)], "side by side"),
+        ([view(1), view(2, "b"), view(3, "c")], "3 videos and scenes in one request; at most 2"),
+        ([view(1, name="")], "scene must be a text"),
+        ([{**view(1), "scene": 3}], "scene must be a text"),
+        ([view(1), {**view(2), "image_url": None}], "a picture without an address"),
+        ([view(1), {**view(2), "image_url": {"url": "data:image/png;base64,AAAA"}}], "picture 1"),
+        ([{**part(), "scene": "room"}], "'scene' is not a field"),
+    ],
+)
+def test_scenes_that_cannot_be_seen_whole_are_refused(parts, words):
+    app = Echo()
+    response = ask(app, chat(*parts), **SCENES)
+    assert response.status_code == 400 and words in response.json()["error"]["message"], response.text
+    assert app.bodies == []
+
+
+def test_a_model_without_video_says_that_it_sees_pictures_one_by_one():
+    response = ask(Echo(), chat(view(1), view(2)))
+    assert response.status_code == 400 and "sees pictures one by one; leave scene out" in response.text
