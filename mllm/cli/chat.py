@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mllm.cli import arguments
-from mllm.errors import MllmError, did_you_mean
+from mllm.errors import ConfigError, MllmError, did_you_mean
 
 
 def chat(
@@ -30,6 +30,10 @@ def chat(
     experts: Annotated[
         str | None, typer.Option(help="Routed models: experts to run, comma separated; none: no expert.")
     ] = None,
+    overlay: Annotated[
+        Path | None,
+        typer.Option(help="Models that mark: write the picture with the masks of the answer to --question here (PNG)."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Ask about pictures and videos. Inside: [bold]/image PATH[/] (or a pasted path or address) adds a picture to the next
@@ -39,6 +43,8 @@ def chat(
     arguments.pictures(image)
     arguments.at_least(max_new_tokens, 1, "--max-new-tokens")
     arguments.at_least(temperature, 0, "--temperature")
+    if overlay is not None and (question is None or len(image or []) != 1 or video):
+        raise ConfigError("--overlay: give one picture with --image, and what to mark with --question")
     from transformers.utils import logging as transformers_logging
 
     from mllm.models.chat import ChatSession
@@ -54,6 +60,14 @@ def chat(
         session.add_image(path)
     for path in video or []:
         session.add_video(path)
+    if question is not None and overlay is not None:
+        found, marked = session.mark(question, max_new_tokens=max_new_tokens)
+        marked.save(overlay, "PNG")
+        typer.echo(found.text)
+        for number, box in enumerate(found.boxes(), 1):
+            place = "nothing" if box is None else f"x {box[0]}, y {box[1]}, {box[2]} × {box[3]} pixels"
+            typer.echo(f"mask {number}: {place}")
+        return
     if question is not None:
         typer.echo(session.ask(question, **options))
         return

@@ -8,10 +8,12 @@ from threading import Thread
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import AutoProcessor, TextIteratorStreamer
 
 from mllm.damage import opening
-from mllm.errors import DataError
+from mllm.errors import ConfigError, DataError
+from mllm.heads.segmentation.answer import Segments
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.processing.chat import render_prompt, routing_inputs
 from mllm.processing.images import load_image
@@ -100,6 +102,26 @@ class ChatSession:
         video = source if isinstance(source, Video) else Video(source)
         self.processor.image_layouts([video], where=str(source)[:200])
         self._pending.append(video)
+
+    def mark(self, question: str, **options: Any) -> tuple[Segments, Image.Image]:
+        """Ask a model with a segmentation head about the one picture that was added; the answer is no part of the conversation.
+
+        Args:
+            question: the user's words ("Please segment the left cup.").
+            options: as `segment` takes them.
+
+        Returns:
+            The answer with its masks, and the picture with these laid over it.
+
+        Raises:
+            ConfigError: the model marks nothing, or not one picture was added.
+        """
+        if len(self._pending) != 1 or isinstance(self._pending[0], Video):
+            raise ConfigError(f"to mark something, add one picture; there are {len(self._pending)} pictures and videos")
+        (picture,) = self._pending
+        self._pending = []
+        found = self.model.segment(picture, questions=question, processor=self.processor, **options)
+        return found, found.overlay(picture)
 
     def ask(self, question: str, **options: Any) -> str:
         """Ask, and wait for the whole answer.

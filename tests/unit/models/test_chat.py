@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from mllm.cli.chat import _picture_of
 from mllm.cli.main import app
-from mllm.errors import DataError
+from mllm.errors import ConfigError, DataError
 from mllm.models import chat
 from tests.helpers import picture, tiny_model
 
@@ -142,3 +142,33 @@ def test_the_longest_conversation_is_the_servers(rope, tokens):
 
     assert chat.longest_conversation(SimpleNamespace(max_position_embeddings=100, rope_parameters=rope)) == tokens
     assert chat.longest_conversation(SimpleNamespace()) is None
+
+
+def test_a_model_that_marks_writes_its_masks_over_the_picture(tmp_path):
+    from PIL import Image
+
+    from tests.unit.heads.test_segmentation import HEAD
+
+    model, processor = tiny_model(tmp_path / "made", heads={"marks": HEAD})
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    picture(3).save(tmp_path / "a.png")
+    command = [
+        "chat",
+        str(tmp_path),
+        "-i",
+        str(tmp_path / "a.png"),
+        "--max-new-tokens",
+        "2",
+        "--overlay",
+        str(tmp_path / "out.png"),
+    ]
+    done = CliRunner().invoke(app, [*command, "-q", "Please segment it."])
+    assert done.exit_code == 0, done.output
+    with Image.open(tmp_path / "out.png") as written:
+        assert written.size == picture(3).size
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code != 0 and "--overlay: give one picture" in str(refused.exception or refused.output)
+    session = chat.ChatSession(model, processor)
+    with pytest.raises(ConfigError, match="add one picture; there are 0"):
+        session.mark("Please segment it.")
