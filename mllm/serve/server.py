@@ -161,6 +161,7 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         max_images=settings.max_images,
         max_videos=0 if film is None else settings.max_videos,
         max_seconds=0.0 if film is None else film.max_seconds,
+        max_frames=0 if film is None else film.most,
         max_pixels=settings.max_pixels,
         image_token=_image_token(settings.checkpoint),
         image_token_id=config.image_token_id,

@@ -23,7 +23,7 @@ ROUTED = {
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     folders = {}
-    for name, changes in (("plain", {}), ("routed", ROUTED)):
+    for name, changes in (("plain", {}), ("routed", ROUTED), ("film", {"video": {"fps": 1, "max_frames": 12}})):
         folder = tmp_path_factory.mktemp(name)
         model, processor = tiny_model(folder / "tokenizer", **changes)
         model.save_pretrained(folder)
@@ -59,6 +59,16 @@ def test_the_defaults_are_safe(checkpoints):
 def test_greedy_checkpoints_are_served_greedily(checkpoints):
     arguments, _ = plan(ServeSettings(checkpoint=checkpoints["plain"]))
     assert json.loads(value_of(arguments, "--override-generation-config")) == {"temperature": 0.0}
+
+
+def test_the_admission_knows_what_a_model_takes_of_a_video(checkpoints):
+    found = {}
+    for name in ("plain", "film"):
+        arguments, environment = plan(ServeSettings(checkpoint=checkpoints[name], max_videos=3))
+        admission = AdmissionSettings.model_validate_json(environment[ENVIRONMENT])
+        limit = json.loads(value_of(arguments, "--limit-mm-per-prompt")).get("video", 0)
+        found[name] = (limit, admission.max_videos, admission.max_frames, admission.max_seconds)
+    assert found == {"plain": (0, 0, 0, 0.0), "film": (3, 3, 12, 4 * 3600.0)}
 
 
 def test_a_routed_checkpoint_tells_the_admission_its_experts(checkpoints):
