@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mllm.data.collate import collate
 from mllm.encoders.catalogue import build_encoder, encoder_config
@@ -21,7 +21,7 @@ from mllm.train.stages.kind import kind_of
 from mllm.train.stages.recognition.stage import RecognitionModel, RecognitionOptions, TextReader, build_recognition
 from mllm.types import IMAGE_MARK, Sample, Turn
 from tests.helpers import TINY_CLIP, tiny_model
-from tests.integration.train_helpers import make_recipe
+from tests.integration.train_helpers import make_recipe, metrics
 
 UNIT = {"type": "unit", "width": 48, "depth": 2, "num_heads": 4, "patch_size": 8, "cpe_max_size": 64, "image_size": 16}
 OPTIONS = {"size": [16, 32], "decoder_width": 48, "decoder_depth": 1, "decoder_heads": 4, "vision_depth": 1}
@@ -146,3 +146,56 @@ def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], word: str
         _, processor = tiny_model(tmp_path / "t", encoders=wrong.model.encoders, connector={"type": "mlp"})
         encoders = {"eye": build_encoder(encoder_config(wrong.model.encoders["eye"], where="eye"))}
         build_recognition(stage, RecognitionOptions.model_validate(stage.options), encoders, processor)
+
+
+def test_the_teacher_of_a_second_stage_may_be_the_published_encoder(tmp_path: Path) -> None:
+    """Not the one that the first stage left, which is what a copy of the encoder would be."""
+    first, trained = (build_encoder(encoder_config(UNIT, where="eye")) for _ in range(2))
+    save_file(dict(first.model.state_dict()), tmp_path / "eye.safetensors")  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    weights = {"source": str(tmp_path / "eye.safetensors"), "licence": "Apache-2.0"}
+    config = encoder_config({**UNIT, "weights": weights}, where="eye")
+    trained.config = config
+    options = RecognitionOptions.model_validate({**OPTIONS, "teacher": "published"})
+    model = RecognitionModel("eye", trained, options, "pixel_values", 300)
+    teacher = model._teacher[0].state_dict()
+    assert all(torch.equal(value, first.state_dict()[key]) for key, value in teacher.items())
+    assert any(not torch.equal(value, trained.state_dict()[key]) for key, value in teacher.items())
+    assert not any(parameter.requires_grad for parameter in model._teacher[0].parameters())
+    wrong = recipe(tmp_path / "r", options={"teacher": "published"})
+    _, processor = tiny_model(tmp_path / "t", encoders=wrong.model.encoders, connector={"type": "mlp"})
+    with pytest.raises(ConfigError, match=r"published needs model\.encoders\.eye\.weights"):
+        stage = wrong.stages[0]
+        build_recognition(stage, RecognitionOptions.model_validate(stage.options), {"eye": first}, processor)
+
+
+@pytest.mark.nightly
+def test_a_run_that_is_stopped_in_either_stage_goes_on_bit_equal(tmp_path: Path) -> None:
+    spec = recipe(tmp_path, save_every=1)
+    spec.stages[1].save_every = 1
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_recipe(spec, output=whole)
+    run_recipe(spec, output=parts, stop_after=2)
+    run_recipe(spec, output=parts, resume=True, stop_after=2)
+    assert not (parts / "final").exists() and (parts / "intra").exists()
+    run_recipe(spec, output=parts, resume=True)
+    assert metrics(parts) == metrics(whole)
+    for name in ("intra", "inter", "final"):
+        assert (parts / name / "model.safetensors").read_bytes() == (whole / name / "model.safetensors").read_bytes()
+
+
+@pytest.mark.nightly
+def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
+    """Unlike sizes on each: the same losses within rounding."""
+    spec = recipe(tmp_path)
+    run_recipe(spec, output=tmp_path / "one")
+    for stage in spec.stages:
+        stage.batch_size //= 2
+    run_recipe(spec, output=tmp_path / "two", processes=2)
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert len(one) == len(two) == 8
+    for alone, shared in zip(one[:6], two[:6], strict=True):
+        assert alone["samples"] == shared["samples"]
+        assert alone["loss"] == pytest.approx(shared["loss"], rel=1e-3)

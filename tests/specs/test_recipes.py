@@ -28,6 +28,7 @@ SIZES = {
     "eagle_x3": (1024, 6738, 34.6, 1447),
     "cambrian_8b": (600, 8030, None, None),
     "siglip2_dinov3": (576, 7616, 20.6, None),
+    "unit": (1024, 6738, 22.0, 637),
     "come_vl": (144, 7616, None, None),
     "spatial_mllm": (144, 3086, 323.0, None),
     "pvc": (4 * 64, 7616, 80.1, 362),

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,10 @@ class RecognitionOptions(StrictModel):
     decoder_heads: int = Field(default=12, ge=1)
     text_weight: float = Field(default=1.0, ge=0)
     vision_weight: float = Field(default=1.0, ge=0)
-    """Of what the vision decoder tells of the features that the encoder had when the stage began; 0: nothing is told."""
+    """Of what the vision decoder tells of the teacher's features; 0: nothing is told."""
+    teacher: Literal["start", "published"] = "start"
+    """Whose features: the encoder's as it was when the stage began, or with its published weights (``weights.source``), which in a
+    second stage is the one that has not read yet (UNIT's)."""
     smooth_l1: float = Field(default=1.0, ge=0)
     """Weight of the smooth L1 loss beside the cosine's in it (the paper's mu)."""
     vision_depth: int = Field(default=2, ge=1)
@@ -173,7 +176,7 @@ class RecognitionModel(EncoderModel):
         self._teacher: list[VisionEncoder] = []  # no child: it neither learns nor is saved
         if options.vision_weight:
             self.vision = Decoder(width, options.decoder_width, width, options.vision_depth).to(dtype)
-            self._teacher.append(copy.deepcopy(encoder).requires_grad_(False).eval())
+            self._teacher.append(_teacher(encoder, options.teacher))
 
     def pages(self, tokens: list[Tensor], grids: list[Grid]) -> list[Tensor]:
         """Tokens ``(N, D)`` of each picture as the language decoder reads them."""
@@ -224,6 +227,14 @@ class RecognitionModel(EncoderModel):
         return SimpleNamespace(loss=total / float(num_items_in_batch), losses=losses)
 
 
+def _teacher(encoder: VisionEncoder, kind: str) -> VisionEncoder:
+    """A frozen copy, where ``published`` with the weights that it is published with."""
+    made = copy.deepcopy(encoder).requires_grad_(False).eval()
+    if kind == "published":
+        made.load_pretrained()
+    return made
+
+
 def check_recognition(stage: StageSpec) -> RecognitionOptions:
     """The stage's options. Raises `ConfigError` for settings that a recognition stage cannot have."""
     where = f"stages.{stage.name}"
@@ -266,6 +277,15 @@ def build_recognition(
     for dataset, size in {"size": options.size, **options.sizes}.items():
         if any(side < 1 or side % info.image.patch for side in ((size,) if isinstance(size, int) else size)):
             raise ConfigError(f"{where}.options: {dataset}: {size} is not whole patches of {info.image.patch} pixels")
+    if (
+        options.vision_weight
+        and options.teacher == "published"
+        and getattr(encoders[name].config, "weights", None) is None
+    ):
+        raise ConfigError(
+            f"{where}.options.teacher: published needs model.encoders.{name}.weights, which this encoder has not; give them, or leave it "
+            "at start"
+        )
     reader = TextReader(processor, name, options, stage.max_length)
     vocabulary = len(processor.tokenizer)
     return RecognitionModel(name, encoders[name], options, reader.pixel_key, vocabulary), reader
