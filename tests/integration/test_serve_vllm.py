@@ -18,6 +18,7 @@ from mllm.processing.images import load_image
 from tests.helpers import ROOT, TINY_CLIP, TINY_LLM, TINY_TIMM, picture, tiny_model
 from tests.integration.serving import VLLM_ON_CPU
 from tests.unit.heads.drawing_models import drawing_model
+from tests.unit.models.test_video import TINY_VGGT
 
 DINO = {
     "type": "hf",
@@ -273,11 +274,14 @@ def test_an_adapter_on_the_language_model_is_served_unmerged(tmp_path):
 
 
 def test_videos_are_seen_as_generate_sees_them(tmp_path):
-    """Among pictures, in any order, with the text before their frames; the same frames at another rate are another video."""
+    """Among pictures, in any order, with the text before their frames; a geometry encoder joins the half of them that it is given, and the
+    pictures of a scene. The same frames at another rate are another video. A head that only teaches is left out."""
     pytest.importorskip("vllm")
     folder = write_checkpoint(
         tmp_path,
-        video={"frames": 4, "stamp": "{seconds:.1f}s: "},
+        video={"frames": 4, "stamp": "{seconds:.1f}s: ", "fewer": {"geometry": 2}},
+        heads={"pose": {"type": "pose", "depth": 1, "num_heads": 2}},
+        encoders={"semantic": dict(TINY_CLIP), "detail": dict(TINY_TIMM), "geometry": TINY_VGGT},
         language_model={
             "config": {**TINY_LLM, "max_position_embeddings": 2048},
             "tokenizer": str(tmp_path / "tokenizer"),
@@ -292,6 +296,8 @@ def test_videos_are_seen_as_generate_sees_them(tmp_path):
     assert result["arrays"] == [True, True] and result["arrays differ"]
     assert all(answer == known for answer, known in result["evaluation"]), result["evaluation"]
     assert result["parts differ"] == 3
+    assert all(answer == known for answer, known in result["scenes"]), result["scenes"]
+    assert len({tuple(answer) for answer, _ in result["scenes"]}) == 3
     many, rate = result["refused"]
     assert "1 places of videos in the prompt (<video>) and 2 videos" in many
     assert "fps is 0" in rate

@@ -3,8 +3,10 @@ vLLM patches transformers; prints one line of JSON."""
 
 from __future__ import annotations
 
+import io
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 from transformers import AutoProcessor
@@ -15,7 +17,7 @@ from mllm.processing.chat import render_prompt
 from mllm.processing.engine_videos import visual_inputs
 from mllm.processing.template import VIDEO
 from mllm.serve import parity
-from mllm.types import IMAGE_MARK, Request, Turn, Video
+from mllm.types import IMAGE_MARK, Request, Turn, Video, scene
 from tests.helpers import picture
 
 TOKENS = 10
@@ -23,6 +25,12 @@ TOKENS = 10
 
 def case(name: str, *visuals) -> parity.Case:
     return parity.Case(name, [Turn("user", IMAGE_MARK * len(visuals) + "\nwhat happens?")], list(visuals))
+
+
+def photo(seed: int) -> bytes:
+    file = io.BytesIO()
+    picture(seed).save(file, "PNG")
+    return file.getvalue()
 
 
 def main(folder: str) -> None:
@@ -41,6 +49,12 @@ def main(folder: str) -> None:
         for name, part in {"whole": {}, "reversed": {"play": "reversed"}, "first": {"frames": (0,)}}.items()
     ]
     known = parity.trace_generate(model, processor, [*arrays, *parts], num_tokens=TOKENS)
+    views = [photo(number) for number in range(3)]
+    scenes = [
+        case(name, picture(1), replace(scene(order), fps=1.0))
+        for name, order in {"scene": views, "turned round": views[::-1], "two": views[:2]}.items()
+    ]
+    seen = parity.trace_generate(model, processor, scenes, num_tokens=TOKENS)
 
     engine = {"block_size": 32, "max_model_len": 1024}
     llm = parity.open_vllm(folder, **engine)
@@ -66,6 +80,9 @@ def main(folder: str) -> None:
     answers = [list(output.outputs[0].token_ids) for output in llm.generate(given, sampling, use_tqdm=False)]
     result["evaluation"] = [[answer, trace.token_ids] for answer, trace in zip(answers, known[2:], strict=True)]
     result["parts differ"] = len({tuple(trace.token_ids) for trace in known[2:]})
+
+    traces = parity.trace_vllm(llm, processor, scenes, num_tokens=TOKENS, batch=True)
+    result["scenes"] = [[trace.token_ids, known.token_ids] for trace, known in zip(traces, seen, strict=True)]
 
     result["refused"] = []
     for data in ({"video": [frames, frames]}, {"video": [(frames, {"fps": 0.0})]}):
