@@ -33,14 +33,18 @@ def main() -> int:
     from mllm.train.run import run_recipe
 
     started, root = time.perf_counter(), options.output
-    data = prepare_clips(root / "data", num_train=options.clips, num_test=options.tests)
+    begun, data = (root / "checkpoints").is_dir(), root / "data"  # begun: killed, and asked again
+    if not begun:
+        prepare_clips(data, num_train=options.clips, num_test=options.tests)
+        train_clips_tokenizer(root / "tokenizer")
     places = [
         f"output={root}",
-        f"model.language_model.tokenizer={train_clips_tokenizer(root / 'tokenizer')}",
+        f"model.language_model.tokenizer={root / 'tokenizer'}",
         f"stages.sft.data.path={data / 'train.jsonl'}",
+        "stages.sft.save_every=50",
     ]
     drawn = time.perf_counter()
-    final = run_recipe(load_recipe("video_demo", [*places, *options.overrides]))
+    final = run_recipe(load_recipe("video_demo", [*places, *options.overrides]), resume=begun)
     trained = time.perf_counter()
     model, processor = load_model(str(final), device="cpu")
     result = evaluate(

@@ -1,0 +1,95 @@
+"""Are the drawn rooms what their poses, depth and answers say?"""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from mllm.data.sources import open_source
+from mllm.data.spec import DatasetSpec
+from mllm.demo.rooms import COLOURS, FRAMES, KINDS, SIZE, VIEW, draw, make_room, prepare_rooms, question, seen
+from mllm.processing.geometry import relative_poses
+
+
+@pytest.fixture(scope="module")
+def rooms():
+    rng = random.Random(1)
+    return [make_room(rng) for _ in range(6)]
+
+
+def projected(room, frame, point):
+    """(column, row, depth) of a point of the world in a frame, by its pose."""
+    camera = room.cameras[frame]
+    x, y, z = camera[:, :3].T @ (point - camera[:, 3])
+    reach = np.tan(np.radians(VIEW / 2))
+    return ((x / z / reach + 1) / 2 * SIZE, (y / z / reach + 1) / 2 * SIZE, z)
+
+
+def test_balls_lie_where_the_cameras_say(rooms):
+    found = 0
+    for room in rooms:
+        frames, depth, shown = draw(room)
+        for number, ball in enumerate(room.balls):
+            for frame in range(FRAMES):
+                column, row, away = projected(room, frame, ball[:3])
+                if away <= 0 or not (1 <= column < SIZE - 1 and 1 <= row < SIZE - 1):
+                    continue
+                place = (frame, int(row), int(column))
+                if shown[place] != number:  # another one stands before it
+                    assert shown[place] >= 0 and depth[place] < away
+                    continue
+                found += 1
+                assert away - ball[3] - 0.15 < depth[place] < away
+                colour = np.array(COLOURS[room.names[number]], float)
+                assert np.allclose(frames[place] / frames[place].max(), colour / colour.max(), atol=0.1)
+    assert found > 20
+
+
+def test_the_floor_and_the_walls_are_as_far_as_they_are(rooms):
+    _, depth, shown = draw(rooms[0])
+    empty = shown < 0
+    assert empty.any() and (depth[empty] > 0.5).all() and (depth[empty] < 8).all()
+    low = np.tan(np.radians(VIEW / 2)) * (2 * (SIZE - 0.5) / SIZE - 1)
+    assert np.allclose(depth[:, -1][empty[:, -1]], 1.2 / low), "the lowest row shows the floor under the same angle"
+
+
+def test_answers_are_those_of_the_room(rooms):
+    rng = random.Random(2)
+    told = dict.fromkeys(KINDS, 0)
+    for room in rooms:
+        shown = draw(room)[2]
+        turned = relative_poses(room.cameras, where="room")[-1, 3:7]  # world of the first camera → the last one's
+        for kind in KINDS * 3:
+            asked = question(room, shown, kind, rng)
+            if asked is None:
+                continue
+            told[kind] += 1
+            named = [name for name in COLOURS if f"the {name} " in asked[0] or f"the {name} or" in asked[0]]
+            if kind == "turn":
+                assert asked[1] == ("right" if turned[1] < 0 else "left")
+            elif kind == "count":
+                assert int(asked[1]) == len(room.names) == len(np.unique(shown[shown >= 0]))
+            elif kind == "first":
+                when = {name: seen(shown, room.names.index(name)) for name in named}
+                assert when.pop(asked[1]) < min(when.values())
+            else:
+                far = {
+                    n: np.hypot(*(room.balls[room.names.index(n)][[0, 2]] - room.cameras[0, [0, 2], 3])) for n in named
+                }
+                assert far.pop(asked[1]) < min(far.values()) + 0.2
+    assert min(told.values()) > 0
+
+
+def test_rows_hold_what_heads_learn(tmp_path):
+    root = prepare_rooms(tmp_path / "a", num_train=4, num_test=4)
+    again = prepare_rooms(tmp_path / "b", num_train=4, num_test=4)
+    assert (root / "train.jsonl").read_text() == (again / "train.jsonl").read_text()
+    rows = [json.loads(line) for line in (root / "train.jsonl").read_text().splitlines()]
+    assert [row["kind"] for row in rows] == list(KINDS)
+    spec = DatasetSpec(name="rooms", path=str(root / "train.jsonl"), format="messages")
+    for sample in open_source(spec):
+        assert len(sample.images) == 1 and len(sample.poses[0]["matrices"]) == FRAMES
+        assert np.load(sample.depths[0]).shape == (FRAMES, SIZE, SIZE)
