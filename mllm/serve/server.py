@@ -21,6 +21,7 @@ from mllm.install import install_hint
 from mllm.processing.engine_videos import engine_options
 from mllm.processing.frames import video_spec
 from mllm.serve.adapters import adapter_arguments
+from mllm.serve.heads import READER, served_heads
 from mllm.serve.http.admission import ENVIRONMENT, AdmissionSettings
 from mllm.serve.http.keys import CLIENTS, FILE, LOOPBACK, OPERATOR, read_clients
 from mllm.serve.images.requests import SCHEDULER, refusal
@@ -140,6 +141,9 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
     in_engine = draws and refusal(config) is None and settings.backend != "transformers"
     engine = vllm_options(config, draws=settings.backend != "transformers")
     drafts = _has(settings.extra, "--speculative-config") and not in_engine  # vLLM takes no processors beside it
+    heads = served_heads(config.heads) if settings.backend != "transformers" and not drafts else None
+    if heads is not None:
+        engine["logits_processors"] = [*engine.get("logits_processors", ()), READER]
     if engine and not drafts:  # else the model does what they do
         arguments += ["--logits-processors", *engine["logits_processors"]]
     if in_engine:  # a guided drawing is two requests in step
@@ -171,6 +175,7 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         checkpoint=settings.checkpoint if draws else None,
         draws_beside=draws and not in_engine,
         max_drawings=settings.max_drawings,
+        heads=heads,
         name=name,
         salt=_salt(settings.extra),
     )
@@ -181,6 +186,8 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
         **{name: os.environ.get(name, value) for name, value in vllm_environment(engine).items()},
     }
+    if heads is not None:
+        environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the second one gives a processor no request's own tokens
     if api_key:
         environment[CLIENTS] = api_key
     if settings.keys:
@@ -295,6 +302,12 @@ def _what_is_on(settings: ServeSettings, environment: dict[str, str], arguments:
     if admission.router is not None:
         said.append(f"{admission.router['type']} router over {', '.join(admission.router['experts'])}")
     said += ["draws"] if admission.checkpoint else []
+    if admission.heads is not None:
+        said += ["masks"] * (admission.heads.mark is not None) + ["probabilities"] * admission.heads.probability
+    elif served_heads(_read(settings.checkpoint)[0].heads) is not None:
+        said.append(
+            "no masks or probabilities beside the text: vLLM's Transformers backend and drafts keep no states for heads"
+        )
     said += [f"{len(settings.lora)} adapters"] if settings.lora else []
     said += [f"fetches from {', '.join(settings.media_domains)}"] if settings.media_domains else []
     said.append("with a key" if key else "no key: everybody on this machine may ask")

@@ -55,6 +55,11 @@ class Segments:
         """``[x, y, width, height]`` in pixels; None for an empty mask."""
         return [box_of(mask) for mask in self._arrays()]
 
+    def records(self, spec: SegmentSpec, question: str) -> list[dict[str, Any]]:
+        """What a server answers of each mask: ``phrase`` (`phrases_of`), ``score``, ``box`` and ``rle``. question: what was asked."""
+        parts = zip(phrases_of(spec, question, self.text), self.scores.tolist(), self.boxes(), self.rle())
+        return [{"phrase": p, "score": round(score, 4), "box": box, "rle": rle} for p, score, box, rle in parts]
+
     def overlay(self, picture: Image.Image, strength: float = 0.5) -> Image.Image:
         """The picture with every mask in a colour of its own."""
         values = np.asarray(picture.convert("RGB")).astype(np.float32)
@@ -162,9 +167,36 @@ def _segment(
     found = []
     for number, picture in enumerate(pictures):
         size = image_size(picture, where=f"picture {number}")
-        probabilities = segments.restore(logits[marks[:, 0] == number], size).sigmoid()
-        masks = probabilities > threshold
-        area = masks.sum((1, 2))
-        scores = (probabilities * masks).sum((1, 2)) / area.clamp(min=1)
-        found.append(Segments(answered.texts[number], masks.cpu(), scores.cpu()))
+        found.append(laid(segments, answered.texts[number], logits[marks[:, 0] == number], size, threshold))
     return found
+
+
+def laid(spec: SegmentSpec, text: str, logits: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Segments:
+    """An answer's masks on its picture.
+
+    Args:
+        spec: of the model's processor.
+        text: the answer.
+        logits: ``(N, rows, columns)``, as the head predicts them.
+        size: (height, width) of the picture.
+        threshold: probability from which a pixel is marked.
+
+    Returns:
+        The answer with its N masks.
+    """
+    probabilities = spec.restore(logits, size).sigmoid()
+    masks = probabilities > threshold
+    area = masks.sum((1, 2))
+    scores = (probabilities * masks).sum((1, 2)) / area.clamp(min=1)
+    return Segments(text, masks.cpu(), scores.cpu())
+
+
+def phrases_of(spec: SegmentSpec, question: str, text: str) -> list[str]:
+    """What each mask of an answer shows, in words: the phrase that was asked for, where the question is in the words that `segment`
+    asks with and the answer has one mask; else what the answer says before each mask."""
+    said = text.split(spec.token)[:-1]
+    before, _, behind = spec.question.partition("{phrase}")
+    question = question.strip()
+    if len(said) == 1 and question.startswith(before) and question.endswith(behind):
+        return [question[len(before) : len(question) - len(behind)]]
+    return [part.strip(" \n,.;:") for part in said]

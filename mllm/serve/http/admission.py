@@ -17,6 +17,7 @@ from pydantic import Field
 from mllm.config import StrictModel
 from mllm.errors import ConfigError
 from mllm.serve.adapters import adapter_rank
+from mllm.serve.heads import ServedHeads
 from mllm.serve.http.answering import Answer, adding, appending, respond, shortening, uncompressed
 from mllm.serve.http.content import Content
 from mllm.serve.http.drawing import Drawings
@@ -41,6 +42,7 @@ from mllm.serve.http.fields import (
     TOKENIZE,
     admitted_fields,
 )  # fmt: skip
+from mllm.serve.http.heads_beside import HeadFields, last_question, name_request
 from mllm.serve.http.keys import Keys, check_host
 from mllm.serve.http.limits import Limits, Meter, used
 from mllm.serve.http.metrics import (
@@ -65,7 +67,7 @@ from mllm.serve.http.pictures import (
 from mllm.serve.http.reading import read_json, write_json
 from mllm.serve.http.routes import ClientGone, FirstPassFailed, Routes, experts_header, pictures
 from mllm.serve.http.state import ProcessState
-from mllm.serve.http.stats import picture_key, read_choices, read_statistics
+from mllm.serve.http.stats import picture_key, read_choices, read_heads, read_statistics
 from mllm.serve.images.requests import NO_HEAD
 
 Scope = MutableMapping[str, Any]
@@ -119,6 +121,8 @@ class AdmissionSettings(StrictModel):
     """Whether drawings are made by the model itself, beside the engine."""
     max_drawings: int = Field(default=4, ge=1)
     """Most pictures one request may ask for."""
+    heads: ServedHeads | None = None
+    """Which heads answer beside the text of a chat; None: there is none."""
     name: str | None = None
     """The served model's name."""
     salt: str = Field(default_factory=lambda: secrets.token_hex(16), min_length=1)
@@ -294,6 +298,8 @@ class Admission:
         elif path == CHAT and self.routes is not None and files:
             keys = [picture_key(file, question) for file, (_, question) in zip(files, pictures(data), strict=True)]
             send = adding(send, partial(self._chosen, scope, keys))
+        if path == CHAT and self.settings.heads is not None:
+            inner, send = uncompressed(inner), self._with_heads(scope, data, files, send)
         if not self.limits.meters(owner):
             await self._hand_on(inner, data, receive, send)
             return
@@ -302,6 +308,16 @@ class Admission:
             await self._hand_on(inner, data, receive, meter.send)
         finally:
             self._charge(owner, meter.tokens)
+
+    def _with_heads(self, scope: Scope, data: dict[str, Any], files: list[bytes], send: Send) -> Send:
+        """Have the engine's heads answer beside a chat's text."""
+        assert self.settings.heads is not None
+        request = {
+            "key": name_request(data),
+            "question": last_question(data),
+            "picture": files[-1] if files else None,
+        }
+        return HeadFields(send, self.settings.heads, lambda asked: read_heads(engine_of(scope), asked), request).send
 
     async def _hand_on(self, scope: Scope, data: dict[str, Any], receive: Receive, send: Send) -> None:
         body = write_json(data)
@@ -411,8 +427,8 @@ class Admission:
             raise Refused(400, f"experts: {error}"[:400]) from None
 
     def information(self) -> dict[str, Any]:
-        """What a client can ask for: pictures per request, experts, who routes, and whether it draws."""
-        router = self.settings.router or {}
+        """What a client can ask for: pictures per request, experts, who routes, whether it draws, and what heads answer."""
+        router, heads = self.settings.router or {}, self.settings.heads
         return {
             "max_images": self.settings.max_images,
             "max_videos": self.settings.max_videos,
@@ -420,6 +436,8 @@ class Admission:
             "router": router.get("type"),
             "media_domains": self.settings.media_domains,
             "draws": self.settings.checkpoint is not None,
+            "masks": heads is not None and heads.mark is not None,
+            "probability": heads is not None and heads.probability,
         }
 
 

@@ -95,8 +95,8 @@ def picture_key(file: bytes, question: str) -> int:
 
 
 class VisualStatistics:
-    """Extension of vLLM's worker (``--worker-extension-cls``): answers ``collective_rpc("visual_statistics")`` and
-    ``collective_rpc("chosen_experts", args=(keys,))``."""
+    """Extension of vLLM's worker (``--worker-extension-cls``): answers ``collective_rpc("visual_statistics")``,
+    ``collective_rpc("chosen_experts", args=(keys,))`` and ``collective_rpc("head_answers", args=(request,))``."""
 
     def visual_statistics(self) -> dict[str, dict[str, float]]:
         """Part → images and seconds; empty for a model without a clock."""
@@ -107,6 +107,13 @@ class VisualStatistics:
         """``[key, experts]`` of the pictures that are known here."""
         choices = getattr(self.get_model(), "choices", None)  # type: ignore[attr-defined]
         return [list(pair) for pair in choices.of(keys).items()] if choices is not None else []
+
+    def head_answers(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        """What the model's heads say of one answer (`HeadsInEngine.answer`); None where it was not written here."""
+        model = self.get_model()  # type: ignore[attr-defined]
+        heads = getattr(model, "heads_in_engine", None)
+        folder = self.model_config.model  # type: ignore[attr-defined]
+        return None if heads is None else heads.answer(model, folder, request)
 
 
 async def read_statistics(client: Any, *, timeout: float = 10.0) -> list[dict[str, dict[str, float]]]:
@@ -122,6 +129,12 @@ async def read_choices(client: Any, keys: list[int], *, timeout: float = 2.0) ->
         for key, chosen in worker
     }
     return [known[key] for key in keys] if all(key in known for key in keys) else None
+
+
+async def read_heads(client: Any, request: dict[str, Any], *, timeout: float = 60.0) -> dict[str, Any] | None:
+    """What the heads say of an answer, of the worker that wrote it; None where none knows it. client: vLLM's ``AsyncLLM``."""
+    found = await _ask_workers(client, "head_answers", timeout, (request,))
+    return next((one for one in found if one is not None), None)
 
 
 async def _ask_workers(client: Any, method: str, timeout: float, args: tuple = ()) -> list[Any]:

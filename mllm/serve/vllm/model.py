@@ -41,17 +41,19 @@ from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES
 from mllm.processing.pixel_keys import PRIMARY_PIXELS, PixelKeys
 from mllm.processing.processor import APART
 from mllm.processing.template import VIDEO
+from mllm.serve.heads import READER
 from mllm.serve.http.stats import Choices, EncoderClock
 from mllm.serve.vllm.encoder_graphs import EncoderGraphs, compile_encoders, run_blank
 from mllm.serve.vllm.feature_memory import FeatureMemory
 from mllm.serve.vllm.placeholder import never_ids
 from mllm.serve.vllm.processing import MllmDummyInputsBuilder, MllmMultiModalProcessor, MllmProcessingInfo, short_grid
 from mllm.serve.vllm.refusals import refuse_unserved
+from mllm.serve.vllm.served_heads import HeadsInEngine
 from mllm.types import VisualLayout
 
 _log = logging.getLogger("vllm.mllm")  # below vLLM's own logger, which has a handler
-_VISUAL = ("vision_tower.", "multi_modal_projector.")
-_NOT_SERVED = ("model.visual_tokenizer.", "heads.", "visual_head.")
+_VISUAL = ("vision_tower.", "multi_modal_projector.", "heads.")
+_NOT_SERVED = ("model.visual_tokenizer.", "visual_head.")
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -111,6 +113,11 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
             self.clock.watch(name, encoder)
         self.clock.watch("connector", self.multi_modal_projector)
         self._prepare_encoders = self._encoder_preparation(vllm_config)
+        reads = READER in (getattr(vllm_config.model_config, "logits_processors", None) or ())
+        reads = reads and hasattr(self.vision_tower, "encoders")  # vLLM leaves it out where images are switched off
+        self.heads_in_engine = HeadsInEngine(config, self.vision_tower.infos) if reads else None
+        self.heads = nn.ModuleDict() if self.heads_in_engine is None else self.heads_in_engine.modules
+        self.heads.to(vllm_config.model_config.dtype).eval()
         if torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
             # This process only stacks pixels on the CPU; with a thread per core one stack took 40 to 120 ms on 16 cores,
             # while the GPU waited (H200, vLLM 0.26).
@@ -289,6 +296,8 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
         """As the language model's. Beside speculative decoding, which takes no `PlaceholderProcessor`, the ids that no answer
         holds are forbidden here; the log-probabilities are then those of what may be written."""
         logits = self.language_model.compute_logits(hidden_states)
+        if logits is not None and self.heads_in_engine is not None:
+            self.heads_in_engine.see(hidden_states, logits)
         if logits is not None and self.never:
             logits[..., self.never] = -torch.inf
         return logits
@@ -316,7 +325,10 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
             if not name.startswith(_VISUAL):
                 yield original, tensor
                 continue
-            if not places:  # images are switched off (limit 0), and vLLM left the modules out
+            served = places and (not name.startswith("heads.") or name.split(".")[1] in self.heads)
+            if (
+                not served
+            ):  # images are switched off (limit 0) and vLLM left the modules out, or a head that no answer comes from
                 continue
             if name not in places:
                 name = present_name(name, renamings)

@@ -1,0 +1,31 @@
+"""Which heads of a checkpoint does a server answer with, and how is a request's answer found again in the engine?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mllm.config import StrictModel
+from mllm.heads.build import head_configs
+
+KEY = "mllm_heads"
+"""Under which a request's name stands in ``SamplingParams.extra_args``."""
+READER = "mllm.serve.vllm.head_reader:HeadReader"
+"""For vLLM's ``logits_processors``. It knows vLLM's first model runner only."""
+
+
+class ServedHeads(StrictModel):
+    """What the server must know of the heads that answer beside the text."""
+
+    mark: str | None = None
+    """Token of the answer that stands for a mask; None: no masks."""
+    probability: bool = False
+    """Whether an answer may name a class whose probability is known."""
+
+
+def served_heads(heads: Mapping[str, Any] | None) -> ServedHeads | None:
+    """Those of a config's ``heads`` whose answers `mllm serve` gives; None: there is none."""
+    configs = list(head_configs(heads).values())
+    mark = next((config.token for config in configs if config.type == "segmentation"), None)
+    probability = any(config.type == "probability" for config in configs)
+    return ServedHeads(mark=mark, probability=probability) if mark or probability else None

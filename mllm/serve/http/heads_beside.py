@@ -1,0 +1,114 @@
+"""How do masks and probabilities come into an answer? The engine's heads are asked once its text is whole, and the answer gets fields."""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any
+
+from mllm.serve.heads import KEY, ServedHeads
+from mllm.serve.http.errors import Refused
+
+_log = logging.getLogger("vllm.mllm")
+MASKS, PROBABILITY = "mllm_masks", "mllm_probability"
+"""Fields of an answer, beside OpenAI's ``choices``; in a stream they come in a chunk of their own, without choices, before its end."""
+_DONE = b"data: [DONE]"
+Ask = Callable[[dict[str, Any]], Awaitable[dict[str, Any] | None]]
+
+
+def name_request(data: dict[str, Any]) -> str:
+    """Have the engine keep what heads need of a chat's answer; returns the name to ask by. Raises `Refused` for several answers."""
+    if (data.get("n") or 1) > 1:
+        raise Refused(
+            400, "n: this model's heads answer beside the text, for one answer a request; send several requests"
+        )
+    key = uuid.uuid4().hex
+    data["vllm_xargs"] = {KEY: key}
+    return key
+
+
+def last_question(data: Mapping[str, Any]) -> str:
+    """The text of a chat's last user message."""
+    messages = [m for m in data.get("messages") or [] if isinstance(m, Mapping) and m.get("role") == "user"]
+    content = messages[-1].get("content") if messages else None
+    if isinstance(content, str):
+        return content.strip()
+    texts = [part.get("text") for part in content or [] if isinstance(part, Mapping) and part.get("type") == "text"]
+    return "".join(text for text in texts if isinstance(text, str)).strip()
+
+
+class HeadFields:
+    """Puts the fields into an answer as it passes.
+
+    send: where it goes; heads: what the server answers with; ask: the engine, by the request that `HeadsInEngine.answer` takes; request:
+    that request without the answer's text.
+    """
+
+    def __init__(self, send: Any, heads: ServedHeads, ask: Ask, request: dict[str, Any]):
+        self._send, self._heads, self._ask, self._request = send, heads, ask, request
+        self._start: MutableMapping[str, Any] | None = None
+        self._stream, self._body, self._text = False, bytearray(), ""
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        """Hand on a message of the answer."""
+        if message["type"] == "http.response.start" and message["status"] == 200:
+            kinds = [value for name, value in message.get("headers", []) if name.lower() == b"content-type"]
+            self._stream = any(kind.startswith(b"text/event-stream") for kind in kinds)
+            if self._stream:
+                await self._send(message)
+            self._start = message
+        elif self._start is None or message["type"] != "http.response.body":
+            await self._send(message)
+        elif self._stream:
+            await self._events(message)
+        else:
+            self._body += message.get("body", b"")
+            if not message.get("more_body"):
+                await self._whole(message)
+
+    async def _whole(self, message: MutableMapping[str, Any]) -> None:
+        assert self._start is not None
+        answer = json.loads(bytes(self._body))
+        self._text = (answer["choices"][0].get("message") or {}).get("content") or ""
+        made = json.dumps(answer | await self._fields(), ensure_ascii=False).encode()
+        headers = [pair for pair in self._start.get("headers", []) if pair[0].lower() != b"content-length"]
+        await self._send({**self._start, "headers": [*headers, (b"content-length", str(len(made)).encode())]})
+        await self._send({**message, "body": made})
+
+    async def _events(self, message: MutableMapping[str, Any]) -> None:
+        self._body += message.get("body", b"")
+        *events, rest = bytes(self._body).split(b"\n\n")
+        self._body = bytearray(rest)
+        passed = bytearray()
+        for event in events:
+            if event.strip() == _DONE:
+                chunk = {"object": "chat.completion.chunk", "choices": [], **await self._fields()}
+                passed += b"data: " + json.dumps(chunk, ensure_ascii=False).encode() + b"\n\n"
+            else:
+                self._text += _said(event)
+            passed += event + b"\n\n"
+        if not message.get("more_body"):
+            passed += self._body
+        if passed or not message.get("more_body"):
+            await self._send({**message, "body": bytes(passed)})
+
+    async def _fields(self) -> dict[str, Any]:
+        """The fields of this answer; null where the engine does not know it any more."""
+        wanted = {MASKS: self._heads.mark is not None, PROBABILITY: self._heads.probability}
+        try:
+            found = await self._ask({**self._request, "text": self._text})
+        except Exception:  # the text is there, and is worth sending
+            _log.warning("The heads gave no answer", exc_info=True)
+            found = None
+        values = {MASKS: (found or {}).get("masks"), PROBABILITY: (found or {}).get("probability")}
+        return {name: values[name] for name, given in wanted.items() if given}
+
+
+def _said(event: bytes) -> str:
+    """The text of one event of a chat's stream."""
+    if not event.startswith(b"data: {"):
+        return ""
+    choices = json.loads(event.removeprefix(b"data: ")).get("choices") or [{}]
+    return (choices[0].get("delta") or {}).get("content") or ""

@@ -1,0 +1,256 @@
+"""Do a served model's heads say of a text that an engine wrote what the model itself says of it?"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mllm.config import to_plain
+from mllm.data.collate import collate
+from mllm.heads.segmentation.answer import phrases_of
+from mllm.processing.chat import encode_sample
+from mllm.processing.mask_files import decode_rle
+from mllm.serve.heads import KEY, READER, ServedHeads, served_heads
+from mllm.serve.http.admission import Admission, AdmissionSettings
+from mllm.serve.http.heads_beside import HeadFields, last_question, name_request
+from mllm.serve.server import ServeSettings, plan
+from mllm.types import IMAGE_MARK, Sample, Turn
+from tests.helpers import picture, tiny_model
+from tests.unit.heads.test_segmentation import HEAD, MASK, OTHER
+
+SURE = {"type": "probability", "phrase": "This image is", "words": ["real", "fake"], "calibration": 2.0}
+QUESTION = "Please segment the cup."
+ANSWERS = (
+    "It is [SEG]. This image is fake",
+    "First [SEG], then [SEG]. This image is real",
+    "Nothing. This image is real",
+)
+MASKS = ([MASK], [OTHER, MASK], [])
+
+
+HEADS = {"marks": HEAD, "sure": SURE}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
+    """What `train_by_heart` gives."""
+    return train_by_heart(tmp_path_factory.mktemp("trained"))
+
+
+def train_by_heart(folder: Path) -> tuple[Any, Any, Path]:
+    """A model that knows the verdicts and masks of three pictures by heart, its processor and where that is saved."""
+    model, processor = tiny_model(folder / "t", heads=HEADS)
+    samples = [
+        Sample(
+            f"s{k}", [Turn("user", f"{IMAGE_MARK}\n{QUESTION}"), Turn("assistant", answer)], [picture(k)], masks=masks
+        )
+        for k, (answer, masks) in enumerate(zip(ANSWERS, MASKS))
+    ]
+    inputs = collate([encode_sample(processor, sample) for sample in samples], pad_token_id=0).inputs
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    model.train()
+    for _ in range(70):
+        model(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    processor.save_pretrained(folder)
+    return model.eval(), processor, folder
+
+
+def png(number: int) -> bytes:
+    file = io.BytesIO()
+    picture(number).save(file, "PNG")
+    return file.getvalue()
+
+
+class Engine:
+    """Steps of an engine that writes given answers: vLLM's calls of model and logits processor, in its order."""
+
+    def __init__(self, model: Any, processor: Any, folder: Path):
+        from mllm.serve.vllm.head_reader import HeadReader
+        from mllm.serve.vllm.served_heads import HeadsInEngine
+
+        self.model, self.processor = model, processor
+        self.heads = HeadsInEngine(model.config, model.config.encoder_infos())
+        self.heads.modules.load_state_dict(model.heads.state_dict())
+        self.heads.modules.eval()
+        self.reader = HeadReader(None, torch.device("cpu"), False)
+        served = SimpleNamespace(vision_tower=model.model.vision_tower, pixel_keys=model.model.pixel_keys)
+        self.ask = lambda request: self.heads.answer(served, str(folder), request)
+
+    def states(self, number: int) -> tuple[torch.Tensor, list[int]]:
+        """Last hidden states ``(T, L)`` from the one that chooses the answer's first id on, and the answer's ids."""
+        from mllm.heads.answers import answer
+
+        found = answer(self.model, self.processor, [picture(number)], [QUESTION], {"max_new_tokens": 48})
+        ids = [i for i in found.answers[0].tolist() if i != 0]
+        return found.hidden[0, found.start - 1 :], ids
+
+    def write(self, numbers: list[int]) -> dict[int, str]:
+        """Write the answers about these pictures together; rows change their places as answers end. Returns their names."""
+        from vllm.v1.sample.logits_processor import MoveDirectionality
+
+        params = lambda key: SimpleNamespace(extra_args={KEY: key})  # noqa: E731
+        runs = [(number, f"key-{number}", *self.states(number), []) for number in numbers]
+        added = [(row, params(key), [], output) for row, (_, key, _, _, output) in enumerate(runs)]
+        update: Any = SimpleNamespace(added=added, removed=[], moved=[])
+        while runs:
+            self.reader.update_state(update)
+            hidden = torch.stack([states[len(output)] for _, _, states, _, output in runs])
+            logits = self.model.compute_logits(hidden)
+            self.heads.see(hidden, logits)
+            logits.fill_(0.0)  # what a client's bias does must not matter
+            self.reader.apply(logits)
+            for _, _, _, ids, output in runs:
+                output.append(ids[len(output)])
+            removed = [row for row, (_, _, _, ids, output) in enumerate(runs) if len(output) == len(ids)]
+            moved = []
+            for row in removed:  # as vLLM fills gaps: the last request that goes on takes the place
+                while runs and len(runs[-1][4]) == len(runs[-1][3]):
+                    runs.pop()
+                if row < len(runs):
+                    moved.append((len(runs) - 1, row, MoveDirectionality.UNIDIRECTIONAL))
+                    runs[row] = runs.pop()
+            update = SimpleNamespace(added=[], removed=removed, moved=moved) if removed else None
+        return {number: f"key-{number}" for number in numbers}
+
+
+@pytest.mark.parametrize("state", ["predict", "self"])
+def test_an_engines_states_give_the_masks_and_the_probability_of_the_model_itself(
+    trained: Any, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("vllm")
+    model, processor, folder = trained
+    monkeypatch.setattr(model.heads["marks"].config, "state", state)
+    engine = Engine(model, processor, folder)
+    monkeypatch.setattr(engine.heads.marks.config, "state", state)
+    names = engine.write([1, 0, 2])
+    for number, key in names.items():
+        marked = model.segment(picture(number), questions=QUESTION, processor=processor, max_new_tokens=48)
+        sure = model.probability(picture(number), QUESTION, processor=processor, max_new_tokens=48)
+        assert marked.text == ANSWERS[number], "the model has not learned its answers"
+        request = {"key": key, "text": marked.text, "question": QUESTION, "picture": png(number)}
+        found = engine.ask(request)
+        wanted = marked.records(processor.segments, QUESTION)
+        assert len(found["masks"]) == len(wanted) == len(MASKS[number])
+        for given, expected in zip(found["masks"], wanted):
+            one, other = decode_rle(given["rle"]), decode_rle(expected["rle"])
+            assert (
+                other.any()
+                and (one != other).mean() < 0.005
+                and given["score"] == pytest.approx(expected["score"], abs=1e-3)
+            )
+            assert given["phrase"] == expected["phrase"]
+        assert found["probability"] == pytest.approx(sure.probabilities, abs=1e-5)
+        json.dumps(found)
+        assert engine.ask(request) is None, "an answer is asked for once"
+    assert max(found["probability"].values()) < 1
+
+
+def test_an_answer_that_ends_with_its_mask_or_never_names_a_class(trained: Any) -> None:
+    pytest.importorskip("vllm")
+    model, processor, folder = trained
+    engine = Engine(model, processor, folder)
+    states, ids = engine.states(0)
+    place = ids.index(processor.segments.token_id)
+    engine.states = lambda number: (states, ids[: place + 1])  # type: ignore[method-assign]  # cut by max_tokens
+    key = engine.write([0])[0]
+    found = engine.ask({"key": key, "text": "It is [SEG]", "question": "What?", "picture": png(0)})
+    whole = model.segment(picture(0), questions=QUESTION, processor=processor, max_new_tokens=48)
+    assert found["probability"] is None
+    (mask,) = found["masks"]
+    assert (decode_rle(mask["rle"]) != whole.masks[0].numpy()).mean() < 0.005 and mask["phrase"] == "It is"
+
+
+def test_which_heads_are_served_and_with_what(tmp_path: Path) -> None:
+    model, processor = tiny_model(tmp_path / "t", heads=HEADS)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert served_heads(None) is None and served_heads({}) is None
+    assert served_heads(to_plain(model.config.heads)) == ServedHeads(mark="[SEG]", probability=True)
+    arguments, environment = plan(ServeSettings(checkpoint=str(tmp_path)))
+    assert READER in arguments and environment["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    settings = AdmissionSettings.model_validate_json(environment["MLLM_ADMISSION"])
+    assert settings.heads == ServedHeads(mark="[SEG]", probability=True)
+    information = Admission(None, settings).information()
+    assert information["masks"] and information["probability"]
+    arguments, environment = plan(ServeSettings(checkpoint=str(tmp_path), backend="transformers"))
+    assert READER not in arguments
+    assert AdmissionSettings.model_validate_json(environment["MLLM_ADMISSION"]).heads is None
+
+
+def test_what_is_asked_for_names_a_mask() -> None:
+    spec: Any = SimpleNamespace(token="[SEG]", question="Please segment {phrase}.")
+    assert phrases_of(spec, "Please segment the cup.", "It is [SEG].") == ["the cup"]
+    assert phrases_of(spec, "What is here?", "A cup [SEG], and a plate [SEG].") == ["A cup", "and a plate"]
+    assert phrases_of(spec, "What is here?", "Nothing.") == []
+    messages = [{"role": "user", "content": [{"type": "image_url"}, {"type": "text", "text": "\nWhich?"}]}]
+    assert last_question({"messages": [*messages, {"role": "assistant", "content": "x"}]}) == "Which?"
+
+
+def through(chunks: list[bytes], kind: bytes, found: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What a client gets of an answer in these pieces, and what the heads were asked."""
+    sent: list[dict[str, Any]] = []
+    asked: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def ask(request: dict[str, Any]) -> Any:
+        asked.append(request)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    async def run() -> None:
+        heads = HeadFields(send, ServedHeads(mark="[SEG]", probability=True), ask, {"key": "k"})
+        headers = [(b"content-type", kind), (b"content-length", b"5")]
+        await heads.send({"type": "http.response.start", "status": 200, "headers": headers})
+        for number, chunk in enumerate(chunks):
+            await heads.send({"type": "http.response.body", "body": chunk, "more_body": number < len(chunks) - 1})
+
+    asyncio.run(run())
+    return sent, asked
+
+
+FOUND = {"masks": [{"phrase": "a"}], "probability": {"real": 0.25, "fake": 0.75}}
+
+
+def test_a_whole_answer_gets_the_fields_and_its_length() -> None:
+    body = json.dumps({"choices": [{"message": {"content": "It is [SEG]."}}]}).encode()
+    sent, asked = through([body[:20], body[20:]], b"application/json", FOUND)
+    assert asked == [{"key": "k", "text": "It is [SEG]."}]
+    answer = json.loads(sent[-1]["body"])
+    assert answer["mllm_masks"] == FOUND["masks"] and answer["mllm_probability"] == FOUND["probability"]
+    assert answer["choices"][0]["message"]["content"] == "It is [SEG]."
+    assert dict(sent[0]["headers"])[b"content-length"] == str(len(sent[-1]["body"])).encode()
+    for lost in (None, RuntimeError("the engine is busy")):
+        answer = json.loads(through([body], b"application/json", lost)[0][-1]["body"])
+        assert answer["mllm_masks"] is None and answer["choices"]
+
+
+def test_a_stream_gets_them_before_its_end() -> None:
+    pieces = [{"choices": [{"delta": {"content": text}}]} for text in ("It is ", "[SEG].")]
+    stream = b"".join(b"data: " + json.dumps(piece).encode() + b"\n\n" for piece in pieces) + b"data: [DONE]\n\n"
+    sent, asked = through([stream[:30], stream[30:75], stream[75:]], b"text/event-stream", FOUND)
+    events = b"".join(message.get("body", b"") for message in sent).split(b"\n\n")
+    assert asked == [{"key": "k", "text": "It is [SEG]."}] and events[-2] == b"data: [DONE]"
+    chunk = json.loads(events[-3].removeprefix(b"data: "))
+    assert chunk == {"object": "chat.completion.chunk", "choices": [], "mllm_masks": FOUND["masks"],
+                     "mllm_probability": FOUND["probability"]}  # fmt: skip
+
+
+def test_a_request_is_named_and_several_answers_are_refused() -> None:
+    from mllm.serve.http.errors import Refused
+
+    data: dict[str, Any] = {"n": 1}
+    assert data["vllm_xargs"] == {KEY: key} if (key := name_request(data)) else False
+    with pytest.raises(Refused, match="one answer a request"):
+        name_request({"n": 2})
