@@ -27,7 +27,8 @@ class HeadReader(LogitsProcessor):
             return
         heads = HeadsInEngine.current
         for index in batch_update.removed:
-            self.rows.pop(index, None)
+            if (row := self.rows.pop(index, None)) is not None:
+                row.keep_its_own()
         for index, params, _, output in batch_update.added:
             self.rows.pop(index, None)
             key = (getattr(params, "extra_args", None) or {}).get(KEY)

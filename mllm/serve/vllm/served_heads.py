@@ -48,6 +48,12 @@ class Written:
     seen: int = 0
     last: tuple[Tensor, int] | None = None
 
+    def keep_its_own(self) -> None:
+        """The answer has ended: keep its own row of the last step alone, not the states of all who were answered with it."""
+        if self.last is not None:
+            states, index = self.last
+            self.last = (states[index : index + 1].clone(), 0)
+
 
 class HeadsInEngine:
     """The heads of a served model that read states of the text, the newest answers, and what they say of them. modules: name → head,

@@ -161,7 +161,11 @@ def test_an_answer_that_ends_with_its_mask_or_never_names_a_class(trained: Any) 
     states, ids = engine.states(0)
     place = ids.index(processor.segments.token_id)
     engine.states = lambda number: (states, ids[: place + 1])  # type: ignore[method-assign]  # cut by max_tokens
-    key = engine.write([0])[0]
+    key = engine.write([0, 1])[0]
+    engine.reader.update_state(SimpleNamespace(added=[], removed=[0, 1], moved=[]))
+    assert [len(row.last[0]) for row in engine.heads.answers.values()] == [1, 1], (
+        "an ended answer keeps the others' states"
+    )
     found = engine.ask({"key": key, "text": "It is [SEG]", "question": "What?", "picture": png(0)})
     whole = model.segment(picture(0), questions=QUESTION, processor=processor, max_new_tokens=48)
     assert found["probability"] is None
