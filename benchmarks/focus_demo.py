@@ -1,7 +1,7 @@
 """Does a small model, trained with a tokenizer and a diffusion decoder of its own, edit what an instruction names and nothing else?
 
 Draws scenes, trains all stages of ``recipes/focus_demo.yaml``, and asks for edits of scenes that were not trained ("Make the red square
-blue."). An edit is right by an exact rule (`mllm.demo.edits.judge_edit`): the thing has the colour that was asked for, and nothing outside
+blue."). An edit is right by an exact rule (`mllm.eval.metrics.editing`): the thing has the colour that was asked for, and nothing outside
 its true mask has changed beyond 30 dB. Beside it: the same with the true mask, and with the codes of the true edited picture (what marks
 and what drawing costs), the plain decoder in the diffusion decoder's place, and an instruction that names nothing. Writes ``report.json``.
 
@@ -21,14 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mllm.demo.edits import INSTRUCTION, MARK, judge_edit, prepare_edits, read_edits, train_edit_tokenizer
+from mllm.demo.edits import INSTRUCTION, prepare_edits, read_edits, train_edit_tokenizer
 from mllm.demo.scenes import BLIND, COLOURS
+from mllm.eval.metrics.editing import judge_edit
 from mllm.heads.editing import edit_pictures
 from mllm.visual_tokenizers.base import as_unit_range
 from mllm.visual_tokenizers.diffusion.edit import edit
 from mllm.visual_tokenizers.sequence import decode_packed
-
-ASK = MARK.format(phrase="{instruction}")
 
 
 def main() -> None:
@@ -107,7 +106,7 @@ def edits_raw(model: Any, processor: Any, images: list[str], instructions: list[
     for start in range(0, len(images), 50):
         part = slice(start, start + 50)
         own = {name: value[part] for name, value in more.items()}
-        found += edit_pictures(model, images[part], instructions[part], processor=processor, ask=ASK, **own)
+        found += edit_pictures(model, images[part], instructions[part], processor=processor, **own)
     return found
 
 
@@ -125,7 +124,7 @@ def colours(rows: list[dict[str, Any]]) -> torch.Tensor:
 def shares(pixels: torch.Tensor, rows: list[dict[str, Any]]) -> dict[str, float]:
     """right, coloured: percent; outside: median PSNR in dB."""
     made = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    scores = [judge_edit(read(row["image"]), one, row["mask"], row["colour"]) for row, one in zip(rows, made)]
+    scores = [judge_edit(read(row["image"]), one, row["mask"], row["colour"], COLOURS) for row, one in zip(rows, made)]
     return {
         "right": round(100 * float(np.mean([score.right for score in scores])), 1),
         "coloured": round(100 * float(np.mean([score.coloured for score in scores])), 1),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,6 @@ from mllm.processing.mask_files import decode_rle, encode_rle
 
 INSTRUCTION = "Make {phrase} {colour}."
 MARK = "Please segment {phrase}."
-PSNR, REACH = 30.0, 60.0
-"""An edit is right where nothing outside its mask differs by more than so many dB, and inside the mean colour is within so much of the
-one that was asked for (of 255, in each of red, green and blue), and nearer to it than to any other."""
 
 
 def recoloured(scene: Scene, thing: Thing, colour: str) -> Image.Image:
@@ -26,35 +23,6 @@ def recoloured(scene: Scene, thing: Thing, colour: str) -> Image.Image:
     pixels = np.asarray(scene.picture).copy()
     pixels[thing.mask] = COLOURS[colour]
     return Image.fromarray(pixels)
-
-
-@dataclass
-class EditScore:
-    """right: by the exact rule; coloured: what is inside the mask has the colour; outside: PSNR in dB of what is outside."""
-
-    right: bool
-    coloured: bool
-    outside: float
-
-
-def judge_edit(source: np.ndarray, made: np.ndarray, mask: np.ndarray, colour: str) -> EditScore:
-    """One edit by the exact rule.
-
-    Args:
-        source: the picture ``(H, W, 3)`` uint8.
-        made: the edited one, of the same size.
-        mask: what was to change ``(H, W)`` bool.
-        colour: a name of `COLOURS`.
-
-    Returns:
-        Its score.
-    """
-    inside = made[mask].astype(float).mean(0)
-    distance = {name: float(np.abs(inside - np.array(value)).max()) for name, value in COLOURS.items()}
-    coloured = min(distance, key=distance.__getitem__) == colour and distance[colour] <= REACH
-    error = float(((source[~mask].astype(float) - made[~mask].astype(float)) ** 2).mean())
-    outside = 99.0 if error == 0 else min(99.0, 10 * float(np.log10(255**2 / error)))
-    return EditScore(coloured and outside >= PSNR, coloured, outside)
 
 
 def prepare_edits(
@@ -91,7 +59,10 @@ def prepare_edits(
         (phrase, thing), name = rng.choice(named), f"test/{len(tests):04d}.png"
         colour = rng.choice([one for one in COLOURS if one != thing.colour])
         scene.picture.save(root / name)
-        tests.append({"image": name, "phrase": phrase, "colour": colour, "mask": encode_rle(thing.mask)})
+        source = base64.b64encode((root / name).read_bytes()).decode()
+        edit = {"mask": encode_rle(thing.mask), "colour": colour, "colours": COLOURS, "source": source}
+        instruction = INSTRUCTION.format(phrase=phrase, colour=colour)
+        tests.append({"image": name, "phrase": phrase, "colour": colour, "instruction": instruction, "edit": edit})
     _write(root / "test.jsonl", tests)
     return root
 
@@ -124,7 +95,7 @@ def read_edits(root: Path) -> list[dict[str, Any]]:
     for line in (root / "test.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         found.append(
-            {**row, "image": str(root / row["image"]), "mask": np.asarray(decode_rle(row["mask"])).astype(bool)}
+            {**row, "image": str(root / row["image"]), "mask": np.asarray(decode_rle(row["edit"]["mask"])).astype(bool)}
         )
     return found
 

@@ -55,6 +55,11 @@ def check_masks(generator: Generator, spec: TaskSpec) -> None:
             f"{spec.name}: its answers are masks, and {generator.name} gives none; evaluate a checkpoint with a segmentation head with "
             "--generator hf"
         )
+    if spec.generation.edits and not getattr(generator, "gives_edits", False):
+        raise ConfigError(
+            f"{spec.name}: its answers are edited pictures, and {generator.name} gives none; evaluate a checkpoint with a "
+            "segmentation head and one that draws with --generator hf"
+        )
 
 
 def answers(

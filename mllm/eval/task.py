@@ -137,12 +137,17 @@ class GenerationSpec(StrictModel):
     """The answer is what the model marks: a JSON object of its ``text`` and its ``masks`` as run lengths (`mask_iou` reads it). For
     generators that mark (hf, a model with a segmentation head)."""
 
+    edits: bool = False
+    """The answer is the picture as the question changes it: a JSON object of the ``text`` and the ``picture``, a PNG in base64 (`edit_rule`
+    reads it). For generators that edit (hf, a model with a segmentation head and one that draws)."""
+
     def options(self) -> dict[str, Any]:
         """The settings that differ from saying nothing, as a request carries them."""
         chosen = {"max_new_tokens": self.max_new_tokens, "do_sample": self.do_sample}
         optional = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed, "stop": self.stop or None}
         beams = {"num_beams": self.num_beams} if self.num_beams != 1 else {}
         beams |= {"masks": True} if self.masks else {}
+        beams |= {"edits": True} if self.edits else {}
         return chosen | beams | {name: value for name, value in optional.items() if value is not None}
 
 
@@ -255,7 +260,8 @@ def expand_tasks(names: Sequence[str]) -> list[str]:
 def _benchmarks() -> list[str]:
     """Every task whose data come from elsewhere and whose answers are text: masks are given by few checkpoints (suite segmentation)."""
     specs = [load_task(name) for name in sorted(assets.available("eval/tasks"))]
-    return [spec.name for spec in specs if spec.data_dir is None and not spec.generation.masks]
+    texts = [spec for spec in specs if not (spec.generation.masks or spec.generation.edits)]
+    return [spec.name for spec in texts if spec.data_dir is None]
 
 
 def load_tasks(tasks: Sequence[str | TaskSpec]) -> list[TaskSpec]:

@@ -52,7 +52,6 @@ def edit_pictures(
     instructions: Sequence[str],
     *,
     processor: Processor,
-    ask: str = "{instruction}",
     masks: Tensor | None = None,
     steps: int | None = None,
     guidance: float | None = None,
@@ -65,9 +64,9 @@ def edit_pictures(
     Args:
         model: one with a segmentation head and a head that draws.
         images: pictures (paths, PIL, arrays, bytes).
-        instructions: what to change, one for each.
+        instructions: what to change, one for each. The mask is asked for in the segmentation head's own question, with the instruction
+            in the place of a phrase; the codes are drawn for the instruction itself.
         processor: the model's own.
-        ask: the question that is answered with a mask, ``{instruction}`` in it; the codes are drawn for the instruction itself.
         masks: ``(B, H, W)``, what to paint anew in place of what the model marks, at the size that the model draws.
         steps: denoising steps of the diffusion decoder; default: its own.
         guidance: its scale; default: its own.
@@ -83,9 +82,7 @@ def edit_pictures(
     """
     if len(images) != len(instructions):
         raise ConfigError(f"edit: {len(instructions)} instructions for {len(images)} pictures; give one for each")
-    found = model.segment(
-        list(images), questions=[ask.format(instruction=i) for i in instructions], processor=processor
-    )
+    found = model.segment(list(images), list(instructions), processor=processor)
     prompts = [[Turn("user", f"{IMAGE_MARK}\n{instruction}")] for instruction in instructions]
     shown = [[image] for image in images]
     settings = {"temperature": 0.0, "painting": Painting("plain"), **options}  # only its codes are used

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mllm.demo.edits import prepare_edits, read_edits, train_edit_tokenizer
+from mllm.demo.scenes import COLOURS
 from mllm.errors import CheckpointError, ConfigError
+from mllm.eval.generators.hf import HFGenerator
+from mllm.eval.metrics.editing import EditRule, png_text
+from mllm.eval.run import evaluate
+from mllm.eval.task import expand_tasks
 from mllm.heads.editing import edit_pictures
 from mllm.recipe import Recipe
 from mllm.train.run import run_recipe
@@ -121,3 +128,29 @@ def processor_picture(path: str, side: int) -> Any:
 
     with Image.open(path) as opened:
         return opened.convert("RGB").resize((side, side))
+
+
+def test_edits_are_a_task_judged_by_an_exact_rule(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    root, folder = trained
+    model: Any = AutoModelForImageTextToText.from_pretrained(str(folder)).eval()
+    generator = HFGenerator(model, AutoProcessor.from_pretrained(str(folder)), batch_size=2)
+    assert generator.gives_edits
+    places = {"editbench_demo": root / "data"}
+    result = evaluate(generator, ["editbench_demo"], tmp_path, data=places)["editbench_demo"]
+    assert result.num_samples == 3 and result.metrics[0].label.startswith("edit_rule")
+    assert "editbench_demo" not in expand_tasks(["all"])
+    row = read_edits(root / "data")[0]
+    with Image.open(row["image"]) as opened:
+        source = np.asarray(opened.convert("RGB")).copy()
+    wanted = source.copy()
+    wanted[row["mask"]] = COLOURS[row["colour"]]
+    leaking = wanted.copy()
+    leaking[~row["mask"]] = np.clip(leaking[~row["mask"]].astype(int) + 40, 0, 255)
+    untouched, right, spoiled = (
+        EditRule().score(json.dumps({"picture": png_text(one)}), row["edit"], {}) for one in (source, wanted, leaking)
+    )
+    assert (untouched.value, right.value, spoiled.value) == (0.0, 1.0, 0.0)
+    assert right.parts == {"coloured": 1.0, "outside_db": 99.0}
+    assert spoiled.parts["coloured"] == 1.0 and 10 < spoiled.parts["outside_db"] < 30
+    for reply in ("{}", "I cannot", json.dumps({"picture": png_text(wanted[:32])})):
+        assert EditRule().score(reply, row["edit"], {}).value is None

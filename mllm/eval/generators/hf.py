@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers import LogitsProcessor
 
@@ -92,6 +93,11 @@ class HFGenerator:
 
         return self._ours and bool(segmentation_heads(getattr(self.model.config, "heads", None) or {}))
 
+    @property
+    def gives_edits(self) -> bool:
+        """Whether the model edits pictures: it marks, and one of its heads draws."""
+        return self.gives_masks and getattr(self.model.config, "drawing_head", None) is not None
+
     def fingerprint(self) -> str:
         """Architecture, precision, a hash over every weight, one over the processor's settings, and those of plug-in code."""
         if self._model_hash is None:
@@ -163,6 +169,8 @@ class HFGenerator:
     def _forward(self, requests: Sequence[Request], prompts: Sequence[str]) -> list[Response]:
         if requests[0].options.get("masks"):
             return self._marked(requests, prompts)
+        if requests[0].options.get("edits"):
+            return self._edited(requests, prompts)
         inputs = self._encode(requests, prompts)
         if self.kept is not None:
             inputs = self.kept.encode(self.model, inputs)
@@ -203,6 +211,21 @@ class HFGenerator:
         pictures = [request.images[0] for request in requests]
         found = self.model.segment(pictures, questions=asked, processor=self.processor, **options)
         texts = [json.dumps({"text": answer_text(one.text), "masks": one.rle()}) for one in found]
+        return [Response(request.id, text, prompt) for request, text, prompt in zip(requests, texts, prompts)]
+
+    def _edited(self, requests: Sequence[Request], prompts: Sequence[str]) -> list[Response]:
+        """Each request's picture as its question changes it, as text: what the model says changes, and a PNG in base64."""
+        from mllm.eval.metrics.editing import png_text
+        from mllm.heads.editing import edit_pictures
+
+        for request in requests:
+            if len(request.images) != 1 or sum(turn.role == "user" for turn in request.turns) != 1:
+                raise AlignmentError(f"request {request.id}: an edit is one instruction about one picture")
+        asked = [request.turns[-1].content.replace(IMAGE_MARK, "").strip() for request in requests]
+        found = edit_pictures(self.model, [request.images[0] for request in requests], asked, processor=self.processor)
+        texts = [
+            json.dumps({"text": answer_text(one.text), "picture": png_text(np.asarray(one.pil()))}) for one in found
+        ]
         return [Response(request.id, text, prompt) for request, text, prompt in zip(requests, texts, prompts)]
 
     def _ends(self) -> list[int]:

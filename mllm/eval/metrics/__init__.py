@@ -52,6 +52,7 @@ METRICS: Registry[Metric] = Registry(
         "charxiv_proxy": f"{_ROOM}.charxiv:CharXivProxy",
         "box_iou": f"{_ROOM}.grounding:BoxIou",
         "mask_iou": f"{_ROOM}.segmentation:MaskIou",
+        "edit_rule": f"{_ROOM}.editing:EditRule",
         "mmbench_circular": f"{_ROOM}.circular:MmBenchCircular",
         "letter_groups": f"{_ROOM}.groups:LetterGroups",
         "letter_mmerealworld": f"{_ROOM}.letters:LetterMmeRealWorld",
