@@ -63,7 +63,8 @@ def run_budgets(
             details.append({"task": spec.name, "budget": budget, "tokens": mean, "most": largest, "rule": score.label,
                             "score": score.value, "low": score.low, "high": score.high, "num_samples": score.num_scored})  # fmt: skip
     notes = [
-        f"One checkpoint, its weights as they are; what changes: {way}. It was trained at one budget: trained at each it would do better.",
+        f"One checkpoint, its weights as they are; what changes: {way}. "
+        "It was trained at one budget; a model trained at another is another model.",
         "Tokens: visual tokens of a question's pictures, the mean over this benchmark; most: of the picture that takes most.",
     ]
     headings = ("task", "budget", "tokens", "most", "score", "95 %", "n")

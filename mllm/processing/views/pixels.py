@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mllm.errors import DataError
 from mllm.processing.panels import number_of_panels
-from mllm.processing.pixels import Resampler, finish, finish_all, resize
+from mllm.processing.pixels import Resampler, finish, finish_all, resize, values_of
 from mllm.processing.views.base import View
 from mllm.types import ImageSpec
 
@@ -27,7 +27,7 @@ def to_view_pixels(
     if number_of_panels(image) > 1:
         raise DataError("a picture of several panels is seen as a whole only; leave model.views out")
     canvases: dict[tuple, np.ndarray] = {}
-    array = np.array(image) if resampler == "torch" else None
+    array = values_of(image) if resampler == "torch" else None
     pixels = {}
     for name, spec in specs.items():
         if views[name][0].patch:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -315,3 +317,28 @@ def test_several_encoders_share_a_resize_and_get_their_own_values(monkeypatch):
     for name, spec in specs.items():
         assert torch.equal(pixels[name], to_pixels(image, spec))
         assert torch.equal(fast[name], to_pixels(image, spec, resampler="torch"))
+
+
+@pytest.mark.parametrize("pieces", ["one", "several", "without pyarrow"])
+def test_a_pictures_own_memory_is_read_where_it_can_be_and_gives_the_same_bits(pieces: str, monkeypatch: Any) -> None:
+    """As a copy of its values does, whatever way of resizing; the picture stays as it is."""
+    from mllm.processing import pixels
+
+    size = (2400, 1900) if pieces == "several" else (97, 61)
+    image = photo(*size)
+    before = image.tobytes()
+    if pieces == "without pyarrow":
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+    values = pixels.values_of(image)
+    assert values.shape[2] == (4 if pieces == "one" else 3) and (values[..., :3] == np.array(image)).all()
+    specs = {
+        f"{way} {side}": ImageSpec(height=side, width=side, resize=way, interpolation="bicubic")  # type: ignore[arg-type]
+        for way in ("squash", "letterbox", "crop")
+        for side in (24, 61)
+    }
+    specs["as it is"] = ImageSpec(height=size[1], width=size[0])
+    found = pixels.to_pixels_multi(image, specs, resampler="torch")
+    monkeypatch.setattr(pixels, "values_of", np.array)
+    wanted = pixels.to_pixels_multi(image, specs, resampler="torch")
+    assert all(torch.equal(found[name], wanted[name]) for name in specs)
+    assert image.tobytes() == before
