@@ -63,7 +63,8 @@ def serve(
         str, typer.Option(help="auto, native, or transformers (vLLM's Transformers modeling backend).")
     ] = "auto",
     lora: Annotated[
-        list[str] | None, typer.Option(help="name=folder of a PEFT adapter on the language model (repeatable).")
+        list[str] | None,
+        typer.Option(help="name=folder of a PEFT adapter, of the language model, encoders or connector (repeatable)."),
     ] = None,
 ) -> None:
     """Serve a checkpoint; what follows -- goes to vLLM unchanged.
@@ -80,10 +81,11 @@ def serve(
         if not (place := adapter.partition("=")[2]):
             raise ConfigError(f"--lora {adapter}: expected name=folder")
         arguments.folder_of(Path(place), "a PEFT adapter", "adapter_config.json")
-    from mllm.serve.options import check_extra, check_port, check_values
+    from mllm.serve.options import check_extra, check_port, check_start, check_values
 
     check_extra(list(context.args))
     check_values(memory, keys)
+    check_start(host, keys)
     if not any(option.startswith(("--uds", "--headless")) for option in context.args):
         check_port(host, port)
     from mllm.config import validate

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageSequence
+from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from mllm.errors import DataError, MissingFile
 from mllm.processing.codes import read_codes
@@ -142,9 +142,13 @@ def _open(source: Any, where: str, max_pixels: int | None) -> Image.Image:
         raise DataError(
             f"{_named(source, where)}: {error} Raise PIL.Image.MAX_IMAGE_PIXELS too if it is meant."
         ) from None
-    except Exception as error:
+    except UnidentifiedImageError as error:
         raise DataError(
             f"{_named(source, where)} is not an image of a supported format ({', '.join(FORMATS)})"
+        ) from error
+    except Exception as error:  # of a known format, and odd: a text in it that unpacks to too much
+        raise DataError(
+            f"{_named(source, where)} cannot be read ({str(error)[:200] or type(error).__name__})"
         ) from error
     _check_size(image, where, max_pixels, source)
     return image

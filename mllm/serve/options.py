@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import os
 import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from mllm.errors import ConfigError, did_you_mean
-from mllm.serve.http.keys import CLIENTS, read_clients
+from mllm.errors import ConfigError, UnavailableError, did_you_mean
+from mllm.install import install_hint
+from mllm.serve.http.keys import CLIENTS, LOOPBACK, read_clients
 from mllm.serve.memory import parse_memory
 
 
@@ -56,6 +58,16 @@ def check_values(memory: str | None, keys: str | None) -> None:
         parse_memory(memory)
     if keys is not None:
         read_clients(keys)
+
+
+def check_start(host: str, keys: str | None) -> None:
+    """Raise `UnavailableError` without vLLM, and `ConfigError` where others than this machine would be answered without a key."""
+    if importlib.util.find_spec("vllm") is None:
+        raise UnavailableError(f"vLLM is not installed: {install_hint('serve')}, or with serve-cpu without a GPU")
+    if not (os.environ.get(CLIENTS) or os.environ.get("VLLM_API_KEY") or keys) and host not in LOOPBACK:
+        raise ConfigError(
+            f"--host {host} is reachable from outside: set a key in the environment variable {CLIENTS}, or --keys FILE"
+        )
 
 
 def check_port(host: str, port: int) -> None:

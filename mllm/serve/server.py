@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import secrets
@@ -15,18 +14,24 @@ from pydantic import Field
 
 from mllm.config import StrictModel
 from mllm.damage import opening
-from mllm.errors import ConfigError, UnavailableError
+from mllm.errors import ConfigError
 from mllm.heads.codes.settings import vllm_environment, vllm_options
-from mllm.install import install_hint
 from mllm.processing.engine_videos import engine_options
 from mllm.processing.frames import video_spec
-from mllm.serve.adapters import adapter_arguments
+from mllm.serve.adapters import (
+    BESIDE_HEADS,
+    SETTING,
+    adapter_arguments,
+    named_adapters,
+    skips_visual_weights,
+    visual_adapters,
+)
 from mllm.serve.heads import READER, served_heads
-from mllm.serve.http.admission import ENVIRONMENT, AdmissionSettings
 from mllm.serve.http.keys import CLIENTS, FILE, LOOPBACK, OPERATOR, read_clients
+from mllm.serve.http.settings import ENVIRONMENT, AdmissionSettings
 from mllm.serve.images.requests import SCHEDULER, refusal
 from mllm.serve.memory import memory_arguments, need_of, seats_of, size_text
-from mllm.serve.options import check_extra, check_folder, vllm_source_has
+from mllm.serve.options import check_extra, check_folder, check_start, vllm_source_has
 from mllm.serve.supervisor import ENVIRONMENT as SUPERVISOR
 
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -81,7 +86,7 @@ class ServeSettings(StrictModel):
     """Show what vLLM writes; else it goes to a log file."""
     backend: Literal["auto", "native", "transformers"] = "auto"
     lora: list[str] = Field(default_factory=list)
-    """``name=folder`` of PEFT adapters on the language model, served unmerged."""
+    """``name=folder`` of PEFT adapters, served unmerged."""
     extra: list[str] = Field(default_factory=list)
 
 
@@ -129,7 +134,9 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         arguments += ["--override-generation-config", json.dumps({"temperature": 0.0})]
     if vllm_source_has("enable_offline_docs", "entrypoints/**/cli_args.py"):
         arguments += ["--enable-offline-docs"]  # else /docs loads its script from another host
-    if routed and vllm_source_has("trust_request_mm_kwargs", "entrypoints/**/cli_args.py"):
+    if (routed or settings.lora or _has(settings.extra, "--enable-lora")) and vllm_source_has(
+        "trust_request_mm_kwargs", "entrypoints/**/cli_args.py"
+    ):
         arguments += ["--trust-request-mm-kwargs"]  # nothing but checked experts is admitted
     if not _has(settings.extra, "--allowed-origins"):
         arguments += ["--allowed-origins", "[]"]
@@ -148,7 +155,14 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         arguments += ["--logits-processors", *engine["logits_processors"]]
     if in_engine:  # a guided drawing is two requests in step
         arguments += ["--scheduler-cls", SCHEDULER, "--no-async-scheduling"]
+    visual = _adapted(settings, heads is not None)
     arguments += adapter_arguments(settings.lora)
+    if settings.lora or _has(settings.extra, "--enable-lora"):
+        folders = named_adapters(settings.lora)
+        arguments += [
+            "--additional-config",
+            json.dumps({SETTING: {str(n): folders[name] for name, n in visual.items()}}),
+        ]
     changing = bool(os.environ.get(OPERATOR) and (settings.lora or _has(settings.extra, "--enable-lora")))
     if changing:
         arguments += _one_process(settings.extra)
@@ -177,6 +191,8 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         max_drawings=settings.max_drawings,
         heads=heads,
         name=name,
+        adapters=list(named_adapters(settings.lora)),
+        visual_adapters=visual,
         salt=_salt(settings.extra),
     )
     environment = {
@@ -200,16 +216,11 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
 
 def serve(settings: ServeSettings) -> None:
     """Become vLLM's server process; does not return. The API key comes from the environment, ``MLLM_API_KEY``."""
-    if importlib.util.find_spec("vllm") is None:
-        raise UnavailableError(f"vLLM is not installed: {install_hint('serve')}, or with serve-cpu without a GPU")
+    check_start(settings.host, settings.keys)
     api_key = os.environ.get(CLIENTS) or os.environ.pop("VLLM_API_KEY", None)
     os.environ.pop("VLLM_API_KEY", None)  # vLLM would check one key itself, on some of the routes only
     arguments, environment = plan(settings, api_key)
     _check_heads(settings.checkpoint)
-    if not (api_key or settings.keys) and settings.host not in LOOPBACK:
-        raise ConfigError(
-            f"--host {settings.host} is reachable from outside: set a key in the environment variable {CLIENTS}, or --keys FILE"
-        )
     import torch
 
     if torch.cuda.is_available():  # the CPU only prepares pictures; with a thread per core small operations wait for it
@@ -255,6 +266,27 @@ def _processes(settings: ServeSettings) -> list[str]:
         return []
     count = http_processes(len(os.sched_getaffinity(0)), settings.tensor_parallel, settings.max_pixels)
     return ["--api-server-count", str(count)] if count > 1 else []
+
+
+def _adapted(settings: ServeSettings, heads: bool) -> dict[str, int]:
+    """Adapters that change encoders or the connector, and their numbers. Raises `ConfigError` where these could not be told apart
+    from the others, or would be left out without a word."""
+    for option in ("--lora-modules", "--additional-config"):
+        if _has(settings.extra, option) and (settings.lora or _has(settings.extra, "--enable-lora")):
+            raise ConfigError(
+                f"{option}: adapters are given by --lora name=folder, by which vLLM is told what they change"
+            )
+    visual = visual_adapters(settings.lora)
+    if not visual:
+        return {}
+    first = next(iter(visual))
+    if heads:
+        raise ConfigError(f"--lora {first}: {BESIDE_HEADS}")
+    if settings.backend == "transformers":
+        raise ConfigError(f"--lora {first}: it changes encoders or the connector, which --backend native serves only")
+    if not skips_visual_weights():
+        raise ConfigError(f"--lora {first}: it changes encoders or the connector, which this vLLM cannot leave to mllm")
+    return visual
 
 
 def _one_process(extra: list[str]) -> list[str]:

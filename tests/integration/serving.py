@@ -31,8 +31,8 @@ VLLM_ON_CPU = {
 
 @contextmanager
 def serving(checkpoint: str, log: Path, *options: str, **variables: str) -> Iterator[Any]:
-    """A client of ``mllm serve`` on a CPU, as model ``tiny``, with these environment ``variables``; the server ends with the
-    block."""
+    """A client of ``mllm serve`` on a CPU, as model ``tiny``, with these environment ``variables``; the server (``client.server``, its
+    process) ends with the block, well."""
     import httpx
 
     port = free_port()
@@ -52,7 +52,10 @@ def serving(checkpoint: str, log: Path, *options: str, **variables: str) -> Iter
     ]
     with log.open("wb") as out:
         process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
-    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, headers={"authorization": f"Bearer {KEY}"})
+    client: Any = httpx.Client(
+        base_url=f"http://127.0.0.1:{port}", timeout=120, headers={"authorization": f"Bearer {KEY}"}
+    )
+    client.server = process
     try:
         deadline = time.time() + 900
         while True:
@@ -71,3 +74,5 @@ def serving(checkpoint: str, log: Path, *options: str, **variables: str) -> Iter
             process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()
+    assert process.returncode == 0, log.read_text(errors="replace")[-2000:]

@@ -18,6 +18,7 @@ from PIL import Image
 
 from mllm.plugins import load_plugins
 from mllm.processing.template import read_template
+from mllm.serve.supervisor import ENDING, LEAVING
 from mllm.types import IMAGE_MARK, Turn
 from tests.helpers import TINY_CLIP, TINY_LLM, TINY_TIMM, picture
 from tests.hub_server import running_hub
@@ -93,16 +94,18 @@ def secrets(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapters(checkpoint, tmp_path_factory):
-    """Three PEFT adapters on the language model, by name, and one that also changes an encoder ("tower")."""
+    """PEFT adapters by name: of the language model, of it and an encoder ("tower"), and of it and the connector ("link")."""
     from peft import LoraConfig, get_peft_model
 
     from mllm.models.modeling_mllm import MllmForConditionalGeneration
 
     folders = {}
-    for number, name in enumerate(("one", "two", "later", "tower")):
-        where = (
-            r".*(language_model|semantic)\..*q_proj" if name == "tower" else r".*language_model\..*(v_proj|down_proj)"
-        )
+    where_of = {
+        "tower": r".*(language_model|semantic)\..*q_proj",
+        "link": r".*(language_model\..*q_proj|multi_modal_projector\..*(0|2))",
+    }
+    for number, name in enumerate(("one", "two", "later", "tower", "link")):
+        where = where_of.get(name, r".*language_model\..*(v_proj|down_proj)")
         model = MllmForConditionalGeneration.from_pretrained(checkpoint)
         adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=16, target_modules=where))
         generator = torch.Generator().manual_seed(number)
@@ -137,6 +140,8 @@ def server(hub, plugin, adapters, tmp_path_factory):
         f"one={adapters['one']}",
         "--lora",
         f"two={adapters['two']}",
+        "--lora",
+        f"tower={adapters['tower']}",
         "--plugin",
         str(plugin),
         "--max-model-len",
@@ -147,6 +152,8 @@ def server(hub, plugin, adapters, tmp_path_factory):
         "2",
         "--max-pixels",
         "1000000",
+        "--shutdown-timeout",
+        "5",
     ]
     with serving("owner/tiny", tmp_path_factory.mktemp("log") / "server.log", *options, **variables) as client:
         yield client
@@ -274,25 +281,34 @@ def test_the_language_model_routes_behind_one_request(server, generate):
     assert len(routes) > 1, "the questions should route differently"
 
 
-def test_two_adapters_at_once_answer_each_as_its_own(server, generate, adapters):
-    """Asked together about one picture, every name gives the tokens of `generate` with that adapter; the three differ."""
+def test_adapters_at_once_answer_each_as_its_own(server, generate, adapters):
+    """Asked together about one picture, every name gives the tokens of `generate` with that adapter; all differ. One of them
+    changes an encoder."""
     image, fixed = picture(31), {"experts": ["spatial"]}
     expected = {
-        name: generate(turn("what?", 1), [image], ["spatial"], adapters.get(name))[1] for name in ("tiny", "one", "two")
+        name: generate(turn("what?", 1), [image], ["spatial"], adapters.get(name))[1]
+        for name in ("tiny", "one", "two", "tower")
     }
-    assert len({tuple(ids) for ids in expected.values()}) == 3, "the adapters must matter"
+    assert len({tuple(ids) for ids in expected.values()}) == 4, "the adapters must matter"
 
     def tokens(name):
         response = ask(server, "what?", encode(image), model=name, mm_processor_kwargs=fixed)
         assert response.status_code == 200, response.text
         return name, response.json()["choices"][0]["token_ids"]
 
-    with ThreadPoolExecutor(6) as pool:
-        for name, ids in pool.map(tokens, ["one", "two", "tiny"] * 4):
+    with ThreadPoolExecutor(8) as pool:
+        for name, ids in pool.map(tokens, ["tower", "one", "tiny", "two"] * 4):
             assert ids == expected[name], f"{name} was answered by another adapter"
+    number = 0  # routed by the language model, with the adapter on the encoder that it looks through
+    _, ids, routing = generate(turn(f"question {number} about what?", 1), [image], adapter=adapters["tower"])
+    response = ask(server, f"question {number} about what?", encode(image), model="tower")
+    names = [name for name, weight in zip(routing.experts, routing.weights[0].tolist()) if weight]
+    assert response.headers["x-mllm-experts"] == (",".join(names) or "none")
+    assert response.json()["choices"][0]["token_ids"] == ids
 
 
-def test_adapters_are_loaded_and_unloaded_by_the_operator(server, generate, adapters):
+def test_adapters_are_loaded_and_unloaded_by_the_operator(server, checkpoint, generate, adapters):
+    """Under one name, one after the other: nothing of the first is left in any cache."""
     fixed = {"experts": ["spatial"]}
     operator = {"authorization": f"Bearer {OPERATOR}"}
 
@@ -302,13 +318,19 @@ def test_adapters_are_loaded_and_unloaded_by_the_operator(server, generate, adap
     later = {"lora_name": "later", "lora_path": str(adapters["later"])}
     assert server.post("/v1/load_lora_adapter", json=later).status_code == 404, "a client's key must not do"
     assert ask(server, "what?", model="later").status_code == 404
-    refused = change("load", lora_name="tower", lora_path=str(adapters["tower"]))
-    assert refused.status_code == 400 and "language model only" in refused.text
-    assert change("load", **later).status_code == 200
-    response = ask(server, "what?", encode(picture(32)), model="later", mm_processor_kwargs=fixed)
-    _, ids, _ = generate(turn("what?", 1), [picture(32)], ["spatial"], adapters["later"])
-    assert response.json()["choices"][0]["token_ids"] == ids
-    assert change("unload", lora_name="later").status_code == 200
+    refused = change("load", lora_name="none", lora_path=checkpoint)
+    assert refused.status_code == 400 and "no PEFT adapter" in refused.text
+    answers = []
+    for name in ("later", "link", "two"):
+        loaded = change("load", **{**later, "lora_path": str(adapters[name])})
+        assert loaded.status_code == 200, loaded.text
+        for _ in range(2):
+            response = ask(server, "what?", encode(picture(32)), model="later", mm_processor_kwargs=fixed)
+            _, ids, _ = generate(turn("what?", 1), [picture(32)], ["spatial"], adapters[name])
+            assert response.json()["choices"][0]["token_ids"] == ids, name
+        answers.append(ids)
+        assert change("unload", lora_name="later").status_code == 200
+    assert answers[0] != answers[1] != answers[2]
     assert ask(server, "what?", model="later").status_code == 404
 
 
@@ -519,3 +541,35 @@ def test_structured_output_passes_through(server):
     response = ask(server, "yes or no?", structured_outputs={"choice": ["yes", "no"]}, max_tokens=5, ignore_eos=False)
     assert response.status_code == 200, response.text
     assert response.json()["choices"][0]["message"]["content"] in ("yes", "no")
+
+
+def test_on_sigterm_running_answers_end_new_ones_are_refused_and_the_exit_is_clean(server):
+    """The last test here: it ends the server."""
+    begun, ends = threading.Barrier(4), []
+
+    def stream():
+        request = body("go on", stream=True, max_tokens=1900)
+        with server.stream("POST", "/v1/chat/completions", json=request) as response:
+            lines = response.iter_lines()
+            next(lines)
+            begun.wait(60)
+            ends.append([line for line in lines if line][-2:])
+
+    threads = [threading.Thread(target=stream) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    begun.wait(60)
+    server.server.terminate()
+    while (health := server.get("/health")).status_code == 200:
+        pass
+    assert (health.status_code, "retry-after" in health.headers) == (503, True)
+    refused = ask(server, "one more?")
+    assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
+    assert server.server.wait(5 + ENDING + LEAVING + 20) == 0
+    for thread in threads:
+        thread.join(30)
+    assert len(ends) == 3, "a stream hangs"
+    for before, last in ends:
+        assert last == "data: [DONE]"
+        event = json.loads(before.removeprefix("data: "))
+        assert event["error"]["code"] == 503 if "error" in event else event["choices"][0]["finish_reason"] == "length"

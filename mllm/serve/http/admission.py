@@ -7,17 +7,12 @@ import asyncio
 import json
 import os
 import re
-import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from functools import partial
 from typing import Any
 
-from pydantic import Field
-
-from mllm.config import StrictModel
-from mllm.errors import ConfigError
-from mllm.serve.adapters import adapter_rank
-from mllm.serve.heads import ServedHeads
+from mllm.serve.adapters import ADAPTER
+from mllm.serve.http.adapters import ServedAdapters
 from mllm.serve.http.answering import Answer, adding, appending, respond, shortening, uncompressed
 from mllm.serve.http.content import Content
 from mllm.serve.http.drawing import Drawings
@@ -36,10 +31,12 @@ from mllm.serve.http.fields import (
     OPEN,
     OPENAPI,
     READ,
+    RESPONSES,
     ROUTES,
     STATIC,
     STATISTICS,
     TOKENIZE,
+    UNLOAD_ADAPTER,
     admitted_fields,
 )  # fmt: skip
 from mllm.serve.http.heads_beside import HeadFields, last_question, name_request
@@ -66,16 +63,14 @@ from mllm.serve.http.pictures import (
 )
 from mllm.serve.http.reading import read_json, write_json
 from mllm.serve.http.routes import ClientGone, FirstPassFailed, Routes, experts_header, pictures
+from mllm.serve.http.settings import ENVIRONMENT, AdmissionSettings
 from mllm.serve.http.state import ProcessState
 from mllm.serve.http.stats import picture_key, read_choices, read_heads, read_statistics
-from mllm.serve.images.requests import NO_HEAD
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-ENVIRONMENT = "MLLM_ADMISSION"
-"""Environment variable with the settings as JSON; vLLM makes middleware without arguments."""
 _HEADERS = frozenset(
     b"host accept accept-encoding accept-language user-agent origin referer cookie connection authorization x-request-id "
     b"traceparent tracestate forwarded x-forwarded-for x-forwarded-proto x-forwarded-host x-real-ip "
@@ -89,49 +84,6 @@ _UNSALTED = (MESSAGES, COUNT, TOKENIZE, DETOKENIZE, DRAW)
 """Routes whose vLLM requests have no ``cache_salt``."""
 _COUNTED = (TOKENIZE, COUNT)
 """Routes where pictures are counted and not looked at, which needs no routing."""
-
-
-class AdmissionSettings(StrictModel):
-    """What is let through."""
-
-    max_body_bytes: int = Field(default=32 * 2**20, gt=0)
-    body_timeout: float = Field(default=60.0, gt=0)
-    """Seconds a client may take to send its body."""
-    media_domains: list[str] = Field(default_factory=list)
-    """Hosts whose pictures are fetched; empty: only base64 data URIs."""
-    media_timeout: float = Field(default=5.0, gt=0)
-    """Seconds that such a host has for a picture."""
-    max_images: int = Field(default=8, ge=0)
-    max_videos: int = Field(default=0, ge=0)
-    """0 where the model takes none."""
-    max_seconds: float = Field(default=0.0, ge=0)
-    """The longest video that is read."""
-    max_frames: int = Field(default=0, ge=0)
-    """Most pictures of a scene: the frames that the model sees of a video."""
-    max_pixels: int = Field(default=16_000_000, gt=0)
-    image_token: str = "<image>"
-    image_token_id: int | None = None
-    router: dict[str, Any] | None = None
-    """The checkpoint's router config; None: nothing is routed."""
-    checkpoint: str | None = None
-    """Whose visual tokenizer decodes drawings; None: nothing is drawn."""
-    cannot_draw: str = NO_HEAD
-    """What a drawing request is told where ``checkpoint`` is None."""
-    draws_beside: bool = False
-    """Whether drawings are made by the model itself, beside the engine."""
-    max_drawings: int = Field(default=4, ge=1)
-    """Most pictures one request may ask for."""
-    heads: ServedHeads | None = None
-    """Which heads answer beside the text of a chat; None: there is none."""
-    name: str | None = None
-    """The served model's name."""
-    salt: str = Field(default_factory=lambda: secrets.token_hex(16), min_length=1)
-    """What cache names are made with; servers that share a cache share it."""
-    loopback: bool = False
-    """Whether only names of this machine are answered: a server without a key, which a web page could else reach by a name
-    of its own that leads here."""
-    greedy: bool = False
-    """Whether the server answers greedily where no temperature is asked for."""
 
 
 class Admission:
@@ -168,6 +120,9 @@ class Admission:
             self.settings.max_frames,
         )
         self.drawings = Drawings(self.settings)
+        self.adapters = ServedAdapters(
+            self.settings.adapters, self.settings.visual_adapters, heads=self.settings.heads is not None
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -217,20 +172,21 @@ class Admission:
                 self.state.leave()
         else:
             self.keys.check_operator(owner, f"{method} {shown(path)}")
-            if path == LOAD_ADAPTER and method == "POST":
-                receive = await self._checked_adapter(scope, receive)
-            await self.app(scope, receive, send)
+            if path in (LOAD_ADAPTER, UNLOAD_ADAPTER) and method == "POST":
+                await self._change_adapters(path, scope, receive, send)
+            else:
+                await self.app(scope, receive, send)
 
-    async def _checked_adapter(self, scope: Scope, receive: Receive) -> Receive:
-        """An adapter that vLLM would apply in part only is refused while the server runs, as at its start."""
+    async def _change_adapters(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         raw = await self.read_body(scope, receive)
-        folder = read_json(scope["headers"], raw).get("lora_path")
-        if isinstance(folder, str):
-            try:
-                await asyncio.to_thread(adapter_rank, folder)
-            except ConfigError as error:
-                raise Refused(400, str(error)[:400]) from None
-        return _replay(raw, receive)
+        answer = Answer(send, path)
+
+        async def hand_on() -> int:
+            await self.app(scope, _replay(raw, receive), answer.send)
+            return answer.status
+
+        change = self.adapters.load if path == LOAD_ADAPTER else self.adapters.unload
+        await change(read_json(scope["headers"], raw), partial(engine_of, scope), hand_on)
 
     async def _read(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         if path == STATISTICS:
@@ -285,18 +241,35 @@ class Admission:
             self._charge(owner, used(drawn))
             await respond(self.app, scope, receive, send, 200, drawn)
             return
+        settings = data.get("mm_processor_kwargs") or {}
+        with self.adapters.used(settings.get(ADAPTER, 0)):
+            await self._engine_work(path, owner, data, files, scope, receive, send)
+
+    async def _engine_work(
+        self,
+        path: str,
+        owner: str,
+        data: dict[str, Any],
+        files: list[bytes],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """An admitted request, routed and handed on."""
         inner = handed_on(scope, path)
         weights = (data.get("mm_processor_kwargs") or {}).get("experts")
         if path == CHAT and weights is None and self.routes is not None and self.routes.needed(data):
             weights = await self.routes.decide(self.app, inner, data, receive)
-            data["mm_processor_kwargs"] = {"experts": weights}
+            data["mm_processor_kwargs"] = {**(data.get("mm_processor_kwargs") or {}), "experts": weights}
         if weights is not None:
             count_experts(weights)
         send = shortening(send)
         if weights is not None:
             send = adding(send, partial(_choice_headers, weights))
         elif path == CHAT and self.routes is not None and files:
-            keys = [picture_key(file, question) for file, (_, question) in zip(files, pictures(data), strict=True)]
+            adapter = (data.get("mm_processor_kwargs") or {}).get(ADAPTER, 0)
+            asked = zip(files, pictures(data), strict=True)
+            keys = [picture_key(file, question, adapter) for file, (_, question) in asked]
             send = adding(send, partial(self._chosen, scope, keys))
         if path == CHAT and self.settings.heads is not None:
             inner, send = uncompressed(inner), self._with_heads(scope, data, files, send)
@@ -382,8 +355,14 @@ class Admission:
         if path in (COMPLETIONS, CHAT):
             self._defaults(made)
         if path not in _UNSALTED:
-            made["cache_salt"] = cache_salt(secret, fields.get("cache_salt"))
+            made["cache_salt"] = cache_salt(secret, fields.get("cache_salt"), self.adapters.number(made.get("model")))
+        elif path == MESSAGES and self.adapters.was_another(made.get("model")):
+            raise Refused(
+                400, f"an earlier adapter had this name, and {path} cannot tell the two apart in caches; use {CHAT}"
+            )
         self._settings(path, made, len(content.pictures))
+        if content.pictures and path not in _COUNTED:
+            self._visual_adapter(path, made)
         return made, [picture.file for picture in content.pictures]
 
     def _check_prompt(self, prompt: Any) -> None:
@@ -425,6 +404,16 @@ class Admission:
             data["mm_processor_kwargs"] = {"experts": self.routes.check(settings["experts"], num_images)}
         except (ValueError, TypeError) as error:
             raise Refused(400, f"experts: {error}"[:400]) from None
+
+    def _visual_adapter(self, path: str, data: dict[str, Any]) -> None:
+        """Tell the engine which adapter looks at the pictures."""
+        number = self.adapters.visual(data.get("model"))
+        if number and path not in (CHAT, RESPONSES):
+            raise Refused(
+                400, f"this adapter looks at pictures itself, which is told the engine for {CHAT} and {RESPONSES} only"
+            )
+        if number:
+            data["mm_processor_kwargs"] = {**(data.get("mm_processor_kwargs") or {}), ADAPTER: number}
 
     def information(self) -> dict[str, Any]:
         """What a client can ask for: pictures per request, experts, who routes, whether it draws, and what heads answer."""

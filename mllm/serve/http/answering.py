@@ -19,13 +19,15 @@ class Answer:
     def __init__(self, send: Send, path: str):
         self._send, self._path, self._stream = send, path, False
         self._begun = self._over = False
+        self.status = 0
+        """Of the answer; 0 before it has begun."""
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
         """Hand on a message of the answer; nothing after its end."""
         if self._over:
             return
         if message["type"] == "http.response.start":
-            self._begun = True
+            self._begun, self.status = True, message["status"]
             kinds = [value for name, value in message.get("headers", []) if name.lower() == b"content-type"]
             self._stream = any(kind.startswith(b"text/event-stream") for kind in kinds)
         elif message["type"] == "http.response.body" and not message.get("more_body"):

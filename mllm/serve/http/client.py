@@ -16,6 +16,8 @@ from mllm.errors import DataError, MllmError, UnavailableError
 
 AFFINITY = "x-mllm-affinity"
 """Header with a hash of a request's pictures."""
+_PICTURES = ("image_url", "video_url", "source")
+"""Where an address or a file stands in a part of a request."""
 
 
 class ServerClient:
@@ -123,15 +125,16 @@ def _error(status: Any, message: str) -> MllmError:
 
 
 def affinity(body: Any) -> dict[str, str]:
-    """The header by which a proxy before several replicas sends the same pictures to the same one (``examples/nginx.conf``); {} for
-    a request without pictures."""
+    """The header by which a proxy before several replicas sends the same pictures and videos to the same one
+    (``examples/nginx.conf``); {} for a request without any. Pictures in OpenAI's and in Anthropic's form are found."""
     digest, waiting, found = hashlib.blake2b(digest_size=16), [body], False
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
-            address = value.get("image_url")
+            address = next((value[name] for name in _PICTURES if value.get(name) is not None), None)
+            if isinstance(address, dict):
+                address = address.get("url") or address.get("data")
             if address is not None:
-                address = address.get("url") if isinstance(address, dict) else address
                 digest.update(str(address).encode())
                 found = True
             else:

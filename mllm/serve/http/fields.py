@@ -13,7 +13,7 @@ CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/r
 MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 TOKENIZE, DETOKENIZE, DRAW = "/tokenize", "/detokenize", "/v1/images/generations"
 STATISTICS, INFORMATION, METRICS = "/mllm/stats", "/mllm/info", "/metrics"
-LOAD_ADAPTER = "/v1/load_lora_adapter"
+LOAD_ADAPTER, UNLOAD_ADAPTER = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 OPENAPI, DOCS = "/openapi.json", "/docs"
 OPEN = frozenset({"/health", "/ping"})
 """Answered without a key, so that a load balancer needs none."""
@@ -93,7 +93,7 @@ _OBJECTS = _names(
     "reasoning text"
 )
 """Fields that must hold an object; vLLM stumbles over anything else with a 500."""
-_OFF = (("use_beam_search", False),)
+_OFF = (("use_beam_search", False), ("best_of", 1))
 """Sent by clients that say their defaults, and the only value that means anything here."""
 _HINTS = {
     "experts": 'experts stand in mm_processor_kwargs: {"experts": […]}',
@@ -106,6 +106,7 @@ _HINTS = {
     "ec_transfer_params": "these are the server's own",
     "previous_response_id": "answers are not kept; send the conversation",
     "use_beam_search": "beams are chosen from raw log-probabilities, a picture's place among them; send n and a temperature",
+    "best_of": "send n, and choose among its answers",
     "functions": "send tools",
     "function_call": "send tool_choice",
     "guided_json": "send structured_outputs or response_format",

@@ -37,9 +37,8 @@ class Limits:
         return cls(clients, os.environ.get(FOLDER))
 
     def meters(self, owner: str) -> bool:
-        """Whether this client's tokens are limited, so that they must be counted."""
-        client = self.clients.get(owner)
-        return client is not None and client.tokens is not None
+        """Whether this client's tokens are counted: those of every client with a name."""
+        return owner in self.clients
 
     def take(self, owner: str, *, requests: int = 0, pictures: int = 0) -> None:
         """Count a request, or its pictures. Raises `Refused` with 429 and the seconds until it would be taken."""

@@ -31,7 +31,7 @@ def _counters() -> Any:
         "pictures": Counter("mllm_pictures", "Pictures of admitted requests", ["route"]),
         "experts": Counter("mllm_chosen_experts", "How often a request or the language model chose it", ["expert"]),
         "client_requests": Counter("mllm_client_requests", "Requests of a client with a name", ["client"]),
-        "client_tokens": Counter("mllm_client_tokens", "Tokens of a client whose tokens are limited", ["client"]),
+        "client_tokens": Counter("mllm_client_tokens", "Tokens of a client with a name", ["client"]),
         "drawings": Counter("mllm_drawings", "Pictures that were drawn"),
     }
 

@@ -192,8 +192,10 @@ def secret_of(salt: str, owner: str) -> bytes:
     return hashlib.blake2b(owner.encode(), key=hashlib.sha256(salt.encode()).digest(), digest_size=32).digest()
 
 
-def cache_salt(secret: bytes, salt: Any) -> str:
-    """The salt of a request's prefix cache: the owner's, and what the client added to it. Raises `Refused`."""
+def cache_salt(secret: bytes, salt: Any, adapter: int = 0) -> str:
+    """The salt of a request's prefix cache: the owner's, what the client added to it, and the number of the adapter that answers.
+    Raises `Refused`."""
     if salt is not None and (not isinstance(salt, str) or not 0 < len(salt) <= 1024):
         raise Refused(400, "cache_salt must be a text of 1 to 1024 characters")
-    return hashlib.blake2b((salt or "").encode(), key=secret, digest_size=32, person=b"prefix").hexdigest()
+    number = str(adapter).encode() if adapter else b""
+    return hashlib.blake2b((salt or "").encode(), key=secret, digest_size=32, person=b"prefix", salt=number).hexdigest()

@@ -85,7 +85,7 @@ class Routes:
         return {
             **{key: data[key] for key in _KEPT if key in data},
             "messages": [{"role": "user", "content": content}],
-            "mm_processor_kwargs": {"routing_pass": True},
+            "mm_processor_kwargs": {**(data.get("mm_processor_kwargs") or {}), "routing_pass": True},
             "temperature": 0,
             "max_tokens": ANSWER_TOKENS,
             "stream": False,

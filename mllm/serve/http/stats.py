@@ -87,9 +87,10 @@ class Choices:
         return {key: self._chosen[key] for key in keys if key in self._chosen}
 
 
-def picture_key(file: bytes, question: str) -> int:
-    """A number for a picture's file and what was asked about it (`mllm.processing.questions.question_text`); never 0."""
-    digest = hashlib.blake2b(file, digest_size=32).digest()
+def picture_key(file: bytes, question: str, adapter: int = 0) -> int:
+    """A number for a picture's file, what was asked about it (`mllm.processing.questions.question_text`) and the visual adapter that looks
+    at it; never 0."""
+    digest = hashlib.blake2b(file, digest_size=32, salt=str(adapter).encode() if adapter else b"").digest()
     number = hashlib.blake2b(question.encode("utf-8", "replace"), key=digest, digest_size=8).digest()
     return int.from_bytes(number, "big", signed=True) or 1
 
@@ -115,17 +116,25 @@ class VisualStatistics:
         folder = self.model_config.model  # type: ignore[attr-defined]
         return None if heads is None else heads.answer(model, folder, request)
 
+    def add_visual_adapter(self, number: int, folder: str) -> None:
+        """Read an adapter's weights on encoders and connector."""
+        self.get_model().add_adapter(number, folder)  # type: ignore[attr-defined]
+
+    def remove_visual_adapter(self, number: int) -> None:
+        """Forget them."""
+        self.get_model().remove_adapter(number)  # type: ignore[attr-defined]
+
 
 async def read_statistics(client: Any, *, timeout: float = 10.0) -> list[dict[str, dict[str, float]]]:
     """`VisualStatistics` of every worker of every engine. client: vLLM's ``AsyncLLM``."""
-    return await _ask_workers(client, "visual_statistics", timeout)
+    return await ask_workers(client, "visual_statistics", timeout)
 
 
 async def read_choices(client: Any, keys: list[int], *, timeout: float = 2.0) -> list[list[str]] | None:
     """Which experts looked at each picture; None where that is not known of all. client: vLLM's ``AsyncLLM``."""
     known = {
         key: chosen
-        for worker in await _ask_workers(client, "chosen_experts", timeout, (keys,))
+        for worker in await ask_workers(client, "chosen_experts", timeout, (keys,))
         for key, chosen in worker
     }
     return [known[key] for key in keys] if all(key in known for key in keys) else None
@@ -133,11 +142,12 @@ async def read_choices(client: Any, keys: list[int], *, timeout: float = 2.0) ->
 
 async def read_heads(client: Any, request: dict[str, Any], *, timeout: float = 60.0) -> dict[str, Any] | None:
     """What the heads say of an answer, of the worker that wrote it; None where none knows it. client: vLLM's ``AsyncLLM``."""
-    found = await _ask_workers(client, "head_answers", timeout, (request,))
+    found = await ask_workers(client, "head_answers", timeout, (request,))
     return next((one for one in found if one is not None), None)
 
 
-async def _ask_workers(client: Any, method: str, timeout: float, args: tuple = ()) -> list[Any]:
+async def ask_workers(client: Any, method: str, timeout: float, args: tuple = ()) -> list[Any]:
+    """What a method of `VisualStatistics` gives on every worker of every engine. client: vLLM's ``AsyncLLM``."""
     core: Any = getattr(client, "engine_core", None)
     engines = list(getattr(core, "core_engines", ()))
     if len(engines) < 2 or not hasattr(core, "_call_utility_async"):

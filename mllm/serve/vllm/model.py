@@ -41,6 +41,7 @@ from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES
 from mllm.processing.pixel_keys import PRIMARY_PIXELS, PixelKeys
 from mllm.processing.processor import APART
 from mllm.processing.template import VIDEO
+from mllm.serve.adapters import ADAPTER, SETTING
 from mllm.serve.heads import READER
 from mllm.serve.http.stats import Choices, EncoderClock
 from mllm.serve.vllm.encoder_graphs import EncoderGraphs, compile_encoders, run_blank
@@ -49,6 +50,7 @@ from mllm.serve.vllm.placeholder import never_ids
 from mllm.serve.vllm.processing import MllmDummyInputsBuilder, MllmMultiModalProcessor, MllmProcessingInfo, short_grid
 from mllm.serve.vllm.refusals import refuse_unserved
 from mllm.serve.vllm.served_heads import HeadsInEngine
+from mllm.serve.vllm.visual_adapters import VisualAdapters
 from mllm.types import VisualLayout
 
 _log = logging.getLogger("vllm.mllm")  # below vLLM's own logger, which has a handler
@@ -106,7 +108,21 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
                 f"--mm-encoder-tp-mode data shares out whole pictures; this model's views ({self.rules.views.type}) differ from "
                 "picture to picture. Leave it at weights"
             )
-        self.memory = FeatureMemory(bank) if self.short_grid is not None else None
+        self.memories: dict[int, FeatureMemory] = {}
+        more = vllm_config.additional_config
+        self.adapter_folders: dict[str, str] | None = more.get(SETTING) if isinstance(more, dict) else None
+        settings = vllm_config.compilation_config
+        graphs = settings.cudagraph_mm_encoder or (
+            os.environ.get("MLLM_ENCODER_GRAPHS") != "0" and not self.adapter_folders
+        )
+        self.uses_graphs = torch.cuda.is_available() and graphs and not vllm_config.model_config.enforce_eager
+        compiled = settings.compile_mm_encoder and not vllm_config.model_config.enforce_eager
+        parts = {"vision_tower": self.vision_tower, "multi_modal_projector": self.multi_modal_projector}
+        parts = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+        self.adapters = VisualAdapters(parts, frozen=self.uses_graphs or compiled)
+        if self.adapter_folders is not None:
+            # `mllm serve` says which these are; else vLLM would leave these weights out without a word.
+            self.lora_skip_prefixes: list[str] | None = list(_VISUAL)
         self.choices = Choices()
         self.clock = EncoderClock()
         for name, encoder in getattr(self.vision_tower, "encoders", {}).items():
@@ -133,13 +149,17 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
     def _encoder_preparation(self, vllm_config: VllmConfig) -> list[Callable[[], object]]:
-        """What is to be done before the first request, once weights are there: what vLLM's ``compile_mm_encoder`` asks for,
-        and on a GPU CUDA graphs of the encoders and a pass of the most images that one step encodes."""
+        """What is to be done before the first request, once weights are there: reading adapters, what vLLM's
+        ``compile_mm_encoder`` asks for, and on a GPU CUDA graphs of the encoders and a pass of the most images that one step
+        encodes."""
         encoders = dict(getattr(self.vision_tower, "encoders", {}))
         settings, eager = vllm_config.compilation_config, vllm_config.model_config.enforce_eager
         if not encoders or not get_pp_group().is_first_rank:
             return []
-        todo: list[Callable[[], object]] = []
+        adapters = (self.adapter_folders or {}).items()
+        todo: list[Callable[[], object]] = [
+            partial(self.add_adapter, int(number), folder) for number, folder in adapters
+        ]
         largest = self.rules.layout(self.rules.largest())
         tokens = largest.num_tokens if self.short_grid is None else math.prod(self.short_grid)
         scheduler, media = vllm_config.scheduler_config, vllm_config.model_config.multimodal_config
@@ -149,7 +169,7 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
             compile_encoders(encoders)
             todo.append(partial(run_blank, encoders, (2, 1)))  # one image is a case of its own for the compiler
         if torch.cuda.is_available():
-            if not eager and (settings.cudagraph_mm_encoder or os.environ.get("MLLM_ENCODER_GRAPHS") != "0"):
+            if self.uses_graphs:
                 graphs = EncoderGraphs(encoders, most)
                 todo.append(partial(self._capture_encoders, graphs, settings.cudagraph_mm_encoder))
             todo.append(partial(run_blank, encoders, (most,)))
@@ -182,22 +202,25 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
         layouts = self._picture_layouts(kwargs)
         join = _stacked if layouts is None else _end_to_end
         pixels = {name: join(value) for name, value in self.pixel_keys.by_encoder(kwargs).items()}
+        adapters = _numbers(kwargs.get(ADAPTER))
         weights = None if kwargs.get("expert_weights") is None else _stacked(kwargs["expert_weights"])
         text = self._question_summary(kwargs.get("router_input_ids"))
         keys = None if kwargs.get("picture_key") is None else _stacked(kwargs["picture_key"]).flatten().tolist()
         if layouts is not None:
-            joined = self._encode(pixels, weights, text, [], layouts, keys)
+            joined = self._encode(pixels, weights, text, [], layouts, keys, adapters)
             return list(joined.split([layout.num_placeholders for layout in layouts]))
         count = len(pixels[next(iter(pixels))])
         short = self._routing_pass(kwargs.get("routing_pass"), count)
         rows = self._own_rows(count)
         if rows is None:
-            tokens = self._of_images(self._encode(pixels, weights, text, short, keys=keys), count)
+            tokens = self._of_images(self._encode(pixels, weights, text, short, None, keys, adapters), count)
         else:
             own = {name: value[rows] for name, value in pixels.items()}
             own_weights, own_text = (None if value is None else value[rows] for value in (weights, text))
             own_keys = None if keys is None else [keys[row] for row in rows]
-            part = self._encode(own, own_weights, own_text, [short[row] for row in rows], keys=own_keys)
+            own_adapters = adapters and [adapters[row] for row in rows]
+            own_short = [short[row] for row in rows]
+            part = self._encode(own, own_weights, own_text, own_short, None, own_keys, own_adapters)
             tokens = self._of_images(
                 tensor_model_parallel_all_gather(part.contiguous(), dim=0),
                 len(rows) * get_tensor_model_parallel_world_size(),
@@ -221,7 +244,7 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
         frames = [int(row.ge(0).sum()) for row in (rows.flatten(0, -2) if isinstance(rows, Tensor) else rows)]
         layouts = [self.rules.video_layout(count) for count in frames]
         pixels = {name: _end_to_end(value) for name, value in self.pixel_keys.by_encoder(inputs).items()}
-        joined = self._encode(pixels, None, None, [], layouts)
+        joined = self._encode(pixels, None, None, [], layouts, None, _numbers(inputs.get(ADAPTER)))
         return list(joined.split([layout.num_placeholders for layout in layouts]))
 
     def _encode(
@@ -232,13 +255,35 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
         short: list[bool],
         layouts: list[VisualLayout] | None = None,
         keys: list[int] | None = None,
+        adapters: list[int] | None = None,
     ) -> Tensor:
         """Encoders, router and connector, as `MllmModel.encode_images`: ``(ΣM, L)``. keys: by which each picture's routing is
-        remembered."""
-        base = None if self.memory is None else self.memory.encode(pixels, keep=short)
+        remembered; adapters: by which number each picture's adapter is known, 0 for none."""
+        if adapters is None or not any(adapters):
+            return self._encode_alike(pixels, weights, text, short, layouts, keys)
+        tokens = self.rules.view.num_tokens
+        encode = self._encode_alike
+        return self.adapters.encode(encode, adapters, pixels, weights, text, short, layouts, keys, tokens)
+
+    def _encode_alike(
+        self,
+        pixels: dict[str, Tensor],
+        weights: Tensor | None,
+        text: Tensor | None,
+        short: list[bool],
+        layouts: list[VisualLayout] | None = None,
+        keys: list[int] | None = None,
+        adapter: int = 0,
+    ) -> Tensor:
+        """`_encode` of pictures that have one adapter, which is applied."""
+        base = None
+        if self.short_grid is not None:
+            if adapter not in self.memories:
+                self.memories[adapter] = FeatureMemory(self.vision_tower)
+            base = self.memories[adapter].encode(pixels, keep=short)
         features, routing = self.vision_tower(pixels, expert_weights=weights, text=text, base=base, layouts=layouts)
-        if keys is not None and routing is not None and any(keys):
-            self.choices.keep(keys, routing)
+        if keys is not None and routing is not None and any(free := free_keys(keys, weights)):
+            self.choices.keep(free, routing)
         parameter = next(self.multi_modal_projector.parameters(), None)
         if parameter is not None:
             for feature in features.values():
@@ -342,6 +387,15 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
             place.copy_(tensor)
             loaded.add(name)
 
+    def add_adapter(self, number: int, folder: str) -> None:
+        """Read an adapter's weights on encoders and connector, by whose ``number`` pictures ask for it."""
+        self.adapters.add(number, folder)
+
+    def remove_adapter(self, number: int) -> None:
+        """Forget it."""
+        self.adapters.remove(number)
+        self.memories.pop(number, None)
+
 
 def language_architectures(text_config: Any) -> list[str]:
     """The language model's class names for vLLM: those of its config, else HF's class for its type."""
@@ -366,6 +420,20 @@ def _end_to_end(value: Tensor | list[Tensor]) -> Tensor:
 def _stacked(value: Tensor | list[Tensor]) -> Tensor:
     """``(B, …)`` whether vLLM hands over a tensor or a list of rows."""
     return value if isinstance(value, Tensor) else torch.stack(list(value))
+
+
+def free_keys(keys: list[int], weights: Tensor | None) -> list[int]:
+    """The keys of pictures that the router decides about; 0 for those whose experts the request fixed (weights ``(B, E)``, NaN where
+    it did not): the same picture may be asked about both ways, and only the router's word is asked for later."""
+    if weights is None:
+        return keys
+    fixed = weights.isnan().any(dim=-1).logical_not().tolist()
+    return [0 if is_fixed else key for key, is_fixed in zip(keys, fixed, strict=True)]
+
+
+def _numbers(value: Any) -> list[int] | None:
+    """One number for each picture."""
+    return None if value is None else _stacked(value).flatten().tolist()
 
 
 @contextmanager

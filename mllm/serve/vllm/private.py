@@ -75,6 +75,11 @@ PRIVATE = (
         "on a CPU, rows without an adapter take none (mllm.serve.vllm.cpu_adapters)",
     ),
     Private(
+        ("lora/lora_model.py",),
+        ("_should_skip_module",),
+        "an adapter's weights on encoders and connector are left to us (mllm.serve.vllm.visual_adapters)",
+    ),
+    Private(
         ("v1/engine/core_client.py",),
         ("_call_utility_async", "core_engines"),
         "statistics and choices of all data-parallel engines, not of the first alone (mllm.serve.http.stats)",

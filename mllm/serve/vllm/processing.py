@@ -38,6 +38,7 @@ from mllm.processing.questions import pad_questions
 from mllm.processing.template import VIDEO
 from mllm.routers.build import build_router
 from mllm.routers.fixed import fixed_weights_of
+from mllm.serve.adapters import ADAPTER
 from mllm.serve.http.stats import picture_key
 from mllm.serve.vllm.questions import QuestionReader
 from mllm.serve.vllm.videos import mark_videos, packed
@@ -197,8 +198,9 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
 
     def _call_hf_processor(self, *args: Any, **kwargs: Any) -> Any:
         """What is wrong with a picture or a video, in our words; vLLM's own say only that a processor failed."""
+        plain = [_without_adapter(argument) for argument in args]
         try:
-            return super()._call_hf_processor(*args, **kwargs)
+            return super()._call_hf_processor(*plain, **{name: _without_adapter(one) for name, one in kwargs.items()})
         except ValueError as error:
             if isinstance(error.__cause__, DataError):
                 raise error.__cause__ from None
@@ -240,7 +242,8 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
         files = [getattr(item, "original_bytes", None) for item in getattr(inputs.mm_data_items[MODALITY], "data", ())]
         questions = self.info.question_reader.texts(inputs.prompt, num_images)
         files += [None] * (num_images - len(files))
-        return [0 if file is None else picture_key(file, question) for file, question in zip(files, questions)]
+        adapter = int(inputs.hf_processor_mm_kwargs.get(ADAPTER, 0))
+        return [0 if file is None else picture_key(file, question, adapter) for file, question in zip(files, questions)]
 
     def _check_placeholders(self, prompt: str | Sequence[int], num_images: int) -> None:
         """Raise `AlignmentError` where a prompt lost placeholders (a truncated one does); vLLM itself would call it
@@ -284,6 +287,14 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
             frames = hf_inputs[APART + VIDEO_TIMES].ge(0).sum(-1).tolist()
             fields[APART + VIDEO_TIMES] = MultiModalFieldConfig.batched(VIDEOS)
             lay_out(APART, VIDEOS, [rules.video_layout(count) for count in frames])
+        adapter: Any = hf_processor_mm_kwargs.get(ADAPTER, 0)  # the processor knows nothing of it
+        for prefix, modality, count in (
+            ("", MODALITY, _count_of(hf_inputs, rules)),
+            (APART, VIDEOS, len(hf_inputs.get(APART + VIDEO_TIMES, ()))),
+        ):
+            if count:
+                hf_inputs[prefix + ADAPTER] = torch.full((count,), adapter, dtype=torch.long)
+                fields[prefix + ADAPTER] = MultiModalFieldConfig.batched(modality)
         return fields
 
     def _get_prompt_updates(
@@ -311,6 +322,22 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
             film = PromptReplacement(modality=VIDEOS, target=[VIDEO_ID], replacement=film_tokens)
             updates.append(film)
         return updates
+
+
+def _count_of(hf_inputs: Any, rules: LayoutRules) -> int:
+    """How many pictures the processor was given."""
+    if PRIMARY_PIXELS not in hf_inputs:
+        return 0
+    if rules.needs_size:
+        return len(hf_inputs[IMAGE_SIZES])
+    return len(hf_inputs[PRIMARY_PIXELS]) // max(1, rules.view.frames)
+
+
+def _without_adapter(argument: Any) -> Any:
+    """An argument of the processor's call, without the setting that is none of the processor's."""
+    if not isinstance(argument, Mapping) or ADAPTER not in argument:
+        return argument
+    return {name: value for name, value in argument.items() if name != ADAPTER}
 
 
 def _ids_of(layout: VisualLayout, token: int) -> list[int]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -210,6 +211,16 @@ def test_a_bomb_is_refused_from_its_header(monkeypatch):
     assert load_image(data, where="s", max_pixels=200_000_000).size == (12_000, 9_000)
     with pytest.raises(DataError, match=r"above the limit of 0\.001"):
         load_image(photo(50, 50), where="s", max_pixels=1000)
+
+
+def test_a_text_in_a_png_that_unpacks_to_too_much_is_called_that():
+    """It was said to be of no supported format."""
+    notes = PngInfo()
+    notes.add_text("note", "a" * 2**21, zip=True)
+    file = io.BytesIO()
+    photo(8, 8).save(file, "PNG", pnginfo=notes)
+    with pytest.raises(DataError, match=r"^s: .*cannot be read \(Decompressed data too large"):
+        load_image(file.getvalue(), where="s")
 
 
 def test_postscript_is_not_opened():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -47,13 +48,16 @@ def test_each_key_has_its_own_minute():
 
 
 def test_every_client_with_a_name_is_counted_whatever_its_limits(monkeypatch):
-    """Only those whose tokens are limited were."""
-    counted = []
-    monkeypatch.setattr(
-        "mllm.serve.http.admission.count_client", lambda name, *, requests=0, tokens=0: counted.append((name, requests))
-    )
-    send(Echo(), [("no-limits-at-all", chat("a")), ("few-requests", chat("a"))])
-    assert counted == [("free", 1), ("few", 1)]
+    """Requests and tokens: only of those whose tokens are limited they were."""
+    counted = Counter()
+
+    def count(name, *, requests=0, tokens=0):
+        counted.update({(name, "requests"): requests, (name, "tokens"): tokens})
+
+    monkeypatch.setattr("mllm.serve.http.admission.count_client", count)
+    app = Streams()
+    send(app, [(key, chat("a", stream=True)) for key in ("no-limits-at-all", "few-requests", "few-requests")])
+    assert counted == {("free", "requests"): 1, ("free", "tokens"): 43, ("few", "requests"): 2, ("few", "tokens"): 86}
 
 
 def test_pictures_are_counted_one_by_one_and_more_than_a_minutes_never_pass():

@@ -25,6 +25,9 @@ def test_the_header_is_of_the_pictures_and_nothing_else():
     assert one == affinity({**body("a"), "temperature": 1}) and len(one[AFFINITY]) == 32
     assert one != affinity(body("b")) and affinity(body("a", "b")) != affinity(body("b", "a"))
     assert affinity(body()) == {} and affinity({"input": [{"image_url": "a"}]}) == one
+    film = {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "a"}}]}]}
+    block = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "a"}}
+    assert affinity(film) == one and affinity({"messages": [{"role": "user", "content": [block]}]}) == one
 
 
 class Replica:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from mllm.errors import ConfigError
 from mllm.heads.codes.settings import VLLM_PLACEHOLDER
 from mllm.serve.http.admission import ENVIRONMENT, AdmissionSettings
 from mllm.serve.server import NO_DOMAIN, ServeSettings, _what_is_on, http_processes, plan, serve
-from tests.helpers import TINY_CLIP, TINY_LLM, TINY_TIMM, tiny_model
+from tests.helpers import ROOT, TINY_CLIP, TINY_LLM, TINY_TIMM, tiny_model
 
 ROUTED = {
     "encoders": {"semantic": dict(TINY_CLIP), "spatial": dict(TINY_TIMM)},
@@ -154,15 +157,15 @@ def test_no_answer_holds_a_placeholder(checkpoints):
     assert "--logits-processors" not in plan(ServeSettings(checkpoint=checkpoints["plain"], extra=extra))[0]
 
 
-def adapter(folder, *, part="language_model", r=4, **changes):
+def adapter(folder, *, part="language_model", beside=None, r=4, **changes):
     """A PEFT adapter's folder, as far as its names and config go."""
     from peft import LoraConfig
     from safetensors.torch import save_file
 
     folder.mkdir(exist_ok=True)
-    save_file(
-        {f"base_model.model.model.{part}.q_proj.lora_A.weight": torch.zeros(1)}, folder / "adapter_model.safetensors"
-    )
+    parts = [part] if beside is None else [part, beside]
+    names = [f"base_model.model.model.{one}.q_proj.lora_A.weight" for one in parts]
+    save_file({name: torch.zeros(1) for name in names}, folder / "adapter_model.safetensors")
     LoraConfig(r=r, target_modules=["q_proj"], **changes).save_pretrained(folder)
     return folder
 
@@ -175,7 +178,7 @@ def test_adapters_are_read_before_the_start(checkpoints, tmp_path):
     at = arguments.index("--lora-modules")
     assert arguments[at + 1 : at + 3] == [f"a={good}", f"b={large}"]
     for wrong, says in (
-        (adapter(tmp_path / "tower", part="vision_tower.encoders.semantic"), "language model only.*mllm export"),
+        (adapter(tmp_path / "head", part="heads.draw"), "also changes .*heads.draw.*mllm export"),
         (adapter(tmp_path / "dora", use_dora=True), "DoRA"),
         (adapter(tmp_path / "huge", r=1000), "rank 1000"),
         (tmp_path / "none", "no PEFT adapter"),
@@ -184,6 +187,25 @@ def test_adapters_are_read_before_the_start(checkpoints, tmp_path):
             plan(ServeSettings(checkpoint=plain, lora=[f"a={good}", f"b={wrong}"]))
     with pytest.raises(ConfigError, match="one name"):
         plan(ServeSettings(checkpoint=plain, lora=[f"a={good}", f"a={large}"]))
+
+
+def test_adapters_of_encoders_are_told_the_engine_and_the_admission_by_number(checkpoints, tmp_path):
+    plain = checkpoints["plain"]
+    words = adapter(tmp_path / "words")
+    tower = adapter(tmp_path / "tower", part="vision_tower.encoders.semantic", beside="language_model")
+    arguments, environment = plan(ServeSettings(checkpoint=plain, lora=[f"words={words}", f"tower={tower}"]))
+    assert json.loads(value_of(arguments, "--additional-config")) == {"mllm_adapters": {"2": str(tower)}}
+    assert "--trust-request-mm-kwargs" in arguments
+    admission = AdmissionSettings.model_validate_json(environment[ENVIRONMENT])
+    assert (admission.adapters, admission.visual_adapters) == (["words", "tower"], {"tower": 2})
+    later, _ = plan(ServeSettings(checkpoint=plain, extra=["--enable-lora"]))
+    assert json.loads(value_of(later, "--additional-config")) == {"mllm_adapters": {}}
+    assert "--additional-config" not in plan(ServeSettings(checkpoint=plain))[0]
+    with pytest.raises(ConfigError, match="--backend native"):
+        plan(ServeSettings(checkpoint=plain, lora=[f"tower={tower}"], backend="transformers"))
+    for option in ("--lora-modules", "--additional-config"):
+        with pytest.raises(ConfigError, match="--lora name=folder"):
+            plan(ServeSettings(checkpoint=plain, extra=["--enable-lora", option, "x"]))
 
 
 def test_adapters_come_and_go_by_the_operators_key_only(checkpoints, monkeypatch, tmp_path):
@@ -275,3 +297,23 @@ def test_heads_that_the_cpu_kernels_do_not_take_are_refused_before_the_start(tmp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="heads of 40"):
         serve(ServeSettings(checkpoint=str(tmp_path)))
+
+
+def test_a_server_that_others_could_reach_without_a_key_is_refused_before_anything_heavy_is_read(tmp_path):
+    """It took the imports of a whole start."""
+    pytest.importorskip("vllm")
+    (tmp_path / "config.json").write_text("{}")
+    code = (
+        "import sys\nfrom mllm.cli.main import main\nsys.argv = ['mllm', 'serve', sys.argv[1], '--host', '0.0.0.0']\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    print(end.code, 'torch' in sys.modules, 'vllm' in sys.modules)"
+    )
+    environment = {name: value for name, value in os.environ.items() if "API_KEY" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "--host 0.0.0.0 is reachable from outside" in done.stderr, done.stderr
+    assert done.stdout.split() == ["2", "False", "False"]

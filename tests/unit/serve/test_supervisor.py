@@ -132,3 +132,22 @@ def test_a_death_is_explained_by_its_cause_and_not_by_all_that_follows():
         shown = process.communicate(timeout=30)[1]
         assert process.returncode == 3
     assert "did not start (status 3): ValueError: no room" in shown and len(shown.splitlines()) == 3
+
+
+def test_a_flood_of_distinct_errors_fills_neither_the_disk_nor_the_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("mllm.serve.supervisor._MOST_LOG", 10_000)
+    supervisor = Supervisor([], "http://127.0.0.1:1", "", 1.0, verbose=False)
+    supervisor.is_ready.set()
+    logs = [supervisor.log, supervisor.log.with_name(supervisor.log.name + ".1")]
+    try:
+        supervisor._read(
+            iter([f"ERROR ValueError: request {number} is wrong in its own way\n" for number in range(2000)])
+        )
+        sizes = [path.stat().st_size for path in logs]
+        assert "request 1999 " in logs[0].read_text()
+    finally:
+        for path in logs:
+            path.unlink(missing_ok=True)
+        supervisor.state.folder.rmdir()
+    assert sum(sizes) < 2 * 10_000 + 200
+    assert capsys.readouterr().err.count("ValueError") == 10
