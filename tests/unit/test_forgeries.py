@@ -1,0 +1,88 @@
+"""Do drawn forgeries differ from their originals where they say, and nowhere else?"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mllm.demo.edits import INSTRUCTION, prepare_edits, read_edits, recoloured
+from mllm.demo.forgery import (
+    FAINT,
+    PHRASE,
+    PLAIN,
+    WORDS,
+    paint_anew,
+    photograph,
+    prepare_forgeries,
+    train_forgery_tokenizer,
+)
+from mllm.demo.scenes import COLOURS, draw_scene
+from mllm.heads.probability import class_tokens
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_an_edit_changes_the_thing_alone_and_by_its_height() -> None:
+    scene = draw_scene(random.Random(1))
+    thing = scene.things[0]
+    pixels = photograph(scene, np.random.default_rng(1))
+    made = paint_anew(pixels, thing, 10.0)
+    assert np.array_equal(made[~thing.mask], pixels[~thing.mask])
+    inside = np.abs(made[thing.mask].astype(int) - pixels[thing.mask])
+    assert inside.max() == 10 and (inside == 10).mean() > 0.8  # less where a value is at the end of its range
+    other = np.asarray(recoloured(scene, thing, "blue"))
+    assert (other[thing.mask] == COLOURS["blue"]).all()
+    assert np.array_equal(other[~thing.mask], np.asarray(scene.picture)[~thing.mask])
+
+
+def test_forgeries_come_in_pairs_of_other_scenes_in_every_split_and_again_by_seed(tmp_path: Path) -> None:
+    root = prepare_forgeries(tmp_path / "a", train=6, validation=4, test=4)
+    again = prepare_forgeries(tmp_path / "b", train=6, validation=4, test=4)
+    seen = []
+    for split, count in (("train", 6), ("validation", 4), ("test", 4)):
+        found = rows(root / f"{split}.jsonl")
+        assert found == rows(again / f"{split}.jsonl") and [row["answer"] for row in found] == [*WORDS] * (count // 2)
+        for row in found:
+            answer = row["messages"][-1]["content"]
+            assert f"{PHRASE} {row['answer']}." in answer and answer.count(PHRASE) == 1
+            assert row["height"] == 0 if row["answer"] == "real" else FAINT <= row["height"] <= PLAIN
+            assert not any(word in answer.split("</REASONING>")[0] for word in WORDS), "the reasons tell the verdict"
+        seen += [(root / row["image"]).read_bytes() for row in found]
+        assert (root / found[0]["image"]).read_bytes() == (again / found[0]["image"]).read_bytes()
+    assert len(set(seen)) == len(seen)
+
+
+def test_both_words_begin_with_a_token_of_their_own(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(train_forgery_tokenizer(tmp_path))
+    tokenize = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    phrase, words = class_tokens(tokenize, PHRASE, WORDS)
+    assert len(set(words)) == 2 and len(phrase) > 2
+
+
+def test_edits_are_asked_of_other_scenes_and_say_what_is_right(tmp_path: Path) -> None:
+    root = prepare_edits(tmp_path, train=6, test=4)
+    trained, tests = rows(root / "train.jsonl"), read_edits(root)
+    assert [len(row["masks"]) for row in trained] == [2, 0] * 3 and len(tests) == 4
+    for row in trained[1::2]:
+        source, target = (np.asarray(Image.open(root / name)) for name in row["images"])
+        assert (source != target).any() and row["messages"][1]["content"] == "<image>"
+    for row in tests:
+        assert row["instruction"] == INSTRUCTION.format(phrase=row["phrase"], colour=row["colour"])
+        inside = np.asarray(Image.open(row["image"]))[row["mask"]].mean(0)
+        wanted = np.array(COLOURS[row["colour"]])
+        assert np.abs(inside - wanted).max() > 30, "there is nothing to change"
+
+
+def test_an_unknown_colour_is_refused() -> None:
+    scene = draw_scene(random.Random(2))
+    with pytest.raises(KeyError):
+        recoloured(scene, scene.things[0], "mauve")
