@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +17,10 @@ from mllm.models.pipeline import build_visual_parts
 from mllm.processing.layout import LayoutRules, layout_rules
 from mllm.processing.views.base import BudgetConfig, views_config
 from mllm.types import EncoderInfo, Grid
+
+if TYPE_CHECKING:
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
+    from mllm.processing.processor import MllmProcessor
 
 
 def most_tokens(config: MllmConfig) -> int:
@@ -47,15 +51,17 @@ def what_gives_way(config: MllmConfig) -> str:
 
 
 @contextmanager
-def at_tokens(model: Any, processor: Any, tokens: int) -> Iterator[int]:
+def at_tokens(model: MllmForConditionalGeneration, processor: MllmProcessor, tokens: int) -> Iterator[int]:
     """The model and its processor with at most ``tokens`` visual tokens a picture (a view, where it is seen in several by a connector
     that decides the number); yields the most that a picture then takes. Afterwards all is as before.
 
     Raises `ConfigError` for a number that no choice of this model's gives.
     """
-    body, config = model.model, model.config
+    body: Any = model.model
+    config: MllmConfig = model.config
     before = {key: getattr(config, key) for key in ("views", "encoders", "connector")}
-    images, rules = processor.image_processor, body.rules
+    images: Any = processor.image_processor
+    rules = body.rules
     seen = {key: getattr(images, key) for key in ("views", "layout")}
     parts = (body.vision_tower, body.multi_modal_projector)
     changes = _changes(config, tokens)

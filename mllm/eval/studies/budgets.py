@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mllm.errors import ConfigError, DataError
 from mllm.eval.data.loading import TaskData, load_data
@@ -16,10 +16,14 @@ from mllm.eval.studies.study import Study, Table, number, save_study, spread
 from mllm.eval.task import TaskSpec, load_tasks
 from mllm.models.budgets import at_tokens, most_tokens, what_gives_way
 
+if TYPE_CHECKING:
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
+    from mllm.processing.processor import MllmProcessor
+
 
 def run_budgets(
-    model: Any,
-    processor: Any,
+    model: MllmForConditionalGeneration,
+    processor: MllmProcessor,
     tasks: Sequence[str | TaskSpec],
     folder: str | Path,
     *,
@@ -75,7 +79,7 @@ def run_budgets(
     return study
 
 
-def _mean_tokens(processor: Any, data: TaskData) -> float:
+def _mean_tokens(processor: MllmProcessor, data: TaskData) -> float:
     """Visual tokens of a question's pictures; of those that can be read, and NaN for a task of videos."""
     counts = []
     for item in data.items:
