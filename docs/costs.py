@@ -20,6 +20,7 @@ SCORES = {
     "routed_demo": "routing_demo_cpu",
     "segmentation_demo": "segmentation_demo_cpu",
     "forgery_demo": "forgery_demo_cpu",
+    "focus_demo": "focus_demo_cpu",
     "tiles_demo": "tiles_demo_cpu",
     "unified_demo": "unified_demo_cpu",
     "video_demo": "video_demo_cpu",
