@@ -24,6 +24,8 @@ class Dropped(NamedTuple):
     reason: str
     kind: str = ""
     """What went wrong, in a few words that are the same for many samples."""
+    shard: str = ""
+    """Of shards, the one that ``row`` is a row of."""
 
 
 @dataclass

@@ -10,11 +10,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mllm.data.blind import refuse_blind, refuse_other_media
+from mllm.data.blind import holds_picture, refuse_blind, refuse_other_media
 from mllm.data.cells import as_list, conversation_cell, plain_cell
 from mllm.data.conversations import PLACEHOLDER, message_turns, plain_text
 from mllm.data.files import Files, file_hash, matching_files
-from mllm.data.sources import TAUGHT, Source, resolve_image, resolve_video, resolve_visual, taught
+from mllm.data.sources import (
+    TAUGHT,
+    Source,
+    open_shards,
+    resolve_image,
+    resolve_video,
+    resolve_visual,
+    taught,
+)
 from mllm.data.spec import ColumnMap, DatasetSpec, expand_path
 from mllm.data.tables import SUFFIXES, is_saved, keys_of, open_files, open_hub, open_saved, undecoded
 from mllm.data.tools import tools_of
@@ -43,21 +51,25 @@ class ColumnsSource(Source):
         self.known = self._check_columns()
         named = dict.fromkeys([*self.columns.used(), *_fields(self.spec.prompt)])
         self._used = [name for name in named if name in self.known]
-        if not isinstance(self._table, Files):
+        if self.shards is not None:
+            self.shards.columns = self._used
+        elif not isinstance(self._table, Files):
             self._table = self._undecoded(self._table)
-        self.random_access = not spec.streaming  # type: ignore[misc]
+        self.random_access = not spec.streaming and self.shards is None  # type: ignore[misc]
         self._stream: Iterator[Any] | None = None
         self._next = 0
         self._recent: OrderedDict[int, Any] = OrderedDict()
 
     def __len__(self) -> int:
-        if self.spec.streaming:
+        if self.spec.streaming and self.shards is None:
             assert self.spec.rows is not None
             return self.spec.rows
         return len(self._table)
 
     @cached_property
     def fingerprint(self) -> str:
+        if self.shards is not None:
+            return self.shards.fingerprint
         if self.spec.streaming:
             return f"{self.spec.hub or self.spec.path}@{self.spec.revision}:{self.spec.subset}:{self.spec.split}"
         if self._files:  # what they hold: `datasets` goes by path and time, so that a copy would be another table
@@ -70,10 +82,24 @@ class ColumnsSource(Source):
         return self._path.with_name(self._path.name + ".quarantine.jsonl")
 
     def sample(self, index: int) -> Sample:
+        if self.shards is not None:
+            return self.sample_of(self.shards[index])
         row = {key: plain_cell(value) for key, value in self._row(index).items()}
+        identity = self._identity(row, str(index))
+        return self._read_row(row, identity, self.where(index, identity))
+
+    def sample_of_row(self, row: dict[str, Any], key: str, where: str) -> Sample:
+        return self._read_row(row, self._identity(row, key), where)
+
+    def _identity(self, row: Mapping[str, Any], key: str) -> str:
+        name = self.columns.id
+        return str(row[name]) if name and row.get(name) is not None else key
+
+    def _read_row(self, row: dict[str, Any], identity: str, where: str) -> Sample:
         columns = self.columns
-        identity = str(row[columns.id]) if columns.id and row.get(columns.id) is not None else str(index)
-        where = self.where(index, identity)
+        picture = columns.image or columns.images
+        if picture and picture not in row and self.shards is not None and self.shards.of_members:
+            raise DataError(f"{where}: there is no member {picture}; found {', '.join(row)}")
         found = as_list(row.get(columns.image or columns.images or ""))
         images = [resolve_image(item, self.root, where) for item in found]
         films = as_list(row.get(columns.video)) if columns.video else []
@@ -169,6 +195,11 @@ class ColumnsSource(Source):
                 spec.hub, spec.subset, split=spec.split, revision=spec.revision, where=where, streaming=spec.streaming
             )
         assert spec.path is not None
+        self.shards = open_shards(spec)
+        if self.shards is not None:
+            if spec.image_root:
+                self.root = expand_path(spec.image_root, where=where)
+            return self.shards
         path = self._path = expand_path(spec.path, where=where)
         self.root = (
             expand_path(spec.image_root, where=where) if spec.image_root else (path if path.is_dir() else path.parent)
@@ -183,6 +214,8 @@ class ColumnsSource(Source):
         needed = [*self.columns.used(), *_fields(self.spec.prompt)]
         if isinstance(self._table, Files):
             known = keys_of(self._table, [name for name in needed if name != "question"])
+        elif self.shards is not None:
+            known = [str(name) for name in self.shards[0].row or {}]
         else:
             known = self._table.column_names
         if known is None:  # a stream whose features are not declared
@@ -199,8 +232,12 @@ class ColumnsSource(Source):
 
     def _refuse_forgotten_pictures(self) -> None:
         """Raises `ConfigError` when a table of pictures is declared without any: every row would be learned blind."""
-        features = None if isinstance(self._table, Files) else self._table.features
-        pictures = [name for name, feature in (features or {}).items() if _is_image(feature)]
+        if self.shards is not None:
+            row = self.shards[0].row or {}
+            pictures = [name for name, value in row.items() if holds_picture(name, value)]
+        else:
+            features = None if isinstance(self._table, Files) else self._table.features
+            pictures = [name for name, feature in (features or {}).items() if _is_image(feature)]
         unread = [name for name in pictures if name not in self.columns.used()]
         if unread and not self.spec.typed_images:
             raise ConfigError(

@@ -126,16 +126,16 @@ class DropLog:
 
 def dropped_rows(folder: Path, stage: str) -> dict[str, Counter[str]]:
     """Dataset → kind → different rows, of all that the processes' `DropLog` files of a stage hold."""
-    rows: dict[tuple[str, int], str] = {}
+    rows: dict[tuple[str, int, str], str] = {}
     for path in sorted(folder.glob(f"{stage}-*.jsonl")):
         if not path.stem.removeprefix(f"{stage}-").isdigit():
             continue  # another stage's, whose name begins alike
         for line in path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):  # a line cut short by a kill
                 item = json.loads(line)
-                rows[item["dataset"], item["row"]] = item.get("kind") or "cannot be used"
+                rows[item["dataset"], item["row"], item.get("shard", "")] = item.get("kind") or "cannot be used"
     found: dict[str, Counter[str]] = {}
-    for (name, _), kind in rows.items():
+    for (name, _, _), kind in rows.items():
         found.setdefault(name, Counter())[kind] += 1
     return found
 

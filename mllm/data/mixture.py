@@ -14,7 +14,7 @@ from mllm.data.lookup import load_mixture
 from mllm.data.quarantine import Quarantine, read_quarantine
 from mllm.data.sources import Source, open_source
 from mllm.data.spec import DatasetSpec, MixtureSpec
-from mllm.errors import DataError
+from mllm.errors import ConfigError, DataError
 
 _BLOCK = 4096
 
@@ -78,7 +78,9 @@ class Mixture:
         self.num_rows = [min(len(s), i.limit or len(s)) for s, i in zip(self.sources, self.spec.datasets, strict=True)]
         self.counts = self._counts()
         self._starts = np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
-        self._streams = any(not source.random_access for source in self.sources)
+        self.sharded = [source.shards is not None for source in self.sources]
+        self._streams = any(not s.random_access and s.shards is None for s in self.sources)
+        self._refuse_sharded()
         self._order = lru_cache(maxsize=2)(self._epoch_order)
 
     def __len__(self) -> int:
@@ -165,6 +167,16 @@ class Mixture:
             part = order[(block - 1) * _BLOCK : block * _BLOCK]
             before[block] = before[block - 1] + np.bincount(part, minlength=len(self.sources))
         return order, before
+
+    def _refuse_sharded(self) -> None:
+        """Raises `ConfigError` for what shards cannot do: their rows have no number before they are read."""
+        for item, source in zip(self.spec.datasets, self.sources, strict=True):
+            if source.shards is None:
+                continue
+            if item.limit is not None:
+                raise ConfigError(f"{source.name}: limit takes the first rows by number; of shards name fewer in path")
+            if self._streams:
+                raise ConfigError(f"{source.name} lies in shards, which cannot be mixed with data of streaming: true")
 
     @staticmethod
     def _rank(order: np.ndarray, before: np.ndarray, place: int) -> int:

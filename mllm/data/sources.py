@@ -15,7 +15,10 @@ from mllm.data.blind import refuse_blind, refuse_other_media
 from mllm.data.cells import as_list, conversation_cell, given, plain_cell
 from mllm.data.conversations import embeds_images, message_turns, place_videos, placeholder_turns
 from mllm.data.files import Files, matching_files
-from mllm.data.spec import SOURCES, DatasetSpec, expand_path
+from mllm.data.shards.names import is_sharded
+from mllm.data.shards.read import Item
+from mllm.data.shards.rows import ShardRows
+from mllm.data.spec import SOURCES, DatasetSpec, expand_path, expand_text
 from mllm.data.tools import tools_of
 from mllm.errors import DataError, blamed_on
 from mllm.processing.references import refer
@@ -36,6 +39,8 @@ class Source(Sequence):
 
     random_access: ClassVar[bool] = True
     """False: rows come in order, going back is slow (streams)."""
+    shards: ShardRows | None = None
+    """Of rows that lie in shards, these: training reads each by itself."""
 
     def __init__(self, spec: DatasetSpec):
         self.spec = spec
@@ -73,9 +78,28 @@ class Source(Sequence):
         number = int(index)
         with blamed_on(self.where(number)):
             sample = self.sample(number)
-        for turn in sample.turns:
-            _refuse_half_characters(turn.content, f"{self.where(number, sample.id)}: the {turn.role}'s turn")
+        _refuse_half_characters(sample, self.where(number, sample.id))
         return sample
+
+    def sample_of(self, item: Item) -> Sample:
+        """A shard's row as a sample. Raises `DataError` or `AlignmentError` naming shard and sample."""
+        where = self.where_of(item)
+        with blamed_on(where):
+            if item.row is None:
+                raise DataError(f"{where}: {item.problem}")
+            row = {key: plain_cell(value) for key, value in item.row.items()}
+            sample = self.sample_of_row(row, item.key, where)
+        _refuse_half_characters(sample, where)
+        return sample
+
+    def sample_of_row(self, row: dict[str, Any], key: str, where: str) -> Sample:
+        """A row as it is written in a shard, as a sample. key: its id, where it brings none."""
+        raise NotImplementedError
+
+    def where_of(self, item: Item) -> str:
+        """How errors name a shard's row."""
+        named = f", sample {item.key!r}" if item.key and item.key != str(item.number) else ""
+        return f"{self.name}, {item.shard}, row {item.number}{named}"
 
     def where(self, index: int, identity: Any = None) -> str:
         """How errors name a sample."""
@@ -90,6 +114,11 @@ class JsonSource(Source):
     def __init__(self, spec: DatasetSpec):
         super().__init__(spec)
         assert spec.path is not None
+        self.root = expand_path(spec.image_root, where=f"dataset {spec.name}") if spec.image_root else None
+        self.shards, self.rows = open_shards(spec), Files(())
+        if self.shards is not None:
+            self.random_access = False  # type: ignore[misc]
+            return
         path = expand_path(spec.path, where=f"dataset {spec.name}")
         try:
             files = matching_files(path, (".jsonl", ".json"), where=f"dataset {spec.name}")
@@ -101,17 +130,16 @@ class JsonSource(Source):
         if not len(self.rows):
             raise DataError(f"dataset {spec.name}: {path} holds no rows")
         self.path = path
-        self.root = expand_path(spec.image_root, where=f"dataset {spec.name}") if spec.image_root else None
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.rows if self.shards is None else self.shards)
 
     @cached_property
     def fingerprint(self) -> str:
-        return self.rows.fingerprint
+        return (self.rows if self.shards is None else self.shards).fingerprint
 
     def quarantine_path(self) -> Path:
-        if self.spec.quarantine:
+        if self.spec.quarantine or self.shards is not None:
             return super().quarantine_path()
         if any(sign in self.path.name for sign in "*?["):
             return self.path.parent / ".quarantine.jsonl"
@@ -120,6 +148,20 @@ class JsonSource(Source):
             if self.path.is_dir()
             else self.path.with_name(self.path.name + ".quarantine.jsonl")
         )
+
+    def sample(self, index: int) -> Sample:
+        if self.shards is not None:
+            return self.sample_of(self.shards[index])
+        row, identity, root = self.row(index)
+        return self.read_row(row, identity, root, self.where(index, identity))
+
+    def sample_of_row(self, row: dict[str, Any], key: str, where: str) -> Sample:
+        identity = row.get("id")
+        return self.read_row(row, str(identity) if identity is not None else key, self.root, where)
+
+    def read_row(self, row: dict[str, Any], identity: str, root: Path | None, where: str) -> Sample:
+        """A row as a sample. root: folder that its image paths start from."""
+        raise NotImplementedError
 
     def row(self, index: int) -> tuple[dict[str, Any], str, Path]:
         """(row, its id, folder its image paths start from)."""
@@ -133,12 +175,12 @@ class JsonSource(Source):
         """Keys that a row's pictures are read from, the first that holds something."""
         return (self.spec.image_key,) if self.spec.image_key else ("image", "images")
 
-    def images(self, row: dict[str, Any], root: Path, where: str) -> list[Any]:
+    def images(self, row: dict[str, Any], root: Path | None, where: str) -> list[Any]:
         """``image`` (one or a list) or ``images``, or what the declaration names; paths resolved."""
         value = next((row[key] for key in self.image_keys if given(row.get(key))), None)
         return [resolve_image(item, root, where) for item in as_list(value)]
 
-    def videos(self, row: dict[str, Any], root: Path, where: str) -> list[Video]:
+    def videos(self, row: dict[str, Any], root: Path | None, where: str) -> list[Video]:
         """``video`` (one or a list) or ``videos``; paths resolved."""
         value = next((row[key] for key in VIDEO_KEYS if given(row.get(key))), None)
         return [resolve_video(item, root, where) for item in as_list(value)]
@@ -154,9 +196,7 @@ class LlavaSource(JsonSource):
     """LLaVA's json: ``{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}``, ``<image>`` in the
     text."""
 
-    def sample(self, index: int) -> Sample:
-        row, identity, root = self.row(index)
-        where = self.where(index, identity)
+    def read_row(self, row: dict[str, Any], identity: str, root: Path | None, where: str) -> Sample:
         images = self.images(row, root, where)
         keys = ("conversations", "conversation", "messages")
         conversation = next((row[key] for key in keys if row.get(key) is not None), None)
@@ -183,9 +223,7 @@ class MessagesSource(JsonSource):
     """OpenAI-style jsonl: ``{"messages": [{"role", "content"}], "images"?: […]}``. An ``image`` beside the messages is
     taken when they hold none themselves (flat evaluation rows have both)."""
 
-    def sample(self, index: int) -> Sample:
-        row, identity, root = self.row(index)
-        where = self.where(index, identity)
+    def read_row(self, row: dict[str, Any], identity: str, root: Path | None, where: str) -> Sample:
         if "messages" not in row:
             raise DataError(f"{where}: no messages; keys are {sorted(row)}")
         messages = conversation_cell(row["messages"], where)
@@ -201,15 +239,25 @@ class MessagesSource(JsonSource):
         return Sample(identity, turns, images, self.name, meta, **taught(row, root, len(images), where))
 
 
-def _refuse_half_characters(text: str, where: str) -> None:
+def _refuse_half_characters(sample: Sample, where: str) -> None:
     """Raises `DataError` for half of a surrogate pair, which JSON can write and no tokenizer reads."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where} holds half of a surrogate pair ({text[error.start]!a}, character {error.start}): a character that was "
-            "cut in two, often an emoji; write it whole or take it out"
-        ) from None
+    for turn in sample.turns:
+        text = turn.content
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where}: the {turn.role}'s turn holds half of a surrogate pair ({text[error.start]!a}, character "
+                f"{error.start}): a character that was cut in two, often an emoji; write it whole or take it out"
+            ) from None
+
+
+def open_shards(spec: DatasetSpec) -> ShardRows | None:
+    """The shards that a declaration's path means; None where it means files that are read by row number."""
+    if spec.path is None:
+        return None
+    pattern = expand_text(spec.path, where=f"dataset {spec.name}")
+    return ShardRows(pattern, rows=spec.rows, name=spec.name) if is_sharded(pattern) else None
 
 
 def open_source(spec: DatasetSpec) -> Source:

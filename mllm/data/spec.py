@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from mllm.config import StrictModel
+from mllm.data.shards.names import is_sharded
 from mllm.errors import ConfigError, did_you_mean
 from mllm.registry import Registry
 
@@ -90,7 +91,8 @@ class DatasetSpec(StrictModel):
     format: str
     """``llava``, ``sharegpt``, ``messages``, ``columns``, ``refer`` (RefCOCO's own files, with masks), or a plugin's."""
     path: str | None = None
-    """Local json, jsonl, parquet, csv or arrow file, glob, or folder; ``~`` and ``$VARIABLES`` are expanded."""
+    """Local json, jsonl, parquet, csv or arrow file, glob, or folder; ``~`` and ``$VARIABLES`` are expanded. Shards (tar, parquet,
+    jsonl) that are read in order: ``s3://bucket/shard-{000000..000127}.tar``."""
     hub: str | None = None
     """Hub id of a `datasets` dataset (format columns)."""
     revision: str | None = None
@@ -114,7 +116,9 @@ class DatasetSpec(StrictModel):
     quarantine: str | None = None
     """List of bad samples (`mllm data check` writes it); default: beside the file, honoured when it exists."""
     rows: int | None = Field(default=None, ge=1)
-    """How many rows there are, for the table (and for the length of an epoch when streaming)."""
+    """How many rows there are, for the table (and for the length of an epoch when streaming, or reading shards of tar or jsonl)."""
+    shuffle_buffer: int | None = Field(default=None, ge=1)
+    """Shards: rows that each worker holds, shuffles and (packing) packs together; default: 512."""
     licence: str = "unknown"
     """Annotations' licence, SPDX name where there is one."""
     image_licence: str = "unknown"
@@ -163,11 +167,15 @@ class DatasetSpec(StrictModel):
                 raise ValueError(
                     f"a hub dataset is read by format columns, not {self.format} (columns: {{messages: …}})"
                 )
-            if self.streaming and self.format in ("llava", "sharegpt", "messages"):
+            if self.streaming and not is_sharded(self.path) and self.format in ("llava", "sharegpt", "messages"):
                 raise ValueError(
                     "streaming is for format columns; json and jsonl files are read row by row from disk anyway"
                 )
-        if self.streaming and self.rows is None:
+        if self.shuffle_buffer is not None and not is_sharded(self.path):
+            raise ValueError(
+                "shuffle_buffer belongs to shards (s3://…, shard-{000..127}.tar); other data are shuffled as a whole"
+            )
+        if self.streaming and self.rows is None and not is_sharded(self.path):
             raise ValueError("streaming needs rows: how many rows make one epoch")
         return self
 
@@ -211,8 +219,13 @@ class MixtureSpec(StrictModel):
 
 def expand_path(path: str, *, where: str) -> Path:
     """``~`` and ``$VARIABLES`` filled in. Raises `ConfigError` naming a variable that is not set."""
+    return Path(expand_text(path, where=where))
+
+
+def expand_text(path: str, *, where: str) -> str:
+    """`expand_path` of what may be no path of this machine: ``s3://$BUCKET/shard-{000..127}.tar``."""
     expanded = os.path.expandvars(path)
     if missing := _VARIABLE.search(expanded):
         variable = missing.group(1).strip("{}")
         raise ConfigError(f"{where}: {path} uses ${variable}, which is not set; export {variable}=/where/the/data/is")
-    return Path(expanded).expanduser()
+    return os.path.expanduser(expanded)  # noqa: PTH111 (a `Path` would make s3:/ of s3://)

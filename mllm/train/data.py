@@ -15,7 +15,8 @@ from mllm.data.collate import Batch, Dropped
 from mllm.data.dataset import BadShare, DataStream, DropLog, dropped_rows
 from mllm.data.lengths import counting_processes, measure
 from mllm.data.mixture import Draw, Mixture
-from mllm.data.plan import SteppedPlan, make_plan
+from mllm.data.plan import Plan, SteppedPlan, make_plan
+from mllm.data.shards.stream import ShardStream, merged
 from mllm.errors import AlignmentError, ConfigError, DataError
 from mllm.odd_settings import odd_settings
 from mllm.processing.chat import count_tokens, encode_sample
@@ -30,6 +31,8 @@ from mllm.types import Sample, Video
 _ROWS_TRIED = 16
 PADDED_TO = 8
 """Padded rows are a multiple of so many tokens."""
+SHUFFLED = 512
+"""Rows of shards that are held and shuffled, where ``shuffle_buffer`` says nothing."""
 
 
 def open_mixture(stage: StageSpec, seed: int) -> Mixture:
@@ -77,6 +80,28 @@ def _refuse_absent(image: Any, where: str) -> None:
         raise DataError(
             f"{where}: no such image file: {str(reference.value)!r}; is image_root the folder the paths start from?"
         )
+
+
+def refuse_with_shards(stage: StageSpec, mixture: Mixture) -> None:
+    """Raises `ConfigError` for what a stage asks for that needs to know every row beforehand, where rows lie in shards."""
+    if not any(mixture.sharded):
+        return
+    name = mixture.sources[mixture.sharded.index(True)].name
+    refused = {
+        "group_by_length": (stage.group_by_length, "batches are planned by all lengths; packing: true needs none"),
+        "samples_per_step": (
+            stage.samples_per_step is not None,
+            "how many rows hold so many samples is known only when they are read; give batch_size and gradient_accumulation",
+        ),
+        "cache_features": (bool(stage.cache_features), "features are stored by row; leave it out"),
+        "epochs": (
+            stage.packing and stage.epochs is not None,
+            "how many packed rows an epoch makes is known only at its end, and the schedule needs a length; give steps",
+        ),
+    }
+    for key, (asked, reason) in refused.items():
+        if asked:
+            raise ConfigError(f"stages.{stage.name}.{key}: {name} lies in shards, which are read in order: {reason}")
 
 
 def tell_left_out(mixture: Mixture, display: Any, info: Any, stage: StageSpec) -> None:
@@ -160,8 +185,37 @@ class StageData:
         self.stage, self.mixture, self.phase = stage, mixture, phase or Phase()
         world, rank = distributed.world_size(), distributed.rank()
         self.drops, self.bad_share = DropLog(log), BadShare(stage.max_bad_share)
-        lengths = self._lengths(processor, cache) if stage.packing or stage.group_by_length else None
         total = None if stage.epochs is None else max(1, round(stage.epochs * len(mixture)))
+        common: dict[str, Any] = {
+            "pad_token_id": processor.tokenizer.pad_token_id,
+            "rank": rank,
+            "num_workers": stage.num_workers,
+            "pad_to_multiple_of": None if stage.packing else PADDED_TO,
+            "max_tokens": stage.max_tokens_per_batch,
+            "pin_memory": distributed.local_device().type == "cuda",
+            "on_drop": self.drops,
+        }
+        encode = partial(encode_sample, processor, max_length=stage.max_length)
+        refuse_with_shards(stage, mixture)
+        self.plan: Plan | None = None
+        if any(mixture.sharded):
+            buffers = [
+                source.spec.shuffle_buffer or SHUFFLED for source in mixture.sources if source.shards is not None
+            ]
+            self.stream: DataStream | ShardStream = ShardStream(
+                mixture,
+                encode,
+                batch_size=stage.batch_size,
+                world_size=world,
+                total=total,
+                buffer=max(buffers),
+                max_length=stage.max_length if stage.packing else None,
+                count=partial(token_count, processor),
+                **common,
+            )
+            self.micro_batches = self.stream.num_batches
+            return
+        lengths = self._lengths(processor, cache) if stage.packing or stage.group_by_length else None
         self.plan = make_plan(
             mixture,
             batch_size=stage.batch_size,
@@ -173,17 +227,7 @@ class StageData:
             max_length=stage.max_length,
             samples_per_step=stage.samples_per_step,
         )
-        self.stream = DataStream(
-            self.plan,
-            partial(encode_sample, processor, max_length=stage.max_length),
-            pad_token_id=processor.tokenizer.pad_token_id,
-            rank=rank,
-            num_workers=stage.num_workers,
-            pad_to_multiple_of=None if stage.packing else PADDED_TO,
-            max_tokens=stage.max_tokens_per_batch,
-            pin_memory=distributed.local_device().type == "cuda",
-            on_drop=self.drops,
-        )
+        self.stream = DataStream(self.plan, encode, **common)
         stepped = isinstance(self.plan, SteppedPlan)
         self.micro_batches = None if total is None or stepped else self.plan.num_batches()
 
@@ -240,6 +284,10 @@ class StageData:
 
     def draws(self) -> Iterator[Draw]:
         """The samples that this process will see, in order, as far as the plan tells (replacements of bad ones aside)."""
+        if self.plan is None:  # of shards only the datasets of the draws are known
+            numbers = range(self.total_steps * self.stage.gradient_accumulation * self.stage.batch_size)
+            yield from itertools.chain.from_iterable(self.mixture.locate([k]) for k in numbers)
+            return
         batches = self.plan.batches(self.stream.rank)
         if isinstance(self.plan, SteppedPlan):
             last = self.total_steps
@@ -265,7 +313,13 @@ class StageData:
             yield micro
 
     def state(self) -> dict[str, Any]:
+        """This process's place in the data, for ``run.json``."""
         return self.stream.state_dict()
+
+    def shared_state(self) -> dict[str, Any]:
+        """The place of all processes, for a checkpoint. All must call it."""
+        state = self.stream.state_dict()
+        return state if isinstance(self.stream, DataStream) else merged(distributed.gather_objects(state))
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on after the batches that were consumed; with another number of processes, about there."""
@@ -275,9 +329,11 @@ class StageData:
         """Steps left; after a change of processes counted anew from the position."""
         if self.stage.steps is not None or same_layout:
             return self.total_steps - done
+        if isinstance(self.stream, ShardStream):
+            return math.ceil((self.stream.num_batches or 0) / self.stage.gradient_accumulation)
         if isinstance(self.plan, SteppedPlan):
             return self.plan.num_steps(self.stream.position)
-        left = self.plan.num_batches(self.stream.position)
+        left = self.stream.plan.num_batches(self.stream.position)
         return math.ceil(left / self.stage.gradient_accumulation)
 
 

@@ -219,7 +219,7 @@ def train(
             stop = _count_down(run)
             due = step.save or stop or bool(stage.save_every and progress.step % stage.save_every == 0)
             if stage.keep_state if last else due:
-                progress.extra = {"data": session.data.state()}
+                progress.extra = {"data": session.data.shared_state()}
                 writer.save(engine, progress, beside=beside.state())
                 _record_place(run, stage, session)
                 saved = time.monotonic()

@@ -53,10 +53,10 @@ def what_is_learned(processor: Processor, data: Any, stops: Any = None) -> list[
         lines.append(f"[yellow]{_plain(error)}[/]")
     for draw in itertools.islice(data.draws(), 20):
         source = data.mixture.sources[draw.dataset]
-        if not source.random_access:
+        if not source.random_access and source.shards is None:
             continue
         try:
-            sample = source[draw.row]
+            sample = source[draw.row if source.random_access else 0]
             where = f"sample {sample.id!r}"
             ids, labels = encode_text(processor, sample.turns, tools=sample.meta.get("tools"), where=where)
         except MllmError:

@@ -6,6 +6,7 @@ H200 (bytes per token and layer as a multiple of the hidden and feed-forward wid
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -387,9 +388,13 @@ def _look_at_data(recipe: Recipe, stage: StageSpec, plan: StagePlan, processor: 
     except DataError as error:
         plan.hazards.append(str(error))
     if processor is not None:
+        first = Counter[int]()
         for draw in mixture.locate(range(min(_SAMPLED_ROWS, len(mixture)))):
             try:
-                sample = mixture.sources[draw.dataset][draw.row]
+                source = mixture.sources[draw.dataset]
+                row = draw.row if source.shards is None else first[draw.dataset]  # of shards the first rows
+                first[draw.dataset] += 1
+                sample = source[row]
                 with blamed_on(sample.id):
                     plan.lengths.append(token_count(processor, sample))
                 plan.with_images += bool(sample.images)

@@ -6,7 +6,7 @@ from mllm.errors import ConfigError
 from mllm.heads.build import drawing_head
 from mllm.processing.template import read_template
 from mllm.recipe import Recipe, StageSpec
-from mllm.train.data import check_some_rows, open_mixture
+from mllm.train.data import check_some_rows, open_mixture, refuse_with_shards
 from mllm.train.engine.base import choose_engine
 from mllm.train.engine.groups import learning_by_part, recipe_parts
 
@@ -40,7 +40,9 @@ def check_stage(stage: StageSpec, recipe: Recipe) -> None:
             raise ConfigError(
                 f"stages.{stage.name}.learn.{part}.lora.bits: 4-bit weights and ZeRO do not mix; use engine: none"
             )
-    check_some_rows(open_mixture(stage, recipe.seed), stage)
+    mixture = open_mixture(stage, recipe.seed)
+    refuse_with_shards(stage, mixture)
+    check_some_rows(mixture, stage)
 
 
 def _check_most_tokens(stage: StageSpec, most: int) -> None:

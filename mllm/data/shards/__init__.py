@@ -1,0 +1,1 @@
+"""Data in many files, on a disk or an object store, read in order: tar (WebDataset), parquet and jsonl shards."""
