@@ -61,6 +61,7 @@ KINDS: dict[str, dict] = {
             "hybrids": ["duoformer", "dynperceiver", "snnet", "s4d", "paratranscnn", "samunet", "dbsam"],
         }.items()
     },
+    "rgb_depth": {"connector": {"type": "linear"}, "encoders": ["gldmnet"]},
     "native_siglip2": {
         "connector": {"type": "pixel_shuffle", "factor": 2},
         "encoders": ["siglip2"],
@@ -180,7 +181,8 @@ def one(kind: str, arguments: argparse.Namespace) -> dict:
 
         experts = KINDS[kind].get("router", {}).get("experts", [])
         processor = AutoProcessor.from_pretrained(folder)
-        cases = standard_cases(arguments.cases, experts=experts)
+        panels = max(spec.panels for spec in processor.image_processor.specs.values())
+        cases = standard_cases(arguments.cases, experts=experts, panels=panels)
         if arguments.backend == "transformers" and KINDS[kind].get("router"):
             for case in cases:
                 case.experts = [experts[0]] if case.experts is None and case.images else case.experts

@@ -14,6 +14,7 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from mllm.errors import DataError, MissingFile
 from mllm.processing.codes import read_codes
+from mllm.processing.panels import PANELS
 from mllm.processing.pixels import resize, to_pixels, to_pixels_multi
 from mllm.processing.references import refer
 
@@ -87,11 +88,13 @@ def image_size(source: Any, *, where: str) -> tuple[int, int]:
 
 
 def image_hash(source: Any, *, where: str = "image") -> str:
-    """sha256 hex digest of the encoded bytes; of mode, size and pixels for PIL images and arrays, which have none; of the
-    codes where those are what is stored."""
+    """sha256 hex digest of the encoded bytes; of mode, size, pixels and `beside_pixels` for PIL images and of type, shape and values for
+    arrays, which have none; of the codes where those are what is stored."""
     if isinstance(source, Image.Image):
         digest = hashlib.sha256(f"{source.mode} {source.size} ".encode())
         digest.update(source.tobytes())
+        if beside := beside_pixels(source):
+            digest.update(repr(beside).encode())
         return digest.hexdigest()
     if isinstance(source, np.ndarray):
         digest = hashlib.sha256(f"{source.dtype} {source.shape} ".encode())
@@ -101,6 +104,17 @@ def image_hash(source: Any, *, where: str = "image") -> str:
     if codes is not None:
         return hashlib.sha256(codes.numpy().tobytes()).hexdigest()
     return hashlib.sha256(read_bytes(source, where=where)).hexdigest()
+
+
+def beside_pixels(image: Image.Image) -> dict[str, Any]:
+    """What makes a picture be seen otherwise than its mode, size and values say: how it is turned, its colours, what is transparent in
+    it, how many panels it has. Two pictures are the same to an encoder only where these are too; an ordinary one has none."""
+    found: dict[str, Any] = {key: image.info[key] for key in ("transparency", PANELS) if key in image.info}
+    if _orientation(image) in _ROTATIONS:
+        found["orientation"] = _orientation(image)
+    if image.palette is not None:
+        found["palette"] = (image.palette.mode, image.getpalette(None))
+    return found
 
 
 def read_bytes(source: Any, *, where: str) -> bytes:

@@ -12,7 +12,8 @@ from PIL.PngImagePlugin import PngInfo
 from mllm.errors import DataError
 from mllm.types import ImageSpec
 
-_KEY = "panels"
+PANELS = "panels"
+"""Under which a picture says in its ``info`` how many it has."""
 
 
 def stack_channels(channels: np.ndarray | Sequence[np.ndarray]) -> Image.Image:
@@ -31,7 +32,7 @@ def stack_channels(channels: np.ndarray | Sequence[np.ndarray]) -> Image.Image:
     whole = np.pad(whole, ((0, 0), (0, 0), (0, -whole.shape[2] % 3)))
     panels = np.split(whole, whole.shape[2] // 3, axis=2)
     picture = Image.fromarray(np.ascontiguousarray(np.concatenate(panels, axis=0)))
-    picture.info[_KEY] = str(len(panels))
+    picture.info[PANELS] = str(len(panels))
     return picture
 
 
@@ -59,13 +60,13 @@ def panel_info(picture: Image.Image) -> PngInfo | None:
     if number_of_panels(picture) == 1:
         return None
     info = PngInfo()
-    info.add_text(_KEY, str(number_of_panels(picture)))
+    info.add_text(PANELS, str(number_of_panels(picture)))
     return info
 
 
 def number_of_panels(picture: Image.Image) -> int:
     """1 of an ordinary picture. Raises `DataError` where the file says something that cannot be."""
-    said = picture.info.get(_KEY, "1")
+    said = picture.info.get(PANELS, "1")
     if not str(said).isdigit() or int(said) < 1 or picture.height % int(said):
         raise DataError(
             f"picture of {picture.height} rows says it has {said!r} panels; write it with mllm.processing.panels"
@@ -75,14 +76,14 @@ def number_of_panels(picture: Image.Image) -> int:
 
 def like(picture: Image.Image, other: Image.Image) -> Image.Image:
     """``picture``, told to have as many panels as ``other``."""
-    if _KEY in other.info:
-        picture.info[_KEY] = other.info[_KEY]
+    if PANELS in other.info:
+        picture.info[PANELS] = other.info[PANELS]
     return picture
 
 
 def as_panels(picture: Image.Image, count: int) -> Image.Image:
     """``picture``, told to have ``count`` panels."""
-    picture.info[_KEY] = str(count)
+    picture.info[PANELS] = str(count)
     return picture
 
 
@@ -97,5 +98,5 @@ def split_panels(picture: Image.Image, spec: ImageSpec) -> tuple[list[Image.Imag
     each = picture.height // have
     panels = [picture.crop((0, k * each, picture.width, (k + 1) * each)) for k in range(spec.panels)]
     for panel in panels:
-        panel.info.pop(_KEY, None)
+        panel.info.pop(PANELS, None)
     return panels, spec.model_copy(update={"height": spec.height // spec.panels, "panels": 1})

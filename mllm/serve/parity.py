@@ -65,7 +65,8 @@ def standard_cases(
 ) -> list[Case]:
     """Varied prompts: 0 to ``max_images`` pictures of odd sizes, short and long text, several turns, typed
     placeholders; for a routed model its own routing and fixed ones in turn; for one that takes ``video`` clips between the
-    pictures; for one that sees more than three channels pictures of so many ``panels``."""
+    pictures; for one that sees more than three channels pictures of so many ``panels``, every second one the colours of the one
+    before over other values."""
     rng = np.random.default_rng(seed)
     words = [
         "what",
@@ -88,6 +89,8 @@ def standard_cases(
     for index in range(count):
         num = index % (max_images + 1)
         pictures: list[Any] = [make_picture(rng, panels) for _ in range(num)]
+        if panels > 1:
+            pictures[1::2] = [other_below(picture, panels) for picture, _ in zip(pictures[::2], pictures[1::2])]
         if video:
             pictures = [
                 make_clip(rng) if (index + k) % 2 and k < 2 * MOST_VIDEOS else p for k, p in enumerate(pictures)
@@ -123,6 +126,14 @@ def make_picture(rng: np.random.Generator, panels: int = 1) -> Image.Image:
     ] * rng.uniform(0, 255, 3)
     picture = Image.fromarray((ramps / 2 + rng.uniform(0, 127, (height, width, 3))).astype(np.uint8))
     return picture if panels == 1 else as_panels(picture, panels)
+
+
+def other_below(picture: Image.Image, panels: int) -> Image.Image:
+    """The same first panel over inverted others."""
+    values = np.array(picture)
+    first = picture.height // panels
+    values[first:] = 255 - values[first:]
+    return as_panels(Image.fromarray(values), panels)
 
 
 def make_clip(rng: np.random.Generator) -> Video:

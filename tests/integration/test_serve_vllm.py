@@ -14,7 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from mllm.encoders import ENCODERS
 from mllm.processing.images import load_image
+from mllm.processing.panels import as_panels
 from tests.helpers import ROOT, TINY_CLIP, TINY_LLM, TINY_TIMM, picture, tiny_model
 from tests.integration.serving import VLLM_ON_CPU
 from tests.unit.heads.drawing_models import drawing_model
@@ -239,6 +241,47 @@ def test_pictures_of_unlike_sizes_get_the_tokens_of_generate(name, tmp_path):
     assert {d["path"] for d in found["differences"]} == {"forward", "vLLM one by one", "vLLM batched, caches warm"}
     assert all(d["first"] is None and not d["notes"] for d in found["differences"])
     assert max(d["gap"] for d in found["differences"]) < 1e-3
+
+
+@pytest.mark.nightly
+def test_pictures_of_other_depth_under_the_same_colours_get_the_tokens_of_generate(tmp_path):
+    """With vLLM's caches warm; every second picture has the colours of the one before."""
+    pytest.importorskip("vllm")
+    folder = write_checkpoint(
+        tmp_path / "made", encoders={"depth": ENCODERS.get("gldmnet").tiny()}, connector={"type": "linear"}
+    )
+    report = tmp_path / "report.json"
+    done = run(
+        *("-m", "mllm.cli.main", "parity", folder, "--cases", "7", "--tokens", "6", "--output", str(report)),
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads(report.read_text())
+    assert {d["path"] for d in found["differences"]} == {"forward", "vLLM one by one", "vLLM batched, caches warm"}
+    assert all(d["first"] is None and not d["notes"] for d in found["differences"])
+    assert max(d["gap"] for d in found["differences"]) < 1e-3
+
+
+def test_vllm_tells_pictures_of_the_same_values_apart_where_they_are_seen_otherwise():
+    pytest.importorskip("vllm")
+    from vllm.multimodal.hasher import MultiModalHasher
+    from vllm.multimodal.media import MediaWithBytes
+    from vllm.multimodal.parse import ImageProcessorItems
+
+    from mllm.serve.vllm.processing import told_apart
+
+    turned = picture(9, size=(50, 48))
+    turned.getexif()[0x0112] = 6
+    plain = picture(9, size=(50, 48))
+    seen = [plain, *(as_panels(picture(9, size=(50, 48)), count) for count in (2, 4)), turned]
+    file = MediaWithBytes(as_panels(picture(9, size=(50, 48)), 2), b"file")
+
+    def told(items) -> list[bytes]:
+        items = items.get_all_items_for_hash()
+        return [b"".join(map(bytes, MultiModalHasher.iter_item_to_bytes("image", item))) for item in items]
+
+    assert len(set(told(ImageProcessorItems([*seen, file])))) == 2, "what vLLM's own would say"
+    assert len(set(told(told_apart(ImageProcessorItems([*seen, file]))))) == 5
+    assert told(told_apart(ImageProcessorItems([plain, file]))) == told(ImageProcessorItems([plain, file]))
 
 
 def test_an_adapter_on_the_language_model_is_served_unmerged(tmp_path):

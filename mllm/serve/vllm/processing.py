@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import MultiModalDataItems, VideoProcessorItems
+from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems, VideoProcessorItems
 from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
     BaseMultiModalProcessor,
@@ -29,7 +29,7 @@ from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.routing import routing_grid
 from mllm.processing.engine_videos import MODALITY as VIDEOS
 from mllm.processing.engine_videos import VIDEO_ID, unpack
-from mllm.processing.images import load_image
+from mllm.processing.images import beside_pixels, load_image
 from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES, LayoutRules
 from mllm.processing.panels import as_panels
 from mllm.processing.pixel_keys import PRIMARY_PIXELS, PixelKeys
@@ -151,6 +151,26 @@ def read_as_in_training(items: Any) -> None:
             item.media = load_image(encoded, where=f"image {index}", max_pixels=None)
 
 
+def with_items(inputs: Any, modality: str, items: Any) -> Any:
+    """A request with other items of a modality."""
+    return replace(inputs, mm_data_items=MultiModalDataItems({**inputs.mm_data_items, modality: items}))
+
+
+def told_apart(items: Any) -> Any:
+    """Pictures as `PictureItems`; embeddings that a request brings as they are."""
+    return PictureItems(items.data) if type(items) is ImageProcessorItems else items
+
+
+class PictureItems(ImageProcessorItems):
+    """A request's pictures, told apart by all that decides how they are seen. vLLM knows one that came as no file by its values alone:
+    a picture of other panels, or turned otherwise, would get the answer of the first."""
+
+    def get_item_for_hash(self, index: int) -> Any:
+        item: Any = self.data[index]
+        beside = beside_pixels(item) if isinstance(item, Image.Image) else {}
+        return {"picture": item, "beside": repr(beside)} if beside else item
+
+
 class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
     """Pixels of every encoder as one batched field each; routing and question as fields beside them.
 
@@ -165,6 +185,7 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
         self._check_placeholders(inputs.prompt, count)
         if count:
             read_as_in_training(inputs.mm_data_items[MODALITY])
+            inputs = with_items(inputs, MODALITY, told_apart(inputs.mm_data_items[MODALITY]))
         if self.info.question_reader is not None and count:
             inputs = replace(inputs, hf_processor_mm_kwargs=self.with_routing(inputs, count))
         share = self.info.rules.share(count)
@@ -186,8 +207,7 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
         metadata = getattr(found, "metadata", None)
         metadata = metadata if isinstance(metadata, list) else [metadata] * len(found)
         items = VideoProcessorItems([packed(item, its) for item, its in zip(found.data, metadata, strict=True)])
-        kept = MultiModalDataItems({**inputs.mm_data_items, VIDEOS: items})
-        return replace(inputs, prompt=marked, mm_data_items=kept)
+        return with_items(replace(inputs, prompt=marked), VIDEOS, items)
 
     def _get_hf_mm_inputs(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
         """The processor is given videos as training gives them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 
 import numpy as np
@@ -11,8 +12,8 @@ from PIL import Image
 
 from mllm.errors import DataError
 from mllm.eval.data.pictures import blank
-from mllm.processing.images import load_image
-from mllm.processing.panels import number_of_panels, save_panels, stack_channels
+from mllm.processing.images import image_hash, load_image
+from mllm.processing.panels import as_panels, number_of_panels, save_panels, stack_channels
 from mllm.processing.pixels import to_pixels, to_pixels_multi
 from mllm.processing.views.pixels import to_view_pixels
 from mllm.types import ImageSpec
@@ -70,3 +71,20 @@ def test_a_blank_picture_keeps_its_panels():
     buffer = io.BytesIO()
     Image.fromarray(BANDS[..., :3]).save(buffer, "PNG")
     assert number_of_panels(load_image(buffer.getvalue(), where="x")) == 1
+
+
+def test_pictures_of_the_same_values_in_other_panels_turned_otherwise_or_of_other_colours_are_told_apart():
+    def of(mode: str = "RGB", **info) -> Image.Image:
+        picture = Image.fromarray(BANDS[..., :3]) if mode == "RGB" else Image.fromarray(BANDS[..., 0]).convert(mode)
+        picture.info.update(info)
+        return picture
+
+    turned, coloured = of(), of("P")
+    turned.getexif()[0x0112] = 6
+    coloured.putpalette(list(range(255, -1, -1)) * 3)
+    seen = [of(), as_panels(of(), 2), as_panels(of(), 4), turned, of(transparency=(1, 2, 3)), of("P"), coloured]
+    hashes = [image_hash(picture) for picture in seen]
+    assert len(set(hashes)) == len(seen)
+    assert hashes[0] == image_hash(of(dpi=(72, 72))), "what nobody sees does not count"
+    assert hashes[1] == image_hash(as_panels(of(), 2))
+    assert hashes[0] == hashlib.sha256(b"RGB (30, 20) " + of().tobytes()).hexdigest(), "features kept before are found"
