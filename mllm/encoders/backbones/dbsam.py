@@ -16,7 +16,10 @@ from mllm.encoders.base import EncoderConfig
 from mllm.encoders.library import LayerOutput, map_to_tokens
 from mllm.errors import ConfigError
 from mllm.fusions import ChannelAttentionConv, GateFusion, SoftmaxFusion
-from mllm.types import ImageSpec
+from mllm.types import Grid, ImageSpec
+
+_LOOKS = 1 << 26
+"""Cells that are read at once, which bounds the memory of an exchange: as many pictures as that is good for."""
 
 
 class DbSamConfig(SamTrunkConfig):
@@ -88,31 +91,51 @@ class DeformableLayer(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def look(self, x: Tensor) -> Tensor:
-        batch, levels, rows, cols, _ = x.shape
+        levels, rows, cols = x.shape[1:4]
         flat = x.flatten(1, 3)
-        shares = self.shares(flat).unflatten(-1, (self.heads, -1)).float().softmax(-1).transpose(1, 2).flatten(0, 1)
-        values = self.values(flat).unflatten(1, (levels, rows, cols)).unflatten(-1, (self.heads, -1)).float()
-        places, found = self.places(flat, rows, cols), 0.0
-        for level in range(levels):
-            seen = F.grid_sample(
-                values[:, level].permute(0, 3, 4, 1, 2).flatten(0, 1),
-                places[:, :, :, level].transpose(1, 2).flatten(0, 1),
-                mode="bilinear",
-                padding_mode="zeros",
-                align_corners=False,
-            )
-            found = found + (seen * shares[:, None, :, level * self.points : (level + 1) * self.points]).sum(-1)
-        whole: Any = found
-        joined = whole.unflatten(0, (batch, self.heads)).flatten(1, 2).transpose(1, 2).to(x.dtype)
-        return self.out(joined).view_as(x)
+        values = self.values(flat).unflatten(-1, (self.heads, -1))
+        each = 4 * self.points * self.heads * levels * flat.shape[1]
+        parts = max(1, _LOOKS // each)
+        found = [self.gather(*part, (rows, cols)) for part in zip(flat.split(parts), values.split(parts))]
+        return self.out(torch.cat(found)).view_as(x)
 
-    def places(self, flat: Tensor, rows: int, cols: int) -> Tensor:
-        """Where each of N positions ``(B, N, C)`` looks, fp32 ``(B, N, heads, L, points, 2)``, x before y, -1 to 1 across the grid."""
-        offsets = self.offsets(flat).unflatten(-1, (self.heads, self.levels, self.points, 2)).float()
-        y, x = ((torch.arange(n, device=flat.device).float() + 0.5) / n for n in (rows, cols))
-        centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1).repeat(self.levels, 1)
-        across = torch.stack([offsets[..., 0] / cols, offsets[..., 1] / rows], -1)
-        return 2 * (centres[None, :, None, None, None] + across) - 1
+    def gather(self, flat: Tensor, values: Tensor, grid: Grid) -> Tensor:
+        """What positions ``(B, N, C)`` see of the values ``(B, N, heads, D)`` → ``(B, N, C)``. Each place is four cells with their shares;
+        all of a position's are summed as they are read, so that nothing as wide as the values is written for every place."""
+        batch, count, heads, width = values.shape
+        rows, shares = (part.flatten(3).flatten(0, 2) for part in self.places(flat, grid))
+        table = values.reshape(-1, width)
+        found = F.embedding_bag(rows, table, per_sample_weights=shares.to(table.dtype), mode="sum")
+        return found.view(batch, count, heads * width)
+
+    def places(self, flat: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Where each of N positions ``(B, N, C)`` looks: the four cells around each place, as rows of the values ``(B * N * heads, D)``,
+        int32 ``(B, N, heads, L, points, 4)``, and what of each it takes, fp32; outside the grid there is nothing to take."""
+        parts = (self.heads, self.levels, self.points)
+        offsets = self.offsets(flat).unflatten(-1, (*parts, 2)).float()
+        shares = self.shares(flat).unflatten(-1, (self.heads, -1)).float().softmax(-1).unflatten(-1, parts[1:])
+        count = grid[0] * grid[1]
+        own = torch.arange(count, device=flat.device).repeat(self.levels)[:, None, None, None]
+        down = neighbours(offsets[..., 1] + own // grid[1], grid[0])
+        across = neighbours(offsets[..., 0] + own % grid[1], grid[1])
+        batch, head, level = (
+            torch.arange(n, device=flat.device, dtype=torch.int32) for n in (len(flat), self.heads, self.levels)
+        )
+        first = (batch * self.levels)[:, None, None, None, None] + level[:, None]
+        first = first * (count * self.heads) + head[:, None, None]
+        lines = [(cell * (grid[1] * self.heads) + first, share * shares) for cell, share in down]
+        steps = [(cell * self.heads, share) for cell, share in across]
+        rows = torch.stack([line + step for line, _ in lines for step, _ in steps], -1)
+        return rows, torch.stack([tall * wide for _, tall in lines for _, wide in steps], -1)
+
+
+def neighbours(places: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    """The cells before and after places between them, int32 of the same shape, and the share of each: none for cells outside."""
+    before = places.floor()
+    rest = places - before
+    pairs = ((before, 1 - rest), (before + 1, rest))
+    inside = [(cell >= 0) & (cell < size) for cell, _ in pairs]
+    return [(torch.where(here, cell, 0).int(), share * here) for here, (cell, share) in zip(inside, pairs)]
 
 
 class Exchange(nn.Module):

@@ -28,6 +28,8 @@ _NAMES = (
     ("neck.3.", "neck.layer_norm2."),
 )
 _TRUNK = re.compile(r"(?:^|.*\.)(?:image_encoder|vision_encoder)\.(.+)")
+_PAIRS = 1 << 29
+"""Pairs of positions, over heads and pictures, whose summands of attention are written at once: 1 GiB in bf16."""
 _OTHERS = ("prompt_encoder.", "mask_decoder.", "shared_image_embedding.")
 
 
@@ -86,8 +88,17 @@ def enter(trunk: Any, pixels: Tensor) -> Tensor:
     return x + table
 
 
-def see(layer: nn.Module, x: Tensor) -> Tensor:
-    """One of SAM's blocks ``(B, rows, cols, C)`` → the same; older transformers wrap what it gives."""
+def see(layer: Any, x: Tensor) -> Tensor:
+    """One of SAM's blocks ``(B, rows, cols, C)`` → the same. A block that sees the whole picture writes a summand for every pair of
+    positions and head: it gets as many pictures at once as `_PAIRS` are good for."""
+    if layer.window_size:
+        return _seen(layer, x)
+    pairs = layer.attn.num_attention_heads * (x.shape[1] * x.shape[2]) ** 2
+    return torch.cat([_seen(layer, part) for part in x.split(max(1, _PAIRS // pairs))])
+
+
+def _seen(layer: Any, x: Tensor) -> Tensor:
+    """What a block gives; older transformers wrap it."""
     found = layer(x)
     return found[0] if isinstance(found, tuple) else found
 
