@@ -257,11 +257,22 @@ class StageSpec(StrictModel):
     name: str
     """The stage's folder below the output, and its name in overrides: ``stages.<name>.batch_size=4``."""
     kind: Literal[
-        "sft", "routing", "tokenizer", "diffusion", "contrastive", "masked", "exits", "recognition", "dpo", "grpo"
+        "sft",
+        "routing",
+        "tokenizer",
+        "diffusion",
+        "contrastive",
+        "masked",
+        "exits",
+        "recognition",
+        "agglomeration",
+        "dpo",
+        "grpo",
     ] = "sft"
     """sft: next-token loss on answers. routing teaches a router, contrastive an encoder on pairs, masked an encoder on
     pictures alone, exits an encoder that stops early (dynperceiver) on labelled pictures, recognition an encoder that reads
-    text (UNIT), diffusion a decoder of a visual tokenizer's codes, dpo and grpo run TRL's trainers."""
+    text (UNIT), agglomeration one that learns what several others see, diffusion a decoder of a visual tokenizer's codes, dpo and
+    grpo run TRL's trainers."""
     learn: dict[str, float | LearnSpec]
     """Part → learning rate, or a mapping with ``lr`` and more. Parts: ``language_model``, ``connector``, ``router``,
     ``visual_tokenizer`` (kind tokenizer: also ``visual_tokenizer.<part>``), ``diffusion_decoder`` (kind diffusion), ``encoders`` and

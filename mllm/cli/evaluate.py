@@ -71,7 +71,12 @@ def run(
     data: Data = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: the GPU when there is one.")] = None,
-    generator: Annotated[str, typer.Option(help="hf: in this process; vllm; openai: any compatible server.")] = "hf",
+    generator: Annotated[
+        str,
+        typer.Option(
+            help="hf: in this process; vllm; openai: any compatible server; ocr: a text model reads what rapidocr finds."
+        ),
+    ] = "hf",
     base_url: Annotated[
         str | None, typer.Option(help="openai: the server's address up to /v1; the key comes from $OPENAI_API_KEY.")
     ] = None,

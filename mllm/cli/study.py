@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -59,6 +60,7 @@ def study(
         for arm in chosen
         if s in spec.arms[arm].seeds and (wanted is None or s in wanted)
     ]
+    _check_stages(spec, chosen, overrides or [])
     failed = []
     if not report_only:
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +68,7 @@ def study(
         with ThreadPoolExecutor(parallel) as pool:
             codes = pool.map(lambda job: _run(spec, run_folder(folder, *job), job, overrides or [], evaluation), jobs)
             failed = [f"{arm}-{seed}" for (arm, seed), code in zip(jobs, codes) if code]
-    found = arms_study(spec, folder)
+    found = arms_study(spec, folder, _costs(spec, folder, overrides or []))
     print_study(found)
     typer.echo(" · ".join(str(path) for path in save_study(found, folder).values()))
     if failed:
@@ -82,39 +84,62 @@ def _run(spec: Any, folder: Path, job: tuple[str, int], overrides: list[str], ev
     """Train and evaluate one arm; 0 when both are done."""
     arm, seed = job
     mine, mllm = spec.arms[arm], [sys.executable, "-m", "mllm.cli.main"]
-    train = [
-        *mllm,
-        "train",
-        spec.recipe,
-        *mine.overrides,
-        f"seed={seed}",
-        *overrides,
-        "--output",
-        str(folder),
-        "--no-evaluate",
-    ]
+    changes = [*mine.overrides, f"seed={seed}", *_fitting(mine.recipe or spec.recipe, overrides)]
+    train = [*mllm, "train", mine.recipe or spec.recipe, *changes, "--output", str(folder), "--no-evaluate"]
     if any((folder / name).exists() for name in ("run.json", "checkpoints", "final")):
         train.append("--resume")
     blind = ["--blind"] if mine.blind and seed == mine.seeds[0] else []
-    ask = [
-        *mllm,
-        "eval",
-        "run",
-        str(folder / "final"),
-        "--tasks",
-        spec.task,
-        "--output",
-        str(folder / "eval"),
-        *evaluation,
-        *blind,
-    ]
+    asked = mine.checkpoint or str(folder / "final")
+    to = ["--tasks", spec.task, "--output", str(folder / "eval"), "--generator", mine.generator]
+    ask = [*mllm, "eval", "run", asked, *to, *evaluation, *blind]
     typer.echo(f"{arm}, seed {seed}: {mine.what}", err=True)
     with folder.with_name(f"{folder.name}.log").open("a", encoding="utf-8") as log:
-        for command in (train, ask):
+        for command in (train, ask) if mine.checkpoint is None else (ask,):
             code = subprocess.run(command, stdout=log, stderr=log, env=dict(os.environ), check=False).returncode
             if code:
                 return code
     return 0
+
+
+def _fitting(recipe: str, overrides: list[str]) -> list[str]:
+    """Those changes that concern a recipe: arms of other recipes may have other stages."""
+    from mllm.recipe import load_recipe
+
+    stages = {stage.name for stage in load_recipe(recipe).stages}
+    return [o for o in overrides if not o.startswith("stages.") or o.split(".")[1] in stages]
+
+
+def _check_stages(spec: Any, arms: list[str], overrides: list[str]) -> None:
+    """Raises `ConfigError` for a change of a stage that no chosen arm has."""
+    from mllm.errors import ConfigError
+
+    recipes = {spec.arms[arm].recipe or spec.recipe for arm in arms if spec.arms[arm].checkpoint is None}
+    for change in overrides:
+        if recipes and not any(_fitting(recipe, [change]) for recipe in recipes):
+            raise ConfigError(
+                f"{change.partition('=')[0]}: no chosen arm has this stage ({', '.join(sorted(recipes))})"
+            )
+
+
+def _costs(spec: Any, folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """What a picture costs each arm that is trained and finished; counted once, kept beside the run."""
+    from mllm.eval.studies.arms import Cost, run_folder
+
+    found = {}
+    for name, arm in spec.arms.items():
+        run = run_folder(folder, name, arm.seeds[0])
+        kept = run / "cost.json"
+        if arm.checkpoint is not None or not (run / "eval" / "results.json").is_file():
+            continue
+        if not kept.is_file():
+            from mllm.recipe import load_recipe
+            from mllm.train.preflight.picture_cost import picture_cost
+
+            own = arm.recipe or spec.recipe
+            cost = picture_cost(load_recipe(own, [*arm.overrides, *_fitting(own, overrides)]))
+            kept.write_text(json.dumps(cost) + "\n", encoding="utf-8")
+        found[name] = Cost(**json.loads(kept.read_text(encoding="utf-8")))
+    return found
 
 
 def add_to(app: typer.Typer) -> None:

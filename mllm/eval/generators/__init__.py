@@ -1,4 +1,4 @@
-"""Who answers the questions: a model in this process, vLLM, a server, or a plug-in's generator? GENERATORS lists them."""
+"""Who answers the questions: a model, vLLM, a server, a text model behind an OCR engine, or a plug-in's? GENERATORS lists them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ GENERATORS: Registry = Registry(
     {
         "hf": "mllm.eval.generators.hf:HFGenerator",
         "vllm": "mllm.eval.generators.vllm:VLLMGenerator",
+        "ocr": "mllm.eval.generators.ocr:OcrGenerator",
         "openai": "mllm.eval.generators.openai:OpenAIGenerator",
     },
 )

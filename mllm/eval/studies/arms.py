@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +31,21 @@ class ArmSpec(StrictModel):
     what: str
     seeds: list[int] = Field(default=[0], min_length=1)
     overrides: list[str] = Field(default_factory=list)
-    """Changes to the study's recipe, ``key.sub=value``."""
+    """Changes to the recipe, ``key.sub=value``."""
+    recipe: str | None = None
+    """Its own recipe; default: the study's."""
+    checkpoint: str | None = None
+    """A model that is asked as it is: nothing is trained."""
+    generator: str = "hf"
+    """Who answers for it (`mllm eval run --generator`)."""
     blind: bool = False
     """Also asked with gray and with other questions' pictures (first seed)."""
+
+    @model_validator(mode="after")
+    def _trained_or_not(self) -> ArmSpec:
+        if self.checkpoint is not None and (self.recipe is not None or self.overrides):
+            raise ValueError("checkpoint: a model that is asked as it is has neither recipe nor overrides")
+        return self
 
 
 class ExpectedSpec(StrictModel):
@@ -96,6 +108,17 @@ class Labels:
     def are(self, name: str) -> np.ndarray:
         """``(n,)``: whose name this is."""
         return self.codes == self._known.get(name, -1)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one picture costs an arm before the answer is written: visual tokens, 10⁹ operations forward of encoders and connector and
+    of the language model over those tokens; and millions of parameters."""
+
+    tokens: int
+    vision: float
+    language: float
+    millions: float
 
 
 @dataclass(frozen=True)
@@ -169,8 +192,8 @@ def compare_arms(
     return paired_comparison(100 * other[keep], 100 * one[keep], clusters=sample.clusters.codes[keep], seed=seed)
 
 
-def arms_study(spec: ArmsSpec, output: Path) -> Study:
-    """What the finished runs show. Raises `DataError` where none is finished."""
+def arms_study(spec: ArmsSpec, output: Path, costs: Mapping[str, Cost] | None = None) -> Study:
+    """What the finished runs show; costs: of the arms for which they are known. Raises `DataError` where none is finished."""
     arms = finished(spec, output)
     if not arms:
         raise DataError(f"{output}: no arm is trained and evaluated yet")
@@ -178,6 +201,7 @@ def arms_study(spec: ArmsSpec, output: Path) -> Study:
     parts = _parts(spec, sample)
     floors = _floors(spec, output)
     tables = [_scores(spec, arms, floors, parts), *_expectations(spec, arms, parts), _by_category(spec, arms, parts)]
+    tables += _costs(spec, costs or {}, arms)
     notes = [
         f"{spec.description}. Task {spec.task}: {len(sample.ids)} questions, {len(sample.clusters.names)} clusters; headline metric "
         f"{build_metric(load_task(spec.task).metrics[0]).label}, percent.",
@@ -189,6 +213,7 @@ def arms_study(spec: ArmsSpec, output: Path) -> Study:
         notes.append(f"Not run yet: {', '.join(absent)}.")
     data = {
         "arms": {n: {s: _means(a, parts) for s, a in seeds.items()} for n, seeds in arms.items()},
+        "costs": {name: asdict(cost) for name, cost in (costs or {}).items()},
         "floors": {name: _means(answers, parts) for name, answers in floors.items()},
     }
     return Study("arms", f"Study of arms: {spec.name}", notes, tables, data)
@@ -280,3 +305,17 @@ def _by_category(spec: ArmsSpec, arms: Mapping[str, Mapping[int, Answers]], part
         chosen = [parts[where] & sample.categories.are(category) for category in categories]
         rows.append((name, *(number(100 * float(values[keep].mean()), 1) if keep.any() else "–" for keep in chosen)))
     return Table(f"By kind of question ({where})", ("arm", *categories), rows)
+
+
+def _costs(spec: ArmsSpec, costs: Mapping[str, Cost], arms: Mapping[str, Mapping[int, Answers]]) -> list[Table]:
+    rows = [
+        (name, spec.arms[name].what, str(c.tokens), f"{c.vision:.1f}", f"{c.language:.1f}", f"{c.millions:.1f}")
+        for name, c in costs.items()
+        if name in arms
+    ]
+    headings = ("arm", "what", "visual tokens", "encoders and connector", "language model", "parameters, M")
+    return (
+        [Table("Cost of one picture (GFLOPs forward, a multiply-add is two)", headings, rows, num_text=2)]
+        if rows
+        else []
+    )

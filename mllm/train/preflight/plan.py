@@ -41,7 +41,7 @@ ROOM = 0.92
 """Share of a GPU's memory that a plan may fill: CUDA's context, fragments between blocks."""
 _EVEN_ATTENTION = 1 / 3
 """Below this share of 1 / sqrt(width), the first weights' spread lets queries and keys say almost nothing of one another."""
-_ENCODERS_ALONE = ("contrastive", "masked", "exits", "recognition")
+_ENCODERS_ALONE = ("contrastive", "masked", "exits", "recognition", "agglomeration")
 """Kinds of stages in which the language model reads nothing: its weights are there, its activations are not."""
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "muon": 4, "sgd": 4}
 
@@ -129,7 +129,7 @@ def plan_recipe(recipe: Recipe, *, processes: int = 1, with_data: bool = True, g
 
     Raises `ConfigError` for what would end training at its start.
     """
-    config, processor, problem = _config_and_processor(recipe)
+    config, processor, problem = config_and_processor_here(recipe)
     hazards = [] if problem is None else [problem]
     with torch.device("meta"):
         model = MllmForConditionalGeneration(config)
@@ -150,7 +150,7 @@ def plan_recipe(recipe: Recipe, *, processes: int = 1, with_data: bool = True, g
     return RecipePlan(recipe.name, parameters, _joins(config), stages, hazards, last * sum(parameters.values()))
 
 
-def _config_and_processor(recipe: Recipe) -> tuple[MllmConfig, Any, str | None]:
+def config_and_processor_here(recipe: Recipe) -> tuple[MllmConfig, Any, str | None]:
     """Config and processor, as far as this machine has the tokenizer: planning fetches nothing. The vocabulary is that of
     the model in training; without the tokenizer, its source's."""
     import huggingface_hub.constants as hub

@@ -15,6 +15,7 @@ STAGE_KINDS: Registry = Registry(
         "masked": f"{_HERE}.masked.stage:MaskedStage",
         "exits": f"{_HERE}.exits.stage:ExitsStage",
         "recognition": f"{_HERE}.recognition.stage:RecognitionStage",
+        "agglomeration": f"{_HERE}.agglomeration.stage:AgglomerationStage",
         "dpo": f"{_HERE}.preference.stage:PreferenceStage",
         "grpo": f"{_HERE}.preference.stage:PreferenceStage",
     },

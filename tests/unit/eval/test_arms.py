@@ -9,7 +9,7 @@ import yaml
 
 from mllm.errors import ConfigError, DataError
 from mllm.eval.predictions import prediction_path
-from mllm.eval.studies.arms import arms_study, compare_arms, finished, load_arms, run_folder
+from mllm.eval.studies.arms import Cost, arms_study, compare_arms, finished, load_arms, run_folder
 from mllm.eval.studies.study import save_study
 
 RENDERERS = ("matplotlib", "altair")
@@ -102,3 +102,43 @@ def test_the_prior_is_counted_per_kind_of_each_question_in_a_conversation(tmp_pa
     )
     found = _training_answers(load_task("real_charts"), {"real_charts": tmp_path / "charts_test"})
     assert found is not None and found[0]["is comparison"] == {"no": 1} and found[0]["is colour"] == {"red": 1}
+
+
+def test_an_arm_may_have_a_recipe_of_its_own_or_no_training(spec, tmp_path):
+    data = yaml.safe_load((tmp_path / "mine.yaml").read_text())
+    data["arms"]["D"] = {"what": "as it is", "checkpoint": "package:smollm2-135m-instruct", "generator": "ocr"}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(data))
+    assert load_arms(str(tmp_path / "mine.yaml")).arms["D"].generator == "ocr"
+    data["arms"]["D"]["overrides"] = ["seed=1"]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(data))
+    with pytest.raises(ConfigError, match="neither recipe nor overrides"):
+        load_arms(str(tmp_path / "mine.yaml"))
+
+
+def test_the_page_states_what_a_picture_costs_each_arm(spec, tmp_path):
+    write_answers(run_folder(tmp_path, "A", 0) / "eval", lambda k, r: True)
+    table = arms_study(spec, tmp_path, {"A": Cost(196, 12.34, 5.67, 145.0), "B": Cost(196, 1, 1, 1)}).tables[-1]
+    assert "FLOPs" in table.caption and table.rows == [("A", "both", "196", "12.3", "5.7", "145.0")]
+
+
+def test_every_arm_of_the_study_sees_as_many_visual_tokens():
+    from mllm.recipe import load_recipe
+    from mllm.train.preflight.picture_cost import picture_cost
+
+    arms, costs = load_arms("real_charts"), {}
+    for name, arm in arms.arms.items():
+        if arm.checkpoint is None:
+            costs[name] = picture_cost(load_recipe(arm.recipe or arms.recipe, arm.overrides))
+    assert {name: cost["tokens"] for name, cost in costs.items()} == dict.fromkeys("ABCDEFGH", 196)
+    assert costs["A"]["vision"] > costs["B"]["vision"] and costs["G"]["vision"] > 3 * costs["A"]["vision"]
+    assert costs["F"]["vision"] < costs["A"]["vision"] and costs["A"]["language"] == costs["B"]["language"]
+
+
+def test_a_change_of_a_stage_reaches_the_arms_that_have_it():
+    from mllm.cli.study import _check_stages, _fitting
+
+    arms, change = load_arms("real_charts"), ["stages.agglomerate.steps=3", "stages.read.steps=2", "seed=4"]
+    assert _fitting("real_charts", change) == change[1:] and _fitting("real_charts_student", change) == change
+    _check_stages(arms, ["A", "H"], change)
+    with pytest.raises(ConfigError, match=r"stages\.agglomerate\.steps: no chosen arm has this stage"):
+        _check_stages(arms, ["A", "ocr"], change)

@@ -1,0 +1,146 @@
+"""What does a language model answer that never sees a picture, only the words an OCR engine reads in it? A baseline without training."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from mllm.damage import opening
+from mllm.errors import UnavailableError
+from mllm.eval.generators.base import GeneratorSettings
+from mllm.eval.generators.hf import HFGenerator
+from mllm.install import package_hint
+from mllm.parts.get import is_part, part_folder
+from mllm.types import IMAGE_MARK, Request, Response
+
+_INTRODUCTION = "Text in the picture, line by line:"
+_NOTHING = "(no text)"
+_FORM = "Answer with one word, name or number alone."
+"""The language model was never shown the form of answers; without this sentence it writes sentences, and is wrong by that alone."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """A piece of text and where it stands: centre in pixels, height."""
+
+    text: str
+    x: float
+    y: float
+    height: float
+
+
+def lines_of(words: Iterable[Word]) -> list[str]:
+    """Words in reading order: those whose centres lie within half a height of one another are a line, from the left."""
+    lines: list[list[Word]] = []
+    for word in sorted(words, key=lambda one: (one.y, one.x)):
+        last = lines[-1][0] if lines else None
+        if last is not None and abs(word.y - last.y) <= 0.5 * max(word.height, last.height):
+            lines[-1].append(word)
+        else:
+            lines.append([word])
+    return ["  ".join(word.text for word in sorted(line, key=lambda one: one.x)) for line in lines]
+
+
+class RapidReader:
+    """PP-OCR's detector and recogniser by the package rapidocr (Apache-2.0, weights included), on the CPU."""
+
+    def __init__(self) -> None:
+        for package in ("rapidocr", "onnxruntime"):
+            if importlib.util.find_spec(package) is None:
+                raise UnavailableError(f"generator ocr: reads with the package {package}: {package_hint(package)}")
+        rapidocr: Any = importlib.import_module("rapidocr")
+        self.version = str(getattr(rapidocr, "__version__", ""))
+        self._engine = rapidocr.RapidOCR(params={"Global.log_level": "error"})
+
+    def read(self, picture: Any) -> list[Word]:
+        """The words of a picture (PIL)."""
+        found = self._engine(np.ascontiguousarray(np.asarray(picture.convert("RGB"))[:, :, ::-1]))
+        words = []
+        for box, text in zip(found.boxes if found.boxes is not None else (), found.txts or ()):
+            corners = np.asarray(box, dtype=float)
+            (x, y), height = corners.mean(0), float(np.ptp(corners[:, 1]))
+            words.append(Word(str(text), float(x), float(y), height))
+        return words
+
+
+class TextGenerator(HFGenerator):
+    """A language model without pictures, asked through its tokenizer's chat template."""
+
+    def render(self, request: Request) -> str:
+        """The prompt as the model reads it."""
+        turns = [{"role": turn.role, "content": turn.content} for turn in request.turns]
+        return self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+    def _encode(self, requests: Sequence[Request], prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        first = {"add_special_tokens": False} if self._starts_itself(prompts[0]) else {}
+        inputs = self.processor(list(prompts), padding=True, padding_side="left", return_tensors="pt", **first)
+        return {key: value.to(self.model.device) for key, value in inputs.items() if key != "token_type_ids"}
+
+
+class OcrGenerator:
+    """A text-only language model, asked with what the reader found in place of each picture.
+
+    The checkpoint is a causal language model of transformers: a folder, a hub id, or ``package:NAME`` (`mllm parts ls`).
+    """
+
+    def __init__(self, model: TextGenerator, reader: Any):
+        self.model, self.reader = model, reader
+        self.name, self.batch_size = model.name.replace("hf:", "ocr:", 1), model.batch_size
+        self._known: dict[str, str] = {}  # several questions are asked of one picture
+
+    @classmethod
+    def open(cls, checkpoint: str, settings: GeneratorSettings) -> OcrGenerator:
+        """Raises `UnavailableError` where the OCR engine is not installed."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        reader = RapidReader()
+        source = str(part_folder(checkpoint)) if is_part(checkpoint) else checkpoint
+        with opening(source) if not is_part(checkpoint) else nullcontext():
+            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, settings.dtype))
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        place = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        name = f"hf:{checkpoint.rpartition('/')[2]}"
+        model = TextGenerator(model.to(torch.device(place)), tokenizer, batch_size=settings.batch_size, name=name)
+        return cls(model, reader)
+
+    def fingerprint(self) -> str:
+        """The language model's, and the OCR engine's version."""
+        return f"ocr:{type(self.reader).__name__}:{getattr(self.reader, 'version', '')}:{self.model.fingerprint()}"
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Response]:
+        """Answers to the questions below the words of their pictures; a picture that cannot be read gives an error."""
+        failed: list[Response] = []
+
+        def written() -> Iterator[Request]:
+            for request in requests:
+                try:
+                    yield self._in_words(request)
+                except Exception as error:  # of one picture; the others are still asked
+                    failed.append(Response(request.id, "", error=f"{type(error).__name__}: {error}"))
+
+        yield from self.model.generate(written())
+        yield from failed
+
+    def _in_words(self, request: Request) -> Request:
+        pictures, turns = iter(request.images), []
+        for turn in request.turns:
+            first, *rest = turn.content.split(IMAGE_MARK)
+            content = first + "".join(f"{self._words(next(pictures))}\n\n{part.lstrip()}" for part in rest)
+            turns.append(replace(turn, content=content))
+        turns[-1] = replace(turns[-1], content=f"{turns[-1].content}\n{_FORM}")
+        return replace(request, turns=turns, images=[])
+
+    def _words(self, picture: Any) -> str:
+        key = hashlib.sha256(repr((picture.mode, picture.size)).encode() + picture.tobytes()).hexdigest()
+        if key not in self._known:
+            lines = lines_of(self.reader.read(picture))
+            self._known[key] = "\n".join([_INTRODUCTION, *(lines or [_NOTHING])])
+        return self._known[key]

@@ -1,0 +1,1 @@
+"""The stage kind ``agglomeration``: one encoder learns what several frozen ones see."""
