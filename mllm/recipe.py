@@ -412,6 +412,9 @@ class Recipe(StrictModel):
     """Of fresh weights, the order of the data and dropout."""
     output: str = ""
     """Output folder; default ``runs/<name>``."""
+    mirror: str = ""
+    """Address on an object store (``s3://bucket/runs/my``) where checkpoints and finished stages are kept too, each complete or absent;
+    ``--resume`` takes from there what the output folder lacks."""
     hardware: HardwareSpec = Field(default_factory=HardwareSpec)
     """What the recipe was written for."""
     model: ModelSpec

@@ -23,6 +23,7 @@ from mllm.recipe_of_stage import parts_of_run, recipe_of_stage
 from mllm.train.agreement import agree
 from mllm.train.checkpoint.export import finished_otherwise, is_finished, publish
 from mllm.train.checkpoint.files import found
+from mllm.train.checkpoint.mirror import Mirror, NotCopied, bring_back, holds_a_run, mirror_of
 from mllm.train.checkpoint.resume import LENGTH
 from mllm.train.checkpoint.run_lock import only_run_in
 from mllm.train.engine.base import choose_engine
@@ -74,6 +75,11 @@ def run_recipe(
         Interrupted: Ctrl-C; the message says how to go on.
     """
     folder = Path(output) if output is not None else recipe.output_dir
+    if "://" in str(output or recipe.output):
+        raise ConfigError(
+            f"output {output or recipe.output}: is a folder of this machine, where the run is written; what is to be kept on an object "
+            f"store goes beside it: mirror={output or recipe.output} (and resumes from there)"
+        )
     if processes < 1:
         raise ConfigError(f"--processes is {processes}; 1 or more is expected")
     progress.begin()
@@ -123,6 +129,15 @@ def _check_run(recipe: Recipe, folder: Path, resume: bool, extend: bool) -> None
         raise ConfigError(
             f"output {folder} already holds a run; go on with --resume, choose another with output=…, or delete it"
         )
+    mirror = mirror_of(recipe)
+    if mirror is not None and not resume and holds_a_run(mirror):
+        raise ConfigError(
+            f"mirror {mirror.address} already holds a run; go on with --resume, or choose another with mirror=…"
+        )
+    _check_stages(recipe, folder, extend)
+
+
+def _check_stages(recipe: Recipe, folder: Path, extend: bool) -> None:
     for stage in recipe.stages:
         if is_finished(folder / stage.name):
             own = recipe_of_stage(recipe, stage, folder)
@@ -163,6 +178,9 @@ def _train(recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, p
     main, info, tracker = distributed.is_main(), None, None
     if main:
         folder.mkdir(parents=True, exist_ok=True)
+    if (mirror := mirror_of(recipe)) is not None and resume:
+        _bring_back(mirror, recipe, folder)
+        _check_stages(recipe, folder, extend)
     agree(recipe, folder)
     for part in parts_of_run(recipe, folder):
         choose_engines(part)
@@ -214,6 +232,30 @@ def _quiet_libraries() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns about guessing it
 
 
+def _bring_back(mirror: Mirror, recipe: Recipe, folder: Path) -> None:
+    """`bring_back` by the main process; what it raises is raised on all."""
+    problem = ""
+    if distributed.is_main():
+        try:
+            with progress.phase(f"looking into {mirror.address}"):
+                bring_back(mirror, recipe, folder, progress.tell)
+        except (CheckpointError, OSError) as error:
+            problem = str(error)
+    if problem := distributed.gather_objects(problem)[0]:
+        raise CheckpointError(problem)
+
+
+def _mirror_stage(run: Run, folder: Path) -> None:
+    mirror = mirror_of(run.recipe)
+    if mirror is None or not distributed.is_main():
+        return
+    try:
+        with progress.phase(f"copying stage {folder.name} to {mirror.address}"):
+            mirror.put_stage(folder)
+    except NotCopied as error:
+        _log.warning("stage %s is on disk and not in the mirror (%s)", folder, error)
+
+
 def _train_stages(run: Run) -> bool:
     """Whether all stages are finished now."""
     previous: Path | None = None
@@ -227,6 +269,7 @@ def _train_stages(run: Run) -> bool:
             if not kind_of(stage).train(own, stage, previous, folder):
                 return False
             run.stop_after = own.stop_after
+            _mirror_stage(run, folder)
         elif distributed.is_main():
             Console(stderr=True).print(f"stage {stage.name} is finished ({folder})", highlight=False)
         # A run killed right after the stage was written left its checkpoints behind.

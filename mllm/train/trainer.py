@@ -23,6 +23,7 @@ from mllm.progress import phase
 from mllm.recipe import Recipe, StageSpec
 from mllm.train.added_rows import rows_line
 from mllm.train.beside import Beside
+from mllm.train.checkpoint.mirror import mirror_of
 from mllm.train.checkpoint.resume import (
     CheckpointReader,
     Progress,
@@ -162,7 +163,9 @@ def train(
         seed_everything(run.recipe.seed, stage.name)
         if session.checkpoint is not None:  # last: whatever was drawn while starting must not count
             session.checkpoint.restore_random(engine)
-        writer = CheckpointWriter(run.checkpoints(stage), background=stage.save_in_background)
+        writer = CheckpointWriter(
+            run.checkpoints(stage), background=stage.save_in_background, mirror=mirror_of(run.recipe)
+        )
         stack.callback(writer.abandon)
         meter, saved = Meter(session.flops, peak, engine.device), time.monotonic()
         name = f"{stage.name}-{distributed.rank()}"

@@ -65,6 +65,21 @@ def test_two_launchers_train_what_two_processes_do_and_refuse_unlike_recipes(tmp
     assert not (tmp_path / "unlike" / "run.json").exists()
 
 
+@pytest.mark.nightly
+def test_machines_with_folders_of_their_own_are_refused_before_the_first_step(tmp_path):
+    first, second = tmp_path / "own-0", tmp_path / "own-1"  # as a disk that each machine has under the same name
+    port = ("--nodes", "2", "--rendezvous", f"127.0.0.1:{free_port()}")
+    commands = [
+        _command(tmp_path, folder.name, *port, "--node-rank", str(k)) for k, folder in enumerate((first, second))
+    ]
+    for command in commands:
+        said = command.communicate(timeout=240)[0]
+        assert command.returncode == 2, said
+        assert len(_errors(said)) == 1 and "machine 1 (" in _errors(said)[0], said
+        assert "does not see what machine 0 (" in _errors(said)[0] and "--output /shared/" in _errors(said)[0], said
+    assert not (first / "run.json").exists() and not (second / "checkpoints").exists()
+
+
 def _command(folder: Path, output: str, *options: str, environment: dict[str, str] | None = None, before: tuple = ()):
     recipe = folder / "recipe.json"
     if not recipe.is_file():

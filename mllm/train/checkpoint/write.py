@@ -8,10 +8,12 @@ speak to each other from the training thread alone. The training thread closes t
 from __future__ import annotations
 
 import json
+import logging
 import random
 import shutil
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,9 +36,11 @@ from mllm.train.checkpoint.files import (
     sync_file,
     write_text,
 )
+from mllm.train.checkpoint.mirror import Mirror, NotCopied
 from mllm.train.checkpoint.resume import BESIDE, FORMAT, WEIGHTS, Progress
 from mllm.train.engine.base import Engine, Fragment
 
+_log = logging.getLogger(__name__)
 _FILE_BYTES = 2 << 30  # one tensor file's size: bounds the host memory that writing takes
 _Piece = tuple[str, dict[str, Tensor] | str]
 """A file's name, and the tensors or the text that it holds."""
@@ -50,8 +54,9 @@ class CheckpointWriter:
     `save` and `finish` raise `CheckpointError` on every process when one of them cannot write (full disk); earlier checkpoints stay.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2, background: bool = False):
-        self.folder, self.keep, self.background = folder, keep, background
+    def __init__(self, folder: Path, *, keep: int = 2, background: bool = False, mirror: Mirror | None = None):
+        self.folder, self.keep, self.background, self.mirror = folder, keep, background, mirror
+        self._not_copied = ""
         self._thread: threading.Thread | None = None
         self._target = self._temporary = folder
         self._progress: dict[str, Any] = {}
@@ -63,7 +68,10 @@ class CheckpointWriter:
         self.finish()
         name, rank = f"step-{progress.step:08d}", distributed.rank()
         self._target, self._temporary = self.folder / name, self.folder / f"{WRITING}{name}"
-        self._progress, self._entries, self._error = asdict(progress), {}, ""
+        self._progress, self._entries, self._error, self._not_copied = asdict(progress), {}, "", ""
+        if self.mirror is not None and distributed.is_main():
+            with self._copying():  # of a former start that went as far
+                self.mirror.remove(self._there(name), MANIFEST)
         try:
             if distributed.is_main():
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -109,6 +117,9 @@ class CheckpointWriter:
                     save_file(content, path)
                     sync_file(path)
                 self._entries[name] = describe(path)
+                if self.mirror is not None and not self._not_copied:
+                    with self._copying():
+                        self.mirror.put(path, self._there(f"{self._target.name}/{name}"))
         except (OSError, SafetensorError) as problem:
             self._error = str(problem)
 
@@ -129,7 +140,40 @@ class CheckpointWriter:
         if distributed.is_main():
             for old in found(self.folder)[: -self.keep]:
                 remove(old)
+        self._complete_mirror()
         distributed.barrier()
+
+    def _there(self, name: str) -> str:
+        """A name in the mirror: the run's folder holds ``checkpoints/<stage>``."""
+        return f"{self.folder.parent.name}/{self.folder.name}/{name}"
+
+    @contextmanager
+    def _copying(self) -> Iterator[None]:
+        try:
+            yield
+        except NotCopied as error:
+            self._not_copied = str(error)
+
+    def _complete_mirror(self) -> None:
+        """The manifest of a checkpoint whose files all processes have copied, and the run's records; then the old ones go."""
+        if self.mirror is None:
+            return
+        problems = [problem for problem in distributed.gather_objects(self._not_copied) if problem]
+        if not distributed.is_main():
+            return
+        mirror, name = self.mirror, self._target.name
+        if not problems:
+            self._not_copied = ""
+            with self._copying():
+                mirror.put_records(self.folder.parent.parent)
+                mirror.put(self._target / MANIFEST, self._there(f"{name}/{MANIFEST}"))
+                kept = [old.name for old in found(self.folder)]
+                for old in mirror.names(self._there("").rstrip("/")):
+                    if old.startswith("step-") and old not in kept:
+                        mirror.remove(self._there(old), MANIFEST)
+            problems = [self._not_copied] if self._not_copied else []
+        if problems:
+            _log.warning("checkpoint %s is on disk and not in the mirror (%s)", self._target, problems[0])
 
     def _agree(self) -> list[dict[str, Any]]:
         """What every process wrote; raises on all of them when one had an error."""
