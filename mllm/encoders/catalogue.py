@@ -55,15 +55,13 @@ def matching(
         raise ConfigError(f"size: at least {least:g} and at most {most:g} million parameters; no number is both")
     licences = sorted({str((entry.get("weights") or {}).get("licence")) for entry in entries.values()} - {"None"})
     if licence is not None and not any(licence.lower() in known.lower() for known in licences):
-        raise ConfigError(
-            f"licence: no encoder's weights are under {licence!r}{did_you_mean(licence, licences)} Known: {', '.join(licences)}"
-        )
+        meant = did_you_mean(licence, licences) or "."
+        raise ConfigError(f"licence: no encoder's weights are under {licence!r}{meant} Known: {', '.join(licences)}")
     for key, value in (("kind", kind), ("objective", objective)):
         known = sorted({entry["about"][key] for entry in entries.values()})
         if value is not None and value not in known:
-            raise ConfigError(
-                f"{key}: no encoder is of {value!r}{did_you_mean(value, known)} Known: {', '.join(known)}"
-            )
+            meant = did_you_mean(value, known) or "."
+            raise ConfigError(f"{key}: no encoder is of {value!r}{meant} Known: {', '.join(known)}")
 
     def fits(name: str, entry: dict[str, Any]) -> bool:
         about, weights = entry["about"], entry.get("weights") or {}

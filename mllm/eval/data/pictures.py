@@ -7,13 +7,16 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from mllm.errors import DataError
 from mllm.processing.panels import like, panel_info
-from mllm.types import Video
+from mllm.types import ImageSpec, Video
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,16 @@ class Picture:
         """(RGB image, sha256 of the stored bytes). Raises `DataError` when it does not decode."""
         data = self.read()
         return decode(data, self.label or str(self.source)), hashlib.sha256(data).hexdigest()
+
+    def pixels(self, spec: ImageSpec) -> Tensor:
+        """``(3, H, W)`` as one encoder sees it. Raises `DataError`, naming the picture, when it does not decode or has too few panels."""
+        from mllm.processing.pixels import to_pixels
+
+        image, _ = self.load()
+        try:
+            return to_pixels(image, spec)
+        except DataError as error:
+            raise DataError(f"image {self.label or self.source}: {error}") from None
 
     def missing(self) -> bool:
         """Whether it is a file that does not exist."""

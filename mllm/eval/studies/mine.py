@@ -91,17 +91,13 @@ def picture_features(
     `DataError` for a picture that does not decode."""
     import torch
 
-    from mllm.processing.pixels import to_pixels
-
     info = encoder.describe(encoder.config)
     where = next((tensor.device for tensor in encoder.parameters()), torch.device("cpu"))
     parts = []
     with Progress(name, len(files), shown=progress) as bar, torch.inference_mode():
         for start in range(0, len(files), batch_size):
             chosen = files[start : start + batch_size]
-            pixels = torch.stack([to_pixels(Picture(path, str(path)).load()[0], info.image) for path in chosen]).to(
-                where
-            )
+            pixels = torch.stack([Picture(path, str(path)).pixels(info.image) for path in chosen]).to(where)
             features = encoder(pixels)
             pooled = (
                 features.prefix[:, 0]

@@ -154,16 +154,13 @@ def features_of(
     alone, without the first batch."""
     import torch
 
-    from mllm.processing.pixels import to_pixels
-
     info = encoder.describe(encoder.config)
     device = next((tensor.device for tensor in encoder.parameters()), torch.device("cpu"))
     parts, spent, timed = [], 0.0, 0
     with Progress(name, len(files), shown=progress) as bar, torch.inference_mode():
         for start in range(0, len(files), batch_size):
             chosen = files[start : start + batch_size]
-            pictures = [Picture(path, str(path)).load()[0] for path in chosen]
-            pixels = torch.stack([to_pixels(picture, info.image) for picture in pictures]).to(device)
+            pixels = torch.stack([Picture(path, str(path)).pixels(info.image) for path in chosen]).to(device)
             began = time.perf_counter()
             tokens = encoder(pixels).tokens.float()
             pooled = torch.cat([tokens.mean(1), tokens.amax(1)], dim=-1).cpu()

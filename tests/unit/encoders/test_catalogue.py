@@ -124,6 +124,9 @@ def test_encoders_are_found_by_licence_size_kind_objective_and_words():
     assert list(matching()) == sorted(catalogue())
     with pytest.raises(ConfigError, match=r"kind: no encoder is of 'vti', did you mean 'vit'\? Known: cnn"):
         matching(kind="vti")
+    for key, value in (("kind", "snake"), ("licence", "zzz")):  # nothing is like these: the sentence ends all the same
+        with pytest.raises(ConfigError, match=rf"{key}: no encoder.* '{value}'\. Known: "):
+            matching(**{key: value})
 
 
 def test_a_list_of_encoders_cuts_no_name_and_filters_nothing_else():

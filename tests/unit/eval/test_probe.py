@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from mllm.encoders.backbones.biformer import BiFormerEncoder
+from mllm.encoders.backbones.gldmnet import GlDmNetEncoder
 from mllm.errors import ConfigError, DataError, UnavailableError
 from mllm.eval.studies.probe import cka, effective_rank, halves, labelled_pictures, run_probe
 
@@ -51,6 +52,13 @@ def test_probes_rank_encoders_and_tell_what_they_cost(pictures, tmp_path):
     assert study.data["chance"] == pytest.approx(1 / 3) and any("never trained" in note for note in study.notes)
     page = (tmp_path / "out" / "probe.html").read_text()
     assert names[0] in page and "the same" in page and (tmp_path / "out" / "probe.md").is_file()
+
+
+def test_a_picture_with_too_few_panels_is_named(pictures, tmp_path):
+    (tmp_path / "depth.yaml").write_text(json.dumps(GlDmNetEncoder.tiny()))
+    data = labelled_pictures(pictures, limit=6)
+    with pytest.raises(DataError, match=r"image \S+\.png: an encoder sees pictures of 2 panels"):
+        run_probe([str(tmp_path / "depth.yaml")], data, tmp_path / "out", progress=False, device="cpu")
 
 
 def test_rows_are_chosen_by_their_values_and_halves_keep_every_class(pictures):
