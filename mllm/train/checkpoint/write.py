@@ -12,7 +12,7 @@ import logging
 import random
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mllm import distributed
 from mllm.errors import CheckpointError
+from mllm.train.checkpoint.copies import HostCopies, host_copy
 from mllm.train.checkpoint.files import (
     MANIFEST,
     WRITING,
@@ -42,6 +43,7 @@ from mllm.train.engine.base import Engine, Fragment
 
 _log = logging.getLogger(__name__)
 _FILE_BYTES = 2 << 30  # one tensor file's size: bounds the host memory that writing takes
+_Copy = Callable[[Tensor], Tensor]
 _Piece = tuple[str, dict[str, Tensor] | str]
 """A file's name, and the tensors or the text that it holds."""
 
@@ -57,6 +59,7 @@ class CheckpointWriter:
     def __init__(self, folder: Path, *, keep: int = 2, background: bool = False, mirror: Mirror | None = None):
         self.folder, self.keep, self.background, self.mirror = folder, keep, background, mirror
         self._not_copied = ""
+        self._copies: HostCopies | None = None
         self._thread: threading.Thread | None = None
         self._target = self._temporary = folder
         self._progress: dict[str, Any] = {}
@@ -80,15 +83,24 @@ class CheckpointWriter:
         except OSError as problem:
             self._error = str(problem)
         self._agree()
-        share: Iterable[_Piece] = _share(rank, engine, beside if rank == 0 else None)
-        if self.background:
+        copies = self._copies_of(engine)
+        share: Iterable[_Piece] = _share(rank, engine, beside if rank == 0 else None, copies or host_copy)
+        if copies is not None:
+            copies.begin()
             share = list(share)  # copies: the next update changes what they were made from
+            copies.wait()
             self._thread = threading.Thread(target=self._write, args=(share,), name="checkpoint")
             self._thread.start()
             return self._target
         self._write(share)
         self._close()
         return self._target
+
+    def _copies_of(self, engine: Engine) -> HostCopies | None:
+        """Where copies wait to be written in the background; None where they are written at once."""
+        if self.background and self._copies is None:
+            self._copies = HostCopies(engine.device)
+        return self._copies
 
     def done(self) -> bool:
         """Whether this process has written its share of a checkpoint that `finish` has yet to close."""
@@ -198,24 +210,24 @@ def save_checkpoint(
     return CheckpointWriter(folder, keep=keep).save(engine, progress, beside=beside)
 
 
-def _share(rank: int, engine: Engine, beside: dict[str, Tensor] | None) -> Iterator[_Piece]:
+def _share(rank: int, engine: Engine, beside: dict[str, Tensor] | None, copy: _Copy) -> Iterator[_Piece]:
     """The files of one process, each copied from the engine when its turn comes."""
-    yield from _fragments(rank, engine)
-    yield from _local(rank, engine)
+    yield from _fragments(rank, engine, copy)
+    yield from _local(rank, engine, copy)
     if beside:
         yield BESIDE, beside
 
 
-def _fragments(rank: int, engine: Engine) -> Iterator[_Piece]:
+def _fragments(rank: int, engine: Engine, copy: _Copy) -> Iterator[_Piece]:
     """This process's fragments, and the index that says what is where."""
     index: list[dict[str, Any]] = []
     pending: dict[str, Tensor] = {}
     files = size = 0
     for fragment in engine.fragments():
-        entry, copies = _fragment(fragment, files)
+        entry, copies = _fragment(fragment, files, copy)
         index.append(entry)
         pending |= copies
-        size += sum(copy.numel() * copy.element_size() for copy in copies.values())
+        size += sum(part.numel() * part.element_size() for part in copies.values())
         if size >= _FILE_BYTES:
             yield f"state-{rank:05d}-{files:04d}.safetensors", pending
             pending, size, files = {}, 0, files + 1
@@ -224,7 +236,7 @@ def _fragments(rank: int, engine: Engine) -> Iterator[_Piece]:
     yield f"index-{rank:05d}.json", json.dumps(index)
 
 
-def _fragment(fragment: Fragment, file: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _fragment(fragment: Fragment, file: int, copy: _Copy) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A fragment's entry in the index, and copies of its tensors."""
     numbers: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
@@ -237,16 +249,16 @@ def _fragment(fragment: Fragment, file: int) -> tuple[dict[str, Any], dict[str, 
             continue
         whole = value.numel() != fragment.like.numel()
         piece = value if whole else value.reshape(-1)[fragment.offset : fragment.offset + fragment.length]
-        copies[f"{fragment.name}|{key}"] = _copy(piece)
+        copies[f"{fragment.name}|{key}"] = copy(piece)
         tensors[key] = {"file": file, "whole": whole}
     place = {"name": fragment.name, "start": fragment.start, "length": fragment.length}
     return {**place, "tensors": tensors, "numbers": numbers}, copies
 
 
-def _local(rank: int, engine: Engine) -> Iterator[_Piece]:
+def _local(rank: int, engine: Engine, copy: _Copy) -> Iterator[_Piece]:
     """What differs between processes: random generators and the model's persistent buffers."""
     persistent = set(engine.model.state_dict())
-    tensors = {f"buffer.{n}": _copy(b) for n, b in engine.model.named_buffers() if n in persistent}
+    tensors = {f"buffer.{n}": copy(b) for n, b in engine.model.named_buffers() if n in persistent}
     tensors["rng.torch"] = torch.get_rng_state()
     if engine.device.type == "cuda":
         tensors["rng.cuda"] = torch.cuda.get_rng_state(engine.device)
@@ -257,7 +269,3 @@ def _local(rank: int, engine: Engine) -> Iterator[_Piece]:
         "numpy": [kind, keys.tolist(), int(position), int(has_gauss), float(cached)],  # type: ignore[union-attr]
     }
     yield f"random-{rank:05d}.json", json.dumps(state)
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

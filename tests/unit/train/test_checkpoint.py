@@ -10,10 +10,12 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mllm.errors import CheckpointError
 from mllm.recipe import StageSpec
+from mllm.train.checkpoint import copies
 from mllm.train.checkpoint.resume import Progress, fingerprint, latest_checkpoint
 from mllm.train.checkpoint.write import CheckpointWriter, save_checkpoint
 from mllm.train.engine.base import Engine
@@ -234,6 +236,41 @@ def test_written_in_the_background_it_holds_the_moment_it_was_begun_at(tmp_path)
     reader.restore_weights(again.model)
     reader.restore_engine(again)
     assert reader.restore_random(again) and _steps(again, 4) == wanted
+
+
+def test_copies_lie_in_memory_that_is_kept_and_hold_what_was_copied(tmp_path, monkeypatch, caplog):
+    """The same places as page-locked memory has, here of plain memory: bit for bit, apart, and used again."""
+    monkeypatch.setattr(copies, "_CHUNK", 4096)
+    asked = []
+
+    def allocate(size: int) -> torch.Tensor:
+        if len(asked) == 4:
+            raise RuntimeError("CUDA error: out of memory")
+        asked.append(size)
+        return torch.full((size,), 255, dtype=torch.uint8)
+
+    kept = copies.HostCopies(torch.device("cpu"), allocate)
+    rows = [
+        torch.randn(7, 5).t(),
+        torch.arange(9, dtype=torch.int8),
+        torch.randn(300, dtype=torch.bfloat16),
+        torch.randn(2000),
+    ]
+    for _ in range(3):
+        kept.begin()
+        held = [kept(row) for row in rows]
+        kept.wait()
+        assert all(
+            torch.equal(a, b) and a.is_contiguous() and a.dtype == b.dtype for a, b in zip(held, rows, strict=True)
+        )
+        save_file(
+            {str(k): tensor for k, tensor in enumerate(held)}, tmp_path / "x.safetensors"
+        )  # which refuses overlaps
+        assert all(torch.equal(v, rows[int(k)]) for k, v in load_file(tmp_path / "x.safetensors").items())
+    assert asked == [4096, 8000]
+    more = [kept(torch.full((1000,), float(k))) for k in range(4)]
+    assert len(asked) == 4 and "no more page-locked memory" in caplog.text
+    assert [float(row[999]) for row in more] == [0.0, 1.0, 2.0, 3.0], "what has no place is copied all the same"
 
 
 def test_a_failed_write_in_the_background_is_told_and_is_no_checkpoint(tmp_path):
