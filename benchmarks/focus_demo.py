@@ -3,7 +3,9 @@
 Draws scenes, trains all stages of ``recipes/focus_demo.yaml``, and asks for edits of scenes that were not trained ("Make the red square
 blue."). An edit is right by an exact rule (`mllm.eval.metrics.editing`): the thing has the colour that was asked for, and nothing outside
 its true mask has changed beyond 30 dB. Beside it: the same with the true mask, and with the codes of the true edited picture (what marks
-and what drawing costs), the plain decoder in the diffusion decoder's place, and an instruction that names nothing. Writes ``report.json``.
+and what drawing costs), the plain decoder in the diffusion decoder's place (with the true mask and codes too: what the tokenizer can carry
+at all), the edited picture itself (the rule: 100 %), and as controls an instruction that names nothing and that of another picture. Writes
+``report.json``.
 
     python benchmarks/focus_demo.py                        # runs/focus_demo, two CPU cores
     python benchmarks/focus_demo.py --output /tmp/x --train 64 --tests 8 stages.tokenizer.steps=3 stages.decoder.steps=3 \\
@@ -47,7 +49,9 @@ def main() -> None:
     from mllm.train.run import run_recipe
 
     root = options.output
-    data = prepare_edits(root / "data", train=options.train, test=options.tests, seed=options.seed)
+    data = root / "data"
+    if not (options.resume and (data / "test.jsonl").exists()):  # its last file
+        prepare_edits(data, train=options.train, test=options.tests, seed=options.seed)
     pictures = data / "pictures"
     changes = [
         f"seed={options.seed}",
@@ -80,6 +84,7 @@ def measure(model: Any, processor: Any, rows: list[dict[str, Any]]) -> dict[str,
     made, hidden = edits(model, processor, images, asked)
     marked, _ = edits(model, processor, images, asked, masks=masks)
     unnamed, _ = edits(model, processor, images, blind)
+    others, _ = edits(model, processor, images, [*asked[1:], *asked[:1]])
     packed = torch.cat([found.packed[None] for found in edits_raw(model, processor, images, asked)])
     with torch.no_grad():
         plain = decode_packed(tokenizer, packed)
@@ -87,6 +92,7 @@ def measure(model: Any, processor: Any, rows: list[dict[str, Any]]) -> dict[str,
         codes = tokenizer.encode(wanted)
         oracle = as_unit_range(edit(tokenizer.diffusion, sources, masks, codes, seed=0))
         own = as_unit_range(edit(tokenizer.diffusion, sources, hidden, codes, seed=0))
+        rebuilt = torch.where(masks[:, None], as_unit_range(tokenizer.decode(codes)), as_unit_range(sources))
     plain = torch.where(hidden[:, None], plain, as_unit_range(sources))
     overlap = (hidden & masks).sum((1, 2)) / (hidden | masks).sum((1, 2)).clamp(min=1)
     return {
@@ -97,7 +103,10 @@ def measure(model: Any, processor: Any, rows: list[dict[str, Any]]) -> dict[str,
         "with the true codes": shares(own, rows),
         "with both": shares(oracle, rows),
         "plain decoder": shares(plain, rows),
+        "plain decoder with both": shares(rebuilt, rows),
+        "the edited picture itself": shares(as_unit_range(wanted), rows),
         "nothing named": shares(unnamed, rows),
+        "another's instruction": shares(others, rows),
     }
 
 

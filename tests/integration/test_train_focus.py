@@ -152,5 +152,5 @@ def test_edits_are_a_task_judged_by_an_exact_rule(trained: tuple[Path, Path], tm
     assert (untouched.value, right.value, spoiled.value) == (0.0, 1.0, 0.0)
     assert right.parts == {"coloured": 1.0, "outside_db": 99.0}
     assert spoiled.parts["coloured"] == 1.0 and 10 < spoiled.parts["outside_db"] < 30
-    for reply in ("{}", "I cannot", json.dumps({"picture": png_text(wanted[:32])})):
+    for reply in ("{}", "I cannot", json.dumps({"picture": png_text(wanted[:16])})):
         assert EditRule().score(reply, row["edit"], {}).value is None

@@ -23,6 +23,7 @@ from mllm.demo.forgery import (
 )
 from mllm.demo.scenes import COLOURS, draw_scene
 from mllm.heads.probability import class_tokens
+from mllm.processing.mask_files import decode_rle
 
 
 def rows(path: Path) -> list[dict]:
@@ -71,10 +72,16 @@ def test_both_words_begin_with_a_token_of_their_own(tmp_path: Path) -> None:
 def test_edits_are_asked_of_other_scenes_and_say_what_is_right(tmp_path: Path) -> None:
     root = prepare_edits(tmp_path, train=6, test=4)
     trained, tests = rows(root / "train.jsonl"), read_edits(root)
-    assert [len(row["masks"]) for row in trained] == [2, 0] * 3 and len(tests) == 4
-    for row in trained[1::2]:
+    assert [len(row["masks"]) for row in trained] == [2] * 6 and len(tests) == 4
+    for number, row in enumerate(trained):
         source, target = (np.asarray(Image.open(root / name)) for name in row["images"])
-        assert (source != target).any() and row["messages"][1]["content"] == "<image>"
+        asked, answers = (row["messages"][k::2] for k in (0, 1))
+        edit = 0 if number % 2 else 2  # the scene is edited first, or marked first
+        assert [one["content"] == "<image>" for one in answers] == [k == edit for k in range(3)]
+        assert [one["content"].startswith("<image>\n") for one in asked] == [True, False, False]
+        whole = row["masks"][0 if edit == 0 else 1]  # the mark of the edit's own instruction
+        changed = (source != target).any(-1)
+        assert changed.any() and np.array_equal(changed, np.asarray(decode_rle(whole)).astype(bool))
     for row in tests:
         assert row["instruction"] == INSTRUCTION.format(phrase=row["phrase"], colour=row["colour"])
         inside = np.asarray(Image.open(row["image"]))[row["mask"]].mean(0)

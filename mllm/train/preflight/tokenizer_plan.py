@@ -25,7 +25,6 @@ from mllm.visual_tokenizers.diffusion.decoder import DiffusionDecoder
 from mllm.visual_tokenizers.images import load_images
 from mllm.visual_tokenizers.networks.discriminator import build_discriminator
 from mllm.visual_tokenizers.recipe import (
-    DiffusionTraining,
     TokenizerTraining,
     diffusion_training,
     stage_images,
@@ -117,14 +116,15 @@ def _plan_stage(
     if not activations:
         plan.hazards.append("activations are not known: this tokenizer does not run on the meta device")
     if isinstance(model, DiffusionModel):
-        _add_diffusion(plan, model.training_spec)
+        _add_diffusion(plan, model)
     else:
         _add_tokenizer(plan, tokenizer_training(recipe, stage))
     return plan
 
 
-def _add_diffusion(plan: StagePlan, training: DiffusionTraining) -> None:
-    plan.hazards += odd_diffusion_settings(training, plan.steps) if plan.steps is not None else []
+def _add_diffusion(plan: StagePlan, model: DiffusionModel) -> None:
+    if plan.steps is not None:
+        plan.hazards += odd_diffusion_settings(model.training_spec, plan.steps, model.decoder)
     plan.hazards.append("the frozen tokenizer is left out of operations, and of activations, of which it keeps none")
 
 

@@ -15,11 +15,12 @@ from mllm.errors import ConfigError, MllmError
 from mllm.recipe import Recipe, load_recipe
 from mllm.train.preflight.tokenizer_plan import plan_tokenizer
 from mllm.train.run import run_recipe
+from mllm.train.stages.diffusion.stage import odd_diffusion_settings
 from mllm.visual_tokenizers.base import VisualTokenizer, build_tokenizer
 from mllm.visual_tokenizers.diffusion.decoder import DiffusionDecoder
 from mllm.visual_tokenizers.diffusion.library import diffusers_class
 from mllm.visual_tokenizers.recipe import diffusion_training, load_images_spec
-from tests.unit.visual_tokenizers.diffusion_configs import DECODERS, UNET, VAE
+from tests.unit.visual_tokenizers.diffusion_configs import DECODERS, DIT, UNET, VAE
 from tests.unit.visual_tokenizers.tokenizer_configs import TINY
 
 EMA_VQ = {**TINY["vq"], "quantizer": {**TINY["vq"]["quantizer"], "codebook": {"learn": "ema"}}}
@@ -246,3 +247,34 @@ def test_the_command_scores_both_decoders(tmp_path, saved, capsys):
     for wrong, message in ((["--steps", "3"], "go with --decoder"), (["--decoder", "diffusio"], "did you mean")):
         refused = CliRunner().invoke(app, [*call, *wrong])
         assert refused.exit_code != 0 and message in f"{refused.output}{refused.exception}"
+
+
+def test_a_patch_wider_than_its_vector_is_told_and_loses_noise(saved, tmp_path):
+    def told(patch: int) -> list[str]:
+        made = recipe(
+            tmp_path,
+            {"weights": str(saved)},
+            stage(decoder={"network": "dit", "settings": {**DIT, "patch_size": patch}}),
+        )
+        training = diffusion_training(made, made.stages[0])
+        decoder = DiffusionDecoder(training.options.decoder, build_tokenizer(EMA_VQ))
+        return odd_diffusion_settings(training, 4, decoder)
+
+    assert told(2) == [], "12 values through 16"
+    (line,) = told(4)
+    assert "holds 48 values and passes through a vector of 16" in line and "67% of its noise" in line
+    assert "patch_size of at most 2" in line
+    # Not a guess: whatever the weights are, what a network tells of one patch spans no more directions than its vector has.
+    network = diffusers_class("DiTTransformer2DModel")(
+        **DIT, in_channels=3, out_channels=3, sample_size=4, num_embeds_ada_norm=1
+    ).eval()
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    with torch.no_grad():
+        out = network(
+            torch.randn(200, 3, 4, 4), timestep=torch.ones(200), class_labels=torch.ones(200, dtype=torch.long)
+        ).sample
+    assert torch.linalg.matrix_rank(out.flatten(1) - out.flatten(1).mean(0), rtol=1e-4) <= 16
+    plan = plan_tokenizer(recipe(tmp_path, {"weights": str(saved)}, stage(decoder={"network": "dit", "settings": DIT})))
+    assert any("noise can never be told" in line for line in plan.stages[0].hazards)

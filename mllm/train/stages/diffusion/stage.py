@@ -3,6 +3,7 @@ and records, and pictures sampled from held-out codes."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class BesideDiffusion(Beside):
         self.engine: Engine | None = None
 
     def start(self, engine: Engine, *, step: int, total_steps: int, display: StageDisplay) -> None:
-        for line in odd_diffusion_settings(self.training, total_steps):
+        for line in odd_diffusion_settings(self.training, total_steps, self.model.decoder):
             display.print(f"[yellow]! {self.training.stage.name}: {line}")
         self.engine = engine
 
@@ -146,12 +147,31 @@ def check_decoder(stage: StageSpec, recipe: Recipe) -> DiffusionTraining:
     return training
 
 
-def odd_diffusion_settings(training: DiffusionTraining, steps: int) -> list[str]:
-    """One line for each setting of the options that cannot have been meant, in a stage of ``steps`` steps."""
+def odd_diffusion_settings(training: DiffusionTraining, steps: int, decoder: DiffusionDecoder) -> list[str]:
+    """One line for each setting of the options that cannot have been meant, in a stage of ``steps`` steps; decoder: perhaps on the meta
+    device, for its sizes."""
     every: dict[str, tuple[int | None, str]] = {
         "options.evaluate_every": (training.options.evaluate_every, "it is evaluated at its end only")
     }
-    return interval_problems(every, steps)
+    return [*_narrow_patches(decoder), *interval_problems(every, steps)]
+
+
+def _narrow_patches(decoder: DiffusionDecoder) -> list[str]:
+    """Every patch of a transformer passes through one vector. What is to be told is noise in part, of which a narrower vector loses its
+    share, however long it is trained; samples then stay noisy."""
+    network: Any = decoder.network
+    patch = getattr(network.config, "patch_size", None)
+    if decoder.config.network not in ("dit", "sd3") or patch is None:
+        return []
+    width = int(network.config.num_attention_heads * network.config.attention_head_dim)
+    values = decoder.channels * patch**2
+    if values <= width:
+        return []
+    return [
+        f"options.decoder.settings.patch_size {patch}: a patch holds {values} values and passes through a vector of {width} "
+        f"(num_attention_heads x attention_head_dim), so {1 - width / values:.0%} of its noise can never be told and pictures "
+        f"stay noisy; give a patch_size of at most {math.isqrt(width // decoder.channels)}, or a width of {values} or more"
+    ]
 
 
 class DiffusionStage(StageKind):
