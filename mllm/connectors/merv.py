@@ -122,6 +122,9 @@ class MervConfig(ConnectorConfig):
     type: str = "merv"
     grid: Grid = (8, 8)
     """Rows and columns of the result."""
+    frames: int = Field(default=1, ge=1)
+    """So many successive frames of a video become one set of tokens (pooling: average); a picture is all of its frames. With 2, an encoder
+    of every frame and one of every second (``video.fewer``) or of tubelets of two (type ``vivit``) lie on one time axis, as published."""
     pooling: Literal["average", "attentive"] = "average"
     """average: adaptive windows, overlapping where grids do not divide. attentive: rows * cols learned queries."""
     num_heads: int = Field(default=8, ge=1)
@@ -159,6 +162,10 @@ class MervConnector(Connector):
     @classmethod
     def layout(cls, config: MervConfig, encoders: Mapping[str, EncoderInfo]) -> ViewLayout:
         at_least("connector merv", encoders, 1)
+        if config.frames > 1 and config.pooling != "average":
+            raise ConfigError(
+                f"connector merv: pooling {config.pooling} reads each frame by itself; frames: {config.frames} needs average"
+            )
         for name, info in encoders.items():
             if config.pooling == "average":
                 check_pooling("connector merv", name, info.grid, config.grid, overlap=True)
@@ -167,7 +174,7 @@ class MervConnector(Connector):
                     f"connector merv: encoder {name!r} has width {info.width}, not a multiple of num_heads "
                     f"({config.num_heads}); set num_heads, or pooling: average"
                 )
-        return ViewLayout(num_tokens=config.grid[0] * config.grid[1], grid=config.grid)
+        return ViewLayout(num_tokens=config.grid[0] * config.grid[1], grid=config.grid, frames=config.frames)
 
     @classmethod
     def tiny(cls) -> tuple[dict[str, Any], dict[str, EncoderInfo], int]:
@@ -188,10 +195,18 @@ class MervConnector(Connector):
         text: Tensor | None = None,
         layouts: Sequence[VisualLayout] | None = None,
     ) -> Tensor:
-        if layouts is None or routing is not None or not any(layout.frames for layout in layouts):
+        """As every connector's; with ``frames``, the views of layouts are whole groups of frames, one visual after another."""
+        group = self.config.frames
+        if layouts is None or (group == 1 and (routing is not None or not any(layout.frames for layout in layouts))):
             return super().forward(features, routing, text, layouts)
-        counts = [n for layout in layouts for n in ([layout.num_views] if layout.frames else [1] * layout.num_views)]
-        tokens = self.mix(features, visuals=counts)[0]
+        counts = [
+            n
+            for layout in layouts
+            for n in ([layout.num_views // group] if layout.frames else [1] * (layout.num_views // group))
+        ]
+        tokens = self.mix(features, visuals=counts, frames=group)[0]
+        if group > 1:
+            return tokens.flatten(0, 1)
         return join_views(tokens, layouts, self.layout(self.config, self.encoders), self.newline)
 
     def mix(
@@ -199,13 +214,16 @@ class MervConnector(Connector):
         features: Mapping[str, VisionFeatures],
         routing: Routing | None = None,
         visuals: Sequence[int] | None = None,
+        *,
+        frames: int = 1,
     ) -> tuple[Tensor, Tensor]:
-        """Visual tokens ``(B, M, L)`` and the encoders' weights ``(B, E)``; visuals: see `EncoderMixture.forward`."""
+        """Visual tokens ``(B, M, L)`` of B views, or groups of ``frames`` views, and the encoders' weights ``(B, E)``; visuals: see
+        `EncoderMixture.forward`."""
         pooled, biases = [], []
         for name, tokens in read_features(self.encoders, features, routing).items():
-            pooled.append(self.poolers[name](tokens.unsqueeze(1)))
+            pooled.append(self.poolers[name](tokens.unflatten(0, (-1, frames))))
             weight = expert_weight(routing, name)
-            biases.append(tokens.new_zeros(tokens.shape[0]) if weight is None else log_weight(weight))
+            biases.append(tokens.new_zeros(pooled[-1].shape[0]) if weight is None else log_weight(weight))
         bias = None if routing is None else unblind(torch.stack([b.float() for b in biases], dim=-1))
         return self.mixture(torch.stack(pooled, dim=1), bias, visuals)
 

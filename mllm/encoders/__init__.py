@@ -9,6 +9,7 @@ ENCODERS: Registry = Registry(
         "timm": "mllm.encoders.timm:TimmEncoder",
         "hf": "mllm.encoders.hf:HfEncoder",
         "progressive": "mllm.encoders.progressive:ProgressiveEncoder",
+        "vivit": "mllm.encoders.vivit:VivitEncoder",
         "raw_patches": "mllm.encoders.raw_patches:RawPatches",
         "eve": "mllm.encoders.eve:EveEncoder",
         "qwen_vl": "mllm.encoders.qwen_vl:QwenVlEncoder",

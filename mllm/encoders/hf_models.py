@@ -47,6 +47,7 @@ _PREPROCESSING: dict[str, tuple[Any, str, str]] = {
     "vit": (_HALF, "squash", "bilinear"),
     "vit_mae": (_IMAGENET, "crop", "bicubic"),
     "vit_msn": (_IMAGENET, "crop", "bicubic"),
+    "vivit": (_HALF, "crop", "bilinear"),
 }
 """Beginning of a model type → (mean, std), resize mode and interpolation of the published preprocessing."""
 _NORMS = ("post_layernorm", "layernorm", "post_norm", "ln_post", "rms_norm", "norm", "layer_norm", "neck")

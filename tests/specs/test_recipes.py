@@ -32,6 +32,7 @@ SIZES = {
     "come_vl": (144, 7616, None, None),
     "spatial_mllm": (144, 3086, 323.0, None),
     "pvc": (4 * 64, 7616, 80.1, 362),
+    "merv": (64, 6738, None, 748),
     "slow_fast": (324, 7616, 23.9, 843),
     "c_radio": (576, 7616, None, None),
     "llava_next": (2928, 6738, 21.0, 291),
