@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -34,6 +36,7 @@ _PREPROCESSING: dict[str, tuple[Any, str, str]] = {
     "deit": (_IMAGENET, "crop", "bicubic"),
     "dinov2": (_IMAGENET, "crop", "bicubic"),
     "dinov3": (_IMAGENET, "squash", "bilinear"),
+    "dpt": (_HALF, "squash", "bicubic"),
     "internvl": (_IMAGENET, "squash", "bicubic"),
     "ijepa": (_IMAGENET, "squash", "bicubic"),
     "metaclip_2": (_CLIP, "crop", "bicubic"),
@@ -56,6 +59,7 @@ NOISE = {
     "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "id2label",
     "label2id", "out_features", "out_indices", "_out_features", "_out_indices", "stage_names",
 }  # fmt: skip
+_INDEX = "generate_relative_position_index"
 _PIX2STRUCT_SIDE = 45
 """Patches per side: 45 × 45 = 2025 of the 2048 that Pix2Struct was trained with."""
 
@@ -125,7 +129,21 @@ def new_model(full: PreTrainedConfig, attention: str = "sdpa") -> nn.Module:
         if attention != "sdpa":
             raise ConfigError(f"attention: {full.model_type}: {' '.join(str(error).split())[:300]}") from error
         model = cls._from_config(full, attn_implementation="eager")
+    for module in model.modules():
+        if hasattr(type(module), _INDEX):
+            setattr(module, _INDEX, partial(_relative_index, type(module)))
     return unwrap(model)
+
+
+@lru_cache(maxsize=32)
+def _relative_index(owner: Any, window_size: tuple[int, int]) -> torch.Tensor:
+    """BEiT's table of relative places, on the CPU whatever the default device. transformers keeps the first one that is computed: after a
+    pass on the meta device, which measures an encoder, every later model of the process would read numbers that are none."""
+    found = inspect.getattr_static(owner, _INDEX)
+    static = isinstance(found, staticmethod)
+    compute = inspect.unwrap(found.__func__ if static else found)  # not the one that remembers
+    with torch.device("cpu"):
+        return compute(window_size) if static else compute(None, window_size)
 
 
 def prepare(full: PreTrainedConfig) -> None:

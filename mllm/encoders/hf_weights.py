@@ -127,6 +127,8 @@ def _donor_from_tensors(state: dict[str, Tensor], native: PreTrainedConfig, need
         donor = new_model(native)
     own = donor.state_dict()
     state = strip_prefix(state, needed)
+    if not needed <= set(state):
+        state = _renamed(state, native)
     missing = sorted(needed - set(state))
     shapes = [
         f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
@@ -142,6 +144,21 @@ def _donor_from_tensors(state: dict[str, Tensor], native: PreTrainedConfig, need
         )
     donor.load_state_dict({key: state[key] for key in own if key in state}, strict=False, assign=True)
     return donor
+
+
+def _renamed(state: dict[str, Tensor], native: PreTrainedConfig) -> dict[str, Tensor]:
+    """Weights under the names that this version of transformers has for those of older checkpoints: it renames on reading, which a part
+    of a larger model's checkpoint (a depth model's backbone) is not given by itself. As they were where it cannot read them either."""
+    try:
+        donor, report = model_class(native).from_pretrained(
+            None, config=native, state_dict=dict(state), dtype=torch.float32, output_loading_info=True
+        )
+    except RuntimeError:  # other shapes, which are told by name
+        return state
+    absent = set(report["missing_keys"])
+    found = {key: value for key, value in donor.state_dict().items() if key not in absent}
+    found = strip_prefix(found, set(unwrap(donor).state_dict()))
+    return {**found, **{key: state[key] for key in report["unexpected_keys"] if key in state}}
 
 
 def fit_positions(donor: nn.Module, model: nn.Module, image: ImageSpec) -> dict[str, Tensor]:
