@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from mllm.cli import arguments
+from mllm.errors import ConfigError
 
 
 def page(
@@ -25,7 +26,10 @@ def page(
 
     [dim]mllm app runs/demo/final -- --eager[/]
     """
-    if server is None and checkpoint is not None:
+    if (checkpoint is None) == (server is None):
+        raise ConfigError("give a checkpoint to serve, or --server with the address of a running one")
+    server = arguments.server(server)
+    if checkpoint is not None:
         arguments.checkpoint(checkpoint)
     from mllm.serve.app import run_page
 

@@ -88,6 +88,17 @@ def device(value: str | None) -> str | None:
     return value
 
 
+def server(address: str | None) -> str | None:
+    """A running server's address as clients take it: without the ``/v1`` that OpenAI's clients have behind theirs. Raises `ConfigError`
+    for what is no address."""
+    if address is None:
+        return None
+    if re.fullmatch(r"https?://[^/\s]+\S*", address) is None:
+        host = address.partition("://")[2] or address
+        raise ConfigError(f"--server {address}: expected http://HOST:PORT; try http://{host or '127.0.0.1:8000'}")
+    return address.rstrip("/").removesuffix("/v1")
+
+
 def at_least(value: float | None, low: float, option: str) -> None:
     """A number that is not below ``low``; None passes. Raises `ConfigError`."""
     if value is not None and not value >= low:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from mllm.cli import arguments
 
 
 def batch(
@@ -30,9 +31,11 @@ def batch(
     """
     from mllm.errors import ConfigError
     from mllm.serve.batch import read_requests, run_batch
+    from mllm.serve.http.client import own_key
 
     if (checkpoint is None) == (server is None):
         raise ConfigError("give one of --checkpoint and --server")
+    server = arguments.server(server)
     read_requests(file)  # what is wrong with the file is told before a server starts
     target = output or file.with_suffix(".answers.jsonl")
     process = None
@@ -41,7 +44,7 @@ def batch(
 
         process, server = start_server(str(checkpoint), list(context.args))
     try:
-        counts = run_batch(file, target, server, api_key=os.environ.get("MLLM_API_KEY"), concurrency=concurrency)
+        counts = run_batch(file, target, server, api_key=own_key(), concurrency=concurrency)
     finally:
         if process is not None:
             process.terminate()

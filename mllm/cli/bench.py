@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -51,6 +50,7 @@ def bench_serve(
 
     if (checkpoint is None) == (server is None):
         raise ConfigError("give a checkpoint to serve, or --server with the address of a running one")
+    server = arguments.server(server)
     if checkpoint is not None:
         arguments.checkpoint(checkpoint)
     levels = _numbers(clients, ",", "--clients")
@@ -62,6 +62,7 @@ def bench_serve(
     arguments.at_least(max_tokens, 1, "--max-tokens")
     if not 0 <= leaving < 1:
         raise ConfigError(f"--leaving {leaving:g}: expected a share of requests from 0 to below 1")
+    from mllm.serve.http.client import own_key
     from mllm.serve.load import Load, run_load
 
     load = Load(seconds, pictures, (side[0], side[-1]), max_tokens, same_pictures, leaving, seed)
@@ -74,8 +75,8 @@ def bench_serve(
         f"{'clients':>8} {'req/s':>8} {'tok/s':>8} {'first token ms':>20} {'answer ms':>20} {'answered':>9} {'failed':>7}"
     )
     try:
-        key, pid = os.environ.get("MLLM_API_KEY"), process.pid if process else None
-        measured = run_load(server, levels, load, api_key=(key or "").split(",")[0] or None, pid=pid, tell=_tell)
+        pid = process.pid if process else None
+        measured = run_load(server, levels, load, api_key=own_key(), pid=pid, tell=_tell)
     finally:
         if process is not None:
             process.terminate()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import time
 from typing import Any
 
 from mllm.errors import UnavailableError
-from mllm.serve.http.client import ServerClient
+from mllm.serve.http.client import ServerClient, own_key
 
 MOST_STARTS = 3
 """How often a server that ended by itself is started again within ten minutes."""
@@ -23,7 +22,7 @@ class KeptServer:
     def __init__(self, checkpoint: str, options: list[str]):
         self.checkpoint, self.options = checkpoint, options
         self.process, self.address = start_server(checkpoint, options)
-        self.key = _one_key()
+        self.key = own_key()
         self.stopping = threading.Event()
         self.died: list[float] = []
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -87,7 +86,7 @@ def run_page(
         kept = KeptServer(checkpoint, serve_options or [])
         server = kept.address
     try:
-        page = build_page(ServerClient(server, _one_key()), mark=mark, state=kept.state if kept else None)
+        page = build_page(ServerClient(server, own_key()), mark=mark, state=kept.state if kept else None)
         options: dict[str, Any] = {"max_file_size": "32mb", "quiet": True, "show_error": True, "css": STYLE}
         queue = page.queue(default_concurrency_limit=8)
         queue.launch(server_name=host, server_port=port, share=False, prevent_thread_lock=True, **options)
@@ -101,11 +100,6 @@ def run_page(
             kept.stop()
 
 
-def _one_key() -> str | None:
-    """The first of the clients' keys."""
-    return next((key for key in (os.environ.get("MLLM_API_KEY") or "").replace(",", " ").split()), None)
-
-
 def _command(checkpoint: str, port: str, options: list[str]) -> list[str]:
     return [sys.executable, "-m", "mllm.cli.main", "serve", checkpoint, "--port", port, *options]
 
@@ -117,7 +111,7 @@ def start_server(checkpoint: str, options: list[str], timeout: float = 1800.0) -
         port = sock.getsockname()[1]
     process = subprocess.Popen(_command(checkpoint, str(port), options))
     address = f"http://127.0.0.1:{port}"
-    client = ServerClient(address, _one_key())
+    client = ServerClient(address, own_key())
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if process.poll() is not None:

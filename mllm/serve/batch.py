@@ -88,7 +88,7 @@ def run_batch(path: Path, output: Path, address: str, *, api_key: str | None = N
     """Send the requests of ``path`` that ``output`` holds no answer to; append every answer as it comes.
 
     Requests that failed stand in ``output`` with their error and are sent again by the next run. Raises `DataError` for a
-    file that is no batch, `UnavailableError` where no server answers at the start.
+    file that is no batch, `UnavailableError` where no server answers at the start, or one that did stays away.
     """
     requests = read_requests(path)
     done = answered_names(output)
@@ -110,7 +110,14 @@ async def _send_all(
 
         async def worker() -> None:
             for request in waiting:
-                answer = await _send(client, request)
+                try:
+                    answer = await _send(client, request)
+                except httpx.ConnectError as error:
+                    done = counts.before + counts.answered
+                    raise UnavailableError(
+                        f"{address}: the server went away ({error}) after {done} of {counts.total} answers; the same command goes on "
+                        "from there"
+                    ) from error
                 good = answer["error"] is None and answer["response"]["status_code"] == 200
                 counts.answered += good
                 counts.failed += not good
@@ -130,7 +137,7 @@ async def _check_server(client: httpx.AsyncClient, address: str) -> None:
 
 
 async def _send(client: httpx.AsyncClient, request: Request) -> dict[str, Any]:
-    """The answer's line; sent again after a pause while the server is busy or away."""
+    """The answer's line; sent again after a pause while the server is busy or away. Raises `httpx.ConnectError` where it stays away."""
     line: dict[str, Any] = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": request.name, "response": None}
     error = "no attempt"
     for attempt in range(ATTEMPTS):
@@ -138,6 +145,8 @@ async def _send(client: httpx.AsyncClient, request: Request) -> dict[str, Any]:
         try:
             response = await client.post(request.url, json=request.body, headers=affinity(request.body))
         except httpx.TransportError as problem:
+            if isinstance(problem, httpx.ConnectError) and attempt + 1 == ATTEMPTS:
+                raise
             error = f"{type(problem).__name__}: {problem}"
         else:
             if response.status_code not in _AGAIN:

@@ -22,6 +22,8 @@ CLIENT_LIMIT = 0.7
 """Above this share of its core the measuring client may be what holds the rate back."""
 _IDLE = 4
 """Seconds after which a resting connection is not used again: vLLM's server closes one after 5."""
+_RETURN = 0.5
+"""Seconds after which a client comes back that found no server: the failures of a dead one are to be counted, not to fill the memory."""
 _POOL = 64
 """Pictures that are made; each request's own differs from all others by its bytes, so that no cache knows it."""
 
@@ -43,10 +45,12 @@ class Load:
 
 @dataclass
 class Outcome:
-    """One request. error: empty when it was answered or left; first: seconds to the first piece of its answer."""
+    """One request. error: empty when it was answered or left; first: seconds to the first piece of its answer; unreached: there was no
+    server."""
 
     error: str = ""
     left: bool = False
+    unreached: bool = False
     seconds: float = 0.0
     first: float | None = None
     tokens: int = 0
@@ -88,13 +92,15 @@ async def _run(
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     limits = aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE)
     timeout = aiohttp.ClientTimeout(total=600)
-    async with aiohttp.ClientSession(address, headers=headers, timeout=timeout, connector=limits) as client:
+    address = address.rstrip("/")
+    base = f"{address}/"  # aiohttp takes a path only with its slash, and puts only relative addresses behind it
+    async with aiohttp.ClientSession(base, headers=headers, timeout=timeout, connector=limits) as client:
         try:
-            async with client.get("/v1/models") as models:
+            async with client.get("v1/models") as models:
                 if models.status != 200:
                     raise UnavailableError(f"{address}: status {models.status}: {(await models.text())[:200]}")
                 model = (await models.json())["data"][0]["id"]
-            async with client.get("/version") as told:
+            async with client.get("version") as told:
                 version = (await told.json()).get("version") if told.status == 200 else None
         except aiohttp.ClientError as error:
             raise UnavailableError(f"{address}: no server answers ({error}); start one with mllm serve") from error
@@ -128,6 +134,8 @@ async def _level(
         rng = random.Random((load.seed * 1000 + clients) * 10_000 + number)
         while time.perf_counter() - started < load.seconds:
             found.append(await _ask(client, model, pool, load, rng))
+            if found[-1].unreached:
+                await asyncio.sleep(_RETURN)
 
     await asyncio.gather(*(user(number) for number in range(clients)))
     elapsed = time.perf_counter() - started
@@ -168,11 +176,13 @@ async def _ask(client: aiohttp.ClientSession, model: str, pool: list[bytes], loa
     data = json.dumps(body).encode()
     started = time.perf_counter()
     try:
-        async with client.post("/v1/chat/completions", data=data, headers=kind) as response:
+        async with client.post("v1/chat/completions", data=data, headers=kind) as response:
             if response.status != 200:
                 return Outcome(error=f"status {response.status}: {(await response.text(errors='replace'))[:160]}")
+            ended = False
             async for line in response.content:
                 if not line.startswith(b"data: {"):
+                    ended = ended or line.startswith(b"data: [DONE]")
                     continue
                 if outcome.first is not None and b'"completion_tokens"' not in line and b'"error"' not in line:
                     continue  # one more piece of the answer: nothing to read in it, and reading takes the client's time
@@ -184,8 +194,11 @@ async def _ask(client: aiohttp.ClientSession, model: str, pool: list[bytes], loa
                 outcome.tokens = (event.get("usage") or {}).get("completion_tokens", outcome.tokens)
                 if leaves and outcome.first is not None:
                     return Outcome(left=True)
+            if not ended:
+                return Outcome(error="the answer broke off before its end")
     except (aiohttp.ClientError, TimeoutError) as error:
-        return Outcome(error=f"{type(error).__name__}: {str(error)[:160]}")
+        unreached = isinstance(error, aiohttp.ClientConnectorError)
+        return Outcome(error=f"{type(error).__name__}: {str(error)[:160]}", unreached=unreached)
     outcome.seconds = time.perf_counter() - started
     return outcome
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import mimetypes
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import httpx
 
 from mllm.errors import DataError, MllmError, UnavailableError
+from mllm.serve.http.keys import CLIENTS, client_keys
 
 AFFINITY = "x-mllm-affinity"
 """Header with a hash of a request's pictures."""
@@ -122,6 +124,11 @@ def _pieces(response: httpx.Response) -> Iterator[tuple[str, str | None]]:
 def _error(status: Any, message: str) -> MllmError:
     """A server's error: a refusal of what was asked, or, from 500 on, a failure of its own."""
     return UnavailableError(message) if isinstance(status, int) and status >= 500 else DataError(message)
+
+
+def own_key() -> str | None:
+    """The key that a command of ours sends: the first of ``MLLM_API_KEY``, which for a server may hold several."""
+    return next(iter(client_keys(os.environ.get(CLIENTS))), None)
 
 
 def affinity(body: Any) -> dict[str, str]:

@@ -7,9 +7,11 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from typer.testing import CliRunner
 
+from mllm.cli.main import app
 from mllm.errors import DataError, UnavailableError
-from mllm.serve.batch import answered_names, read_requests, run_batch
+from mllm.serve.batch import Counts, answered_names, read_requests, run_batch
 
 
 @pytest.fixture
@@ -24,6 +26,9 @@ def server():
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             asked.append(body["q"])
+            if body["q"] == "last":
+                threading.Thread(target=inner.shutdown).start()
+                inner.socket.close()
             if body["q"] == "busy" and asked.count("busy") == 1:
                 self.reply(503, {}, {"retry-after": "0"})
             elif body["q"] == "bad" or (body["q"] == "late" and asked.count("late") == 1):
@@ -87,6 +92,29 @@ def test_a_line_that_is_no_request_is_named_before_anything_is_sent(tmp_path, li
     file.write_text(line)
     with pytest.raises(DataError, match=says):
         read_requests(file)
+
+
+def test_of_a_servers_several_keys_a_command_sends_one(tmp_path, server, monkeypatch):
+    address, _ = server
+    sent = []
+    monkeypatch.setenv("MLLM_API_KEY", "one-key-of-many, another-key")
+    monkeypatch.setattr(
+        "mllm.serve.batch.run_batch", lambda *_, api_key, **__: sent.append(api_key) or Counts(total=1, answered=1)
+    )
+    file = write(tmp_path / "in.jsonl", "one")
+    done = CliRunner().invoke(app, ["batch", str(file), "--server", address])
+    assert done.exit_code == 0 and sent == ["one-key-of-many"]
+
+
+def test_a_server_that_goes_away_ends_the_run_which_goes_on_later(tmp_path, monkeypatch, server):
+    """Not a request after the other, each with its pauses."""
+    address, asked = server
+    monkeypatch.setattr("mllm.serve.batch.ATTEMPTS", 2)
+    file, output = write(tmp_path / "in.jsonl", "one", "last", "three", "four"), tmp_path / "answers.jsonl"
+    with pytest.raises(UnavailableError, match=r"went away .* after 2 of 4 answers; the same command goes on"):
+        run_batch(file, output, address, concurrency=1)
+    assert answered_names(output) == {"one", "last"} and asked == ["one", "last"]
+    assert len(output.read_text().splitlines()) == 2, "what was not asked has failed at nothing"
 
 
 def test_a_server_that_is_not_there_is_told_at_once(tmp_path):

@@ -17,9 +17,27 @@ from mllm.cli.main import app
 from mllm.serve.load import Load, make_pictures, renamed, run_load
 from tests.helpers import free_port
 
+BREAKS_OFF = 99
+"""Tokens of a request whose answer stops after the first, without a word: as where a proxy ends the stream of a server that died."""
+
 
 @pytest.fixture
-def server():
+def stop():
+    """Ends the server of this test."""
+    running: list = []
+
+    def end():
+        for uvicorn_server, thread in running:
+            uvicorn_server.should_exit = True
+            thread.join()
+
+    end.running = running
+    yield end
+    end()
+
+
+@pytest.fixture
+def server(stop):
     """A server that streams ``max_tokens`` pieces, the first after 50 ms; every fifth request is refused."""
     uvicorn = pytest.importorskip("uvicorn")
     seen: list[dict] = []
@@ -46,6 +64,9 @@ def server():
             await send({"type": "http.response.body", "body": b"busy"})
             return
         await start(200, b"text/event-stream")
+        if seen[-1]["max_tokens"] == BREAKS_OFF:
+            await send({"type": "http.response.body", "body": b'data: {"choices": [{"delta": {"content": "a"}}]}\n\n'})
+            return
         await asyncio.sleep(0.05)
         for _ in range(seen[-1]["max_tokens"]):
             piece = b'data: {"choices": [{"delta": {"content": "a"}}]}\n\n'
@@ -59,9 +80,8 @@ def server():
     thread.start()
     while not running.started:
         pass
+    stop.running.append((running, thread))
     yield f"http://127.0.0.1:{port}", seen
-    running.should_exit = True
-    thread.join()
 
 
 def test_rates_times_and_failures_are_those_of_the_server(server):
@@ -82,6 +102,20 @@ def test_rates_times_and_failures_are_those_of_the_server(server):
     assert len(set(addresses)) == len(addresses), "a picture came twice"
 
 
+def test_an_answer_that_breaks_off_is_none(server):
+    address, _ = server
+    level = run_load(address, [2], Load(seconds=0.2, pictures=0, max_tokens=BREAKS_OFF))["levels"][0]
+    assert level["answered"] == 0 and any("broke off before its end" in error for error in level["errors"])
+
+
+def test_clients_do_not_knock_at_a_dead_server_without_a_pause(server, stop):
+    address, _ = server
+    load = Load(seconds=1.2, pictures=0, max_tokens=1)
+    alive, dead = run_load(f"{address}/", [1, 2], load, tell=lambda level: level.clients == 1 and stop())["levels"]
+    assert alive["answered"] > 0 and dead["answered"] == 0
+    assert 2 <= dead["failed"] <= 2 * 3, "each of two clients comes back every half second"
+
+
 def test_the_command_shows_a_table_writes_json_and_fails_with_the_requests(server, tmp_path):
     address, _ = server
     file = tmp_path / "load.json"
@@ -89,7 +123,7 @@ def test_the_command_shows_a_table_writes_json_and_fails_with_the_requests(serve
         "bench",
         "serve",
         "--server",
-        address,
+        f"{address}/v1/",
         "--clients",
         "2",
         "--seconds",
