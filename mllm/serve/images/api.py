@@ -55,6 +55,7 @@ class ImagesRequest(StrictModel):
     moderation: Literal["auto", "low"] | None = None
     stream: Literal[False] | None = None
     partial_images: Literal[0] | None = None
+    user: str | None = None
     cfg_scale: float = Field(default=1.0, ge=0, le=100, allow_inf_nan=False)
     temperature: float = Field(default=1.0, ge=0, le=100, allow_inf_nan=False)
     top_k: int = Field(default=0, ge=0, lt=2**31)

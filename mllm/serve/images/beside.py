@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -31,29 +31,31 @@ class ModelGenerator:
         self.model = MllmForConditionalGeneration.from_pretrained(checkpoint, dtype="auto").eval()
         self.model.to(_device_for(self.model))
         self.processor = AutoProcessor.from_pretrained(checkpoint)
-        self._one = threading.Lock()
+        # A thread of its own: drawings that wait must not take those in which other requests' pictures are read.
+        self._one = ThreadPoolExecutor(1, "drawing")
         _log.info("Drawings are made beside the engine, on %s", self.model.device)
 
     async def draw(self, client: Any, request: ImagesRequest) -> dict[str, Any]:
         """The answer's body, as `ImageGenerator.draw` gives it. client: not used. Raises `ConfigError` for what cannot be drawn."""
         size = picture_size(self.model.image_tokenizer, request)
         seeds = drawing_seeds(request)
-        pictures, prompt_tokens, made = await asyncio.to_thread(self._draw, request, seeds)
+        drawing = asyncio.get_running_loop().run_in_executor(self._one, self._draw, request, seeds)
+        pictures, prompt_tokens, made = await drawing
         return images_body(pictures, seeds, size, prompt_tokens, made)
 
     def _draw(self, request: ImagesRequest, seeds: list[int]) -> tuple[list[str], int, int]:
-        """Files in base64, tokens of the prompts, and codes drawn."""
+        """Files in base64, tokens of the prompts, and codes drawn. A client that leaves takes its drawing out of those that wait; one
+        that has begun is drawn to its end."""
         options = request.model_dump(include={"cfg_scale", "temperature", "top_k", "top_p"})
-        with self._one:  # a client that leaves does not stop a drawing, and the next waits for it
-            drawn = generate_images(
-                self.model,
-                [request.prompt] * len(seeds),
-                processor=self.processor,
-                seed=seeds,
-                batch_size=1,
-                painting=request.painting(),
-                **options,
-            )
+        drawn = generate_images(
+            self.model,
+            [request.prompt] * len(seeds),
+            processor=self.processor,
+            seed=seeds,
+            batch_size=1,
+            painting=request.painting(),
+            **options,
+        )
         prompt_tokens = len(prompt_prefix(self.processor, request.prompt, "prompt")) * (
             2 if request.cfg_scale != 1.0 else 1
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import threading
 from types import SimpleNamespace
 
 import httpx
@@ -15,7 +16,8 @@ from PIL import Image
 from mllm.errors import ConfigError
 from mllm.serve.http.admission import ENVIRONMENT, Admission, AdmissionSettings
 from mllm.serve.http.keys import Keys
-from mllm.serve.images.api import check_room
+from mllm.serve.images import beside
+from mllm.serve.images.api import ImagesRequest, check_room
 
 
 def engine(*, length=256, step=512, blocks=9, engines=1):
@@ -100,7 +102,7 @@ def test_a_head_that_vllm_cannot_run_draws_at_the_same_endpoint(tmp_path, head, 
         async with httpx.AsyncClient(
             transport=httpx.ASGITransport(app=with_app), base_url="http://localhost"
         ) as client:
-            ordinary = {"stream": False, "moderation": "auto", "background": "opaque"}
+            ordinary = {"stream": False, "moderation": "auto", "background": "opaque", "user": "somebody"}
             return [
                 await client.post("/v1/images/generations", json={**asked, **changes}, timeout=60)
                 for changes in (ordinary, *odd)
@@ -117,3 +119,28 @@ def test_a_head_that_vllm_cannot_run_draws_at_the_same_endpoint(tmp_path, head, 
     assert answer.json()["usage"]["output_tokens"] == sum(codes.numel() for codes in expected.codes.codes.values())
     for changes, answer in zip(odd, refused, strict=True):
         assert answer.status_code == 400 and next(iter(changes)) in answer.json()["error"]["message"]
+
+
+def test_drawings_that_wait_take_no_thread_of_others_and_leave_with_their_client(tmp_path, monkeypatch):
+    from tests.unit.heads.drawing_models import drawing_model
+
+    model, processor = drawing_model(tmp_path / "made", "separate", "vq")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    begun, go = [], threading.Event()
+    monkeypatch.setattr(beside, "generate_images", lambda *_, **__: begun.append(go.wait()) or [].pop())
+    generator = beside.ModelGenerator(str(tmp_path))
+
+    async def crowd():
+        request = ImagesRequest(prompt="Draw a seven")
+        drawings = [asyncio.create_task(generator.draw(None, request)) for _ in range(64)]
+        await asyncio.sleep(0)
+        assert await asyncio.wait_for(asyncio.to_thread(int), 20) == 0
+        for drawing in drawings:
+            drawing.cancel()
+        await asyncio.wait(drawings)
+        go.set()
+
+    asyncio.run(crowd())
+    generator._one.shutdown()
+    assert len(begun) <= 1, "drawings were made whose clients had left"
