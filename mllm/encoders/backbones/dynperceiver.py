@@ -340,21 +340,18 @@ class DynPerceiverEncoder(BackboneEncoder):
         if model.is_map:
             x, z = model.finish(x, z)
             return [map_to_tokens(model.last_map(x, z))]
-        stops = torch.zeros(len(pixels), dtype=torch.bool, device=z.device)
-        if model.deepest == _EARLY:
-            stops[:] = True
-        elif model.confidence is not None and not self.training and not pixels.is_meta:
-            stops = model.sure(z)
-        tokens = self._finish(x, z, stops)
+        asks = model.confidence is not None and not self.training and not pixels.is_meta
+        tokens = self._finish(x, z, model.sure(z) if asks and model.deepest == _LAST else None)
         return [LayerOutput(tokens, (1, tokens.shape[1]))]
 
-    def _finish(self, x: Tensor, z: Tensor, stops: Tensor) -> Tensor:
-        """Latents of the images that stop, as they are; the others' after the last stage."""
+    def _finish(self, x: Tensor, z: Tensor, stops: Tensor | None) -> Tensor:
+        """Latents of the images that stop, as they are; the others' after the last stage. stops ``(B,)``; None: none was asked, so
+        nothing waits for the GPU's word."""
         model = self.model
         if model.deepest == _EARLY:
             self._stopped = None
             return model.mixed(z, _LAST)
-        if stops.is_meta or not (stopped := int(stops.sum())):
+        if stops is None or not (stopped := int(stops.sum())):
             self._stopped = torch.zeros(len(z), dtype=torch.bool)
             return model.finish(x, z)[1]
         self._stopped = stops.cpu()

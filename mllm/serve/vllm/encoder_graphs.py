@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -60,10 +62,12 @@ class EncoderGraphs:
         for size in reversed(self.sizes):  # the largest first: the others fit into its memory
             try:
                 self.graphs[name][size] = _capture(forward, pixels[:size], pool)
-            except (RuntimeError, TypeError, AttributeError) as error:
+            except Exception as error:  # whatever it is, the encoder can run as before
                 return f"cannot be captured in a CUDA graph ({(str(error).splitlines() or [type(error).__name__])[0]})"
         noise = torch.randn_like(pixels)
-        if not repeats(self.graphs[name][self.sizes[-1]](noise).tokens, forward(noise).tokens):
+        replayed, run = self.graphs[name][self.sizes[-1]](noise), forward(noise)
+        pairs = [(replayed.tokens, run.tokens), (replayed.prefix, run.prefix)]
+        if not all(one is None or repeats(one, other) for one, other in pairs):
             return "gives other features from a CUDA graph: what it does depends on the pixels"
         return None
 
@@ -103,16 +107,32 @@ class _Graph:
 def _capture(forward: Any, pixels: Tensor, pool: Any) -> _Graph:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(
-        side
-    ):  # libraries choose their kernels, and layers are compiled, before anything is recorded
-        for _ in range(2):
+    with torch.cuda.stream(side):
+        forward(pixels)  # libraries choose their kernels, and layers are compiled, before anything is recorded
+        with _no_waiting():
             forward(pixels)
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        features = forward(pixels)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            features = forward(pixels)
+    finally:
+        torch.cuda.set_stream(stream)  # where a capture breaks off, PyTorch leaves its own in place
     return _Graph(graph, pixels, features)
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Whatever makes the CPU wait for the GPU raises inside. A capture would break off there, and PyTorch then keeps the allocator, and
+    the random generator in some versions, as if it went on: the engine's own sampling can fail much later."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():  # PyTorch says that it does not see every such operation
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def repeats(replayed: Tensor, run: Tensor) -> bool:

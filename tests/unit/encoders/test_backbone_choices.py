@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mllm.encoders.backbones import dependencyvit, dynperceiver, paratranscnn, s4d, snnet, vir
 from mllm.encoders.backbones.dynperceiver_cnn import last_widths
@@ -35,6 +36,29 @@ def linear(x, state, name):
 def batch_norm(x, state, name):
     keys = ("running_mean", "running_var", "weight", "bias")
     return F.batch_norm(x, *(state[f"{name}.{key}"] for key in keys))
+
+
+class Asked(TorchDispatchMode):
+    """Which operations make the CPU wait for what a tensor holds, or give as many rows as it says."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() in ("aten::_local_scalar_dense", "aten::nonzero"):
+            self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("choice", "asks"), [({}, False), ({"exit": 3}, False), ({"confidence": 0.5}, True)])
+def test_only_an_encoder_that_may_stop_early_waits_for_its_pixels(choice, asks):
+    """The others can be captured in a CUDA graph."""
+    spec = {**TINY_PERCEIVER, "output": "latents", "classifier": True, **choice}
+    encoder = build_encoder(encoder_config(spec, where="encoders.x")).eval()
+    with torch.no_grad(), Asked() as asked:
+        encoder(torch.randn(2, 3, 64, 96))
+    assert bool(asked.names) is asks
 
 
 # Dynamic Perceiver ----------------------------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from mllm.encoders.backbones.dynperceiver import DynPerceiverEncoder
+from mllm.encoders.catalogue import build_encoder, encoder_config
 from mllm.models.pipeline import EncoderBank
-from mllm.serve.vllm.encoder_graphs import MAX_BATCH, compile_encoders, repeats, run_blank, sizes_up_to
+from mllm.serve.vllm.encoder_graphs import MAX_BATCH, EncoderGraphs, compile_encoders, repeats, run_blank, sizes_up_to
 from tests.helpers import TINY_CLIP
 
 
@@ -49,3 +51,19 @@ def test_a_graph_that_answers_for_other_pixels_is_told_from_one_that_rounds():
     assert not repeats(run.roll(1, dims=0), run)
     assert not repeats(torch.zeros_like(run), run)
     assert not repeats(torch.full_like(run, float("nan")), run)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_an_encoder_that_waits_for_its_pixels_is_left_out_and_breaks_nothing_on_a_gpu():
+    """A capture that breaks off would leave PyTorch's random generator and allocator as if it went on."""
+    choices = {"whole": {}, "early": {"confidence": 0.5}}
+    spec = {**DynPerceiverEncoder.tiny(), "output": "latents", "classifier": True}
+    encoders = {
+        name: build_encoder(encoder_config({**spec, **choice}, where="x")).cuda().eval()
+        for name, choice in choices.items()
+    }
+    stream = torch.cuda.current_stream()
+    with torch.inference_mode():
+        left = EncoderGraphs(encoders, 2).install(required=False)
+    assert list(left) == ["early"] and torch.cuda.current_stream() == stream
+    assert torch.rand(3, device="cuda").shape == (3,) and torch.cuda.get_sync_debug_mode() == 0
