@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from mllm.errors import ConfigError
 
 _groups_joined = 0
 _destroy: Callable[[], Any] | None = None  # what ends the present group, None: torch
@@ -36,6 +39,20 @@ def local_device() -> torch.device:
         return torch.device("cpu")
     own = torch.cuda.device_count() == 1  # Slurm may show each task its GPU alone
     return torch.device("cuda", 0 if own else int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _meet_at_launchers_address(dist: Any) -> tuple[Any, int, int]:
+    """(store, rank, world size) at MASTER_ADDR and MASTER_PORT. Raises `ConfigError` when another program has that port."""
+    try:
+        return next(dist.rendezvous("env://"))
+    except RuntimeError as error:  # torch's network errors are RuntimeErrors
+        if "EADDRINUSE" not in str(error) and "address already in use" not in str(error):
+            raise
+        port = os.environ.get("MASTER_PORT", "")
+        raise ConfigError(
+            f"MASTER_PORT: port {port} of {socket.gethostname()} is in use by another program; set another before the launcher, the "
+            "same on all machines, as MASTER_PORT=29511"
+        ) from None
 
 
 @contextmanager
@@ -72,7 +89,7 @@ def process_group(
     else:
         # The launcher's store outlives a group, and each group would write its addresses under the same names: a
         # process that joins its second group could read its neighbour's old address and wait for ever.
-        shared, process, processes = next(store.rendezvous("env://"))
+        shared, process, processes = _meet_at_launchers_address(store)
         prefixed = store.PrefixStore(f"mllm_group_{_groups_joined}", shared)
         options |= {"store": prefixed, "rank": process, "world_size": processes}
     if device.type == "cuda":

@@ -52,6 +52,10 @@ class UnavailableError(MllmError, RuntimeError):
     """A feature was asked for that this installation lacks; the message says what to install or change."""
 
 
+class GpuFull(MllmError, RuntimeError):
+    """A GPU has no memory left; the message says which, who holds it, and what takes less."""
+
+
 @contextlib.contextmanager
 def blamed_on(where: str) -> Iterator[None]:
     """Whatever is raised inside is one sample's fault and ends no run: `DataError` that opens with ``where``.

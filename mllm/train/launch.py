@@ -6,8 +6,6 @@ import contextlib
 import importlib
 import os
 import shutil
-import socket
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -17,15 +15,15 @@ from typing import Any
 import torch
 
 from mllm import errors, progress
-from mllm.distributed import local_device, process_group
+from mllm.distributed import process_group
 from mllm.errors import ConfigError, MllmError
 from mllm.machines import placed
 from mllm.noise import hush
+from mllm.train.gpu_memory import tell_busy_gpu
 from mllm.train.meeting import GO_ON, MachineLost, Meeting
 
 PRELOADED = ("mllm.models.build", "mllm.train.run", "mllm.train.stages.sft")
 MEET = "MEET"
-BUSY_SHARE = 0.9
 _BROKEN_LINES = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -150,19 +148,6 @@ def _worker(
         kind = "ConfigError" if isinstance(error, errors.ConfigError) else type(error).__name__
         (Path(folder) / f"error-{process}").write_text(f"{kind}\n{error}", encoding="utf-8")
         raise
-
-
-def tell_busy_gpu() -> None:
-    """A line when other programs hold much of this process's GPU: the plan's memory is then not there."""
-    if not torch.cuda.is_available():
-        return
-    device = local_device()
-    free, total = torch.cuda.mem_get_info(device)
-    if free < BUSY_SHARE * total:
-        sys.stderr.write(
-            f"! GPU {device.index} of {socket.gethostname()}: other programs hold {(total - free) / 1e9:.0f} of "
-            f"{total / 1e9:.0f} GB; end them (nvidia-smi shows which), or choose other GPUs with CUDA_VISIBLE_DEVICES\n"
-        )
 
 
 @contextlib.contextmanager

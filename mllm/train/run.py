@@ -27,6 +27,7 @@ from mllm.train.checkpoint.mirror import Mirror, NotCopied, bring_back, holds_a_
 from mllm.train.checkpoint.resume import LENGTH
 from mllm.train.checkpoint.run_lock import only_run_in
 from mllm.train.engine.base import choose_engine
+from mllm.train.gpu_memory import naming_a_full_gpu
 from mllm.train.launch import launch
 from mllm.train.meeting import meeting
 from mllm.train.observe.run_info import RunInfo
@@ -167,7 +168,7 @@ def _train_recipe(
     recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, profile: int, extend: bool
 ) -> None:
     """The body of every process."""
-    with _naming_a_full_disk(folder):
+    with _naming_a_full_disk(folder), naming_a_full_gpu():
         _train(recipe, folder, resume, stop_after, profile, extend)
 
 

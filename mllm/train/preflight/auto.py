@@ -7,12 +7,14 @@ import torch
 from mllm import distributed, progress
 from mllm.errors import ConfigError
 from mllm.recipe import Recipe
+from mllm.train.gpu_memory import usable_memory
 from mllm.train.preflight.plan import plan_recipe
 
 
 def choose_engines(recipe: Recipe) -> None:
     """Say of every stage with ``engine: auto`` what it is here: the engine that shares least and whose planned memory fits
-    the smallest GPU of the run. One process, or processes without GPUs, share nothing. All processes must call it.
+    the smallest GPU of the run (of one that other programs fill, what they leave). One process, or processes without GPUs, share
+    nothing. All processes must call it.
 
     Raises `ConfigError` for a recipe without a language model.
     """
@@ -26,7 +28,7 @@ def choose_engines(recipe: Recipe) -> None:
     processes = distributed.world_size()
     if processes == 1 or not torch.cuda.is_available():
         return
-    memory = min(distributed.gather_objects(torch.cuda.get_device_properties(distributed.local_device()).total_memory))
+    memory = min(distributed.gather_objects(usable_memory()))
     chosen = {}
     if distributed.is_main():
         with progress.phase("choosing engines"):

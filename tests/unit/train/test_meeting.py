@@ -6,10 +6,11 @@ import socket
 import threading
 
 import pytest
+import torch
 
-from mllm.errors import ConfigError
+from mllm.errors import ConfigError, GpuFull
 from mllm.machines import Machines
-from mllm.train import agreement, launch
+from mllm.train import agreement, gpu_memory, launch
 from mllm.train.meeting import MachineLost, meeting
 from tests.helpers import free_port
 
@@ -85,11 +86,26 @@ def test_a_gpu_that_others_fill_is_told(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (140e9, 141e9))
-    launch.tell_busy_gpu()
+    gpu_memory.tell_busy_gpu()
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (70e9, 141e9))
-    launch.tell_busy_gpu()
+    gpu_memory.tell_busy_gpu()
     assert "! GPU 1 of " in (told := capsys.readouterr().err) and "hold 71 of 141 GB" in told
+
+
+@pytest.mark.parametrize(("free", "cure"), [(1e9, "max_tokens_per_batch"), (0.0, "nvidia-smi")])
+def test_a_full_gpu_is_one_line_that_says_who_holds_it(monkeypatch, free, cure):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, 141e9))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 139e9 if free else 70e9)
+    for raised in (torch.OutOfMemoryError("Tried to allocate"), RuntimeError("CUDA error: out of memory")):
+        with pytest.raises(GpuFull) as error, gpu_memory.naming_a_full_gpu():
+            raise raised
+        assert cure in str(error.value) and "--resume" in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(RuntimeError, match="shape"), gpu_memory.naming_a_full_gpu():
+        raise RuntimeError("shape mismatch")
+    assert gpu_memory.usable_memory() == (141e9 if free else 70e9), "what engine: auto plans with"
 
 
 @pytest.mark.parametrize(("text", "lost"), [("gloo: Connection closed by peer [10.0.0.2]:41", True), ("a bug", False)])
