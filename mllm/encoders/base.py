@@ -36,6 +36,14 @@ class EncoderConfig(StrictModel):
         assert self.info is not None, f"config of encoder {self.type} is not resolved"
         return self.info
 
+    def check_frames(self, frames: int, name: str) -> None:
+        """Raise `ConfigError` where an encoder that reads the frames of a video together cannot take so many.
+
+        Args:
+            frames: the most that it is given of a video; 0: the model takes none.
+            name: the encoder's own in its model.
+        """
+
 
 class VisionEncoder(nn.Module):
     """Pixels of one encoder's own size to a feature grid.

@@ -19,6 +19,14 @@ from mllm.types import Grid, VisionFeatures
 class VivitEncoderConfig(HfConfig):
     """``architecture: {model_type: vivit, num_frames, tubelet_size: [frames, rows, columns], …}`` of transformers."""
 
+    def check_frames(self, frames: int, name: str) -> None:
+        clip = vision_config(self.known_architecture).num_frames
+        if frames > clip:
+            raise ConfigError(
+                f"model.encoders.{name}: its clips have {clip} frames, and a video has up to {frames}; add model.video.fewer: "
+                f"{{{name}: {clip}}} or lower model.video.frames (or max_frames)"
+            )
+
 
 class VivitEncoder(HfEncoder):
     """The frames of a visual are one clip of ``num_frames``; every frame is given the tokens of the tubelet that it lies in.

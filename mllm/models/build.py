@@ -80,6 +80,8 @@ def build_config(
                 )
     if connector is not None:
         check_views(spec, encoders)
+        for name, encoder in encoders.items():
+            encoder.check_frames(0 if rules.video is None else rules.video.fewer.get(name, rules.video.most), name)
     text = text_config(spec.text_model)
     check_language_model(text)
     if connector is not None and (rules.view.levels or rules.view.beside):

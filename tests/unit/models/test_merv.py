@@ -12,11 +12,12 @@ from mllm.data.collate import collate
 from mllm.encoders.catalogue import build_encoder, encoder_config
 from mllm.encoders.vivit import VivitEncoder
 from mllm.errors import ConfigError
+from mllm.models.build import build_config
 from mllm.processing.chat import encode_sample
 from mllm.testing.connectors import sample_features
 from mllm.testing.encoders import build_example
 from mllm.types import Block, VisualLayout
-from tests.helpers import TINY_CLIP, picture, tiny_model
+from tests.helpers import TINY_CLIP, picture, tiny_model, tiny_spec
 from tests.unit.models.test_fewer_frames import film
 from tests.unit.models.test_video import by_call, sample
 
@@ -90,6 +91,25 @@ def test_two_frames_become_one_set_by_the_published_pooling():
         torch.testing.assert_close(tokens[place], mixed[0], atol=1e-5, rtol=1e-4)
     with pytest.raises(ConfigError, match="pooling attentive reads each frame by itself; frames: 2 needs average"):
         build_connector({**spec, "frames": 2, "pooling": "attentive", "num_heads": 2}, encoders, width)
+
+
+def test_videos_longer_than_a_clip_are_refused_before_anything_is_built(tmp_path):
+    encoders = {"language": dict(TINY_CLIP), "temporal": CLIPS}
+    with pytest.raises(
+        ConfigError,
+        match=r"model.encoders.temporal: its clips have 4 frames, and a video has up to 6; add model.video.fewer: {temporal: 4}",
+    ):
+        build_config(
+            tiny_spec(str(tmp_path), video={"frames": 6}, encoders=encoders, connector={"type": "merv", "grid": [2, 2]})
+        )
+    build_config(
+        tiny_spec(
+            str(tmp_path),
+            video={"frames": 6, "fewer": {"temporal": 4}},
+            encoders=encoders,
+            connector={"type": "merv", "grid": [2, 2]},
+        )
+    )
 
 
 def test_a_model_of_three_encoders_with_times_of_their_own_trains_and_answers(tmp_path):
