@@ -15,7 +15,7 @@ from mllm.damage import opening
 from mllm.errors import ConfigError, DataError
 from mllm.heads.segmentation.answer import Segments
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
-from mllm.processing.chat import render_prompt, routing_inputs
+from mllm.processing.chat import longest_conversation, render_prompt, routing_inputs
 from mllm.processing.images import load_image
 from mllm.processing.protocol import Processor
 from mllm.types import IMAGE_MARK, Turn, Video
@@ -221,22 +221,3 @@ class ChatSession:
             )
             raise DataError(f"the conversation{pictures} has {length} tokens, and this model reads {limit}: {cure}")
         return limit - length
-
-
-def longest_conversation(text_config: Any) -> int | None:
-    """Count the tokens that a language model reads, as vLLM derives them: its positions, times what its rotary embedding is
-    stretched by.
-
-    Args:
-        text_config: the language model's config.
-
-    Returns:
-        Tokens of prompt and answer; None where the config does not say.
-    """
-    limit = getattr(text_config, "max_position_embeddings", None)
-    if not limit:
-        return None
-    rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
-    if rope.get("rope_type", rope.get("type")) in ("yarn", "linear", "dynamic"):
-        limit = (rope.get("original_max_position_embeddings") or limit) * rope.get("factor", 1.0)
-    return int(limit)

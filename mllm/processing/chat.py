@@ -315,3 +315,22 @@ def _shorten(
             f"Raise max_length, or use a connector with fewer tokens per image ({longest})"
         )
     return ids[:cut], labels[:cut]
+
+
+def longest_conversation(text_config: Any) -> int | None:
+    """Count the tokens that a language model reads, as vLLM derives them: its positions, times what its rotary embedding is
+    stretched by.
+
+    Args:
+        text_config: the language model's config.
+
+    Returns:
+        Tokens of prompt and answer; None where the config does not say.
+    """
+    limit = getattr(text_config, "max_position_embeddings", None)
+    if not limit:
+        return None
+    rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) in ("yarn", "linear", "dynamic"):
+        limit = (rope.get("original_max_position_embeddings") or limit) * rope.get("factor", 1.0)
+    return int(limit)

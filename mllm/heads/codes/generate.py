@@ -15,7 +15,7 @@ from mllm.errors import ConfigError
 from mllm.heads.base import MultimodalModel
 from mllm.heads.codes.decoding import CachedDecoder, Drawing, SampleNoise, draw_codes
 from mllm.heads.codes.targets import drop_text, evaluating, first_of_sample
-from mllm.processing.chat import encode_pixels, encode_text, render_prompt, split_images
+from mllm.processing.chat import encode_pixels, encode_text, longest_conversation, render_prompt, split_images
 from mllm.processing.layout import IMAGE_SIZES, expand
 from mllm.processing.protocol import Processor, TextTokenizer
 from mllm.processing.visual_span import VisualSpan
@@ -153,6 +153,14 @@ def _prompt_embeddings(
     guided = drawing.guidance != 1.0
     if guided and negative is not None:
         rows += [prompt_prefix(processor, negative, "negative_prompt")] * len(prompts)
+    assert processor.span is not None
+    limit = longest_conversation(model.config.text_config)
+    for number, row in enumerate(rows):
+        if limit is not None and (needed := len(row) + processor.span.length - 1) > limit:
+            name = f"prompt {number}" if number < len(prompts) else "negative_prompt"
+            raise ConfigError(
+                f"{name}: with its drawing it has {needed} tokens, and this model reads {limit}; shorten it"
+            )
     ids, mask = _left_pad(rows, tokens["null"], device)
     if guided and negative is None:
         last = ids.shape[1] - 1

@@ -93,6 +93,7 @@ def test_a_head_that_vllm_cannot_run_draws_at_the_same_endpoint(tmp_path, head, 
         {"style": "vivid"},
         {"background": "transparent"},
         {"stream": True},
+        {"prompt": "seven " * 600},
     ]
 
     async def go():
