@@ -90,3 +90,20 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_built(changes, 
     recipe = _recipe(tmp_path, **changes)
     with pytest.raises(ConfigError, match=word):
         kind_of(recipe.stages[0]).check(recipe.stages[0], recipe)
+
+
+def test_an_encoder_that_every_picture_is_seen_without_learns_nothing(tmp_path):
+    stage = {
+        "name": "sft",
+        "steps": 2,
+        "data": {"format": "llava", "path": _data(tmp_path / "pairs")},
+        "learn": {"encoders": 1e-3, "connector": 1e-3},
+        "optimizer": {"type": "adamw", "weight_decay": 0.0},
+        "options": {"drop_encoders": {"left": 1.0}},
+    }
+    model = {"encoders": {"left": TINY_CLIP, "right": TINY_CLIP}, "connector": {"type": "channel_concat"}}
+    run_recipe(make_recipe(tmp_path, stages=[{**stage, "name": "one", "steps": 1}, stage], model=model))
+    states = [load_file(tmp_path / "run" / name / "model.safetensors") for name in ("one", "final")]
+    moved = {k: not torch.equal(v, states[1][k]) for k, v in states[0].items() if "encoders." in k}
+    assert not any(change for key, change in moved.items() if "encoders.left." in key)
+    assert any(change for key, change in moved.items() if "encoders.right." in key)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import Field
+
 from mllm.config import StrictModel, validate
 from mllm.errors import ConfigError
 from mllm.recipe import StageSpec
 from mllm.train.checkpoint.export import save_stage
+from mllm.train.drop_encoders import DropEncoders, check_chances
 from mllm.train.engine.base import choose_engine
 from mllm.train.robust import Robust, RobustOptions
 from mllm.train.stages.kind import StageKind
@@ -20,12 +23,15 @@ class SftOptions(StrictModel):
 
     robust: RobustOptions | None = None
     """Harder pictures while it learns."""
+    drop_encoders: dict[str, float] = Field(default_factory=dict)
+    """Encoder → share of the pictures that are seen without it while the stage learns (`mllm.train.drop_encoders`); 1: never seen."""
 
 
 def check_sft(stage: StageSpec) -> SftOptions:
     """The stage's options. Raises `ConfigError` for settings that do not go together."""
     where = f"stages.{stage.name}"
     options = validate(SftOptions, stage.options, where=f"{where}.options")
+    check_chances(options.drop_encoders, f"{where}.options.drop_encoders")
     if options.robust is not None and stage.cache_features:
         raise ConfigError(
             f"{where}.cache_features: options.robust changes the pictures, so their features cannot be kept; leave one out"
@@ -47,13 +53,18 @@ class SftStage(StageKind):
     @classmethod
     def train(cls, run: Run, stage: StageSpec, previous: Path | None, folder: Path) -> bool:
         model, processor = start_model(run.recipe, stage, previous)
-        robust = check_sft(stage).robust
-        handle = None
+        options = check_sft(stage)
+        robust, handle, dropping = options.robust, None, None
         if robust is not None:
             if model.model.vision_tower is None:
                 raise ConfigError(f"stages.{stage.name}.options.robust: this model sees no pictures; leave it out")
             handle = Robust(robust, model).attach(model)
+        if options.drop_encoders:
+            where = f"stages.{stage.name}.options.drop_encoders"
+            dropping = DropEncoders(options.drop_encoders, model, where).attach()
         engine = train(run, stage, model, processor)
+        if dropping is not None:
+            dropping.remove()
         if handle is not None:
             handle.remove()
         del model

@@ -128,7 +128,14 @@ def test_every_arm_of_the_study_sees_as_many_visual_tokens():
     arms, costs = load_arms("real_charts"), {}
     for name, arm in arms.arms.items():
         if arm.checkpoint is None:
-            costs[name] = picture_cost(load_recipe(arm.recipe or arms.recipe, arm.overrides))
+            recipe = load_recipe(arm.recipe or arms.recipe, arm.overrides)
+            costs[name] = picture_cost(recipe)
+            experts = set((recipe.model.router or {}).get("experts", ()))
+            for stage in recipe.stages:  # what training would refuse after the parts are read
+                dropped = set(stage.options.get("drop_encoders", ()))
+                assert not dropped or (
+                    dropped <= set(recipe.model.encoders) - experts and len(recipe.model.encoders) > 1
+                )
     assert {name: cost["tokens"] for name, cost in costs.items()} == dict.fromkeys("ABCDEFGH", 196)
     assert costs["A"]["vision"] > costs["B"]["vision"] and costs["G"]["vision"] > 3 * costs["A"]["vision"]
     assert costs["F"]["vision"] < costs["A"]["vision"] and costs["A"]["language"] == costs["B"]["language"]
