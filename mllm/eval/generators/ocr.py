@@ -19,12 +19,19 @@ from mllm.eval.generators.base import GeneratorSettings
 from mllm.eval.generators.hf import HFGenerator
 from mllm.install import package_hint
 from mllm.parts.get import is_part, part_folder
-from mllm.types import IMAGE_MARK, Request, Response
+from mllm.types import IMAGE_MARK, Request, Response, Turn
 
 _INTRODUCTION = "Text in the picture, line by line:"
 _NOTHING = "(no text)"
-_FORM = "Answer with one word, name or number alone."
-"""The language model was never shown the form of answers; without this sentence it writes sentences, and is wrong by that alone."""
+_SHOWN = "Fruit sold in 1998\nApples  12\nPears  31\nFigs  7"
+_EXAMPLES = (
+    ("What is the value for Pears?", "31"),
+    ("Which has the lowest value?", "Figs"),
+    ("Is Apples higher than Pears?", "no"),
+    ("What is the value for Plums?", "not in the chart"),
+)
+"""The language model was never shown the form of answers. Without examples it writes sentences, all of which are wrong by their form: of
+96 answers to charts none was right, though numbers stood in them."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +119,11 @@ class OcrGenerator:
         return cls(model, reader)
 
     def fingerprint(self) -> str:
-        """The language model's, and the OCR engine's version."""
-        return f"ocr:{type(self.reader).__name__}:{getattr(self.reader, 'version', '')}:{self.model.fingerprint()}"
+        """The language model's, the OCR engine's version and what the model is shown beforehand."""
+        shown = hashlib.sha256(repr((_INTRODUCTION, _NOTHING, _SHOWN, _EXAMPLES)).encode()).hexdigest()[:8]
+        return (
+            f"ocr:{type(self.reader).__name__}:{getattr(self.reader, 'version', '')}:{shown}:{self.model.fingerprint()}"
+        )
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Response]:
         """Answers to the questions below the words of their pictures; a picture that cannot be read gives an error."""
@@ -130,12 +140,11 @@ class OcrGenerator:
         yield from failed
 
     def _in_words(self, request: Request) -> Request:
-        pictures, turns = iter(request.images), []
+        pictures, turns = iter(request.images), list(_examples())
         for turn in request.turns:
             first, *rest = turn.content.split(IMAGE_MARK)
             content = first + "".join(f"{self._words(next(pictures))}\n\n{part.lstrip()}" for part in rest)
             turns.append(replace(turn, content=content))
-        turns[-1] = replace(turns[-1], content=f"{turns[-1].content}\n{_FORM}")
         return replace(request, turns=turns, images=[])
 
     def _words(self, picture: Any) -> str:
@@ -144,3 +153,9 @@ class OcrGenerator:
             lines = lines_of(self.reader.read(picture))
             self._known[key] = "\n".join([_INTRODUCTION, *(lines or [_NOTHING])])
         return self._known[key]
+
+
+def _examples() -> Iterator[Turn]:
+    for number, (question, answer) in enumerate(_EXAMPLES):
+        yield Turn("user", f"{_INTRODUCTION}\n{_SHOWN}\n\n{question}" if number == 0 else question)
+        yield Turn("assistant", answer)

@@ -50,6 +50,7 @@ def test_questions_are_asked_below_the_words_of_their_picture():
     ]
     found = {response.id: response for response in generator.generate(requests)}
     prompt = found["a"].prompt
+    assert "<assistant>not in the chart<user>" in prompt, "the form of answers is shown"
     assert prompt.index("title") < prompt.index("Ada  12") < prompt.index("Who a?") and IMAGE_MARK not in prompt
     assert found["b"].error is None and found["c"].error == "ValueError: no picture" and set(found) == set(pictures)
     assert reader.asked == 2, "one picture is read once"
