@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mllm.errors import ConfigError, did_you_mean
 from mllm.types import VisionFeatures, VisualLayout
+
+if TYPE_CHECKING:
+    from mllm.models.modeling_mllm import MllmForConditionalGeneration
 
 
 def check_chances(chances: Mapping[str, float], where: str) -> None:
@@ -32,16 +35,17 @@ def check_chances(chances: Mapping[str, float], where: str) -> None:
 class DropEncoders:
     """Before the connector, in training: each picture loses at most one encoder, by the chances given."""
 
-    def __init__(self, chances: Mapping[str, float], model: Any, where: str):
+    def __init__(self, chances: Mapping[str, float], model: MllmForConditionalGeneration, where: str):
         """Raises `ConfigError` for an encoder that is not there, is routed, is the only one, or sees pictures at their own size."""
         inner = model.model
-        names = [] if inner.vision_tower is None else list(inner.vision_tower.encoders)
+        tower = inner.vision_tower
+        names, experts = ([], []) if tower is None else (list(tower.encoders), list(tower.experts))
         for name in chances:
             if name not in names:
                 raise ConfigError(
                     f"{where}: the model has no encoder {name!r}{did_you_mean(name, names)} (it has {', '.join(names) or 'none'})"
                 )
-            if name in inner.vision_tower.experts:
+            if name in experts:
                 raise ConfigError(
                     f"{where}: {name} is an expert, which the router switches off by itself; leave it out"
                 )
