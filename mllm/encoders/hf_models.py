@@ -131,19 +131,23 @@ def new_model(full: PreTrainedConfig, attention: str = "sdpa") -> nn.Module:
         model = cls._from_config(full, attn_implementation="eager")
     for module in model.modules():
         if hasattr(type(module), _INDEX):
-            setattr(module, _INDEX, partial(_relative_index, type(module)))
+            static = isinstance(inspect.getattr_static(type(module), _INDEX), staticmethod)
+            setattr(module, _INDEX, partial(_relative_index, type(module), () if static else (None,)))
     return unwrap(model)
 
 
-@lru_cache(maxsize=32)
-def _relative_index(owner: Any, window_size: tuple[int, int]) -> torch.Tensor:
+def _relative_index(owner: Any, first: tuple[Any, ...], window_size: tuple[int, int]) -> torch.Tensor:
     """BEiT's table of relative places, on the CPU whatever the default device. transformers keeps the first one that is computed: after a
     pass on the meta device, which measures an encoder, every later model of the process would read numbers that are none."""
-    found = inspect.getattr_static(owner, _INDEX)
-    static = isinstance(found, staticmethod)
-    compute = inspect.unwrap(found.__func__ if static else found)  # not the one that remembers
+    if torch.compiler.is_compiling():  # nothing is remembered then
+        return getattr(owner, _INDEX)(*first, window_size)
+    return _remembered(owner, first, window_size)
+
+
+@lru_cache(maxsize=32)
+def _remembered(owner: Any, first: tuple[Any, ...], window_size: tuple[int, int]) -> torch.Tensor:
     with torch.device("cpu"):
-        return compute(window_size) if static else compute(None, window_size)
+        return inspect.unwrap(getattr(owner, _INDEX))(*first, window_size)
 
 
 def prepare(full: PreTrainedConfig) -> None:

@@ -85,3 +85,19 @@ def test_a_depth_models_backbone_is_read_from_its_checkpoint(tmp_path, monkeypat
     hidden = whole(pixel_values=pixels, output_hidden_states=True).hidden_states
     expected = torch.cat([hidden[2], hidden[4]], dim=-1)[:, 1:]
     torch.testing.assert_close(encoder(pixels).tokens, expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_relative_places_are_traced_into_one_graph():
+    spec = {"type": "hf", "architecture": {"model_type": "beit", **SMALL, "image_size": 32, "patch_size": 16,
+                                           "use_relative_position_bias": True}, "resize": "squash"}  # fmt: skip
+    encoder = build_encoder(encoder_config(spec, where="x")).eval()
+    for parameter in encoder.parameters():
+        parameter.normal_(std=0.2)
+    pixels = torch.randn(2, 3, 32, 32)
+    plain = encoder(pixels).tokens
+    torch.compiler.reset()
+    for module in encoder.modules():
+        if type(module).__name__ == "BeitLayer":
+            module.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(encoder(pixels).tokens, plain, atol=1e-5, rtol=1e-4)
