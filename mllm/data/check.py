@@ -26,7 +26,7 @@ from mllm.data.quarantine import (
 )
 from mllm.data.sources import Source, open_source
 from mllm.data.spec import DatasetSpec
-from mllm.errors import AlignmentError, DataError, MissingFile, blamed_on
+from mllm.errors import AlignmentError, ConfigError, DataError, MissingFile, blamed_on
 from mllm.processing.codes import read_codes
 from mllm.processing.frames import VideoSpec
 from mllm.processing.images import load_image
@@ -163,6 +163,12 @@ def check(
     for it too) or beside the data, where training looks. The list is replaced, and is empty when all is well.
     """
     source = dataset if isinstance(dataset, Source) else open_source(_spec(dataset))
+    writes = write if write is not None else quarantine is not None
+    if writes and source.shards is not None:
+        raise ConfigError(
+            f"{source.name} lies in shards, whose rows have no number that a quarantine list could leave out; damaged rows are replaced "
+            "while training (max_bad_share), or write the shards without them"
+        )
     total = min(len(source), limit or len(source))
     work = partial(_check_rows, source, processor, max_length)
     parts = chunks(total, 64 if total > 512 else max(1, total // max(processes, 1) or 1))
@@ -173,7 +179,7 @@ def check(
             advance(len(part))
     report = _report(source, rows, counted=processor is not None)
     report.recognised = source.spec.recognised
-    if write if write is not None else quarantine is not None:
+    if writes:
         report.quarantine = Path(quarantine) if quarantine else source.quarantine_path()
         head = {
             "dataset": report.name,

@@ -215,7 +215,7 @@ class ColumnsSource(Source):
         if isinstance(self._table, Files):
             known = keys_of(self._table, [name for name in needed if name != "question"])
         elif self.shards is not None:
-            known = [str(name) for name in self.shards[0].row or {}]
+            known = [str(name) for name in self.shards.first_row()]
         else:
             known = self._table.column_names
         if known is None:  # a stream whose features are not declared
@@ -233,7 +233,7 @@ class ColumnsSource(Source):
     def _refuse_forgotten_pictures(self) -> None:
         """Raises `ConfigError` when a table of pictures is declared without any: every row would be learned blind."""
         if self.shards is not None:
-            row = self.shards[0].row or {}
+            row = self.shards.first_row()
             pictures = [name for name, value in row.items() if holds_picture(name, value)]
         else:
             features = None if isinstance(self._table, Files) else self._table.features

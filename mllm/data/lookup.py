@@ -9,6 +9,7 @@ from typing import Any
 from mllm import assets
 from mllm.config import read_yaml, validate
 from mllm.data.recognise import is_data, recognise
+from mllm.data.shards.names import is_sharded
 from mllm.data.spec import DatasetSpec, MixtureItem, MixtureSpec
 from mllm.errors import ConfigError, UnknownName
 
@@ -81,6 +82,11 @@ def _named(name: str) -> MixtureSpec:
 
 
 def _is_data(name: str) -> bool:
+    if is_sharded(name) and not Path(name).is_dir() and not name.endswith((".yaml", ".yml")):
+        raise ConfigError(
+            f"{name}: shards need a declaration, which says how they are read: {{format: llava, path: '{name}', rows: …}} (or format "
+            "sharegpt, messages, columns)"
+        )
     return name not in assets.available("data/datasets") and is_data(name)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from mllm.data.shards.names import PARQUET, find_shards, is_tar
@@ -40,6 +41,8 @@ class ShardRows:
         self.rows = rows
         self._reading: Iterator[Item] | None = None
         self._next = 0
+        self._end: int | None = None
+        """How many there are, once that is known."""
 
     def __len__(self) -> int:
         return self.rows
@@ -55,19 +58,28 @@ class ShardRows:
         return hashlib.sha256(json.dumps([list(self.sizes.items()), self.rows]).encode()).hexdigest()
 
     def __getitem__(self, index: int) -> Item:
-        """The ``index``-th row that can be read. Raises `DataError` when there are fewer, naming what could not be."""
+        """The ``index``-th row, or why it is none. Raises `DataError` when there are fewer."""
+        if self._end is not None and index >= self._end:
+            raise DataError(
+                f"{self.where}: the {len(self.shards)} shards hold {self._end} rows, and rows says {self.rows}; correct it"
+            )
         if self._reading is None or index < self._next:
             self._reading, self._next = self._all(), 0
-        problem = ""
         for item in self._reading:
-            if item.row is None:
-                problem = f" ({item.shard}, row {item.number}: {item.problem})"
-                continue
             self._next += 1
             if self._next > index:
                 return item
-        self._reading = None
-        raise DataError(f"{self.where}: the {len(self.shards)} shards hold no row {index}{problem}")
+        self._end, self._reading = self._next, None
+        return self[index]
+
+    def first_row(self) -> Mapping[str, Any]:
+        """The first row that can be read. Raises `DataError` when the first hundred cannot."""
+        problem = "they are empty"
+        for item in islice(self._all(), 100):
+            if item.row is not None:
+                return item.row
+            problem = f"{item.shard}, row {item.number}: {item.problem}"
+        raise DataError(f"{self.where}: no row of the {len(self.shards)} shards can be read ({problem})")
 
     def _all(self) -> Iterator[Item]:
         for shard in self.shards:

@@ -14,6 +14,7 @@ import fsspec
 import fsspec.implementations.local
 import pytest
 
+from mllm.data.check import check
 from mllm.data.collate import Batch
 from mllm.data.dataset import DropLog, dropped_rows
 from mllm.data.lookup import load_mixture
@@ -348,6 +349,20 @@ def test_settings_that_shards_cannot_have_are_refused(folder):
         Mixture(declared("gs://bucket"))
     with pytest.raises(ConfigError, match="nosuch"):
         Mixture(declared("nosuch://bucket"))
+
+
+def test_a_check_names_what_training_would_replace(folder, tmp_path):
+    twice = tar([*members(0)[:1], *members(0), *members(1), ("s002.json", b"{")])
+    (tmp_path / "a.tar").write_bytes(twice)
+    spec = load_mixture(declared("", path=str(tmp_path / "a.tar"), rows=5)).datasets[0].dataset
+    report = check(spec, progress=False)
+    reasons = [problem.reason for problem in report.problems]
+    assert len(reasons) == 4 and "two members" in reasons[0] and "not valid JSON" in reasons[1]
+    assert "hold 3 rows, and rows says 5" in reasons[3]
+    with pytest.raises(ConfigError, match="no number that a quarantine list could leave out"):
+        check(spec, progress=False, write=True)
+    with pytest.raises(ConfigError, match="shards need a declaration"):
+        load_mixture(f"{folder}/{PATTERN}.tar")
 
 
 def test_names_with_braces():
