@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mllm import distributed
+from mllm.data.dataset import DataStream
 from mllm.errors import AlignmentError, ConfigError, DataError, UnavailableError
 from mllm.processing.chat import encode_sample
 from mllm.processing.image_processor import MllmImageProcessor
@@ -92,6 +93,7 @@ def use_cache(
     display.print(f"{stored:,} newly computed, {total - stored - failed:,} there already, {failed:,} cannot be decoded")
     reader = CachedImageProcessor(stores, dict(model.model.pixel_keys), DTYPES[stage.dtype], model.model.rules)
     cached: Any = CachedProcessor(processor, reader)
+    assert isinstance(data.stream, DataStream)  # a recipe with shards and cache_features is refused
     data.stream.dataset.encode = partial(encode_sample, cached, max_length=stage.max_length)
     stack.enter_context(FeaturesInPlaceOfPixels(model))
     return True
