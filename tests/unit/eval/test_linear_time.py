@@ -31,7 +31,7 @@ SAMPLES = {
     "vsibench": ("5", {"question_type": "object_counting"}),
     "vsibench_reward": ("5", {"question_type": "object_counting"}),
 }
-TEXT_METRICS = [name for name in METRICS if name not in ("mask_iou", "psnr", "ssim")]
+TEXT_METRICS = [name for name in METRICS if METRICS.get(name).reads_text]
 
 
 @pytest.mark.parametrize("name", TEXT_METRICS)
