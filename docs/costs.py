@@ -49,15 +49,19 @@ def memory_of_stages(recipe: Any) -> list[tuple[str, int]]:
     """(stage, bytes of one process at its peak) as `mllm plan NAME --no-data` computes it: rows of max_length, the recipe's own number of
     GPUs. Empty where the recipe needs files that a run makes."""
     from mllm.errors import MllmError
+    from mllm.recipe_of_stage import parts_of_run
     from mllm.train.preflight.plan import plan_recipe
     from mllm.train.preflight.tokenizer_plan import plan_tokenizer
 
-    planner = plan_recipe if recipe.model.language_model is not None else plan_tokenizer
-    try:
-        planned = planner(recipe, processes=gpus(recipe), with_data=False)
-    except (MllmError, OSError):
-        return []
-    return [(stage.name, stage.peak) for stage in planned.stages]
+    found: list[tuple[str, int]] = []
+    for part in parts_of_run(recipe, recipe.output_dir):
+        planner = plan_recipe if part.model.language_model is not None else plan_tokenizer
+        try:
+            planned = planner(part, processes=gpus(recipe), with_data=False)
+        except (MllmError, OSError):
+            return []
+        found += [(stage.name, stage.peak) for stage in planned.stages]
+    return found
 
 
 def memory_row(recipe: Any, name: str) -> tuple[str, str]:
