@@ -12,9 +12,9 @@ from mllm.connectors import CONNECTORS
 from mllm.connectors.base import Connector, ConnectorConfig
 from mllm.connectors.layers import (
     ProjectorConfig,
+    asking_and_answering,
     attend,
     build_projector,
-    known_encoder,
     merge_heads,
     read_features,
     shown,
@@ -74,21 +74,7 @@ class AttentionBiasConfig(ConnectorConfig):
 
     def roles(self, encoders: Mapping[str, EncoderInfo]) -> tuple[str, str]:
         """Names of the asking and the answering encoder. Raises `ConfigError`."""
-        if len(encoders) != 2:
-            raise ConfigError(
-                f"connector attention_bias: takes exactly two encoders, the model has {len(encoders)}: "
-                f"{', '.join(encoders) or 'none'}"
-            )
-        names = list(encoders)
-        query, source = self.query, self.source
-        for key, name in (("query", query), ("source", source)):
-            if name is not None:
-                known_encoder(f"connector attention_bias: {key}", name, encoders)
-        query = query or next(name for name in names if name != source)
-        source = source or next(name for name in names if name != query)
-        if query == source:
-            raise ConfigError(f"connector attention_bias: query and source are both {query!r}; they are two encoders")
-        return query, source
+        return asking_and_answering("attention_bias", encoders, self.query, self.source)
 
 
 @CONNECTORS.register("attention_bias")

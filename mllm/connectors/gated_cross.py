@@ -17,9 +17,9 @@ from mllm.connectors import CONNECTORS
 from mllm.connectors.base import Connector, ConnectorConfig
 from mllm.connectors.layers import (
     ProjectorConfig,
+    asking_and_answering,
     attend,
     build_projector,
-    known_encoder,
     merge_heads,
     read_features,
     split_heads,
@@ -75,18 +75,7 @@ class GatedCrossConfig(ConnectorConfig):
 
     def roles(self, encoders: Mapping[str, EncoderInfo]) -> tuple[str, str]:
         """Names of the asking and the answering encoder. Raises `ConfigError`."""
-        if len(encoders) != 2:
-            raise ConfigError(
-                f"connector gated_cross: takes exactly two encoders, the model has {len(encoders)}: {', '.join(encoders) or 'none'}"
-            )
-        for key, name in (("query", self.query), ("source", self.source)):
-            if name is not None:
-                known_encoder(f"connector gated_cross: {key}", name, encoders)
-        query = self.query or next(name for name in encoders if name != self.source)
-        source = self.source or next(name for name in encoders if name != query)
-        if query == source:
-            raise ConfigError(f"connector gated_cross: query and source are both {query!r}; they are two encoders")
-        return query, source
+        return asking_and_answering("gated_cross", encoders, self.query, self.source)
 
 
 @CONNECTORS.register("gated_cross")

@@ -226,6 +226,25 @@ def known_encoder(where: str, name: str, encoders: Iterable[str]) -> str:
     return name
 
 
+def asking_and_answering(
+    connector: str, encoders: Mapping[str, EncoderInfo], query: str | None, source: str | None
+) -> tuple[str, str]:
+    """Names of the encoder whose tokens ask and of the one whose tokens answer. query, source: those of the config; default: the first
+    and the other. Raises `ConfigError` for other than two encoders, an unknown one and one in both roles."""
+    if len(encoders) != 2:
+        raise ConfigError(
+            f"connector {connector}: takes exactly two encoders, the model has {len(encoders)}: {', '.join(encoders) or 'none'}"
+        )
+    for key, name in (("query", query), ("source", source)):
+        if name is not None:
+            known_encoder(f"connector {connector}: {key}", name, encoders)
+    query = query or next(name for name in encoders if name != source)
+    source = source or next(name for name in encoders if name != query)
+    if query == source:
+        raise ConfigError(f"connector {connector}: query and source are both {query!r}; they are two encoders")
+    return query, source
+
+
 def read_features(
     encoders: Mapping[str, EncoderInfo], features: Mapping[str, VisionFeatures], routing: Routing | None = None
 ) -> dict[str, Tensor]:

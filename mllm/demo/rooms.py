@@ -16,15 +16,8 @@ import numpy as np
 from PIL import Image
 
 from mllm.demo.charts_and_digits import learn_bpe
+from mllm.demo.clips import COLOURS
 
-COLOURS = {
-    "red": (220, 40, 40),
-    "green": (40, 170, 60),
-    "blue": (50, 80, 220),
-    "yellow": (235, 210, 40),
-    "purple": (150, 60, 190),
-    "orange": (245, 140, 30),
-}
 SIZE, FRAMES, MILLISECONDS, VIEW = 32, 6, 500, 70.0
 """Pixels of a frame's side, frames of a clip, how long each is shown, and the field of view in degrees."""
 HEIGHT, HALF = 1.2, 3.5

@@ -188,6 +188,18 @@ def encoded_picture(kind: str) -> bytes:
     return buffer.getvalue()
 
 
+def every_path_says_the_same(folder: str, report: Path, *, cases: int) -> None:
+    """`mllm parity` finds the tokens of `generate`, and logits as close, by a forward pass and in vLLM one by one and together."""
+    done = run(
+        *("-m", "mllm.cli.main", "parity", folder, "--cases", str(cases), "--tokens", "6", "--output", str(report)),
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads(report.read_text())
+    assert {d["path"] for d in found["differences"]} == {"forward", "vLLM one by one", "vLLM batched, caches warm"}
+    assert all(d["first"] is None and not d["notes"] for d in found["differences"])
+    assert max(d["gap"] for d in found["differences"]) < 1e-3
+
+
 def test_images_read_through_a_visual_tokenizer_get_the_tokens_of_generate(tmp_path):
     """The checkpoint also holds the tokenizer a second time, under its own name, and a visual head."""
     pytest.importorskip("vllm")
@@ -195,15 +207,7 @@ def test_images_read_through_a_visual_tokenizer_get_the_tokens_of_generate(tmp_p
     folder = str(tmp_path / "checkpoint")
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    report = tmp_path / "report.json"
-    done = run(
-        *("-m", "mllm.cli.main", "parity", folder, "--cases", "7", "--tokens", "6", "--output", str(report)),
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    found = json.loads(report.read_text())
-    assert {d["path"] for d in found["differences"]} == {"forward", "vLLM one by one", "vLLM batched, caches warm"}
-    assert all(d["first"] is None and not d["notes"] for d in found["differences"])
-    assert max(d["gap"] for d in found["differences"]) < 1e-3
+    every_path_says_the_same(folder, tmp_path / "report.json", cases=7)
 
 
 SIGLIP2 = {"model_type": "siglip2_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -232,15 +236,7 @@ def test_pictures_of_unlike_sizes_get_the_tokens_of_generate(name, tmp_path):
     pytest.importorskip("vllm")
     long = {"config": {**TINY_LLM, "max_position_embeddings": 2048}, "tokenizer": str(tmp_path / "made" / "tokenizer")}
     folder = write_checkpoint(tmp_path / "made", language_model=long, **VIEWED[name])
-    report = tmp_path / "report.json"
-    done = run(
-        *("-m", "mllm.cli.main", "parity", folder, "--cases", "10", "--tokens", "6", "--output", str(report)),
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    found = json.loads(report.read_text())
-    assert {d["path"] for d in found["differences"]} == {"forward", "vLLM one by one", "vLLM batched, caches warm"}
-    assert all(d["first"] is None and not d["notes"] for d in found["differences"])
-    assert max(d["gap"] for d in found["differences"]) < 1e-3
+    every_path_says_the_same(folder, tmp_path / "report.json", cases=10)
 
 
 @pytest.mark.nightly
@@ -250,15 +246,7 @@ def test_pictures_of_other_depth_under_the_same_colours_get_the_tokens_of_genera
     folder = write_checkpoint(
         tmp_path / "made", encoders={"depth": ENCODERS.get("gldmnet").tiny()}, connector={"type": "linear"}
     )
-    report = tmp_path / "report.json"
-    done = run(
-        *("-m", "mllm.cli.main", "parity", folder, "--cases", "7", "--tokens", "6", "--output", str(report)),
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    found = json.loads(report.read_text())
-    assert {d["path"] for d in found["differences"]} == {"forward", "vLLM one by one", "vLLM batched, caches warm"}
-    assert all(d["first"] is None and not d["notes"] for d in found["differences"])
-    assert max(d["gap"] for d in found["differences"]) < 1e-3
+    every_path_says_the_same(folder, tmp_path / "report.json", cases=7)
 
 
 def test_vllm_tells_pictures_of_the_same_values_apart_where_they_are_seen_otherwise():
