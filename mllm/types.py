@@ -402,6 +402,9 @@ class Sample:
     """Depth maps of ``images``, one entry for each (None: not known), as `mllm.processing.geometry` reads them."""
 
 
+VISUAL_TOKENS = "visual_tokens"
+"""Key of `Sample.meta`: most visual tokens of each of the sample's pictures (its dataset's ``visual_tokens``)."""
+
 IMAGE_MARK = "\ufffcimage\ufffc"
 """Marks an image's place inside `Turn.content`: U+FFFC (object replacement character) does not occur in user text, and is
 removed from it where it does, so a typed ``<image>`` stays text."""

@@ -308,11 +308,11 @@ def _watch(video: Video, processor: Processor | TextTokenizer | None, where: str
 
 
 def _cut(sample: Sample, processor: Processor, max_length: int, where: str) -> tuple[str, str] | None:
-    from mllm.processing.chat import IGNORE, encode_text, split_images
+    from mllm.processing.chat import IGNORE, encode_text, sample_layouts, split_images
     from mllm.processing.layout import before_cut, visual_spans
 
     drawn = getattr(processor, "span", None) is not None
-    layouts = processor.image_layouts(split_images(sample.turns, sample.images, drawn=drawn)[0], where=where)
+    layouts = sample_layouts(processor, sample, split_images(sample.turns, sample.images, drawn=drawn)[0], where)
     ids, labels = encode_text(processor, sample.turns, tools=sample.meta.get("tools"), where=where, layouts=layouts)
     cut = before_cut(visual_spans(ids, processor.image_token_id, layouts), max_length)
     if (labels[1:cut] != IGNORE).any():

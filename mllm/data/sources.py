@@ -22,7 +22,7 @@ from mllm.data.spec import SOURCES, DatasetSpec, expand_path, expand_text
 from mllm.data.tools import tools_of
 from mllm.errors import DataError, blamed_on
 from mllm.processing.references import refer
-from mllm.types import Sample, Turn, Video
+from mllm.types import VISUAL_TOKENS, Sample, Turn, Video
 
 VIDEO_KEYS = ("video", "videos")
 """Keys that a row's videos are read from."""
@@ -58,7 +58,10 @@ class Source(Sequence):
     def reading(self) -> str:
         """How rows become samples, as far as the declaration decides it: the other half of what a sample's text is."""
         fields = ("format", "columns", "prompt", "image_first", "image_key", "typed_images")
-        return json.dumps({name: self.spec.model_dump(mode="json")[name] for name in fields}, sort_keys=True)
+        written = self.spec.model_dump(mode="json")
+        # Named only where it is set, so that tables of lengths from before it existed are still found.
+        budget = {} if self.spec.visual_tokens is None else {"visual_tokens": self.spec.visual_tokens}
+        return json.dumps({name: written[name] for name in fields} | budget, sort_keys=True)
 
     def quarantine_path(self) -> Path:
         """Where this dataset's list of bad samples lies, whether it exists or not."""
@@ -79,7 +82,7 @@ class Source(Sequence):
         with blamed_on(self.where(number)):
             sample = self.sample(number)
         _refuse_half_characters(sample, self.where(number, sample.id))
-        return sample
+        return self._bounded(sample)
 
     def sample_of(self, item: Item) -> Sample:
         """A shard's row as a sample. Raises `DataError` or `AlignmentError` naming shard and sample."""
@@ -90,6 +93,11 @@ class Source(Sequence):
             row = {key: plain_cell(value) for key, value in item.row.items()}
             sample = self.sample_of_row(row, item.key, where)
         _refuse_half_characters(sample, where)
+        return self._bounded(sample)
+
+    def _bounded(self, sample: Sample) -> Sample:
+        if self.spec.visual_tokens is not None:
+            sample.meta[VISUAL_TOKENS] = self.spec.visual_tokens
         return sample
 
     def sample_of_row(self, row: dict[str, Any], key: str, where: str) -> Sample:

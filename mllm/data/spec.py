@@ -106,6 +106,10 @@ class DatasetSpec(StrictModel):
     typed_images: bool = False
     """``<image>`` in a row without pictures is text that somebody typed. Without this such a row is refused: a model would
     be trained blind when pictures lie under another key."""
+    visual_tokens: int | None = Field(default=None, ge=1)
+    """Most visual tokens of each picture of these rows, for views that can choose (tiles, native): fewer tiles, or a smaller picture.
+    The same rows at several numbers, as several datasets of a mixture, teach a model that can be asked at any of them (`mllm eval
+    budgets`)."""
     columns: ColumnMap | None = None
     prompt: str = "{question}"
     """Format columns: what the user says; ``{column}`` for any column. Format refer: with the sentence as ``{question}``."""

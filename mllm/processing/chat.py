@@ -17,7 +17,7 @@ from mllm.processing.protocol import Processor, Templated, TextProcessor
 from mllm.processing.questions import pad_questions, question_text
 from mllm.processing.template import messages_of
 from mllm.processing.turns import IGNORE, added_texts, find_replies, label_text, renderer, special_ids
-from mllm.types import IMAGE_MARK, Sample, Turn, VisualLayout
+from mllm.types import IMAGE_MARK, VISUAL_TOKENS, Sample, Turn, VisualLayout
 
 _log = logging.getLogger(__name__)
 
@@ -118,8 +118,13 @@ def encode_text(
 def count_tokens(processor: TextProcessor, sample: Sample, *, where: str) -> int:
     """Tokens of a sample, visual ones included; of its images at most the headers are read."""
     drawn = getattr(processor, "span", None) is not None
-    layouts = processor.image_layouts(split_images(sample.turns, sample.images, drawn=drawn)[0], where=where)
+    layouts = sample_layouts(processor, sample, split_images(sample.turns, sample.images, drawn=drawn)[0], where)
     return len(encode_text(processor, sample.turns, tools=sample.meta.get("tools"), where=where, layouts=layouts)[0])
+
+
+def sample_layouts(processor: TextProcessor, sample: Sample, images: Sequence[Any], where: str) -> list[VisualLayout]:
+    """The tokens of a sample's pictures, by its dataset's ``visual_tokens`` where it has one."""
+    return processor.image_layouts(images, where=where, visual_tokens=sample.meta.get(VISUAL_TOKENS) or 0)
 
 
 def turn_ends(processor: TextProcessor) -> list[int]:
@@ -163,7 +168,7 @@ def _encode(processor: Processor, sample: Sample, max_length: int | None) -> Enc
         raise AlignmentError(f"{where}: {marks} image placeholders and {len(sample.images)} images")
     span = getattr(processor, "span", None)
     inputs, targets = split_images(sample.turns, sample.images, drawn=span is not None)
-    layouts = processor.image_layouts(inputs, where=where)
+    layouts = sample_layouts(processor, sample, inputs, where)
     ids, labels = encode_text(processor, sample.turns, tools=sample.meta.get("tools"), where=where, layouts=layouts)
     truncated, spans = False, visual_spans(ids, processor.image_token_id, layouts)
     if max_length is not None and len(ids) > max_length:
@@ -177,7 +182,7 @@ def _encode(processor: Processor, sample: Sample, max_length: int | None) -> Enc
         routed = bool(processor.image_processor.experts)
         experts = {"experts": sample.meta["experts"]} if routed and sample.meta.get("experts") is not None else {}
         rules = getattr(processor, "rules", None)
-        share = 0 if rules is None else rules.share(len(inputs))
+        share = 0 if rules is None else rules.share(len(inputs), sample.meta.get(VISUAL_TOKENS) or 0)
         budget = {"visual_tokens": share} if share else {}  # what is cut off counted, when the tokens were
         encoded.pixels, encoded.extras = encode_pixels(processor, inputs[:num_images], where=where, **experts, **budget)
         encoded.extras.update(routing_inputs(processor, sample.turns, num_images))

@@ -107,7 +107,12 @@ class MllmImageProcessor(SavesDoor, BaseImageProcessor):
         return _rules(written)
 
     def image_layouts(
-        self, images: Sequence[Any], *, where: str = "sample", write: Callable[[str], list[int]] | None = None
+        self,
+        images: Sequence[Any],
+        *,
+        where: str = "sample",
+        write: Callable[[str], list[int]] | None = None,
+        visual_tokens: int = 0,
     ) -> list[VisualLayout]:
         """The tokens of every image; of its file only the header is read, and only where the size matters; of a video's file the index.
 
@@ -115,6 +120,7 @@ class MllmImageProcessor(SavesDoor, BaseImageProcessor):
             images: files, pictures or videos, in order.
             where: what an error begins with.
             write: a text's token ids, for what is written before frames.
+            visual_tokens: most that each may take (0: what the model's views allow).
 
         Returns:
             One layout an image.
@@ -128,7 +134,7 @@ class MllmImageProcessor(SavesDoor, BaseImageProcessor):
         if not rules.needs_size:
             return rules.layouts(images)
         try:
-            limit = rules.share(len(images))
+            limit = rules.share(len(images), visual_tokens)
             sizes = [image_size(image, where=f"{where}, image {k}") for k, image in enumerate(images)]
             layouts = [rules.layout(size, limit) for size in sizes]
         except DataError as error:
@@ -270,7 +276,7 @@ class MllmImageProcessor(SavesDoor, BaseImageProcessor):
         pixels_by_name = {name: join(tensors) for name, tensors in rows.items() if tensors}
         data: dict[str, Any] = dict(self.pixel_keys.by_key(pixels_by_name))
         if rules.needs_size and flat:
-            rows_of = [(*s, k) for s, k in zip(sizes, limits)] if rules.shares else sizes
+            rows_of = [(*s, k) for s, k in zip(sizes, limits)] if rules.shares or any(limits) else sizes
             data[IMAGE_SIZES] = torch.tensor(rows_of, dtype=torch.long)
         if rules.video is not None and flat:
             longest = max(1, *map(len, times)) if times else 1

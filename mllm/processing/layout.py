@@ -170,9 +170,11 @@ class LayoutRules:
         """Most visual tokens of all pictures of a sample together."""
         return getattr(self.views, "max_sample_tokens", None)
 
-    def share(self, count: int) -> int:
-        """Most visual tokens of each of a sample's ``count`` pictures; 0: nothing but the picture's own budget binds."""
-        return VIEWS.get(self.views.type).share(self.views, self.view, count)
+    def share(self, count: int, most: int = 0) -> int:
+        """Most visual tokens of each of a sample's ``count`` pictures; 0: nothing but the picture's own budget binds. most: that the
+        sample's dataset allows (0: any)."""
+        share = VIEWS.get(self.views.type).share(self.views, self.view, count)
+        return min(share, most) if share and most else share or most
 
     @property
     def shares(self) -> bool:
@@ -244,7 +246,8 @@ class LayoutRules:
                 f"(height, width) per image, got {'none' if sizes is None else f'{len(sizes)} for {count} images'}"
             )
         pairs = sizes.tolist() if isinstance(sizes, Tensor) else sizes
-        return [self.layout((int(row[0]), int(row[1])), int(row[2]) if len(row) > 2 else 0) for row in pairs]
+        # Beside samples with a share, those without one are widened with -1.
+        return [self.layout((int(row[0]), int(row[1])), max(int(row[2]), 0) if len(row) > 2 else 0) for row in pairs]
 
     def view_boxes(self, size: Size | None = None, limit: int = 0) -> dict[str, tuple[View, ...]]:
         """What each encoder sees of one visual."""

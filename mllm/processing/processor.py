@@ -191,12 +191,13 @@ class MllmProcessor(SavesDoor, ProcessorMixin):
         """Text that differs where the tokens of some image differ."""
         return self.rules.key()
 
-    def image_layouts(self, images: Any, *, where: str = "sample") -> list[VisualLayout]:
+    def image_layouts(self, images: Any, *, where: str = "sample", visual_tokens: int = 0) -> list[VisualLayout]:
         """The tokens of every image of a list; at most the header of each is read.
 
         Args:
             images: files, pictures or videos, in order.
             where: what an error begins with.
+            visual_tokens: most that each may take (0: what the model's views allow).
 
         Returns:
             One layout an image.
@@ -204,7 +205,7 @@ class MllmProcessor(SavesDoor, ProcessorMixin):
         Raises:
             DataError: an image cannot be read.
         """
-        return self.image_processor.image_layouts(images, where=where, write=self.write)
+        return self.image_processor.image_layouts(images, where=where, write=self.write, visual_tokens=visual_tokens)
 
     @property
     def model_input_names(self) -> list[str]:

@@ -81,8 +81,10 @@ class TextProcessor(Templated, Protocol):
         """Text that differs where the tokens of some image differ."""
         ...
 
-    def image_layouts(self, images: Sequence[Any], *, where: str = "sample") -> list[VisualLayout]:
-        """The tokens of every image of a list."""
+    def image_layouts(
+        self, images: Sequence[Any], *, where: str = "sample", visual_tokens: int = 0
+    ) -> list[VisualLayout]:
+        """The tokens of every image of a list, of at most ``visual_tokens`` each where that is not 0."""
         ...
 
 

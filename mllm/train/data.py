@@ -24,6 +24,7 @@ from mllm.processing.images import read_bytes
 from mllm.processing.protocol import TextProcessor
 from mllm.processing.references import refer
 from mllm.processing.videos import open_video
+from mllm.processing.views.base import BudgetConfig
 from mllm.progress import Phase
 from mllm.recipe import StageSpec
 from mllm.types import Sample, Video
@@ -102,6 +103,26 @@ def refuse_with_shards(stage: StageSpec, mixture: Mixture) -> None:
     for key, (asked, reason) in refused.items():
         if asked:
             raise ConfigError(f"stages.{stage.name}.{key}: {name} lies in shards, which are read in order: {reason}")
+
+
+def refuse_fixed_tokens(stage: StageSpec, mixture: Mixture, processor: TextProcessor) -> None:
+    """Raises `ConfigError` for a dataset's ``visual_tokens`` where pictures always take the same number."""
+    bound = next((source for source in mixture.sources if source.spec.visual_tokens is not None), None)
+    if bound is None:
+        return
+    where = f"stages.{stage.name}.data: {bound.name}: visual_tokens {bound.spec.visual_tokens}"
+    views = getattr(getattr(processor, "rules", None), "views", None)
+    if not isinstance(views, BudgetConfig) or getattr(processor, "encode_sample", None) is not None:
+        how = (
+            "this stage's kind"
+            if isinstance(views, BudgetConfig)
+            else f"model.views {getattr(views, 'type', 'single')}"
+        )
+        raise ConfigError(
+            f"{where}: with {how} a picture always takes the same number; use views tiles or native in a stage of kind sft"
+        )
+    if stage.cache_features:
+        raise ConfigError(f"{where}: features are stored for one way of seeing a picture; leave cache_features out")
 
 
 def tell_left_out(mixture: Mixture, display: Any, info: Any, stage: StageSpec) -> None:
@@ -197,6 +218,7 @@ class StageData:
         }
         encode = partial(encode_sample, processor, max_length=stage.max_length)
         refuse_with_shards(stage, mixture)
+        refuse_fixed_tokens(stage, mixture, processor)
         self.plan: Plan | None = None
         if any(mixture.sharded):
             buffers = [

@@ -68,7 +68,7 @@ def run_budgets(
                             "score": score.value, "low": score.low, "high": score.high, "num_samples": score.num_scored})  # fmt: skip
     notes = [
         f"One checkpoint, its weights as they are; what changes: {way}. "
-        "It was trained at one budget; a model trained at another is another model.",
+        "What it was trained at decides how it reads at the others: a dataset's `visual_tokens` trains at several.",
         "Tokens: visual tokens of a question's pictures, the mean over this benchmark; most: of the picture that takes most.",
     ]
     headings = ("task", "budget", "tokens", "most", "score", "95 %", "n")

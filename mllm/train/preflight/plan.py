@@ -22,7 +22,7 @@ from mllm.models.loss import DEFAULT_CHUNK
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.models.vocabulary import grown, num_token_ids
 from mllm.odd_settings import odd_settings
-from mllm.processing.chat import split_images
+from mllm.processing.chat import sample_layouts, split_images
 from mllm.processing.protocol import Processor
 from mllm.recipe import Recipe, StageSpec
 from mllm.train.added_rows import rows_line
@@ -401,7 +401,7 @@ def _look_at_data(recipe: Recipe, stage: StageSpec, plan: StagePlan, processor: 
                 if processor.rules.needs_size and sample.images:
                     with blamed_on(sample.id):
                         read = split_images(sample.turns, sample.images, drawn=processor.span is not None)[0]
-                        layouts = processor.image_layouts(read, where=f"sample {sample.id!r}")
+                        layouts = sample_layouts(processor, sample, read, f"sample {sample.id!r}")
                     plan.image_tokens += [layout.num_tokens for layout in layouts]
             except MllmError:
                 continue

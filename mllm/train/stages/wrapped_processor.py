@@ -20,8 +20,10 @@ class WrappedProcessor:
     def __init__(self, inner: Any):
         self.inner = inner
 
-    def image_layouts(self, images: Sequence[Any], *, where: str = "sample") -> list[VisualLayout]:
-        """The tokens of every image of a list."""
+    def image_layouts(
+        self, images: Sequence[Any], *, where: str = "sample", visual_tokens: int = 0
+    ) -> list[VisualLayout]:
+        """The tokens of every image of a list: always as many (`mllm.train.data` refuses a dataset's ``visual_tokens`` here)."""
         return [VisualLayout((Block(self.image_tokens, (1, 1, self.image_tokens)),))] * len(images)
 
     @property
