@@ -333,9 +333,9 @@ class Video:
     """A video among a sample's images: which one, and what of it. Which frames are seen the model's ``video:`` section says
     (`mllm.processing.frames.VideoSpec`).
 
-    source: a file, its bytes or ``data:`` URI, an animated picture, a folder of frames, a list of pictures, or an array
-    ``(T, H, W, 3)``; fps: frames per second of a source that does not tell; start, end: seconds between which frames are
-    taken; frames: their numbers, where they are chosen already; play: how the chosen frames follow one another (all but
+    source: a file (``.npy`` of ``(T, H, W, 3)`` too), its bytes or ``data:`` URI, an animated picture, a folder of frames, a list of
+    pictures, or an array ``(T, H, W, 3)``; fps: frames per second of a source that does not tell; start, end: seconds between which frames
+    are taken; frames: their numbers, where they are chosen already; play: how the chosen frames follow one another (all but
     forward are controls for a study: frozen shows the middle one in every place, gray none); key: what the shuffled order depends
     on beside the frames' numbers, so that clips of equal length are not all shuffled alike.
     """

@@ -1,19 +1,22 @@
 """What does a model learn space from? Rooms with coloured balls, drawn from a camera that turns in them, with its poses and depth.
 
-Each question has an exact answer by the room itself: which way the camera turns, which ball comes into view first, which of two is
-nearer to where the camera started, how many there are. The last three need frames that show different parts of the room.
+Each question has an exact answer by the room itself: whether a ball is there, which way the camera turns, which ball comes into view first,
+which of two is nearer to where the camera started, larger, or nearer to a third, and how many there are. All but the first two need
+frames that show different parts of the room.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from mllm.demo.charts_and_digits import learn_bpe
 from mllm.demo.clips import COLOURS
@@ -112,69 +115,117 @@ def seen(shown: np.ndarray, number: int) -> int | None:
 
 
 def question(room: Room, shown: np.ndarray, kind: str, rng: random.Random) -> tuple[str, str] | None:
-    """A question of a kind (turn, first, nearer, count) and its answer; None where this room has none."""
+    """A question of a kind (`KINDS`) and its answer; None where the room does not answer the one that was drawn clearly."""
+    if kind == "there":
+        absent = sorted(set(COLOURS) - set(room.names))
+        name = rng.choice(absent if rng.random() < 0.5 else room.names)
+        return f"Is there a {name} ball?", "yes" if name in room.names else "no"
     if kind == "turn":
         return "Does the camera turn left or right?", "right" if room.turns_right else "left"
     if kind == "count":
         return "How many balls are in the room?", str(len(room.names))
-    one, other = rng.sample(range(len(room.names)), 2)
+    one, other, third = rng.sample(range(len(room.names)), 3)
     pair = f"the {room.names[one]} or the {room.names[other]} ball"
+    places = room.balls[:, :3]
     if kind == "first":
-        when = [seen(shown, number) for number in (one, other)]
-        return (
-            None
-            if when[0] == when[1]
-            else (
-                f"Which comes into view first, {pair}?",
-                room.names[one if when[0] < when[1] else other],  # type: ignore[operator]
-            )
-        )
-    far = [float(np.linalg.norm(room.balls[number, :3] - room.cameras[0, :, 3])) for number in (one, other)]
-    if abs(far[0] - far[1]) < 0.5:
+        asked, margin = f"Which comes into view first, {pair}?", 1.0
+        values = [float(seen(shown, number) or 0) for number in (one, other)]
+    elif kind == "nearer":
+        asked, margin = f"Which is nearer to the start, {pair}?", 0.5
+        values = [float(np.linalg.norm(places[number] - room.cameras[0, :, 3])) for number in (one, other)]
+    elif kind == "larger":
+        asked, margin = f"Which is larger, {pair}?", 0.08
+        values = [-float(room.balls[number, 3]) for number in (one, other)]
+    else:
+        asked, margin = f"Which is nearer to the {room.names[third]} ball, {pair}?", 0.8
+        values = [float(np.linalg.norm(places[number] - places[third])) for number in (one, other)]
+    if abs(values[0] - values[1]) < margin:
         return None
-    return f"Which is nearer to the start, {pair}?", room.names[one if far[0] < far[1] else other]
+    return asked, room.names[one if values[0] < values[1] else other]
 
 
-KINDS = ("turn", "first", "nearer", "count")
+KINDS = ("there", "turn", "count", "first", "nearer", "larger", "between")
+"""What is asked of each room."""
+_TRIES = 8
 
 
-def prepare_rooms(output_dir: Path | str, *, num_train: int = 1500, num_test: int = 300, seed: int = 0) -> Path:
-    """Write ``train.jsonl`` and ``test.jsonl`` (messages with a video part, ``poses`` and ``depths``) and their clips. Rooms of the two are
-    drawn apart. Deterministic by seed. Returns the folder."""
+def prepare_rooms(
+    output_dir: Path | str, *, num_train: int = 1500, num_test: int = 300, seed: int = 0, processes: int = 1
+) -> Path:
+    """Write ``train.jsonl`` and ``test.jsonl`` (messages with a video part, ``poses`` and ``depths``: a row for each kind of question that
+    a room answers), ``seen.jsonl`` (a row for each room of training in which nothing is asked, for an encoder that learns its poses and
+    depth alone) and the clips as ``.npy``. Rooms of training and test are drawn apart. Deterministic by seed, whatever ``processes``.
+
+    Args:
+        output_dir: the folder.
+        num_train: rooms of training.
+        num_test: rooms of the test.
+        seed: of all draws.
+        processes: that draw side by side.
+
+    Returns:
+        The folder.
+    """
     root = Path(output_dir)
     (root / "clips").mkdir(parents=True, exist_ok=True)
     for split, count in (("train", num_train), ("test", num_test)):
-        rng = random.Random(f"{split} {seed}")
-        rows = [_row(root, f"{split}-{number:05d}", KINDS[number % len(KINDS)], rng) for number in range(count)]
-        (root / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        draw_one = partial(_rows, root, split, seed)
+        if processes > 1:
+            with ProcessPoolExecutor(processes) as pool:
+                rooms = list(pool.map(draw_one, range(count), chunksize=32))
+        else:
+            rooms = [draw_one(number) for number in range(count)]
+        _write(root / f"{split}.jsonl", [row for rows in rooms for row in rows])
+        if split == "train":
+            _write(root / "seen.jsonl", [_unasked(rows[0]) for rows in rooms])
     return root
 
 
-def _row(root: Path, name: str, kind: str, rng: random.Random) -> dict[str, Any]:
-    asked = None
-    while asked is None:
-        room = make_room(rng)
-        frames, depth, shown = draw(room)
-        asked = question(room, shown, kind, rng)
-    clip = f"clips/{name}.gif"
-    first, *others = [Image.fromarray(frame) for frame in frames]
-    first.save(root / clip, save_all=True, append_images=others, duration=MILLISECONDS, loop=0)
-    np.save(root / f"clips/{name}.npy", depth.astype(np.float16))
-    content = [{"type": "video", "video": clip}, {"type": "text", "text": "\n" + asked[0]}]
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _rows(root: Path, split: str, seed: int, number: int) -> list[dict[str, Any]]:
+    """The clip and depth of a room, written, and its rows."""
+    rng, name = random.Random(f"{split} {seed} {number}"), f"{split}-{number:05d}"
+    room = make_room(rng)
+    frames, depth, shown = draw(room)
+    np.save(root / f"clips/{name}.npy", frames)
+    np.save(root / f"clips/{name}-depth.npy", depth.astype(np.float16))
+    rows = []
+    for kind in KINDS:
+        tried: Callable[[], tuple[str, str] | None] = partial(question, room, shown, kind, rng)
+        asked = next((found for found in (tried() for _ in range(_TRIES)) if found is not None), None)
+        if asked is not None:
+            rows.append(_row(f"{name}-{kind}", f"clips/{name}", kind, room, *asked))
+    return rows
+
+
+def _row(name: str, clip: str, kind: str, room: Room, asked: str, answer: str) -> dict[str, Any]:
+    content = [{"type": "video", "video": f"{clip}.npy"}, {"type": "text", "text": "\n" + asked}]
     return {
-        "id": name, "clip": clip, "kind": kind, "question": asked[0], "answer": asked[1],
-        "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": asked[1]}],
+        "id": name, "clip": f"{clip}.npy", "kind": kind, "question": asked, "answer": answer,
+        "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}],
         "poses": [{"matrices": room.cameras.round(6).tolist(), "fov": [VIEW, VIEW]}],
-        "depths": [f"clips/{name}.npy"],
+        "depths": [f"{clip}-depth.npy"],
     }  # fmt: skip
+
+
+def _unasked(row: dict[str, Any]) -> dict[str, Any]:
+    """The same clip, its poses and depth, with a word to answer that says nothing."""
+    user = {"role": "user", "content": row["messages"][0]["content"][:1]}
+    told = {"role": "assistant", "content": "yes"}
+    return {**row, "kind": "seen", "question": "", "answer": "yes", "messages": [user, told]}
 
 
 def train_rooms_tokenizer(output_dir: Path | str) -> Path:
     """A byte-level BPE tokenizer of the demo's few words. Returns ``output_dir``."""
     pairs = [f"the {one} or the {other} ball?" for one in COLOURS for other in COLOURS]
     asked = ["Does the camera turn left or right?", "How many balls are in the room?"]
-    asked += [f"Which {what}, {pair}" for what in ("comes into view first", "is nearer to the start") for pair in pairs]
-    answers = [*COLOURS, "left", "right", "3", "4", "5"]
+    asked += [f"Is there a {name} ball?" for name in COLOURS]
+    whats = ["comes into view first", "is nearer to the start", "is larger", "is nearer to the red ball"]
+    asked += [f"Which {what}, {pair}" for what in whats for pair in pairs]
+    answers = [*COLOURS, "left", "right", "3", "4", "5", "yes", "no"]
     lines = [f"user\n{one}\nassistant\n{answers[k % len(answers)]}\n" for k, one in enumerate(asked)]
     learn_bpe(lines * 10, 340, template="chatml", max_length=512).save_pretrained(str(output_dir))
     return Path(output_dir)

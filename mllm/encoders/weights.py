@@ -24,6 +24,9 @@ _HEADS = {
     "last_conv", "mask_token", "logit_scale", "logit_bias", "lm_head",
 }  # fmt: skip
 """First key parts that belong to something other than the feature layers."""
+_OWN = ".vision_tower.encoders."
+_DEEPEST = 6
+"""Parts of a key's prefix: ``model.vision_tower.encoders.NAME.model`` are five."""
 
 
 def local_path(source: str) -> Path | None:
@@ -91,18 +94,27 @@ def _read_directory(path: Path) -> dict[str, Tensor]:
 
 def strip_prefix(state: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
     """The part of ``state`` below the one key prefix (``visual.``, ``module.``, ``vision_model.`` …) under which most
-    of ``wanted`` is found, without that prefix."""
+    of ``wanted`` is found, without that prefix. A run of ours keeps an encoder under ``model.vision_tower.encoders.NAME``.
+
+    Raises `CheckpointError` where such a run has several encoders that fit alike."""
     hits: dict[str, int] = {}
     wanted = set(wanted)
     for key in state:
         parts = key.split(".")
-        for i in range(min(len(parts), 5)):
+        for i in range(min(len(parts), _DEEPEST)):
             if ".".join(parts[i:]) in wanted:
                 prefix = ".".join(parts[:i])
                 hits[prefix] = hits.get(prefix, 0) + 1
     prefix = max(hits, key=lambda p: (hits[p], -len(p)), default="")
     if not prefix:
         return dict(state)
+    alike = sorted(p for p in hits if hits[p] == hits[prefix] and _OWN in f".{p}")
+    if len(alike) > 1:
+        names = [f".{p}".split(_OWN)[1].split(".")[0] for p in alike]
+        raise CheckpointError(
+            f"weights: this run has {len(alike)} encoders of the same names and number of tensors ({', '.join(names)}), and nothing says "
+            "which is meant; give a folder that holds only one of them, e.g. the run that trained it alone"
+        )
     return {key[len(prefix) + 1 :]: value for key, value in state.items() if key.startswith(prefix + ".")}
 
 

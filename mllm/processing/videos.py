@@ -24,6 +24,7 @@ from mllm.types import Video
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _ANIMATIONS = (b"GIF8", b"RIFF", b"\x89PNG")
+_ARRAY = b"\x93NUMPY"
 # Containers that hold their own frames. FFmpeg would also open playlists, which name other files and addresses: a file in a data set
 # or a request must not make us read those.
 _CONTAINERS = (
@@ -125,9 +126,7 @@ def source_of(video: Video, where: str) -> tuple[Any, float | None]:
 def _open(video: Video, where: str, max_pixels: int | None, max_seconds: float) -> Clip:
     source, fps = source_of(video, where)
     if isinstance(source, np.ndarray):
-        if source.ndim != 4 or source.shape[3] not in (1, 3, 4):
-            raise DataError(f"{where}: an array of shape {source.shape} is no video; expected (T, H, W, 1|3|4)")
-        return _of_pictures(list(source), fps, where, max_pixels)
+        return _of_pictures(list(_checked_array(source, where)), fps, where, max_pixels)
     if isinstance(source, (list, tuple)):
         return _of_pictures(list(source), fps, where, max_pixels)
     reference = refer(source, where=where)
@@ -153,6 +152,9 @@ def _open(video: Video, where: str, max_pixels: int | None, max_seconds: float) 
         raise DataError(f"{where}: {str(path)!r} is empty (0 bytes)")
     stat = path.stat()
     try:
+        if head.startswith(_ARRAY):
+            frames = _frames_of_file(str(path), stat.st_mtime_ns, stat.st_size)
+            return _of_pictures(frames, fps, where, max_pixels)
         if _is_animation(head):
             times = _animation_times_of_file(str(path), stat.st_mtime_ns, stat.st_size)
             return _of_animation(str(path), times, where, max_pixels)
@@ -160,6 +162,22 @@ def _open(video: Video, where: str, max_pixels: int | None, max_seconds: float) 
     except DataError as error:
         raise DataError(str(error).replace(_NAMELESS, where, 1)) from error
     return _of_container(str(path), index, where, max_pixels)
+
+
+def _checked_array(frames: np.ndarray, where: str) -> np.ndarray:
+    if frames.ndim != 4 or frames.shape[3] not in (1, 3, 4):
+        raise DataError(f"{where}: an array of shape {frames.shape} is no video; expected (T, H, W, 1|3|4)")
+    return frames
+
+
+@lru_cache(maxsize=8)
+def _frames_of_file(path: str, changed: int, size: int) -> list[np.ndarray]:
+    """The frames of a ``.npy`` file ``(T, H, W, 1 | 3 | 4)``, none of them read; opened once for its tokens and its pixels."""
+    try:
+        frames = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # a header that lies about the file's length, or an array of Python objects
+        raise DataError(f"{_NAMELESS}: {path!r} holds no array of frames ({_reason(error)})") from error
+    return list(_checked_array(frames, _NAMELESS).view(np.ndarray))
 
 
 def _of_data(data: bytes, fps: float | None, where: str, max_pixels: int | None, max_seconds: float) -> Clip:
@@ -174,7 +192,7 @@ def _is_animation(head: bytes) -> bool:
     return head.startswith(_ANIMATIONS) and not (head.startswith(b"RIFF") and head[8:12] != b"WEBP")
 
 
-def _of_pictures(sources: list[Any], fps: float | None, where: str, max_pixels: int | None) -> Clip:
+def _of_pictures(sources: Sequence[Any], fps: float | None, where: str, max_pixels: int | None) -> Clip:
     """Frames that are pictures of their own. All must be of one size: a folder of unlike ones is no video."""
     if not sources:
         raise DataError(f"{where}: the video has no frames")

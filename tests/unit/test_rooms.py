@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mllm.data.sources import open_source
 from mllm.data.spec import DatasetSpec
 from mllm.demo.rooms import COLOURS, FRAMES, KINDS, SIZE, VIEW, draw, make_room, prepare_rooms, question, seen
+from mllm.processing.frames import VideoSpec
 from mllm.processing.geometry import relative_poses
+from mllm.processing.videos import frames_of
+from mllm.types import Video
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +61,17 @@ def test_the_floor_and_the_walls_are_as_far_as_they_are(rooms):
     assert np.allclose(depth[:, -1][empty[:, -1]], 1.2 / low), "the lowest row shows the floor under the same angle"
 
 
+def measured(room, shown, kind, named) -> dict[str, float]:
+    """The two balls' values by the room itself; the smaller one's is the answer."""
+    numbers = {name: room.names.index(name) for name in named}
+    if kind == "first":
+        return {name: float(seen(shown, number) or 0) for name, number in numbers.items()}
+    if kind == "larger":
+        return {name: -room.balls[number, 3] for name, number in numbers.items()}
+    other = room.balls[numbers.pop(named[0]), :3] if kind == "between" else room.cameras[0, :, 3]
+    return {name: float(np.linalg.norm(room.balls[number, :3] - other)) for name, number in numbers.items()}
+
+
 def test_answers_are_those_of_the_room(rooms):
     rng = random.Random(2)
     told = dict.fromkeys(KINDS, 0)
@@ -67,29 +83,49 @@ def test_answers_are_those_of_the_room(rooms):
             if asked is None:
                 continue
             told[kind] += 1
-            named = [name for name in COLOURS if f"the {name} " in asked[0] or f"the {name} or" in asked[0]]
+            named = re.findall(r"the (\w+)(?: or| ball)", asked[0])
             if kind == "turn":
                 assert asked[1] == ("right" if turned[1] < 0 else "left")
             elif kind == "count":
                 assert int(asked[1]) == len(room.names) == len(np.unique(shown[shown >= 0]))
-            elif kind == "first":
-                when = {name: seen(shown, room.names.index(name)) for name in named}
-                assert when.pop(asked[1]) < min(when.values())
+            elif kind == "there":
+                assert asked[1] == ("yes" if asked[0].split()[3] in room.names else "no")
             else:
-                far = {
-                    n: np.hypot(*(room.balls[room.names.index(n)][[0, 2]] - room.cameras[0, [0, 2], 3])) for n in named
-                }
-                assert far.pop(asked[1]) < min(far.values()) + 0.2
+                values = measured(room, shown, kind, named)
+                assert values.pop(asked[1]) < min(values.values())
     assert min(told.values()) > 0
 
 
 def test_rows_hold_what_heads_learn(tmp_path):
     root = prepare_rooms(tmp_path / "a", num_train=4, num_test=4)
-    again = prepare_rooms(tmp_path / "b", num_train=4, num_test=4)
-    assert (root / "train.jsonl").read_text() == (again / "train.jsonl").read_text()
+    again = prepare_rooms(tmp_path / "b", num_train=4, num_test=4, processes=2)
+    for name in ("train.jsonl", "test.jsonl", "seen.jsonl"):
+        assert (root / name).read_text() == (again / name).read_text()
     rows = [json.loads(line) for line in (root / "train.jsonl").read_text().splitlines()]
-    assert [row["kind"] for row in rows] == list(KINDS)
+    assert {row["kind"] for row in rows} == set(KINDS) and len({row["clip"] for row in rows}) == 4
+    silent = [json.loads(line) for line in (root / "seen.jsonl").read_text().splitlines()]
+    assert [row["clip"] for row in silent] == sorted({row["clip"] for row in rows})
+    assert all(len(row["messages"][0]["content"]) == 1 and row["answer"] == "yes" for row in silent)
     spec = DatasetSpec(name="rooms", path=str(root / "train.jsonl"), format="messages")
     for sample in open_source(spec):
         assert len(sample.images) == 1 and len(sample.poses[0]["matrices"]) == FRAMES
         assert np.load(sample.depths[0]).shape == (FRAMES, SIZE, SIZE)
+
+
+def test_clips_show_what_an_encoded_video_would(tmp_path):
+    rng = random.Random(5)
+    room = make_room(rng)
+    frames = draw(room)[0]
+    np.save(tmp_path / "clip.npy", frames)
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    first.save(tmp_path / "clip.webp", save_all=True, append_images=others, duration=500, lossless=True)
+    read = [
+        np.stack(
+            [
+                np.asarray(picture)
+                for _, picture in frames_of(Video(path), VideoSpec(frames=FRAMES), where="clip").pictures()
+            ]
+        )
+        for path in (tmp_path / "clip.npy", tmp_path / "clip.webp")
+    ]
+    assert (read[0] == frames).all() and (read[1] == frames).all()

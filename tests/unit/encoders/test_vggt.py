@@ -1,5 +1,7 @@
 """Does the geometry encoder compute what VGGT computes, and does it keep scenes apart?"""
 
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -135,6 +137,20 @@ def test_the_aggregator_is_read_out_of_a_whole_checkpoint(tmp_path):
         build_encoder(encoder_config({**config, "depth": 1}, where="e")).load_pretrained()
     with pytest.raises(CheckpointError, match=r"missing: frame_blocks\.2\."):
         build_encoder(encoder_config({**config, "depth": 3}, where="e")).load_pretrained()
+
+
+def test_an_encoder_is_read_out_of_the_run_that_trained_it(tmp_path):
+    """A checkpoint of ours holds it under model.vision_tower.encoders.NAME; two that fit alike are not guessed between."""
+    trained = build_encoder(encoder_config(TINY, where="e"))
+    own = {f"model.vision_tower.encoders.geometry.{k}": v.clone() for k, v in trained.state_dict().items()}
+    rest = {"lm_head.weight": torch.zeros(2, 2), "model.language_model.norm.weight": torch.zeros(2)}
+    save_file(own | rest, tmp_path / "model.safetensors")
+    encoder = build_encoder(encoder_config({**TINY, "weights": {"source": str(tmp_path)}}, where="e"))
+    encoder.load_pretrained()
+    assert all(torch.equal(v, trained.state_dict()[k]) for k, v in encoder.state_dict().items())
+    save_file({k.replace(".geometry.", ".other."): v for k, v in own.items()}, tmp_path / "more.safetensors")
+    with pytest.raises(CheckpointError, match=r"2 encoders of the same names .* \(geometry, other\)"):
+        encoder.load_pretrained()
 
 
 def test_sizes_that_do_not_fit_are_told():

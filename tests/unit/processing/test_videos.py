@@ -1,3 +1,5 @@
+# pyright: reportOptionalMemberAccess=false, reportOptionalIterable=false
+
 import io
 import time
 from pathlib import Path
@@ -43,7 +45,7 @@ def test_middles_are_the_published_ones():
 
 
 @pytest.mark.parametrize(
-    "kind", ["h264", "mpeg4 avi", "vp9", "bytes", "data uri", "gif", "folder", "array", "tensor", "list"]
+    "kind", ["h264", "mpeg4 avi", "vp9", "bytes", "data uri", "gif", "folder", "array", "npy", "tensor", "list"]
 )
 def test_every_source_shows_the_same_frames(tmp_path, clip, kind):
     import torch
@@ -68,7 +70,10 @@ def test_every_source_shows_the_same_frames(tmp_path, clip, kind):
             "tensor": torch.from_numpy(frames).permute(0, 3, 1, 2),
             "list": [*map(Image.fromarray, frames)],
         }.get(kind)
-        if source is None:
+        if kind == "npy":
+            source = tmp_path / "frames.npy"
+            np.save(source, frames)
+        elif source is None:
             source = tmp_path / "frames"
             source.mkdir()
             for k in range(60):
@@ -78,6 +83,20 @@ def test_every_source_shows_the_same_frames(tmp_path, clip, kind):
     assert seconds == pytest.approx([0, 1.4, 2.9, 4.4, 5.9], abs=1e-6)
     numbers, seconds, _ = seen(source, VideoSpec(fps=2), **options)
     assert numbers == list(range(0, 60, 5)) and seconds == pytest.approx([k / 2 for k in range(12)], abs=1e-6)
+
+
+def test_an_array_file_that_is_no_video_is_named(tmp_path):
+    np.save(tmp_path / "flat.npy", np.zeros((4, 8, 8), np.uint8))
+    with pytest.raises(DataError, match=r"clip: an array of shape \(4, 8, 8\) is no video"):
+        seen(tmp_path / "flat.npy")
+    np.save(tmp_path / "whole.npy", np.zeros((4, 8, 8, 3), np.uint8))
+    data = (tmp_path / "whole.npy").read_bytes()
+    (tmp_path / "cut.npy").write_bytes(data[:-100])
+    with pytest.raises(DataError, match=r"clip: '.*cut\.npy' holds no array of frames"):
+        seen(tmp_path / "cut.npy")
+    np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(DataError, match="holds no array of frames"):
+        seen(tmp_path / "objects.npy")
 
 
 def test_only_what_is_needed_is_decoded(clip):
