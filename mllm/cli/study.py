@@ -37,11 +37,13 @@ def study(
     """Train every arm of a study with every seed, evaluate it on the same questions, and write the page.
 
     Arms that are finished are kept, interrupted ones go on: the same command again continues. Each run's folder is an ordinary
-    run (`mllm runs`), its log lies beside it. The page sets what was expected beforehand against what came out.
+    run (`mllm runs`), its log lies beside it. The page sets what was expected beforehand against what came out; answers.html shows
+    twenty questions with every arm's answer, right and wrong marked.
 
     [dim]mllm study real_charts --arms A,B,C --parallel 3[/]
     """
     from mllm.errors import ConfigError
+    from mllm.eval.studies.arm_answers import save_answers
     from mllm.eval.studies.arms import arms_study, load_arms, run_folder
     from mllm.eval.studies.study import print_study, save_study
 
@@ -70,7 +72,8 @@ def study(
             failed = [f"{arm}-{seed}" for (arm, seed), code in zip(jobs, codes) if code]
     found = arms_study(spec, folder, _costs(spec, folder, overrides or []))
     print_study(found)
-    typer.echo(" · ".join(str(path) for path in save_study(found, folder).values()))
+    pages = [*save_study(found, folder).values(), save_answers(spec, folder)]
+    typer.echo(" · ".join(map(str, pages)))
     if failed:
         typer.echo(f"failed: {', '.join(failed)}; see their .log in {folder}", err=True)
         raise typer.Exit(1)

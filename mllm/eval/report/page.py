@@ -13,7 +13,7 @@ from mllm.eval.report.samples import FILTERS, LISTED, Listing, disagreeing, embe
 from mllm.eval.studies.study import Study, number, spread, study_html
 from mllm.svg_charts import Bar, interval_chart
 
-__all__ = ["LISTED", "floor_note", "html_pages"]
+__all__ = ["LISTED", "floor_note", "html_pages", "page_head"]
 WHOLE = 2000
 """A report of at most so many samples is one file, pictures inside; of more it is a page for each task and filter."""
 PER_PAGE = 200
@@ -60,7 +60,7 @@ def html_pages(
     and the samples stand on pages of `PER_PAGE` for each task and filter, below ``report/``.
     """
     whole = sum(result.num_samples for result in results.values()) <= WHOLE
-    parts = [*_head("Evaluation"), _summary(results), _facts(results, studies), _contents(results, studies)]
+    parts = [*page_head("Evaluation"), _summary(results), _facts(results, studies), _contents(results, studies)]
     parts += [study_html(study) for study in studies]
     for name, result in results.items():
         listed = listing(name)
@@ -75,7 +75,8 @@ def html_pages(
     yield "report.html", "\n".join(parts)
 
 
-def _head(title: str) -> list[str]:
+def page_head(title: str) -> list[str]:
+    """The first lines of a page: title and style."""
     return [
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_text(title)}</title>',
         '<meta name="viewport" content="width=device-width,initial-scale=1">',
@@ -300,7 +301,7 @@ def _filter_pages(name: str, result: TaskResult, listed: Listing, thumbnails: Pa
             )
             if listed.counts[key] > len(rows):
                 text += f"; {len(rows):,} are listed, all are in {Path(result.path).name}"
-            lines = [*_head(f"{name}: {word}"), f"<p class=note>{_text(text)}</p>"]
+            lines = [*page_head(f"{name}: {word}"), f"<p class=note>{_text(text)}</p>"]
             lines.append(f'<p class=pages><a href="../report.html#{_anchor(name)}">report</a>{doors}</p>')
             blind = (listed.blind.get(row["id"]) for row, _ in part)
             lines += [sample_html("", row, flags, labels, other, show) for (row, flags), other in zip(part, blind)]

@@ -149,3 +149,25 @@ def test_a_change_of_a_stage_reaches_the_arms_that_have_it():
     _check_stages(arms, ["A", "H"], change)
     with pytest.raises(ConfigError, match=r"stages\.agglomerate\.steps: no chosen arm has this stage"):
         _check_stages(arms, ["A", "ocr"], change)
+
+
+def test_the_page_of_questions_marks_every_arms_answer(spec, tmp_path):
+    from mllm.eval.studies.arm_answers import chosen, save_answers
+
+    with pytest.raises(DataError, match="no arm is trained"):
+        save_answers(spec, tmp_path)
+    write_answers(run_folder(tmp_path, "A", 0) / "eval", lambda k, r: True)
+    write_answers(run_folder(tmp_path, "B", 0) / "eval", lambda k, r: r == "matplotlib")
+    page = save_answers(spec, tmp_path).read_text()
+    assert page.count("<div class=q>") == 20
+    assert page.count("A right</span>") == 20 and "A wrong" not in page
+    shown = page.count("matplotlib-")
+    assert page.count("B right</span>") == shown and page.count("B wrong</span>") == 20 - shown and 0 < shown < 20
+    rows = [{"id": str(k), "category": "rare" if k < 3 else "common"} for k in range(100)]
+    picked = chosen(rows, 20)
+    assert picked == chosen(reversed(rows), 20) and len(set(picked)) == 20 and {"0", "1", "2"} < set(picked)
+    write_answers(run_folder(tmp_path, "B", 0) / "eval", lambda k, r: True)
+    path = prediction_path(run_folder(tmp_path, "B", 0) / "eval", "real_charts")
+    path.write_text("".join(line for line in path.open() if json.loads(line)["id"] not in page))
+    with pytest.raises(DataError, match="was not asked"):
+        save_answers(spec, tmp_path)
