@@ -21,6 +21,7 @@ from mllm.data.parallel import pool_context
 from mllm.data.plan import PackedPlan, Plan, PlannedBatch, Position
 from mllm.errors import AlignmentError, DataError, blamed_on
 from mllm.processing.chat import EncodedSample
+from mllm.stopping import outlive_the_step
 from mllm.threads import one_thread
 from mllm.types import Sample
 
@@ -247,6 +248,7 @@ class DataStream:
             sampler=_PlanSampler(self.plan, self.rank, self.position),
             batch_size=None,
             num_workers=self.num_workers,
+            worker_init_fn=outlive_the_step if self.num_workers else None,
             pin_memory=self.pin_memory,
             prefetch_factor=self.prefetch_factor if self.num_workers else None,
             # Training processes that were spawned themselves would spawn workers too, and pickle whole datasets for it.

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import os
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -16,9 +17,10 @@ import torch
 
 from mllm import errors, progress
 from mllm.distributed import process_group
-from mllm.errors import ConfigError, MllmError
+from mllm.errors import ConfigError, Interrupted, MllmError
 from mllm.machines import placed
 from mllm.noise import hush
+from mllm.stopping import Asked, asked_to_stop
 from mllm.train.gpu_memory import tell_busy_gpu
 from mllm.train.meeting import GO_ON, MachineLost, Meeting
 
@@ -79,6 +81,7 @@ def _start(
     if method == "forkserver":
         context.set_forkserver_preload([function.__module__, *PRELOADED])
     alive, ours = context.Pipe(duplex=False)
+    asked = Asked()
     try:
         started = multiprocessing.start_processes(
             _worker,
@@ -87,8 +90,16 @@ def _start(
             start_method=method,
             join=False,
         )
-        _wait(started, meeting)
+        with asked_to_stop(True, lambda _: _pass_on(started)) as asked:
+            _wait(started, meeting)
+        _raise_if_stopped(folder)
+    except MachineLost:
+        _raise_if_stopped(folder)  # that one was told to stop as well, and was done with it first
+        raise
     except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
+        _raise_if_stopped(folder)
+        if asked.by and not list(Path(folder).glob("error-*")):
+            raise KeyboardInterrupt from None  # before the first step nothing waits for a step's end
         for path in sorted(Path(folder).glob("error-*")):  # a user's error needs no traceback of ours
             kind, _, message = path.read_text(encoding="utf-8").partition("\n")
             raise getattr(errors, kind, WorkerFailed)(message) from None
@@ -98,6 +109,18 @@ def _start(
         raise WorkerFailed(f"a training process ended early: {error}") from None
     finally:
         ours.close()
+
+
+def _pass_on(started: Any) -> None:
+    """A request to stop, to the processes: whoever sends it may know the launcher alone."""
+    for process in started.processes:
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGTERM)
+
+
+def _raise_if_stopped(folder: str) -> None:
+    for path in sorted(Path(folder).glob("stopped-*")):
+        raise Interrupted(path.read_text(encoding="utf-8"))
 
 
 def _wait(started: Any, meeting: Meeting | None) -> None:
@@ -144,6 +167,8 @@ def _worker(
         with process_group(process=rank, processes=int(places["WORLD_SIZE"]), init_method=meet):
             tell_busy_gpu()
             function(*arguments)
+    except Interrupted as stop:
+        (Path(folder) / f"stopped-{process}").write_text(str(stop), encoding="utf-8")
     except MllmError as error:
         kind = "ConfigError" if isinstance(error, errors.ConfigError) else type(error).__name__
         (Path(folder) / f"error-{process}").write_text(f"{kind}\n{error}", encoding="utf-8")

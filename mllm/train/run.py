@@ -73,7 +73,7 @@ def run_recipe(
         TrainingDiverged: the loss is not finite; checkpoints written before stay as they are.
         CheckpointError: a checkpoint cannot be read or written.
         DataError: the data cannot be used.
-        Interrupted: Ctrl-C; the message says how to go on.
+        Interrupted: Ctrl-C, SIGTERM or SIGUSR1; the step was finished and a checkpoint written. The message says how to go on.
     """
     folder = Path(output) if output is not None else recipe.output_dir
     if "://" in str(output or recipe.output):
@@ -193,6 +193,8 @@ def _train(recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, p
     run = Run(recipe, folder, resume, tracker, info, stop_after, profile, extend)
     try:
         finished = _train_stages(run)
+        if run.interrupted and not finished:
+            raise Interrupted(saved_so_far(recipe, folder))
     finally:
         if tracker is not None:
             _finish_records(tracker, folder, recipe)
@@ -267,9 +269,10 @@ def _train_stages(run: Run) -> bool:
             previous = None  # of a model that is built on a tokenizer of this run, which its recipe names
         if not is_finished(folder) or (run.extend and stage is run.recipe.stages[-1]):
             distributed.barrier()
-            if not kind_of(stage).train(own, stage, previous, folder):
+            finished = kind_of(stage).train(own, stage, previous, folder)
+            run.stop_after, run.interrupted = own.stop_after, own.interrupted
+            if not finished:
                 return False
-            run.stop_after = own.stop_after
             _mirror_stage(run, folder)
         elif distributed.is_main():
             Console(stderr=True).print(f"stage {stage.name} is finished ({folder})", highlight=False)
@@ -278,4 +281,6 @@ def _train_stages(run: Run) -> bool:
             shutil.rmtree(run.checkpoints(stage), ignore_errors=True)
         distributed.barrier()
         previous = folder
+        if run.interrupted and stage is not run.recipe.stages[-1]:
+            return False
     return True

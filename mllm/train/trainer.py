@@ -21,6 +21,7 @@ from mllm.processing.protocol import Processor, TextProcessor
 from mllm.processing.template import for_training
 from mllm.progress import phase
 from mllm.recipe import Recipe, StageSpec
+from mllm.stopping import asked_to_stop, started_by_launcher
 from mllm.train.added_rows import rows_line
 from mllm.train.beside import Beside
 from mllm.train.checkpoint.mirror import mirror_of
@@ -92,6 +93,8 @@ class Run:
     """Steps of every stage to record with the profiler."""
     extend: bool = False
     """The last stage may be longer than when it was started, or finished."""
+    interrupted: bool = False
+    """A signal asked for a stop; what is done is saved."""
 
     def record(self) -> dict[str, Any]:
         """``run.json`` as it stands, for a stage's folder; empty on other processes."""
@@ -111,6 +114,8 @@ class Step:
     save: bool
     written: bool = False
     """All processes have written their shares of the checkpoint that is being written."""
+    stop: bool = False
+    """Some process was told to stop."""
     losses: dict[str, float] = field(default_factory=dict)
     """Mean cross-entropy per code of each codebook, of this process's images to draw."""
 
@@ -173,8 +178,10 @@ def train(
             run.output / "spikes" / f"{name}.jsonl", quiet=warmup_steps(stage.schedule, progress.total_steps)
         )
         fading = FadingParts(quiet=warmup_steps(stage.schedule, progress.total_steps))
+        launched = started_by_launcher()
         profiler = StepProfiler(run.output / "profile", name, run.profile)
         stack.callback(profiler.close)
+        asked = stack.enter_context(asked_to_stop(distributed.is_main() and not launched, patient=launched))
         first = True
         while progress.step < progress.total_steps:
             profiler()
@@ -194,6 +201,7 @@ def train(
                     session.data,
                     save=wish,
                     written=writer.done(),
+                    stop=bool(asked.by),
                     datasets=session.datasets,
                 )
             if step.written:
@@ -219,7 +227,8 @@ def train(
                     run.tracker.log(record)
             display.update(progress.step, record)
             draw(progress.step, last=last)
-            stop = _count_down(run)
+            stop = _count_down(run) or step.stop
+            run.interrupted = step.stop
             due = step.save or stop or bool(stage.save_every and progress.step % stage.save_every == 0)
             if stage.keep_state if last else due:
                 progress.extra = {"data": session.data.shared_state()}
@@ -320,19 +329,21 @@ def optimizer_step(
     *,
     save: bool = False,
     written: bool = False,
+    stop: bool = False,
     datasets: DatasetLoss | None = None,
 ) -> Step:
     """Forward and backward of all micro-batches, then the update. The loss is the mean over all supervised tokens of
     the step, on all processes, however they are spread.
 
     data: counts the rows that cannot be used. save: this process asks for a checkpoint; the main process's wish is what
-    counts. written: this process has written its share of the last one. datasets: told each token's loss. Raises
-    `TrainingDiverged` before anything is updated when the loss is not finite, `DataError` when too many rows of all processes
-    cannot be used.
+    counts. written: this process has written its share of the last one. stop: this process was told to. datasets: told each
+    token's loss. Raises `TrainingDiverged` before anything is updated when the loss is not finite, `DataError` when too many rows
+    of all processes cannot be used.
     """
     own = count_batches(micro, flops) | data.bad_rows(micro)
     own["save"] = float(save and distributed.is_main())
     own["written"] = float(written)
+    own["stop"] = float(stop)
     counts = dict(zip(own, distributed.sum_numbers(list(own.values()))))
     data.bad_share.add(counts)
     losses, of_codes = [], []
@@ -356,7 +367,15 @@ def optimizer_step(
     if not math.isfinite(norm):
         raise diverged("gradient norm", norm, micro)
     everywhere = counts["written"] == distributed.world_size()
-    return Step(loss, norm, counts, save=counts["save"] > 0, written=everywhere, losses=_mean_losses(of_codes))
+    return Step(
+        loss,
+        norm,
+        counts,
+        save=counts["save"] > 0,
+        written=everywhere,
+        stop=counts["stop"] > 0,
+        losses=_mean_losses(of_codes),
+    )
 
 
 def _mean_losses(found: list[dict[str, torch.Tensor] | None]) -> dict[str, float]:

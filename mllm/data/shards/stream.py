@@ -24,6 +24,7 @@ from mllm.data.shards.lanes import Lane, LanePlace, Taken, Window
 from mllm.data.shards.read import Item
 from mllm.errors import AlignmentError, ConfigError, DataError, blamed_on
 from mllm.processing.chat import EncodedSample
+from mllm.stopping import outlive_the_step
 from mllm.threads import one_thread
 from mllm.types import Sample
 
@@ -219,6 +220,7 @@ class ShardStream:
             _Loaded(self.batches, dict(self.places), self.lanes, self.turn),
             batch_size=None,
             num_workers=workers,
+            worker_init_fn=outlive_the_step if workers else None,
             pin_memory=self.pin_memory,
             prefetch_factor=self.prefetch_factor if workers else None,
             multiprocessing_context=pool_context() if workers else None,

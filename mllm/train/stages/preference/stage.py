@@ -35,6 +35,7 @@ from mllm.processing.images import load_image
 from mllm.processing.protocol import Processor
 from mllm.processing.template import parts_of
 from mllm.recipe import StageSpec
+from mllm.stopping import Asked, asked_to_stop, started_by_launcher
 from mllm.train.added_rows import rows_line
 from mllm.train.checkpoint.export import save_stage
 from mllm.train.data import open_mixture, tell_dropped, tell_left_out, tell_odd_settings
@@ -199,8 +200,12 @@ def train_preference(run: Run, stage: StageSpec, previous: Path | None, folder: 
         if run.info is not None:
             run.info.stage(stage.name, total_steps=steps)
         display.start(steps, begun)
+        launched = started_by_launcher()
         try:
-            with naming_damage(last):
+            with (
+                naming_damage(last),
+                asked_to_stop(distributed.is_main() and not launched, patient=launched) as log.asked,
+            ):
                 trainer.train(resume_from_checkpoint=last)
         finally:
             display.close()
@@ -359,10 +364,10 @@ def _transformers() -> Any:
 
 
 class _Log(_transformers().TrainerCallback):
-    """TRL's log lines as records of the run; marks complete checkpoints; honours ``stop_after``."""
+    """TRL's log lines as records of the run; marks complete checkpoints; honours ``stop_after`` and signals."""
 
     def __init__(self, run: Run, stage: StageSpec, display: StageDisplay):
-        self.run, self.stage, self.display = run, stage, display
+        self.run, self.stage, self.display, self.asked = run, stage, display, Asked()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **_: Any) -> None:
         if not logs or "loss" not in logs:
@@ -380,6 +385,8 @@ class _Log(_transformers().TrainerCallback):
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if distributed.sum_numbers([float(bool(self.asked.by))])[0]:
+            self.run.interrupted = control.should_save = control.should_training_stop = True
         if self.run.stop_after is not None:
             self.run.stop_after -= 1
             if self.run.stop_after <= 0 and state.global_step < state.max_steps:
