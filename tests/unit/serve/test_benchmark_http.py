@@ -7,6 +7,7 @@ import os
 import subprocess
 import time
 
+from benchmarks.serve_engines import ratios as ratios_of_engines
 from benchmarks.serve_h200 import run_section
 from benchmarks.serve_http import ratios, report
 
@@ -27,6 +28,28 @@ def test_rates_are_shares_of_ours_in_process_and_of_llavas_over_http():
     assert [json.loads(line.split(" ", 2)[2]) for line in tiny.splitlines() if line.startswith("RESULT")] == [
         *found.values()
     ]
+
+
+def test_two_engines_are_compared_with_one_under_as_many_requests_each():
+    one = {
+        "burst_128": {"requests_per_s": 40.0},
+        "burst_256": {"requests_per_s": 44.0},
+        "sustained": {"requests_per_s": 45.0},
+    }
+    two = {
+        "burst_128": {"requests_per_s": 60.0},
+        "burst_256": {"requests_per_s": 78.0},
+        "sustained": {"requests_per_s": 90.0},
+    }
+    assert ratios_of_engines({"two": two, "one": one}) == {
+        "two": {
+            "128 at once an engine": 1.95,
+            "128 at once in all": 1.5,
+            "256 at once in all": 1.773,
+            "128 clients an engine": 2.0,
+        }
+    }
+    assert ratios_of_engines({"two": {"error": "x"}, "one": one}) == {}
 
 
 def test_a_section_that_runs_too_long_leaves_no_server_behind(tmp_path):

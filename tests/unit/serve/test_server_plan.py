@@ -137,9 +137,12 @@ def test_processes_for_http_are_chosen_on_a_gpu_unless_something_needs_one(check
     monkeypatch.delenv("MLLM_ADMIN_KEY", raising=False)
     served = {"checkpoint": checkpoints["plain"]}
     assert value_of(plan(ServeSettings(**served))[0], "--api-server-count") == "4"
-    for extra in (["--api-server-count", "2"], ["--data-parallel-size=2"], ["--headless"]):
+    for extra in (["--api-server-count", "2"], ["--data-parallel-size=2", "--data-parallel-rank", "0"], ["--headless"]):
         arguments = plan(ServeSettings(**served, extra=extra))[0]
         assert arguments.count("--api-server-count") == extra.count("--api-server-count"), extra
+    monkeypatch.setattr("mllm.serve.server.os.sched_getaffinity", lambda _: range(32))
+    for extra in (["--data-parallel-size=2"], ["-dp", "2"]):
+        assert value_of(plan(ServeSettings(**served, extra=extra))[0], "--api-server-count") == "8", extra
     monkeypatch.setenv("MLLM_ADMIN_KEY", "of-the-operator")  # an adapter is loaded into the process that is asked
     adapted = ServeSettings(**served, lora=[f"x={adapter(tmp_path)}"])
     assert "--api-server-count" not in plan(adapted)[0]
