@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ ROUTED = {
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     folders = {}
-    for name, changes in (("plain", {}), ("routed", ROUTED), ("film", {"video": {"fps": 1, "max_frames": 12}})):
+    kinds: dict[str, dict[str, Any]] = {"plain": {}, "routed": ROUTED, "film": {"video": {"fps": 1, "max_frames": 12}}}
+    for name, changes in kinds.items():
         folder = tmp_path_factory.mktemp(name)
         model, processor = tiny_model(folder / "tokenizer", **changes)
         model.save_pretrained(folder)
