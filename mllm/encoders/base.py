@@ -5,11 +5,22 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from mllm.config import StrictModel
-from mllm.types import EncoderInfo, VisionFeatures, WeightsSource
+from mllm.types import EncoderInfo, Grid, VisionFeatures, WeightsSource
+
+
+class Reads(StrictModel):
+    """Whose features an encoder is given."""
+
+    encoder: str
+    """Another encoder of the model."""
+    width: int | None = Field(default=None, gt=0)
+    """D of its features; filled in by the model."""
+    grid: Grid | None = None
+    """Of its features; filled in by the model."""
 
 
 class EncoderConfig(StrictModel):
@@ -27,8 +38,16 @@ class EncoderConfig(StrictModel):
     """Return class and register tokens in `VisionFeatures.prefix`."""
     final_norm: bool = True
     """Apply the encoder's own last norm to the output of the last block (only where that layer is taken)."""
+    reads: Reads | None = None
+    """Another encoder of the model, by name, whose features this one reads in place of its own patch embedding (type vggt); default:
+    it reads pixels."""
     info: EncoderInfo | None = None
     """Filled by `VisionEncoder.resolve`; never written by hand."""
+
+    @field_validator("reads", mode="before", json_schema_input_type=str | Reads | None)
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"encoder": value} if isinstance(value, str) else value
 
     @property
     def resolved_info(self) -> EncoderInfo:
@@ -54,6 +73,8 @@ class VisionEncoder(nn.Module):
     name: ClassVar[str] = ""
     Config: ClassVar[type[EncoderConfig]] = EncoderConfig
     config: EncoderConfig
+    reads_features: ClassVar[bool] = False
+    """It can be given another encoder's features (``config.reads``): `forward` then takes them as ``given``."""
     joins_views: ClassVar[bool] = False
     """Views of one picture see each other: `forward` is given ``scene_ids``, and ``places`` ``(B, 2)``, each view's (row,
     column) among the tiles, (-1, -1) for a whole picture."""

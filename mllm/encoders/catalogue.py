@@ -85,7 +85,7 @@ def encoder_config(spec: str | Mapping[str, Any], *, where: str) -> EncoderConfi
     spec: a name (`mllm list encoders`), ``{preset: name, …changes}`` where changed mappings such as ``weights`` are
     merged, or a whole config with ``type``. Raises `ConfigError` that starts with ``where``.
     """
-    data = _expand(spec, where)
+    data = expanded(spec, where)
     kind = data.get("type")
     if not isinstance(kind, str):
         raise ConfigError(f"{where}: give preset (a name of `mllm list encoders`) or type ({', '.join(ENCODERS)})")
@@ -125,7 +125,8 @@ def licence_warnings(configs: Mapping[str, EncoderConfig] | Iterable[EncoderConf
     return warnings
 
 
-def _expand(spec: str | Mapping[str, Any], where: str) -> dict[str, Any]:
+def expanded(spec: str | Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A recipe's mention of an encoder as a whole config's data, a preset's own included. Raises `ConfigError` opening with ``where``."""
     if isinstance(spec, str):
         spec = {"preset": spec}
     if not isinstance(spec, Mapping):

@@ -19,11 +19,12 @@ from mllm.encoders.library import (
     check_pixels,
     group_parameters,
     merge_layers,
+    resample_tokens,
     take_layers,
 )
 from mllm.encoders.weights import load_exactly, local_path, read_weights, strip_prefix, unavailable
-from mllm.errors import CheckpointError, ConfigError, UnavailableError
-from mllm.types import ImageSpec, VisionFeatures
+from mllm.errors import AlignmentError, CheckpointError, ConfigError, UnavailableError
+from mllm.types import Grid, ImageSpec, VisionFeatures
 
 _ROPE_BASE = 100.0
 
@@ -114,6 +115,18 @@ class PatchConv(nn.Module):
         return self.proj(pixels).flatten(2).transpose(1, 2)
 
 
+class FeatureEmbed(nn.Module):
+    """Another encoder's features ``(B, N, D)`` → patches ``(B, N, C)``."""
+
+    def __init__(self, width_in: int, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width_in)
+        self.proj = nn.Linear(width_in, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.proj(self.norm(tokens))
+
+
 class DinoV2(nn.Module):
     """DINOv2 with registers (arXiv 2309.16588); returns normalised tokens: class, registers, patches."""
 
@@ -162,7 +175,12 @@ class Aggregator(nn.Module):
         self.head_dim = width // config.num_heads
         self.camera_token = nn.Parameter(torch.randn(1, 2, 1, width) * 1e-6)
         self.register_token = nn.Parameter(torch.randn(1, 2, config.num_registers, width) * 1e-6)
-        self.patch_embed = DinoV2(config) if config.patch_embed == "dinov2" else PatchConv(width, config.patch_size)
+        self.patch_embed: nn.Module
+        if config.reads is not None:
+            assert config.reads.width is not None
+            self.patch_embed = FeatureEmbed(config.reads.width, width)
+        else:
+            self.patch_embed = DinoV2(config) if config.patch_embed == "dinov2" else PatchConv(width, config.patch_size)
         self.frame_blocks = nn.ModuleList(_block(config) for _ in range(depth))
         self.global_blocks = nn.ModuleList(_block(config) for _ in range(depth))
         self.gradient_checkpointing = False
@@ -172,9 +190,12 @@ class Aggregator(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[return-value]
         return block(*inputs)
 
-    def forward(self, pixels: Tensor, views: Sequence[int], wanted: Sequence[int]) -> dict[int, Tensor]:
-        """pixels ``(B, 3, H, W)``, ImageNet-normalised, the views of a scene side by side; views: how many each scene
-        has, in order; wanted: layer counts → ``{count: (B, 1 + R + N, 2 C)}``."""
+    def forward(
+        self, pixels: Tensor, views: Sequence[int], wanted: Sequence[int], grid: Grid | None = None
+    ) -> dict[int, Tensor]:
+        """pixels ``(B, 3, H, W)``, ImageNet-normalised, the views of a scene side by side (another encoder's features ``(B, N, D)`` on
+        ``grid`` where those are read); views: how many each scene has, in order; wanted: layer counts → ``{count: (B, 1 + R + N,
+        2 C)}``."""
         if isinstance(self.patch_embed, DinoV2):
             patches = self.patch_embed(pixels, self.run)[:, self.num_special :]  # after class token and registers
         else:
@@ -182,7 +203,7 @@ class Aggregator(nn.Module):
         later = torch.tensor([0 if view == 0 else 1 for count in views for view in range(count)], device=pixels.device)
         special = torch.cat([self.camera_token[0][later], self.register_token[0][later]], dim=1)
         x = torch.cat([special, patches], dim=1)
-        grid = (pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
+        grid = grid or (pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
         rotation = rotary_table(self.positions(grid, x.device), self.head_dim, x.dtype)
         outputs: dict[int, Tensor] = {}
         for count, (frame_block, global_block) in enumerate(zip(self.frame_blocks, self.global_blocks), start=1):
@@ -255,6 +276,7 @@ class VggtEncoder(LibraryEncoder):
     Config: ClassVar[type[EncoderConfig]] = VggtConfig
     config: VggtConfig
     joins_views: ClassVar[bool] = True
+    reads_features: ClassVar[bool] = True
     model: Aggregator
 
     @classmethod
@@ -271,6 +293,10 @@ class VggtEncoder(LibraryEncoder):
         image, size = config.resolved_info.image, config.patch_size
         if image.height % size or image.width % size:
             raise ConfigError(f"image_size: ({image.height}, {image.width}) is no multiple of the patch size {size}")
+        if config.reads is not None and (config.reads.width is None or config.reads.grid is None):
+            raise ConfigError(
+                f"reads: {config.reads.encoder!r} is an encoder of a model, and this one stands alone; give it in a model's encoders"
+            )
         if config.width % (4 * config.num_heads):
             raise ConfigError(f"num_heads: {config.num_heads} does not split width {config.width} into multiples of 4")
         return Aggregator(config, depth=max(take_layers(config.layers, config.depth, lowest=1)))
@@ -282,17 +308,20 @@ class VggtEncoder(LibraryEncoder):
         scene_ids: Tensor | None = None,
         places: Tensor | None = None,
         return_attention: bool = False,
+        given: VisionFeatures | None = None,
     ) -> VisionFeatures:
         """places ``(B, 2)``: a tile (not (-1, -1)) shows a part of a picture from where the whole is seen, so it is a scene of its
-        own; frames of a video are whole, and one scene."""
+        own; frames of a video are whole, and one scene. given: what is read in place of ``pixels``, a row for each, where
+        ``config.reads`` names an encoder."""
         if return_attention:
             raise UnavailableError("return_attention: vggt uses fused attention, which hands out no weights")
         check_pixels(pixels, self.config.resolved_info.image, self.config.type)
         pixels = pixels.to(self.dtype)
         if pixels.shape[0] == 0:
             return self.empty_features(pixels)
+        pixels = self._seen(pixels, given)
         if scene_ids is None:
-            return merge_layers(self.read_layers(pixels), self.config.keep_prefix)
+            return merge_layers(self._read(pixels, [1] * pixels.shape[0]), self.config.keep_prefix)
         if places is not None:
             alone = torch.arange(len(scene_ids), device=scene_ids.device) + int(scene_ids.max()) + 1
             scene_ids = torch.where(places.ge(0).any(dim=-1), alone, scene_ids)
@@ -307,7 +336,33 @@ class VggtEncoder(LibraryEncoder):
         return features
 
     def read_layers(self, pixels: Tensor) -> list[LayerOutput]:
-        return self._read(pixels, [1] * pixels.shape[0])
+        return self._read(self._seen(pixels, None), [1] * pixels.shape[0])
+
+    @property
+    def own_grid(self) -> Grid:
+        """Rows and columns of its patches."""
+        image, size = self.config.resolved_info.image, self.config.patch_size
+        return (image.height // size, image.width // size)
+
+    def _seen(self, pixels: Tensor, given: VisionFeatures | None) -> Tensor:
+        """What the aggregator is given of views: pixels, or the features ``(B, N, D)`` that it reads, on its own grid."""
+        reads = self.config.reads
+        if reads is None:
+            return pixels
+        assert reads.width is not None and reads.grid is not None
+        if given is None:
+            if not pixels.is_meta:  # sizes alone are asked for on meta
+                raise ConfigError(
+                    f"encoder {self.config.type} reads the features of {reads.encoder!r} and was given none; it runs inside a model that "
+                    "has both"
+                )
+            given = VisionFeatures(
+                pixels.new_zeros(len(pixels), reads.grid[0] * reads.grid[1], reads.width), reads.grid
+            )
+        if len(given.tokens) != len(pixels):
+            raise AlignmentError(f"encoder {self.config.type}: features of {len(given.tokens)} views for {len(pixels)}")
+        tokens = given.tokens.to(pixels)
+        return tokens if given.grid == self.own_grid else resample_tokens(tokens, given.grid, self.own_grid)
 
     def _read(self, pixels: Tensor, views: list[int]) -> list[LayerOutput]:
         chunk = self.config.chunk
@@ -326,8 +381,8 @@ class VggtEncoder(LibraryEncoder):
 
     def _read_whole(self, pixels: Tensor, views: list[int]) -> list[LayerOutput]:
         counts = take_layers(self.config.layers, self.config.depth, lowest=1)
-        outputs = self.model(pixels, views, counts)
-        grid = (pixels.shape[2] // self.config.patch_size, pixels.shape[3] // self.config.patch_size)
+        grid = self.own_grid
+        outputs = self.model(pixels, views, counts, grid)
         start = self.model.num_special
         return [LayerOutput(outputs[count][:, start:], grid, outputs[count][:, :start]) for count in counts]
 
@@ -355,6 +410,10 @@ class VggtEncoder(LibraryEncoder):
         state = strip_prefix(read_weights(local_path(str(path)) or path), set(self.model.state_dict()))  # type: ignore[arg-type]
         for key in [k for k in state if k.endswith("mask_token")]:
             del state[key]
+        if self.config.reads is not None:  # what took patches in the published model gives way to what takes features
+            own = {f"patch_embed.{k}": v for k, v in self.model.patch_embed.state_dict().items()}
+            if not own.keys() <= state.keys():
+                state = {k: v for k, v in state.items() if not k.startswith("patch_embed.")} | own
         with torch.device("meta"):
             full = Aggregator(self.config, depth=self.config.depth)
         deeper = len([k for k in state if k.startswith(f"frame_blocks.{self.config.depth}.")])

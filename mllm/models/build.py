@@ -59,10 +59,10 @@ def build_config(
     """
     from mllm.connectors.build import connector_config
     from mllm.connectors.deepstack import check_depths
-    from mllm.encoders.catalogue import encoder_config
+    from mllm.encoders.series import encoder_configs
     from mllm.processing.layout import layout_rules
 
-    encoders = {name: encoder_config(value, where=f"model.encoders.{name}") for name, value in spec.encoders.items()}
+    encoders = encoder_configs(spec.encoders, where="model.encoders")
     connector = None if spec.connector is None else connector_config(spec.connector, where="model.connector")
     infos = {name: config.info for name, config in encoders.items() if config.info is not None}
     if connector is not None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mllm.connectors.build import build_connector, connector_config
 from mllm.encoders.catalogue import build_encoder, encoder_config
+from mllm.encoders.series import features_for, reading_order
 from mllm.errors import AlignmentError, ConfigError
 from mllm.models.routing import limit_routing
 from mllm.recipe import reader_of
@@ -37,6 +38,16 @@ class EncoderBank(nn.Module):
         )
         self.infos = {name: e.describe(e.config) for name, e in self.encoders.items()}  # pyright: ignore[reportCallIssue]
         self.experts: tuple[str, ...] = tuple((router or {}).get("experts", ()))
+        read = {name: getattr(e.config, "reads", None) for name, e in self.encoders.items()}
+        self.reads: dict[str, str] = {name: source.encoder for name, source in read.items() if source is not None}
+        """Encoder → the one whose features it reads in place of pixels."""
+        self._order = reading_order({name: self.reads.get(name) for name in self.encoders})
+        for reader, source in self.reads.items():
+            if {reader, source} & set(self.experts):
+                raise ConfigError(
+                    f"router.experts: encoder {reader!r} reads {source!r}, and both must then run on every picture; take them off the "
+                    "router's list"
+                )
         self.with_attention: frozenset[str] = frozenset()
         """Encoders whose last attention map the connector reads."""
         self.num_encoded: Counter[str] = Counter()
@@ -107,7 +118,13 @@ class EncoderBank(nn.Module):
     ) -> dict[str, VisionFeatures]:
         """Features of the always-on encoders; the experts' pixels are not needed."""
         self._check(pixels, self.always_on, layouts)
-        return {name: self._encode(name, pixels[name], layouts) for name in self.always_on}
+        features: dict[str, VisionFeatures] = {}
+        for name in self._order:
+            if name not in self.experts:
+                source = self.reads.get(name)
+                given = None if source is None else features_for(name, source, features[source], layouts)
+                features[name] = self._encode(name, pixels[name], layouts, given=given)
+        return {name: features[name] for name in self.always_on}
 
     def _check(self, pixels: Mapping[str, Tensor], needed: list[str], layouts: Sequence[VisualLayout] | None) -> None:
         missing = [name for name in needed if name not in pixels]
@@ -135,8 +152,10 @@ class EncoderBank(nn.Module):
         *,
         chosen: Tensor | None = None,
         idle: bool = False,
+        given: VisionFeatures | None = None,
     ) -> VisionFeatures:
-        """Features of one encoder. layouts: of all images of the batch, for encoders in which views of an image see each other;
+        """Features of one encoder. given: another's, which it reads; layouts: of all images of the batch, for encoders in which views
+        of an image see each other;
         chosen: which rows of the batch's pixels these are, where they are not all."""
         encoder = self.encoders[name]
         if not idle:
@@ -148,13 +167,16 @@ class EncoderBank(nn.Module):
         if layouts is not None and any(layout.patches is not None for layout in layouts):
             with fetched(encoder):
                 return encoder(pixels, grids=[layout.patches for layout in layouts])
+        options: dict[str, Any] = {} if given is None else {"given": given}
         if layouts is not None and encoder.joins_views and not idle:
             scenes, places = _scenes(layouts, name)
             scenes, places = (part if chosen is None else part[chosen.to("cpu")] for part in (scenes, places))
             with fetched(encoder):
-                return encoder(pixels, scene_ids=scenes.to(pixels.device), places=places.to(pixels.device))
+                return encoder(pixels, scene_ids=scenes.to(pixels.device), places=places.to(pixels.device), **options)
+        if name in self.with_attention:
+            options["return_attention"] = True
         with fetched(encoder):
-            return encoder(pixels, return_attention=True) if name in self.with_attention else encoder(pixels)
+            return encoder(pixels, **options)
 
     def _encode_experts(
         self, pixels: Mapping[str, Tensor], routing: Routing, layouts: Sequence[VisualLayout] | None

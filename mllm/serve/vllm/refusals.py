@@ -19,6 +19,12 @@ def refuse_unserved(config: MllmConfig) -> None:
             "this checkpoint has weights of their own for visual tokens in every decoder layer (modality_switch), which vLLM's "
             "language models have no place for; use mllm chat or model.generate"
         )
+    for name, encoder in config.encoders.items():
+        if encoder.get("reads"):
+            raise UnavailableError(
+                f"encoder {name} of this checkpoint reads the features of {encoder['reads']['encoder']}, and encoders in series were not "
+                "tried in vLLM; use mllm chat or model.generate"
+            )
     view = config.view_layout()
     if view.repeats > 1:
         raise UnavailableError(

@@ -252,6 +252,8 @@ def why_not(model: MllmForConditionalGeneration, learning: Iterable[str]) -> str
         return "the model takes video"
     if getattr(bank, "with_attention", None):
         return "the connector reads an encoder's attention maps"
+    for name, source in getattr(bank, "reads", {}).items():
+        return f"encoder {name} reads the features of {source}"
     for name, encoder in bank.encoders.items():
         if getattr(encoder.config, "keep_prefix", False):
             return f"encoder {name} hands on prefix tokens"
