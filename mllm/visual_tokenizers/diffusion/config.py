@@ -61,6 +61,10 @@ class DiffusionDecoderConfig(StrictModel):
     """space latent: between pixels and latents."""
     objective: Literal["flow_matching", "epsilon"] = "flow_matching"
     """flow_matching: x_t = (1-t) x + t n, the network tells n - x (arXiv 2210.02747). epsilon: DDPM's, it tells the noise n."""
+    prediction: Literal["objective", "sample"] = "objective"
+    """What the network itself tells. objective: what the loss compares. sample (flow_matching): the clean picture, turned into n - x by
+    (x_t - told) / t with t of at least 0.05 (JiT, arXiv 2511.13720): a network need not carry the noise, so that patches may hold more
+    values than its width."""
     times: Literal["uniform", "logit_normal"] = "uniform"
     """flow_matching: which noise levels are trained more often; logit_normal: the middle ones (Stable Diffusion 3)."""
     schedule: dict[str, Any] = Field(default_factory=dict)
@@ -101,6 +105,8 @@ class DiffusionDecoderConfig(StrictModel):
             raise ValueError("space latent and autoencoder go together: give both or neither")
         if self.times != "uniform" and self.objective != "flow_matching":
             raise ValueError(f"times {self.times} is for flow_matching; epsilon draws its times uniformly")
+        if self.prediction != "objective" and self.objective != "flow_matching":
+            raise ValueError(f"prediction {self.prediction} is for flow_matching; an epsilon network tells the noise")
         if self.sampler is not None and self.sampler not in SAMPLERS[self.objective]:
             raise ValueError(
                 f"sampler {self.sampler!r} of {self.objective} is one of {', '.join(SAMPLERS[self.objective])}"

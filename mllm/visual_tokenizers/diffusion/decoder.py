@@ -209,7 +209,11 @@ class DiffusionDecoder(nn.Module):
         return Conditions(torch.cat(beside, 1) if beside else None, tokens, kept, apart)
 
     def denoise(self, noisy: Tensor, times: Tensor, conditions: Conditions) -> Tensor:
-        """What the network tells of ``(B, C, *size)`` at times ``(B,)``."""
+        """What the objective asks for, of ``(B, C, *size)`` at times ``(B,)``."""
+        told = self._told(noisy, times, conditions)
+        return self.objective.from_sample(told, noisy, times) if self.config.prediction == "sample" else told
+
+    def _told(self, noisy: Tensor, times: Tensor, conditions: Conditions) -> Tensor:
         inputs = conditions.beside(noisy, kept=self.shows("source"))
 
         def call(network: nn.Module, seen: Tensor, **more: Any) -> Any:

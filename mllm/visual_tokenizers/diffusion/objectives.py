@@ -10,6 +10,8 @@ from torch import Tensor
 from mllm.visual_tokenizers.diffusion.config import DiffusionDecoderConfig
 from mllm.visual_tokenizers.diffusion.library import noise_alphas
 
+LEAST_SIGMA = 0.05
+"""What a sample is told of is divided by no less (JiT, arXiv 2511.13720)."""
 TIMES = 1000
 """The network's clock runs from 0 to this, as that of all networks and schedulers of `diffusers` does."""
 
@@ -27,6 +29,10 @@ class Objective:
 
     def target(self, clean: Tensor, noise: Tensor) -> Tensor:
         """What it should tell."""
+        raise NotImplementedError
+
+    def from_sample(self, told: Tensor, noisy: Tensor, times: Tensor) -> Tensor:
+        """The same, of a network that tells the clean picture."""
         raise NotImplementedError
 
 
@@ -47,6 +53,11 @@ class FlowMatching(Objective):
 
     def target(self, clean: Tensor, noise: Tensor) -> Tensor:
         return noise - clean
+
+    def from_sample(self, told: Tensor, noisy: Tensor, times: Tensor) -> Tensor:
+        """n - x where the network told x."""
+        sigma = (times / TIMES).clamp(min=LEAST_SIGMA).view(-1, 1, 1, 1).to(noisy.dtype)
+        return (noisy - told) / sigma
 
 
 class Epsilon(Objective):

@@ -161,7 +161,7 @@ def _narrow_patches(decoder: DiffusionDecoder) -> list[str]:
     share, however long it is trained; samples then stay noisy."""
     network: Any = decoder.network
     patch = getattr(network.config, "patch_size", None)
-    if decoder.config.network not in ("dit", "sd3") or patch is None:
+    if decoder.config.network not in ("dit", "sd3") or patch is None or decoder.config.prediction == "sample":
         return []
     width = int(network.config.num_attention_heads * network.config.attention_head_dim)
     values = decoder.channels * patch**2
@@ -170,7 +170,8 @@ def _narrow_patches(decoder: DiffusionDecoder) -> list[str]:
     return [
         f"options.decoder.settings.patch_size {patch}: a patch holds {values} values and passes through a vector of {width} "
         f"(num_attention_heads x attention_head_dim), so {1 - width / values:.0%} of its noise can never be told and pictures "
-        f"stay noisy; give a patch_size of at most {math.isqrt(width // decoder.channels)}, or a width of {values} or more"
+        f"stay noisy; give a patch_size of at most {math.isqrt(width // decoder.channels)}, a width of {values} or more, or "
+        "prediction: sample"
     ]
 
 

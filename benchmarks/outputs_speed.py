@@ -1,0 +1,283 @@
+"""What do masks and edits cost on a GPU: masks a second, the head's share of a training step, an edit's latency by its steps?
+
+    python benchmarks/outputs_speed.py --output benchmarks/results/outputs_speed_h200.txt
+    python benchmarks/outputs_speed.py --small --device cpu     # tiny sizes, to try the script; its figures say nothing
+
+Random weights made on the device, bf16; FOCUS's model (``recipes/focus.yaml``: Qwen2.5-7B, Qwen2-VL's encoder at 252 pixels, ConvNeXt-L at
+768) with its query decoder, and the same with SAM-H at 1024 pixels and SAM's decoder. Masks a second: of the head alone (features and states
+given), of encoder and head, and of `model.segment` (32 pictures of 1024 x 768 as PIL, 8 tokens each of an answer that is forced to hold one
+[SEG]; pictures are prepared on the CPU). A training step learns the language model, connector and head, encoders frozen; "words only" is
+the same model without the head. Edits: the recipe's SDXL denoiser on 512 pixels, in float32 weights under bf16 autocast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+SAM = {"preset": "sam-h"}
+SMALL_LLM = {"model_type": "qwen2", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}  # fmt: skip
+SMALL_EYE = {"type": "hf", "layers": [-1], "architecture": {
+    "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "image_size": 32, "patch_size": 8}}  # fmt: skip
+WORDS = 200
+"""Tokens of text in a training row, beside those of its picture."""
+
+
+def spec_of(head: str | None, eye: str, small: bool, folder: str) -> Any:
+    """FOCUS's model without its tokenizer; head: a decoder's type, or None; eye: the encoder that masks are read from."""
+    from mllm.recipe import load_recipe
+    from tests.helpers import tiny_spec
+
+    model = load_recipe("focus").model
+    encoders = {name: dict(value) for name, value in model.encoders.items()} if model else {}
+    for encoder in encoders.values():
+        encoder.pop("weights", None)
+    text = dict(model.language_model.config)  # pyright: ignore[reportOptionalMemberAccess, reportArgumentType]
+    decoder: dict[str, Any] = {"type": "query", "width": 256, "depth": 2, "heads": 8}
+    if eye == "sam":
+        encoders["local"] = dict(SAM)
+        decoder = {"type": "sam"}
+    connector: dict[str, Any] = {"type": "gated_cross", "query": "whole", "source": "local", "num_heads": 16,
+                                 "projector": {"depth": 2}}  # fmt: skip
+    if small:
+        encoders, text, connector["num_heads"] = {"whole": SMALL_EYE, "local": SMALL_EYE}, SMALL_LLM, 4
+        decoder = {"type": "query", "width": 16, "depth": 1, "heads": 2}
+    heads = {} if head is None else {"marks": {"type": "segmentation", "encoder": "local", "decoder": decoder}}
+    return tiny_spec(folder, language_model={"config": text, "tokenizer": folder}, encoders=encoders, connector=connector,
+                     heads=heads)  # fmt: skip
+
+
+def build(head: str | None, eye: str, options: argparse.Namespace) -> tuple[Any, Any]:
+    from mllm.models.build import build_model
+    from tests.helpers import tiny_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_tokenizer().save_pretrained(folder)
+        spec = spec_of(head, eye, options.small, folder)
+        return build_model(spec, dtype=options.dtype, load_weights=False, device=options.device)
+
+
+def timed(work: Callable[[], Any], options: argparse.Namespace, repeats: int) -> float:
+    """Median seconds of a call, after two that do not count."""
+    spans = []
+    for number in range(repeats + 2):
+        wait(options)
+        start = time.perf_counter()
+        work()
+        wait(options)
+        if number >= 2:
+            spans.append(time.perf_counter() - start)
+    return median(spans)
+
+
+def wait(options: argparse.Namespace) -> None:
+    if options.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class Forced:
+    """A logits processor whose answers are these tokens."""
+
+    def __init__(self, start: int, tokens: list[int]):
+        self.start, self.tokens = start, tokens
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        wanted = self.tokens[ids.shape[1] - self.start]
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([wanted], device=scores.device), 0.0)
+
+
+def masks(eye: str, options: argparse.Namespace) -> list[str]:
+    """Lines of one head: masks a second."""
+    model, processor = build("query", eye, options)
+    model.eval()
+    batch, head = options.batch, model.heads["marks"]
+    mark = head.config.tokens["mark"]
+    encoder = model.model.vision_tower.encoders["local"]
+    side = model.config.encoder_infos()["local"].image
+    pixels = torch.randn(batch, 3, side.height, side.width, device=options.device, dtype=options.dtype)
+    owners = torch.arange(batch, device=options.device)
+    places = torch.stack([owners, torch.zeros_like(owners)], 1)
+    hidden = torch.randn(batch, 1, model.config.text_config.hidden_size, device=options.device, dtype=options.dtype)
+    with torch.no_grad():
+        features = encoder(pixels)
+        alone = timed(lambda: head.predict(hidden, places, owners, features), options, options.repeats)
+        both = timed(lambda: head.predict(hidden, places, owners, encoder(pixels)), options, options.repeats)
+    pictures = [Image.effect_noise((1024, 768), 60 + k).convert("RGB") for k in range(batch)]
+    tokens = [65, 66, 67, 68, mark, 69, 70, processor.tokenizer.eos_token_id]
+    length = prompt_length(processor, pictures[0])
+    forced: Any = [Forced(length, tokens)]
+    answers: list[Any] = []
+
+    def whole() -> None:
+        answers[:] = model.segment(
+            pictures, "a cup", processor=processor, max_new_tokens=len(tokens), logits_processor=forced
+        )
+
+    spans = timed(whole, options, 3)
+    assert all(len(found) == 1 for found in answers), "every answer should hold one mask"
+    return [
+        f"{eye:<7} {batch} pictures at {side.height}: head alone {1e3 * alone:7.2f} ms, {batch / alone:9,.0f} masks/s; encoder and head "
+        f"{1e3 * both:7.1f} ms, {batch / both:7,.1f} masks/s; model.segment {spans:6.2f} s, {batch / spans:6.1f} masks/s"
+    ]
+
+
+def prompt_length(processor: Any, picture: Any) -> int:
+    """Tokens of `segment`'s prompt with its picture."""
+    return len(prompt(processor, picture, processor.segments.question.format(phrase="a cup")))
+
+
+def prompt(processor: Any, picture: Any, question: str) -> torch.Tensor:
+    from mllm.processing.chat import render_prompt
+    from mllm.processing.layout import expand
+    from mllm.types import IMAGE_MARK, Turn
+
+    text = render_prompt(processor, [Turn("user", f"{IMAGE_MARK}\n{question}")])
+    ids = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+    places = (ids == processor.image_token_id).nonzero().flatten().tolist()
+    return expand(ids, places, processor.image_layouts([picture], where="picture"))[0]
+
+
+def step_of(head: str | None, eye: str, options: argparse.Namespace) -> tuple[float, str]:
+    """Seconds of one optimizer step and a word on its tokens."""
+    model, processor = build(head, eye, options)
+    model.train()
+    model.model.vision_tower.requires_grad_(False)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=options.device.type == "cuda"
+    )
+    seen = prompt(processor, Image.new("RGB", (1024, 768)), "a cup")
+    generator = torch.Generator().manual_seed(0)
+    answer = torch.randint(65, 120, (options.rows, WORDS), generator=generator)
+    given: dict[str, Any] = {}
+    if head is not None:
+        answer[:, 10] = model.heads["marks"].config.tokens["mark"]
+        side = model.config.encoder_infos()["local"].image
+        given["target_masks"] = torch.zeros(options.rows, side.height, side.width, dtype=torch.uint8)
+        given["target_masks"][:, : side.height // 3, : side.width // 2] = 1
+    ids = torch.cat([seen.expand(options.rows, -1), answer], 1)
+    labels = torch.cat([torch.full((options.rows, len(seen)), -100), answer], 1)
+    for name, key in model.model.pixel_keys.items():
+        image = model.config.encoder_infos()[name].image
+        given[key] = torch.randn(options.rows, 3, image.height, image.width, generator=generator).to(options.dtype)
+    given = {name: value.to(options.device) for name, value in given.items()}
+    ids, labels = ids.to(options.device), labels.to(options.device)
+
+    def step() -> None:
+        model(input_ids=ids, labels=labels, use_cache=False, skip_logits=True, **given).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return timed(step, options, options.repeats), f"{options.rows} rows of {ids.shape[1]} tokens"
+
+
+def training(eye: str, options: argparse.Namespace) -> list[str]:
+    """Lines of one head: its share of a step."""
+    without, told = step_of(None, eye, options)
+    free()
+    with_it, _ = step_of("query", eye, options)
+    share = 100 * (with_it - without) / with_it
+    return [
+        f"{eye:<7} step of {told}: words only {1e3 * without:7.1f} ms, with the head {1e3 * with_it:7.1f} ms: {share:4.1f} % of a step"
+    ]
+
+
+def edits(options: argparse.Namespace) -> list[str]:
+    """Lines of edits by steps."""
+    from mllm.recipe import load_recipe
+    from mllm.types import VisualCodes
+    from mllm.visual_tokenizers.base import build_tokenizer
+    from mllm.visual_tokenizers.diffusion.decoder import DiffusionDecoder
+    from mllm.visual_tokenizers.diffusion.edit import edit
+
+    recipe = load_recipe("focus_demo" if options.small else "focus")
+    assert recipe.model is not None and isinstance(recipe.model.visual_tokenizer, dict)
+    settings = without_weights(recipe.model.visual_tokenizer)
+    stage = next(stage for stage in recipe.stages if stage.name == "decoder")
+    with options.device:
+        tokenizer = build_tokenizer(settings).eval()
+        decoder = DiffusionDecoder(stage.options["decoder"], tokenizer).eval()
+    size, side = sum(p.numel() for p in decoder.network.parameters()), decoder.image_side
+    lines, autocast = [], options.device.type == "cuda"
+    for batch in (1, 8):
+        pixels = torch.zeros(batch, 3, side, side, device=options.device)
+        mask = torch.zeros(batch, 1, side, side, device=options.device)
+        mask[:, :, side // 4 : side // 2, side // 4 : side // 2] = 1
+        codes = VisualCodes({
+            name: torch.zeros(batch, rows * columns, tokenizer.codebooks[name][1], dtype=torch.long, device=options.device)
+            for name, (rows, columns) in tokenizer.grids.items()
+        }, tokenizer.grid)  # fmt: skip
+        for guidance in (1.0, 2.0):
+            if guidance != 1.0 and decoder.config.drop == 0:
+                continue
+            spans = []
+            for steps in options.steps:
+                with torch.autocast("cuda", torch.bfloat16) if autocast else nullcontext():
+                    spent = timed(
+                        lambda: edit(decoder, pixels, mask, codes, steps=steps, guidance=guidance), options, 2
+                    )
+                spans.append(f"{steps}: {1e3 * spent:.0f} ms")
+            lines.append(
+                f"edit of {batch} at {side} pixels, guidance {guidance:g} ({size / 1e6:,.0f} M denoiser), by steps: {', '.join(spans)}"
+            )
+    return lines
+
+
+def without_weights(value: Any) -> Any:
+    """Settings with no part read from disk."""
+    if isinstance(value, dict):
+        return {name: without_weights(part) for name, part in value.items() if name != "weights"}
+    return value
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--batch", type=int, default=32, help="pictures at once (default: 32)")
+    parser.add_argument("--rows", type=int, default=16, help="of a training step (default: 16)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 4, 10, 20, 50])
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    options.dtype = torch.float32 if options.small else torch.bfloat16
+    import transformers
+
+    name = torch.cuda.get_device_name() if options.device.type == "cuda" else "CPU"
+    lines = [
+        f"python benchmarks/outputs_speed.py; {date.today()}, one {name}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}; random weights, bf16"
+    ]
+    print(lines[0], flush=True)
+    began = time.perf_counter()
+    for part in (lambda: edits(options), *(lambda eye=eye, kind=kind: kind(eye, options) for eye in ("focus", "sam") for kind in (masks, training))):  # fmt: skip
+        lines += (found := part())
+        print("\n".join(found), f"[{time.perf_counter() - began:.0f} s]", flush=True)
+        free()
+        if options.output is not None:
+            options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
