@@ -4,10 +4,10 @@
     python benchmarks/outputs_speed.py --small --device cpu     # tiny sizes, to try the script; its figures say nothing
 
 Random weights made on the device, bf16; FOCUS's model (``recipes/focus.yaml``: Qwen2.5-7B, Qwen2-VL's encoder at 252 pixels, ConvNeXt-L at
-768) with its query decoder, and the same with SAM-H at 1024 pixels and SAM's decoder. Masks a second: of the head alone (features and states
-given), of encoder and head, and of `model.segment` (32 pictures of 1024 x 768 as PIL, 8 tokens each of an answer that is forced to hold one
-[SEG]; pictures are prepared on the CPU). A training step learns the language model, connector and head, encoders frozen; "words only" is
-the same model without the head. Edits: the recipe's SDXL denoiser on 512 pixels, in float32 weights under bf16 autocast.
+768) with its query decoder, and the same with SAM-H at 1024 pixels and SAM's decoder. Masks a second: of the head alone (features and
+states given), of encoder and head, and of `model.segment` (32 pictures of 1024 x 768 as PIL, 8 tokens each of an answer that is forced to
+hold one [SEG]; pictures are prepared on the CPU). A training step learns the language model, connector and head, encoders frozen; "words
+only" is the same model without the head. Edits: the recipe's SDXL denoiser on 512 pixels, float32 weights under bf16 autocast.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,11 +45,9 @@ def spec_of(head: str | None, eye: str, small: bool, folder: str) -> Any:
     from mllm.recipe import load_recipe
     from tests.helpers import tiny_spec
 
-    model = load_recipe("focus").model
-    encoders = {name: dict(value) for name, value in model.encoders.items()} if model else {}
-    for encoder in encoders.values():
-        encoder.pop("weights", None)
-    text = dict(model.language_model.config)  # pyright: ignore[reportOptionalMemberAccess, reportArgumentType]
+    model: Any = load_recipe("focus").model
+    encoders: dict[str, Any] = {name: without_weights(dict(value)) for name, value in model.encoders.items()}
+    text: dict[str, Any] = dict(model.language_model.config)
     decoder: dict[str, Any] = {"type": "query", "width": 256, "depth": 2, "heads": 8}
     if eye == "sam":
         encoders["local"] = dict(SAM)
@@ -227,11 +226,9 @@ def edits(options: argparse.Namespace) -> list[str]:
                 continue
             spans = []
             for steps in options.steps:
+                work = partial(edit, decoder, pixels, mask, codes, steps=steps, guidance=guidance)
                 with torch.autocast("cuda", torch.bfloat16) if autocast else nullcontext():
-                    spent = timed(
-                        lambda: edit(decoder, pixels, mask, codes, steps=steps, guidance=guidance), options, 2
-                    )
-                spans.append(f"{steps}: {1e3 * spent:.0f} ms")
+                    spans.append(f"{steps}: {1e3 * timed(work, options, 2):.0f} ms")
             lines.append(
                 f"edit of {batch} at {side} pixels, guidance {guidance:g} ({size / 1e6:,.0f} M denoiser), by steps: {', '.join(spans)}"
             )
@@ -271,7 +268,9 @@ def main() -> None:
     ]
     print(lines[0], flush=True)
     began = time.perf_counter()
-    for part in (lambda: edits(options), *(lambda eye=eye, kind=kind: kind(eye, options) for eye in ("focus", "sam") for kind in (masks, training))):  # fmt: skip
+    parts: list[Any] = [partial(edits, options)]
+    parts += [partial(kind, eye, options) for eye in ("focus", "sam") for kind in (masks, training)]
+    for part in parts:
         lines += (found := part())
         print("\n".join(found), f"[{time.perf_counter() - began:.0f} s]", flush=True)
         free()

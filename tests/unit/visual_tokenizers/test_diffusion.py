@@ -373,33 +373,3 @@ def test_the_config_is_plain(tmp_path):
         and stored["type"] == "diffusion"
     )
     assert DiffusionDecoder.from_pretrained(tmp_path).config == decoder.config
-
-
-@pytest.mark.parametrize("steps", [1, 4])
-def test_a_network_that_tells_the_clean_picture_is_taught_and_sampled_as_flow_matching(steps, monkeypatch):
-    """Told exactly, nothing is left to learn, and the samplers arrive at what was told."""
-    decoder = tiny_decoder("unet", prediction="sample", drop=0.0)
-    pixels = torch.rand(3, 3, 16, 16) * 2 - 1
-    codes = some_codes(decoder.tokenizer)
-    objective = decoder.objective
-    times = torch.tensor([50.0, 400.0, 1000.0])
-    noise = torch.randn_like(pixels)
-    way = objective.from_sample(pixels, objective.noisy(pixels, noise, times), times)
-    torch.testing.assert_close(way, objective.target(pixels, noise), atol=1e-4, rtol=0)
-    assert (
-        decoder.loss(pixels, decoder.tokenizer.embed(codes)).mean().item() > 0.1
-    )  # a new network tells something else
-    monkeypatch.setattr(decoder, "_told", lambda noisy, times, conditions: pixels)
-    torch.testing.assert_close(decoder.decode(codes, steps=steps), pixels, atol=1e-4, rtol=0)
-
-
-def test_near_the_picture_what_is_told_is_divided_by_no_less_than_a_twentieth():
-    objective = build_objective(decoder_config({"prediction": "sample"}))
-    noisy, told = torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
-    way = objective.from_sample(told, noisy, torch.tensor([0.0, 500.0]))
-    assert way[0].unique().item() == pytest.approx(20) and way[1].unique().item() == pytest.approx(2)
-
-
-def test_a_sample_is_told_in_flow_matching_alone():
-    with pytest.raises(ConfigError, match="prediction sample is for flow_matching"):
-        decoder_config({"prediction": "sample", "objective": "epsilon"})

@@ -153,10 +153,10 @@ def odd_diffusion_settings(training: DiffusionTraining, steps: int, decoder: Dif
     every: dict[str, tuple[int | None, str]] = {
         "options.evaluate_every": (training.options.evaluate_every, "it is evaluated at its end only")
     }
-    return [*_narrow_patches(decoder), *interval_problems(every, steps)]
+    return [*narrow_patches(decoder), *interval_problems(every, steps)]
 
 
-def _narrow_patches(decoder: DiffusionDecoder) -> list[str]:
+def narrow_patches(decoder: DiffusionDecoder) -> list[str]:
     """Every patch of a transformer passes through one vector. What is to be told is noise in part, of which a narrower vector loses its
     share, however long it is trained; samples then stay noisy."""
     network: Any = decoder.network
