@@ -337,7 +337,8 @@ class Video:
     pictures, or an array ``(T, H, W, 3)``; fps: frames per second of a source that does not tell; start, end: seconds between which frames
     are taken; frames: their numbers, where they are chosen already; play: how the chosen frames follow one another (all but
     forward are controls for a study: frozen shows the middle one in every place, gray none); key: what the shuffled order depends
-    on beside the frames' numbers, so that clips of equal length are not all shuffled alike.
+    on beside the frames' numbers, so that clips of equal length are not all shuffled alike; points: what tells where the scene lies,
+    for frames that are chosen by it (`mllm.processing.scene_points`).
     """
 
     source: Any
@@ -347,6 +348,7 @@ class Video:
     frames: tuple[int, ...] | None = None
     play: Literal["forward", "reversed", "shuffled", "frozen", "gray"] = "forward"
     key: str = ""
+    points: Any = None
 
 
 def scene(pictures: Sequence[Any]) -> Video:

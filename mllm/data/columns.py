@@ -22,6 +22,7 @@ from mllm.data.sources import (
     resolve_video,
     resolve_visual,
     taught,
+    with_points,
 )
 from mllm.data.spec import ColumnMap, DatasetSpec, expand_path
 from mllm.data.tables import SUFFIXES, is_saved, keys_of, open_files, open_hub, open_saved, undecoded
@@ -121,7 +122,8 @@ class ColumnsSource(Source):
         if columns.system is not None and row.get(columns.system):
             turns = [Turn("system", plain_text(str(row[columns.system]))), *turns]
         names = {name: getattr(columns, name) for name in TAUGHT}
-        return Sample(identity, turns, images, self.name, meta, **taught(row, self.root, len(images), where, names))
+        told = taught(row, self.root, len(images), where, names)
+        return Sample(identity, turns, with_points(images, told), self.name, meta, **told)
 
     def _question(self, row: Mapping[str, Any], num_images: int, meta: dict[str, Any], where: str) -> list[Turn]:
         assert self.columns.question is not None and self.columns.answer is not None

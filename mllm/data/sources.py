@@ -27,6 +27,8 @@ from mllm.types import VISUAL_TOKENS, Sample, Turn, Video
 VIDEO_KEYS = ("video", "videos")
 """Keys that a row's videos are read from."""
 TAUGHT = ("masks", "poses", "depths")
+_FILES = ("path", "frames", "poses", "depths")
+"""Keys of an entry of geometry that hold files."""
 """Keys that hold what heads learn."""
 
 
@@ -219,7 +221,8 @@ class LlavaSource(JsonSource):
         turns = placeholder_turns(conversation, len(images), where=where, image_first=self.spec.image_first)
         self.refuse_blind(row, turns, images, where)
         meta = _rest(row, *keys, "system", *TAUGHT, *self.image_keys, *VIDEO_KEYS)
-        return Sample(identity, turns, images, self.name, meta, **taught(row, root, len(images), where))
+        told = taught(row, root, len(images), where)
+        return Sample(identity, turns, with_points(images, told), self.name, meta, **told)
 
 
 class ShareGptSource(LlavaSource):
@@ -244,7 +247,8 @@ class MessagesSource(JsonSource):
         meta = _rest(row, "messages", *TAUGHT, *self.image_keys, *VIDEO_KEYS)
         if row.get("tools"):
             meta["tools"] = tools_of(row, where)
-        return Sample(identity, turns, images, self.name, meta, **taught(row, root, len(images), where))
+        told = taught(row, root, len(images), where)
+        return Sample(identity, turns, with_points(images, told), self.name, meta, **told)
 
 
 def _refuse_half_characters(sample: Sample, where: str) -> None:
@@ -281,13 +285,15 @@ def resolve_visual(item: Any, root: Path | None, where: str) -> Any:
 
 def resolve_video(item: Any, root: Path | None, where: str) -> Video:
     """A video's entry as it is kept in a sample: a path, ``data:`` URI or bytes; ``{"path" | "bytes" | "frames": list of pictures,
-    "fps", "start", "end", "numbers"}``. Relative files start from ``root``."""
+    "fps", "start", "end", "numbers", "points"}``. Relative files start from ``root``."""
     if isinstance(item, Video):
         return replace(item, source=resolve_video(item.source, root, where).source)
     if not isinstance(item, Mapping):
         return Video(resolve_image(item, root, where))
     known = {key: item[key] for key in ("fps", "start", "end") if given(item.get(key))}
     numbers = tuple(item["numbers"]) if given(item.get("numbers")) else None
+    if given(item.get("points")):
+        known["points"] = _placed(item["points"], root, f"{where}: points")
     frames = item.get("frames")
     if given(frames):
         return Video([resolve_image(frame, root, where) for frame in as_list(frames)], frames=numbers, **known)
@@ -320,6 +326,20 @@ def taught(
     }
 
 
+def with_points(images: Sequence[Any], told: Mapping[str, Sequence[Any]]) -> list[Any]:
+    """A row's images and videos, each video with the row's poses and depths of it, by which its frames may be chosen. told: as `taught`
+    gives it."""
+    poses, depths = told["poses"], told["depths"]
+    if not len(poses) == len(depths) == len(images):
+        return list(images)
+    return [
+        replace(image, points={"poses": pose, "depths": depth})
+        if isinstance(image, Video) and image.points is None and pose is not None and depth is not None
+        else image
+        for image, pose, depth in zip(images, poses, depths, strict=True)
+    ]
+
+
 def geometry_entries(value: Any, root: Path | None, count: int, where: str) -> list[Any]:
     """A row's ``poses`` or ``depths`` as a sample keeps them: one entry for each image or video, files as paths, relative ones from
     ``root``. A row of one visual may hold the entry itself, where it is a file or a mapping. Raises `DataError`."""
@@ -332,15 +352,17 @@ def geometry_entries(value: Any, root: Path | None, count: int, where: str) -> l
             f"{where}: is {type(value).__name__}; expected a list, one entry for each image and video, in their order"
         )
 
-    def placed(item: Any) -> Any:
-        if isinstance(item, str):
-            reference = refer(item, where=where, root=root)
-            return str(reference.value) if reference.kind == "file" else item
-        if isinstance(item, Mapping):
-            return {key: placed(part) if key in ("path", "frames") else part for key, part in item.items()}
-        return [placed(part) for part in item] if isinstance(item, (list, tuple)) else item
+    return [_placed(item, root, where) for item in value]
 
-    return [placed(item) for item in value]
+
+def _placed(item: Any, root: Path | None, where: str) -> Any:
+    """An entry of geometry with its files as paths, relative ones from ``root``."""
+    if isinstance(item, str):
+        reference = refer(item, where=where, root=root)
+        return str(reference.value) if reference.kind == "file" else item
+    if isinstance(item, Mapping):
+        return {key: _placed(part, root, where) if key in _FILES else part for key, part in item.items()}
+    return [_placed(part, root, where) for part in item] if isinstance(item, (list, tuple)) else item
 
 
 def mask_entries(value: Any, root: Path | None, where: str) -> list[Any]:

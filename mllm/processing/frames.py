@@ -25,9 +25,12 @@ class VideoSpec(StrictModel):
     """Frames of a second: those shown at 0, 1/fps, 2/fps … seconds."""
     max_frames: int = Field(default=64, ge=1)
     """The most that ``fps`` or keyframes may give; beyond it they are spread over the whole video."""
-    which: Literal["uniform", "middle", "keyframes"] = "uniform"
+    which: Literal["uniform", "middle", "keyframes", "space_aware"] = "uniform"
     """uniform: evenly from the first frame to the last (``linspace``, as LLaVA-Video, MERV and Spatial-MLLM). middle: the middle of
-    equal parts (PVC, InternVL). keyframes: those that the file stores whole."""
+    equal parts (PVC, InternVL). keyframes: those that the file stores whole. space_aware: those of ``candidates`` that together show most
+    of the scene (Spatial-MLLM), by its points: a row's poses and depths, or a file of points."""
+    candidates: int = Field(default=128, ge=2)
+    """space_aware: of how many frames, evenly from the first to the last."""
     max_pixels: int | None = Field(default=None, ge=1)
     """A frame with more is scaled down to so many as soon as it is decoded, its shape kept."""
     stamp: str | None = None
@@ -45,6 +48,10 @@ class VideoSpec(StrictModel):
                 raise ValueError("which: keyframes takes max_frames; leave out frames and fps")
         elif (self.frames is None) == (self.fps is None):
             raise ValueError("give either frames (so many of any video) or fps (so many of a second)")
+        elif self.which == "space_aware" and (self.frames is None or self.frames > self.candidates):
+            raise ValueError(
+                "which: space_aware chooses some of the candidates; give frames, at most candidates, and leave out fps"
+            )
         elif self.fps is not None and self.which == "middle":
             raise ValueError("which: middle spreads a number of frames; give frames, not fps")
         for name, count in self.fewer.items():
@@ -136,7 +143,13 @@ def choose(
         numbers = list(video.frames)
     else:
         first, last = _bounds(video, count, times, where)
-        numbers = _numbers(spec, first, last, times, keyframes)
+        if spec.which == "space_aware" and spec.frames is not None and last - first + 1 > spec.frames:
+            from mllm.processing.scene_points import frames_by_points
+
+            asked = {"frames": spec.frames, "candidates": spec.candidates, "first": first, "last": last, "count": count}
+            numbers = frames_by_points(video, **asked, where=where)
+        else:
+            numbers = _numbers(spec, first, last, times, keyframes)
     seconds = None if times is None else tuple(times[number] for number in numbers)
     return Chosen(in_order(video.play, numbers, video.key), seconds)
 
@@ -167,7 +180,7 @@ def _numbers(
         return _shown_at(_seconds(spec.fps, spec.max_frames, times[first], times[last]), times, first)
     assert spec.frames is not None
     available = last - first + 1
-    places = (spread if spec.which == "uniform" else middles)(available, min(spec.frames, available))
+    places = (middles if spec.which == "middle" else spread)(available, min(spec.frames, available))
     return [first + place for place in places]
 
 

@@ -204,7 +204,7 @@ def _depth_rows(
     numbers = [0] if seen is None else list(seen.chosen.numbers)
     if entry is None:
         return torch.full((len(numbers), *size), torch.nan)
-    maps = _DepthMaps(entry, where)
+    maps = DepthMaps(entry, where)
     count = 1 if seen is None else seen.clip.count
     if len(maps) != count:
         what = "a picture" if seen is None else f"a video of {count} frames"
@@ -242,7 +242,7 @@ def lay_depth(depth: np.ndarray, image: ImageSpec, size: tuple[int, int]) -> Ten
     return torch.from_numpy(np.where(inside, taken, np.nan).astype(np.float32))
 
 
-class _DepthMaps:
+class DepthMaps:
     """A visual's depth maps, read one by one.
 
     entry: a file, a folder of files, a list of files (null: not known), or ``{"path" | "frames": …, "unit": metres}``. ``.npy`` files
@@ -263,6 +263,7 @@ class _DepthMaps:
                 )
             entry = entry.get("path", entry.get("frames"))
         self.whole: np.ndarray | None = None
+        self.path = entry if isinstance(entry, (str, Path)) else None
         self.files: list[Any] = list(entry) if isinstance(entry, (list, tuple)) else [entry]
         if isinstance(entry, np.ndarray):
             self._take(entry)
@@ -282,6 +283,11 @@ class _DepthMaps:
 
     def __len__(self) -> int:
         return len(self.files) if self.whole is None else len(self.whole)
+
+    def file(self, number: int) -> Any:
+        """The file in which a map lies; None where it is in memory or not known."""
+        source = self.path if self.whole is not None else self.files[number]
+        return source if isinstance(source, (str, Path)) else None
 
     def read(self, number: int) -> np.ndarray | None:
         """Metres ``(height, width)``, NaN where nothing is known; None for a map that is not there."""

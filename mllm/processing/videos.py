@@ -398,6 +398,8 @@ def visual_hash(visual: Any, *, where: str = "image") -> str:
         return image_hash(visual, where=where)
     play = (visual.play, visual.key) if visual.play == "shuffled" else visual.play
     digest = hashlib.sha256(repr((visual.fps, visual.start, visual.end, visual.frames, play)).encode())
+    if visual.points is not None:
+        digest.update(repr(visual.points).encode())
     for part in _parts(visual.source, where):
         digest.update(part)
     return digest.hexdigest()

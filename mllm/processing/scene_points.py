@@ -1,0 +1,208 @@
+"""Where does a video's scene lie in space, so that frames can be chosen by what they show of it?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mllm.errors import DataError
+from mllm.processing.frames import spread
+from mllm.processing.geometry import DepthMaps, read_poses
+from mllm.processing.space_aware import space_aware_frames
+from mllm.types import Video
+
+SIDECAR = ".points.npz"
+"""What a file of points beside a video is called: ``room.mp4.points.npz``."""
+_SIDE = 48
+"""Most points along a side of a depth map; of a larger map every so many-th row and column is taken."""
+
+
+def frames_by_points(
+    video: Video, *, frames: int, candidates: int, first: int, last: int, count: int, where: str
+) -> list[int]:
+    """Up to ``frames`` numbers, ascending, of those that together show most of the scene (`space_aware_frames`); the choice is kept by
+    the files it was made from, in the process and below ``$MLLM_CACHE/frames``.
+
+    Args:
+        video: its ``points`` say where the scene lies: a ``.npz`` file (``points`` ``(F, H, W, 3)``, perhaps ``confidence``
+            ``(F, H, W)`` and ``frames`` ``(F,)``, the numbers of the video's frames that they are of), or ``{"poses": …, "depths": …}``
+            as a row has them. None: the file of points beside the video.
+        frames: how many.
+        candidates: of how many frames, evenly from first to last.
+        first: the first frame that may be taken.
+        last: the last one.
+        count: frames of the whole video.
+        where: what an error begins with.
+
+    Returns:
+        Numbers of frames; fewer where the rest would show nothing new.
+
+    Raises:
+        DataError: nothing says where the scene lies, or what says it does not fit the video.
+    """
+    points = video.points if video.points is not None else _beside(video.source)
+    if points is None:
+        raise DataError(
+            f"{where}: frames are chosen by the scene's points (video.which: space_aware), and nothing tells this video's; a row gives "
+            f"poses and depths, an entry {{path: clip.mp4, points: clip.npz}}, or the file clip.mp4{SIDECAR} lies beside it"
+        )
+    asked = (frames, candidates, first, last, count)
+    if isinstance(points, (str, Path)):
+        path = Path(points)
+        if not path.is_file():
+            raise DataError(f"{where}: no such file of points: {str(path)!r}")
+        stat = path.stat()
+        return list(_by_file(str(path), stat.st_mtime_ns, stat.st_size, asked, where))
+    if not isinstance(points, Mapping) or points.get("poses") is None or points.get("depths") is None:
+        raise DataError(f"{where}: points are a .npz file or both poses and depths of the video's frames")
+    taken = [first + place for place in spread(last - first + 1, min(candidates, last - first + 1))]
+    maps = DepthMaps(points["depths"], where)
+    if len(maps) != count:
+        raise DataError(
+            f"{where}: {len(maps)} depth maps for a video of {count} frames; give one each, null for one that is not known"
+        )
+    files = [maps.file(number) for number in taken]
+    if any(file is None for file in files) and maps.whole is not None:  # in memory: nothing tells one from another
+        return _cover(*_unprojected(points["poses"], maps, taken, count, where), taken, frames, where)
+    told = json.dumps(
+        [points, [_stamp(file) for file in dict.fromkeys(files) if file is not None], asked],
+        default=str,
+        sort_keys=True,
+    )
+    return list(
+        _remembered(
+            told, lambda: _cover(*_unprojected(points["poses"], maps, taken, count, where), taken, frames, where)
+        )
+    )
+
+
+def _beside(source: Any) -> Path | None:
+    if isinstance(source, Mapping):
+        source = source.get("path")
+    if not isinstance(source, (str, Path)) or str(source).startswith("data:") or len(str(source)) > 4096:
+        return None
+    path = Path(f"{source}{SIDECAR}")
+    return path if path.is_file() else None
+
+
+def _stamp(file: Any) -> tuple[str, int, int]:
+    with suppress(OSError):
+        stat = Path(file).stat()
+        return (str(file), stat.st_mtime_ns, stat.st_size)
+    return (str(file), 0, 0)  # reading it says what is wrong
+
+
+def _by_file(path: str, changed: int, size: int, asked: tuple[int, ...], where: str) -> tuple[int, ...]:
+    return _remembered(json.dumps([path, changed, size, asked]), lambda: _of_file(path, *asked, where=where))
+
+
+def _of_file(path: str, frames: int, candidates: int, first: int, last: int, count: int, where: str) -> list[int]:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            told = {name: stored[name] for name in stored.files}
+    except Exception as error:  # readers of foreign files raise whatever they like
+        raise DataError(f"{where}: {path!r} holds no points ({error})") from error
+    points = told.get("points")
+    if points is None or points.ndim != 4 or points.shape[3] != 3 or points.dtype.kind != "f":
+        shape = None if points is None else points.shape
+        raise DataError(
+            f"{where}: {path!r} needs points (F, H, W, 3) of decimal numbers; it has {shape} among {sorted(told)}"
+        )
+    confidence = told.get("confidence", np.ones(points.shape[:3], np.float32))
+    numbers = told.get("frames", np.arange(len(points)))
+    if confidence.shape != points.shape[:3] or numbers.shape != points.shape[:1]:
+        raise DataError(
+            f"{where}: {path!r} has points {points.shape}, confidence {confidence.shape} and frames {numbers.shape}; expected one of each "
+            "for every frame"
+        )
+    if "frames" not in told and len(points) != count:
+        raise DataError(
+            f"{where}: {path!r} has points of {len(points)} frames for a video of {count}; say which in frames"
+        )
+    wrong = [int(number) for number in numbers if not 0 <= number < count]
+    if wrong:
+        raise DataError(f"{where}: {path!r} speaks of frame {wrong[0]} of a video of {count}")
+    inside = np.flatnonzero((numbers >= first) & (numbers <= last))
+    inside = inside[spread(len(inside), min(candidates, len(inside)))] if len(inside) else inside
+    if not len(inside):
+        raise DataError(f"{where}: {path!r} has points of no frame between {first} and {last}")
+    taken = [int(number) for number in numbers[inside]]
+    return _cover(points[inside].astype(np.float32), confidence[inside].astype(np.float32), taken, frames, where)
+
+
+def _cover(points: np.ndarray, confidence: np.ndarray, taken: Sequence[int], frames: int, where: str) -> list[int]:
+    try:
+        chosen = space_aware_frames(torch.from_numpy(points), torch.from_numpy(confidence), frames)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    return sorted(taken[place] for place in chosen)
+
+
+def _unprojected(
+    poses: Any, maps: DepthMaps, taken: Sequence[int], count: int, where: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Points ``(F, H, W, 3)`` of the frames in the world, and a confidence of 1; NaN where depth or camera is not known."""
+    cameras, view = read_poses(poses, where=where)
+    if len(cameras) != count:
+        raise DataError(f"{where}: {len(cameras)} poses for a video of {count} frames; give one for each of its frames")
+    if view is None:
+        raise DataError(
+            f"{where}: points need the cameras' field of view; add fov: [vertical, horizontal] degrees to the poses"
+        )
+    down, across = np.tan(np.radians(view) / 2)
+    found: list[np.ndarray] = []
+    for number in taken:
+        depth = maps.read(number)
+        if depth is None:
+            depth = np.full((1, 1), np.nan, np.float32)
+        step = max(1, -(-max(depth.shape) // _SIDE))
+        rows, columns = (np.arange(step // 2, length, step) for length in depth.shape)
+        z = depth[rows][:, columns]
+        y = ((rows + 0.5) / depth.shape[0] * 2 - 1)[:, None] * down * z
+        x = ((columns + 0.5) / depth.shape[1] * 2 - 1)[None] * across * z
+        camera = cameras[number]
+        found.append(np.stack([x, y, z], -1) @ camera[:, :3].T + camera[:, 3])
+    height, width = max(one.shape[0] for one in found), max(one.shape[1] for one in found)
+    points = np.full((len(found), height, width, 3), np.nan, np.float32)
+    for laid, one in zip(points, found, strict=True):
+        laid[: one.shape[0], : one.shape[1]] = one
+    return points, np.ones(points.shape[:3], np.float32)
+
+
+_kept: dict[str, tuple[int, ...]] = {}
+_KEPT = 65536
+
+
+def _remembered(told: str, make: Any) -> tuple[int, ...]:
+    """A choice that was made before from the same files, else a new one, which is kept."""
+    key = hashlib.sha256(told.encode()).hexdigest()
+    if key in _kept:
+        return _kept[key]
+    file = _folder() / key[:2] / f"{key}.json"
+    numbers: tuple[int, ...] | None = None
+    with suppress(OSError, ValueError):
+        numbers = tuple(int(number) for number in json.loads(file.read_text(encoding="utf-8")))
+    if numbers is None:
+        numbers = tuple(make())
+        with suppress(OSError):  # a disk that is full or may not be written to costs time only
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as half:
+                half.write(json.dumps(numbers))
+            Path(half.name).replace(file)
+    if len(_kept) >= _KEPT:
+        _kept.clear()
+    _kept[key] = numbers
+    return numbers
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("MLLM_CACHE", "~/.cache/mllm")).expanduser() / "frames"
