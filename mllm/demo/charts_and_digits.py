@@ -49,27 +49,29 @@ class DemoData:
     """False: everything was there already."""
 
 
-def read_from(recipe: Recipe, root: Path | str) -> Recipe:
-    """The recipe with the demo's own data sets, which their declarations place in `DATA`, read from another folder."""
-    if Path(root) == DATA:
+def read_from(recipe: Recipe, root: Path | str, *, declared: Path = DATA) -> Recipe:
+    """The recipe with the demo's own data sets, which their declarations place in ``declared``, read from another folder."""
+    if Path(root) == declared:
         return recipe
-    return recipe.model_copy(update={"stages": [_stage_from(stage, Path(root)) for stage in recipe.stages]})
+    return recipe.model_copy(update={"stages": [_stage_from(stage, Path(root), declared) for stage in recipe.stages]})
 
 
-def _stage_from(stage: StageSpec, root: Path) -> StageSpec:
+def _stage_from(stage: StageSpec, root: Path, declared: Path) -> StageSpec:
     mixture = load_mixture(stage.data, where=f"stages.{stage.name}.data")
-    moved = [item.model_copy(update={"dataset": _dataset_from(item.dataset, root)}) for item in mixture.datasets]
+    moved = [
+        item.model_copy(update={"dataset": _dataset_from(item.dataset, root, declared)}) for item in mixture.datasets
+    ]
     if moved == mixture.datasets:
         return stage
     plain = mixture.model_copy(update={"datasets": moved}).model_dump(mode="json", exclude_defaults=True)
     return stage.model_copy(update={"data": plain})
 
 
-def _dataset_from(dataset: Any, root: Path) -> Any:
+def _dataset_from(dataset: Any, root: Path, declared: Path) -> Any:
     path = Path(dataset.path or "")
-    if not path.is_relative_to(DATA):
+    if not path.is_relative_to(declared):
         return dataset
-    return dataset.model_copy(update={"path": str(root / path.relative_to(DATA))})
+    return dataset.model_copy(update={"path": str(root / path.relative_to(declared))})
 
 
 def prepare_demo(

@@ -31,6 +31,7 @@ NOT_RUN = {
     ),
     r"^route ": f"needs a model with a router: {WHOLE}/test_routing.py runs both commands",
     r"^(demo|new)$": f"is the set-up of these tests, or asks: {UNIT}/test_terminal.py",
+    r"^demo --real": f"fetches published weights and trains for a quarter of an hour: {UNIT}/train/test_demo_data.py",
     r"^eval (judge|watch|mine|run NAME)|--generator openai": f"asks a server, waits for a run, or reads weights: {UNIT}/eval",
     r"--tasks (chartqa|charts|mmvp|pope|mine)|my_rules|CKPT --tasks": (
         f"needs a benchmark's files: {UNIT}/eval, {WHOLE}/test_plugins.py"
