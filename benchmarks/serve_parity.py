@@ -34,6 +34,15 @@ KINDS: dict[str, dict] = {
     "interleave": {"connector": {"type": "interleave"}, "encoders": ["clip", "timm"]},
     "average_pool": {"connector": {"type": "average_pool", "grid": [2, 2]}, "encoders": ["timm"]},
     "merv": {"connector": {"type": "merv", "grid": [2, 2], "hidden": 12}, "encoders": ["clip", "timm"]},
+    "come_vl": {
+        "connector": {
+            "type": "come_vl",
+            "layers": {"clip_layers": 2, "dinov2_layers": 2},
+            "pool_heads": 2,
+            "num_heads": 2,
+        },
+        "encoders": ["clip_layers", "dinov2_layers"],
+    },
     "attention_bias": {
         "connector": {"type": "attention_bias", "attention_heads": 2, "num_heads": 4, "bias_hidden": 6},
         "encoders": ["clip", "dinov2"],
@@ -146,6 +155,8 @@ def build(kind: str, folder: str):
     }  # fmt: skip
     from mllm.encoders import ENCODERS
 
+    for name in ("clip", "dinov2"):  # every layer of it
+        library[f"{name}_layers"] = {**library[name], "layers": [-2, -1], "keep_prefix": False}
     spec = KINDS[kind]
     for name in spec["encoders"]:  # research backbones by their type, at their smallest
         if name not in library:
@@ -161,6 +172,8 @@ def build(kind: str, folder: str):
             if parameter.ndim > 1:
                 wide = 0.3 if "embed_tokens" in name or "lm_head" in name else 1.2 / parameter[0].numel() ** 0.5
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * wide)
+            elif "gate" in name and not parameter.any():
+                parameter.fill_(0.7)  # a connector that begins without its second encoder
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 

@@ -43,7 +43,9 @@ def write_rows(folder: Path, kind: str, *, rows: int, pictures: int, side: int, 
         Image.fromarray(pixels).save(folder / f"{number}.jpg", quality=90)
     data = []
     for row in range(rows):
-        length = (40 + (row * 7919) % 860) // 5 + (3 * cells + EXTRA if kind == "text" else 0)
+        length = (40 + (row * 7919) % 160) // 5 + (
+            (3 * cells + EXTRA) // 5 if kind == "text" else 0
+        )  # two rows fill a pack
         answer = " ".join(WORDS[(row + k) % len(WORDS)] for k in range(length))
         count = {"tiles": 1, "plain": 3, "text": 0}[kind]
         images = [f"{(count * row + k) % pictures}.jpg" for k in range(count)]
