@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from mllm.errors import DataError, MllmError, UnavailableError
 from mllm.install import install_hint
+from mllm.processing.mask_files import decode_rle
 from mllm.serve.http.client import ServerClient, data_uri
 
 DECIDE = "the model decides"
@@ -142,6 +143,7 @@ class _Asking:
         talk = [*talk, {"role": "user", "content": question}]
         parts: list[dict[str, Any]] = []
         text, routed = "", None
+        heads: dict[str, Any] = {}
         try:
             yield [*talk, {"role": "assistant", "content": "…"}], past, gr.skip(), ""
             if not past:  # the pictures stand in the first question, as they were when it was asked
@@ -149,11 +151,12 @@ class _Asking:
             turn = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
             opening = [{"role": "system", "content": system}] if system.strip() else []
             options = {"experts": routing, "max_tokens": int(max_tokens), "temperature": float(temperature)}
-            for piece, who in self.client.stream_messages([*opening, *past, turn], model=self.name, **options):
+            conversation = [*opening, *past, turn]
+            for piece, who in self.client.stream_messages(conversation, model=self.name, heads=heads, **options):
                 text, routed = text + piece, who
                 yield [*talk, {"role": "assistant", "content": text}], past, gr.skip(), gr.skip()
             past = [*past, turn, {"role": "assistant", "content": text}]
-            looked = _described(self.information, routed, files)
+            looked = _described(self.information, routed, files, heads)
             yield [*talk, {"role": "assistant", "content": text}], past, looked, gr.skip()
         except (MllmError, OSError) as error:
             what = "Refused" if isinstance(error, DataError) else "Failed"
@@ -165,19 +168,33 @@ class _Asking:
             )
 
 
-def _described(information: dict[str, Any], routed: str | None, files: list[str] | None) -> list[tuple[Any, str]]:
-    """The pictures with a strip that names the experts which looked at each, where the server tells."""
+def _described(
+    information: dict[str, Any], routed: str | None, files: list[str] | None, heads: dict[str, Any]
+) -> list[tuple[Any, str]]:
+    """The pictures with a strip that names the experts which looked at each, where the server tells; over the last one the masks of
+    the answer, and beside it how sure the model is of what it says."""
     paths = files or []
     rows = [None] * len(paths) if routed is None else routed.split(";")
     rows = rows * len(paths) if len(rows) == 1 else rows
     shown: list[tuple[Any, str]] = []
-    for path, row in zip(paths, rows):
+    for place, (path, row) in enumerate(zip(paths, rows)):
         names = [] if row in (None, "none") else row.split(",")
         text = f"always-on encoders and {', '.join(names)}" if names else "always-on encoders"
         if row is None and information.get("experts"):
             text = f"always-on encoders and what the {information.get('router')} router chose"
-        shown.append((labelled(path, names), text if information.get("experts") else "all encoders"))
+        text = text if information.get("experts") else "all encoders"
+        picture = labelled(path, names)
+        if place == len(paths) - 1:
+            picture = overlaid(picture, [decode_rle(mask["rle"]) > 0 for mask in heads.get("mllm_masks") or ()])
+            text = " · ".join([text, *_said_by_heads(heads)])
+        shown.append((picture, text))
     return shown
+
+
+def _said_by_heads(heads: dict[str, Any]) -> list[str]:
+    masks, sure = heads.get("mllm_masks") or [], heads.get("mllm_probability") or {}
+    said = [f"{', '.join(str(mask.get('phrase') or 'a mask') for mask in masks)} marked"] if masks else []
+    return said + [f"{name} {share:.0%}" for name, share in sure.items()]
 
 
 def labelled(path: str, names: Sequence[str]) -> Image.Image:
@@ -208,8 +225,8 @@ def _marked(mark: Mark, paths: list[str] | None, phrase: str) -> list[tuple[Any,
 
 
 def marker(checkpoint: str) -> Mark | None:
-    """Marks with the segmentation head of a checkpoint on this machine, which is read at the first phrase; None for a model without
-    one. vLLM runs no heads, so this is the model itself."""
+    """Marks any phrase with the segmentation head of a checkpoint on this machine, which is read at the first one; None for a model
+    without one. The masks of an answer come with it from the server; this is for what nobody asked the model."""
     from transformers import AutoConfig
 
     from mllm.heads.segmentation.build import segmentation_heads
@@ -231,10 +248,11 @@ def marker(checkpoint: str) -> Mark | None:
 
 
 def overlaid(picture: Image.Image, masks: Sequence[Any]) -> Image.Image:
-    """The picture with every mask ``(height, width)`` of bool laid over it in a colour of its own."""
+    """The picture with every mask ``(height, width)`` of bool laid over it in a colour of its own; a mask of another size, as of a
+    picture that is shown smaller, is brought to the picture's."""
     made = picture.convert("RGB")
     for place, mask in enumerate(masks):
-        area = Image.fromarray((mask * 128).astype("uint8"))
+        area = Image.fromarray((mask * 128).astype("uint8")).resize(made.size, Image.Resampling.NEAREST)
         made.paste(Image.new("RGB", made.size, _COLOURS[place % len(_COLOURS)]), mask=area)
     return made
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mllm.processing.mask_files import encode_rle
 from mllm.serve.http.client import ServerClient
 from tests.browser import open_tab
 from tests.helpers import free_port
@@ -66,6 +67,15 @@ class Served:
                 await asyncio.sleep(0.02)
                 while "lowest" in question and not self.go:
                     await asyncio.sleep(0.02)
+            if "Where" in question:
+                mask = np.zeros((240, 320), np.uint8)
+                mask[:, :160] = 1
+                heads = {
+                    "mllm_masks": [{"phrase": "the left", "rle": encode_rle(mask)}],
+                    "mllm_probability": {"real": 0.25},
+                }
+                event = json.dumps({"choices": [], **heads})
+                await send({"type": "http.response.body", "body": f"data: {event}\n\n".encode(), "more_body": True})
             await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
 
@@ -146,6 +156,11 @@ def test_the_page_in_a_browser(page, tmp_path):
         tab.wait("document.querySelector('#history').innerText.includes('Refused: the prompt has 727 tokens')")
         tab.screenshot(shots / "refused.png")
 
+        before = tab.run("document.querySelector('#shown img').src")
+        tab.type("#question :is(textarea, input)", "Where is it?")
+        tab.wait("document.querySelector('#shown').innerText.includes('the left marked · real 25%')")
+        tab.wait(f"document.querySelector('#shown img').src !== {before!r}")
+        tab.screenshot(shots / "masks.png")
         before = tab.run("document.querySelector('#shown img').src")
         tab.type("#phrase :is(textarea, input)", "the upper half")
         tab.wait(f"document.querySelector('#shown img').src !== {before!r}")

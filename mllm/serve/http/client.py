@@ -18,6 +18,8 @@ from mllm.serve.http.keys import CLIENTS, client_keys
 
 AFFINITY = "x-mllm-affinity"
 """Header with a hash of a request's pictures."""
+_HEADS = ("mllm_masks", "mllm_probability")
+"""Fields beside an answer's text."""
 _PICTURES = ("image_url", "video_url", "source")
 """Where an address or a file stands in a part of a request."""
 
@@ -73,8 +75,10 @@ class ServerClient:
         max_tokens: int = 512,
         temperature: float | None = None,
         model: str | None = None,
+        heads: dict[str, Any] | None = None,
     ) -> Iterator[tuple[str, str | None]]:
-        """`stream` of a whole conversation in OpenAI's form. Raises `UnavailableError` too, when the server is not there or goes
+        """`stream` of a whole conversation in OpenAI's form. heads: gets what the model's heads say of the answer, as the server
+        writes it (``mllm_masks``, ``mllm_probability``). Raises `UnavailableError` too, when the server is not there or goes
         away in the middle."""
         body: dict[str, Any] = {
             "model": model or self.model(),
@@ -88,7 +92,7 @@ class ServerClient:
             body["mm_processor_kwargs"] = {"experts": list(experts)}
         try:
             with self.http.stream("POST", "/v1/chat/completions", json=body, headers=affinity(body)) as response:
-                yield from _pieces(response)
+                yield from _pieces(response, {} if heads is None else heads)
         except httpx.TransportError as error:
             raise UnavailableError(
                 f"the server at {self.http.base_url} does not answer ({type(error).__name__})"
@@ -106,7 +110,7 @@ class ServerClient:
         return response.json()
 
 
-def _pieces(response: httpx.Response) -> Iterator[tuple[str, str | None]]:
+def _pieces(response: httpx.Response, heads: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
     if response.status_code != 200:
         raise _error(response.status_code, _message(response))
     routed = response.headers.get("x-mllm-experts")
@@ -116,6 +120,7 @@ def _pieces(response: httpx.Response) -> Iterator[tuple[str, str | None]]:
         event = json.loads(line.removeprefix("data: "))
         if "error" in event:
             raise _error(event["error"].get("code"), str(event["error"].get("message", event["error"])))
+        heads.update({name: event[name] for name in _HEADS if event.get(name) is not None})
         for choice in event.get("choices", []):
             if piece := choice["delta"].get("content"):
                 yield piece, routed

@@ -31,7 +31,15 @@ class LimitedHeads(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of a head, or of a body, which the admission limits."""
+        """Bytes of a head, or of a body, which the admission limits. A head is handed on up to its limit first: it may arrive whole."""
+        while data and not self.transport.is_closing():
+            room = MOST_BYTES - self._head if self._in_head else len(data)
+            self._take(data[:room])
+            data = data[room:]
+            if data and self._in_head and self._head >= MOST_BYTES and not self.transport.is_closing():
+                self.send_400_response(f"The request line and headers are above the limit of {MOST_BYTES} bytes.")
+
+    def _take(self, data: bytes) -> None:
         self._ended = False
         super().data_received(data)
         if self._ended or not self._in_head or self.transport.is_closing():
@@ -39,8 +47,6 @@ class LimitedHeads(HttpToolsProtocol):
         self._head += len(data)
         if self._timer is None:
             self._start()
-        if self._head > MOST_BYTES:
-            self.send_400_response(f"The request line and headers are above the limit of {MOST_BYTES} bytes.")
 
     def on_headers_complete(self) -> None:
         """The head is whole."""
