@@ -1,0 +1,68 @@
+"""Does a frozen benchmark tell the same questions from others, and the same pictures from other pixels?"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import yaml
+
+from mllm.data.charts.build import ChartSettings, build_charts
+from mllm.data.charts.frozen import compare, freeze, load_frozen, rebuild
+from mllm.demo.real_tables import TEST_SOURCES
+from mllm.errors import ConfigError, DataError, UnknownName
+
+
+@pytest.fixture
+def tables(tmp_path):
+    rng = random.Random(0)
+    for source in ("one", "two"):
+        (tmp_path / "tables" / source).mkdir(parents=True)
+        for k in range(3):
+            rows = [f"{name},{rng.randint(10, 90)}" for name in ("Chile", "Peru", "Cuba", "Kenya")]
+            (tmp_path / "tables" / source / f"t{k}.csv").write_text("\n".join([f"country,{source}{k}", *rows]) + "\n")
+    return tmp_path / "tables"
+
+
+def test_what_is_built_again_is_compared_with_what_was_frozen(tables, tmp_path):
+    settings = ChartSettings((str(tables),), train_charts=0, test_charts=3, test_sources=("two",))
+    build_charts(settings, tmp_path / "first")
+    manifest = tmp_path / "mine.yaml"
+    assert freeze(tmp_path / "first", manifest, description="mine").num_questions == 6
+    frozen, differences = rebuild(str(manifest), tmp_path / "second")
+    assert differences == [] and set(frozen.pictures) == {"matplotlib"} and frozen.drawn_with["matplotlib"]
+
+    picture = next((tmp_path / "second" / "test" / "matplotlib").glob("*.png"))
+    picture.write_bytes(picture.read_bytes() + b"\n")
+    (line,) = compare(load_frozen(str(manifest)), tmp_path / "second")
+    assert line.startswith("matplotlib: the same charts in other pixels")
+
+    rows = (tmp_path / "second" / "test.jsonl").read_text()
+    (tmp_path / "second" / "test.jsonl").write_text(rows.replace('"answer": "', '"answer": "not ', 1))
+    with pytest.raises(DataError, match="matplotlib has other questions than the frozen ones"):
+        compare(load_frozen(str(manifest)), tmp_path / "second")
+
+    for table in (tables / "two").iterdir():
+        table.write_text(table.read_text().replace("Chile", "Spain"))
+    with pytest.raises(DataError, match="other questions"):
+        rebuild(str(manifest), tmp_path / "third")
+    with pytest.raises(ConfigError, match="drawn by matplotlib"):
+        rebuild(str(manifest), tmp_path / "third", renderers=("gnuplot",))
+
+
+def test_a_manifest_of_another_builder_or_package_is_refused(tables, tmp_path):
+    shipped = load_frozen("real_charts")
+    assert shipped.chart_settings().test_sources == TEST_SOURCES and shipped.num_questions == 2400
+    with pytest.raises(UnknownName):
+        load_frozen("real_chart")
+    data = shipped.model_dump()
+    path = tmp_path / "other.yaml"
+    path.write_text(yaml.safe_dump(data | {"version": shipped.version + 1}))
+    with pytest.raises(ConfigError, match="draw other charts"):
+        load_frozen(str(path))
+    path.write_text(yaml.safe_dump(data | {"packages": {"pandas": "0.1"}}))
+    with pytest.raises(DataError, match=r"pip install pandas==0\.1"):
+        rebuild(str(path), tmp_path / "none")
+    path.write_text(yaml.safe_dump(data | {"settings": {"source": []}}))
+    with pytest.raises(ConfigError, match=r"settings\.source: not a setting"):
+        load_frozen(str(path)).chart_settings()
