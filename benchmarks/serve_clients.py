@@ -133,8 +133,6 @@ def chat_clients(server: Server, reference: Reference) -> None:
 
 def moving_pictures(server: Server, reference: Reference, work: Path) -> None:
     """A video and a scene, beside `generate`."""
-    from dataclasses import replace
-
     from mllm.types import Video, scene
     from tests.helpers import picture
     from tests.videos import write_clip
@@ -153,7 +151,7 @@ def moving_pictures(server: Server, reference: Reference, work: Path) -> None:
     film = {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{data}"}}
     views = [{"type": "image_url", "image_url": {"url": picture_url(number)}, "scene": "room"} for number in range(3)]
     alone = {"type": "image_url", "image_url": {"url": picture_url(7)}}
-    seen = replace(scene(files), fps=1.0)
+    seen = scene(files)
     cases: dict[str, tuple[list[dict[str, Any]], list[Any]]] = {
         "a video": ([film], [Video(str(clip))]),
         "a picture and a video": ([alone, film], [picture(7), Video(str(clip))]),
@@ -272,7 +270,7 @@ def drawings(server: Server, checkpoint: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "serve_clients")
-    parser.add_argument("--sections", default="chat,draw")
+    parser.add_argument("--sections", default="chat,draw", help="some of them, by comma")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     print(

@@ -123,12 +123,13 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--least", type=int, default=200, help="pixels of the shortest side")
     parser.add_argument("--most", type=int, default=1200, help="pixels of the longest side")
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="-- options of mllm serve")
-    arguments = parser.parse_args()
+    typed = sys.argv[1:]
+    place = typed.index("--") if "--" in typed else len(typed)
+    arguments, options = parser.parse_args(typed[:place]), typed[place + 1 :]
     if arguments.server is None:
         from mllm.serve.app import start_server
 
-        process, address = start_server(arguments.checkpoint, [o for o in arguments.options if o != "--"])
+        process, address = start_server(arguments.checkpoint, options)
         try:
             well = soak(address, process.pid, arguments)
         finally:

@@ -39,7 +39,7 @@ def tiny_checkpoint(kind: str, folder: Path) -> str:
         return write_checkpoint(target, language_model=long, **towers)
     if kind == "film":
         towers = {"semantic": dict(TINY_CLIP), "detail": dict(TINY_TIMM), "geometry": TINY_VGGT}
-        video = {"frames": 4, "stamp": "{seconds:.1f}s: ", "fewer": {"geometry": 2}}
+        video = {"frames": 4, "stamp": "{number}: ", "fewer": {"geometry": 2}}
         return write_checkpoint(target, video=video, encoders=towers, language_model=long)
     if kind == "draw":
         model, processor = drawing_model(target / "made", "vocabulary", "dualtoken")

@@ -132,8 +132,9 @@ def choose(
     if times is None and (
         spec.tells_seconds or spec.fps is not None or video.start is not None or video.end is not None
     ):
-        asks = "its start and end" if video.start is not None or video.end is not None else "the model's video section"
-        raise DataError(f"{where}: {asks} speak of seconds, and nothing says how fast these frames follow; give fps")
+        given = video.start is not None or video.end is not None
+        asks = "its start and end speak" if given else "the model's video section speaks"
+        raise DataError(f"{where}: {asks} of seconds, and nothing says how fast these frames follow; give fps")
     if video.frames is not None:
         wrong = [number for number in video.frames if not 0 <= number < count]
         if wrong or not video.frames:
