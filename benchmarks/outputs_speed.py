@@ -72,15 +72,35 @@ def build(head: str | None, eye: str, options: argparse.Namespace) -> tuple[Any,
         return build_model(spec, dtype=options.dtype, load_weights=False, device=options.device)
 
 
+class Report:
+    """Lines that are printed, and written, as they come; left: seconds of the time that is given."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.lines, self.began = options, [], time.perf_counter()
+
+    def say(self, line: str) -> None:
+        print(f"[{time.perf_counter() - self.began:3.0f} s] {line}", flush=True)
+
+    def add(self, line: str) -> None:
+        self.say(line)
+        self.lines.append(line)
+        if self.options.output is not None:
+            self.options.output.write_text("\n".join(self.lines) + "\n", encoding="utf-8")
+
+    @property
+    def left(self) -> float:
+        return self.options.seconds - (time.perf_counter() - self.began)
+
+
 def timed(work: Callable[[], Any], options: argparse.Namespace, repeats: int) -> float:
-    """Median seconds of a call, after two that do not count."""
+    """Median seconds of a call, after one that does not count."""
     spans = []
-    for number in range(repeats + 2):
+    for number in range(repeats + 1):
         wait(options)
         start = time.perf_counter()
         work()
         wait(options)
-        if number >= 2:
+        if number >= 1:
             spans.append(time.perf_counter() - start)
     return median(spans)
 
@@ -101,10 +121,11 @@ class Forced:
         return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([wanted], device=scores.device), 0.0)
 
 
-def masks(eye: str, options: argparse.Namespace) -> list[str]:
-    """Lines of one head: masks a second."""
+def masks(eye: str, options: argparse.Namespace, report: Report) -> None:
+    """Masks a second of one head."""
     model, processor = build("query", eye, options)
     model.eval()
+    report.say(f"{eye}: built")
     batch, head = options.batch, model.heads["marks"]
     mark = head.config.tokens["mark"]
     encoder = model.model.vision_tower.encoders["local"]
@@ -115,8 +136,12 @@ def masks(eye: str, options: argparse.Namespace) -> list[str]:
     hidden = torch.randn(batch, 1, model.config.text_config.hidden_size, device=options.device, dtype=options.dtype)
     with torch.no_grad():
         features = encoder(pixels)
-        alone = timed(lambda: head.predict(hidden, places, owners, features), options, options.repeats)
+        alone = timed(lambda: head.predict(hidden, places, owners, features), options, 20)
+        report.add(
+            f"{eye:<7} {batch} pictures at {side.height}: head alone {1e3 * alone:.2f} ms, {batch / alone:,.0f} masks/s"
+        )
         both = timed(lambda: head.predict(hidden, places, owners, encoder(pixels)), options, options.repeats)
+    report.add(f"{eye:<7} encoder and head {1e3 * both:.1f} ms, {batch / both:,.1f} masks/s")
     pictures = [Image.effect_noise((1024, 768), 60 + k).convert("RGB") for k in range(batch)]
     tokens = [65, 66, 67, 68, mark, 69, 70, processor.tokenizer.eos_token_id]
     length = prompt_length(processor, pictures[0])
@@ -128,12 +153,9 @@ def masks(eye: str, options: argparse.Namespace) -> list[str]:
             pictures, "a cup", processor=processor, max_new_tokens=len(tokens), logits_processor=forced
         )
 
-    spans = timed(whole, options, 3)
+    spans = timed(whole, options, 1)
     assert all(len(found) == 1 for found in answers), "every answer should hold one mask"
-    return [
-        f"{eye:<7} {batch} pictures at {side.height}: head alone {1e3 * alone:7.2f} ms, {batch / alone:9,.0f} masks/s; encoder and head "
-        f"{1e3 * both:7.1f} ms, {batch / both:7,.1f} masks/s; model.segment {spans:6.2f} s, {batch / spans:6.1f} masks/s"
-    ]
+    report.add(f"{eye:<7} model.segment of {batch} pictures {spans:.2f} s, {batch / spans:.1f} masks/s")
 
 
 def prompt_length(processor: Any, picture: Any) -> int:
@@ -185,19 +207,20 @@ def step_of(head: str | None, eye: str, options: argparse.Namespace) -> tuple[fl
     return timed(step, options, options.repeats), f"{options.rows} rows of {ids.shape[1]} tokens"
 
 
-def training(eye: str, options: argparse.Namespace) -> list[str]:
-    """Lines of one head: its share of a step."""
-    without, told = step_of(None, eye, options)
+def training(eye: str, options: argparse.Namespace, report: Report) -> None:
+    """The head's share of a step."""
+    with_it, told = step_of("query", eye, options)
+    report.say(f"{eye}: step of {told} with the head {1e3 * with_it:.1f} ms")
     free()
-    with_it, _ = step_of("query", eye, options)
+    without, _ = step_of(None, eye, options)
     share = 100 * (with_it - without) / with_it
-    return [
-        f"{eye:<7} step of {told}: words only {1e3 * without:7.1f} ms, with the head {1e3 * with_it:7.1f} ms: {share:4.1f} % of a step"
-    ]
+    report.add(
+        f"{eye:<7} step of {told}: words only {1e3 * without:.1f} ms, with the head {1e3 * with_it:.1f} ms: {share:.1f} % of a step"
+    )
 
 
-def edits(options: argparse.Namespace) -> list[str]:
-    """Lines of edits by steps."""
+def edits(options: argparse.Namespace, report: Report) -> None:
+    """Edits by steps."""
     from mllm.recipe import load_recipe
     from mllm.types import VisualCodes
     from mllm.visual_tokenizers.base import build_tokenizer
@@ -205,15 +228,16 @@ def edits(options: argparse.Namespace) -> list[str]:
     from mllm.visual_tokenizers.diffusion.edit import edit
 
     recipe = load_recipe("focus_demo" if options.small else "focus")
-    assert recipe.model is not None and isinstance(recipe.model.visual_tokenizer, dict)
-    settings = without_weights(recipe.model.visual_tokenizer)
+    model: Any = recipe.model
+    settings = without_weights(model.visual_tokenizer)
     stage = next(stage for stage in recipe.stages if stage.name == "decoder")
     with options.device:
         tokenizer = build_tokenizer(settings).eval()
         decoder = DiffusionDecoder(stage.options["decoder"], tokenizer).eval()
     size, side = sum(p.numel() for p in decoder.network.parameters()), decoder.image_side
-    lines, autocast = [], options.device.type == "cuda"
-    for batch in (1, 8):
+    report.say(f"edits: built, {size / 1e6:,.0f} M denoiser")
+    guided = [] if decoder.config.drop == 0 else [(1, 2.0, options.steps)]
+    for batch, guidance, all_steps in ((1, 1.0, options.steps), *guided, (8, 1.0, options.steps[2:3])):
         pixels = torch.zeros(batch, 3, side, side, device=options.device)
         mask = torch.zeros(batch, 1, side, side, device=options.device)
         mask[:, :, side // 4 : side // 2, side // 4 : side // 2] = 1
@@ -221,18 +245,15 @@ def edits(options: argparse.Namespace) -> list[str]:
             name: torch.zeros(batch, rows * columns, tokenizer.codebooks[name][1], dtype=torch.long, device=options.device)
             for name, (rows, columns) in tokenizer.grids.items()
         }, tokenizer.grid)  # fmt: skip
-        for guidance in (1.0, 2.0):
-            if guidance != 1.0 and decoder.config.drop == 0:
-                continue
-            spans = []
-            for steps in options.steps:
-                work = partial(edit, decoder, pixels, mask, codes, steps=steps, guidance=guidance)
-                with torch.autocast("cuda", torch.bfloat16) if autocast else nullcontext():
-                    spans.append(f"{steps}: {1e3 * timed(work, options, 2):.0f} ms")
-            lines.append(
-                f"edit of {batch} at {side} pixels, guidance {guidance:g} ({size / 1e6:,.0f} M denoiser), by steps: {', '.join(spans)}"
-            )
-    return lines
+        spans = []
+        for steps in all_steps:
+            work = partial(edit, decoder, pixels, mask, codes, steps=steps, guidance=guidance)
+            with torch.autocast("cuda", torch.bfloat16) if options.device.type == "cuda" else nullcontext():
+                spans.append(f"{steps}: {1e3 * timed(work, options, 1):.0f} ms")
+            report.say(f"edit of {batch}, guidance {guidance:g}, steps {spans[-1]}")
+        report.add(
+            f"edit of {batch} at {side} pixels, guidance {guidance:g} ({size / 1e6:,.0f} M denoiser), by steps: {', '.join(spans)}"
+        )
 
 
 def without_weights(value: Any) -> Any:
@@ -253,7 +274,8 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--batch", type=int, default=32, help="pictures at once (default: 32)")
     parser.add_argument("--rows", type=int, default=16, help="of a training step (default: 16)")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3, help="of encoders and training steps (default: 3)")
+    parser.add_argument("--seconds", type=float, default=90, help="no part is begun later (default: 90)")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 4, 10, 20, 50])
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--output", type=Path)
@@ -262,20 +284,19 @@ def main() -> None:
     import transformers
 
     name = torch.cuda.get_device_name() if options.device.type == "cuda" else "CPU"
-    lines = [
+    report = Report(options)
+    report.add(
         f"python benchmarks/outputs_speed.py; {date.today()}, one {name}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}; random weights, bf16"
-    ]
-    print(lines[0], flush=True)
-    began = time.perf_counter()
-    parts: list[Any] = [partial(edits, options)]
-    parts += [partial(kind, eye, options) for eye in ("focus", "sam") for kind in (masks, training)]
+        f"{transformers.__version__}; random weights, {str(options.dtype).removeprefix('torch.')}"
+    )
+    parts: list[Any] = [partial(masks, "focus"), edits, partial(training, "focus")]
+    parts += [partial(kind, "sam") for kind in (masks, training)]
     for part in parts:
-        lines += (found := part())
-        print("\n".join(found), f"[{time.perf_counter() - began:.0f} s]", flush=True)
+        if report.left < 10:
+            report.add("the rest was left out: the time is up (--seconds)")
+            break
+        part(options, report)
         free()
-        if options.output is not None:
-            options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
