@@ -17,7 +17,7 @@ from mllm.damage import opening
 from mllm.errors import UnavailableError
 from mllm.eval.generators.base import GeneratorSettings
 from mllm.eval.generators.hf import HFGenerator
-from mllm.install import package_hint
+from mllm.install import install_hint
 from mllm.parts.get import is_part, part_folder
 from mllm.types import IMAGE_MARK, Request, Response, Turn
 
@@ -62,7 +62,7 @@ class RapidReader:
     def __init__(self) -> None:
         for package in ("rapidocr", "onnxruntime"):
             if importlib.util.find_spec(package) is None:
-                raise UnavailableError(f"generator ocr: reads with the package {package}: {package_hint(package)}")
+                raise UnavailableError(f"generator ocr: reads with the package {package}: {install_hint('ocr')}")
         rapidocr: Any = importlib.import_module("rapidocr")
         self.version = str(getattr(rapidocr, "__version__", ""))
         self._engine = rapidocr.RapidOCR(params={"Global.log_level": "error"})

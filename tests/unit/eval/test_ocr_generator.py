@@ -59,5 +59,5 @@ def test_questions_are_asked_below_the_words_of_their_picture():
 
 def test_without_the_engine_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
-    with pytest.raises(UnavailableError, match=r"rapidocr: .*install rapidocr"):
+    with pytest.raises(UnavailableError, match=r"rapidocr: .*install .*\[ocr\]"):
         RapidReader()
