@@ -37,6 +37,9 @@ class ImageSpec(StrictModel):
     panels: int = Field(default=1, ge=1)
     """Pictures under one another in one, each resized by itself to height / panels (`mllm.processing.panels`): how channels beyond three
     travel. An encoder of one panel sees the first."""
+    points: Literal["refuse", "unknown"] | None = None
+    """Not the picture is given but where each of its pixels lies in space (x, y, z in metres, NaN: not known), and what nothing tells is
+    refused or unknown. None: the picture."""
 
 
 class EncoderInfo(StrictModel):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -144,17 +143,18 @@ def question(room: Room, shown: np.ndarray, kind: str, rng: random.Random) -> tu
     return asked, room.names[one if values[0] < values[1] else other]
 
 
-KINDS = ("there", "turn", "count", "first", "nearer", "larger", "between")
-"""What is asked of each room."""
+KINDS = {"there": 2, "turn": 1, "count": 1, "first": 2, "nearer": 2, "larger": 2, "between": 2}
+"""What is asked of each room of training, and how often with other balls; a room of the test is asked each once, alone."""
 _TRIES = 8
 
 
 def prepare_rooms(
     output_dir: Path | str, *, num_train: int = 1500, num_test: int = 300, seed: int = 0, processes: int = 1
 ) -> Path:
-    """Write ``train.jsonl`` and ``test.jsonl`` (messages with a video part, ``poses`` and ``depths``: a row for each kind of question that
-    a room answers), ``seen.jsonl`` (a row for each room of training in which nothing is asked, for an encoder that learns its poses and
-    depth alone) and the clips as ``.npy``. Rooms of training and test are drawn apart. Deterministic by seed, whatever ``processes``.
+    """Write ``train.jsonl`` (a row for each room: a conversation about one clip, with ``poses`` and ``depths``; no two of its questions are
+    of the same balls), ``test.jsonl`` (a row for each kind of question that a room answers), ``seen.jsonl`` (a row for each room of
+    training in which nothing is asked, for an encoder that learns its poses and depth alone) and the clips as ``.npy``. Rooms of
+    training and test are drawn apart. Deterministic by seed, whatever ``processes``.
 
     Args:
         output_dir: the folder.
@@ -192,20 +192,30 @@ def _rows(root: Path, split: str, seed: int, number: int) -> list[dict[str, Any]
     frames, depth, shown = draw(room)
     np.save(root / f"clips/{name}.npy", frames)
     np.save(root / f"clips/{name}-depth.npy", depth.astype(np.float16))
-    rows = []
-    for kind in KINDS:
-        tried: Callable[[], tuple[str, str] | None] = partial(question, room, shown, kind, rng)
-        asked = next((found for found in (tried() for _ in range(_TRIES)) if found is not None), None)
-        if asked is not None:
-            rows.append(_row(f"{name}-{kind}", f"clips/{name}", kind, room, *asked))
-    return rows
+    found: dict[tuple[str, frozenset[str]], tuple[str, str]] = {}
+    for kind, often in KINDS.items():
+        for _ in range(_TRIES):
+            asked = question(room, shown, kind, rng)
+            about = (kind, frozenset(set(asked[0].replace("?", "").split()) & set(COLOURS))) if asked else None
+            if asked and about and about not in found:  # the same balls again would only be copied
+                found[about] = asked
+            if sum(one == kind for one, _ in found) == (often if split == "train" else 1):
+                break
+    if split == "train":
+        pairs = list(found.values())
+        rng.shuffle(pairs)
+        return [_row(name, f"clips/{name}", "all", room, pairs)]
+    return [_row(f"{name}-{kind}", f"clips/{name}", kind, room, [pair]) for (kind, _), pair in found.items()]
 
 
-def _row(name: str, clip: str, kind: str, room: Room, asked: str, answer: str) -> dict[str, Any]:
-    content = [{"type": "video", "video": f"{clip}.npy"}, {"type": "text", "text": "\n" + asked}]
+def _row(name: str, clip: str, kind: str, room: Room, asked: list[tuple[str, str]]) -> dict[str, Any]:
+    messages: list[dict[str, Any]] = []
+    for number, (words, answer) in enumerate(asked):
+        text = {"type": "text", "text": words if number else "\n" + words}
+        content = [text] if number else [{"type": "video", "video": f"{clip}.npy"}, text]
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     return {
-        "id": name, "clip": f"{clip}.npy", "kind": kind, "question": asked, "answer": answer,
-        "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}],
+        "id": name, "clip": f"{clip}.npy", "kind": kind, "question": asked[0][0], "answer": asked[0][1], "messages": messages,
         "poses": [{"matrices": room.cameras.round(6).tolist(), "fov": [VIEW, VIEW]}],
         "depths": [f"{clip}-depth.npy"],
     }  # fmt: skip

@@ -11,6 +11,7 @@ ENCODERS: Registry = Registry(
         "progressive": "mllm.encoders.progressive:ProgressiveEncoder",
         "vivit": "mllm.encoders.vivit:VivitEncoder",
         "raw_patches": "mllm.encoders.raw_patches:RawPatches",
+        "points": "mllm.encoders.points:PointsEncoder",
         "eve": "mllm.encoders.eve:EveEncoder",
         "qwen_vl": "mllm.encoders.qwen_vl:QwenVlEncoder",
         "patch_conv": "mllm.encoders.eve:PatchConvEncoder",

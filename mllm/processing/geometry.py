@@ -229,17 +229,24 @@ def _depth_rows(
 def lay_depth(depth: np.ndarray, image: ImageSpec, size: tuple[int, int]) -> Tensor:
     """A map ``(height, width)`` of a picture → ``size`` (rows, columns) on what the encoder sees of it: the value in the middle of each
     cell (a mean over an edge would be neither's depth), NaN beside the picture."""
-    top, left, height, width = placed_at((depth.shape[0], depth.shape[1]), image)
-    places = []
-    for start, length, number, whole, cells in (
-        (top, height, depth.shape[0], image.height, size[0]),
-        (left, width, depth.shape[1], image.width, size[1]),
-    ):
-        places.append(np.floor(((np.arange(cells) + 0.5) * whole / cells - start) * number / length).astype(int))
-    rows, columns = places
+    rows, columns = (
+        np.floor(share * number).astype(int)
+        for share, number in zip(
+            shares_of_cells((depth.shape[0], depth.shape[1]), image, size), depth.shape, strict=True
+        )
+    )
     inside = ((rows >= 0) & (rows < depth.shape[0]))[:, None] & ((columns >= 0) & (columns < depth.shape[1]))
     taken = depth[rows.clip(0, depth.shape[0] - 1)][:, columns.clip(0, depth.shape[1] - 1)]
     return torch.from_numpy(np.where(inside, taken, np.nan).astype(np.float32))
+
+
+def shares_of_cells(shape: tuple[int, int], image: ImageSpec, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """How far down and across a picture of this (height, width) the middles of ``size`` (rows, columns) cells of what the encoder sees
+    lie: 0 at its edge, 1 at the other, beyond where they show none of it."""
+    top, left, height, width = placed_at(shape, image)
+    down = ((np.arange(size[0]) + 0.5) * image.height / size[0] - top) / height
+    across = ((np.arange(size[1]) + 0.5) * image.width / size[1] - left) / width
+    return down, across
 
 
 class DepthMaps:

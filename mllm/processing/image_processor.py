@@ -21,6 +21,7 @@ from mllm.processing.images import image_size, load_image, to_pixels_multi
 from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES, LayoutRules
 from mllm.processing.pixel_keys import PixelKeys
 from mllm.processing.questions import pad_questions
+from mllm.processing.scene_points import frame_points, unknown_points
 from mllm.processing.videos import Seen, frames_of
 from mllm.processing.views.base import views_config
 from mllm.processing.views.pixels import to_view_pixels
@@ -163,7 +164,7 @@ class MllmImageProcessor(SavesDoor, BaseImageProcessor):
             )
         return frames_of(video, self.rules.video, where=where, max_pixels=self.max_pixels)
 
-    def _video_pixels(self, seen: Seen) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
+    def _video_pixels(self, seen: Seen, video: Video, where: str) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
         """Every encoder's ``(F, 3, H, W)``, frame by frame of those that it is given (the last one repeated where the connector takes
         several together), and the frames' (height, width)."""
         specs, count, size = self.specs, len(seen.chosen.numbers), (1, 1)
@@ -172,12 +173,16 @@ class MllmImageProcessor(SavesDoor, BaseImageProcessor):
         rows = {name: [torch.empty(0)] * len(frames) for name, frames in given.items()}
         for places, picture in seen.pictures():
             size = (picture.height, picture.width)
-            wanted = {name: spec for name, spec in specs.items() if not set(places).isdisjoint(given[name])}
+            wanted = {n: spec for n, spec in specs.items() if not (spec.points or set(places).isdisjoint(given[n]))}
             for name, pixels in to_pixels_multi(picture, wanted, resampler=self.resampler).items():  # type: ignore[arg-type]
                 for row, frame in enumerate(given[name]):
                     if min(frame, count - 1) in places:
                         rows[name][row] = pixels
-        return {name: torch.stack(found) for name, found in rows.items()}, size
+        found = {name: torch.stack(pixels) for name, pixels in rows.items() if not specs[name].points}
+        for name in specs.keys() - found.keys():
+            shown = [seen.chosen.numbers[min(frame, count - 1)] for frame in given[name]]
+            found[name] = frame_points(video, shown, seen.clip.count, specs[name], where=f"{where}: encoder {name}")
+        return {name: found[name] for name in specs}, size
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Read what a conversation names.
@@ -244,7 +249,7 @@ class MllmImageProcessor(SavesDoor, BaseImageProcessor):
             where = f"image {position}"
             if isinstance(image, Video):
                 seen = self._seen(image, where)
-                frames, size = self._video_pixels(seen)
+                frames, size = self._video_pixels(seen, image, where)
                 sizes.append(size)
                 times.append(seen.chosen.milliseconds)
                 for name, pixels in frames.items():
@@ -270,7 +275,9 @@ class MllmImageProcessor(SavesDoor, BaseImageProcessor):
                 for name, pixels in to_view_pixels(picture, specs, views, resampler=self.resampler).items():  # type: ignore[arg-type]
                     rows[name].append(pixels)
                 continue
-            for name, pixels in to_pixels_multi(picture, specs, resampler=self.resampler).items():  # type: ignore[arg-type]
+            pictured = {name: spec for name, spec in specs.items() if not spec.points}
+            made = to_pixels_multi(picture, pictured, resampler=self.resampler)  # type: ignore[arg-type]
+            for name, pixels in (made | unknown_points(specs, where)).items():
                 rows[name].append(pixels if rules.video is None else pixels.expand(rules.view.shown, *pixels.shape))
         join = _cat if rules.needs_size or rules.video is not None else stack_images
         pixels_by_name = {name: join(tensors) for name, tensors in rows.items() if tensors}

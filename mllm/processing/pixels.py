@@ -74,6 +74,11 @@ def to_pixels_multi(
 ) -> dict[str, Tensor]:
     """``{name: (3, H, W)}`` for several encoders; specs that resize alike share the work."""
     _check(image)
+    blind = next((name for name, spec in specs.items() if spec.points), None)
+    if blind is not None:
+        raise ConfigError(
+            f"encoder {blind!r} is given where a video's pixels lie, not a picture's pixels; no picture is made for it here"
+        )
     if number_of_panels(image) > 1 or any(spec.panels > 1 for spec in specs.values()):
         return {name: to_pixels(image, spec, resampler=resampler) for name, spec in specs.items()}
     array = values_of(image) if resampler == "torch" else None

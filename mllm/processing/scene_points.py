@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mllm.errors import DataError
 from mllm.processing.frames import spread
-from mllm.processing.geometry import DepthMaps, read_poses
+from mllm.processing.geometry import DepthMaps, lay_depth, read_poses, shares_of_cells
 from mllm.processing.space_aware import space_aware_frames
-from mllm.types import Video
+from mllm.types import ImageSpec, Video
 
 SIDECAR = ".points.npz"
 """What a file of points beside a video is called: ``room.mp4.points.npz``."""
@@ -62,27 +63,92 @@ def frames_by_points(
             raise DataError(f"{where}: no such file of points: {str(path)!r}")
         stat = path.stat()
         return list(_by_file(str(path), stat.st_mtime_ns, stat.st_size, asked, where))
-    if not isinstance(points, Mapping) or points.get("poses") is None or points.get("depths") is None:
-        raise DataError(f"{where}: points are a .npz file or both poses and depths of the video's frames")
+    cameras, maps, view = _cameras_and_maps(points, count, where)
     taken = [first + place for place in spread(last - first + 1, min(candidates, last - first + 1))]
-    maps = DepthMaps(points["depths"], where)
-    if len(maps) != count:
-        raise DataError(
-            f"{where}: {len(maps)} depth maps for a video of {count} frames; give one each, null for one that is not known"
-        )
     files = [maps.file(number) for number in taken]
     if any(file is None for file in files) and maps.whole is not None:  # in memory: nothing tells one from another
-        return _cover(*_unprojected(points["poses"], maps, taken, count, where), taken, frames, where)
+        return _cover(*_unprojected(cameras, view, maps, taken), taken, frames, where)
     told = json.dumps(
         [points, [_stamp(file) for file in dict.fromkeys(files) if file is not None], asked],
         default=str,
         sort_keys=True,
     )
-    return list(
-        _remembered(
-            told, lambda: _cover(*_unprojected(points["poses"], maps, taken, count, where), taken, frames, where)
+    return list(_remembered(told, lambda: _cover(*_unprojected(cameras, view, maps, taken), taken, frames, where)))
+
+
+def frame_points(video: Video, numbers: Sequence[int], count: int, image: ImageSpec, *, where: str) -> Tensor:
+    """Where the pixels of frames lie, as an encoder of points is given it.
+
+    Args:
+        video: its ``points`` as for `frames_by_points`.
+        numbers: the frames, in the order shown; the first whose camera is known is the one that sees the world from (0, 0, 0).
+        count: frames of the whole video.
+        image: of the encoder.
+        where: what an error begins with.
+
+    Returns:
+        ``(F, 3, height, width)`` float32: x right, y down, z forward, in metres (in a file's own unit); NaN where nothing is known, and
+        everywhere in a video that is shown grey.
+
+    Raises:
+        DataError: nothing tells where the scene lies and the encoder refuses that, or what tells it does not fit.
+    """
+    points = video.points if video.points is not None else _beside(video.source)
+    if video.play == "gray" or (points is None and image.points == "unknown"):
+        return torch.full((len(numbers), 3, image.height, image.width), torch.nan)
+    if points is None:
+        raise DataError(
+            f"{where} reads where the scene lies, and nothing tells it of this video; a row gives poses and depths, an entry points, or a "
+            f"file clip.mp4{SIDECAR} lies beside it (missing: unknown lets such videos through)"
         )
-    )
+    size = (image.height, image.width)
+    if isinstance(points, (str, Path)):
+        told = _stored(str(points), count, where)
+        row_of = {int(number): row for row, number in enumerate(told["frames"])}
+        absent = [number for number in numbers if number not in row_of]
+        if absent:
+            raise DataError(
+                f"{where}: {str(points)!r} has points of {len(row_of)} frames, and not of frame {absent[0]}, which is seen"
+            )
+        laid = [
+            torch.stack(
+                [lay_depth(channel, image, size) for channel in told["points"][row_of[number]].transpose(2, 0, 1)]
+            )
+            for number in numbers
+        ]
+        return torch.stack(laid)
+    poses, maps, view = _cameras_and_maps(points, count, where)
+    down, across = np.tan(np.radians(view) / 2)
+    known = [number for number in numbers if np.isfinite(poses[number]).all()]
+    rows = []
+    for number in numbers:
+        depth = maps.read(number)
+        if depth is None or not known:
+            rows.append(torch.full((3, *size), torch.nan))
+            continue
+        z = lay_depth(depth, image, size).numpy()
+        high, wide = shares_of_cells((depth.shape[0], depth.shape[1]), image, size)
+        seen = np.stack([(wide * 2 - 1)[None] * across * z, (high * 2 - 1)[:, None] * down * z, z], -1)
+        world = seen @ poses[number][:, :3].T + poses[number][:, 3]
+        first = poses[known[0]]
+        rows.append(torch.from_numpy(((world - first[:, 3]) @ first[:, :3]).astype(np.float32)).permute(2, 0, 1))
+    found = torch.stack(rows)
+    if not found.isfinite().all(dim=1).any():
+        raise DataError(
+            f"{where}: no pixel of its frames has both a known depth and a known camera (all are NaN, infinite or 0)"
+        )
+    return found
+
+
+def unknown_points(specs: Mapping[str, ImageSpec], where: str) -> dict[str, Tensor]:
+    """What encoders of points are given of a picture, of which nothing tells where it lies. Raises `DataError` for one that refuses."""
+    found = {name: spec for name, spec in specs.items() if spec.points}
+    for name, spec in found.items():
+        if spec.points == "refuse":
+            raise DataError(
+                f"{where} is a picture, and encoder {name!r} reads where a video's pixels lie; missing: unknown lets pictures through"
+            )
+    return {name: torch.full((3, spec.height, spec.width), torch.nan) for name, spec in found.items()}
 
 
 def _beside(source: Any) -> Path | None:
@@ -105,7 +171,10 @@ def _by_file(path: str, changed: int, size: int, asked: tuple[int, ...], where: 
     return _remembered(json.dumps([path, changed, size, asked]), lambda: _of_file(path, *asked, where=where))
 
 
-def _of_file(path: str, frames: int, candidates: int, first: int, last: int, count: int, where: str) -> list[int]:
+def _stored(path: str, count: int, where: str) -> dict[str, np.ndarray]:
+    """``points``, ``confidence`` and ``frames`` of a file, checked."""
+    if not Path(path).is_file():
+        raise DataError(f"{where}: no such file of points: {path!r}")
     try:
         with np.load(path, allow_pickle=False) as stored:
             told = {name: stored[name] for name in stored.files}
@@ -131,12 +200,18 @@ def _of_file(path: str, frames: int, candidates: int, first: int, last: int, cou
     wrong = [int(number) for number in numbers if not 0 <= number < count]
     if wrong:
         raise DataError(f"{where}: {path!r} speaks of frame {wrong[0]} of a video of {count}")
+    return {"points": points.astype(np.float32), "confidence": confidence.astype(np.float32), "frames": numbers}
+
+
+def _of_file(path: str, frames: int, candidates: int, first: int, last: int, count: int, where: str) -> list[int]:
+    told = _stored(path, count, where)
+    points, confidence, numbers = told["points"], told["confidence"], told["frames"]
     inside = np.flatnonzero((numbers >= first) & (numbers <= last))
     inside = inside[spread(len(inside), min(candidates, len(inside)))] if len(inside) else inside
     if not len(inside):
         raise DataError(f"{where}: {path!r} has points of no frame between {first} and {last}")
     taken = [int(number) for number in numbers[inside]]
-    return _cover(points[inside].astype(np.float32), confidence[inside].astype(np.float32), taken, frames, where)
+    return _cover(points[inside], confidence[inside], taken, frames, where)
 
 
 def _cover(points: np.ndarray, confidence: np.ndarray, taken: Sequence[int], frames: int, where: str) -> list[int]:
@@ -147,17 +222,29 @@ def _cover(points: np.ndarray, confidence: np.ndarray, taken: Sequence[int], fra
     return sorted(taken[place] for place in chosen)
 
 
-def _unprojected(
-    poses: Any, maps: DepthMaps, taken: Sequence[int], count: int, where: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Points ``(F, H, W, 3)`` of the frames in the world, and a confidence of 1; NaN where depth or camera is not known."""
-    cameras, view = read_poses(poses, where=where)
+def _cameras_and_maps(points: Any, count: int, where: str) -> tuple[np.ndarray, DepthMaps, tuple[float, float]]:
+    """Cameras ``(F, 3, 4)``, depth maps and field of view in degrees of all frames of a video."""
+    if not isinstance(points, Mapping) or points.get("poses") is None or points.get("depths") is None:
+        raise DataError(f"{where}: points are a .npz file or both poses and depths of the video's frames")
+    cameras, view = read_poses(points["poses"], where=where)
     if len(cameras) != count:
         raise DataError(f"{where}: {len(cameras)} poses for a video of {count} frames; give one for each of its frames")
     if view is None:
         raise DataError(
             f"{where}: points need the cameras' field of view; add fov: [vertical, horizontal] degrees to the poses"
         )
+    maps = DepthMaps(points["depths"], where)
+    if len(maps) != count:
+        raise DataError(
+            f"{where}: {len(maps)} depth maps for a video of {count} frames; give one each, null for one that is not known"
+        )
+    return cameras, maps, view
+
+
+def _unprojected(
+    cameras: np.ndarray, view: tuple[float, float], maps: DepthMaps, taken: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Points ``(F, H, W, 3)`` of the frames in the world, and a confidence of 1; NaN where depth or camera is not known."""
     down, across = np.tan(np.radians(view) / 2)
     found: list[np.ndarray] = []
     for number in taken:

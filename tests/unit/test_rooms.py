@@ -78,7 +78,7 @@ def test_answers_are_those_of_the_room(rooms):
     for room in rooms:
         shown = draw(room)[2]
         turned = relative_poses(room.cameras, where="room")[-1, 3:7]  # world of the first camera → the last one's
-        for kind in KINDS * 3:
+        for kind in [*KINDS] * 3:
             asked = question(room, shown, kind, rng)
             if asked is None:
                 continue
@@ -101,8 +101,16 @@ def test_rows_hold_what_heads_learn(tmp_path):
     again = prepare_rooms(tmp_path / "b", num_train=4, num_test=4, processes=2)
     for name in ("train.jsonl", "test.jsonl", "seen.jsonl"):
         assert (root / name).read_text() == (again / name).read_text()
+    tests = [json.loads(line) for line in (root / "test.jsonl").read_text().splitlines()]
+    assert {row["kind"] for row in tests} == set(KINDS) and len({row["clip"] for row in tests}) == 4
+    assert all(len(row["messages"]) == 2 for row in tests), "each is asked alone"
     rows = [json.loads(line) for line in (root / "train.jsonl").read_text().splitlines()]
-    assert {row["kind"] for row in rows} == set(KINDS) and len({row["clip"] for row in rows}) == 4
+    assert len(rows) == len({row["clip"] for row in rows}) == 4
+    for row in rows:
+        asked = [turn["content"][-1]["text"].strip() for turn in row["messages"][::2]]
+        about = [(text.split(",")[0], frozenset(set(re.findall(r"\w+", text)) & set(COLOURS))) for text in asked]
+        assert len(set(about)) == len(asked) >= 7, "no question tells another's answer by being the same"
+        assert [len(turn["content"]) for turn in row["messages"][::2]] == [2] + [1] * (len(asked) - 1)
     silent = [json.loads(line) for line in (root / "seen.jsonl").read_text().splitlines()]
     assert [row["clip"] for row in silent] == sorted({row["clip"] for row in rows})
     assert all(len(row["messages"][0]["content"]) == 1 and row["answer"] == "yes" for row in silent)

@@ -19,6 +19,12 @@ def refuse_unserved(config: MllmConfig) -> None:
             "this checkpoint has weights of their own for visual tokens in every decoder layer (modality_switch), which vLLM's "
             "language models have no place for; use mllm chat or model.generate"
         )
+    for name, info in config.encoder_infos().items():
+        if info.image.points:
+            raise UnavailableError(
+                f"encoder {name} of this checkpoint reads depth and camera poses, which a request to vLLM cannot carry; use mllm chat or "
+                "model.generate"
+            )
     for name, encoder in config.encoders.items():
         if encoder.get("reads"):
             raise UnavailableError(

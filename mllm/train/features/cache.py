@@ -252,6 +252,9 @@ def why_not(model: MllmForConditionalGeneration, learning: Iterable[str]) -> str
         return "the model takes video"
     if getattr(bank, "with_attention", None):
         return "the connector reads an encoder's attention maps"
+    for name, info in bank.infos.items():
+        if info.image.points:
+            return f"encoder {name} reads where the scene lies, which a picture alone does not tell"
     for name, source in getattr(bank, "reads", {}).items():
         return f"encoder {name} reads the features of {source}"
     for name, encoder in bank.encoders.items():
