@@ -224,6 +224,27 @@ def parts_and_addresses(table: Table) -> None:
     ):
         table.post(f"POST {path} with a client's key", 404, {}, path=path)
     table.post("a wrong key", 401, chat(text), authorization="Bearer wrong")
+    table.keep("a connection that rested for 12 s", 200, lambda: rested(table, chat(text), 12.0))
+
+
+def rested(table: Table, body: dict[str, Any], seconds: float) -> tuple[int, str]:
+    """The second answer on one connection, after a rest; status 0 where the server has hung up meanwhile."""
+    import http.client
+
+    parts = urlsplit(table.server.address)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
+    headers = {"content-type": JSON, "authorization": f"Bearer {KEY}"}
+    connection.auto_open = 0
+    connection.connect()
+    for pause in (seconds, 0.0):
+        try:
+            connection.request("POST", CHAT, json.dumps(body), headers)
+            answer = connection.getresponse()
+        except (http.client.HTTPException, OSError) as error:
+            return 0, f"{type(error).__name__}: {error}"
+        status, text = answer.status, answer.read().decode()
+        time.sleep(pause)
+    return status, text
 
 
 def other_hosts(table: Table, host: ThreadingHTTPServer) -> None:

@@ -48,6 +48,9 @@ _OWN_PROCESSES = (
     "--uds",
 )
 """vLLM's options that say how many processes take requests, or on which it decides that itself."""
+KEEP_ALIVE = ("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "75")
+"""Seconds that a resting connection is kept. Longer than proxies (nginx: 60) and clients keep theirs: with vLLM's 5 they send a request
+where the server is just hanging up, and a POST that fails so is not sent again."""
 SALT = "MLLM_CACHE_SALT"
 """Environment variable: what cache names are made with, where several servers share a cache; default: a new one each."""
 
@@ -198,6 +201,7 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         ENVIRONMENT: admission.model_dump_json(),
         "VLLM_MAX_IMAGE_PIXELS": str(settings.max_pixels),
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+        KEEP_ALIVE[0]: os.environ.get(*KEEP_ALIVE),
         "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
         **{name: os.environ.get(name, value) for name, value in vllm_environment(engine).items()},
     }

@@ -47,6 +47,7 @@ def test_the_defaults_are_safe(checkpoints):
     assert value_of(arguments, "--allowed-media-domains") == NO_DOMAIN
     assert json.loads(value_of(arguments, "--limit-mm-per-prompt")) == {"image": 8}
     assert environment["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
+    assert environment["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] == "75", "a proxy keeps a connection for 60 s"
     assert environment["VLLM_MAX_IMAGE_PIXELS"] == "16000000"
     assert "VLLM_API_KEY" not in environment
     for option in (
