@@ -29,6 +29,7 @@ KEPT: dict[str, str] = {
     "push": "what is uploaded stays there; the same command uploads the rest",
     "chat": "the conversation is not kept",
     "draw": "pictures that were drawn are kept",
+    "edit": "no picture was written",
     "serve": "no server was running yet",
     "app": "nothing was being kept",
     "convert": _HALF,

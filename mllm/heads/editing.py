@@ -57,6 +57,7 @@ def edit_pictures(
     guidance: float | None = None,
     seed: int = 0,
     feather: int = 0,
+    threshold: float = 0.5,
     **options: Any,
 ) -> list[Edited]:
     """Pictures changed as instructions say; what the model does not mark stays as it was, pixel by pixel.
@@ -72,6 +73,7 @@ def edit_pictures(
         guidance: its scale; default: its own.
         seed: of its noise.
         feather: pixels around the mask over which old and new are mixed.
+        threshold: probability from which a pixel is marked.
         options: of the drawing, as `generate_images` takes them.
 
     Returns:
@@ -82,7 +84,7 @@ def edit_pictures(
     """
     if len(images) != len(instructions):
         raise ConfigError(f"edit: {len(instructions)} instructions for {len(images)} pictures; give one for each")
-    found = model.segment(list(images), list(instructions), processor=processor)
+    found = model.segment(list(images), list(instructions), processor=processor, threshold=threshold)
     prompts = [[Turn("user", f"{IMAGE_MARK}\n{instruction}")] for instruction in instructions]
     shown = [[image] for image in images]
     settings = {"temperature": 0.0, "painting": Painting("plain"), **options}  # only its codes are used
@@ -90,6 +92,12 @@ def edit_pictures(
     made = _painted(model, images, found, drawn.packed, masks, steps, guidance, seed, feather)
     texts = [part.text for part in found]
     return [Edited(p, m, text, codes) for p, m, text, codes in zip(*made, texts, drawn.packed)]
+
+
+def side_of(model: MultimodalModel) -> int:
+    """Rows and columns of the pictures that a model draws."""
+    tokenizer = model.image_tokenizer
+    return tokenizer.diffusion.image_side if tokenizer.has_diffusion else tokenizer.image.height
 
 
 def _painted(
@@ -105,7 +113,7 @@ def _painted(
 ) -> tuple[Tensor, Tensor]:
     """Pictures ``(B, 3, H, W)`` in [0, 1] and masks ``(B, H, W)``."""
     tokenizer = model.image_tokenizer
-    side = tokenizer.diffusion.image_side if tokenizer.has_diffusion else tokenizer.image.height
+    side = side_of(model)
     pixels = torch.cat(
         [to_pixels(_square(image, side, f"picture {k}"), model.device) for k, image in enumerate(images)]
     )

@@ -26,6 +26,7 @@ NOT_RUN = {
         f"reads published weights or their settings: {WHOLE}/test_convert.py, {UNIT}/test_terminal.py"
     ),
     r"clip-vit|dinov2|siglip2|ppocr": f"reads published weights: {UNIT}/encoders, {UNIT}/eval/test_watch_and_mine.py",
+    r"^edit ": f"trains for minutes: {WHOLE}/test_train_focus.py",
     r"^(train (tokenizer|unified)|tokenizer |draw )": (
         f"trains for minutes: {WHOLE}/test_unified_training.py, {UNIT}/visual_tokenizers"
     ),

@@ -12,10 +12,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from typer.testing import CliRunner
 
+from mllm.cli.main import app
 from mllm.demo.edits import prepare_edits, read_edits, train_edit_tokenizer
 from mllm.demo.scenes import COLOURS
-from mllm.errors import CheckpointError, ConfigError
+from mllm.errors import CheckpointError, ConfigError, DataError
 from mllm.eval.generators.hf import HFGenerator
 from mllm.eval.metrics.editing import EditRule, png_text
 from mllm.eval.run import evaluate
@@ -154,3 +156,27 @@ def test_edits_are_a_task_judged_by_an_exact_rule(trained: tuple[Path, Path], tm
     assert spoiled.parts["coloured"] == 1.0 and 10 < spoiled.parts["outside_db"] < 30
     for reply in ("{}", "I cannot", json.dumps({"picture": png_text(wanted[:16])})):
         assert EditRule().score(reply, row["edit"], {}).value is None
+
+
+def test_an_edit_from_the_command_line(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    root, folder = trained
+    source = read_edits(root / "data")[0]["image"]
+    marked = np.zeros((32, 32), np.uint8)
+    marked[4:18, 6:16] = 255
+    Image.fromarray(marked).save(tmp_path / "mask.png")
+    words = ["edit", str(folder), source, "Make the thing blue.", "-o", str(tmp_path / "a" / "edited.png")]
+    runner = CliRunner()
+    given = runner.invoke(app, [*words, "--mask", str(tmp_path / "mask.png"), "--save-mask", str(tmp_path / "b.png")])
+    assert given.exit_code == 0, given.output
+    assert "painted anew: x 3, y 2, 5 × 7 pixels, of 16 × 16" in given.output, "the mask at the size that is drawn"
+    made, painted = (np.asarray(Image.open(tmp_path / name)) for name in ("a/edited.png", "b.png"))
+    before = np.asarray(processor_picture(source, 16)).astype(int)
+    assert painted.sum() == 35 and np.abs(made.astype(int) - before)[~painted].max() <= 1
+    assert np.abs(made.astype(int) - before)[painted].max() > 1
+
+    nothing = runner.invoke(app, [*words, "--threshold", "1"])  # no pixel is surer than sure
+    assert nothing.exit_code == 0 and "painted anew: nothing" in nothing.output
+    assert np.abs(np.asarray(Image.open(tmp_path / "a/edited.png")).astype(int) - before).max() <= 1
+    Image.fromarray(0 * marked).save(tmp_path / "mask.png")
+    black = runner.invoke(app, [*words, "--mask", str(tmp_path / "mask.png")])
+    assert isinstance(black.exception, DataError) and "no pixel is brighter than half" in str(black.exception)
