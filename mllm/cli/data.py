@@ -132,6 +132,30 @@ def build_charts(
         typer.echo(f"{output / name}: {entry['rows']} rows")
 
 
+@build.command("captions")
+def build_captions(
+    folder: Annotated[Path, typer.Argument(help="Folder of pictures, each with a .txt of the same name beside it.")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/captions"),
+    test: Annotated[int, typer.Option(help="Captions kept for the test.")] = 150,
+    options: Annotated[int, typer.Option(help="Options of a test question.")] = 4,
+    size: Annotated[int, typer.Option(help="Pixels of a side.")] = 448,
+    seed: Annotated[int, typer.Option(help="The same seed keeps the same captions.")] = 0,
+) -> None:
+    """Make captions to train on, and a multiple-choice test on captions never trained on, from pictures with a text beside each.
+
+    [dim]mllm data build captions /usr/share/tuxpaint/stamps --output runs/stamps[/]
+    """
+    for value, option in ((test, "--test"), (size, "--size")):
+        arguments.at_least(value, 1, option)
+    from mllm.data.captioned import build_captioned
+
+    manifest = build_captioned(folder, output, num_test=test, num_options=options, size=size, seed=seed)
+    for reason, number in manifest["skipped"].items():
+        typer.echo(f"  {number} skipped: {reason}")
+    for name, entry in manifest["files"].items():
+        typer.echo(f"{output / name}: {entry['rows']} rows")
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 

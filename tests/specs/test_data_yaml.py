@@ -18,7 +18,7 @@ MIXTURES = sorted((ROOT / "data/mixtures").glob("*.yaml"))
 RECIPES = [p for p in sorted((ROOT / "recipes").glob("*.yaml")) if "language_model" in read_yaml(p)["model"]]
 """Those of whole models: a visual tokenizer alone trains on bare pictures."""
 
-DRAWN_HERE = ("runs/demo", "runs/unified_demo", "runs/charts", "runs/segmentation_demo")
+DRAWN_HERE = ("runs/demo", "runs/unified_demo", "runs/charts", "runs/segmentation_demo", "runs/stamps")
 """Folders of datasets that are made here, not downloaded."""
 
 
