@@ -82,7 +82,7 @@ def build_page(client: ServerClient, *, mark: Mark | None = None, state: Callabl
                     new = gr.Button("New conversation", size="sm", elem_id="new")
         with gr.Accordion("Settings", open=False, elem_id="settings"), gr.Row():
             with gr.Column():
-                system = gr.Textbox(label="System prompt", lines=2, elem_id="system")
+                system = gr.Textbox("", label="System prompt", lines=2, elem_id="system")
                 chosen = gr.CheckboxGroup(
                     [DECIDE, *experts], value=[DECIDE], label="Experts", visible=bool(experts), elem_id="experts"
                 )
@@ -124,11 +124,11 @@ class _Asking:
     def answer(
         self,
         files: list[str] | None,
-        question: str,
+        question: str | None,
         talk: list[dict[str, Any]],
         past: list[dict[str, Any]],
         chosen: list[str],
-        system: str,
+        system: str | None,
         temperature: float,
         max_tokens: float,
     ) -> Iterator[tuple[Any, ...]]:
@@ -137,7 +137,7 @@ class _Asking:
 
         experts = self.information.get("experts", [])
         routing = None if not experts or DECIDE in chosen or not files else [e for e in chosen if e in experts]
-        if not question.strip():
+        if not question or not question.strip():
             yield gr.skip(), gr.skip(), gr.skip(), gr.skip()
             return
         talk = [*talk, {"role": "user", "content": question}]
@@ -149,7 +149,8 @@ class _Asking:
             if not past:  # the pictures stand in the first question, as they were when it was asked
                 parts = [{"type": "image_url", "image_url": {"url": data_uri(path)}} for path in files or []]
             turn = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
-            opening = [{"role": "system", "content": system}] if system.strip() else []
+            # A field in a part of the page that was never opened has no value yet.
+            opening = [{"role": "system", "content": system}] if system and system.strip() else []
             options = {"experts": routing, "max_tokens": int(max_tokens), "temperature": float(temperature)}
             conversation = [*opening, *past, turn]
             for piece, who in self.client.stream_messages(conversation, model=self.name, heads=heads, **options):
@@ -213,10 +214,10 @@ def labelled(path: str, names: Sequence[str]) -> Image.Image:
     return picture
 
 
-def _marked(mark: Mark, paths: list[str] | None, phrase: str) -> list[tuple[Any, str]]:
+def _marked(mark: Mark, paths: list[str] | None, phrase: str | None) -> list[tuple[Any, str]]:
     import gradio as gr
 
-    if not paths or not phrase.strip():
+    if not paths or not phrase or not phrase.strip():
         raise gr.Error("give a picture, and say what to mark in it")
     try:
         return [(mark(path, phrase), phrase) for path in paths]

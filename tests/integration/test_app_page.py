@@ -124,15 +124,8 @@ def test_the_page_in_a_browser(page, tmp_path):
         tab.go(address)
         tab.wait("document.querySelector('#status')?.innerText.includes('server ready')", seconds=60)
         tab.wait("document.querySelector('#question :is(textarea, input)')")
-        tab.wait("document.querySelector('#settings button')")
-        settings = "document.querySelector('#settings button').click()"
-        tab.run(settings)
-        tab.wait(f"document.querySelector('#length')?.innerText.includes('this model: {LIMIT - 16} tokens')")
-        assert tab.run("document.querySelector('#length input[type=range]').max") == str(LIMIT - 16)
-        for part in ("#temperature", "#system textarea", "#experts"):
-            assert tab.run(f"!!document.querySelector({part!r})"), part
-        tab.run(settings)
         row = "[...document.querySelectorAll('#examples *')].find(e => e.innerText === 'Which colour has the highest bar?')"
+        tab.wait(row)
         tab.click_until(row + ".click()", "document.querySelector('#shown img')")
         tab.wait("document.querySelector('#question :is(textarea, input)').value.includes('highest')")
         tab.type("#question :is(textarea, input)", "Which colour has the highest bar?")
@@ -143,7 +136,15 @@ def test_the_page_in_a_browser(page, tmp_path):
             assert tab.run(SEEN % part), f"{part} is not in sight on a laptop"
         sent = served.asked[-1]
         assert [part["type"] for part in sent["messages"][0]["content"]] == ["image_url", "text"]
-        assert sent["temperature"] == 0 and "mm_processor_kwargs" not in sent
+        assert sent["temperature"] == 0 and "mm_processor_kwargs" not in sent  # before the settings were ever opened
+        tab.wait("document.querySelector('#settings button')")
+        settings = "document.querySelector('#settings button').click()"
+        tab.run(settings)
+        tab.wait(f"document.querySelector('#length')?.innerText.includes('this model: {LIMIT - 16} tokens')")
+        assert tab.run("document.querySelector('#length input[type=range]').max") == str(LIMIT - 16)
+        for part in ("#temperature", "#system textarea", "#experts"):
+            assert tab.run(f"!!document.querySelector({part!r})"), part
+        tab.run(settings)
 
         tab.type("#question :is(textarea, input)", "And the lowest?")  # a second turn carries the first
         tab.wait("document.querySelector('#history').innerText.split('The').length > 2")
