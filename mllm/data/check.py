@@ -31,7 +31,8 @@ from mllm.processing.codes import read_codes
 from mllm.processing.frames import VideoSpec
 from mllm.processing.images import load_image
 from mllm.processing.protocol import Processor, TextTokenizer
-from mllm.processing.videos import frames_of, visual_hash
+from mllm.processing.videos import frames_of
+from mllm.processing.visual_hash import visual_hash
 from mllm.types import IMAGE_MARK, Sample, Video
 
 KINDS = {

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from mllm.data.sources import Source
 from mllm.errors import AlignmentError, DataError
-from mllm.processing.videos import visual_hash
+from mllm.processing.visual_hash import visual_hash
 from mllm.types import Sample
 
 IMAGE_KINDS = ("missing image", "corrupt image")

@@ -209,7 +209,7 @@ def _played(frames: list[tuple[Any, str]], blind: Blind | None, key: str) -> lis
 
 def _load_whole(item: Item, blind: Blind | None) -> Loaded:
     """An item whose videos stand as one visual each."""
-    from mllm.processing.videos import visual_hash
+    from mllm.processing.visual_hash import visual_hash
 
     visuals: list[Any] = []
     hashes: list[str] = []

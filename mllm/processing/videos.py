@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import bisect
-import hashlib
 import io
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from PIL import Image
 from mllm.errors import DataError, MissingFile, UnavailableError
 from mllm.install import install_hint
 from mllm.processing.frames import Chosen, VideoSpec, choose
-from mllm.processing.images import MAX_PIXELS, image_hash, load_image, read_bytes
+from mllm.processing.images import MAX_PIXELS, load_image
 from mllm.processing.references import refer
 from mllm.types import Video
 
@@ -32,7 +32,7 @@ _CONTAINERS = (
 )
 _MAX_FRAMES = 2_000_000
 """More frames than any video within ``max_seconds`` has: a header that lies is not followed for ever."""
-_HOLDS = ("frames", "bytes", "path")
+HOLDS = ("frames", "bytes", "path")
 """Keys of a mapping under which a video is."""
 _NAMELESS = "\0"
 """Stands for the name of a sample in the errors of what many samples share."""
@@ -112,9 +112,9 @@ def source_of(video: Video, where: str) -> tuple[Any, float | None]:
     source, fps = video.source, video.fps
     if isinstance(source, Mapping):
         fps = source.get("fps", fps)
-        source = next((source[key] for key in _HOLDS if source.get(key) is not None), None)
+        source = next((source[key] for key in HOLDS if source.get(key) is not None), None)
         if source is None:
-            raise DataError(f"{where}: a video entry has none of {', '.join(_HOLDS)}")
+            raise DataError(f"{where}: a video entry has none of {', '.join(HOLDS)}")
     if hasattr(source, "numpy") and hasattr(source, "detach"):
         source = source.detach().cpu().numpy()
         source = (
@@ -170,6 +170,20 @@ def _checked_array(frames: np.ndarray, where: str) -> np.ndarray:
     return frames
 
 
+def _array_of_bytes(data: bytes, where: str) -> np.ndarray:
+    """The array of a ``.npy`` file in memory. What its header says is checked before memory is taken for it."""
+    file = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(file)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, by_column, kind = header(file)
+        if kind.hasobject or math.prod(shape) * kind.itemsize != len(data) - file.tell():
+            raise ValueError(f"its header speaks of {shape} of {kind}, and {len(data) - file.tell():,} bytes follow")
+        return np.frombuffer(data, kind, offset=file.tell()).reshape(shape, order="F" if by_column else "C")
+    except ValueError as error:
+        raise DataError(f"{where}: the array of frames is broken ({_reason(error)})") from error
+
+
 @lru_cache(maxsize=8)
 def _frames_of_file(path: str, changed: int, size: int) -> list[np.ndarray]:
     """The frames of a ``.npy`` file ``(T, H, W, 1 | 3 | 4)``, none of them read; opened once for its tokens and its pixels."""
@@ -183,6 +197,8 @@ def _frames_of_file(path: str, changed: int, size: int) -> list[np.ndarray]:
 def _of_data(data: bytes, fps: float | None, where: str, max_pixels: int | None, max_seconds: float) -> Clip:
     if not data:
         raise DataError(f"{where}: the video is empty (0 bytes)")
+    if data.startswith(_ARRAY):
+        return _of_pictures(list(_checked_array(_array_of_bytes(data, where), where)), fps, where, max_pixels)
     if _is_animation(data[:12]):
         return _of_animation(data, _animation_times(data, where), where, max_pixels)
     return _of_container(data, _index(data, max_seconds, where), where, max_pixels)
@@ -390,45 +406,6 @@ def _within(picture: Image.Image, most: int | None) -> Image.Image:
     scale = (most / (picture.width * picture.height)) ** 0.5
     size = (max(1, int(picture.width * scale)), max(1, int(picture.height * scale)))
     return picture.resize(size, Image.Resampling.BICUBIC)
-
-
-def visual_hash(visual: Any, *, where: str = "image") -> str:
-    """`image_hash` of a picture; of a video over what it is read from and which part of it."""
-    if not isinstance(visual, Video):
-        return image_hash(visual, where=where)
-    play = (visual.play, visual.key) if visual.play == "shuffled" else visual.play
-    digest = hashlib.sha256(repr((visual.fps, visual.start, visual.end, visual.frames, play)).encode())
-    if visual.points is not None:
-        digest.update(repr(visual.points).encode())
-    for part in _parts(visual.source, where):
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def _parts(source: Any, where: str) -> Iterator[bytes]:
-    """The bytes behind a video's source, piece by piece."""
-    if isinstance(source, Mapping):
-        yield repr({key: value for key, value in source.items() if key not in _HOLDS}).encode()
-        for key in _HOLDS:
-            if source.get(key) is not None:
-                yield from _parts(source[key], where)
-    elif isinstance(source, (list, tuple)):
-        for item in source:
-            yield image_hash(item, where=where).encode()
-    elif hasattr(source, "detach"):
-        yield from _parts(source.detach().cpu().numpy(), where)
-    elif isinstance(source, np.ndarray):
-        yield image_hash(source, where=where).encode()
-    else:
-        reference = refer(source, where=where)
-        if reference.kind == "file" and Path(reference.value).is_dir():
-            yield from _parts(frame_files(Path(reference.value)), where)
-        elif reference.kind == "file" and Path(reference.value).is_file():
-            with Path(reference.value).open("rb") as file:
-                while piece := file.read(1 << 20):
-                    yield piece
-        else:
-            yield read_bytes(source, where=where)
 
 
 def frame_files(folder: Path) -> list[Path]:

@@ -45,7 +45,8 @@ def test_middles_are_the_published_ones():
 
 
 @pytest.mark.parametrize(
-    "kind", ["h264", "mpeg4 avi", "vp9", "bytes", "data uri", "gif", "folder", "array", "npy", "tensor", "list"]
+    "kind",
+    ["h264", "mpeg4 avi", "vp9", "bytes", "data uri", "gif", "folder", "array", "npy", "npy bytes", "tensor", "list"],
 )
 def test_every_source_shows_the_same_frames(tmp_path, clip, kind):
     import torch
@@ -70,9 +71,10 @@ def test_every_source_shows_the_same_frames(tmp_path, clip, kind):
             "tensor": torch.from_numpy(frames).permute(0, 3, 1, 2),
             "list": [*map(Image.fromarray, frames)],
         }.get(kind)
-        if kind == "npy":
+        if kind.startswith("npy"):
             source = tmp_path / "frames.npy"
             np.save(source, frames)
+            source = source.read_bytes() if kind == "npy bytes" else source
         elif source is None:
             source = tmp_path / "frames"
             source.mkdir()
@@ -94,6 +96,11 @@ def test_an_array_file_that_is_no_video_is_named(tmp_path):
     (tmp_path / "cut.npy").write_bytes(data[:-100])
     with pytest.raises(DataError, match=r"clip: '.*cut\.npy' holds no array of frames"):
         seen(tmp_path / "cut.npy")
+    with pytest.raises(DataError, match=r"the array of frames is broken .*bytes follow"):
+        seen(data[:-100])
+    lies = data.replace(b"(4, 8, 8, 3)", b"(9999999, 9999, 9999, 3)")
+    with pytest.raises(DataError, match="the array of frames is broken"):
+        seen(lies)
     np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(DataError, match="holds no array of frames"):
         seen(tmp_path / "objects.npy")
