@@ -12,6 +12,7 @@ printed.
 from __future__ import annotations
 
 import argparse
+import gc
 import tempfile
 import time
 from collections.abc import Callable
@@ -139,7 +140,8 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> None:
                 f"{clips / seconds:6.2f} clips/s, {seconds * 1e3:.0f} ms{_peak(device)}, first loss {first:.3f}"
             )
         for count in (2, 4) if options.small else MEMORY_FRAMES:
-            model = step = None  # the one before is gone when the next is built
+            model = step = None
+            gc.collect()  # the one before is gone when the next is built: encoders and their hooks hold each other
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             model, processor = build(Path(folder), count, options.small, device, dtype)
