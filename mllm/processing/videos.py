@@ -126,7 +126,7 @@ def source_of(video: Video, where: str) -> tuple[Any, float | None]:
 def _open(video: Video, where: str, max_pixels: int | None, max_seconds: float) -> Clip:
     source, fps = source_of(video, where)
     if isinstance(source, np.ndarray):
-        return _of_pictures(list(_checked_array(source, where)), fps, where, max_pixels)
+        return _of_pictures(_checked_array(source, where), fps, where, max_pixels)
     if isinstance(source, (list, tuple)):
         return _of_pictures(list(source), fps, where, max_pixels)
     reference = refer(source, where=where)
@@ -185,20 +185,20 @@ def _array_of_bytes(data: bytes, where: str) -> np.ndarray:
 
 
 @lru_cache(maxsize=8)
-def _frames_of_file(path: str, changed: int, size: int) -> list[np.ndarray]:
+def _frames_of_file(path: str, changed: int, size: int) -> np.ndarray:
     """The frames of a ``.npy`` file ``(T, H, W, 1 | 3 | 4)``, none of them read; opened once for its tokens and its pixels."""
     try:
         frames = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # a header that lies about the file's length, or an array of Python objects
         raise DataError(f"{_NAMELESS}: {path!r} holds no array of frames ({_reason(error)})") from error
-    return list(_checked_array(frames, _NAMELESS).view(np.ndarray))
+    return _checked_array(frames, _NAMELESS).view(np.ndarray)
 
 
 def _of_data(data: bytes, fps: float | None, where: str, max_pixels: int | None, max_seconds: float) -> Clip:
     if not data:
         raise DataError(f"{where}: the video is empty (0 bytes)")
     if data.startswith(_ARRAY):
-        return _of_pictures(list(_checked_array(_array_of_bytes(data, where), where)), fps, where, max_pixels)
+        return _of_pictures(_checked_array(_array_of_bytes(data, where), where), fps, where, max_pixels)
     if _is_animation(data[:12]):
         return _of_animation(data, _animation_times(data, where), where, max_pixels)
     return _of_container(data, _index(data, max_seconds, where), where, max_pixels)
@@ -208,10 +208,12 @@ def _is_animation(head: bytes) -> bool:
     return head.startswith(_ANIMATIONS) and not (head.startswith(b"RIFF") and head[8:12] != b"WEBP")
 
 
-def _of_pictures(sources: Sequence[Any], fps: float | None, where: str, max_pixels: int | None) -> Clip:
+def _of_pictures(sources: Sequence[Any] | np.ndarray, fps: float | None, where: str, max_pixels: int | None) -> Clip:
     """Frames that are pictures of their own. All must be of one size: a folder of unlike ones is no video."""
-    if not sources:
+    if not len(sources):
         raise DataError(f"{where}: the video has no frames")
+    if len(sources) > _MAX_FRAMES:
+        raise DataError(f"{where}: {len(sources):,} frames; at most {_MAX_FRAMES:,} are read")
     if fps is not None and not fps > 0:
         raise DataError(f"{where}: fps is {fps}, expected more than 0")
 

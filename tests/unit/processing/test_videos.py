@@ -101,6 +101,11 @@ def test_an_array_file_that_is_no_video_is_named(tmp_path):
     lies = data.replace(b"(4, 8, 8, 3)", b"(9999999, 9999, 9999, 3)")
     with pytest.raises(DataError, match="the array of frames is broken"):
         seen(lies)
+    many = np.broadcast_to(np.zeros((1, 1, 1, 3), np.uint8), (2_000_001, 1, 1, 3))
+    with pytest.raises(DataError, match=r"2,000,001 frames; at most 2,000,000"):
+        seen(many)
+    with pytest.raises(DataError, match="the video has no frames"):
+        seen(many[:0])
     np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(DataError, match="holds no array of frames"):
         seen(tmp_path / "objects.npy")
