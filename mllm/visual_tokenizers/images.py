@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -131,13 +131,18 @@ class FolderImages(ImageSource):
     def __len__(self) -> int:
         return len(self.files)
 
-    @cached_property
+    @property
     def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self.options.workers)
+        """Threads of this process: a forked one inherits the object and none of its threads, and would wait for them forever."""
+        owner, pool = self.__dict__.get("_threads", (None, None))
+        if pool is None or owner != os.getpid():
+            pool = ThreadPoolExecutor(self.options.workers)
+            self._threads = os.getpid(), pool
+        return pool
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the threads: data workers start their own."""
-        return {key: value for key, value in self.__dict__.items() if key != "_pool"}
+        return {key: value for key, value in self.__dict__.items() if key != "_threads"}
 
     def identity(self) -> str:
         digest = hashlib.sha256()
