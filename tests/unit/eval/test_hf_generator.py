@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mllm.errors import ConfigError
+from mllm.errors import ConfigError, UnavailableError
 from mllm.eval.generators.base import Generator, cut_at_stops, hf_messages
 from mllm.eval.generators.hf import HFGenerator, weights_hash
 from mllm.eval.run import run_eval
@@ -289,3 +289,25 @@ def test_an_answer_has_the_probability_that_the_model_gives_it(kind, llava, tmp_
         [Request("s", requests[0].turns, requests[0].images, {"do_sample": True, "max_new_tokens": 4})]
     )
     assert sampled.logprob is None, "a sampled answer is one of many"
+
+
+def test_a_batch_that_the_gpu_cannot_hold_is_halved_and_no_answer_changes(llava, monkeypatch, caplog):
+    alone = answers(HFGenerator(*llava, batch_size=1), questions())
+    generator = HFGenerator(*llava, batch_size=8)
+    sizes, forward = [], generator._forward
+
+    def small_gpu(requests, prompts):
+        sizes.append(len(requests))
+        if len(requests) > room:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return forward(requests, prompts)
+
+    monkeypatch.setattr(generator, "_forward", small_gpu)
+    room = 3
+    with caplog.at_level("WARNING"):
+        assert answers(generator, questions()) == alone
+    assert generator.batch_size <= room and sizes.count(8) == 1
+    assert caplog.text.count("going on with batches of 2") == 1
+    room = 0
+    with pytest.raises(UnavailableError, match=r"out of GPU memory on sample .* alone"):
+        answers(generator, questions())
