@@ -29,6 +29,10 @@ from mllm.serve.http.state import FOLDER, ServerState
 ENVIRONMENT = "MLLM_SUPERVISOR"
 """Environment variable with `Supervisor`'s arguments as JSON."""
 _ERROR = re.compile(r"\b([A-Z]\w*(?:Error|Exception)): (.{1,500})")
+_RAISED = re.compile(
+    r"^(?:\([^)]*\) )*(?:ERROR (?:[\d :-]+ \[[^\]]*\] )?)?[a-z_.]*([A-Z]\w*(?:Error|Exception)): (.{1,500})"
+)
+"""The last line of a traceback; an error that is named within a sentence may be one that is only feared."""
 _QUIETER = re.compile(r"\b(?:WARNING|INFO|DEBUG) \d\d-\d\d \d\d:\d\d")  # a warning may name an error that it only fears
 _FOLLOWS = re.compile(r"Engine core initialization failed|See stack trace above|EngineDeadError|EngineCore encountered")
 _MOST_LOG, _MOST_ERRORS = 20 * 2**20, 10
@@ -47,7 +51,7 @@ class Supervisor:
         self.shutdown_timeout, self.verbose = shutdown_timeout, verbose
         self.state = ServerState.make()
         self.log = Path(f"{self.state.folder}.log")
-        self.cause = ""
+        self.cause, self._raised = "", False
         self.tail: deque[str] = deque(maxlen=20)
         self.is_ready = threading.Event()
         self.stopping = threading.Event()
@@ -123,13 +127,20 @@ class Supervisor:
             log.write(line)
             self.tail.append(line.rstrip()[:500])
             found = None if _QUIETER.search(line) else _ERROR.search(line)
-            if found and not self.cause and not _FOLLOWS.search(line):
-                self.cause = f"{found.group(1)}: {found.group(2).strip()}"
+            if found and not _FOLLOWS.search(line):
+                self._note(found, _RAISED.match(line))
             if self.verbose:
                 _show(line)
             elif found and self.is_ready.is_set() and not self.stopping.is_set():
                 self._show_error(found.group(0))
         log.close()
+
+    def _note(self, named: re.Match[str], raised: re.Match[str] | None) -> None:
+        """The first error that was raised is why a server died, and else the first that was named."""
+        best = raised or named
+        if not self.cause or (raised and not self._raised):
+            self.cause = f"{best.group(1)}: {best.group(2).strip()}"
+            self._raised = raised is not None
 
     def _show_error(self, text: str) -> None:
         """Ten errors a minute; the rest are in the log."""
@@ -142,7 +153,7 @@ class Supervisor:
     def _wait_until_ready(self, started: float) -> None:
         while not self.stopping.is_set() and self._process is not None and self._process.poll() is None:
             if self._answers():
-                self.cause = ""
+                self.cause, self._raised = "", False
                 self.is_ready.set()
                 _say(f"ready after {time.monotonic() - started:.0f} s: {self.ready}")
                 return

@@ -107,7 +107,7 @@ def test_a_server_that_is_told_to_stop_finishes_what_it_can_and_ends_the_rest_wi
     assert sorted(answer.status_code for answer in long) == [200, 503]
     stream = next(answer.text for answer in long if answer.status_code == 200)
     assert "going away" in stream and stream.endswith("data: [DONE]\n\n")
-    assert "noise" not in process.stderr.read()
+    assert process.stderr is not None and "noise" not in process.stderr.read()
 
 
 def test_a_log_that_cannot_be_written_does_not_end_the_reading(capsys):
@@ -125,6 +125,7 @@ def test_a_log_that_cannot_be_written_does_not_end_the_reading(capsys):
 
 def test_a_death_is_explained_by_its_cause_and_not_by_all_that_follows():
     died = "import sys\nfor _ in range(5000): print('noise')\n"
+    died += "print('Found ulimit of 20000. This can cause fd limit errors like `OSError: [Errno 24] Too many open files`.')\n"
     died += "print('(APIServer pid=7) WARNING 11-29 14:30:01 [utils.py:9] This can cause `OSError: [Errno 24] Too many open files`.')\n"
     died += "print('(Worker) ERROR ValueError: no room')\n"
     died += "print('RuntimeError: Engine core initialization failed.')\nsys.exit(3)"
