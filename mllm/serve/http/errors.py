@@ -20,6 +20,9 @@ _KINDS = {
 _SHOWN = 80
 """Most characters of a client's own words in an error (and so in a log)."""
 _WORD, _LONGEST = re.compile(r"\S{81,}"), 600
+_DEAD = ("EngineCore encountered an issue. See stack trace (above) for the root cause.",
+         "the engine has died; what it said is in the server's log")  # fmt: skip
+"""What vLLM tells a client, who sees no stack trace, and what we say."""
 _ANTHROPIC, _RESPONSES = ("/v1/messages",), "/v1/responses"
 
 
@@ -58,6 +61,7 @@ def _cut_all(value: Any) -> Any:
 
 
 def _cut(text: str) -> str:
+    text = text.replace(*_DEAD)
     text = _WORD.sub(lambda word: word.group()[: _SHOWN - 1] + "…", text)
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 

@@ -185,4 +185,6 @@ def test_the_engines_refusals_repeat_at_most_80_characters():
     assert answer.status_code == 400 and "A" * 79 in answer.text and "A" * 80 not in answer.text
     assert int(answer.headers["content-length"]) == len(answer.content)
     fine = json.dumps({"error": {"message": "what is wrong, and where"}}).encode()
+    dead = b'{"error": {"message": "EngineCore encountered an issue. See stack trace (above) for the root cause."}}'
+    assert b"the engine has died" in shortened(dead) and b"above" not in shortened(dead)
     assert shortened(fine) == fine and len(shortened(b"word " * 1000)) < 700
