@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,12 +25,19 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Sequenc
     """Attention on ``(heads, ΣN, d)`` within each of the segments; as one kernel on a GPU in half precision."""
     half = query.dtype in (torch.float16, torch.bfloat16)
     if varlen_attn is not None and query.is_cuda and half and query.shape[-1] % 8 == 0:
-        ends = torch.tensor([0, *lengths], device=query.device).cumsum(0).to(torch.int32)
-        longest = max(lengths)
+        ends, longest = _ends(tuple(lengths), query.device), max(lengths)
         q, k, v = (part.transpose(0, 1).contiguous() for part in (query, key, value))
         return segment_attention(q, k, v, ends, longest, scale=scale, causal=False).transpose(0, 1)
     segments = zip(*(part.split(list(lengths), dim=1) for part in (query, key, value)))
     return torch.cat([F.scaled_dot_product_attention(*one, scale=scale) for one in segments], dim=1)
+
+
+@lru_cache(maxsize=16)
+def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where segments end, ``(S + 1,)``. Kept, since all layers of a pass ask for the same, and at each copy to the GPU the host waits;
+    never an inference tensor, which a later backward pass could not save."""
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def _attend(
