@@ -6,14 +6,17 @@
 Random weights made on the device, bf16; FOCUS's model (``recipes/focus.yaml``: Qwen2.5-7B, Qwen2-VL's encoder at 252 pixels, ConvNeXt-L at
 768) with its query decoder, and the same with SAM-H at 1024 pixels and SAM's decoder. Masks a second: of the head alone (features and
 states given), of encoder and head, and of `model.segment` (32 pictures of 1024 x 768 as PIL, 8 tokens each of an answer that is forced to
-hold one [SEG]; pictures are prepared on the CPU). A training step learns the language model, connector and head, encoders frozen; "words
-only" is the same model without the head. Edits: the recipe's SDXL denoiser on 512 pixels, float32 weights under bf16 autocast.
+hold one [SEG]; pictures are prepared on the CPU). A training step learns the language model, connector and head, encoders frozen, which the
+connector reads too: with a mask a row, and the same without any. Edits: the recipe's SDXL denoiser on 512 pixels, float32 weights under
+bf16 autocast. Where nothing is said for half a minute, the place in the code is.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
+import os
 import sys
 import tempfile
 import time
@@ -40,35 +43,40 @@ WORDS = 200
 """Tokens of text in a training row, beside those of its picture."""
 
 
-def spec_of(head: str | None, eye: str, small: bool, folder: str) -> Any:
-    """FOCUS's model without its tokenizer; head: a decoder's type, or None; eye: the encoder that masks are read from."""
+def parts_of(eye: str, small: bool) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Encoders and language model of FOCUS, and the head; eye: the encoder that masks are read from."""
     from mllm.recipe import load_recipe
+
+    if small:
+        decoder: dict[str, Any] = {"type": "query", "width": 16, "depth": 1, "heads": 2}
+        encoders: dict[str, Any] = {"whole": SMALL_EYE, "local": SMALL_EYE}
+        return encoders, SMALL_LLM, {"type": "segmentation", "encoder": "local", "decoder": decoder}
+    model: Any = load_recipe("focus").model
+    encoders = {name: without_weights(dict(value)) for name, value in model.encoders.items()}
+    decoder = {"type": "query", "width": 256, "depth": 2, "heads": 8}
+    if eye == "sam":
+        encoders["local"], decoder = dict(SAM), {"type": "sam"}
+    return encoders, dict(model.language_model.config), {"type": "segmentation", "encoder": "local", "decoder": decoder}
+
+
+def spec_of(eye: str, small: bool, folder: str) -> Any:
+    """FOCUS's model without its tokenizer."""
     from tests.helpers import tiny_spec
 
-    model: Any = load_recipe("focus").model
-    encoders: dict[str, Any] = {name: without_weights(dict(value)) for name, value in model.encoders.items()}
-    text: dict[str, Any] = dict(model.language_model.config)
-    decoder: dict[str, Any] = {"type": "query", "width": 256, "depth": 2, "heads": 8}
-    if eye == "sam":
-        encoders["local"] = dict(SAM)
-        decoder = {"type": "sam"}
-    connector: dict[str, Any] = {"type": "gated_cross", "query": "whole", "source": "local", "num_heads": 16,
-                                 "projector": {"depth": 2}}  # fmt: skip
-    if small:
-        encoders, text, connector["num_heads"] = {"whole": SMALL_EYE, "local": SMALL_EYE}, SMALL_LLM, 4
-        decoder = {"type": "query", "width": 16, "depth": 1, "heads": 2}
-    heads = {} if head is None else {"marks": {"type": "segmentation", "encoder": "local", "decoder": decoder}}
+    encoders, text, head = parts_of(eye, small)
+    connector = {"type": "gated_cross", "query": "whole", "source": "local", "num_heads": 4 if small else 16,
+                 "projector": {"depth": 2}}  # fmt: skip
     return tiny_spec(folder, language_model={"config": text, "tokenizer": folder}, encoders=encoders, connector=connector,
-                     heads=heads)  # fmt: skip
+                     heads={"marks": head})  # fmt: skip
 
 
-def build(head: str | None, eye: str, options: argparse.Namespace) -> tuple[Any, Any]:
+def build(eye: str, options: argparse.Namespace) -> tuple[Any, Any]:
     from mllm.models.build import build_model
     from tests.helpers import tiny_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         tiny_tokenizer().save_pretrained(folder)
-        spec = spec_of(head, eye, options.small, folder)
+        spec = spec_of(eye, options.small, folder)
         return build_model(spec, dtype=options.dtype, load_weights=False, device=options.device)
 
 
@@ -79,6 +87,7 @@ class Report:
         self.options, self.lines, self.began = options, [], time.perf_counter()
 
     def say(self, line: str) -> None:
+        faulthandler.dump_traceback_later(30, repeat=True)
         print(f"[{time.perf_counter() - self.began:3.0f} s] {line}", flush=True)
 
     def add(self, line: str) -> None:
@@ -121,19 +130,25 @@ class Forced:
         return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([wanted], device=scores.device), 0.0)
 
 
-def masks(eye: str, options: argparse.Namespace, report: Report) -> None:
-    """Masks a second of one head."""
-    model, processor = build("query", eye, options)
-    model.eval()
+def heads(eye: str, options: argparse.Namespace, report: Report) -> None:
+    """Masks a second of a head, and of its encoder with it."""
+    from mllm.encoders.catalogue import build_encoder, encoder_config
+    from mllm.heads.base import HeadParts
+    from mllm.heads.segmentation.head import SegmentationHead, SegmentationHeadConfig
+
+    encoders, text, head_settings = parts_of(eye, options.small)
+    report.say(f"{eye}: building encoder and head")
+    config: Any = encoder_config({"weights": None, **encoders["local"]}, where="local")
+    with options.device:
+        encoder: Any = build_encoder(config).to(options.dtype).eval()
+        parts = HeadParts(text["hidden_size"], {"local": config.info})
+        head = SegmentationHead(SegmentationHeadConfig(**head_settings), parts).to(options.dtype).eval()
     report.say(f"{eye}: built")
-    batch, head = options.batch, model.heads["marks"]
-    mark = head.config.tokens["mark"]
-    encoder = model.model.vision_tower.encoders["local"]
-    side = model.config.encoder_infos()["local"].image
+    batch, side = options.batch, config.info.image
     pixels = torch.randn(batch, 3, side.height, side.width, device=options.device, dtype=options.dtype)
     owners = torch.arange(batch, device=options.device)
     places = torch.stack([owners, torch.zeros_like(owners)], 1)
-    hidden = torch.randn(batch, 1, model.config.text_config.hidden_size, device=options.device, dtype=options.dtype)
+    hidden = torch.randn(batch, 1, text["hidden_size"], device=options.device, dtype=options.dtype)
     with torch.no_grad():
         features = encoder(pixels)
         alone = timed(lambda: head.predict(hidden, places, owners, features), options, 20)
@@ -142,20 +157,29 @@ def masks(eye: str, options: argparse.Namespace, report: Report) -> None:
         )
         both = timed(lambda: head.predict(hidden, places, owners, encoder(pixels)), options, options.repeats)
     report.add(f"{eye:<7} encoder and head {1e3 * both:.1f} ms, {batch / both:,.1f} masks/s")
-    pictures = [Image.effect_noise((1024, 768), 60 + k).convert("RGB") for k in range(batch)]
+
+
+def whole(eye: str, options: argparse.Namespace, report: Report) -> None:
+    """The whole model: answers with masks, and the head's share of a training step."""
+    report.say(f"{eye}: building the whole model")
+    model, processor = build(eye, options)
+    report.say(f"{eye}: built")
+    mark = model.heads["marks"].config.tokens["mark"]
+    model.eval()
+    pictures = [Image.effect_noise((1024, 768), 60 + k).convert("RGB") for k in range(options.batch)]
     tokens = [65, 66, 67, 68, mark, 69, 70, processor.tokenizer.eos_token_id]
-    length = prompt_length(processor, pictures[0])
-    forced: Any = [Forced(length, tokens)]
+    forced: Any = [Forced(prompt_length(processor, pictures[0]), tokens)]
     answers: list[Any] = []
 
-    def whole() -> None:
+    def answer() -> None:
         answers[:] = model.segment(
             pictures, "a cup", processor=processor, max_new_tokens=len(tokens), logits_processor=forced
         )
 
-    spans = timed(whole, options, 1)
+    span = timed(answer, options, 1)
     assert all(len(found) == 1 for found in answers), "every answer should hold one mask"
-    report.add(f"{eye:<7} model.segment of {batch} pictures {spans:.2f} s, {batch / spans:.1f} masks/s")
+    report.add(f"{eye:<7} model.segment of {options.batch} pictures {span:.2f} s, {options.batch / span:.1f} masks/s")
+    training(eye, model, processor, options, report)
 
 
 def prompt_length(processor: Any, picture: Any) -> int:
@@ -174,48 +198,44 @@ def prompt(processor: Any, picture: Any, question: str) -> torch.Tensor:
     return expand(ids, places, processor.image_layouts([picture], where="picture"))[0]
 
 
-def step_of(head: str | None, eye: str, options: argparse.Namespace) -> tuple[float, str]:
-    """Seconds of one optimizer step and a word on its tokens."""
-    model, processor = build(head, eye, options)
+def training(eye: str, model: Any, processor: Any, options: argparse.Namespace, report: Report) -> None:
+    """The head's share of a step: one batch with a mask a row, and without any."""
+    mark = model.heads["marks"].config.tokens["mark"]
     model.train()
     model.model.vision_tower.requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=options.device.type == "cuda"
-    )
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=1e-6, fused=options.device.type == "cuda")
     seen = prompt(processor, Image.new("RGB", (1024, 768)), "a cup")
     generator = torch.Generator().manual_seed(0)
     answer = torch.randint(65, 120, (options.rows, WORDS), generator=generator)
-    given: dict[str, Any] = {}
-    if head is not None:
-        answer[:, 10] = model.heads["marks"].config.tokens["mark"]
-        side = model.config.encoder_infos()["local"].image
-        given["target_masks"] = torch.zeros(options.rows, side.height, side.width, dtype=torch.uint8)
-        given["target_masks"][:, : side.height // 3, : side.width // 2] = 1
-    ids = torch.cat([seen.expand(options.rows, -1), answer], 1)
-    labels = torch.cat([torch.full((options.rows, len(seen)), -100), answer], 1)
+    infos, given = model.config.encoder_infos(), {}
     for name, key in model.model.pixel_keys.items():
-        image = model.config.encoder_infos()[name].image
-        given[key] = torch.randn(options.rows, 3, image.height, image.width, generator=generator).to(options.dtype)
-    given = {name: value.to(options.device) for name, value in given.items()}
-    ids, labels = ids.to(options.device), labels.to(options.device)
+        shape = (options.rows, 3, infos[name].image.height, infos[name].image.width)
+        given[key] = torch.zeros(shape, device=options.device, dtype=options.dtype)
+    side = infos["local"].image
+    targets = torch.zeros(options.rows, side.height, side.width, dtype=torch.uint8, device=options.device)
+    targets[:, : side.height // 3, : side.width // 2] = 1
+    spans = {}
+    for kind in ("with a mask a row", "words only"):
+        said, more = answer.clone(), {}
+        if kind != "words only":
+            said[:, 10], more = mark, {"target_masks": targets}
+        ids = torch.cat([seen.expand(options.rows, -1), said], 1).to(options.device)
+        labels = ids.clone()
+        labels[:, : len(seen)] = -100
 
-    def step() -> None:
-        model(input_ids=ids, labels=labels, use_cache=False, skip_logits=True, **given).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        def step(ids: Any = ids, labels: Any = labels, more: Any = more) -> None:
+            model(input_ids=ids, labels=labels, use_cache=False, skip_logits=True, **given, **more).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-    return timed(step, options, options.repeats), f"{options.rows} rows of {ids.shape[1]} tokens"
-
-
-def training(eye: str, options: argparse.Namespace, report: Report) -> None:
-    """The head's share of a step."""
-    with_it, told = step_of("query", eye, options)
-    report.say(f"{eye}: step of {told} with the head {1e3 * with_it:.1f} ms")
-    free()
-    without, _ = step_of(None, eye, options)
+        spans[kind] = timed(step, options, options.repeats)
+        report.say(f"{eye}: step {kind} {1e3 * spans[kind]:.1f} ms")
+    with_it, without = spans.values()
     share = 100 * (with_it - without) / with_it
     report.add(
-        f"{eye:<7} step of {told}: words only {1e3 * without:.1f} ms, with the head {1e3 * with_it:.1f} ms: {share:.1f} % of a step"
+        f"{eye:<7} step of {options.rows} rows of {len(seen) + WORDS} tokens: words only {1e3 * without:.1f} ms, with a mask a row "
+        f"{1e3 * with_it:.1f} ms: the head is {share:.1f} % of a step"
     )
 
 
@@ -231,8 +251,10 @@ def edits(options: argparse.Namespace, report: Report) -> None:
     model: Any = recipe.model
     settings = without_weights(model.visual_tokenizer)
     stage = next(stage for stage in recipe.stages if stage.name == "decoder")
+    report.say("edits: building the tokenizer")
     with options.device:
         tokenizer = build_tokenizer(settings).eval()
+        report.say("edits: building the decoder")
         decoder = DiffusionDecoder(stage.options["decoder"], tokenizer).eval()
     size, side = sum(p.numel() for p in decoder.network.parameters()), decoder.image_side
     report.say(f"edits: built, {size / 1e6:,.0f} M denoiser")
@@ -280,7 +302,10 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    faulthandler.dump_traceback_later(30, repeat=True)
     options.dtype = torch.float32 if options.small else torch.bfloat16
+    print("importing torch and transformers", flush=True)
     import transformers
 
     name = torch.cuda.get_device_name() if options.device.type == "cuda" else "CPU"
@@ -289,8 +314,13 @@ def main() -> None:
         f"python benchmarks/outputs_speed.py; {date.today()}, one {name}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}; random weights, {str(options.dtype).removeprefix('torch.')}"
     )
-    parts: list[Any] = [partial(masks, "focus"), edits, partial(training, "focus")]
-    parts += [partial(kind, "sam") for kind in (masks, training)]
+    parts: list[Any] = [
+        partial(heads, "focus"),
+        partial(heads, "sam"),
+        edits,
+        partial(whole, "focus"),
+        partial(whole, "sam"),
+    ]
     for part in parts:
         if report.left < 10:
             report.add("the rest was left out: the time is up (--seconds)")
