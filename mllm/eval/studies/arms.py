@@ -198,6 +198,7 @@ def arms_study(spec: ArmsSpec, output: Path, costs: Mapping[str, Cost] | None = 
     if not arms:
         raise DataError(f"{output}: no arm is trained and evaluated yet")
     sample = next(iter(next(iter(arms.values())).values()))
+    _check_same_questions(arms, sample)
     parts = _parts(spec, sample)
     floors = _floors(spec, output)
     tables = [_scores(spec, arms, floors, parts), *_expectations(spec, arms, parts), _by_category(spec, arms, parts)]
@@ -217,6 +218,17 @@ def arms_study(spec: ArmsSpec, output: Path, costs: Mapping[str, Cost] | None = 
         "floors": {name: _means(answers, parts) for name, answers in floors.items()},
     }
     return Study("arms", f"Study of arms: {spec.name}", notes, tables, data)
+
+
+def _check_same_questions(arms: Mapping[str, Mapping[int, Answers]], sample: Answers) -> None:
+    """Raises `DataError` naming the first run that was asked other questions than ``sample``."""
+    for name, seeds in arms.items():
+        for seed, answers in seeds.items():
+            if len(answers.ids) != len(sample.ids) or not all(map(str.__eq__, answers.ids, sample.ids)):
+                raise DataError(
+                    f"the arms were asked different questions: {name}-{seed} has {len(answers.ids)} answers, the first run "
+                    f"{len(sample.ids)}; evaluate them with the same settings (--limit), or remove that run's folder eval"
+                )
 
 
 def _parts(spec: ArmsSpec, sample: Answers) -> dict[str, np.ndarray]:

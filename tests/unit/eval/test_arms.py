@@ -77,6 +77,8 @@ def test_arms_that_were_asked_other_questions_are_not_compared(spec, tmp_path):
     arms = finished(spec, tmp_path)
     with pytest.raises(DataError, match="different questions"):
         compare_arms(arms["A"], arms["B"], arms["A"][0].values > -1)
+    with pytest.raises(DataError, match=r"B-0 has 199 answers, the first run 200"):
+        arms_study(spec, tmp_path)
 
 
 def test_a_study_names_arms_that_exist(spec, tmp_path):
