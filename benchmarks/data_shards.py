@@ -13,11 +13,14 @@ import argparse
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -22,7 +22,10 @@ import random
 import sys
 import unittest.mock
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mllm.eval.metrics import Scored, build_metric
 from mllm.eval.metrics.text import NUMBER_WORDS

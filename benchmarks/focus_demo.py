@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mllm.demo.edits import INSTRUCTION, prepare_edits, read_edits, train_edit_tokenizer
 from mllm.demo.scenes import BLIND, COLOURS

@@ -18,12 +18,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mllm.demo.forgery import FAINT, PLAIN, QUESTION, WORDS, prepare_forgeries, train_forgery_tokenizer
 from mllm.heads.probability import best_threshold, calibrate, calibration_error

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,6 +26,8 @@ import torch
 from PIL import Image
 from transformers.models.llava_next.image_processing_llava_next import LlavaNextImageProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mllm.processing.image_processor import MllmImageProcessor
 

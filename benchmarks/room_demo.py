@@ -17,9 +17,12 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 POSE = {"type": "pose", "depth": 1, "num_heads": 4, "iterations": 2}
 DEPTH = {"type": "depth_map", "cells": 2}

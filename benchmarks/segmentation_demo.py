@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mllm.demo.scenes import BLIND, prepare_scenes, train_text_tokenizer
 from mllm.eval.metrics import Scored, build_metric

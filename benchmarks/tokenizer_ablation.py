@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ import torch
 from processes import choose_device, run_jobs
 from tokenizer_demo import demo_recipe, train_teacher
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mllm.train.stages.tokenizer.stage as stage
 from mllm.distributed import local_device

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from processes import choose_device, run_jobs
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from unified_demo import evaluate, make_tokenizer, model_overrides
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mllm.demo.drawing import prepare_drawing, train_text_tokenizer
 from mllm.models.build import build_model

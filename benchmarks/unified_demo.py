@@ -18,6 +18,7 @@ import base64
 import html
 import io
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from processes import choose_device
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mllm.demo.drawing import REQUESTS, drawing_request, prepare_drawing, train_text_tokenizer
 from mllm.heads.codes.generate import GeneratedImages

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import tempfile
 import time
 from datetime import date
@@ -22,6 +23,8 @@ from typing import Any
 
 import torch
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 SIZES = [  # width, height
     (800, 600), (640, 480), (1024, 768), (1240, 1754), (850, 1100), (1700, 2200), (480, 640), (1080, 1920),
