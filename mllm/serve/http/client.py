@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 
 from mllm.errors import DataError, MllmError, UnavailableError
+from mllm.serve.http.errors import plain
 from mllm.serve.http.keys import CLIENTS, client_keys
 
 AFFINITY = "x-mllm-affinity"
@@ -128,6 +129,7 @@ def _pieces(response: httpx.Response, heads: dict[str, Any]) -> Iterator[tuple[s
 
 def _error(status: Any, message: str) -> MllmError:
     """A server's error: a refusal of what was asked, or, from 500 on, a failure of its own."""
+    message = plain(message)
     return UnavailableError(message) if isinstance(status, int) and status >= 500 else DataError(message)
 
 

@@ -60,8 +60,13 @@ def _cut_all(value: Any) -> Any:
     return value
 
 
+def plain(text: str) -> str:
+    """An engine's words for people who do not see its log; in a stream that has begun they come as they are."""
+    return text.replace(*_DEAD)
+
+
 def _cut(text: str) -> str:
-    text = text.replace(*_DEAD)
+    text = plain(text)
     text = _WORD.sub(lambda word: word.group()[: _SHOWN - 1] + "…", text)
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
