@@ -120,9 +120,14 @@ def compare(frozen: FrozenCharts, folder: Path, renderers: Sequence[str] | None 
 
 
 def freeze(folder: Path, path: Path, *, description: str) -> FrozenCharts:
-    """Write the manifest of a folder's test charts to ``path``, as YAML. Raises `DataError` for a folder without questions."""
+    """Write the manifest of a folder's test charts to ``path``, as YAML. Raises `DataError` for a folder that is none of charts, or without
+    questions."""
     import yaml
 
+    if not (folder / "manifest.json").is_file():
+        raise DataError(
+            f"{folder}: no such folder of charts; `mllm data build charts TABLES --output {folder}` writes one"
+        )
     built = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     found = describe(folder)
     if not found["num_questions"]:
