@@ -37,6 +37,9 @@ KEPT: dict[str, str] = {
     "compose": _HALF,
     "parts get": _HALF,
     "data build charts": _HALF,
+    "data build captions": _HALF,
+    "data rebuild": _HALF,
+    "data freeze": _NO_RESULT,
     **dict.fromkeys(
         (
             "eval compare", "eval report", "eval stress", "eval contamination", "eval leaderboard", "eval scores", "eval import",

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from mllm.config import StrictModel, validate
 from mllm.errors import ConfigError, DataError
+from mllm.processing.spread import middles, spread
 from mllm.types import Video
 
 
@@ -145,7 +146,7 @@ def choose(
     else:
         first, last = _bounds(video, count, times, where)
         if spec.which == "space_aware" and spec.frames is not None and last - first + 1 > spec.frames:
-            from mllm.processing.scene_points import frames_by_points
+            from mllm.processing.scene_points import frames_by_points  # torch is read when it is needed
 
             asked = {"frames": spec.frames, "candidates": spec.candidates, "first": first, "last": last, "count": count}
             numbers = frames_by_points(video, **asked, where=where)
@@ -183,20 +184,6 @@ def _numbers(
     available = last - first + 1
     places = (middles if spec.which == "middle" else spread)(available, min(spec.frames, available))
     return [first + place for place in places]
-
-
-def spread(available: int, count: int) -> list[int]:
-    """``count`` numbers from 0 to the last, as ``numpy.linspace(0, available - 1, count, dtype=int)`` gives them."""
-    if count == 1:
-        return [0]
-    step = (available - 1) / (count - 1)
-    return [*(int(k * step) for k in range(count - 1)), available - 1]
-
-
-def middles(available: int, count: int) -> list[int]:
-    """The middle of each of ``count`` equal parts, as PVC's and InternVL's ``get_index`` rounds it."""
-    segment = (available - 1) / count
-    return [min(available - 1, int(segment / 2 + round(segment * k))) for k in range(count)]
 
 
 def _seconds(fps: float, most: int, start: float, end: float) -> list[float]:

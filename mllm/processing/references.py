@@ -97,3 +97,8 @@ def file_path(uri: str, where: str) -> str:
         )
     literal = uri.removeprefix("file:").removeprefix("//").removeprefix("localhost")
     return literal if "%" in literal and Path(literal).exists() else unquote(literal)
+
+
+def natural_order(path: Path) -> list[Any]:
+    """What files sort by so that 10 follows 9."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from mllm.errors import DataError
-from mllm.processing.frames import spread
-from mllm.processing.geometry import DepthMaps, lay_depth, read_poses, shares_of_cells
+from mllm.processing.depth_maps import DepthMaps, lay_depth, read_poses, shares_of_cells
 from mllm.processing.space_aware import space_aware_frames
+from mllm.processing.spread import spread
 from mllm.types import ImageSpec, Video
 
 SIDECAR = ".points.npz"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import io
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +18,7 @@ from mllm.errors import DataError, MissingFile, UnavailableError
 from mllm.install import install_hint
 from mllm.processing.frames import Chosen, VideoSpec, choose
 from mllm.processing.images import MAX_PIXELS, load_image
-from mllm.processing.references import refer
+from mllm.processing.references import natural_order, refer
 from mllm.types import Video
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -440,11 +439,6 @@ def _stream(container: Any, where: str) -> Any:
         kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]
         raise DataError(f"{where}: has no pictures, only {', '.join(kinds)}")
     return container.streams.video[0]
-
-
-def natural_order(path: Path) -> list[Any]:
-    """What files sort by so that 10 follows 9."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
 
 
 def _clock(seconds: float) -> str:

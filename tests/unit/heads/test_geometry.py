@@ -21,7 +21,8 @@ from mllm.heads.geometry.pose import mean_angle, pose_errors, unit_translations
 from mllm.models.build import build_model
 from mllm.processing import chat
 from mllm.processing.chat import encode_sample
-from mllm.processing.geometry import lay_depth, quaternions, read_poses, relative_poses
+from mllm.processing.depth_maps import lay_depth, read_poses
+from mllm.processing.geometry import quaternions, relative_poses
 from mllm.train.prepare import attention_inputs
 from mllm.types import IMAGE_MARK, ImageSpec, Sample, Turn, Video
 from tests.helpers import TINY_CLIP, picture, tiny_model, tiny_spec

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from mllm.errors import ConfigError, DataError, MissingFile
-from mllm.processing.frames import VideoSpec, choose, in_order, middles, spread, video_spec
+from mllm.processing.frames import VideoSpec, choose, in_order, video_spec
+from mllm.processing.spread import middles, spread
 from mllm.processing.videos import frames_of
 from mllm.types import Video
 from tests.golden.fill import load
