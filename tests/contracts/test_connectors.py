@@ -132,7 +132,9 @@ def test_a_misfit_names_the_encoder_both_sizes_and_the_cure(name, changes, encod
 
 
 def test_every_connector_has_a_misfit_that_is_tested():
-    assert {name for name, *_ in MISFITS} == set(CONNECTORS)
+    # Those of the documentation's pages may be registered as well, where their tests ran in this process before.
+    shipped = {name for name in CONNECTORS if CONNECTORS.get(name).__module__.startswith("mllm.")}
+    assert {name for name, *_ in MISFITS} == shipped
 
 
 def test_a_spec_without_a_type_and_an_unknown_type_are_told():
