@@ -41,17 +41,22 @@ def text_config(size: str) -> dict:
     return {"model_type": "llama", "vocab_size": 32064, **LLAMAS[size], "max_position_embeddings": 4096}
 
 
-def write_data(folder: Path, *, rows: int, pictures: int) -> Path:
-    """LLaVA-format rows with one JPEG (640 × 480) each, one in eight without; answers of 40 to 900 characters."""
+def write_stripes(folder: Path, count: int, size: tuple[int, int]) -> None:
+    """``0.jpg`` … of coloured stripes, each another. size: (width, height)."""
     import numpy as np
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
-    y, x = np.mgrid[0:480, 0:640]
-    for number in range(pictures):
+    y, x = np.mgrid[0 : size[1], 0 : size[0]]
+    for number in range(count):
         waves = [np.sin(x / (7 + number % 11 + k) + y / (13 + number % 7 - k)) for k in range(3)]
         pixels = np.stack([(127 * (wave + 1)).astype(np.uint8) for wave in waves], axis=-1)
         Image.fromarray(pixels).save(folder / f"{number}.jpg", quality=90)
+
+
+def write_data(folder: Path, *, rows: int, pictures: int) -> Path:
+    """LLaVA-format rows with one JPEG (640 × 480) each, one in eight without; answers of 40 to 900 characters."""
+    write_stripes(folder, pictures, (640, 480))
     data = []
     for row in range(rows):
         length = 40 + (row * 7919) % 860

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.big_run import CLIP_L, WORDS, compiled_in, measure, watch, write_recipe
+from benchmarks.big_run import CLIP_L, WORDS, compiled_in, measure, watch, write_recipe, write_stripes
 
 SECTIONS = {"plain": 90.0, "tiles": 90.0, "plain again": 80.0, "text": 80.0}
 SKIP, STEPS = 4, 16
@@ -31,16 +31,7 @@ EXTRA = 24
 
 def write_rows(folder: Path, kind: str, *, rows: int, pictures: int, side: int, cells: int) -> Path:
     """Rows of one kind with answers of the same lengths. side: of a whole picture; cells: tokens of one pass of the encoder."""
-    import numpy as np
-    from PIL import Image
-
-    folder.mkdir(parents=True, exist_ok=True)
-    width = 2 * side if kind == "tiles" else side
-    y, x = np.mgrid[0:side, 0:width]
-    for number in range(pictures):
-        waves = [np.sin(x / (7 + number % 11 + k) + y / (13 + number % 7 - k)) for k in range(3)]
-        pixels = np.stack([(127 * (wave + 1)).astype(np.uint8) for wave in waves], axis=-1)
-        Image.fromarray(pixels).save(folder / f"{number}.jpg", quality=90)
+    write_stripes(folder, pictures, (2 * side if kind == "tiles" else side, side))
     data = []
     for row in range(rows):
         length = (40 + (row * 7919) % 160) // 5 + (
