@@ -80,8 +80,8 @@ def demo(
 ) -> None:
     """Train, evaluate and question a small dual-encoder model on charts and digits, on this machine's CPU, in minutes.
 
-    With --real, a published language model and encoders instead of a model from scratch, in about a quarter of an hour; so little
-    training shows that the parts fit together, not what they can do (`mllm study real_charts` does, on a GPU)."""
+    With --real, a published language model and encoders instead of a model from scratch; so little training shows
+    that the parts fit together, not what they can do (`mllm study real_charts` does, on a GPU)."""
     started = time.perf_counter()
     from rich.console import Console
 
