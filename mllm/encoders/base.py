@@ -9,7 +9,8 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from mllm.config import StrictModel
-from mllm.types import EncoderInfo, Grid, VisionFeatures, WeightsSource
+from mllm.errors import ConfigError
+from mllm.types import EncoderInfo, Grid, ImageSpec, VisionFeatures, WeightsSource
 
 
 class Reads(StrictModel):
@@ -62,6 +63,29 @@ class EncoderConfig(StrictModel):
             frames: the most that it is given of a video; 0: the model takes none.
             name: the encoder's own in its model.
         """
+
+
+def grid_without_blocks(config: EncoderConfig, image: ImageSpec, size: int) -> Grid:
+    """The grid of an encoder that has no blocks, its settings checked.
+
+    Args:
+        config: the encoder's config.
+        image: what it sees.
+        size: pixels of a patch's side.
+
+    Returns:
+        Rows and columns of patches.
+
+    Raises:
+        ConfigError: patches do not fit, or settings choose among blocks or prefix tokens.
+    """
+    if image.height % size or image.width % size:
+        raise ConfigError(f"patch_size: {size} does not divide image_size ({image.height}, {image.width})")
+    if config.layers != [-1]:
+        raise ConfigError(f"layers: {config.type} has no blocks, so layers stays [-1] (got {config.layers})")
+    if config.keep_prefix:
+        raise ConfigError(f"keep_prefix: {config.type} has no class or register tokens; remove the key")
+    return image.height // size, image.width // size
 
 
 class VisionEncoder(nn.Module):

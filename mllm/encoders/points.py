@@ -8,9 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mllm.encoders.base import EncoderConfig, VisionEncoder
+from mllm.encoders.base import EncoderConfig, VisionEncoder, grid_without_blocks
 from mllm.encoders.library import ImageEncoderConfig, check_pixels
-from mllm.errors import CheckpointError, ConfigError, UnavailableError
+from mllm.errors import CheckpointError, UnavailableError
 from mllm.types import EncoderInfo, ImageSpec, VisionFeatures
 
 
@@ -49,14 +49,9 @@ class PointsEncoder(VisionEncoder):
     @classmethod
     def resolve(cls, config: PointsConfig) -> Any:
         image, size = config.image(ImageSpec(height=224, width=224)), config.patch_size
-        if image.height % size or image.width % size:
-            raise ConfigError(f"patch_size: {size} does not divide image_size ({image.height}, {image.width})")
-        if config.layers != [-1]:
-            raise ConfigError(f"layers: points has no blocks, so layers stays [-1] (got {config.layers})")
-        if config.keep_prefix:
-            raise ConfigError("keep_prefix: points has no class or register tokens; remove the key")
+        grid = grid_without_blocks(config, image, size)
         image = image.model_copy(update={"points": config.missing})
-        info = EncoderInfo(image=image, grid=(image.height // size, image.width // size), width=config.width)
+        info = EncoderInfo(image=image, grid=grid, width=config.width)
         return config.model_copy(update={"info": info})
 
     def load_pretrained(self) -> None:

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from mllm.encoders.base import EncoderConfig, VisionEncoder
+from mllm.encoders.base import EncoderConfig, VisionEncoder, grid_without_blocks
 from mllm.encoders.library import ImageEncoderConfig, check_patches, check_pixels
-from mllm.errors import CheckpointError, ConfigError, UnavailableError
+from mllm.errors import CheckpointError, UnavailableError
 from mllm.types import EncoderInfo, Grid, ImageSpec, VisionFeatures
 
 
@@ -39,14 +39,9 @@ class RawPatches(VisionEncoder):
     def resolve(cls, config: RawPatchesConfig) -> Any:
         image = config.image(ImageSpec(height=448, width=448))
         size = config.patch_size
-        if image.height % size or image.width % size:
-            raise ConfigError(f"patch_size: {size} does not divide image_size ({image.height}, {image.width})")
-        if config.layers != [-1]:
-            raise ConfigError(f"layers: raw_patches has no blocks, so layers stays [-1] (got {config.layers})")
-        if config.keep_prefix:
-            raise ConfigError("keep_prefix: raw_patches has no class or register tokens; remove the key")
+        grid = grid_without_blocks(config, image, size)
         image = image.model_copy(update={"patch": size})
-        info = EncoderInfo(image=image, grid=(image.height // size, image.width // size), width=3 * size * size)
+        info = EncoderInfo(image=image, grid=grid, width=3 * size * size)
         return config.model_copy(update={"info": info})
 
     def load_pretrained(self) -> None:
