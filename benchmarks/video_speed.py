@@ -27,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+SECTIONS = ["seen", "trained", "memory"]
 FRAMES, GRID = 32, 8
 MEMORY_FRAMES = (8, 16, 32, 64, 128)
 _CLIP = {
@@ -123,17 +124,18 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> None:
     device = torch.device(options.device)
     dtype = torch.float32 if options.small else torch.bfloat16
     side = (_SMALL_CLIP if options.small else _CLIP)["image_size"]
-    frames = 4 if options.small else FRAMES
+    frames, model, processor = 4 if options.small else FRAMES, None, None
     with tempfile.TemporaryDirectory() as folder:
-        model, processor = build(Path(folder), frames, options.small, device, dtype)
-        for clips in (1, 4) if options.small else (1, 4, 8, 16):
+        if "seen" in options.sections or "trained" in options.sections:
+            model, processor = build(Path(folder), frames, options.small, device, dtype)
+        for clips in ((1, 4) if options.small else (1, 4, 8, 16)) if "seen" in options.sections else ():
             batch = batch_of(processor, frames, side, clips, device)
             given = {k: v for k, v in batch.items() if k in ("pixel_values", "video_times")}
             with torch.inference_mode():
                 seconds = timed(partial(model.model.get_image_features, **given), options.repeats, device)
             rates = f"{clips / seconds:7.2f} clips/s, {clips * frames / seconds:7.0f} frames/s"
             say(f"seen:    {clips:3d} clips of {frames} frames at once: {rates}")
-        for clips in (1, 2) if options.small else (1, 4, 8):
+        for clips in ((1, 2) if options.small else (1, 4, 8)) if "trained" in options.sections else ():
             batch = batch_of(processor, frames, side, clips, device)
             tokens, step = batch["input_ids"].numel(), trainer(model, batch)
             first = float(step())
@@ -142,7 +144,7 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> None:
                 f"trained: {clips:3d} clips of {frames} frames a step: {tokens / seconds:8.0f} tokens/s ({tokens} a step), "
                 f"{clips / seconds:6.2f} clips/s, {seconds * 1e3:.0f} ms{_peak(device)}, first loss {first:.3f}"
             )
-        for count in (2, 4) if options.small else MEMORY_FRAMES:
+        for count in ((2, 4) if options.small else MEMORY_FRAMES) if "memory" in options.sections else ():
             model = step = None
             gc.collect()  # the one before is gone when the next is built: encoders and their hooks hold each other
             if device.type == "cuda":
@@ -154,9 +156,9 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> None:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             step()
-            say(
-                f"memory:  one clip of {count:4d} frames, {batch['input_ids'].numel():6d} tokens, a training step{_peak(device)}"
-            )
+            held = f" ({torch.cuda.memory_allocated() / 2**30:.1f} between steps)" if device.type == "cuda" else ""
+            tokens = batch["input_ids"].numel()
+            say(f"memory:  one clip of {count:4d} frames, {tokens:6d} tokens, a training step{_peak(device)}{held}")
             del model, step
 
 
@@ -169,6 +171,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="what is measured")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     where = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
