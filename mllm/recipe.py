@@ -340,7 +340,8 @@ class StageSpec(StrictModel):
     draw: DrawSpec | None = None
     """Pictures to draw while training (models with a visual head)."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Settings of the stage's kind; of sft: ``robust`` (pictures turned, and changed against the model), ``drop_encoders``."""
+    """Settings of the stage's kind; of sft: ``robust`` (pictures turned, and changed against the model), ``drop_encoders``,
+    ``word_contrast``."""
     _chosen: str = PrivateAttr("none")
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -16,6 +17,7 @@ from mllm.train.robust import Robust, RobustOptions
 from mllm.train.stages.kind import StageKind
 from mllm.train.start import start_model
 from mllm.train.trainer import Run, train
+from mllm.train.word_contrast import WordContrast
 
 
 class SftOptions(StrictModel):
@@ -25,6 +27,9 @@ class SftOptions(StrictModel):
     """Harder pictures while it learns."""
     drop_encoders: dict[str, float] = Field(default_factory=dict)
     """Encoder → share of the pictures that are seen without it while the stage learns (`mllm.train.drop_encoders`); 1: never seen."""
+    word_contrast: float = Field(default=0.0, ge=0)
+    """Weight of a second loss: visual tokens say the words of their own row's answer, by the embeddings that the language model has for
+    them, and not those of other rows (`mllm.train.word_contrast`)."""
 
 
 def check_sft(stage: StageSpec) -> SftOptions:
@@ -32,6 +37,11 @@ def check_sft(stage: StageSpec) -> SftOptions:
     where = f"stages.{stage.name}"
     options = validate(SftOptions, stage.options, where=f"{where}.options")
     check_chances(options.drop_encoders, f"{where}.options.drop_encoders")
+    if options.word_contrast and (stage.packing or stage.batch_size < 2):
+        raise ConfigError(
+            f"{where}.options.word_contrast: compares the rows of a batch, one picture's words a row; set packing: false and a "
+            "batch_size of 2 or more, or leave it out"
+        )
     if options.robust is not None and stage.cache_features:
         raise ConfigError(
             f"{where}.cache_features: options.robust changes the pictures, so their features cannot be kept; leave one out"
@@ -54,18 +64,18 @@ class SftStage(StageKind):
     def train(cls, run: Run, stage: StageSpec, previous: Path | None, folder: Path) -> bool:
         model, processor = start_model(run.recipe, stage, previous)
         options = check_sft(stage)
-        robust, handle, dropping = options.robust, None, None
+        robust, handles = options.robust, list[Any]()
         if robust is not None:
             if model.model.vision_tower is None:
                 raise ConfigError(f"stages.{stage.name}.options.robust: this model sees no pictures; leave it out")
-            handle = Robust(robust, model).attach(model)
+            handles.append(Robust(robust, model).attach(model))
         if options.drop_encoders:
             where = f"stages.{stage.name}.options.drop_encoders"
-            dropping = DropEncoders(options.drop_encoders, model, where).attach()
+            handles.append(DropEncoders(options.drop_encoders, model, where).attach())
+        if options.word_contrast:
+            handles.append(WordContrast(options.word_contrast, set(processor.tokenizer.all_special_ids)).attach(model))
         engine = train(run, stage, model, processor)
-        if dropping is not None:
-            dropping.remove()
-        if handle is not None:
+        for handle in handles:
             handle.remove()
         del model
         if engine is None:
