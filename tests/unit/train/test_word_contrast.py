@@ -20,7 +20,9 @@ def _by_hand(tokens, words, table):
     sets = {k: set(words[k].tolist()) for k in rows}
 
     def found(row, word):
-        return torch.stack([SHARPNESS * torch.cosine_similarity(t, table[word], dim=0) for t in tokens[row]]).exp().sum()
+        return (
+            torch.stack([SHARPNESS * torch.cosine_similarity(t, table[word], dim=0) for t in tokens[row]]).exp().sum()
+        )
 
     losses = []
     for row in rows:
@@ -35,7 +37,9 @@ def test_it_is_what_it_says_word_by_word():
     torch.manual_seed(0)
     table = torch.randn(12, 8)
     tokens = [torch.randn(count, 8, requires_grad=True) for count in (3, 0, 4, 3)]
-    words = [torch.tensor(w) for w in ([1, 2, 2, 5], [3, 4], [2, 7, 5], [2, 8])]  # 2 is everywhere, row 1 has no picture
+    words = [
+        torch.tensor(w) for w in ([1, 2, 2, 5], [3, 4], [2, 7, 5], [2, 8])
+    ]  # 2 is everywhere, row 1 has no picture
     loss = word_contrast(tokens, words, table)
     torch.testing.assert_close(loss, _by_hand(tokens, words, table), rtol=1e-5, atol=1e-5)
     loss.backward()
@@ -65,7 +69,7 @@ def test_a_projector_learns_to_say_what_its_pictures_show():
             pictures[row, torch.randperm(12)[:4]] += codes[own]
         return word_contrast(list(projector(pictures)), words, table)
 
-    start = float(batch())
+    start = float(batch().detach())
     for _ in range(150):
         optimizer.zero_grad()
         batch().backward()
@@ -82,7 +86,7 @@ def test_rows_that_cannot_be_compared_are_refused(changes):
 
 
 def test_it_is_added_to_the_loss_of_a_model_that_learns(tmp_path):
-    model, processor = tiny_model(tmp_path)
+    model, _ = tiny_model(tmp_path)
     torch.manual_seed(0)
     keys = Robust(RobustOptions(), model).keys  # encoder → argument of its pixels
     infos = model.model.vision_tower.infos
