@@ -1,4 +1,4 @@
-"""Do a picture's visual tokens say the words that stand in it, before the language model looks at them? ``options.word_contrast`` of a stage.
+"""Do visual tokens say the words of their picture, before the language model looks at them? ``options.word_contrast`` of a stage.
 
 A language model begins to read pictures late: what it should attend to means nothing yet, and what nobody attends to has no reason to mean
 anything. Here the visual tokens are taught by themselves. Every token of an answer is looked for among the visual tokens of its own picture
