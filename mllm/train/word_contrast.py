@@ -32,10 +32,10 @@ def word_contrast(tokens: list[Tensor], words: list[Tensor], table: Tensor) -> T
     """
     rows = [place for place, own in enumerate(tokens) if len(own)]
     pairs = [words[place].unique() for place in rows]
-    candidates, position = torch.cat(pairs).unique(return_inverse=True) if pairs else (table.new_zeros(0), None)
     nothing = sum((own.float().sum() * 0 for own in tokens), table.new_zeros((), dtype=torch.float32))
-    if len(rows) < 2 or not len(candidates):
+    if len(rows) < 2 or not any(map(len, pairs)):
         return nothing
+    candidates, position = torch.cat(pairs).unique(return_inverse=True)
     said = torch.zeros(len(rows), len(candidates), dtype=torch.bool, device=table.device)
     said[torch.repeat_interleave(torch.tensor([len(p) for p in pairs], device=table.device)), position] = True
     wanted = F.normalize(table.detach()[candidates].float(), dim=-1)
