@@ -59,9 +59,10 @@ class WordContrast:
         return model.register_forward_hook(self._add, with_kwargs=True)
 
     def _add(self, model: Any, arguments: Any, inputs: dict[str, Any], output: Any) -> Any:
-        ids, labels, seen = inputs.get("input_ids"), inputs.get("labels"), output.image_hidden_states
+        seen = output.image_hidden_states
         if not model.training or output.loss is None or seen is None or not len(seen):
             return None
+        ids, labels = inputs["input_ids"], inputs["labels"]
         lengths = (ids == model.config.image_token_id).sum(1).tolist()
         special = torch.tensor(sorted(self.special), device=labels.device)
         words = [row[(row >= 0) & ~torch.isin(row, special)] for row in labels]
