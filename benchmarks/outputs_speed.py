@@ -8,7 +8,9 @@ Random weights made on the device, bf16; FOCUS's model (``recipes/focus.yaml``: 
 states given), of encoder and head, and of `model.segment` (32 pictures of 1024 x 768 as PIL, 8 tokens each of an answer that is forced to
 hold one [SEG]; pictures are prepared on the CPU). A training step learns the language model, connector and head, encoders frozen, which the
 connector reads too: with a mask a row, and the same without any. Edits: the recipe's SDXL denoiser on 512 pixels, float32 weights under
-bf16 autocast. Where nothing is said for half a minute, the place in the code is.
+bf16 autocast. Each section is a process with a time limit of its own, forked from one that has imported everything and not touched the GPU:
+what it has measured is printed and written at once, and what hangs or fails takes nothing else with it. Where nothing is said for half a
+minute, the place in the code is.
 """
 
 from __future__ import annotations
@@ -24,12 +26,14 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import date
 from functools import partial
+from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from PIL import Image
+if TYPE_CHECKING:
+    import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -81,24 +85,20 @@ def build(eye: str, options: argparse.Namespace) -> tuple[Any, Any]:
 
 
 class Report:
-    """Lines that are printed, and written, as they come; left: seconds of the time that is given."""
+    """Lines that are printed, and appended to the file, as they come; seconds are counted from the start of the first process."""
 
     def __init__(self, options: argparse.Namespace):
-        self.options, self.lines, self.began = options, [], time.perf_counter()
+        self.options = options
 
     def say(self, line: str) -> None:
         faulthandler.dump_traceback_later(30, repeat=True)
-        print(f"[{time.perf_counter() - self.began:3.0f} s] {line}", flush=True)
+        print(f"[{time.time() - self.options.began:3.0f} s] {line}", flush=True)
 
     def add(self, line: str) -> None:
         self.say(line)
-        self.lines.append(line)
         if self.options.output is not None:
-            self.options.output.write_text("\n".join(self.lines) + "\n", encoding="utf-8")
-
-    @property
-    def left(self) -> float:
-        return self.options.seconds - (time.perf_counter() - self.began)
+            with self.options.output.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
 
 def timed(work: Callable[[], Any], options: argparse.Namespace, repeats: int) -> float:
@@ -115,6 +115,8 @@ def timed(work: Callable[[], Any], options: argparse.Namespace, repeats: int) ->
 
 
 def wait(options: argparse.Namespace) -> None:
+    import torch
+
     if options.device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -126,12 +128,16 @@ class Forced:
         self.start, self.tokens = start, tokens
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        import torch
+
         wanted = self.tokens[ids.shape[1] - self.start]
         return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([wanted], device=scores.device), 0.0)
 
 
 def heads(eye: str, options: argparse.Namespace, report: Report) -> None:
     """Masks a second of a head, and of its encoder with it."""
+    import torch
+
     from mllm.encoders.catalogue import build_encoder, encoder_config
     from mllm.heads.base import HeadParts
     from mllm.heads.segmentation.head import SegmentationHead, SegmentationHeadConfig
@@ -161,6 +167,9 @@ def heads(eye: str, options: argparse.Namespace, report: Report) -> None:
 
 def whole(eye: str, options: argparse.Namespace, report: Report) -> None:
     """The whole model: answers with masks, and the head's share of a training step."""
+    import torch
+    from PIL import Image
+
     report.say(f"{eye}: building the whole model")
     model, processor = build(eye, options)
     report.say(f"{eye}: built")
@@ -179,7 +188,14 @@ def whole(eye: str, options: argparse.Namespace, report: Report) -> None:
     span = timed(answer, options, 1)
     assert all(len(found) == 1 for found in answers), "every answer should hold one mask"
     report.add(f"{eye:<7} model.segment of {options.batch} pictures {span:.2f} s, {options.batch / span:.1f} masks/s")
-    training(eye, model, processor, options, report)
+    for rows in (options.rows, options.rows // 2, options.rows // 4):
+        try:
+            training(eye, model, processor, rows, options, report)
+            break
+        except torch.OutOfMemoryError:
+            report.add(f"{eye:<7} no room for a step of {rows} rows")
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def prompt_length(processor: Any, picture: Any) -> int:
@@ -198,8 +214,11 @@ def prompt(processor: Any, picture: Any, question: str) -> torch.Tensor:
     return expand(ids, places, processor.image_layouts([picture], where="picture"))[0]
 
 
-def training(eye: str, model: Any, processor: Any, options: argparse.Namespace, report: Report) -> None:
+def training(eye: str, model: Any, processor: Any, rows: int, options: argparse.Namespace, report: Report) -> None:
     """The head's share of a step: one batch with a mask a row, and without any."""
+    import torch
+    from PIL import Image
+
     mark = model.heads["marks"].config.tokens["mark"]
     model.train()
     model.model.vision_tower.requires_grad_(False)
@@ -207,20 +226,20 @@ def training(eye: str, model: Any, processor: Any, options: argparse.Namespace, 
     optimizer = torch.optim.AdamW(learning, lr=1e-6, fused=options.device.type == "cuda")
     seen = prompt(processor, Image.new("RGB", (1024, 768)), "a cup")
     generator = torch.Generator().manual_seed(0)
-    answer = torch.randint(65, 120, (options.rows, WORDS), generator=generator)
+    answer = torch.randint(65, 120, (rows, WORDS), generator=generator)
     infos, given = model.config.encoder_infos(), {}
     for name, key in model.model.pixel_keys.items():
-        shape = (options.rows, 3, infos[name].image.height, infos[name].image.width)
+        shape = (rows, 3, infos[name].image.height, infos[name].image.width)
         given[key] = torch.zeros(shape, device=options.device, dtype=options.dtype)
     side = infos["local"].image
-    targets = torch.zeros(options.rows, side.height, side.width, dtype=torch.uint8, device=options.device)
+    targets = torch.zeros(rows, side.height, side.width, dtype=torch.uint8, device=options.device)
     targets[:, : side.height // 3, : side.width // 2] = 1
     spans = {}
     for kind in ("with a mask a row", "words only"):
         said, more = answer.clone(), {}
         if kind != "words only":
             said[:, 10], more = mark, {"target_masks": targets}
-        ids = torch.cat([seen.expand(options.rows, -1), said], 1).to(options.device)
+        ids = torch.cat([seen.expand(rows, -1), said], 1).to(options.device)
         labels = ids.clone()
         labels[:, : len(seen)] = -100
 
@@ -234,13 +253,15 @@ def training(eye: str, model: Any, processor: Any, options: argparse.Namespace, 
     with_it, without = spans.values()
     share = 100 * (with_it - without) / with_it
     report.add(
-        f"{eye:<7} step of {options.rows} rows of {len(seen) + WORDS} tokens: words only {1e3 * without:.1f} ms, with a mask a row "
+        f"{eye:<7} step of {rows} rows of {len(seen) + WORDS} tokens: words only {1e3 * without:.1f} ms, with a mask a row "
         f"{1e3 * with_it:.1f} ms: the head is {share:.1f} % of a step"
     )
 
 
 def edits(options: argparse.Namespace, report: Report) -> None:
     """Edits by steps."""
+    import torch
+
     from mllm.recipe import load_recipe
     from mllm.types import VisualCodes
     from mllm.visual_tokenizers.base import build_tokenizer
@@ -267,15 +288,14 @@ def edits(options: argparse.Namespace, report: Report) -> None:
             name: torch.zeros(batch, rows * columns, tokenizer.codebooks[name][1], dtype=torch.long, device=options.device)
             for name, (rows, columns) in tokenizer.grids.items()
         }, tokenizer.grid)  # fmt: skip
-        spans = []
         for steps in all_steps:
             work = partial(edit, decoder, pixels, mask, codes, steps=steps, guidance=guidance)
             with torch.autocast("cuda", torch.bfloat16) if options.device.type == "cuda" else nullcontext():
-                spans.append(f"{steps}: {1e3 * timed(work, options, 1):.0f} ms")
-            report.say(f"edit of {batch}, guidance {guidance:g}, steps {spans[-1]}")
-        report.add(
-            f"edit of {batch} at {side} pixels, guidance {guidance:g} ({size / 1e6:,.0f} M denoiser), by steps: {', '.join(spans)}"
-        )
+                span = timed(work, options, 1)
+            report.add(
+                f"edit of {batch} at {side} pixels, guidance {guidance:g} ({size / 1e6:,.0f} M denoiser), steps {steps}: "
+                f"{1e3 * span:.0f} ms"
+            )
 
 
 def without_weights(value: Any) -> Any:
@@ -285,48 +305,98 @@ def without_weights(value: Any) -> Any:
     return value
 
 
-def free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+HEADS_IMPORT = (
+    "torch",
+    "timm",
+    "transformers.models.sam.modeling_sam",
+    "mllm.encoders.catalogue",
+    "mllm.heads.segmentation.head",
+)
+EDITS_IMPORT = ("diffusers.models.unets.unet_2d_condition", "diffusers.models.autoencoders.autoencoder_kl",
+                "mllm.visual_tokenizers.diffusion.edit")  # fmt: skip
+WHOLE_IMPORT = ("transformers.models.qwen2.modeling_qwen2", "transformers.models.qwen2_vl.modeling_qwen2_vl", "mllm.models.build",
+                "mllm.models.registration", "tests.helpers")  # fmt: skip
+SECTIONS: dict[str, tuple[float, tuple[str, ...], Callable[..., None]]] = {
+    "heads_focus": (20, HEADS_IMPORT, partial(heads, "focus")),
+    "heads_sam": (20, (), partial(heads, "sam")),
+    "edits": (25, EDITS_IMPORT, edits),
+    "whole_focus": (35, WHOLE_IMPORT, partial(whole, "focus")),
+    "whole_sam": (35, WHOLE_IMPORT, partial(whole, "sam")),
+}
+"""Name → seconds that it may take, what the first process imports for it, and what it does."""
+
+
+def section(name: str, options: argparse.Namespace, report: Report) -> None:
+    """One section, in a process of its own."""
+    import torch
+
+    if options.device == "cuda" and torch.cuda._is_in_bad_fork():
+        report.say(f"{name}: an import had opened the GPU; this section imports anew")
+        os.execv(
+            sys.executable, [sys.executable, __file__, *sys.argv[1:], "--sections", name, "--began", str(options.began)]
+        )
+    options.device, options.dtype = torch.device(options.device), torch.float32 if options.small else torch.bfloat16
+    if name == next(iter(SECTIONS)):
+        import transformers
+
+        where = torch.cuda.get_device_name() if options.device.type == "cuda" else "CPU"
+        report.add(
+            f"python benchmarks/outputs_speed.py; {date.today()}, one {where}, torch {torch.__version__}, transformers "
+            f"{transformers.__version__}; random weights, {str(options.dtype).removeprefix('torch.')}"
+        )
+    SECTIONS[name][2](options, report)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--device", default="cuda")
     parser.add_argument("--batch", type=int, default=32, help="pictures at once (default: 32)")
     parser.add_argument("--rows", type=int, default=16, help="of a training step (default: 16)")
     parser.add_argument("--repeats", type=int, default=3, help="of encoders and training steps (default: 3)")
-    parser.add_argument("--seconds", type=float, default=90, help="no part is begun later (default: 90)")
+    parser.add_argument("--seconds", type=float, default=92, help="in all (default: 92)")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 4, 10, 20, 50])
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="(default: all)")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    faulthandler.dump_traceback_later(30, repeat=True)
-    options.dtype = torch.float32 if options.small else torch.bfloat16
-    print("importing torch and transformers", flush=True)
-    import transformers
-
-    name = torch.cuda.get_device_name() if options.device.type == "cuda" else "CPU"
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking whether there is a GPU does not open it
+    alone = options.began is not None
+    options.began = options.began or time.time()
     report = Report(options)
-    report.add(
-        f"python benchmarks/outputs_speed.py; {date.today()}, one {name}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}; random weights, {str(options.dtype).removeprefix('torch.')}"
-    )
-    parts: list[Any] = [
-        partial(heads, "focus"),
-        partial(heads, "sam"),
-        edits,
-        partial(whole, "focus"),
-        partial(whole, "sam"),
-    ]
-    for part in parts:
-        if report.left < 10:
-            report.add("the rest was left out: the time is up (--seconds)")
-            break
-        part(options, report)
-        free()
+    if alone:
+        section(options.sections[0], options, report)
+        return
+    if options.output is not None:
+        options.output.write_text("", encoding="utf-8")
+    report.say(f"sections: {', '.join(options.sections)}")
+    imported(options.sections[0], report)
+    for name, following in zip(options.sections, [*options.sections[1:], None]):
+        limit, began = min(SECTIONS[name][0], options.seconds - (time.time() - options.began)), time.time()
+        if limit < 4:
+            report.add(f"{name} was left out: the time is up (--seconds {options.seconds:g})")
+            continue
+        faulthandler.cancel_dump_traceback_later()  # its thread would be missing behind the fork, and waited for
+        process = get_context("fork").Process(target=section, args=(name, options, report))
+        process.start()
+        if following is not None:
+            imported(following, report)  # meanwhile
+        process.join(max(0.0, limit - (time.time() - began)))
+        if process.is_alive():
+            process.kill()
+            process.join()
+            report.add(f"{name} was stopped after {time.time() - began:.0f} s; what it had measured stands above")
+        elif process.exitcode != 0:
+            report.add(f"{name} failed (exit {process.exitcode}); the reason is printed above")
+
+
+def imported(name: str, report: Report) -> None:
+    """What a section needs, in this process."""
+    began = time.time()
+    for module in SECTIONS[name][1]:
+        import_module(module)
+    report.say(f"{name}: imports took {time.time() - began:.0f} s")
 
 
 if __name__ == "__main__":
