@@ -10,6 +10,8 @@ The model, the settings and the requests are those of ``benchmarks/serve_http.py
 64 new tokens, caches off, random weights, CUDA graphs). Every section is asked by eight client processes (one process was the limit
 before; how busy the busiest was is told) with bodies that are made before: bursts of 128 and of 256 requests at once, and 128 clients
 an engine that go on asking for 20 s, of which the first 3 are not counted. The last two bursts ask the same; their answers are compared.
+Section ``one`` is then asked for streams by 1, 8, 32 and 128 clients, each going on for some seconds: time to the first token, p50 and p95,
+of the requests that were sent once the level was 2 s old.
 
 The sections run one after the other, the last one's server is kept with ``--soak`` (put ``one`` last): 32 clients for so many minutes, by
 ``benchmarks/serve_soak.py``, in a session of its own that outlives this command; what it says is in ``WORK/soak.txt``.
@@ -49,9 +51,15 @@ from benchmarks.serve_h200 import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+Phase = tuple[str, list[bytes], float]
+"""Name, bodies, and for how many seconds each is asked again and again (0: once)."""
 SECTIONS = {"two": (2, ["--data-parallel-size", "2"]), "one": (1, []),
             "two_api2": (2, ["--data-parallel-size", "2", "--api-server-count", "2"])}  # fmt: skip
 CLIENTS, SUSTAINED, EDGE = 8, 20.0, 3.0
+LEVELS = {1: 6.0, 8: 6.0, 32: 8.0, 128: 12.0}
+"""Clients and seconds of the streams."""
+SETTLED = 2.0
+"""Seconds of a level of streams in which it is not yet counted: all its clients begin at once."""
 
 
 def main() -> None:
@@ -104,7 +112,7 @@ def environment(work: Path) -> dict[str, str]:
     return {**made, **os.environ, "PYTHONPATH": ":".join(path for path in paths if path)}
 
 
-def requests(count: int, seed: int) -> list[bytes]:
+def requests(count: int, seed: int, stream: bool = False) -> list[bytes]:
     """Bodies of chats, each about a picture of its own."""
     made, texts = [], questions()
     for index, image in enumerate(pictures(count, seed)):
@@ -114,7 +122,7 @@ def requests(count: int, seed: int) -> list[bytes]:
         text = texts[index % len(texts)]
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
         asked = {"model": "ours", "messages": [{"role": "user", "content": content}], "max_tokens": NEW_TOKENS}
-        made.append(json.dumps({**asked, "ignore_eos": True, "temperature": 0}).encode())
+        made.append(json.dumps({**asked, "ignore_eos": True, "temperature": 0, "stream": stream}).encode())
     return made
 
 
@@ -153,6 +161,8 @@ def section(
             }
         found: dict[str, Any] = {"loaded_s": round(time.monotonic() - started, 1), "engines": engines}
         found |= measured(address, bodies, size, engines, 4.0 if arguments.tiny else SUSTAINED)
+        if name == "one":
+            found["streams"] = streamed(address, arguments.tiny)
         lines = urllib.request.urlopen(f"{address}/metrics", timeout=20).read().decode().splitlines()
         found["finished"] = [x for x in lines if x.startswith("vllm:request_success_total") and 'reason="length"' in x]
         found["processes"] = process_names(server.pid)
@@ -222,11 +232,45 @@ def start_soak(address: str, pid: int, minutes: int, arguments: argparse.Namespa
 def measured(address: str, bodies: list[list[bytes]], size: int, engines: int, seconds: float) -> dict[str, Any]:
     """What the client processes saw: bursts of `size` and of twice that, then clients that go on asking."""
     first, second, third = bodies
-    phases: list[tuple[str, list[bytes], float]] = [
+    phases: list[Phase] = [
         ("warm", first, 0.0), (f"burst_{size}", second[:size], 0.0), (f"burst_{size}", third[:size], 0.0),
         (f"burst_{2 * size}", second, 0.0), (f"burst_{2 * size}", third, 0.0), (f"burst_{2 * size}", third, 0.0),
         ("sustained", second[: size * engines], seconds),
     ]  # fmt: skip
+    rows = asked_by_all(address, phases)
+    found: dict[str, Any] = {"client_busy": round(max(phase["busy"] for row in rows for phase in row), 3)}
+    for place, (kind, part, span) in enumerate(phases):
+        seen = [row[place] for row in rows]
+        begun = min(one["begun"] for one in seen)
+        ends = sorted(at for one in seen for at, *_ in one["answers"])
+        if span:
+            edge = EDGE if span > 3 * EDGE else 0.5
+            counted = sum(begun + edge <= at <= begun + span for at in ends)
+            found[kind] = {
+                "clients": len(part),
+                "requests_per_s": round(counted / (span - edge), 2),
+                "answered": len(ends),
+            }
+            continue
+        seconds_taken = ends[-1] - begun
+        waits = sorted(wait for one in seen for _, wait, *_ in one["answers"])
+        texts = sorted(
+            (place, i, text) for place, one in enumerate(seen) for i, (_, _, text, _) in enumerate(one["answers"])
+        )
+        row = found.setdefault(kind, {"passes_s": []})
+        row["passes_s"].append(round(seconds_taken, 3))
+        row["requests_per_s"] = round(len(part) / min(row["passes_s"]), 2)
+        row["latency_s"] = shares(waits)
+        if "before" in found and kind == found["before"][0] and part is third:
+            same = sum(a[2] == b[2] for a, b in zip(found["before"][1], texts, strict=True))
+            row["same answers in the last two"], row["of"] = same, len(texts)
+        found["before"] = (kind, texts)
+    del found["before"]
+    return found
+
+
+def asked_by_all(address: str, phases: list[Phase]) -> list[list[Any]]:
+    """What each client process saw in each phase; every phase's bodies are spread over all of them."""
     context = multiprocessing.get_context("spawn")
     barrier, queue = context.Barrier(CLIENTS), context.Queue()
     shares = [[(kind, part[place::CLIENTS], span) for kind, part, span in phases] for place in range(CLIENTS)]
@@ -244,38 +288,39 @@ def measured(address: str, bodies: list[list[bytes]], size: int, engines: int, s
         for worker in workers:
             worker.terminate()
             worker.join()
-    found: dict[str, Any] = {"client_busy": round(max(phase["busy"] for row in rows for phase in row), 3)}
-    for place, (kind, part, span) in enumerate(phases):
+    return rows
+
+
+def streamed(address: str, tiny: bool) -> dict[str, Any]:
+    """Time to the first token and to the last, with each number of clients that ask for streams."""
+    levels = {1: 4.0, 8: 4.0} if tiny else LEVELS
+    bodies = requests(max(levels), 13, stream=True)
+    phases: list[Phase] = [(f"{clients} clients", bodies[:clients], span) for clients, span in levels.items()]
+    rows = asked_by_all(address, phases)
+    made: dict[str, Any] = {}
+    for place, (kind, *_) in enumerate(phases):
         seen = [row[place] for row in rows]
-        begun = min(one["begun"] for one in seen)
-        ends = sorted(at for one in seen for at, _, _ in one["answers"])
-        if span:
-            edge = EDGE if span > 3 * EDGE else 0.5
-            counted = sum(begun + edge <= at <= begun + span for at in ends)
-            found[kind] = {
-                "clients": len(part),
-                "requests_per_s": round(counted / (span - edge), 2),
-                "answered": len(ends),
-            }
-            continue
-        seconds_taken = ends[-1] - begun
-        waits = sorted(wait for one in seen for _, wait, _ in one["answers"])
-        texts = sorted(
-            (place, i, text) for place, one in enumerate(seen) for i, (_, _, text) in enumerate(one["answers"])
-        )
-        row = found.setdefault(kind, {"passes_s": []})
-        row["passes_s"].append(round(seconds_taken, 3))
-        row["requests_per_s"] = round(len(part) / min(row["passes_s"]), 2)
-        row["latency_s"] = {"p50": round(waits[len(waits) // 2], 3), "p95": round(waits[int(len(waits) * 0.95)], 3)}
-        if "before" in found and kind == found["before"][0] and part is third:
-            same = sum(a[2] == b[2] for a, b in zip(found["before"][1], texts, strict=True))
-            row["same answers in the last two"], row["of"] = same, len(texts)
-        found["before"] = (kind, texts)
-    del found["before"]
-    return found
+        counted = [
+            (first, wait)
+            for one in seen
+            for at, wait, _, first in one["answers"]
+            if at - wait >= one["begun"] + SETTLED
+        ]
+        firsts, waits = sorted(first for first, _ in counted), sorted(wait for _, wait in counted)
+        made[kind] = {
+            "answered": sum(len(one["answers"]) for one in seen), "counted": len(counted),
+            "first_token_s": shares(firsts), "latency_s": shares(waits),
+            "client_busy": round(max(one["busy"] for one in seen), 3),
+        }  # fmt: skip
+    return made
 
 
-def client(address: str, phases: list[tuple[str, list[bytes], float]], barrier: Any, queue: Any) -> None:
+def shares(ordered: list[float]) -> dict[str, float]:
+    """p50 and p95 of sorted values; empty without any."""
+    return {f"p{share}": round(ordered[len(ordered) * share // 100], 3) for share in (50, 95) if ordered}
+
+
+def client(address: str, phases: list[Phase], barrier: Any, queue: Any) -> None:
     """One client process: its share of every phase, all beginning together."""
     try:
         queue.put(asyncio.run(_client(address, phases, barrier)))
@@ -284,7 +329,7 @@ def client(address: str, phases: list[tuple[str, list[bytes], float]], barrier: 
         queue.put(f"{type(error).__name__}: {error}"[:500])
 
 
-async def _client(address: str, phases: list[tuple[str, list[bytes], float]], barrier: Any) -> list[dict[str, Any]]:
+async def _client(address: str, phases: list[Phase], barrier: Any) -> list[dict[str, Any]]:
     import aiohttp
 
     kind = {"Content-Type": "application/json"}
@@ -292,20 +337,30 @@ async def _client(address: str, phases: list[tuple[str, list[bytes], float]], ba
     made: list[dict[str, Any]] = []
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=180)) as session:
 
-        async def ask(body: bytes) -> tuple[float, float, str]:
+        async def ask(body: bytes) -> tuple[float, float, str, float]:
             sent = time.monotonic()
             async with session.post(f"{address}/v1/chat/completions", data=body, headers=kind) as answer:
                 answer.raise_for_status()
+                if answer.content_type == "text/event-stream":
+                    first, pieces, ended = 0.0, 0, False
+                    async for line in answer.content:
+                        pieces += line.startswith(b"data: {")
+                        ended = ended or line.startswith(b"data: [DONE]")
+                        if pieces and not first:  # says the role; vLLM writes it once the first token is there
+                            first = time.monotonic() - sent
+                    assert ended and first, f"a stream of {pieces} pieces"
+                    now = time.monotonic()
+                    return now, now - sent, "", first
                 found = await answer.json()
             assert found["usage"]["completion_tokens"] == NEW_TOKENS
             now = time.monotonic()
-            return now, now - sent, found["choices"][0]["message"]["content"]
+            return now, now - sent, found["choices"][0]["message"]["content"], now - sent
 
         for _, bodies, seconds in phases:
             barrier.wait(170)
             begun, worked = time.monotonic(), time.process_time()
 
-            async def on_and_on(body: bytes, until: float) -> list[tuple[float, float, str]]:
+            async def on_and_on(body: bytes, until: float) -> list[tuple[float, float, str, float]]:
                 found = []
                 while time.monotonic() < until:
                     found.append(await ask(body))
