@@ -337,8 +337,9 @@ class Video:
     (`mllm.processing.frames.VideoSpec`).
 
     source: a file (``.npy`` of ``(T, H, W, 3)`` too), its bytes or ``data:`` URI, an animated picture, a folder of frames, a list of
-    pictures, or an array ``(T, H, W, 3)``; fps: frames per second of a source that does not tell; start, end: seconds between which frames
-    are taken; frames: their numbers, where they are chosen already; play: how the chosen frames follow one another (all but
+    pictures, or an array ``(T, H, W, 3)``; fps: frames per second of a source that does not tell; seconds: when each frame of such a
+    source is, where they follow at no one rate; start, end: seconds between which frames are taken; frames: their numbers, where they are
+    chosen already; play: how the chosen frames follow one another (all but
     forward are controls for a study: frozen shows the middle one in every place, gray none); key: what the shuffled order depends
     on beside the frames' numbers, so that clips of equal length are not all shuffled alike; points: what tells where the scene lies,
     for frames that are chosen by it (`mllm.processing.scene_points`).
@@ -352,19 +353,22 @@ class Video:
     play: Literal["forward", "reversed", "shuffled", "frozen", "gray"] = "forward"
     key: str = ""
     points: Any = None
+    seconds: tuple[float, ...] | None = None
 
 
-def scene(pictures: Sequence[Any]) -> Video:
+def scene(pictures: Sequence[Any], seconds: Sequence[float] | None = None) -> Video:
     """Several pictures of one scene as one visual, for a model that takes video: all of them are seen, and encoders that join views see
     them together.
 
     Args:
         pictures: files, bytes, PIL images or arrays, all of one size.
+        seconds: when each was taken, ascending from 0 on; needed where the model's ``stamp`` tells seconds.
 
     Returns:
-        A video of these frames, at no times.
+        A video of these frames, at those times or at none.
     """
-    return Video(list(pictures), frames=tuple(range(len(pictures))))
+    times = None if seconds is None else tuple(map(float, seconds))
+    return Video(list(pictures), frames=tuple(range(len(pictures))), seconds=times)
 
 
 @dataclass

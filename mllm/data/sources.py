@@ -285,12 +285,14 @@ def resolve_visual(item: Any, root: Path | None, where: str) -> Any:
 
 def resolve_video(item: Any, root: Path | None, where: str) -> Video:
     """A video's entry as it is kept in a sample: a path, ``data:`` URI or bytes; ``{"path" | "bytes" | "frames": list of pictures,
-    "fps", "start", "end", "numbers", "points"}``. Relative files start from ``root``."""
+    "fps", "seconds", "start", "end", "numbers", "points"}``. Relative files start from ``root``."""
     if isinstance(item, Video):
         return replace(item, source=resolve_video(item.source, root, where).source)
     if not isinstance(item, Mapping):
         return Video(resolve_image(item, root, where))
     known = {key: item[key] for key in ("fps", "start", "end") if given(item.get(key))}
+    if given(item.get("seconds")):
+        known["seconds"] = tuple(map(float, as_list(item["seconds"])))
     numbers = tuple(item["numbers"]) if given(item.get("numbers")) else None
     if given(item.get("points")):
         known["points"] = _placed(item["points"], root, f"{where}: points")

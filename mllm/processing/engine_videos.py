@@ -59,7 +59,7 @@ def pack(video: Video, *, where: str = "video") -> np.ndarray:
     by this array, and takes it apart and together again on its way, so all that an answer depends on is in it. Raises
     `DataError`."""
     source, rate = source_of(video, where)
-    meant = {"start": video.start, "end": video.end, "frames": video.frames, "play": video.play, "key": video.key}
+    meant = {name: getattr(video, name) for name in ("start", "end", "frames", "play", "key", "seconds")}
     files = _files(source)
     frames = None if files else _frames(source, where)
     if files:
@@ -89,8 +89,8 @@ def unpack(array: np.ndarray) -> Video:
         source: Any = [content[end - size : end] for size, end in zip(sizes, ends, strict=True)]
     else:
         source = content if whole_file else np.load(io.BytesIO(content), allow_pickle=False)
-    frames = attributes.pop("frames")
-    return Video(source, frames=None if frames is None else tuple(frames), **attributes)
+    listed = {name: attributes.pop(name) for name in ("frames", "seconds")}
+    return Video(source, **{name: None if row is None else tuple(row) for name, row in listed.items()}, **attributes)
 
 
 def packed_bytes(data: bytes) -> np.ndarray | None:

@@ -130,12 +130,12 @@ def choose(
     keyframes: numbers of those stored whole. Raises `DataError` that opens with ``where``."""
     if count < 1:
         raise DataError(f"{where}: the video has no frames")
-    if times is None and (
-        spec.tells_seconds or spec.fps is not None or video.start is not None or video.end is not None
-    ):
-        given = video.start is not None or video.end is not None
+    given = video.start is not None or video.end is not None
+    if times is None and (spec.tells_seconds or given or (spec.fps is not None and video.frames is None)):
         asks = "its start and end speak" if given else "the model's video section speaks"
-        raise DataError(f"{where}: {asks} of seconds, and nothing says how fast these frames follow; give fps")
+        raise DataError(
+            f"{where}: {asks} of seconds, and nothing says when these frames are; give fps, or the seconds of each"
+        )
     if video.frames is not None:
         wrong = [number for number in video.frames if not 0 <= number < count]
         if wrong or not video.frames:

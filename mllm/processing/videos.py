@@ -97,6 +97,8 @@ def open_video(
 ) -> Clip:
     """A video from whatever source (see `Video`). Raises `DataError`, `MissingFile`."""
     clip = _open(video, where, max_pixels, max_seconds)
+    if video.seconds is not None:
+        clip.times = _given_times(video.seconds, clip, where)
     if (
         clip.times and clip.times[-1] > max_seconds
     ):  # animations and frames with a rate; a container's index ends there itself
@@ -104,6 +106,18 @@ def open_video(
             f"{where}: lasts {_clock(clip.times[-1])}, more than max_seconds allows ({_clock(max_seconds)})"
         )
     return clip
+
+
+def _given_times(seconds: Sequence[float], clip: Clip, where: str) -> list[float]:
+    """When each frame is, as whoever gave the video says. Raises `DataError` where the video itself says it, or the times cannot be."""
+    if clip.times is not None:
+        raise DataError(f"{where}: seconds are given, and the video tells its own times; leave seconds (or fps) out")
+    times = [float(time) for time in seconds]
+    if len(times) != clip.count:
+        raise DataError(f"{where}: {len(times)} seconds for {clip.count} frames")
+    if not all(0 <= time < math.inf for time in times) or times != sorted(times):
+        raise DataError(f"{where}: seconds are {times[:8]}, expected times from 0 on, none before the one before it")
+    return times
 
 
 def source_of(video: Video, where: str) -> tuple[Any, float | None]:

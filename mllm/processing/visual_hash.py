@@ -21,6 +21,8 @@ def visual_hash(visual: Any, *, where: str = "image") -> str:
         return image_hash(visual, where=where)
     play = (visual.play, visual.key) if visual.play == "shuffled" else visual.play
     digest = hashlib.sha256(repr((visual.fps, visual.start, visual.end, visual.frames, play)).encode())
+    if visual.seconds is not None:
+        digest.update(repr(visual.seconds).encode())
     for part in _told(visual.points):
         digest.update(part)
     for part in _parts(visual.source, where):

@@ -118,6 +118,7 @@ class Admission:
             self.settings.max_body_bytes,
             self.settings.media_timeout,
             self.settings.max_frames,
+            self.settings.timed,
         )
         self.drawings = Drawings(self.settings)
         self.adapters = ServedAdapters(

@@ -31,13 +31,15 @@ _SCENE = 64
 @dataclass
 class Picture:
     """A picture of a request, or a video. address: as the client wrote it; write: puts the checked address into the request;
-    file: its bytes, once they were checked; views: the pictures of a scene, which goes on as one video of them."""
+    file: its bytes, once they were checked; views: the pictures of a scene, which goes on as one video of them; seconds: when one
+    of them was taken."""
 
     address: str
     write: Callable[[str, str | None], None]
     file: bytes = b""
     is_video: bool = False
     views: list[Picture] = field(default_factory=list)
+    seconds: float | None = None
 
 
 class Content:
@@ -138,17 +140,15 @@ class Content:
             if name in self._scenes:
                 raise Refused(400, f"scene {shown(name)}: its pictures must stand side by side in one message")
             return False
-        _only(part, ("type", "image_url", "detail", "scene"))
-        self._scenes[name].views.append(Picture(_address(part.get("image_url")), lambda url, key: None))
+        self._scenes[name].views.append(_view(part))
         return True
 
     def _scene_part(self, part: dict[str, Any]) -> dict[str, Any]:
         """The first picture of a scene: the place of all of them."""
         if not self.videos:
             raise Refused(400, "scene: this model takes no videos and sees pictures one by one; leave scene out")
-        _only(part, ("type", "image_url", "detail", "scene"))
+        view = _view(part)
         made: dict[str, Any] = {"type": "video_url", "video_url": {}}
-        view = Picture(_address(part.get("image_url")), lambda url, key: None)
         whole = Picture(
             "", lambda url, key: _write_part(made, made["video_url"], url, key), is_video=True, views=[view]
         )
@@ -315,6 +315,19 @@ class Content:
 
     def _add(self, address: Any, write: Callable[[str, str | None], None], *, is_video: bool = False) -> None:
         self.pictures.append(Picture(_address(address, is_video=is_video), write, is_video=is_video))
+
+
+def _view(part: dict[str, Any]) -> Picture:
+    """A picture of a scene. Raises `Refused`."""
+    _only(part, ("type", "image_url", "detail", "scene", "seconds"))
+    seconds = part.get("seconds")
+    if seconds is not None and (
+        isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < 10**7
+    ):
+        raise Refused(400, f"seconds {shown(seconds)}: when a picture of a scene was taken, in seconds from 0 on")
+    made = Picture(_address(part.get("image_url")), lambda url, key: None)
+    made.seconds = None if seconds is None else float(seconds)
+    return made
 
 
 def _address(address: Any, *, is_video: bool = False) -> str:

@@ -27,8 +27,8 @@ _VIDEO = "video/mp4"
 @dataclass(frozen=True)
 class PictureRules:
     """What a picture must be. max_videos, max_seconds: of a model that takes videos, how many (scenes among them) and how long; max_frames:
-    pictures of a scene; domains: hosts whose
-    pictures may be given by address; max_bytes, timeout (seconds): of one that is fetched."""
+    pictures of a scene; timed: whether each of them must say when it was taken; domains: hosts whose pictures may be given by address;
+    max_bytes, timeout (seconds): of one that is fetched."""
 
     max_images: int
     max_pixels: int
@@ -38,6 +38,7 @@ class PictureRules:
     max_bytes: int = 32 * 2**20
     timeout: float = 5.0
     max_frames: int = 0
+    timed: bool = False
 
 
 def check_number(pictures: list[Picture], rules: PictureRules) -> None:
@@ -132,8 +133,28 @@ def _scene(whole: Picture, position: int, rules: PictureRules) -> tuple[str, byt
                 f"picture {position + number} is {size[1]} × {size[0]} pixels, the first of its scene {first[1]} × {first[0]}; the "
                 "pictures of a scene have one size",
             )
-    content = pack(scene(files)).tobytes()
+    content = pack(scene(files, _taken_at(whole, position, rules))).tobytes()
     return f"data:{_VIDEO};base64,{base64.b64encode(content).decode()}", content
+
+
+def _taken_at(whole: Picture, position: int, rules: PictureRules) -> list[float] | None:
+    """When the pictures of a scene were taken, where they say it. Raises `Refused`."""
+    seconds = [view.seconds for view in whole.views if view.seconds is not None]
+    if not seconds and not rules.timed:
+        return None
+    if len(seconds) < len(whole.views):
+        why = "this model is told when each picture was taken" if rules.timed else "others of its scene say it"
+        place = next(number for number, view in enumerate(whole.views) if view.seconds is None)
+        raise Refused(400, f"picture {position + place} is without seconds: {why}")
+    if seconds != sorted(seconds):
+        raise Refused(
+            400, f"picture {position}: seconds of its scene are {seconds[:8]}; none may be before the one before it"
+        )
+    if seconds[-1] > rules.max_seconds:
+        raise Refused(
+            400, f"picture {position}: its scene lasts {seconds[-1]:g} s, and this server reads {rules.max_seconds:g} s"
+        )
+    return seconds
 
 
 def _embedded(picture: Picture, position: int, rules: PictureRules) -> tuple[str, bytes]:

@@ -32,6 +32,8 @@ class AdmissionSettings(StrictModel):
     """The longest video that is read."""
     max_frames: int = Field(default=0, ge=0)
     """Most pictures of a scene: the frames that the model sees of a video."""
+    timed: bool = False
+    """Whether each picture of a scene must say its seconds: the model is told the time of every frame."""
     max_pixels: int = Field(default=16_000_000, gt=0)
     image_token: str = "<image>"
     image_token_id: int | None = None

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -349,6 +350,36 @@ def test_all_pictures_of_a_scene_are_seen_together(tmp_path):
     assert not torch.allclose(together, turned, atol=1e-3)
     with pytest.raises(DataError, match="frame 1: is 50 × 30, the first 40 × 30"):
         by_call(processor, "<image>?", images=[[scene([picture(1), picture(2, size=(50, 30))])]])
+
+
+def test_the_pictures_of_a_scene_are_told_with_the_times_they_were_taken_at(tmp_path):
+    _, processor = tiny_model(tmp_path, video={"frames": 4, "stamp": "{seconds:.1f}s: "})
+    views = [picture(seed) for seed in range(3)]
+    times = (0.0, 1.5, 4.0)
+    room = by_call(processor, "<image>?", images=[[scene(views, times)]])
+    assert room["video_times"].tolist() == [[0, 1500, 4000]]
+    text = processor.tokenizer.decode(room["input_ids"][0])
+    assert [f"{time:.1f}s: " in text for time in times] == [True] * 3, text
+    film = Video({"frames": views, "fps": 2.0}, frames=(0, 1, 2))
+    even = by_call(processor, "<image>?", images=[[scene(views, [0, 0.5, 1.0])]])
+    assert torch.equal(even["input_ids"], by_call(processor, "<image>?", images=[[film]])["input_ids"])
+    for wrong, words in (
+        (scene(views), "nothing says when these frames are; give fps, or the seconds of each"),
+        (scene(views, [0, 1]), "2 seconds for 3 frames"),
+        (scene(views, [0, 2, 1]), "none before the one before it"),
+        (replace(film, seconds=times), "the video tells its own times"),
+    ):
+        with pytest.raises(DataError, match=words):
+            by_call(processor, "<image>?", images=[[wrong]])
+
+
+def test_a_scene_needs_no_times_where_a_section_counts_frames_by_the_second(tmp_path):
+    _, processor = tiny_model(tmp_path, video={"fps": 1, "max_frames": 2})
+    views = [picture(seed) for seed in range(3)]
+    room = by_call(processor, "<image>?", images=[[scene(views)]])
+    assert room["video_times"].tolist() == [[0, 1, 2]], "all are seen, whatever the section says of frames"
+    with pytest.raises(DataError, match="give fps"):
+        by_call(processor, "<image>?", images=[[Video(views)]])
 
 
 def test_video_benchmarks_are_asked_with_the_models_own_frames(tmp_path, parts, clip):

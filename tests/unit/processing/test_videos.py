@@ -188,7 +188,7 @@ def test_bad_videos_are_named(tmp_path, clip):
     told(np.zeros((8, 8, 3), np.uint8), r"clip: an array of shape \(8, 8, 3\) is no video")
     told(np.full((2, 8, 8, 3), np.nan, np.float32), "clip, frame 0: float pixels must lie in")
     told([Image.new("RGB", (8, 8)), Image.new("RGB", (9, 8))], "clip, frame 1: is 9 × 8, the first 8 × 8")
-    told([Image.new("RGB", (8, 8))] * 3, "nothing says how fast these frames follow; give fps", VideoSpec(fps=1))
+    told([Image.new("RGB", (8, 8))] * 3, "nothing says when these frames are; give fps", VideoSpec(fps=1))
     (tmp_path / "empty").mkdir()
     told(tmp_path / "empty", "holds no frames")
     cut = tmp_path / "cut.mkv"

@@ -40,21 +40,23 @@ def part(data: bytes | None = None, kind: str = "video/webm") -> dict:
         Video(film(), frames=(2, 0), play="reversed", key="k"),
         Video(np.arange(48, dtype=np.uint8).reshape(2, 4, 2, 3), fps=2.5),
         Video({"frames": [picture(1), picture(2)], "fps": 3}),
+        scene([film(1), film(1)], [0.5, 4]),
     ],
-    ids=["part of a file", "chosen frames", "array", "pictures"],
+    ids=["part of a file", "chosen frames", "array", "pictures", "scene"],
 )
 def test_a_video_comes_out_as_it_went_in(video):
     array = pack(video)
     assert array.dtype == np.uint8 and array.ndim == 4 and packed(array, None) is array
     found = unpack(array)
-    assert (found.start, found.end, found.frames, found.play, found.key) == (
+    assert (found.start, found.end, found.frames, found.play, found.key, found.seconds) == (
         video.start,
         video.end,
         video.frames,
         video.play,
         video.key,
+        video.seconds,
     )
-    if isinstance(video.source, bytes):
+    if isinstance(video.source, (bytes, list)):
         assert found.source == video.source
     elif isinstance(video.source, dict):
         assert np.array_equal(found.source, np.stack([np.asarray(picture(n)) for n in (1, 2)])) and found.fps == 3
@@ -186,8 +188,9 @@ def photo(seed: int, size: tuple[int, int] = (40, 30)) -> bytes:
     return buffer.getvalue()
 
 
-def view(seed: int = 1, name: object = "room", size: tuple[int, int] = (40, 30)) -> dict:
-    return {**image_part(f"data:image/png;base64,{base64.b64encode(photo(seed, size)).decode()}"), "scene": name}
+def view(seed: int = 1, name: object = "room", size: tuple[int, int] = (40, 30), **more: object) -> dict:
+    image = image_part(f"data:image/png;base64,{base64.b64encode(photo(seed, size)).decode()}")
+    return {**image, "scene": name, **more}
 
 
 SCENES = {**TAKES, "max_images": 4, "max_frames": 3}
@@ -227,6 +230,38 @@ def test_pictures_of_a_scene_go_on_as_one_video_of_which_all_are_seen():
 def test_scenes_that_cannot_be_seen_whole_are_refused(parts, words):
     app = Echo()
     response = ask(app, chat(*parts), **SCENES)
+    assert response.status_code == 400 and words in response.json()["error"]["message"], response.text
+    assert app.bodies == []
+
+
+def test_a_scene_says_when_its_pictures_were_taken_and_is_named_by_it():
+    app = Echo()
+    for times in ((0, 1.5), (0, 2.5)):
+        assert ask(app, chat(*(view(seed, seconds=at) for seed, at in enumerate(times))), **SCENES).status_code == 200
+    sent = [body["messages"][0]["content"][0] for body in app.raw]
+    found = [
+        unpack(FileLoader.load_bytes(base64.b64decode(one["video_url"]["url"].partition(",")[2]))[0]) for one in sent
+    ]
+    assert [video.seconds for video in found] == [(0.0, 1.5), (0.0, 2.5)]
+    assert sent[0]["uuid"] != sent[1]["uuid"], "one answer hangs on the times, and so does the cache's name"
+
+
+@pytest.mark.parametrize(
+    ("parts", "words", "timed"),
+    [
+        ([view(1), view(2)], "picture 0 is without seconds: this model is told when each picture was taken", True),
+        ([view(1, seconds=0), view(2)], "picture 1 is without seconds: others of its scene say it", False),
+        ([view(1, seconds=2), view(2, seconds=1)], "none may be before the one before it", False),
+        ([view(1, seconds=0), view(2, seconds=61)], "its scene lasts 61 s, and this server reads 60 s", False),
+        ([view(1, seconds=True)], "in seconds from 0 on", False),
+        ([view(1, seconds=-1)], "in seconds from 0 on", False),
+        ([view(1, seconds="3")], "in seconds from 0 on", False),
+        ([{**image_part(), "seconds": 1}], "'seconds' is not a field", False),
+    ],
+)
+def test_seconds_that_cannot_be_are_refused(parts, words, timed):
+    app = Echo()
+    response = ask(app, chat(*parts), **SCENES, timed=timed)
     assert response.status_code == 400 and words in response.json()["error"]["message"], response.text
     assert app.bodies == []
 
