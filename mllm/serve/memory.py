@@ -12,6 +12,8 @@ from mllm.errors import ConfigError
 if TYPE_CHECKING:
     from mllm.models.configuration_mllm import MllmConfig
 
+ENGINES = ("--data-parallel-size", "-dp")
+"""vLLM's option for engines behind one address."""
 SEATS = 128
 """Requests at once where ``--max-num-seqs`` says nothing (vLLM's own number of a server)."""
 PROCESSES = 3 * 2**30
@@ -116,7 +118,8 @@ def gpu_share(memory: float | int | None, *, free: int, total: int) -> float:
 
 def memory_arguments(need: Need, memory: str | None, extra: list[str]) -> tuple[list[str], str]:
     """vLLM's arguments for the memory of this machine, and what they mean in words; empty where ``extra`` or vLLM's own
-    environment variable says it. Raises `ConfigError` before anything heavy has started."""
+    environment variable says it. Several engines on a CPU share its memory: each gets its part. Raises `ConfigError` before
+    anything heavy has started."""
     import torch
 
     wanted = parse_memory(memory) if memory is not None else None
@@ -127,8 +130,10 @@ def memory_arguments(need: Need, memory: str | None, extra: list[str]) -> tuple[
         states = [torch.cuda.mem_get_info(index) for index in range(torch.cuda.device_count())]
         share = min(gpu_share(wanted, free=free, total=total) for free, total in states)
         return ["--gpu-memory-utilization", str(share)], f"{share:.0%} of each GPU"
-    free, total = free_memory()
-    cache = cpu_cache(need, wanted, free=free, total=total)
+    engines = engines_of(extra)
+    free, total = (size // engines for size in free_memory())
+    part = wanted // engines if isinstance(wanted, int) else wanted
+    cache = cpu_cache(need, part, free=free, total=total)
     full = min(need.seats, cache // need.one)
     return ["--kv-cache-memory-bytes", str(cache)], f"cache {size_text(cache)}: {full} requests of {need.length} tokens"
 
@@ -156,12 +161,22 @@ def free_memory(root: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
 
 def seats_of(extra: list[str]) -> int:
     """``--max-num-seqs`` among vLLM's own arguments."""
+    return _number(extra, ("--max-num-seqs",), SEATS)
+
+
+def engines_of(extra: list[str]) -> int:
+    """``--data-parallel-size`` among vLLM's own arguments."""
+    return max(1, _number(extra, ENGINES, 1))
+
+
+def _number(extra: list[str], names: tuple[str, ...], default: int) -> int:
+    """The value of an option; the default where it is not there, or no number."""
     for place, option in enumerate(extra):
         name, _, value = option.partition("=")
-        if name == "--max-num-seqs":
+        if name in names:
             value = value or (extra[place + 1] if place + 1 < len(extra) else "")
-            return int(value) if value.isdigit() else SEATS
-    return SEATS
+            return int(value) if value.isdigit() else default
+    return default
 
 
 def size_text(value: int) -> str:

@@ -30,7 +30,7 @@ from mllm.serve.heads import READER, served_heads
 from mllm.serve.http.keys import CLIENTS, FILE, LOOPBACK, OPERATOR, read_clients
 from mllm.serve.http.settings import ENVIRONMENT, AdmissionSettings
 from mllm.serve.images.requests import SCHEDULER, refusal
-from mllm.serve.memory import memory_arguments, need_of, seats_of, size_text
+from mllm.serve.memory import ENGINES, engines_of, memory_arguments, need_of, seats_of, size_text
 from mllm.serve.options import check_extra, check_folder, check_start, vllm_source_has
 from mllm.serve.supervisor import ENVIRONMENT as SUPERVISOR
 
@@ -182,6 +182,7 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         max_videos=0 if film is None else settings.max_videos,
         max_seconds=0.0 if film is None else film.max_seconds,
         max_frames=0 if film is None else film.most,
+        timed=film is not None and film.tells_seconds,
         max_pixels=settings.max_pixels,
         image_token=_image_token(settings.checkpoint),
         image_token_id=config.image_token_id,
@@ -268,7 +269,7 @@ def _processes(settings: ServeSettings) -> list[str]:
 
     if not torch.cuda.is_available():
         return []
-    engines = _engines(settings.extra)
+    engines = engines_of(settings.extra)
     gpus = settings.tensor_parallel * engines
     count = http_processes(len(os.sched_getaffinity(0)), gpus, settings.max_pixels, engines)
     return ["--api-server-count", str(count)] if count > engines else []
@@ -276,16 +277,7 @@ def _processes(settings: ServeSettings) -> list[str]:
 
 def _is_size(option: str) -> bool:
     """Whether an argument says how many engines stand behind one address; others of its kind spread them over machines."""
-    return option.partition("=")[0] in ("--data-parallel-size", "-dp")
-
-
-def _engines(extra: list[str]) -> int:
-    """``--data-parallel-size`` among vLLM's own arguments."""
-    for place, option in enumerate(extra):
-        if _is_size(option):
-            value = option.partition("=")[2] or (extra[place + 1] if place + 1 < len(extra) else "")
-            return max(1, int(value)) if value.isdigit() else 1
-    return 1
+    return option.partition("=")[0] in ENGINES
 
 
 def _adapted(settings: ServeSettings, heads: bool) -> dict[str, int]:

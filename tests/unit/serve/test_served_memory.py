@@ -7,7 +7,18 @@ from types import SimpleNamespace
 import pytest
 
 from mllm.errors import ConfigError
-from mllm.serve.memory import Need, cpu_cache, free_memory, gpu_share, need_of, parse_memory, seats_of
+from mllm.serve import memory as served_memory
+from mllm.serve.memory import (
+    Need,
+    cpu_cache,
+    engines_of,
+    free_memory,
+    gpu_share,
+    memory_arguments,
+    need_of,
+    parse_memory,
+    seats_of,
+)
 
 GIB = 2**30
 SMALL = Need(weights=5 * 2**20, per_token=4096, length=2048, seats=128)
@@ -92,3 +103,14 @@ def test_a_container_has_what_its_limit_leaves(tmp_path):
     assert free_memory(tmp_path) == (400, 1000)
     (tmp_path / "memory.max").write_text("max")
     assert free_memory(tmp_path)[1] == machine[1]
+
+
+def test_engines_of_one_cpu_share_its_memory(monkeypatch):
+    monkeypatch.setattr(served_memory, "free_memory", lambda: (100 * GIB, 128 * GIB))
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    two = ["--data-parallel-size", "2"]
+    assert [engines_of(x) for x in ([], two, ["-dp=3"], ["--data-parallel-size", "x"])] == [1, 2, 3, 1]
+    for memory, wanted in (("96GiB", 48 * GIB), ("0.5", 0.5), (None, None)):
+        options, _ = memory_arguments(LARGE, memory, two)
+        assert options == ["--kv-cache-memory-bytes", str(cpu_cache(LARGE, wanted, free=50 * GIB, total=64 * GIB))]
