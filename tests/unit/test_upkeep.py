@@ -39,6 +39,12 @@ def test_what_builds_the_documentation_is_pinned() -> None:
         assert name in pinned and f"'{requirement}'" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
+def test_what_is_forced_on_everybody_is_what_is_tested_together() -> None:
+    forced = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["uv"]["override-dependencies"]
+    held = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert set(forced) <= set(held) and any(line.startswith("torchvision==") for line in forced)
+
+
 def test_the_examples_say_commands_that_can_be_typed() -> None:
     server, _ = yaml.safe_load_all((ROOT / "examples/kubernetes.yaml").read_text(encoding="utf-8"))
     pod = server["spec"]["template"]["spec"]
@@ -81,6 +87,8 @@ def test_the_examples_say_commands_that_can_be_typed() -> None:
     ]
     needed = {PROJECT["readme"], "LICENSE", "pyproject.toml", *taken["packages"], *taken["force-include"]}
     assert needed == copied, "what is copied into the image is what its wheel is built from"
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert "*" in ignored and {line[1:] for line in ignored if line.startswith("!")} == copied
     assert [
         parse(words.split())[0] for words in re.findall(r"^#   docker run .* mllm ((?!-cpu).*)$", docker, re.M)
     ] == ["serve"]
