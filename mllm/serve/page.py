@@ -28,11 +28,13 @@ STYLE = """
 .good {color: #1a9448} .bad {color: #c0281e} .waiting {color: #b07a00}
 #history {height: 52vh !important} #shown {max-height: 52vh}
 #shown .thumbnail-lg, #shown .gallery-item button {aspect-ratio: auto !important; height: 34vh}
-#shown img {object-fit: contain !important; height: 100%}
+#shown .thumbnail-lg {display: flex; flex-direction: column}
+#shown img {object-fit: contain !important; height: 100%; flex: 1; min-height: 0}
+#shown .caption-label {position: static; max-width: 100%; max-height: 50%; overflow: auto; white-space: normal; overflow-wrap: anywhere; text-align: left}
 @media (max-width: 760px) {
   .gradio-container {padding: 6px !important}
-  #shown .thumbnail-lg, #shown .gallery-item button {height: 18vh}
-  #shown {height: 21vh !important; min-height: 0 !important} #history {height: 32vh !important}
+  #shown .thumbnail-lg, #shown .gallery-item button {height: 21vh}
+  #shown {height: 24vh !important; min-height: 0 !important} #history {height: 32vh !important}
   #shown [data-testid="block-label"] {display: none}
   #pictures {height: 6.5rem !important; min-height: 0 !important}
 }
@@ -184,11 +186,11 @@ def _described(
         if row is None and information.get("experts"):
             text = f"always-on encoders and what the {information.get('router')} router chose"
         text = text if information.get("experts") else "all encoders"
-        picture = labelled(path, names)
+        masks = []
         if place == len(paths) - 1:
-            picture = overlaid(picture, [decode_rle(mask["rle"]) > 0 for mask in heads.get("mllm_masks") or ()])
+            masks = [decode_rle(mask["rle"]) > 0 for mask in heads.get("mllm_masks") or ()]
             text = " · ".join([text, *_said_by_heads(heads)])
-        shown.append((picture, text))
+        shown.append((labelled(path, names, masks), text))
     return shown
 
 
@@ -198,10 +200,11 @@ def _said_by_heads(heads: dict[str, Any]) -> list[str]:
     return said + [f"{name} {share:.0%}" for name, share in sure.items()]
 
 
-def labelled(path: str, names: Sequence[str]) -> Image.Image:
-    """The picture with a label in its corner for every name."""
+def labelled(path: str, names: Sequence[str], masks: Sequence[Any] = ()) -> Image.Image:
+    """The picture with a label in its corner for every name, and below the labels the masks (`overlaid`)."""
     picture = Image.open(path).convert("RGB")
     picture.thumbnail((1024, 1024))
+    picture = overlaid(picture, masks)
     draw = ImageDraw.Draw(picture, "RGBA")
     size = max(10, min(picture.size) // 18)
     for place, name in enumerate(names):

@@ -116,6 +116,11 @@ SEEN = """[...document.querySelectorAll('%s')].map(e => e.getBoundingClientRect(
   r => r.width > 30 && r.height > 30 && r.top >= -1 && r.left >= -1 && r.bottom <= innerHeight + 1 && r.right <= innerWidth + 1).length"""
 
 
+WHOLE_CAPTIONS = """[...document.querySelectorAll('#shown .caption-label')].every(e => e.scrollWidth <= e.clientWidth + 1
+  && e.scrollHeight <= e.clientHeight + 1 && e.getBoundingClientRect().bottom <=
+  document.querySelector('#shown').getBoundingClientRect().bottom + 1) && !!document.querySelector('#shown .caption-label')"""
+
+
 def test_the_page_in_a_browser(page, tmp_path):
     address, served = page
     shots = Path(os.environ.get("MLLM_SCREENSHOTS") or tmp_path)
@@ -188,5 +193,10 @@ def test_the_page_in_a_browser(page, tmp_path):
         tab.screenshot(shots / "phone.png")
         assert tab.run(SEEN % "#shown img") and tab.run(SEEN % "#history"), "picture and answer together on a phone"
         assert tab.run("document.documentElement.scrollWidth") <= 391, "the page is wider than a phone"
+        tab.type("#question :is(textarea, input)", "Where is it?")
+        tab.wait("document.querySelector('#shown').innerText.includes('the left marked · real 25%')")
+        tab.run("document.querySelector('#shown').scrollIntoView()")
+        tab.screenshot(shots / "phone_masks.png")
+        assert tab.run(WHOLE_CAPTIONS), "a caption is cut off on a phone"
         outside = [url for url in tab.requests if url.startswith("http") and not url.startswith(address)]
         assert not outside, f"the page asks other hosts: {outside[:3]}"
