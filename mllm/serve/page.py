@@ -30,7 +30,8 @@ STYLE = """
 #shown .thumbnail-lg, #shown .gallery-item button {aspect-ratio: auto !important; height: 34vh}
 #shown .thumbnail-lg {display: flex; flex-direction: column}
 #shown img {object-fit: contain !important; height: 100%; flex: 1; min-height: 0}
-#shown .caption-label {position: static; max-width: 100%; max-height: 50%; overflow: auto; white-space: normal; overflow-wrap: anywhere; text-align: left}
+#shown .caption-label {position: static; max-width: 100%; max-height: 50%; overflow: auto; text-align: left;
+  white-space: normal; overflow-wrap: anywhere}
 @media (max-width: 760px) {
   .gradio-container {padding: 6px !important}
   #shown .thumbnail-lg, #shown .gallery-item button {height: 21vh}
