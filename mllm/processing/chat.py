@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mllm.errors import AlignmentError, ConfigError, DataError
-from mllm.processing.layout import before_cut, expand, visual_spans
+from mllm.processing.layout import before_cut, expand, taken, visual_spans
 from mllm.processing.protocol import Processor, Templated, TextProcessor
 from mllm.processing.questions import pad_questions, question_text
 from mllm.processing.template import messages_of
@@ -109,7 +109,7 @@ def encode_text(
     if len(given) != len(read):
         raise AlignmentError(f"{where}: {len(read)} image placeholders and {len(given)} images")
     longer, repeats = expand(ids, read.tolist(), given)
-    labels = labels.repeat_interleave(repeats)
+    labels = taken(labels, repeats)
     if span is None:
         return longer, labels
     return span.insert(longer, labels, (repeats.cumsum(0) - 1)[drawn].tolist())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -319,13 +320,19 @@ def expand(ids: Tensor, places: Sequence[int], layouts: Sequence[VisualLayout]) 
     written; and how often each of the T tokens was taken (for what lies beside them)."""
     repeats = torch.ones_like(ids)
     repeats[list(places)] = torch.tensor([layout.num_tokens for layout in layouts], dtype=torch.long)
-    longer = ids.repeat_interleave(repeats)
+    longer = taken(ids, repeats)
     ends = repeats.cumsum(0)
     for place, layout in zip(places, layouts, strict=True):
         start = int(ends[place]) - layout.num_tokens
         for offset, token in layout.literals:
             longer[start + offset] = token
     return longer, repeats
+
+
+def taken(values: Tensor, repeats: Tensor) -> Tensor:
+    """Each of ``values`` ``(T,)`` as often as ``repeats`` ``(T,)`` says. By numpy: torch wakes all its threads for the few hundred numbers
+    of a text, which costs milliseconds where other work has the cores. Both lie on the CPU."""
+    return torch.from_numpy(np.repeat(values.numpy(), repeats.numpy()))
 
 
 def visual_spans(ids: Tensor, placeholder: int | None, layouts: Sequence[VisualLayout]) -> list[tuple[int, int]]:
