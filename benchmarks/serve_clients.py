@@ -1,10 +1,11 @@
 """Do the clients that people have get their answers from a live server: the SDKs of OpenAI and Anthropic, batch files, a load test?
 
-    python benchmarks/serve_clients.py [--work FOLDER] [--sections chat,draw]
+    python benchmarks/serve_clients.py [--work FOLDER] [--sections chat,timed,draw]
 
 ``chat``: a tiny checkpoint that takes pictures, videos and scenes. Every way of asking about the same picture must give the text that
 `generate` gives; a video and a scene the tokens of `generate`; `mllm batch` answers a file with a bad line and goes on where it stopped;
-`mllm bench serve` measures. ``draw``: a checkpoint that draws; `images.generate` with what OpenAI's SDK knows gives the pictures of
+`mllm bench serve` measures. ``timed``: videos and scenes of a model whose stamp tells the seconds of every frame.
+``draw``: a checkpoint that draws; `images.generate` with what OpenAI's SDK knows gives the pictures of
 `generate_images`, and what would change them is refused. A line of JSON for each; fails where one is not as it must be.
 """
 
@@ -131,8 +132,8 @@ def chat_clients(server: Server, reference: Reference) -> None:
     tell("refused", refused, list(refused.values()) == expected)
 
 
-def moving_pictures(server: Server, reference: Reference, work: Path) -> None:
-    """A video and a scene, beside `generate`."""
+def moving_pictures(server: Server, reference: Reference, work: Path, seconds: tuple[float, ...] | None = None) -> None:
+    """A video and a scene, beside `generate`. seconds: when the pictures of the scene were taken."""
     from mllm.types import Video, scene
     from tests.helpers import picture
     from tests.videos import write_clip
@@ -141,17 +142,21 @@ def moving_pictures(server: Server, reference: Reference, work: Path) -> None:
     data = base64.b64encode(clip.read_bytes()).decode()
     files = [base64.b64decode(picture_url(number).partition(",")[2]) for number in range(3)]
 
-    def ask(*parts: dict[str, Any]) -> list[int]:
+    def post(*parts: dict[str, Any]) -> httpx.Response:
         body = {**question(TEXT, max_tokens=TOKENS, temperature=0), "return_token_ids": True}
         body["messages"][0]["content"] = [*parts, {"type": "text", "text": TEXT}]
-        answer = httpx.post(f"{server.address}/v1/chat/completions", json=body, timeout=120, headers={"x-api-key": KEY})
+        return httpx.post(f"{server.address}/v1/chat/completions", json=body, timeout=120, headers={"x-api-key": KEY})
+
+    def ask(*parts: dict[str, Any]) -> list[int]:
+        answer = post(*parts)
         assert answer.status_code == 200, answer.text
         return answer.json()["choices"][0]["token_ids"]
 
     film = {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{data}"}}
-    views = [{"type": "image_url", "image_url": {"url": picture_url(number)}, "scene": "room"} for number in range(3)]
+    untimed = [{"type": "image_url", "image_url": {"url": picture_url(number)}, "scene": "room"} for number in range(3)]
+    views = [{**view, "seconds": at} for view, at in zip(untimed, seconds)] if seconds else untimed
     alone = {"type": "image_url", "image_url": {"url": picture_url(7)}}
-    seen = scene(files)
+    seen = scene(files, seconds)
     cases: dict[str, tuple[list[dict[str, Any]], list[Any]]] = {
         "a video": ([film], [Video(str(clip))]),
         "a picture and a video": ([alone, film], [picture(7), Video(str(clip))]),
@@ -159,12 +164,17 @@ def moving_pictures(server: Server, reference: Reference, work: Path) -> None:
         "a scene and a video": ([*views, film], [seen, Video(str(clip))]),
     }
     same = {name: ask(*parts) == reference.tokens(TEXT, *visuals) for name, (parts, visuals) in cases.items()}
-    backwards = ask(*views[::-1]) != ask(*views)
-    tell(
-        "videos_and_scenes",
-        {"as generate": same, "another order is another scene": backwards},
-        all(same.values()) and backwards,
-    )
+    if seconds is None:
+        found = {"another order is another scene": ask(*views[::-1]) != ask(*views)}
+        tell("videos_and_scenes", {"as generate": same, **found}, all(same.values()) and all(found.values()))
+        return
+    later = tuple(at + 3.5 for at in seconds)
+    moved = ask(*({**view, "seconds": at} for view, at in zip(untimed, later)))
+    same["the same scene later"] = moved == reference.tokens(TEXT, scene(files, later))
+    refused = post(*untimed)
+    words = refused.json()["error"]["message"]
+    right = all(same.values()) and moved != ask(*views) and refused.status_code == 400 and "seconds" in words
+    tell("timed", {"as generate": same, "later is another answer": moved != ask(*views), "untimed": words}, right)
 
 
 def commands(server: Server, work: Path) -> None:
@@ -270,7 +280,7 @@ def drawings(server: Server, checkpoint: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "serve_clients")
-    parser.add_argument("--sections", default="chat,draw", help="some of them, by comma")
+    parser.add_argument("--sections", default="chat,timed,draw", help="some of them, by comma")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     print(
@@ -285,6 +295,10 @@ def main() -> None:
             chat_clients(server, reference)
             moving_pictures(server, reference, arguments.work)
             commands(server, arguments.work)
+    if "timed" in sections:
+        checkpoint = tiny_checkpoint("timed", arguments.work)
+        with running(checkpoint, arguments.work / "timed.log", MLLM_API_KEY=KEY) as server:
+            moving_pictures(server, Reference(checkpoint), arguments.work, seconds=(0.0, 1.5, 4.0))
     if "draw" in sections:
         checkpoint = tiny_checkpoint("draw", arguments.work)
         with running(checkpoint, arguments.work / "draw.log", "--max-model-len", "256", MLLM_API_KEY=KEY) as server:

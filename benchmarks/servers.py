@@ -17,8 +17,9 @@ from typing import Any
 import httpx
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = ("routed", "film", "draw", "marks")
-"""Checkpoints of a few thousand weights: experts behind a gate, videos and scenes, drawings, masks and probabilities."""
+KINDS = ("routed", "film", "timed", "draw", "marks")
+"""Checkpoints of a few thousand weights: experts behind a gate, videos and scenes (timed: with their seconds), drawings, masks and
+probabilities."""
 
 
 def tiny_checkpoint(kind: str, folder: Path) -> str:
@@ -37,9 +38,9 @@ def tiny_checkpoint(kind: str, folder: Path) -> str:
     if kind == "routed":
         towers: dict[str, Any] = ROUTED
         return write_checkpoint(target, language_model=long, **towers)
-    if kind == "film":
+    if kind in ("film", "timed"):
         towers = {"semantic": dict(TINY_CLIP), "detail": dict(TINY_TIMM), "geometry": TINY_VGGT}
-        video = {"frames": 4, "stamp": "{number}: ", "fewer": {"geometry": 2}}
+        video = {"frames": 4, "stamp": "{number}: " if kind == "film" else "{seconds:.1f}s: ", "fewer": {"geometry": 2}}
         return write_checkpoint(target, video=video, encoders=towers, language_model=long)
     if kind == "draw":
         model, processor = drawing_model(target / "made", "vocabulary", "dualtoken")
