@@ -46,13 +46,18 @@ def test_what_is_forced_on_everybody_is_what_is_tested_together() -> None:
 
 
 def test_the_examples_say_commands_that_can_be_typed() -> None:
-    server, _ = yaml.safe_load_all((ROOT / "examples/kubernetes.yaml").read_text(encoding="utf-8"))
+    server, service = yaml.safe_load_all((ROOT / "examples/kubernetes.yaml").read_text(encoding="utf-8"))
     pod = server["spec"]["template"]["spec"]
     name, values = parse(pod["containers"][0]["args"])
     pause = int(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])
     assert name == "serve" and pod["terminationGracePeriodSeconds"] > pause + values["shutdown_timeout"] + ENDS
-    probes = {pod["containers"][0][f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")}
-    assert probes == {"/health", "/ping"}
+    probes = [pod["containers"][0][f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")]
+    assert {probe["path"] for probe in probes} == {"/health", "/ping"}
+    (opened,), (sent,) = pod["containers"][0]["ports"], service["spec"]["ports"]
+    assert {values["port"], opened["containerPort"], sent["targetPort"], *(probe["port"] for probe in probes)} == {8000}
+    labels = server["spec"]["template"]["metadata"]["labels"]
+    assert labels.items() >= service["spec"]["selector"].items() and labels == server["spec"]["selector"]["matchLabels"]
+    assert {one["name"] for one in pod["containers"][0]["volumeMounts"]} == {one["name"] for one in pod["volumes"]}
 
     unit = (ROOT / "examples/mllm.service").read_text(encoding="utf-8")
     command = re.search(r"^ExecStart=\S+/mllm (.*)$", unit, re.M)
@@ -73,6 +78,11 @@ def test_the_examples_say_commands_that_can_be_typed() -> None:
 
     services = yaml.safe_load((ROOT / "examples/compose.yaml").read_text(encoding="utf-8"))["services"]
     assert [parse(service["command"])[0] for service in services.values()] == ["serve", "app"]
+    port = parse(services["server"]["command"])[1]["port"]
+    (published,), (page,) = services["server"]["ports"], services["page"]["ports"]
+    assert published.endswith(f":{port}") and f":{port}/health" in services["server"]["healthcheck"]["test"][-1]
+    asked = parse(services["page"]["command"])[1]
+    assert asked["server"] == f"http://server:{port}" and page.endswith(f":{asked['port']}")
     grace = int(services["server"]["stop_grace_period"].removesuffix("s"))
     assert grace > parse(services["server"]["command"])[1]["shutdown_timeout"] + ENDS
 
@@ -89,9 +99,10 @@ def test_the_examples_say_commands_that_can_be_typed() -> None:
     assert needed == copied, "what is copied into the image is what its wheel is built from"
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     assert "*" in ignored and {line[1:] for line in ignored if line.startswith("!")} == copied
-    assert [
-        parse(words.split())[0] for words in re.findall(r"^#   docker run .* mllm ((?!-cpu).*)$", docker, re.M)
-    ] == ["serve"]
+    (typed,) = re.findall(r"^#   docker run (.*) mllm (serve .*)$", docker, re.M)
+    name, values = parse(typed[1].split())
+    (exposed,) = re.findall(r"^EXPOSE (\d+)$", docker, re.M)
+    assert f"-p 8000:{values['port']} " in typed[0] and int(exposed) == values["port"] and "--shm-size" in typed[0]
 
     batch = (ROOT / "examples/slurm.sbatch").read_text(encoding="utf-8")
     assert subprocess.run(["bash", "-n", str(ROOT / "examples/slurm.sbatch")], check=False).returncode == 0
