@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,107 +12,27 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mllm.encoders.base import EncoderConfig
-from mllm.encoders.library import (
-    ImageEncoderConfig,
-    LayerOutput,
-    LibraryEncoder,
-    check_pixels,
-    group_parameters,
-    merge_layers,
-    resample_tokens,
-    take_layers,
-)
-from mllm.encoders.weights import load_exactly, local_path, read_weights, strip_prefix, unavailable
-from mllm.errors import AlignmentError, CheckpointError, ConfigError, UnavailableError
+from mllm.encoders.library import LayerOutput, group_parameters, resample_tokens, take_layers
+from mllm.encoders.multiview import ViewsConfig, ViewsEncoder
+from mllm.encoders.view_blocks import Block, PatchConv, Run, across_views, rotary_table
+from mllm.encoders.weights import load_exactly
+from mllm.errors import AlignmentError, CheckpointError, ConfigError
 from mllm.types import Grid, ImageSpec, VisionFeatures
 
-_ROPE_BASE = 100.0
 
-
-class VggtConfig(ImageEncoderConfig):
+class VggtConfig(ViewsConfig):
     """VGGT (arXiv 2503.11651); defaults are VGGT-1B's aggregator."""
 
     width: int = Field(default=1024, gt=0)
     """C. One layer's features have 2 C channels: after the frame block, then after the global block."""
     depth: int = Field(default=24, gt=0)
     num_heads: int = Field(default=16, gt=0)
-    patch_size: int = Field(default=14, gt=0)
     num_registers: int = Field(default=4, ge=0)
     """Register tokens of the aggregator and of its DINOv2, which has as many (as upstream)."""
     patch_embed: Literal["dinov2", "conv"] = "dinov2"
     dinov2_depth: int = Field(default=24, gt=0)
     dinov2_image_size: int = Field(default=518, gt=0)
     """Image size of DINOv2's position table, which is resized on use (bicubic, antialiased)."""
-    chunk: int | None = Field(default=None, ge=2)
-    """Most views that see each other at once: a longer scene is encoded in parts, its first view (the reference) at the head of each, so
-    that memory does not grow with the scene. Views of unlike parts then meet in the reference alone."""
-
-
-class Attention(nn.Module):
-    """Self-attention, with queries and keys normalised per head and rotated by position where ``qk_norm``."""
-
-    def __init__(self, width: int, num_heads: int, *, qk_norm: bool, eps: float):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.LayerNorm(width // num_heads, eps=eps) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(width // num_heads, eps=eps) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        batch, length, width = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, width))
-
-
-class LayerScale(nn.Module):
-    def __init__(self, width: int, value: float):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((width,), value))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
-
-
-class Mlp(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block with LayerScale."""
-
-    def __init__(self, width: int, num_heads: int, *, qk_norm: bool, scale: float, eps: float):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attn = Attention(width, num_heads, qk_norm=qk_norm, eps=1e-5)
-        self.ls1 = LayerScale(width, scale)
-        self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = Mlp(width)
-        self.ls2 = LayerScale(width, scale)
-
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x), rotation))
-        return x + self.ls2(self.mlp(self.norm2(x)))
-
-
-class PatchConv(nn.Module):
-    """Pixels ``(B, 3, H, W)`` → patches ``(B, N, C)``."""
-
-    def __init__(self, width: int, patch_size: int):
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.proj(pixels).flatten(2).transpose(1, 2)
 
 
 class FeatureEmbed(nn.Module):
@@ -152,7 +72,7 @@ class DinoV2(nn.Module):
         table = image.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)
         return torch.cat([self.pos_embed[:, :1], table], dim=1)
 
-    def forward(self, pixels: Tensor, run: Callable[..., Tensor]) -> Tensor:
+    def forward(self, pixels: Tensor, run: Run) -> Tensor:
         batch = pixels.shape[0]
         x = torch.cat([self.cls_token.expand(batch, -1, -1), self.patch_embed(pixels)], dim=1)
         x = x + self.positions(pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
@@ -208,22 +128,10 @@ class Aggregator(nn.Module):
         outputs: dict[int, Tensor] = {}
         for count, (frame_block, global_block) in enumerate(zip(self.frame_blocks, self.global_blocks), start=1):
             in_frame = self.run(frame_block, x, rotation)
-            x = self.across_views(global_block, in_frame, views, rotation)
+            x = across_views(self.run, global_block, in_frame, views, rotation)
             if count in wanted:
                 outputs[count] = torch.cat([in_frame, x], dim=-1)
         return outputs
-
-    def across_views(
-        self, block: nn.Module, x: Tensor, views: Sequence[int], rotation: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        """Global attention; scenes with equally many views run as one batch."""
-        cos, sin = rotation
-        if len(set(views)) == 1:
-            count = views[0]
-            wide = x.reshape(len(views), count * x.shape[1], x.shape[2])
-            return self.run(block, wide, (cos.repeat(count, 1), sin.repeat(count, 1))).reshape(x.shape)
-        parts = [self.across_views(block, part, [len(part)], rotation) for part in x.split(list(views))]
-        return torch.cat(parts)
 
     def positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
         """(row, column) of every token of one view, patches counted from 1, special tokens at (0, 0): ``(1 + R + N,
@@ -237,45 +145,12 @@ def _block(config: VggtConfig) -> Block:
     return Block(config.width, config.num_heads, qk_norm=True, scale=0.01, eps=1e-5)
 
 
-def _prefix(output: LayerOutput) -> Tensor:
-    """Camera and register tokens of a layer, which every layer here has."""
-    assert output.prefix is not None
-    return output.prefix
-
-
-def _joined(parts: Sequence[LayerOutput]) -> LayerOutput:
-    """One layer of all views from that of their parts."""
-    return LayerOutput(
-        torch.cat([part.tokens for part in parts]), parts[0].grid, torch.cat([_prefix(part) for part in parts])
-    )
-
-
-def rotary_table(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """positions ``(…, 2)`` → cos, sin ``(…, head_dim)``: the first half of the channels turns by row, the second by
-    column."""
-    quarter = head_dim // 4
-    frequency = _ROPE_BASE ** (-torch.arange(quarter, device=positions.device, dtype=torch.float32) / quarter)
-    angles = positions[..., None].float() * frequency
-    angles = torch.cat([angles, angles], dim=-1).flatten(-2)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x ``(…, head_dim)``: each half of the channels is rotated between its own two quarters."""
-    a, b, c, d = x.chunk(4, dim=-1)
-    return x * cos + torch.cat([-b, a, -d, c], dim=-1) * sin
-
-
-class VggtEncoder(LibraryEncoder):
-    """Multi-view features: images with the same ``scene_ids`` see one another; without ids every image is a scene of
-    its own.
-
-    The order of a scene's images counts, the first one is the reference view. Prefix: camera and register tokens.
-    """
+class VggtEncoder(ViewsEncoder):
+    """VGGT's features of the views of a scene. Their order counts: the first one is the reference view. Prefix: camera and register
+    tokens."""
 
     Config: ClassVar[type[EncoderConfig]] = VggtConfig
     config: VggtConfig
-    joins_views: ClassVar[bool] = True
     reads_features: ClassVar[bool] = True
     model: Aggregator
 
@@ -290,61 +165,14 @@ class VggtEncoder(LibraryEncoder):
 
     @classmethod
     def build(cls, config: VggtConfig) -> Aggregator:
-        image, size = config.resolved_info.image, config.patch_size
-        if image.height % size or image.width % size:
-            raise ConfigError(f"image_size: ({image.height}, {image.width}) is no multiple of the patch size {size}")
+        cls.check_sizes(config, config.width, config.num_heads)
         if config.reads is not None and (config.reads.width is None or config.reads.grid is None):
             raise ConfigError(
                 f"reads: {config.reads.encoder!r} is an encoder of a model, and this one stands alone; give it in a model's encoders"
             )
-        if config.width % (4 * config.num_heads):
-            raise ConfigError(f"num_heads: {config.num_heads} does not split width {config.width} into multiples of 4")
         return Aggregator(config, depth=max(take_layers(config.layers, config.depth, lowest=1)))
 
-    def forward(
-        self,
-        pixels: Tensor,
-        *,
-        scene_ids: Tensor | None = None,
-        places: Tensor | None = None,
-        return_attention: bool = False,
-        given: VisionFeatures | None = None,
-    ) -> VisionFeatures:
-        """places ``(B, 2)``: a tile (not (-1, -1)) shows a part of a picture from where the whole is seen, so it is a scene of its
-        own; frames of a video are whole, and one scene. given: what is read in place of ``pixels``, a row for each, where
-        ``config.reads`` names an encoder."""
-        if return_attention:
-            raise UnavailableError("return_attention: vggt uses fused attention, which hands out no weights")
-        check_pixels(pixels, self.config.resolved_info.image, self.config.type)
-        pixels = pixels.to(self.dtype)
-        if pixels.shape[0] == 0:
-            return self.empty_features(pixels)
-        pixels = self._seen(pixels, given)
-        if scene_ids is None:
-            return merge_layers(self._read(pixels, [1] * pixels.shape[0]), self.config.keep_prefix)
-        if places is not None:
-            alone = torch.arange(len(scene_ids), device=scene_ids.device) + int(scene_ids.max()) + 1
-            scene_ids = torch.where(places.ge(0).any(dim=-1), alone, scene_ids)
-        order = scene_ids.argsort(stable=True)
-        views = torch.unique_consecutive(scene_ids[order], return_counts=True)[1].tolist()
-        if bool((order[1:] > order[:-1]).all()):  # as a model gives them: nothing is copied
-            return merge_layers(self._read(pixels, views), self.config.keep_prefix)
-        features = merge_layers(self._read(pixels[order], views), self.config.keep_prefix)
-        back = order.argsort()
-        features.tokens = features.tokens[back]
-        features.prefix = features.prefix[back] if features.prefix is not None else None
-        return features
-
-    def read_layers(self, pixels: Tensor) -> list[LayerOutput]:
-        return self._read(self._seen(pixels, None), [1] * pixels.shape[0])
-
-    @property
-    def own_grid(self) -> Grid:
-        """Rows and columns of its patches."""
-        image, size = self.config.resolved_info.image, self.config.patch_size
-        return (image.height // size, image.width // size)
-
-    def _seen(self, pixels: Tensor, given: VisionFeatures | None) -> Tensor:
+    def seen(self, pixels: Tensor, given: VisionFeatures | None) -> Tensor:
         """What the aggregator is given of views: pixels, or the features ``(B, N, D)`` that it reads, on its own grid."""
         reads = self.config.reads
         if reads is None:
@@ -364,22 +192,7 @@ class VggtEncoder(LibraryEncoder):
         tokens = given.tokens.to(pixels)
         return tokens if given.grid == self.own_grid else resample_tokens(tokens, given.grid, self.own_grid)
 
-    def _read(self, pixels: Tensor, views: list[int]) -> list[LayerOutput]:
-        chunk = self.config.chunk
-        if chunk is None or max(views) <= chunk:
-            return self._read_whole(pixels, views)
-        parts = [part for scene in pixels.split(views) for part in self._read_in_parts(scene, chunk)]
-        return [_joined(layers) for layers in zip(*parts, strict=True)]
-
-    def _read_in_parts(self, scene: Tensor, chunk: int) -> list[list[LayerOutput]]:
-        """Layers of each part of a scene ``(S, 3, H, W)``; the reference's of the first part alone."""
-        parts = [self._read_whole(scene[:chunk], [min(chunk, len(scene))])]
-        for rest in scene[chunk:].split(chunk - 1):
-            found = self._read_whole(torch.cat([scene[:1], rest]), [1 + len(rest)])
-            parts.append([LayerOutput(one.tokens[1:], one.grid, _prefix(one)[1:]) for one in found])
-        return parts
-
-    def _read_whole(self, pixels: Tensor, views: list[int]) -> list[LayerOutput]:
+    def read_views(self, pixels: Tensor, views: list[int]) -> list[LayerOutput]:
         counts = take_layers(self.config.layers, self.config.depth, lowest=1)
         grid = self.own_grid
         outputs = self.model(pixels, views, counts, grid)
@@ -398,16 +211,7 @@ class VggtEncoder(LibraryEncoder):
 
     def load_pretrained(self) -> None:
         """From a checkpoint of the whole VGGT (``aggregator.…``) or of its aggregator."""
-        weights = self.required_weights()
-        path = local_path(weights.source)
-        if path is None:
-            from huggingface_hub import hf_hub_download
-
-            try:
-                path = hf_hub_download(weights.source, "model.safetensors", revision=weights.revision)
-            except Exception as error:
-                raise unavailable(weights.source, error) from error
-        state = strip_prefix(read_weights(local_path(str(path)) or path), set(self.model.state_dict()))  # type: ignore[arg-type]
+        source, state = self.published(set(self.model.state_dict()))
         for key in [k for k in state if k.endswith("mask_token")]:
             del state[key]
         if self.config.reads is not None:  # what took patches in the published model gives way to what takes features
@@ -418,9 +222,9 @@ class VggtEncoder(LibraryEncoder):
             full = Aggregator(self.config, depth=self.config.depth)
         deeper = len([k for k in state if k.startswith(f"frame_blocks.{self.config.depth}.")])
         if deeper:
-            raise CheckpointError(f"weights: {weights.source} is deeper than depth: {self.config.depth}")
+            raise CheckpointError(f"weights: {source} is deeper than depth: {self.config.depth}")
         own = full.state_dict()
         known = set(own) | {
             k for k in state if k not in own and not k.startswith(("frame_blocks.", "global_blocks.", "patch_embed."))
         }
-        load_exactly(self.model, state, source=weights.source, known=known)
+        load_exactly(self.model, state, source=source, known=known)

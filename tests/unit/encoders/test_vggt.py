@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mllm.encoders import vggt
+from mllm.encoders import vggt, view_blocks
 from mllm.encoders.catalogue import build_encoder, encoder_config
 from mllm.errors import CheckpointError, ConfigError
 from tests.golden.fill import check, fill_all, load
@@ -26,17 +26,17 @@ def weights(meta):
 @torch.no_grad()
 def test_rotary_positions_turn_by_row_and_column():
     meta, inputs, outputs = load(GOLDEN / "vggt_rope2d.json")
-    cos, sin = vggt.rotary_table(torch.from_numpy(inputs["input.pos"])[:, None], 16, torch.float32)
-    have = vggt.rotate(torch.from_numpy(inputs["input.q"]), cos, sin)
+    cos, sin = view_blocks.rotary_table(torch.from_numpy(inputs["input.pos"])[:, None], 16, torch.float32)
+    have = view_blocks.rotate(torch.from_numpy(inputs["input.q"]), cos, sin)
     check(meta, {"output.y": outputs["output.y"]}, {"output.y": have.numpy()})
 
 
 @torch.no_grad()
 def test_a_block_is_vggts():
     meta, inputs, outputs = load(GOLDEN / "vggt_block.json")
-    block = vggt.Block(32, 2, qk_norm=True, scale=0.01, eps=1e-5)
+    block = view_blocks.Block(32, 2, qk_norm=True, scale=0.01, eps=1e-5)
     block.load_state_dict(weights(meta))
-    rotation = vggt.rotary_table(torch.from_numpy(inputs["input.pos"])[:, None], 16, torch.float32)
+    rotation = view_blocks.rotary_table(torch.from_numpy(inputs["input.pos"])[:, None], 16, torch.float32)
     check(meta, outputs, {"output.y": block(torch.from_numpy(inputs["input.x"]), rotation).numpy()})
 
 

@@ -1,0 +1,195 @@
+"""What geometry do several views of one scene show, in a plain DINOv2? The backbone of Depth Anything 3."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mllm.encoders.base import EncoderConfig
+from mllm.encoders.library import LayerOutput, take_layers
+from mllm.encoders.multiview import ViewsConfig, ViewsEncoder
+from mllm.encoders.view_blocks import Block, PatchConv, Rotation, across_views, rotary_table
+from mllm.encoders.weights import load_exactly
+from mllm.errors import CheckpointError
+from mllm.types import Grid, ImageSpec
+
+_OFFSET = 0.1
+"""Patches by which DINOv2 lets a resized position table reach beyond its grid."""
+
+
+class DepthAnything3Config(ViewsConfig):
+    """Depth Anything 3 (arXiv 2511.10647); defaults are DA3-BASE's backbone."""
+
+    width: int = Field(default=768, gt=0)
+    """C. One layer's features have 2 C channels: after the last block inside each view, then after the last of all, normalised."""
+    depth: int = Field(default=12, gt=0)
+    num_heads: int = Field(default=12, gt=0)
+    across_from: int | None = Field(default=4, ge=1)
+    """Blocks before the first from which every second one lets a scene's views see each other (8 in DA3-LARGE). From there on positions
+    turn queries and keys, and a camera token takes the class token's place. null: each picture is seen alone, as by DA3MONO and
+    DA3METRIC, and features have C channels."""
+    position_size: int = Field(default=518, gt=0)
+    """Image size of the position table, which is resized on use (bicubic)."""
+    reference: Literal["balanced", "first", "middle"] = "balanced"
+    """Which view the others are seen from, of three or more (of two the first): the one whose class token lies nearest to the middle of
+    all by likeness, length and spread, as published; or by place."""
+
+    @model_validator(mode="after")
+    def _one_reference(self) -> DepthAnything3Config:
+        if self.chunk is not None and self.reference != "first":
+            raise ValueError(
+                f"chunk: the parts of a scene share its first view, so the reference cannot be {self.reference!r}; add reference: first"
+            )
+        return self
+
+
+class AlternatingViT(nn.Module):
+    """DINOv2 whose later blocks attend inside each view and across the views of a scene in turns."""
+
+    def __init__(self, config: DepthAnything3Config, depth: int):
+        super().__init__()
+        width, self.side = config.width, config.position_size // config.patch_size
+        self.across_from, self.patch_size, self.reference = config.across_from, config.patch_size, config.reference
+        self.head_dim = width // config.num_heads
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        if self.across_from is not None:
+            self.camera_token = nn.Parameter(torch.randn(1, 2, width) * 0.02)
+        self.pos_embed = nn.Parameter(torch.randn(1, 1 + self.side**2, width) * 0.02)
+        self.patch_embed = PatchConv(width, config.patch_size)
+        self.blocks = nn.ModuleList(
+            Block(width, config.num_heads, qk_norm=self.joins(number), scale=1.0, eps=1e-6) for number in range(depth)
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-5)
+        self.gradient_checkpointing = False
+
+    def joins(self, number: int) -> bool:
+        """Whether a block is one of those from which on views see each other."""
+        return self.across_from is not None and number >= self.across_from
+
+    def run(self, block: nn.Module, *inputs: Any) -> Tensor:
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[return-value]
+        return block(*inputs)
+
+    def positions(self, grid: Grid) -> Tensor:
+        """The position table for a grid: bicubic, by the factor of DINOv2's kludge."""
+        if grid == (self.side, self.side):
+            return self.pos_embed
+        image = self.pos_embed[:, 1:].unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2).float()
+        factors = [(cells + _OFFSET) / self.side for cells in grid]
+        image = F.interpolate(image, scale_factor=factors, mode="bicubic")
+        assert image.shape[2:] == grid
+        table = image.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)
+        return torch.cat([self.pos_embed[:, :1], table], dim=1)
+
+    def rotations(self, grid: Grid, x: Tensor) -> tuple[Rotation, Rotation]:
+        """How the tokens of a view are turned inside it, by row and column from 1, and across views, where all its patches have one
+        place: (0, 0) is the camera token's."""
+        rows, cols = (torch.arange(1, cells + 1, device=x.device) for cells in grid)
+        places = torch.cat([rows.new_zeros(1, 2), torch.cartesian_prod(rows, cols)])
+        inside = rotary_table(places, self.head_dim, x.dtype)
+        return inside, rotary_table(places.clamp(max=1), self.head_dim, x.dtype)
+
+    def forward(
+        self, pixels: Tensor, views: Sequence[int], wanted: Sequence[int]
+    ) -> dict[int, tuple[Tensor, Tensor | None]]:
+        """pixels ``(B, 3, H, W)``, ImageNet-normalised, the views of a scene side by side; views: how many each scene has, in order;
+        wanted: layer counts → ``{count: (tokens (B, 1 + N, C), those after the last block inside the views)}``, the second None where
+        views never meet."""
+        grid = (pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
+        x = torch.cat([self.cls_token.expand(len(pixels), -1, -1), self.patch_embed(pixels)], dim=1)
+        x = x + self.positions(grid)
+        inside, across = self.rotations(grid, x)
+        alone, later, outputs = x, None, {}
+        for number, block in enumerate(self.blocks):
+            if self.across_from is not None and number == self.across_from - 1:
+                later = self.later_views(x, views)
+            if number == self.across_from:
+                assert later is not None
+                x = torch.cat([self.camera_token[0][later][:, None], x[:, 1:]], dim=1)
+            joined = self.joins(number)
+            if joined and number % 2:
+                x = across_views(self.run, block, x, views, across)
+            else:
+                x = alone = self.run(block, x, inside if joined else None)
+            if number + 1 in wanted:
+                outputs[number + 1] = (x, None if self.across_from is None else alone)
+        return outputs
+
+    def later_views(self, x: Tensor, views: Sequence[int]) -> Tensor:
+        """0 for each scene's reference, 1 for its other views: ``(B,)``, by the class tokens of ``x``."""
+        found = torch.ones(len(x), dtype=torch.long, device=x.device)
+        begin = 0
+        for count in views:
+            place: int | Tensor = 0
+            if count > 2 and self.reference != "first":
+                place = count // 2 if self.reference == "middle" else balanced(x[begin : begin + count, 0])
+            found[begin + place] = 0
+            begin += count
+        return found
+
+
+def balanced(tokens: Tensor) -> Tensor:
+    """Which of three or more class tokens ``(S, C)`` lies nearest to the middle of the range of all by its mean likeness to the others,
+    its length and its spread; the first of equals."""
+    lengths = tokens.norm(dim=-1)
+    directions = tokens / lengths[:, None]
+    alike = (directions @ directions.T - torch.eye(len(tokens), device=tokens.device)).sum(-1) / (len(tokens) - 1)
+    off = tokens.new_zeros(len(tokens))
+    for measure in (alike, lengths, directions.var(dim=-1)):
+        low, high = measure.min(), measure.max()
+        off = off + ((measure - low) / (high - low + 1e-8) - 0.5).abs()
+    return off.argmin()
+
+
+class DepthAnything3Encoder(ViewsEncoder):
+    """Depth Anything 3's features of the views of a scene, which each have a place only inside themselves: their order says no more than
+    which is the reference. Prefix: the camera token (class token where views never meet), not normalised."""
+
+    Config: ClassVar[type[EncoderConfig]] = DepthAnything3Config
+    config: DepthAnything3Config
+    model: AlternatingViT
+
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        sizes = {"width": 32, "depth": 4, "num_heads": 2, "patch_size": 4, "across_from": 2, "position_size": 16}
+        return {"type": "depth_anything_3", **sizes, "image_size": [16, 20], "keep_prefix": True}
+
+    @classmethod
+    def default_image(cls, config: DepthAnything3Config) -> ImageSpec:
+        return ImageSpec(height=504, width=504, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+    @classmethod
+    def build(cls, config: DepthAnything3Config) -> AlternatingViT:
+        cls.check_sizes(config, config.width, config.num_heads)
+        return AlternatingViT(config, depth=max(take_layers(config.layers, config.depth, lowest=1)))
+
+    def read_views(self, pixels: Tensor, views: list[int]) -> list[LayerOutput]:
+        counts = take_layers(self.config.layers, self.config.depth, lowest=1)
+        outputs, found = self.model(pixels, views, counts), []
+        for count in counts:
+            x, alone = outputs[count]
+            last = self.model.norm(x[:, 1:])
+            tokens = last if alone is None else torch.cat([alone[:, 1:], last], dim=-1)
+            prefix = x[:, :1] if alone is None else torch.cat([alone[:, :1], x[:, :1]], dim=-1)
+            found.append(LayerOutput(tokens, self.own_grid, prefix))
+        return found
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        self.model.gradient_checkpointing = enabled
+
+    def load_pretrained(self) -> None:
+        """From a checkpoint of the whole model (``model.backbone.pretrained.…``) or of its backbone."""
+        source, state = self.published(set(self.model.state_dict()))
+        state.pop("mask_token", None)
+        if any(key.startswith(f"blocks.{self.config.depth}.") for key in state):
+            raise CheckpointError(f"weights: {source} is deeper than depth: {self.config.depth}")
+        with torch.device("meta"):
+            full = AlternatingViT(self.config, depth=self.config.depth)
+        load_exactly(self.model, state, source=source, known=set(full.state_dict()))

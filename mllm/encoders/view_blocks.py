@@ -1,0 +1,121 @@
+"""Of what is a transformer made that sees several views of a scene? DINOv2's blocks, queries and keys normalised and turned by position,
+and attention that spans the views of a scene."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_ROPE_BASE = 100.0
+Rotation = tuple[Tensor, Tensor]
+"""cos, sin ``(N, channels of a head)`` of one view's tokens."""
+Run = Callable[..., Tensor]
+"""(block, its inputs …) → output; recomputes the block in the backward pass where that is asked for."""
+
+
+class Attention(nn.Module):
+    """Self-attention, with queries and keys normalised per head and rotated by position where ``qk_norm``."""
+
+    def __init__(self, width: int, num_heads: int, *, qk_norm: bool, eps: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.LayerNorm(width // num_heads, eps=eps) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(width // num_heads, eps=eps) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rotation: Rotation | None) -> Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, width))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, width: int, value: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with LayerScale."""
+
+    def __init__(self, width: int, num_heads: int, *, qk_norm: bool, scale: float, eps: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, num_heads, qk_norm=qk_norm, eps=1e-5)
+        self.ls1 = LayerScale(width, scale)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width)
+        self.ls2 = LayerScale(width, scale)
+
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x), rotation))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class PatchConv(nn.Module):
+    """Pixels ``(B, 3, H, W)`` → patches ``(B, N, C)``."""
+
+    def __init__(self, width: int, patch_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.proj(pixels).flatten(2).transpose(1, 2)
+
+
+def across_views(run: Run, block: nn.Module, x: Tensor, views: Sequence[int], rotation: Rotation | None) -> Tensor:
+    """A block whose attention spans the views of a scene; scenes with equally many views run as one batch.
+
+    Args:
+        run: calls the block.
+        block: a `Block`.
+        x: tokens ``(B, N, C)``, the views of a scene side by side.
+        views: how many each scene has, in order.
+        rotation: of one view's tokens.
+
+    Returns:
+        ``(B, N, C)``
+    """
+    if len(set(views)) == 1:
+        count = views[0]
+        wide = x.reshape(len(views), count * x.shape[1], x.shape[2])
+        turned = None if rotation is None else (rotation[0].repeat(count, 1), rotation[1].repeat(count, 1))
+        return run(block, wide, turned).reshape(x.shape)
+    parts = [across_views(run, block, part, [len(part)], rotation) for part in x.split(list(views))]
+    return torch.cat(parts)
+
+
+def rotary_table(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """positions ``(…, 2)`` → cos, sin ``(…, head_dim)``: the first half of the channels turns by row, the second by
+    column."""
+    quarter = head_dim // 4
+    frequency = _ROPE_BASE ** (-torch.arange(quarter, device=positions.device, dtype=torch.float32) / quarter)
+    angles = positions[..., None].float() * frequency
+    angles = torch.cat([angles, angles], dim=-1).flatten(-2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x ``(…, head_dim)``: each half of the channels is rotated between its own two quarters."""
+    a, b, c, d = x.chunk(4, dim=-1)
+    return x * cos + torch.cat([-b, a, -d, c], dim=-1) * sin
