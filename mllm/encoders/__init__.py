@@ -18,6 +18,7 @@ ENCODERS: Registry = Registry(
         "vary": "mllm.encoders.vary:VaryEncoder",
         "ppocr": "mllm.encoders.ppocr:PPOcrEncoder",
         "vggt": "mllm.encoders.vggt:VggtEncoder",
+        "pi3": "mllm.encoders.pi3:Pi3Encoder",
         "depth_anything_3": "mllm.encoders.depth_anything_3:DepthAnything3Encoder",
         "biformer": "mllm.encoders.backbones.biformer:BiFormerEncoder",
         "crossformer": "mllm.encoders.backbones.crossformer:CrossFormerEncoder",

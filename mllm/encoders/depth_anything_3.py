@@ -9,12 +9,19 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mllm.encoders.base import EncoderConfig
 from mllm.encoders.library import LayerOutput, take_layers
 from mllm.encoders.multiview import ViewsConfig, ViewsEncoder
-from mllm.encoders.view_blocks import Block, PatchConv, Rotation, across_views, rotary_table
+from mllm.encoders.view_blocks import (
+    Block,
+    PatchConv,
+    Rotation,
+    ViewsModel,
+    across_views,
+    rotary_table,
+    token_places,
+)
 from mllm.encoders.weights import load_exactly
 from mllm.errors import CheckpointError
 from mllm.types import Grid, ImageSpec
@@ -49,7 +56,7 @@ class DepthAnything3Config(ViewsConfig):
         return self
 
 
-class AlternatingViT(nn.Module):
+class AlternatingViT(ViewsModel):
     """DINOv2 whose later blocks attend inside each view and across the views of a scene in turns."""
 
     def __init__(self, config: DepthAnything3Config, depth: int):
@@ -66,16 +73,10 @@ class AlternatingViT(nn.Module):
             Block(width, config.num_heads, qk_norm=self.joins(number), scale=1.0, eps=1e-6) for number in range(depth)
         )
         self.norm = nn.LayerNorm(width, eps=1e-5)
-        self.gradient_checkpointing = False
 
     def joins(self, number: int) -> bool:
         """Whether a block is one of those from which on views see each other."""
         return self.across_from is not None and number >= self.across_from
-
-    def run(self, block: nn.Module, *inputs: Any) -> Tensor:
-        if self.gradient_checkpointing and self.training:
-            return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[return-value]
-        return block(*inputs)
 
     def positions(self, grid: Grid) -> Tensor:
         """The position table for a grid: bicubic, by the factor of DINOv2's kludge."""
@@ -91,8 +92,7 @@ class AlternatingViT(nn.Module):
     def rotations(self, grid: Grid, x: Tensor) -> tuple[Rotation, Rotation]:
         """How the tokens of a view are turned inside it, by row and column from 1, and across views, where all its patches have one
         place: (0, 0) is the camera token's."""
-        rows, cols = (torch.arange(1, cells + 1, device=x.device) for cells in grid)
-        places = torch.cat([rows.new_zeros(1, 2), torch.cartesian_prod(rows, cols)])
+        places = token_places(grid, 1, x.device)
         inside = rotary_table(places, self.head_dim, x.dtype)
         return inside, rotary_table(places.clamp(max=1), self.head_dim, x.dtype)
 
@@ -180,9 +180,6 @@ class DepthAnything3Encoder(ViewsEncoder):
             prefix = x[:, :1] if alone is None else torch.cat([alone[:, :1], x[:, :1]], dim=-1)
             found.append(LayerOutput(tokens, self.own_grid, prefix))
         return found
-
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        self.model.gradient_checkpointing = enabled
 
     def load_pretrained(self) -> None:
         """From a checkpoint of the whole model (``model.backbone.pretrained.…``) or of its backbone."""

@@ -122,6 +122,9 @@ class ViewsEncoder(LibraryEncoder):
             parts.append([LayerOutput(one.tokens[1:], one.grid, _prefix(one)[1:]) for one in found])
         return parts
 
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        self.model.gradient_checkpointing = enabled
+
     def published(self, wanted: set[str]) -> tuple[str, dict[str, Tensor]]:
         """Where ``config.weights`` are from, and their tensors below the prefix under which most of ``wanted`` is."""
         weights = self.required_weights()

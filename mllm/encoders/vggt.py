@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mllm.encoders.base import EncoderConfig
 from mllm.encoders.library import LayerOutput, group_parameters, resample_tokens, take_layers
 from mllm.encoders.multiview import ViewsConfig, ViewsEncoder
-from mllm.encoders.view_blocks import Block, PatchConv, Run, across_views, rotary_table
+from mllm.encoders.view_blocks import Block, DinoV2, PatchConv, ViewsModel, across_views, rotary_table, token_places
 from mllm.encoders.weights import load_exactly
 from mllm.errors import AlignmentError, CheckpointError, ConfigError
 from mllm.types import Grid, ImageSpec, VisionFeatures
@@ -47,42 +45,7 @@ class FeatureEmbed(nn.Module):
         return self.proj(self.norm(tokens))
 
 
-class DinoV2(nn.Module):
-    """DINOv2 with registers (arXiv 2309.16588); returns normalised tokens: class, registers, patches."""
-
-    def __init__(self, config: VggtConfig):
-        super().__init__()
-        width, self.side = config.width, config.dinov2_image_size // config.patch_size
-        self.patch_size = config.patch_size
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.randn(1, 1 + self.side**2, width) * 0.02)
-        self.register_tokens = nn.Parameter(torch.zeros(1, config.num_registers, width))
-        self.patch_embed = PatchConv(width, config.patch_size)
-        self.blocks = nn.ModuleList(
-            Block(width, config.num_heads, qk_norm=False, scale=1.0, eps=1e-6) for _ in range(config.dinov2_depth)
-        )
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-
-    def positions(self, rows: int, cols: int) -> Tensor:
-        """The position table for a grid: bicubic, antialiased, by target size."""
-        if (rows, cols) == (self.side, self.side):
-            return self.pos_embed
-        image = self.pos_embed[:, 1:].unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2).float()
-        image = F.interpolate(image, size=(rows, cols), mode="bicubic", antialias=True)
-        table = image.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)
-        return torch.cat([self.pos_embed[:, :1], table], dim=1)
-
-    def forward(self, pixels: Tensor, run: Run) -> Tensor:
-        batch = pixels.shape[0]
-        x = torch.cat([self.cls_token.expand(batch, -1, -1), self.patch_embed(pixels)], dim=1)
-        x = x + self.positions(pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
-        x = torch.cat([x[:, :1], self.register_tokens.expand(batch, -1, -1), x[:, 1:]], dim=1)
-        for block in self.blocks:
-            x = run(block, x, None)
-        return self.norm(x)
-
-
-class Aggregator(nn.Module):
+class Aggregator(ViewsModel):
     """Frame attention inside each view, then global attention over the views of a scene, in turns.
 
     The first view of a scene is its reference: it has camera and register tokens of its own.
@@ -100,15 +63,9 @@ class Aggregator(nn.Module):
             assert config.reads.width is not None
             self.patch_embed = FeatureEmbed(config.reads.width, width)
         else:
-            self.patch_embed = DinoV2(config) if config.patch_embed == "dinov2" else PatchConv(width, config.patch_size)
+            self.patch_embed = dinov2(config) if config.patch_embed == "dinov2" else PatchConv(width, config.patch_size)
         self.frame_blocks = nn.ModuleList(_block(config) for _ in range(depth))
         self.global_blocks = nn.ModuleList(_block(config) for _ in range(depth))
-        self.gradient_checkpointing = False
-
-    def run(self, block: nn.Module, *inputs: Any) -> Tensor:
-        if self.gradient_checkpointing and self.training:
-            return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[return-value]
-        return block(*inputs)
 
     def forward(
         self, pixels: Tensor, views: Sequence[int], wanted: Sequence[int], grid: Grid | None = None
@@ -124,7 +81,7 @@ class Aggregator(nn.Module):
         special = torch.cat([self.camera_token[0][later], self.register_token[0][later]], dim=1)
         x = torch.cat([special, patches], dim=1)
         grid = grid or (pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
-        rotation = rotary_table(self.positions(grid, x.device), self.head_dim, x.dtype)
+        rotation = rotary_table(token_places(grid, self.num_special, x.device), self.head_dim, x.dtype)
         outputs: dict[int, Tensor] = {}
         for count, (frame_block, global_block) in enumerate(zip(self.frame_blocks, self.global_blocks), start=1):
             in_frame = self.run(frame_block, x, rotation)
@@ -133,12 +90,17 @@ class Aggregator(nn.Module):
                 outputs[count] = torch.cat([in_frame, x], dim=-1)
         return outputs
 
-    def positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
-        """(row, column) of every token of one view, patches counted from 1, special tokens at (0, 0): ``(1 + R + N,
-        2)``."""
-        rows = torch.arange(1, grid[0] + 1, device=device)
-        cols = torch.arange(1, grid[1] + 1, device=device)
-        return torch.cat([rows.new_zeros(self.num_special, 2), torch.cartesian_prod(rows, cols)])
+
+def dinov2(config: VggtConfig) -> DinoV2:
+    """What takes the patches of VGGT's pictures."""
+    return DinoV2(
+        config.width,
+        config.num_heads,
+        depth=config.dinov2_depth,
+        patch_size=config.patch_size,
+        image_size=config.dinov2_image_size,
+        num_registers=config.num_registers,
+    )
 
 
 def _block(config: VggtConfig) -> Block:
@@ -205,9 +167,6 @@ class VggtEncoder(ViewsEncoder):
         outside = [n for n in names if not n.startswith(("model.frame_blocks.", "model.global_blocks."))]
         layers = [(f"layers.{i}", [f"model.frame_blocks.{i}.", f"model.global_blocks.{i}."]) for i in numbers]
         return [*group_parameters(outside, []), *layers]
-
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        self.model.gradient_checkpointing = enabled
 
     def load_pretrained(self) -> None:
         """From a checkpoint of the whole VGGT (``aggregator.…``) or of its aggregator."""

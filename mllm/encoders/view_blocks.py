@@ -4,10 +4,14 @@ and attention that spans the views of a scene."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mllm.types import Grid
 
 _ROPE_BASE = 100.0
 Rotation = tuple[Tensor, Tensor]
@@ -81,6 +85,59 @@ class PatchConv(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.proj(pixels).flatten(2).transpose(1, 2)
+
+
+class DinoV2(nn.Module):
+    """DINOv2 with registers (arXiv 2309.16588); returns normalised tokens: class, registers, patches. image_size: of its position
+    table, which is resized on use (bicubic, antialiased, by target size)."""
+
+    def __init__(self, width: int, num_heads: int, *, depth: int, patch_size: int, image_size: int, num_registers: int):
+        super().__init__()
+        self.side, self.patch_size = image_size // patch_size, patch_size
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.randn(1, 1 + self.side**2, width) * 0.02)
+        self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, width))
+        self.patch_embed = PatchConv(width, patch_size)
+        self.blocks = nn.ModuleList(Block(width, num_heads, qk_norm=False, scale=1.0, eps=1e-6) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def positions(self, grid: Grid) -> Tensor:
+        """The position table for a grid."""
+        if grid == (self.side, self.side):
+            return self.pos_embed
+        image = self.pos_embed[:, 1:].unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2).float()
+        image = F.interpolate(image, size=grid, mode="bicubic", antialias=True)
+        table = image.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)
+        return torch.cat([self.pos_embed[:, :1], table], dim=1)
+
+    def forward(self, pixels: Tensor, run: Run) -> Tensor:
+        batch = pixels.shape[0]
+        x = torch.cat([self.cls_token.expand(batch, -1, -1), self.patch_embed(pixels)], dim=1)
+        x = x + self.positions((pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size))
+        x = torch.cat([x[:, :1], self.register_tokens.expand(batch, -1, -1), x[:, 1:]], dim=1)
+        for block in self.blocks:
+            x = run(block, x, None)
+        return self.norm(x)
+
+
+class ViewsModel(nn.Module):
+    """A model of several views, whose blocks can be computed again in the backward pass in place of keeping what they made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gradient_checkpointing = False
+
+    def run(self, block: nn.Module, *inputs: Any) -> Tensor:
+        """A block's output."""
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[return-value]
+        return block(*inputs)
+
+
+def token_places(grid: Grid, num_special: int, device: torch.device) -> Tensor:
+    """(row, column) of every token of one view, patches counted from 1, special tokens at (0, 0): ``(P + N, 2)``."""
+    rows, cols = (torch.arange(1, cells + 1, device=device) for cells in grid)
+    return torch.cat([rows.new_zeros(num_special, 2), torch.cartesian_prod(rows, cols)])
 
 
 def across_views(run: Run, block: nn.Module, x: Tensor, views: Sequence[int], rotation: Rotation | None) -> Tensor:

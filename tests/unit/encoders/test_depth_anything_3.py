@@ -14,24 +14,11 @@ from mllm.encoders.catalogue import build_encoder, encoder_config
 from mllm.encoders.depth_anything_3 import DepthAnything3Encoder, balanced
 from mllm.errors import CheckpointError, ConfigError
 from tests.golden.fill import check, fill_all, load
+from tests.unit.encoders.views import build, check_gradients, stirred
 
 GOLDEN = Path(__file__).parents[2] / "golden"
-TINY = DepthAnything3Encoder.tiny()
+TINY = {**DepthAnything3Encoder.tiny(), "keep_prefix": True}
 SIZES = {"width": 32, "num_heads": 2, "depth": 6, "position_size": 56, "image_size": [42, 56], "keep_prefix": True}
-
-
-def build(**changes):
-    return build_encoder(encoder_config({**TINY, "keep_prefix": True, **changes}, where="encoder")).eval()
-
-
-def stirred(**changes):
-    """One whose every weight counts."""
-    torch.manual_seed(0)
-    encoder = build(**changes)
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return encoder
 
 
 def published(case, tmp_path, **changes):
@@ -80,13 +67,13 @@ def test_the_backbone_of_single_pictures(tmp_path):
 
 @torch.no_grad()
 def test_the_order_of_views_says_nothing_but_which_is_the_reference():
-    encoder = stirred()
+    encoder = stirred(TINY)
     pixels, order = torch.rand(5, 3, 16, 20), torch.tensor([3, 0, 4, 2, 1])
     ids = torch.zeros(5, dtype=torch.long)
     found, moved = encoder(pixels, scene_ids=ids), encoder(pixels[order], scene_ids=ids)
     torch.testing.assert_close(moved.tokens, found.tokens[order], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(moved.prefix, found.prefix[order], atol=1e-4, rtol=1e-4)
-    fixed = stirred(reference="first")
+    fixed = stirred(TINY, reference="first")
     one, other = fixed(pixels, scene_ids=ids), fixed(pixels[order], scene_ids=ids)
     assert (other.tokens - one.tokens[order]).abs().max() > 1e-2
     kept = torch.tensor([0, 3, 1, 4, 2])
@@ -95,7 +82,7 @@ def test_the_order_of_views_says_nothing_but_which_is_the_reference():
 
 @torch.no_grad()
 def test_scenes_may_be_mixed_up_and_of_different_length():
-    encoder = stirred()
+    encoder = stirred(TINY)
     pixels = torch.rand(6, 3, 16, 20)
     mixed = encoder(pixels, scene_ids=torch.tensor([7, 2, 7, 7, 2, 9]))
     for rows in ([0, 2, 3], [1, 4], [5]):
@@ -114,8 +101,8 @@ def test_the_reference_is_the_view_in_the_middle():
 
 @torch.no_grad()
 def test_a_long_scene_is_read_in_parts_that_each_see_the_reference():
-    whole = stirred(reference="first")
-    parted = build(reference="first", chunk=3)
+    whole = stirred(TINY, reference="first")
+    parted = build(TINY, reference="first", chunk=3)
     parted.load_state_dict(whole.state_dict())
     pixels = torch.rand(6, 3, 16, 20)
     found = parted(pixels, scene_ids=torch.zeros(6, dtype=torch.long))
@@ -123,33 +110,24 @@ def test_a_long_scene_is_read_in_parts_that_each_see_the_reference():
         alone = whole(pixels[views], scene_ids=torch.zeros(len(views), dtype=torch.long))
         torch.testing.assert_close(found.tokens[views[kept]], alone.tokens[kept], atol=1e-5, rtol=1e-5)
     with pytest.raises(ConfigError, match="reference cannot be 'balanced'; add reference: first"):
-        build(chunk=3)
+        build(TINY, chunk=3)
 
 
 def test_what_does_not_fit_is_told(tmp_path):
-    save_file({k: v.clone() for k, v in build(layers=[-1]).model.state_dict().items()}, tmp_path / "model.safetensors")
+    save_file(
+        {k: v.clone() for k, v in build(TINY, layers=[-1]).model.state_dict().items()}, tmp_path / "model.safetensors"
+    )
     weights = {"source": str(tmp_path / "model.safetensors")}
     with pytest.raises(CheckpointError, match="deeper than depth: 3"):
-        build(depth=3, weights=weights).load_pretrained()
+        build(TINY, depth=3, weights=weights).load_pretrained()
     with pytest.raises(CheckpointError, match=r"missing: blocks\.4\."):
-        build(depth=5, weights=weights).load_pretrained()
-    build(layers=[2], weights=weights).load_pretrained()
+        build(TINY, depth=5, weights=weights).load_pretrained()
+    build(TINY, layers=[2], weights=weights).load_pretrained()
     with pytest.raises(ConfigError, match="no multiple of the patch size 4"):
-        build(image_size=[15, 20])
+        build(TINY, image_size=[15, 20])
     with pytest.raises(ConfigError, match="num_heads: 3 does not split width 32"):
-        build(num_heads=3)
+        build(TINY, num_heads=3)
 
 
 def test_gradients_reach_every_weight_and_recomputing_changes_none():
-    encoder = stirred().train()
-    pixels, ids = torch.rand(4, 3, 16, 20), torch.tensor([0, 0, 0, 1])
-    found = []
-    for enabled in (False, True):
-        encoder.zero_grad()
-        encoder.set_gradient_checkpointing(enabled)
-        features = encoder(pixels, scene_ids=ids)
-        (features.tokens.square().mean() + features.prefix.square().mean()).backward()
-        found.append({name: parameter.grad.clone() for name, parameter in encoder.named_parameters()})
-    for name, gradient in found[0].items():
-        assert gradient.abs().max() > 0, name
-        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-5)
+    check_gradients(stirred(TINY))

@@ -44,7 +44,7 @@ def test_a_block_is_vggts():
 def test_dinov2_resizes_its_positions_like_vggts():
     meta, inputs, outputs = load(GOLDEN / "vggt_dinov2_small.json")
     config = vggt.VggtConfig(type="vggt", width=32, num_heads=2, dinov2_depth=2, dinov2_image_size=56)
-    model = vggt.DinoV2(config)
+    model = vggt.dinov2(config)
     model.load_state_dict({k: v for k, v in weights(meta).items() if k != "mask_token"})
 
     def run(block, *arguments):

@@ -1,0 +1,175 @@
+"""Write the golden vectors of encoders that see several views, with their authors' own modules, in fp32 on a CPU.
+
+    pip install --no-deps depth-anything-3==0.1.1 einops      # Apache-2.0, in an environment of its own
+    git clone https://github.com/yyfz/Pi3 && git -C Pi3 checkout 9fa3ddb     # the code BSD-3-Clause
+    PYTHONPATH=. python tests/golden/make_views.py --pi3 Pi3
+
+Only the backbones' modules are imported; the packages' other requirements are not needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import sys
+import types
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.numpy import save_file
+from torch import Tensor, nn
+
+from tests.golden.fill import fill
+
+HERE = Path(__file__).parent
+SEED = 311
+SIZES = {"img_size": 56, "patch_size": 14, "embed_dim": 32, "num_heads": 2}
+DA3 = {**SIZES, "depth": 6, "alt_start": 2, "qknorm_start": 2, "rope_start": 2, "cat_token": True}
+ALONE = {**SIZES, "depth": 6, "alt_start": -1, "qknorm_start": -1, "rope_start": -1, "cat_token": False}
+PI3 = {**SIZES, "dinov2_depth": 2, "dinov2_registers": 4, "decoder_depth": 4, "registers": 5}
+Read = Callable[[Any, Tensor], dict[str, Tensor]]
+"""(model, pixels ``(1, S, 3, H, W)``, ImageNet-normalised) → outputs by name."""
+
+
+def name_package(name: str, folder: Path) -> None:
+    """Let modules below a package be imported without running its ``__init__.py``."""
+    module = types.ModuleType(name)
+    module.__path__ = [str(folder)]
+    sys.modules[name] = module
+
+
+def depth_anything_3(ctor: dict[str, Any]) -> nn.Module:
+    """The package's `DinoVisionTransformer`."""
+    if "depth_anything_3" not in sys.modules:
+        found = importlib.util.find_spec("depth_anything_3")
+        assert found is not None and found.submodule_search_locations
+        root = Path(next(iter(found.submodule_search_locations)))
+        name_package("depth_anything_3", root)
+        name_package("depth_anything_3.model", root / "model")
+    from depth_anything_3.model.dinov2.vision_transformer import (  # pyright: ignore[reportMissingImports]
+        DinoVisionTransformer,
+    )
+
+    return DinoVisionTransformer(**ctor)
+
+
+def read_depth_anything_3(layers: list[int], model: Any, pixels: Tensor) -> dict[str, Tensor]:
+    found = {}
+    for layer, (tokens, camera) in zip(layers, model.get_intermediate_layers(pixels, layers)[0], strict=True):
+        found |= {f"{layer + 1}": tokens, f"{layer + 1}.camera": camera}
+    return found
+
+
+def pi3(checkout: Path) -> nn.Module:
+    """The authors' `Pi3` up to its heads, at small sizes."""
+    name_package("pi3", checkout / "pi3")
+    from pi3.models.dinov2.models.vision_transformer import (  # pyright: ignore[reportMissingImports]
+        DinoVisionTransformer,
+    )
+    from pi3.models.layers.attention import FlashAttentionRope  # pyright: ignore[reportMissingImports]
+    from pi3.models.layers.block import BlockRope  # pyright: ignore[reportMissingImports]
+    from pi3.models.layers.pos_embed import PositionGetter, RoPE2D  # pyright: ignore[reportMissingImports]
+    from pi3.models.pi3 import Pi3  # pyright: ignore[reportMissingImports]
+
+    model: Any = Pi3.__new__(Pi3)
+    nn.Module.__init__(model)
+    width, heads = PI3["embed_dim"], PI3["num_heads"]
+    model.encoder = DinoVisionTransformer(
+        **SIZES, depth=PI3["dinov2_depth"], mlp_ratio=4, init_values=1.0, block_chunks=0,
+        num_register_tokens=PI3["dinov2_registers"], interpolate_antialias=True, interpolate_offset=0.0,
+    )  # fmt: skip
+    del model.encoder.mask_token
+    model.patch_size, model.pos_type, model.dec_embed_dim = PI3["patch_size"], "rope100", width
+    model.rope, model.position_getter = RoPE2D(freq=100.0), PositionGetter()
+    model.decoder = nn.ModuleList(
+        BlockRope(
+            dim=width, num_heads=heads, mlp_ratio=4, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6), init_values=0.01,
+            qk_norm=True, attn_class=FlashAttentionRope, rope=model.rope,
+        ) for _ in range(PI3["decoder_depth"])
+    )  # fmt: skip
+    model.patch_start_idx = PI3["registers"]
+    model.register_token = nn.Parameter(torch.zeros(1, 1, PI3["registers"], width))
+    return model
+
+
+def read_pi3(model: Any, pixels: Tensor) -> dict[str, Tensor]:
+    views, height, width = pixels.shape[1], *pixels.shape[3:]
+    patches = model.encoder(pixels[0], is_training=True)["x_norm_patchtokens"]
+    return {"all": model.decode(patches, views, height, width)[0]}
+
+
+def rule(name: str, shape: tuple[int, ...]) -> str:
+    if ("norm" in name and name.endswith("weight")) or name.endswith("gamma"):
+        return "norm"
+    return "matrix" if len(shape) > 1 else "vector"
+
+
+@torch.no_grad()
+def write(model: nn.Module, read: Read, views: dict[str, int], about: dict[str, Any]) -> None:
+    """Fill, run and store one case. views: how many each input has; about: what its JSON says of it."""
+    model.eval()
+    params = []
+    for key, parameter in model.named_parameters():
+        kind = rule(key, tuple(parameter.shape))
+        params.append({"name": key, "shape": list(parameter.shape), "rule": kind, "role": key})
+        parameter.copy_(torch.from_numpy(fill(key, parameter.shape, SEED, kind)))
+    exact = copy.deepcopy(model).double()
+    inputs, outputs, worst = [], {}, 0.0
+    for case, count in views.items():
+        shape = (1, count, 3, 42, 56)
+        pixels = torch.from_numpy(fill(f"input.{case}", shape, SEED, "normal"))
+        more = {"stored": False, "rule": "normal", "meaning": "[B,S,3,H,W], ImageNet-normalised"}
+        inputs.append({"name": f"input.{case}", "shape": list(shape), "dtype": "float32", **more})
+        fine = read(exact, pixels.double())
+        for name, value in read(model, pixels).items():
+            outputs[f"output.{case}.{name}"] = value.contiguous().numpy()  # safetensors would store a view's memory
+            worst = max(worst, float((value - fine[name]).abs().max()))
+    told = [{"name": key, "shape": list(value.shape), "dtype": "float32"} for key, value in outputs.items()]
+    meta = {
+        "variant": "open", "seed": SEED, "mode": "eval", **about, "params": params, "inputs": inputs, "outputs": told,
+        "tolerance": {"atol": 2e-5, "rtol": 1e-5}, "fp32_vs_float64": worst,
+    }  # fmt: skip
+    target = HERE / f"{about['case']}.json"
+    target.write_text(json.dumps(meta, indent=1) + "\n")
+    save_file(outputs, str(target.with_suffix(".safetensors")))
+    print(target.name, f"fp32 and float64 differ by {worst:.1e}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pi3", type=Path, help="checkout of yyfz/Pi3; default: that case is left as it is")
+    checkout = parser.parse_args().pi3
+    paper = {
+        "paper": "Depth Anything 3 (arXiv 2511.10647)",
+        "source": "PyPI depth-anything-3 0.1.1 (Apache-2.0), depth_anything_3/model/dinov2/vision_transformer.py:DinoVisionTransformer",
+    }
+    write(
+        depth_anything_3(DA3), partial(read_depth_anything_3, [1, 3, 5]), {"five": 5, "two": 2},
+        {"case": "depth_anything_3", **paper, "ctor": DA3,
+         "what": "DINOv2 whose blocks from the third on attend inside and across views in turns; after blocks 2, 4 and 6.",
+         "notes": "Of five views the reference is chosen by their class tokens before the second block, of two it is the first. "
+                  "[B,S,N,2C]: after the last block inside views, then after the last of all, normalised; camera tokens [B,S,2C] are not."},
+    )  # fmt: skip
+    write(
+        depth_anything_3(ALONE), partial(read_depth_anything_3, [2, 5]), {"two": 2},
+        {"case": "depth_anything_3_alone", **paper, "ctor": ALONE,
+         "what": "The backbone of the models of single pictures: no block across views, no rotary positions, no camera token.",
+         "notes": "[B,S,N,C], normalised; .camera is the class token, not normalised."},
+    )  # fmt: skip
+    if checkout is not None:
+        write(
+            pi3(checkout), read_pi3, {"three": 3, "one": 1},
+            {"case": "pi3", "paper": "Pi3 (arXiv 2507.13347)", "ctor": PI3,
+             "source": "yyfz/Pi3@9fa3ddb (code BSD-3-Clause), pi3/models/pi3.py:Pi3.decode after its DINOv2",
+             "what": "Encoder and decoder up to the heads: blocks inside each view and across views in turns, no view before the others.",
+             "notes": "[S,5+N,2C]: after the last block inside views, then after the last across; registers first, not normalised."},
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
