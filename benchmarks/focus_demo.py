@@ -67,6 +67,7 @@ def main() -> None:
     checkpoint = run_recipe(recipe, output=root / "model", resume=options.resume)
     report: dict[str, Any] = {"training_seconds": round(time.perf_counter() - began)}
     model = AutoModelForImageTextToText.from_pretrained(str(checkpoint)).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     processor = AutoProcessor.from_pretrained(str(checkpoint))
     report |= measure(model, processor, read_edits(data))
     report["seconds"] = round(time.perf_counter() - began)
@@ -76,10 +77,10 @@ def main() -> None:
 
 def measure(model: Any, processor: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Shares of right edits in percent, by the way they were made."""
-    sources = (
-        torch.stack([torch.from_numpy(read(row["image"])) for row in rows]).permute(0, 3, 1, 2).float() / 127.5 - 1
-    )
-    masks = torch.stack([torch.from_numpy(row["mask"]) for row in rows])
+    device = model.device
+    pictures = torch.stack([torch.from_numpy(read(row["image"])) for row in rows]).to(device)
+    sources = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+    masks = torch.stack([torch.from_numpy(row["mask"]) for row in rows]).to(device)
     images = [row["image"] for row in rows]
     asked = [INSTRUCTION.format(phrase=row["phrase"], colour=row["colour"]) for row in rows]
     blind = [INSTRUCTION.format(phrase=BLIND, colour=row["colour"]) for row in rows]
@@ -91,7 +92,7 @@ def measure(model: Any, processor: Any, rows: list[dict[str, Any]]) -> dict[str,
     packed = torch.cat([found.packed[None] for found in edits_raw(model, processor, images, asked)])
     with torch.no_grad():
         plain = decode_packed(tokenizer, packed)
-        wanted = torch.where(masks[:, None], colours(rows), sources)
+        wanted = torch.where(masks[:, None], colours(rows).to(device), sources)
         codes = tokenizer.encode(wanted)
         oracle = as_unit_range(edit(tokenizer.diffusion, sources, masks, codes, seed=0))
         own = as_unit_range(edit(tokenizer.diffusion, sources, hidden, codes, seed=0))
@@ -135,7 +136,7 @@ def colours(rows: list[dict[str, Any]]) -> torch.Tensor:
 
 def shares(pixels: torch.Tensor, rows: list[dict[str, Any]]) -> dict[str, float]:
     """right, coloured: percent; outside: median PSNR in dB."""
-    made = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    made = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     scores = [judge_edit(read(row["image"]), one, row["mask"], row["colour"], COLOURS) for row, one in zip(rows, made)]
     return {
         "right": round(100 * float(np.mean([score.right for score in scores])), 1),

@@ -88,6 +88,7 @@ def score_words(checkpoint: Path, data: Path) -> float:
         texts = [render_prompt(processor, [Turn("user", f"{IMAGE_MARK}\n{row['question']}")]) for row in part]
         images = [[str(data / row["image"])] for row in part]
         inputs = processor(text=texts, images=images, padding=True, add_special_tokens=False, return_tensors="pt")
+        inputs = inputs.to(model.device)
         output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
         answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         right += sum(answer.strip() == row["answer"] for answer, row in zip(answers, part))
@@ -95,7 +96,8 @@ def score_words(checkpoint: Path, data: Path) -> float:
 
 
 def opened(checkpoint: Path) -> tuple[Any, Any]:
-    model = MllmForConditionalGeneration.from_pretrained(str(checkpoint)).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = MllmForConditionalGeneration.from_pretrained(str(checkpoint)).eval().to(device)
     return model, MllmProcessor.from_pretrained(str(checkpoint))
 
 
