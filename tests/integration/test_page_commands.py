@@ -40,7 +40,7 @@ NOT_RUN = {
     r"^eval ablate a=|^export my_adapter|^serve CKPT --lora": (
         f"needs more than one trained model: {UNIT}/eval/test_ablations.py, {WHOLE}/test_train_stages.py"
     ),
-    r"my_tables|tuxpaint|^data rebuild real_charts": f"draws thousands of charts, or needs Debian's: {UNIT}/data",
+    r"my_tables|tuxpaint|^data rebuild (real_charts|stamps)": f"draws thousands of charts, or needs Debian's: {UNIT}/data",
     r"/shared/|wandb|--extend|--processes 8": (
         f"needs machines, an account or a finished long run: {WHOLE}/test_train_engines.py, {WHOLE}/test_train_commands.py"
     ),
