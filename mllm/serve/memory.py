@@ -82,6 +82,7 @@ def cpu_cache(need: Need, memory: float | int | None, *, free: int, total: int) 
     memory: of `parse_memory`, for weights, processes and cache together; None: the cache takes at most half of what is
     free. Raises `ConfigError` with what would fit.
     """
+    there, cure = free, "free memory, or take a smaller model"
     room = free - need.weights - PROCESSES
     if memory is not None:
         wanted = int(memory * total) if isinstance(memory, float) else memory
@@ -90,17 +91,18 @@ def cpu_cache(need: Need, memory: float | int | None, *, free: int, total: int) 
                 f"--memory asks for {size_text(wanted)} and {size_text(free)} of {size_text(total)} are free"
             )
         room = wanted - need.weights - PROCESSES
+        least = need.weights + PROCESSES + need.one
+        there, cure = wanted, f"give --memory {least / 2**30 + 0.1:.1f}GiB or more"
     else:
         room = min(room, int(_DEFAULT_SHARE * free)) if room >= need.one else room
     cache = min(need.all, room)
     if cache >= need.one:
         return cache
     fits = max(0, room // need.per_token // BLOCK - 1) * BLOCK
-    cure = f"with --max-model-len {fits} it would" if fits else "free memory, or take a smaller model"
+    cure = f"with --max-model-len {fits} it would" if fits else cure
     raise ConfigError(
         f"the model needs {size_text(need.weights)} for weights, {size_text(PROCESSES)} for its processes and {size_text(need.one)} for "
-        f"one request of {need.length} tokens; {size_text(free if memory is None else room + need.weights + PROCESSES)} are "
-        f"there: {cure}"
+        f"one request of {need.length} tokens; {size_text(there)} are {'there' if memory is None else 'asked for'}: {cure}"
     )
 
 
@@ -166,17 +168,20 @@ def seats_of(extra: list[str]) -> int:
 
 def engines_of(extra: list[str]) -> int:
     """``--data-parallel-size`` among vLLM's own arguments."""
-    return max(1, _number(extra, ENGINES, 1))
+    return _number(extra, ENGINES, 1)
 
 
 def _number(extra: list[str], names: tuple[str, ...], default: int) -> int:
-    """The value of an option; the default where it is not there, or no number."""
+    """The value of an option, of which the last one counts; the default where it is not there. Raises `ConfigError`."""
+    found = default
     for place, option in enumerate(extra):
         name, _, value = option.partition("=")
         if name in names:
             value = value or (extra[place + 1] if place + 1 < len(extra) else "")
-            return int(value) if value.isdigit() else default
-    return default
+            if not value.isdecimal() or int(value) < 1:
+                raise ConfigError(f"{name} {value}: expected a whole number from 1 on")
+            found = int(value)
+    return found
 
 
 def size_text(value: int) -> str:

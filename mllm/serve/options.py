@@ -8,25 +8,49 @@ import os
 import re
 import socket
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from mllm.errors import ConfigError, UnavailableError, did_you_mean
 from mllm.install import install_hint
 from mllm.serve.http.keys import CLIENTS, LOOPBACK, read_clients
-from mllm.serve.memory import parse_memory
+from mllm.serve.memory import engines_of, parse_memory, seats_of
 
 
 def check_extra(extra: list[str]) -> None:
-    """Raise `ConfigError` for an option that the installed vLLM does not have, before it takes half a minute to say so."""
+    """Raise `ConfigError` for an option that the installed vLLM does not have or a number that is none, before it takes half a minute to
+    say so."""
+    extra = written_out(extra)
+    if any(option.split("=")[0] == "--api-key" for option in extra):
+        raise ConfigError(f"--api-key would be readable in the list of processes; set {CLIENTS} in the environment")
+    seats_of(extra)
+    engines_of(extra)
+
+
+def written_out(extra: list[str]) -> list[str]:
+    """vLLM's own arguments with every option by its whole name, as it is looked for here: vLLM takes ``--max_num_seqs`` and
+    ``--max-num-s`` as well. Raises `ConfigError` for one that it does not have, or that may mean several."""
     known = _vllm_options()
-    for option in (o.split("=")[0] for o in extra if o.startswith("--") and o != "--"):
-        name = option.split(".")[0].replace("_", "-")
-        if name == "--api-key":
-            raise ConfigError(f"--api-key would be readable in the list of processes; set {CLIENTS} in the environment")
-        if len(known) > 100 and not any(one.startswith(name) for one in known):
-            raise ConfigError(f"{option}: neither mllm serve nor vLLM has this option{did_you_mean(name, known)}")
+    made = []
+    for option in extra:
+        typed, mark, rest = option.partition("=")
+        head, dot, keys = typed.partition(".")
+        if not head.startswith("--") or head == "--":
+            made.append(option)
+            continue
+        name = head.replace("_", "-")
+        if len(known) > 100 and name not in known:
+            meant = sorted(one for one in known if one.startswith(name))
+            if not meant:
+                raise ConfigError(f"{typed}: neither mllm serve nor vLLM has this option{did_you_mean(name, known)}")
+            if len(meant) > 1:
+                raise ConfigError(f"{typed}: write the option out; it may be {', '.join(meant[:6])}")
+            name = meant[0]
+        made.append(f"{name}{dot}{keys}{mark}{rest}")
+    return made
 
 
+@lru_cache(maxsize=1)
 def _vllm_options() -> set[str]:
     """Options of ``vllm serve``, by its source (importing vLLM takes many seconds)."""
     found: set[str] = set()
@@ -72,6 +96,8 @@ def check_start(host: str, keys: str | None) -> None:
 
 def check_port(host: str, port: int) -> None:
     """Raise `ConfigError` where this machine cannot listen there, which vLLM says after half a minute."""
+    if not 0 < port < 2**16:
+        raise ConfigError(f"--port {port}: expected 1 to {2**16 - 1}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -31,7 +31,7 @@ from mllm.serve.http.keys import CLIENTS, FILE, LOOPBACK, OPERATOR, read_clients
 from mllm.serve.http.settings import ENVIRONMENT, AdmissionSettings
 from mllm.serve.images.requests import SCHEDULER, refusal
 from mllm.serve.memory import ENGINES, engines_of, memory_arguments, need_of, seats_of, size_text
-from mllm.serve.options import check_extra, check_folder, check_start, vllm_source_has
+from mllm.serve.options import check_extra, check_folder, check_start, vllm_source_has, written_out
 from mllm.serve.supervisor import ENVIRONMENT as SUPERVISOR
 
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -97,6 +97,7 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
     Raises `ConfigError` for a checkpoint that is not ours or settings that do not fit it.
     """
     check_extra(settings.extra)
+    settings = settings.model_copy(update={"extra": written_out(settings.extra)})
     check_folder(settings.checkpoint)
     config, generation = _read(settings.checkpoint)
     router = config.router
@@ -223,6 +224,7 @@ def serve(settings: ServeSettings) -> None:
     check_start(settings.host, settings.keys)
     api_key = os.environ.get(CLIENTS) or os.environ.pop("VLLM_API_KEY", None)
     os.environ.pop("VLLM_API_KEY", None)  # vLLM would check one key itself, on some of the routes only
+    settings = settings.model_copy(update={"extra": written_out(settings.extra)})
     arguments, environment = plan(settings, api_key)
     _check_heads(settings.checkpoint)
     import torch

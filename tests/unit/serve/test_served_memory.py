@@ -53,6 +53,10 @@ def test_what_was_asked_for_bounds_weights_processes_and_cache_together():
     assert cpu_cache(LARGE, 0.5, free=100 * GIB, total=128 * GIB) == 64 * GIB - 17 * GIB
     with pytest.raises(ConfigError, match=r"asks for 64.0 GiB and 60.0 GiB of 128.0 GiB are free"):
         cpu_cache(LARGE, 0.5, free=60 * GIB, total=128 * GIB)
+    with pytest.raises(ConfigError, match=r"0 MiB are asked for: give --memory [\d.]+GiB or more") as told:
+        cpu_cache(SMALL, 1000, free=60 * GIB, total=128 * GIB)
+    enough = parse_memory(str(told.value).split("--memory ")[1].split()[0])
+    assert cpu_cache(SMALL, enough, free=60 * GIB, total=128 * GIB) >= SMALL.one
 
 
 def test_a_length_that_does_not_fit_is_refused_with_one_that_does():
@@ -83,12 +87,10 @@ def test_a_models_need_is_read_from_its_config(tmp_path):
 
 
 def test_seats_are_read_among_vllms_own_options():
-    assert [seats_of(x) for x in ([], ["--max-num-seqs", "3"], ["--max-num-seqs=5"], ["--max-num-seqs"])] == [
-        128,
-        3,
-        5,
-        128,
-    ]
+    assert [seats_of(x) for x in ([], ["--max-num-seqs", "3"], ["--max-num-seqs=5"])] == [128, 3, 5]
+    for wrong in (["--max-num-seqs"], ["--max-num-seqs", "many"], ["--max-num-seqs=0"]):
+        with pytest.raises(ConfigError, match=r"--max-num-seqs .*expected a whole number from 1 on"):
+            seats_of(wrong)
 
 
 def test_a_container_has_what_its_limit_leaves(tmp_path):
@@ -110,7 +112,7 @@ def test_engines_of_one_cpu_share_its_memory(monkeypatch):
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     two = ["--data-parallel-size", "2"]
-    assert [engines_of(x) for x in ([], two, ["-dp=3"], ["--data-parallel-size", "x"])] == [1, 2, 3, 1]
+    assert [engines_of(x) for x in ([], two, ["-dp=3"], [*two, "-dp", "4"])] == [1, 2, 3, 4]
     for memory, wanted in (("96GiB", 48 * GIB), ("0.5", 0.5), (None, None)):
         options, _ = memory_arguments(LARGE, memory, two)
         assert options == ["--kv-cache-memory-bytes", str(cpu_cache(LARGE, wanted, free=50 * GIB, total=64 * GIB))]

@@ -15,6 +15,7 @@ import torch
 from mllm.errors import ConfigError
 from mllm.heads.codes.settings import VLLM_PLACEHOLDER
 from mllm.serve.http.admission import ENVIRONMENT, AdmissionSettings
+from mllm.serve.options import check_port, written_out
 from mllm.serve.server import NO_DOMAIN, ServeSettings, _what_is_on, http_processes, plan, serve
 from tests.helpers import ROOT, TINY_CLIP, TINY_LLM, TINY_TIMM, tiny_model
 
@@ -261,7 +262,12 @@ def test_what_is_no_checkpoint_of_ours_is_named(tmp_path):
 
 def test_a_misspelt_option_of_vllms_is_refused_before_vllm_is_imported(checkpoints):
     pytest.importorskip("vllm")
-    for extra in (["--max-num-seq-s", "3"], ["--enable-prefx-caching"], ["--api-key", "x"]):
+    for extra in (
+        ["--max-num-seq-s", "3"],
+        ["--enable-prefx-caching"],
+        ["--api-key", "x"],
+        ["--data-parallel-size", "two"],
+    ):
         with pytest.raises(ConfigError, match=extra[0]):
             plan(ServeSettings(checkpoint=checkpoints["plain"], extra=extra))
     known = [
@@ -273,6 +279,29 @@ def test_a_misspelt_option_of_vllms_is_refused_before_vllm_is_imported(checkpoin
         "x",
     ]
     plan(ServeSettings(checkpoint=checkpoints["plain"], extra=known))
+
+
+def test_vllms_options_are_understood_by_whatever_name_vllm_takes(checkpoints):
+    """It takes underscores and the beginning of a name; a check that looks for the whole name alone would be passed by."""
+    pytest.importorskip("vllm")
+    assert written_out(["--max_num_seqs=3", "--gpu-memory-util", "0_5", "-O3"]) == [
+        "--max-num-seqs=3", "--gpu-memory-utilization", "0_5", "-O3",
+    ]  # fmt: skip
+    for given, words in (
+        ("--api-ke=x", "readable in the list of processes"),
+        ("--api_key=x", "readable in the list of processes"),
+        ("--data-par", "write the option out; it may be --data-parallel-"),
+        ("--lora_modul=x", "--lora-modules: adapters are given by --lora"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            plan(ServeSettings(checkpoint=checkpoints["plain"], lora=["a=b"], extra=[given]))
+    arguments, _ = plan(ServeSettings(checkpoint=checkpoints["plain"], extra=["--allowed_origins", '["x"]']))
+    assert arguments.count("--allowed-origins") == 1
+
+
+def test_a_port_that_is_none_is_named():
+    with pytest.raises(ConfigError, match="--port 99999: expected 1 to 65535"):
+        check_port("127.0.0.1", 99999)
 
 
 def test_the_cache_is_given_before_the_start(checkpoints, monkeypatch):
