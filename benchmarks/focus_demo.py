@@ -18,21 +18,26 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mllm.demo.edits import INSTRUCTION, prepare_edits, read_edits, train_edit_tokenizer
 from mllm.demo.scenes import BLIND, COLOURS
 from mllm.eval.metrics.editing import judge_edit
+from mllm.heads.codes.decoding import CachedDecoder, Drawing, SampleNoise, draw_codes
+from mllm.heads.codes.generate import prompt_embeddings
 from mllm.heads.editing import edit_pictures
+from mllm.types import IMAGE_MARK, Turn
 from mllm.visual_tokenizers.base import as_unit_range
 from mllm.visual_tokenizers.diffusion.edit import edit
-from mllm.visual_tokenizers.sequence import decode_packed
+from mllm.visual_tokenizers.sequence import decode_packed, pack_codes, unpack_codes
 
 
 def main() -> None:
@@ -66,7 +71,7 @@ def main() -> None:
     recipe = load_recipe("focus_demo", [*changes, *options.overrides])
     checkpoint = run_recipe(recipe, output=root / "model", resume=options.resume)
     report: dict[str, Any] = {"training_seconds": round(time.perf_counter() - began)}
-    model = AutoModelForImageTextToText.from_pretrained(str(checkpoint)).eval()
+    model: Any = AutoModelForImageTextToText.from_pretrained(str(checkpoint)).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     processor = AutoProcessor.from_pretrained(str(checkpoint))
     report |= measure(model, processor, read_edits(data))
@@ -96,6 +101,11 @@ def measure(model: Any, processor: Any, rows: list[dict[str, Any]]) -> dict[str,
         codes = tokenizer.encode(wanted)
         oracle = as_unit_range(edit(tokenizer.diffusion, sources, masks, codes, seed=0))
         own = as_unit_range(edit(tokenizer.diffusion, sources, hidden, codes, seed=0))
+        true, source = pack_codes(tokenizer, codes), pack_codes(tokenizer, tokenizer.encode(sources))
+        held = F.adaptive_avg_pool2d(masks[:, None].float(), tokenizer.grid).flatten(1)  # of each code's cell
+        inside = unpack_codes(tokenizer, torch.where(held > 0, packed, source))
+        kept = as_unit_range(edit(tokenizer.diffusion, sources, masks, inside, seed=0))
+        told = told_codes(model, processor, images, asked, true)
         rebuilt = torch.where(masks[:, None], as_unit_range(tokenizer.decode(codes)), as_unit_range(sources))
     plain = torch.where(hidden[:, None], plain, as_unit_range(sources))
     overlap = (hidden & masks).sum((1, 2)) / (hidden | masks).sum((1, 2)).clamp(min=1)
@@ -104,6 +114,9 @@ def measure(model: Any, processor: Any, rows: list[dict[str, Any]]) -> dict[str,
         "edits": shares(made, rows),
         "mask_iou": round(100 * float(overlap.mean()), 1),
         "with the true mask": shares(marked, rows),
+        "with the true mask, the source's codes outside it": shares(kept, rows),
+        "codes, drawn": right_codes(packed, true, source, held),
+        "codes, each told all before it": right_codes(told, true, source, held),
         "with the true codes": shares(own, rows),
         "with both": shares(oracle, rows),
         "plain decoder": shares(plain, rows),
@@ -127,6 +140,46 @@ def edits(model: Any, processor: Any, images: list[str], instructions: list[str]
     """Pictures ``(B, 3, H, W)`` in [0, 1] and what was painted anew ``(B, H, W)``."""
     found = edits_raw(model, processor, images, instructions, **more)
     return torch.stack([one.pixels for one in found]), torch.stack([one.mask for one in found])
+
+
+@dataclass(frozen=True)
+class Told(Drawing):
+    """Draws the likeliest codes, which are in said, and goes on with the true ones ``(B, S)``."""
+
+    true: torch.Tensor
+    said: list[torch.Tensor] = field(default_factory=list)
+
+    def draw(self, logits: torch.Tensor) -> torch.Tensor:
+        self.said.append(logits.argmax(1))
+        return self.true[:, len(self.said) - 1]
+
+
+@torch.no_grad()
+def told_codes(
+    model: Any, processor: Any, images: list[str], instructions: list[str], true: torch.Tensor
+) -> torch.Tensor:
+    """The likeliest code at each place ``(B, S)``, all true codes before it given."""
+    found = []
+    for start in range(0, len(images), 50):
+        part = slice(start, start + 50)
+        prompts = [[Turn("user", f"{IMAGE_MARK}\n{text}")] for text in instructions[part]]
+        drawing = Told(1.0, 0.0, 0, 0.0, SampleNoise(range(len(prompts)), model.device), true[part])
+        embeddings, mask = prompt_embeddings(
+            model, processor, prompts, [[image] for image in images[part]], drawing, None
+        )
+        decoder = CachedDecoder(model, mask)
+        draw_codes(model, decoder, decoder(embeddings)[:, -1], drawing)
+        found.append(torch.stack(drawing.said, 1))
+    return torch.cat(found)
+
+
+def right_codes(codes: torch.Tensor, true: torch.Tensor, source: torch.Tensor, held: torch.Tensor) -> dict[str, float]:
+    """Percent of codes ``(B, S)`` that are the edited picture's, where the mask fills the code's cell, where it cuts it, and outside;
+    source: those of the picture that is edited (outside, what copying it would reach)."""
+    right = (codes == true).float()
+    places = {"inside": held == 1, "on the edge": (held > 0) & (held < 1), "outside": held == 0}
+    shares = {name: round(100 * float(right[place].mean()), 1) for name, place in places.items() if place.any()}
+    return {**shares, "outside, the source's own": round(100 * float((source == true)[held == 0].float().mean()), 1)}
 
 
 def colours(rows: list[dict[str, Any]]) -> torch.Tensor:

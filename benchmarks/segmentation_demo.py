@@ -36,7 +36,7 @@ CONTROLS = {"marks": ("train", []), "blind": ("blind", []), "words": ("words", W
 """Model → its training file, and changes of the recipe."""
 
 
-def train(output: Path, name: str, steps: int | None, seed: int) -> Path:
+def train(output: Path, name: str, steps: int | None, seed: int, more: list[str]) -> Path:
     """Train one of the three models; returns its checkpoint."""
     file, changes = CONTROLS[name]
     dataset = {
@@ -51,6 +51,7 @@ def train(output: Path, name: str, steps: int | None, seed: int) -> Path:
         f"seed={seed}",
         *changes,
         *([f"stages.sft.steps={steps}"] if steps else []),
+        *more,
     ]
     return run_recipe(load_recipe("segmentation_demo", overrides), output=output / name)
 
@@ -103,6 +104,7 @@ def opened(checkpoint: Path) -> tuple[Any, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="recipe changes, key.sub=value")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
     parser.add_argument("--steps", type=int, help="optimizer steps of each model (default: the recipe's)")
     parser.add_argument(
@@ -116,7 +118,7 @@ def main() -> None:
     report: dict[str, Any] = {}
     for name in arguments.models:
         start = time.time()
-        checkpoint = train(output, name, arguments.steps, arguments.seed)
+        checkpoint = train(output, name, arguments.steps, arguments.seed, arguments.overrides)
         report[name] = {"training_seconds": round(time.time() - start)}
         if name != "words":
             report[name] |= {k: round(v, 2) for k, v in score_masks(checkpoint, data, blind=name == "blind").items()}

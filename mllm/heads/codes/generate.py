@@ -135,7 +135,7 @@ def _left_pad(rows: Sequence[Tensor], pad: int, device: Any) -> tuple[Tensor, Te
 
 
 @torch.no_grad()
-def _prompt_embeddings(
+def prompt_embeddings(
     model: MultimodalModel,
     processor: Processor,
     prompts: Sequence[Any],
@@ -143,7 +143,19 @@ def _prompt_embeddings(
     drawing: Drawing,
     negative: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Embeddings ``(R, T, L)`` and mask ``(R, T)`` of the prompts; guided, R is 2B."""
+    """Embeddings ``(R, T, L)`` and mask ``(R, T)`` of the prompts, up to the start token of what each is to draw; guided, R is 2B.
+
+    Args:
+        model: a model with a head that draws.
+        processor: the model's own.
+        prompts: texts, or conversations.
+        images: the pictures that each shows.
+        drawing: whether it is guided.
+        negative: what guidance leads away from (None: the prompts without their text).
+
+    Raises:
+        ConfigError: a prompt with its drawing is longer than the model reads, or shows pictures in the assistant's turns.
+    """
     device, tokens = model.device, model.visual_config.tokens
     shown = [list(given) for given in images] if images else [[] for _ in prompts]
     rows = [
@@ -256,7 +268,7 @@ def generate_images(
             part = slice(start, start + size)
             drawing = Drawing(cfg_scale, temperature, top_k, top_p, SampleNoise(seeds[part], model.device))
             given = None if images is None else images[part]
-            embeddings, mask = _prompt_embeddings(model, own, prompts[part], given, drawing, negative_prompt)
+            embeddings, mask = prompt_embeddings(model, own, prompts[part], given, drawing, negative_prompt)
             decoder = CachedDecoder(model, mask)
             hidden = decoder(embeddings)[:, -1]
             parts.append(draw_codes(model, decoder, hidden, drawing, passes))
