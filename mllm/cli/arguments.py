@@ -69,6 +69,13 @@ def pictures(paths: Iterable[str | Path] | None, option: str = "--image") -> Non
             raise DataError(f"{option} {path}: no such file")
 
 
+def videos(paths: Iterable[str | Path]) -> None:
+    """Every video is a file or a folder of frames that is there. Raises `DataError`."""
+    for path in paths:
+        if not Path(path).expanduser().exists():
+            raise DataError(f"{path}: no such video (a file or a folder of frames)")
+
+
 def one_of(value: str, known: Iterable[str], option: str) -> str:
     """A value that the option knows. Raises `ConfigError`."""
     if value not in (names := tuple(known)):

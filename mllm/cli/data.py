@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mllm.cli import arguments, data_frozen
+from mllm.cli import arguments, data_frozen, data_points
 
 data = typer.Typer(help="Look at training data: what is broken, how long samples are.", no_args_is_help=True)
 
@@ -163,4 +163,5 @@ def _names(text: str) -> tuple[str, ...]:
 def add_to(app: typer.Typer) -> None:
     """Register the group."""
     data_frozen.add_to(data)
+    data.command("points")(data_points.points)
     app.add_typer(data, name="data")

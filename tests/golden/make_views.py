@@ -2,7 +2,8 @@
 
     pip install --no-deps depth-anything-3==0.1.1 einops      # Apache-2.0, in an environment of its own
     git clone https://github.com/yyfz/Pi3 && git -C Pi3 checkout 9fa3ddb     # the code BSD-3-Clause
-    PYTHONPATH=. python tests/golden/make_views.py --pi3 Pi3
+    git clone https://github.com/diankun-wu/Spatial-MLLM && git -C Spatial-MLLM checkout 9fc4738     # has a copy of VGGT
+    PYTHONPATH=. python tests/golden/make_views.py --pi3 Pi3 --spatial-mllm Spatial-MLLM
 
 Only the backbones' modules are imported; the packages' other requirements are not needed.
 """
@@ -32,6 +33,10 @@ SIZES = {"img_size": 56, "patch_size": 14, "embed_dim": 32, "num_heads": 2}
 DA3 = {**SIZES, "depth": 6, "alt_start": 2, "qknorm_start": 2, "rope_start": 2, "cat_token": True}
 ALONE = {**SIZES, "depth": 6, "alt_start": -1, "qknorm_start": -1, "rope_start": -1, "cat_token": False}
 PI3 = {**SIZES, "dinov2_depth": 2, "dinov2_registers": 4, "decoder_depth": 4, "registers": 5}
+POINTS = {
+    "dim_in": 64, "features": 16, "out_channels": [8, 12, 16, 16], "intermediate_layer_idx": [0, 1, 2, 3],
+    "activation": "inv_log", "conf_activation": "expp1", "output_dim": 4,
+}  # fmt: skip
 Read = Callable[[Any, Tensor], dict[str, Tensor]]
 """(model, pixels ``(1, S, 3, H, W)``, ImageNet-normalised) → outputs by name."""
 
@@ -103,6 +108,24 @@ def read_pi3(model: Any, pixels: Tensor) -> dict[str, Tensor]:
     return {"all": model.decode(patches, views, height, width)[0]}
 
 
+def vggt_points(checkout: Path) -> nn.Module:
+    """VGGT's `DPTHead` for points at small sizes."""
+    name_package("vggt", checkout / "src/qwenvl/external/vggt")
+    name_package("vggt.heads", checkout / "src/qwenvl/external/vggt/heads")
+    from vggt.heads.dpt_head import DPTHead  # pyright: ignore[reportMissingImports]
+
+    return DPTHead(**POINTS)
+
+
+def read_vggt_points(model: Any, pixels: Tensor) -> dict[str, Tensor]:
+    tokens = [
+        torch.from_numpy(fill(f"input.layer_{k}", (1, pixels.shape[1], 14, 64), SEED, "normal")).to(pixels)
+        for k in range(4)
+    ]
+    points, confidence = model(tokens, pixels, 2)
+    return {"points": points, "confidence": confidence}
+
+
 def rule(name: str, shape: tuple[int, ...]) -> str:
     if ("norm" in name and name.endswith("weight")) or name.endswith("gamma"):
         return "norm"
@@ -143,7 +166,9 @@ def write(model: nn.Module, read: Read, views: dict[str, int], about: dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pi3", type=Path, help="checkout of yyfz/Pi3; default: that case is left as it is")
-    checkout = parser.parse_args().pi3
+    parser.add_argument("--spatial-mllm", type=Path, help="checkout of diankun-wu/Spatial-MLLM; likewise")
+    options = parser.parse_args()
+    checkout = options.pi3
     paper = {
         "paper": "Depth Anything 3 (arXiv 2511.10647)",
         "source": "PyPI depth-anything-3 0.1.1 (Apache-2.0), depth_anything_3/model/dinov2/vision_transformer.py:DinoVisionTransformer",
@@ -168,6 +193,15 @@ def main() -> None:
              "source": "yyfz/Pi3@9fa3ddb (code BSD-3-Clause), pi3/models/pi3.py:Pi3.decode after its DINOv2",
              "what": "Encoder and decoder up to the heads: blocks inside each view and across views in turns, no view before the others.",
              "notes": "[S,5+N,2C]: after the last block inside views, then after the last across; registers first, not normalised."},
+        )  # fmt: skip
+    if options.spatial_mllm is not None:
+        write(
+            vggt_points(options.spatial_mllm), read_vggt_points, {"two": 2},
+            {"case": "vggt_points", "paper": "VGGT (arXiv 2503.11651)", "ctor": POINTS,
+             "source": "vendored copy of facebookresearch/vggt in diankun-wu/Spatial-MLLM@9fc4738 (heads/dpt_head.py)",
+             "what": "The point head: DPT over four layers of patches, points by the inverse of a signed logarithm, confidence from 1 on.",
+             "notes": "Layers input.layer_0 to _3 [B,S,2+12,64] are drawn like the pixels and start with two special tokens, skipped. The "
+                      " residual units change what they are given in place: what they add to is what is left of it above 0."},
         )  # fmt: skip
 
 

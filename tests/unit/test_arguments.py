@@ -54,6 +54,8 @@ NOT_THERE = {  # command line → words of its one error; {d} is an empty folder
     "app {c} --server http://127.0.0.1:1": "or --server",
     "parity {d}/nope": "no such folder",
     "data check {d}/nope.json": "no such file or folder",
+    "data points {d}/nope.mp4": "no such video",
+    "data points {d} --chunk 1": "--chunk 1: must be at least 2",
     "data check nope": "unknown dataset 'nope'",
     "data build charts {d} --size 0": "--size 0",
     "data build captions {d}/nope": "no such folder",

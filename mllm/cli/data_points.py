@@ -1,0 +1,61 @@
+"""``mllm data points``: where the scenes of videos lie, by VGGT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mllm.cli import arguments
+
+
+def points(
+    videos: Annotated[list[Path], typer.Argument(help="Video files, animations or folders of frames.")],
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint of the whole VGGT: a folder, a file or a hub id; default: the preset's."),
+    ] = None,
+    frames: Annotated[int, typer.Option(help="Frames of each video, evenly from first to last.")] = 128,
+    size: Annotated[int, typer.Option(help="Pixels of a frame's longer side.")] = 518,
+    side: Annotated[int, typer.Option(help="Most points kept along a side; 0: all.")] = 64,
+    chunk: Annotated[
+        int | None, typer.Option(help="Most frames that see each other at once; default: all (memory grows with them).")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU when there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (bfloat16 on a GPU), float32, bfloat16 or float16.")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Also for videos that have such a file.")] = False,
+) -> None:
+    """Write VIDEO.points.npz beside each video: where what its frames show lies in space, by VGGT's point head.
+
+    It is what video: {which: space_aware} and encoders of type points read where rows have no depth and poses of their own.
+    VGGT's weights may not be used commercially.
+
+    [dim]mllm data points rooms/*.mp4 --frames 64 --chunk 32[/]
+    """
+    for value, option, low in (
+        (frames, "--frames", 1), (size, "--size", 14), (side, "--side", 0), (chunk, "--chunk", 2)
+    ):  # fmt: skip
+        arguments.at_least(value, low, option)
+    arguments.dtype(dtype)
+    arguments.device(device)
+    arguments.videos(videos)
+    import torch
+
+    from mllm.data.scene_points import PointWriter, write_points
+
+    where = torch.device(device if device not in (None, "auto") else "cuda" if torch.cuda.is_available() else "cpu")
+    kind = "bfloat16" if where.type == "cuda" else "float32"
+    source = {} if weights is None else {"weights": {"source": weights}}
+    writer = PointWriter(
+        encoder={"preset": "vggt-1b", **source},
+        frames=frames,
+        size=size,
+        side=side or None,
+        chunk=chunk,
+        device=where,
+        dtype=getattr(torch, kind if dtype == "auto" else dtype),
+    )
+    for _, target, count in write_points(writer, videos, force=force):
+        told = "is there already (--force writes it again)" if count is None else f"points of {count} frames"
+        typer.echo(f"{target}: {told}")

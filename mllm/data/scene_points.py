@@ -1,0 +1,124 @@
+"""How does a video get a file that says where its scene lies? VGGT's points of its frames, written beside it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mllm.encoders.catalogue import encoder_config, expanded
+from mllm.encoders.vggt import VggtConfig, VggtEncoder
+from mllm.encoders.vggt_points import LAYERS, PointReader
+from mllm.errors import ConfigError
+from mllm.processing.pixels import to_pixels
+from mllm.processing.scene_points import SIDECAR
+from mllm.processing.spread import spread
+from mllm.processing.videos import open_video
+from mllm.types import Video
+
+
+@dataclass
+class PointWriter:
+    """Writes files of points.
+
+    Args:
+        encoder: an encoder of type ``vggt`` (a preset or a whole config); its layers are set to those that the point head reads.
+        frames: of a video, evenly from first to last; all of a shorter one.
+        size: pixels of a frame's longer side; the other keeps the shape, both in whole patches.
+        side: most points along a side that are kept, of a denser map every so many-th; None: all.
+        chunk: most frames that see each other at once (`VggtConfig.chunk`); None: all.
+        device, dtype: of the encoder; the point head computes in float32.
+    """
+
+    encoder: str | dict[str, Any] = "vggt-1b"
+    frames: int = 128
+    size: int = 518
+    side: int | None = 64
+    chunk: int | None = None
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32
+    _readers: dict[tuple[int, int], PointReader] = field(default_factory=dict)
+    _spec: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._spec = expanded(self.encoder, "encoder")
+
+    def write(self, video: Path, *, where: str) -> tuple[Path, int]:
+        """Write ``VIDEO.points.npz``: ``points`` ``(F, h, w, 3)`` float32 as the first frame's camera has them (x right, y down, z forward,
+        in a unit of the scene's own), ``confidence`` ``(F, h, w)`` and ``frames`` ``(F,)``.
+
+        Returns:
+            The file, and how many frames it speaks of.
+
+        Raises:
+            DataError: the video cannot be read.
+            CheckpointError, UnavailableError: the weights cannot.
+        """
+        clip = open_video(Video(str(video)), where=where)
+        numbers = spread(clip.count, min(self.frames, clip.count))
+        pictures = list(clip.read(numbers))
+        reader = self._reader((pictures[0].height, pictures[0].width))
+        image = reader.encoder.config.resolved_info.image
+        pixels = torch.stack([to_pixels(picture, image) for picture in pictures])
+        points, confidence = reader.read(pixels.to(self.device))
+        steps = [max(1, -(-length // self.side)) if self.side else 1 for length in confidence.shape[1:]]
+        rows, columns = (slice(step // 2, None, step) for step in steps)
+        target = Path(f"{video}{SIDECAR}")
+        told: dict[str, Any] = {
+            "points": points[:, rows, columns].numpy(),
+            "confidence": confidence[:, rows, columns].numpy(),
+            "frames": np.array(numbers),
+        }
+        with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".npz", delete=False) as half:
+            try:
+                np.savez_compressed(half, **told)
+            except BaseException:
+                Path(half.name).unlink()
+                raise
+        Path(half.name).chmod(0o644)
+        Path(half.name).replace(target)
+        return target, len(numbers)
+
+    def _reader(self, shape: tuple[int, int]) -> PointReader:
+        """The reader of frames of a shape ``(height, width)``; all share their weights."""
+        size = self._size(shape)
+        if size in self._readers:
+            return self._readers[size]
+        spec = {"layers": list(LAYERS), **self._spec, "image_size": size, "chunk": self.chunk}
+        config = encoder_config(spec, where="encoder")
+        if not isinstance(config, VggtConfig):
+            raise ConfigError(f"encoder: points are VGGT's, and {config.type} has no such head; give one of type vggt")
+        encoder = VggtEncoder(config)
+        reader = PointReader(encoder)
+        if self._readers:
+            first = next(iter(self._readers.values()))
+            encoder.load_state_dict(first.encoder.state_dict(), assign=True)
+            reader.head = first.head
+        else:
+            reader.load()
+            encoder.to(self.device, self.dtype).eval()
+            reader.head.to(self.device).eval()
+        self._readers[size] = reader
+        return reader
+
+    def _size(self, shape: tuple[int, int]) -> tuple[int, int]:
+        patch = int(self._spec.get("patch_size", VggtConfig.model_fields["patch_size"].default))
+        high, wide = (max(1, round(length * self.size / max(shape) / patch)) * patch for length in shape)
+        return high, wide
+
+
+def write_points(
+    writer: PointWriter, videos: Iterable[Path], *, force: bool = False
+) -> Iterator[tuple[Path, Path, int | None]]:
+    """``(video, its file, frames in it)`` one after another; None for one that had a file and is left as it is unless ``force``."""
+    for video in videos:
+        target = Path(f"{video}{SIDECAR}")
+        if target.is_file() and not force:
+            yield video, target, None
+            continue
+        yield video, *writer.write(video, where=str(video))
