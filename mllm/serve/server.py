@@ -184,6 +184,7 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         max_seconds=0.0 if film is None else film.max_seconds,
         max_frames=0 if film is None else film.most,
         timed=film is not None and film.tells_seconds,
+        whole=film is not None and film.which == "space_aware",
         max_pixels=settings.max_pixels,
         image_token=_image_token(settings.checkpoint),
         image_token_id=config.image_token_id,

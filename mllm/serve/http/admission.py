@@ -119,6 +119,7 @@ class Admission:
             self.settings.media_timeout,
             self.settings.max_frames,
             self.settings.timed,
+            self.settings.whole,
         )
         self.drawings = Drawings(self.settings)
         self.adapters = ServedAdapters(

@@ -27,7 +27,8 @@ _VIDEO = "video/mp4"
 @dataclass(frozen=True)
 class PictureRules:
     """What a picture must be. max_videos, max_seconds: of a model that takes videos, how many (scenes among them) and how long; max_frames:
-    pictures of a scene; timed: whether each of them must say when it was taken; domains: hosts whose pictures may be given by address;
+    pictures of a scene; timed: whether each of them must say when it was taken; whole: whether a video may have no more frames than that
+    either, since what would choose among them does not come with a request; domains: hosts whose pictures may be given by address;
     max_bytes, timeout (seconds): of one that is fetched."""
 
     max_images: int
@@ -39,6 +40,7 @@ class PictureRules:
     timeout: float = 5.0
     max_frames: int = 0
     timed: bool = False
+    whole: bool = False
 
 
 def check_number(pictures: list[Picture], rules: PictureRules) -> None:
@@ -170,7 +172,13 @@ def _embedded(picture: Picture, position: int, rules: PictureRules) -> tuple[str
     try:
         content = read_bytes(url, where=where)
         if picture.is_video:  # its index is read: damaged, empty and too long ones are found before the engine
-            open_video(Video(content), where=where, max_pixels=rules.max_pixels, max_seconds=rules.max_seconds)
+            clip = open_video(Video(content), where=where, max_pixels=rules.max_pixels, max_seconds=rules.max_seconds)
+            if rules.whole and clip.count > rules.max_frames:
+                raise Refused(
+                    400,
+                    f"{where} has {clip.count} frames, and this model chooses among them by where the scene lies, which a request does not "
+                    f"tell; send at most {rules.max_frames} frames, as pictures of a scene or as a shorter video",
+                )
             return url, content
         height, width = image_size(content, where=where)
     except DataError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -297,6 +298,18 @@ def test_vllms_options_are_understood_by_whatever_name_vllm_takes(checkpoints):
             plan(ServeSettings(checkpoint=checkpoints["plain"], lora=["a=b"], extra=[given]))
     arguments, _ = plan(ServeSettings(checkpoint=checkpoints["plain"], extra=["--allowed_origins", '["x"]']))
     assert arguments.count("--allowed-origins") == 1
+
+
+def test_the_admission_is_told_what_a_models_videos_need(checkpoints, tmp_path):
+    found = []
+    for video in ({}, {"which": "space_aware", "frames": 4, "fps": None, "stamp": "{seconds:.1f}s: "}):
+        folder = shutil.copytree(checkpoints["film"], tmp_path / str(len(found)))
+        config = json.loads((folder / "config.json").read_text())
+        config["video"] |= video
+        (folder / "config.json").write_text(json.dumps(config))
+        told = AdmissionSettings.model_validate_json(plan(ServeSettings(checkpoint=str(folder)))[1][ENVIRONMENT])
+        found.append((told.max_frames, told.timed, told.whole))
+    assert found == [(12, False, False), (4, True, True)]
 
 
 def test_a_port_that_is_none_is_named():

@@ -266,6 +266,14 @@ def test_seconds_that_cannot_be_are_refused(parts, words, timed):
     assert app.bodies == []
 
 
+def test_a_video_whose_frames_nothing_chooses_is_refused_before_the_engine():
+    app = Echo()
+    assert ask(app, chat(part(film(3))), **SCENES, whole=True).status_code == 200
+    response = ask(app, chat(part(film(4))), **SCENES, whole=True)
+    assert response.status_code == 400 and "has 4 frames, and this model chooses among them" in response.text
+    assert len(app.bodies) == 1 and ask(app, chat(part(film(4))), **SCENES).status_code == 200
+
+
 def test_a_model_without_video_says_that_it_sees_pictures_one_by_one():
     response = ask(Echo(), chat(view(1), view(2)))
     assert response.status_code == 400 and "sees pictures one by one; leave scene out" in response.text
