@@ -23,6 +23,11 @@ def hub_refusal(error: BaseException, source: Any) -> str | None:
     while seen is not None:
         # The datasets package raises its own error without the hub's behind it.
         text = str(seen) if type(seen).__name__ == "DatasetNotFoundError" else ""
+        if isinstance(seen, errors.HFValidationError):  # what the hub could not even look for
+            return (
+                f"there is no folder {source}, and no repository on the hub has such a name; make it first (a recipe's first lines say "
+                "what does) or give its path"
+            )
         if isinstance(seen, errors.GatedRepoError) or "is a gated dataset" in text:
             return (
                 f"{source} is gated: accept its terms on its page on the hub, then `hf auth login` or set HF_TOKEN to a token that "

@@ -293,9 +293,17 @@ TINY_VGGT = {
     "num_registers": 1,
 }
 
+_VIEWS = {"width": 16, "num_heads": 2, "patch_size": 7, "image_size": 28}
+GEOMETRY = [
+    TINY_VGGT,
+    {"type": "depth_anything_3", **_VIEWS, "depth": 2, "across_from": 1, "position_size": 28},
+    {"type": "pi3", **_VIEWS, "depth": 1, "dinov2_depth": 1, "dinov2_image_size": 28},
+]
 
-def test_frames_are_taken_together_and_geometry_sees_the_whole_scene(tmp_path):
-    encoders = {"semantic": dict(TINY_CLIP), "geometry": dict(TINY_VGGT)}
+
+@pytest.mark.parametrize("geometry", GEOMETRY, ids=lambda one: one["type"])
+def test_frames_are_taken_together_and_geometry_sees_the_whole_scene(geometry, tmp_path):
+    encoders = {"semantic": dict(TINY_CLIP), "geometry": dict(geometry)}
     spatial = {"encoders": encoders, "connector": {"type": "spatial_mllm"}}
     with pytest.raises(ConfigError, match=r"takes 2 frames together, of videos that are seen once; add model\.video"):
         build_config(tiny_spec(str(tmp_path), **spatial))
@@ -327,9 +335,10 @@ def test_frames_are_taken_together_and_geometry_sees_the_whole_scene(tmp_path):
     model(**collate([encode_sample(processor, sample())], pad_token_id=0).inputs).loss.backward()
 
 
-def test_all_pictures_of_a_scene_are_seen_together(tmp_path):
+@pytest.mark.parametrize("geometry", GEOMETRY, ids=lambda one: one["type"])
+def test_all_pictures_of_a_scene_are_seen_together(geometry, tmp_path):
     """More of them than the section's frames, in their order; those that stand alone are no scene."""
-    encoders = {"semantic": dict(TINY_CLIP), "geometry": dict(TINY_VGGT)}
+    encoders = {"semantic": dict(TINY_CLIP), "geometry": dict(geometry)}
     model, processor = tiny_model(tmp_path, video={"frames": 2}, encoders=encoders)
     with torch.no_grad():
         for name, parameter in model.model.vision_tower.encoders["geometry"].named_parameters():
