@@ -2,9 +2,9 @@
 
     python benchmarks/real_words.py CHARTS [--charts 360] [--steps 60] [--features FILE]
 
-CHARTS: a folder of `mllm data build charts` with captions.jsonl. The text encoder of the recipe real_charts is frozen and its maps are computed
-once (kept in FILE); a projector of the recipe's form learns, 16 rows a step. A sixth of the tables is held out. Beside it the same
-with every caption on another chart: what the loss falls to when there is nothing to find. CPU.
+CHARTS: a folder of `mllm data build charts` with captions.jsonl. The text encoder of the recipe real_charts is frozen and its maps are
+computed once (kept in FILE); a projector of the recipe's form learns, 16 rows a step. A sixth of the tables is held out. Beside it the
+same with every caption on another chart: what the loss falls to when there is nothing to find. CPU.
 """
 
 from __future__ import annotations
