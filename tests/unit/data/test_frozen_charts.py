@@ -50,9 +50,22 @@ def test_what_is_built_again_is_compared_with_what_was_frozen(tables, tmp_path):
         rebuild(str(manifest), tmp_path / "third", renderers=("gnuplot",))
 
 
+def test_a_longer_benchmark_begins_with_the_shorter_one(tables, tmp_path):
+    """Answers to the first charts stay comparable when more are asked about; `real_charts_300` is such a beginning."""
+    for count in (2, 4):
+        settings = ChartSettings((str(tables),), train_charts=0, test_charts=count, test_sources=("two",))
+        build_charts(settings, tmp_path / str(count))
+    few, many = ((tmp_path / name / "test.jsonl").read_text() for name in ("2", "4"))
+    assert many.startswith(few) and len(many) > len(few)
+    for picture in (tmp_path / "2" / "test").rglob("*.png"):
+        assert picture.read_bytes() == (tmp_path / "4" / picture.relative_to(tmp_path / "2")).read_bytes()
+    short, long = load_frozen("real_charts_300"), load_frozen("real_charts")
+    assert short.num_questions == 2400 and short.settings | {"test_charts": 600} == long.settings
+
+
 def test_a_manifest_of_another_builder_or_package_is_refused(tables, tmp_path):
     shipped = load_frozen("real_charts")
-    assert shipped.chart_settings().test_sources == TEST_SOURCES and shipped.num_questions == 2400
+    assert shipped.chart_settings().test_sources == TEST_SOURCES and shipped.num_questions == 4800
     with pytest.raises(UnknownName):
         load_frozen("real_chart")
     data = shipped.model_dump()
