@@ -32,6 +32,9 @@ def page(
     if checkpoint is not None:
         arguments.checkpoint(checkpoint)
     from mllm.serve.app import run_page
+    from mllm.serve.options import check_port
+
+    check_port(host, port)
 
     run_page(checkpoint, server=server, host=host, port=port, serve_options=list(context.args))
 

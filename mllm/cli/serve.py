@@ -84,7 +84,7 @@ def serve(
     from mllm.serve.options import check_extra, check_port, check_start, check_values
 
     check_extra(list(context.args))
-    check_values(memory, keys)
+    check_values(memory, keys, media_domain or [])
     check_start(host, keys)
     if not any(option.startswith(("--uds", "--headless")) for option in context.args):
         check_port(host, port)

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from mllm.errors import ConfigError, UnavailableError, did_you_mean
 from mllm.install import install_hint
 from mllm.serve.http.keys import CLIENTS, LOOPBACK, read_clients
 from mllm.serve.memory import engines_of, parse_memory, seats_of
+
+_HOST = re.compile(r"[\w-]+(\.[\w-]+)*\.?|[0-9a-fA-F:]*:[0-9a-fA-F:.]*")
 
 
 def check_extra(extra: list[str]) -> None:
@@ -76,8 +78,12 @@ def check_folder(checkpoint: str, *files: str) -> None:
         raise ConfigError(f"{checkpoint}: no checkpoint (the folder has no {' or '.join(files)})")
 
 
-def check_values(memory: str | None, keys: str | None) -> None:
-    """Raise `ConfigError` for a size that is none, or a file of keys that cannot be used."""
+def check_values(memory: str | None, keys: str | None, hosts: Sequence[str] = ()) -> None:
+    """Raise `ConfigError` for a size that is none, a file of keys that cannot be used, or an address where a host's name is meant: a
+    picture's host is compared with it, and would never be the same."""
+    for host in hosts:
+        if not _HOST.fullmatch(host):
+            raise ConfigError(f"--media-domain {host}: expected the name of a host alone, such as images.example.org")
     if memory is not None:
         parse_memory(memory)
     if keys is not None:

@@ -61,7 +61,7 @@ class ServeSettings(StrictModel):
     checkpoint: str
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
-    name: str | None = None
+    name: str | None = Field(default=None, min_length=1)
     """Model name in requests; default: the checkpoint's folder name."""
     dtype: str = "auto"
     max_model_len: int | None = Field(default=None, gt=0)

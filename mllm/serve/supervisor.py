@@ -35,6 +35,9 @@ _RAISED = re.compile(
 """The last line of a traceback; an error that is named within a sentence may be one that is only feared."""
 _QUIETER = re.compile(r"\b(?:WARNING|INFO|DEBUG) \d\d-\d\d \d\d:\d\d")  # a warning may name an error that it only fears
 _FOLLOWS = re.compile(r"Engine core initialization failed|See stack trace above|EngineDeadError|EngineCore encountered")
+_INVALID = re.compile(r"\d+ validation errors? for \w+$")
+"""Pydantic names the fields, and what is wrong with them, on the lines after it."""
+_LABEL = re.compile(r"^\([^)]*\) ")
 _MOST_LOG, _MOST_ERRORS = 20 * 2**20, 10
 ENDING, LEAVING = 5.0, 8.0
 """Seconds that the last requests have to be told, and vLLM's processes to end once they were told; nothing is lost with them.
@@ -51,7 +54,7 @@ class Supervisor:
         self.shutdown_timeout, self.verbose = shutdown_timeout, verbose
         self.state = ServerState.make()
         self.log = Path(f"{self.state.folder}.log")
-        self.cause, self._raised = "", False
+        self.cause, self._raised, self._wanted = "", False, 0
         self.tail: deque[str] = deque(maxlen=20)
         self.is_ready = threading.Event()
         self.stopping = threading.Event()
@@ -126,6 +129,8 @@ class Supervisor:
         for line in lines:
             log.write(line)
             self.tail.append(line.rstrip()[:500])
+            if self._wanted:
+                self._add_detail(line)
             found = None if _QUIETER.search(line) else _ERROR.search(line)
             if found and not _FOLLOWS.search(line):
                 self._note(found, _RAISED.match(line))
@@ -141,6 +146,16 @@ class Supervisor:
         if not self.cause or (raised and not self._raised):
             self.cause = f"{best.group(1)}: {best.group(2).strip()}"
             self._raised = raised is not None
+            self._wanted = 2 if _INVALID.search(self.cause) else 0
+
+    def _add_detail(self, line: str) -> None:
+        """One of the lines that say what an error is about."""
+        self._wanted -= 1
+        detail = _LABEL.sub("", line).strip().partition(" [type=")[0]
+        if detail.startswith("For further information"):
+            self._wanted = 0
+        else:
+            self.cause = f"{self.cause}: {detail}"[:1000]
 
     def _show_error(self, text: str) -> None:
         """Ten errors a minute; the rest are in the log."""
@@ -153,7 +168,7 @@ class Supervisor:
     def _wait_until_ready(self, started: float) -> None:
         while not self.stopping.is_set() and self._process is not None and self._process.poll() is None:
             if self._answers():
-                self.cause, self._raised = "", False
+                self.cause, self._raised, self._wanted = "", False, 0
                 self.is_ready.set()
                 _say(f"ready after {time.monotonic() - started:.0f} s: {self.ready}")
                 return

@@ -78,6 +78,9 @@ def test_the_examples_say_commands_that_can_be_typed() -> None:
 
     services = yaml.safe_load((ROOT / "examples/compose.yaml").read_text(encoding="utf-8"))["services"]
     assert [parse(service["command"])[0] for service in services.values()] == ["serve", "app"]
+    probe = pod["containers"][0]["startupProbe"]
+    started = int(services["server"]["healthcheck"]["start_period"].removesuffix("s"))
+    assert started == probe["periodSeconds"] * probe["failureThreshold"], "a large model loads as long in both"
     port = parse(services["server"]["command"])[1]["port"]
     (published,), (page,) = services["server"]["ports"], services["page"]["ports"]
     assert published.endswith(f":{port}") and f":{port}/health" in services["server"]["healthcheck"]["test"][-1]

@@ -16,7 +16,7 @@ import torch
 from mllm.errors import ConfigError
 from mllm.heads.codes.settings import VLLM_PLACEHOLDER
 from mllm.serve.http.admission import ENVIRONMENT, AdmissionSettings
-from mllm.serve.options import check_port, written_out
+from mllm.serve.options import check_port, check_values, written_out
 from mllm.serve.server import NO_DOMAIN, ServeSettings, _what_is_on, http_processes, plan, serve
 from tests.helpers import ROOT, TINY_CLIP, TINY_LLM, TINY_TIMM, tiny_model
 
@@ -310,6 +310,13 @@ def test_the_admission_is_told_what_a_models_videos_need(checkpoints, tmp_path):
         told = AdmissionSettings.model_validate_json(plan(ServeSettings(checkpoint=str(folder)))[1][ENVIRONMENT])
         found.append((told.max_frames, told.timed, told.whole))
     assert found == [(12, False, False), (4, True, True)]
+
+
+def test_an_address_is_no_name_of_a_host():
+    check_values(None, None, ["images.example.org", "127.0.0.1", "localhost", "::1"])
+    for wrong in ("http://x/y", "x:80", "x/y", "", "a b"):
+        with pytest.raises(ConfigError, match="expected the name of a host alone"):
+            check_values(None, None, [wrong])
 
 
 def test_a_port_that_is_none_is_named():

@@ -135,6 +135,21 @@ def test_a_death_is_explained_by_its_cause_and_not_by_all_that_follows():
     assert "did not start (status 3): ValueError: no room" in shown and len(shown.splitlines()) == 3
 
 
+def test_what_is_wrong_with_which_field_is_told():
+    """Pydantic says it on the lines after the one that names the error."""
+    supervisor = Supervisor([], "http://127.0.0.1:1", "", 1.0, verbose=False)
+    told = "(APIServer pid=7) pydantic_core._pydantic_core.ValidationError: 1 validation error for ParallelConfig\n"
+    told += "(APIServer pid=7) tensor_parallel_size\n(APIServer pid=7)   Input should be greater than or equal to 1 [type=ge]\n"
+    told += "(APIServer pid=7)     For further information visit https://errors.pydantic.dev\n"
+    try:
+        supervisor._read(iter(told.splitlines(keepends=True)))
+    finally:
+        supervisor.log.unlink()
+        supervisor.state.folder.rmdir()
+    wrong = "tensor_parallel_size: Input should be greater than or equal to 1"
+    assert supervisor.cause == f"ValidationError: 1 validation error for ParallelConfig: {wrong}"
+
+
 def test_a_flood_of_distinct_errors_fills_neither_the_disk_nor_the_terminal(capsys, monkeypatch):
     monkeypatch.setattr("mllm.serve.supervisor._MOST_LOG", 10_000)
     supervisor = Supervisor([], "http://127.0.0.1:1", "", 1.0, verbose=False)
