@@ -16,7 +16,7 @@ from mllm.processing.layout import before_cut, expand, taken, visual_spans
 from mllm.processing.protocol import Processor, Templated, TextProcessor
 from mllm.processing.questions import pad_questions, question_text
 from mllm.processing.template import messages_of
-from mllm.processing.turns import IGNORE, added_texts, find_replies, label_text, renderer, special_ids
+from mllm.processing.turns import IGNORE, ChatRenderer, added_texts, find_replies, label_text, special_ids
 from mllm.types import IMAGE_MARK, VISUAL_TOKENS, Sample, Turn, VisualLayout
 
 _log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def render_prompt(
     processor: Templated, turns: Sequence[Turn], *, tools: Any = None, add_generation_prompt: bool = True
 ) -> str:
     """The conversation as the model reads it, one placeholder per image."""
-    return renderer(processor, tools)(messages_of(turns, IMAGE_MARK), add_generation_prompt)
+    return ChatRenderer(processor, tools)(messages_of(turns, IMAGE_MARK), add_generation_prompt)
 
 
 def encode_text(
@@ -87,7 +87,7 @@ def encode_text(
         turns = [replace(turn, content=span.escape_tokens(turn.content)) for turn in turns]
     learn = [turn.learn for turn in turns]
     text, replies = find_replies(
-        renderer(processor, tools),
+        ChatRenderer(processor, tools),
         messages_of(turns, IMAGE_MARK),
         template=processor.chat_template,
         tokens=added_texts(tokenizer),

@@ -15,6 +15,8 @@ from mllm.processing.protocol import Processor, TextTokenizer
 _FOLDER = Path(__file__).parent / "templates"
 _MARK = "{#- mllm: images and escapes -#}"
 _BODY = "{#- mllm: the template +#}"
+_FLATTENS = "{%- set flat = namespace(messages=[], text='', open=false) -%}"
+_FLATTENED = "{%- set messages = flat.messages -%}"
 VIDEO = "<video>"
 """A video's place in text that people write. It is no token: the model reads the same placeholder as for pictures."""
 _VIDEO_PART = (
@@ -74,7 +76,7 @@ def with_images(
             f"{{%- if {name} is not defined -%}}{{%- set {name} = {_literal(value)} -%}}{{%- endif -%}}"
             for name, value in (options or {}).items()
         )
-        + "{%- set flat = namespace(messages=[], text='', open=false) -%}"
+        + _FLATTENS
         + "{%- for message in messages -%}"
         + "{%- if message['content'] is string -%}"
         + "{%- set flat.text = message['content']"
@@ -100,7 +102,8 @@ def with_images(
         + "{%- endif -%}"
         + "{%- set flat.messages = flat.messages + [dict(message, content=flat.text)] -%}"
         + "{%- endfor -%}"
-        + "{%- set messages = flat.messages -%}{%- set image_token = "
+        + _FLATTENED
+        + "{%- set image_token = "
         + typed
         + " -%}"
         + _BODY
@@ -130,6 +133,18 @@ def wrap(
 def unwrapped(template: str) -> str:
     """What `with_images` was given; a template that it did not make stays as it is."""
     return template.partition(_BODY)[2] if template.startswith(_MARK) and _BODY in template else template
+
+
+def in_two_steps(template: str) -> tuple[str, str] | None:
+    """(a template that writes every message's content as `with_images` makes it, as a JSON list, and one that renders messages whose
+    contents were made) of a wrapped template; None for any other."""
+    head, _, body = template.partition(_BODY)
+    before, flattens, rest = head.partition(_FLATTENS)
+    loop, flattened, after = rest.partition(_FLATTENED)
+    if not (template.startswith(_MARK) and body and flattens and flattened):
+        return None
+    contents = before + flattens + loop + "{{- flat.messages | map(attribute='content') | list | tojson -}}"
+    return contents, before + after + _BODY + body
 
 
 def escapes_of(template: Any) -> list[str]:

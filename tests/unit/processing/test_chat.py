@@ -13,7 +13,7 @@ from mllm.processing.chat import IGNORE, encode_sample, encode_text, render_prom
 from mllm.processing.image_processor import MllmImageProcessor
 from mllm.processing.processor import MllmProcessor
 from mllm.processing.template import check_template, for_training, shipped_templates, with_images
-from mllm.processing.turns import special_ids
+from mllm.processing.turns import ChatRenderer, added_texts, find_replies, special_ids
 from mllm.types import IMAGE_MARK, ImageSpec, Sample, Turn, ViewLayout
 from tests.helpers import picture, tiny_tokenizer
 
@@ -82,6 +82,46 @@ def test_labels_equal_a_token_by_token_reference(name: str) -> None:
     assert labels.tolist() == reference_labels(processor, turns)
     assert (labels != IGNORE).sum() >= 2 * len("A cat.")
     assert int((ids == processor.image_token_id).sum()) == 2 * processor.rules.layout().num_tokens
+
+
+REAL = sorted((Path(__file__).parents[2] / "real" / "templates").glob("*.jinja"))
+
+
+@pytest.mark.parametrize("name", [*all_templates(), *(path.name for path in REAL)])
+@pytest.mark.parametrize("kind", ["plain", "thoughts", "tools"])
+def test_turns_are_found_alike_where_contents_are_made_once(name: str, kind: str) -> None:
+    """Beginnings of a long conversation, rendered from contents that were made once, are what the whole template renders."""
+    template = all_templates().get(name) or next(path.read_text() for path in REAL if path.name == name)
+    processor = processor_with(template)
+    thought = {"reasoning_content": "hm, <image>?"} if kind == "thoughts" else {}
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "<image>", "n": 1}}}
+    picture_part, typed = {"type": "image"}, {"type": "text", "text": " a typed <image> and <|im_end|>\n"}
+    messages = [
+        {"role": "user", "content": [picture_part, {"type": "text", "text": "What?"}, picture_part, typed]},
+        {"role": "assistant", "content": "  A cat, <|im_start|>, <video>\n", **thought},
+        {"role": "user", "content": "why? <image> \u00fcn\u00ef \U0001f600 \"q\" {{ x }}"},
+        {"role": "assistant", "content": "" if kind == "tools" else [{"type": "text", "text": "so"}],
+         **({"tool_calls": [call]} if kind == "tools" else {})},
+        *([{"role": "tool", "name": "look", "content": "it is <image>"}] if kind == "tools" else []),
+        *([{"role": "assistant", "content": "seen"}] if kind == "tools" else []),
+        {"role": "user", "content": [typed, picture_part]},
+        {"role": "assistant", "content": "yes", **thought},
+    ]  # fmt: skip
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}] if kind == "tools" else None
+    whole = ChatRenderer(processor, tools)
+
+    def told(render) -> object:
+        known = {"template": processor.chat_template, "tokens": added_texts(processor.tokenizer), "where": "it"}
+        try:
+            return find_replies(render, messages, tools=tools, **known)
+        except DataError as error:
+            return str(error)
+
+    found = told(lambda given, prompt: whole(given, prompt))
+    assert told(whole) == found
+    if not isinstance(found, str):
+        assert whole.of_beginnings(messages, found[0]) is not whole, "and they were made once"
+        assert whole.of_beginnings(messages, found[0] + " ") is whole, "what gives another text is not used"
 
 
 def test_answers_that_a_template_trims_are_still_labelled() -> None:
