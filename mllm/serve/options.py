@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from mllm.errors import ConfigError, UnavailableError, did_you_mean
-from mllm.install import install_hint
+from mllm.install import install_hint, missing_library
 from mllm.serve.http.keys import CLIENTS, LOOPBACK, read_clients
 from mllm.serve.memory import engines_of, parse_memory, seats_of
 
@@ -94,6 +94,8 @@ def check_start(host: str, keys: str | None) -> None:
     """Raise `UnavailableError` without vLLM, and `ConfigError` where others than this machine would be answered without a key."""
     if importlib.util.find_spec("vllm") is None:
         raise UnavailableError(f"vLLM is not installed: {install_hint('serve')}, or with serve-cpu without a GPU")
+    if lacking := missing_library():
+        raise UnavailableError(lacking)
     if not (os.environ.get(CLIENTS) or os.environ.get("VLLM_API_KEY") or keys) and host not in LOOPBACK:
         raise ConfigError(
             f"--host {host} is reachable from outside: set a key in the environment variable {CLIENTS}, or --keys FILE"

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from mllm import install
+from mllm.errors import UnavailableError
+from mllm.serve.options import check_start
 
 ORIGINS = {
     "editable": ({"url": "file:///home/a%20b/mllm", "dir_info": {"editable": True}}, "install -e '/home/a b/mllm[train]'"),
@@ -36,3 +38,23 @@ def test_nobody_is_sent_to_the_other_project_of_that_name():
 
     sources = Path(install.__file__).parent.rglob("*.py")
     assert not [p for p in sources if re.search(r"install '?mllm(?!-toolkit)[\[' ]", p.read_text())]
+
+
+def test_a_library_that_vllms_cpu_build_lacks_is_named_before_its_start(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.32.0")
+    lacking = lambda name: (_ for _ in ()).throw(OSError(f"{name}: cannot open shared object file"))  # noqa: E731
+    monkeypatch.setattr(install.ctypes, "CDLL", lacking)
+    assert "apt-get install libnuma1" in str(install.missing_library())
+    monkeypatch.setattr("mllm.serve.options.importlib.util.find_spec", lambda name: object())
+    with pytest.raises(UnavailableError, match=r"needs libnuma\.so\.1"):
+        check_start("127.0.0.1", None)
+    monkeypatch.setattr(install.ctypes, "CDLL", lambda name: None)
+    assert install.missing_library() is None
+    check_start("127.0.0.1", None)
+
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    monkeypatch.setattr(install.ctypes, "CDLL", lacking)
+    assert install.missing_library() is None, "vLLM's build for GPUs needs none"
