@@ -189,10 +189,13 @@ def join_images(samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
 
 
 def join_targets(samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
-    """``target_images``, ``target_masks`` and what heads of geometry learn: of all samples, end to end, where there is any. Raises
-    `AlignmentError` for pictures and stored codes in one batch."""
+    """``target_images``, ``target_masks``, ``target_examples`` and what heads of geometry learn: of all samples, end to end, where there
+    is any. Raises `AlignmentError` for pictures and stored codes in one batch."""
     marked = [sample.masks for sample in samples if sample.masks is not None]
     beside = {"target_masks": torch.cat(marked)} if marked else {}
+    shown = [sample.examples for sample in samples if sample.examples is not None]
+    if shown:
+        beside["target_examples"] = torch.cat(shown)
     for key in dict.fromkeys(key for sample in samples for key in sample.geometry):
         beside[key] = torch.cat([sample.geometry[key] for sample in samples if key in sample.geometry])
     parts = [(sample, sample.targets) for sample in samples if sample.targets is not None]

@@ -43,21 +43,27 @@ def answer(
     pictures: Sequence[Any],
     questions: Sequence[str],
     options: dict[str, Any],
+    *,
+    before: Sequence[tuple[Any, str]] | None = None,
 ) -> Answered:
-    """One question about each picture, answered by ``generate``; the encoders run once. options: as ``generate`` takes them."""
-    rows = []
+    """One question about each picture, answered by ``generate``; the encoders run once. options: as ``generate`` takes them; before:
+    another picture that each question shows first, and what stands behind it."""
+    rows, shown = [], []
     for number, (picture, question) in enumerate(zip(pictures, questions)):
-        text = render_prompt(processor, [Turn("user", f"{IMAGE_MARK}\n{question}")])
+        first = [] if before is None else [before[number][0]]
+        said = "" if before is None else f"{IMAGE_MARK} {before[number][1]}\n"
+        shown += [*first, picture]
+        text = render_prompt(processor, [Turn("user", f"{said}{IMAGE_MARK}\n{question}")])
         ids = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
         places = (ids == processor.image_token_id).nonzero().flatten().tolist()
-        rows.append(expand(ids, places, processor.image_layouts([picture], where=f"picture {number}"))[0])
+        rows.append(expand(ids, places, processor.image_layouts([*first, picture], where=f"picture {number}"))[0])
     start = max(len(row) for row in rows)
     ids = torch.full((len(rows), start), processor.tokenizer.pad_token_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for number, row in enumerate(rows):
         ids[number, start - len(row) :], mask[number, start - len(row) :] = row, 1
     ids, mask = ids.to(model.device), mask.to(model.device)
-    pixels, beside = encode_pixels(processor, pictures, where="pictures")
+    pixels, beside = encode_pixels(processor, shown, where="pictures")
     by_name = {name: value.to(model.device) for name, value in model.model.pixel_keys.by_encoder(pixels).items()}
     features: dict[str, Any] = {}
     tokens, _ = model.model.encode_images(by_name, image_sizes=beside.get(IMAGE_SIZES), kept=features)

@@ -236,7 +236,8 @@ def lay_targets(model: HeadModel, step: Step) -> None:
     given = {key: value for key, value in given.items() if value is not None}
     for name, head in model.heads.items():
         own = {key: given.pop(key) for key in head.targets if key in given}
-        if own and len(own[head.targets[0]]):
+        first = own.get(head.targets[0]) if head.targets else None
+        if first is not None and len(first):
             if step.input_ids is None:
                 raise ConfigError(
                     f"{head.targets[0]}: input_ids are missing, and head {name!r} finds its places by them"

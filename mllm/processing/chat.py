@@ -44,6 +44,8 @@ class EncodedSample:
     """Images that the assistant draws, in order: pixels ``(K, 3, H, W)`` in [-1, 1], or packed codes ``(K, S)``."""
     masks: Tensor | None = None
     """What the assistant marks, one for each of its mask tokens that is learned: uint8 ``(K, rows, columns)``, 255 does not count."""
+    examples: Tensor | None = None
+    """What its questions show on other pictures, one for each token of theirs: uint8 ``(E, rows, columns)``."""
     geometry: dict[str, Tensor] = field(default_factory=dict)
     """What heads of geometry learn, by batch key, a row for each frame that is seen (`mllm.processing.geometry`)."""
 
@@ -196,17 +198,18 @@ def _encode(processor: Processor, sample: Sample, max_length: int | None) -> Enc
         kept = len(span.starts(ids))
         span.check(ids, kept)
         encoded.targets = encode_targets(processor, targets[:kept], where=where) if kept else None
-    encoded.masks = masks_of(processor, sample, inputs, labels, where=where)
+    encoded.masks, encoded.examples = masks_of(processor, sample, inputs, ids, labels, where=where)
     encoded.geometry = geometry_of(processor, sample, inputs[:num_images], where=where)
     return encoded
 
 
 def masks_of(
-    processor: Processor, sample: Sample, pictures: Sequence[Any], labels: Tensor, *, where: str
-) -> Tensor | None:
-    """The masks of a sample whose tokens are learned, uint8 ``(K, rows, columns)``; None where there are none. pictures: those that are
-    read; labels ``(T,)``: after the text was cut, whose masks go with it. Raises `DataError` for masks that do not fit."""
-    from mllm.processing.segments import encode_masks, share_masks
+    processor: Processor, sample: Sample, pictures: Sequence[Any], ids: Tensor, labels: Tensor, *, where: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """The masks of a sample whose tokens are learned, uint8 ``(K, rows, columns)``, and those that its questions show; None where there
+    are none. pictures: those that are read; ids, labels ``(T,)``: after the text was cut, whose masks go with it. Raises `DataError` for
+    masks that do not fit."""
+    from mllm.processing.segments import encode_masks, share_masks, split_examples
 
     spec = getattr(getattr(processor, "processor", processor), "segments", None)  # a feature cache wraps the processor
     if spec is None:
@@ -214,18 +217,24 @@ def masks_of(
             raise DataError(
                 f"{where}: the sample has masks, and no head of this model learns from them (type segmentation)"
             )
-        return None
+        return None, None
+    answers, examples, of = split_examples(spec, sample.turns, sample.masks, where=where)
     texts, shown = [], 0
     for turn in sample.turns:
         if turn.role == "assistant":
             texts.append((turn.content, shown, turn.learn))
         else:
             shown += turn.content.count(IMAGE_MARK)
-    kept, owners = share_masks(spec, texts, sample.masks, where=where)
-    number = int((labels == spec.token_id).sum())
-    if number == 0:
-        return None
-    return encode_masks(spec, kept[:number], pictures, owners[:number], where=where)
+    kept, owners = share_masks(spec, texts, answers, where=where)
+    found: list[Tensor | None] = []
+    for tokens, entries, places in (
+        (labels == spec.token_id, kept, owners),
+        (ids == (-1 if spec.example is None else spec.example.token_id), examples, of),
+    ):
+        number = int(tokens.sum())
+        laid = encode_masks(spec, entries[:number], pictures, places[:number], where=where) if number else None
+        found.append(laid)
+    return found[0], found[1]
 
 
 def geometry_of(processor: Processor, sample: Sample, visuals: Sequence[Any], *, where: str) -> dict[str, Tensor]:

@@ -17,7 +17,17 @@ from mllm.errors import DataError
 from mllm.processing.images import image_size
 from mllm.processing.mask_files import IGNORE_PIXEL, read_mask
 from mllm.processing.pixels import placed_at, resize
-from mllm.types import ImageSpec
+from mllm.types import IMAGE_MARK, ImageSpec, Turn
+
+
+class ExampleSpec(StrictModel):
+    """What a processor must know of a model that is shown another picture with its mask."""
+
+    token: str
+    """Stands in a question, behind its picture, for the mask."""
+    token_id: int
+    question: str
+    """Asks for the same in a picture behind it."""
 
 
 class SegmentSpec(StrictModel):
@@ -31,6 +41,8 @@ class SegmentSpec(StrictModel):
     """(rows, columns) of the masks that it trains on: the encoder's input."""
     question: str
     """Asks for what ``{phrase}`` names."""
+    example: ExampleSpec | None = None
+    """None: questions show no masks."""
 
     def lay(self, mask: np.ndarray) -> Tensor:
         """A mask ``(height, width)`` of a picture → uint8 ``size`` on what the encoder sees of it; 255 beside the picture."""
@@ -101,4 +113,39 @@ def share_masks(
     return [mask for mask, _ in kept], [owner for _, owner in kept]
 
 
-__all__ = ["IGNORE_PIXEL", "SegmentSpec", "encode_masks", "restore", "share_masks"]
+def split_examples(
+    spec: SegmentSpec, turns: Sequence[Turn], masks: Sequence[Any], *, where: str
+) -> tuple[list[Any], list[Any], list[int]]:
+    """A sample's masks, which lie in the order of their tokens in the whole conversation → those of answers, those that its questions
+    show, and the number of the picture that each of the latter lies on. Raises `DataError` for one that is shown before any picture, and
+    where there are fewer masks than tokens."""
+    if spec.example is None:
+        return list(masks), [], []
+    answers: list[Any] = []
+    shown: list[Any] = []
+    owners: list[int] = []
+    place, pictures = 0, 0
+    for turn in turns:
+        if turn.role == "assistant":
+            number = turn.content.count(spec.token)
+            answers += masks[place : place + number]
+            place += number
+            continue
+        parts = turn.content.split(spec.example.token)
+        for part in parts[:-1]:
+            pictures += part.count(IMAGE_MARK)
+            if pictures == 0:
+                raise DataError(f"{where}: {spec.example.token} stands before any picture; write it behind its own")
+            shown += masks[place : place + 1]
+            owners.append(pictures - 1)
+            place += 1
+        pictures += parts[-1].count(IMAGE_MARK)
+    if len(shown) != len(owners):
+        raise DataError(
+            f"{where}: the questions hold {len(owners)} {spec.example.token} and the sample {len(masks)} masks in all; each token has its "
+            "own, in the order of the text"
+        )
+    return [*answers, *masks[place:]], shown, owners
+
+
+__all__ = ["IGNORE_PIXEL", "ExampleSpec", "SegmentSpec", "encode_masks", "restore", "share_masks", "split_examples"]

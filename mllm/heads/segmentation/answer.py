@@ -12,11 +12,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from mllm.errors import ConfigError
+from mllm.errors import ConfigError, DataError
 from mllm.heads.answers import answer
 from mllm.heads.base import MultimodalModel
+from mllm.heads.segmentation.in_context import Examples
 from mllm.processing.images import image_size
-from mllm.processing.mask_files import box_of, encode_rle, outlines
+from mllm.processing.mask_files import box_of, encode_rle, outlines, read_mask
 from mllm.processing.protocol import Processor
 from mllm.processing.segments import SegmentSpec
 
@@ -85,6 +86,7 @@ class SegmentationMixin:
         phrases: str | Sequence[str] | None = None,
         *,
         questions: str | Sequence[str] | None = None,
+        example: Any = None,
         processor: Processor | None = None,
         threshold: float = 0.5,
         **options: Any,
@@ -95,6 +97,9 @@ class SegmentationMixin:
             images: a picture or a list (paths, PIL, arrays, bytes).
             phrases: what to mark in each, one for all or one each, asked for in the words the model was trained with.
             questions: the whole question in place of a phrase.
+            example: another picture and its mask (as a row of training data may hold it: an array of 0 and 1, a file, run lengths), whose
+                like is marked; or a list of such pairs, one for each picture. Asked for in the head's own words where neither phrases
+                nor questions are given. Needs a head with ``examples``.
             processor: the model's own (default: the one saved beside it).
             threshold: probability from which a pixel is marked.
             options: as ``generate`` takes them.
@@ -103,13 +108,17 @@ class SegmentationMixin:
             `Segments`, a list of them for a list of pictures.
 
         Raises:
-            ConfigError: the model marks nothing, or phrases and pictures differ in number.
+            ConfigError: the model marks nothing or takes no examples, or phrases or examples and pictures differ in number.
+            DataError: an example's mask has another size than its picture.
         """
         alone = not isinstance(images, (list, tuple))
         pictures = [images] if alone else list(images)
         own, name = _own_processor(self, processor), _segmentation_head(self)
+        shown = None if example is None else _shown(own[1], example, len(pictures))
+        if shown is not None and phrases is None and questions is None and own[1].example is not None:
+            questions = own[1].example.question
         texts = _questions(own[1], phrases, questions, len(pictures))
-        found = _segment(self, self.heads[name], own, pictures, texts, threshold, options)
+        found = _segment(self, self.heads[name], own, pictures, texts, threshold, options, shown)
         return found[0] if alone else found
 
 
@@ -149,6 +158,32 @@ def _questions(segments: SegmentSpec, phrases: Any, questions: Any, number: int)
     return given if phrases is None else [segments.question.format(phrase=phrase) for phrase in given]
 
 
+def _shown(segments: SegmentSpec, example: Any, number: int) -> list[tuple[Any, Tensor]]:
+    """Pictures that questions show, each with its mask uint8 ``(rows, columns)`` on what the encoder sees."""
+    if segments.example is None:
+        raise ConfigError(
+            "segment: this model was not trained with examples; set model.heads.NAME.examples: {} in its recipe, and give rows whose "
+            "questions show a picture with a mask"
+        )
+    pairs = list(example) if isinstance(example, list) else [example] * number
+    if len(pairs) != number:
+        raise ConfigError(f"segment: {len(pairs)} examples for {number} pictures; give one for all, or one each")
+    found = []
+    for place, pair in enumerate(pairs):
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise ConfigError(f"segment: example {place} is {type(pair).__name__}; give (picture, mask)")
+        where = f"example {place}"
+        size = image_size(pair[0], where=where)
+        if isinstance(pair[1], np.ndarray | Tensor):
+            mask = np.asarray(pair[1]).astype(np.uint8)
+            if mask.shape != size:
+                raise DataError(f"{where}: its mask has {mask.shape} and its picture {size}")
+        else:
+            mask = read_mask(pair[1], size, where=where)
+        found.append((pair[0], segments.lay(mask)))
+    return found
+
+
 @torch.no_grad()
 def _segment(
     model: MultimodalModel,
@@ -158,12 +193,21 @@ def _segment(
     questions: Sequence[str],
     threshold: float,
     options: dict[str, Any],
+    shown: Sequence[tuple[Any, Tensor]] | None = None,
 ) -> list[Segments]:
     processor, segments = own
-    answered = answer(model, processor, pictures, questions, options)
+    before = None
+    if shown is not None and segments.example is not None:
+        before = [(picture, segments.example.token) for picture, _ in shown]
+    answered = answer(model, processor, pictures, questions, options, before=before)
     marks = (answered.answers == head.config.tokens["mark"]).nonzero()
     places = head.places(marks + marks.new_tensor([0, answered.start]))
-    logits, _ = head.predict(answered.hidden, places, marks[:, 0], answered.features[head.config.encoder])
+    owners, examples = marks[:, 0], None
+    if shown is not None:  # each question shows two pictures
+        masks = torch.stack([mask for _, mask in shown])
+        examples = Examples(masks, 2 * torch.arange(len(shown), device=marks.device), marks[:, 0])
+        owners = 2 * marks[:, 0] + 1
+    logits, _ = head.predict(answered.hidden, places, owners, answered.features[head.config.encoder], examples)
     found = []
     for number, picture in enumerate(pictures):
         size = image_size(picture, where=f"picture {number}")

@@ -10,7 +10,7 @@ from mllm.errors import ConfigError
 from mllm.heads import HEADS
 from mllm.heads.base import HeadParts
 from mllm.heads.build import head_configs
-from mllm.processing.segments import SegmentSpec
+from mllm.processing.segments import ExampleSpec, SegmentSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -52,4 +52,7 @@ def segment_spec(config: PreTrainedConfig) -> SegmentSpec | None:
         image=image,
         size=(image.height, image.width),
         question=head.question,
+        example=None
+        if head.examples is None
+        else ExampleSpec(token=head.examples.token, token_id=head.tokens["example"], question=head.examples.question),
     )

@@ -57,19 +57,23 @@ class QueryDecoder(nn.Module):
     def size(self) -> Grid:
         return 4 * self.grid[0], 4 * self.grid[1]
 
+    def seen(self, tokens: Tensor) -> Tensor:
+        """Features ``(B, N', D)`` as prompts look at them ``(B, N', C)``."""
+        return self.norm(self.inner(tokens) + _positions(self.grid, self.config.width).to(tokens))
+
     def forward(self, prompts: Tensor, tokens: Tensor, owners: Tensor) -> tuple[Tensor, Tensor | None]:
-        """prompts ``(N, C)``; tokens ``(B, N', D)`` of B pictures; owners ``(N,)``: the picture of each → logits ``(N, 4h, 4w)``, and
-        what the decoder takes its IoU for ``(N,)`` (None: it does not say)."""
+        """prompts ``(N, C)``, or ``(N, P, C)`` where several stand for one mask; tokens ``(B, N', D)`` of B pictures; owners ``(N,)``:
+        the picture of each → logits ``(N, 4h, 4w)``, and what the decoder takes its IoU for ``(N,)`` (None: it does not say)."""
         rows, columns = self.grid
-        pixels = self.norm(self.inner(tokens) + _positions(self.grid, self.config.width).to(tokens))
-        queries = prompts[:, None]
+        pixels = self.seen(tokens)
+        queries = prompts if prompts.dim() == 3 else prompts[:, None]
         for layer in self.layers:
             queries = layer(queries, pixels[owners])
         maps = pixels.transpose(1, 2).unflatten(2, (rows, columns))
         maps = nn.functional.gelu(self.norm1(self.raise1(maps)))
         maps = nn.functional.gelu(self.raise2(maps))
         maps = maps + self.smooth(maps)
-        weights, bias = self.out(queries[:, 0]).split([maps.shape[1], 1], -1)
+        weights, bias = self.out(queries.mean(1)).split([maps.shape[1], 1], -1)
         return torch.einsum("nc,nchw->nhw", weights, maps[owners]) + bias[..., None], None
 
 

@@ -15,6 +15,7 @@ from mllm.heads import HEADS
 from mllm.heads.base import Head, HeadConfig, HeadLoss, HeadModel, HeadParts, Reading, Step
 from mllm.heads.running_norm import RunningNorm
 from mllm.heads.segmentation.decoders import DECODERS, DecoderConfig, QueryDecoderConfig
+from mllm.heads.segmentation.in_context import Examples, ExamplesConfig, InContextPrompts, on_grid
 from mllm.heads.segmentation.losses import (
     BCE_WEIGHT,
     DICE_WEIGHT,
@@ -56,6 +57,9 @@ class SegmentationHeadConfig(HeadConfig):
     ``batch_dice`` and ``iou`` SAM-UNet's (20, 1, 1); ``iou`` needs a decoder of type sam."""
     question: str = "Please segment {phrase}."
     """How `segment` asks for what ``{phrase}`` names."""
+    examples: ExamplesConfig | None = None
+    """Whether a question may show another picture with a mask (DC-SAM, arXiv 2504.12080); with a decoder of type query or sam. None: it
+    may not."""
 
     @field_validator("weights")
     @classmethod
@@ -73,6 +77,18 @@ class SegmentationHeadConfig(HeadConfig):
             raise ValueError(f"weights.iou: a {self.decoder.type} decoder does not say how well it does; take iou out")
         return self
 
+    @model_validator(mode="after")
+    def _prompted(self) -> SegmentationHeadConfig:
+        if self.examples is not None and self.decoder.type not in ("query", "sam"):
+            raise ValueError(f"examples: a {self.decoder.type} decoder takes one prompt a mask; use query or sam")
+        if self.examples is not None and self.decoder.width % self.examples.heads:
+            raise ValueError(
+                f"examples.heads: {self.examples.heads} do not divide decoder.width ({self.decoder.width})"
+            )
+        if self.examples is not None and self.examples.token == self.token:
+            raise ValueError(f"examples.token is {self.token}, which stands for the masks of answers; name another")
+        return self
+
     @field_validator("question")
     @classmethod
     def _asks(cls, value: str) -> str:
@@ -84,11 +100,12 @@ class SegmentationHeadConfig(HeadConfig):
 @dataclass
 class LaidMasks:
     """targets ``(K, rows, columns)`` uint8; places ``(K, 2)``: row and column of the hidden state of each; owners ``(K,)``: the number
-    of its picture in the batch."""
+    of its picture in the batch; examples: what the questions show, None where they show nothing."""
 
     targets: Tensor
     places: Tensor
     owners: Tensor
+    examples: Examples | None = None
 
 
 @HEADS.register("segmentation")
@@ -97,7 +114,7 @@ class SegmentationHead(Head):
 
     Config = SegmentationHeadConfig
     config: SegmentationHeadConfig
-    targets = ("target_masks",)
+    targets = ("target_masks", "target_examples")
     special_tokens = False
     without_gradient = ("iou_prediction_head", "mlps.1.", "mlps.2.", "mlps.3.")
 
@@ -113,6 +130,9 @@ class SegmentationHead(Head):
         self.target_sizes = (image.height, image.width), self.decoder.size  # the second: as processors saved it before
         self.norm = RunningNorm(parts.width) if config.norm == "running" else nn.Identity()
         self.project = nn.Sequential(nn.Linear(parts.width, parts.width), nn.ReLU(), nn.Linear(parts.width, width))
+        if config.examples is not None:
+            shown, seen = config.examples, parts.encoders[config.encoder].width
+            self.in_context = InContextPrompts(width, seen, shown.queries, shown.heads, shown.mlp_width)
 
     @classmethod
     def tiny(cls) -> tuple[dict[str, Any], HeadParts]:
@@ -128,13 +148,14 @@ class SegmentationHead(Head):
 
     @classmethod
     def tokens(cls, config: SegmentationHeadConfig, parts: HeadParts) -> list[str]:
-        return [config.token]
+        return [config.token, *([] if config.examples is None else [config.examples.token])]
 
     @classmethod
     def resolve(
         cls, config: SegmentationHeadConfig, parts: HeadParts, id_of: Callable[[str], int], *, null: int
     ) -> Any:
-        return config.model_copy(update={"tokens": {"mark": id_of(config.token)}})
+        example = {} if config.examples is None else {"example": id_of(config.examples.token)}
+        return config.model_copy(update={"tokens": {"mark": id_of(config.token), **example}})
 
     @classmethod
     def reads(cls, config: SegmentationHeadConfig) -> tuple[str, ...]:
@@ -160,28 +181,90 @@ class SegmentationHead(Head):
                 f"masks of {tuple(masks.shape[1:])} for an encoder that sees {self.target_sizes[0]}; was the batch made by this model's "
                 "own processor?"
             )
-        return LaidMasks(masks, self.places(marks), owners_of(model, ids, marks, step.inputs.get("image_sizes")))
+        owners = owners_of(model, ids, marks, step.inputs.get("image_sizes"))
+        examples = self._examples(model, step, marks, targets.get("target_examples"))
+        return LaidMasks(masks, self.places(marks), owners, examples)
+
+    def _examples(self, model: HeadModel, step: Step, marks: Tensor, given: Tensor | None) -> Examples | None:
+        """The examples of a batch, and for each of its marks ``(K, 2)`` the last one before it in its conversation."""
+        ids, number = step.input_ids, 0 if given is None else len(given)
+        assert ids is not None
+        if self.config.examples is None:
+            if number:
+                raise AlignmentError(
+                    f"{number} example masks for a head without examples; set model.heads.NAME.examples: {{}}"
+                )
+            return None
+        shown = (ids == self.config.tokens["example"]).nonzero()
+        if len(shown) != number:
+            raise AlignmentError(
+                f"{number} example masks for {len(shown)} {self.config.examples.token} in the batch; was it made by this model's own "
+                "processor?"
+            )
+        if given is None or not number:
+            return None
+        if tuple(given.shape[1:]) not in self.target_sizes:
+            raise AlignmentError(
+                f"example masks of {tuple(given.shape[1:])} for an encoder that sees {self.target_sizes[0]}; was the batch made by this "
+                "model's own processor?"
+            )
+        before = (shown[:, 0] == marks[:, :1]) & (shown[:, 1] < marks[:, 1:])
+        positions = step.position_ids
+        if positions is not None and positions.dim() == 2:  # several conversations in a row, each from position 0
+            parts = (positions == 0).cumsum(1)
+            before &= parts[shown[:, 0], shown[:, 1]] == parts[marks[:, 0], marks[:, 1]][:, None]
+        numbers = torch.arange(number, device=ids.device)
+        which = torch.where(before, numbers, -1).amax(1)
+        return Examples(given, owners_of(model, ids, shown, step.inputs.get("image_sizes")), which)
 
     def places(self, marks: Tensor) -> Tensor:
         """Row and column of the tokens ``(K, 2)`` → of their hidden states."""
         return marks - marks.new_tensor([0, 1]) if self.config.state == "predict" else marks
 
     def predict(
-        self, hidden: Tensor, places: Tensor, owners: Tensor, features: VisionFeatures
+        self,
+        hidden: Tensor,
+        places: Tensor,
+        owners: Tensor,
+        features: VisionFeatures,
+        examples: Examples | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden ``(B, T, L)`` and where the masks' states are in it → logits ``(K, rows, columns)`` on what the encoder sees, and
-        predicted IoU ``(K,)`` where the decoder gives any."""
+        predicted IoU ``(K,)`` where the decoder gives any. examples: what the questions show."""
         states = hidden[places[:, 0], places[:, 1]]
         weight = self.project[0].weight
         tokens = features.tokens.to(weight.device, weight.dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
-        return self.decoder(self.project(self.norm(states.to(weight.dtype))), tokens, owners.to(weight.device))  # pyright: ignore[reportArgumentType, reportCallIssue]
+        prompts, owners = self.project(self.norm(states.to(weight.dtype))), owners.to(weight.device)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        if examples is None or not bool((examples.which >= 0).any()):
+            return self.decoder(prompts, tokens, owners)
+        return self._by_example(prompts, tokens, owners, examples)
+
+    def _by_example(
+        self, prompts: Tensor, tokens: Tensor, owners: Tensor, examples: Examples
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `predict`, where some masks ``(K, C)`` have an example: their prompts are its own beside the state's."""
+        which = examples.which.to(owners.device)
+        some, others = (which >= 0).nonzero()[:, 0], (which < 0).nonzero()[:, 0]
+        marked, other = examples.owners.to(owners.device)[which[some]], owners[some]
+        cells = on_grid(examples.masks.to(owners.device), self.decoder.grid).to(tokens.dtype)[which[some]]
+        seen = self.decoder.seen(tokens)
+        told = self.in_context(tokens[marked], tokens[other], cells, seen[marked], seen[other])
+        logits, scores = self.decoder(torch.cat([prompts[some, None], told], 1), tokens, other)
+        if not len(others):
+            return logits, scores
+        more, more_scores = self.decoder(prompts[others], tokens, owners[others])
+        back = torch.argsort(torch.cat([some, others]))
+        scores = None if scores is None or more_scores is None else torch.cat([scores, more_scores])[back]
+        return torch.cat([logits, more])[back], scores
 
     def losses(self, model: HeadModel, step: Step, laid: LaidMasks, reading: Reading) -> HeadLoss:
         if self.config.encoder not in reading.features:
             raise AlignmentError(
                 f"masks are read from encoder {self.config.encoder!r}, and the call has no pixels for it (image_features given instead?)"
             )
-        logits, scores = self.predict(reading.hidden, laid.places, laid.owners, reading.features[self.config.encoder])
+        logits, scores = self.predict(
+            reading.hidden, laid.places, laid.owners, reading.features[self.config.encoder], laid.examples
+        )
         targets = laid.targets.to(logits.device)
         logits = raised(logits, tuple(targets.shape[1:]))
         found = {name: LOSSES[name](logits, targets, scores) for name in self.config.weights}

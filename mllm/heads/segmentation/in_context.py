@@ -2,9 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mllm.config import StrictModel
+from mllm.types import Grid
+
+
+class ExamplesConfig(StrictModel):
+    """Questions that show another picture with a mask on it: "segment what this marks"."""
+
+    token: str = "[EX]"
+    """Stands in a question, behind its picture, for a mask that is given."""
+    queries: int = Field(default=25, ge=1)
+    """Prompts that say what a mask marks, and as many that say what it leaves out."""
+    heads: int = Field(default=8, ge=1)
+    mlp_width: int = Field(default=2048, ge=1)
+    question: str = "Please segment the same."
+    """What `segment` asks where an example is given and no phrase."""
+
+
+@dataclass
+class Examples:
+    """masks ``(E, rows, columns)`` uint8, of which 1 marks; owners ``(E,)``: the picture of each in the batch; which ``(K,)``: for each
+    mask that is asked for its example's number, -1 where it has none."""
+
+    masks: Tensor
+    owners: Tensor
+    which: Tensor
+
+
+def on_grid(masks: Tensor, grid: Grid) -> Tensor:
+    """Masks ``(E, rows, columns)`` → ``(E, h * w)`` of 0 and 1: the cells that are marked by more than half; where a mask fills none so
+    far, those that it touches."""
+    shares = F.adaptive_avg_pool2d((masks == 1).float()[:, None], grid).flatten(1)
+    most = shares > 0.5
+    return torch.where(most.any(1, keepdim=True), most, shares > 0).float()
 
 
 class CycleLayer(nn.Module):

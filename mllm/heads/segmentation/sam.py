@@ -125,6 +125,10 @@ class SamDecoder(nn.Module):
         scores = [scores for _, scores in answers if scores is not None]
         return masks, torch.cat(scores)[back, 0] if scores else None
 
+    def seen(self, tokens: Tensor) -> Tensor:
+        """Features ``(B, N, C)`` as prompts look at them: SAM's."""
+        return tokens
+
     def as_map(self, tokens: Tensor) -> Tensor:
         """``(B, N, C)`` → ``(B, C, h, w)``."""
         return tokens.transpose(1, 2).unflatten(2, self.grid)

@@ -6,10 +6,9 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 from transformers import SamMaskDecoderConfig
-from transformers.models.sam.modeling_sam import SamFeedForward, SamTwoWayTransformer
+from transformers.models.sam.modeling_sam import SamFeedForward, SamLayerNorm, SamTwoWayTransformer
 
 from mllm.heads.segmentation.sam import SamDecoder, SamSizes
 
@@ -84,13 +83,13 @@ class SingleTokenDecoder(nn.Module):
         super().__init__()
         self.transformer: Any = SamTwoWayTransformer(sizes)
         self.upscale_conv1 = nn.ConvTranspose2d(width, width // 4, 2, stride=2)
-        self.upscale_layer_norm = LayerNorm2d(width // 4, eps=1e-6)
+        self.upscale_layer_norm = _norm(width // 4)
         self.upscale_conv2 = nn.ConvTranspose2d(width // 4, width // 8, 2, stride=2)
         self.med_token = nn.Embedding(1, width)
         self.hf_mlp = SamFeedForward(width, width, width // 8, 3)
         self.embedding_maskfeature = nn.Sequential(
             nn.Conv2d(width // 8, width // 4, 3, padding=1),
-            LayerNorm2d(width // 4, eps=1e-6),
+            _norm(width // 4),
             nn.GELU(),
             nn.Conv2d(width // 4, width // 8, 3, padding=1),
         )
@@ -112,11 +111,16 @@ class SingleTokenDecoder(nn.Module):
         return torch.einsum("nc,nchw->nhw", self.hf_mlp(states[:, 0, 0]), maps)[:, None]
 
 
+def _norm(width: int) -> nn.Module:
+    """Of the channels of a map ``(B, width, h, w)``."""
+    return SamLayerNorm(width, eps=1e-6, data_format="channels_first")
+
+
 def _raise(before: int, middle: int, after: int) -> nn.Sequential:
     """``(B, before, h, w)`` → ``(B, after, 4h, 4w)``."""
     return nn.Sequential(
         nn.ConvTranspose2d(before, middle, 2, stride=2),
-        LayerNorm2d(middle, eps=1e-6),
+        _norm(middle),
         nn.GELU(),
         nn.ConvTranspose2d(middle, after, 2, stride=2),
     )
