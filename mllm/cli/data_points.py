@@ -1,4 +1,4 @@
-"""``mllm data points``: where the scenes of videos lie, by VGGT."""
+"""``mllm data points``: where the scenes of videos lie, by an encoder that sees their frames together."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from mllm.cli import arguments
 
 def points(
     videos: Annotated[list[Path], typer.Argument(help="Video files, animations or folders of frames.")],
+    encoder: Annotated[str, typer.Option(help="vggt-1b, da3-base, da3-small or da3-large.")] = "vggt-1b",
     weights: Annotated[
-        str | None,
-        typer.Option(help="Checkpoint of the whole VGGT: a folder, a file or a hub id; default: the preset's."),
+        str | None, typer.Option(help="Its whole checkpoint: a folder, a file or a hub id; default: the preset's.")
     ] = None,
     frames: Annotated[int, typer.Option(help="Frames of each video, evenly from first to last.")] = 128,
-    size: Annotated[int, typer.Option(help="Pixels of a frame's longer side.")] = 518,
+    size: Annotated[
+        int | None, typer.Option(help="Pixels of a frame's longer side; default: the encoder's own (518 and 504).")
+    ] = None,
     side: Annotated[int, typer.Option(help="Most points kept along a side; 0: all.")] = 64,
     chunk: Annotated[
         int | None, typer.Option(help="Most frames that see each other at once; default: all (memory grows with them).")
@@ -26,10 +28,10 @@ def points(
     dtype: Annotated[str, typer.Option(help="auto (bfloat16 on a GPU), float32, bfloat16 or float16.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Also for videos that have such a file.")] = False,
 ) -> None:
-    """Write VIDEO.points.npz beside each video: where what its frames show lies in space, by VGGT's point head.
+    """Write VIDEO.points.npz beside each video: where what its frames show lies in space, as VGGT or Depth Anything 3 says.
 
     It is what video: {which: space_aware} and encoders of type points read where rows have no depth and poses of their own.
-    VGGT's weights may not be used commercially.
+    da3-base and da3-small are free to use, the others' weights not commercially.
 
     [dim]mllm data points rooms/*.mp4 --frames 64 --chunk 32[/]
     """
@@ -37,6 +39,7 @@ def points(
         (frames, "--frames", 1), (size, "--size", 14), (side, "--side", 0), (chunk, "--chunk", 2)
     ):  # fmt: skip
         arguments.at_least(value, low, option)
+    arguments.one_of(encoder, ("vggt-1b", "da3-base", "da3-small", "da3-large"), "--encoder")
     arguments.dtype(dtype)
     arguments.device(device)
     arguments.videos(videos)
@@ -48,7 +51,7 @@ def points(
     kind = "bfloat16" if where.type == "cuda" else "float32"
     source = {} if weights is None else {"weights": {"source": weights}}
     writer = PointWriter(
-        encoder={"preset": "vggt-1b", **source},
+        encoder={"preset": encoder, **source},
         frames=frames,
         size=size,
         side=side or None,

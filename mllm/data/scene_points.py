@@ -1,4 +1,4 @@
-"""How does a video get a file that says where its scene lies? VGGT's points of its frames, written beside it."""
+"""How does a video get a file that says where its scene lies? The points of its frames, by an encoder with such a head, beside it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mllm.encoders.catalogue import encoder_config, expanded
-from mllm.encoders.vggt import VggtConfig, VggtEncoder
-from mllm.encoders.vggt_points import LAYERS, PointReader
+from mllm.encoders.catalogue import build_encoder, encoder_config, expanded
+from mllm.encoders.view_points import READERS, PointReader
 from mllm.errors import ConfigError
 from mllm.processing.pixels import to_pixels
 from mllm.processing.scene_points import SIDECAR
@@ -27,17 +26,17 @@ class PointWriter:
     """Writes files of points.
 
     Args:
-        encoder: an encoder of type ``vggt`` (a preset or a whole config); its layers are set to those that the point head reads.
+        encoder: one of a type in `READERS` (a preset or a whole config); its layers are those that its head reads, where it says none.
         frames: of a video, evenly from first to last; all of a shorter one.
-        size: pixels of a frame's longer side; the other keeps the shape, both in whole patches.
+        size: pixels of a frame's longer side; the other keeps the shape, both in whole patches. None: what the encoder was trained with.
         side: most points along a side that are kept, of a denser map every so many-th; None: all.
-        chunk: most frames that see each other at once (`VggtConfig.chunk`); None: all.
+        chunk: most frames that see each other at once (`ViewsConfig.chunk`); None: all.
         device, dtype: of the encoder; the point head computes in float32.
     """
 
     encoder: str | dict[str, Any] = "vggt-1b"
     frames: int = 128
-    size: int = 518
+    size: int | None = None
     side: int | None = 64
     chunk: int | None = None
     device: torch.device | str = "cpu"
@@ -46,7 +45,17 @@ class PointWriter:
     _spec: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._spec = expanded(self.encoder, "encoder")
+        spec = expanded(self.encoder, "encoder")
+        kind = spec.get("type")
+        if kind not in READERS:
+            raise ConfigError(f"encoder: type {kind} has no head that tells points; give one of {', '.join(READERS)}")
+        plain = encoder_config({**spec, "layers": [-1]}, where="encoder")
+        self._patch = int(getattr(plain, "patch_size"))  # noqa: B009
+        self.size = self.size or max(plain.resolved_info.image.height, plain.resolved_info.image.width)
+        own = {"layers": READERS[kind].layers_read(int(getattr(plain, "depth"))), "keep_prefix": True}  # noqa: B009
+        if self.chunk is not None and kind == "depth_anything_3":
+            own["reference"] = "first"
+        self._spec = {**own, **spec, "chunk": self.chunk}
 
     def write(self, video: Path, *, where: str) -> tuple[Path, int]:
         """Write ``VIDEO.points.npz``: ``points`` ``(F, h, w, 3)`` float32 as the first frame's camera has them (x right, y down, z forward,
@@ -89,12 +98,9 @@ class PointWriter:
         size = self._size(shape)
         if size in self._readers:
             return self._readers[size]
-        spec = {"layers": list(LAYERS), **self._spec, "image_size": size, "chunk": self.chunk}
-        config = encoder_config(spec, where="encoder")
-        if not isinstance(config, VggtConfig):
-            raise ConfigError(f"encoder: points are VGGT's, and {config.type} has no such head; give one of type vggt")
-        encoder = VggtEncoder(config)
-        reader = PointReader(encoder)
+        config = encoder_config({**self._spec, "image_size": size}, where="encoder")
+        encoder: Any = build_encoder(config)
+        reader: PointReader = READERS[config.type](encoder)
         if self._readers:
             first = next(iter(self._readers.values()))
             encoder.load_state_dict(first.encoder.state_dict(), assign=True)
@@ -107,8 +113,8 @@ class PointWriter:
         return reader
 
     def _size(self, shape: tuple[int, int]) -> tuple[int, int]:
-        patch = int(self._spec.get("patch_size", VggtConfig.model_fields["patch_size"].default))
-        high, wide = (max(1, round(length * self.size / max(shape) / patch)) * patch for length in shape)
+        assert self.size is not None
+        high, wide = (max(1, round(length * self.size / max(shape) / self._patch)) * self._patch for length in shape)
         return high, wide
 
 

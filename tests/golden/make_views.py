@@ -1,6 +1,6 @@
 """Write the golden vectors of encoders that see several views, with their authors' own modules, in fp32 on a CPU.
 
-    pip install --no-deps depth-anything-3==0.1.1 einops      # Apache-2.0, in an environment of its own
+    pip install --no-deps depth-anything-3==0.1.1 einops addict      # Apache-2.0, in an environment of its own
     git clone https://github.com/yyfz/Pi3 && git -C Pi3 checkout 9fa3ddb     # the code BSD-3-Clause
     git clone https://github.com/diankun-wu/Spatial-MLLM && git -C Spatial-MLLM checkout 9fc4738     # has a copy of VGGT
     PYTHONPATH=. python tests/golden/make_views.py --pi3 Pi3 --spatial-mllm Spatial-MLLM
@@ -68,6 +68,23 @@ def read_depth_anything_3(layers: list[int], model: Any, pixels: Tensor) -> dict
     for layer, (tokens, camera) in zip(layers, model.get_intermediate_layers(pixels, layers)[0], strict=True):
         found |= {f"{layer + 1}": tokens, f"{layer + 1}.camera": camera}
     return found
+
+
+def depth_anything_3_points() -> nn.Module:
+    """The package's head for depth and its decoder of cameras on a small backbone."""
+    backbone = depth_anything_3(DA3)
+    from depth_anything_3.model.cam_dec import CameraDec  # pyright: ignore[reportMissingImports]
+    from depth_anything_3.model.dualdpt import DualDPT  # pyright: ignore[reportMissingImports]
+
+    head = DualDPT(64, output_dim=2, features=16, out_channels=[8, 12, 16, 16])
+    return nn.ModuleDict({"backbone": backbone, "head": head, "cam_dec": CameraDec(64)})
+
+
+def read_depth_anything_3_points(model: Any, pixels: Tensor) -> dict[str, Tensor]:
+    layers = model["backbone"].get_intermediate_layers(pixels, [2, 3, 4, 5])[0]
+    told = model["head"](layers, *pixels.shape[3:], patch_start_idx=0)
+    poses = model["cam_dec"].float()(layers[-1][1].float())  # which computes in fp32 whatever it is given
+    return {"depth": told["depth"], "confidence": told["depth_conf"], "poses": poses}
 
 
 def pi3(checkout: Path) -> nn.Module:
@@ -185,6 +202,13 @@ def main() -> None:
         {"case": "depth_anything_3_alone", **paper, "ctor": ALONE,
          "what": "The backbone of the models of single pictures: no block across views, no rotary positions, no camera token.",
          "notes": "[B,S,N,C], normalised; .camera is the class token, not normalised."},
+    )  # fmt: skip
+    write(
+        depth_anything_3_points(), read_depth_anything_3_points, {"four": 4},
+        {"case": "depth_anything_3_points", "paper": paper["paper"], "ctor": {"backbone": DA3, "features": 16},
+         "source": "PyPI depth-anything-3 0.1.1 (Apache-2.0), model/dualdpt.py:DualDPT and model/cam_dec.py:CameraDec",
+         "what": "Depth, confidence and cameras on the backbone's layers 3 to 6.",
+         "notes": "Depth [B,S,H,W]; poses [B,S,9]: place, quaternion x y z w (camera to world), vertical and horizontal field of view."},
     )  # fmt: skip
     if checkout is not None:
         write(

@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from mllm.data.scene_points import PointWriter, write_points
 from mllm.encoders.pi3 import Pi3Encoder
-from mllm.encoders.vggt import VggtEncoder
-from mllm.encoders.vggt_points import PointReader
+from mllm.encoders.view_points import READERS
 from mllm.errors import ConfigError, DataError
 from mllm.processing.frames import VideoSpec
 from mllm.processing.videos import frames_of
 from mllm.types import Video
+from tests.unit.encoders.test_view_points import SMALL, save_whole
 from tests.unit.encoders.views import stirred
 from tests.videos import write_clip
 
-SMALL = {**VggtEncoder.tiny(), "depth": 4, "layers": [1, 2, 3, 4], "patch_embed": "conv", "keep_prefix": False}
 
-
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory):
-    """A small VGGT's config with weights in a file."""
-    folder, donor = tmp_path_factory.mktemp("vggt"), PointReader(stirred(SMALL))
-    with torch.no_grad():  # all random weights put every pixel in one place: spread them
-        donor.head.scratch.output_conv2[2].weight.mul_(30)
-    state = {f"aggregator.{k}": v for k, v in donor.encoder.model.state_dict().items()}
-    state |= {f"point_head.{k}": v for k, v in donor.head.state_dict().items()}
-    save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
-    return {**SMALL, "weights": {"source": str(folder)}}
+@pytest.fixture(scope="module", params=SMALL)
+def spec(request, tmp_path_factory):
+    """A small encoder's config with weights in a file."""
+    folder, donor = tmp_path_factory.mktemp(request.param), READERS[request.param](stirred(SMALL[request.param]))
+    save_whole(request.param, donor, folder)
+    return {**SMALL[request.param], "weights": {"source": str(folder)}}
 
 
 def test_points_lie_beside_the_video_and_choose_its_frames(spec, tmp_path, monkeypatch):
@@ -69,6 +61,17 @@ def test_what_cannot_be_done_is_told(spec, tmp_path):
     with pytest.raises(DataError, match=r"broken\.mp4"):
         list(write_points(PointWriter(spec, size=32), [tmp_path / "broken.mp4"]))
     assert not list(tmp_path.glob("*.npz"))
-    clip = write_clip(tmp_path / "clip.mp4", 3)
-    with pytest.raises(ConfigError, match="pi3 has no such head"):
-        list(write_points(PointWriter({**Pi3Encoder.tiny(), "layers": [-1]}, size=32), [clip]))
+    with pytest.raises(ConfigError, match="type pi3 has no head that tells points"):
+        PointWriter(Pi3Encoder.tiny())
+
+
+def test_presets_read_the_layers_and_sizes_that_were_published():
+    expected = {
+        "vggt-1b": ([5, 12, 18, 24], (392, 518)),
+        "da3-base": ([6, 8, 10, 12], (378, 504)),
+        "da3-large": ([12, 16, 20, 24], (378, 504)),
+    }
+    for name, (layers, size) in expected.items():
+        writer = PointWriter(name, chunk=8)
+        assert writer._spec["layers"] == layers and writer._size((480, 640)) == size
+        assert writer._spec.get("reference", "first") == "first", "parts of a scene share their reference"

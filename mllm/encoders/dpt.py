@@ -1,4 +1,4 @@
-"""Where in space does VGGT say that each pixel of several views lies? Its point head."""
+"""How do the features of patches become a value for every pixel? DPT."""
 
 from __future__ import annotations
 
@@ -9,38 +9,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mllm.encoders.vggt import VggtEncoder
-from mllm.encoders.weights import load_exactly
-from mllm.errors import ConfigError
 from mllm.types import Grid
 
-LAYERS = (5, 12, 18, 24)
-"""Layers of VGGT-1B's aggregator that its head reads, counted from 1."""
-_CHANNELS, _FUSED, _LAST, _BASE = (256, 512, 1024, 1024), 256, 32, 100.0
+_LAST, _BASE = 32, 100.0
 
 
 class ResidualConvs(nn.Module):
-    """Two convolutions beside what they are given, from which all that is negative is taken away first (as upstream, where the activation
-    works in place)."""
+    """Two convolutions beside what they are given; clipped: all that is negative is taken away from that first, as where the activation
+    works in place."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, *, clipped: bool):
         super().__init__()
+        self.clipped = clipped
         self.conv1, self.conv2 = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(x)
-        return x + self.conv2(F.relu(self.conv1(x)))
+        positive = F.relu(x)
+        return (positive if self.clipped else x) + self.conv2(F.relu(self.conv1(positive)))
 
 
 class Fusion(nn.Module):
     """One step of DPT (arXiv 2103.13413) from a coarse map to the next finer one."""
 
-    def __init__(self, width: int, *, first: bool):
+    def __init__(self, width: int, *, first: bool, clipped: bool):
         super().__init__()
         self.out_conv = nn.Conv2d(width, width, 1)
         if not first:
-            self.resConfUnit1 = ResidualConvs(width)
-        self.resConfUnit2 = ResidualConvs(width)
+            self.resConfUnit1 = ResidualConvs(width, clipped=clipped)
+        self.resConfUnit2 = ResidualConvs(width, clipped=clipped)
 
     def forward(self, x: Tensor, finer: Tensor | None, size: Sequence[int]) -> Tensor:
         if finer is not None:
@@ -49,11 +45,20 @@ class Fusion(nn.Module):
         return self.out_conv(x)
 
 
-class PointHead(nn.Module):
-    """VGGT's DPT head for points. width: of the features that it reads; channels, fused: of its maps."""
+class DptHead(nn.Module):
+    """DPT (arXiv 2103.13413) on the patches of four layers, as the heads of VGGT and Depth Anything 3 have it.
+
+    Args:
+        width: channels of the features that it reads.
+        patch_size: pixels of a patch's side.
+        channels: of the four maps.
+        fused: channels of what they are fused into.
+        outputs: values of a pixel.
+        clipped: see `ResidualConvs` (VGGT's head).
+    """
 
     def __init__(
-        self, width: int, *, patch_size: int = 14, channels: Sequence[int] = _CHANNELS, fused: int = _FUSED
+        self, width: int, *, patch_size: int, channels: Sequence[int], fused: int, outputs: int, clipped: bool
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
@@ -71,15 +76,14 @@ class PointHead(nn.Module):
         self.scratch = nn.Module()
         for number, count in enumerate(channels, start=1):
             setattr(self.scratch, f"layer{number}_rn", nn.Conv2d(count, fused, 3, padding=1, bias=False))
-            setattr(self.scratch, f"refinenet{number}", Fusion(fused, first=number == len(channels)))
+            setattr(self.scratch, f"refinenet{number}", Fusion(fused, first=number == len(channels), clipped=clipped))
         self.scratch.output_conv1 = nn.Conv2d(fused, fused // 2, 3, padding=1)
         self.scratch.output_conv2 = nn.Sequential(
-            nn.Conv2d(fused // 2, _LAST, 3, padding=1), nn.ReLU(), nn.Conv2d(_LAST, 4, 1)
+            nn.Conv2d(fused // 2, _LAST, 3, padding=1), nn.ReLU(), nn.Conv2d(_LAST, outputs, 1)
         )
 
-    def forward(self, layers: Sequence[Tensor], grid: Grid) -> tuple[Tensor, Tensor]:
-        """Patches ``(B, N, 2 C)`` of four layers on a grid → points ``(B, H, W, 3)`` as the reference view has them, and how sure of them
-        the head is ``(B, H, W)``, at least 1."""
+    def forward(self, layers: Sequence[Tensor], grid: Grid) -> Tensor:
+        """Patches ``(B, N, D)`` of four layers on a grid → ``(B, H, W, outputs)``, a value for each pixel."""
         size = (grid[0] * self.patch_size, grid[1] * self.patch_size)
         maps: list[Tensor] = []
         for number, tokens in enumerate(layers):
@@ -91,9 +95,7 @@ class PointHead(nn.Module):
         x = self._fuse(2, x, maps[1], maps[0].shape[2:])
         x = self._fuse(1, x, maps[0], [2 * length for length in maps[0].shape[2:]])
         x = F.interpolate(self._scratch("output_conv1")(x), size=size, mode="bilinear", align_corners=True)
-        told = self._scratch("output_conv2")(x + place_waves(x, size)).permute(0, 2, 3, 1)
-        places, confidence = told[..., :3], told[..., 3]
-        return places.sign() * places.abs().expm1(), 1 + confidence.exp()
+        return self._scratch("output_conv2")(x + place_waves(x, size)).permute(0, 2, 3, 1)
 
     def _fuse(self, number: int, x: Tensor, finer: Tensor | None, size: Sequence[int]) -> Tensor:
         return self._scratch(f"refinenet{number}")(x, finer, size)
@@ -119,47 +121,3 @@ def place_waves(x: Tensor, size: tuple[int, int], share: float = 0.1) -> Tensor:
         angles = places[..., None] * frequency
         waves += [angles.sin(), angles.cos()]
     return (share * torch.cat(waves, dim=-1)).permute(2, 0, 1)[None].to(x.dtype)
-
-
-class PointReader:
-    """VGGT with its point head, in fp32 behind an encoder of any dtype.
-
-    Args:
-        encoder: of type ``vggt``, resolved for the size of the views, with ``layers`` those that the head reads.
-
-    Raises:
-        ConfigError: the encoder's layers are not four.
-    """
-
-    def __init__(self, encoder: VggtEncoder):
-        if len(encoder.config.layers) != len(_CHANNELS):
-            raise ConfigError(f"layers: the point head reads four layers; the encoder gives {encoder.config.layers}")
-        self.encoder = encoder
-        self.head = PointHead(2 * encoder.config.width, patch_size=encoder.config.patch_size)
-
-    def load(self) -> None:
-        """Read encoder and head from ``config.weights``. Raises `CheckpointError`, `UnavailableError`."""
-        self.encoder.load_pretrained()
-        source, state = self.encoder.published({f"point_head.{key}" for key in self.head.state_dict()})
-        own = {key.removeprefix("point_head."): value for key, value in state.items() if key.startswith("point_head.")}
-        load_exactly(self.head, own or state, source=f"{source} (its point_head)")
-
-    @torch.no_grad()
-    def read(self, pixels: Tensor, *, at_once: int = 8) -> tuple[Tensor, Tensor]:
-        """Points and confidence of the views of one scene.
-
-        Args:
-            pixels: ``(S, 3, H, W)``, normalised as the encoder's ``info.image`` says; the first view is the reference.
-            at_once: views that the head takes at a time.
-
-        Returns:
-            Points ``(S, H, W, 3)`` and confidence ``(S, H, W)``, float32, on the CPU. Their unit is the scene's own.
-        """
-        features = self.encoder(pixels, scene_ids=torch.zeros(len(pixels), dtype=torch.long, device=pixels.device))
-        layers = features.tokens.float().chunk(len(_CHANNELS), dim=-1)
-        found = [
-            self.head([layer[begin : begin + at_once] for layer in layers], features.grid)
-            for begin in range(0, len(pixels), at_once)
-        ]
-        points, confidence = (torch.cat([one.cpu() for one in parts]) for parts in zip(*found, strict=True))
-        return points, confidence
