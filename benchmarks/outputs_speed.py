@@ -319,7 +319,7 @@ WHOLE_IMPORT = ("transformers.models.qwen2.modeling_qwen2", "transformers.models
 SECTIONS: dict[str, tuple[float, tuple[str, ...], Callable[..., None]]] = {
     "heads_focus": (20, HEADS_IMPORT, partial(heads, "focus")),
     "heads_sam": (20, (), partial(heads, "sam")),
-    "edits": (25, EDITS_IMPORT, edits),
+    "edits": (40, EDITS_IMPORT, edits),
     "whole_focus": (35, WHOLE_IMPORT, partial(whole, "focus")),
     "whole_sam": (35, WHOLE_IMPORT, partial(whole, "sam")),
 }
@@ -353,7 +353,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="pictures at once (default: 32)")
     parser.add_argument("--rows", type=int, default=16, help="of a training step (default: 16)")
     parser.add_argument("--repeats", type=int, default=3, help="of encoders and training steps (default: 3)")
-    parser.add_argument("--seconds", type=float, default=92, help="in all (default: 92)")
+    parser.add_argument("--seconds", type=float, default=140, help="in all (default: 140)")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 4, 10, 20, 50])
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="(default: all)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,15 +52,18 @@ class Scene:
     things: tuple[Thing, ...]
 
 
-def draw_scene(rng: random.Random) -> Scene:
-    """Two to four shapes of different looks on a plain ground."""
+def draw_scene(rng: random.Random, looks: Sequence[tuple[str, str]] | None = None) -> Scene:
+    """Two to four shapes of different looks on a plain ground; looks: colour and shape of each, in place of those that are drawn. One
+    that finds no room is left out."""
     rows, columns = np.mgrid[:SIZE, :SIZE] + 0.5
     ground = np.array([rng.randint(200, 250)] * 3) + np.array([rng.randint(-8, 8) for _ in range(3)])
     pixels = np.tile(ground, (SIZE, SIZE, 1)).astype(np.uint8)
-    looks = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-    rng.shuffle(looks)
+    if looks is None:
+        every = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+        rng.shuffle(every)
+        looks = every[: rng.randint(2, 4)]
     taken, things = np.zeros((SIZE, SIZE), bool), []
-    for colour, shape in looks[: rng.randint(2, 4)]:
+    for colour, shape in looks:
         for _ in range(40):
             radius = rng.uniform(7, 12)
             x, y = (rng.uniform(radius + 1, SIZE - radius - 1) for _ in range(2))
@@ -74,6 +78,13 @@ def draw_scene(rng: random.Random) -> Scene:
         pixels[mask] = shade.clip(0, 255)
         things.append(Thing(colour, shape, mask, (x, y)))
     return Scene(Image.fromarray(pixels), tuple(things))
+
+
+def confusing_looks(rng: random.Random) -> list[tuple[str, str]]:
+    """Looks of a scene in which neither word names the first thing alone: another has its colour, another its shape."""
+    (colour, other_colour), (shape, other_shape) = rng.sample(list(COLOURS), 2), rng.sample(SHAPES, 2)
+    looks = [(colour, shape), (colour, other_shape), (other_colour, shape)]
+    return rng.sample(looks, len(looks))
 
 
 def _shape(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
@@ -124,11 +135,15 @@ def question(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 
 def conversation(scene: Scene, rng: random.Random) -> list[Turned]:
-    """What a training scene is asked for: two things, whose masks differ by the phrase alone, and perhaps what is not there and a question
-    for words."""
+    """What a training scene is asked for: two things, whose masks differ by the phrase alone, one by colour and shape where neither names
+    it; and perhaps what is not there and a question for words."""
     named, turns = phrases(scene, unseen=False), []
-    for thing in rng.sample(scene.things, min(2, len(scene.things))):
+    things = rng.sample(scene.things, len(scene.things))
+    things.sort(key=lambda thing: not _needs_both_words(scene, thing))
+    for number, thing in enumerate(things[:2]):
         names = [phrase for phrase, other in named if other is thing]
+        if names and number == 0 and _needs_both_words(scene, thing):
+            names = names[:1]
         if names:
             turns.append(_marked(rng.choice(names), HERE, encode_rle(thing.mask)))
     if rng.random() < 0.25:
@@ -137,6 +152,15 @@ def conversation(scene: Scene, rng: random.Random) -> list[Turned]:
         turns.append((*question(scene, rng), []))
     rng.shuffle(turns)
     return turns
+
+
+def _needs_both_words(scene: Scene, thing: Thing) -> bool:
+    """Whether another thing has its colour, and another its shape, and a training phrase may join the two."""
+    others = [other for other in scene.things if other is not thing]
+    alike = any(other.colour == thing.colour for other in others) and any(
+        other.shape == thing.shape for other in others
+    )
+    return alike and (thing.colour, thing.shape) not in UNSEEN
 
 
 def _marked(phrase: str, answer: str, mask: Any) -> Turned:
@@ -154,7 +178,8 @@ def prepare_scenes(
     rng = random.Random(f"scenes/train/{seed}")
     rows: list[dict[str, Any]] = []
     for number in range(train):
-        scene, name = draw_scene(rng), f"train/{number:05d}.png"
+        # In scenes drawn at random one word mostly suffices, and a model learns to go by the one that it sees first.
+        scene, name = draw_scene(rng, confusing_looks(rng) if number % 2 else None), f"train/{number:05d}.png"
         scene.picture.save(root / name)
         rows.append(_row(f"scene-{number}", name, conversation(scene, rng)))
     _write(root / "train.jsonl", rows)
