@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mllm.errors import CheckpointError, ConfigError, DataError, UnknownName, did_you_mean
+from mllm.modes import unreadable
 
 DTYPES = ("float32", "bfloat16", "float16")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
@@ -31,6 +32,8 @@ def checkpoint(name: str | Path, what: str = "checkpoint") -> str:
             inside = sorted(child.name for child in path.iterdir() if (child / "config.json").is_file())
             hint = f"; did you mean {path / ('final' if 'final' in inside else inside[-1])}?" if inside else ""
             raise CheckpointError(f"{text} holds no config.json, so it is no {what}{hint}")
+        if closed := unreadable(path):
+            raise CheckpointError(closed)
         return text
     if _HUB_ID.fullmatch(text) is None or ("/" in text and path.parent.is_dir()):
         beside = [str(child) for child in path.parent.iterdir()] if path.parent.is_dir() else []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -74,6 +76,10 @@ def serve(
     [dim]mllm serve CKPT -- --quantization fp8[/] · the encoders compiled:
     [dim]-- --compilation-config '{"compile_mm_encoder": true}'[/]
     """
+    if (
+        os.getpid() == 1
+    ):  # the first process of a container hears no SIGTERM without a handler; the supervisor has its own
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     arguments.checkpoint(checkpoint)
     arguments.dtype(dtype)
     arguments.one_of(backend, ("auto", "native", "transformers"), "--backend")

@@ -20,6 +20,7 @@ from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.foreign.checkpoint import ForeignCheckpoint
 from mllm.models.foreign.read import read_foreign, recognise
 from mllm.models.weight_files import refuse_gaps
+from mllm.modes import by_umask
 from mllm.recipe import reader_of
 from mllm.visual_tokenizers.diffusion.carried import attach, carry, hub_decoder
 
@@ -128,6 +129,7 @@ class MllmPreTrainedModel(OpenedByDoor, PreTrainedModel):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As in transformers; the diffusion decoder of the model's visual tokenizer goes with it, in ``diffusion_decoder/``."""
         super().save_pretrained(save_directory, *args, **kwargs)
+        by_umask(save_directory)
         if (
             self.config.visual_tokenizer is not None
             and hasattr(self, "image_tokenizer")

@@ -14,6 +14,7 @@ from torch import Tensor
 from mllm.damage import read_safetensors
 from mllm.errors import CheckpointError, UnavailableError
 from mllm.install import install_hint
+from mllm.modes import by_umask
 from mllm.parts.part import Part
 
 _TOLERANCE = 0.02
@@ -70,6 +71,7 @@ def _convert_gguf(part: Part, file: Path, folder: Path) -> None:
     if not tokenizer.chat_template:
         raise CheckpointError(f"{part.name}: {file.name} has no chat template")
     model.save_pretrained(str(folder))
+    by_umask(folder)
     tokenizer.save_pretrained(str(folder))
 
 
@@ -86,6 +88,7 @@ def _convert_timm(part: Part, file: Path, folder: Path) -> None:
         raise CheckpointError(f"{part.name}: the tensors of {file.name} are not those of timm's {part.architecture}")
     weights = {name: tensor.contiguous() for name, tensor in zip(target, source.values(), strict=True)}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    by_umask(folder)
     config = {"architecture": part.architecture, "license": part.licence.lower()}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
@@ -95,6 +98,7 @@ def _convert_onnx(part: Part, file: Path, folder: Path) -> None:
 
     graph, weights = read_onnx(file, part.output)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    by_umask(folder)
     (folder / "graph.json").write_text(json.dumps(graph) + "\n", encoding="utf-8")
 
 

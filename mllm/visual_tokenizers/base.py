@@ -17,6 +17,7 @@ from mllm.checkpoint_code import KEY, Part, admit_code, record_code
 from mllm.config import StrictModel, to_plain, validate
 from mllm.damage import read_json, read_safetensors
 from mllm.errors import CheckpointError, ConfigError
+from mllm.modes import by_umask
 from mllm.types import Grid, ImageSpec, VisualCodes
 from mllm.visual_tokenizers import CODE_DECODERS, VISUAL_TOKENIZERS
 
@@ -223,6 +224,7 @@ class VisualTokenizer(nn.Module):
         (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tensors = {key: value.detach().contiguous().cpu() for key, value in self.state_dict().items()}
         save_file(tensors, str(directory / WEIGHTS_FILE), metadata={"format": "pt"})
+        by_umask(directory)
         if self.folder is not None and self.folder.resolve() != directory.resolve():
             for name in (DECODER_CONFIG, DECODER_WEIGHTS):
                 if (self.folder / name).is_file():

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mllm.damage import naming_damage, read_json
 from mllm.errors import CheckpointError, DataError
+from mllm.modes import by_umask
 from mllm.plugins import code_hashes
 from mllm.types import VisualCodes
 from mllm.visual_tokenizers.base import VisualTokenizer
@@ -102,6 +103,7 @@ def _write(path: Path, tensors: dict[str, Tensor], contents: list[str]) -> None:
 
     part = path.with_suffix(".part")
     save_file(tensors, str(part), metadata={"contents": " ".join(contents)})
+    by_umask(part)
     part.replace(path)
 
 

@@ -19,6 +19,7 @@ from mllm.config import read_yaml, to_plain, validate
 from mllm.damage import read_json
 from mllm.errors import CheckpointError, ConfigError
 from mllm.former_recipes import upgraded
+from mllm.modes import by_umask
 from mllm.plugins import copy_files
 from mllm.recipe import Recipe, StageSpec
 from mllm.train import lora
@@ -64,6 +65,7 @@ def save_stage(
             )
             copy_files(recipe.plugins, temporary)
             (temporary / "run.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+            by_umask(temporary)
             sizes = {p.name: p.stat().st_size for p in sorted(temporary.iterdir()) if p.is_file()}
             (temporary / DONE).write_text(json.dumps({"stage": stage.name, "files": sizes}, indent=1), encoding="utf-8")
             for path in temporary.iterdir():

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mllm import distributed
 from mllm.errors import CheckpointError
+from mllm.modes import by_umask
 from mllm.train.checkpoint.copies import HostCopies, host_copy
 from mllm.train.checkpoint.files import (
     MANIFEST,
@@ -127,6 +128,7 @@ class CheckpointWriter:
                     write_text(path, content)
                 else:
                     save_file(content, path)
+                    by_umask(path)
                     sync_file(path)
                 self._entries[name] = describe(path)
                 if self.mirror is not None and not self._not_copied:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from mllm.config import to_plain, validate
 from mllm.damage import read_json, read_safetensors
 from mllm.errors import CheckpointError, ConfigError
+from mllm.modes import by_umask
 from mllm.types import Grid, VisualCodes
 from mllm.visual_tokenizers.base import DECODER_CONFIG, DECODER_WEIGHTS, VisualTokenizer
 from mllm.visual_tokenizers.diffusion.branches.base import BranchConfig, Seen, Trunk, branch_config, build_branch
@@ -325,6 +326,7 @@ class DiffusionDecoder(nn.Module):
         (directory / DECODER_CONFIG).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
         tensors = {key: value.detach().contiguous().cpu() for key, value in self.state_dict().items()}
         save_file(tensors, str(directory / DECODER_WEIGHTS), metadata={"format": "pt"})
+        by_umask(directory)
 
     @staticmethod
     def from_pretrained(directory: str | Path, tokenizer: VisualTokenizer | None = None) -> DiffusionDecoder:

@@ -312,6 +312,19 @@ def test_the_admission_is_told_what_a_models_videos_need(checkpoints, tmp_path):
     assert found == [(12, False, False), (4, True, True)]
 
 
+def test_a_container_that_is_stopped_while_its_server_is_read_ends_at_once():
+    """It was killed after the whole grace period: the first process of a container hears no signal that it has no handler for."""
+    code = (
+        "import os, sys, time\nfrom mllm.cli import arguments\nfrom mllm.cli.main import main\nos.getpid = lambda: 1\n"
+        "arguments.checkpoint = lambda name: (print('reading', flush=True), time.sleep(60))\nsys.argv = ['mllm', 'serve', 'x']\nmain()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "reading\n"
+        process.terminate()
+        assert process.wait(20) == 0
+
+
 def test_an_address_is_no_name_of_a_host():
     check_values(None, None, ["images.example.org", "127.0.0.1", "localhost", "::1"])
     for wrong in ("http://x/y", "x:80", "x/y", "", "a b"):
