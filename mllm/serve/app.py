@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -75,6 +76,9 @@ def run_page(
     serve_options: list[str] | None = None,
 ) -> None:
     """Show the page until interrupted; without ``server``, start one for the checkpoint and stop it at the end."""
+    # What is started here ends with it; as the first process of a container it would not even hear the signal.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     from mllm.serve.page import STYLE, build_page, marker
 
     kept: KeptServer | None = None
@@ -111,17 +115,21 @@ def start_server(checkpoint: str, options: list[str], timeout: float = 1800.0) -
         port = sock.getsockname()[1]
     process = subprocess.Popen(_command(checkpoint, str(port), options))
     address = f"http://127.0.0.1:{port}"
-    client = ServerClient(address, own_key())
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise UnavailableError(
-                f"mllm serve {checkpoint} ended with status {process.returncode}; its output is above"
-            )
-        try:
-            client.model()
-            return process, address
-        except UnavailableError:
-            time.sleep(1)
+    try:
+        client = ServerClient(address, own_key())
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise UnavailableError(
+                    f"mllm serve {checkpoint} ended with status {process.returncode}; its output is above"
+                )
+            try:
+                client.model()
+                return process, address
+            except UnavailableError:
+                time.sleep(1)
+    except BaseException:  # told to stop while it waits
+        process.terminate()
+        raise
     process.terminate()
     raise UnavailableError(f"mllm serve {checkpoint} was not ready after {timeout:.0f} s")

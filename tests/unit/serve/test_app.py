@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from mllm.serve import app
+from tests.helpers import ROOT
 
 SERVER = """
 import http.server, sys, os
@@ -53,3 +56,23 @@ def test_a_server_that_dies_is_said_to_and_comes_back(monkeypatch, tmp_path):
         assert kept.process.poll() == 3 and len(kept.died) == app.MOST_STARTS + 1
     finally:
         kept.stop()
+
+
+def test_a_page_that_is_stopped_while_it_waits_takes_its_server_along(tmp_path):
+    """It left the server behind, which nobody could reach any more."""
+    pytest.importorskip("httpx")
+    code = (
+        "import sys\nfrom mllm.serve import app, page\npage.marker = lambda checkpoint: None\n"
+        "child = 'import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
+        "app._command = lambda checkpoint, port, options: [sys.executable, '-c', child]\napp.run_page('any')"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        server = int(process.stdout.readline())
+        process.terminate()
+        assert process.wait(30) == 0
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{server}").exists() and "Z" not in Path(f"/proc/{server}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline, "the server is still there"
+        time.sleep(0.05)
