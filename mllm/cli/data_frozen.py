@@ -67,18 +67,17 @@ def rebuild(
         if renderers is not None or cache is not None:
             raise ConfigError(f"{name}: captioned pictures have neither renderers nor a cache; leave these options out")
         output = output or Path("runs") / Path(name).stem
-        of_captions, differences = rebuild_captions(name, output, source=source)
-        _say(output, of_captions.num_questions, differences)
+        _say(output, rebuild_captions(name, output, source=source)[1])
         return
     if source is not None:
         raise ConfigError(f"--source: {name} is of charts; its tables' package is in its manifest")
     output = output or Path("runs/charts_test")
     only = None if renderers is None else tuple(name.strip() for name in renderers.split(",") if name.strip())
-    frozen, differences = rebuild_now(name, output, renderers=only, cache=cache, processes=processes, force=force)
-    _say(output, frozen.num_questions, differences)
+    _say(output, rebuild_now(name, output, renderers=only, cache=cache, processes=processes, force=force)[1])
 
 
-def _say(output: Path, questions: int, differences: list[str]) -> None:
+def _say(output: Path, differences: list[str]) -> None:
+    questions = len((output / "test.jsonl").read_bytes().splitlines())
     typer.echo(f"{output}: {questions} questions, the frozen ones")
     for line in differences or ["every picture is the frozen one"]:
         typer.echo(line)

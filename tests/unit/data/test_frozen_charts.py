@@ -7,8 +7,10 @@ import random
 import pytest
 import yaml
 
+from mllm.cli.main import main
 from mllm.data.charts.build import ChartSettings, build_charts
 from mllm.data.charts.frozen import compare, freeze, load_frozen, rebuild
+from mllm.data.charts.renderers import RENDERERS
 from mllm.demo.real_tables import TEST_SOURCES
 from mllm.errors import ConfigError, DataError, UnknownName
 
@@ -48,6 +50,25 @@ def test_what_is_built_again_is_compared_with_what_was_frozen(tables, tmp_path):
         rebuild(str(manifest), tmp_path / "third")
     with pytest.raises(ConfigError, match="drawn by matplotlib"):
         rebuild(str(manifest), tmp_path / "third", renderers=("gnuplot",))
+
+
+def test_the_command_counts_what_it_built(tables, tmp_path, capsys, monkeypatch):
+    """Of one renderer alone the questions are half of those that were frozen."""
+    settings = ChartSettings(
+        (str(tables),), train_charts=0, test_charts=2, test_sources=("two",), test_renderers=("matplotlib", "altair")
+    )
+    monkeypatch.setattr(RENDERERS.get("altair"), "draw", RENDERERS.get("matplotlib").draw)
+    monkeypatch.setattr(RENDERERS.get("altair"), "require", lambda: None)
+    build_charts(settings, tmp_path / "first")
+    freeze(tmp_path / "first", tmp_path / "mine.yaml", description="mine")
+    output = str(tmp_path / "again")
+    monkeypatch.setattr(
+        "sys.argv",
+        ["mllm", "data", "rebuild", str(tmp_path / "mine.yaml"), "--renderers", "matplotlib", "--output", output],
+    )
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code and "again: 4 questions, the frozen ones" in capsys.readouterr().out
 
 
 def test_a_longer_benchmark_begins_with_the_shorter_one(tables, tmp_path):
