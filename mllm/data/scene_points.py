@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -70,10 +71,11 @@ class PointWriter:
         """
         clip = open_video(Video(str(video)), where=where)
         numbers = spread(clip.count, min(self.frames, clip.count))
-        pictures = list(clip.read(numbers))
-        reader = self._reader((pictures[0].height, pictures[0].width))
+        pictures = clip.read(numbers)  # one after another: not all of them are kept
+        first = next(pictures)
+        reader = self._reader((first.height, first.width))
         image = reader.encoder.config.resolved_info.image
-        pixels = torch.stack([to_pixels(picture, image) for picture in pictures])
+        pixels = torch.stack([to_pixels(picture, image) for picture in itertools.chain([first], pictures)])
         points, confidence = reader.read(pixels.to(self.device))
         steps = [max(1, -(-length // self.side)) if self.side else 1 for length in confidence.shape[1:]]
         rows, columns = (slice(step // 2, None, step) for step in steps)
