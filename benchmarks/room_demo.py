@@ -57,6 +57,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=600.0, help="begin no further arm after so many")
     parser.add_argument("--processes", type=int, default=1, help="that draw rooms")
     parser.add_argument("--device", default="cpu", help="where the finished models answer")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that load an arm's or a geometry encoder's rows"
+    )
     options = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -74,13 +77,14 @@ def main() -> int:
             if arm in ("data", "tell") or time.perf_counter() - started > 60 * options.minutes:
                 continue
             if arm == "look":
-                look(root, seed, options.look_steps)
+                look(root, seed, options.look_steps, options.workers)
                 continue
             done = root / f"{arm}-{seed}.json"
             if not done.is_file():
                 if ARMS[arm][0] == "taught":
-                    look(root, seed, options.look_steps)
-                found = run(root, arm, seed, options.overrides, options.device)
+                    look(root, seed, options.look_steps, options.workers)
+                overrides = [f"stages.sft.num_workers={options.workers}", *options.overrides]
+                found = run(root, arm, seed, overrides, options.device)
                 done.write_text(json.dumps(found, indent=1), encoding="utf-8")
             tell(arm, seed, json.loads(done.read_text(encoding="utf-8")))
     table(root, seeds)
@@ -92,7 +96,7 @@ def changes(output: Path, root: Path, seed: int) -> list[str]:
     return [f"output={output}", f"seed={seed}", f"model.language_model.tokenizer={root / 'tokenizer'}"]
 
 
-def look(root: Path, seed: int, steps: int) -> Path:
+def look(root: Path, seed: int, steps: int, workers: int = 0) -> Path:
     """The geometry encoder's run, taught by poses and depth alone, where it is not there yet. Returns its model's folder."""
     from mllm.recipe import load_recipe
     from mllm.train.run import run_recipe
@@ -105,6 +109,7 @@ def look(root: Path, seed: int, steps: int) -> Path:
             *changes(output, root, seed),
             f"stages.look.data.path={root / 'data/seen.jsonl'}",
             f"stages.look.steps={steps}",
+            f"stages.look.num_workers={workers}",
         ]
         final = run_recipe(load_recipe("room_geometry", given), resume=(output / "checkpoints").is_dir())
         heads = last_heads(output)
