@@ -39,6 +39,9 @@ class PoseHeadConfig(HeadConfig):
     """How often the answer is refined; every answer has a loss, the earlier ones less (each 0.6 of the next)."""
     scale: Literal["metric", "free"] = "metric"
     """free: translations are divided by their mean length in each video, for poses whose unit is not known (structure from motion)."""
+    error: Literal["absolute", "squared"] = "absolute"
+    """What an error costs: its size, as VGGT has it, or its square. Where nothing was learned before, absolute may stay at "not turned",
+    which costs least while a camera that turns left cannot be told from one that turns right; squared led away from there."""
     translation: float = Field(default=1.0, ge=0)
     rotation: float = Field(default=1.0, ge=0)
     fov: float = Field(default=0.5, ge=0)
@@ -103,7 +106,7 @@ class PoseHead(Head):
         parts: dict[str, Tensor] = {}
         total = answers[0].new_zeros((), dtype=torch.float32)
         for number, answer in enumerate(answers):
-            parts = pose_errors(answer.float(), targets)
+            parts = pose_errors(answer.float(), targets, squared=self.config.error == "squared")
             share = 0.6 ** (len(answers) - 1 - number) / len(answers)
             total = total + share * sum(getattr(self.config, name) * value for name, value in parts.items())
         report = {name: value.detach() for name, value in parts.items()}
@@ -150,14 +153,15 @@ def unit_translations(poses: Tensor) -> Tensor:
     return torch.cat([poses[:, :3] / counted.mean(), poses[:, 3:]], dim=-1)
 
 
-def pose_errors(answers: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Mean absolute errors of poses ``(F, 9)`` by part, over what is known; a part of which nothing is known is absent."""
+def pose_errors(answers: Tensor, targets: Tensor, *, squared: bool = False) -> dict[str, Tensor]:
+    """Mean absolute (or squared) errors of poses ``(F, 9)`` by part, over what is known; a part of which nothing is known is absent."""
     parts = {}
     for name, span in (("translation", slice(0, 3)), ("rotation", slice(3, 7)), ("fov", slice(7, 9))):
         known = targets[:, span].isfinite().all(dim=-1)
         if bool(known.any()):
             off = (answers[known][:, span] - targets[known][:, span]).abs()
-            parts[name] = (off.clamp(max=_FURTHEST) if name == "translation" else off).mean()
+            off = off.clamp(max=_FURTHEST) if name == "translation" else off
+            parts[name] = (off.square() if squared else off).mean()
     return parts
 
 

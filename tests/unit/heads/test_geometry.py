@@ -209,6 +209,10 @@ def test_nan_is_left_out_of_the_loss_and_not_of_its_count() -> None:
     assert {name: float(value) for name, value in found.items()} == pytest.approx(
         {"translation": 1.0, "rotation": 1 / 4}
     )
+    squares = pose_errors(answers, targets, squared=True)
+    assert {name: float(value) for name, value in squares.items()} == pytest.approx(
+        {"translation": 3.0, "rotation": 1 / 4}
+    )
     assert pose_errors(answers, torch.full((3, 9), torch.nan)) == {}
     half = torch.tensor([[0, 0, 0, 0, 0, 0.5**0.5, 0, 0.5**0.5, 0]])
     assert float(mean_angle(half.roll(-1, 1), torch.tensor([[0, 0, 0, 0, 0, 0, 1.0, 0, 0]]))) == pytest.approx(
