@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mllm.errors import AlignmentError
+
 SHARPNESS = 20.0
 """What cosines are multiplied with: at a random start (a spread of 0.04 at 576 wide) no visual token is chosen yet."""
 
@@ -64,9 +66,15 @@ class WordContrast:
             return None
         ids, labels = inputs["input_ids"], inputs["labels"]
         lengths = (ids == model.config.image_token_id).sum(1).tolist()
+        seen = seen.flatten(0, -2)
+        if sum(lengths) != len(seen):
+            raise AlignmentError(
+                f"word_contrast: {len(seen)} visual tokens for {sum(lengths)} places in the text, so they cannot be told by rows; set "
+                "the stage's options.word_contrast to 0 for this model"
+            )
         special = torch.tensor(sorted(self.special), device=labels.device)
         words = [row[(row >= 0) & ~torch.isin(row, special)] for row in labels]
-        loss = word_contrast(list(seen.flatten(0, -2).split(lengths)), words, model.get_input_embeddings().weight)
+        loss = word_contrast(list(seen.split(lengths)), words, model.get_input_embeddings().weight)
         whole = inputs.get("num_items_in_batch")
         share = 1.0 if whole is None else (labels[:, 1:] != -100).sum().float() / whole
         output.loss = output.loss + (self.weight * share * loss).to(output.loss.dtype)

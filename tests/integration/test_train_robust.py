@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -78,3 +80,15 @@ def test_a_stage_learns_from_harder_pictures_and_says_what_does_not_go_together(
         recipe = make_recipe(tmp_path, stages=[{**stage, **changes}])
         with pytest.raises(ConfigError, match=word):
             kind_of(recipe.stages[0]).check(recipe.stages[0], recipe)
+
+
+def test_a_stage_teaches_visual_tokens_the_words_of_their_picture(tmp_path):
+    stage = {"name": "sft", "steps": 2, "learn": {"connector": 1e-3}, "batch_size": 6}
+    run_recipe(make_recipe(tmp_path, stages=[stage]))
+    run_recipe(make_recipe(tmp_path, stages=[{**stage, "options": {"word_contrast": 0.5}}]), output=tmp_path / "words")
+    plain, taught = (
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0]) for name in ("run", "words")
+    )
+    words = taught["head_loss"]["word_contrast"]
+    assert "head_loss" not in plain and words > 0
+    assert taught["loss"] == pytest.approx(plain["loss"] + 0.5 * words, abs=1e-4)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from mllm.errors import ConfigError
+from mllm.errors import AlignmentError, ConfigError
 from mllm.recipe import StageSpec
 from mllm.train.robust import Robust, RobustOptions
 from mllm.train.stages.sft import check_sft
@@ -106,6 +108,9 @@ def test_it_is_added_to_the_loss_of_a_model_that_learns(tmp_path):
     torch.testing.assert_close(halved.loss, output.loss / 2, msg="it counts as this call's share of the step")
     output.loss.backward()
     assert all(p.grad is not None for p in model.model.multi_modal_projector.parameters())
+    fewer = replace(output, image_hidden_states=output.image_hidden_states[1:])
+    with pytest.raises(AlignmentError, match=r"visual tokens for .* places in the text"):
+        WordContrast(0.5, {8})._add(model, (), inputs, fewer)
     model.eval()
     quiet = model(**inputs)
     assert quiet.losses is None
