@@ -110,10 +110,16 @@ def main() -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="of the weights and the order of samples; scenes stay (default: 0)"
     )
+    parser.add_argument(
+        "--confusing",
+        type=float,
+        default=0.0,
+        help="share of training scenes where a name needs both words (default: 0)",
+    )
     parser.add_argument("--models", nargs="+", choices=list(CONTROLS), default=list(CONTROLS))
     arguments = parser.parse_args()
     output, began = arguments.output, time.time()
-    data = prepare_scenes(output / "data")
+    data = prepare_scenes(output / "data", confusing=arguments.confusing)
     train_text_tokenizer(output / "text_tokenizer")
     report: dict[str, Any] = {}
     for name in arguments.models:

@@ -32,7 +32,7 @@ from mllm.heads.segmentation.decoders import QueryDecoder, QueryDecoderConfig
 from mllm.heads.segmentation.losses import mask_bce, mask_dice
 from mllm.types import EncoderInfo, ImageSpec
 
-SIDE, PATCH = 64, 4
+SIDE, PATCH = 48, 4
 KINDS = ("cells", "vessels")
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Student's factor of a two-sided interval of 95 %, by number of seeds."""
@@ -59,7 +59,7 @@ def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
             if length > 20 and rng.random() < 0.02:
                 paths.append((y, x, angle + rng.choice([-0.8, 0.8]), 0.8 * radius, length // 2))
     cells, rims = np.zeros((SIDE, SIDE), bool), np.zeros((SIDE, SIDE), bool)
-    for _ in range(rng.integers(3, 8)):
+    for _ in range(rng.integers(2, 6)):
         y, x, turn = *rng.uniform(4, SIDE - 4, 2), rng.uniform(0, np.pi)
         long, short = rng.uniform(3.5, 7.0), rng.uniform(2.8, 4.5)
         along = (rows - y) * np.sin(turn) + (columns - x) * np.cos(turn)
@@ -90,7 +90,7 @@ def settings(width: int, *, stem: tuple[int, int, int] = (16, 32, 64)) -> DbSamC
         num_heads=4,
         mlp_ratio=2.0,
         patch_size=PATCH,
-        window_size=8,
+        window_size=6,
         global_blocks=[1, 3],
         trained_size=SIDE,
         branches=1,
@@ -226,7 +226,7 @@ def interval(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--train", type=int, default=800, help="pictures (default: 800)")
     parser.add_argument("--tests", type=int, default=200, help="pictures (default: 200)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -257,14 +257,21 @@ def main() -> None:
     )
     wanted = size(both(options.width))
     tests = tuple(part.to(options.device) for part in drawn(options.tests, 7))
-    results: dict[str, list[dict[str, float]]] = {}
+    widths = {name: options.width if make is both else matched(make, wanted) for name, (make, _) in ARMS.items()}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
+    seconds = dict.fromkeys(ARMS, 0.0)
+    for seed in options.seeds:
+        for name, (make, _) in ARMS.items():
+            began = time.perf_counter()
+            results[name].append(scores(trained(make, widths[name], seed, options), *tests))
+            seconds[name] += (time.perf_counter() - began) / len(options.seeds)
+            print(seed, name, {key: round(value, 2) for key, value in results[name][-1].items()}, flush=True)
     for name, (make, what) in ARMS.items():
-        width, began = options.width if make is both else matched(make, wanted), time.perf_counter()
-        results[name] = [scores(trained(make, width, seed, options), *tests) for seed in options.seeds]
         row = ", ".join(f"{key} {interval([one[key] for one in results[name]])}" for key in results[name][0])
-        seconds = (time.perf_counter() - began) / len(options.seeds)
-        parameters = size(make(width))
-        say(f"{name:<19} width {width:>3}, {parameters:,} parameters ({what}), {seconds:.0f} s a seed: {row}")
+        parameters = size(make(widths[name]))
+        say(
+            f"{name:<19} width {widths[name]:>3}, {parameters:,} parameters ({what}), {seconds[name]:.0f} s a seed: {row}"
+        )
     for other in list(ARMS)[1:]:
         gains = {
             key: [a[key] - b[key] for a, b in zip(results["two branches"], results[other])] for key in results[other][0]

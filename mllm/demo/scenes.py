@@ -81,10 +81,13 @@ def draw_scene(rng: random.Random, looks: Sequence[tuple[str, str]] | None = Non
 
 
 def confusing_looks(rng: random.Random) -> list[tuple[str, str]]:
-    """Looks of a scene in which neither word names the first thing alone: another has its colour, another its shape."""
-    (colour, other_colour), (shape, other_shape) = rng.sample(list(COLOURS), 2), rng.sample(SHAPES, 2)
-    looks = [(colour, shape), (colour, other_shape), (other_colour, shape)]
-    return rng.sample(looks, len(looks))
+    """Looks of a scene in which neither word names one of its things: another has its colour, another its shape. None is in ``UNSEEN``:
+    what is always there to be left out would be learned as never meant."""
+    while True:
+        (colour, other_colour), (shape, other_shape) = rng.sample(list(COLOURS), 2), rng.sample(SHAPES, 2)
+        looks = [(colour, shape), (colour, other_shape), (other_colour, shape)]
+        if not set(looks) & set(UNSEEN):
+            return rng.sample(looks, len(looks))
 
 
 def _shape(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
@@ -135,15 +138,11 @@ def question(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 
 def conversation(scene: Scene, rng: random.Random) -> list[Turned]:
-    """What a training scene is asked for: two things, whose masks differ by the phrase alone, one by colour and shape where neither names
-    it; and perhaps what is not there and a question for words."""
+    """What a training scene is asked for: two things, whose masks differ by the phrase alone, and perhaps what is not there and a question
+    for words."""
     named, turns = phrases(scene, unseen=False), []
-    things = rng.sample(scene.things, len(scene.things))
-    things.sort(key=lambda thing: not _needs_both_words(scene, thing))
-    for number, thing in enumerate(things[:2]):
+    for thing in rng.sample(scene.things, min(2, len(scene.things))):
         names = [phrase for phrase, other in named if other is thing]
-        if names and number == 0 and _needs_both_words(scene, thing):
-            names = names[:1]
         if names:
             turns.append(_marked(rng.choice(names), HERE, encode_rle(thing.mask)))
     if rng.random() < 0.25:
@@ -154,32 +153,29 @@ def conversation(scene: Scene, rng: random.Random) -> list[Turned]:
     return turns
 
 
-def _needs_both_words(scene: Scene, thing: Thing) -> bool:
-    """Whether another thing has its colour, and another its shape, and a training phrase may join the two."""
-    others = [other for other in scene.things if other is not thing]
-    alike = any(other.colour == thing.colour for other in others) and any(
-        other.shape == thing.shape for other in others
-    )
-    return alike and (thing.colour, thing.shape) not in UNSEEN
-
-
 def _marked(phrase: str, answer: str, mask: Any) -> Turned:
     return f"Please segment {phrase}.", answer.format(phrase=phrase), [mask]
 
 
 def prepare_scenes(
-    output_dir: Path | str = "runs/segmentation_demo/data", *, train: int = 6000, test: int = 300, seed: int = 0
+    output_dir: Path | str = "runs/segmentation_demo/data",
+    *,
+    train: int = 6000,
+    test: int = 300,
+    seed: int = 0,
+    confusing: float = 0.0,
 ) -> Path:
     """Write ``train.jsonl`` (marking and questions), ``blind.jsonl`` (its phrases taken out), ``words.jsonl`` (without masks), and
-    ``{marks,questions}_test.jsonl`` on other scenes, with PNG pictures; returns the folder. Deterministic by seed."""
+    ``{marks,questions}_test.jsonl`` on other scenes, with PNG pictures; returns the folder. Deterministic by seed. confusing: the share of
+    training scenes in which a thing is named by colour and shape alone (`confusing_looks`)."""
     root = Path(output_dir)
     (root / "train").mkdir(parents=True, exist_ok=True)
     (root / "test").mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"scenes/train/{seed}")
     rows: list[dict[str, Any]] = []
     for number in range(train):
-        # In scenes drawn at random one word mostly suffices, and a model learns to go by the one that it sees first.
-        scene, name = draw_scene(rng, confusing_looks(rng) if number % 2 else None), f"train/{number:05d}.png"
+        hard = int((number + 1) * confusing) > int(number * confusing)
+        scene, name = draw_scene(rng, confusing_looks(rng) if hard else None), f"train/{number:05d}.png"
         scene.picture.save(root / name)
         rows.append(_row(f"scene-{number}", name, conversation(scene, rng)))
     _write(root / "train.jsonl", rows)
