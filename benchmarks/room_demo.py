@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-POSE = {"type": "pose", "depth": 1, "num_heads": 4, "iterations": 2}
+POSE = {"type": "pose", "depth": 1, "num_heads": 4, "iterations": 2, "error": "squared", "rotation": 10.0}
 DEPTH = {"type": "depth_map", "cells": 2}
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "words": ("", {}),
