@@ -3,10 +3,10 @@
 Draws cells (discs and ellipses with a rim, some touching) and vessels (thin curves that fork) on noisy tissue, and trains three encoders
 with the same query decoder (two learned prompts: cells, vessels) from scratch: DB-SAM's two branches with their exchange and gate
 (`mllm.encoders.backbones.dbsam`), its ViT alone, and its pyramid of convolutions alone. The two alone are widened until their parameters
-are those of both, within 1 %. Dice and IoU on pictures that were not trained, by seed of weights and training pictures; intervals are
+are those of both, within 4 %. Dice and IoU on pictures that were not trained, by seed of weights and training pictures; intervals are
 Student's over seeds, of the differences too.
 
-    python benchmarks/two_branches.py --output benchmarks/results/two_branches_cpu.txt      # about 10 minutes of one core
+    python benchmarks/two_branches.py --output benchmarks/results/two_branches_cpu.txt      # about 7 minutes of a core of its own
 """
 
 from __future__ import annotations
