@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mllm.demo.scenes import BLIND, UNSEEN, prepare_scenes
+from mllm.demo.scenes import BLIND, UNSEEN, confusing_looks, draw_scene, prepare_scenes
 
 
 @pytest.fixture(scope="module")
@@ -42,3 +43,19 @@ def test_the_blind_control_is_told_no_phrase_and_sees_the_same_masks(data: Path)
         for message in blind["messages"]:
             marks = "[SEG]" in message["content"] or "segment" in message["content"]
             assert not marks or (BLIND in message["content"] and "the " not in message["content"])
+
+
+def test_confusing_scenes_need_both_words_and_hold_nothing_that_is_tested() -> None:
+    rng = random.Random(0)
+    for _ in range(20):
+        looks = confusing_looks(rng)
+        assert not set(looks) & set(UNSEEN)
+        both = [
+            look
+            for look in looks
+            if any(other[0] == look[0] for other in looks if other != look)
+            and any(other[1] == look[1] for other in looks if other != look)
+        ]
+        assert len(both) == 1
+        scene = draw_scene(rng, looks)
+        assert {(thing.colour, thing.shape) for thing in scene.things} <= set(looks)
