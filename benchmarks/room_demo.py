@@ -207,7 +207,7 @@ def table(root: Path, seeds: list[int]) -> None:
         files = [root / f"{arm}-{seed}.json" for seed in seeds]
         if found := [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]:
             rows[arm] = found
-    for what in ("scores", "kinds"):
+    for what in ("scores", "kinds", "heads"):
         names = list(dict.fromkeys(name for found in rows.values() for one in found for name in one[what]))
         if names:
             print(f"\n{what:10s} seeds " + " ".join(f"{name:>13s}" for name in names))

@@ -112,6 +112,7 @@ class PoseHead(Head):
         report = {name: value.detach() for name, value in parts.items()}
         if "rotation" in parts:
             report["degrees"] = mean_angle(answers[-1].detach().float(), targets)
+            report["turned"] = mean_angle(standing_still(targets), targets)
         return HeadLoss(step.share() * self.config.weight * total + self.idle(), report)
 
     def answers(self, states: Tensor, laid: LaidFrames) -> tuple[list[Tensor], list[int], list[int]]:
@@ -134,6 +135,13 @@ class PoseHead(Head):
             answer = answer.detach() + self.answer(self.trunk(x, src_key_padding_mask=~real))
             found.append(answer[real])
         return found, [place[2] for place in places], counts
+
+
+def standing_still(targets: Tensor) -> Tensor:
+    """Poses ``(F, 9)`` of a camera that stays as it is."""
+    still = torch.zeros_like(targets)
+    still[:, 6] = 1.0
+    return still
 
 
 def _of_a_video(laid: LaidFrames, row: int) -> bool:

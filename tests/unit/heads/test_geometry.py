@@ -17,7 +17,7 @@ from mllm.data.sources import open_source
 from mllm.data.spec import DatasetSpec
 from mllm.errors import ConfigError, DataError
 from mllm.heads.geometry.depth_map import steps_off, without_a_factor
-from mllm.heads.geometry.pose import mean_angle, pose_errors, unit_translations
+from mllm.heads.geometry.pose import mean_angle, pose_errors, standing_still, unit_translations
 from mllm.models.build import build_model
 from mllm.processing import chat
 from mllm.processing.chat import encode_sample
@@ -243,7 +243,10 @@ def batches(processor: Any) -> list[dict[str, Any]]:
 def test_losses_are_reported_by_part_padded_and_packed_alike(parts: tuple[Any, Any]) -> None:
     model, processor = parts
     padded, packed = (model(**batch) for batch in batches(processor))
-    names = {f"pose/{part}" for part in ("translation", "rotation", "fov", "degrees")} | {"far/log", "far/gradient"}
+    names = {f"pose/{part}" for part in ("translation", "rotation", "fov", "degrees", "turned")} | {
+        "far/log",
+        "far/gradient",
+    }
     assert set(padded.losses) == names and all(torch.isfinite(value) for value in padded.losses.values())
     for name in names:
         torch.testing.assert_close(padded.losses[name], packed.losses[name], atol=1e-4, rtol=1e-4)
@@ -384,3 +387,9 @@ def test_read_poses_takes_a_camera_that_is_not_known() -> None:
     some[1] = None
     found, view = read_poses(some, where="row")
     assert view is None and np.isnan(found[1]).all() and np.isfinite(found[[0, 2]]).all()
+
+
+def test_a_head_that_says_not_turned_is_as_far_off_as_the_cameras_turned() -> None:
+    targets = torch.zeros(3, 9)
+    targets[:, 3:7] = torch.from_numpy(quaternions(np.stack([turn(0), turn(60), turn(30, axis=0)]))).float()
+    assert float(mean_angle(standing_still(targets), targets)) == pytest.approx(30.0, abs=0.1)
