@@ -40,6 +40,7 @@ KEPT: dict[str, str] = {
     "data build captions": _HALF,
     "data rebuild": _HALF,
     "data freeze": _NO_RESULT,
+    "data points": "the files that are finished are kept; the same command writes those that are missing",
     **dict.fromkeys(
         (
             "eval compare", "eval report", "eval stress", "eval contamination", "eval leaderboard", "eval scores", "eval import",
