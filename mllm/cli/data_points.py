@@ -46,8 +46,9 @@ def points(
     import torch
 
     from mllm.data.scene_points import PointWriter, write_points
+    from mllm.visual_tokenizers.running import choose_device
 
-    where = torch.device(device if device not in (None, "auto") else "cuda" if torch.cuda.is_available() else "cpu")
+    where = choose_device(device or "auto")
     kind = "bfloat16" if where.type == "cuda" else "float32"
     source = {} if weights is None else {"weights": {"source": weights}}
     writer = PointWriter(

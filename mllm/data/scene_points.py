@@ -15,6 +15,7 @@ import torch
 from mllm.encoders.catalogue import build_encoder, encoder_config, expanded
 from mllm.encoders.view_points import READERS, PointReader
 from mllm.errors import ConfigError
+from mllm.modes import by_umask
 from mllm.processing.pixels import to_pixels
 from mllm.processing.scene_points import SIDECAR
 from mllm.processing.spread import spread
@@ -91,7 +92,7 @@ class PointWriter:
             except BaseException:
                 Path(half.name).unlink()
                 raise
-        Path(half.name).chmod(0o644)
+        by_umask(half.name)
         Path(half.name).replace(target)
         return target, len(numbers)
 

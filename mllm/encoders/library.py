@@ -250,6 +250,16 @@ class LibraryEncoder(VisionEncoder):
             "weights through type: hf"
         )
 
+    def without_attention(self, pixels: Tensor, return_attention: bool) -> Tensor:
+        """``(B, 3, H, W)`` in the encoder's dtype, for a ``forward`` that hands out no attention. Raises `UnavailableError` where it is
+        asked for, `ConfigError` for pixels of another size."""
+        if return_attention:
+            raise UnavailableError(
+                f"return_attention: {self.config.type} uses fused attention, which hands out no weights"
+            )
+        check_pixels(pixels, self.config.resolved_info.image, self.config.type)
+        return pixels.to(self.dtype)
+
     def empty_features(self, pixels: Tensor, *, return_attention: bool = False) -> VisionFeatures:
         """The features of no images."""
         info = self.config.resolved_info
@@ -305,6 +315,14 @@ def from_patches(patches: Tensor, grid: Grid, side: int) -> Tensor:
     """Patches ``(B · rows · columns, 3 p²)``, each channel by channel → pixels ``(B, 3, rows · p, columns · p)``."""
     cells = patches.reshape(-1, *grid, 3, side, side)
     return cells.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, grid[0] * side, grid[1] * side)
+
+
+def tiles_alone(scene_ids: Tensor, places: Tensor | None) -> Tensor:
+    """Scenes ``(B,)`` in which every tile is one of its own. places ``(B, 2)``: (-1, -1) where a whole picture is seen."""
+    if places is None:
+        return scene_ids
+    alone = torch.arange(len(scene_ids), device=scene_ids.device) + int(scene_ids.max()) + 1
+    return torch.where(places.ge(0).any(dim=-1), alone, scene_ids)
 
 
 def check_pixels(pixels: Tensor, image: ImageSpec, where: str) -> None:

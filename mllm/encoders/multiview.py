@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from mllm.encoders.base import EncoderConfig
-from mllm.encoders.library import ImageEncoderConfig, LayerOutput, LibraryEncoder, check_pixels, merge_layers
+from mllm.encoders.library import ImageEncoderConfig, LayerOutput, LibraryEncoder, merge_layers, tiles_alone
 from mllm.encoders.weights import local_path, read_weights, strip_prefix, unavailable
-from mllm.errors import ConfigError, UnavailableError
+from mllm.errors import ConfigError
 from mllm.types import Grid, VisionFeatures
 
 
@@ -74,20 +74,13 @@ class ViewsEncoder(LibraryEncoder):
         """places ``(B, 2)``: a tile (not (-1, -1)) shows a part of a picture from where the whole is seen, so it is a scene of its
         own; frames of a video are whole, and one scene. given: what is read in place of ``pixels``, a row for each, where
         ``config.reads`` names an encoder."""
-        if return_attention:
-            raise UnavailableError(
-                f"return_attention: {self.config.type} uses fused attention, which hands out no weights"
-            )
-        check_pixels(pixels, self.config.resolved_info.image, self.config.type)
-        pixels = pixels.to(self.dtype)
+        pixels = self.without_attention(pixels, return_attention)
         if pixels.shape[0] == 0:
             return self.empty_features(pixels)
         pixels = self.seen(pixels, given)
         if scene_ids is None:
             return merge_layers(self._read(pixels, [1] * pixels.shape[0]), self.config.keep_prefix)
-        if places is not None:
-            alone = torch.arange(len(scene_ids), device=scene_ids.device) + int(scene_ids.max()) + 1
-            scene_ids = torch.where(places.ge(0).any(dim=-1), alone, scene_ids)
+        scene_ids = tiles_alone(scene_ids, places)
         order = scene_ids.argsort(stable=True)
         views = torch.unique_consecutive(scene_ids[order], return_counts=True)[1].tolist()
         if bool((order[1:] > order[:-1]).all()):  # as a model gives them: nothing is copied

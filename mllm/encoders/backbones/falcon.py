@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from mllm.encoders.backbones.base import BackboneConfig, BackboneEncoder, require_multiple
 from mllm.encoders.backbones.layers import init_linear, run, token_table
 from mllm.encoders.base import EncoderConfig
-from mllm.encoders.library import LayerOutput, check_pixels, merge_layers, take_layers
-from mllm.errors import ConfigError, UnavailableError
+from mllm.encoders.library import LayerOutput, merge_layers, take_layers
+from mllm.errors import ConfigError
 from mllm.types import ImageSpec, VisionFeatures
 
 _EPS = 1e-6
@@ -224,10 +224,7 @@ class FalconEncoder(BackboneEncoder):
         places: Tensor | None = None,
         return_attention: bool = False,
     ) -> VisionFeatures:
-        if return_attention:
-            raise UnavailableError("return_attention: falcon uses fused attention, which hands out no weights")
-        check_pixels(pixels, self.config.resolved_info.image, self.config.type)
-        pixels = pixels.to(self.dtype)
+        pixels = self.without_attention(pixels, return_attention)
         if pixels.shape[0] == 0:
             return self.empty_features(pixels)
         return merge_layers(self._read(pixels, scene_ids, places), self.config.keep_prefix)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from mllm.encoders.backbones.base import BackboneConfig, BackboneEncoder, require_multiple
 from mllm.encoders.backbones.layers import Block, drop_rates, init_linear, run
 from mllm.encoders.base import EncoderConfig
-from mllm.encoders.library import LayerOutput, check_pixels, merge_layers, take_layers
+from mllm.encoders.library import LayerOutput, merge_layers, take_layers, tiles_alone
 from mllm.encoders.weights import resize_positions
-from mllm.errors import ConfigError, UnavailableError
+from mllm.errors import ConfigError
 from mllm.types import Grid, VisionFeatures
 
 
@@ -179,17 +179,12 @@ class Uni4EyeEncoder(BackboneEncoder):
         return_attention: bool = False,
     ) -> VisionFeatures:
         """places ``(B, 2)``: a tile (not (-1, -1)) shows a part of a picture, so it is a picture of its own."""
-        if return_attention:
-            raise UnavailableError("return_attention: uni4eye uses fused attention, which hands out no weights")
-        check_pixels(pixels, self.config.resolved_info.image, self.config.type)
-        pixels = pixels.to(self.dtype)
+        pixels = self.without_attention(pixels, return_attention)
         if len(pixels) == 0:
             return self.empty_features(pixels)
         if scene_ids is None:
             return merge_layers(self.read_layers(pixels), self.config.keep_prefix)
-        if places is not None:
-            alone = torch.arange(len(scene_ids), device=scene_ids.device) + int(scene_ids.max()) + 1
-            scene_ids = torch.where(places.ge(0).any(dim=-1), alone, scene_ids)
+        scene_ids = tiles_alone(scene_ids, places)
         order = scene_ids.argsort(stable=True)
         counts = torch.unique_consecutive(scene_ids[order], return_counts=True)[1].tolist()
         return self._read_scenes(pixels, list(order.split(counts)))
