@@ -47,7 +47,7 @@ def test_heads_of_geometry_train_beside_the_words_and_resume_exactly(tmp_path: P
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
     records = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     records = [record for record in records if "loss" in record]
-    told = {"pose/translation", "pose/rotation", "pose/degrees", "far/log", "far/gradient"}
+    told = {"pose/translation", "pose/rotation", "pose/degrees", "pose/turned", "far/log", "far/gradient"}
     assert all(set(record["head_loss"]) == told for record in records), "fov is in no row"
     rates = records[0]["lr"]
     ratio = {name: rate / rates["language_model"] for name, rate in rates.items()}
