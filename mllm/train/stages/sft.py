@@ -42,6 +42,11 @@ def check_sft(stage: StageSpec) -> SftOptions:
             f"{where}.options.word_contrast: compares the rows of a batch, one picture's words a row; set packing: false and a "
             "batch_size of 2 or more, or leave it out"
         )
+    if options.word_contrast and choose_engine(stage).zero_stage == 3:
+        raise ConfigError(
+            f"{where}.engine: options.word_contrast reads visual tokens where only ranks with pictures have any, for which those without "
+            "would wait forever; use none, zero1 or zero2"
+        )
     if options.robust is not None and stage.cache_features:
         raise ConfigError(
             f"{where}.cache_features: options.robust changes the pictures, so their features cannot be kept; leave one out"
