@@ -131,6 +131,38 @@ def test_an_open_clip_encoder_learns_with_ranked_negatives_and_goes_on_into_the_
         assert torch.equal(value, whole.state_dict()["visual." + key.split("encoders.semantic.model.")[1]]), key
 
 
+def test_an_encoder_without_a_text_side_learns_against_a_language_models_words(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from mllm.encoders.timm import TimmEncoder
+    from tests.helpers import tiny_tokenizer
+
+    words = tmp_path / "words"
+    tiny_tokenizer().save_pretrained(str(words))
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    language_model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tiny_tokenizer()), **sizes))
+    language_model.save_pretrained(words)
+    options = {"config": None, "tokenizer": None, "words": str(words), "learn_text": 5e-3, "ranking_weight": 0.5}
+    recipe = _recipe(tmp_path, steps=30, batch_size=8, options=options)
+    recipe.model.encoders["semantic"] = {**TimmEncoder.tiny(), "image_size": 28, "keep_prefix": False}
+    run_recipe(recipe)
+    output = tmp_path / "run"
+    losses = [float.fromhex(r["loss"]) for r in metrics(output) if r["stage"] == "pairs"]
+    assert sum(losses[-5:]) < 0.75 * sum(losses[:5]), losses
+    tuned, after = _encoder(output / "pairs"), _encoder(output / "final")
+    assert tuned and all(torch.equal(tuned[k], after[k]) for k in tuned), "the encoder is frozen in the second stage"
+    kept = load_file(output / "dual_encoders" / "pairs" / "model.safetensors")
+    assert all(torch.equal(tuned[k], kept["encoder.model." + k.split("encoders.semantic.model.")[1]]) for k in tuned)
+    assert not any("table" in name for name in kept), "the language model's own words are not saved again"
+    with pytest.raises(ConfigError, match="words: builds the text side; leave out source, config and tokenizer"):
+        kind_of(recipe.stages[0]).check_options(_recipe(tmp_path, options={"words": str(words)}).stages[0])
+    without = _recipe(tmp_path, options={"config": None, "tokenizer": None})
+    without.model.encoders["semantic"] = recipe.model.encoders["semantic"]
+    with pytest.raises(ConfigError, match=r"has no text side to be compared with.*set words to a language model"):
+        run_recipe(without, output=tmp_path / "no")
+
+
 @pytest.mark.slow
 def test_two_processes_with_gathered_negatives_equal_one(tmp_path):
     """The same four pairs a step, as one batch and as two processes' batches of two: InfoNCE with ranking on plain torch, then

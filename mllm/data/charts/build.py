@@ -15,6 +15,7 @@ from typing import Any
 from mllm.data.charts.chart import Chart, transcript
 from mllm.data.charts.choosing import MAX_ROWS, draw_charts, usable_columns
 from mllm.data.charts.duplicates import Fingerprint, Known, fingerprint
+from mllm.data.charts.near_misses import near_misses
 from mllm.data.charts.questions import KINDS, Balance, questions
 from mllm.data.charts.renderers import RENDERERS
 from mllm.data.charts.renderers.base import Style, png
@@ -40,7 +41,7 @@ assert set(SHARES) == set(KINDS)
 class ChartSettings:
     """What is built. test_sources: names of sources whose tables are kept for the test; default: a fixed eighth of them. Test
     charts are drawn by every renderer of ``test_renderers``, from the same tables with the same questions. max_rows: of training
-    tables; longer test tables still tell which training tables are copies."""
+    tables; longer test tables still tell which training tables are copies. kinds: only these kinds of questions (`KINDS`); default: all."""
 
     sources: tuple[str, ...]
     train_charts: int = 2000
@@ -54,6 +55,14 @@ class ChartSettings:
     max_rows: int = MAX_ROWS
     size: int = 448
     seed: int = 0
+    kinds: tuple[str, ...] = ()
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Kind of question → its share, of the kinds that are asked. Raises `ConfigError` for a kind that there is not."""
+        if unknown := sorted(set(self.kinds) - set(SHARES)):
+            raise ConfigError(f"kind of question {unknown[0]!r}: there are {', '.join(KINDS)}")
+        return {kind: share for kind, share in SHARES.items() if not self.kinds or kind in self.kinds}
 
 
 @dataclass
@@ -70,14 +79,15 @@ class TableReport:
 def build_charts(
     settings: ChartSettings, output: Path, *, cache: Path | None = None, processes: int = 1, force: bool = False
 ) -> dict[str, Any]:
-    """Write ``train.jsonl`` (conversations of several questions), ``captions.jsonl`` (everything a chart says), ``test.jsonl``
-    (one question a row), PNG pictures, ``tables.json`` (each table's split, or why it was left out) and ``manifest.json``, which
-    is returned.
+    """Write ``train.jsonl`` (conversations of several questions), ``captions.jsonl`` (everything a chart says), ``statements.jsonl`` (the
+    same beside near misses, for a contrastive stage), ``test.jsonl`` (one question a row), PNG pictures, ``tables.json`` (each table's
+    split, or why it was left out) and ``manifest.json``, which is returned.
 
     Does nothing when the manifest's settings and hashes fit what is on disk. Raises `ConfigError` for sources without tables and
     for test sources that do not exist, `UnavailableError` for a renderer that cannot run here, `DataError` where no chart comes
     out of any table. force: write over a folder that holds other charts.
     """
+    shares = settings.shares
     for name in dict.fromkeys((*settings.renderers, *settings.test_renderers)):
         RENDERERS.get(name).require()
     if (known := _complete(output, settings)) is not None:
@@ -94,10 +104,12 @@ def build_charts(
     for split in ("train", "test"):
         shutil.rmtree(output / split, ignore_errors=True)
     (output / "manifest.json").unlink(missing_ok=True)
-    rows: dict[str, list[dict[str, Any]]] = {"train.jsonl": [], "captions.jsonl": [], "test.jsonl": []}
+    rows: dict[str, list[dict[str, Any]]] = {
+        f"{name}.jsonl": [] for name in ("train", "captions", "statements", "test")
+    }
     jobs: dict[str, list[tuple[Path, Chart, Style]]] = {}
-    _train_rows(_mixed(reports, "train", settings), settings, output, rows, jobs)
-    _test_rows(_mixed(reports, "test", settings), settings, output, rows, jobs)
+    _train_rows(_mixed(reports, "train", settings), settings, shares, output, rows, jobs)
+    _test_rows(_mixed(reports, "test", settings), settings, shares, output, rows, jobs)
     if not jobs:
         raise DataError(f"no chart can be drawn from {len(files)} tables: {_reasons(reports).most_common(3)}")
     with phase(f"drawing {sum(map(len, jobs.values()))} charts"):
@@ -160,8 +172,10 @@ def _mixed(reports: Sequence[TableReport], split: str, settings: ChartSettings) 
     return [charts[turn] for turn in range(longest) for charts in tables if turn < len(charts)]
 
 
-def _train_rows(charts: Iterable[Chart], settings: ChartSettings, root: Path, rows: Any, jobs: Any) -> None:
-    rng, balance, number = random.Random(f"{settings.seed}/train questions"), Balance(SHARES), 0
+def _train_rows(
+    charts: Iterable[Chart], settings: ChartSettings, shares: dict[str, float], root: Path, rows: Any, jobs: Any
+) -> None:
+    rng, balance, number = random.Random(f"{settings.seed}/train questions"), Balance(shares), 0
     for chart in charts:
         if number == settings.train_charts:
             break
@@ -185,11 +199,16 @@ def _train_rows(charts: Iterable[Chart], settings: ChartSettings, root: Path, ro
         )
         messages = picture_messages(name, [(REQUEST, transcript(chart))])
         rows["captions.jsonl"].append({"id": f"caption-{number:06d}", "messages": messages, **extra})
+        misses = near_misses(chart, random.Random(f"{settings.seed}/near misses/{number}"))
+        others = {"negatives": [text for text, _ in misses], "negative_scores": [score for _, score in misses]}
+        rows["statements.jsonl"].append({"id": f"statement-{number:06d}", "messages": messages, **others, **extra})
         number += 1
 
 
-def _test_rows(charts: Iterable[Chart], settings: ChartSettings, root: Path, rows: Any, jobs: Any) -> None:
-    rng, balance, number = random.Random(f"{settings.seed}/test questions"), Balance(SHARES), 0
+def _test_rows(
+    charts: Iterable[Chart], settings: ChartSettings, shares: dict[str, float], root: Path, rows: Any, jobs: Any
+) -> None:
+    rng, balance, number = random.Random(f"{settings.seed}/test questions"), Balance(shares), 0
     for chart in charts:
         if number == settings.test_charts:
             break
@@ -304,7 +323,8 @@ def _complete(root: Path, settings: ChartSettings) -> dict[str, Any] | None:
     """The manifest, when settings and every file's hash fit it."""
     try:
         manifest = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["settings"] != json.loads(json.dumps(asdict(settings))) or manifest["version"] != VERSION:
+        wanted, earlier = json.loads(json.dumps(asdict(settings))), {"kinds": []}  # what manifests of before lack
+        if {**earlier, **manifest["settings"]} != wanted or manifest["version"] != VERSION:
             return None
         for name, entry in manifest["files"].items():
             if hashlib.sha256((root / name).read_bytes()).hexdigest() != entry["sha256"]:

@@ -6,6 +6,7 @@ import io
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from mllm.data.charts.build import ChartSettings, build_charts
 from mllm.data.charts.chart import COLOURS, Chart, Series, rounded, shown, transcript
 from mllm.data.charts.choosing import draw_charts, usable_columns
 from mllm.data.charts.duplicates import Known, fingerprint
+from mllm.data.charts.near_misses import near_misses
 from mllm.data.charts.questions import NOT_THERE, Balance, Question, questions
 from mllm.data.charts.renderers import RENDERERS
 from mllm.data.charts.renderers.base import Style, png
@@ -194,6 +196,45 @@ def test_building_splits_by_source_and_counts_what_it_skips(tmp_path):
     assert again["files"] == manifest["files"] and again["images"] == manifest["images"]
     with pytest.raises(ConfigError, match="other settings"):
         build_charts(ChartSettings(sources=settings.sources, train_charts=4, test_charts=0), tmp_path / "out")
+    old = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert old["settings"].pop("kinds") == []
+    (tmp_path / "out" / "manifest.json").write_text(
+        json.dumps(old)
+    )  # as it was written before questions could be chosen
+    assert build_charts(settings, tmp_path / "out") == old
+
+
+def test_only_the_kinds_of_questions_that_are_wanted_are_asked(tmp_path):
+    frame = pd.DataFrame({"who": ["Ann", "Bob", "Cid", "Dan", "Eve"], "size": [3.5, 30.2, 60.1, 81.7, 45.3]})
+    for source in ("alpha", "beta"):
+        (tmp_path / source).mkdir()
+        frame.to_csv(tmp_path / source / "t.csv", index=False)
+    settings = ChartSettings(
+        (str(tmp_path / "alpha"), str(tmp_path / "beta")), train_charts=3, test_charts=2, test_questions=1, size=96,
+        test_sources=("beta",), kinds=("colour", "count"),
+    )  # fmt: skip
+    found = build_charts(settings, tmp_path / "out")
+    assert found["train_kinds"] and set(found["train_kinds"]) | set(found["test_kinds"]) == {"colour", "count"}
+    with pytest.raises(ConfigError, match="kind of question 'colours': there are value"):
+        build_charts(replace(settings, kinds=("colours",)), tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_near_miss_has_one_wrong_fact_more_than_the_one_before():
+    series = (Series("A", "red", (10.0, 20.0, 30.0)), Series("B", "blue", (1.0, 2.0, 3.0)))
+    chart = Chart("bar", "t", "size by year", "year", "size", ("1990", "1991", "1992"), series)
+    truth = transcript(chart)
+    assert truth == "bars; size by year; A red: 1990 10, 1991 20, 1992 30; B blue: 1990 1, 1991 2, 1992 3"
+    for seed in range(20):
+        found = near_misses(chart, random.Random(seed))
+        wrong = [sum(a != b for a, b in zip(text.split(), truth.split(), strict=True)) for text, _ in found]
+        assert wrong == [1, 2, 3, 4] and [round(8 * (1 - score)) for _, score in found] == wrong
+    assert near_misses(chart, random.Random(1)) == near_misses(chart, random.Random(1))
+    pie = Chart("pie", "t", "n", "", "n", ("x", "y"), (Series("n", "red", (1.0, 2.0)),), ("red", "blue"))
+    assert [score for _, score in near_misses(pie, random.Random(0))] == [0.75, 0.5, 0.25, 0.0]
+    points = Chart("scatter", "t", "a against b", "b", "a", (), (Series("a", "pink", (1.0, 2.0), (1.0, 3.0)),))
+    ((text, score),) = near_misses(points, random.Random(0))
+    assert score == 0 and text.startswith("points; a against b; a ") and not text.endswith("pink")
 
 
 def test_a_place_without_tables_is_refused(tmp_path):

@@ -31,3 +31,15 @@ def test_a_row_as_the_recipe_describes_it_has_the_pair_and_its_negatives(tmp_pat
         assert sample.meta[options.negatives] == row[options.negatives]
     if options.ranking_weight:
         assert sample.meta[options.scores] == row["negative_scores"]
+
+
+def test_the_study_of_charts_has_the_three_ways_of_contrast_as_arms():
+    from mllm.eval.studies.arms import load_arms
+
+    arms, wanted = load_arms("real_charts").arms, {"O": (0, 0.0), "P": (4, 0.0), "Q": (4, 1.0)}
+    for name, (negatives, ranking) in wanted.items():
+        recipe = load_recipe(str(arms[name].recipe), arms[name].overrides)
+        options = check_contrastive(recipe.stages[0])
+        assert (options.num_negatives, options.ranking_weight) == (negatives, ranking)
+        plain = load_recipe("real_charts")
+        assert recipe.stages[1:] == plain.stages and recipe.model == plain.model

@@ -21,6 +21,7 @@ from mllm.errors import CheckpointError, ConfigError, MllmError, UnavailableErro
 from mllm.processing.protocol import TextTokenizer
 from mllm.train.engine.trainable import StageConfig, StageModel
 from mllm.train.stages.contrastive.losses import contrastive_loss, ranking_loss
+from mllm.train.stages.contrastive.words_dual import WordsDual
 
 if TYPE_CHECKING:
     from open_clip import CLIP, SimpleTokenizer
@@ -103,18 +104,21 @@ class OpenClipDual(nn.Module):
         (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": self.architecture}), encoding="utf-8")
 
 
-def build_dual(encoder: VisionEncoder, options: Any, *, where: str) -> HfDual | OpenClipDual:
-    """The whole model that ``encoder`` is the image side of, starting from the encoder's present weights.
+def build_dual(encoder: VisionEncoder, options: Any, *, where: str) -> HfDual | OpenClipDual | WordsDual:
+    """The whole model that ``encoder`` is the image side of, starting from the encoder's present weights; with ``options.words``, the
+    encoder itself beside a text side of its own.
 
     Raises `ConfigError` for encoders that have no text side, `UnavailableError` when the published weights are not here.
     """
+    if options.words is not None:
+        return WordsDual(encoder, options.words, where=where)
     from mllm.encoders.hf import HfEncoder
     from mllm.encoders.open_clip import OpenClipEncoder
 
     if not isinstance(encoder, HfEncoder | OpenClipEncoder):
         raise ConfigError(
-            f"{where}: an encoder of type {encoder.config.type!r} has no text side to be compared with; contrastive stages train "
-            "encoders of type hf (CLIP, SigLIP) or open_clip"
+            f"{where}: an encoder of type {encoder.config.type!r} has no text side to be compared with, as type hf (CLIP, SigLIP) "
+            "and open_clip have; set words to a language model (package:smollm2-135m-instruct, a folder, a hub id), and it gets one"
         )
     make = _hf_dual if isinstance(encoder, HfEncoder) else _open_clip_dual
     dual = make(encoder, options, where)

@@ -26,6 +26,7 @@ from mllm.train.checkpoint.export import save_stage
 from mllm.train.engine.base import choose_engine
 from mllm.train.stages.contrastive.dual_encoder import TEXT_PART, ContrastiveModel, build_dual, pass_weights
 from mllm.train.stages.contrastive.losses import LossName
+from mllm.train.stages.contrastive.words_dual import WordsDual
 from mllm.train.stages.kind import StageKind
 from mllm.train.stages.wrapped_processor import WrappedProcessor, one_picture
 from mllm.train.start import start_model
@@ -43,6 +44,9 @@ class ContrastiveOptions(StrictModel):
     """A whole model from scratch: an HF config (``model_type: clip``, ``text_config``, ``vision_config``), or open_clip's."""
     tokenizer: str | None = None
     """Of the text side; default: ``source``."""
+    words: str | None = None
+    """A language model (folder, hub id, ``package:NAME``) from whose word embeddings a small text side is built, for an encoder of any
+    type, which needs none of its own; set ``learn_text`` to a rate for weights from scratch (1e-3)."""
     loss: LossName = "infonce"
     learn_text: bool | float = True
     """The text side: true learns at the encoder's rate, a number at that rate, false keeps it as it is."""
@@ -138,7 +142,8 @@ def train_contrastive(run: Run, stage: StageSpec, previous: Path | None, folder:
     if lora.has_adapters(wrapped):
         lora.merge(wrapped)
     dual.cpu()
-    pass_weights(encoder, dual, to_encoder=True)
+    if not isinstance(dual, WordsDual):
+        pass_weights(encoder, dual, to_encoder=True)
     if distributed.is_main():
         dual.save(run.output / "dual_encoders" / stage.name)
     engine.model = model
@@ -161,6 +166,8 @@ def check_contrastive(stage: StageSpec) -> ContrastiveOptions:
         raise ConfigError(
             f"{where}.engine: a dual encoder is small; use none, zero1 or zero2 (zero3 would cut every layer)"
         )
+    if options.words is not None and (options.source or options.config or options.tokenizer):
+        raise ConfigError(f"{where}.options.words: builds the text side; leave out source, config and tokenizer")
     if options.ranking_weight and options.num_negatives < 2:
         raise ConfigError(f"{where}.options.ranking_weight: an order needs num_negatives of 2 or more")
     if options.ranking_floor is not None and not options.ranking_weight:
