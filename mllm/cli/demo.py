@@ -113,7 +113,8 @@ def demo(
         ),
     )
     scores = {name.removeprefix("demo_"): _scores(result) for name, result in results.items()}
-    report: dict[str, Any] = {**scores, "seconds": round(time.perf_counter() - started, 1)}
+    kinds = {name.removeprefix("demo_"): _kinds(result) for name, result in results.items()}
+    report: dict[str, Any] = {**scores, "kinds": kinds, "seconds": round(time.perf_counter() - started, 1)}
     path = output / "report.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
 
@@ -123,10 +124,15 @@ def demo(
         console.print(
             f"[bold]{row['image']}[/]\n  {row['question']}\n  → {row['answer']}   [dim](target: {row['target']})[/]"
         )
-    page = write_page(output, scores, results, shown)
+    told = {
+        line: values
+        for name, whole in scores.items()
+        for line, values in {name: whole, **{f"  {name}: {kind}": own for kind, own in kinds[name].items()}}.items()
+    }
+    page = write_page(output, told, results, shown)
     console.rule("result")
-    for name, values in scores.items():
-        console.print(_score_line(name, values))
+    for name, values in told.items():
+        console.print(_score_line(name, values), highlight=False)
     console.print(f"{report['seconds']:.0f} s · {path} · {page}")
     task, folder = next(iter(form.tasks.items()))
     next_steps = NEXT.format(run=output, image=shown[0]["image"], task=task, folder=folder, recipe=form.recipe)
@@ -160,6 +166,16 @@ def _scores(result: Any) -> dict[str, float | None]:
     """The score, and what is reached without the right picture, in percent; None: not measured."""
     ways = {"score": result, "blank": result.blind, "shuffled": result.shuffled, "prior": result.prior}
     return {name: None if way is None else round(100 * way.score, 2) for name, way in ways.items()}
+
+
+def _kinds(result: Any) -> dict[str, dict[str, float | None]]:
+    """As `_scores`, kind of question by kind of question: what was learned and what was not."""
+    ways = {"score": result, "blank": result.blind, "shuffled": result.shuffled, "prior": result.prior}
+    found = {
+        name: {} if way is None else {kind.name: round(kind.value, 2) for kind in way.categories}
+        for name, way in ways.items()
+    }
+    return {kind: {name: values.get(kind) for name, values in found.items()} for kind in found["score"]}
 
 
 def _score_line(task: str, scores: Mapping[str, float | None]) -> str:

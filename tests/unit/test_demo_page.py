@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from PIL import Image
 
-from mllm.cli.demo import _score_line, _scores
+from mllm.cli.demo import _kinds, _score_line, _scores
 from mllm.demo.page import demo_page, loss_curve
 
 
@@ -42,3 +42,15 @@ def test_a_floor_that_was_not_measured_is_never_a_zero():
     assert "shuffled not measured" in told and "not all measured" in told and "at most" not in told
     assert "at most 16.5 %" in _score_line("charts", {**scores, "shuffled": 12.0})
     assert "<td>not measured" in demo_page({"charts": scores}, [], [], {})
+
+
+def test_each_kind_of_question_stands_beside_what_it_reaches_without_the_right_picture():
+    def result(**kinds: float) -> SimpleNamespace:
+        return SimpleNamespace(categories=[SimpleNamespace(name=name, value=value) for name, value in kinds.items()])
+
+    seen = result(colour=80.0, count=40.0)
+    seen.blind, seen.shuffled, seen.prior = result(colour=10.0, count=41.25), None, result(colour=20.0)
+    assert _kinds(seen) == {
+        "colour": {"score": 80.0, "blank": 10.0, "shuffled": None, "prior": 20.0},
+        "count": {"score": 40.0, "blank": 41.25, "shuffled": None, "prior": None},
+    }
