@@ -56,3 +56,25 @@ def test_training_says_something_before_torch_is_imported():
         "progress.tell = told\nfrom mllm.cli.main import app\napp(['train', 'demo'])\n"
     )
     assert subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == 3
+
+
+def test_a_long_count_without_steps_is_told_where_there_is_no_terminal(monkeypatch):
+    import io
+
+    from rich.console import Console
+
+    from mllm.train.observe import progress as module
+
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    out = io.StringIO()
+    display = module.StageDisplay("answer", active=True, console=Console(file=out, width=120))
+    display.start(1200, what="features")
+    for step in range(1, 101):
+        now[0] = step / 2
+        display.update(step, None)
+    assert out.getvalue().splitlines() == ["features 61/1,200, 2.0/s, 9.5 min left"]
+    display.start(10)  # a stage's own steps are told by their records
+    now[0] += 100
+    display.update(5, None)
+    assert len(out.getvalue().splitlines()) == 1

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
+import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,7 +68,7 @@ class RapidReader:
             if importlib.util.find_spec(package) is None:
                 raise UnavailableError(f"generator ocr: reads with the package {package}: {install_hint('ocr')}")
         rapidocr: Any = importlib.import_module("rapidocr")
-        self.version = str(getattr(rapidocr, "__version__", ""))
+        self.version = importlib.metadata.version("rapidocr")
         self._engine = rapidocr.RapidOCR(params={"Global.log_level": "error"})
 
     def read(self, picture: Any) -> list[Word]:
@@ -76,6 +80,40 @@ class RapidReader:
             (x, y), height = corners.mean(0), float(np.ptp(corners[:, 1]))
             words.append(Word(str(text), float(x), float(y), height))
         return words
+
+
+class KeptReadings:
+    """The lines that one version of a reader found, by picture, on disk: reading takes seconds a picture on a CPU, several questions are
+    asked of one, and an evaluation that was cut short or is asked another model goes on where it was."""
+
+    def __init__(self, reader: str | None):
+        """reader: its name with its version, whose readings alone are used; None: of no known version, kept in memory only."""
+        self.path: Path | None = None
+        self._known: dict[str, list[str]] = {}
+        if reader is not None:
+            name = "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in reader)
+            self.path = Path(os.environ.get("MLLM_CACHE", "~/.cache/mllm")).expanduser() / "ocr" / f"{name}.jsonl"
+        if self.path is not None and self.path.is_file():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                    self._known[row["picture"]] = row["lines"]
+                except (ValueError, KeyError, TypeError):
+                    continue  # a line that a kill left unfinished; its picture is read again
+
+    def get(self, key: str) -> list[str] | None:
+        """Lines of a picture by its hash; None: not read yet."""
+        return self._known.get(key)
+
+    def add(self, key: str, lines: list[str]) -> list[str]:
+        """Keep what was read; the same lines."""
+        self._known[key] = lines
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            row = json.dumps({"picture": key, "lines": lines}, ensure_ascii=False)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(f"\n{row}\n")  # a line of its own, whatever a kill left before it
+        return lines
 
 
 class TextGenerator(HFGenerator):
@@ -101,7 +139,7 @@ class OcrGenerator:
     def __init__(self, model: TextGenerator, reader: Any):
         self.model, self.reader = model, reader
         self.name, self.batch_size = model.name.replace("hf:", "ocr:", 1), model.batch_size
-        self._known: dict[str, str] = {}  # several questions are asked of one picture
+        self.kept = KeptReadings(self._reader_name() if getattr(reader, "version", "") else None)
 
     @classmethod
     def open(cls, checkpoint: str, settings: GeneratorSettings) -> OcrGenerator:
@@ -121,9 +159,10 @@ class OcrGenerator:
     def fingerprint(self) -> str:
         """The language model's, the OCR engine's version and what the model is shown beforehand."""
         shown = hashlib.sha256(repr((_INTRODUCTION, _NOTHING, _SHOWN, _EXAMPLES)).encode()).hexdigest()[:8]
-        return (
-            f"ocr:{type(self.reader).__name__}:{getattr(self.reader, 'version', '')}:{shown}:{self.model.fingerprint()}"
-        )
+        return f"ocr:{self._reader_name()}:{shown}:{self.model.fingerprint()}"
+
+    def _reader_name(self) -> str:
+        return f"{type(self.reader).__name__}:{getattr(self.reader, 'version', '')}"
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Response]:
         """Answers to the questions below the words of their pictures; a picture that cannot be read gives an error."""
@@ -149,10 +188,10 @@ class OcrGenerator:
 
     def _words(self, picture: Any) -> str:
         key = hashlib.sha256(repr((picture.mode, picture.size)).encode() + picture.tobytes()).hexdigest()
-        if key not in self._known:
-            lines = lines_of(self.reader.read(picture))
-            self._known[key] = "\n".join([_INTRODUCTION, *(lines or [_NOTHING])])
-        return self._known[key]
+        lines = self.kept.get(key)
+        if lines is None:
+            lines = self.kept.add(key, lines_of(self.reader.read(picture)))
+        return "\n".join([_INTRODUCTION, *(lines or [_NOTHING])])
 
 
 def _examples() -> Iterator[Turn]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LINE_SECONDS = 30.0
+"""How often a count that no step is made of (features) is told where there is no terminal."""
 
 
 class StageDisplay:
@@ -18,10 +22,14 @@ class StageDisplay:
         self.console = console or Console(stderr=not sys.stdout.isatty() and sys.stderr.isatty())
         self.lines_every = 1
         self.bar: Progress | None = None
+        self.counted: str | None = None
+        self._began = self._told = (0, 0.0)
 
     def start(self, total: int, done: int = 0, *, what: str | None = None) -> None:
         """Show the bar of ``total`` steps, ``done`` of them already. what: its name, when it is not the stage's."""
         self.total, self.lines_every = total, max(1, total // 20)
+        self.counted = what
+        self._began = self._told = (done, time.monotonic())
         if self.active and self.console.is_terminal:
             self.bar = Progress(
                 TextColumn("[bold]{task.description}"),
@@ -50,6 +58,11 @@ class StageDisplay:
                 self.bar.update(self.task, completed=step, figures=figures(record))
         elif record is not None and (step % self.lines_every == 0 or step in (1, self.total)):
             self.console.print(f"{self.stage} {step}/{self.total}  {figures(record)}", highlight=False, soft_wrap=True)
+        elif record is None and self.counted and time.monotonic() - self._told[1] > LINE_SECONDS:
+            self._told = (step, time.monotonic())
+            rate = (step - self._began[0]) / (self._told[1] - self._began[1])
+            left = f", {(self.total - step) / rate / 60:.1f} min left" if rate else ""
+            self.console.print(f"{self.counted} {step:,}/{self.total:,}, {rate:.1f}/s{left}", highlight=False)
 
     def close(self) -> None:
         if self.bar is not None:

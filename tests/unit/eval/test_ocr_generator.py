@@ -57,6 +57,26 @@ def test_questions_are_asked_below_the_words_of_their_picture():
     assert generator.name == "ocr:tiny" and generator.fingerprint().startswith("ocr:Reader:")
 
 
+def test_what_a_reader_of_a_known_version_found_is_not_read_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLLM_CACHE", str(tmp_path))
+    reader, picture = Reader(), Image.new("RGB", (4, 4))
+    reader.version = "1/2"
+    request = Request("a", [Turn("user", f"{IMAGE_MARK}\nWho?")], [picture], {"max_new_tokens": 1})
+    (first,) = OcrGenerator(_model(), reader).generate([request])
+    (file,) = (tmp_path / "ocr").iterdir()
+    assert file.name == "Reader-1-2.jsonl"
+    file.write_text(file.read_text() + '{"picture": "cut sh')  # killed while it wrote
+    (again,) = OcrGenerator(_model(), reader).generate([request])
+    assert reader.asked == 1 and again.prompt == first.prompt
+    other = Request("b", [Turn("user", f"{IMAGE_MARK}\nWho?")], [Image.new("RGB", (5, 5))], {"max_new_tokens": 1})
+    for _ in range(2):
+        list(OcrGenerator(_model(), reader).generate([other]))
+    assert reader.asked == 2
+    reader.version = "3"
+    list(OcrGenerator(_model(), reader).generate([request]))
+    assert reader.asked == 3, "another version reads otherwise"
+
+
 def test_without_the_engine_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
     with pytest.raises(UnavailableError, match=r"rapidocr: .*install .*\[ocr\]"):
