@@ -1,11 +1,14 @@
-"""Who may read the weights that were written? Whom the umask lets read other files; safetensors leaves its own to their owner alone."""
+"""Who may read what was written? Whom the umask lets; safetensors and tempfile leave their own files to their owner alone."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 def by_umask(*places: str | os.PathLike[str]) -> None:
@@ -15,6 +18,21 @@ def by_umask(*places: str | os.PathLike[str]) -> None:
         for path in place.glob("*.safetensors") if place.is_dir() else (place,):
             with contextlib.suppress(OSError):
                 path.chmod(mode)
+
+
+@contextlib.contextmanager
+def whole_file(target: str | os.PathLike[str]) -> Iterator[Any]:
+    """A binary file to write that has ``target``'s name when the block has ended well, and is gone otherwise; several processes may write
+    the same, the last one counts. Raises `OSError`."""
+    target = Path(target)
+    with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".part", delete=False) as half:
+        try:
+            yield half
+        except BaseException:
+            Path(half.name).unlink()
+            raise
+    by_umask(half.name)
+    Path(half.name).replace(target)
 
 
 def unreadable(folder: str | os.PathLike[str]) -> str | None:

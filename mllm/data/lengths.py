@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from mllm.data.parallel import chunks, spread
 from mllm.data.sources import Source
 from mllm.errors import AlignmentError, DataError, blamed_on
+from mllm.modes import whole_file
 from mllm.types import Sample
 
 ROWS_A_PROCESS = 250
@@ -80,9 +80,8 @@ def _measure_all(
 def _store(table: np.ndarray, stored: Path | None) -> None:
     if stored is not None:
         stored.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=stored.parent, suffix=".tmp", delete=False) as file:
+        with whole_file(stored) as file:
             np.save(file, table)
-        Path(file.name).replace(stored)
 
 
 def _measure_rows(source: Source, length: Callable[[Sample], int], rows: range) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from mllm.encoders.catalogue import build_encoder, encoder_config, expanded
 from mllm.encoders.view_points import READERS, PointReader
 from mllm.errors import ConfigError
-from mllm.modes import by_umask
+from mllm.modes import whole_file
 from mllm.processing.pixels import to_pixels
 from mllm.processing.scene_points import SIDECAR
 from mllm.processing.spread import spread
@@ -86,14 +85,8 @@ class PointWriter:
             "confidence": confidence[:, rows, columns].numpy(),
             "frames": np.array(numbers),
         }
-        with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".npz", delete=False) as half:
-            try:
-                np.savez_compressed(half, **told)
-            except BaseException:
-                Path(half.name).unlink()
-                raise
-        by_umask(half.name)
-        Path(half.name).replace(target)
+        with whole_file(target) as file:
+            np.savez_compressed(file, **told)
         return target, len(numbers)
 
     def _reader(self, shape: tuple[int, int]) -> PointReader:

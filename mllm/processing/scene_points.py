@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mllm.errors import DataError
+from mllm.modes import whole_file
 from mllm.processing.depth_maps import DepthMaps, lay_depth, read_poses, shares_of_cells
 from mllm.processing.space_aware import space_aware_frames
 from mllm.processing.spread import spread
@@ -282,9 +282,8 @@ def _remembered(told: str, make: Any) -> tuple[int, ...]:
         numbers = tuple(make())
         with suppress(OSError):  # a disk that is full or may not be written to costs time only
             file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as half:
-                half.write(json.dumps(numbers))
-            Path(half.name).replace(file)
+            with whole_file(file) as half:
+                half.write(json.dumps(numbers).encode())
     if len(_kept) >= _KEPT:
         _kept.clear()
     _kept[key] = numbers

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mllm.damage import read_safetensors
 from mllm.errors import CheckpointError, ConfigError, DataError
+from mllm.modes import by_umask
 from mllm.types import Grid
 from mllm.visual_tokenizers.base import VisualTokenizer
 from mllm.visual_tokenizers.encoder import FeatureEncoder, encoder_settings, resize_tokens
@@ -117,6 +118,7 @@ def _supervised(spec: SupervisedTeacherSpec, images: ImageSource, seed: int, dir
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({key: value.contiguous() for key, value in teacher.state_dict().items()}, str(file))
+        by_umask(file)
     return teacher
 
 

@@ -28,6 +28,7 @@ from mllm.eval.report.statistics import Comparison, holm
 from mllm.eval.run import evaluate, run_header
 from mllm.eval.studies.compare import compare_predictions
 from mllm.eval.task import TaskSpec, load_tasks
+from mllm.modes import by_umask
 from mllm.types import VisionFeatures
 
 if TYPE_CHECKING:
@@ -249,6 +250,7 @@ def _keep(path: Path, probes: Mapping[str, _Probe], history: Sequence[Any]) -> N
     states = {name: probe.state() for name, probe in probes.items()}
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     save_file(tensors, part, {"history": _digest(history), "probes": json.dumps(states)})
+    by_umask(part)
     part.replace(path)
 
 
