@@ -17,6 +17,7 @@ from mllm.errors import ConfigError
 
 _groups_joined = 0
 _destroy: Callable[[], Any] | None = None  # what ends the present group, None: torch
+_own_folder = ""
 _small: Any = None  # gloo group for Python objects and counters; with gloo as the main backend, the main group
 
 
@@ -31,6 +32,23 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this process prints and writes."""
     return rank() == 0
+
+
+def keeps_folder() -> bool:
+    """Whether this process writes what the run's folder has once: the first of all, or, where every machine has a folder of its own, the
+    first of each machine."""
+    return is_main() or (_own_folder != "" and os.environ.get("LOCAL_RANK", "0") == "0")
+
+
+def keep_own_folders(machine: str) -> None:
+    """Until this process's group ends every machine has an output folder of its own; machine: the name of this one."""
+    global _own_folder
+    _own_folder = machine
+
+
+def own_folder_of() -> str:
+    """The machine whose own folder this process writes; empty where all machines share one."""
+    return _own_folder
 
 
 def local_device() -> torch.device:
@@ -70,7 +88,7 @@ def process_group(
     ``always``, as DeepSpeed needs one), or when the environment of ``torchrun`` is there. A group that exists already
     is used and kept. device: where this process computes; `local_device` if not given.
     """
-    global _groups_joined, _small, _destroy
+    global _groups_joined, _small, _destroy, _own_folder
     if dist.is_initialized() or (
         processes == 1 and init_method is None and not always and "WORLD_SIZE" not in os.environ
     ):
@@ -101,6 +119,7 @@ def process_group(
         yield
     finally:
         destroy, _small, _destroy = _destroy or dist.destroy_process_group, None, None
+        _own_folder = ""
         destroy()
 
 

@@ -15,26 +15,31 @@ from typing import Any
 from mllm import distributed
 from mllm.config import to_plain
 from mllm.errors import ConfigError, MllmError
-from mllm.progress import phase
+from mllm.progress import phase, tell
 from mllm.recipe import Recipe
+from mllm.train.checkpoint.own_folders import OwnFolders
 from mllm.train.checkpoint.resume import difference
 from mllm.train.data import open_mixture
 from mllm.train.observe.run_info import git_state, package_versions
 
 _SEEN = ".seen-by-all"
 _SEEING_SECONDS = 20.0
+_DISKS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay"}
+_NEED_SHARED = {"tokenizer", "diffusion", "dpo", "grpo"}
+"""Kinds of stages whose processes read more of the output folder than checkpoints and finished stages."""
+_SOME_SHARE = "some machines see what others write there and some do not. Either all share it (--output /shared/…), or each has its own"
 
 
-def agree(recipe: Recipe, folder: Path) -> None:
+def agree(recipe: Recipe, folder: Path) -> OwnFolders | None:
     """Compare commit, recipe, versions and data over the machines of this run, and see whether all of them see ``folder``.
 
     All processes must call it. Raises `ConfigError`, the same on each, naming the machine and what differs. One machine: nothing
-    is done.
+    is done. Returns what completes the machines' folders where each has one of its own, None where they share one.
     """
     leads = os.environ.get("LOCAL_RANK", "0") == "0"
     places = distributed.gather_objects((socket.gethostname(), leads))
     if sum(leading for _, leading in places) < 2:
-        return
+        return None
     with phase("comparing the machines"):
         gathered = distributed.gather_objects(facts(recipe) if leads else None)
         everyone = [
@@ -44,7 +49,20 @@ def agree(recipe: Recipe, folder: Path) -> None:
             )
         ]
         _refuse(unlike(everyone))
-        _refuse(_unseen(folder, [name for name, _ in everyone], leads))
+        shared = _shared(folder, leads)
+        names = [name for name, _ in everyone]
+        _refuse(None if shared is not None else f"output {folder}: {_SOME_SHARE}")
+        if shared:
+            return None
+        _refuse(next((problem for stage in recipe.stages if (problem := _needs_shared(stage, folder, names))), None))
+    own = OwnFolders()
+    distributed.keep_own_folders(own.here)
+    kept = "" if recipe.mirror else "; mirror=s3://… keeps them all in one place too"
+    tell(
+        f"output {folder} is on each machine a folder of its own, with what its own processes write of a checkpoint: --resume needs "
+        f"the folders of all {len(names)} machines{kept}"
+    )
+    return own
 
 
 def facts(recipe: Recipe) -> dict[str, Any]:
@@ -93,36 +111,52 @@ def unlike(everyone: list[tuple[str, dict[str, Any]]]) -> str | None:
     return None
 
 
-def _unseen(folder: Path, names: list[str], leads: bool) -> str | None:
-    token = distributed.gather_objects(uuid.uuid4().hex)[0]
-    path = folder / _SEEN
-    if distributed.is_main():
-        path.write_text(token, encoding="utf-8")
-    distributed.barrier()
-    seen = distributed.gather_objects(_is_seen(path, token) if leads else None)
-    if distributed.is_main():
-        path.unlink()
-    blind = [name for name, sees in zip(names, (value for value in seen if value is not None)) if not sees]
-    if not blind:
+def _needs_shared(stage: Any, folder: Path, names: list[str]) -> str | None:
+    if stage.kind not in _NEED_SHARED:
         return None
     return (
-        f"output {folder}: {blind[0]} does not see what {names[0]} writes there. Checkpoints need a folder on a file system "
-        "that all machines share: --output /shared/…"
+        f"output {folder}: {names[1]} does not see what {names[0]} writes there, and a stage of kind {stage.kind} ({stage.name}) keeps "
+        "more there than checkpoints. It needs a folder on a file system that all machines share: --output /shared/…"
     )
 
 
-def _is_seen(path: Path, token: str) -> bool:
-    """Network file systems may take some seconds to show a new file."""
-    end = time.monotonic() + _SEEING_SECONDS
-    while True:
-        try:
-            if path.read_text(encoding="utf-8") == token:
-                return True
-        except OSError:
-            pass
-        if time.monotonic() > end:
-            return False
+def _shared(folder: Path, leads: bool) -> bool | None:
+    """Whether every machine sees what every other writes to ``folder``; None: some do."""
+    tokens = distributed.gather_objects(uuid.uuid4().hex if leads else None)
+    rank = distributed.rank()
+    if leads:
+        (folder / f"{_SEEN}-{rank}").write_text(tokens[rank], encoding="utf-8")
+    distributed.barrier()
+    wanted = {number: token for number, token in enumerate(tokens) if token is not None}
+    seen = distributed.gather_objects(_seen(folder, wanted, rank) if leads else None)
+    if leads:
+        (folder / f"{_SEEN}-{rank}").unlink(missing_ok=True)
+    counts = {len(some) for some in seen if some is not None}
+    return True if counts == {len(wanted)} else False if counts == {1} else None
+
+
+def _seen(folder: Path, tokens: dict[int, str], rank: int) -> set[int]:
+    """Whose token is there. Network file systems may take some seconds to show a new file; a disk shows it at once."""
+    end = time.monotonic() + (1.0 if _is_disk(folder) else _SEEING_SECONDS)
+    seen = {rank}
+    while len(seen) < len(tokens) and time.monotonic() < end:
+        for number in tokens.keys() - seen:
+            with contextlib.suppress(OSError):
+                if (folder / f"{_SEEN}-{number}").read_text(encoding="utf-8") == tokens[number]:
+                    seen.add(number)
         time.sleep(0.1)
+    return seen
+
+
+def _is_disk(folder: Path) -> bool:
+    """Whether a folder is on a disk of this machine, as the system's table of mounts says."""
+    try:
+        lines = [line.split() for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return False
+    place = folder.resolve()
+    over = [(len(at), kind) for _, at, kind, *_ in lines if place.is_relative_to(at)]
+    return bool(over) and max(over)[1] in _DISKS
 
 
 def _refuse(problem: str | None) -> None:

@@ -24,6 +24,7 @@ from mllm.train.agreement import agree
 from mllm.train.checkpoint.export import finished_otherwise, is_finished, publish
 from mllm.train.checkpoint.files import found
 from mllm.train.checkpoint.mirror import Mirror, NotCopied, bring_back, holds_a_run, mirror_of
+from mllm.train.checkpoint.own_folders import OwnFolders
 from mllm.train.checkpoint.resume import LENGTH
 from mllm.train.checkpoint.run_lock import only_run_in
 from mllm.train.engine.base import choose_engine
@@ -177,12 +178,14 @@ def _train(recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, p
     _quiet_libraries()
     load_plugins(recipe.plugins)
     main, info, tracker = distributed.is_main(), None, None
-    if main:
-        folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if (mirror := mirror_of(recipe)) is not None and resume:
         _bring_back(mirror, recipe, folder)
         _check_stages(recipe, folder, extend)
-    agree(recipe, folder)
+    own_folders = agree(recipe, folder)
+    if own_folders is not None and resume:
+        with progress.phase("completing the machines' own folders"):
+            own_folders.give_stages(folder, [stage.name for stage in recipe.stages], extend=extend)
     for part in parts_of_run(recipe, folder):
         choose_engines(part)
     if main:
@@ -192,13 +195,13 @@ def _train(recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, p
     distributed.barrier()
     run = Run(recipe, folder, resume, tracker, info, stop_after, profile, extend)
     try:
-        finished = _train_stages(run)
+        finished = _train_stages(run, own_folders)
         if run.interrupted and not finished:
             raise Interrupted(saved_so_far(recipe, folder))
     finally:
         if tracker is not None:
             _finish_records(tracker, folder, recipe)
-    if finished and main:
+    if finished and distributed.keeps_folder():
         publish(folder / recipe.stages[-1].name, folder / "final")
     distributed.barrier()
 
@@ -259,7 +262,7 @@ def _mirror_stage(run: Run, folder: Path) -> None:
         _log.warning("stage %s is on disk and not in the mirror (%s)", folder, error)
 
 
-def _train_stages(run: Run) -> bool:
+def _train_stages(run: Run, own_folders: OwnFolders | None) -> bool:
     """Whether all stages are finished now."""
     previous: Path | None = None
     for stage in run.recipe.stages:
@@ -273,11 +276,13 @@ def _train_stages(run: Run) -> bool:
             run.stop_after, run.interrupted = own.stop_after, own.interrupted
             if not finished:
                 return False
+            if own_folders is not None:
+                own_folders.give_finished(folder)
             _mirror_stage(run, folder)
         elif distributed.is_main():
             Console(stderr=True).print(f"stage {stage.name} is finished ({folder})", highlight=False)
         # A run killed right after the stage was written left its checkpoints behind.
-        if distributed.is_main() and not stage.keep_state:
+        if distributed.keeps_folder() and not stage.keep_state:
             shutil.rmtree(run.checkpoints(stage), ignore_errors=True)
         distributed.barrier()
         previous = folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from mllm.errors import ConfigError, MllmError
+from mllm.errors import CheckpointError, ConfigError, MllmError
 from mllm.machines import Machines
 from mllm.recipe import Recipe
 from mllm.train import run_recipe
@@ -30,14 +31,14 @@ def _recipe(folder: Path, **stage) -> Recipe:
     return recipe
 
 
-def _on_machines(recipes: list[Recipe], output: Path, **settings) -> list[MllmError | None]:
-    """Train as two launchers would, each in a thread of this process; the error of each."""
+def _on_machines(recipes: list[Recipe], *outputs: Path, **settings) -> list[MllmError | None]:
+    """Train as two launchers would, each in a thread of this process, in one folder or each in its own; the error of each."""
     port, ended = free_port(), [None] * len(recipes)
 
     def launcher(rank: int) -> None:
         machines = Machines(len(recipes), rank, "127.0.0.1", port, 1)
         try:
-            run_recipe(recipes[rank], output=output, machines=machines, **settings)
+            run_recipe(recipes[rank], output=outputs[rank % len(outputs)], machines=machines, **settings)
         except MllmError as error:
             ended[rank] = error
 
@@ -50,14 +51,33 @@ def _on_machines(recipes: list[Recipe], output: Path, **settings) -> list[MllmEr
 
 
 def test_two_launchers_train_what_two_processes_do_and_refuse_unlike_recipes(tmp_path):
+    """Each in a folder of its own, which keeps its own share of a checkpoint: a resume needs both."""
     recipe = _recipe(tmp_path)
-    assert _on_machines([recipe, recipe], tmp_path / "machines") == [None, None]
-    run_recipe(recipe, output=tmp_path / "one", processes=2)
-    wanted, found = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "machines"))
-    assert set(wanted) == set(found)
-    assert max((wanted[name] - found[name]).abs().max().item() for name in wanted) < 1e-6
+    recipe.stages.append(recipe.stages[0].model_copy(update={"name": "second", "engine": "zero2", "steps": 2}))
+    own = tmp_path / "own-0", tmp_path / "own-1"  # as a disk that each machine has under the same name
+    assert _on_machines([recipe] * 2, *own, stop_after=4) == [None, None]
+    checkpoints = [folder / "checkpoints" / "second" / "step-00000001" for folder in own]
+    first, second = ({path.name for path in folder.glob("state-*")} for folder in checkpoints)
+    assert first == {"state-00000-0000.safetensors"} and second == {"state-00001-0000.safetensors"}
+    lost = (checkpoints[1] / "state-00001-0000.safetensors").rename(tmp_path / "lost")
+    for error in _on_machines([recipe] * 2, *own, resume=True):
+        assert isinstance(error, CheckpointError) and "\n" not in str(error)
+        assert "step-00000001: state-00001-0000.safetensors, which machine 1 (" in str(error)
+        assert "is whole on none of these machines" in str(error)
+    with pytest.raises(CheckpointError, match=r"state-00001\S+ is missing \(machine 1 \(.*wrote it"):
+        run_recipe(recipe, output=own[0], resume=True)
+    lost.rename(checkpoints[1] / "state-00001-0000.safetensors")
+    assert _on_machines([recipe] * 2, *own, resume=True) == [None, None]
+    assert [path.name for path in own[1].iterdir() if path.name.startswith(".")] == []
 
-    ended = _on_machines([recipe, _recipe(tmp_path, gradient_accumulation=3)], tmp_path / "unlike")
+    run_recipe(recipe, output=tmp_path / "one", processes=2)
+    for stage in ("sft", "second", "final"):
+        wanted, found, there = (load_file(folder / stage / "model.safetensors") for folder in (tmp_path / "one", *own))
+        assert set(wanted) == set(found)
+        assert max((wanted[name] - found[name]).abs().max().item() for name in wanted) < 1e-6
+        assert all(found[name].equal(there[name]) for name in found)
+
+    ended = _on_machines([_recipe(tmp_path), _recipe(tmp_path, gradient_accumulation=3)], tmp_path / "unlike")
     assert all(isinstance(error, ConfigError) for error in ended), ended
     for error in ended:
         assert "the recipe of machine 1" in str(error) and "\n" not in str(error)
@@ -66,18 +86,24 @@ def test_two_launchers_train_what_two_processes_do_and_refuse_unlike_recipes(tmp
 
 
 @pytest.mark.nightly
-def test_machines_with_folders_of_their_own_are_refused_before_the_first_step(tmp_path):
-    first, second = tmp_path / "own-0", tmp_path / "own-1"  # as a disk that each machine has under the same name
-    port = ("--nodes", "2", "--rendezvous", f"127.0.0.1:{free_port()}")
-    commands = [
-        _command(tmp_path, folder.name, *port, "--node-rank", str(k)) for k, folder in enumerate((first, second))
-    ]
-    for command in commands:
-        said = command.communicate(timeout=240)[0]
-        assert command.returncode == 2, said
-        assert len(_errors(said)) == 1 and "machine 1 (" in _errors(said)[0], said
-        assert "does not see what machine 0 (" in _errors(said)[0] and "--output /shared/" in _errors(said)[0], said
-    assert not (first / "run.json").exists() and not (second / "checkpoints").exists()
+def test_a_machine_whose_disk_is_new_gets_all_from_the_mirror(tmp_path):
+    """Two commands with two processes each and a folder each; the second machine's is gone when they go on."""
+    port = ("--processes", "2", "--nodes", "2", "--rendezvous", f"127.0.0.1:{free_port()}")
+    options = (
+        *port,
+        f"mirror={(tmp_path / 'store').as_uri()}",
+        "stages.sft.keep_state=true",
+        "stages.sft.engine=zero3",
+    )
+    for more in (("stages.sft.steps=4",), ("stages.sft.steps=6", "--extend")):
+        commands = [_command(tmp_path, f"own-{k}", *options, *more, "--node-rank", str(k)) for k in range(2)]
+        for command in commands:
+            said = command.communicate(timeout=240)[0]
+            assert command.returncode == 0, said
+        if "--extend" not in more:
+            shutil.rmtree(tmp_path / "own-1")
+    assert len(_losses(tmp_path / "own-0")) == 6
+    assert {path.name for path in (tmp_path / "own-1").iterdir()} >= {"sft", "final"}
 
 
 def _command(folder: Path, output: str, *options: str, environment: dict[str, str] | None = None, before: tuple = ()):

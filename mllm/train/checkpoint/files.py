@@ -32,7 +32,8 @@ def problem_of(path: Path) -> str | None:
     for name, entry in manifest.get("files", {}).items():
         file = path / name
         if not file.is_file():
-            return f"{name} is missing"
+            writer = f" ({entry['machine']} wrote it, into a folder of its own)" if "machine" in entry else ""
+            return f"{name} is missing{writer}"
         if file.stat().st_size != entry["size"]:
             return f"{name} has {file.stat().st_size} bytes instead of {entry['size']}"
         if _hash(file) != entry["hash"]:

@@ -85,7 +85,7 @@ def latest_checkpoint(folder: Path) -> CheckpointReader | None:
     A damaged one (a missing, shortened or changed file) is passed over in favour of the one before it; when only
     damaged ones are there, `CheckpointError` says what is wrong with the newest.
     """
-    if distributed.is_main() and folder.is_dir():
+    if distributed.keeps_folder() and folder.is_dir():
         for path in folder.iterdir():
             if path.name.startswith((WRITING, DELETING)):
                 shutil.rmtree(path, ignore_errors=True)

@@ -59,6 +59,8 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path, *, keep: int = 2, background: bool = False, mirror: Mirror | None = None):
         self.folder, self.keep, self.background, self.mirror = folder, keep, background, mirror
+        machine = distributed.own_folder_of()
+        self._written_by = {"machine": machine} if machine else {}
         self._not_copied = ""
         self._copies: HostCopies | None = None
         self._thread: threading.Thread | None = None
@@ -77,7 +79,7 @@ class CheckpointWriter:
             with self._copying():  # of a former start that went as far
                 self.mirror.remove(self._there(name), MANIFEST)
         try:
-            if distributed.is_main():
+            if distributed.keeps_folder():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 shutil.rmtree(self._temporary, ignore_errors=True)
                 self._temporary.mkdir()
@@ -130,7 +132,7 @@ class CheckpointWriter:
                     save_file(content, path)
                     by_umask(path)
                     sync_file(path)
-                self._entries[name] = describe(path)
+                self._entries[name] = describe(path) | self._written_by
                 if self.mirror is not None and not self._not_copied:
                     with self._copying():
                         self.mirror.put(path, self._there(f"{self._target.name}/{name}"))
@@ -139,7 +141,7 @@ class CheckpointWriter:
 
     def _close(self) -> None:
         everything = self._agree()
-        if distributed.is_main():
+        if distributed.keeps_folder():
             try:
                 files = {name: entry for part in everything for name, entry in part.items()}
                 manifest = {"format": FORMAT, "progress": self._progress, "files": files}
@@ -151,7 +153,7 @@ class CheckpointWriter:
             except OSError as problem:
                 self._error = str(problem)
         self._agree()
-        if distributed.is_main():
+        if distributed.keeps_folder():
             for old in found(self.folder)[: -self.keep]:
                 remove(old)
         self._complete_mirror()
@@ -194,7 +196,7 @@ class CheckpointWriter:
         answers = distributed.gather_objects((self._error, self._entries))
         for number, (problem, _) in enumerate(answers):
             if problem:
-                if distributed.is_main():
+                if distributed.keeps_folder():
                     shutil.rmtree(self._temporary, ignore_errors=True)
                 earlier = [path.name for path in found(self.folder)]
                 raise CheckpointError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,6 +81,15 @@ def test_what_differs_is_said_with_machine_and_cure():
     assert agreement.unlike([("A", same), ("B", dict(same))]) is None
     for key, (value, message) in cases.items():
         assert message in agreement.unlike([("A", same), ("C", dict(same)), ("B", same | {key: value})])
+
+
+def test_folders_of_each_machines_own_are_for_stages_that_keep_checkpoints_alone(tmp_path):
+    names = ["machine 0 (a)", "machine 1 (b)"]
+    stage = SimpleNamespace(name="prefer", kind="dpo")
+    told = agreement._needs_shared(stage, tmp_path, names)
+    assert "machine 1 (b) does not see what machine 0 (a) writes there" in told and "kind dpo (prefer)" in told
+    assert agreement._needs_shared(SimpleNamespace(name="sft", kind="sft"), tmp_path, names) is None
+    assert not agreement._is_disk(Path("/proc")), "a file there may come late, for all that is known"
 
 
 def test_a_gpu_that_others_fill_is_told(monkeypatch, capsys):
