@@ -16,6 +16,10 @@ class CodeHeadConfig(HeadConfig):
 
     text_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of drawn images that train without the text before them, which guidance needs."""
+    code_noise: float = Field(default=0.0, ge=0, le=1)
+    """Share of a drawn image's codes in whose place training reads others, drawn at random; what is to be told stays as it is. Where all
+    codes before each one are given right, the next can be copied from them, and the words are hardly read: drawings then ignore what was
+    asked for. 0.5 and more makes a model tell codes from words and pictures (word dropout, arXiv 1511.06349)."""
     weights: dict[str, float] = Field(default_factory=dict)
     """Codebook → weight of its loss; 1 where it is not named."""
     tokens: dict[str, int] = Field(default_factory=dict)

@@ -22,11 +22,13 @@ from mllm.visual_tokenizers.sequence import code_blocks, pack_codes, unpack_code
 class DrawnImages:
     """The K images to draw of a batch, laid into its inputs.
 
-    codes ``(K, S)``; input_ids, labels ``(B, T)`` for the language model's own loss; starts ``(K, 2)``: row and column of
-    each start token; learned ``(K,)``: whether an image's codes carry loss; code_labels: vocabulary head, codebook → labels ``(B, T)``.
+    codes ``(K, S)``; read ``(K, S)``: those that are its inputs, the same but for noise in training; input_ids, labels ``(B, T)`` for the
+    language model's own loss; starts ``(K, 2)``: row and column of each start token; learned ``(K,)``: whether an image's codes carry
+    loss; code_labels: vocabulary head, codebook → labels ``(B, T)``.
     """
 
     codes: Tensor
+    read: Tensor
     input_ids: Tensor
     labels: Tensor | None
     starts: Tensor
@@ -98,7 +100,9 @@ def lay_images(model: HeadModel, images: Tensor, step: Step) -> DrawnImages:
         learned = torch.full((len(codes),), labels is not None, device=input_ids.device)  # pyright: ignore[reportOptionalMemberAccess]
     else:
         learned = labels[places[:, 0, 0], places[:, 0, 1]] != IGNORE
-    drawn = DrawnImages(codes, input_ids, labels, starts, learned, num_slots)  # pyright: ignore[reportArgumentType]
+    drawn = DrawnImages(codes, codes, input_ids, labels, starts, learned, num_slots)  # pyright: ignore[reportArgumentType]
+    if model.training and config.code_noise > 0 and len(codes):
+        drawn.read = torch.where(learned[:, None], noisy_codes(codes, config.code_noise, tokenizer), codes)
     if model.training and labels is not None and config.text_dropout > 0 and len(codes):
         _drop_some(model, drawn, learned, step.attention_mask, step.position_ids)
     if labels is not None:
@@ -108,7 +112,7 @@ def lay_images(model: HeadModel, images: Tensor, step: Step) -> DrawnImages:
     else:
         embeddings = model.model.embed_tokens(torch.tensor([tokens["start"]], device=input_ids.device))  # pyright: ignore[reportOptionalMemberAccess]
         first = head.start(embeddings)[None].expand(len(codes), 1, -1)
-        values = torch.cat([first, head.slots(codes, tokenizer).to(first)], 1)
+        values = torch.cat([first, head.slots(drawn.read, tokenizer).to(first)], 1)
         step.inputs |= {"slot_mask": slots | (input_ids == tokens["start"]), "slot_embeds": values.flatten(0, 1)}
         if config.type == "next_scale":
             step.attention_mask = scale_mask(
@@ -116,6 +120,15 @@ def lay_images(model: HeadModel, images: Tensor, step: Step) -> DrawnImages:
             )
     step.input_ids, step.labels = drawn.input_ids, drawn.labels
     return drawn
+
+
+def noisy_codes(codes: Tensor, share: float, tokenizer: VisualTokenizer) -> Tensor:
+    """Packed codes ``(K, S)``, about ``share`` of them in favour of others from their codebooks, from torch's own generator on the CPU."""
+    number = codes.shape[1]
+    sizes = torch.cat([torch.full((block.number,), block.size) for block in code_blocks(tokenizer)])
+    chosen = torch.rand(len(codes), number) < share
+    others = (torch.rand(len(codes), number, dtype=torch.float64) * sizes).long()
+    return torch.where(chosen.to(codes.device), others.to(codes.device), codes)
 
 
 def _drop_some(
@@ -143,13 +156,12 @@ def first_of_sample(starts: Tensor, mask: Tensor | None, position_ids: Tensor | 
 def _write_vocabulary(model: HeadModel, drawn: DrawnImages, places: Tensor) -> None:
     """Codes as ids in the placeholders, and for each codebook the labels of its codes."""
     offsets = vocabulary_offsets(model.visual_config, model.image_tokenizer).to(drawn.codes.device)
-    ids = drawn.codes + offsets
     rows, columns = places[..., 0], places[..., 1]
     drawn.input_ids = drawn.input_ids.clone()
-    drawn.input_ids[rows, columns] = ids
+    drawn.input_ids[rows, columns] = drawn.read + offsets
     if drawn.labels is None:
         return
-    targets = ids.masked_fill(~drawn.learned[:, None], IGNORE)
+    targets = (drawn.codes + offsets).masked_fill(~drawn.learned[:, None], IGNORE)
     for block in code_blocks(model.image_tokenizer):
         labels = drawn.code_labels.setdefault(block.book, torch.full_like(drawn.labels, IGNORE))
         part = slice(block.start, block.start + block.number)

@@ -207,7 +207,8 @@ def _segment(
         masks = torch.stack([mask for _, mask in shown])
         examples = Examples(masks, 2 * torch.arange(len(shown), device=marks.device), marks[:, 0])
         owners = 2 * marks[:, 0] + 1
-    logits, _ = head.predict(answered.hidden, places, owners, answered.features[head.config.encoder], examples)
+    begins = torch.full_like(owners, answered.start - 1)
+    logits, _ = head.predict(answered.hidden, places, owners, answered.features[head.config.encoder], examples, begins)
     found = []
     for number, picture in enumerate(pictures):
         size = image_size(picture, where=f"picture {number}")

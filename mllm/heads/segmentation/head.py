@@ -48,6 +48,10 @@ class SegmentationHeadConfig(HeadConfig):
     state: Literal["predict", "self"] = "predict"
     """Which hidden state is a mask's: the one that predicts its token (LISA), or the token's own (Sa2VA). Weights trained with one do
     not work with the other."""
+    states: int = Field(default=1, ge=1)
+    """How many states tell a mask: its own, and those before it that wrote the same answer, side by side (zeros where it has fewer). One
+    is LISA's. A model that learns from nothing passes an answer's last word on to its mask and hardly those before: with 3,
+    "… the red square [SEG]" says both words."""
     norm: Literal["none", "running"] = "none"
     """What happens to the state before its projection. ``running`` takes out what all states share (`RunningNorm`): a head that starts
     from nothing learns with it in a few hundred steps, and without it hardly. ``none`` is LISA's."""
@@ -99,11 +103,13 @@ class SegmentationHeadConfig(HeadConfig):
 
 @dataclass
 class LaidMasks:
-    """targets ``(K, rows, columns)`` uint8; places ``(K, 2)``: row and column of the hidden state of each; owners ``(K,)``: the number
-    of its picture in the batch; examples: what the questions show, None where they show nothing."""
+    """targets ``(K, rows, columns)`` uint8; places ``(K, 2)``: row and column of the hidden state of each; begins ``(K,)``: column of the
+    state that wrote its answer's first token; owners ``(K,)``: the number of its picture in the batch; examples: what the questions show,
+    None where they show nothing."""
 
     targets: Tensor
     places: Tensor
+    begins: Tensor
     owners: Tensor
     examples: Examples | None = None
 
@@ -128,11 +134,16 @@ class SegmentationHead(Head):
         self.decoder = DECODERS[config.decoder.type](config.decoder, parts.encoders[config.encoder])
         width, image = config.decoder.width, parts.encoders[config.encoder].image
         self.target_sizes = (image.height, image.width), self.decoder.size  # the second: as processors saved it before
-        self.norm = RunningNorm(parts.width) if config.norm == "running" else nn.Identity()
-        self.project = nn.Sequential(nn.Linear(parts.width, parts.width), nn.ReLU(), nn.Linear(parts.width, width))
+        self.norm = self._new_norm()
+        self.norms_before = nn.ModuleList(self._new_norm() for _ in range(config.states - 1))
+        read = config.states * parts.width
+        self.project = nn.Sequential(nn.Linear(read, parts.width), nn.ReLU(), nn.Linear(parts.width, width))
         if config.examples is not None:
             shown, seen = config.examples, parts.encoders[config.encoder].width
             self.in_context = InContextPrompts(width, seen, shown.queries, shown.heads, shown.mlp_width)
+
+    def _new_norm(self) -> nn.Module:
+        return RunningNorm(self.width) if self.config.norm == "running" else nn.Identity()
 
     @classmethod
     def tiny(cls) -> tuple[dict[str, Any], HeadParts]:
@@ -183,7 +194,7 @@ class SegmentationHead(Head):
             )
         owners = owners_of(model, ids, marks, step.inputs.get("image_sizes"))
         examples = self._examples(model, step, marks, targets.get("target_examples"))
-        return LaidMasks(masks, self.places(marks), owners, examples)
+        return LaidMasks(masks, self.places(marks), answer_begins(taught, marks), owners, examples)
 
     def _examples(self, model: HeadModel, step: Step, marks: Tensor, given: Tensor | None) -> Examples | None:
         """The examples of a batch, and for each of its marks ``(K, 2)`` the last one before it in its conversation."""
@@ -228,16 +239,30 @@ class SegmentationHead(Head):
         owners: Tensor,
         features: VisionFeatures,
         examples: Examples | None = None,
+        begins: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden ``(B, T, L)`` and where the masks' states are in it → logits ``(K, rows, columns)`` on what the encoder sees, and
-        predicted IoU ``(K,)`` where the decoder gives any. examples: what the questions show."""
-        states = hidden[places[:, 0], places[:, 1]]
+        predicted IoU ``(K,)`` where the decoder gives any. examples: what the questions show; begins ``(K,)``: columns where the states of
+        the masks' answers begin, 0 by default."""
         weight = self.project[0].weight
         tokens = features.tokens.to(weight.device, weight.dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
-        prompts, owners = self.project(self.norm(states.to(weight.dtype))), owners.to(weight.device)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        prompts = self.project(self.read_states(hidden.to(weight.dtype), places, begins))  # pyright: ignore[reportArgumentType, reportCallIssue]
+        owners = owners.to(weight.device)  # pyright: ignore[reportArgumentType, reportCallIssue]
         if examples is None or not bool((examples.which >= 0).any()):
             return self.decoder(prompts, tokens, owners)
         return self._by_example(prompts, tokens, owners, examples)
+
+    def read_states(self, hidden: Tensor, places: Tensor, begins: Tensor | None) -> Tensor:
+        """hidden ``(B, T, L)`` → normed states of masks ``(K, states · L)``, each its own first, then those before it."""
+        rows, columns = places.unbind(1)
+        begins = torch.zeros_like(columns) if begins is None else begins
+        parts = [self.norm(hidden[rows, columns])]
+        for back, norm in enumerate(self.norms_before, 1):
+            there = columns - back >= begins
+            part = torch.zeros_like(parts[0])
+            part[there] = norm(hidden[rows[there], columns[there] - back])
+            parts.append(part)
+        return torch.cat(parts, 1)
 
     def _by_example(
         self, prompts: Tensor, tokens: Tensor, owners: Tensor, examples: Examples
@@ -263,7 +288,12 @@ class SegmentationHead(Head):
                 f"masks are read from encoder {self.config.encoder!r}, and the call has no pixels for it (image_features given instead?)"
             )
         logits, scores = self.predict(
-            reading.hidden, laid.places, laid.owners, reading.features[self.config.encoder], laid.examples
+            reading.hidden,
+            laid.places,
+            laid.owners,
+            reading.features[self.config.encoder],
+            laid.examples,
+            laid.begins,
         )
         targets = laid.targets.to(logits.device)
         logits = raised(logits, tuple(targets.shape[1:]))
@@ -278,6 +308,14 @@ def raised(logits: Tensor, size: tuple[int, ...]) -> Tensor:
     if tuple(logits.shape[1:]) == size:
         return logits
     return nn.functional.interpolate(logits[:, None].float(), size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def answer_begins(labels: Tensor, marks: Tensor) -> Tensor:
+    """Labels ``(B, T)`` and the tokens ``(K, 2)`` of masks → column ``(K,)`` of the state that wrote the first token of each one's answer:
+    what is learned without a gap up to it."""
+    columns = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
+    last_gap = torch.where(labels == IGNORE, columns, -1).cummax(1).values
+    return last_gap[marks[:, 0], marks[:, 1]].clamp(min=0)
 
 
 IMAGE_ID = 4

@@ -37,8 +37,9 @@ class ServedModel(Protocol):
 class Written:
     """What is kept of one answer while vLLM writes it.
 
-    output: vLLM's own list of its ids; marks: place in it of a mask's token → the mask's state ``(L,)``; scores ``(C,)``: logits of the
-    class words behind the phrase; last: the step's states and this answer's row in them, which chose the newest id.
+    output: vLLM's own list of its ids; marks: place in it of a mask's token → the mask's states ``(n, L)``, the newest last; scores
+    ``(C,)``: logits of the class words behind the phrase; recent: the newest steps' states and this answer's row in them, which chose
+    the newest ids, the newest last, as many as a mask is told by.
     """
 
     output: list[int]
@@ -46,13 +47,15 @@ class Written:
     scores: Tensor | None = None
     place: int = -1
     seen: int = 0
-    last: tuple[Tensor, int] | None = None
+    recent: list[tuple[Tensor, int]] = field(default_factory=list)
 
     def keep_its_own(self) -> None:
-        """The answer has ended: keep its own row of the last step alone, not the states of all who were answered with it."""
-        if self.last is not None:
-            states, index = self.last
-            self.last = (states[index : index + 1].clone(), 0)
+        """The answer has ended: keep its own rows of the last steps alone, not the states of all who were answered with it."""
+        self.recent = [(states[index : index + 1].clone(), 0) for states, index in self.recent]
+
+    def newest(self) -> Tensor:
+        """Its own states of the last steps ``(n, L)``."""
+        return torch.stack([states[index] for states, index in self.recent])
 
 
 class HeadsInEngine:
@@ -95,16 +98,25 @@ class HeadsInEngine:
         """An answer's next id is about to be chosen from the step's row ``index``."""
         assert self.hidden is not None
         number = len(row.output)
-        if self.marks is not None and number and row.output[-1] == self.marks.config.tokens["mark"]:
-            if self.marks.config.state == "self":
-                row.marks[number - 1] = self.hidden[index].clone()
-            elif number > row.seen and row.last is not None:
-                row.marks[number - 1] = row.last[0][row.last[1]].clone()
+        state, kept, mark = ("", 1, None) if self.marks is None else self._mark_settings()
+        marked = bool(number) and row.output[-1] == mark
+        if marked and state == "predict" and number > row.seen and row.recent:
+            row.marks[number - 1] = row.newest()
+        if number == row.seen:  # this step was run before
+            del row.recent[-1:]
+        row.recent = [*row.recent, (self.hidden, index)][-kept:]
+        if marked and state == "self":
+            row.marks[number - 1] = row.newest()
         if self.scores is not None and row.place in (-1, number):
             phrase = self.verdict.config.phrase_ids
             if phrase and row.output[-len(phrase) :] == phrase:
                 row.scores, row.place = self.scores[index].clone(), number
-        row.seen, row.last = number, (self.hidden, index)
+        row.seen = number
+
+    def _mark_settings(self) -> tuple[str, int, int]:
+        """Whose state tells a mask, how many do, and the id of its token."""
+        config = self.marks.config
+        return config.state, config.states, config.tokens["mark"]
 
     @torch.inference_mode()
     def answer(self, model: ServedModel, folder: str, request: dict[str, Any]) -> dict[str, Any] | None:
@@ -134,8 +146,8 @@ class HeadsInEngine:
     def _masks(self, row: Written, model: ServedModel, folder: str, request: dict[str, Any]) -> list[Any]:
         count, picture = request["text"].count(self.marks.config.token), request["picture"]
         states = [row.marks[place] for place in sorted(row.marks)]
-        if len(states) == count - 1 and self.marks.config.state == "predict" and row.last is not None:
-            states.append(row.last[0][row.last[1]])  # the answer ended with it
+        if len(states) == count - 1 and self.marks.config.state == "predict" and row.recent:
+            states.append(row.newest())  # the answer ended with it
         if not count or picture is None:
             return []
         if len(states) < count:  # a token's own state is not computed where the answer ended with it
@@ -145,9 +157,11 @@ class HeadsInEngine:
         encoder, name = model.vision_tower.encoders[self.marks.config.encoder], self.marks.config.encoder
         weight = next(encoder.parameters())
         view = model.pixel_keys.by_encoder(pixels)[name].to(weight.device, weight.dtype)
-        hidden = torch.stack(states[:count])[None].to(weight.device)
-        places = torch.stack([torch.zeros(count, dtype=torch.long), torch.arange(count)], 1).to(weight.device)
-        logits, _ = self.marks.predict(hidden, places, places[:, 0], encoder(view))
+        states = states[:count]
+        ends = torch.tensor([len(part) - 1 for part in states], device=weight.device)
+        hidden = nn.utils.rnn.pad_sequence([part.to(weight.device) for part in states], batch_first=True)
+        places = torch.stack([torch.arange(count, device=weight.device), ends], 1)
+        logits, _ = self.marks.predict(hidden, places, torch.zeros_like(ends), encoder(view))
         marked = laid(processor.segments, request["text"], logits, image_size(picture, where="picture"))
         return marked.records(processor.segments, request["question"])
 

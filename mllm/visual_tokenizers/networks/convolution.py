@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,6 +29,29 @@ class ConvolutionConfig(StrictModel):
     channels with a shortcut (DC-AE, arXiv 2410.10733)."""
     groups: int = Field(default=32, ge=1)
     """Groups of the group norms."""
+    local: bool = False
+    """Every code tells its own cell of pixels and nothing else: 1×1 kernels, and norms over the channels of each place. A change of the
+    picture then changes the codes of the cells that it touches alone (in a norm over the whole picture it changes many others), so codes
+    are easy to tell for a model that edits; cells do not blend, which a diffusion decoder may mend. Needs sampling: shuffle and no
+    attention."""
+
+    @model_validator(mode="after")
+    def _in_cells(self) -> ConvolutionConfig:
+        if self.local and (self.sampling != "shuffle" or self.middle_attention or self.attended):
+            raise ValueError(
+                "local: every code tells its own cell; set sampling: shuffle, attention_levels: [] and middle_attention: false"
+            )
+        return self
+
+    @property
+    def kernel(self) -> int:
+        """Rows and columns of the kernels."""
+        return 1 if self.local else 3
+
+    @property
+    def norm_groups(self) -> int:
+        """``groups``, 0 for norms over the channels of each place."""
+        return 0 if self.local else self.groups
 
     @property
     def factor(self) -> int:
@@ -55,13 +78,23 @@ class Norm(nn.GroupNorm):
         return super().forward(x)
 
 
+class PlaceNorm(nn.LayerNorm):
+    """Layer norm over the channels of each place of ``(B, C, H, W)``, eps 1e-6, that ignores a condition."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
 class SpatialNorm(nn.Module):
     """``GroupNorm(x) * scale(c) + shift(c)``, the condition resized to x by nearest neighbour (MoVQ, arXiv
     2209.09002)."""
 
     def __init__(self, channels: int, groups: int, condition_channels: int):
         super().__init__()
-        self.norm = Norm(channels, groups)
+        self.norm = make_norm(channels, groups, None)
         self.scale = nn.Conv2d(condition_channels, channels, 1)
         self.shift = nn.Conv2d(condition_channels, channels, 1)
 
@@ -72,21 +105,29 @@ class SpatialNorm(nn.Module):
 
 
 def make_norm(channels: int, groups: int, condition_channels: int | None) -> nn.Module:
-    """A plain group norm, or a spatially conditioned one."""
-    return Norm(channels, groups) if condition_channels is None else SpatialNorm(channels, groups, condition_channels)
+    """A plain norm, or a spatially conditioned one. groups: 0 for a norm over the channels of each place."""
+    if condition_channels is not None:
+        return SpatialNorm(channels, groups, condition_channels)
+    return Norm(channels, groups) if groups else PlaceNorm(channels)
 
 
 class ResidualBlock(nn.Module):
     """norm, swish, conv, twice, plus the input."""
 
     def __init__(
-        self, inside: int, outside: int, groups: int = 32, condition: int | None = None, first_kernel: int = 3
+        self,
+        inside: int,
+        outside: int,
+        groups: int = 32,
+        condition: int | None = None,
+        first_kernel: int = 3,
+        kernel: int = 3,
     ):
         super().__init__()
         self.norm1 = make_norm(inside, groups, condition)
         self.conv1 = nn.Conv2d(inside, outside, first_kernel, padding=first_kernel // 2)
         self.norm2 = make_norm(outside, groups, condition)
-        self.conv2 = nn.Conv2d(outside, outside, 3, padding=1)
+        self.conv2 = nn.Conv2d(outside, outside, kernel, padding=kernel // 2)
         self.shortcut = nn.Identity() if inside == outside else nn.Conv2d(inside, outside, 1)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -145,13 +186,13 @@ class ShuffleDown(nn.Module):
     """Halves the side by moving 2×2 cells into channels; the shortcut averages neighbouring channels of the moved
     input."""
 
-    def __init__(self, inside: int, outside: int):
+    def __init__(self, inside: int, outside: int, kernel: int = 3):
         super().__init__()
         if outside % 4 or (4 * inside) % outside:
             raise ConfigError(
                 f"shuffle sampling needs 4·{inside} channels to be a multiple of {outside}, itself one of 4"
             )
-        self.conv = nn.Conv2d(inside, outside // 4, 3, padding=1)
+        self.conv = nn.Conv2d(inside, outside // 4, kernel, padding=kernel // 2)
         self.group = 4 * inside // outside
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,11 +204,11 @@ class ShuffleDown(nn.Module):
 class ShuffleUp(nn.Module):
     """Doubles the side by moving channels into 2×2 cells; the shortcut repeats each channel."""
 
-    def __init__(self, inside: int, outside: int):
+    def __init__(self, inside: int, outside: int, kernel: int = 3):
         super().__init__()
         if (4 * outside) % inside:
             raise ConfigError(f"shuffle sampling needs 4·{outside} channels to be a multiple of {inside}")
-        self.conv = nn.Conv2d(inside, 4 * outside, 3, padding=1)
+        self.conv = nn.Conv2d(inside, 4 * outside, kernel, padding=kernel // 2)
         self.repeats = 4 * outside // inside
 
     def forward(self, x: Tensor) -> Tensor:
@@ -194,17 +235,28 @@ class _Level(nn.Module):
 def _level(
     config: ConvolutionConfig, number: int, inside: int, outside: int, attend: bool, condition: int | None
 ) -> tuple[list[nn.Module], list[nn.Module]]:
-    blocks = [ResidualBlock(inside if i == 0 else outside, outside, config.groups, condition) for i in range(number)]
     attention = [AttentionBlock(outside, config.groups, condition) for _ in range(number)] if attend else []
-    return list(blocks), list(attention)
+    return [_block(config, outside if i else inside, outside, condition) for i in range(number)], list(attention)
+
+
+def _block(config: ConvolutionConfig, inside: int, outside: int, condition: int | None) -> nn.Module:
+    return ResidualBlock(inside, outside, config.norm_groups, condition, config.kernel, config.kernel)
+
+
+def _convolution(config: ConvolutionConfig, inside: int, outside: int) -> nn.Conv2d:
+    return nn.Conv2d(inside, outside, config.kernel, padding=config.kernel // 2)
+
+
+def _shuffled(config: ConvolutionConfig, plain: type[nn.Module], shuffle: type[nn.Module], width: int) -> nn.Module:
+    return plain(width, width) if config.sampling == "convolution" else shuffle(width, width, config.kernel)
 
 
 class _Middle(nn.Module):
     def __init__(self, config: ConvolutionConfig, channels: int, condition: int | None):
         super().__init__()
-        self.block1 = ResidualBlock(channels, channels, config.groups, condition)
+        self.block1 = _block(config, channels, channels, condition)
         self.attention = AttentionBlock(channels, config.groups, condition) if config.middle_attention else None
-        self.block2 = ResidualBlock(channels, channels, config.groups, condition)
+        self.block2 = _block(config, channels, channels, condition)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         x = self.block1(x, condition)
@@ -220,18 +272,18 @@ class ConvolutionalEncoder(nn.Module):
         super().__init__()
         self.config = config
         widths = [config.channels * m for m in config.multipliers]
-        self.conv_in = nn.Conv2d(in_channels, config.channels, 3, padding=1)
+        self.conv_in = _convolution(config, in_channels, config.channels)
         levels, width = [], config.channels
-        down = StridedDown if config.sampling == "convolution" else ShuffleDown
         for level, outside in enumerate(widths):
             blocks, attention = _level(config, config.num_res_blocks, width, outside, level in config.attended, None)
             last = level == len(widths) - 1
-            levels.append(_Level(blocks, attention, None if last else down(outside, outside)))
+            down = None if last else _shuffled(config, StridedDown, ShuffleDown, outside)
+            levels.append(_Level(blocks, attention, down))
             width = outside
         self.levels = nn.ModuleList(levels)
         self.middle = _Middle(config, width, None)
-        self.norm_out = Norm(width, config.groups)
-        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+        self.norm_out = make_norm(width, config.norm_groups, None)
+        self.conv_out = _convolution(config, width, out_channels)
 
     def forward(self, pixels: Tensor) -> Tensor:
         if pixels.shape[-1] % self.config.factor or pixels.shape[-2] % self.config.factor:
@@ -262,20 +314,20 @@ class ConvolutionalDecoder(nn.Module):
         self.config = config
         widths = [config.channels * m for m in config.multipliers]
         width = widths[-1]
-        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.conv_in = _convolution(config, in_channels, width)
         self.middle = _Middle(config, width, condition_channels)
-        up = NearestUp if config.sampling == "convolution" else ShuffleUp
         levels = []
         for level in reversed(range(len(widths))):
             outside = widths[level]
             number = config.num_res_blocks + 1
             blocks, attention = _level(config, number, width, outside, level in config.attended, condition_channels)
-            levels.append(_Level(blocks, attention, up(outside, outside) if level else None))
+            up = _shuffled(config, NearestUp, ShuffleUp, outside) if level else None
+            levels.append(_Level(blocks, attention, up))
             width = outside
         self.levels = nn.ModuleList(levels)
         """From the lowest resolution to the highest."""
-        self.norm_out = make_norm(width, config.groups, condition_channels)
-        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+        self.norm_out = make_norm(width, config.norm_groups, condition_channels)
+        self.conv_out = _convolution(config, width, out_channels)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         x = self.middle(self.conv_in(x), condition)

@@ -121,6 +121,32 @@ def test_each_convention_reads_its_own_hidden_state(state: str, tmp_path: Path) 
     assert torch.equal(first, second) == (state == "predict")
 
 
+def test_states_before_a_masks_own_are_those_of_its_answer_alone(tmp_path: Path) -> None:
+    model, processor = tiny_model(tmp_path, heads={"marks": {**HEAD, "states": 3}})
+    model.eval()
+    turns = [Turn("user", f"{IMAGE_MARK}\nWhich?"), Turn("assistant", "[SEG]"), Turn("user", "Now?")]
+    short = Sample("s", [*turns, Turn("assistant", "It [SEG]")], [picture(5)], masks=[MASK, OTHER])
+    encoded = [encode_sample(processor, sample) for sample in (marked(1, MASK, OTHER), short)]
+    padded = collate(encoded, pad_token_id=0).inputs
+    left = collate(encoded, pad_token_id=0, padding_side="left").inputs
+    packed = collate_packed([encoded], max_length=400, pad_token_id=0).inputs
+    read: list[torch.Tensor] = []
+    model.heads["marks"].project.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    with torch.no_grad():
+        losses = [model(**x, use_cache=False).losses["marks/bce"] for x in (padded, left, packed)]
+    torch.testing.assert_close(torch.stack(losses[1:]), losses[0].expand(2), atol=1e-4, rtol=1e-4)
+    for other in read[1:]:
+        torch.testing.assert_close(read[0], other, atol=1e-4, rtol=1e-4)
+    # Of "[SEG]" one state wrote the answer; "It [SEG]" has more, and a long answer all three.
+    there = read[0].unflatten(1, (3, -1)).abs().sum(-1) > 0
+    assert there.tolist()[:3] == [[True] * 3, [True] * 3, [True, False, False]] and there[3, :2].all()
+    marks = (padded["labels"][0] == processor.segments.token_id).nonzero()[:, 0]
+    with torch.no_grad():
+        hidden = model.model(**{k: v for k, v in padded.items() if k not in ("labels", "target_masks")})
+    wanted = torch.cat([hidden.last_hidden_state[0, marks - back] for back in (1, 2, 3)], 1)
+    torch.testing.assert_close(read[0][:2], wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_masks_are_learned_where_they_are_answered(trained) -> None:
     # On the decoder's grid an edge cannot run through a cell, and the nearest pixel of an even cell lies half a pixel off its middle.
     model, processor = trained

@@ -219,3 +219,26 @@ def test_norm_after_a_frozen_layer_has_a_gradient():
     norm = Norm(16, 8)
     norm(torch.randn(2, 16, 4, 4).to(memory_format=torch.channels_last)).sum().backward()
     assert norm.weight.grad is not None and norm.weight.grad.isfinite().all()
+
+
+def test_local_codes_tell_their_own_cell_alone() -> None:
+    torch.manual_seed(0)
+    sizes = {"channels": 8, "multipliers": [1, 2, 2], "num_res_blocks": 1, "groups": 8, "sampling": "shuffle"}
+    still = {"attention_levels": [], "middle_attention": False}
+    pictures = torch.rand(1, 3, 16, 16) * 2 - 1
+    changed = pictures.clone()
+    changed[..., 4:8, 8:12] *= -1  # the cell in row 1, column 2
+    for local in (True, False):
+        config = ConvolutionConfig.model_validate({**sizes, **still, "local": local})
+        encoder, decoder = ConvolutionalEncoder(config, 6), ConvolutionalDecoder(config, 6, condition_channels=6)
+        with torch.no_grad():
+            first, second = encoder(pictures), encoder(changed)
+            painted = [decoder(features, features) for features in (first, second)]
+        moved = (first - second).abs().amax((0, 1)) > 1e-5
+        repainted = (painted[0] - painted[1]).abs().amax((0, 1)) > 1e-5
+        assert moved[1, 2] and repainted[4:8, 8:12].any()
+        assert (int(moved.sum()) == 1) == local  # without, the norms over the picture move every code
+        assert bool(repainted[:4].any()) != local
+    for wrong in ({"middle_attention": True}, {"sampling": "convolution"}, {"attention_levels": [0]}):
+        with pytest.raises(ValueError, match="tells its own cell"):
+            ConvolutionConfig.model_validate({**sizes, **still, "local": True, **wrong})
