@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -56,6 +58,51 @@ def test_a_release_takes_its_words_from_the_changelog(tmp_path: Path) -> None:
         made.prepare(tmp_path, "0.3.0", "2026-11-30")
     with pytest.raises(SystemExit, match="is no version"):
         made.prepare(tmp_path, "next", "2026-11-30")
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(shutil.which("uv") is None, reason="asks uv and the package index")
+@pytest.mark.parametrize("python", ["3.11.5", "3.12"])
+def test_the_constraints_resolve_for_the_extras_they_name_and_no_others(tmp_path: Path, python: str) -> None:
+    def resolve(extras: list[str]) -> subprocess.CompletedProcess[str]:
+        named = [word for extra in extras for word in ("--extra", extra)]
+        command = [
+            "uv",
+            "pip",
+            "compile",
+            "--quiet",
+            "--python-version",
+            python,
+            *named,
+            "--constraint",
+            "constraints.txt",
+        ]
+        command += ["pyproject.toml", "--output-file", str(tmp_path / "all.txt")]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    covered, not_covered = extras_of_constraints()
+    done = resolve(covered)
+    assert done.returncode == 0, done.stderr
+    for extra in not_covered:
+        assert resolve([extra]).returncode != 0, (
+            f"{extra} resolves now: name it among those that constraints.txt is for"
+        )
+
+
+def test_every_extra_is_one_that_the_constraints_are_for_or_are_not_for() -> None:
+    covered, not_covered = extras_of_constraints()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert sorted(covered + not_covered) == sorted(project["optional-dependencies"])
+    makefile = re.search(r"^EXTRAS \?= (\S+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert makefile is not None and set(makefile[1].split(",")) <= set(covered)
+
+
+def extras_of_constraints() -> tuple[list[str], list[str]]:
+    """The extras that constraints.txt says it is for, and is not for."""
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    named = [re.search(rf"^# {words}: ([\w -]+)", text, re.M) for words in ("For the extras", "Not for")]
+    assert all(named)
+    return named[0][1].split(), named[1][1].split()  # type: ignore[index]
 
 
 @pytest.mark.nightly
