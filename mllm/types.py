@@ -6,13 +6,16 @@ M visual tokens · T text tokens · L language-model width · E experts · Q cod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import Field
 
 from mllm.config import StrictModel
+from mllm.errors import DataError
+from mllm.video_entries import fields_of_entry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -331,6 +334,9 @@ class VisualCodes:
     scales: tuple[int, ...] | None = None
 
 
+PLAYS = Literal["forward", "reversed", "shuffled", "frozen", "gray"]
+
+
 @dataclass(frozen=True)
 class Video:
     """A video among a sample's images: which one, and what of it. Which frames are seen the model's ``video:`` section says
@@ -343,6 +349,9 @@ class Video:
     forward are controls for a study: frozen shows the middle one in every place, gray none); key: what the shuffled order depends
     on beside the frames' numbers, so that clips of equal length are not all shuffled alike; points: what tells where the scene lies,
     for frames that are chosen by it (`mllm.processing.scene_points`).
+
+    A mapping as source is a row's entry: ``{"path" | "bytes" | "frames" | "url": …}`` and beside it ``fps``, ``seconds``, ``start``,
+    ``end``, ``points``, ``numbers`` (``frames`` here). Raises `DataError` for any other key, and for what is told twice.
     """
 
     source: Any
@@ -350,10 +359,25 @@ class Video:
     start: float | None = None
     end: float | None = None
     frames: tuple[int, ...] | None = None
-    play: Literal["forward", "reversed", "shuffled", "frozen", "gray"] = "forward"
+    play: PLAYS = "forward"
     key: str = ""
     points: Any = None
     seconds: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.source, Mapping):
+            for name, value in fields_of_entry(self.source).items():
+                if name != "source" and getattr(self, name) is not None:
+                    raise DataError(f"a video's {name} is told twice, in its entry and beside it")
+                object.__setattr__(self, name, value)
+        if self.play not in get_args(PLAYS):
+            raise DataError(f"a video's play is {self.play!r}, expected one of {', '.join(get_args(PLAYS))}")
+        if self.frames is not None and not (self.start is None and self.end is None):
+            raise DataError("a video's frames are chosen by number and by start or end; give one of the two")
+        for name in ("fps", "start", "end"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+                raise DataError(f"a video's {name} is {value!r}, expected a number")
 
 
 def scene(pictures: Sequence[Any], seconds: Sequence[float] | None = None) -> Video:
@@ -366,9 +390,20 @@ def scene(pictures: Sequence[Any], seconds: Sequence[float] | None = None) -> Vi
 
     Returns:
         A video of these frames, at those times or at none.
+
+    Raises:
+        DataError: one picture in place of several.
     """
+    if (
+        isinstance(pictures, (str, bytes, Mapping))
+        or not hasattr(pictures, "__iter__")
+        or getattr(pictures, "ndim", 4) == 3
+    ):
+        told = type(pictures).__name__ + str(getattr(pictures, "shape", ""))
+        raise DataError(f"a scene takes a list of pictures, and was given {told}; put a single picture into a list")
+    views = list(pictures)
     times = None if seconds is None else tuple(map(float, seconds))
-    return Video(list(pictures), frames=tuple(range(len(pictures))), seconds=times)
+    return Video(views, frames=tuple(range(len(views))), seconds=times)
 
 
 @dataclass

@@ -8,12 +8,11 @@ from typing import Any
 
 from mllm.data.tools import beside_content
 from mllm.errors import AlignmentError, DataError
+from mllm.processing.message_parts import PAYLOADS, VIDEOS, is_visual, payload_of, text_of, video_of
 from mllm.types import IMAGE_MARK, Turn, Video
 
 PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"
-_PAYLOADS = ("image_url", "image", "video_url", "video", "url", "path", "bytes", "base64")
-_PICTURES, _VIDEOS = ("image", "image_url", "input_image"), ("video", "video_url", "input_video")
 _MARKS = re.compile(f"{VIDEO_PLACEHOLDER}|{PLACEHOLDER}")
 _ROLES = {
     "user": "user",
@@ -174,7 +173,7 @@ def message_turns(
     """
     entries = _entries(messages, where)
     with_parts = any(
-        isinstance(entry.get("content"), list) and any(_is_image(part) for part in entry["content"])
+        isinstance(entry.get("content"), list) and any(is_visual(part) for part in entry["content"])
         for entry in entries
     )
     if videos and not with_parts:
@@ -189,21 +188,19 @@ def message_turns(
         if isinstance(content, list):
             pieces = []
             for part in content:
-                if _is_image(part):
-                    payload = _payload(part, where)
-                    if part["type"] in _VIDEOS:
-                        if payload is None and not films:
-                            raise AlignmentError(f"{where}: more video parts than the {len(videos)} entries of videos")
-                        bounds = {key: part[key] for key in ("fps", "start", "end") if part.get(key) is not None}
-                        payload = films.pop(0) if payload is None else Video(payload, **bounds)
-                    elif payload is None:
-                        if not pending:
-                            raise AlignmentError(f"{where}: more image parts than the {len(images)} entries of images")
-                        payload = pending.pop(0)
+                if is_visual(part):
+                    film = part["type"] in VIDEOS
+                    payload = video_of(part, where) if film else payload_of(part, where)
+                    if payload is None:
+                        waiting, kind = (films, "video") if film else (pending, "image")
+                        if not waiting:
+                            count = len(videos if film else images)
+                            raise AlignmentError(f"{where}: more {kind} parts than the {count} entries of {kind}s")
+                        payload = waiting.pop(0)
                     found.append(payload)
                     pieces.append(IMAGE_MARK)
                 else:
-                    pieces.append(plain_text(_text(part, where)))
+                    pieces.append(plain_text(text_of(part, where)))
             content = "".join(pieces)
         elif isinstance(content, str):
             content = plain_text(content)
@@ -234,7 +231,7 @@ def embeds_images(messages: Any) -> bool:
         return False
     contents = (entry.get("content") for entry in messages if isinstance(entry, Mapping))
     parts = (part for content in contents if isinstance(content, list) for part in content)
-    return any(_is_image(part) and any(part.get(key) is not None for key in _PAYLOADS) for part in parts)
+    return any(is_visual(part) and any(part.get(key) is not None for key in PAYLOADS) for part in parts)
 
 
 def _entries(entries: Any, where: str) -> list[Mapping[str, Any]]:
@@ -273,33 +270,3 @@ def _learn(entry: Mapping[str, Any], where: str) -> bool:
             f"{where}: {key} is {value!r}, expected true or false (a turn is learned or not, there are no shares)"
         )
     return True
-
-
-def _is_image(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") in (*_PICTURES, *_VIDEOS)
-
-
-def _payload(part: Mapping[str, Any], where: str) -> Any:
-    for key in _PAYLOADS:
-        value = part.get(key)
-        if value is None:
-            continue
-        if key in ("image_url", "video_url") and isinstance(value, Mapping):
-            value = value.get("url")
-            if value is None:
-                raise DataError(f"{where}: {'an image' if key == 'image_url' else 'a video'}_url part has no url")
-        return f"data:image/unknown;base64,{value}" if key == "base64" else value
-    return None
-
-
-def _text(part: Any, where: str) -> str:
-    if isinstance(part, str):
-        return part
-    if (
-        isinstance(part, Mapping)
-        and isinstance(part.get("text"), str)
-        and part.get("type", "text") in ("text", "input_text", "output_text")
-    ):
-        return part["text"]
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise DataError(f"{where}: content part {kind!r} is not supported; known: text, image, image_url, video, video_url")

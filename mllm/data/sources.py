@@ -286,25 +286,16 @@ def resolve_visual(item: Any, root: Path | None, where: str) -> Any:
 def resolve_video(item: Any, root: Path | None, where: str) -> Video:
     """A video's entry as it is kept in a sample: a path, ``data:`` URI or bytes; ``{"path" | "bytes" | "frames": list of pictures,
     "fps", "seconds", "start", "end", "numbers", "points"}``. Relative files start from ``root``."""
-    if isinstance(item, Video):
-        return replace(item, source=resolve_video(item.source, root, where).source)
-    if not isinstance(item, Mapping):
-        return Video(resolve_image(item, root, where))
-    known = {key: item[key] for key in ("fps", "start", "end") if given(item.get(key))}
-    if given(item.get("seconds")):
-        known["seconds"] = tuple(map(float, as_list(item["seconds"])))
-    numbers = tuple(item["numbers"]) if given(item.get("numbers")) else None
-    if given(item.get("points")):
-        known["points"] = _placed(item["points"], root, f"{where}: points")
-    frames = item.get("frames")
-    if given(frames):
-        return Video([resolve_image(frame, root, where) for frame in as_list(frames)], frames=numbers, **known)
-    entry = {key: item[key] for key in ("path", "bytes", "url") if given(item.get(key))}
-    if not entry:
-        raise DataError(f"{where}: a video entry has none of path, bytes, frames; keys are {sorted(map(str, item))}")
-    return Video(
-        resolve_image(entry if "bytes" in entry else next(iter(entry.values())), root, where), frames=numbers, **known
-    )
+    try:
+        video = item if isinstance(item, Video) else Video(item)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    source, points = video.source, video.points
+    if isinstance(source, (list, tuple)):
+        found: Any = [resolve_image(frame, root, where) for frame in source]
+    else:
+        found = resolve_image(source, root, where)
+    return replace(video, source=found, points=None if points is None else _placed(points, root, f"{where}: points"))
 
 
 def resolve_image(item: Any, root: Path | None, where: str) -> Any:

@@ -21,6 +21,10 @@ from mllm.processing.references import natural_order
 from mllm.types import ImageSpec
 
 _DEPTH_SUFFIXES = (".png", ".tif", ".tiff", ".npy")
+_FAR = 300.0
+"""Metres: half of a map beyond them is taken for a unit that was not told, unless ``unit: 1`` says it."""
+_SQUARE, _ALIKE = 0.2, 0.05
+"""Shares by which pixels are far from square, and by which they are nearly so."""
 
 
 def read_poses(entry: Any, *, where: str) -> tuple[np.ndarray, tuple[float, float] | None]:
@@ -55,13 +59,46 @@ def read_poses(entry: Any, *, where: str) -> tuple[np.ndarray, tuple[float, floa
         raise DataError(
             f"{where}: poses of shape {cameras.shape}; expected one matrix of 3 × 4 or 4 × 4 for each frame"
         )
+    _check_cameras(cameras, where)
     return cameras[:, :3], view
+
+
+def _check_cameras(cameras: np.ndarray, where: str) -> None:
+    """Raises `DataError` for a known camera ``(F, 3 | 4, 4)`` that is no rotation and a place: scaled, mirrored, or written by columns."""
+    known = np.flatnonzero(np.isfinite(cameras[:, :3]).all((1, 2)))
+    turns = cameras[known, :3, :3]
+    off = np.abs(turns @ turns.transpose(0, 2, 1) - np.eye(3)).max((1, 2)) if len(known) else np.zeros(0)
+    for number in known[(off > 1e-2) | (np.linalg.det(turns) < 0)][:1]:
+        raise DataError(
+            f"{where}: the matrix of frame {number} turns by no rotation (its columns are not at right angles and of length 1, or it "
+            "mirrors); expected camera to world, x right, y down, z forward"
+        )
+    if cameras.shape[1] == 4 and len(known):
+        for row in cameras[known, 3][np.abs(cameras[known, 3] - (0, 0, 0, 1)).max(1) > 1e-4][:1]:
+            raise DataError(
+                f"{where}: the last row of a matrix is {row.tolist()}, expected 0 0 0 1; where the place stands there, the matrices are "
+                "written by columns: transpose them"
+            )
+
+
+def tangents(view: tuple[float, float], shape: tuple[int, int], where: str) -> tuple[float, float]:
+    """Tangents of half the vertical and half the horizontal field of view (degrees) of maps (height, width). Raises `DataError` where the
+    two were changed one for the other: pixels would be square the other way round alone."""
+    down, across = np.tan(np.radians(view) / 2)
+    wide = shape[1] / shape[0]
+    if abs(across / down / wide - 1) > _SQUARE and abs(down / across / wide - 1) < _ALIKE:
+        raise DataError(
+            f"{where}: fov is {list(view)} for maps of {shape[1]} × {shape[0]}; expected [vertical, horizontal], so the other way round"
+        )
+    return float(down), float(across)
 
 
 def _field_of_view(value: Any, where: str) -> tuple[float, float]:
     good = isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(n, (int, float)) for n in value)
     if not good or not all(0 < number < 180 for number in value):
         raise DataError(f"{where}: fov is {value!r}; expected [vertical, horizontal] degrees between 0 and 180")
+    if max(value) < np.pi:
+        raise DataError(f"{where}: fov is {value!r}, which is radians; expected [vertical, horizontal] in degrees")
     return float(value[0]), float(value[1])
 
 
@@ -169,7 +206,14 @@ class DepthMaps:
             raise DataError(
                 f"{where}: the depth {float(metres[metres < 0][0]):g} lies behind the camera; write NaN or 0 for unknown"
             )
-        return np.where(np.isfinite(metres) & (metres > 0), metres, np.float32(np.nan))
+        known = np.where(np.isfinite(metres) & (metres > 0), metres, np.float32(np.nan))
+        some = known[:: max(1, known.shape[0] // 32), :: max(1, known.shape[1] // 32)]
+        some = some[np.isfinite(some)]
+        if (self.unit is None or self.unit > 1) and len(some) and (middle := float(np.median(some))) > _FAR:
+            raise DataError(
+                f"{where}: half of it lies beyond {middle:g} metres; write {{path: …, unit: 0.001}} for millimetres, unit: 1 where it is so"
+            )
+        return known
 
 
 @lru_cache(maxsize=256)
@@ -196,6 +240,10 @@ def _map(source: Any, where: str) -> np.ndarray:
         with Image.open(io.BytesIO(data), formats=["PNG", "TIFF"]) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise DataError(f"{where}: a depth map of {picture.width} × {picture.height} pixels is above the limit")
+            if picture.mode in ("P", "PA"):
+                raise DataError(
+                    f"{where}: a map with a palette, whose numbers are those of colours; save the depth itself"
+                )
             return np.asarray(picture)
     except DataError:
         raise

@@ -58,7 +58,7 @@ def pack(video: Video, *, where: str = "video") -> np.ndarray:
     """A video as uint8 ``(1, 1, N, 3)``: its file (or its frames, where it is none) and what part of it is meant. vLLM names caches
     by this array, and takes it apart and together again on its way, so all that an answer depends on is in it. Raises
     `DataError`."""
-    source, rate = source_of(video, where)
+    source, rate = source_of(video), video.fps
     meant = {name: getattr(video, name) for name in ("start", "end", "frames", "play", "key", "seconds")}
     files = _files(source)
     frames = None if files else _frames(source, where)

@@ -22,7 +22,7 @@ class VideoSpec(StrictModel):
 
     frames: int | None = Field(default=None, ge=1)
     """How many; a video with fewer is seen whole."""
-    fps: float | None = Field(default=None, gt=0)
+    fps: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Frames of a second: those shown at 0, 1/fps, 2/fps … seconds."""
     max_frames: int = Field(default=64, ge=1)
     """The most that ``fps`` or keyframes may give; beyond it they are spread over the whole video."""
@@ -55,6 +55,15 @@ class VideoSpec(StrictModel):
             )
         elif self.fps is not None and self.which == "middle":
             raise ValueError("which: middle spreads a number of frames; give frames, not fps")
+        own = type(self).model_fields
+        for name, needs, wanted in (
+            ("max_frames", "fps or which: keyframes", self.frames is None or self.frames <= self.max_frames),
+            ("candidates", "which: space_aware", self.which == "space_aware"),
+        ):
+            if not wanted and getattr(self, name) != own[name].default:
+                raise ValueError(
+                    f"{name}: {getattr(self, name)} changes nothing here, it goes with {needs}; leave it out"
+                )
         for name, count in self.fewer.items():
             if not 1 <= count < self.most:
                 raise ValueError(

@@ -84,12 +84,12 @@ def _pose_rows(entry: Any, seen: Seen | None, where: str) -> Tensor:
             f"{where}: {len(cameras)} poses for a video of {seen.clip.count} frames; give one for each of its frames, null or NaN for "
             "those that are not known"
         )
-    rows = relative_poses(cameras[list(seen.chosen.numbers)], where=where)
+    rows = relative_poses(cameras[list(seen.chosen.numbers)])
     rows[:, 7:] = np.nan if view is None else np.radians(view)
     return torch.from_numpy(rows.astype(np.float32))
 
 
-def relative_poses(cameras: np.ndarray, *, where: str) -> np.ndarray:
+def relative_poses(cameras: np.ndarray) -> np.ndarray:
     """Cameras ``(F, 3, 4)`` (camera → world) as the first known one among them sees the world: ``(F, 9)`` of first camera → camera k,
     fields of view left NaN, all NaN for a camera with NaN or infinity (ScanNet writes it where tracking was lost)."""
     rows = np.full((len(cameras), POSE_SIZE), np.nan)
@@ -97,13 +97,6 @@ def relative_poses(cameras: np.ndarray, *, where: str) -> np.ndarray:
     if not len(known):
         return rows
     turns, places = cameras[known, :, :3], cameras[known, :, 3]
-    off = np.abs(turns @ turns.transpose(0, 2, 1) - np.eye(3)).max((1, 2))
-    wrong = np.flatnonzero((off > 1e-2) | (np.linalg.det(turns) < 0))
-    if len(wrong):
-        raise DataError(
-            f"{where}: the matrix of the {known[wrong[0]] + 1}. frame that is seen turns by no rotation (its columns are not at right "
-            "angles and of length 1, or it mirrors); expected camera to world, x right, y down, z forward"
-        )
     back = turns.transpose(0, 2, 1)  # world → camera
     rows[known, :3] = np.einsum("fij,fj->fi", back, places[0] - places)
     rows[known, 3:7] = quaternions(back @ turns[0])

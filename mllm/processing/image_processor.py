@@ -14,7 +14,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
 from mllm.door import AUTO_MAP, SavesDoor
-from mllm.errors import DataError
+from mllm.errors import ConfigError, DataError
 from mllm.processing.codes import read_codes
 from mllm.processing.frames import video_spec
 from mllm.processing.images import image_size, load_image, to_pixels_multi
@@ -22,6 +22,7 @@ from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES, LayoutRules
 from mllm.processing.pixel_keys import PixelKeys
 from mllm.processing.questions import pad_questions
 from mllm.processing.scene_points import frame_points, unknown_points
+from mllm.processing.settings_in_call import refuse_unread
 from mllm.processing.videos import Seen, frames_of
 from mllm.processing.views.base import views_config
 from mllm.processing.views.pixels import to_view_pixels
@@ -225,7 +226,7 @@ class MllmImageProcessor(SavesDoor, BaseImageProcessor):
             routing_pass: mark the images as those of a routing request, which vLLM shortens.
             visual_tokens: most that each image may take, where a sample has a budget (default: an equal part for each picture of an inner
                 list).
-            kwargs: what transformers' image processors take besides; without effect.
+            kwargs: what transformers' image processors take besides (`refuse_unread`).
 
         Returns:
             ``pixel_values`` ``(V, 3, H, W)`` of the first encoder, the views of all B images, and ``pixel_values_<name>`` of the others;
@@ -233,8 +234,14 @@ class MllmImageProcessor(SavesDoor, BaseImageProcessor):
             budget where there is one; ``video_times`` ``(B, F)`` in a model that takes video.
 
         Raises:
+            ConfigError: a setting that nothing reads.
             DataError: a picture cannot be used; its position is named.
         """
+        refuse_unread(kwargs)
+        if experts is not None and not self.experts:
+            raise ConfigError(
+                "experts: this model routes nothing, it runs every encoder on every picture; leave experts out"
+            )
         flat = _flatten(images)
         if len(flat) > self.max_images:
             raise DataError(

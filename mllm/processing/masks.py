@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mllm.errors import AlignmentError, ConfigError
+from mllm.processing.message_parts import known_parts
 from mllm.processing.protocol import Processor
 from mllm.processing.template import VIDEO, template_variables, unwrapped
 from mllm.processing.turns import IGNORE, added_texts, find_replies, label_text
@@ -20,6 +21,14 @@ def apply_template(
     kwargs: dict[str, Any],
 ) -> Any:
     """transformers' ``apply_chat_template`` (``base``), with ``assistant_masks`` where ``masks`` asks for them."""
+    if not conversation:
+        raise ConfigError("apply_chat_template: the conversation is empty, expected a list of messages")
+    filled, several = (
+        bool(kwargs.get("tokenize") and kwargs.get("return_dict")),
+        isinstance(conversation[0], (list, tuple)),
+    )
+    talks = [known_parts(talk, filled=filled) for talk in (conversation if several else [conversation])]
+    conversation = talks if several else talks[0]
     template = args[0] if args else kwargs.get("chat_template")
     read = template_variables(unwrapped(str(template or processor.chat_template)))
     own = {"chat_template", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize"}
@@ -38,8 +47,6 @@ def apply_template(
         raise ConfigError("return_assistant_tokens_mask needs tokenize=True and return_dict=True")
     if kwargs.get("continue_final_message"):
         raise ConfigError("return_assistant_tokens_mask and continue_final_message do not go together")
-    batched = not isinstance(conversation[0], Mapping)
-    talks = list(conversation) if batched else [conversation]
     rows = [_text_tokens(processor, talk, args, kwargs, read) for talk in talks]
     output = base(conversation, *args, **kwargs)
     stamps = processor.rules.video is not None and processor.rules.video.stamp
@@ -48,7 +55,7 @@ def apply_template(
             "return_assistant_tokens_mask does not go with text before a video's frames (model.video.stamp)"
         )
     ids = output["input_ids"]
-    nested = batched or hasattr(ids, "shape")
+    nested = several or hasattr(ids, "shape")
     seen = output["attention_mask"]
     padded = zip(ids, seen, strict=True) if nested else [(ids, seen)]
     found = [

@@ -13,12 +13,14 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from mllm.config import to_plain
 from mllm.door import AUTO_MAP, SavesDoor
 from mllm.errors import AlignmentError, ConfigError
+from mllm.processing.frames import VideoSpec
 from mllm.processing.geometry_spec import GeometrySpec
 from mllm.processing.image_processor import MllmImagesKwargs
 from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES, LayoutRules
 from mllm.processing.masks import apply_template
 from mllm.processing.pixel_keys import PixelKeys
 from mllm.processing.segments import SegmentSpec
+from mllm.processing.settings_in_call import refuse_unread
 from mllm.processing.template import is_wrapped, wrap
 from mllm.processing.video_text import flat_visuals, join_videos, layout_in_call, marks_video, stamped, write_stamps
 from mllm.processing.visual_span import IGNORE, VisualSpan
@@ -83,6 +85,8 @@ class MllmProcessor(SavesDoor, ProcessorMixin):
             )
         template = chat_template or getattr(tokenizer, "chat_template", None)
         self.template_options = dict(template_options or {})
+        if getattr(image_processor, "video", None) is not None:
+            self._check_stamp(image_processor.rules.video, tokenizer)
         if isinstance(template, str) and not is_wrapped(template):
             takes_video = getattr(image_processor, "video", None) is not None
             template = wrap(tokenizer, template, image_token, self.template_options, video=takes_video)
@@ -90,6 +94,16 @@ class MllmProcessor(SavesDoor, ProcessorMixin):
         tokenizer.chat_template = template
         tokenizer.padding_side = "left"
         self.auto_map = dict(AUTO_MAP)
+
+    def _check_stamp(self, video: VideoSpec, tokenizer: Any) -> None:
+        """Raises `ConfigError` for text before frames that holds a token by which pictures or turns are told."""
+        special = {self.image_token_id, *tokenizer.all_special_ids}
+        for text in video.stamps([0]):
+            for number in tokenizer(text, add_special_tokens=False)["input_ids"]:
+                if number in special:
+                    raise ConfigError(
+                        f"model.video.stamp: {video.stamp!r} holds the token {tokenizer.convert_ids_to_tokens(number)!r}, which is no text"
+                    )
 
     def __call__(
         self,
@@ -99,6 +113,9 @@ class MllmProcessor(SavesDoor, ProcessorMixin):
         audio: Any = None,
         **kwargs: Unpack[ProcessingKwargs],  # vLLM reads this annotation
     ) -> MllmBatch:
+        refuse_unread(kwargs, audio)
+        if isinstance(text, (list, tuple)) and not text:
+            raise AlignmentError("text is an empty list; give at least one prompt")
         if text is None and videos is not None and flat_visuals(videos):
             return self._without_text(images, videos)
         if (videos is not None and flat_visuals(videos)) or (self.takes_video and marks_video(text)):

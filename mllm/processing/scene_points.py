@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mllm.errors import DataError
 from mllm.modes import whole_file
-from mllm.processing.depth_maps import DepthMaps, lay_depth, read_poses, shares_of_cells
+from mllm.processing.depth_maps import DepthMaps, lay_depth, read_poses, shares_of_cells, tangents
 from mllm.processing.space_aware import space_aware_frames
 from mllm.processing.spread import spread
 from mllm.types import ImageSpec, Video
@@ -118,7 +118,6 @@ def frame_points(video: Video, numbers: Sequence[int], count: int, image: ImageS
         ]
         return torch.stack(laid)
     poses, maps, view = _cameras_and_maps(points, count, where)
-    down, across = np.tan(np.radians(view) / 2)
     known = [number for number in numbers if np.isfinite(poses[number]).all()]
     rows = []
     for number in numbers:
@@ -127,6 +126,7 @@ def frame_points(video: Video, numbers: Sequence[int], count: int, image: ImageS
             rows.append(torch.full((3, *size), torch.nan))
             continue
         z = lay_depth(depth, image, size).numpy()
+        down, across = tangents(view, (depth.shape[0], depth.shape[1]), where)
         high, wide = shares_of_cells((depth.shape[0], depth.shape[1]), image, size)
         seen = np.stack([(wide * 2 - 1)[None] * across * z, (high * 2 - 1)[:, None] * down * z, z], -1)
         world = seen @ poses[number][:, :3].T + poses[number][:, 3]
@@ -180,6 +180,10 @@ def _stored(path: str, count: int, where: str) -> dict[str, np.ndarray]:
             told = {name: stored[name] for name in stored.files}
     except Exception as error:  # readers of foreign files raise whatever they like
         raise DataError(f"{where}: {path!r} holds no points ({error})") from error
+    if strange := sorted(set(told) - {"points", "confidence", "frames"}):
+        raise DataError(
+            f"{where}: {path!r} has {strange[0]!r}, which nothing reads; it may have points, confidence and frames alone"
+        )
     points = told.get("points")
     if points is None or points.ndim != 4 or points.shape[3] != 3 or points.dtype.kind != "f":
         shape = None if points is None else points.shape
@@ -196,6 +200,10 @@ def _stored(path: str, count: int, where: str) -> dict[str, np.ndarray]:
     if "frames" not in told and len(points) != count:
         raise DataError(
             f"{where}: {path!r} has points of {len(points)} frames for a video of {count}; say which in frames"
+        )
+    if numbers.dtype.kind not in "iu" or len(set(numbers.tolist())) < len(numbers):
+        raise DataError(
+            f"{where}: the frames of {path!r} are {numbers[:8].tolist()}; expected whole numbers, each once"
         )
     wrong = [int(number) for number in numbers if not 0 <= number < count]
     if wrong:
@@ -226,6 +234,8 @@ def _cameras_and_maps(points: Any, count: int, where: str) -> tuple[np.ndarray, 
     """Cameras ``(F, 3, 4)``, depth maps and field of view in degrees of all frames of a video."""
     if not isinstance(points, Mapping) or points.get("poses") is None or points.get("depths") is None:
         raise DataError(f"{where}: points are a .npz file or both poses and depths of the video's frames")
+    if strange := sorted(set(map(str, points)) - {"poses", "depths"}):
+        raise DataError(f"{where}: points have poses and depths; these have {strange[0]} besides, which nothing reads")
     cameras, view = read_poses(points["poses"], where=where)
     if len(cameras) != count:
         raise DataError(f"{where}: {len(cameras)} poses for a video of {count} frames; give one for each of its frames")
@@ -245,12 +255,12 @@ def _unprojected(
     cameras: np.ndarray, view: tuple[float, float], maps: DepthMaps, taken: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Points ``(F, H, W, 3)`` of the frames in the world, and a confidence of 1; NaN where depth or camera is not known."""
-    down, across = np.tan(np.radians(view) / 2)
     found: list[np.ndarray] = []
     for number in taken:
         depth = maps.read(number)
         if depth is None:
             depth = np.full((1, 1), np.nan, np.float32)
+        down, across = tangents(view, (depth.shape[0], depth.shape[1]), maps.where)
         step = max(1, -(-max(depth.shape) // _SIDE))
         rows, columns = (np.arange(step // 2, length, step) for length in depth.shape)
         z = depth[rows][:, columns]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -31,8 +31,8 @@ _CONTAINERS = (
 )
 _MAX_FRAMES = 2_000_000
 """More frames than any video within ``max_seconds`` has: a header that lies is not followed for ever."""
-HOLDS = ("frames", "bytes", "path")
-"""Keys of a mapping under which a video is."""
+_RATES_ALIKE = 0.05
+"""Share by which a rate that is given may differ from the one that a file's own times make."""
 _NAMELESS = "\0"
 """Stands for the name of a sample in the errors of what many samples share."""
 _TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
@@ -97,6 +97,13 @@ def open_video(
 ) -> Clip:
     """A video from whatever source (see `Video`). Raises `DataError`, `MissingFile`."""
     clip = _open(video, where, max_pixels, max_seconds)
+    if video.fps is not None and clip.times and clip.times[-1] > 0:
+        rate = (clip.count - 1) / clip.times[-1]
+        if abs(rate / video.fps - 1) > _RATES_ALIKE:
+            raise DataError(
+                f"{where}: fps is {video.fps:g}, and the video tells its own times ({rate:.4g} frames a second); leave fps out: which of "
+                "them are seen, the model's video section says"
+            )
     if video.seconds is not None:
         clip.times = _given_times(video.seconds, clip, where)
     if (
@@ -120,24 +127,18 @@ def _given_times(seconds: Sequence[float], clip: Clip, where: str) -> list[float
     return times
 
 
-def source_of(video: Video, where: str) -> tuple[Any, float | None]:
-    """What a video is read from, out of its mapping and as an array where it was a tensor, and its rate. Raises `DataError`."""
-    source, fps = video.source, video.fps
-    if isinstance(source, Mapping):
-        fps = source.get("fps", fps)
-        source = next((source[key] for key in HOLDS if source.get(key) is not None), None)
-        if source is None:
-            raise DataError(f"{where}: a video entry has none of {', '.join(HOLDS)}")
-    if hasattr(source, "numpy") and hasattr(source, "detach"):
-        source = source.detach().cpu().numpy()
-        source = (
-            source.transpose(0, 2, 3, 1) if source.ndim == 4 and source.shape[1] == 3 != source.shape[3] else source
-        )
-    return source, fps
+def source_of(video: Video) -> Any:
+    """What a video is read from, as an array where it was a tensor."""
+    source = video.source
+    if not (hasattr(source, "numpy") and hasattr(source, "detach")):
+        return source
+    source = source.detach().cpu()
+    array = (source.float() if source.is_floating_point() else source).numpy()
+    return array.transpose(0, 2, 3, 1) if array.ndim == 4 and array.shape[1] == 3 != array.shape[3] else array
 
 
 def _open(video: Video, where: str, max_pixels: int | None, max_seconds: float) -> Clip:
-    source, fps = source_of(video, where)
+    source, fps = source_of(video), video.fps
     if isinstance(source, np.ndarray):
         return _of_pictures(_checked_array(source, where), fps, where, max_pixels)
     if isinstance(source, (list, tuple)):
@@ -250,16 +251,16 @@ def _of_animation(source: str | bytes, times: Sequence[float], where: str, max_p
     """GIF, WebP or APNG, each frame laid over those before it."""
 
     def read(numbers: Sequence[int]) -> Iterator[Image.Image]:
-        image = _animation(source, where)
-        for number in numbers:
-            try:
-                image.seek(number)
-                frame = image.convert("RGBA" if "transparency" in image.info or image.mode == "RGBA" else "RGB")
-            except Exception as error:
-                raise DataError(f"{where}, frame {number}: does not decode ({error})") from error
-            frame.info.clear()
-            clip.decoded += 1
-            yield load_image(frame, where=f"{where}, frame {number}", max_pixels=max_pixels)
+        with _animation(source, where) as image:
+            for number in numbers:
+                try:
+                    image.seek(number)
+                    frame = image.convert("RGBA" if "transparency" in image.info or image.mode == "RGBA" else "RGB")
+                except Exception as error:
+                    raise DataError(f"{where}, frame {number}: does not decode ({error})") from error
+                frame.info.clear()
+                clip.decoded += 1
+                yield load_image(frame, where=f"{where}, frame {number}", max_pixels=max_pixels)
 
     clip = Clip(len(times), times, read, keyframes=(0,))
     return clip
@@ -276,11 +277,11 @@ def _animation_times(source: str | bytes, where: str) -> tuple[float, ...]:
     """When each frame begins, in seconds; one without a duration of its own stands for 0.1 s, as browsers show it."""
     times, now = [], 0.0
     try:
-        image = _animation(source, where)
-        for number in range(min(getattr(image, "n_frames", 1), _MAX_FRAMES)):
-            image.seek(number)
-            times.append(now)
-            now += (float(image.info.get("duration") or 0) or 100.0) / 1000
+        with _animation(source, where) as image:
+            for number in range(min(getattr(image, "n_frames", 1), _MAX_FRAMES)):
+                image.seek(number)
+                times.append(now)
+                now += (float(image.info.get("duration") or 0) or 100.0) / 1000
     except DataError:
         raise
     except Exception as error:

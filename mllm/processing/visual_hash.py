@@ -11,7 +11,7 @@ import numpy as np
 
 from mllm.processing.images import image_hash, read_bytes
 from mllm.processing.references import refer
-from mllm.processing.videos import HOLDS, frame_files
+from mllm.processing.videos import frame_files
 from mllm.types import Video
 
 
@@ -48,12 +48,7 @@ def _told(points: Any) -> Iterator[bytes]:
 
 def _parts(source: Any, where: str) -> Iterator[bytes]:
     """The bytes behind a video's source, piece by piece."""
-    if isinstance(source, Mapping):
-        yield repr({key: value for key, value in source.items() if key not in HOLDS}).encode()
-        for key in HOLDS:
-            if source.get(key) is not None:
-                yield from _parts(source[key], where)
-    elif isinstance(source, (list, tuple)):
+    if isinstance(source, (list, tuple)):
         for item in source:
             yield image_hash(item, where=where).encode()
     elif hasattr(source, "detach"):

@@ -77,7 +77,7 @@ def test_answers_are_those_of_the_room(rooms):
     told = dict.fromkeys(KINDS, 0)
     for room in rooms:
         shown = draw(room)[2]
-        turned = relative_poses(room.cameras, where="room")[-1, 3:7]  # world of the first camera → the last one's
+        turned = relative_poses(room.cameras)[-1, 3:7]  # world of the first camera → the last one's
         for kind in [*KINDS] * 3:
             asked = question(room, shown, kind, rng)
             if asked is None:

@@ -87,7 +87,7 @@ def test_poses_are_seen_from_the_first_known_camera() -> None:
     """A point of the world has the same place for camera k, reached directly or by way of the first camera."""
     some = cameras()
     some[0] = np.inf  # tracking was lost
-    rows = relative_poses(some, where="row")
+    rows = relative_poses(some)
     assert np.isnan(rows[0]).all() and np.isnan(rows[:, 7:]).all()
     np.testing.assert_allclose(rows[1, :7], [0, 0, 0, 0, 0, 0, 1], atol=1e-12)
     point = np.array([0.3, -2.0, 5.0])
@@ -95,13 +95,13 @@ def test_poses_are_seen_from_the_first_known_camera() -> None:
     for k in range(2, COUNT):
         there = some[k, :, :3].T @ (point - some[k, :, 3])
         np.testing.assert_allclose(matrix(rows[k, 3:7]) @ first + rows[k, :3], there, atol=1e-9)
-    assert np.isnan(relative_poses(np.full((2, 3, 4), np.nan), where="row")).all()
+    assert np.isnan(relative_poses(np.full((2, 3, 4), np.nan))).all()
 
 
 def test_each_frame_that_is_seen_has_its_own_camera_and_depth(parts: tuple[Any, Any]) -> None:
     _, processor = parts
     found = encode_sample(processor, sample(picture(1), film(), poses=[None, *TAUGHT["poses"]])).geometry
-    wanted = relative_poses(cameras()[list(SEEN)], where="")
+    wanted = relative_poses(cameras()[list(SEEN)])
     assert torch.isnan(found["target_poses"][0]).all() and found["target_poses"].shape == (1 + 3, 9)
     np.testing.assert_allclose(found["target_poses"][1:, :7], wanted[:, :7], atol=1e-6)
     np.testing.assert_allclose(found["target_poses"][1:, 7:], np.radians([[60, 90]] * 3), atol=1e-6)
@@ -171,7 +171,7 @@ def test_rows_of_every_format_hold_poses_and_depth(tmp_path: Path, parts: tuple[
     [
         ({"poses": [cameras(5).tolist()]}, "poses 0: 5 poses for a video of 7 frames"),
         ({"poses": [cameras().tolist()] * 2}, "2 poses for 1 images and videos"),
-        ({"poses": [(cameras() * [[[-1, 1, 1, 1]]]).tolist()]}, "of the 1. frame that is seen turns by no rotation"),
+        ({"poses": [(cameras() * [[[-1, 1, 1, 1]]]).tolist()]}, "the matrix of frame 0 turns by no rotation"),
         ({"poses": [(2 * cameras()).tolist()]}, "turns by no rotation"),
         ({"poses": [[[1, 2, 3]] * COUNT]}, r"poses of shape \(7, 3\)"),
         ({"poses": [[["a"] * 12] * COUNT]}, "matrices that are no numbers"),
@@ -179,6 +179,9 @@ def test_rows_of_every_format_hold_poses_and_depth(tmp_path: Path, parts: tuple[
         ({"poses": [{"matrices": cameras().tolist(), "fov": [60]}]}, r"fov is \[60\]"),
         ({"poses": ["nothing.npy"]}, "nothing.npy"),
         ({"poses": ["cams.bin"]}, "cams.bin"),
+        ({"poses": [np.stack([np.vstack([c, [0, 0, 0, 1]]).T for c in cameras()]).tolist()]}, "written by columns"),
+        ({"poses": [{"matrices": cameras().tolist(), "fov": [1.0, 1.5]}]}, "which is radians"),
+        ({"depths": [[depth_of(k) * 1000 for k in range(COUNT)]]}, "write {path: …, unit: 0.001} for millimetres"),
         ({"depths": [[depth_of(0)] * 3]}, "depths 0: 3 depth maps for a video of 7 frames"),
         ({"depths": [[np.full((24, 64), np.nan, np.float32)] * COUNT]}, "no pixel of the depth is known"),
         ({"depths": [[-depth_of(1)] * COUNT]}, "frame 0: the depth -2 lies behind the camera"),
@@ -191,6 +194,15 @@ def test_rows_of_every_format_hold_poses_and_depth(tmp_path: Path, parts: tuple[
 def test_what_does_not_fit_is_named(parts: tuple[Any, Any], taught: dict[str, Any], told: str) -> None:
     with pytest.raises(DataError, match=f"sample 's' of d.*{told}"):
         encode_sample(parts[1], sample(film(), **taught))
+
+
+def test_depth_in_colours_is_no_depth(parts: tuple[Any, Any], tmp_path: Path) -> None:
+    Image.fromarray(depth_of(1).astype(np.uint8)).convert("P").save(tmp_path / "p.png")
+    maps = {"frames": [str(tmp_path / "p.png")] * COUNT, "unit": 1}
+    with pytest.raises(DataError, match="a map with a palette"):
+        encode_sample(parts[1], sample(film(), depths=[maps]))
+    far = [{"frames": [depth_of(k) * 1000 for k in range(COUNT)], "unit": 1}]
+    assert encode_sample(parts[1], sample(film(), depths=far)).geometry["target_depths"].max() == 10_000
 
 
 def test_a_picture_has_no_poses_and_may_have_depth(parts: tuple[Any, Any]) -> None:

@@ -232,7 +232,7 @@ def test_rows_of_every_format_hold_videos(tmp_path, parts, clip):
         ),
         (
             {"video": {"fps": 3}, "conversations": talk("<video>")},
-            "d, sample '0' .row 0.: a video entry has none of path",
+            "d, sample '0' .row 0.: a video entry has none of frames, bytes, path",
         ),
     ]:
         with pytest.raises((AlignmentError, DataError), match=told):

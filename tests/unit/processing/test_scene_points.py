@@ -117,7 +117,11 @@ def test_what_does_not_tell_where_the_scene_lies_is_named(scene, tmp_path):
     np.savez(tmp_path / "short.npz", points=np.zeros((2, 4, 4, 3), np.float32))
     np.savez(tmp_path / "nan.npz", points=np.full((6, 4, 4, 3), np.nan, np.float32))
     (tmp_path / "text.npz").write_text("no archive")
+    some = np.random.default_rng(0).random((6, 4, 4, 3), np.float32)
+    np.savez(tmp_path / "more.npz", points=some, conf=some[..., 0])
+    np.savez(tmp_path / "twice.npz", points=some, frames=np.array([0, 0, 1, 2, 3, 4]))
     whole = {"matrices": matrices, "fov": [VIEW, VIEW]}
+    wide = {"matrices": matrices, "fov": [100.0, 2 * np.degrees(np.arctan(np.tan(np.radians(50)) / 2))]}
     for points, told in (
         (None, "nothing tells this video's; a row gives poses and depths"),
         (str(tmp_path / "gone.npz"), "no such file of points"),
@@ -126,7 +130,12 @@ def test_what_does_not_tell_where_the_scene_lies_is_named(scene, tmp_path):
         (str(tmp_path / "short.npz"), "has points of 2 frames for a video of 6"),
         (str(tmp_path / "nan.npz"), "no point is a finite number"),
         (str(tmp_path / "text.npz"), "holds no points"),
+        (str(tmp_path / "more.npz"), "has 'conf', which nothing reads"),
+        (str(tmp_path / "twice.npz"), "expected whole numbers, each once"),
         ({"poses": whole}, "both poses and depths"),
+        ({"poses": whole, "depths": depth, "fovs": 1}, "these have fovs besides"),
+        ({"poses": {**whole, "matrices": (2 * room.cameras).tolist()}, "depths": depth}, "turns by no rotation"),
+        ({"poses": wide, "depths": depth.repeat(2, axis=2)}, "so the other way round"),
         ({"poses": {"matrices": matrices}, "depths": depth}, "add fov"),
         ({"poses": {**whole, "matrices": matrices[:4]}, "depths": depth}, "4 poses for a video of 6 frames"),
         ({"poses": whole, "depths": depth[:4]}, "4 depth maps for a video of 6 frames"),

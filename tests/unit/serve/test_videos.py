@@ -56,9 +56,9 @@ def test_a_video_comes_out_as_it_went_in(video):
         video.key,
         video.seconds,
     )
-    if isinstance(video.source, (bytes, list)):
+    if isinstance(found.source, (bytes, list)):
         assert found.source == video.source
-    elif isinstance(video.source, dict):
+    elif isinstance(video.source, list):
         assert np.array_equal(found.source, np.stack([np.asarray(picture(n)) for n in (1, 2)])) and found.fps == 3
     else:
         assert np.array_equal(found.source, video.source) and found.fps == 2.5
