@@ -22,6 +22,7 @@ from mllm.data.sources import (
     resolve_video,
     resolve_visual,
     taught,
+    video_of_cell,
     with_points,
 )
 from mllm.data.spec import ColumnMap, DatasetSpec, expand_path
@@ -102,18 +103,18 @@ class ColumnsSource(Source):
         if picture and picture not in row and self.shards is not None and self.shards.of_members:
             raise DataError(f"{where}: there is no member {picture}; found {', '.join(row)}")
         found = as_list(row.get(columns.image or columns.images or ""))
-        images = [resolve_image(item, self.root, where) for item in found]
         films = as_list(row.get(columns.video)) if columns.video else []
-        videos = [resolve_video(item, self.root, where) for item in films]
         meta = {name: row.get(name) for name in columns.meta}
         if columns.messages is not None:
             messages = conversation_cell(row[columns.messages], where)
-            turns, images = message_turns(messages, images, where=where, videos=videos)
+            videos = [video_of_cell(item, where) for item in films]
+            turns, images = message_turns(messages, found, where=where, videos=videos)
             images = [resolve_visual(item, self.root, where) for item in images]
             if row.get("tools"):
                 meta["tools"] = tools_of(row, where)
         else:
-            images = [*images, *videos]
+            images = [resolve_image(item, self.root, where) for item in found]
+            images += [resolve_video(item, self.root, where) for item in films]
             turns = self._question(row, len(images), meta, where)
         refuse_other_media(row, where, [columns.video] if columns.video else [])
         if not images and not self.spec.typed_images:

@@ -192,8 +192,11 @@ class JsonSource(Source):
 
     def videos(self, row: dict[str, Any], root: Path | None, where: str) -> list[Video]:
         """``video`` (one or a list) or ``videos``; paths resolved."""
-        value = next((row[key] for key in VIDEO_KEYS if given(row.get(key))), None)
-        return [resolve_video(item, root, where) for item in as_list(value)]
+        return [resolve_video(item, root, where) for item in self.video_cells(row)]
+
+    def video_cells(self, row: Mapping[str, Any]) -> list[Any]:
+        """A row's entries for videos as they stand there."""
+        return as_list(next((row[key] for key in VIDEO_KEYS if given(row.get(key))), None))
 
     def refuse_blind(self, row: dict[str, Any], turns: list[Turn], images: list[Any], where: str) -> None:
         """Raises for a row that would be learned without what it shows (`mllm.data.blind`)."""
@@ -241,7 +244,8 @@ class MessagesSource(JsonSource):
         listed = as_list(row.get(self.spec.image_key or "images"))
         if not listed and self.spec.image_key is None and not embeds_images(messages):
             listed = as_list(row.get("image"))  # a picture beside the messages, for strings or bare parts
-        turns, images = message_turns(messages, listed, where=where, videos=self.videos(row, root, where))
+        films = [video_of_cell(item, where) for item in self.video_cells(row)]
+        turns, images = message_turns(messages, listed, where=where, videos=films)
         self.refuse_blind(row, turns, images, where)
         images = [resolve_visual(image, root, where) for image in images]
         meta = _rest(row, "messages", *TAUGHT, *self.image_keys, *VIDEO_KEYS)
@@ -286,16 +290,21 @@ def resolve_visual(item: Any, root: Path | None, where: str) -> Any:
 def resolve_video(item: Any, root: Path | None, where: str) -> Video:
     """A video's entry as it is kept in a sample: a path, ``data:`` URI or bytes; ``{"path" | "bytes" | "frames": list of pictures,
     "fps", "seconds", "start", "end", "numbers", "points"}``. Relative files start from ``root``."""
-    try:
-        video = item if isinstance(item, Video) else Video(item)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
+    video = video_of_cell(item, where)
     source, points = video.source, video.points
     if isinstance(source, (list, tuple)):
         found: Any = [resolve_image(frame, root, where) for frame in source]
     else:
         found = resolve_image(source, root, where)
     return replace(video, source=found, points=None if points is None else _placed(points, root, f"{where}: points"))
+
+
+def video_of_cell(item: Any, where: str) -> Video:
+    """A video's entry with its files as they are named there. Raises `DataError` for a key that nothing reads."""
+    try:
+        return item if isinstance(item, Video) else Video(item)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def resolve_image(item: Any, root: Path | None, where: str) -> Any:

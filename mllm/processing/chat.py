@@ -11,13 +11,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from mllm.errors import AlignmentError, ConfigError, DataError
+from mllm.errors import AlignmentError, ConfigError, DataError, did_you_mean
 from mllm.processing.layout import before_cut, expand, taken, visual_spans
 from mllm.processing.protocol import Processor, Templated, TextProcessor
 from mllm.processing.questions import pad_questions, question_text
 from mllm.processing.template import messages_of
 from mllm.processing.turns import IGNORE, ChatRenderer, added_texts, find_replies, label_text, special_ids
-from mllm.types import IMAGE_MARK, VISUAL_TOKENS, Sample, Turn, VisualLayout
+from mllm.types import IMAGE_MARK, VISUAL_TOKENS, Sample, Turn, Video, VisualLayout
 
 _log = logging.getLogger(__name__)
 
@@ -245,6 +245,9 @@ def geometry_of(processor: Processor, sample: Sample, visuals: Sequence[Any], *,
         if sample.poses or sample.depths:
             _tell_unread(sample.dataset, "poses" if sample.poses else "depths")
         return {}
+    for what, wanted, told in (("poses", spec.poses, sample.poses), ("depths", spec.depth is not None, sample.depths)):
+        if wanted and not told and any(isinstance(visual, Video) for visual in visuals):
+            _tell_missing(sample.dataset, what, tuple(sorted(map(str, sample.meta))))
     from mllm.processing.geometry import encode_geometry
 
     return encode_geometry(getattr(processor, "processor", processor), spec, sample, visuals, where=where)
@@ -254,6 +257,13 @@ def geometry_of(processor: Processor, sample: Sample, visuals: Sequence[Any], *,
 def _tell_unread(dataset: str, what: str) -> None:
     """Said once a dataset: the model that is trained beside one with such a head may well be on the same rows."""
     _log.warning("%s: its rows have %s, and no head of this model learns from them", dataset or "a sample", what)
+
+
+@lru_cache(maxsize=64)
+def _tell_missing(dataset: str, what: str, keys: tuple[str, ...]) -> None:
+    """Said once a dataset: rows without may well stand among others, or their key may be misspelt."""
+    near = did_you_mean(what, keys).replace("did you mean", "is it")
+    _log.warning("%s: a head of this model learns from %s, and a row of it has none%s", dataset or "a sample", what, near)
 
 
 def split_images(turns: Sequence[Turn], images: Sequence[Any], *, drawn: bool) -> tuple[list[Any], list[Any]]:

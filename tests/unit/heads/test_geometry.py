@@ -341,6 +341,19 @@ def test_a_model_without_such_heads_reads_the_rows_and_says_what_it_leaves_out(
     assert caplog.text.count("d: its rows have poses, and no head of this model learns from them") == 1
 
 
+def test_rows_without_what_a_head_learns_from_are_told_once(
+    parts: tuple[Any, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    chat._tell_missing.cache_clear()
+    silent = sample(film(), depths=TAUGHT["depths"])
+    silent.meta["pose"] = TAUGHT["poses"]
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            encode_sample(parts[1], silent)
+    assert caplog.text.count("d: a head of this model learns from poses, and a row of it has none, is it 'pose'?") == 1
+    assert "depths" not in caplog.text
+
+
 def test_frames_taken_together_and_pictures_shown_twice_keep_their_targets(tmp_path: Path) -> None:
     encoders = {"semantic": dict(TINY_CLIP), "geometry": dict(TINY_VGGT)}
     model, processor = tiny_model(

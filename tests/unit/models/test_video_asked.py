@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,10 @@ import pytest
 import torch
 
 from mllm.data.conversations import message_turns
-from mllm.data.sources import resolve_visual
+from mllm.data.sources import open_source, resolve_visual
+from mllm.data.spec import DatasetSpec
 from mllm.errors import AlignmentError, ConfigError, DataError
+from mllm.processing.chat import encode_sample
 from mllm.processing.frames import VideoSpec, video_spec
 from mllm.processing.videos import frames_of
 from mllm.types import Video, scene
@@ -125,3 +129,23 @@ def test_what_contradicts_itself_is_refused(processor: Any) -> None:
 def test_text_before_frames_holds_no_token_of_the_chat(tmp_path: Any) -> None:
     with pytest.raises(ConfigError, match="holds the token '<image>', which is no text"):
         tiny_model(tmp_path, video={"frames": 2, "stamp": "<image>{seconds}"})
+
+
+def test_relative_files_are_found_whatever_the_format(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, clip: str, processor: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d").mkdir()
+    shutil.copy(clip, tmp_path / "d" / "ä b.mp4")
+    said = [{"role": "user", "content": "<video>?"}, {"role": "assistant", "content": "a"}]
+    part = [{"role": "user", "content": [{"type": "video", "video": "ä b.mp4"}]}, said[1]]
+    rows = {
+        "messages": {"videos": ["ä b.mp4"], "messages": said, "m": said, "v": "ä b.mp4"},
+        "parts": {"messages": part, "m": part, "v": None},
+    }
+    for name, row in rows.items():
+        (tmp_path / "d" / f"{name}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+        for more in ({"format": "messages"}, {"format": "columns", "columns": {"messages": "m", "video": "v"}}):
+            spec = DatasetSpec.model_validate({"name": "d", "path": f"d/{name}.jsonl", **more})
+            (sample,) = open_source(spec)
+            assert encode_sample(processor, sample).extras["video_times"].shape == (1, 3), (name, more)
