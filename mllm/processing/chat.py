@@ -263,7 +263,9 @@ def _tell_unread(dataset: str, what: str) -> None:
 def _tell_missing(dataset: str, what: str, keys: tuple[str, ...]) -> None:
     """Said once a dataset: rows without may well stand among others, or their key may be misspelt."""
     near = did_you_mean(what, keys).replace("did you mean", "is it")
-    _log.warning("%s: a head of this model learns from %s, and a row of it has none%s", dataset or "a sample", what, near)
+    _log.warning(
+        "%s: a head of this model learns from %s, and a row of it has none%s", dataset or "a sample", what, near
+    )
 
 
 def split_images(turns: Sequence[Turn], images: Sequence[Any], *, drawn: bool) -> tuple[list[Any], list[Any]]:
