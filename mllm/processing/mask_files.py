@@ -72,7 +72,7 @@ def _picture(entry: Any, where: str) -> np.ndarray:
         return values.astype(np.uint8)
     if foreground is not None:
         return (values == foreground).astype(np.uint8)
-    found = [int(value) for value in np.unique(values)]
+    found = [value.item() for value in np.unique(values)]
     strange = [value for value in found if value not in (0, 1, IGNORE_PIXEL)]
     if strange:
         raise DataError(
@@ -162,6 +162,14 @@ def draw_polygons(
             raise DataError(f"{where}: a polygon is a list of x, y pairs ({error})") from None
         if len(points) < 3 or not np.isfinite(points).all():
             raise DataError(f"{where}: a polygon needs at least three points with finite x and y, got {len(points)}")
+        if min(size) > 2 and points.min() >= 0 and points.max() <= 1:
+            raise DataError(
+                f"{where}: a polygon's points lie between 0 and 1, as shares of the picture; expected pixels"
+            )
+        if (points.min(0) > size[::-1]).any() or (points.max(0) < 0).any():
+            raise DataError(
+                f"{where}: a polygon lies beside its picture of {size[1]} × {size[0]}; is it of another size?"
+            )
         if rule == "coco":
             fill_coco_polygon(mask, points)
         else:

@@ -108,9 +108,12 @@ class SegmentationMixin:
             `Segments`, a list of them for a list of pictures.
 
         Raises:
-            ConfigError: the model marks nothing or takes no examples, or phrases or examples and pictures differ in number.
-            DataError: an example's mask has another size than its picture.
+            ConfigError: the model marks nothing or takes no examples, phrases or examples and pictures differ in number, or threshold is no
+                probability.
+            DataError: an example's mask has another size than its picture, or marks nothing.
         """
+        if not 0 <= threshold <= 1:
+            raise ConfigError(f"threshold: {threshold} is no probability between 0 and 1")
         alone = not isinstance(images, (list, tuple))
         pictures = [images] if alone else list(images)
         own, name = _own_processor(self, processor), _segmentation_head(self)
@@ -174,12 +177,9 @@ def _shown(segments: SegmentSpec, example: Any, number: int) -> list[tuple[Any, 
             raise ConfigError(f"segment: example {place} is {type(pair).__name__}; give (picture, mask)")
         where = f"example {place}"
         size = image_size(pair[0], where=where)
-        if isinstance(pair[1], np.ndarray | Tensor):
-            mask = np.asarray(pair[1]).astype(np.uint8)
-            if mask.shape != size:
-                raise DataError(f"{where}: its mask has {mask.shape} and its picture {size}")
-        else:
-            mask = read_mask(pair[1], size, where=where)
+        mask = read_mask(np.asarray(pair[1].cpu()) if isinstance(pair[1], Tensor) else pair[1], size, where=where)
+        if not (mask == 1).any():
+            raise DataError(f"{where}: its mask marks nothing, so nothing is like it")
         found.append((pair[0], segments.lay(mask)))
     return found
 

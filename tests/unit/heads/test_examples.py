@@ -122,8 +122,13 @@ def test_what_does_not_fit_is_named(trained: Any, tmp_path: Path) -> None:
         model.segment([picture(1)], example=[(picture(1), LEFT)] * 2, processor=processor)
     with pytest.raises(ConfigError, match=r"example 0 is ndarray; give \(picture, mask\)"):
         model.segment(picture(1), example=LEFT, processor=processor)
-    with pytest.raises(DataError, match=r"example 0: its mask has \(5, 5\) and its picture \(30, 40\)"):
+    with pytest.raises(DataError, match="example 0: the mask is 5 × 5 pixels and its picture 40 × 30"):
         model.segment(picture(1), example=(picture(1), np.ones((5, 5))), processor=processor)
+    for mask, told in ((0 * LEFT, "example 0: its mask marks nothing"), (255 * LEFT, "holds 255, .* and no 1")):
+        with pytest.raises(DataError, match=told):
+            model.segment(picture(1), example=(picture(1), mask), processor=processor)
+    with pytest.raises(ConfigError, match="threshold: 50 is no probability"):
+        model.segment(picture(1), example=(picture(1), LEFT), processor=processor, threshold=50)
     short = shown(1, LEFT, RIGHT)
     short.masks = []
     with pytest.raises(DataError, match=r"the questions hold 1 \[EX\] and the sample 0 masks in all"):
