@@ -341,7 +341,7 @@ class StageSpec(StrictModel):
     """Pictures to draw while training (models with a visual head)."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Settings of the stage's kind; of sft: ``robust`` (pictures turned, and changed against the model), ``drop_encoders``,
-    ``word_contrast``."""
+    ``word_contrast``, ``words_alone``."""
     _chosen: str = PrivateAttr("none")
 
     @property

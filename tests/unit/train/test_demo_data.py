@@ -36,7 +36,7 @@ def test_the_real_form_draws_and_reads_charts_in_its_own_folder(tmp_path: Path):
     import random
 
     from mllm.cli.demo import REAL
-    from mllm.demo.real_tables import DECLARED, TEST_SOURCES, prepare_real
+    from mllm.demo.real_tables import DECLARED, KINDS, TEST_SOURCES, prepare_real
     from mllm.eval.task import load_task
 
     text = (Path(__file__).parents[3] / "recipes" / "real_charts.yaml").read_text(encoding="utf-8")
@@ -58,4 +58,5 @@ def test_the_real_form_draws_and_reads_charts_in_its_own_folder(tmp_path: Path):
     ((task, folder),) = REAL.tasks.items()
     assert (data / folder / str(load_task(task).train)).resolve() == (data / "charts" / "train.jsonl").resolve()
     rows = [json.loads(line) for line in (data / folder / "test.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(rows) == 4 and {row["table"].split("/")[0] for row in rows} == {"kept"}
+    assert len(rows) == 2 and {row["table"].split("/")[0] for row in rows} == {"kept"}
+    assert {row["kind"] for row in rows} <= set(KINDS)

@@ -86,6 +86,15 @@ def test_a_projector_learns_to_say_what_its_pictures_show():
         ({"packing": True, "batch_size": 4}, "word_contrast: compares the rows of a batch"),
         ({"batch_size": 1}, "word_contrast: compares the rows of a batch"),
         ({"batch_size": 2, "engine": "zero3"}, "would wait forever; use none, zero1 or zero2"),
+        ({"batch_size": 2, "options": {"words_alone": True}}, "words_alone: needs word_contrast"),
+        (
+            {
+                "batch_size": 2,
+                "learn": {"connector": 1e-3, "language_model": 1e-4},
+                "options": {"word_contrast": 1.0, "words_alone": True},
+            },
+            "words_alone: language_model is not run",
+        ),
     ],
 )
 def test_rows_that_cannot_be_compared_are_refused(changes, told):
@@ -119,6 +128,24 @@ def test_it_is_added_to_the_loss_of_a_model_that_learns(tmp_path):
     fewer = replace(output, image_hidden_states=output.image_hidden_states[1:])
     with pytest.raises(AlignmentError, match=r"visual tokens for .* places in the text"):
         WordContrast(0.5, {8})._add(model, (), inputs, fewer)
+    handle.remove()
+    only = WordContrast(0.5, {8}).attach_alone(model)
+    model.zero_grad()
+    bare = model(**inputs)
+    torch.testing.assert_close(bare.loss, 0.5 * alone, msg="the same loss, without the language model's pass")
+    torch.testing.assert_close(
+        model(**inputs, num_items_in_batch=2 * (labels[:, 1:] != -100).sum()).loss, bare.loss / 2
+    )
+    bare.loss.backward()
+    assert bare.logits is None and all(p.grad is not None for p in model.model.multi_modal_projector.parameters())
+    assert all(p.grad is None for p in model.model.language_model.parameters())
+    text = {"input_ids": ids[:, -3:], "labels": labels[:, -3:]}
+    nothing = model(**text).loss
+    nothing.backward()
+    assert float(nothing.detach()) == 0
+    only.remove()
+    torch.testing.assert_close(model(**inputs).loss, plain)
+    handle = WordContrast(0.5, {8}).attach(model)
     model.eval()
     quiet = model(**inputs)
     assert quiet.losses is None
