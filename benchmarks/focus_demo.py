@@ -37,7 +37,7 @@ from mllm.heads.editing import edit_pictures
 from mllm.types import IMAGE_MARK, Turn
 from mllm.visual_tokenizers.base import as_unit_range
 from mllm.visual_tokenizers.diffusion.edit import edit
-from mllm.visual_tokenizers.sequence import decode_packed, pack_codes, unpack_codes
+from mllm.visual_tokenizers.sequence import decode_packed, pack_codes
 
 
 def main() -> None:
@@ -103,8 +103,6 @@ def measure(model: Any, processor: Any, rows: list[dict[str, Any]]) -> dict[str,
         own = as_unit_range(edit(tokenizer.diffusion, sources, hidden, codes, seed=0))
         true, source = pack_codes(tokenizer, codes), pack_codes(tokenizer, tokenizer.encode(sources))
         held = F.adaptive_avg_pool2d(masks[:, None].float(), tokenizer.grid).flatten(1)  # of each code's cell
-        inside = unpack_codes(tokenizer, torch.where(held > 0, packed, source))
-        kept = as_unit_range(edit(tokenizer.diffusion, sources, masks, inside, seed=0))
         told = told_codes(model, processor, images, asked, true)
         rebuilt = torch.where(masks[:, None], as_unit_range(tokenizer.decode(codes)), as_unit_range(sources))
     plain = torch.where(hidden[:, None], plain, as_unit_range(sources))
@@ -114,7 +112,6 @@ def measure(model: Any, processor: Any, rows: list[dict[str, Any]]) -> dict[str,
         "edits": shares(made, rows),
         "mask_iou": round(100 * float(overlap.mean()), 1),
         "with the true mask": shares(marked, rows),
-        "with the true mask, the source's codes outside it": shares(kept, rows),
         "codes, drawn": right_codes(packed, true, source, held),
         "codes, each told all before it": right_codes(told, true, source, held),
         "with the true codes": shares(own, rows),

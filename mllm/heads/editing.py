@@ -17,11 +17,11 @@ from mllm.heads.codes.generate import generate_images, to_pil
 from mllm.processing.images import load_image
 from mllm.processing.protocol import Processor
 from mllm.types import IMAGE_MARK, Turn
-from mllm.visual_tokenizers.base import as_unit_range
+from mllm.visual_tokenizers.base import VisualTokenizer, as_unit_range
 from mllm.visual_tokenizers.diffusion.edit import edit
 from mllm.visual_tokenizers.images import to_pixels
 from mllm.visual_tokenizers.painting import Painting
-from mllm.visual_tokenizers.sequence import decode_packed, unpack_codes
+from mllm.visual_tokenizers.sequence import code_blocks, decode_packed, pack_codes, unpack_codes
 
 
 class EditingModel(MultimodalModel, Protocol):
@@ -60,7 +60,8 @@ def edit_pictures(
     threshold: float = 0.5,
     **options: Any,
 ) -> list[Edited]:
-    """Pictures changed as instructions say; what the model does not mark stays as it was, pixel by pixel.
+    """Pictures changed as instructions say; what the model does not mark stays as it was, pixel by pixel. Codes whose cells a mark touches
+    are the drawn ones, the others the source's own (a multi-scale tokenizer's are all drawn).
 
     Args:
         model: one with a segmentation head and a head that draws.
@@ -120,6 +121,7 @@ def _painted(
     if masks is None:
         masks = torch.stack([_shrunk(part.union, side) for part in found])
     masks = masks.to(model.device).bool()
+    packed = _kept(tokenizer, packed, pixels, masks)
     if tokenizer.has_diffusion:
         codes = unpack_codes(tokenizer, packed)
         made = edit(
@@ -130,6 +132,18 @@ def _painted(
         raise ConfigError("edit: steps and guidance are the diffusion decoder's, and this model's tokenizer has none")
     plain = decode_packed(tokenizer, packed)  # what the plain decoder makes, where the mask is
     return torch.where(masks[:, None], plain, as_unit_range(pixels)), masks
+
+
+def _kept(tokenizer: VisualTokenizer, packed: Tensor, pixels: Tensor, masks: Tensor) -> Tensor:
+    """Drawn codes ``(B, S)`` in cells that masks ``(B, H, W)`` touch, those of the pictures ``(B, 3, H, W)`` elsewhere."""
+    if tokenizer.scales is not None:  # a coarse scale's codes stand for no cells
+        return packed
+    own = pack_codes(
+        tokenizer, tokenizer.encode(tokenizer.diffusion.shrunk(pixels) if tokenizer.has_diffusion else pixels)
+    )
+    blocks = code_blocks(tokenizer)
+    touched = [F.adaptive_max_pool2d(masks[:, None].float(), (b.rows, b.columns)).flatten(1) > 0 for b in blocks]
+    return torch.where(torch.cat(touched, 1), packed, own)
 
 
 def _square(image: Any, side: int, where: str) -> Tensor:

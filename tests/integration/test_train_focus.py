@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
@@ -22,9 +23,10 @@ from mllm.eval.generators.hf import HFGenerator
 from mllm.eval.metrics.editing import EditRule, png_text
 from mllm.eval.run import evaluate
 from mllm.eval.task import expand_tasks
-from mllm.heads.editing import edit_pictures
+from mllm.heads.editing import _kept, edit_pictures
 from mllm.recipe import Recipe
 from mllm.train.run import run_recipe
+from mllm.visual_tokenizers.sequence import pack_codes
 from tests.helpers import TINY_CLIP, TINY_LLM, picture
 from tests.unit.visual_tokenizers.diffusion_configs import DECODERS
 from tests.unit.visual_tokenizers.tokenizer_configs import TINY
@@ -46,7 +48,7 @@ def recipe(root: Path, steps: int = 3) -> Recipe:
                 "encoder": "eye",
                 "decoder": {"type": "query", "width": 32, "depth": 1, "heads": 2},
             },
-            "draw": {"type": "separate"},
+            "draw": {"type": "separate", "code_noise": 0.5, "changed_weight": 5.0},
         },
         "chat_template": "vicuna",
     }
@@ -116,6 +118,10 @@ def test_an_edit_changes_what_is_marked_and_nothing_else(trained: tuple[Path, Pa
         assert np.abs(made - source)[masks[number].numpy()].max() > 1e-3
         assert torch.equal(one.mask, masks[number]) and one.pil().size == (side, side)
     torch.testing.assert_close(again[0].packed, found[1].packed)
+    tokenizer, pixels = model.image_tokenizer, torch.rand(1, 3, side, side) * 2 - 1
+    own = pack_codes(tokenizer, tokenizer.encode(pixels))
+    drawn, cells = (own + 1) % 4, F.adaptive_max_pool2d(masks[:1].float(), tokenizer.grid).flatten(1) > 0
+    assert torch.equal(_kept(tokenizer, drawn, pixels, masks[:1]), torch.where(cells, drawn, own)) and not cells.all()
     unmarked = edit_pictures(model, images[:1], asked[:1], processor=processor)[0]
     assert unmarked.mask.shape == (side, side)
     wide = picture(0, size=(40, 30))

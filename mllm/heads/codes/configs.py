@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mllm.errors import ConfigError
 from mllm.heads.base import HeadConfig
@@ -20,6 +20,10 @@ class CodeHeadConfig(HeadConfig):
     """Share of a drawn image's codes in whose place training reads others, drawn at random; what is to be told stays as it is. Where all
     codes before each one are given right, the next can be copied from them, and the words are hardly read: drawings then ignore what was
     asked for. 0.5 and more makes a model tell codes from words and pictures (word dropout, arXiv 1511.06349)."""
+    changed_weight: float = Field(default=1.0, gt=0)
+    """Weight in the loss of codes where a drawn picture differs from the one shown last before it, beside 1 for the others (those of a
+    picture have mean 1). An edit of one thing changes a tenth of the codes; counted alike, they hardly teach (UniWorld weighs them by
+    area, arXiv 2506.03147). Not for a vocabulary head, whose loss is the language model's."""
     weights: dict[str, float] = Field(default_factory=dict)
     """Codebook → weight of its loss; 1 where it is not named."""
     tokens: dict[str, int] = Field(default_factory=dict)
@@ -32,6 +36,15 @@ class VocabularyHeadConfig(CodeHeadConfig):
     type: Literal["vocabulary"] = "vocabulary"
     levels: list[dict[str, int]] = Field(default_factory=list)
     """Per block of codes: ids ``start``, ``end`` and ``first`` (of code 0). Filled in when a model is built."""
+
+    @field_validator("changed_weight")
+    @classmethod
+    def _alike(cls, value: float) -> float:
+        if value != 1:
+            raise ValueError(
+                f"{value}: a vocabulary head's codes all count alike, as words do; leave it out, or use a separate head"
+            )
+        return value
 
 
 class SeparateHeadConfig(CodeHeadConfig):

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mllm.errors import AlignmentError, ConfigError
 from mllm.heads.base import HeadLoss, HeadModel, MultimodalModel, Step
 from mllm.heads.codes.grammar import vocabulary_offsets
+from mllm.heads.pictures import pictures_before
 from mllm.processing.chat import IGNORE
 from mllm.visual_tokenizers.base import VisualTokenizer
 from mllm.visual_tokenizers.next_scale import next_scale_mask
@@ -24,7 +26,8 @@ class DrawnImages:
 
     codes ``(K, S)``; read ``(K, S)``: those that are its inputs, the same but for noise in training; input_ids, labels ``(B, T)`` for the
     language model's own loss; starts ``(K, 2)``: row and column of each start token; learned ``(K,)``: whether an image's codes carry
-    loss; code_labels: vocabulary head, codebook → labels ``(B, T)``.
+    loss; code_labels: vocabulary head, codebook → labels ``(B, T)``; counts ``(K, S)``: what each code's loss counts, 1 in the mean of a
+    picture (None: alike).
     """
 
     codes: Tensor
@@ -35,6 +38,7 @@ class DrawnImages:
     learned: Tensor
     num_slots: int
     code_labels: dict[str, Tensor] = field(default_factory=dict)
+    counts: Tensor | None = None
 
 
 def codes_of(tokenizer: VisualTokenizer, images: Tensor) -> Tensor:
@@ -103,6 +107,10 @@ def lay_images(model: HeadModel, images: Tensor, step: Step) -> DrawnImages:
     drawn = DrawnImages(codes, codes, input_ids, labels, starts, learned, num_slots)  # pyright: ignore[reportArgumentType]
     if model.training and config.code_noise > 0 and len(codes):
         drawn.read = torch.where(learned[:, None], noisy_codes(codes, config.code_noise, tokenizer), codes)
+    if config.changed_weight != 1 and labels is not None and len(codes):
+        changed = changed_codes(model, images.to(input_ids.device), starts, step)  # pyright: ignore[reportOptionalMemberAccess]
+        counts = torch.where(changed, config.changed_weight, 1.0)
+        drawn.counts = counts / counts.mean(1, keepdim=True)
     if model.training and labels is not None and config.text_dropout > 0 and len(codes):
         _drop_some(model, drawn, learned, step.attention_mask, step.position_ids)
     if labels is not None:
@@ -120,6 +128,38 @@ def lay_images(model: HeadModel, images: Tensor, step: Step) -> DrawnImages:
             )
     step.input_ids, step.labels = drawn.input_ids, drawn.labels
     return drawn
+
+
+CHANGED = 0.15
+"""A pixel in [-1, 1] has changed where it differs by more in any of red, green and blue: resizing and rounding change less."""
+
+
+def changed_codes(model: HeadModel, images: Tensor, starts: Tensor, step: Step) -> Tensor:
+    """Which codes ``(K, S)`` of drawn pictures ``(K, 3, H, W)`` stand for cells that differ from the picture shown last before them, each
+    seen at the drawn picture's size; all of a picture before which none is shown. starts ``(K, 2)``: their start tokens. Raises
+    `ConfigError` for stored codes, and where pictures are not seen whole."""
+    where = "changed_weight"
+    if not images.is_floating_point():
+        raise ConfigError(
+            f"{where}: drawn pictures came as stored codes; give pictures, whose pixels tell what changed"
+        )
+    assert step.input_ids is not None
+    first = first_of_sample(starts, step.attention_mask, step.position_ids)
+    owners = pictures_before(model, step.input_ids, starts, step.inputs.get("image_sizes"), first)
+    seen, changed = owners >= 0, images.new_ones(len(images), *images.shape[2:])
+    if bool(seen.any()):
+        name, given = next(iter(step.pixels.items()), ("", None))
+        number = int(owners.max()) + 1
+        if given is None or given.dim() != 4 or len(given) < number:
+            raise ConfigError(f"{where}: needs an encoder that sees each picture whole, as pixels of one view")
+        spec = model.model.vision_tower.infos[name].image
+        mean, deviation = (given.new_tensor(values)[:, None, None] for values in (spec.mean, spec.std))
+        sources = (given[owners[seen]] * deviation + mean).to(images) * 2 - 1
+        sources = F.interpolate(sources, images.shape[2:], mode="bilinear", antialias=True)
+        changed[seen] = ((images[seen] - sources).abs().amax(1) > CHANGED).to(images)
+    blocks = code_blocks(model.image_tokenizer)
+    pooled = [F.adaptive_max_pool2d(changed[:, None], (b.rows, b.columns)).flatten(1) for b in blocks]
+    return torch.cat(pooled, 1) > 0
 
 
 def noisy_codes(codes: Tensor, share: float, tokenizer: VisualTokenizer) -> Tensor:
@@ -219,6 +259,13 @@ def code_losses(model: HeadModel, drawn: DrawnImages, hidden: Tensor, items: Ten
     share = drawn.num_slots / head.num_codes
     for name, losses in head.code_losses(states, drawn.codes, tokenizer).items():
         losses = losses * drawn.learned[:, None]
-        total = total + weight[name] * share * losses.sum() / items
+        counted = losses if drawn.counts is None else losses * of_book(drawn.counts, name, tokenizer)
+        total = total + weight[name] * share * counted.sum() / items
         report[name] = losses.sum().detach() / (number * losses.shape[1]).clamp(min=1)
     return HeadLoss(total, report)
+
+
+def of_book(packed: Tensor, name: str, tokenizer: VisualTokenizer) -> Tensor:
+    """One codebook's part of ``(K, S)``, in the order of its losses."""
+    blocks = [block for block in code_blocks(tokenizer) if block.book == name]
+    return torch.cat([packed[:, block.start : block.start + block.number] for block in blocks], 1)

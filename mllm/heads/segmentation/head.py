@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mllm.errors import AlignmentError, ConfigError, did_you_mean
 from mllm.heads import HEADS
 from mllm.heads.base import Head, HeadConfig, HeadLoss, HeadModel, HeadParts, Reading, Step
+from mllm.heads.pictures import pictures_before
 from mllm.heads.running_norm import RunningNorm
 from mllm.heads.segmentation.decoders import DECODERS, DecoderConfig, QueryDecoderConfig
 from mllm.heads.segmentation.in_context import Examples, ExamplesConfig, InContextPrompts, on_grid
@@ -325,13 +326,7 @@ IMAGE_ID = 4
 def owners_of(model: HeadModel, input_ids: Tensor, marks: Tensor, image_sizes: Tensor | None) -> Tensor:
     """For each token ``(K, 2)`` (row, column), the number in the batch of the last picture before it in its row. Raises
     `AlignmentError` for a token without one."""
-    placeholders = input_ids == model.config.image_token_id
-    before = placeholders.flatten().cumsum(0).view_as(placeholders)  # in the batch, up to and including this token
-    lengths = model.model.tokens_of_images(int(before[-1, -1]), image_sizes)
-    ends = torch.tensor(lengths, device=input_ids.device).cumsum(0)
-    found = before[marks[:, 0], marks[:, 1]]
-    owners = torch.searchsorted(ends, found, right=True) - 1
-    rows_before = torch.cat([before.new_zeros(1), before[:-1, -1]])[marks[:, 0]]
-    if bool((found == rows_before).any()):
+    owners = pictures_before(model, input_ids, marks, image_sizes)
+    if bool((owners < 0).any()):
         raise AlignmentError("a mask is asked for in a text without a picture before it")
     return owners

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from mllm.data.collate import collate, collate_packed
 from mllm.errors import AlignmentError, DataError
 from mllm.heads.base import Step
 from mllm.heads.codes.grammar import vocabulary_offsets
-from mllm.heads.codes.targets import DrawnImages, code_losses, codes_of, drop_text, lay_images
+from mllm.heads.codes.targets import DrawnImages, code_losses, codes_of, drop_text, lay_images, of_book
 from mllm.processing.chat import IGNORE, encode_sample
 from mllm.types import IMAGE_MARK, Sample, Turn
-from mllm.visual_tokenizers.sequence import unpack_codes
+from mllm.visual_tokenizers.sequence import code_blocks, unpack_codes
 from tests.helpers import picture
 from tests.unit.heads.drawing_models import PAIRS, batch, draw_sample, drawing_model, read_sample
 
@@ -198,6 +201,60 @@ def test_a_model_that_reads_noisy_codes_tells_them_from_the_words(tmp_path: Path
             drawn.codes = codes
             told[noise] = float(code_losses(model, drawn, hidden, 1.0).parts["pixel"])
     assert told[0.9] < 0.5 * told[0.0], told
+
+
+@pytest.mark.parametrize(("head", "tokenizer"), [pair for pair in PAIRS if pair[0] != "vocabulary"])
+def test_codes_of_what_changes_count_more(head: str, tokenizer: str, tmp_path: Path) -> None:
+    options = {"changed_weight": 9.0, "text_dropout": 0.0}
+    model, processor = drawing_model(tmp_path, head, tokenizer, head_options=options)
+    model.eval()
+    source = np.full((16, 16, 3), 120, np.uint8)
+    edited = source.copy()
+    edited[:8, 8:] = (250, 0, 0)  # a quarter
+    edited[12:] += 9  # less than a change
+    turns = [Turn("user", f"{IMAGE_MARK}Edit"), Turn("assistant", IMAGE_MARK)]
+    edit = Sample("e", turns, [Image.fromarray(source), Image.fromarray(edited)])
+    encoded = [encode_sample(processor, sample) for sample in (edit, draw_sample("Draw", picture(2)))]
+    books, blocks = model.image_tokenizer.codebooks, code_blocks(model.image_tokenizer)
+    whole = torch.zeros(1, 1, 16, 16)
+    whole[..., :8, 8:] = 1
+    cells = torch.cat([F.adaptive_max_pool2d(whole, (b.rows, b.columns)).flatten() for b in blocks])
+    wanted = 1 + 8 * cells
+    losses = []
+    for inputs in (
+        collate(encoded, pad_token_id=0).inputs,
+        collate_packed([encoded], max_length=900, pad_token_id=0).inputs,
+    ):
+        if head == "next_scale" and len(losses):
+            break  # takes no packed rows
+        labels, positions = inputs["labels"], inputs.get("position_ids")
+        with torch.no_grad():
+            drawn = lay_images(model, inputs["target_images"], step_of(model, inputs))
+            losses.append(model(**inputs, skip_logits=True, use_cache=False).loss)
+        assert drawn.counts is not None and labels is not None and (positions is None or len(labels) == 1)
+        torch.testing.assert_close(drawn.counts[0], wanted / wanted.mean())
+        torch.testing.assert_close(
+            drawn.counts[1], torch.ones(len(cells))
+        )  # no picture before it, none of the sample before
+    torch.testing.assert_close(losses[0], losses[-1], atol=1e-4, rtol=1e-4)
+    # What counts is that code's own loss.
+    steps, codes = torch.randn(1, model.visual_head.num_steps, model.visual_head.width), drawn.codes[:1].clone()
+    for place in (0, len(cells) - 1):
+        other, one = codes.clone(), torch.zeros(1, len(cells))
+        other[0, place], one[0, place] = (codes[0, place] + 1) % 4, 1
+        with torch.no_grad():
+            first, second = (model.visual_head.code_losses(steps, c, model.image_tokenizer) for c in (codes, other))
+        moved = {name: first[name] != second[name] for name in books}
+        named = {name: of_book(one, name, model.image_tokenizer).bool() for name in books}
+        assert sum(int(part.sum()) for part in named.values()) == 1
+        assert all(moved[name][named[name]].all() for name in books)
+
+
+def step_of(model: Any, inputs: dict[str, torch.Tensor]) -> Step:
+    """The step that the model makes of its inputs."""
+    pixels = {"codes": inputs["pixel_values"]}
+    rest = (inputs.get("attention_mask"), inputs.get("position_ids"))
+    return Step(inputs["input_ids"], inputs["labels"], *rest, pixels=pixels)
 
 
 def test_dropped_text_is_gone_for_the_drawing(tmp_path: Path) -> None:
