@@ -12,10 +12,12 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mllm.recipe import Recipe
+from mllm.train.launch import PRELOADED
 
 _FILE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "shutil.rmtree", "os.truncate")
 
@@ -75,10 +77,15 @@ class _Hook:
 
 
 def run(recipe: Recipe, output: Path, *, resume: bool) -> int:
-    """Train in one process, forked from a server that has imported everything; its exit code, -9 when it was killed."""
+    """Train in one process; its exit code, -9 when it was killed."""
+    return in_a_process(_train, recipe, output, resume)
+
+
+def in_a_process(function: Callable[..., Any], *arguments: Any) -> int:
+    """Call a function in a process forked from a server that has imported everything; the process's exit code."""
     context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mllm.models.build", "mllm.train.run"])
-    child = context.Process(target=_train, args=(recipe, output, resume))
+    context.set_forkserver_preload(list(PRELOADED))
+    child = context.Process(target=function, args=arguments)
     child.start()
     child.join()
     return child.exitcode

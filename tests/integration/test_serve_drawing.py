@@ -14,8 +14,8 @@ from PIL import Image
 
 from mllm.processing.chat import render_prompt
 from mllm.types import Turn
+from tests.integration.engines import run
 from tests.integration.serving import serving
-from tests.integration.test_serve_vllm import run
 from tests.unit.heads.drawing_models import drawing_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("vllm")]

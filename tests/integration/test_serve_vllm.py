@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +14,8 @@ from PIL import Image
 from mllm.encoders import ENCODERS
 from mllm.processing.images import load_image
 from mllm.processing.panels import as_panels
-from tests.helpers import ROOT, TINY_CLIP, TINY_LLM, TINY_TIMM, picture, tiny_model
-from tests.integration.serving import VLLM_ON_CPU
+from tests.helpers import TINY_CLIP, TINY_LLM, TINY_TIMM, picture, tiny_model
+from tests.integration.engines import run
 from tests.unit.heads.drawing_models import drawing_model
 from tests.unit.models.test_video import TINY_VGGT
 
@@ -54,19 +51,6 @@ def write_checkpoint(folder: Path, *, seed: int = 5, **changes) -> str:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
-
-
-def run(*command: str, timeout: float = 900) -> subprocess.CompletedProcess:
-    environment = {**os.environ, **VLLM_ON_CPU, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    return subprocess.run(
-        [sys.executable, *command],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.train import run_recipe
-from tests.helpers import torchrun
+from tests.integration.kill_points import in_a_process
 from tests.integration.train_helpers import make_recipe, metrics
 
 PARTITION_ALL = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
@@ -77,21 +77,13 @@ def test_two_processes_with_text_only_ranks_equal_one_process_in_every_engine(tm
     assert wanted.std() > 0.1 and (wanted - found).abs().max() < 1e-5
 
 
-AGAIN = """
-import sys
-from pathlib import Path
-from mllm.train import run_recipe
-from tests.integration.train_helpers import make_recipe
-folder = Path(sys.argv[1])
-for engine in ("zero1", "zero3"):
-    stages = [{"name": "only", "steps": 1, "batch_size": 1, "engine": engine}]
-    run_recipe(make_recipe(folder, stages=stages), output=folder / engine)
-"""
+def _train_twice(folder):
+    for engine in ("zero1", "zero3"):
+        stages = [{"name": "only", "steps": 1, "batch_size": 1, "engine": engine}]
+        run_recipe(make_recipe(folder, stages=stages), output=folder / engine)
 
 
 def test_one_python_process_trains_again_under_zero(tmp_path):
     """A notebook does: DeepSpeed kept the groups of the run before, which were gone."""
-    make_recipe(tmp_path)
-    script = tmp_path / "go.py"
-    script.write_text(AGAIN)
-    torchrun(script, str(tmp_path), timeout=200)
+    assert in_a_process(_train_twice, tmp_path) == 0
+    assert (tmp_path / "zero3" / "final" / "model.safetensors").is_file()
