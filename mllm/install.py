@@ -6,6 +6,8 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import json
+import os
+import sys
 from functools import cache
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -51,6 +53,27 @@ def missing_library() -> str | None:
             "vLLM's CPU build needs libnuma.so.1 of the system: apt-get install libnuma1, or dnf install numactl-libs"
         )
     return None
+
+
+def uncompiled() -> str | None:
+    """Why every process of every start compiles torch and transformers anew, and what to type; None where their bytecode is kept."""
+    found = importlib.util.find_spec("transformers")
+    if found is None or found.origin is None:
+        return None
+    kept = Path(importlib.util.cache_from_source(found.origin))
+    if kept.exists():
+        return None
+    place = next(folder for folder in kept.parents if folder.exists())
+    if sys.dont_write_bytecode:
+        why = "PYTHONDONTWRITEBYTECODE is set"
+    elif not os.access(place, os.W_OK):
+        why = f"{place} cannot be written"
+    else:
+        return None  # the first start keeps it
+    return (
+        f"no bytecode of transformers is kept ({why}): each process compiles it and torch at every start, for 8 s or more. Type once, as "
+        f"who installed them: {sys.executable} -m compileall -q -j 0 {Path(found.origin).parents[1]}"
+    )
 
 
 @cache

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from mllm.cli.common_options import Hostfile, NodeRank, Nodes, Rendezvous
-from mllm.install import install_hint, missing_library
+from mllm.install import install_hint, missing_library, uncompiled
 
 _PACKAGES = [
     ("torch", "base"),
@@ -112,6 +112,7 @@ def doctor(
     table.add_row(
         "C++ compiler", shutil.which("g++") or shutil.which("clang++") or "none (only torch.compile needs one)"
     )
+    table.add_row("start without compiling Python", f"no: {slow}" if (slow := uncompiled()) else "yes")
     console.print(table)
 
 

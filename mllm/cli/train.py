@@ -51,6 +51,7 @@ def train(
     [dim]mllm train my.yaml --processes 8 --nodes 2 --node-rank 0 --rendezvous node0:29500 --output /shared/runs/my[/]
     """
     from mllm import progress
+    from mllm.install import uncompiled
     from mllm.machines import find_machines
     from mllm.recipe import load_recipe
 
@@ -62,6 +63,8 @@ def train(
     progress.tell(f"recipe {loaded.name}: {', '.join(stage.name for stage in loaded.stages)}")
     with progress.phase("importing torch and transformers"):
         from mllm.train.run import run_recipe
+    if (slow := uncompiled()) is not None:
+        progress.tell(f"! {slow}")
 
     final = run_recipe(
         loaded,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import re
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -34,8 +37,6 @@ def test_an_extra_is_installed_from_where_this_copy_came_from(case, monkeypatch)
 
 
 def test_nobody_is_sent_to_the_other_project_of_that_name():
-    from pathlib import Path
-
     sources = Path(install.__file__).parent.rglob("*.py")
     assert not [p for p in sources if re.search(r"install '?mllm(?!-toolkit)[\[' ]", p.read_text())]
 
@@ -58,3 +59,21 @@ def test_a_library_that_vllms_cpu_build_lacks_is_named_before_its_start(monkeypa
     monkeypatch.setattr(importlib.metadata, "version", absent)
     monkeypatch.setattr(install.ctypes, "CDLL", lacking)
     assert install.missing_library() is None, "vLLM's build for GPUs needs none"
+
+
+def test_a_start_that_compiles_everything_anew_is_told_with_what_keeps_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    told = install.uncompiled()
+    assert told is not None and "PYTHONDONTWRITEBYTECODE is set" in told
+    folder = told.rpartition(" ")[2]
+    assert (Path(folder) / "transformers" / "__init__.py").is_file() and f"{sys.executable} -m compileall" in told
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert install.uncompiled() is None, "the first start keeps it"
+    monkeypatch.setattr(install.os, "access", lambda place, kind: False)
+    assert f"{tmp_path} cannot be written" in str(install.uncompiled())
+    origin = importlib.util.find_spec("transformers").origin
+    kept = Path(importlib.util.cache_from_source(origin))
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    assert install.uncompiled() is None
