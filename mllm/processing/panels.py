@@ -16,6 +16,10 @@ PANELS = "panels"
 """Under which a picture says in its ``info`` how many it has."""
 
 
+_MOST = 32
+"""More channels than this, in pictures of 1, 3 or 4 rows, are taken for columns."""
+
+
 def stack_channels(channels: np.ndarray | Sequence[np.ndarray]) -> Image.Image:
     """One RGB picture of three channels after three, panel under panel; what is missing of the last three is zero.
 
@@ -39,6 +43,8 @@ def stack_channels(channels: np.ndarray | Sequence[np.ndarray]) -> Image.Image:
 def _eight_bits(part: np.ndarray) -> np.ndarray:
     if part.ndim != 3 or part.size == 0:
         raise DataError(f"channels of shape {part.shape}: expected (H, W) or (H, W, C)")
+    if part.shape[0] in (1, 3, 4) and part.shape[2] > _MOST:
+        raise DataError(f"channels of shape {part.shape} seem to be (C, H, W): expected (H, W, C)")
     if part.dtype == np.uint8:
         return part
     if np.issubdtype(part.dtype, np.floating) and np.isfinite(part).all() and part.min() >= 0 and part.max() <= 1:

@@ -135,10 +135,14 @@ def open_encoder(name: str, *, random: bool, device: Any) -> tuple[Any, str]:
     import torch
 
     from mllm.config import read_yaml
-    from mllm.encoders.catalogue import build_encoder, encoder_config
+    from mllm.encoders import ENCODERS
+    from mllm.encoders.catalogue import build_encoder, catalogue, encoder_config
 
     file = Path(name).suffix in (".yaml", ".yml")
-    config = encoder_config(read_yaml(Path(name)) if file else name, where=name)
+    spec: Any = read_yaml(Path(name)) if file else name
+    if not file and name in ENCODERS and name not in catalogue():
+        spec = {"type": name}  # of a plug-in, with its own defaults
+    config = encoder_config(spec, where=name)
     torch.manual_seed(0)
     encoder = build_encoder(config)
     if random or config.weights is None:

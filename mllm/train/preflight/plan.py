@@ -16,6 +16,7 @@ import torch
 
 from mllm.encoders.catalogue import encoder_config, licence_warnings
 from mllm.errors import ConfigError, DataError, MllmError, blamed_on
+from mllm.heads.build import heads_with_weights
 from mllm.models.build import build_config, config_and_processor, load_tokenizer
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.loss import DEFAULT_CHUNK
@@ -32,6 +33,7 @@ from mllm.train.engine.groups import Group, apply_learning, frozen_summary
 from mllm.train.lora import has_adapters
 from mllm.train.observe.flops import flop_model
 from mllm.train.preflight.scaling import ENGINES, Load, smallest_that_fits
+from mllm.train.stages.kind import kind_of
 
 # Bytes per token and layer in bf16: (per hidden width, per feed-forward width). Compiled layers keep no fp32 copies in norms.
 _ACTIVATION_BYTES = {"eager": (26.0, 8.0), "compiled": (16.0, 6.0)}
@@ -197,6 +199,7 @@ def _plan_stage(
     gpu_memory: float,
 ) -> StagePlan:
     zero_stage = choose_engine(stage).zero_stage
+    kind_of(stage).check_options(stage)
     groups = apply_learning(model, stage, zero_stage=zero_stage)
     micro_steps = stage.gradient_accumulation
     rows = stage.batch_size * micro_steps * processes
@@ -471,6 +474,11 @@ def _recipe_hazards(recipe: Recipe, parameters: dict[str, int]) -> list[str]:
     for part in ("connector", "router", "slow_attention"):
         if part in parameters and part not in ever:
             hazards.append(f"{part} starts from random weights and learns in no stage")
+    for name in heads_with_weights(recipe.model.heads):
+        if f"heads.{name}" not in ever and "heads" not in ever:
+            hazards.append(
+                f"heads.{name} starts from random weights and learns in no stage; its loss teaches the other parts by chance"
+            )
     for name, value in recipe.model.encoders.items():
         weights = value.get("weights", value.get("preset")) if isinstance(value, dict) else value
         if not weights and f"encoders.{name}" not in ever and "encoders" not in ever:

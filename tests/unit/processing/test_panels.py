@@ -47,6 +47,7 @@ def test_colour_and_depth_are_joined_and_what_cannot_be_is_named(tmp_path):
         ([BANDS, depth[:5]], "different sizes"),
         (depth * 300, "scale them"),
         (np.zeros((2, 2, 2, 2)), "expected"),
+        (np.zeros((3, 48, 64), np.uint8), "expected .H, W, C."),
     ):
         with pytest.raises(DataError, match=word):
             stack_channels(wrong)

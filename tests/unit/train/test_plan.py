@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
+from mllm.errors import ConfigError
 from mllm.recipe import load_recipe
 from mllm.train.preflight.plan import plan_recipe
 from mllm.train.preflight.plan_report import plan_tables
@@ -73,6 +74,13 @@ def test_hazards_are_named(tmp_path):
     width = recipe.model.text_model.config["hidden_size"]
     recipe.model.text_model.config["initializer_range"] = width**-0.5
     assert "of spread" not in "\n".join(plan_recipe(recipe, with_data=False).hazards)
+    recipe.model.video = {"frames": 2}
+    recipe.model.heads = {"far": {"type": "depth_map"}}
+    hazards = "\n".join(plan_recipe(recipe, with_data=False).hazards)
+    assert "heads.far starts from random weights and learns in no stage" in hazards
+    recipe.stages[0].options = {"word_contrastt": 1.0}
+    with pytest.raises(ConfigError, match=r"options\.word_contrastt: unknown key, did you mean 'word_contrast'"):
+        plan_recipe(recipe, with_data=False)
 
 
 def test_a_limit_of_tokens_bounds_the_memory_and_is_what_grouping_compiled_is_told_to_use(tmp_path):
