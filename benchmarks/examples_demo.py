@@ -4,7 +4,7 @@ Draws pairs of scenes (`mllm.demo.scenes`) that hold two things of the same look
 is marked, and the same look is to be marked in the second. ``recipes/segmentation_demo.yaml`` with ``heads.marks.examples`` is trained on
 them, from scratch; looks of the tests were marked in no training pair. Dice and IoU on pairs that were not trained, and beside them the
 same model shown the wrong mask: of the other shared thing (scored against what is wanted, and against what that mask asks for), and
-none at all. Writes ``report.json``.
+of everything. Writes ``report.json``.
 
     python benchmarks/examples_demo.py                # runs/examples_demo, two CPU cores
 """
@@ -110,7 +110,7 @@ def measure(checkpoint: Path, data: Path) -> dict[str, Any]:
         "by the example": scored(own, masks("masks", 1)),
         "shown the other thing's mask": scored(wrong, masks("masks", 1)),
         "the same, by what that mask asks for": scored(wrong, masks("other", 1)),
-        "shown an empty mask": scored(marked([0 * mask for mask in masks("masks", 0)]), masks("masks", 1)),
+        "shown a mask of everything": scored(marked([mask | True for mask in masks("masks", 0)]), masks("masks", 1)),
     }
 
 
