@@ -154,10 +154,12 @@ def _prepared(form: Form, output: Path, overrides: list[str], charts: int, conso
         prepare_demo(data, num_charts=charts, seed=0)
         train_tokenizer(data, output / "tokenizer")
         return recipe
+    from mllm import progress
     from mllm.demo.real_tables import DECLARED, prepare_real
 
     recipe = read_from(recipe, data, declared=DECLARED)
     console.rule(f"1  data: {form.data}")
+    progress.begin()  # reading two thousand tables takes a minute or more
     prepare_real(data, charts=charts, processes=min(os.cpu_count() or 1, 8))
     return recipe
 
