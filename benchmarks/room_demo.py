@@ -113,17 +113,23 @@ def look(root: Path, seed: int, steps: int, workers: int = 0) -> Path:
         ]
         final = run_recipe(load_recipe("room_geometry", given), resume=(output / "checkpoints").is_dir())
         heads = last_heads(output)
-        found = {"model": str(final), "heads": heads, "seconds": time.perf_counter() - began}
+        found = {
+            "model": str(final),
+            "heads": heads,
+            "first": last_heads(output, first=True),
+            "seconds": time.perf_counter() - began,
+        }
         told.write_text(json.dumps(found), encoding="utf-8")
         print(f"geometry encoder seed {seed}: {found['seconds']:.0f} s, {_line(heads)}", flush=True)
     return Path(json.loads(told.read_text(encoding="utf-8"))["model"])
 
 
-def last_heads(output: Path) -> dict[str, float]:
-    """Mean of what the heads lost over the last tenth of the steps."""
+def last_heads(output: Path, *, first: bool = False) -> dict[str, float]:
+    """Mean of what the heads lost over the last tenth of the steps (or the first)."""
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     found = [record["head_loss"] for record in records if record.get("head_loss")]
-    found = found[-max(1, len(found) // 10) :]
+    tenth = max(1, len(found) // 10)
+    found = found[:tenth] if first else found[-tenth:]
     return {name: statistics.fmean(one[name] for one in found if name in one) for name in (found[-1] if found else {})}
 
 
@@ -162,6 +168,7 @@ def run(root: Path, arm: str, seed: int, overrides: list[str], device: str) -> d
         "scores": {name: 100 * way.score for name, way in ways.items() if way is not None},
         "kinds": {one.name: one.value for one in sorted(found.categories, key=lambda one: one.name)},
         "heads": last_heads(output),
+        "first": last_heads(output, first=True),
         "loss": last_loss(output),
         "seconds": {"training": trained - began, "evaluation": time.perf_counter() - trained},
     }
@@ -214,6 +221,33 @@ def table(root: Path, seeds: list[int]) -> None:
         for arm, found in rows.items():
             cells = [_cell([one[what][name] for one in found if name in one[what]]) for name in names]
             print(f"{arm:10s} {len(found):5d} " + " ".join(f"{cell:>13s}" for cell in cells))
+    looks = [root / f"geometry-encoder-{seed}/told.json" for seed in seeds]
+    if found := [json.loads(file.read_text(encoding="utf-8")) for file in looks if file.is_file()]:
+        rows["look"] = found
+    if lines := [line for arm, found in rows.items() for line in lessons(arm, found)]:
+        print("\nlearned? (last tenth of the steps; the arm of geometry takes the encoder of look)")
+        print("\n".join(lines))
+
+
+def lessons(arm: str, found: list[dict[str, Any]]) -> list[str]:
+    """Whether the heads of an arm's seeds learned what they were to teach: cameras off by less than half of what they turned, depth off by
+    less than half of what it was off at first."""
+    lines = []
+    for what, is_now, was, unit in (
+        ("cameras", "pose/degrees", "pose/turned", "°, turned"),
+        ("depth", "far/log", None, " in its logarithm, at first"),
+    ):
+        pairs = []
+        for one in found:
+            before = one["heads"].get(was) if was else one.get("first", {}).get(is_now)
+            if is_now in one["heads"] and before is not None:
+                pairs.append((one["heads"][is_now], before))
+        if pairs:
+            learned = sum(now < before / 2 for now, before in pairs)
+            told = "; ".join(f"off {now:.2f}{unit} {before:.2f}" for now, before in pairs)
+            verdict = "learned" if learned == len(pairs) else "NOT learned" if not learned else "learned by some"
+            lines.append(f"{arm:10s} {what:8s} {verdict}, {learned} of {len(pairs)} seeds: {told}")
+    return lines
 
 
 _T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}
