@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -44,6 +45,7 @@ class ViewsEncoder(LibraryEncoder):
     Config: ClassVar[type[EncoderConfig]] = ViewsConfig
     config: ViewsConfig
     joins_views: ClassVar[bool] = True
+    _tensors: dict[str, Tensor] | None = None
 
     @classmethod
     def check_sizes(cls, config: ViewsConfig, width: int, num_heads: int) -> None:
@@ -118,8 +120,21 @@ class ViewsEncoder(LibraryEncoder):
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         self.model.gradient_checkpointing = enabled
 
+    @contextmanager
+    def read_once(self) -> Iterator[None]:
+        """The weights' file is read once for all that asks `published` inside."""
+        self._tensors = self._file()
+        try:
+            yield
+        finally:
+            self._tensors = None
+
     def published(self, wanted: set[str]) -> tuple[str, dict[str, Tensor]]:
         """Where ``config.weights`` are from, and their tensors below the prefix under which most of ``wanted`` is."""
+        source = self.required_weights().source
+        return source, strip_prefix(self._file() if self._tensors is None else self._tensors, wanted)
+
+    def _file(self) -> dict[str, Tensor]:
         weights = self.required_weights()
         path = local_path(weights.source)
         if path is None:
@@ -129,4 +144,4 @@ class ViewsEncoder(LibraryEncoder):
                 path = hf_hub_download(weights.source, "model.safetensors", revision=weights.revision)
             except Exception as error:
                 raise unavailable(weights.source, error) from error
-        return weights.source, strip_prefix(read_weights(local_path(str(path)) or path), wanted)  # type: ignore[arg-type]
+        return read_weights(local_path(str(path)) or path)  # type: ignore[arg-type]

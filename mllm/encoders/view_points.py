@@ -45,9 +45,10 @@ class PointReader:
 
     def load(self) -> None:
         """Read encoder and head from ``config.weights``. Raises `CheckpointError`, `UnavailableError`."""
-        self.encoder.load_pretrained()
         names = set(self.head.state_dict())
-        source, state = self.encoder.published({f"{self.upstream}{key}" for key in names})
+        with self.encoder.read_once():
+            self.encoder.load_pretrained()
+            source, state = self.encoder.published({f"{self.upstream}{key}" for key in names})
         own = {key.removeprefix(self.upstream): value for key, value in state.items() if key.startswith(self.upstream)}
         load_exactly(self.head, {key: own[key] for key in names & set(own)}, source=f"{source} (its {self.upstream}…)")
 

@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mllm.encoders import multiview
 from mllm.encoders.depth_anything_3 import DepthAnything3Encoder
 from mllm.encoders.dpt import DptHead, place_waves
 from mllm.encoders.vggt import VggtEncoder
 from mllm.encoders.view_points import READERS, CameraDecoder, laid_by_cameras, rotations, vggt_points
+from mllm.encoders.weights import read_weights
 from mllm.errors import CheckpointError, ConfigError
 from tests.golden.fill import check, fill, fill_all, load
 from tests.unit.encoders.views import build, stirred
@@ -110,11 +112,14 @@ def test_waves_know_column_from_row():
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", SMALL)
-def test_a_reader_is_read_out_of_a_whole_checkpoint(kind, tmp_path):
+def test_a_reader_is_read_out_of_a_whole_checkpoint_that_is_opened_once(kind, tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(multiview, "read_weights", lambda path: opened.append(path) or read_weights(path))
     donor = READERS[kind](stirred(SMALL[kind]))
     state = save_whole(kind, donor, tmp_path)
     reader = READERS[kind](build(SMALL[kind], weights={"source": str(tmp_path)}))
     reader.load()
+    assert len(opened) == 1 and reader.encoder._tensors is None, "once for encoder and head, and nothing of it kept"
     pixels = torch.rand(3, 3, 16, 20)
     points, confidence = reader.read(pixels, at_once=2)
     assert points.shape == (3, 16, 20, 3) and confidence.shape == (3, 16, 20) and confidence.min() >= 1
