@@ -230,8 +230,8 @@ def table(root: Path, seeds: list[int]) -> None:
 
 
 def lessons(arm: str, found: list[dict[str, Any]]) -> list[str]:
-    """Whether the heads of an arm's seeds learned what they were to teach: cameras off by less than half of what they turned, depth off by
-    less than half of what it was off at first."""
+    """Whether an arm's seeds learned where cameras are: off by less than half of what they turned, which is how far off "not turned" is. Of depth
+    only how far off it is: nothing here says what the mean depth alone would reach."""
     lines = []
     for what, is_now, was, unit in (
         ("cameras", "pose/degrees", "pose/turned", "°, turned"),
@@ -246,7 +246,8 @@ def lessons(arm: str, found: list[dict[str, Any]]) -> list[str]:
             learned = sum(now < before / 2 for now, before in pairs)
             told = "; ".join(f"off {now:.2f}{unit} {before:.2f}" for now, before in pairs)
             verdict = "learned" if learned == len(pairs) else "NOT learned" if not learned else "learned by some"
-            lines.append(f"{arm:10s} {what:8s} {verdict}, {learned} of {len(pairs)} seeds: {told}")
+            verdict = f"{verdict}, {learned} of {len(pairs)} seeds" if was else f"{len(pairs)} seeds"
+            lines.append(f"{arm:10s} {what:8s} {verdict}: {told}")
     return lines
 
 
