@@ -230,8 +230,10 @@ def table(root: Path, seeds: list[int]) -> None:
 
 
 def lessons(arm: str, found: list[dict[str, Any]]) -> list[str]:
-    """Whether an arm's seeds learned where cameras are: off by less than half of what they turned, which is how far off "not turned" is. Of depth
-    only how far off it is: nothing here says what the mean depth alone would reach."""
+    """Whether an arm's seeds learned where cameras are: off by less than half of what they turned, which is how far off "not turned" is.
+
+    Of depth only how far off it is: nothing here says what the mean depth alone would reach.
+    """
     lines = []
     for what, is_now, was, unit in (
         ("cameras", "pose/degrees", "pose/turned", "°, turned"),
