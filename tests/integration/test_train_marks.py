@@ -21,7 +21,7 @@ def recipe(root: Path) -> Recipe:
         "model.language_model.config.hidden_size": 32,
         "model.language_model.config.intermediate_size": 48,
         "model.language_model.config.num_hidden_layers": 1,
-        "model.encoders.eye.architecture.num_hidden_layers": 1,
+        "model.encoders.eye.options.layers": [1, 1, 1, 1],
         "stages.sft.data": json.dumps({"datasets": [{"dataset": dataset}]}),
         "stages.sft.batch_size": 4,
         "stages.sft.steps": 4,
