@@ -61,24 +61,25 @@ class WordContrast:
         """The handle that ends it."""
         return model.register_forward_hook(self._add, with_kwargs=True)
 
-    def attach_alone(self, model: Any) -> Alone:
+    def attach_alone(self, model: nn.Module) -> Alone:
         """The same without the language model's pass: nothing but this loss is learned, in a fraction of the time. The handle that ends
         it."""
+        own: Any = model
 
         def forward(input_ids: Tensor, labels: Tensor, pixel_values: Tensor | None = None, **inputs: Any) -> MllmOutput:
-            learned = [p for p in model.model.multi_modal_projector.parameters() if p.requires_grad]
+            learned = [p for p in own.model.multi_modal_projector.parameters() if p.requires_grad]
             loss = sum(
                 (p.sum() * 0.0 for p in learned), torch.zeros((), device=input_ids.device)
             )  # of rows without pictures
             contrast = loss.detach()
             if pixel_values is not None and len(pixel_values):
-                seen = model.get_image_features(pixel_values, **inputs).pooler_output
+                seen = own.get_image_features(pixel_values, **inputs).pooler_output
                 seen = torch.cat(list(seen)) if isinstance(seen, tuple) else seen.flatten(0, -2)
                 contrast, share = self._contrast(model, seen, input_ids, labels, inputs.get("num_items_in_batch"))
                 loss = loss + self.weight * share * contrast
             return MllmOutput(loss=cast(Any, loss), losses={"word_contrast": contrast.detach()})
 
-        model.forward = forward
+        own.forward = forward
         return Alone(model)
 
     def _add(self, model: Any, arguments: Any, inputs: dict[str, Any], output: Any) -> Any:
@@ -108,7 +109,7 @@ class WordContrast:
 class Alone:
     """A model whose own forward pass is set aside."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: nn.Module):
         self.model = model
 
     def remove(self) -> None:

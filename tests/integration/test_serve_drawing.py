@@ -183,10 +183,17 @@ def test_what_cannot_be_drawn_is_refused_by_name(server, body, status, said):
 
 
 def test_a_client_that_leaves_stops_its_drawing(server):
+    """Before it is begun and while it goes on, however fast that is."""
     import httpx
 
-    with pytest.raises(httpx.TimeoutException):
-        server.post("/v1/images/generations", json={"prompt": "Draw", "n": 4, "cfg_scale": 2.0}, timeout=0.05)
+    left = 0
+    for patience in (0.001, 0.01, 0.03):
+        try:
+            timeout = httpx.Timeout(30, read=patience)
+            server.post("/v1/images/generations", json={"prompt": "Draw", "n": 4, "cfg_scale": 2.0}, timeout=timeout)
+        except httpx.ReadTimeout:
+            left += 1
+    assert left
     first = pictures(ask(server, "Draw", cfg_scale=2.0, seed=1))[0].tobytes()
     assert pictures(ask(server, "Draw", cfg_scale=2.0, seed=1))[0].tobytes() == first
 

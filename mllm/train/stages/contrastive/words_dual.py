@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mllm.damage import opening
 from mllm.encoders.base import VisionEncoder
 from mllm.errors import MllmError, UnavailableError
+from mllm.modes import by_umask
 from mllm.parts.get import is_part, part_folder
 
 WIDTH, LAYERS, HEADS, LENGTH = 256, 2, 4, 128
@@ -80,6 +81,7 @@ class WordsDual(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         own = {name: value.contiguous() for name, value in self.model.state_dict().items()}
         save_file(own, str(folder / "model.safetensors"))
+        by_umask(folder)
 
 
 def _embeddings(source: str, where: str) -> tuple[Tensor, Any]:
