@@ -142,7 +142,7 @@ def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], word: str
     wrong = recipe(tmp_path, **changes)
     stage = wrong.stages[0]
     with pytest.raises(ConfigError, match=word):
-        kind_of(stage).check_options(stage)  # type: ignore[attr-defined]
+        kind_of(stage).check(stage, wrong)  # type: ignore[attr-defined]
         _, processor = tiny_model(tmp_path / "t", encoders=wrong.model.encoders, connector={"type": "mlp"})
         encoders = {"eye": build_encoder(encoder_config(wrong.model.encoders["eye"], where="eye"))}
         build_recognition(stage, RecognitionOptions.model_validate(stage.options), encoders, processor)

@@ -9,6 +9,8 @@ from mllm.errors import ConfigError
 from mllm.recipe import load_recipe
 from mllm.train.preflight.plan import plan_recipe
 from mllm.train.preflight.plan_report import plan_tables
+from mllm.train.stages.kind import kind_of
+from tests.helpers import ROOT
 from tests.integration.train_helpers import make_recipe
 
 STAGES = [
@@ -81,6 +83,15 @@ def test_hazards_are_named(tmp_path):
     recipe.stages[0].options = {"word_contrastt": 1.0}
     with pytest.raises(ConfigError, match=r"options\.word_contrastt: unknown key, did you mean 'word_contrast'"):
         plan_recipe(recipe, with_data=False)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml")))
+def test_a_stages_own_options_are_checked_by_the_recipe_alone(name, monkeypatch):
+    """A plan needs no data: UNIT's had to be there for the names of its sizes."""
+    monkeypatch.delenv("MLLM_DATA", raising=False)
+    recipe = load_recipe(name)
+    for stage in recipe.stages:
+        kind_of(stage).check_options(stage)
 
 
 def test_a_limit_of_tokens_bounds_the_memory_and_is_what_grouping_compiled_is_told_to_use(tmp_path):

@@ -26,7 +26,7 @@ from mllm.errors import ConfigError, DataError, did_you_mean
 from mllm.processing.chat import IGNORE, EncodedSample
 from mllm.processing.images import to_pixels_multi
 from mllm.processing.protocol import Processor
-from mllm.recipe import StageSpec
+from mllm.recipe import Recipe, StageSpec
 from mllm.train.data import open_mixture
 from mllm.train.stages.kind import StageKind
 from mllm.train.stages.masked.stage import Decoder
@@ -251,10 +251,7 @@ def check_sizes(stage: StageSpec, options: RecognitionOptions) -> None:
     """Raises `ConfigError` for a size of a dataset that the stage does not read: its pictures would have the other size, unsaid."""
     if not options.sizes:
         return
-    try:
-        known = [source.name for source in open_mixture(stage, 0).sources]
-    except DataError:
-        return  # what is not there is told by name where the stage's data are checked
+    known = [source.name for source in open_mixture(stage, 0).sources]
     for name in options.sizes:
         if name not in known:
             raise ConfigError(
@@ -295,8 +292,13 @@ class RecognitionStage(StageKind):
     """An encoder learns to read, and keeps what it knew of pictures."""
 
     @classmethod
-    def check_options(cls, stage: StageSpec) -> None:
+    def check(cls, stage: StageSpec, recipe: Recipe) -> None:
+        super().check(stage, recipe)
         check_sizes(stage, check_recognition(stage))
+
+    @classmethod
+    def check_options(cls, stage: StageSpec) -> None:
+        check_recognition(stage)
 
     @classmethod
     def train(cls, run: Run, stage: StageSpec, previous: Path | None, folder: Path) -> bool:
