@@ -90,16 +90,22 @@ def _encoder(folder):
     return {k: v for k, v in state.items() if "vision_tower" in k}
 
 
+def _tuned(output, *, falls_to, over):
+    """The encoder of a run whose loss fell to that share between its first and its last steps, and that the next stage left as it was."""
+    losses = [float.fromhex(r["loss"]) for r in metrics(output) if r["stage"] == "pairs"]
+    assert sum(losses[-over:]) < falls_to * sum(losses[:over]), losses
+    tuned, after = _encoder(output / "pairs"), _encoder(output / "final")
+    assert tuned and all(torch.equal(tuned[k], after[k]) for k in tuned), "the encoder is frozen in the second stage"
+    return tuned
+
+
 def test_the_tuned_encoder_goes_on_into_the_next_stage_and_is_kept_whole(tmp_path):
     from transformers import CLIPModel
 
     recipe = _recipe(tmp_path, steps=40, batch_size=8)
     run_recipe(recipe)
     output = tmp_path / "run"
-    losses = [float.fromhex(r["loss"]) for r in metrics(output) if r["stage"] == "pairs"]
-    assert sum(losses[-5:]) < 0.75 * sum(losses[:5]), losses
-    tuned, after = _encoder(output / "pairs"), _encoder(output / "final")
-    assert tuned and all(torch.equal(tuned[k], after[k]) for k in tuned), "the encoder is frozen in the second stage"
+    tuned = _tuned(output, falls_to=0.75, over=5)
     whole = CLIPModel.from_pretrained(output / "dual_encoders" / "pairs").state_dict()
     for key, value in tuned.items():
         name = "vision_model." + key.split("encoders.semantic.model.")[1]
@@ -121,10 +127,7 @@ def test_an_open_clip_encoder_learns_with_ranked_negatives_and_goes_on_into_the_
     recipe.model.encoders["semantic"] = {"type": "open_clip", "architecture": architecture, "layers": [-1]}
     run_recipe(recipe)
     output = tmp_path / "run"
-    losses = [float.fromhex(r["loss"]) for r in metrics(output) if r["stage"] == "pairs"]
-    assert sum(losses[-3:]) < 0.8 * sum(losses[:3]), losses
-    tuned, after = _encoder(output / "pairs"), _encoder(output / "final")
-    assert tuned and all(torch.equal(tuned[k], after[k]) for k in tuned), "the encoder is frozen in the second stage"
+    tuned = _tuned(output, falls_to=0.8, over=3)
     whole = CLIP(16, vision, text)  # what is kept opens in open_clip alone, and is the tuned encoder
     whole.load_state_dict(load_file(output / "dual_encoders" / "pairs" / "open_clip_model.safetensors"))
     for key, value in tuned.items():
@@ -148,10 +151,7 @@ def test_an_encoder_without_a_text_side_learns_against_a_language_models_words(t
     recipe.model.encoders["semantic"] = {**TimmEncoder.tiny(), "image_size": 28, "keep_prefix": False}
     run_recipe(recipe)
     output = tmp_path / "run"
-    losses = [float.fromhex(r["loss"]) for r in metrics(output) if r["stage"] == "pairs"]
-    assert sum(losses[-5:]) < 0.75 * sum(losses[:5]), losses
-    tuned, after = _encoder(output / "pairs"), _encoder(output / "final")
-    assert tuned and all(torch.equal(tuned[k], after[k]) for k in tuned), "the encoder is frozen in the second stage"
+    tuned = _tuned(output, falls_to=0.75, over=5)
     kept = load_file(output / "dual_encoders" / "pairs" / "model.safetensors")
     assert all(torch.equal(tuned[k], kept["encoder.model." + k.split("encoders.semantic.model.")[1]]) for k in tuned)
     assert not any("table" in name for name in kept), "the language model's own words are not saved again"
