@@ -16,17 +16,16 @@ from mllm import distributed
 from mllm.config import to_plain
 from mllm.errors import ConfigError, MllmError
 from mllm.progress import phase, tell
-from mllm.recipe import Recipe
+from mllm.recipe import Recipe, StageSpec
 from mllm.train.checkpoint.own_folders import OwnFolders
 from mllm.train.checkpoint.resume import difference
 from mllm.train.data import open_mixture
 from mllm.train.observe.run_info import git_state, package_versions
+from mllm.train.stages.kind import kind_of
 
 _SEEN = ".seen-by-all"
 _SEEING_SECONDS = 20.0
 _DISKS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay"}
-_NEED_SHARED = {"tokenizer", "diffusion", "dpo", "grpo"}
-"""Kinds of stages whose processes read more of the output folder than checkpoints and finished stages."""
 _SOME_SHARE = "some machines see what others write there and some do not. Either all share it (--output /shared/…), or each has its own"
 
 
@@ -111,8 +110,8 @@ def unlike(everyone: list[tuple[str, dict[str, Any]]]) -> str | None:
     return None
 
 
-def _needs_shared(stage: Any, folder: Path, names: list[str]) -> str | None:
-    if stage.kind not in _NEED_SHARED:
+def _needs_shared(stage: StageSpec, folder: Path, names: list[str]) -> str | None:
+    if not kind_of(stage).needs_shared_folder:
         return None
     return (
         f"output {folder}: {names[1]} does not see what {names[0]} writes there, and a stage of kind {stage.kind} ({stage.name}) keeps "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 from mllm.recipe import Recipe, StageSpec
 from mllm.train.preflight.stage_settings import check_stage
@@ -14,6 +15,8 @@ class StageKind:
     """Registered by the name that ``kind:`` gives; never instantiated."""
 
     name = ""
+    needs_shared_folder: ClassVar[bool] = False
+    """Whether its processes read more of the output folder than checkpoints and finished stages, so that several machines must share it."""
 
     @classmethod
     def check(cls, stage: StageSpec, recipe: Recipe) -> None:
@@ -24,7 +27,7 @@ class StageKind:
 
     @classmethod
     def check_options(cls, stage: StageSpec) -> None:
-        """What this kind asks of its stages beyond the common. Raises `ConfigError`."""
+        """What this kind asks of its stages beyond the common, by the recipe alone: no data are opened. Raises `ConfigError`."""
 
     @classmethod
     def train(cls, run: Run, stage: StageSpec, previous: Path | None, folder: Path) -> bool:

@@ -178,6 +178,8 @@ def narrow_patches(decoder: DiffusionDecoder) -> list[str]:
 class DiffusionStage(StageKind):
     """A decoder learns to denoise pictures beside their codes."""
 
+    needs_shared_folder = True
+
     @classmethod
     def check(cls, stage: StageSpec, recipe: Recipe) -> None:
         check_decoder(stage, recipe)

@@ -396,6 +396,8 @@ class _Log(_transformers().TrainerCallback):
 class PreferenceStage(StageKind):
     """A model learns from preferences or rewards, by TRL."""
 
+    needs_shared_folder = True
+
     @classmethod
     def check_options(cls, stage: StageSpec) -> None:
         check_preference(stage)

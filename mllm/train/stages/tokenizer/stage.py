@@ -231,6 +231,8 @@ def odd_tokenizer_settings(training: TokenizerTraining, steps: int) -> list[str]
 class TokenizerStage(StageKind):
     """A visual tokenizer learns to say what pictures show in codes."""
 
+    needs_shared_folder = True
+
     @classmethod
     def check(cls, stage: StageSpec, recipe: Recipe) -> None:
         check_tokenizer(stage, recipe)
