@@ -167,6 +167,7 @@ def _opening(repository: str, config: Mapping[str, Any], *, brings_code: bool) -
 
 
 def _scores(path: Path) -> str:
+    """Every score beside its interval and the most that the same questions give without the right picture."""
     if not path.is_file():
         return ""
     rows = []
@@ -174,10 +175,28 @@ def _scores(path: Path) -> str:
         for metric in task["metrics"]:
             value = "-" if metric["value"] is None else f"{metric['value']:.2f}"
             limited = " (a part of it)" if task["header"].get("limited") else ""
-            rows.append(
-                (f"{name}{limited}", value, str(task["num_samples"]), metric["label"], metric.get("protocol", ""))
-            )
-    return "## Scores\n\n" + _table(("task", "score", "samples", "rule", "whose rule"), rows)
+            ends = [metric.get("low"), metric.get("high")]
+            interval = "-" if None in ends else f"{ends[0]:.1f} to {ends[1]:.1f}"
+            floor, rule = _without_picture(task, metric["label"]), (metric["label"], metric.get("protocol", ""))
+            rows.append((f"{name}{limited}", value, interval, floor, str(task["num_samples"]), *rule))
+    head = ("task", "score", "95 %", "without the right picture", "samples", "rule", "whose rule")
+    return "## Scores\n\n" + _table(head, rows)
+
+
+def _without_picture(task: Mapping[str, Any], label: str) -> str:
+    """The highest of what was measured without the right picture, by name; it says which were not."""
+    ways = {"blank": task.get("blind"), "shuffled": task.get("shuffled"), "prior": task.get("prior")}
+    found = {
+        name: metric["value"]
+        for name, way in ways.items()
+        for metric in (way or {}).get("metrics", ())
+        if metric["label"] == label and metric["value"] is not None
+    }
+    if not found:
+        return "not measured"
+    most = max(found, key=lambda name: found[name])
+    missing = [name for name in ways if name not in found]
+    return f"{found[most]:.2f} ({most}{''.join(f', {name} not measured' for name in missing)})"
 
 
 def _budgets(path: Path) -> str:
@@ -209,12 +228,22 @@ def _training(recipe: Mapping[str, Any]) -> str:
     if not recipe:
         return ""
     stages = [
-        (s["name"], s.get("kind", "sft"), ", ".join(s["learn"]), str(s.get("steps") or f"{s.get('epochs')} epochs"))
+        (
+            s["name"],
+            s.get("kind", "sft"),
+            ", ".join(_learned(s["learn"])),
+            str(s.get("steps") or f"{s.get('epochs')} epochs"),
+        )
         for s in recipe.get("stages", [])
     ]
     source = f"\n\nHyper-parameters from: {recipe['source']}" if recipe.get("source") else ""
     table = _table(("stage", "kind", "learns", "steps"), stages)
     return f"## Training\n\n{table}{source}\n\nThe whole recipe: `recipe.yaml`; what ran: `run.json`."
+
+
+def _learned(learn: Mapping[str, Any]) -> list[str]:
+    """The parts that learn, those by adapters named so."""
+    return [f"{part} (LoRA)" if isinstance(how, Mapping) and how.get("lora") else part for part, how in learn.items()]
 
 
 def _table(head: tuple[str, ...], rows: list[Any]) -> str:

@@ -222,7 +222,7 @@ def test_every_way_to_the_hub(tmp_path: Path) -> None:
     )
     assert found["rows"] == ["it is 0", "it is 1", "it is 2"]
     assert "owner/late is not in the hub's cache" in found["uncached"]
-    assert "| docvqa (a part of it) | 41.50 | 12 | anls_rrc v1 | the script of RRC |" in card
+    assert "| docvqa (a part of it) | 41.50 | - | not measured | 12 | anls_rrc v1 | the script of RRC |" in card
 
 
 def test_the_card_names_parts_licences_and_how_to_open(tmp_path: Path) -> None:
@@ -233,7 +233,8 @@ def test_the_card_names_parts_licences_and_how_to_open(tmp_path: Path) -> None:
         "connector": {"type": "mlp"},
     }
     text = {"source": "owner/llm", "licence": "Llama 2", "commercial": None}
-    stages = [{"name": "sft", "learn": {"connector": 1e-3}, "steps": 5}]
+    learn = {"connector": 1e-3, "language_model": {"lr": 1e-3, "lora": {"r": 16}}, "encoders": {"lr": 1e-4}}
+    stages = [{"name": "sft", "learn": learn, "steps": 5}]
     (tmp_path / "config.json").write_text(json.dumps({**config, "plugins": [{"file": "mine.py", "sha256": "0"}]}))
     (tmp_path / "recipe.yaml").write_text(
         yaml.safe_dump({"model": {"language_model": text}, "stages": stages, "description": "Ours."})
@@ -246,7 +247,7 @@ def test_the_card_names_parts_licences_and_how_to_open(tmp_path: Path) -> None:
         "| language model | owner/llm | Llama 2 | not known |",
         "import mllm",
         "`mine.py`",
-        "| sft | sft | connector | 5 |",
+        "| sft | sft | connector, encoders, language_model (LoRA) | 5 |",
         "Ours.",
     ):
         assert words in card, words

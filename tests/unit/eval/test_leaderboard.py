@@ -108,6 +108,22 @@ def test_a_pushed_card_takes_the_scores_along(runs, tmp_path):
     assert head["model-index"][0]["results"][0]["metrics"][0]["value"] == 50.0
 
 
+def test_a_card_sets_each_score_beside_what_is_reached_without_the_right_picture(tmp_path):
+    def task(value, **ways):
+        return {"metrics": [{"label": "exact_match v1", "value": value, "low": value - 8, "high": value + 8}], **ways}
+
+    whole = task(57.5, blind=task(18.1), shuffled=task(20.0), prior=task(26.25), num_samples=160, header={})
+    part = task(57.5, blind=task(18.1), shuffled=None, prior=None, num_samples=160, header={"limited": True})
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mllm", "text_config": {"model_type": "qwen2"}}))
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "results.json").write_text(json.dumps({"tasks": {"a": whole, "b": part}}))
+    card = model_card(tmp_path, "me/mine", scores=tmp_path / "eval")
+    assert "| a | 57.50 | 49.5 to 65.5 | 26.25 (prior) | 160 | exact_match v1 |" in card
+    assert (
+        "| b (a part of it) | 57.50 | 49.5 to 65.5 | 18.10 (blank, shuffled not measured, prior not measured) |" in card
+    )
+
+
 def test_two_tasks_of_one_name_and_answers_to_another_version_are_named(tmp_path):
     folder = mmvp(tmp_path / "d")
     spec = load_task("mmvp")
