@@ -16,17 +16,15 @@ from mllm import distributed
 from mllm.config import to_plain
 from mllm.errors import ConfigError, MllmError
 from mllm.progress import phase, tell
-from mllm.recipe import Recipe, StageSpec
+from mllm.recipe import Recipe
 from mllm.train.checkpoint.own_folders import OwnFolders
 from mllm.train.checkpoint.resume import difference
 from mllm.train.data import open_mixture
 from mllm.train.observe.run_info import git_state, package_versions
-from mllm.train.stages.kind import kind_of
 
 _SEEN = ".seen-by-all"
 _SEEING_SECONDS = 20.0
 _DISKS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay"}
-_SOME_SHARE = "some machines see what others write there and some do not. Either all share it (--output /shared/…), or each has its own"
 
 
 def agree(recipe: Recipe, folder: Path) -> OwnFolders | None:
@@ -48,12 +46,11 @@ def agree(recipe: Recipe, folder: Path) -> OwnFolders | None:
             )
         ]
         _refuse(unlike(everyone))
-        shared = _shared(folder, leads)
-        names = [name for name, _ in everyone]
-        _refuse(None if shared is not None else f"output {folder}: {_SOME_SHARE}")
-        if shared:
+        names, sight = [name for name, _ in everyone], _sight(folder, leads)
+        problem = shared_by_some(sight, names)
+        _refuse(None if problem is None else f"output {folder}: {problem}")
+        if len(sight[0]) == len(names):
             return None
-        _refuse(next((problem for stage in recipe.stages if (problem := _needs_shared(stage, folder, names))), None))
     own = OwnFolders()
     distributed.keep_own_folders(own.here)
     kept = "" if recipe.mirror else "; mirror=s3://… keeps them all in one place too"
@@ -110,17 +107,8 @@ def unlike(everyone: list[tuple[str, dict[str, Any]]]) -> str | None:
     return None
 
 
-def _needs_shared(stage: StageSpec, folder: Path, names: list[str]) -> str | None:
-    if not kind_of(stage).needs_shared_folder:
-        return None
-    return (
-        f"output {folder}: {names[1]} does not see what {names[0]} writes there, and a stage of kind {stage.kind} ({stage.name}) keeps "
-        "more there than checkpoints. It needs a folder on a file system that all machines share: --output /shared/…"
-    )
-
-
-def _shared(folder: Path, leads: bool) -> bool | None:
-    """Whether every machine sees what every other writes to ``folder``; None: some do."""
+def _sight(folder: Path, leads: bool) -> dict[int, set[int]]:
+    """Of every machine, whose files of ``folder`` it sees, its own among them; machines by number."""
     tokens = distributed.gather_objects(uuid.uuid4().hex if leads else None)
     rank = distributed.rank()
     if leads:
@@ -130,8 +118,22 @@ def _shared(folder: Path, leads: bool) -> bool | None:
     seen = distributed.gather_objects(_seen(folder, wanted, rank) if leads else None)
     if leads:
         (folder / f"{_SEEN}-{rank}").unlink(missing_ok=True)
-    counts = {len(some) for some in seen if some is not None}
-    return True if counts == {len(wanted)} else False if counts == {1} else None
+    machine = {leader: number for number, leader in enumerate(wanted)}
+    return {machine[leader]: {machine[other] for other in seen[leader] or ()} for leader in wanted}
+
+
+def shared_by_some(sight: dict[int, set[int]], names: list[str]) -> str | None:
+    """Which machine does not see what others share, in a sentence; None where all share the folder, or each has its own."""
+    if {len(seen) for seen in sight.values()} in ({len(sight)}, {1}):
+        return None
+    alone = min(sight, key=lambda number: (len(sight[number]), -number))
+    most = max(sight.values(), key=len)
+    hidden = min(most - sight[alone])
+    sharing = " and ".join(names[number] for number in sorted(most - {alone}))
+    return (
+        f"{names[alone]} does not see what {names[hidden]} writes there, while {sharing} share it. Either all share it "
+        "(--output /shared/…), or each has its own"
+    )
 
 
 def _seen(folder: Path, tokens: dict[int, str], rank: int) -> set[int]:

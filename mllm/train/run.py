@@ -22,9 +22,8 @@ from mllm.recipe import Recipe, StageSpec
 from mllm.recipe_of_stage import parts_of_run, recipe_of_stage
 from mllm.train.agreement import agree
 from mllm.train.checkpoint.export import finished_otherwise, is_finished, publish
-from mllm.train.checkpoint.files import found
+from mllm.train.checkpoint.files import found, step_of
 from mllm.train.checkpoint.mirror import Mirror, NotCopied, bring_back, holds_a_run, mirror_of
-from mllm.train.checkpoint.own_folders import OwnFolders
 from mllm.train.checkpoint.resume import LENGTH
 from mllm.train.checkpoint.run_lock import only_run_in
 from mllm.train.engine.base import choose_engine
@@ -107,8 +106,7 @@ def saved_so_far(recipe: Recipe, folder: Path) -> str:
         if is_finished(folder / stage.name):
             return f"stage {stage.name} is finished in {folder}. The same command with --resume goes on with the next."
         if written := found(folder / "checkpoints" / stage.name):
-            step = int(written[-1].name.removeprefix("step-"))
-            return f"stage {stage.name} is saved up to step {step:,} ({written[-1]}). {GO_ON}"
+            return f"stage {stage.name} is saved up to step {step_of(written[-1]):,} ({written[-1]}). {GO_ON}"
     return (
         "nothing is saved yet. A checkpoint comes every 20 minutes, or every stages.NAME.save_every steps. The same command with "
         "--resume begins again."
@@ -193,9 +191,9 @@ def _train(recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, p
             info = RunInfo(folder, recipe, processes=distributed.world_size(), resume=resume)
             tracker = Tracker(folder, recipe, info)
     distributed.barrier()
-    run = Run(recipe, folder, resume, tracker, info, stop_after, profile, extend)
+    run = Run(recipe, folder, resume, tracker, info, stop_after, profile, extend, own_folders=own_folders)
     try:
-        finished = _train_stages(run, own_folders)
+        finished = _train_stages(run)
         if run.interrupted and not finished:
             raise Interrupted(saved_so_far(recipe, folder))
     finally:
@@ -262,7 +260,7 @@ def _mirror_stage(run: Run, folder: Path) -> None:
         _log.warning("stage %s is on disk and not in the mirror (%s)", folder, error)
 
 
-def _train_stages(run: Run, own_folders: OwnFolders | None) -> bool:
+def _train_stages(run: Run) -> bool:
     """Whether all stages are finished now."""
     previous: Path | None = None
     for stage in run.recipe.stages:
@@ -276,8 +274,8 @@ def _train_stages(run: Run, own_folders: OwnFolders | None) -> bool:
             run.stop_after, run.interrupted = own.stop_after, own.interrupted
             if not finished:
                 return False
-            if own_folders is not None:
-                own_folders.give_finished(folder)
+            if run.own_folders is not None:
+                run.own_folders.give_finished(folder)
             _mirror_stage(run, folder)
         elif distributed.is_main():
             Console(stderr=True).print(f"stage {stage.name} is finished ({folder})", highlight=False)

@@ -25,22 +25,10 @@ from mllm.stopping import asked_to_stop, started_by_launcher
 from mllm.train.added_rows import rows_line
 from mllm.train.beside import Beside
 from mllm.train.checkpoint.mirror import mirror_of
-from mllm.train.checkpoint.resume import (
-    CheckpointReader,
-    Progress,
-    fingerprint,
-    latest_checkpoint,
-    signature,
-)
+from mllm.train.checkpoint.own_folders import OwnFolders
+from mllm.train.checkpoint.resume import CheckpointReader, Progress, fingerprint, latest_checkpoint, signature
 from mllm.train.checkpoint.write import CheckpointWriter
-from mllm.train.data import (
-    StageData,
-    open_mixture,
-    tell_dropped,
-    tell_faded,
-    tell_left_out,
-    tell_odd_settings,
-)
+from mllm.train.data import StageData, open_mixture, tell_dropped, tell_faded, tell_left_out, tell_odd_settings
 from mllm.train.engine.base import Engine, choose_engine
 from mllm.train.engine.build import build_engine
 from mllm.train.engine.groups import (
@@ -95,10 +83,17 @@ class Run:
     """The last stage may be longer than when it was started, or finished."""
     interrupted: bool = False
     """A signal asked for a stop; what is done is saved."""
+    own_folders: OwnFolders | None = None
+    """Where every machine has an output folder of its own."""
 
     def record(self) -> dict[str, Any]:
         """``run.json`` as it stands, for a stage's folder; empty on other processes."""
         return dict(self.info.data) if self.info is not None else {}
+
+    def give_file(self, path: Path, *, writer: int | None = None) -> None:
+        """Let all machines see a file of the output folder that one wrote (`OwnFolders.give_file`); all processes must call it."""
+        if self.own_folders is not None:
+            self.own_folders.give_file(path, writer=writer)
 
     def checkpoints(self, stage: StageSpec) -> Path:
         return self.output / "checkpoints" / stage.name

@@ -32,7 +32,7 @@ from mllm.train.stages.routing.losses import label_source
 from mllm.train.stages.routing.monitor import RoutingMonitor
 from mllm.types import IMAGE_MARK, Turn
 from tests.helpers import TINY_CLIP, picture, tiny_spec, tiny_tokenizer
-from tests.integration.train_helpers import LLM
+from tests.integration.train_helpers import LLM, on_machines
 
 EXPERTS = ["left", "right"]
 PARTITION_ALL = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
@@ -232,6 +232,20 @@ def test_the_language_model_learns_to_route_and_answers_with_the_experts_it_name
     assert counts == {"base": 2, "left": 1, "right": 1}, "the base encoder must run once for both passes"
     model, _ = ask(final, tokenizer=processor.tokenizer, expert_budget=0)
     assert not model.last_routing.weights.any()
+
+
+@pytest.mark.nightly
+def test_machines_with_folders_of_their_own_measure_half_of_the_losses_each_and_have_all(tmp_path: Path) -> None:
+    stage = {"name": "route", "kind": "routing", "steps": 2, "learn": {"router": 3e-2}, "options": {"batch_size": 2}}
+    recipe = routed_recipe(tmp_path, [stage])
+    assert on_machines([recipe] * 2, tmp_path / "own-0", tmp_path / "own-1") == [None, None]
+    run_recipe(recipe, output=tmp_path / "one")
+    (wanted,) = (tmp_path / "one" / "routing_labels" / "route").iterdir()
+    for output in ("own-0", "own-1"):
+        (found,) = (tmp_path / output / "routing_labels" / "route").iterdir()
+        a, b = ([json.loads(line) for line in path.read_text().splitlines()] for path in (wanted, found))
+        assert [entry.get("row") for entry in b] == [entry.get("row") for entry in a] and b[0] == a[0]
+        assert [entry.get("experts") for entry in b] == [entry.get("experts") for entry in a]
 
 
 def test_measured_losses_are_the_models_own_and_survive_a_kill(tmp_path: Path, monkeypatch: Any) -> None:

@@ -8,19 +8,21 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from mllm.errors import CheckpointError, ConfigError, MllmError
-from mllm.machines import Machines
+from mllm.errors import CheckpointError, ConfigError
 from mllm.recipe import Recipe
 from mllm.train import run_recipe
+from mllm.visual_tokenizers.diffusion.library import diffusers_class
 from tests.helpers import free_port
-from tests.integration.train_helpers import ROOT, make_recipe
+from tests.integration.train_helpers import ROOT, make_recipe, on_machines
+from tests.unit.visual_tokenizers.diffusion_configs import DECODERS
+from tests.unit.visual_tokenizers.test_tokenizer_training import FULL, TOKENFLOW
 
 CALM = {"optimizer": {"eps": 1e-5}, "dtype": "float32"}
 
@@ -31,43 +33,24 @@ def _recipe(folder: Path, **stage) -> Recipe:
     return recipe
 
 
-def _on_machines(recipes: list[Recipe], *outputs: Path, **settings) -> list[MllmError | None]:
-    """Train as two launchers would, each in a thread of this process, in one folder or each in its own; the error of each."""
-    port, ended = free_port(), [None] * len(recipes)
-
-    def launcher(rank: int) -> None:
-        machines = Machines(len(recipes), rank, "127.0.0.1", port, 1)
-        try:
-            run_recipe(recipes[rank], output=outputs[rank % len(outputs)], machines=machines, **settings)
-        except MllmError as error:
-            ended[rank] = error
-
-    threads = [threading.Thread(target=launcher, args=(rank,)) for rank in range(len(recipes))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return ended
-
-
 def test_two_launchers_train_what_two_processes_do_and_refuse_unlike_recipes(tmp_path):
     """Each in a folder of its own, which keeps its own share of a checkpoint: a resume needs both."""
     recipe = _recipe(tmp_path)
     recipe.stages.append(recipe.stages[0].model_copy(update={"name": "second", "engine": "zero2", "steps": 2}))
     own = tmp_path / "own-0", tmp_path / "own-1"  # as a disk that each machine has under the same name
-    assert _on_machines([recipe] * 2, *own, stop_after=4) == [None, None]
+    assert on_machines([recipe] * 2, *own, stop_after=4) == [None, None]
     checkpoints = [folder / "checkpoints" / "second" / "step-00000001" for folder in own]
     first, second = ({path.name for path in folder.glob("state-*")} for folder in checkpoints)
     assert first == {"state-00000-0000.safetensors"} and second == {"state-00001-0000.safetensors"}
     lost = (checkpoints[1] / "state-00001-0000.safetensors").rename(tmp_path / "lost")
-    for error in _on_machines([recipe] * 2, *own, resume=True):
+    for error in on_machines([recipe] * 2, *own, resume=True):
         assert isinstance(error, CheckpointError) and "\n" not in str(error)
         assert "step-00000001: state-00001-0000.safetensors, which machine 1 (" in str(error)
         assert "is whole on none of these machines" in str(error)
     with pytest.raises(CheckpointError, match=r"state-00001\S+ is missing \(machine 1 \(.*wrote it"):
         run_recipe(recipe, output=own[0], resume=True)
     lost.rename(checkpoints[1] / "state-00001-0000.safetensors")
-    assert _on_machines([recipe] * 2, *own, resume=True) == [None, None]
+    assert on_machines([recipe] * 2, *own, resume=True) == [None, None]
     assert [path.name for path in own[1].iterdir() if path.name.startswith(".")] == []
 
     run_recipe(recipe, output=tmp_path / "one", processes=2)
@@ -77,12 +60,45 @@ def test_two_launchers_train_what_two_processes_do_and_refuse_unlike_recipes(tmp
         assert max((wanted[name] - found[name]).abs().max().item() for name in wanted) < 1e-6
         assert all(found[name].equal(there[name]) for name in found)
 
-    ended = _on_machines([_recipe(tmp_path), _recipe(tmp_path, gradient_accumulation=3)], tmp_path / "unlike")
+    ended = on_machines([_recipe(tmp_path), _recipe(tmp_path, gradient_accumulation=3)], tmp_path / "unlike")
     assert all(isinstance(error, ConfigError) for error in ended), ended
     for error in ended:
         assert "the recipe of machine 1" in str(error) and "\n" not in str(error)
         assert "gradient_accumulation: 1 on machine 0" in str(error) and "3 on machine 1" in str(error)
     assert not (tmp_path / "unlike" / "run.json").exists()
+
+
+@pytest.mark.nightly
+def test_tokenizer_and_decoder_learn_in_folders_of_each_machines_own(tmp_path):
+    """What one process writes for all (the teacher, a finished tokenizer) comes to the other machine; then one machine goes on alone."""
+    common: dict[str, Any] = {
+        "batch_size": 2, "dtype": "float32", "log_every": 1, "save_every": 1, "steps": 2, "schedule": {"type": "constant", "warmup": 0.0},
+        "data": {"type": "digits_and_charts", "options": {"charts": 20, "digits": False}},
+    }  # fmt: skip
+    first = {"name": "tokenizer", "kind": "tokenizer", "learn": {"visual_tokenizer": 1e-3}, "options": FULL, **common}
+    options = {"decoder": {"steps": 2, **DECODERS["unet"]}, "evaluate_images": 4}
+    second = {
+        "name": "decoder",
+        "kind": "diffusion",
+        "learn": {"diffusion_decoder": 1e-3},
+        "options": options,
+        **common,
+    }
+    model = {"visual_tokenizer": TOKENFLOW}
+    recipe = Recipe.model_validate({"name": "own", "output": "own", "model": model, "stages": [first, second]})
+    own = tmp_path / "own-0", tmp_path / "own-1"
+    diffusers_class("UNet2DModel")  # two threads at once must not be the first to import it
+    assert on_machines([recipe] * 2, *own, stop_after=3) == [None, None]
+    assert (own[0] / "teacher.safetensors").read_bytes() == (own[1] / "teacher.safetensors").read_bytes()
+    checkpoints = [folder / "checkpoints" / "decoder" / "step-00000001" for folder in own]
+    with pytest.raises(CheckpointError, match=r"00001\S+ is missing \(machine 1 \(.*wrote it"):
+        run_recipe(recipe, output=own[0], resume=True)
+    for path in checkpoints[1].glob("*-00001*"):
+        shutil.copy(path, checkpoints[0])
+    final = run_recipe(recipe, output=own[0], resume=True)
+    tokenizers = [load_file(folder / "tokenizer" / "model.safetensors") for folder in own]
+    assert all(tokenizers[0][name].equal(tokenizers[1][name]) for name in tokenizers[0])
+    assert (final / "evaluation.json").is_file() and len(_losses(own[0])) == 4
 
 
 @pytest.mark.nightly

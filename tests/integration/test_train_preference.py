@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from mllm.errors import ConfigError
+from mllm.errors import CheckpointError, ConfigError
 from mllm.train import run_recipe
 from mllm.train.stages.kind import kind_of
 from mllm.train.stages.preference.stage import as_row, check_preference, load_reward
 from mllm.types import IMAGE_MARK, Sample, Turn
 from tests.helpers import picture
-from tests.integration.train_helpers import make_recipe
+from tests.integration.train_helpers import make_recipe, on_machines
 
 pytestmark = pytest.mark.xdist_group("trl")  # it imports slowly: once
 
@@ -83,8 +85,9 @@ def test_grpo_draws_scores_and_learns_with_two_encoders_and_a_reference(tmp_path
 
 
 @pytest.mark.slow
-def test_two_processes_prefer_what_one_does_and_draw_for_the_next_stage(tmp_path):
-    """Two pairs a process and one step of four pairs: the same losses; then GRPO goes on from there."""
+def test_two_machines_prefer_what_one_process_does_and_draw_for_the_next_stage(tmp_path):
+    """Two pairs a machine, each in a folder of its own, and one step of four pairs: the same losses, also of one machine that goes on
+    alone, and where one lost a file meanwhile; then GRPO goes on from there."""
     calm = {"steps": 2, "optimizer": {"eps": 1e-4}, "learn": {"language_model": 1e-3, "connector": 1e-3}}
     one = _recipe(tmp_path, "dpo", {"beta": 0.5}, batch_size=4, **calm)
     two = _recipe(tmp_path, "dpo", {"beta": 0.5}, batch_size=2, **calm)
@@ -93,8 +96,22 @@ def test_two_processes_prefer_what_one_does_and_draw_for_the_next_stage(tmp_path
     options = {"rewards": [f"{__name__}:character_sum"], "num_generations": 2, "max_completion_length": 3}
     draw = {"name": "grpo", "kind": "grpo", "steps": 1, "batch_size": 2, "options": options}
     two.stages.append(type(two.stages[0]).model_validate(two.stages[0].model_dump() | draw))
+    two.stages[0].save_every = 1
     run_recipe(one, output=tmp_path / "one")
-    run_recipe(two, output=tmp_path / "two", processes=2)
+    own = tmp_path / "two", tmp_path / "other"
+    assert on_machines([two] * 2, *own, stop_after=1) == [None, None]
+    alone = Path(shutil.copytree(own[0], tmp_path / "alone"))
+    here, there = (folder / "checkpoints" / "dpo" / "checkpoint-1" for folder in own)
+    kept = (here / "optimizer.pt").read_bytes()
+    (there / "optimizer.pt").unlink()
+    (alone / "checkpoints" / "dpo" / "checkpoint-1" / "optimizer.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoint-1: optimizer.pt is missing \(machine \d \(.*wrote it"):
+        run_recipe(one, output=alone, resume=True)
+    (alone / "checkpoints" / "dpo" / "checkpoint-1" / "optimizer.pt").write_bytes(kept)
+    run_recipe(one, output=alone, resume=True)
+    assert _records(alone)[-1]["loss"] == pytest.approx(_records(tmp_path / "one")[-1]["loss"], abs=2e-5)
+    assert on_machines([two] * 2, *own, resume=True) == [None, None]
+    assert all((folder / "final" / "model.safetensors").is_file() for folder in own)
     wanted, found = _records(tmp_path / "one"), _records(tmp_path / "two")
     assert [(r["stage"], r["step"]) for r in found] == [("dpo", 1), ("dpo", 2), ("grpo", 1)]
     for a, b in zip(wanted, found):

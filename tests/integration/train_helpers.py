@@ -17,8 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mllm.errors import MllmError
+from mllm.machines import Machines
 from mllm.recipe import Recipe
-from tests.helpers import picture, tiny_spec, tiny_tokenizer
+from mllm.train import run_recipe
+from tests.helpers import free_port, picture, tiny_spec, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 LLM = {
@@ -90,6 +93,25 @@ def make_recipe(
             "stages": [{**defaults, **stage} for stage in stages],
         }
     )
+
+
+def on_machines(recipes: list[Recipe], *outputs: Path, **settings) -> list[MllmError | None]:
+    """Train as two launchers would, each in a thread of this process, in one folder or each in its own; the error of each."""
+    port, ended = free_port(), [None] * len(recipes)
+
+    def launcher(rank: int) -> None:
+        machines = Machines(len(recipes), rank, "127.0.0.1", port, 1)
+        try:
+            run_recipe(recipes[rank], output=outputs[rank % len(outputs)], machines=machines, **settings)
+        except MllmError as error:
+            ended[rank] = error
+
+    threads = [threading.Thread(target=launcher, args=(rank,)) for rank in range(len(recipes))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return ended
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,14 @@ _WHOLE_HASH = 64 << 20  # larger files are hashed at their ends and at even dist
 
 
 def found(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*")) if folder.is_dir() else []
+    """A stage's checkpoints, the oldest first: ``step-…``, and TRL's ``checkpoint-…``, which are complete by their manifest alone."""
+    own, trl = folder.glob("step-*"), folder.glob("checkpoint-*")
+    return sorted([*own, *(path for path in trl if (path / MANIFEST).is_file())], key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps that were done when it was written."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def problem_of(path: Path) -> str | None:

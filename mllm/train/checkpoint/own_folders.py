@@ -20,7 +20,7 @@ import torch.distributed as dist
 from mllm import distributed
 from mllm.errors import CheckpointError
 from mllm.train.checkpoint.export import DONE, is_finished
-from mllm.train.checkpoint.files import MANIFEST, WRITING, describe, found
+from mllm.train.checkpoint.files import MANIFEST, WRITING, describe, found, step_of
 
 _CHUNK = 64 << 20
 
@@ -35,9 +35,7 @@ class OwnFolders:
         self._group: Any = dist.new_group(self.keepers, backend="gloo")
         rank = distributed.rank()
         self._number = self.keepers.index(rank) if rank in self.keepers else None
-        self.here = self.names[
-            sum(keeper <= rank for keeper in self.keepers) - 1
-        ]  # a machine's processes are numbered in a row
+        self.here = self.names[self._machine_of(rank)]
 
     def give_stages(self, folder: Path, stages: list[str], *, extend: bool = False) -> None:
         """Before a resume: every finished stage, and of the others (extend: of the last) the newest checkpoint of which nothing is missing.
@@ -57,10 +55,34 @@ class OwnFolders:
             self._give(folder, sizes, [set() if files is None else set(files) for files in kept], last=DONE)
         return sizes is not None
 
+    def give_file(self, path: Path, *, writer: int | None = None) -> None:
+        """One file beside checkpoints and stages to all machines that lack it or have another one.
+
+        writer: the process that wrote it; None: the first machine that has one gives it. Nothing is done where it is not.
+        """
+        kept = self._of_machines(lambda: describe(path) if path.is_file() else None)
+        number = next((n for n, entry in enumerate(kept) if entry), 0) if writer is None else self._machine_of(writer)
+        wanted, problem = kept[number], ""
+        if wanted is not None and self._number is not None and any(entry != wanted for entry in kept):
+            source = path if self._number == number else None
+            target = path.with_name(f"{WRITING}{path.name}") if kept[self._number] != wanted else None
+            problem = self._pass(number, source, target, wanted["size"])
+            if target is not None and not problem:
+                target.replace(path)
+        self._refuse(path, problem)
+
+    def _machine_of(self, rank: int) -> int:
+        return sum(keeper <= rank for keeper in self.keepers) - 1  # a machine's processes are numbered in a row
+
+    def _refuse(self, path: Path, problem: str) -> None:
+        problems = [text for text in distributed.gather_objects(problem) if text]
+        if problems:
+            raise CheckpointError(f"{path}: could not be copied between the machines ({problems[0]})")
+
     def _give_checkpoint(self, folder: Path) -> None:
         names = {name for some in self._of_machines(lambda: [path.name for path in found(folder)]) for name in some}
         problem = ""
-        for name in sorted(names, reverse=True):
+        for name in sorted(names, key=lambda name: step_of(Path(name)), reverse=True):
             lacking = self._give_step(folder / name)
             if not lacking:
                 return
@@ -113,9 +135,7 @@ class OwnFolders:
                 problem = self._pass(giver, source, target, sizes[name]) or problem
             if lacks and not problem:
                 problem = _complete(folder, temporary, mine)
-        problems = [text for text in distributed.gather_objects(problem) if text]
-        if problems:
-            raise CheckpointError(f"{folder}: could not be copied between the machines ({problems[0]})")
+        self._refuse(folder, problem)
 
     def _pass(self, giver: int, source: Path | None, target: Path | None, size: int) -> str:
         """One file from one machine to all that have a ``target``; what went wrong, after which the rest is passed all the same: the
@@ -192,6 +212,7 @@ def _complete(folder: Path, temporary: Path, mine: set[str]) -> str:
     """Let a folder of received files, and those of ``mine`` that were here before, take its name; what went wrong."""
     try:
         for name in mine:
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).rename(temporary / name)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)

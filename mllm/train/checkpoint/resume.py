@@ -90,18 +90,26 @@ def latest_checkpoint(folder: Path) -> CheckpointReader | None:
             if path.name.startswith((WRITING, DELETING)):
                 shutil.rmtree(path, ignore_errors=True)
     distributed.barrier()
-    problems = []
-    for path in reversed(found(folder)):
-        problem = distributed.gather_objects(problem_of(path) if distributed.is_main() else None)[0]
-        if problem is None:
-            return CheckpointReader(path, [f"{p.name}: {text}" for p, text in problems])
+    path, passed_over = newest_whole(folder)
+    return None if path is None else CheckpointReader(path, passed_over)
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """A stage's newest checkpoint that is as it was written, in the main process's eyes, and what is wrong with newer ones; None: the stage
+    has none. Raises `CheckpointError` when all are damaged."""
+    whole, problems = None, list[tuple[Path, str]]()
+    for path in reversed(found(folder)) if distributed.is_main() else ():
+        if (problem := problem_of(path)) is None:
+            whole = path
+            break
         problems.append((path, problem))
-    if problems:
+    whole, problems = distributed.gather_objects((whole, problems))[0]
+    if problems and whole is None:
         path, problem = problems[0]
         raise CheckpointError(
             f"{path}: {problem}; no earlier checkpoint is complete. Delete {folder} to start the stage again"
         )
-    return None
+    return whole, [f"{path.name}: {text}" for path, text in problems]
 
 
 class CheckpointReader:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
 
 from mllm.recipe import Recipe, StageSpec
 from mllm.train.preflight.stage_settings import check_stage
@@ -15,8 +14,6 @@ class StageKind:
     """Registered by the name that ``kind:`` gives; never instantiated."""
 
     name = ""
-    needs_shared_folder: ClassVar[bool] = False
-    """Whether its processes read more of the output folder than checkpoints and finished stages, so that several machines must share it."""
 
     @classmethod
     def check(cls, stage: StageSpec, recipe: Recipe) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,12 +82,17 @@ def test_what_differs_is_said_with_machine_and_cure():
         assert message in agreement.unlike([("A", same), ("C", dict(same)), ("B", same | {key: value})])
 
 
-def test_folders_of_each_machines_own_are_for_stages_that_keep_checkpoints_alone(tmp_path):
-    names = ["machine 0 (a)", "machine 1 (b)"]
-    stage = SimpleNamespace(name="prefer", kind="dpo")
-    told = agreement._needs_shared(stage, tmp_path, names)
-    assert "machine 1 (b) does not see what machine 0 (a) writes there" in told and "kind dpo (prefer)" in told
-    assert agreement._needs_shared(SimpleNamespace(name="sft", kind="sft"), tmp_path, names) is None
+def test_a_folder_that_some_machines_share_names_the_one_that_has_its_own():
+    names = ["machine 0 (a)", "machine 1 (b)", "machine 2 (c)"]
+    told = agreement.shared_by_some({0: {0, 1}, 1: {0, 1}, 2: {2}}, names)
+    assert told is not None
+    assert told.startswith(
+        "machine 2 (c) does not see what machine 0 (a) writes there, while machine 0 (a) and machine 1 (b) share it"
+    )
+    told = agreement.shared_by_some({0: {0}, 1: {1, 2}, 2: {1, 2}}, names)
+    assert told is not None and told.startswith("machine 0 (a) does not see what machine 1 (b) writes")
+    assert agreement.shared_by_some({0: {0}, 1: {1}, 2: {2}}, names) is None
+    assert agreement.shared_by_some({number: {0, 1, 2} for number in range(3)}, names) is None
     assert not agreement._is_disk(Path("/proc")), "a file there may come late, for all that is known"
 
 

@@ -176,9 +176,7 @@ def narrow_patches(decoder: DiffusionDecoder) -> list[str]:
 
 
 class DiffusionStage(StageKind):
-    """A decoder learns to denoise pictures beside their codes."""
-
-    needs_shared_folder = True
+    """A decoder learns to denoise pictures beside the codes of a tokenizer that stays as it is."""
 
     @classmethod
     def check(cls, stage: StageSpec, recipe: Recipe) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import math
 import shutil
 from collections import Counter
@@ -38,6 +39,8 @@ from mllm.recipe import StageSpec
 from mllm.stopping import Asked, asked_to_stop, started_by_launcher
 from mllm.train.added_rows import rows_line
 from mllm.train.checkpoint.export import save_stage
+from mllm.train.checkpoint.files import MANIFEST, describe, step_of, write_text
+from mllm.train.checkpoint.resume import newest_whole
 from mllm.train.data import open_mixture, tell_dropped, tell_left_out, tell_odd_settings
 from mllm.train.engine.groups import apply_learning, frozen_summary, groups_table, set_modes
 from mllm.train.engine.optim import build_optimizer
@@ -53,12 +56,16 @@ if TYPE_CHECKING:
     from mllm.models.modeling_mllm import MllmForConditionalGeneration
 
 _ATTEMPTS = 100
-_COMPLETE = "complete"  # a file that ends a checkpoint; transformers would pick up one that a kill left half written
+_FORMERLY = "complete"  # what ended a checkpoint where there is now a manifest
+_STATE = "trainer_state.json"
+_OF_A_PROCESS = ("rng_state*", "training_args.bin")
+"""Files of a checkpoint that are gone on without: each process has its own, and draws afresh where it has none."""
 _OURS = {
     "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs", "seed",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "bf16", "fp16",
     "logging_steps", "save_steps", "save_strategy", "report_to", "disable_tqdm", "use_cpu", "remove_unused_columns", "optim",
     "gradient_checkpointing", "dataloader_num_workers", "beta", "num_generations", "max_completion_length", "max_length",
+    "save_on_each_node",
 }  # fmt: skip
 
 
@@ -194,7 +201,7 @@ def train_preference(run: Run, stage: StageSpec, previous: Path | None, folder: 
         except (ValueError, TypeError) as error:
             raise ConfigError(f"stages.{stage.name}: TRL refuses these settings: {error}") from error
         trainer.remove_callback(_transformers().PrinterCallback)
-        begun = int(last.rpartition("-")[2]) if last else 0
+        begun = step_of(Path(last)) if last else 0
         if run.tracker is not None:
             run.tracker.start_stage(stage.name, begun)
         if run.info is not None:
@@ -302,7 +309,7 @@ def _reference(
         return copy.deepcopy(model).eval().requires_grad_(False)
     if options.beta:
         place = run.output / "references" / stage.name
-        if distributed.is_main():
+        if distributed.keeps_folder():
             shutil.rmtree(place, ignore_errors=True)
             model.save_pretrained(place)
             processor.save_pretrained(place)
@@ -338,6 +345,7 @@ def _arguments(trl: Any, run: Run, stage: StageSpec, options: PreferenceOptions,
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
         "remove_unused_columns": False,
+        "save_on_each_node": distributed.own_folder_of() != "",
     }
     if options.beta is not None:
         own["beta"] = options.beta
@@ -352,9 +360,25 @@ def _arguments(trl: Any, run: Run, stage: StageSpec, options: PreferenceOptions,
 
 
 def _last(folder: Path) -> str | None:
-    """The newest of TRL's checkpoints that was written to its end."""
-    found = [path.parent for path in folder.glob(f"checkpoint-*/{_COMPLETE}")]
-    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
+    """The newest of TRL's checkpoints that was written to its end, and is as it was written; transformers would pick up one that a kill
+    left half written."""
+    former = [path.parent for path in folder.glob(f"checkpoint-*/{_FORMERLY}")] if distributed.is_main() else []
+    whole = [path for path in (newest_whole(folder)[0], *distributed.gather_objects(former)[0]) if path is not None]
+    return str(max(whole, key=step_of)) if whole else None
+
+
+def _close(folder: Path) -> None:
+    """The manifest of a checkpoint that all processes have written: by it the machines of a run complete each other's."""
+    machine, own = distributed.own_folder_of(), dict[str, Any]()
+    state = distributed.gather_objects((folder / _STATE).read_text() if distributed.is_main() else "")[0]
+    if distributed.keeps_folder():
+        (folder / _STATE).write_text(state)  # with the times of one machine, so that there is one
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and not any(path.match(form) for form in _OF_A_PROCESS):
+                own[path.relative_to(folder).as_posix()] = describe(path) | ({"machine": machine} if machine else {})
+    files = {name: entry for part in reversed(distributed.gather_objects(own)) for name, entry in part.items()}
+    if distributed.keeps_folder():
+        write_text(folder / MANIFEST, json.dumps({"files": files}, indent=1))
 
 
 def _transformers() -> Any:
@@ -381,8 +405,7 @@ class _Log(_transformers().TrainerCallback):
             self.run.tracker.log(record)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+        _close(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if distributed.sum_numbers([float(bool(self.asked.by))])[0]:
@@ -395,8 +418,6 @@ class _Log(_transformers().TrainerCallback):
 
 class PreferenceStage(StageKind):
     """A model learns from preferences or rewards, by TRL."""
-
-    needs_shared_folder = True
 
     @classmethod
     def check_options(cls, stage: StageSpec) -> None:

@@ -86,12 +86,13 @@ def label_source(
     batch_size: int = 16,
     max_length: int | None = None,
     made_by: str = "",
+    share: Any = lambda path, writer=None: None,
 ) -> Path:
     """Write the label file of a dataset (all processes share the rows); returns ``path``. Does nothing where it is complete,
     and goes on where it was left.
 
-    Rows without a picture and rows that cannot be used get a line without losses. Raises `DataError` when the file there
-    belongs to other data or experts.
+    share: called with a file (and ``writer``, the process that wrote it) that all machines must see. Rows without a picture and rows
+    that cannot be used get a line without losses. Raises `DataError` when the file there belongs to other data or experts.
     """
     rule = rule or LabelRule()
     bank = getattr(model.model, "vision_tower", None)
@@ -110,6 +111,7 @@ def label_source(
         "top_k": top_k,
         "made_by": made_by,
     }
+    share(path)
     known = _known(path, header)
     if distributed.is_main():
         known = _unchanged(source, known)  # one process's word: files may arrive meanwhile
@@ -121,7 +123,9 @@ def label_source(
         todo = [row for row in range(total) if row not in done and row % world == rank]
         _measure(model, processor, source, own, header, todo, total, rule.margin, top_k, batch_size, max_length)
         distributed.barrier()
-        if distributed.is_main():
+        for number in range(world):
+            share(own.with_suffix(f".part{number}"), writer=number)
+        if distributed.keeps_folder():
             _merge(path, header, world)
         distributed.barrier()
     return path

@@ -172,6 +172,7 @@ def _measured(
             batch_size=options.batch_size,
             max_length=stage.max_length,
             made_by=f"{run.recipe.name}/{stage.name}",
+            share=run.give_file,
         )
     return folder
 

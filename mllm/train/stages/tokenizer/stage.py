@@ -31,7 +31,7 @@ from mllm.visual_tokenizers.evaluate import comparison_grid, evaluate_tokenizer
 from mllm.visual_tokenizers.images import ImageSource, load_images, to_pixels
 from mllm.visual_tokenizers.quantizers.initialise import initialise_codebooks
 from mllm.visual_tokenizers.recipe import TokenizerTraining, tokenizer_training
-from mllm.visual_tokenizers.teacher import build_teacher
+from mllm.visual_tokenizers.teacher import TEACHER_FILE, build_teacher
 
 NO_TEXT = (
     "packing",
@@ -156,11 +156,13 @@ def _teacher(
     """The main process first: a supervised teacher is trained once and read by the others."""
     if training.teacher is None:
         return None
-    teacher = None
+    teacher, file = None, run.output / TEACHER_FILE
+    run.give_file(file)
     for turn in (True, False):
         if distributed.is_main() == turn:
             seed = run.recipe.seed
             teacher = build_teacher(training.teacher, tokenizer, images, seed=seed, directory=run.output)
+        run.give_file(file)
         distributed.barrier()
     return teacher
 
@@ -230,8 +232,6 @@ def odd_tokenizer_settings(training: TokenizerTraining, steps: int) -> list[str]
 
 class TokenizerStage(StageKind):
     """A visual tokenizer learns to say what pictures show in codes."""
-
-    needs_shared_folder = True
 
     @classmethod
     def check(cls, stage: StageSpec, recipe: Recipe) -> None:
