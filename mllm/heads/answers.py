@@ -49,7 +49,10 @@ def answer(
     """One question about each picture, answered by ``generate``; the encoders run once. options: as ``generate`` takes them; before:
     another picture that each question shows first, and what stands behind it."""
     rows, shown = [], []
+    segments = getattr(processor, "segments", None)
     for number, (picture, question) in enumerate(zip(pictures, questions)):
+        if segments is not None:
+            segments.check_question(question)
         first = [] if before is None else [before[number][0]]
         said = "" if before is None else f"{IMAGE_MARK} {before[number][1]}\n"
         shown += [*first, picture]

@@ -156,8 +156,12 @@ class ChatSession:
             experts: fixes the routing, as `MllmForConditionalGeneration.generate` takes it.
 
         Raises:
-            DataError: the conversation is longer than the model reads, as a server refuses it.
+            DataError: the conversation is longer than the model reads, as a server refuses it, or the question speaks of the mask of an
+                example, which a conversation here cannot give.
         """
+        segments = getattr(self.processor, "segments", None)
+        if segments is not None:
+            segments.check_question(question)
         kept = list(self.turns), list(self.images), list(self._pending)
         marks = "\n".join([IMAGE_MARK] * len(self._pending))
         self.turns.append(Turn("user", f"{marks}\n{question}" if marks else question))

@@ -106,9 +106,11 @@ def decode_rle(entry: Mapping[str, Any], *, where: str = "mask") -> np.ndarray:
         if isinstance(counts, (str, bytes)):
             counts = _unpack(counts if isinstance(counts, bytes) else counts.encode("ascii"))
         counts = np.asarray(counts, np.int64)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise DataError(f"{where}: no run lengths as COCO writes them, {{size: [h, w], counts: …}} ({error})") from None
-    if (counts < 0).any() or int(counts.sum()) != height * width:
+    if counts.ndim != 1:
+        raise DataError(f"{where}: run lengths are a list of numbers, got an array of shape {counts.shape}")
+    if (counts < 0).any() or (counts > height * width).any() or int(counts.sum()) != height * width:
         raise DataError(
             f"{where}: the run lengths cover {int(counts.sum())} pixels, a mask of {height} × {width} has {height * width}"
         )
@@ -136,6 +138,8 @@ def _unpack(text: bytes) -> list[int]:
     while place < len(text):
         value, shift, more = 0, 0, True
         while more:
+            if shift > 60:
+                raise ValueError("a number of more than 64 bits")
             bits = text[place] - 48
             value |= (bits & 0x1F) << shift
             more, place, shift = bool(bits & 0x20), place + 1, shift + 5

@@ -51,6 +51,14 @@ class SegmentSpec(StrictModel):
         )
         return torch.from_numpy(resize(Image.fromarray(mask).convert("RGB"), spec)[..., 0].copy())
 
+    def check_question(self, text: str) -> None:
+        """Raise `DataError` for a question that speaks of an example's mask, where none can be given: its token would be read as a word."""
+        if self.example is not None and self.example.token in text:
+            raise DataError(
+                f"the question holds {self.example.token}, which stands for the mask of an example, and gives none; leave it out, and use "
+                'model.segment(picture, example=(picture, mask)), or a server with "mask" beside the example\'s picture'
+            )
+
     def restore(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
         """Logits ``(N, rows, columns)`` on what the encoder sees → ``(N, height, width)`` fp32 on its picture."""
         return restore(logits, (self.image.height, self.image.width), placed_at(size, self.image), size)

@@ -19,6 +19,8 @@ class ServedHeads(StrictModel):
 
     mark: str | None = None
     """Token of the answer that stands for a mask; None: no masks."""
+    example: str | None = None
+    """What the prompt says behind a picture that comes with a mask; None: pictures come without."""
     probability: bool = False
     """Whether an answer may name a class whose probability is known."""
 
@@ -26,6 +28,9 @@ class ServedHeads(StrictModel):
 def served_heads(heads: Mapping[str, Any] | None) -> ServedHeads | None:
     """Those of a config's ``heads`` whose answers `mllm serve` gives; None: there is none."""
     configs = list(head_configs(heads).values())
-    mark = next((config.token for config in configs if config.type == "segmentation"), None)
+    marks = next((config for config in configs if config.type == "segmentation"), None)
     probability = any(config.type == "probability" for config in configs)
-    return ServedHeads(mark=mark, probability=probability) if mark or probability else None
+    if marks is None:
+        return ServedHeads(probability=True) if probability else None
+    example = None if marks.examples is None else marks.examples.token
+    return ServedHeads(mark=marks.token, example=example, probability=probability)

@@ -14,7 +14,7 @@ from typing import Any
 from mllm.serve.adapters import ADAPTER
 from mllm.serve.http.adapters import ServedAdapters
 from mllm.serve.http.answering import Answer, adding, appending, respond, shortening, uncompressed
-from mllm.serve.http.content import Content
+from mllm.serve.http.content import Content, Picture
 from mllm.serve.http.drawing import Drawings
 from mllm.serve.http.errors import Refused, error_body, shortened, shown
 from mllm.serve.http.fields import (
@@ -39,7 +39,7 @@ from mllm.serve.http.fields import (
     UNLOAD_ADAPTER,
     admitted_fields,
 )  # fmt: skip
-from mllm.serve.http.heads_beside import HeadFields, last_question, name_request
+from mllm.serve.http.heads_beside import HeadFields, asked_of_heads
 from mllm.serve.http.keys import Keys, check_host
 from mllm.serve.http.limits import Limits, Meter, used
 from mllm.serve.http.metrics import (
@@ -235,7 +235,7 @@ class Admission:
     async def _work(self, path: str, owner: str, scope: Scope, receive: Receive, send: Send) -> None:
         """A request that makes the engine work."""
         raw = await self.read_body(scope, receive)
-        data, files = await self._admit(path, read_json(scope["headers"], raw), owner)
+        data, given = await self._admit(path, read_json(scope["headers"], raw), owner)
         if path == DRAW:
             request = self.drawings.request(data)
             drawn = await self.drawings.draw(engine_of(scope), request, receive)
@@ -245,14 +245,14 @@ class Admission:
             return
         settings = data.get("mm_processor_kwargs") or {}
         with self.adapters.used(settings.get(ADAPTER, 0)):
-            await self._engine_work(path, owner, data, files, scope, receive, send)
+            await self._engine_work(path, owner, data, given, scope, receive, send)
 
     async def _engine_work(
         self,
         path: str,
         owner: str,
         data: dict[str, Any],
-        files: list[bytes],
+        given: list[Picture],
         scope: Scope,
         receive: Receive,
         send: Send,
@@ -268,13 +268,13 @@ class Admission:
         send = shortening(send)
         if weights is not None:
             send = adding(send, partial(_choice_headers, weights))
-        elif path == CHAT and self.routes is not None and files:
+        elif path == CHAT and self.routes is not None and given:
             adapter = (data.get("mm_processor_kwargs") or {}).get(ADAPTER, 0)
-            asked = zip(files, pictures(data), strict=True)
-            keys = [picture_key(file, question, adapter) for file, (_, question) in asked]
+            asked = zip(given, pictures(data), strict=True)
+            keys = [picture_key(picture.file, question, adapter) for picture, (_, question) in asked]
             send = adding(send, partial(self._chosen, scope, keys))
         if path == CHAT and self.settings.heads is not None:
-            inner, send = uncompressed(inner), self._with_heads(scope, data, files, send)
+            inner, send = uncompressed(inner), self._with_heads(scope, data, given, send)
         if not self.limits.meters(owner):
             await self._hand_on(inner, data, receive, send)
             return
@@ -284,15 +284,13 @@ class Admission:
         finally:
             self._charge(owner, meter.tokens)
 
-    def _with_heads(self, scope: Scope, data: dict[str, Any], files: list[bytes], send: Send) -> Send:
+    def _with_heads(self, scope: Scope, data: dict[str, Any], given: list[Picture], send: Send) -> Send:
         """Have the engine's heads answer beside a chat's text."""
-        assert self.settings.heads is not None
-        request = {
-            "key": name_request(data),
-            "question": last_question(data),
-            "picture": files[-1] if files else None,
-        }
-        return HeadFields(send, self.settings.heads, lambda asked: read_heads(engine_of(scope), asked), request).send
+        heads = self.settings.heads
+        assert heads is not None
+        return HeadFields(
+            send, heads, lambda asked: read_heads(engine_of(scope), asked), asked_of_heads(data, given, heads)
+        ).send
 
     async def _hand_on(self, scope: Scope, data: dict[str, Any], receive: Receive, send: Send) -> None:
         body = write_json(data)
@@ -341,10 +339,12 @@ class Admission:
         """The request as the engine may see it. Raises `Refused`."""
         return (await self._admit(path, data, owner))[0]
 
-    async def _admit(self, path: str, data: dict[str, Any], owner: str) -> tuple[dict[str, Any], list[bytes]]:
-        """`admit`, and the files of its pictures."""
+    async def _admit(self, path: str, data: dict[str, Any], owner: str) -> tuple[dict[str, Any], list[Picture]]:
+        """`admit`, and its pictures."""
         fields = admitted_fields(path, data)
-        content = Content(self.settings.image_token, videos=self.settings.max_videos > 0)
+        heads = self.settings.heads
+        shown_as = None if heads is None else heads.example
+        content = Content(self.settings.image_token, videos=self.settings.max_videos > 0, example=shown_as)
         made = content.rewrite(path, fields)
         secret = secret_of(self.settings.salt, owner if self.keys.several else "")
         check_number(content.pictures, self.rules)
@@ -365,7 +365,7 @@ class Admission:
         self._settings(path, made, len(content.pictures))
         if content.pictures and path not in _COUNTED:
             self._visual_adapter(path, made)
-        return made, [picture.file for picture in content.pictures]
+        return made, content.pictures
 
     def _check_prompt(self, prompt: Any) -> None:
         """A prompt of ids holds no picture's place."""

@@ -32,7 +32,7 @@ _SCENE = 64
 class Picture:
     """A picture of a request, or a video. address: as the client wrote it; write: puts the checked address into the request;
     file: its bytes, once they were checked; views: the pictures of a scene, which goes on as one video of them; seconds: when one
-    of them was taken."""
+    of them was taken; mask: what is marked on a picture that is shown as an example, run lengths as the client wrote them."""
 
     address: str
     write: Callable[[str, str | None], None]
@@ -40,17 +40,18 @@ class Picture:
     is_video: bool = False
     views: list[Picture] = field(default_factory=list)
     seconds: float | None = None
+    mask: Any = None
 
 
 class Content:
     """Rewrites the conversation of one request: known parts only, placeholders in texts pulled apart, pictures and videos listed.
 
     image_token: the text that stands for a picture in the prompt, which no client may write; videos: whether a chat may hold
-    any.
+    any; example: the text that stands for the mask on a picture before it, None for a model that is shown none.
     """
 
-    def __init__(self, image_token: str, *, videos: bool = False):
-        self.image_token, self.videos = image_token, videos
+    def __init__(self, image_token: str, *, videos: bool = False, example: str | None = None):
+        self.image_token, self.videos, self.example = image_token, videos, example
         self.pictures: list[Picture] = []
         self._scenes: dict[str, Picture] = {}
         self._scene: str | None = None
@@ -110,7 +111,7 @@ class Content:
         if content is None:
             return None
         if isinstance(content, str):
-            return self.clean(content)
+            return self._said(content)
         if not isinstance(content, list):
             raise Refused(400, f"content must be a text or a list of parts, not {type(content).__name__}")
         made: list[dict[str, Any]] = []
@@ -124,6 +125,8 @@ class Content:
                 continue
             made.append(part(item))
             self._keep_apart(made)
+            if item.get("mask") is not None:  # only a part that may have one comes here
+                made.append({"type": "text", "text": f" {self.example}\n"})
         return made
 
     def _joins_scene(self, part: dict[str, Any]) -> bool:
@@ -166,9 +169,14 @@ class Content:
         if kind in ("image_url", "input_image") or (kind == "video_url" and self.videos):
             is_video = kind == "video_url"
             name = "video_url" if is_video else "image_url"
-            _only(part, ("type", name) if is_video else ("type", name, "detail"))
+            if part.get("mask") is not None and self.example is None:
+                raise Refused(
+                    400, "mask: this model was not trained to be shown a picture with its mask; leave mask out"
+                )
+            _only(part, ("type", name) if is_video else ("type", name, "detail", "mask"))
             made: dict[str, Any] = {"type": name, name: {}}
             self._add(part.get(name), lambda url, key: _write_part(made, made[name], url, key), is_video=is_video)
+            self.pictures[-1].mask = part.get("mask")
             return made
         field = _TEXTS.get(kind) if isinstance(kind, str) else None
         if field is None:
@@ -183,7 +191,17 @@ class Content:
         _only(part, ("type", field))
         if not isinstance(part.get(field), str):
             raise Refused(400, f"a part of type {kind} needs its {field} as a text")
-        return {"type": kind, field: self.clean(part[field])}
+        return {"type": kind, field: self._said(part[field])}
+
+    def _said(self, text: str) -> str:
+        """A text of the conversation. Raises `Refused` for one that stands for a mask without giving any."""
+        if self.example is not None and self.example in text:
+            raise Refused(
+                400,
+                f"{self.example} stands for the mask of an example, and a text gives none: leave it out, and put the mask beside its "
+                f'picture in {CHAT}: {{"type": "image_url", "image_url": …, "mask": {{"size": [h, w], "counts": …}}}}',
+            )
+        return self.clean(text)
 
     def _keep_apart(self, parts: list[dict[str, Any]]) -> None:
         """Two texts side by side must not make a placeholder together."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from mllm.serve.heads import KEY, ServedHeads
+from mllm.serve.http.content import Picture
 from mllm.serve.http.errors import Refused
 
 _log = logging.getLogger("vllm.mllm")
@@ -37,6 +38,19 @@ def last_question(data: Mapping[str, Any]) -> str:
         return content.strip()
     texts = [part.get("text") for part in content or [] if isinstance(part, Mapping) and part.get("type") == "text"]
     return "".join(text for text in texts if isinstance(text, str)).strip()
+
+
+def asked_of_heads(data: dict[str, Any], pictures: Sequence[Picture], heads: ServedHeads) -> dict[str, Any]:
+    """What `HeadsInEngine.answer` must know of a chat beside the answer's text; names the request (`name_request`). The last picture is
+    what the answer is about, and the last one with a mask what it goes by."""
+    question = last_question(data)
+    example = next((one for one in reversed(pictures) if one.mask is not None), None)
+    return {
+        "key": name_request(data),
+        "question": question if heads.example is None else question.replace(heads.example, "").strip(),
+        "picture": pictures[-1].file if pictures else None,
+        "example": None if example is None else {"picture": example.file, "mask": example.mask},
+    }
 
 
 class HeadFields:

@@ -12,6 +12,7 @@ from typing import Any
 from mllm.errors import DataError
 from mllm.processing.engine_videos import pack
 from mllm.processing.images import image_size, read_bytes
+from mllm.processing.mask_files import decode_rle
 from mllm.processing.videos import open_video
 from mllm.serve.http.content import Picture
 from mllm.serve.http.errors import Refused, shown
@@ -119,6 +120,10 @@ def write_pictures(pictures: list[Picture], rules: PictureRules, secret: bytes) 
         url, content = _scene(picture, position, rules) if picture.views else _embedded(picture, position, rules)
         position += len(picture.views) or 1
         picture.file = content
+        if picture.mask is not None:
+            _check_mask(
+                picture.mask, image_size(content, where=f"picture {position - 1}"), f"picture {position - 1}, mask"
+            )
         picture.write(url, hashlib.blake2b(content, key=secret, digest_size=32).hexdigest())
 
 
@@ -189,6 +194,21 @@ def _embedded(picture: Picture, position: int, rules: PictureRules) -> tuple[str
             f"{where} has {width} × {height} pixels, above this server's limit of {rules.max_pixels / 1e6:g} megapixels",
         )
     return url, content
+
+
+def _check_mask(mask: Any, size: tuple[int, int], where: str) -> None:
+    """Raise `Refused` for anything but run lengths of a picture of this (height, width) that mark some of it. The size comes first: what
+    is decoded is as large as it says."""
+    if not isinstance(mask, dict) or set(mask) != {"size", "counts"}:
+        raise Refused(400, f'{where}: expected run lengths as COCO has them, {{"size": [h, w], "counts": …}}')
+    if mask["size"] != list(size):
+        raise Refused(400, f"{where}: its size is {shown(mask['size'])} and its picture's {list(size)} (height, width)")
+    try:
+        marked = decode_rle(mask, where=where)
+    except DataError as error:
+        raise Refused(400, str(error)[:300]) from None
+    if not marked.any():
+        raise Refused(400, f"{where}: it marks nothing, so nothing is like it")
 
 
 def _scheme_of(address: str) -> str:

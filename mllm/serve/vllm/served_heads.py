@@ -15,8 +15,10 @@ from mllm.heads.build import head_configs
 from mllm.heads.probability import ProbabilityHead
 from mllm.heads.segmentation.answer import laid
 from mllm.heads.segmentation.head import SegmentationHead
+from mllm.heads.segmentation.in_context import Examples
 from mllm.processing.chat import encode_pixels
 from mllm.processing.images import image_size
+from mllm.processing.mask_files import read_mask
 from mllm.processing.pixel_keys import PixelKeys
 
 if TYPE_CHECKING:
@@ -126,7 +128,8 @@ class HeadsInEngine:
             model: vLLM's, whose encoders are used.
             folder: the checkpoint.
             request: ``key``; ``text``, the answer; ``question``, the last thing that was asked; ``picture``, the file that it is about
-                (bytes), None without one.
+                (bytes), None without one; ``example`` where another picture came with its mask: ``picture`` (bytes) and ``mask`` (run
+                lengths).
 
         Returns:
             ``probability`` (word → share, None without the phrase) and ``masks`` (`Segments.records`; None for a mask whose state is
@@ -153,7 +156,9 @@ class HeadsInEngine:
         if len(states) < count:  # a token's own state is not computed where the answer ended with it
             return [None] * count
         processor = self._own_processor(folder)
-        pixels, _ = encode_pixels(processor, [picture], where="picture")
+        shown = request.get("example")
+        looked = [picture] if shown is None else [shown["picture"], picture]
+        pixels, _ = encode_pixels(processor, looked, where="picture")
         encoder, name = model.vision_tower.encoders[self.marks.config.encoder], self.marks.config.encoder
         weight = next(encoder.parameters())
         view = model.pixel_keys.by_encoder(pixels)[name].to(weight.device, weight.dtype)
@@ -161,7 +166,12 @@ class HeadsInEngine:
         ends = torch.tensor([len(part) - 1 for part in states], device=weight.device)
         hidden = nn.utils.rnn.pad_sequence([part.to(weight.device) for part in states], batch_first=True)
         places = torch.stack([torch.arange(count, device=weight.device), ends], 1)
-        logits, _ = self.marks.predict(hidden, places, torch.zeros_like(ends), encoder(view))
+        owners, examples = torch.full_like(ends, len(looked) - 1), None
+        if shown is not None:
+            mask = read_mask(shown["mask"], image_size(shown["picture"], where="example"), where="example")
+            first = torch.zeros_like(ends)
+            examples = Examples(processor.segments.lay(mask)[None], first[:1], first)
+        logits, _ = self.marks.predict(hidden, places, owners, encoder(view), examples)
         marked = laid(processor.segments, request["text"], logits, image_size(picture, where="picture"))
         return marked.records(processor.segments, request["question"])
 

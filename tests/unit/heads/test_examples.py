@@ -15,6 +15,7 @@ from mllm.errors import AlignmentError, ConfigError, DataError
 from mllm.heads.base import HeadParts
 from mllm.heads.build import head_config
 from mllm.heads.segmentation.in_context import on_grid
+from mllm.models.chat import ChatSession
 from mllm.processing.chat import encode_sample
 from mllm.types import IMAGE_MARK, EncoderInfo, ImageSpec, Sample, Turn
 from tests.helpers import picture, tiny_model
@@ -129,6 +130,10 @@ def test_what_does_not_fit_is_named(trained: Any, tmp_path: Path) -> None:
             model.segment(picture(1), example=(picture(1), mask), processor=processor)
     with pytest.raises(ConfigError, match="threshold: 50 is no probability"):
         model.segment(picture(1), example=(picture(1), LEFT), processor=processor, threshold=50)
+    with pytest.raises(DataError, match=r"holds \[EX\], which stands for the mask of an example, and gives none"):
+        model.segment(picture(1), "what [EX] marks", processor=processor)
+    with pytest.raises(DataError, match=r"holds \[EX\]"):
+        ChatSession(model, processor).ask("[EX] What is here?")
     short = shown(1, LEFT, RIGHT)
     short.masks = []
     with pytest.raises(DataError, match=r"the questions hold 1 \[EX\] and the sample 0 masks in all"):

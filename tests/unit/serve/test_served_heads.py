@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +18,12 @@ from mllm.config import to_plain
 from mllm.data.collate import collate
 from mllm.heads.segmentation.answer import phrases_of
 from mllm.processing.chat import encode_sample
-from mllm.processing.mask_files import decode_rle
+from mllm.processing.mask_files import decode_rle, encode_rle
 from mllm.serve.heads import KEY, READER, ServedHeads, served_heads
 from mllm.serve.http.admission import Admission, AdmissionSettings
-from mllm.serve.http.heads_beside import HeadFields, last_question, name_request
+from mllm.serve.http.errors import Refused
+from mllm.serve.http.fields import CHAT
+from mllm.serve.http.heads_beside import HeadFields, asked_of_heads, last_question, name_request
 from mllm.serve.server import ServeSettings, plan
 from mllm.types import IMAGE_MARK, Sample, Turn
 from tests.helpers import picture, tiny_model
@@ -35,7 +39,10 @@ ANSWERS = (
 MASKS = ([MASK], [OTHER, MASK], [])
 
 
-HEADS = {"marks": {**HEAD, "states": 3}, "sure": SURE}  # "[SEG]" may stand where an answer has fewer states before it
+SHOWN = {"queries": 2, "heads": 2, "mlp_width": 8}
+HEADS = {"marks": {**HEAD, "states": 3, "examples": SHOWN}, "sure": SURE}
+"""[SEG] may stand where an answer has fewer states before it, and a question may show another picture with its mask."""
+SAME = "Please segment the same."
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +60,8 @@ def train_by_heart(folder: Path) -> tuple[Any, Any, Path]:
         )
         for k, (answer, masks) in enumerate(zip(ANSWERS, MASKS))
     ]
+    turns = [Turn("user", f"{IMAGE_MARK} [EX]\n{IMAGE_MARK}\n{SAME}"), Turn("assistant", "It is [SEG].")]
+    samples.append(Sample("shown", turns, [picture(1), picture(0)], masks=[OTHER, MASK]))
     inputs = collate([encode_sample(processor, sample) for sample in samples], pad_token_id=0).inputs
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     model.train()
@@ -78,6 +87,7 @@ class Engine:
         from mllm.serve.vllm.served_heads import HeadsInEngine
 
         self.model, self.processor = model, processor
+        self.shown: Any = None  # a picture before the one that is asked about
         self.heads = HeadsInEngine(model.config, model.config.encoder_infos())
         self.heads.modules.load_state_dict(model.heads.state_dict())
         self.heads.modules.eval()
@@ -89,7 +99,9 @@ class Engine:
         """Last hidden states ``(T, L)`` from the one that chooses the answer's first id on, and the answer's ids."""
         from mllm.heads.answers import answer
 
-        found = answer(self.model, self.processor, [picture(number)], [QUESTION], {"max_new_tokens": 48})
+        question, before = (QUESTION, None) if self.shown is None else (SAME, [(self.shown, "[EX]")])
+        options = {"max_new_tokens": 48}
+        found = answer(self.model, self.processor, [picture(number)], [question], options, before=before)
         ids = [i for i in found.answers[0].tolist() if i != 0]
         return found.hidden[0, found.start - 1 :], ids
 
@@ -172,16 +184,35 @@ def test_an_answer_that_ends_with_its_mask_or_never_names_a_class(trained: Any) 
     assert (decode_rle(mask["rle"]) != whole.masks[0].numpy()).mean() < 0.005 and mask["phrase"] == "It is"
 
 
+def test_a_picture_with_its_mask_says_what_is_marked_in_another(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vllm")
+    model, processor, folder = trained
+    engine = Engine(model, processor, folder)
+    engine.shown = picture(1)
+    key = engine.write([0])[0]
+    wanted = model.segment(picture(0), example=(picture(1), OTHER), processor=processor, max_new_tokens=48)
+    assert wanted.text == "It is [SEG]."
+    request = {"key": key, "text": wanted.text, "question": SAME, "picture": png(0)}
+    predict, seen = engine.heads.marks.predict, []
+    monkeypatch.setattr(engine.heads.marks, "predict", lambda *given: seen.append(given) or predict(*given))
+    (given,) = engine.ask({**request, "example": {"picture": png(1), "mask": encode_rle(OTHER)}})["masks"]
+    assert given == wanted.records(processor.segments, SAME)[0] | {"score": pytest.approx(wanted.scores[0], abs=1e-3)}
+    assert given["phrase"] == "the same"
+    ((_, _, owners, _, shown),) = seen
+    assert torch.equal(shown.masks, processor.segments.lay(OTHER)[None])
+    assert shown.owners.tolist() == [0] and owners.tolist() == [1], "which picture is which"
+
+
 def test_which_heads_are_served_and_with_what(tmp_path: Path) -> None:
     model, processor = tiny_model(tmp_path / "t", heads=HEADS)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     assert served_heads(None) is None and served_heads({}) is None
-    assert served_heads(to_plain(model.config.heads)) == ServedHeads(mark="[SEG]", probability=True)
+    assert served_heads(to_plain(model.config.heads)) == ServedHeads(mark="[SEG]", example="[EX]", probability=True)
     arguments, environment = plan(ServeSettings(checkpoint=str(tmp_path)))
     assert READER in arguments and environment["VLLM_USE_V2_MODEL_RUNNER"] == "0"
     settings = AdmissionSettings.model_validate_json(environment["MLLM_ADMISSION"])
-    assert settings.heads == ServedHeads(mark="[SEG]", probability=True)
+    assert settings.heads == ServedHeads(mark="[SEG]", example="[EX]", probability=True)
     information = Admission(None, settings).information()
     assert information["masks"] and information["probability"]
     arguments, environment = plan(ServeSettings(checkpoint=str(tmp_path), backend="transformers"))
@@ -250,9 +281,61 @@ def test_a_stream_gets_them_before_its_end() -> None:
                      "mllm_probability": FOUND["probability"]}  # fmt: skip
 
 
-def test_a_request_is_named_and_several_answers_are_refused() -> None:
-    from mllm.serve.http.errors import Refused
+BYTES = base64.b64encode(png(0)).decode()
 
+
+def chat(*parts: Any) -> dict[str, Any]:
+    return {"model": "m", "messages": [{"role": "user", "content": list(parts)}]}
+
+
+def shown(**more: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{BYTES}"}, **more}
+
+
+def said(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def test_a_mask_beside_its_picture_is_told_the_model_and_its_heads() -> None:
+    heads = ServedHeads(mark="[SEG]", example="[EX]")
+    admission = Admission(None, AdmissionSettings(heads=heads))
+    mask = encode_rle(MASK)
+    asked = chat(shown(mask=mask), shown(), said(f"\n{SAME}"))
+    data, pictures = asyncio.run(admission._admit(CHAT, asked, ""))
+    texts = [part.get("text") or part["type"] for part in data["messages"][0]["content"]]
+    assert texts == ["image_url", " [EX]\n", "image_url", f"\n{SAME}"] and "mask" not in json.dumps(data)
+    request = asked_of_heads(data, pictures, heads)
+    assert request["example"] == {"picture": png(0), "mask": mask} and request["picture"] == png(0)
+    assert request["question"] == SAME
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        ([shown(), shown(), said(f"[EX]\n{SAME}")], "put the mask beside its picture"),
+        ([shown(mask="x.png"), shown(), said(SAME)], "picture 0, mask: expected run lengths"),
+        ([shown(mask={"size": [9, 9], "counts": [0, 81]}), shown()], "picture 0, mask: its size is [9, 9]"),
+        ([shown(), shown(mask=encode_rle(0 * MASK))], "picture 1, mask: it marks nothing"),
+        ([shown(mask={"size": [30, 40], "counts": [0, 7]})], "cover 7 pixels"),
+        ([shown(mask={"size": [30, 40], "counts": [2**62, 2**62, 2**62, 2**62, 1200]})], "run lengths"),
+        ([shown(mask={"size": [30, 40], "counts": "o" * 10**6})], "more than 64 bits"),
+    ],
+)
+def test_an_example_that_cannot_be_read_is_refused(parts: list[Any], says: str) -> None:
+    admission = Admission(None, AdmissionSettings(heads=ServedHeads(mark="[SEG]", example="[EX]")))
+    with pytest.raises(Refused, match=re.escape(says)):
+        asyncio.run(admission.admit(CHAT, chat(*parts)))
+
+
+def test_a_model_without_examples_takes_no_mask() -> None:
+    admission = Admission(None, AdmissionSettings(heads=ServedHeads(mark="[SEG]")))
+    with pytest.raises(Refused, match="not trained to be shown"):
+        asyncio.run(admission.admit(CHAT, chat(shown(mask=encode_rle(MASK)), said("What?"))))
+    made = asyncio.run(admission.admit(CHAT, chat(shown(), said("[EX] is a word here."))))
+    assert made["messages"][0]["content"][1]["text"] == "[EX] is a word here."
+
+
+def test_a_request_is_named_and_several_answers_are_refused() -> None:
     data: dict[str, Any] = {"n": 1}
     assert data["vllm_xargs"] == {KEY: key} if (key := name_request(data)) else False
     with pytest.raises(Refused, match="one answer a request"):
