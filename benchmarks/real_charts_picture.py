@@ -3,7 +3,8 @@
     python benchmarks/real_charts_picture.py [benchmarks/results/real_charts_h200.txt] [docs/images/real_charts.svg]
 
 Reads the table below the line that begins "By kind, all renderers" and draws the score with its interval beside what is reached without
-the right picture (the best of gray, shuffled and prior). No figure is written here. CPU, a second.
+the right picture (the best of gray, shuffled and prior) and what the same model reaches with one encoder. No figure is written here. CPU, a
+second.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 HEAD = "By kind, all renderers"
@@ -26,19 +27,25 @@ class Kind(NamedTuple):
     low: float
     high: float
     floor: float
+    objects: float
+    text: float
 
 
 def kinds(text: str) -> list[Kind]:
-    """The rows of the table ``name | n | score | low - high | gray g, shuffled s, prior p``. Raises `ValueError` where there is none."""
+    """The rows of the table ``name | n | score | low - high | gray g, shuffled s, prior p | objects o, text t``.
+
+    Raises `ValueError` where there is none.
+    """
     after = text.partition(HEAD)[2].splitlines()[1:]
     found = []
     for line in after:
         cells = [cell.strip() for cell in line.split("|")]
-        if len(cells) != 5:
+        if len(cells) != 6:
             break
         low, high = map(float, cells[3].split(" - "))
         floor = max(map(float, re.findall(r"\d+\.\d+", cells[4])))
-        found.append(Kind(cells[0], int(cells[1]), float(cells[2]), low, high, floor))
+        alone = map(float, re.findall(r"\d+\.\d+", cells[5]))
+        found.append(Kind(cells[0], int(cells[1]), float(cells[2]), low, high, floor, *alone))
     if not found:
         raise ValueError(f"no table below {HEAD!r}")
     return found
@@ -53,17 +60,25 @@ def draw(rows: list[Kind], path: Path) -> None:
 
     matplotlib.rcParams.update({"svg.hashsalt": "real_charts", "font.size": 10})
     rows = [rows[0], *sorted(rows[1:], key=lambda row: row.floor - row.score)]
-    figure, axes = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.2, 3.7), layout="constrained")
     places = list(range(len(rows), 0, -1))
     axes.barh(places, [row.score for row in rows], height=0.62, color=["#1f5fd6", *["#7da7ec"] * (len(rows) - 1)])
     reach = [[row.score - row.low for row in rows], [row.high - row.score for row in rows]]
     axes.errorbar(
         [row.score for row in rows], places, xerr=reach, fmt="none", ecolor="#1a1a1a", elinewidth=1, capsize=2
     )
-    axes.plot([row.floor for row in rows], places, "|", color="#d62728", markersize=15, markeredgewidth=2.5)
+    lines: dict[str, Any] = {"linestyle": "none", "markeredgecolor": "#1a1a1a", "markeredgewidth": 0.8, "markersize": 6}
+    axes.plot(
+        [row.objects for row in rows], places, marker="^", color="#f5b942", label="objects encoder alone", **lines
+    )
+    axes.plot([row.text for row in rows], places, marker="o", color="#ffffff", label="text encoder alone", **lines)
+    floors = [row.floor for row in rows]
+    without = "the most without the right picture"
+    axes.plot(floors, places, "|", color="#d62728", markersize=15, markeredgewidth=2.5, label=without)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     axes.set_yticks(places, [f"{row.name.replace('_', ' ')} ({row.count:,})" for row in rows])
     axes.set_xlim(0, 100)
-    axes.set_xlabel("right, % (bar, 95 % interval); red: the most that is reached without the right picture")
+    axes.set_xlabel("right, % (bar: both encoders, 95 % interval)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(length=0)
     path.parent.mkdir(parents=True, exist_ok=True)
