@@ -12,23 +12,26 @@ from mllm.cli import arguments
 
 def points(
     videos: Annotated[list[Path], typer.Argument(help="Video files, animations or folders of frames.")],
-    encoder: Annotated[str, typer.Option(help="vggt-1b, da3-base, da3-small or da3-large.")] = "vggt-1b",
+    encoder: Annotated[str, typer.Option(help="vggt-1b, da3-base, da3-small, da3-large or pi3.")] = "vggt-1b",
     weights: Annotated[
         str | None, typer.Option(help="Its whole checkpoint: a folder, a file or a hub id; default: the preset's.")
     ] = None,
     frames: Annotated[int, typer.Option(help="Frames of each video, evenly from first to last.")] = 128,
     size: Annotated[
-        int | None, typer.Option(help="Pixels of a frame's longer side; default: the encoder's own (518 and 504).")
+        int | None, typer.Option(help="Pixels of a frame's longer side; default: the encoder's own (518; da3 504).")
     ] = None,
     side: Annotated[int, typer.Option(help="Most points kept along a side; 0: all.")] = 64,
     chunk: Annotated[
         int | None, typer.Option(help="Most frames that see each other at once; default: all (memory grows with them).")
     ] = None,
+    rays: Annotated[
+        bool, typer.Option("--rays", help="da3: cameras from its map of rays (slower, its authors say more exact).")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU when there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="auto (bfloat16 on a GPU), float32, bfloat16 or float16.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Also for videos that have such a file.")] = False,
 ) -> None:
-    """Write VIDEO.points.npz beside each video: where what its frames show lies in space, as VGGT or Depth Anything 3 says.
+    """Write VIDEO.points.npz beside each video: where what its frames show lies in space, as VGGT, Depth Anything 3 or π³ says.
 
     It is what video: {which: space_aware} and encoders of type points read where rows have no depth and poses of their own.
     da3-base and da3-small are free to use, the others' weights not commercially.
@@ -39,7 +42,9 @@ def points(
         (frames, "--frames", 1), (size, "--size", 14), (side, "--side", 0), (chunk, "--chunk", 2)
     ):  # fmt: skip
         arguments.at_least(value, low, option)
-    arguments.one_of(encoder, ("vggt-1b", "da3-base", "da3-small", "da3-large"), "--encoder")
+    arguments.one_of(encoder, ("vggt-1b", "da3-base", "da3-small", "da3-large", "pi3"), "--encoder")
+    if rays and not encoder.startswith("da3"):
+        raise typer.BadParameter(f"{encoder} tells no rays; give it with --encoder da3-base", param_hint="--rays")
     arguments.dtype(dtype)
     arguments.device(device)
     arguments.videos(videos)
@@ -57,6 +62,7 @@ def points(
         size=size,
         side=side or None,
         chunk=chunk,
+        by_rays=rays,
         device=where,
         dtype=getattr(torch, kind if dtype == "auto" else dtype),
     )

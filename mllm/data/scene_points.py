@@ -32,6 +32,7 @@ class PointWriter:
         size: pixels of a frame's longer side; the other keeps the shape, both in whole patches. None: what the encoder was trained with.
         side: most points along a side that are kept, of a denser map every so many-th; None: all.
         chunk: most frames that see each other at once (`ViewsConfig.chunk`); None: all.
+        by_rays: Depth Anything 3's cameras from its map of rays in place of its camera decoder.
         device, dtype: of the encoder; the point head computes in float32.
     """
 
@@ -40,6 +41,7 @@ class PointWriter:
     size: int | None = None
     side: int | None = 64
     chunk: int | None = None
+    by_rays: bool = False
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
     _readers: dict[tuple[int, int], PointReader] = field(default_factory=dict)
@@ -50,6 +52,8 @@ class PointWriter:
         kind = spec.get("type")
         if kind not in READERS:
             raise ConfigError(f"encoder: type {kind} has no head that tells points; give one of {', '.join(READERS)}")
+        if self.by_rays and kind != "depth_anything_3":
+            raise ConfigError(f"by_rays: type {kind} tells no rays; depth_anything_3 does")
         plain = encoder_config({**spec, "layers": [-1]}, where="encoder")
         self._patch = int(getattr(plain, "patch_size"))  # noqa: B009
         self.size = self.size or max(plain.resolved_info.image.height, plain.resolved_info.image.width)
@@ -96,7 +100,7 @@ class PointWriter:
             return self._readers[size]
         config = encoder_config({**self._spec, "image_size": size}, where="encoder")
         encoder: Any = build_encoder(config)
-        reader: PointReader = READERS[config.type](encoder)
+        reader: PointReader = READERS[config.type](encoder, **({"by_rays": True} if self.by_rays else {}))
         if self._readers:
             first = next(iter(self._readers.values()))
             encoder.load_state_dict(first.encoder.state_dict(), assign=True)

@@ -189,4 +189,4 @@ class DepthAnything3Encoder(ViewsEncoder):
             raise CheckpointError(f"weights: {source} is deeper than depth: {self.config.depth}")
         with torch.device("meta"):
             full = AlternatingViT(self.config, depth=self.config.depth)
-        load_exactly(self.model, state, source=source, known=set(full.state_dict()))
+        load_exactly(self.model, state, source=source, known=set(full.state_dict()), heads=())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mllm.types import Grid
 
 _LAST, _BASE = 32, 100.0
+_RAYS, _FINEST = 7, "3"
 
 
 class ResidualConvs(nn.Module):
@@ -84,24 +85,65 @@ class DptHead(nn.Module):
 
     def forward(self, layers: Sequence[Tensor], grid: Grid) -> Tensor:
         """Patches ``(B, N, D)`` of four layers on a grid → ``(B, H, W, outputs)``, a value for each pixel."""
-        size = (grid[0] * self.patch_size, grid[1] * self.patch_size)
+        return self._every_pixel(self._maps(layers, grid), self._size(grid))
+
+    def _size(self, grid: Grid) -> tuple[int, int]:
+        return (grid[0] * self.patch_size, grid[1] * self.patch_size)
+
+    def _maps(self, layers: Sequence[Tensor], grid: Grid) -> list[Tensor]:
+        """A map of each layer, from fine to coarse: 4, 2, 1 and 1/2 cells along a patch's side."""
         maps: list[Tensor] = []
         for number, tokens in enumerate(layers):
             x = self.projects[number](self.norm(tokens).transpose(1, 2).unflatten(2, grid))
-            x = self.resize_layers[number](x + place_waves(x, size))
-            maps.append(getattr(self.scratch, f"layer{number + 1}_rn")(x))
-        x = self._fuse(4, maps[3], None, maps[2].shape[2:])
-        x = self._fuse(3, x, maps[2], maps[1].shape[2:])
-        x = self._fuse(2, x, maps[1], maps[0].shape[2:])
-        x = self._fuse(1, x, maps[0], [2 * length for length in maps[0].shape[2:]])
-        x = F.interpolate(self._scratch("output_conv1")(x), size=size, mode="bilinear", align_corners=True)
-        return self._scratch("output_conv2")(x + place_waves(x, size)).permute(0, 2, 3, 1)
+            x = self.resize_layers[number](x + place_waves(x, self._size(grid)))
+            maps.append(self._scratch(f"layer{number + 1}_rn")(x))
+        return maps
 
-    def _fuse(self, number: int, x: Tensor, finer: Tensor | None, size: Sequence[int]) -> Tensor:
-        return self._scratch(f"refinenet{number}")(x, finer, size)
+    def _fused(self, maps: Sequence[Tensor], branch: str = "") -> Tensor:
+        """One map of 8 cells along a patch's side, by the steps of a branch."""
+        x, finer = maps[3], None
+        sizes = [[2 * length for length in maps[0].shape[2:]], *(one.shape[2:] for one in maps[:3])]
+        for number in (4, 3, 2, 1):
+            x = self._scratch(f"refinenet{number}{branch}")(x, finer, sizes[number - 1])
+            finer = maps[number - 2]
+        return x
+
+    def _every_pixel(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        x = self._scratch("output_conv1")(self._fused(maps))
+        x = F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+        return self._scratch("output_conv2")(x + place_waves(x, size)).permute(0, 2, 3, 1)
 
     def _scratch(self, name: str) -> Any:
         return getattr(self.scratch, name)
+
+
+class DualDptHead(DptHead):
+    """Depth Anything 3's head of two branches (arXiv 2511.10647): one tells depth, the other, with steps of its own from the same maps, the
+    rays. Of the latter's four outputs the finest is built, which alone is read."""
+
+    def __init__(self, width: int, *, patch_size: int, channels: Sequence[int], fused: int) -> None:
+        super().__init__(width, patch_size=patch_size, channels=channels, fused=fused, outputs=2, clipped=False)
+        for number in range(1, 5):
+            setattr(self.scratch, f"refinenet{number}_aux", Fusion(fused, first=number == 4, clipped=False))
+        turns = [(fused, fused // 2), (fused // 2, fused)] * 3
+        neck = nn.Sequential(*(nn.Conv2d(a, b, 3, padding=1) for a, b in turns[:5]))
+        told = {
+            "0": nn.Conv2d(fused // 2, _LAST, 3, padding=1),
+            "2": nn.LayerNorm(_LAST),
+            "5": nn.Conv2d(_LAST, _RAYS, 1),
+        }
+        self.scratch.output_conv1_aux = nn.ModuleDict({_FINEST: neck})
+        self.scratch.output_conv2_aux = nn.ModuleDict({_FINEST: nn.ModuleDict(told)})
+
+    def both(self, layers: Sequence[Tensor], grid: Grid) -> tuple[Tensor, Tensor]:
+        """Patches ``(B, N, D)`` of four layers on a grid → depth and its confidence before their activations ``(B, H, W, 2)``, and rays
+        ``(B, 8 rows, 8 columns, 7)``: a direction, the camera's place, and a confidence before its activation."""
+        maps = self._maps(layers, grid)
+        x = self._scratch("output_conv1_aux")[_FINEST](self._fused(maps, "_aux"))
+        told = self._scratch("output_conv2_aux")[_FINEST]
+        x = told["0"](x + place_waves(x, self._size(grid)))
+        x = F.relu(told["2"](x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        return self._every_pixel(maps, self._size(grid)), told["5"](x).permute(0, 2, 3, 1)
 
 
 def place_waves(x: Tensor, size: tuple[int, int], share: float = 0.1) -> Tensor:

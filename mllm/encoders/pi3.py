@@ -1,4 +1,4 @@
-"""What geometry do several views of one scene show, none of them before the others? Encoder and decoder of π³."""
+"""What geometry do several views of one scene show, none of them before the others? Encoder and decoder of π³ (its heads: `pi3_heads`)."""
 
 from __future__ import annotations
 
@@ -115,4 +115,4 @@ class Pi3Encoder(ViewsEncoder):
             raise CheckpointError(f"weights: {source} is deeper than depth: {self.config.depth}")
         with torch.device("meta"):
             full = Pi3Model(self.config, depth=self.config.depth)
-        load_exactly(self.model, state, source=source, known={*full.state_dict(), "encoder.mask_token"})
+        load_exactly(self.model, state, source=source, known={*full.state_dict(), "encoder.mask_token"}, heads=())

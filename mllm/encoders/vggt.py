@@ -182,8 +182,4 @@ class VggtEncoder(ViewsEncoder):
         deeper = len([k for k in state if k.startswith(f"frame_blocks.{self.config.depth}.")])
         if deeper:
             raise CheckpointError(f"weights: {source} is deeper than depth: {self.config.depth}")
-        own = full.state_dict()
-        known = set(own) | {
-            k for k in state if k not in own and not k.startswith(("frame_blocks.", "global_blocks.", "patch_embed."))
-        }
-        load_exactly(self.model, state, source=source, known=known)
+        load_exactly(self.model, state, source=source, known=set(full.state_dict()), heads=())

@@ -60,16 +60,16 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with LayerScale."""
+    """Pre-norm transformer block, with LayerScale where it has a scale."""
 
-    def __init__(self, width: int, num_heads: int, *, qk_norm: bool, scale: float, eps: float):
+    def __init__(self, width: int, num_heads: int, *, qk_norm: bool, scale: float | None, eps: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = Attention(width, num_heads, qk_norm=qk_norm, eps=1e-5)
-        self.ls1 = LayerScale(width, scale)
+        self.ls1 = nn.Identity() if scale is None else LayerScale(width, scale)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width)
-        self.ls2 = LayerScale(width, scale)
+        self.ls2 = nn.Identity() if scale is None else LayerScale(width, scale)
 
     def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         x = x + self.ls1(self.attn(self.norm1(x), rotation))

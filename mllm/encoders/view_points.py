@@ -1,18 +1,24 @@
-"""Where in space do encoders of several views say that each pixel lies? VGGT's point head; Depth Anything 3's depth and cameras."""
+"""Where in space do encoders of several views say that each pixel lies? The heads of VGGT, Depth Anything 3 and π³."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mllm.encoders.camera_rays import Cameras, cameras_of_rays, pixel_places
 from mllm.encoders.depth_anything_3 import DepthAnything3Encoder
-from mllm.encoders.dpt import DptHead
+from mllm.encoders.dpt import DptHead, DualDptHead
 from mllm.encoders.multiview import ViewsEncoder
+from mllm.encoders.pi3 import Pi3Encoder
+from mllm.encoders.pi3_heads import Pi3Heads
 from mllm.encoders.vggt import VggtEncoder
+from mllm.encoders.view_blocks import rotary_table, token_places
 from mllm.encoders.weights import load_exactly
 from mllm.errors import ConfigError
+from mllm.types import Grid
 
 _DA3_HEADS = {384: (64, (48, 96, 192, 384)), 768: (128, (96, 192, 384, 768)), 1024: (256, (256, 512, 1024, 1024))}
 """Depth Anything 3's head by the backbone's width: what is fused into, and the maps."""
@@ -29,13 +35,15 @@ class PointReader:
         ConfigError: its layers are not four, or there is no such head for it.
     """
 
-    upstream: ClassVar[str] = ""
-    """What the published checkpoint calls the head."""
+    parts: ClassVar[dict[str, str]] = {}
+    """What the published checkpoint calls the parts of the head, and where they are in `head` (``""``: it is the head)."""
+    num_layers: ClassVar[int] = 4
     head: nn.Module
 
     def __init__(self, encoder: ViewsEncoder):
-        if len(encoder.config.layers) != 4:
-            raise ConfigError(f"layers: the head reads four layers; the encoder gives {encoder.config.layers}")
+        if len(encoder.config.layers) != self.num_layers:
+            named = "four layers" if self.num_layers == 4 else "one layer"
+            raise ConfigError(f"layers: the head reads {named}; the encoder gives {encoder.config.layers}")
         self.encoder = encoder
 
     @staticmethod
@@ -45,12 +53,19 @@ class PointReader:
 
     def load(self) -> None:
         """Read encoder and head from ``config.weights``. Raises `CheckpointError`, `UnavailableError`."""
-        names = set(self.head.state_dict())
+        parts = {name: self.head.get_submodule(own) for name, own in self.parts.items()}
+        names = {f"{name}.{key}" for name, part in parts.items() for key in part.state_dict()}
         with self.encoder.read_once():
             self.encoder.load_pretrained()
-            source, state = self.encoder.published({f"{self.upstream}{key}" for key in names})
-        own = {key.removeprefix(self.upstream): value for key, value in state.items() if key.startswith(self.upstream)}
-        load_exactly(self.head, {key: own[key] for key in names & set(own)}, source=f"{source} (its {self.upstream}…)")
+            source, state = self.encoder.published(names)
+        for name, part in parts.items():
+            told = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+            told, known = self.as_built(name, told)
+            load_exactly(part, told, source=f"{source} (its {name}…)", known=known, heads=())
+
+    def as_built(self, part: str, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
+        """A part's published tensors by the names that ours has, and which of them ours does without."""
+        return state, set()
 
     @torch.no_grad()
     def read(self, pixels: Tensor, *, at_once: int = 8) -> tuple[Tensor, Tensor]:
@@ -61,26 +76,30 @@ class PointReader:
             at_once: views that the head takes at a time.
 
         Returns:
-            Points ``(S, H, W, 3)``, as the first view's camera has them, and confidence ``(S, H, W)``, at least 1, float32 on the CPU.
-            Their unit is the scene's own.
+            Points ``(S, H, W, 3)``, as the first view's camera has them, and confidence ``(S, H, W)``, the higher the surer, float32 on the
+            CPU. Their unit is the scene's own.
         """
         raise NotImplementedError
 
-    def _told(self, head: DptHead, pixels: Tensor, at_once: int) -> tuple[Tensor, Tensor | None]:
-        """What the head says of every pixel ``(S, H, W, …)``, and the encoder's prefix ``(S, P, 4 D)``."""
+    def _layers(self, pixels: Tensor) -> tuple[list[Tensor], Tensor, Grid]:
+        """What the head reads of each layer ``(S, N, D)``, the last layer's prefix ``(S, P, D)``, and the grid."""
         features = self.encoder(pixels, scene_ids=torch.zeros(len(pixels), dtype=torch.long, device=pixels.device))
-        layers = features.tokens.float().chunk(4, dim=-1)
-        parts = [
-            head([layer[begin : begin + at_once] for layer in layers], features.grid)
-            for begin in range(0, len(pixels), at_once)
-        ]
-        return torch.cat(parts), features.prefix
+        assert features.prefix is not None
+        prefix = features.prefix.float().chunk(self.num_layers, dim=-1)[-1]
+        return list(features.tokens.float().chunk(self.num_layers, dim=-1)), prefix, features.grid
+
+
+def _by_parts(read: Callable[..., tuple[Tensor, ...]], at_once: int, *inputs: Tensor) -> list[Tensor]:
+    """What ``read`` makes of so many views at a time."""
+    parts = zip(*(one.split(at_once) for one in inputs), strict=True)
+    return [torch.cat(found) for found in zip(*(read(*some) for some in parts), strict=True)]
 
 
 class VggtPoints(PointReader):
     """VGGT's point head, whose points are the reference view's, which is the first."""
 
-    upstream: ClassVar[str] = "point_head."
+    parts: ClassVar[dict[str, str]] = {"point_head": ""}
+    head: DptHead
 
     def __init__(self, encoder: VggtEncoder):
         super().__init__(encoder)
@@ -99,8 +118,8 @@ class VggtPoints(PointReader):
 
     @torch.no_grad()
     def read(self, pixels: Tensor, *, at_once: int = 8) -> tuple[Tensor, Tensor]:
-        told, _ = self._told(self.head, pixels, at_once)  # type: ignore[arg-type]
-        points, confidence = vggt_points(told)
+        layers, _, grid = self._layers(pixels)
+        points, confidence = _by_parts(lambda *some: vggt_points(self.head(some, grid)), at_once, *layers)
         return points.cpu(), confidence.cpu()
 
 
@@ -126,9 +145,16 @@ class CameraDecoder(nn.Module):
 
 
 class DepthAnything3Points(PointReader):
-    """Depth Anything 3's depth, laid into space by the cameras that it tells."""
+    """Depth Anything 3's depth, laid into space by the cameras that it tells.
 
-    def __init__(self, encoder: DepthAnything3Encoder):
+    Args:
+        encoder: of the models of several views.
+        by_rays: cameras are those that fit its map of rays (`cameras_of_rays`) in place of what its camera decoder says.
+    """
+
+    parts: ClassVar[dict[str, str]] = {"head": "head", "cam_dec": "cam_dec"}
+
+    def __init__(self, encoder: DepthAnything3Encoder, *, by_rays: bool = False):
         super().__init__(encoder)
         config = encoder.config
         if config.across_from is None or not config.keep_prefix:
@@ -137,34 +163,60 @@ class DepthAnything3Points(PointReader):
                 "gives their tokens"
             )
         fused, channels = _DA3_HEADS.get(config.width, _DA3_HEADS[768])
-        head = DptHead(
-            2 * config.width, patch_size=config.patch_size, channels=channels, fused=fused, outputs=2, clipped=False
-        )
+        head = DualDptHead(2 * config.width, patch_size=config.patch_size, channels=channels, fused=fused)
+        self.by_rays = by_rays
         self.head = nn.ModuleDict({"head": head, "cam_dec": CameraDecoder(2 * config.width)})
 
     @staticmethod
     def layers_read(depth: int) -> list[int]:
         return [12, 16, 20, 24] if depth > 12 else [6, 8, 10, 12]
 
+    def as_built(self, part: str, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
+        """The four outputs of rays share a norm, of whose names a file of safetensors keeps the first alone."""
+        own = set(self.head.get_submodule(self.parts[part]).state_dict())
+        coarser = {
+            key: [key.replace("_aux.3.", f"_aux.{level}.") for level in range(3)] for key in own if "_aux.3." in key
+        }
+        shared = {key: names[0] for key, names in coarser.items() if "output_conv2_aux.3.2." in key}
+        told = state | {key: state[name] for key, name in shared.items() if key not in state and name in state}
+        return told, {name for names in coarser.values() for name in names}
+
     @torch.no_grad()
     def read(self, pixels: Tensor, *, at_once: int = 8) -> tuple[Tensor, Tensor]:
-        told, prefix = self._told(self.head["head"], pixels, at_once)  # type: ignore[index]
-        assert prefix is not None
-        poses = self.head["cam_dec"](prefix[:, 0].float().chunk(4, dim=-1)[-1])  # type: ignore[index]
-        return laid_by_cameras(told[..., 0].exp(), poses).cpu(), 1 + told[..., 1].exp().cpu()
+        layers, camera, grid = self._layers(pixels)
+        head: Any = self.head["head"]  # type: ignore[index]
+        if self.by_rays:
+            told, rays = _by_parts(lambda *some: head.both(some, grid), at_once, *layers)
+            cameras = cameras_of_rays(rays[..., :6], 1 + rays[..., 6].exp())
+        else:
+            (told,) = _by_parts(lambda *some: (head(some, grid),), at_once, *layers)
+            cameras = cameras_of_poses(self.head["cam_dec"](camera[:, 0]))  # type: ignore[index]
+        return laid_by_cameras(told[..., 0].exp(), cameras).cpu(), 1 + told[..., 1].exp().cpu()
 
 
-def laid_by_cameras(depth: Tensor, poses: Tensor) -> Tensor:
-    """Depth ``(S, H, W)`` along the cameras' axes, laid into space by their poses ``(S, 9)`` (`CameraDecoder`) → ``(S, H, W, 3)`` as the
-    first view's camera has it: x right, y down, z forward. Rays go through the pixels' centres."""
-    rows, cols = depth.shape[1:]
-    down = ((torch.arange(rows, device=depth.device) + 0.5) / rows * 2 - 1)[None, :, None]
-    across = ((torch.arange(cols, device=depth.device) + 0.5) / cols * 2 - 1)[None, None]
+def cameras_of_poses(poses: Tensor) -> Cameras:
+    """What poses ``(S, 9)`` (`CameraDecoder`) say of cameras, whose axes go through the middle of their pictures."""
     high, wide = (poses[:, 7:] / 2).tan().clamp(min=1e-6).unbind(dim=-1)
-    seen = torch.stack([across * wide[:, None, None] * depth, down * high[:, None, None] * depth, depth], dim=-1)
-    turns, places = rotations(poses[:, 3:7]), poses[:, :3]
-    world = torch.einsum("srcj,sij->srci", seen, turns) + places[:, None, None]
-    return (world - places[0]) @ turns[0]
+    return Cameras(
+        rotations(poses[:, 3:7]), poses[:, :3], torch.stack([wide, high, torch.ones_like(wide)], -1).diag_embed()
+    )
+
+
+def laid_by_cameras(depth: Tensor, cameras: Cameras) -> Tensor:
+    """Depth ``(S, H, W)`` along the cameras' axes, laid into space by them → ``(S, H, W, 3)`` as the first view's camera has it: x right,
+    y down, z forward. Rays go through the pixels' centres."""
+    _, rows, columns = depth.shape
+    places = pixel_places(rows, columns, depth.device)
+    lens = cameras.lens.to(depth)
+    return seen_by_first(torch.einsum("rcj,sij,src->srci", places, lens, depth), cameras.turns, cameras.places)
+
+
+def seen_by_first(points: Tensor, turns: Tensor, places: Tensor) -> Tensor:
+    """Points ``(S, H, W, 3)`` that each view's camera sees before it, as the first one has them. turns ``(S, 3, 3)``, places ``(S, 3)``:
+    of the cameras."""
+    own = turns[0].T @ turns  # in the cameras' own precision
+    moved = (places - places[0]) @ turns[0]
+    return torch.einsum("srcj,sij->srci", points, own.to(points)) + moved.to(points)[:, None, None]
 
 
 def rotations(quaternions: Tensor) -> Tensor:
@@ -178,5 +230,42 @@ def rotations(quaternions: Tensor) -> Tensor:
     return torch.stack(rows, dim=-2)
 
 
-READERS: dict[str, Any] = {"vggt": VggtPoints, "depth_anything_3": DepthAnything3Points}
+class Pi3Points(PointReader):
+    """π³'s points before each camera, laid into space by the cameras that it tells; confidence from 0 to 1. The encoder gives its last
+    layer alone."""
+
+    names: ClassVar[tuple[str, ...]] = (
+        "point_decoder", "point_head", "conf_decoder", "conf_head", "camera_decoder", "camera_head",
+    )  # fmt: skip
+    parts: ClassVar[dict[str, str]] = {name: name for name in names}
+    num_layers: ClassVar[int] = 1
+    head: Pi3Heads
+
+    def __init__(self, encoder: Pi3Encoder):
+        super().__init__(encoder)
+        config = encoder.config
+        if not config.keep_prefix:
+            raise ConfigError("encoder: the heads read its register tokens too; keep_prefix: true gives them")
+        self.head = Pi3Heads(2 * config.width, config.patch_size, inner=config.width, num_heads=config.num_heads)
+
+    @staticmethod
+    def layers_read(depth: int) -> list[int]:
+        return [depth]
+
+    @torch.no_grad()
+    def read(self, pixels: Tensor, *, at_once: int = 8) -> tuple[Tensor, Tensor]:
+        points, confidence, places, turns = self.told(pixels, at_once=at_once)
+        return seen_by_first(points, turns, places).cpu(), confidence.sigmoid().cpu()
+
+    def told(self, pixels: Tensor, *, at_once: int = 8) -> list[Tensor]:
+        """What `Pi3Heads` tell of views ``(S, 3, H, W)``."""
+        (tokens,), prefix, grid = self._layers(pixels)
+        special = prefix.shape[1]
+        rotation = rotary_table(token_places(grid, special, tokens.device), self.head.head_dim, tokens.dtype)
+        return _by_parts(
+            lambda some: self.head(some, special, grid[0], rotation), at_once, torch.cat([prefix, tokens], dim=1)
+        )
+
+
+READERS: dict[str, Any] = {"vggt": VggtPoints, "depth_anything_3": DepthAnything3Points, "pi3": Pi3Points}
 """Encoder type → its `PointReader`."""

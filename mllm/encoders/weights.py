@@ -118,10 +118,17 @@ def strip_prefix(state: Mapping[str, Tensor], wanted: Collection[str]) -> dict[s
     return {key[len(prefix) + 1 :]: value for key, value in state.items() if key.startswith(prefix + ".")}
 
 
-def load_exactly(module: nn.Module, state: Mapping[str, Tensor], *, source: str, known: Collection[str] = ()) -> None:
+def load_exactly(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    source: str,
+    known: Collection[str] = (),
+    heads: Collection[str] = _HEADS,
+) -> None:
     """Copy ``state`` into ``module``: every key must be there in the right shape, and nothing may be left over except
-    heads and the ``known`` keys (parts of the full model that are not built). Raises `CheckpointError` listing what
-    does not fit."""
+    the ``known`` keys (parts of the full model that are not built) and those whose first part is one of ``heads``. Raises
+    `CheckpointError` listing what does not fit."""
     own = module.state_dict()
     missing = [key for key in own if key not in state]
     shapes = [
@@ -130,7 +137,7 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], *, source: str,
         if key in state and state[key].shape != own[key].shape
     ]
     known = set(known)
-    extra = [key for key in state if key not in own and key not in known and key.split(".")[0] not in _HEADS]
+    extra = [key for key in state if key not in own and key not in known and key.split(".")[0] not in heads]
     problems = [("missing", missing), ("of another shape", shapes), ("not part of this architecture", extra)]
     text = "; ".join(f"{len(keys)} {what}: {shorten(keys)}" for what, keys in problems if keys)
     if text:

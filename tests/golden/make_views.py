@@ -5,7 +5,7 @@
     git clone https://github.com/diankun-wu/Spatial-MLLM && git -C Spatial-MLLM checkout 9fc4738     # has a copy of VGGT
     PYTHONPATH=. python tests/golden/make_views.py --pi3 Pi3 --spatial-mllm Spatial-MLLM
 
-Only the backbones' modules are imported; the packages' other requirements are not needed.
+Only the models' modules are imported; the packages' other requirements are not needed.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ SIZES = {"img_size": 56, "patch_size": 14, "embed_dim": 32, "num_heads": 2}
 DA3 = {**SIZES, "depth": 6, "alt_start": 2, "qknorm_start": 2, "rope_start": 2, "cat_token": True}
 ALONE = {**SIZES, "depth": 6, "alt_start": -1, "qknorm_start": -1, "rope_start": -1, "cat_token": False}
 PI3 = {**SIZES, "dinov2_depth": 2, "dinov2_registers": 4, "decoder_depth": 4, "registers": 5}
+HEADS = {"inner": 32, "num_heads": 2, "camera": 16}
 POINTS = {
     "dim_in": 64, "features": 16, "out_channels": [8, 12, 16, 16], "intermediate_layer_idx": [0, 1, 2, 3],
     "activation": "inv_log", "conf_activation": "expp1", "output_dim": 4,
@@ -48,14 +49,19 @@ def name_package(name: str, folder: Path) -> None:
     sys.modules[name] = module
 
 
-def depth_anything_3(ctor: dict[str, Any]) -> nn.Module:
-    """The package's `DinoVisionTransformer`."""
+def package(name: str, folder: str) -> None:
+    """Let modules below a part of depth_anything_3 be imported alone."""
     if "depth_anything_3" not in sys.modules:
         found = importlib.util.find_spec("depth_anything_3")
         assert found is not None and found.submodule_search_locations
-        root = Path(next(iter(found.submodule_search_locations)))
-        name_package("depth_anything_3", root)
-        name_package("depth_anything_3.model", root / "model")
+        name_package("depth_anything_3", Path(next(iter(found.submodule_search_locations))))
+    if name not in sys.modules:
+        name_package(name, Path(sys.modules["depth_anything_3"].__path__[0]) / folder)
+
+
+def depth_anything_3(ctor: dict[str, Any]) -> nn.Module:
+    """The package's `DinoVisionTransformer`."""
+    package("depth_anything_3.model", "model")
     from depth_anything_3.model.dinov2.vision_transformer import (  # pyright: ignore[reportMissingImports]
         DinoVisionTransformer,
     )
@@ -84,7 +90,63 @@ def read_depth_anything_3_points(model: Any, pixels: Tensor) -> dict[str, Tensor
     layers = model["backbone"].get_intermediate_layers(pixels, [2, 3, 4, 5])[0]
     told = model["head"](layers, *pixels.shape[3:], patch_start_idx=0)
     poses = model["cam_dec"].float()(layers[-1][1].float())  # which computes in fp32 whatever it is given
-    return {"depth": told["depth"], "confidence": told["depth_conf"], "poses": poses}
+    rays = {"rays": told["ray"], "rays_confidence": told["ray_conf"]}
+    return {"depth": told["depth"], "confidence": told["depth_conf"], "poses": poses, **rays}
+
+
+def noisy_rays() -> tuple[Tensor, Tensor]:
+    """Rays ``(1, 3, 12, 16, 6)`` of three cameras, in the second and third off by some thousandths, a ninth of them by much, and
+    confidences."""
+    down, across = ((torch.arange(count, dtype=torch.float64) + 0.5) / count * 2 - 1 for count in (12, 16))
+    pixels = torch.stack([across.expand(12, 16), down[:, None].expand(12, 16), torch.ones(12, 16)], dim=-1)
+    rays = []
+    for view, (yaw, pitch, wide) in enumerate([(0.0, 0.0, 0.8), (0.6, -0.2, 0.7), (2.5, 0.3, 0.9)]):
+        a, b = torch.tensor([yaw, pitch], dtype=torch.float64)
+        turn = torch.stack([a.cos(), 0 * a, a.sin(), 0 * a, 1 + 0 * a, 0 * a, -a.sin(), 0 * a, a.cos()]).reshape(3, 3)
+        tilt = torch.stack([1 + 0 * b, 0 * b, 0 * b, 0 * b, b.cos(), -b.sin(), 0 * b, b.sin(), b.cos()]).reshape(3, 3)
+        seen = pixels * torch.tensor([wide, 0.75 * wide, 1.0], dtype=torch.float64) @ (turn @ tilt).T
+        noise = torch.from_numpy(fill(f"noise.{view}", (12, 16, 6), SEED, "normal")).double() * 0.002 * (view > 0)
+        noise[::3, ::3, :2] += 2.0 * (view > 0)
+        places = torch.tensor([view, 0.5 * view, -view], dtype=torch.float64).expand(12, 16, 3)
+        rays.append(torch.cat([seen, places], dim=-1) + noise)
+    confidence = 1 + torch.from_numpy(fill("confidence", (1, 3, 12, 16), SEED, "uniform")).double()
+    return torch.stack(rays)[None].float(), confidence.float()
+
+
+def write_rays() -> None:
+    """The package's cameras of those rays, and the homographies that it takes apart; both by its random guesses."""
+    package("depth_anything_3.utils", "utils")
+    from depth_anything_3.utils import ray_utils  # pyright: ignore[reportMissingImports]
+
+    fits: list[Tensor] = []
+    fit = ray_utils.ransac_find_homography_weighted_fast_batch
+    ray_utils.ransac_find_homography_weighted_fast_batch = lambda *told, **more: (
+        fits.append(fit(*told, **more)) or fits[-1]
+    )
+    torch.manual_seed(SEED)
+    rays, confidence = noisy_rays()
+    turned, focal, middle = ray_utils.get_extrinsic_from_camray(rays.clone(), confidence.clone()[..., None], 12, 16)
+    torch.manual_seed(SEED + 1)
+    again, *_ = ray_utils.get_extrinsic_from_camray(rays.clone(), confidence.clone()[..., None], 12, 16)
+    assert (turned - again).abs().max() < 1e-6, "the guesses count"
+    outputs = {
+        "input.rays": rays[0], "input.confidence": confidence[0], "output.homographies": torch.cat(fits[:2]),
+        "output.cameras": turned[0], "output.focal": focal[0], "output.middle": middle[0],
+    }  # fmt: skip
+    meta = {
+        "case": "depth_anything_3_rays", "variant": "open", "seed": SEED, "paper": "Depth Anything 3 (arXiv 2511.10647)",
+        "source": "PyPI depth-anything-3 0.1.1 (Apache-2.0), utils/ray_utils.py:get_extrinsic_from_camray",
+        "what": "The cameras of a ray map with noise and outliers; a homography's last entry is 1.",
+        "notes": "Cameras [S,4,4] (camera to world); focal length and middle of a picture from 0 to 2. Its decomposition supposes that the "
+                 "axis goes through the picture's middle, as it does in the first view alone exactly.",
+        "params": [], "inputs": [{"name": f"input.{n}", "stored": True} for n in ("rays", "confidence")],
+        "outputs": [{"name": key, "shape": list(value.shape), "dtype": "float32"} for key, value in outputs.items() if "out" in key],
+        "tolerance": {"atol": 2e-5, "rtol": 1e-5},
+    }  # fmt: skip
+    (HERE / "depth_anything_3_rays.json").write_text(json.dumps(meta, indent=1) + "\n")
+    save_file(
+        {key: value.contiguous().numpy() for key, value in outputs.items()}, HERE / "depth_anything_3_rays.safetensors"
+    )
 
 
 def pi3(checkout: Path) -> nn.Module:
@@ -123,6 +185,32 @@ def read_pi3(model: Any, pixels: Tensor) -> dict[str, Tensor]:
     views, height, width = pixels.shape[1], *pixels.shape[3:]
     patches = model.encoder(pixels[0], is_training=True)["x_norm_patchtokens"]
     return {"all": model.decode(patches, views, height, width)[0]}
+
+
+def pi3_heads(checkout: Path) -> nn.Module:
+    """The authors' `Pi3` whole, its decoders at small sizes."""
+    model: Any = pi3(checkout)
+    from pi3.models.layers.camera_head import CameraHead  # pyright: ignore[reportMissingImports]
+    from pi3.models.layers.transformer_head import (  # pyright: ignore[reportMissingImports]
+        LinearPts3d,
+        TransformerDecoder,
+    )
+
+    inner, heads, camera = HEADS["inner"], HEADS["num_heads"], HEADS["camera"]
+    for name, width, outputs in (("point", inner, 3), ("conf", inner, 1), ("camera", camera, None)):
+        decoder = TransformerDecoder(2 * PI3["embed_dim"], width, inner, dec_num_heads=heads, rope=model.rope)
+        setattr(model, f"{name}_decoder", decoder)
+        head = CameraHead(width) if outputs is None else LinearPts3d(PI3["patch_size"], width, outputs)
+        setattr(model, f"{name}_head", head)
+    model.image_mean, model.image_std = 0.0, 1.0  # pictures are normalised already
+    return model
+
+
+def read_pi3_heads(model: Any, pixels: Tensor) -> dict[str, Tensor]:
+    for head in (model.point_head, model.conf_head, model.camera_head):
+        head.float()  # which compute in fp32 whatever they are given
+    found = model(pixels)
+    return {name: found[name] for name in ("points", "local_points", "conf", "camera_poses")}
 
 
 def vggt_points(checkout: Path) -> nn.Module:
@@ -207,9 +295,11 @@ def main() -> None:
         depth_anything_3_points(), read_depth_anything_3_points, {"four": 4},
         {"case": "depth_anything_3_points", "paper": paper["paper"], "ctor": {"backbone": DA3, "features": 16},
          "source": "PyPI depth-anything-3 0.1.1 (Apache-2.0), model/dualdpt.py:DualDPT and model/cam_dec.py:CameraDec",
-         "what": "Depth, confidence and cameras on the backbone's layers 3 to 6.",
-         "notes": "Depth [B,S,H,W]; poses [B,S,9]: place, quaternion x y z w (camera to world), vertical and horizontal field of view."},
+         "what": "Depth, rays, their confidences and cameras on the backbone's layers 3 to 6.",
+         "notes": "Depth [B,S,H,W]; poses [B,S,9]: place, quaternion x y z w (camera to world), vertical and horizontal field of view; "
+                  "rays [B,S,8 rows,8 columns,6]: direction, place. Their four outputs share a norm, which has the first one's name."},
     )  # fmt: skip
+    write_rays()
     if checkout is not None:
         write(
             pi3(checkout), read_pi3, {"three": 3, "one": 1},
@@ -217,6 +307,13 @@ def main() -> None:
              "source": "yyfz/Pi3@9fa3ddb (code BSD-3-Clause), pi3/models/pi3.py:Pi3.decode after its DINOv2",
              "what": "Encoder and decoder up to the heads: blocks inside each view and across views in turns, no view before the others.",
              "notes": "[S,5+N,2C]: after the last block inside views, then after the last across; registers first, not normalised."},
+        )  # fmt: skip
+        write(
+            pi3_heads(checkout), read_pi3_heads, {"three": 3},
+            {"case": "pi3_heads", "paper": "Pi3 (arXiv 2507.13347)", "ctor": {**PI3, **HEADS},
+             "source": "yyfz/Pi3@9fa3ddb (code BSD-3-Clause), pi3/models/pi3.py:Pi3.forward",
+             "what": "Points, points before the cameras, confidence and cameras.",
+             "notes": "[B,S,H,W,3], the same, [B,S,H,W,1] before its sigmoid, [B,S,4,4] (camera to world)."},
         )  # fmt: skip
     if options.spatial_mllm is not None:
         write(

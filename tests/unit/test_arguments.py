@@ -56,6 +56,7 @@ NOT_THERE = {  # command line → words of its one error; {d} is an empty folder
     "data check {d}/nope.json": "no such file or folder",
     "data points {d}/nope.mp4": "no such video",
     "data points {d} --chunk 1": "--chunk 1: must be at least 2",
+    "data points {d} --rays --encoder pi3": "pi3 tells no rays",
     "data check nope": "unknown dataset 'nope'",
     "data build charts {d} --size 0": "--size 0",
     "data build captions {d}/nope": "no such folder",

@@ -1,4 +1,4 @@
-"""Do the heads say what VGGT's and Depth Anything 3's say, and are they read out of whole checkpoints?"""
+"""Do the heads say what VGGT's, Depth Anything 3's and π³'s say, and are they read out of whole checkpoints?"""
 
 # pyright: reportArgumentType=false
 
@@ -11,11 +11,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mllm.encoders import multiview
+from mllm.encoders import multiview, view_points
+from mllm.encoders.camera_rays import cameras_of_rays, homography, pixel_places
 from mllm.encoders.depth_anything_3 import DepthAnything3Encoder
 from mllm.encoders.dpt import DptHead, place_waves
+from mllm.encoders.pi3 import Pi3Encoder
 from mllm.encoders.vggt import VggtEncoder
-from mllm.encoders.view_points import READERS, CameraDecoder, laid_by_cameras, rotations, vggt_points
+from mllm.encoders.view_points import (
+    READERS,
+    cameras_of_poses,
+    laid_by_cameras,
+    rotations,
+    vggt_points,
+)
 from mllm.encoders.weights import read_weights
 from mllm.errors import CheckpointError, ConfigError
 from tests.golden.fill import check, fill, fill_all, load
@@ -25,11 +33,15 @@ GOLDEN = Path(__file__).parents[2] / "golden"
 SMALL = {
     "vggt": {**VggtEncoder.tiny(), "depth": 4, "layers": [1, 2, 3, 4], "patch_embed": "conv"},
     "depth_anything_3": {**DepthAnything3Encoder.tiny(), "layers": [1, 2, 3, 4]},
+    "pi3": {**Pi3Encoder.tiny(), "layers": [-1]},
 }
 UPSTREAM = {
     "vggt": ("aggregator.", "point_head."),
     "depth_anything_3": ("model.backbone.pretrained.", "model."),
+    "pi3": ("", ""),
 }
+BESIDE = {"vggt": "depth_head.norm.weight", "depth_anything_3": "model.cam_enc.x", "pi3": "image_mean"}
+"""A tensor of the published model that is read by nothing here."""
 EXACT = {"tolerance": {"atol": 2e-6, "rtol": 1e-5}}
 
 
@@ -42,9 +54,23 @@ def save_whole(kind, reader, folder):
     encoder, own = UPSTREAM[kind]
     state = {f"{encoder}{k}": v for k, v in reader.encoder.model.state_dict().items()}
     state |= {f"{own}{k}": v for k, v in reader.head.state_dict().items()}
-    state |= {"depth_head.norm.weight": torch.zeros(2)} if kind == "vggt" else {"model.cam_enc.x": torch.zeros(2)}
+    if kind == "depth_anything_3":  # the rays' other outputs, with whose norm the last one shares its own
+        finest = [k for k in state if "_aux.3." in k]
+        state |= {k.replace("_aux.3.", "_aux.0."): state[k] for k in finest}
+        state = {k: v for k, v in state.items() if "output_conv2_aux.3.2." not in k}
+    return save(state | {BESIDE[kind]: torch.zeros(2)}, folder)
+
+
+def save(state, folder):
     save_file({k: v.clone().contiguous() for k, v in state.items()}, folder / "model.safetensors")
     return state
+
+
+def golden_state(case, prefix=""):
+    meta, inputs, outputs = load(GOLDEN / f"{case}.json")
+    state = {name: torch.from_numpy(value) for name, value in fill_all(meta).items()}
+    below = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return below, inputs, outputs
 
 
 @torch.no_grad()
@@ -65,28 +91,93 @@ def test_vggts_points():
 
 
 @torch.no_grad()
-def test_depth_anything_3s_depth_and_cameras():
-    meta, inputs, outputs = load(GOLDEN / "depth_anything_3_points.json")
-    state = {name: torch.from_numpy(value) for name, value in fill_all(meta).items()}
-
-    def below(prefix):
-        return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
+def test_depth_anything_3s_depth_rays_and_cameras(tmp_path, monkeypatch):
+    """From a checkpoint as published, which is what loads it."""
+    state, inputs, outputs = golden_state("depth_anything_3_points")
+    names = {key: f"backbone.pretrained.{key[9:]}" if key.startswith("backbone.") else key for key in state}
+    save({f"model.{names[key]}": value for key, value in state.items()}, tmp_path)
+    monkeypatch.setitem(view_points._DA3_HEADS, 32, (16, (8, 12, 16, 16)))
     sizes = {"width": 32, "num_heads": 2, "depth": 6, "position_size": 56, "image_size": [42, 56], "across_from": 2}
     config = {"type": "depth_anything_3", **sizes, "layers": [3, 4, 5, 6], "keep_prefix": True}
-    encoder = build(config)
-    encoder.model.load_state_dict(below("backbone."))
-    own, cameras = head(outputs=2, clipped=False), CameraDecoder(64)
-    own.load_state_dict({key: value for key, value in below("head.").items() if "aux" not in key})
-    cameras.load_state_dict(below("cam_dec."))
-    features = encoder(torch.from_numpy(inputs["input.four"])[0], scene_ids=torch.zeros(4))
-    told = own(features.tokens.chunk(4, dim=-1), features.grid)
+    reader = READERS["depth_anything_3"](build(config, weights={"source": str(tmp_path)}))
+    reader.load()
+    features = reader.encoder(torch.from_numpy(inputs["input.four"])[0], scene_ids=torch.zeros(4))
+    told, rays = reader.head["head"].both(features.tokens.chunk(4, dim=-1), features.grid)
+    assert torch.equal(told, reader.head["head"](features.tokens.chunk(4, dim=-1), features.grid))
     have = {
         "output.four.depth": told[None, ..., 0].exp().numpy(),
         "output.four.confidence": 1 + told[None, ..., 1].exp().numpy(),
-        "output.four.poses": cameras(features.prefix[:, 0].chunk(4, dim=-1)[-1])[None].numpy(),
+        "output.four.poses": reader.head["cam_dec"](features.prefix[:, 0].chunk(4, dim=-1)[-1])[None].numpy(),
+        "output.four.rays": rays[None, ..., :6].numpy(),
+        "output.four.rays_confidence": 1 + rays[None, ..., 6].exp().numpy(),
     }
-    check({"tolerance": {"atol": 2e-5, "rtol": 1e-5}}, outputs, have)
+    check({"tolerance": {"atol": 1e-5, "rtol": 1e-5}}, outputs, have)
+    assert rays[..., :6].std() > 1e-3
+
+
+def test_cameras_of_rays_with_noise_and_outliers():
+    """As the authors' code has them where the axis goes through the middle; the homography of every view."""
+    meta, inputs, outputs = load(GOLDEN / "depth_anything_3_rays.json")
+    rays, confidence = (torch.from_numpy(inputs[f"input.{name}"]) for name in ("rays", "confidence"))
+    found = cameras_of_rays(rays, confidence)
+    product = found.turns @ found.lens
+    fits = {"output.homographies": (product / product[:, 2:, 2:].abs()).float().numpy()}
+    check(meta, {name: outputs[name] for name in fits}, fits)
+    expected = torch.from_numpy(outputs["output.cameras"]).double()
+    torch.testing.assert_close(found.places, expected[:, :3, 3], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.turns[0], expected[0, :3, :3], atol=1e-5, rtol=0)
+    cosines = ((found.turns.mT @ expected[:, :3, :3]).diagonal(dim1=1, dim2=2).sum(dim=1) - 1) / 2
+    assert (cosines > np.cos(np.radians(0.5))).all(), "another decomposition, of nearly the same"
+    focal = torch.from_numpy(outputs["output.focal"]).double()
+    torch.testing.assert_close(1 / found.lens.diagonal(dim1=1, dim2=2)[:, :2], focal, atol=0, rtol=1e-3)
+
+
+def test_cameras_come_back_from_their_rays_whatever_their_lens():
+    """Also where the axis goes beside the picture's middle, and of a camera that looks back. A ninth of the rays say anything."""
+    quarter = torch.tensor([[0.0, 0, 0, 1], [0.1, 0.5, 0, 0.8], [0, 0.95, 0.05, 0.1]], dtype=torch.float64)
+    lens = torch.tensor([[0.8, 0, 0.1], [0, 0.6, -0.05], [0, 0, 1]], dtype=torch.float64)
+    turns, places = rotations(quarter), torch.tensor([[0.0, 0, 0], [1, 2, -1], [0, 0, 5]], dtype=torch.float64)
+    seen = torch.einsum("rcj,kj,sik->srci", pixel_places(12, 16).double(), lens, turns)
+    rays = torch.cat([3 * seen, places[:, None, None].expand(seen.shape)], dim=-1)
+    rays[:, ::3, ::3, :3] += 2.0
+    found = cameras_of_rays(rays, torch.ones(3, 12, 16))
+    for have, expected in ((found.turns, turns), (found.places, places), (found.lens, lens.expand(3, 3, 3))):
+        torch.testing.assert_close(have, expected, atol=1e-9, rtol=0)
+    flat = torch.ones(16 * 12, dtype=torch.float64)
+    plane = homography(pixel_places(12, 16).double().flatten(0, 1), seen[0].flatten(0, 1)[:, :2], flat)
+    torch.testing.assert_close(plane / plane[2, 2], lens, atol=1e-9, rtol=0)
+
+
+@torch.no_grad()
+def test_pi3s_points_and_cameras(tmp_path):
+    state, inputs, outputs = golden_state("pi3_heads")
+    save(state | {"image_mean": torch.zeros(1, 3, 1, 1)}, tmp_path)
+    sizes = {
+        "width": 32,
+        "num_heads": 2,
+        "depth": 2,
+        "dinov2_depth": 2,
+        "dinov2_image_size": 56,
+        "image_size": [42, 56],
+    }
+    config = {"type": "pi3", **sizes, "keep_prefix": True, "weights": {"source": str(tmp_path)}}
+    reader = READERS["pi3"](build(config))
+    reader.load()
+    pixels = torch.from_numpy(inputs["input.three"])[0]
+    points, confidence, places, turns = reader.told(pixels)
+    poses = torch.cat([torch.cat([turns, places[..., None]], dim=-1), torch.eye(4)[3:].expand(3, 1, 4)], dim=1)
+    world = torch.einsum("sij,srcj->srci", turns, points) + places[:, None, None]
+    have = {
+        "output.three.local_points": points[None].numpy(),
+        "output.three.points": world[None].numpy(),
+        "output.three.conf": confidence[None, ..., None].numpy(),
+        "output.three.camera_poses": poses[None].numpy(),
+    }
+    check({"tolerance": {"atol": 1e-5, "rtol": 1e-5}}, outputs, have)
+    laid, sure = reader.read(pixels, at_once=2)
+    torch.testing.assert_close(laid[0], points[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(laid, (world - places[0]) @ turns[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sure, confidence.sigmoid())
 
 
 def test_depth_is_laid_where_known_cameras_see_it():
@@ -96,7 +187,7 @@ def test_depth_is_laid_where_known_cameras_see_it():
         [[0.5, 0, 0, 0, 0, 0, 2.0, np.pi / 2, np.pi / 2], [1.5, 0, 0, *quarter, np.pi / 2, np.pi / 2]],
         dtype=torch.float32,
     )
-    points = laid_by_cameras(torch.full((2, 4, 4), 2.0), poses)
+    points = laid_by_cameras(torch.full((2, 4, 4), 2.0), cameras_of_poses(poses))
     torch.testing.assert_close(points[0, 0, 3], torch.tensor([1.5, -1.5, 2.0]))  # up and to the right
     torch.testing.assert_close(points[1, 3, 3], torch.tensor([1.0 - 2.0, 1.5, 1.5]))  # ahead is now to the left
     turns = rotations(torch.randn(5, 4))
@@ -116,18 +207,40 @@ def test_a_reader_is_read_out_of_a_whole_checkpoint_that_is_opened_once(kind, tm
     opened = []
     monkeypatch.setattr(multiview, "read_weights", lambda path: opened.append(path) or read_weights(path))
     donor = READERS[kind](stirred(SMALL[kind]))
-    state = save_whole(kind, donor, tmp_path)
+    save_whole(kind, donor, tmp_path)
     reader = READERS[kind](build(SMALL[kind], weights={"source": str(tmp_path)}))
     reader.load()
     assert len(opened) == 1 and reader.encoder._tensors is None, "once for encoder and head, and nothing of it kept"
     pixels = torch.rand(3, 3, 16, 20)
     points, confidence = reader.read(pixels, at_once=2)
-    assert points.shape == (3, 16, 20, 3) and confidence.shape == (3, 16, 20) and confidence.min() >= 1
+    assert points.shape == (3, 16, 20, 3) and confidence.shape == (3, 16, 20)
+    assert confidence.min() >= (0 if kind == "pi3" else 1)
     torch.testing.assert_close((points, confidence), donor.read(pixels))
-    lost = f"{UPSTREAM[kind][1]}{next(iter(donor.head.state_dict()))}"
-    save_file({k: v.clone().contiguous() for k, v in state.items() if k != lost}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="missing: "):
-        reader.load()
+
+
+FAULTS = {
+    "missing": (lambda state, key: {k: v for k, v in state.items() if k != key}, "1 missing: {key}"),
+    "extra": (lambda state, key: state | {f"{key}_2": state[key]}, "1 not part of this architecture: {key}_2"),
+    "shape": (lambda state, key: state | {key: torch.zeros(3, 5)}, "1 of another shape: {key} (3, 5) instead of"),
+}
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_each_weight_that_does_not_fit_is_one_error(kind, tmp_path):
+    """Missing, left over, or of another shape: of the encoder and of each part of its head."""
+    torch.manual_seed(0)
+    reader = READERS[kind](build(SMALL[kind], weights={"source": str(tmp_path)}))
+    state = save_whole(kind, reader, tmp_path)
+    encoder, own = UPSTREAM[kind]
+    places = [(encoder, list(reader.encoder.model.state_dict())[-1])]
+    for part, at in reader.parts.items():
+        places.append((f"{own}{part}." if at else own, next(iter(reader.head.get_submodule(at).state_dict()))))
+    for prefix, name in places:
+        for change, message in FAULTS.values():
+            save(change(state, f"{prefix}{name}"), tmp_path)
+            with pytest.raises(CheckpointError) as error:
+                reader.load()
+            assert message.format(key=name) in str(error.value) and str(error.value).count("instead of") <= 1
 
 
 def test_other_layers_and_models_without_cameras_are_refused():
