@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from mllm.demo.scenes import prepare_scenes, train_text_tokenizer
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
+from mllm.processing.mask_files import decode_rle
 from mllm.recipe import Recipe, load_recipe
+from mllm.train.preflight.inspection import inspect_recipe
+from mllm.train.preflight.inspection_page import write_page
 from mllm.train.run import run_recipe
 
 
@@ -28,6 +33,35 @@ def recipe(root: Path) -> Recipe:
         "stages.sft.log_every": 1,
     }
     return load_recipe("segmentation_demo", [f"{key}={value}" for key, value in changes.items()])
+
+
+ASKED = ("<image>\nPlease segment it.", "<image> [EX]\n<image>\nPlease segment the same.")
+
+
+def test_what_is_inspected_has_the_masks_that_are_learned_and_shown(tmp_path: Path) -> None:
+    prepare_scenes(tmp_path / "data", train=12, test=2)
+    train_text_tokenizer(tmp_path / "text")
+    scenes = tmp_path / "data/train.jsonl"
+    row = json.loads(scenes.read_text().splitlines()[0])
+    picture, mask = row["images"][0], next(mask for mask in row["masks"] if mask is not None)
+    turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": "It is [SEG]."}] for text in ASKED]
+    asked = {"id": "asked", "images": [picture], "messages": turns[0], "masks": [mask]}
+    shown = {"id": "shown", "images": [picture] * 2, "messages": turns[1], "masks": [mask, None]}
+    scenes.write_text("".join(json.dumps(r) + "\n" for r in (asked, shown)))
+    changed = recipe(tmp_path)
+    changed.model.heads["marks"]["examples"] = {"queries": 2, "heads": 2, "mlp_width": 8}
+    (seen,) = inspect_recipe(changed, num_samples=2)
+    samples = {sample.id: sample for line in seen.rows for sample in line.samples}
+    share = float(decode_rle(mask).mean())
+    (own,) = samples["asked"].masks
+    assert own.learned and own.number == 0 and own.share == pytest.approx(share)
+    example, nothing = samples["shown"].masks
+    assert (example.learned, example.number, example.share) == (False, 0, pytest.approx(share))
+    assert (nothing.learned, nothing.number, nothing.share) == (True, 1, 0)
+    plain, red = (np.asarray(p) for p in (samples["shown"].pictures[0].pixels["eye"], example.seen))
+    assert ((plain != red).any(-1) == decode_rle(mask)).all()
+    page = write_page([seen], tmp_path / "page.html", title="x").read_text()
+    assert page.count("is learned</fig") == 2 and "is shown by the question" in page and "marks nothing" in page
 
 
 def test_a_segmentation_stage_resumes_exactly_and_its_checkpoint_marks(tmp_path: Path) -> None:

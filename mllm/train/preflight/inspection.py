@@ -11,6 +11,7 @@ from PIL import Image
 
 from mllm.data.collate import Batch, Dropped
 from mllm.errors import ConfigError
+from mllm.heads.build import head_configs
 from mllm.models.build import config_and_processor, load_tokenizer
 from mllm.processing.chat import IGNORE
 from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES, LayoutRules, visual_spans
@@ -21,6 +22,7 @@ from mllm.processing.video_text import stamped
 from mllm.recipe import Recipe, StageSpec
 from mllm.train.data import StageData, open_mixture
 from mllm.train.preflight.first_row import show_row, stop_line
+from mllm.train.preflight.inspection_masks import MaskReader, SeenMask
 from mllm.types import Grid, VisualLayout
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ class SeenSample:
     pictures: list[Picture]
     ids: list[int]
     truncated: bool
+    masks: list[SeenMask] = field(default_factory=list)
 
 
 @dataclass
@@ -91,6 +94,8 @@ class SeenStage:
     rows: list[SeenRow] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
     num_samples: int = 0
+    marks: str | None = None
+    """The encoder that masks are read from; None for a model that marks nothing."""
     first: Any = None
     """The first sample as `rich` text, what is learned green."""
     notes: list[str] = field(default_factory=list)
@@ -124,6 +129,9 @@ def _look(recipe: Recipe, stage: StageSpec, config: MllmConfig, processor: Proce
     infos = config.encoder_infos()
     grids = {name: (*info.grid, info.image.height, info.image.width) for name, info in infos.items()}
     seen = SeenStage(stage, processor.chat_template, processor.rules, grids)
+    seen.marks = next(
+        (head.encoder for head in head_configs(config.heads).values() if head.type == "segmentation"), None
+    )
     seen.notes = [*template_notes(processor), stop_line(processor)]
     while seen.num_samples < num_samples:
         for micro in data.steps():
@@ -145,6 +153,8 @@ def _add_batch(seen: SeenStage, batch: Batch, processor: Processor, num_samples:
     layouts = processor.rules.layouts(sizes, int(batch.num_images.sum()), times)
     if times is not None:
         layouts = [stamped(processor, batch.inputs, k) or layout for k, layout in enumerate(layouts)]
+    spec = getattr(processor, "segments", None)
+    reader = None if spec is None or seen.marks is None else MaskReader(spec, seen.marks, batch.inputs)
     sample = image = 0
     view = dict.fromkeys(processor.pixel_keys, 0)
     slots = ids.shape[1]
@@ -176,6 +186,10 @@ def _add_batch(seen: SeenStage, batch: Batch, processor: Processor, num_samples:
                         processor,
                     )
                 )
+                if reader is not None:
+                    last = shown.samples[-1]
+                    starts = [run.start for run in last.runs if run.layout is not None]
+                    last.masks = reader.take(ids[row, part], labels[row, part], starts, last.pictures)
             for name in view:
                 view[name] += sum(layout.rows_of(name) for layout in layouts[image : image + count])
             sample, image, offset = sample + 1, image + count, offset + length

@@ -11,6 +11,7 @@ from PIL import Image
 
 from mllm.processing.layout import token_cells
 from mllm.train.preflight.inspection import Picture, Run, SeenRow, SeenSample, SeenStage
+from mllm.train.preflight.inspection_masks import SeenMask
 from mllm.types import Grid
 
 _LARGEST = 448
@@ -35,7 +36,8 @@ details{margin:.4rem 0}code{font-size:13px;word-break:break-all}
 _LEGEND = (
     "<p><span class=learned>carries loss</span> · <span class=masked>read, no loss</span> · <span class=special>special "
     "token, no loss</span> · <span class=image>image span</span>. Pictures are what each encoder is given, normalisation "
-    "undone; lines are its own patches, or the visual tokens where the connector keeps a grid. Point at a cell for the token it "
+    "undone; lines are its own patches, or the visual tokens where the connector keeps a grid; masks are red, and grey where they do not "
+    "count. Point at a cell for the token it "
     "becomes, and at text for its positions.</p>"
 )
 
@@ -98,12 +100,25 @@ def _sample(sample: SeenSample, seen: SeenStage) -> str:
         f"<div class=pictures>{''.join(_figure(name, image, picture, seen) for name, image in picture.pixels.items())}</div>"
         for picture in sample.pictures
     )
+    if sample.masks:
+        figures += (
+            f"<div class=pictures>{''.join(_mask(number, mask) for number, mask in enumerate(sample.masks))}</div>"
+        )
     text = "".join(_run(run) for run in sample.runs)
     return (
         f"<p><b>{_e(sample.dataset)}/{_e(sample.id)}</b> <span class=dim>{sample.length} tokens, {sample.num_learned} carry "
         f"loss, positions {sample.positions[0]} to {sample.positions[1]}</span>{cut}{nothing}</p>{figures}<div class=text>{text}</div>"
         f"<details><summary>what the loss is taken on</summary><div class=text>{_e(sample.learned)}</div></details>"
         f"<details><summary>token ids</summary><code>{' '.join(map(str, sample.ids))}</code></details>"
+    )
+
+
+def _mask(number: int, mask: SeenMask) -> str:
+    what = "is learned" if mask.learned else "is shown by the question"
+    size = f"marks {mask.share:.1%}" if mask.share else "marks nothing"
+    return (
+        f'<figure><div class=frame><img src="{_data(mask.seen)}" alt=""></div><figcaption>mask {number} of token {mask.token}, on image '
+        f"{mask.number}: {size}, {what}</figcaption></figure>"
     )
 
 
