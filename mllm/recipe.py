@@ -321,14 +321,14 @@ class StageSpec(StrictModel):
     float8: Literal["tensorwise"] | None = None
     """Multiply the decoder's linear layers in float8, one scale a tensor (torchao; CUDA of compute capability 8.9 and newer,
     a language model that learns whole). Faster products, slightly rounded: see benchmarks/results. Default: bf16 products."""
+    encoders_beside_update: bool = False
+    """Encode the next pictures while weights are updated (CUDA; encoders that do not learn). Its gain is not measured."""
     cache_features: bool | Literal["auto", "float32", "bfloat16", "float16", "int8"] = False
-    """Store frozen encoders' features on disk on first use, in the stage's dtype or the one given. auto: where that is
-    possible."""
+    """Store frozen encoders' features on disk on first use, in the stage's dtype or the one given. auto: where possible."""
     save_every: int | None = Field(default=None, ge=1)
     """Optimizer steps between checkpoints; beside these one is written every 20 minutes."""
     save_in_background: bool = False
-    """Train on while a checkpoint is written, from a copy in host memory: of all processes together, half of what `mllm plan` gives for
-    checkpoints on disk."""
+    """Train on while a checkpoint is written, from host memory: of all processes, half of what `mllm plan` gives for checkpoints."""
     keep_state: bool = False
     """Keep the optimizer's state when the stage is done, so that ``mllm train --extend`` can go on with more steps."""
     log_every: int = Field(default=1, ge=1)

@@ -29,6 +29,7 @@ from mllm.train.checkpoint.own_folders import OwnFolders
 from mllm.train.checkpoint.resume import CheckpointReader, Progress, fingerprint, latest_checkpoint, signature
 from mllm.train.checkpoint.write import CheckpointWriter
 from mllm.train.data import StageData, open_mixture, tell_dropped, tell_faded, tell_left_out, tell_odd_settings
+from mllm.train.encoder_stream import EncoderStream
 from mllm.train.engine.base import Engine, choose_engine
 from mllm.train.engine.build import build_engine
 from mllm.train.engine.groups import (
@@ -269,6 +270,7 @@ def open_session(
     attention = prepare_model(model, stage, device=device, zero_stage=choice.zero_stage)
     if stage.float8 is not None:
         stack.callback(use_float8(model, stage, device, zero_stage=choice.zero_stage))
+    encoders = EncoderStream(model, stage, device) if stage.encoders_beside_update else None
     with phase("planning batches") as planning:
         data = StageData(
             stage, processor, mixture, cache=run.output / "lengths", log=_drop_log(run, stage), phase=planning
@@ -304,6 +306,8 @@ def open_session(
     with phase(f"starting engine {choice.name}"):
         engine = build_engine(model, groups, stage, device)
     stack.push(lambda failed, *_: engine.close() if failed else None)
+    if encoders is not None:
+        stack.callback(encoders.attach(engine))
     if checkpoint is not None:
         checkpoint.restore_engine(engine)
         _go_on(checkpoint, data, progress, display, longer=run.extend)
@@ -345,7 +349,7 @@ def optimizer_step(
     passes = level(engine, micro)
     for index, batch in enumerate(passes):
         counts_nothing = index >= len(micro)
-        batch = batch.to(engine.device, non_blocking=True)
+        batch = engine.to_device(batch)
         inputs = attention_inputs(batch, attention)
         with datasets.of(batch) if datasets is not None and not counts_nothing else nullcontext([]) as outputs:
             output = engine(**inputs, num_items_in_batch=counts["supervised"], skip_logits=engine.zero_stage != 3)

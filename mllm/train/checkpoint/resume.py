@@ -49,6 +49,7 @@ COSMETIC = {
     "max_bad_share",
     "max_tokens_per_batch",
     "save_in_background",
+    "encoders_beside_update",
 }
 """A stage's settings that change no weight, but for the rounding of sums: a run that was out of memory goes on with another."""
 LENGTH = ("steps", "epochs")

@@ -139,6 +139,10 @@ class Engine:
             self.model, groups, self.stage.optimizer, master=self.learning[0].dtype != torch.float32
         )
 
+    def to_device(self, batch: Any) -> Any:
+        """A batch on this process's device."""
+        return batch.to(self.device, non_blocking=True)
+
     def __call__(self, **batch: Any) -> Any:
         return self.model(**batch)
 

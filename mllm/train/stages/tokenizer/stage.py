@@ -42,6 +42,7 @@ NO_TEXT = (
     "cache_features",
     "draw",
     "float8",
+    "encoders_beside_update",
 )
 """Settings of stages with a language model."""
 
