@@ -17,6 +17,7 @@ RESULTS = ROOT / "benchmarks/results"
 SCORES = {
     "demo": "demo_cpu",
     "real_charts": "real_charts_h200",
+    "real_charts_small": "real_charts_small_cpu",
     "routed_demo": "routing_demo_cpu",
     "segmentation_demo": "segmentation_demo_cpu",
     "forgery_demo": "forgery_demo_cpu",
