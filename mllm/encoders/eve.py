@@ -204,7 +204,7 @@ class _PatchEncoder(VisionEncoder):
             )
         own = set(self.layer.state_dict())
         state = strip_prefix(read_weights(path), own)
-        load_exactly(self.layer, {k: v for k, v in state.items() if k in own}, source=str(path), known=own)
+        load_exactly(self.layer, state, source=str(path), heads=())
 
 
 class EveEncoder(_PatchEncoder):

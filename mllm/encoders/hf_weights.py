@@ -18,6 +18,8 @@ from mllm.types import ImageSpec, WeightsSource
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+_UNUSED = ("mask_token", "position_ids", "inv_freq", "num_batches_tracked", "relative_position_index")
+"""Tensors beside others that say nothing of a picture."""
 _INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
@@ -91,7 +93,7 @@ def load_donor(model: nn.Module, native: PreTrainedConfig, weights: WeightsSourc
         raise unavailable(weights.source, error) from error
     donor = unwrap(donor)
     if not any(_is_needed(key, needed) for key in report["missing_keys"]):
-        _refuse_deeper(report["unexpected_keys"], needed, weights.source)
+        _refuse_more(report["unexpected_keys"], needed, weights.source)
         return donor
     # The vision part lies under a prefix that transformers does not know, e.g. Pix2Struct's ``encoder.``.
     if path is None:
@@ -112,13 +114,20 @@ def _is_needed(key: str, needed: set[str]) -> bool:
     return any(".".join(parts[i:]) in needed for i in range(len(parts)))
 
 
-def _refuse_deeper(unexpected: Any, needed: set[str], source: str) -> None:
-    """A checkpoint with more blocks than the architecture is another model."""
+def _refuse_more(unexpected: Any, needed: set[str], source: str) -> None:
+    """A checkpoint with more blocks than the architecture, or with more in a module that it has (register tokens), is another model."""
     stems = {key.split(".0.")[0] + "." for key in needed if ".0." in key}
     deeper = [key for key in unexpected if key.startswith(tuple(stems))]
     if deeper:
         raise CheckpointError(
             f"weights: {source} has {len(deeper)} keys of blocks that this architecture lacks: {shorten(deeper)}"
+        )
+    modules = {key.rpartition(".")[0] for key in needed} - {""}
+    more = [key for key in unexpected if key.rpartition(".")[0] in modules and not key.endswith(_UNUSED)]
+    if more:
+        raise CheckpointError(
+            f"weights: {source} has {len(more)} keys that this architecture lacks beside those that it has: {shorten(more)}. It is of "
+            "another variant; give its own architecture"
         )
 
 
@@ -135,7 +144,7 @@ def _donor_from_tensors(state: dict[str, Tensor], native: PreTrainedConfig, need
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
-    _refuse_deeper([key for key in state if key not in own], needed, source)
+    _refuse_more([key for key in state if key not in own], needed, source)
     if missing or shapes:
         raise CheckpointError(
             f"weights: {source} does not fit this encoder. "
@@ -158,7 +167,10 @@ def _renamed(state: dict[str, Tensor], native: PreTrainedConfig) -> dict[str, Te
     absent = set(report["missing_keys"])
     found = {key: value for key, value in donor.state_dict().items() if key not in absent}
     found = strip_prefix(found, set(unwrap(donor).state_dict()))
-    return {**found, **{key: state[key] for key in report["unexpected_keys"] if key in state}}
+    return {
+        **found,
+        **{key: state.get(key, torch.empty(0)) for key in report["unexpected_keys"]},
+    }  # which may be renamed too
 
 
 def fit_positions(donor: nn.Module, model: nn.Module, image: ImageSpec) -> dict[str, Tensor]:

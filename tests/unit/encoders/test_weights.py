@@ -9,7 +9,7 @@ import open_clip
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -291,6 +291,39 @@ def test_weights_of_a_deeper_model_are_refused(tmp_path, kind):
         source = save(model, tmp_path / "weights.safetensors")
     with pytest.raises(CheckpointError, match=r"blocks\.3\.|layer\.3\."):
         load(source, **config)
+
+
+@pytest.mark.parametrize("kind", ["vit", "vivit"])
+@pytest.mark.parametrize("where", ["file", "folder"])
+def test_weights_under_names_of_before_are_refused_where_they_are_more(tmp_path, kind, where):
+    """transformers writes the names of before and reads them under new ones; a file is read without it."""
+    architecture = {"model_type": kind, **VIT, "intermediate_size": 64}
+    if kind == "vivit":
+        del architecture["patch_size"]
+        architecture |= {"num_frames": 4, "tubelet_size": [2, 4, 4]}
+    config = {"type": kind if kind == "vivit" else "hf", "architecture": architecture}
+    settings = {k: v for k, v in architecture.items() if k != "model_type"}
+    AutoModel.from_config(AutoConfig.for_model(kind, **settings)).save_pretrained(tmp_path)
+    source = tmp_path / "model.safetensors" if where == "file" else tmp_path
+    load(source, **config)
+    with pytest.raises(CheckpointError, match=r"16 keys of blocks that this architecture lacks: layers\.3\."):
+        load(source, **{**config, "architecture": {**architecture, "num_hidden_layers": 3}})
+    state = load_file(tmp_path / "model.safetensors")
+    told = {"format": "pt"}
+    save_file({**state, "embeddings.mask_token": torch.zeros(3)}, tmp_path / "model.safetensors", metadata=told)
+    load(source, **config)
+    key = "encoder.layer.1.attention.attention.key.bias"
+    save_file({**state, f"{key}_2": torch.zeros(3)}, tmp_path / "model.safetensors", metadata=told)
+    with pytest.raises(CheckpointError, match="1 keys of blocks that this architecture lacks: "):
+        load(source, **config)
+
+
+@pytest.mark.parametrize("where", ["file", "folder"])
+def test_weights_with_registers_are_refused_by_an_architecture_without(tmp_path, where):
+    AutoModel.from_config(AutoConfig.for_model("dinov2_with_registers", **VIT)).save_pretrained(tmp_path)
+    source = tmp_path / "model.safetensors" if where == "file" else tmp_path
+    with pytest.raises(CheckpointError, match=r"1 keys .* embeddings\.register_tokens\. It is of another variant"):
+        load(source, type="hf", architecture={"model_type": "dinov2", **VIT})
 
 
 def test_weights_of_another_width_are_refused(tmp_path):
