@@ -430,9 +430,9 @@ def _forecast(specs: Sequence[TaskSpec], settings: EvalSettings, folder: Path, w
     """The line before the run begins, and who tells the next one."""
     rates = earlier_rates([folder, *settings.earlier])
     ways = 3 if settings.blind else 1  # as they are, blanked, shuffled
-    forecast = Forecast(
-        specs, limit=settings.limit, ways=ways, processes=world, price=settings.price, rates=rates
-    )  # fmt: skip
+    most = (settings.limit, None if settings.ids is None else len(settings.ids))
+    limit = min((count for count in most if count is not None), default=None)
+    forecast = Forecast(specs, limit=limit, ways=ways, processes=world, price=settings.price, rates=rates)
     forecast.announce()
     return forecast
 

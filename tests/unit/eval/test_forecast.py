@@ -6,7 +6,8 @@ import pytest
 
 from mllm.eval import forecast
 from mllm.eval.forecast import FIRST, Forecast
-from mllm.eval.run import evaluate
+from mllm.eval.run import _forecast, evaluate
+from mllm.eval.settings import EvalSettings
 from mllm.eval.task import load_tasks
 from tests.unit.eval.rules import RuleGenerator, pixel_rule
 from tests.unit.eval.test_runner import make_data
@@ -26,6 +27,12 @@ def test_earlier_runs_tell_time_and_cost_before_the_start():
     )
     Forecast(load_tasks(["demo"]), tell=told.append).announce()
     assert told[2].startswith("2 tasks, all questions of their files; ")
+
+
+@pytest.mark.parametrize(("limit", "ids", "count"), [(None, ["a", "b"], 2), (1, ["a", "b"], 1), (None, None, 300)])
+def test_named_questions_alone_are_counted(limit, ids, count, tmp_path, capsys):
+    _forecast(load_tasks(["mmvp"]), EvalSettings(output_dir=tmp_path, limit=limit, ids=ids), tmp_path, 1)
+    assert f"1 task, {count} questions; " in capsys.readouterr().err
 
 
 def test_the_first_answers_tell_the_rest(monkeypatch, tmp_path):
