@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -95,10 +97,16 @@ def test_there_are_encoders_to_test():
     assert len(ENCODERS) >= 6 and len(catalogue()) >= 25
 
 
+@functools.cache
+def _example(name):
+    """Resolved once for all checks: that runs a forward pass on the meta device, and for some takes seconds."""
+    return resolve_example(name)
+
+
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", list(ENCODERS))
 def test_every_registered_encoder_keeps_the_contract(name, check):
-    check(resolve_example(name))
+    check(_example(name))
 
 
 @pytest.mark.parametrize("name", HF)
