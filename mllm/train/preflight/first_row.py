@@ -9,7 +9,7 @@ from typing import Any
 from rich.text import Text
 
 from mllm.errors import MllmError
-from mllm.processing.chat import encode_text, turn_ends
+from mllm.processing.chat import encode_sample, encode_text, turn_ends
 from mllm.processing.protocol import Processor
 from mllm.processing.turns import IGNORE, special_ids, template_notes
 
@@ -58,7 +58,11 @@ def what_is_learned(processor: Processor, data: Any, stops: Any = None) -> list[
         try:
             sample = source[draw.row if source.random_access else 0]
             where = f"sample {sample.id!r}"
-            ids, labels = encode_text(processor, sample.turns, tools=sample.meta.get("tools"), where=where)
+            if sample.images:  # how many tokens they are, only they tell: a video's frames, a picture's tiles
+                row = encode_sample(processor, sample)
+                ids, labels = row.input_ids, row.labels
+            else:
+                ids, labels = encode_text(processor, sample.turns, tools=sample.meta.get("tools"), where=where)
         except MllmError:
             continue  # told when it is drawn
         lines += [

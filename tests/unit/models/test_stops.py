@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,3 +107,21 @@ def test_a_row_is_shown_with_what_is_learned_in_green(source: Path) -> None:
     green = "".join(shown.plain[s.start : s.end] for s in shown.spans if "green" in str(s.style))
     assert green == "Red.<|end|>"
     assert stop_line(processor).startswith("generation stops at <|end|> (")
+
+
+def test_a_row_with_a_video_is_shown_with_all_of_its_frames(source: Path) -> None:
+    import numpy as np
+
+    from mllm.train.preflight.first_row import what_is_learned
+    from mllm.types import IMAGE_MARK, Sample, Turn, Video
+
+    spec = {"language_model": {"source": str(source)}, "encoders": {"a": dict(TINY_CLIP)}, "connector": {"type": "mlp"}}
+    _, processor = build_model(ModelSpec.model_validate({**spec, "video": {"frames": 3}}), load_weights=False)
+    clip = Video(np.zeros((5, 16, 16, 3), np.uint8))
+    sample = Sample("one", [Turn("user", f"{IMAGE_MARK}q?"), Turn("assistant", "Red.")], [clip], "clips")
+    rows = type("Rows", (), {"random_access": True, "shards": None, "__getitem__": lambda self, row: sample})()
+    data = SimpleNamespace(
+        draws=lambda: iter([SimpleNamespace(dataset=0, row=0)]), mixture=SimpleNamespace(sources=[rows])
+    )
+    shown = what_is_learned(processor, data)
+    assert any(f"[<image> × {3 * processor.rules.layout().num_tokens}]" in str(line) for line in shown)
