@@ -47,6 +47,12 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=4000, help="training scenes (default: 4000)")
     parser.add_argument("--tests", type=int, default=200, help="edits that are asked for (default: 200)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and pictures (default: 0)")
+    parser.add_argument(
+        "--confusing",
+        type=float,
+        default=0.0,
+        help="share of training scenes where a name needs both words (default: 0)",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     options = parser.parse_args()
     began = time.perf_counter()
@@ -59,7 +65,9 @@ def main() -> None:
     root = options.output
     data = root / "data"
     if not (options.resume and (data / "test.jsonl").exists()):  # its last file
-        prepare_edits(data, train=options.train, test=options.tests, seed=options.seed)
+        prepare_edits(
+            data, train=options.train, test=options.tests, seed=options.seed, confusing=options.confusing
+        )
     pictures = data / "pictures"
     changes = [
         f"seed={options.seed}",

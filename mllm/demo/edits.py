@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mllm.demo.scenes import COLOURS, HERE, SHAPES, SIZE, Scene, Thing, draw_scene, phrases
+from mllm.demo.scenes import COLOURS, HERE, SHAPES, SIZE, Scene, Thing, confusing_looks, draw_scene, phrases
 from mllm.processing.mask_files import decode_rle, encode_rle
 
 INSTRUCTION = "Make {phrase} {colour}."
@@ -28,15 +29,20 @@ def recoloured(scene: Scene, thing: Thing, colour: str) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def small_scene(rng: random.Random) -> Scene:
+def small_scene(rng: random.Random, looks: Sequence[tuple[str, str]] | None = None) -> Scene:
     """A scene of `SIDE` pixels: every second one of `draw_scene`'s."""
-    scene, step = draw_scene(rng), SIZE // SIDE
+    scene, step = draw_scene(rng, looks), SIZE // SIDE
     picture = Image.fromarray(np.asarray(scene.picture)[::step, ::step])
     return Scene(picture, tuple(replace(thing, mask=thing.mask[::step, ::step]) for thing in scene.things))
 
 
 def prepare_edits(
-    output_dir: Path | str = "runs/focus_demo/data", *, train: int = 4000, test: int = 200, seed: int = 0
+    output_dir: Path | str = "runs/focus_demo/data",
+    *,
+    train: int = 4000,
+    test: int = 200,
+    seed: int = 0,
+    confusing: float = 0.0,
 ) -> Path:
     """Write ``train.jsonl`` (every scene marked twice and recoloured, in either order) and ``test.jsonl`` on other scenes, with PNG
     pictures; the folder ``pictures`` holds all training pictures, for a tokenizer.
@@ -46,6 +52,7 @@ def prepare_edits(
         train: training scenes.
         test: scenes that nothing was trained on.
         seed: of all that is drawn.
+        confusing: share of training scenes in which neither colour nor shape alone names a thing (`confusing_looks`).
 
     Returns:
         The folder.
@@ -55,7 +62,9 @@ def prepare_edits(
         (root / name).mkdir(parents=True, exist_ok=True)
     rng, rows = random.Random(f"edits/train/{seed}"), []
     while len(rows) < train:
-        scene, number = small_scene(rng), len(rows)
+        number = len(rows)
+        hard = int((number + 1) * confusing) > int(number * confusing)
+        scene = small_scene(rng, confusing_looks(rng) if hard else None)
         named = [(phrase, thing) for phrase, thing in phrases(scene, unseen=False)]
         if named:
             rows.append(_row(root, scene, named, number, rng))
