@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mllm.demo.edits import INSTRUCTION, prepare_edits, read_edits, recoloured
+from mllm.demo.edits import INSTRUCTION, prepare_edits, read_edits, recoloured, small_scene
 from mllm.demo.forgery import (
     FAINT,
     PHRASE,
@@ -21,7 +22,7 @@ from mllm.demo.forgery import (
     prepare_forgeries,
     train_forgery_tokenizer,
 )
-from mllm.demo.scenes import COLOURS, draw_scene
+from mllm.demo.scenes import COLOURS, confusing_looks, draw_scene
 from mllm.heads.probability import class_tokens
 from mllm.processing.mask_files import decode_rle
 
@@ -93,3 +94,17 @@ def test_an_unknown_colour_is_refused() -> None:
     scene = draw_scene(random.Random(2))
     with pytest.raises(KeyError):
         recoloured(scene, scene.things[0], "mauve")
+
+
+def test_training_scenes_in_which_a_name_needs_both_words(tmp_path):
+    root = prepare_edits(tmp_path, train=2, test=1, confusing=0.5)
+    rng = random.Random("edits/train/0")
+    plain = small_scene(rng)
+    assert np.array_equal(np.asarray(Image.open(root / "pictures/00000.png")), np.asarray(plain.picture))
+    pairs = [confusing_looks(random.Random(seed)) for seed in range(20)]
+    assert all(max(Counter(colour for colour, _ in looks).values()) == 2 for looks in pairs)
+    assert all(max(Counter(shape for _, shape in looks).values()) == 2 for looks in pairs)
+    everywhere = prepare_edits(tmp_path / "all", train=1, test=1, confusing=1.0)
+    rng = random.Random("edits/train/0")
+    hard = small_scene(rng, confusing_looks(rng))
+    assert np.array_equal(np.asarray(Image.open(everywhere / "pictures/00000.png")), np.asarray(hard.picture))
