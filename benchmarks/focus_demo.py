@@ -65,9 +65,7 @@ def main() -> None:
     root = options.output
     data = root / "data"
     if not (options.resume and (data / "test.jsonl").exists()):  # its last file
-        prepare_edits(
-            data, train=options.train, test=options.tests, seed=options.seed, confusing=options.confusing
-        )
+        prepare_edits(data, train=options.train, test=options.tests, seed=options.seed, confusing=options.confusing)
     pictures = data / "pictures"
     changes = [
         f"seed={options.seed}",

@@ -5,6 +5,7 @@ python docs/generate.py     # writes docs/generated; mkdocs.yml and tests/unit/t
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import re
 import shutil
@@ -491,4 +492,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

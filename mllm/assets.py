@@ -30,7 +30,8 @@ def available(folder: str) -> dict[str, Path]:
 
 
 def find(folder: str, name: str, *, kind: str) -> Path:
-    """The file that ``name`` (a path, or a stem in ``folder``) means. Raises `UnknownName`."""
+    """The file that ``name`` means: a path, a stem in ``folder``, or a folder that holds one, as a checkpoint holds its ``recipe.yaml``.
+    Raises `UnknownName`."""
     if name.endswith((".yaml", ".yml", ".json")) or os.sep in name:
         path = Path(name).expanduser()
         if path.is_file():
@@ -41,6 +42,9 @@ def find(folder: str, name: str, *, kind: str) -> Path:
     known = available(folder)
     if name in known:
         return known[name]
+    kept = Path(name).expanduser() / f"{kind}.yaml"
+    if kept.is_file():
+        return kept
     raise UnknownName(kind, name, known)
 
 

@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from mllm.errors import CheckpointError, ConfigError
 from mllm.train import run_recipe
-from mllm.train.stages.contrastive.dual_encoder import _hf_model
+from mllm.train.stages.contrastive.dual_encoder import _hf_model, _open_clip_dual
 from mllm.train.stages.kind import kind_of
 from tests.helpers import TINY_CLIP
 from tests.integration.train_helpers import make_recipe, metrics
@@ -252,6 +252,42 @@ def test_a_source_whose_text_side_would_start_at_random_is_refused(tmp_path):
         CheckpointError, match=r"not the whole model: 16 weights are missing .*start at random \(text_model"
     ):
         _hf_model(image, options, "options", str(tmp_path), None)
+    blocks = "text_model.encoder.layers."
+    deeper = {f"{blocks}9{k[len(blocks) + 1 :]}": v.clone() for k, v in whole.items() if k.startswith(f"{blocks}0.")}
+    save_file({**whole, **deeper}, file, metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"16 weights that the text side lacks.*left out \(text_model.encoder.layers.9"
+    ):
+        _hf_model(image, options, "options", str(tmp_path), None)
+
+
+def test_an_open_clip_source_with_a_deeper_text_side_is_refused(tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    tower = {"width": 16, "layers": 1, "heads": 2}
+    vision = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
+    described = {
+        "embed_dim": 16,
+        "vision_cfg": vision,
+        "text_cfg": {**tower, "context_length": 8, "vocab_size": 49408},
+    }
+    whole = open_clip.CLIP(16, vision, described["text_cfg"])
+    file = tmp_path / "whole.pt"
+    settings = SimpleNamespace(
+        architecture=described,
+        weights=None,
+        quick_gelu=False,
+        info=SimpleNamespace(image=SimpleNamespace(height=16)),
+    )
+    encoder = SimpleNamespace(config=settings, model=whole.visual)
+    options = SimpleNamespace(source=str(file), config=None)
+    state = whole.state_dict()
+    torch.save(state, file)
+    same = _open_clip_dual(encoder, options, "options").model.state_dict()
+    assert all(torch.equal(same[name], tensor) for name, tensor in state.items())
+    deeper = {k.replace("resblocks.0", "resblocks.1"): v for k, v in state.items() if k.startswith("transformer.")}
+    torch.save({**state, **deeper}, file)
+    with pytest.raises(CheckpointError, match=r"12 weights that the text side lacks.*transformer.resblocks.1"):
+        _open_clip_dual(encoder, options, "options")
 
 
 def test_rows_without_the_negatives_they_should_have_are_set_aside_by_name(tmp_path):

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from mllm import assets
 from mllm.config import parse_yaml, read_yaml, validate
-from mllm.errors import ConfigError
+from mllm.errors import ConfigError, UnknownName
 from mllm.former_recipes import convert_recipe, upgraded
 from mllm.recipe import Recipe, load_recipe
 
@@ -87,3 +88,11 @@ def test_a_checkpoint_of_an_earlier_version_is_compared_in_todays_words():
     saved = _read_progress({"stage": "sft", "step": 3, "precision": "fp32", "signature": json.dumps(former)})
     assert saved.dtype == "float32" and difference(saved.signature, json.dumps(now, sort_keys=True)) == ""
     assert "lr: 0.1 then" in difference(saved.signature, json.dumps(now).replace("0.1", "0.2"))
+
+
+def test_a_checkpoint_folder_means_the_recipe_that_it_keeps(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(assets.find("recipes", "demo", kind="recipe").read_text())
+    assert load_recipe(str(tmp_path)).stages == load_recipe("demo").stages
+    (tmp_path / "recipe.yaml").unlink()
+    with pytest.raises(UnknownName, match="unknown recipe"):
+        load_recipe(str(tmp_path))

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 TEXT_PART = "text_encoder"
 _LARGEST_SCALE = math.log(100)
+_SAY_NOTHING = ("position_ids", "attn_mask", "logit_bias", "input_resolution", "context_length", "vocab_size")
+"""Entries of a CLIP-style checkpoint that are no weights of its text side."""
 
 
 class HfDual(nn.Module):
@@ -189,6 +191,7 @@ def _hf_model(encoder: Any, options: Any, where: str, source: str | None, revisi
             f"{where}: {source} is not the whole model: {len(absent)} weights are missing and {len(other)} have another shape, which "
             f"would start at random ({shorten(sorted([*absent, *other]), 5)}). Name the whole CLIP-style model in source"
         )
+    _refuse_left_over([key for key in report["unexpected_keys"] if key.startswith("text_model.")], source, where)
     return model, config
 
 
@@ -230,12 +233,23 @@ def _open_clip_dual(encoder: Any, options: Any, where: str) -> OpenClipDual:
                 f"{where}: {source} is not the whole model: {len(absent)} weights are missing or have another shape, which would start "
                 f"at random ({shorten(absent, 5)})"
             )
+        _refuse_left_over([k for k in state if k not in own and not k.startswith("visual.")], source, where)
         model.load_state_dict(fitting, strict=False)
     name = architecture if isinstance(architecture, str) else None
     tokenizer = (
         open_clip.get_tokenizer(name) if name else open_clip.SimpleTokenizer(context_length=model.context_length)
     )
     return OpenClipDual(model, tokenizer, described)
+
+
+def _refuse_left_over(names: list[str], source: Any, where: str) -> None:
+    """A text side with more than the architecture has is another one; it would be cut. The image side is the encoder's."""
+    more = [name for name in names if name.rpartition(".")[2] not in _SAY_NOTHING]
+    if more:
+        raise CheckpointError(
+            f"{where}: {source} has {len(more)} weights that the text side lacks, which would be left out ({shorten(sorted(more), 5)}). "
+            "Give the config that the weights were trained with"
+        )
 
 
 def pass_weights(encoder: LibraryEncoder, dual: Any, *, to_encoder: bool) -> int:
