@@ -12,6 +12,8 @@ from typing import Any
 from mllm.errors import CheckpointError, MllmError
 from mllm.hub import hub_refusal
 
+LEFT_OUT = "language_model.json"
+"""In a checkpoint that was saved without its language model: which one it needs."""
 _LFS = b"version https://git-lfs.github.com/spec/"
 _AGAIN = "download or copy it again"
 _LARGEST_JSON = 256 << 20
@@ -154,6 +156,30 @@ def opening(checkpoint: str | Path) -> Iterator[None]:
         if refusal := hub_refusal(error, checkpoint):
             raise CheckpointError(refusal) from error
         raise
+
+
+def without_language_model(checkpoint: str | Path) -> str | None:
+    """One sentence on what a folder (or the hub's cache of one) is and what to type, where its language model was left out."""
+    folder = local_copy(checkpoint)
+    if not (folder / LEFT_OUT).is_file():
+        return None
+    return (
+        f"{checkpoint}: the trained parts of a checkpoint, without its language model ({read_json(folder / LEFT_OUT).get('source')}); "
+        f"join them first: mllm export {checkpoint} WHOLE"
+    )
+
+
+def hub_file(name: str, file: str) -> Path | None:
+    """A file of a hub repository, fetched or in the cache; None where it has none or cannot be asked."""
+    from transformers.utils.hub import cached_file
+
+    quiet = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+        "_raise_exceptions_for_gated_repo": False,
+    }
+    found = cached_file(name, file, **quiet)  # pyright: ignore[reportArgumentType]
+    return None if found is None else Path(str(found))
 
 
 def local_copy(place: str | Path) -> Path:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mllm.cli import arguments
+
+WithoutLanguageModel = Annotated[
+    bool,
+    typer.Option(
+        "--without-language-model",
+        help="What was trained alone: connector, encoders, heads, added rows, the LoRA adapter; the published language model is named with "
+        "its hash. `mllm export` joins them again.",
+    ),
+]
 
 
 def convert(
@@ -50,7 +60,13 @@ def convert(
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of ours, or a PEFT adapter trained on one.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help="A checkpoint of ours, a PEFT adapter trained on one, or what --without-language-model wrote: it is joined with its "
+            "language model again."
+        ),
+    ],
     target: Annotated[Path, typer.Argument(help="Folder to write.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = "auto",
     shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
@@ -61,16 +77,25 @@ def export(
             help="Put the code beside the weights: opens with trust_remote_code=True where this toolkit is not installed.",
         ),
     ] = False,
+    without_language_model: WithoutLanguageModel = False,
 ) -> None:
     """Write one self-contained checkpoint: adapters merged, dtype chosen, sharded."""
-    arguments.checkpoint(checkpoint)
+    arguments.checkpoint(checkpoint, whole=False)
     arguments.new_folder(target)
     arguments.dtype(dtype)
     arguments.shard_size(shard_size)
     from mllm.models.export import export as export_checkpoint
 
-    made = export_checkpoint(checkpoint, target, dtype=dtype, shard_size=shard_size, remote_code=remote_code)
-    typer.echo(f"written: {made}")
+    made = export_checkpoint(
+        checkpoint,
+        target,
+        dtype=dtype,
+        shard_size=shard_size,
+        remote_code=remote_code,
+        without_language_model=without_language_model,
+    )
+    size = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
+    typer.echo(f"written: {made} ({size / 1e6:.1f} MB)")
 
 
 def push(
@@ -81,6 +106,7 @@ def push(
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
     message: Annotated[str, typer.Option(help="Commit message.")] = "Upload a checkpoint",
+    without_language_model: WithoutLanguageModel = False,
     card_only: Annotated[bool, typer.Option("--card-only", help="Print the model card and send nothing.")] = False,
 ) -> None:
     """Send a checkpoint to the hub with a model card: encoders and their licences, recipe, scores with their rules.
@@ -89,14 +115,24 @@ def push(
 
     [dim]mllm push runs/demo/final me/my-model --private[/]
     """
-    arguments.checkpoint(checkpoint)
+    arguments.checkpoint(checkpoint, whole=False)
     from mllm.models.card import model_card
     from mllm.models.card import push as push_checkpoint
 
     if card_only:
         typer.echo(model_card(checkpoint, repository, scores=scores))
         return
-    typer.echo(f"pushed: {push_checkpoint(checkpoint, repository, scores=scores, private=private, message=message)}")
+    options = {"private": private, "message": message}
+    if not without_language_model:
+        typer.echo(f"pushed: {push_checkpoint(checkpoint, repository, scores=scores, **options)}")
+        return
+    from mllm.models.export import export as export_checkpoint
+
+    beside = checkpoint.parent / "eval"
+    with tempfile.TemporaryDirectory() as place:
+        parts = export_checkpoint(checkpoint, Path(place) / "parts", without_language_model=True)
+        shown = scores if scores is not None or not (beside / "results.json").is_file() else beside
+        typer.echo(f"pushed: {push_checkpoint(parts, repository, scores=shown, **options)}")
 
 
 def add_to(app: typer.Typer) -> None:

@@ -24,9 +24,9 @@ from mllm.models.configuration_mllm import MllmConfig, language_model_config
 from mllm.models.modeling_body import language_model_left_out
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.models.stops import set_stops
-from mllm.models.text_source import begins_every_text, check_language_model, dense_options, opened_by
+from mllm.models.text_source import begins_every_text, check_language_model, open_language_model, opened_by
 from mllm.models.vocabulary import add_image_token, add_tokens, added_ids, grow_vocabulary, num_token_ids
-from mllm.models.weight_files import refuse_gaps, some_names
+from mllm.models.weight_files import some_names
 from mllm.processing.frames import video_spec
 from mllm.processing.image_processor import MllmImageProcessor
 from mllm.processing.processor import MllmProcessor
@@ -384,24 +384,8 @@ def read_language_model(
     """
     assert spec.source is not None
     with progress.phase(f"reading weights of {spec.source}") as reading:
-        try:
-            with naming_damage(spec.source):
-                place, options = opened_by(spec.source, spec.revision)
-                source, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-                    place,
-                    **options,
-                    **dense_options(spec.source),
-                    config=model.config.text_config,
-                    dtype=dtype,
-                    output_loading_info=True,
-                    **placed_on(device),
-                )
-        except OSError as error:
-            raise UnavailableError(
-                f"model.language_model.source: weights of {spec.source!r} cannot be read: {hub_reason(error, spec.source)}"
-            ) from error
+        source = open_language_model(spec, model.config.text_config, dtype, **placed_on(device))
         reading.num_bytes = num_bytes(source)
-    refuse_gaps(f"model.language_model.source: {spec.source}", {**info, "unexpected_keys": []})
     decoder, head = source.base_model, source.get_output_embeddings()
     wanted = {name: value.shape for name, value in model.model.language_model.state_dict().items()}
     found = {name: value.shape for name, value in decoder.state_dict().items()}

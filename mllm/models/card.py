@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from mllm.checkpoint_code import KEY
-from mllm.damage import damage_in, read_json
+from mllm.damage import LEFT_OUT, damage_in, read_json
 from mllm.door import SOURCES
 from mllm.errors import ConfigError, UnavailableError
 from mllm.hub import hub_reason
@@ -81,7 +81,9 @@ def model_card(folder: Path, repository: str, *, scores: str | Path | None = Non
         _MARK,
         f"# {repository.split('/')[1]}\n\n{recipe.get('description') or 'A multimodal language model.'}",
         "## Parts\n\n" + _table(("part", "from", "licence", "commercial use"), parts),
-        _opening(repository, config, brings_code=(folder / SOURCES).is_file()),
+        _joining(repository, read_json(folder / LEFT_OUT))
+        if (folder / LEFT_OUT).is_file()
+        else _opening(repository, config, brings_code=(folder / SOURCES).is_file()),
         _scores(place / "results.json"),
         _budgets(place / "budgets.json"),
         _training(recipe),
@@ -146,6 +148,15 @@ def _index(path: Path, repository: str) -> dict[str, Any]:
         return {}
     found = model_index(json.loads(path.read_text(encoding="utf-8")), repository.split("/")[1])
     return {"model-index": found} if found else {}
+
+
+def _joining(repository: str, left_out: Mapping[str, Any]) -> str:
+    revision = f", revision `{left_out['revision']}`" if left_out.get("revision") else ""
+    return (
+        f"## Open\n\nThese are the trained parts alone. The language model `{left_out['source']}`{revision} was left out (sha256 of its "
+        f"tensors in {left_out['dtype']}: `{left_out['sha256']}`); it is fetched, checked and put back:\n\n"
+        f"```bash\npip install mllm-toolkit\nmllm export {repository} whole\n```"
+    )
 
 
 def _opening(repository: str, config: Mapping[str, Any], *, brings_code: bool) -> str:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from mllm.damage import opening, read_json
 from mllm.errors import ConfigError
+from mllm.models.card import model_card
+from mllm.models.trained_parts import join, parts_folder, split
 
 
 def export(
@@ -15,9 +17,11 @@ def export(
     dtype: str = "auto",
     shard_size: str = "5GB",
     remote_code: bool = False,
+    without_language_model: bool = False,
 ) -> Path:
     """One self-contained checkpoint: PEFT adapters merged, dtype chosen, sharded safetensors. remote_code: it also opens without
-    this toolkit (`mllm.models.remote_code`)."""
+    this toolkit (`mllm.models.remote_code`). without_language_model: all but the published language model, which is named with its hash
+    (`mllm.models.trained_parts`); such a folder as ``checkpoint`` is joined with its language model again."""
     from transformers import AutoProcessor
 
     from mllm.models.modeling_mllm import MllmForConditionalGeneration
@@ -25,6 +29,22 @@ def export(
     checkpoint, target = Path(checkpoint), Path(target)
     if (target / "config.json").exists():
         raise ConfigError(f"{target} already holds a checkpoint; choose another folder")
+    parts = parts_folder(checkpoint)
+    if without_language_model:
+        if parts is not None or dtype != "auto" or remote_code or not checkpoint.is_dir():
+            raise ConfigError(
+                "--without-language-model takes a whole checkpoint's folder, as it is stored: leave --dtype and --remote-code out"
+            )
+        split(checkpoint, target)
+        (target / "README.md").write_text(
+            model_card(target, f"owner/{target.name}", scores=_scores(checkpoint)), encoding="utf-8"
+        )
+        return target
+    if parts is not None:
+        join(parts, target, dtype=dtype, shard_size=shard_size)
+        if remote_code:
+            _add_remote_code(target)
+        return target
     adapter = checkpoint / "adapter_config.json"
     base = read_json(adapter)["base_model_name_or_path"] if adapter.is_file() else checkpoint
     with opening(base):
@@ -41,7 +61,17 @@ def export(
     )
     AutoProcessor.from_pretrained(source).save_pretrained(target)
     if remote_code:
-        from mllm.models.remote_code import write_remote_code
-
-        write_remote_code(target)
+        _add_remote_code(target)
     return target
+
+
+def _scores(checkpoint: Path) -> Path | None:
+    """The evaluation beside a checkpoint."""
+    beside = checkpoint.parent / "eval"
+    return beside if (beside / "results.json").is_file() else None
+
+
+def _add_remote_code(target: Path) -> None:
+    from mllm.models.remote_code import write_remote_code
+
+    write_remote_code(target)

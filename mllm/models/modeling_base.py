@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from mllm.damage import opening
+from mllm.damage import LEFT_OUT, hub_file, opening, without_language_model
 from mllm.door import OpenedByDoor
 from mllm.errors import CheckpointError
 from mllm.heads.build import FORMER, heads_with_weights
@@ -99,6 +99,8 @@ class MllmPreTrainedModel(OpenedByDoor, PreTrainedModel):
         """As in transformers; a checkpoint with missing or foreign weights raises `CheckpointError` instead of being filled
         with random ones, and foreign checkpoints (`mllm.models.foreign.read.recognise`) are converted."""
         path = pretrained_model_name_or_path
+        if isinstance(path, (str, Path)) and (parts := without_language_model(path)):
+            raise CheckpointError(parts)
         if args == () and kwargs.get("config") is None and cls.opens_foreign and isinstance(path, (str, Path)):
             kind = recognise(path)
             if kind is not None:
@@ -114,6 +116,8 @@ class MllmPreTrainedModel(OpenedByDoor, PreTrainedModel):
                     pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
                 )
         except (FileNotFoundError, OSError) as error:
+            if isinstance(path, str) and hub_file(path, LEFT_OUT) is not None:
+                raise CheckpointError(without_language_model(path)) from error
             raise CheckpointError(f"{pretrained_model_name_or_path}: cannot be loaded: {error}") from error
         except Exception as error:
             if type(error).__name__ == "SafetensorError":

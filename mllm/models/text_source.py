@@ -6,13 +6,17 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
-from mllm.damage import damage_of
+from mllm.damage import damage_of, naming_damage
 from mllm.errors import CheckpointError, ConfigError, UnavailableError
+from mllm.hub import hub_reason
 from mllm.install import install_hint
+from mllm.models.weight_files import refuse_gaps
 from mllm.parts.get import is_part, part_folder
 from mllm.processing.protocol import TextTokenizer
+from mllm.recipe import LanguageModelSpec
 
 SUFFIX = ".gguf"
 
@@ -57,6 +61,33 @@ def dense_options(source: str) -> dict[str, Any]:
     except ImportError:  # before transformers kept GGUF weights packed they always became plain
         return {}
     return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def open_language_model(spec: LanguageModelSpec, config: PreTrainedConfig, dtype: torch.dtype, **options: Any) -> Any:
+    """The published causal language model of a recipe.
+
+    spec: the recipe's ``model.language_model``, with a source; options: more for ``from_pretrained``. Raises `UnavailableError` where it
+    cannot be read, `CheckpointError` for a damaged file or weights that are missing.
+    """
+    assert spec.source is not None
+    try:
+        with naming_damage(spec.source):
+            place, given = opened_by(spec.source, spec.revision)
+            model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+                place,
+                **given,
+                **dense_options(spec.source),
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                **options,
+            )
+    except OSError as error:
+        raise UnavailableError(
+            f"model.language_model.source: weights of {spec.source!r} cannot be read: {hub_reason(error, spec.source)}"
+        ) from error
+    refuse_gaps(f"model.language_model.source: {spec.source}", {**info, "unexpected_keys": []})
+    return model
 
 
 def begins_every_text(source: str, tokenizer: TextTokenizer) -> bool:

@@ -11,7 +11,7 @@ import shutil
 import warnings
 from pathlib import Path
 
-from mllm.damage import read_json
+from mllm.damage import hub_file, read_json
 from mllm.visual_tokenizers.base import DECODER_CONFIG, DECODER_WEIGHTS, VisualTokenizer
 from mllm.visual_tokenizers.storage import fingerprint
 
@@ -58,12 +58,5 @@ def carry(tokenizer: VisualTokenizer, checkpoint: str | Path) -> bool:
 
 def hub_decoder(name: str) -> Path | None:
     """The folder in the hub's cache of a published checkpoint with a decoder in it; None where it has none."""
-    from transformers.utils.hub import cached_file
-
-    quiet = {
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
-        "_raise_exceptions_for_gated_repo": False,
-    }
-    found = [cached_file(name, f"{FOLDER}/{file}", **quiet) for file in (DECODER_CONFIG, DECODER_WEIGHTS)]  # pyright: ignore[reportArgumentType]
+    found = [hub_file(name, f"{FOLDER}/{file}") for file in (DECODER_CONFIG, DECODER_WEIGHTS)]
     return None if None in found else Path(str(found[0])).parent.parent
