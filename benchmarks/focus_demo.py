@@ -50,8 +50,8 @@ def main() -> None:
     parser.add_argument(
         "--confusing",
         type=float,
-        default=0.0,
-        help="share of training scenes where a name needs both words (default: 0)",
+        default=0.5,
+        help="share of training scenes where a name needs both words (default: 0.5)",
     )
     parser.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     options = parser.parse_args()
