@@ -126,12 +126,12 @@ def push(
     if not without_language_model:
         typer.echo(f"pushed: {push_checkpoint(checkpoint, repository, scores=scores, **options)}")
         return
+    from mllm.models.export import evaluation_beside
     from mllm.models.export import export as export_checkpoint
 
-    beside = checkpoint.parent / "eval"
     with tempfile.TemporaryDirectory() as place:
         parts = export_checkpoint(checkpoint, Path(place) / "parts", without_language_model=True)
-        shown = scores if scores is not None or not (beside / "results.json").is_file() else beside
+        shown = scores or evaluation_beside(checkpoint)
         typer.echo(f"pushed: {push_checkpoint(parts, repository, scores=shown, **options)}")
 
 

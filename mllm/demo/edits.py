@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mllm.demo.scenes import COLOURS, HERE, SHAPES, SIZE, Scene, Thing, confusing_looks, draw_scene, phrases
+from mllm.demo.scenes import COLOURS, HERE, SHAPES, SIZE, Scene, Thing, draw_scene, looks_of, phrases
 from mllm.processing.mask_files import decode_rle, encode_rle
 
 INSTRUCTION = "Make {phrase} {colour}."
@@ -63,8 +63,7 @@ def prepare_edits(
     rng, rows = random.Random(f"edits/train/{seed}"), []
     while len(rows) < train:
         number = len(rows)
-        hard = int((number + 1) * confusing) > int(number * confusing)
-        scene = small_scene(rng, confusing_looks(rng) if hard else None)
+        scene = small_scene(rng, looks_of(number, confusing, rng))
         named = [(phrase, thing) for phrase, thing in phrases(scene, unseen=False)]
         if named:
             rows.append(_row(root, scene, named, number, rng))

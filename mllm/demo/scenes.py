@@ -90,6 +90,11 @@ def confusing_looks(rng: random.Random) -> list[tuple[str, str]]:
             return rng.sample(looks, len(looks))
 
 
+def looks_of(number: int, confusing: float, rng: random.Random) -> list[tuple[str, str]] | None:
+    """Looks for `draw_scene`: `confusing_looks` for this share of the scenes, evenly among their numbers; None for the others."""
+    return confusing_looks(rng) if int((number + 1) * confusing) > int(number * confusing) else None
+
+
 def _shape(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
     if shape == "circle":
         return x**2 + y**2 < radius**2
@@ -174,8 +179,7 @@ def prepare_scenes(
     rng = random.Random(f"scenes/train/{seed}")
     rows: list[dict[str, Any]] = []
     for number in range(train):
-        hard = int((number + 1) * confusing) > int(number * confusing)
-        scene, name = draw_scene(rng, confusing_looks(rng) if hard else None), f"train/{number:05d}.png"
+        scene, name = draw_scene(rng, looks_of(number, confusing, rng)), f"train/{number:05d}.png"
         scene.picture.save(root / name)
         rows.append(_row(f"scene-{number}", name, conversation(scene, rng)))
     _write(root / "train.jsonl", rows)

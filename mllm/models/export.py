@@ -37,7 +37,7 @@ def export(
             )
         split(checkpoint, target)
         (target / "README.md").write_text(
-            model_card(target, f"owner/{target.name}", scores=_scores(checkpoint)), encoding="utf-8"
+            model_card(target, f"owner/{target.name}", scores=evaluation_beside(checkpoint)), encoding="utf-8"
         )
         return target
     if parts is not None:
@@ -65,8 +65,8 @@ def export(
     return target
 
 
-def _scores(checkpoint: Path) -> Path | None:
-    """The evaluation beside a checkpoint."""
+def evaluation_beside(checkpoint: Path) -> Path | None:
+    """The folder of the evaluation beside a checkpoint; None: there is none."""
     beside = checkpoint.parent / "eval"
     return beside if (beside / "results.json").is_file() else None
 

@@ -68,8 +68,8 @@ def split(checkpoint: Path, target: Path) -> dict[str, Any]:
         saved = read_safetensors(checkpoint / ADAPTER)
         adapter = {name: tensor for name, tensor in saved.items() if name.startswith(_DECODER) and ".lora_" in name}
     settings = {} if lora is None or not adapter else _peft_settings(lora, adapter)
-    base, tables = _published(spec, dtype)
-    made = _merged(spec, dtype, settings, adapter) if adapter else base
+    model, base, tables = _published(spec, dtype)
+    made = _merged(model, spec, settings, adapter) if adapter else base
     if made.keys() - whole.keys() - {n for n in made if n.startswith(_HEAD)} or whole.keys() - made.keys():
         names = some_names(sorted(set(made) ^ set(whole)))
         raise CheckpointError(f"{checkpoint}: its language model has other tensors than {spec.source}: {names}")
@@ -157,7 +157,7 @@ def join(folder: Path, target: Path, *, dtype: str = "auto", shard_size: str = "
             raise CheckpointError(f"{folder / name}: has changed since it was written (another sha256); copy it again")
     spec = validate(LanguageModelSpec, {**record["spec"], "source": record["source"], "revision": record["revision"]})
     stored = getattr(torch, record["dtype"])
-    base, _ = _published(spec, stored)
+    model, base, _ = _published(spec, stored)
     if (found := _hash(base)) != record["sha256"]:
         raise CheckpointError(
             f"{folder}: {spec.source} is another language model than the one that was left out (sha256 of its tensors {found[:12]}…, "
@@ -165,7 +165,7 @@ def join(folder: Path, target: Path, *, dtype: str = "auto", shard_size: str = "
         )
     own = read_safetensors(folder / WEIGHTS)
     adapter = read_safetensors(folder / ADAPTER) if record["adapter"] else {}
-    made = _merged(spec, stored, record["adapter"], adapter) if adapter else base
+    made = _merged(model, spec, record["adapter"], adapter) if adapter else base
     whole = {name: made[name] for name in record["names"]}
     for name, first in record["tables"].items():
         whole[name] = torch.cat([made[name][:first], own.pop(_ROWS + name)])
@@ -211,13 +211,6 @@ def _peft_settings(lora: LoraSpec, adapter: Mapping[str, Tensor]) -> dict[str, A
     }
 
 
-def _opened(spec: LanguageModelSpec, dtype: torch.dtype) -> Any:
-    from mllm.models.build import text_config
-    from mllm.models.text_source import open_language_model
-
-    return open_language_model(spec, text_config(spec), dtype)
-
-
 def _tensors(model: Any) -> dict[str, Tensor]:
     """The tensors of a causal language model by their names in our checkpoints."""
     head = model.get_output_embeddings()
@@ -225,25 +218,28 @@ def _tensors(model: Any) -> dict[str, Tensor]:
     return named | {_HEAD + name: tensor for name, tensor in head.state_dict().items()}
 
 
-def _published(spec: LanguageModelSpec, dtype: torch.dtype) -> tuple[dict[str, Tensor], set[str]]:
-    """A published language model's tensors, and the names of those with a row for every token."""
-    model = _opened(spec, dtype)
+def _published(spec: LanguageModelSpec, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor], set[str]]:
+    """A published language model, its tensors, and the names of those with a row for every token."""
+    from mllm.models.build import text_config
+    from mllm.models.text_source import open_language_model
+
+    model = open_language_model(spec, text_config(spec), dtype)
     inputs = model.get_input_embeddings()
     table = next(name for name, module in model.base_model.named_modules() if module is inputs)
     found = _tensors(model)
-    return found, {f"{_DECODER}{table}.weight", *(name for name in found if name.startswith(_HEAD))}
+    return model, found, {f"{_DECODER}{table}.weight", *(name for name in found if name.startswith(_HEAD))}
 
 
 def _merged(
-    spec: LanguageModelSpec, dtype: torch.dtype, settings: Mapping[str, Any], adapter: Mapping[str, Tensor]
+    model: Any, spec: LanguageModelSpec, settings: Mapping[str, Any], adapter: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The published language model's tensors with an adapter merged into them, by PEFT."""
+    """The tensors of a published language model with an adapter merged into it, by PEFT, which gives merged layers new tensors: those that
+    `_published` gave stay as they were."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError:
         raise UnavailableError(f"merging a LoRA adapter needs the peft package: {install_hint('train')}") from None
-    model = _opened(spec, dtype)
     decoder = model.base_model
     inject_adapter_in_model(LoraConfig(**settings, bias="none"), decoder, adapter_name="language_model")
     given = {name.removeprefix(_DECODER): tensor for name, tensor in adapter.items()}

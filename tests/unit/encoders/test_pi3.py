@@ -14,7 +14,7 @@ from mllm.encoders.catalogue import build_encoder, encoder_config
 from mllm.encoders.pi3 import Pi3Encoder
 from mllm.errors import CheckpointError
 from tests.golden.fill import check, fill_all, load
-from tests.unit.encoders.views import build, check_gradients, stirred
+from tests.unit.encoders.views import SMALL_PI3, build, check_gradients, stirred
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 TINY = Pi3Encoder.tiny()
@@ -30,15 +30,7 @@ def test_the_decoders_output_from_a_whole_checkpoint(tmp_path):
         "image_mean": torch.zeros(3),
     }
     save_file(state, tmp_path / "model.safetensors")
-    sizes = {
-        "width": 32,
-        "num_heads": 2,
-        "depth": 2,
-        "dinov2_depth": 2,
-        "dinov2_image_size": 56,
-        "image_size": [42, 56],
-    }
-    config = {"type": "pi3", **sizes, "keep_prefix": True, "weights": {"source": str(tmp_path)}}
+    config = {"type": "pi3", **SMALL_PI3, "keep_prefix": True, "weights": {"source": str(tmp_path)}}
     encoder = build_encoder(encoder_config(config, where="e")).eval()
     encoder.load_pretrained()
     three, one = (torch.from_numpy(inputs[f"input.{name}"])[0] for name in ("three", "one"))

@@ -27,7 +27,7 @@ from mllm.encoders.view_points import (
 from mllm.encoders.weights import read_weights
 from mllm.errors import CheckpointError, ConfigError
 from tests.golden.fill import check, fill, fill_all, load
-from tests.unit.encoders.views import build, stirred
+from tests.unit.encoders.views import SMALL_PI3, build, stirred
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 SMALL = {
@@ -152,15 +152,7 @@ def test_cameras_come_back_from_their_rays_whatever_their_lens():
 def test_pi3s_points_and_cameras(tmp_path):
     state, inputs, outputs = golden_state("pi3_heads")
     save(state | {"image_mean": torch.zeros(1, 3, 1, 1)}, tmp_path)
-    sizes = {
-        "width": 32,
-        "num_heads": 2,
-        "depth": 2,
-        "dinov2_depth": 2,
-        "dinov2_image_size": 56,
-        "image_size": [42, 56],
-    }
-    config = {"type": "pi3", **sizes, "keep_prefix": True, "weights": {"source": str(tmp_path)}}
+    config = {"type": "pi3", **SMALL_PI3, "keep_prefix": True, "weights": {"source": str(tmp_path)}}
     reader = READERS["pi3"](build(config))
     reader.load()
     pixels = torch.from_numpy(inputs["input.three"])[0]

@@ -8,6 +8,16 @@ import torch
 
 from mllm.encoders.catalogue import build_encoder, encoder_config
 
+SMALL_PI3 = {
+    "width": 32,
+    "num_heads": 2,
+    "depth": 2,
+    "dinov2_depth": 2,
+    "dinov2_image_size": 56,
+    "image_size": [42, 56],
+}
+"""Sizes of the π³ that the vectors pi3 and pi3_heads were made with."""
+
 
 def build(config: dict[str, Any], **changes: Any) -> Any:
     """The encoder of a config with changes, as drawn."""
