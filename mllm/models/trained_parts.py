@@ -14,9 +14,9 @@ from torch import Tensor
 
 from mllm.config import read_yaml, validate
 from mllm.damage import LEFT_OUT, damage_in, hub_file, read_json, read_safetensors
-from mllm.errors import CheckpointError, ConfigError, UnavailableError
+from mllm.errors import CheckpointError, ConfigError
 from mllm.former_recipes import upgraded
-from mllm.install import install_hint
+from mllm.models import lora
 from mllm.modes import by_umask
 from mllm.recipe import LanguageModelSpec, LoraSpec
 
@@ -57,17 +57,17 @@ def split(checkpoint: Path, target: Path) -> dict[str, Any]:
 
     if problem := damage_in(checkpoint):
         raise CheckpointError(problem)
-    spec, lora = _origin(checkpoint)
+    spec, how = _origin(checkpoint)
     tensors = read_tensors(checkpoint)
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith((_DECODER, _HEAD))}
     whole = {name: tensor for name, tensor in tensors.items() if name not in own}
     dtype = next((t.dtype for t in whole.values() if t.is_floating_point()), torch.float32)
     config = read_json(checkpoint / "config.json")
     adapter: dict[str, Tensor] = {}
-    if lora is not None and (checkpoint / ADAPTER).is_file():
+    if how is not None and (checkpoint / ADAPTER).is_file():
         saved = read_safetensors(checkpoint / ADAPTER)
         adapter = {name: tensor for name, tensor in saved.items() if name.startswith(_DECODER) and ".lora_" in name}
-    settings = {} if lora is None or not adapter else _peft_settings(lora, adapter)
+    settings = {} if how is None or not adapter else _on_layers_of(how, adapter)
     model, base, tables = _published(spec, dtype)
     made = _merged(model, spec, settings, adapter) if adapter else base
     if made.keys() - whole.keys() - {n for n in made if n.startswith(_HEAD)} or whole.keys() - made.keys():
@@ -196,19 +196,16 @@ def _origin(checkpoint: Path) -> tuple[LanguageModelSpec, LoraSpec | None]:
     marker = checkpoint / "stage.json"
     last = read_json(marker)["stage"] if marker.is_file() else next(reversed(stages), None)
     how = ((stages.get(last) or {}).get("learn") or {}).get("language_model")
-    lora = how.get("lora") if isinstance(how, Mapping) else None
-    return spec, None if lora is None else validate(LoraSpec, lora, where=f"stages.{last}.learn.language_model.lora")
+    adapted = how.get("lora") if isinstance(how, Mapping) else None
+    return spec, None if adapted is None else validate(
+        LoraSpec, adapted, where=f"stages.{last}.learn.language_model.lora"
+    )
 
 
-def _peft_settings(lora: LoraSpec, adapter: Mapping[str, Tensor]) -> dict[str, Any]:
+def _on_layers_of(how: LoraSpec, adapter: Mapping[str, Tensor]) -> dict[str, Any]:
+    """How it learned, with the layers by name that have an adapter."""
     layers = {name.removeprefix(_DECODER).partition(".lora_")[0] for name in adapter}
-    return {
-        "r": lora.r,
-        "lora_alpha": lora.alpha if lora.alpha is not None else 2 * lora.r,
-        "use_dora": lora.use_dora,
-        "use_rslora": lora.use_rslora,
-        "target_modules": sorted(layers),
-    }
+    return {**how.model_dump(mode="json"), "target": sorted(layers)}
 
 
 def _tensors(model: Any) -> dict[str, Tensor]:
@@ -231,27 +228,18 @@ def _published(spec: LanguageModelSpec, dtype: torch.dtype) -> tuple[Any, dict[s
 
 
 def _merged(
-    model: Any, spec: LanguageModelSpec, settings: Mapping[str, Any], adapter: Mapping[str, Tensor]
+    model: Any, spec: LanguageModelSpec, how: Mapping[str, Any], adapter: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors of a published language model with an adapter merged into it, by PEFT, which gives merged layers new tensors: those that
-    `_published` gave stay as they were."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.tuners_utils import BaseTunerLayer
-    except ImportError:
-        raise UnavailableError(f"merging a LoRA adapter needs the peft package: {install_hint('train')}") from None
+    """The tensors of a published language model with an adapter merged into it. Merged layers get new tensors: those that `_published`
+    gave stay as they were."""
     decoder = model.base_model
-    inject_adapter_in_model(LoraConfig(**settings, bias="none"), decoder, adapter_name="language_model")
+    lora.inject(decoder, "language_model", list(decoder.named_children()), validate(LoraSpec, how), skip=set())
     given = {name.removeprefix(_DECODER): tensor for name, tensor in adapter.items()}
-    wanted = {name for name in decoder.state_dict() if ".lora_" in name}
+    wanted = {name for name in decoder.state_dict() if lora.is_adapter(name)}
     if wanted != given.keys():
         raise CheckpointError(f"{ADAPTER}: does not fit {spec.source}: {sorted(wanted ^ given.keys())[:3]}")
     decoder.load_state_dict(given, strict=False, assign=True)
-    for name, module in list(decoder.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=True)  # pyright: ignore[reportCallIssue]
-            parent, _, child = name.rpartition(".")
-            setattr(decoder.get_submodule(parent), child, module.get_base_layer())
+    lora.merge(decoder)
     return _tensors(model)
 
 

@@ -19,10 +19,10 @@ from mllm.config import read_yaml, to_plain, validate
 from mllm.damage import read_json
 from mllm.errors import CheckpointError, ConfigError
 from mllm.former_recipes import upgraded
+from mllm.models import lora
 from mllm.modes import by_umask
 from mllm.plugins import copy_files
 from mllm.recipe import Recipe, StageSpec
-from mllm.train import lora
 from mllm.train.checkpoint.files import sync_directory, sync_file
 from mllm.train.checkpoint.resume import COSMETIC, difference
 from mllm.train.engine.base import Engine

@@ -12,8 +12,8 @@ from torch import nn
 from mllm.connectors.build import connector_config
 from mllm.errors import ConfigError, did_you_mean
 from mllm.heads.build import FORMER, heads_with_weights
+from mllm.models import lora
 from mllm.recipe import LearnSpec, ModelSpec, StageSpec, reader_of
-from mllm.train import lora
 from mllm.train.added_rows import PART, rows_beside_adapter
 
 if TYPE_CHECKING:

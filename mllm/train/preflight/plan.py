@@ -19,6 +19,7 @@ from mllm.errors import ConfigError, DataError, MllmError, blamed_on
 from mllm.heads.build import heads_with_weights
 from mllm.models.build import build_config, config_and_processor, load_tokenizer
 from mllm.models.configuration_mllm import MllmConfig
+from mllm.models.lora import has_adapters
 from mllm.models.loss import DEFAULT_CHUNK
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.models.vocabulary import grown, num_token_ids
@@ -30,7 +31,6 @@ from mllm.train.added_rows import rows_line
 from mllm.train.data import PADDED_TO, check_some_rows, open_mixture, token_count
 from mllm.train.engine.base import choose_engine
 from mllm.train.engine.groups import Group, apply_learning, frozen_summary
-from mllm.train.lora import has_adapters
 from mllm.train.observe.flops import flop_model
 from mllm.train.preflight.scaling import ENGINES, Load, smallest_that_fits
 from mllm.train.stages.kind import kind_of

@@ -7,9 +7,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mllm.errors import ConfigError
+from mllm.models import lora
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.recipe import StageSpec
-from mllm.train import lora
 from mllm.train.added_rows import added_rows, rows_line
 from mllm.train.engine.groups import apply_learning
 from tests.helpers import TINY_LLM, tiny_model, tiny_tokenizer

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mllm.errors import ConfigError
+from mllm.models import lora
 from mllm.recipe import StageSpec
-from mllm.train import lora
 from mllm.train.engine.groups import apply_learning, frozen_summary, groups_table, no_decay_names, set_modes
 from tests.helpers import TINY_CLIP, tiny_model
 

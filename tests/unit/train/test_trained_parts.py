@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from mllm.cli.main import app
 from mllm.errors import CheckpointError
+from mllm.models import lora
 from mllm.models.export import export
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.recipe import StageSpec
-from mllm.train import lora
 from mllm.train.checkpoint.export import save_adapters, write_model
 from mllm.train.engine.groups import apply_learning
 from tests.helpers import TINY_LLM, tiny_model, tiny_tokenizer

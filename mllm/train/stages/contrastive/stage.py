@@ -17,11 +17,11 @@ from pydantic import Field
 from mllm import distributed
 from mllm.config import StrictModel, validate
 from mllm.errors import ConfigError, DataError
+from mllm.models import lora
 from mllm.processing.chat import IGNORE, EncodedSample
 from mllm.processing.images import to_pixels_multi
 from mllm.processing.protocol import Processor
 from mllm.recipe import LearnSpec, StageSpec
-from mllm.train import lora
 from mllm.train.checkpoint.export import save_stage
 from mllm.train.engine.base import choose_engine
 from mllm.train.stages.contrastive.dual_encoder import TEXT_PART, ContrastiveModel, build_dual, pass_weights

@@ -2,7 +2,8 @@
 
 LoRA (Hu et al., arXiv 2106.09685), DoRA (Liu et al., arXiv 2402.09353) and rank-stabilised LoRA (Kalajdzievski, arXiv
 2312.03732) by the PEFT library, injected in place so that parts keep their names; QLoRA (Dettmers et al., arXiv 2305.14314)
-with bitsandbytes' 4-bit layers below.
+with bitsandbytes' 4-bit layers below. Training puts them on and merges them; saving trained parts alone merges them into a published
+language model once more (`mllm.models.trained_parts`), so it stands below both.
 """
 
 from __future__ import annotations
