@@ -9,10 +9,16 @@ import typer
 
 from mllm.cli import arguments
 
+_ENCODERS = (
+    "vggt-1b", "da3-base", "da3-small", "da3-large", "pi3",
+    "mapanything", "mapanything-apache", "mapanything-v1", "mapanything-apache-v1",
+)  # fmt: skip
+"""Presets with a head that tells points."""
+
 
 def points(
     videos: Annotated[list[Path], typer.Argument(help="Video files, animations or folders of frames.")],
-    encoder: Annotated[str, typer.Option(help="vggt-1b, da3-base, da3-small, da3-large or pi3.")] = "vggt-1b",
+    encoder: Annotated[str, typer.Option(help=f"{', '.join(_ENCODERS[:-1])} or {_ENCODERS[-1]}.")] = "vggt-1b",
     weights: Annotated[
         str | None, typer.Option(help="Its whole checkpoint: a folder, a file or a hub id; default: the preset's.")
     ] = None,
@@ -31,10 +37,10 @@ def points(
     dtype: Annotated[str, typer.Option(help="auto (bfloat16 on a GPU), float32, bfloat16 or float16.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Also for videos that have such a file.")] = False,
 ) -> None:
-    """Write VIDEO.points.npz beside each video: where what its frames show lies in space, as VGGT, Depth Anything 3 or π³ says.
+    """Write VIDEO.points.npz beside each video: where what its frames show lies, as VGGT, Depth Anything 3, π³ or MapAnything says.
 
     It is what video: {which: space_aware} and encoders of type points read where rows have no depth and poses of their own.
-    da3-base and da3-small are free to use, the others' weights not commercially.
+    da3-base, da3-small and mapanything-apache (in metres) are free to use, the others' weights not commercially.
 
     [dim]mllm data points rooms/*.mp4 --frames 64 --chunk 32[/]
     """
@@ -42,7 +48,7 @@ def points(
         (frames, "--frames", 1), (size, "--size", 14), (side, "--side", 0), (chunk, "--chunk", 2)
     ):  # fmt: skip
         arguments.at_least(value, low, option)
-    arguments.one_of(encoder, ("vggt-1b", "da3-base", "da3-small", "da3-large", "pi3"), "--encoder")
+    arguments.one_of(encoder, _ENCODERS, "--encoder")
     if rays and not encoder.startswith("da3"):
         raise typer.BadParameter(f"{encoder} tells no rays; give it with --encoder da3-base", param_hint="--rays")
     arguments.dtype(dtype)

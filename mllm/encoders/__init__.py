@@ -19,6 +19,7 @@ ENCODERS: Registry = Registry(
         "ppocr": "mllm.encoders.ppocr:PPOcrEncoder",
         "vggt": "mllm.encoders.vggt:VggtEncoder",
         "pi3": "mllm.encoders.pi3:Pi3Encoder",
+        "mapanything": "mllm.encoders.mapanything:MapAnythingEncoder",
         "depth_anything_3": "mllm.encoders.depth_anything_3:DepthAnything3Encoder",
         "biformer": "mllm.encoders.backbones.biformer:BiFormerEncoder",
         "crossformer": "mllm.encoders.backbones.crossformer:CrossFormerEncoder",

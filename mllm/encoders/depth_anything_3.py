@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -19,15 +18,13 @@ from mllm.encoders.view_blocks import (
     Rotation,
     ViewsModel,
     across_views,
+    resized_positions,
     rotary_table,
     token_places,
 )
 from mllm.encoders.weights import load_exactly
 from mllm.errors import CheckpointError
 from mllm.types import Grid, ImageSpec
-
-_OFFSET = 0.1
-"""Patches by which DINOv2 lets a resized position table reach beyond its grid."""
 
 
 class DepthAnything3Config(ViewsConfig):
@@ -78,17 +75,6 @@ class AlternatingViT(ViewsModel):
         """Whether a block is one of those from which on views see each other."""
         return self.across_from is not None and number >= self.across_from
 
-    def positions(self, grid: Grid) -> Tensor:
-        """The position table for a grid: bicubic, by the factor of DINOv2's kludge."""
-        if grid == (self.side, self.side):
-            return self.pos_embed
-        image = self.pos_embed[:, 1:].unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2).float()
-        factors = [(cells + _OFFSET) / self.side for cells in grid]
-        image = F.interpolate(image, scale_factor=factors, mode="bicubic")
-        assert image.shape[2:] == grid
-        table = image.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)
-        return torch.cat([self.pos_embed[:, :1], table], dim=1)
-
     def rotations(self, grid: Grid, x: Tensor) -> tuple[Rotation, Rotation]:
         """How the tokens of a view are turned inside it, by row and column from 1, and across views, where all its patches have one
         place: (0, 0) is the camera token's."""
@@ -104,7 +90,7 @@ class AlternatingViT(ViewsModel):
         views never meet."""
         grid = (pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
         x = torch.cat([self.cls_token.expand(len(pixels), -1, -1), self.patch_embed(pixels)], dim=1)
-        x = x + self.positions(grid)
+        x = x + resized_positions(self.pos_embed, self.side, grid, antialias=False)
         inside, across = self.rotations(grid, x)
         alone, later, outputs = x, None, {}
         for number, block in enumerate(self.blocks):

@@ -56,18 +56,22 @@ class Residual(nn.Module):
 class CameraHead(nn.Module):
     """Patches ``(B, N, D)`` → where the cameras stand ``(B, 3)`` and how they are turned ``(B, 3, 3)`` (camera → world)."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, *, turned: int = 9):
         super().__init__()
         self.res_conv = nn.ModuleList(Residual(width) for _ in range(2))
         self.more_mlps = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
-        self.fc_t, self.fc_rot = nn.Linear(width, 3), nn.Linear(width, 9)
+        self.fc_t, self.fc_rot = nn.Linear(width, 3), nn.Linear(width, turned)
 
     def forward(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        x = patches
+        place, turn = self.both(patches)
+        return place, nearest_rotation(turn.unflatten(1, (3, 3)))
+
+    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Place ``(B, 3)`` and the numbers ``(B, turned)`` that say how the camera is turned."""
         for layer in self.res_conv:
             x = layer(x)
         x = self.more_mlps(x.mean(dim=1))
-        return self.fc_t(x), nearest_rotation(self.fc_rot(x).unflatten(1, (3, 3)))
+        return self.fc_t(x), self.fc_rot(x)
 
 
 def nearest_rotation(matrix: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from mllm.types import Grid
 
 _ROPE_BASE = 100.0
+_OFFSET = 0.1
+"""Patches by which DINOv2 lets a resized position table reach beyond its grid."""
 Rotation = tuple[Tensor, Tensor]
 """cos, sin ``(N, channels of a head)`` of one view's tokens."""
 Run = Callable[..., Tensor]
@@ -59,16 +61,32 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block, with LayerScale where it has a scale."""
+class GatedMlp(nn.Module):
+    """SwiGLU (arXiv 2002.05202) with about as many weights as `Mlp`, as DINOv2's giant has it."""
 
-    def __init__(self, width: int, num_heads: int, *, qk_norm: bool, scale: float | None, eps: float):
+    def __init__(self, width: int):
+        super().__init__()
+        inner = -(-int(4 * width * 2 / 3) // 8) * 8
+        self.w12 = nn.Linear(width, 2 * inner)
+        self.w3 = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, with LayerScale where it has a scale. gated: see `GatedMlp`."""
+
+    def __init__(
+        self, width: int, num_heads: int, *, qk_norm: bool, scale: float | None, eps: float, gated: bool = False
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = Attention(width, num_heads, qk_norm=qk_norm, eps=1e-5)
         self.ls1 = nn.Identity() if scale is None else LayerScale(width, scale)
         self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = Mlp(width)
+        self.mlp = GatedMlp(width) if gated else Mlp(width)
         self.ls2 = nn.Identity() if scale is None else LayerScale(width, scale)
 
     def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
@@ -88,36 +106,67 @@ class PatchConv(nn.Module):
 
 
 class DinoV2(nn.Module):
-    """DINOv2 with registers (arXiv 2309.16588); returns normalised tokens: class, registers, patches. image_size: of its position
-    table, which is resized on use (bicubic, antialiased, by target size)."""
+    """DINOv2 (arXiv 2304.07193); returns tokens: class, registers (arXiv 2309.16588), patches.
 
-    def __init__(self, width: int, num_heads: int, *, depth: int, patch_size: int, image_size: int, num_registers: int):
+    Args:
+        num_registers: None: as published without any.
+        image_size: of its position table, which is resized on use (`resized_positions`).
+        antialias: how.
+        gated: see `GatedMlp` (DINOv2's giant).
+        normed: tokens are normalised at the end.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        depth: int,
+        patch_size: int,
+        image_size: int,
+        num_registers: int | None,
+        antialias: bool = True,
+        gated: bool = False,
+        normed: bool = True,
+    ):
         super().__init__()
-        self.side, self.patch_size = image_size // patch_size, patch_size
+        self.side, self.patch_size, self.antialias = image_size // patch_size, patch_size, antialias
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + self.side**2, width) * 0.02)
-        self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, width))
+        if num_registers is not None:
+            self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, width))
+        self.registers = num_registers is not None
         self.patch_embed = PatchConv(width, patch_size)
-        self.blocks = nn.ModuleList(Block(width, num_heads, qk_norm=False, scale=1.0, eps=1e-6) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-
-    def positions(self, grid: Grid) -> Tensor:
-        """The position table for a grid."""
-        if grid == (self.side, self.side):
-            return self.pos_embed
-        image = self.pos_embed[:, 1:].unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2).float()
-        image = F.interpolate(image, size=grid, mode="bicubic", antialias=True)
-        table = image.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)
-        return torch.cat([self.pos_embed[:, :1], table], dim=1)
+        self.blocks = nn.ModuleList(
+            Block(width, num_heads, qk_norm=False, scale=1.0, eps=1e-6, gated=gated) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6) if normed else nn.Identity()
 
     def forward(self, pixels: Tensor, run: Run) -> Tensor:
         batch = pixels.shape[0]
         x = torch.cat([self.cls_token.expand(batch, -1, -1), self.patch_embed(pixels)], dim=1)
-        x = x + self.positions((pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size))
-        x = torch.cat([x[:, :1], self.register_tokens.expand(batch, -1, -1), x[:, 1:]], dim=1)
+        grid = (pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
+        x = x + resized_positions(self.pos_embed, self.side, grid, antialias=self.antialias)
+        if self.registers:
+            x = torch.cat([x[:, :1], self.register_tokens.expand(batch, -1, -1), x[:, 1:]], dim=1)
         for block in self.blocks:
             x = run(block, x, None)
         return self.norm(x)
+
+
+def resized_positions(table: Tensor, side: int, grid: Grid, *, antialias: bool) -> Tensor:
+    """A position table ``(1, 1 + side², C)``, class token first, for a grid: bicubic, antialiased by target size, or plainly by a factor
+    that reaches a tenth of a patch beyond the grid, as DINOv2's models without registers do it."""
+    if grid == (side, side):
+        return table
+    image = table[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2).float()
+    if antialias:
+        image = F.interpolate(image, size=grid, mode="bicubic", antialias=True)
+    else:
+        factors = [(cells + _OFFSET) / side for cells in grid]
+        image = F.interpolate(image, scale_factor=factors, mode="bicubic")
+    assert image.shape[2:] == grid
+    return torch.cat([table[:, :1], image.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 
 class ViewsModel(nn.Module):

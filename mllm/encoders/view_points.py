@@ -1,4 +1,4 @@
-"""Where in space do encoders of several views say that each pixel lies? The heads of VGGT, Depth Anything 3 and π³."""
+"""Where in space do encoders of several views say that each pixel lies? The heads of VGGT, Depth Anything 3, π³ and MapAnything."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from mllm.encoders.camera_rays import Cameras, cameras_of_rays, pixel_places
 from mllm.encoders.depth_anything_3 import DepthAnything3Encoder
 from mllm.encoders.dpt import DptHead, DualDptHead
+from mllm.encoders.library import take_layers
+from mllm.encoders.mapanything import HEADS, MapAnythingEncoder
+from mllm.encoders.mapanything_heads import MapAnythingHeads
 from mllm.encoders.multiview import ViewsEncoder
 from mllm.encoders.pi3 import Pi3Encoder
 from mllm.encoders.pi3_heads import Pi3Heads
@@ -22,6 +25,8 @@ from mllm.types import Grid
 
 _DA3_HEADS = {384: (64, (48, 96, 192, 384)), 768: (128, (96, 192, 384, 768)), 1024: (256, (256, 512, 1024, 1024))}
 """Depth Anything 3's head by the backbone's width: what is fused into, and the maps."""
+_MAPANYTHING = (256, (96, 192, 384, 768))
+"""MapAnything's dense head: likewise."""
 
 
 class PointReader:
@@ -77,7 +82,7 @@ class PointReader:
 
         Returns:
             Points ``(S, H, W, 3)``, as the first view's camera has them, and confidence ``(S, H, W)``, the higher the surer, float32 on the
-            CPU. Their unit is the scene's own.
+            CPU. Their unit is the scene's own (MapAnything's: a metre); NaN where the model says that a pixel shows no place.
         """
         raise NotImplementedError
 
@@ -85,8 +90,13 @@ class PointReader:
         """What the head reads of each layer ``(S, N, D)``, the last layer's prefix ``(S, P, D)``, and the grid."""
         features = self.encoder(pixels, scene_ids=torch.zeros(len(pixels), dtype=torch.long, device=pixels.device))
         assert features.prefix is not None
-        prefix = features.prefix.float().chunk(self.num_layers, dim=-1)[-1]
-        return list(features.tokens.float().chunk(self.num_layers, dim=-1)), prefix, features.grid
+        widths = self.widths(features.tokens.shape[-1])
+        prefix = features.prefix.float().split(widths, dim=-1)[-1]
+        return list(features.tokens.float().split(widths, dim=-1)), prefix, features.grid
+
+    def widths(self, total: int) -> list[int]:
+        """Channels of each layer, of ``total``."""
+        return [total // self.num_layers] * self.num_layers
 
 
 def _by_parts(read: Callable[..., tuple[Tensor, ...]], at_once: int, *inputs: Tensor) -> list[Tensor]:
@@ -267,5 +277,55 @@ class Pi3Points(PointReader):
         )
 
 
-READERS: dict[str, Any] = {"vggt": VggtPoints, "depth_anything_3": DepthAnything3Points, "pi3": Pi3Points}
+class MapAnythingPoints(PointReader):
+    """MapAnything's rays, as long as it says, laid into space by the cameras that it tells, in metres. What it takes for no place (sky)
+    is NaN; points at depth's edges, which the authors' `infer` takes away afterwards, are kept."""
+
+    parts: ClassVar[dict[str, str]] = {name.rstrip("."): name.rstrip(".") for name in HEADS}
+    head: MapAnythingHeads
+
+    def __init__(self, encoder: MapAnythingEncoder):
+        super().__init__(encoder)
+        config = encoder.config
+        if not config.keep_prefix:
+            raise ConfigError("encoder: the scale's head reads the scale token; keep_prefix: true gives it")
+        self._widths = [
+            config.width if count else config.dinov2_width for count in take_layers(config.layers, config.depth)
+        ]
+        fused, channels = _MAPANYTHING
+        self.head = MapAnythingHeads(self._widths, config.patch_size, channels=channels, fused=fused)
+
+    @staticmethod
+    def layers_read(depth: int) -> list[int]:
+        return [0, depth // 2, depth * 3 // 4, depth]
+
+    def widths(self, total: int) -> list[int]:
+        return self._widths
+
+    def as_built(self, part: str, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
+        """The camera's linear layers are published as convolutions of one pixel. The dense head's convolutions have several names, of which
+        a file of safetensors keeps the first alone."""
+        if part == "pose_head":
+            state = {key: value.flatten(1) if value.ndim == 4 else value for key, value in state.items()}
+        names = [
+            name for k in range(4) for name in (f"0.scratch.layer{k + 1}_rn.weight", f"0.scratch.layer_rn.{k}.weight")
+        ]
+        return state, set(names) if part == "dense_head" else set()
+
+    @torch.no_grad()
+    def read(self, pixels: Tensor, *, at_once: int = 8) -> tuple[Tensor, Tensor]:
+        rays, depth, confidence, mask, places, quaternions, scale = self.told(pixels, at_once=at_once)
+        points = rays * (depth * scale[:, None, None])[..., None]
+        points = seen_by_first(points, rotations(quaternions), places * scale[:, None])
+        return points.masked_fill(mask[..., None] <= 0, torch.nan).cpu(), confidence.cpu()
+
+    def told(self, pixels: Tensor, *, at_once: int = 8) -> list[Tensor]:
+        """What `MapAnythingHeads` tell of views ``(S, 3, H, W)``."""
+        layers, prefix, grid = self._layers(pixels)
+        return _by_parts(lambda *some: self.head(some[:4], some[4], grid), at_once, *layers, prefix[:, 0])
+
+
+READERS: dict[str, Any] = {
+    "vggt": VggtPoints, "depth_anything_3": DepthAnything3Points, "pi3": Pi3Points, "mapanything": MapAnythingPoints,
+}  # fmt: skip
 """Encoder type → its `PointReader`."""

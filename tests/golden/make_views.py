@@ -16,7 +16,7 @@ import importlib.util
 import json
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -238,18 +238,27 @@ def rule(name: str, shape: tuple[int, ...]) -> str:
 
 
 @torch.no_grad()
-def write(model: nn.Module, read: Read, views: dict[str, int], about: dict[str, Any]) -> None:
-    """Fill, run and store one case. views: how many each input has; about: what its JSON says of it."""
+def write(
+    model: nn.Module,
+    read: Read,
+    views: dict[str, int],
+    about: dict[str, Any],
+    *,
+    size: tuple[int, int] = (42, 56),
+    named: Iterable[tuple[str, Tensor]] | None = None,
+) -> None:
+    """Fill, run and store one case. views: how many each input has; about: what its JSON says of it; size: of a view; named: the weights
+    that are filled (all)."""
     model.eval()
     params = []
-    for key, parameter in model.named_parameters():
+    for key, parameter in model.named_parameters() if named is None else named:
         kind = rule(key, tuple(parameter.shape))
         params.append({"name": key, "shape": list(parameter.shape), "rule": kind, "role": key})
         parameter.copy_(torch.from_numpy(fill(key, parameter.shape, SEED, kind)))
     exact = copy.deepcopy(model).double()
     inputs, outputs, worst = [], {}, 0.0
     for case, count in views.items():
-        shape = (1, count, 3, 42, 56)
+        shape = (1, count, 3, *size)
         pixels = torch.from_numpy(fill(f"input.{case}", shape, SEED, "normal"))
         more = {"stored": False, "rule": "normal", "meaning": "[B,S,3,H,W], ImageNet-normalised"}
         inputs.append({"name": f"input.{case}", "shape": list(shape), "dtype": "float32", **more})

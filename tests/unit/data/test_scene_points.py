@@ -35,7 +35,9 @@ def test_points_lie_beside_the_video_and_choose_its_frames(spec, tmp_path, monke
     with np.load(target) as told:
         assert told["frames"].tolist() == [0, 3, 7, 11, 15, 19]
         assert told["points"].shape == (6, 6, 8, 3) and told["confidence"].shape == (6, 6, 8)
-        assert np.isfinite(told["points"]).all() and told["points"].std() > 0 and told["confidence"].min() > 0
+        known = np.isfinite(told["points"])
+        assert known.any() if spec["type"] == "mapanything" else known.all()  # which says what lies nowhere
+        assert told["points"][known].std() > 0 and told["confidence"].min() > 0
     seen = frames_of(Video(str(clip)), VideoSpec(frames=3, which="space_aware", candidates=6), where="room")
     assert 1 <= len(seen.chosen.numbers) <= 3 and set(seen.chosen.numbers) <= {0, 3, 7, 11, 15, 19}
     kept = target.stat().st_mtime_ns
@@ -88,6 +90,8 @@ def test_presets_read_the_layers_and_sizes_that_were_published():
         "da3-base": ([6, 8, 10, 12], (378, 504)),
         "da3-large": ([12, 16, 20, 24], (378, 504)),
         "pi3": ([18], (392, 518)),
+        "mapanything": ([0, 8, 12, 16], (392, 518)),
+        "mapanything-apache-v1": ([0, 12, 18, 24], (392, 518)),
     }
     for name, (layers, size) in expected.items():
         writer = PointWriter(name, chunk=8)

@@ -29,7 +29,7 @@ def test_every_promised_encoder_is_there_with_source_licence_and_capability():
         weights = entry["weights"]
         assert weights["source"] and weights["licence"], name
         assert 10 < len(entry["capability"]) < 120, name
-        on_hub = entry["type"] in ("hf", "vggt", "depth_anything_3", "pi3", "vivit") or str(
+        on_hub = entry["type"] in ("hf", "vggt", "depth_anything_3", "pi3", "mapanything", "vivit") or str(
             weights["source"]
         ).startswith("hf-hub:")
         on_hub = on_hub or re.fullmatch(r"[\w-]+/[\w.-]+/[^/]+", weights["source"])

@@ -1,4 +1,4 @@
-"""Do the heads say what VGGT's, Depth Anything 3's and π³'s say, and are they read out of whole checkpoints?"""
+"""Do the heads say what VGGT's, Depth Anything 3's and π³'s say, and are they and MapAnything's read out of whole checkpoints?"""
 
 # pyright: reportArgumentType=false
 
@@ -15,6 +15,7 @@ from mllm.encoders import multiview, view_points
 from mllm.encoders.camera_rays import cameras_of_rays, homography, pixel_places
 from mllm.encoders.depth_anything_3 import DepthAnything3Encoder
 from mllm.encoders.dpt import DptHead, place_waves
+from mllm.encoders.mapanything import MapAnythingEncoder
 from mllm.encoders.pi3 import Pi3Encoder
 from mllm.encoders.vggt import VggtEncoder
 from mllm.encoders.view_points import (
@@ -34,13 +35,20 @@ SMALL = {
     "vggt": {**VggtEncoder.tiny(), "depth": 4, "layers": [1, 2, 3, 4], "patch_embed": "conv"},
     "depth_anything_3": {**DepthAnything3Encoder.tiny(), "layers": [1, 2, 3, 4]},
     "pi3": {**Pi3Encoder.tiny(), "layers": [-1]},
+    "mapanything": {**MapAnythingEncoder.tiny(), "layers": [0, 2, 3, 4]},
 }
 UPSTREAM = {
     "vggt": ("aggregator.", "point_head."),
     "depth_anything_3": ("model.backbone.pretrained.", "model."),
     "pi3": ("", ""),
+    "mapanything": ("", ""),
 }
-BESIDE = {"vggt": "depth_head.norm.weight", "depth_anything_3": "model.cam_enc.x", "pi3": "image_mean"}
+BESIDE = {
+    "vggt": "depth_head.norm.weight",
+    "depth_anything_3": "model.cam_enc.x",
+    "pi3": "image_mean",
+    "mapanything": "dpt_regressor_head.conv1.bias",
+}
 """A tensor of the published model that is read by nothing here."""
 EXACT = {"tolerance": {"atol": 2e-6, "rtol": 1e-5}}
 
@@ -58,6 +66,9 @@ def save_whole(kind, reader, folder):
         finest = [k for k in state if "_aux.3." in k]
         state |= {k.replace("_aux.3.", "_aux.0."): state[k] for k in finest}
         state = {k: v for k, v in state.items() if "output_conv2_aux.3.2." not in k}
+    if kind == "mapanything":  # of convolutions of one pixel
+        linear = [k for k in state if k.startswith(("pose_head.proj.", "pose_head.res_conv.")) and state[k].ndim == 2]
+        state |= {k: state[k][..., None, None] for k in linear}
     return save(state | {BESIDE[kind]: torch.zeros(2)}, folder)
 
 
@@ -207,7 +218,7 @@ def test_a_reader_is_read_out_of_a_whole_checkpoint_that_is_opened_once(kind, tm
     points, confidence = reader.read(pixels, at_once=2)
     assert points.shape == (3, 16, 20, 3) and confidence.shape == (3, 16, 20)
     assert confidence.min() >= (0 if kind == "pi3" else 1)
-    torch.testing.assert_close((points, confidence), donor.read(pixels))
+    torch.testing.assert_close((points, confidence), donor.read(pixels), equal_nan=kind == "mapanything")
 
 
 FAULTS = {

@@ -298,6 +298,15 @@ GEOMETRY = [
     TINY_VGGT,
     {"type": "depth_anything_3", **_VIEWS, "depth": 2, "across_from": 1, "position_size": 28},
     {"type": "pi3", **_VIEWS, "depth": 1, "dinov2_depth": 1, "dinov2_image_size": 28},
+    {
+        "type": "mapanything",
+        **_VIEWS,
+        "depth": 2,
+        "dinov2_width": 16,
+        "dinov2_depth": 1,
+        "dinov2_heads": 2,
+        "dinov2_image_size": 28,
+    },
 ]
 
 
