@@ -2,7 +2,8 @@
 
 Draws scenes, trains all stages of ``recipes/focus_demo.yaml``, and asks for edits of scenes that were not trained ("Make the red square
 blue."). An edit is right by an exact rule (`mllm.eval.metrics.editing`): the thing has the colour that was asked for, and nothing outside
-its true mask has changed beyond 30 dB. Beside it: the same with the true mask, and with the codes of the true edited picture (what marks
+its true mask has changed beyond 30 dB. From which probability a pixel is marked is chosen on scenes of neither training nor test, by masks
+alone. Beside it: the same with the true mask, and with the codes of the true edited picture (what marks
 and what drawing costs), the plain decoder in the diffusion decoder's place (with the true mask and codes too: what the tokenizer can carry
 at all), the edited picture itself (the rule: 100 %), and as controls an instruction that names nothing and that of another picture. Writes
 ``report.json``.
@@ -37,7 +38,11 @@ from mllm.heads.editing import edit_pictures
 from mllm.types import IMAGE_MARK, Turn
 from mllm.visual_tokenizers.base import as_unit_range
 from mllm.visual_tokenizers.diffusion.edit import edit
+from mllm.visual_tokenizers.images import to_pixels
 from mllm.visual_tokenizers.sequence import decode_packed, pack_codes
+
+CELL = 4
+"""Pixels of a side that a code of the recipe's tokenizer stands for."""
 
 
 def main() -> None:
@@ -65,7 +70,9 @@ def main() -> None:
     root = options.output
     data = root / "data"
     if not (options.resume and (data / "test.jsonl").exists()):  # its last file
-        prepare_edits(data, train=options.train, test=options.tests, seed=options.seed, confusing=options.confusing)
+        prepare_edits(
+            data, train=options.train, test=options.tests, seed=options.seed, confusing=options.confusing, cell=CELL
+        )
     pictures = data / "pictures"
     changes = [
         f"seed={options.seed}",
@@ -80,42 +87,66 @@ def main() -> None:
     model: Any = AutoModelForImageTextToText.from_pretrained(str(checkpoint)).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     processor = AutoProcessor.from_pretrained(str(checkpoint))
-    report |= measure(model, processor, read_edits(data))
+    report |= measure(model, processor, read_edits(data), read_edits(data, "valid"))
     report["seconds"] = round(time.perf_counter() - began)
     (root / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=1))
 
 
-def measure(model: Any, processor: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+
+
+def chosen_threshold(model: Any, processor: Any, rows: list[dict[str, Any]]) -> float:
+    """From which probability a pixel is best marked: where most edits of validation scenes would be right if what is marked were given
+    the very colour."""
+    found = []
+    for threshold in THRESHOLDS:
+        marked = model.segment(
+            [row["image"] for row in rows],
+            [row["instruction"] for row in rows],
+            processor=processor,
+            threshold=threshold,
+        )
+        masks = torch.stack([one.union for one in marked])
+        found.append(shares(as_unit_range(torch.where(masks[:, None], colours(rows), pixels_of(rows))), rows)["right"])
+    return THRESHOLDS[found.index(max(found))]
+
+
+def measure(model: Any, processor: Any, rows: list[dict[str, Any]], validation: list[dict[str, Any]]) -> dict[str, Any]:
     """Shares of right edits in percent, by the way they were made."""
     device = model.device
-    pictures = torch.stack([torch.from_numpy(read(row["image"])) for row in rows]).to(device)
-    sources = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+    threshold = chosen_threshold(model, processor, validation)
+    sources = pixels_of(rows).to(device)
     masks = torch.stack([torch.from_numpy(row["mask"]) for row in rows]).to(device)
     images = [row["image"] for row in rows]
     asked = [INSTRUCTION.format(phrase=row["phrase"], colour=row["colour"]) for row in rows]
     blind = [INSTRUCTION.format(phrase=BLIND, colour=row["colour"]) for row in rows]
     tokenizer = model.image_tokenizer
-    made, hidden = edits(model, processor, images, asked)
+    raw = edits_raw(model, processor, images, asked, threshold=threshold)
+    made, hidden, packed = (torch.stack([getattr(one, name) for one in raw]) for name in ("pixels", "mask", "packed"))
+    usual, _ = edits(model, processor, images, asked)
     marked, _ = edits(model, processor, images, asked, masks=masks)
-    unnamed, _ = edits(model, processor, images, blind)
-    others, _ = edits(model, processor, images, [*asked[1:], *asked[:1]])
-    packed = torch.cat([found.packed[None] for found in edits_raw(model, processor, images, asked)])
+    unnamed, _ = edits(model, processor, images, blind, threshold=threshold)
+    others, _ = edits(model, processor, images, [*asked[1:], *asked[:1]], threshold=threshold)
     with torch.no_grad():
         plain = decode_packed(tokenizer, packed)
         wanted = torch.where(masks[:, None], colours(rows).to(device), sources)
-        codes = tokenizer.encode(wanted)
+        touched = F.adaptive_max_pool2d(masks[:, None].float(), tokenizer.grid)
+        filled = F.interpolate(touched, wanted.shape[2:], mode="nearest") > 0  # as the training pictures are
+        codes = tokenizer.encode(torch.where(filled, colours(rows).to(device), sources))
         oracle = as_unit_range(edit(tokenizer.diffusion, sources, masks, codes, seed=0))
         own = as_unit_range(edit(tokenizer.diffusion, sources, hidden, codes, seed=0))
         true, source = pack_codes(tokenizer, codes), pack_codes(tokenizer, tokenizer.encode(sources))
         held = F.adaptive_avg_pool2d(masks[:, None].float(), tokenizer.grid).flatten(1)  # of each code's cell
-        told = told_codes(model, processor, images, asked, true)
+        told = told_codes(model, processor, images, asked, true, touched.flatten(1) > 0)
         rebuilt = torch.where(masks[:, None], as_unit_range(tokenizer.decode(codes)), as_unit_range(sources))
     plain = torch.where(hidden[:, None], plain, as_unit_range(sources))
     overlap = (hidden & masks).sum((1, 2)) / (hidden | masks).sum((1, 2)).clamp(min=1)
     return {
         "samples": len(rows),
+        "threshold": threshold,
         "edits": shares(made, rows),
+        "by a threshold of 0.5": shares(usual, rows),
         "mask_iou": round(100 * float(overlap.mean()), 1),
         "with the true mask": shares(marked, rows),
         "codes, drawn": right_codes(packed, true, source, held),
@@ -134,7 +165,7 @@ def edits_raw(model: Any, processor: Any, images: list[str], instructions: list[
     found: list[Any] = []
     for start in range(0, len(images), 50):
         part = slice(start, start + 50)
-        own = {name: value[part] for name, value in more.items()}
+        own = {name: value[part] if isinstance(value, torch.Tensor) else value for name, value in more.items()}
         found += edit_pictures(model, images[part], instructions[part], processor=processor, **own)
     return found
 
@@ -149,7 +180,7 @@ def edits(model: Any, processor: Any, images: list[str], instructions: list[str]
 class Told(Drawing):
     """Draws the likeliest codes, which are in said, and goes on with the true ones ``(B, S)``."""
 
-    true: torch.Tensor
+    true: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     said: list[torch.Tensor] = field(default_factory=list)
 
     def draw(self, logits: torch.Tensor) -> torch.Tensor:
@@ -159,14 +190,15 @@ class Told(Drawing):
 
 @torch.no_grad()
 def told_codes(
-    model: Any, processor: Any, images: list[str], instructions: list[str], true: torch.Tensor
+    model: Any, processor: Any, images: list[str], instructions: list[str], true: torch.Tensor, changed: torch.Tensor
 ) -> torch.Tensor:
-    """The likeliest code at each place ``(B, S)``, all true codes before it given."""
+    """The likeliest code at each place ``(B, S)``, all true codes before it given; changed ``(B, S)``: which change."""
     found = []
     for start in range(0, len(images), 50):
         part = slice(start, start + 50)
         prompts = [[Turn("user", f"{IMAGE_MARK}\n{text}")] for text in instructions[part]]
-        drawing = Told(1.0, 0.0, 0, 0.0, SampleNoise(range(len(prompts)), model.device), true[part])
+        noise = SampleNoise(range(len(prompts)), model.device)
+        drawing = Told(1.0, 0.0, 0, 0.0, noise, changed[part], true=true[part])
         embeddings, mask = prompt_embeddings(
             model, processor, prompts, [[image] for image in images[part]], drawing, None
         )
@@ -183,6 +215,11 @@ def right_codes(codes: torch.Tensor, true: torch.Tensor, source: torch.Tensor, h
     places = {"inside": held == 1, "on the edge": (held > 0) & (held < 1), "outside": held == 0}
     shares = {name: round(100 * float(right[place].mean()), 1) for name, place in places.items() if place.any()}
     return {**shares, "outside, the source's own": round(100 * float((source == true)[held == 0].float().mean()), 1)}
+
+
+def pixels_of(rows: list[dict[str, Any]]) -> torch.Tensor:
+    """The pictures that are edited ``(B, 3, H, W)`` in [-1, 1]."""
+    return to_pixels(torch.stack([torch.from_numpy(read(row["image"])) for row in rows]).permute(0, 3, 1, 2))
 
 
 def colours(rows: list[dict[str, Any]]) -> torch.Tensor:

@@ -22,10 +22,12 @@ SIDE = 32
 """Of the pictures: a tokenizer and a decoder learn four times as many steps in the time that scenes of 64 pixels take."""
 
 
-def recoloured(scene: Scene, thing: Thing, colour: str) -> Image.Image:
-    """The scene with one thing in another colour."""
+def recoloured(scene: Scene, thing: Thing, colour: str, cell: int = 1) -> Image.Image:
+    """The scene with one thing in another colour; cell: with all of each square of so many pixels in which it has a part."""
     pixels = np.asarray(scene.picture).copy()
-    pixels[thing.mask] = COLOURS[colour]
+    rows, columns = (side // cell for side in thing.mask.shape)
+    touched = thing.mask.reshape(rows, cell, columns, cell).any((1, 3))
+    pixels[touched.repeat(cell, 0).repeat(cell, 1)] = COLOURS[colour]
     return Image.fromarray(pixels)
 
 
@@ -43,22 +45,25 @@ def prepare_edits(
     test: int = 200,
     seed: int = 0,
     confusing: float = 0.0,
+    cell: int = 1,
 ) -> Path:
-    """Write ``train.jsonl`` (every scene marked twice and recoloured, in either order) and ``test.jsonl`` on other scenes, with PNG
-    pictures; the folder ``pictures`` holds all training pictures, for a tokenizer.
+    """Write ``train.jsonl`` (every scene marked four times and recoloured, in either order), ``valid.jsonl`` and ``test.jsonl`` on other
+    scenes, with PNG pictures; the folder ``pictures`` holds all training pictures, for a tokenizer.
 
     Args:
         output_dir: a folder, made where it is missing.
         train: training scenes.
-        test: scenes that nothing was trained on.
+        test: scenes that nothing was trained on, of either file.
         seed: of all that is drawn.
         confusing: share of training scenes in which neither colour nor shape alone names a thing (`confusing_looks`).
+        cell: pixels of a side that a code stands for. A recoloured thing fills every cell that it touches: an edit paints inside a mask
+            alone, so that what codes say beside it counts for nothing, and a code then need not tell the edge that the mask tells.
 
     Returns:
         The folder.
     """
     root = Path(output_dir)
-    for name in ("pictures", "test"):
+    for name in ("pictures", "valid", "test"):
         (root / name).mkdir(parents=True, exist_ok=True)
     rng, rows = random.Random(f"edits/train/{seed}"), []
     while len(rows) < train:
@@ -66,43 +71,52 @@ def prepare_edits(
         scene = small_scene(rng, looks_of(number, confusing, rng))
         named = [(phrase, thing) for phrase, thing in phrases(scene, unseen=False)]
         if named:
-            rows.append(_row(root, scene, named, number, rng))
+            rows.append(_row(root, scene, named, number, rng, cell))
     _write(root / "train.jsonl", rows)
-    rng, tests = random.Random(f"edits/test/{seed}"), []
-    while len(tests) < test:
+    for name in ("valid", "test"):
+        _write(root / f"{name}.jsonl", _asked(root, name, test, random.Random(f"edits/{name}/{seed}")))
+    return root
+
+
+def _asked(root: Path, folder: str, number: int, rng: random.Random) -> list[dict[str, Any]]:
+    """Edits of so many scenes, whose pictures are put into a folder."""
+    tests: list[dict[str, Any]] = []
+    while len(tests) < number:
         scene = small_scene(rng)
         named = [(phrase, thing) for phrase, thing in phrases(scene, unseen=False)]
         if not named:
             continue
-        (phrase, thing), name = rng.choice(named), f"test/{len(tests):04d}.png"
+        (phrase, thing), name = rng.choice(named), f"{folder}/{len(tests):04d}.png"
         colour = rng.choice([one for one in COLOURS if one != thing.colour])
         scene.picture.save(root / name)
         source = base64.b64encode((root / name).read_bytes()).decode()
         edit = {"mask": encode_rle(thing.mask), "colour": colour, "colours": COLOURS, "source": source}
         instruction = INSTRUCTION.format(phrase=phrase, colour=colour)
         tests.append({"image": name, "phrase": phrase, "colour": colour, "instruction": instruction, "edit": edit})
-    _write(root / "test.jsonl", tests)
-    return root
+    return tests
 
 
-def _row(root: Path, scene: Scene, named: list[tuple[str, Thing]], number: int, rng: random.Random) -> dict[str, Any]:
+def _row(
+    root: Path, scene: Scene, named: list[tuple[str, Thing]], number: int, rng: random.Random, cell: int
+) -> dict[str, Any]:
     source, target = f"pictures/{number:05d}.png", f"pictures/{number:05d}-edited.png"
     scene.picture.save(root / source)
-    marked, (phrase, thing) = rng.choice(named), rng.choice(named)
-    colour = rng.choice([one for one in COLOURS if one != thing.colour])
-    recoloured(scene, thing, colour).save(root / target)
-    instruction = INSTRUCTION.format(phrase=phrase, colour=colour)
-    asked = [
-        (MARK.format(phrase=marked[0]), HERE.format(phrase=marked[0])),
-        (MARK.format(phrase=instruction), HERE.format(phrase=phrase)),
-    ]
-    marks = [_turns(question, answer) for question, answer in asked]
-    edit = _turns(instruction, "<image>")
-    masks = [encode_rle(marked[1].mask), encode_rle(thing.mask)]
-    # Both are asked for by themselves later, so each is the first request of half of the scenes.
-    turns, masks = ([edit, *marks[::-1]], masks[::-1]) if number % 2 else ([*marks, edit], masks)
-    messages = [message for turn in turns for message in turn]
+    chosen = [rng.choice(named) for _ in range(4)]
+    edit, marks = [], []
+    for place, (phrase, thing) in enumerate(chosen):  # half are asked for as an edit asks
+        colour = rng.choice([one for one in COLOURS if one != thing.colour])
+        instruction = INSTRUCTION.format(phrase=phrase, colour=colour)
+        asked = MARK.format(phrase=phrase if place % 2 else instruction)
+        marks.append((_turns(asked, HERE.format(phrase=phrase)), encode_rle(thing.mask)))
+        if not place:
+            recoloured(scene, thing, colour, cell).save(root / target)
+            edit = _turns(instruction, "<image>")
+    # Either kind of mark and the edit are asked for by themselves later, so each must come first in some scenes.
+    rng.shuffle(marks)
+    turns = [turn for turn, _ in marks]
+    messages = [message for turn in ([edit, *turns] if number % 2 else [*turns, edit]) for message in turn]
     messages[0]["content"] = "<image>\n" + messages[0]["content"]
+    masks = [mask for _, mask in marks]
     return {"id": f"edit-{number}", "images": [source, target], "messages": messages, "masks": masks}
 
 
@@ -110,10 +124,10 @@ def _turns(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def read_edits(root: Path) -> list[dict[str, Any]]:
-    """The rows of ``test.jsonl`` with masks as arrays and pictures by their places."""
+def read_edits(root: Path, name: str = "test") -> list[dict[str, Any]]:
+    """The rows of ``test.jsonl`` (or ``valid.jsonl``) with masks as arrays and pictures by their places."""
     found = []
-    for line in (root / "test.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (root / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         found.append(
             {**row, "image": str(root / row["image"]), "mask": np.asarray(decode_rle(row["edit"]["mask"])).astype(bool)}

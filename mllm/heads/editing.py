@@ -87,12 +87,18 @@ def edit_pictures(
         raise ConfigError(f"edit: {len(instructions)} instructions for {len(images)} pictures; give one for each")
     found = model.segment(list(images), list(instructions), processor=processor, threshold=threshold)
     prompts = [[Turn("user", f"{IMAGE_MARK}\n{instruction}")] for instruction in instructions]
-    shown = [[image] for image in images]
+    shown, side = [[image] for image in images], side_of(model)
+    squares = [_square(image, side, f"picture {k}") for k, image in enumerate(images)]
+    pixels = torch.cat([to_pixels(one, model.device) for one in squares])
+    if masks is None:
+        masks = torch.stack([_shrunk(part.union, side) for part in found])
+    masks = masks.to(model.device).bool()
+    touched = touched_codes(model.image_tokenizer, masks)
     settings = {"temperature": 0.0, "painting": Painting("plain"), **options}  # only its codes are used
-    drawn = generate_images(model, prompts, processor=processor, images=shown, **settings)
-    made = _painted(model, images, found, drawn.packed, masks, steps, guidance, seed, feather)
+    drawn = generate_images(model, prompts, processor=processor, images=shown, changed=touched, **settings)
+    made = _painted(model, pixels, masks, drawn.packed, touched, steps, guidance, seed, feather)
     texts = [part.text for part in found]
-    return [Edited(p, m, text, codes) for p, m, text, codes in zip(*made, texts, drawn.packed)]
+    return [Edited(p, m, text, codes) for p, m, text, codes in zip(made, masks, texts, drawn.packed)]
 
 
 def side_of(model: MultimodalModel) -> int:
@@ -101,49 +107,44 @@ def side_of(model: MultimodalModel) -> int:
     return tokenizer.diffusion.image_side if tokenizer.has_diffusion else tokenizer.image.height
 
 
+def touched_codes(tokenizer: VisualTokenizer, masks: Tensor) -> Tensor:
+    """Which codes ``(B, S)`` stand for cells that masks ``(B, H, W)`` touch; of a multi-scale tokenizer, whose coarse codes stand for no
+    cells, all."""
+    blocks = code_blocks(tokenizer)
+    if tokenizer.scales is not None:
+        return masks.new_ones(len(masks), sum(block.number for block in blocks), dtype=torch.bool)
+    touched = [F.adaptive_max_pool2d(masks[:, None].float(), (b.rows, b.columns)).flatten(1) > 0 for b in blocks]
+    return torch.cat(touched, 1)
+
+
 def _painted(
     model: MultimodalModel,
-    images: Sequence[Any],
-    found: Sequence[Any],
+    pixels: Tensor,
+    masks: Tensor,
     packed: Tensor,
-    masks: Tensor | None,
+    touched: Tensor,
     steps: int | None,
     guidance: float | None,
     seed: int,
     feather: int,
-) -> tuple[Tensor, Tensor]:
-    """Pictures ``(B, 3, H, W)`` in [0, 1] and masks ``(B, H, W)``."""
+) -> Tensor:
+    """Pictures ``(B, 3, H, W)`` in [0, 1]: inside the masks ``(B, H, W)`` by drawn codes ``(B, S)`` in touched cells and the source's own
+    elsewhere, outside as in pixels ``(B, 3, H, W)`` in [-1, 1]."""
     tokenizer = model.image_tokenizer
-    side = side_of(model)
-    pixels = torch.cat(
-        [to_pixels(_square(image, side, f"picture {k}"), model.device) for k, image in enumerate(images)]
+    own = pack_codes(
+        tokenizer, tokenizer.encode(tokenizer.diffusion.shrunk(pixels) if tokenizer.has_diffusion else pixels)
     )
-    if masks is None:
-        masks = torch.stack([_shrunk(part.union, side) for part in found])
-    masks = masks.to(model.device).bool()
-    packed = _kept(tokenizer, packed, pixels, masks)
+    packed = torch.where(touched, packed, own)
     if tokenizer.has_diffusion:
         codes = unpack_codes(tokenizer, packed)
         made = edit(
             tokenizer.diffusion, pixels, masks, codes, steps=steps, guidance=guidance, seed=seed, feather=feather
         )
-        return as_unit_range(made), masks
+        return as_unit_range(made)
     if steps is not None or guidance is not None:
         raise ConfigError("edit: steps and guidance are the diffusion decoder's, and this model's tokenizer has none")
     plain = decode_packed(tokenizer, packed)  # what the plain decoder makes, where the mask is
-    return torch.where(masks[:, None], plain, as_unit_range(pixels)), masks
-
-
-def _kept(tokenizer: VisualTokenizer, packed: Tensor, pixels: Tensor, masks: Tensor) -> Tensor:
-    """Drawn codes ``(B, S)`` in cells that masks ``(B, H, W)`` touch, those of the pictures ``(B, 3, H, W)`` elsewhere."""
-    if tokenizer.scales is not None:  # a coarse scale's codes stand for no cells
-        return packed
-    own = pack_codes(
-        tokenizer, tokenizer.encode(tokenizer.diffusion.shrunk(pixels) if tokenizer.has_diffusion else pixels)
-    )
-    blocks = code_blocks(tokenizer)
-    touched = [F.adaptive_max_pool2d(masks[:, None].float(), (b.rows, b.columns)).flatten(1) > 0 for b in blocks]
-    return torch.where(torch.cat(touched, 1), packed, own)
+    return torch.where(masks[:, None], plain, as_unit_range(pixels))
 
 
 def _square(image: Any, side: int, where: str) -> Tensor:

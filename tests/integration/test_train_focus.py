@@ -23,7 +23,7 @@ from mllm.eval.generators.hf import HFGenerator
 from mllm.eval.metrics.editing import EditRule, png_text
 from mllm.eval.run import evaluate
 from mllm.eval.task import expand_tasks
-from mllm.heads.editing import _kept, edit_pictures
+from mllm.heads.editing import _painted, edit_pictures, touched_codes
 from mllm.recipe import Recipe
 from mllm.train.run import run_recipe
 from mllm.visual_tokenizers.sequence import pack_codes
@@ -48,7 +48,7 @@ def recipe(root: Path, steps: int = 3) -> Recipe:
                 "encoder": "eye",
                 "decoder": {"type": "query", "width": 32, "depth": 1, "heads": 2},
             },
-            "draw": {"type": "separate", "code_noise": 0.5, "changed_weight": 5.0},
+            "draw": {"type": "separate", "code_noise": 0.5, "changed_weight": 5.0, "told_changes": True},
         },
         "chat_template": "vicuna",
     }
@@ -101,7 +101,9 @@ def test_its_parts_resume_and_are_one_checkpoint(trained: tuple[Path, Path]) -> 
         run_recipe(recipe(root, steps=4), output=root / "whole", resume=True)
 
 
-def test_an_edit_changes_what_is_marked_and_nothing_else(trained: tuple[Path, Path]) -> None:
+def test_an_edit_changes_what_is_marked_and_nothing_else(
+    trained: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     root, folder = trained
     model: Any = AutoModelForImageTextToText.from_pretrained(str(folder)).eval()
     processor, rows = AutoProcessor.from_pretrained(str(folder)), read_edits(root / "data")
@@ -120,8 +122,15 @@ def test_an_edit_changes_what_is_marked_and_nothing_else(trained: tuple[Path, Pa
     torch.testing.assert_close(again[0].packed, found[1].packed)
     tokenizer, pixels = model.image_tokenizer, torch.rand(1, 3, side, side) * 2 - 1
     own = pack_codes(tokenizer, tokenizer.encode(pixels))
-    drawn, cells = (own + 1) % 4, F.adaptive_max_pool2d(masks[:1].float(), tokenizer.grid).flatten(1) > 0
-    assert torch.equal(_kept(tokenizer, drawn, pixels, masks[:1]), torch.where(cells, drawn, own)) and not cells.all()
+    cells = F.adaptive_max_pool2d(masks[:1].float(), tokenizer.grid).flatten(1) > 0
+    assert torch.equal(touched_codes(tokenizer, masks[:1]), cells) and not cells.all()
+    drawn, seen = (own + 1) % 4, []
+    monkeypatch.setattr(
+        "mllm.heads.editing.edit", lambda *given, **_: seen.append(pack_codes(tokenizer, given[3])) or given[1]
+    )
+    _painted(model, pixels, masks[:1], drawn, cells, None, None, 0, 0)
+    assert torch.equal(seen[0], torch.where(cells, drawn, own)), "where no mark touches, the source's own"
+    monkeypatch.undo()
     unmarked = edit_pictures(model, images[:1], asked[:1], processor=processor)[0]
     assert unmarked.mask.shape == (side, side)
     wide = picture(0, size=(40, 30))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm.demo.edits import INSTRUCTION, prepare_edits, read_edits, recoloured, small_scene
+from mllm.demo.edits import INSTRUCTION, MARK, prepare_edits, read_edits, recoloured, small_scene
 from mllm.demo.forgery import (
     FAINT,
     PHRASE,
@@ -72,17 +72,25 @@ def test_both_words_begin_with_a_token_of_their_own(tmp_path: Path) -> None:
 
 def test_edits_are_asked_of_other_scenes_and_say_what_is_right(tmp_path: Path) -> None:
     root = prepare_edits(tmp_path, train=6, test=4)
+    filled = prepare_edits(tmp_path / "filled", train=6, test=1, cell=4)
     trained, tests = rows(root / "train.jsonl"), read_edits(root)
-    assert [len(row["masks"]) for row in trained] == [2] * 6 and len(tests) == 4
+    assert [len(row["masks"]) for row in trained] == [4] * 6 and len(tests) == len(read_edits(root, "valid")) == 4
+    assert {row["image"].split("/")[-2] for row in (*tests, *read_edits(root, "valid"))} == {"test", "valid"}
     for number, row in enumerate(trained):
         source, target = (np.asarray(Image.open(root / name)) for name in row["images"])
         asked, answers = (row["messages"][k::2] for k in (0, 1))
-        edit = 0 if number % 2 else 2  # the scene is edited first, or marked first
-        assert [one["content"] == "<image>" for one in answers] == [k == edit for k in range(3)]
-        assert [one["content"].startswith("<image>\n") for one in asked] == [True, False, False]
-        whole = row["masks"][0 if edit == 0 else 1]  # the mark of the edit's own instruction
+        edit = 0 if number % 2 else 4  # the scene is edited first, or marked first
+        assert [one["content"] == "<image>" for one in answers] == [k == edit for k in range(5)]
+        assert [one["content"].startswith("<image>\n") for one in asked] == [True, False, False, False, False]
+        words = [one["content"].removeprefix("<image>\n") for one in asked]
+        marks = [text for k, text in enumerate(words) if k != edit]
+        assert sum("Make" in text for text in marks) == 2, "half of the marks are asked for as an edit asks"
+        whole = np.asarray(decode_rle(row["masks"][marks.index(MARK.format(phrase=words[edit]))])).astype(bool)
         changed = (source != target).any(-1)
-        assert changed.any() and np.array_equal(changed, np.asarray(decode_rle(whole)).astype(bool))
+        assert changed.any() and np.array_equal(changed, whole)
+        cells = whole.reshape(8, 4, 8, 4).any((1, 3)).repeat(4, 0).repeat(4, 1)
+        painted = np.asarray(Image.open(filled / row["images"][1]))
+        assert np.array_equal((source != painted).any(-1), cells), "every cell that the thing touches, as a whole"
     for row in tests:
         assert row["instruction"] == INSTRUCTION.format(phrase=row["phrase"], colour=row["colour"])
         inside = np.asarray(Image.open(row["image"]))[row["mask"]].mean(0)

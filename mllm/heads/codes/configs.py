@@ -53,6 +53,10 @@ class SeparateHeadConfig(CodeHeadConfig):
     type: Literal["separate"] = "separate"
     inner: int | None = Field(default=None, ge=1)
     """Width between the head's two linear layers; default the language model's."""
+    told_changes: bool = False
+    """Whether inputs also say of each code that comes next if its cell changes: in training where a drawn picture differs from the one
+    shown last before it, in an edit what its mask touches, all of a picture that is drawn from words alone. Where the mask is known, the
+    codes need not find the place a second time."""
 
 
 class DepthHeadConfig(CodeHeadConfig):

@@ -25,6 +25,8 @@ class Drawing:
     top_k: int
     top_p: float
     noise: SampleNoise
+    changed: Tensor | None = None
+    """Which codes ``(B, S)`` change, for a head with ``told_changes``; None: all."""
 
     def draw(self, logits: Tensor) -> Tensor:
         """Logits ``(R, V)``, R being B or, guided, 2B (with the text, then without) → ids ``(B,)``."""
@@ -37,6 +39,14 @@ class Drawing:
     def repeated(self, inputs: Tensor) -> Tensor:
         """The same inputs for both branches of guidance."""
         return torch.cat([inputs, inputs]) if self.guidance != 1.0 else inputs
+
+    def told(self, inputs: Tensor, head: Any, place: int) -> Tensor:
+        """Inputs ``(R, L)`` before code number ``place``, told whether it changes where the head is told that."""
+        if not getattr(head.config, "told_changes", False):
+            return inputs
+        number = len(self.noise.generators)
+        here = torch.ones(number, device=inputs.device) if self.changed is None else self.changed[:, place]
+        return inputs + self.repeated(head.told(here[:, None])[:, 0]).to(inputs)
 
 
 class SampleNoise:
@@ -92,8 +102,8 @@ def _draw_separate(model: MultimodalModel, decoder: CachedDecoder, hidden: Tenso
         for place in range(block.start, block.start + block.number):
             codes.append(drawing.draw(head.heads[block.book](hidden)))
             if place + 1 < head.num_codes:
-                inputs = head.inputs(block, codes[-1][:, None], place, tokenizer)
-                hidden = decoder(drawing.repeated(inputs).to(hidden))[:, -1]
+                inputs = drawing.repeated(head.inputs(block, codes[-1][:, None], place, tokenizer)[:, 0])
+                hidden = decoder(drawing.told(inputs, head, place + 1).to(hidden)[:, None])[:, -1]
     return torch.stack(codes, 1)
 
 

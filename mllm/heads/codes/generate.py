@@ -191,7 +191,7 @@ def prompt_embeddings(
         )
     embeddings = model.model.embed_tokens(ids)
     if model.visual_head.has_weights:
-        embeddings[:, -1] = model.visual_head.start(embeddings[:, -1])
+        embeddings[:, -1] = drawing.told(model.visual_head.start(embeddings[:, -1]), model.visual_head, 0)
     if read:
         pixels, beside = encode_pixels(processor, read, where="generate_images")
         by_name = {name: value.to(device) for name, value in model.model.pixel_keys.by_encoder(pixels).items()}
@@ -218,6 +218,7 @@ def generate_images(
     passes: Sequence[tuple[int, float]] | None = None,
     batch_size: int | None = None,
     painting: Painting | None = None,
+    changed: Tensor | None = None,
 ) -> GeneratedImages:
     """One image per prompt.
 
@@ -239,6 +240,7 @@ def generate_images(
         passes: (top_k, top_p) of each look at a scale (next_scale).
         batch_size: most prompts at once (default: all).
         painting: by which decoder codes become pixels; default: the diffusion decoder where the checkpoint has one, else the plain one.
+        changed: which codes ``(B, S)`` change, of pictures that are edited; read by a head with ``told_changes``. Default: all.
 
     Returns:
         Pixels ``(B, 3, H, W)`` in [0, 1], and the codes.
@@ -266,7 +268,8 @@ def generate_images(
     with evaluating(model):
         for start in range(0, len(prompts), size):
             part = slice(start, start + size)
-            drawing = Drawing(cfg_scale, temperature, top_k, top_p, SampleNoise(seeds[part], model.device))
+            told = None if changed is None else changed[part].to(model.device)
+            drawing = Drawing(cfg_scale, temperature, top_k, top_p, SampleNoise(seeds[part], model.device), told)
             given = None if images is None else images[part]
             embeddings, mask = prompt_embeddings(model, own, prompts[part], given, drawing, negative_prompt)
             decoder = CachedDecoder(model, mask)

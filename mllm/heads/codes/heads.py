@@ -143,6 +143,12 @@ class SeparateHead(CodeHead):
         )
         self.aligners = nn.ModuleDict({name: _aligner(tokenizer.embed_dims[name], width) for name in books})
         self._add_positions()
+        if config.told_changes:
+            self.changes = nn.Parameter(torch.randn(2, width) * 0.02)
+
+    def told(self, changed: Tensor) -> Tensor:
+        """Which codes ``(K, n)`` change → what is added ``(K, n, L)`` to the inputs before each, the start token's being the first."""
+        return self.changes[changed.long()]
 
     def inputs(self, block: CodeBlock, ids: Tensor, place: int, tokenizer: VisualTokenizer) -> Tensor:
         """Inputs ``(K, n, L)`` for ids ``(K, n)`` of one block, whose first is code number ``place`` of the image."""

@@ -107,8 +107,11 @@ def lay_images(model: HeadModel, images: Tensor, step: Step) -> DrawnImages:
     drawn = DrawnImages(codes, codes, input_ids, labels, starts, learned, num_slots)  # pyright: ignore[reportArgumentType]
     if model.training and config.code_noise > 0 and len(codes):
         drawn.read = torch.where(learned[:, None], noisy_codes(codes, config.code_noise, tokenizer), codes)
-    if config.changed_weight != 1 and labels is not None and len(codes):
+    weighed, told = config.changed_weight != 1 and labels is not None, getattr(config, "told_changes", False)
+    changed = None
+    if (weighed or told) and len(codes):
         changed = changed_codes(model, images.to(input_ids.device), starts, step)  # pyright: ignore[reportOptionalMemberAccess]
+    if weighed and changed is not None:
         counts = torch.where(changed, config.changed_weight, 1.0)
         drawn.counts = counts / counts.mean(1, keepdim=True)
     if model.training and labels is not None and config.text_dropout > 0 and len(codes):
@@ -121,6 +124,8 @@ def lay_images(model: HeadModel, images: Tensor, step: Step) -> DrawnImages:
         embeddings = model.model.embed_tokens(torch.tensor([tokens["start"]], device=input_ids.device))  # pyright: ignore[reportOptionalMemberAccess]
         first = head.start(embeddings)[None].expand(len(codes), 1, -1)
         values = torch.cat([first, head.slots(drawn.read, tokenizer).to(first)], 1)
+        if told and changed is not None:
+            values = values + F.pad(head.told(changed), (0, 0, 0, 1)).to(values)  # nothing comes after the last code
         step.inputs |= {"slot_mask": slots | (input_ids == tokens["start"]), "slot_embeds": values.flatten(0, 1)}
         if config.type == "next_scale":
             step.attention_mask = scale_mask(
@@ -138,7 +143,7 @@ def changed_codes(model: HeadModel, images: Tensor, starts: Tensor, step: Step) 
     """Which codes ``(K, S)`` of drawn pictures ``(K, 3, H, W)`` stand for cells that differ from the picture shown last before them, each
     seen at the drawn picture's size; all of a picture before which none is shown. starts ``(K, 2)``: their start tokens. Raises
     `ConfigError` for stored codes, and where pictures are not seen whole."""
-    where = "changed_weight"
+    where = "changed_weight, told_changes"
     if not images.is_floating_point():
         raise ConfigError(
             f"{where}: drawn pictures came as stored codes; give pictures, whose pixels tell what changed"

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from mllm.data.collate import collate, collate_packed
-from mllm.errors import AlignmentError, DataError
+from mllm.errors import AlignmentError, ConfigError, DataError
 from mllm.heads.base import Step
 from mllm.heads.codes.grammar import vocabulary_offsets
 from mllm.heads.codes.targets import DrawnImages, code_losses, codes_of, drop_text, lay_images, of_book
@@ -248,6 +248,40 @@ def test_codes_of_what_changes_count_more(head: str, tokenizer: str, tmp_path: P
         named = {name: of_book(one, name, model.image_tokenizer).bool() for name in books}
         assert sum(int(part.sum()) for part in named.values()) == 1
         assert all(moved[name][named[name]].all() for name in books)
+
+
+def test_a_head_told_what_changes_draws_as_it_is_taught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = drawing_model(tmp_path, "separate", head_options={"told_changes": True, "text_dropout": 0.0})
+    head, tokenizer = model.visual_head, model.image_tokenizer
+    head.changes.data *= 50  # as strong as what else is read
+    source = np.full((16, 16, 3), 120, np.uint8)
+    edited = source.copy()
+    edited[:8, 8:] = (250, 0, 0)
+    pictures = [Image.fromarray(source), Image.fromarray(edited)]
+    prompt, whole = [Turn("user", f"{IMAGE_MARK}Edit")], torch.zeros(1, 1, 16, 16)
+    whole[..., :8, 8:] = 1
+    cells = F.adaptive_max_pool2d(whole, tokenizer.grid).flatten(1) > 0
+    options = {"processor": processor, "images": [pictures[:1]], "temperature": 0}
+    told = model.generate_images([prompt], changed=cells, **options).packed
+    every = model.generate_images([prompt], **options).packed  # by itself, all of a picture is new
+    assert not torch.equal(told, every)
+    guided = model.generate_images([prompt], changed=cells, cfg_scale=2.0, **options)
+    assert guided.packed.shape == told.shape
+    inputs = batch(processor, Sample("e", [*prompt, Turn("assistant", IMAGE_MARK)], pictures))
+    with pytest.raises(ConfigError, match="told_changes: drawn pictures came as stored codes"):
+        model(**{**inputs, "target_images": told})
+    monkeypatch.setattr("mllm.heads.codes.targets.codes_of", lambda *_: told)  # what it drew, as what it learns
+    step = step_of(model, inputs)
+    with torch.no_grad():
+        drawn = lay_images(model, inputs["target_images"], step)
+        features, _ = model.model.encode_images({"codes": inputs["pixel_values"]})
+        embeddings = model.model.merge_images(step.input_ids, model.model.embed_tokens(step.input_ids), features)
+        slots = step.inputs["slot_mask"]
+        embeddings[slots] = step.inputs["slot_embeds"].to(embeddings)
+        hidden = model.model.language_model(inputs_embeds=embeddings).last_hidden_state
+        states = hidden[:, int(drawn.starts[0, 1]) :][:, : head.num_steps]
+        (logits,) = head.logits(states, told, tokenizer).values()
+    assert torch.equal(logits.argmax(-1), told)
 
 
 def step_of(model: Any, inputs: dict[str, torch.Tensor]) -> Step:
