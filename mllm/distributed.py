@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mllm.errors import ConfigError
+from mllm.links import VARIABLE, through_meeting_place
 
 _groups_joined = 0
 _destroy: Callable[[], Any] | None = None  # what ends the present group, None: torch
@@ -74,6 +76,22 @@ def _meet_at_launchers_address(dist: Any) -> tuple[Any, int, int]:
 
 
 @contextmanager
+def _naming_unreachable(process: int, processes: int) -> Iterator[None]:
+    """Processes that do not come through to each other, in one line."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's network errors are RuntimeErrors
+        text = re.sub(r"\[/\S+\] ", "", str(error).partition("\n")[0])  # where it is in torch's own source
+        if not any(mark in text.lower() for mark in ("connect", "timed out", "timeout")):
+            raise
+        network = os.environ.get(VARIABLE, "the network of its own name")
+        raise ConfigError(
+            f"process {process} of {processes} on {socket.gethostname()} cannot reach the others over {network} ({text[:200]}). Are all "
+            f"ports open between the machines? Another network: {VARIABLE}=…, and NCCL_SOCKET_IFNAME=… on GPUs, as `ip addr` names it"
+        ) from error
+
+
+@contextmanager
 def process_group(
     *,
     process: int = 0,
@@ -99,6 +117,7 @@ def process_group(
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     store: Any = dist
+    link: AbstractContextManager[None] = nullcontext()
     options: dict[str, Any] = {"backend": backend, "timeout": timedelta(minutes=30)}
     if init_method is not None:
         options |= {"init_method": init_method, "rank": process, "world_size": processes}
@@ -110,17 +129,21 @@ def process_group(
         shared, process, processes = _meet_at_launchers_address(store)
         prefixed = store.PrefixStore(f"mllm_group_{_groups_joined}", shared)
         options |= {"store": prefixed, "rank": process, "world_size": processes}
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        link = through_meeting_place(*place, prefixed, process=process, processes=processes)
     if device.type == "cuda":
         options["device_id"] = device
-    dist.init_process_group(**options)
-    _groups_joined += 1
-    _small = dist.new_group(backend="gloo") if backend != "gloo" else dist.group.WORLD
-    try:
-        yield
-    finally:
-        destroy, _small, _destroy = _destroy or dist.destroy_process_group, None, None
-        _own_folder = ""
-        destroy()
+    with link:
+        with _naming_unreachable(process, processes):
+            dist.init_process_group(**options)
+            _groups_joined += 1
+            _small = dist.new_group(backend="gloo") if backend != "gloo" else dist.group.WORLD
+        try:
+            yield
+        finally:
+            destroy, _small, _destroy = _destroy or dist.destroy_process_group, None, None
+            _own_folder = ""
+            destroy()
 
 
 def end_group_with(destroy: Callable[[], Any]) -> None:

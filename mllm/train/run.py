@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,8 +90,9 @@ def run_recipe(
             _check_run(recipe, folder, resume, extend)
             needs_group = any(choose_engine(stage).zero_stage for stage in recipe.stages)
             processes, first = (processes, True) if machines is None else (machines.processes, machines.node_rank == 0)
+            asks = first and os.environ.get("RANK", "0") == "0"
             arguments = recipe, folder, resume, stop_after, profile, extend
-            with _naming_a_full_disk(folder), only_run_in(folder, first=first):
+            with _naming_a_full_disk(folder), only_run_in(folder, asks=asks):
                 launch(_train_recipe, processes, *arguments, needs_group=needs_group, meeting=met)
     except KeyboardInterrupt:
         raise Interrupted(saved_so_far(recipe, folder)) from None
@@ -167,11 +168,14 @@ def _train_recipe(
     recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, profile: int, extend: bool
 ) -> None:
     """The body of every process."""
-    with _naming_a_full_disk(folder), naming_a_full_gpu():
-        _train(recipe, folder, resume, stop_after, profile, extend)
+    with _naming_a_full_disk(folder), naming_a_full_gpu(), ExitStack() as stack:
+        _train(recipe, folder, resume, stop_after, profile, extend, stack)
 
 
-def _train(recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, profile: int, extend: bool) -> None:
+def _train(
+    recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, profile: int, extend: bool, stack: ExitStack
+) -> None:
+    """stack: what keeps other runs out of this machine's folder until the end."""
     progress.begin()
     _quiet_libraries()
     load_plugins(recipe.plugins)
@@ -181,6 +185,8 @@ def _train(recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, p
         _bring_back(mirror, recipe, folder)
         _check_stages(recipe, folder, extend)
     own_folders = agree(recipe, folder)
+    if own_folders is not None:
+        stack.enter_context(own_folders.only_run_in(folder))
     if own_folders is not None and resume:
         with progress.phase("completing the machines' own folders"):
             own_folders.give_stages(folder, [stage.name for stage in recipe.stages], extend=extend)

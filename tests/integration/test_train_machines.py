@@ -199,3 +199,35 @@ def test_other_launchers_start_the_same_command(tmp_path, launcher):
         assert command.returncode == 0, said[-3000:]
     started = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["starts"]
     assert [start["processes"] for start in started] == [2] and len(_losses(tmp_path / "run")) == 4
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces are root's")
+def test_machines_with_a_network_of_their_own_meet_though_their_names_lead_nowhere(tmp_path):
+    """Two network namespaces joined by a cable; the machine's own name means 127.0.0.1 in both, as in many containers."""
+    names = [f"mllm-{os.getpid()}-{k}" for k in range(2)]
+    cable = [f"mllm{os.getpid() % 10**6}{k}" for k in "ab"]
+    try:
+        for name in names:
+            if subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode:
+                pytest.skip("no network namespaces here")
+        link = ["ip", "link", "add", cable[0], "netns", names[0], "type", "veth", "peer", cable[1], "netns", names[1]]
+        subprocess.run(link, check=True)
+        for k, name in enumerate(names):
+            for words in (f"addr add 10.211.7.{k + 1}/30 dev {cable[k]}", f"link set {cable[k]} up", "link set lo up"):
+                subprocess.run(["ip", "-n", name, *words.split()], check=True)
+        python = (sys.executable, "-m", "mllm.cli.main")
+        options = ("stages.sft.steps=3", "--nodes", "2", "--rendezvous", "10.211.7.1:29500")
+        commands = [
+            _command(
+                tmp_path, f"own-{k}", *options, "--node-rank", str(k), before=("ip", "netns", "exec", name, *python)
+            )
+            for k, name in enumerate(names)
+        ]
+        for command in commands:
+            said = command.communicate(timeout=240)[0]
+            assert command.returncode == 0, said[-3000:]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+    assert len(_losses(tmp_path / "own-0")) == 3

@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import torch
 import torch.distributed as dist
 
 from mllm import distributed
-from mllm.errors import CheckpointError
+from mllm.errors import CheckpointError, ConfigError
+from mllm.train.checkpoint import run_lock
 from mllm.train.checkpoint.export import DONE, is_finished
 from mllm.train.checkpoint.files import MANIFEST, WRITING, describe, found, step_of
 
@@ -36,6 +38,20 @@ class OwnFolders:
         rank = distributed.rank()
         self._number = self.keepers.index(rank) if rank in self.keepers else None
         self.here = self.names[self._machine_of(rank)]
+
+    @contextmanager
+    def only_run_in(self, folder: Path) -> Iterator[None]:
+        """Keep other runs out of ``folder`` on every machine; of the first one its command does. Raises `ConfigError` on all."""
+        problem = ""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(run_lock.only_run_in(folder, asks=bool(self._number)))
+            except ConfigError as error:
+                problem = str(error)
+            problems = [text for text in distributed.gather_objects(problem) if text]
+            if problems:
+                raise ConfigError(problems[0])
+            yield
 
     def give_stages(self, folder: Path, stages: list[str], *, extend: bool = False) -> None:
         """Before a resume: every finished stage, and of the others (extend: of the last) the newest checkpoint of which nothing is missing.

@@ -18,18 +18,18 @@ FILE = ".run.lock"
 
 
 @contextmanager
-def only_run_in(folder: Path, *, first: bool = True) -> Iterator[None]:
+def only_run_in(folder: Path, *, asks: bool = True) -> Iterator[None]:
     """Keep other runs out of ``folder`` until the block ends or the process does, however it ends.
 
     A POSIX record lock: the system releases it when the process is gone, forked workers do not hold it on, and it reaches other
-    machines where the file system's locks do. Where there are none, nothing is kept out. Under a launcher only the first
-    process asks, and of several machines the ``first``. Raises `ConfigError` naming host and process of the run that has the folder.
+    machines where the file system's locks do. Where there are none, nothing is kept out. asks: one process of a run does, for all that
+    write there. Raises `ConfigError` naming host and process of the run that has the folder.
     """
     try:
         import fcntl
     except ImportError:  # not a POSIX system
         fcntl = None
-    if fcntl is None or os.environ.get("RANK", "0") != "0" or not first:
+    if fcntl is None or not asks:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from mllm.errors import ConfigError
+from mllm.train.checkpoint.own_folders import OwnFolders
 from mllm.train.checkpoint.run_lock import FILE, only_run_in
 
 HOLDER = """
@@ -29,6 +30,13 @@ def test_a_folder_in_use_is_refused_and_one_of_a_killed_run_is_not(tmp_path):
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     with pytest.raises(ConfigError, match=rf"process {process.pid} on .*end that run first"), only_run_in(tmp_path):
         raise AssertionError("two runs in one folder")
+    machine = object.__new__(OwnFolders)  # one of several that share no folder, without the others
+    machine._number = 1
+    with pytest.raises(ConfigError, match=rf"process {process.pid} on "), machine.only_run_in(tmp_path):
+        raise AssertionError("a run of several machines and another in one machine's own folder")
+    machine._number = 0
+    with machine.only_run_in(tmp_path):
+        pass  # the first machine's command has asked
     process.kill()
     process.wait()
     began = time.monotonic()
