@@ -10,7 +10,7 @@ import typer
 from mllm.cli import arguments
 
 _ENCODERS = (
-    "vggt-1b", "da3-base", "da3-small", "da3-large", "pi3",
+    "vggt-1b", "da3-base", "da3-small", "da3-large", "da3-giant", "pi3",
     "mapanything", "mapanything-apache", "mapanything-v1", "mapanything-apache-v1",
 )  # fmt: skip
 """Presets with a head that tells points."""

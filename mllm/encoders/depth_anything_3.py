@@ -34,6 +34,8 @@ class DepthAnything3Config(ViewsConfig):
     """C. One layer's features have 2 C channels: after the last block inside each view, then after the last of all, normalised."""
     depth: int = Field(default=12, gt=0)
     num_heads: int = Field(default=12, gt=0)
+    gated: bool = False
+    """Feed-forward layers are gated (SwiGLU), as in DA3-GIANT."""
     across_from: int | None = Field(default=4, ge=1)
     """Blocks before the first from which every second one lets a scene's views see each other (8 in DA3-LARGE). From there on positions
     turn queries and keys, and a camera token takes the class token's place. null: each picture is seen alone, as by DA3MONO and
@@ -67,7 +69,8 @@ class AlternatingViT(ViewsModel):
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + self.side**2, width) * 0.02)
         self.patch_embed = PatchConv(width, config.patch_size)
         self.blocks = nn.ModuleList(
-            Block(width, config.num_heads, qk_norm=self.joins(number), scale=1.0, eps=1e-6) for number in range(depth)
+            Block(width, config.num_heads, qk_norm=self.joins(number), scale=1.0, eps=1e-6, gated=config.gated)
+            for number in range(depth)
         )
         self.norm = nn.LayerNorm(width, eps=1e-5)
 

@@ -23,7 +23,8 @@ from mllm.encoders.weights import load_exactly
 from mllm.errors import ConfigError
 from mllm.types import Grid
 
-_DA3_HEADS = {384: (64, (48, 96, 192, 384)), 768: (128, (96, 192, 384, 768)), 1024: (256, (256, 512, 1024, 1024))}
+_LARGE = (256, (256, 512, 1024, 1024))
+_DA3_HEADS = {384: (64, (48, 96, 192, 384)), 768: (128, (96, 192, 384, 768)), 1024: _LARGE, 1536: _LARGE}
 """Depth Anything 3's head by the backbone's width: what is fused into, and the maps."""
 _MAPANYTHING = (256, (96, 192, 384, 768))
 """MapAnything's dense head: likewise."""
@@ -179,7 +180,7 @@ class DepthAnything3Points(PointReader):
 
     @staticmethod
     def layers_read(depth: int) -> list[int]:
-        return [12, 16, 20, 24] if depth > 12 else [6, 8, 10, 12]
+        return {12: [6, 8, 10, 12], 40: [20, 28, 34, 40]}.get(depth, [12, 16, 20, 24])
 
     def as_built(self, part: str, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
         """The four outputs of rays share a norm, of whose names a file of safetensors keeps the first alone."""

@@ -12,6 +12,8 @@ import argparse
 import gzip
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -20,6 +22,11 @@ from mllm.encoders.weights import parameters_on_meta
 from tests.golden.make_views import name_package, package
 
 TARGET = Path(__file__).parent / "view_names.json.gz"
+DA3 = {f"da3-{size}": f"da3-{size}" for size in ("base", "small", "large", "giant")}
+DA3 |= {"da3-metric-large": "da3metric-large", "da3-mono-large": "da3mono-large"}
+"""Preset → the package's name of it."""
+PARTS = {"net": "backbone", "head": "head", "cam_enc": "cam_enc", "cam_dec": "cam_dec", "gs_head": "gs_head"}
+"""The package's configs' parts that have weights → what its model calls them."""
 
 
 def as_saved(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -39,8 +46,8 @@ def depth_anything_3(name: str) -> nn.Module:
     root = Path(sys.modules["depth_anything_3"].__path__[0])
     made = {}
     for part, config in load_config(str(root / f"configs/{name}.yaml")).items():
-        if part in ("net", "head", "cam_enc", "cam_dec"):
-            made["backbone" if part == "net" else part] = create_object(config)
+        if part in PARTS:
+            made[PARTS[part]] = create_object(config)
     return nn.ModuleDict({"model": nn.ModuleDict(made)})
 
 
@@ -60,12 +67,15 @@ def vggt(checkout: Path) -> nn.Module:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pi3", type=Path, required=True)
-    parser.add_argument("--spatial-mllm", type=Path, required=True)
+    parser.add_argument("--pi3", type=Path, help="default: its names are left as they are")
+    parser.add_argument("--spatial-mllm", type=Path, help="likewise, VGGT's")
     options = parser.parse_args()
-    made = {name: lambda name=name: depth_anything_3(name) for name in ("da3-base", "da3-small", "da3-large")}
-    made |= {"pi3": lambda: pi3(options.pi3), "vggt-1b": lambda: vggt(options.spatial_mllm)}
-    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    made: dict[str, Callable[[], nn.Module]] = {preset: partial(depth_anything_3, name) for preset, name in DA3.items()}
+    if options.pi3 is not None:
+        made["pi3"] = partial(pi3, options.pi3)
+    if options.spatial_mllm is not None:
+        made["vggt-1b"] = partial(vggt, options.spatial_mllm)
+    found: dict[str, dict[str, tuple[int, ...]]] = json.loads(gzip.decompress(TARGET.read_bytes()))
     for preset, make in made.items():
         with parameters_on_meta():
             found[preset] = as_saved(make())

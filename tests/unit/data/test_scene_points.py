@@ -89,6 +89,7 @@ def test_presets_read_the_layers_and_sizes_that_were_published():
         "vggt-1b": ([5, 12, 18, 24], (392, 518)),
         "da3-base": ([6, 8, 10, 12], (378, 504)),
         "da3-large": ([12, 16, 20, 24], (378, 504)),
+        "da3-giant": ([20, 28, 34, 40], (378, 504)),
         "pi3": ([18], (392, 518)),
         "mapanything": ([0, 8, 12, 16], (392, 518)),
         "mapanything-apache-v1": ([0, 12, 18, 24], (392, 518)),
