@@ -12,8 +12,8 @@ from typing import Any
 from mllm.errors import CheckpointError, MllmError
 from mllm.hub import hub_refusal
 
-LEFT_OUT = "language_model.json"
-"""In a checkpoint that was saved without its language model: which one it needs."""
+LEFT_OUT = "left_out.json"
+"""In a checkpoint's trained parts: which published weights go with them."""
 _LFS = b"version https://git-lfs.github.com/spec/"
 _AGAIN = "download or copy it again"
 _LARGEST_JSON = 256 << 20
@@ -158,18 +158,20 @@ def opening(checkpoint: str | Path) -> Iterator[None]:
         raise
 
 
-def without_language_model(checkpoint: str | Path) -> str | None:
-    """One sentence on what a folder (or the hub's cache of one) is and what to type, where its language model was left out."""
-    folder = local_copy(checkpoint)
-    if not (folder / LEFT_OUT).is_file():
+def parts_alone(checkpoint: str | Path) -> str | None:
+    """One sentence on what a folder or hub repository is and what to type, where published weights were left out of it."""
+    folder = Path(checkpoint).expanduser()
+    record = folder / LEFT_OUT if folder.is_dir() else hub_file(str(checkpoint), LEFT_OUT)
+    if record is None or not record.is_file():
         return None
+    source = read_json(record)["language_model"]["source"]
     return (
-        f"{checkpoint}: the trained parts of a checkpoint, without its language model ({read_json(folder / LEFT_OUT).get('source')}); "
-        f"join them first: mllm export {checkpoint} WHOLE"
+        f"{checkpoint}: the trained parts of a checkpoint, without its language model ({source}), and a whole one is needed here; write "
+        f"it: mllm export {checkpoint} WHOLE"
     )
 
 
-def hub_file(name: str, file: str) -> Path | None:
+def hub_file(name: str, file: str, revision: str | None = None) -> Path | None:
     """A file of a hub repository, fetched or in the cache; None where it has none or cannot be asked."""
     from transformers.utils.hub import cached_file
 
@@ -178,7 +180,7 @@ def hub_file(name: str, file: str) -> Path | None:
         "_raise_exceptions_for_connection_errors": False,
         "_raise_exceptions_for_gated_repo": False,
     }
-    found = cached_file(name, file, **quiet)  # pyright: ignore[reportArgumentType]
+    found = cached_file(name, file, revision=revision, **quiet)  # pyright: ignore[reportArgumentType]
     return None if found is None else Path(str(found))
 
 

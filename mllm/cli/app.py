@@ -30,7 +30,7 @@ def page(
         raise ConfigError("give a checkpoint to serve, or --server with the address of a running one")
     server = arguments.server(server)
     if checkpoint is not None:
-        arguments.checkpoint(checkpoint)
+        arguments.checkpoint(checkpoint, whole=True)
     from mllm.serve.app import run_page
     from mllm.serve.options import check_port
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from mllm.damage import without_language_model
+from mllm.damage import parts_alone
 from mllm.errors import CheckpointError, ConfigError, DataError, UnknownName, did_you_mean
 from mllm.modes import unreadable
 
@@ -19,12 +19,11 @@ _SIZE = re.compile(r"\d+(?:\.\d+)?\s*(?:[KMGT]i?)?B", re.IGNORECASE)
 _CONFIGS = ("config.json", "adapter_config.json")
 
 
-def checkpoint(name: str | Path, what: str = "checkpoint", *, whole: bool = True) -> str:
+def checkpoint(name: str | Path, what: str = "checkpoint", *, whole: bool = False) -> str:
     """A checkpoint's folder (of ours, of transformers, or a PEFT adapter) or a hub id, as given.
 
-    whole: one that was saved without its language model is refused. Raises `CheckpointError` for that, for a folder that is not there or
-    holds no config, and for a hub id that is not in the cache
-    when the hub must not be asked (``HF_HUB_OFFLINE``).
+    whole: one that was saved without its language model is refused, as vLLM reads files. Raises `CheckpointError` for that, for a folder
+    that is not there or holds no config, and for a hub id that is not in the cache when the hub must not be asked (``HF_HUB_OFFLINE``).
     """
     text, path = str(name), Path(name).expanduser()
     if path.is_file():
@@ -36,7 +35,7 @@ def checkpoint(name: str | Path, what: str = "checkpoint", *, whole: bool = True
             raise CheckpointError(f"{text} holds no config.json, so it is no {what}{hint}")
         if closed := unreadable(path):
             raise CheckpointError(closed)
-        if whole and (parts := without_language_model(path)):
+        if whole and (parts := parts_alone(path)):
             raise CheckpointError(parts)
         return text
     if _HUB_ID.fullmatch(text) is None or ("/" in text and path.parent.is_dir()):
@@ -54,6 +53,8 @@ def checkpoint(name: str | Path, what: str = "checkpoint", *, whole: bool = True
             raise CheckpointError(
                 f"{text}: no such folder, and as a hub id it is not in the cache while HF_HUB_OFFLINE forbids a download"
             )
+    if whole and (parts := parts_alone(text)):
+        raise CheckpointError(parts)
     return text
 
 

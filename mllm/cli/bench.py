@@ -52,7 +52,7 @@ def bench_serve(
         raise ConfigError("give a checkpoint to serve, or --server with the address of a running one")
     server = arguments.server(server)
     if checkpoint is not None:
-        arguments.checkpoint(checkpoint)
+        arguments.checkpoint(checkpoint, whole=True)
     levels = _numbers(clients, ",", "--clients")
     side = _numbers(sides, "-", "--sides")
     if len(side) > 2 or side[0] > side[-1] or min(side) < 8:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -14,8 +15,8 @@ WithoutLanguageModel = Annotated[
     bool,
     typer.Option(
         "--without-language-model",
-        help="What was trained alone: connector, encoders, heads, added rows, the LoRA adapter; the published language model is named with "
-        "its hash. `mllm export` joins them again.",
+        help="What was trained alone: connector, encoders, heads, added rows, LoRA adapters; the published language model, and encoders "
+        "that did not learn, are named with their hashes. It opens like the whole checkpoint; `mllm export` makes that again.",
     ),
 ]
 
@@ -63,8 +64,8 @@ def export(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            help="A checkpoint of ours, a PEFT adapter trained on one, or what --without-language-model wrote: it is joined with its "
-            "language model again."
+            help="A checkpoint of ours, a PEFT adapter trained on one, or what --without-language-model wrote: a whole checkpoint "
+            "is made of it again."
         ),
     ],
     target: Annotated[Path, typer.Argument(help="Folder to write.")],
@@ -80,7 +81,7 @@ def export(
     without_language_model: WithoutLanguageModel = False,
 ) -> None:
     """Write one self-contained checkpoint: adapters merged, dtype chosen, sharded."""
-    arguments.checkpoint(checkpoint, whole=False)
+    arguments.checkpoint(checkpoint)
     arguments.new_folder(target)
     arguments.dtype(dtype)
     arguments.shard_size(shard_size)
@@ -115,24 +116,23 @@ def push(
 
     [dim]mllm push runs/demo/final me/my-model --private[/]
     """
-    arguments.checkpoint(checkpoint, whole=False)
+    arguments.checkpoint(checkpoint)
     from mllm.models.card import model_card
     from mllm.models.card import push as push_checkpoint
 
-    if card_only:
-        typer.echo(model_card(checkpoint, repository, scores=scores))
-        return
-    options = {"private": private, "message": message}
-    if not without_language_model:
-        typer.echo(f"pushed: {push_checkpoint(checkpoint, repository, scores=scores, **options)}")
-        return
-    from mllm.models.export import evaluation_beside
-    from mllm.models.export import export as export_checkpoint
+    with ExitStack() as made:
+        if without_language_model:
+            from mllm.models.export import evaluation_beside
+            from mllm.models.export import export as export_checkpoint
 
-    with tempfile.TemporaryDirectory() as place:
-        parts = export_checkpoint(checkpoint, Path(place) / "parts", without_language_model=True)
-        shown = scores or evaluation_beside(checkpoint)
-        typer.echo(f"pushed: {push_checkpoint(parts, repository, scores=shown, **options)}")
+            place = Path(made.enter_context(tempfile.TemporaryDirectory()))
+            scores = scores or evaluation_beside(checkpoint)
+            checkpoint = export_checkpoint(checkpoint, place / "parts", without_language_model=True)
+        if card_only:
+            typer.echo(model_card(checkpoint, repository, scores=scores))
+            return
+        sent = push_checkpoint(checkpoint, repository, scores=scores, private=private, message=message)
+        typer.echo(f"pushed: {sent}")
 
 
 def add_to(app: typer.Typer) -> None:

@@ -110,7 +110,7 @@ def run(
 
     arguments.one_of(generator, GENERATORS, "--generator")
     if generator in ("hf", "vllm"):  # a plug-in's own takes what it likes
-        arguments.checkpoint(checkpoint)
+        arguments.checkpoint(checkpoint, whole=generator == "vllm")
     elif generator == "openai" and not base_url:
         raise ConfigError("--generator openai: where is the server? --base-url http://localhost:8000/v1")
     arguments.dtype(dtype, auto=False)

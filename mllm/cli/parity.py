@@ -39,7 +39,7 @@ def parity(
 
     Exits with 1 when anything differs from [bold]generate[/]. Log probabilities differ by rounding: in float32 by less than 1e-4.
     """
-    arguments.checkpoint(checkpoint)
+    arguments.checkpoint(checkpoint, whole=vllm)
     arguments.dtype(dtype, auto=False)
     arguments.device(device)
     arguments.one_of(backend, ("auto", "native", "transformers"), "--backend")

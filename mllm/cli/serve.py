@@ -80,7 +80,7 @@ def serve(
         os.getpid() == 1
     ):  # the first process of a container hears no SIGTERM without a handler; the supervisor has its own
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    arguments.checkpoint(checkpoint)
+    arguments.checkpoint(checkpoint, whole=True)
     arguments.dtype(dtype)
     arguments.one_of(backend, ("auto", "native", "transformers"), "--backend")
     for adapter in lora or []:

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mllm import progress
 from mllm.damage import naming_damage
@@ -20,11 +20,12 @@ from mllm.heads.codes.build import empty_tokenizer, tokenizer_settings, visual_s
 from mllm.heads.geometry.build import geometry_spec
 from mllm.heads.segmentation.build import segment_spec
 from mllm.hub import hub_reason
-from mllm.models.configuration_mllm import MllmConfig, language_model_config
+from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.modeling_body import language_model_left_out
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
+from mllm.models.published import default_dtype
 from mllm.models.stops import set_stops
-from mllm.models.text_source import begins_every_text, check_language_model, open_language_model, opened_by
+from mllm.models.text_source import begins_every_text, check_language_model, open_language_model, opened_by, text_config
 from mllm.models.vocabulary import add_image_token, add_tokens, added_ids, grow_vocabulary, num_token_ids
 from mllm.models.weight_files import some_names
 from mllm.processing.frames import video_spec
@@ -172,32 +173,6 @@ def check_views(spec: ModelSpec, encoders: dict[str, Any]) -> None:
         )
 
 
-def text_config(spec: LanguageModelSpec) -> Any:
-    """The language model's config, from the recipe, else from its source.
-
-    Args:
-        spec: the recipe's ``model.language_model``.
-
-    Returns:
-        A text config of transformers.
-
-    Raises:
-        UnavailableError: the source cannot be read.
-    """
-    if spec.config is not None:
-        return language_model_config(spec.config)
-    try:
-        assert spec.source is not None
-        with naming_damage(spec.source):
-            place, options = opened_by(spec.source, spec.revision)
-            config = AutoConfig.from_pretrained(place, **options)
-    except OSError as error:
-        raise UnavailableError(
-            f"model.language_model.source: {spec.source!r} cannot be read: {hub_reason(error, spec.source)}"
-        ) from error
-    return config.get_text_config()
-
-
 def build_processor(spec: ModelSpec, config: MllmConfig, tokenizer: TextTokenizer) -> MllmProcessor:
     """The processor of a model.
 
@@ -329,7 +304,7 @@ def build_model(
                 setattr(target, name, value)
     published = load_weights and spec.text_model.source is not None
     left_out = language_model_left_out() if published else nullcontext()
-    with progress.phase(f"building the model on {device}"), _default_dtype(dtype), device, left_out:
+    with progress.phase(f"building the model on {device}"), default_dtype(dtype), device, left_out:
         model = MllmForConditionalGeneration(config)
     if published:
         read_language_model(model, spec.text_model, dtype=dtype, device=device)
@@ -384,7 +359,7 @@ def read_language_model(
     """
     assert spec.source is not None
     with progress.phase(f"reading weights of {spec.source}") as reading:
-        source = open_language_model(spec, model.config.text_config, dtype, **placed_on(device))
+        source = open_language_model(spec, dtype, config=model.config.text_config, **placed_on(device))
         reading.num_bytes = num_bytes(source)
     decoder, head = source.base_model, source.get_output_embeddings()
     wanted = {name: value.shape for name, value in model.model.language_model.state_dict().items()}
@@ -469,15 +444,3 @@ def _head_has_bias(text: Any) -> bool:
         causal = AutoModelForCausalLM.from_config(text)
     head = causal.get_output_embeddings()
     return head is not None and getattr(head, "bias", None) is not None
-
-
-class _default_dtype:
-    def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype
-
-    def __enter__(self) -> None:
-        self.before = torch.get_default_dtype()
-        torch.set_default_dtype(self.dtype)
-
-    def __exit__(self, *exception: Any) -> None:
-        torch.set_default_dtype(self.before)

@@ -81,9 +81,8 @@ def model_card(folder: Path, repository: str, *, scores: str | Path | None = Non
         _MARK,
         f"# {repository.split('/')[1]}\n\n{recipe.get('description') or 'A multimodal language model.'}",
         "## Parts\n\n" + _table(("part", "from", "licence", "commercial use"), parts),
-        _joining(repository, read_json(folder / LEFT_OUT))
-        if (folder / LEFT_OUT).is_file()
-        else _opening(repository, config, brings_code=(folder / SOURCES).is_file()),
+        _opening(repository, config, brings_code=(folder / SOURCES).is_file()),
+        _joining(repository, read_json(folder / LEFT_OUT)) if (folder / LEFT_OUT).is_file() else "",
         _scores(place / "results.json"),
         _budgets(place / "budgets.json"),
         _training(recipe),
@@ -151,11 +150,17 @@ def _index(path: Path, repository: str) -> dict[str, Any]:
 
 
 def _joining(repository: str, left_out: Mapping[str, Any]) -> str:
-    revision = f", revision `{left_out['revision']}`" if left_out.get("revision") else ""
+    entries = {"language model": left_out["language_model"]}
+    entries |= {f"encoder {name}": entry for name, entry in left_out["encoders"].items()}
+    rows = [
+        (part, f"`{entry['source']}`", entry["revision"] or "-", f"{len(entry['tensors'])}")
+        for part, entry in entries.items()
+    ]
+    table = _table(("part", "from", "revision", "tensors"), rows)
     return (
-        f"## Open\n\nThese are the trained parts alone. The language model `{left_out['source']}`{revision} was left out (sha256 of its "
-        f"tensors in {left_out['dtype']}: `{left_out['sha256']}`); it is fetched, checked and put back:\n\n"
-        f"```bash\npip install mllm-toolkit\nmllm export {repository} whole\n```"
+        "## What is not in it\n\nThese are the trained parts alone. Published weights were left out: opening it fetches them, checks "
+        f"the sha256 of every tensor and gives the same model to the bit.\n\n{table}\n\nA server (vLLM) needs the whole checkpoint:\n\n"
+        f"```bash\nmllm export {repository} whole\n```"
     )
 
 

@@ -20,8 +20,8 @@ def export(
     without_language_model: bool = False,
 ) -> Path:
     """One self-contained checkpoint: PEFT adapters merged, dtype chosen, sharded safetensors. remote_code: it also opens without
-    this toolkit (`mllm.models.remote_code`). without_language_model: all but the published language model, which is named with its hash
-    (`mllm.models.trained_parts`); such a folder as ``checkpoint`` is joined with its language model again."""
+    this toolkit (`mllm.models.remote_code`). without_language_model: all but published weights, which are named with their hashes
+    (`mllm.models.trained_parts`); of such a folder as ``checkpoint`` the whole one is made again."""
     from transformers import AutoProcessor
 
     from mllm.models.modeling_mllm import MllmForConditionalGeneration

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import GENERATION_CONFIG_NAME
 
-from mllm.damage import LEFT_OUT, hub_file, opening, without_language_model
+from mllm.damage import opening
 from mllm.door import OpenedByDoor
 from mllm.errors import CheckpointError
 from mllm.heads.build import FORMER, heads_with_weights
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.foreign.checkpoint import ForeignCheckpoint
 from mllm.models.foreign.read import read_foreign, recognise
+from mllm.models.trained_parts import parts_folder, whole_tensors
 from mllm.models.weight_files import refuse_gaps
 from mllm.modes import by_umask
 from mllm.recipe import reader_of
@@ -97,10 +99,11 @@ class MllmPreTrainedModel(OpenedByDoor, PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; a checkpoint with missing or foreign weights raises `CheckpointError` instead of being filled
-        with random ones, and foreign checkpoints (`mllm.models.foreign.read.recognise`) are converted."""
+        with random ones, foreign checkpoints (`mllm.models.foreign.read.recognise`) are converted, and trained parts
+        (`mllm.models.trained_parts`) are joined with the published weights that go with them."""
         path = pretrained_model_name_or_path
-        if isinstance(path, (str, Path)) and (parts := without_language_model(path)):
-            raise CheckpointError(parts)
+        if isinstance(path, (str, Path)) and Path(path).is_dir() and (parts := parts_folder(path)):
+            return cls._from_parts(path, parts, *args, **kwargs)
         if args == () and kwargs.get("config") is None and cls.opens_foreign and isinstance(path, (str, Path)):
             kind = recognise(path)
             if kind is not None:
@@ -116,8 +119,8 @@ class MllmPreTrainedModel(OpenedByDoor, PreTrainedModel):
                     pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
                 )
         except (FileNotFoundError, OSError) as error:
-            if isinstance(path, str) and hub_file(path, LEFT_OUT) is not None:
-                raise CheckpointError(without_language_model(path)) from error
+            if isinstance(path, str) and (parts := parts_folder(path, kwargs.get("revision"))):
+                return cls._from_parts(path, parts, *args, output_loading_info=wants_info, **kwargs)
             raise CheckpointError(f"{pretrained_model_name_or_path}: cannot be loaded: {error}") from error
         except Exception as error:
             if type(error).__name__ == "SafetensorError":
@@ -128,6 +131,25 @@ class MllmPreTrainedModel(OpenedByDoor, PreTrainedModel):
         _forget_former_names(model)
         _attach_decoder(model, pretrained_model_name_or_path)
         refuse_gaps(str(pretrained_model_name_or_path), info, quantized=getattr(model, "hf_quantizer", None))
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _from_parts(cls, name: str | Path, folder: Path, *args: Any, **kwargs: Any) -> Any:
+        """`from_pretrained` for trained parts that lie in ``folder``; name: what they are called by."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        config = kwargs.pop("config", None)
+        if not isinstance(config, MllmConfig):
+            config = MllmConfig.from_pretrained(config or folder)
+        for key in ("revision", "subfolder", "key_mapping"):
+            kwargs.pop(key, None)
+        if (folder / GENERATION_CONFIG_NAME).is_file():
+            kwargs.setdefault("generation_config", GenerationConfig.from_pretrained(folder))
+        model, info = super().from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+            None, *args, config=config, state_dict=whole_tensors(folder), output_loading_info=True, **kwargs
+        )
+        model.name_or_path = model.config.name_or_path = str(name)
+        _attach_decoder(model, folder)
+        refuse_gaps(str(name), info, quantized=getattr(model, "hf_quantizer", None))
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]

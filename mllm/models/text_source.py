@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from mllm.damage import damage_of, naming_damage
 from mllm.errors import CheckpointError, ConfigError, UnavailableError
 from mllm.hub import hub_reason
 from mllm.install import install_hint
+from mllm.models.configuration_mllm import language_model_config
 from mllm.models.weight_files import refuse_gaps
 from mllm.parts.get import is_part, part_folder
 from mllm.processing.protocol import TextTokenizer
@@ -63,13 +64,43 @@ def dense_options(source: str) -> dict[str, Any]:
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
-def open_language_model(spec: LanguageModelSpec, config: PreTrainedConfig, dtype: torch.dtype, **options: Any) -> Any:
+def text_config(spec: LanguageModelSpec) -> Any:
+    """The language model's config, from the recipe, else from its source.
+
+    Args:
+        spec: the recipe's ``model.language_model``.
+
+    Returns:
+        A text config of transformers.
+
+    Raises:
+        UnavailableError: the source cannot be read.
+    """
+    if spec.config is not None:
+        return language_model_config(spec.config)
+    try:
+        assert spec.source is not None
+        with naming_damage(spec.source):
+            place, options = opened_by(spec.source, spec.revision)
+            config = AutoConfig.from_pretrained(place, **options)
+    except OSError as error:
+        raise UnavailableError(
+            f"model.language_model.source: {spec.source!r} cannot be read: {hub_reason(error, spec.source)}"
+        ) from error
+    return config.get_text_config()
+
+
+def open_language_model(
+    spec: LanguageModelSpec, dtype: torch.dtype, *, config: PreTrainedConfig | None = None, **options: Any
+) -> Any:
     """The published causal language model of a recipe.
 
-    spec: the recipe's ``model.language_model``, with a source; options: more for ``from_pretrained``. Raises `UnavailableError` where it
-    cannot be read, `CheckpointError` for a damaged file or weights that are missing.
+    spec: the recipe's ``model.language_model``, with a source; config: its config (None: it is read); options: more for
+    ``from_pretrained``. Raises `UnavailableError` where it cannot be read, `CheckpointError` for a damaged file or weights that are
+    missing.
     """
     assert spec.source is not None
+    config = text_config(spec) if config is None else config
     try:
         with naming_damage(spec.source):
             place, given = opened_by(spec.source, spec.revision)

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from mllm.errors import UnavailableError
+from mllm.damage import parts_alone
+from mllm.errors import CheckpointError, UnavailableError
 from mllm.eval.generators.base import GeneratorSettings, answer_text, checkpoint_hash, hf_messages
 from mllm.heads.codes.settings import vllm_environment, vllm_options
 from mllm.install import install_hint
@@ -75,6 +76,8 @@ class VLLMGenerator:
         """engine: vLLM's options, part of the fingerprint; memory: one of them that is none, since no answer hangs on it."""
         if int(os.environ.get("RANK", 0)) == 0:
             sys.stderr.write("starting vLLM, which takes a minute or more (--verbose shows what it says) …\n")
+        if parts := parts_alone(checkpoint):
+            raise CheckpointError(parts)
         try:
             from vllm import LLM
         except ImportError:

@@ -316,7 +316,7 @@ def test_a_container_that_is_stopped_while_its_server_is_read_ends_at_once():
     """It was killed after the whole grace period: the first process of a container hears no signal that it has no handler for."""
     code = (
         "import os, sys, time\nfrom mllm.cli import arguments\nfrom mllm.cli.main import main\nos.getpid = lambda: 1\n"
-        "arguments.checkpoint = lambda name: (print('reading', flush=True), time.sleep(60))\nsys.argv = ['mllm', 'serve', 'x']\nmain()"
+        "arguments.checkpoint = lambda name, **_: (print('reading', flush=True), time.sleep(60))\nsys.argv = ['mllm', 'serve', 'x']\nmain()"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) as process:
