@@ -75,7 +75,7 @@ def build_charts(
     ] = "",
     questions: Annotated[int, typer.Option(help="Questions per training chart, at most.")] = 6,
     test_questions: Annotated[int, typer.Option(help="Questions per test chart.")] = 2,
-    kinds: Annotated[str, typer.Option(help="Only these kinds of questions, comma separated; default: all nine.")] = "",
+    kinds: Annotated[str, typer.Option(help="Only these kinds of questions, comma separated; default: all.")] = "",
     per_table: Annotated[int, typer.Option(help="Charts per table, at most.")] = 10,
     max_rows: Annotated[int, typer.Option(help="Longer training tables are left out.")] = 20_000,
     size: Annotated[int, typer.Option(help="Pixels of a side.")] = 448,
@@ -89,7 +89,8 @@ def build_charts(
     """Draw charts with questions and exact answers from tables: a training set, and a test on tables of other sources.
 
     Nine kinds of questions (value, extreme, count, colour, comparison, trend, difference, two_step, unanswerable), asked only
-    where the chart answers beyond doubt, with answers balanced within each wording. Sources never lie on both sides of the
+    where the chart answers beyond doubt, with answers balanced within each wording; which bar is red (label) is of kind colour unless
+    --kinds names one of the two alone. Sources never lie on both sides of the
     split, and a training table that repeats a test table, or a part of it, is left out. Tables that cannot be drawn are counted
     with the reason (manifest.json, tables.json). Renderers: matplotlib, altair, ggplot2, gnuplot, or a plug-in's.
 

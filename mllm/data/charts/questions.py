@@ -14,6 +14,8 @@ import numpy as np
 from mllm.data.charts.chart import Chart, shown
 
 KINDS = ("value", "extreme", "count", "colour", "comparison", "trend", "difference", "two_step", "unanswerable")
+LABEL = "label"
+"""Which bar is red? Of kind colour, whose reverse it is, unless one of the two is asked without the other."""
 NOT_THERE = "not in the chart"
 VISIBLE = 0.06
 """Least share of the value axis by which two marks must differ to be told apart."""
@@ -29,11 +31,13 @@ class Question(NamedTuple):
     answer: str
 
 
-def questions(chart: Chart, rng: random.Random) -> dict[str, list[Question]]:
-    """Every question that the chart answers beyond doubt, by kind."""
+def questions(chart: Chart, rng: random.Random, *, labels_apart: bool = False) -> dict[str, list[Question]]:
+    """Every question that the chart answers beyond doubt, by kind. labels_apart: those of kind `LABEL` are not among the colours."""
     made = [_scatter(chart, rng)] if chart.type == "scatter" else [_marks(chart, rng), _lines(chart), _colours(chart)]
-    found: dict[str, list[Question]] = {kind: [] for kind in KINDS}
+    found: dict[str, list[Question]] = {kind: [] for kind in (*KINDS, LABEL)}
     for question in itertools.chain(*made, _counts(chart), _in_vain(chart, rng)):
+        if question.kind == LABEL and not labels_apart:
+            question = question._replace(kind="colour")
         found[question.kind].append(question)
     return {kind: some for kind, some in found.items() if some}
 
@@ -125,7 +129,7 @@ def _colours(chart: Chart) -> Iterator[Question]:
     if chart.colours:
         for label, colour in zip(chart.categories, chart.colours):
             yield _ask("colour", "What colour is the {} of {}?", colour, one, label)
-            yield _ask("colour", "Which {} is {}?", label, one, colour)
+            yield _ask(LABEL, "Which {} is {}?", label, one, colour)
         order = sorted(zip(chart.series[0].values, chart.colours))
         if len(order) > 1 and order[-1][0] - order[-2][0] >= VISIBLE * chart.span:
             yield _ask("two_step", "What colour is the largest {}?", order[-1][1], one)
@@ -136,7 +140,7 @@ def _colours(chart: Chart) -> Iterator[Question]:
     else:
         for series in chart.series:
             yield _ask("colour", "What colour is {}?", series.colour, series.name)
-            yield _ask("colour", "What is drawn in {}?", series.name, series.colour)
+            yield _ask(LABEL, "What is drawn in {}?", series.name, series.colour)
 
 
 def _counts(chart: Chart) -> Iterator[Question]:
@@ -158,7 +162,7 @@ def _scatter(chart: Chart, rng: random.Random) -> Iterator[Question]:
     for series in chart.series:
         if several:
             yield _ask("colour", "What colour are the points of {}?", series.colour, series.name)
-            yield _ask("colour", "Which points are {}?", series.name, series.colour)
+            yield _ask(LABEL, "Which points are {}?", series.name, series.colour)
     if several:
         order = sorted(chart.series, key=lambda s: len(s.values))
         if len(order[-1].values) - len(order[-2].values) >= 4:
