@@ -338,7 +338,8 @@ def _complete(root: Path, settings: ChartSettings) -> dict[str, Any] | None:
         wanted, earlier = json.loads(json.dumps(asdict(settings))), {"kinds": []}  # what manifests of before lack
         found = {**earlier, **manifest["settings"]}
         if "labels_apart" not in manifest and "colour" in found["kinds"]:  # whoever wanted colours was asked labels too
-            found["kinds"].insert(found["kinds"].index("colour") + 1, LABEL)
+            place = found["kinds"].index("colour") + 1
+            found["kinds"] = [*found["kinds"][:place], LABEL, *found["kinds"][place:]]
         if found != wanted or manifest["version"] != VERSION:
             return None
         for name, entry in manifest["files"].items():

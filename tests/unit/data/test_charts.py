@@ -216,11 +216,11 @@ def test_only_the_kinds_of_questions_that_are_wanted_are_asked(tmp_path):
     found = build_charts(settings, tmp_path / "out")
     assert found["train_kinds"] and set(found["train_kinds"]) | set(found["test_kinds"]) == {"colour", "count"}
     asked = (tmp_path / "out" / "train.jsonl").read_text()
-    assert "What colour" in asked and "Which bar" not in asked and "is drawn in" not in asked
+    assert "What colour" in asked and "Which " not in asked and "is drawn in" not in asked
     labels = build_charts(replace(settings, kinds=("label",)), tmp_path / "labels")
     assert set(labels["train_kinds"]) | set(labels["test_kinds"]) == {"label"}
     both = build_charts(replace(settings, kinds=("colour", "label")), tmp_path / "both")
-    assert set(both["train_kinds"]) == {"colour"} and both["train_kinds"]["colour"] > labels["train_kinds"]["label"]
+    assert set(both["train_kinds"]) == {"colour"} and "Which " in (tmp_path / "both" / "train.jsonl").read_text()
     earlier = json.loads((tmp_path / "both" / "manifest.json").read_text())
     earlier["settings"]["kinds"] = ["colour"]  # as it was written when whoever wanted colours was asked labels too
     del earlier["labels_apart"]
