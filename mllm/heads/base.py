@@ -58,8 +58,9 @@ class Step:
     """One call of the model, before it runs. Heads may change it (`Head.lay`).
 
     input_ids, labels ``(B, T)``; attention_mask, position_ids: as transformers has them; num_items: supervised tokens that the
-    loss is divided by (None: those of this batch); inputs: more arguments for the model; laid: head → what its `lay` gave; pixels:
-    encoder → pixels of the pictures that the batch holds.
+    loss is divided by (None: those of this batch); num_targets: head → what the whole optimizer step teaches it (`Head.count`);
+    own_targets: what this call does of that; head: whose loss is asked for; inputs: more arguments for the model; laid: head → what
+    its `lay` gave; pixels: encoder → pixels of the pictures that the batch holds.
     """
 
     input_ids: Tensor | None
@@ -67,13 +68,20 @@ class Step:
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
     num_items: Any = None
+    num_targets: Mapping[str, float] | None = None
+    own_targets: dict[str, Any] = field(default_factory=dict)
+    head: str = ""
     inputs: dict[str, Any] = field(default_factory=dict)
     laid: dict[str, Any] = field(default_factory=dict)
     pixels: Mapping[str, Tensor] = field(default_factory=dict)
 
     def share(self) -> Any:
-        """This call's part of the optimizer step, by supervised tokens: what a mean over the call counts with, so that more processes
-        or micro-batches do not make it weigh more."""
+        """This call's part of the optimizer step: what the present head's mean over the call counts with, so that several processes or
+        micro-batches weigh as one with all of it does. By what teaches the head, as `Head.count` says, where the whole step's is
+        known; else by supervised tokens."""
+        whole = (self.num_targets or {}).get(self.head)
+        if whole:
+            return self.own_targets[self.head] / whole
         if self.num_items is None or self.labels is None:
             return 1.0
         return (self.labels[:, 1:] != -100).sum().float() / self.num_items
@@ -214,13 +222,19 @@ class Head(nn.Module):
     def load_pretrained(self) -> None:
         """Read published weights, where the config names some. Nothing is read before."""
 
+    def count(self, inputs: Mapping[str, Any]) -> float | None:
+        """How many things a batch teaches it, that its mean loss is over. Processes and micro-batches weigh by it in a step, a
+        batch without any weighs nothing. None: not known before the model runs; they weigh by supervised tokens."""
+        given = inputs.get(self.targets[0]) if self.targets else None
+        return None if not self.targets else 0 if given is None else len(given)
+
     def lay(self, model: HeadModel, step: Step, targets: Mapping[str, Tensor]) -> Any:
         """Take the batch's targets, by their names in `Head.targets`, and put into ``step`` what the model needs before it runs.
         Returns what `losses` needs, None where there is nothing to learn. Raises `AlignmentError` for targets that do not fit the text."""
         return dict(targets)
 
     def losses(self, model: HeadModel, step: Step, laid: Any, reading: Reading) -> HeadLoss:
-        """The loss on what `lay` gave. Only asked where there are targets and words to learn."""
+        """The loss on what `lay` gave: a mean over what `count` counts. Only asked where there are targets and words to learn."""
         raise NotImplementedError
 
     def idle(self) -> Tensor | float:
@@ -232,6 +246,9 @@ class Head(nn.Module):
 def lay_targets(model: HeadModel, step: Step) -> None:
     """Take the targets out of ``step.inputs`` and let each head lay its own. Raises `ConfigError` for targets that no head of this
     model learns from."""
+    if step.num_targets is not None:
+        taught = {"input_ids": step.input_ids, "labels": step.labels, **step.inputs}
+        step.own_targets = {name: model.heads[name].count(taught) for name in step.num_targets}
     given = {key: step.inputs.pop(key) for key in list(step.inputs) if key.startswith(TARGET)}
     given = {key: value for key, value in given.items() if value is not None}
     for name, head in model.heads.items():
@@ -252,12 +269,30 @@ def lay_targets(model: HeadModel, step: Step) -> None:
             )
 
 
+def heads_of(model: nn.Module) -> dict[str, Head]:
+    """A model's heads by name; none of a stage's model of another kind, whatever it calls heads."""
+    heads = getattr(model, "heads", None)
+    named = heads.items() if isinstance(heads, nn.ModuleDict) else ()
+    return {name: head for name, head in named if isinstance(head, Head)}
+
+
+def count_targets(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Head → how much these batches' inputs teach it, of the heads that know it before they run (`Head.count`)."""
+    counts: dict[str, float] = {}
+    for name, head in heads_of(model).items():
+        own = [number for inputs in batches if (number := head.count(inputs)) is not None]
+        if len(own) == len(batches):
+            counts[name] = float(sum(own))
+    return counts
+
+
 def head_losses(model: HeadModel, step: Step, reading: Reading) -> tuple[Tensor | float, dict[str, Tensor] | None]:
     """What the heads add to the loss, and ``<head>/<part>`` → value to report (None where nothing was to be answered)."""
     total: Tensor | float = 0.0
     report: dict[str, Tensor] = {}
     for name, head in model.heads.items():
         if step.laid.get(name) is not None:
+            step.head = name
             found = head.losses(model, step, step.laid[name], reading)
             total = total + found.total
             report |= {f"{name}/{part}": value for part, value in found.parts.items()}

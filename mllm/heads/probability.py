@@ -87,6 +87,10 @@ class ProbabilityHead(Head):
         assert step.labels is not None and step.input_ids is not None
         return self.places(step.input_ids, step.labels)
 
+    def count(self, inputs: Mapping[str, Any]) -> float:
+        found = self.places(inputs["input_ids"], inputs["labels"])
+        return 0 if found is None else len(found.rows)
+
     def places(self, input_ids: Tensor, labels: Tensor) -> ClassPlaces | None:
         """Where ids ``(B, T)`` hold the phrase and then a class word that labels ``(B, T)`` teach; None where nowhere."""
         length, width = len(self.config.phrase_ids), input_ids.shape[1]

@@ -200,9 +200,10 @@ class MllmForConditionalGeneration(
             skip_logits: with labels, compute the loss on supervised positions in chunks and return no logits (memory).
             routing_targets: ``(images, E)``, what the router should have chosen, as `GateRouter.supervised_loss` takes it; its loss is
                 added.
-            kwargs: ``target_…``, what the heads should answer, as `Head.targets` names it (``target_images``: pixels ``(K, 3, H, W)`` in
-                [-1, 1] or codes ``(K, S)`` of the images that the spans of ``input_ids`` stand for); ``num_items_in_batch``, what sums of
-                losses are divided by; what the language model takes.
+            kwargs: ``num_targets``, head → what the whole optimizer step teaches it; ``target_…``, what the heads
+                should answer, as `Head.targets` names it (``target_images``: pixels ``(K, 3, H, W)`` in [-1, 1] or codes ``(K, S)`` of the
+                images that the spans of ``input_ids`` stand for); ``num_items_in_batch``, what sums of losses are divided by; what the
+                language model takes.
 
         Returns:
             Loss, logits ``(B, T, V)``, cache, visual tokens and the routing that was used; ``losses`` of the heads by name.
@@ -215,7 +216,8 @@ class MllmForConditionalGeneration(
         if labels is not None:
             labels, num_items = without_placeholders(labels, self.config.image_token_id, num_items)
         pixels = self.model.pixel_keys.by_encoder({**kwargs, PRIMARY_PIXELS: pixel_values})
-        step = Step(input_ids, labels, attention_mask, position_ids, num_items, kwargs, pixels=pixels)
+        of_step = kwargs.pop("num_targets", None)
+        step = Step(input_ids, labels, attention_mask, position_ids, num_items, of_step, inputs=kwargs, pixels=pixels)
         lay_targets(self, step)
         outputs = self.model(
             input_ids=step.input_ids,

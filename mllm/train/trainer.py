@@ -16,6 +16,8 @@ import torch
 from mllm import distributed
 from mllm.data.mixture import Mixture
 from mllm.errors import ConfigError
+from mllm.heads.base import TARGET, count_targets
+from mllm.heads.running_norm import share_statistics
 from mllm.models.encoder_losses import encoder_costs
 from mllm.processing.protocol import Processor, TextProcessor
 from mllm.processing.template import for_training
@@ -49,7 +51,7 @@ from mllm.train.observe.drawings import Drawings
 from mllm.train.observe.fading import FadingParts
 from mllm.train.observe.flops import FlopModel, flop_model, peak_flops
 from mllm.train.observe.idle import AFTER, idle_parts, tell_idle
-from mllm.train.observe.meter import Meter, count_batches
+from mllm.train.observe.meter import Meter, count_batches, mean_losses
 from mllm.train.observe.profiling import StepProfiler
 from mllm.train.observe.progress import StageDisplay
 from mllm.train.observe.run_info import RunInfo
@@ -113,7 +115,7 @@ class Step:
     stop: bool = False
     """Some process was told to stop."""
     losses: dict[str, float] = field(default_factory=dict)
-    """Mean cross-entropy per code of each codebook, of this process's images to draw."""
+    """What the model reports of its heads and encoders, by name: the mean over micro-batches that have it."""
 
 
 @dataclass
@@ -340,29 +342,35 @@ def optimizer_step(
     of all processes cannot be used.
     """
     own = count_batches(micro, flops) | data.bad_rows(micro)
+    targets = count_targets(engine.model, [batch.inputs for batch in micro])
+    own |= {TARGET + head: number for head, number in targets.items()}
     own["save"] = float(save and distributed.is_main())
     own["written"] = float(written)
     own["stop"] = float(stop)
     counts = dict(zip(own, distributed.sum_numbers(list(own.values()))))
     data.bad_share.add(counts)
-    losses, of_codes = [], []
+    losses, of_heads = [], []
+    of_step = {"num_targets": {head: counts[TARGET + head] for head in targets}} if targets else {}
     passes = level(engine, micro)
     for index, batch in enumerate(passes):
         counts_nothing = index >= len(micro)
         batch = engine.to_device(batch)
         inputs = attention_inputs(batch, attention)
         with datasets.of(batch) if datasets is not None and not counts_nothing else nullcontext([]) as outputs:
-            output = engine(**inputs, num_items_in_batch=counts["supervised"], skip_logits=engine.zero_stage != 3)
+            output = engine(
+                **inputs, **of_step, num_items_in_batch=counts["supervised"], skip_logits=engine.zero_stage != 3
+            )
             outputs.append(output)
         engine.backward(output.loss * 0.0 if counts_nothing else output.loss, last=index == len(passes) - 1)
         if counts_nothing:
             continue
         losses.append(output.loss.detach())
-        of_codes.append(getattr(output, "losses", None))
+        of_heads.append(getattr(output, "losses", None))
     loss = distributed.sum_numbers([float(torch.stack(losses).float().sum())])[0]
     if not math.isfinite(loss):
         raise diverged("loss", loss, micro)
     norm = engine.step()
+    share_statistics(engine.model)
     if not math.isfinite(norm):
         raise diverged("gradient norm", norm, micro)
     everywhere = counts["written"] == distributed.world_size()
@@ -373,14 +381,8 @@ def optimizer_step(
         save=counts["save"] > 0,
         written=everywhere,
         stop=counts["stop"] > 0,
-        losses=_mean_losses(of_codes),
+        losses=mean_losses(of_heads, everywhere=bool(targets)),
     )
-
-
-def _mean_losses(found: list[dict[str, torch.Tensor] | None]) -> dict[str, float]:
-    drawn = [losses for losses in found if losses]
-    names = dict.fromkeys(name for losses in drawn for name in losses)
-    return {name: sum(float(losses[name]) for losses in drawn) / len(drawn) for name in names}
 
 
 def seed_everything(seed: int, stage: str, *, same: bool = False) -> None:

@@ -80,6 +80,10 @@ class DepthMapHead(Head):
     def lay(self, model: HeadModel, step: Step, targets: Mapping[str, Tensor]) -> LaidFrames | None:
         return lay_frames(model, step, targets["target_depths"], "target_depths")
 
+    def count(self, inputs: Mapping[str, Any]) -> Any:
+        depths = inputs.get(self.targets[0])
+        return 0 if depths is None else (depths > 0).logical_and(depths.isfinite()).sum()
+
     def losses(self, model: HeadModel, step: Step, laid: LaidFrames, reading: Reading) -> HeadLoss:
         states = frame_states(reading.hidden, step, model.config.image_token_id, laid)
         places = rows_of_sets(laid, self.view.frames)

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mllm.errors import UnavailableError
 
 _OF_OPTIMIZER = {
     # How ZeRO-1/2 lay parameters end to end and cut them: checkpoints are written by parameter, not by slice.
-    1: ("round_robin_bit16_groups", "round_robin_bit16_offsets", "single_partition_of_fp32_groups", "partition_size"),
+    1: (
+        "round_robin_bit16_groups",
+        "round_robin_bit16_offsets",
+        "single_partition_of_fp32_groups",
+        "partition_size",
+        # How they are told of a gradient that is there, and of the end of a backward pass: `GradientOrder`.
+        "process_gradients",
+        "independent_gradient_partition_epilogue",
+        "partition_gradients",
+        "overlap_comm",
+        "is_gradient_accumulation_boundary",
+    ),
     3: ("fp16_groups", "fp32_partitioned_groups_flat"),
 }
 _OF_OPTIMIZER[2] = _OF_OPTIMIZER[1]
@@ -42,8 +54,8 @@ def check_private(zero: Any, zero_stage: int) -> None:
         import deepspeed
 
         raise UnavailableError(
-            f"DeepSpeed {deepspeed.__version__} keeps ZeRO-{zero_stage}'s slices elsewhere ({', '.join(missing)} is gone), so no "
-            "checkpoint could be written; install the version in constraints.txt, or use engine: none"
+            f"DeepSpeed {deepspeed.__version__} keeps ZeRO-{zero_stage}'s slices elsewhere ({', '.join(missing)} is gone), so "
+            "gradients could be mixed up and no checkpoint written; install the version in constraints.txt, or use engine: none"
         )
 
 
@@ -81,3 +93,46 @@ def leave_shared_memory_op(deepspeed: Any) -> None:
     """On a CPU DeepSpeed would build its shared-memory communication op at the first start, minutes of it; gloo does
     without."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class GradientOrder:
+    """Lets ZeRO-1/2 sum the gradients of ``parameters`` in one order on all processes, from the last one's on.
+
+    DeepSpeed lays gradients end to end as a backward pass makes them, and sums what lies at the same place over processes. Where a
+    process's batch goes another way through the model (a head without targets, an expert that nobody asked), its gradients come in another
+    order, and one parameter's would be added to another's without a word. So each waits for those before it; most come in this order.
+    """
+
+    def __init__(self, zero: Any, parameters: Sequence[Tensor]):
+        self._zero, self._order = zero, list(reversed(parameters))
+        self._groups = {id(p): index for index, group in enumerate(zero.bit16_groups) for p in group}
+        self._arrived: set[int] = set()
+        self._next = 0
+        self._process, self._end = zero.process_gradients, zero.independent_gradient_partition_epilogue
+        zero.process_gradients = self._told
+        zero.independent_gradient_partition_epilogue = self._ended
+
+    def _told(self, parameter: Tensor, group: int) -> None:
+        zero = self._zero
+        summed = zero.partition_gradients or (zero.overlap_comm and zero.is_gradient_accumulation_boundary())
+        if not summed:
+            self._process(parameter, group)
+            return
+        self._arrived.add(id(parameter))
+        while self._next < len(self._order) and id(self._order[self._next]) in self._arrived:
+            self._sum_next()
+
+    def _ended(self) -> None:
+        if self._arrived:
+            while self._next < len(self._order):  # one that nothing reached here has a gradient elsewhere, perhaps
+                parameter = self._order[self._next]
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                self._sum_next()
+        self._arrived, self._next = set(), 0
+        self._end()
+
+    def _sum_next(self) -> None:
+        parameter = self._order[self._next]
+        self._next += 1
+        self._process(parameter, self._groups[id(parameter)])

@@ -9,6 +9,7 @@ import torch
 
 from mllm import distributed
 from mllm.data.collate import Batch
+from mllm.heads.base import TARGET
 from mllm.processing.chat import IGNORE
 from mllm.train.engine.base import Engine
 
@@ -29,4 +30,6 @@ def _slots(batch: Batch) -> int:
 
 def _mute(batch: Batch) -> Batch:
     labels = torch.full_like(batch.inputs["labels"], IGNORE)
-    return replace(batch, inputs={**batch.inputs, "labels": labels}, num_supervised=0)
+    drawn = TARGET + "images"  # what the text's own places stand for
+    inputs = {key: value for key, value in batch.inputs.items() if key == drawn or not key.startswith(TARGET)}
+    return replace(batch, inputs={**inputs, "labels": labels}, num_supervised=0)

@@ -24,7 +24,7 @@ from mllm.noise import hush
 from mllm.recipe import StageSpec
 from mllm.train.engine import zero3
 from mllm.train.engine.base import Engine, EngineChoice, Fragment
-from mllm.train.engine.deepspeed_private import check_private, leave_shared_memory_op, slices
+from mllm.train.engine.deepspeed_private import GradientOrder, check_private, leave_shared_memory_op, slices
 from mllm.train.engine.groups import Group
 from mllm.train.engine.optim import build_optimizer
 from mllm.train.prepare import BATCH_NORMS
@@ -83,6 +83,8 @@ class ZeroEngine(Engine):
         self.optimizer = optimizer
         self.zero: Any = self.engine.optimizer
         check_private(self.zero, self.zero_stage)
+        if self.zero_stage < 3:
+            GradientOrder(self.zero, self.learning)
 
     def _visual_modules(self) -> list[nn.Module]:
         """Every module outside the language model: those hand our dataclasses to each other."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,18 @@ class Meter:
             record["memory_gb"] = torch.cuda.max_memory_reserved(self.device) / 1e9
         self.reset()
         return record
+
+
+def mean_losses(found: Sequence[Mapping[str, torch.Tensor] | None], *, everywhere: bool) -> dict[str, float]:
+    """What the micro-batches of a step report, by name: the mean over those that have it, of all processes where ``everywhere`` (each must
+    call it then), else of this one."""
+    own = [{name: float(value) for name, value in losses.items()} for losses in found if losses]
+    told = [losses for process in distributed.gather_objects(own) for losses in process] if everywhere else own
+    values: dict[str, list[float]] = {}
+    for losses in told:
+        for name, value in losses.items():
+            values.setdefault(name, []).append(value)
+    return {name: sum(each) / len(each) for name, each in values.items()}
 
 
 def count_batches(batches: Sequence[Any], flops: FlopModel | None) -> dict[str, float]:

@@ -28,7 +28,10 @@ def check_stage(stage: StageSpec, recipe: Recipe) -> None:
     engine = choose_engine(stage)
     heads = recipe.model.heads
     if heads and engine.zero_stage == 3:
-        raise ConfigError(f"stages.{stage.name}.engine: a model with heads trains with none, zero1 or zero2")
+        raise ConfigError(
+            f"stages.{stage.name}.engine: a model with heads trains with none, zero1 or zero2. A head runs where a batch has something to "
+            "teach it, and ZeRO-3 needs every process to run the same modules"
+        )
     if stage.packing and any(head.get("type") == "next_scale" for head in heads.values()):
         raise ConfigError(f"stages.{stage.name}.packing: a next_scale head needs a mask of its own; set packing: false")
     if stage.draw is not None and drawing_head(heads) is None:

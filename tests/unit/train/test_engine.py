@@ -97,9 +97,15 @@ def test_a_deepspeed_that_moved_its_slices_is_told_before_training():
     pytest.importorskip("deepspeed")
     weight = torch.zeros(3)
     zero = SimpleNamespace(round_robin_bit16_groups=[[weight]], round_robin_bit16_offsets=[[0]], partition_size=[3])
-    with pytest.raises(UnavailableError, match=r"single_partition_of_fp32_groups is gone.*constraints\.txt"):
+    with pytest.raises(
+        UnavailableError, match=r"single_partition_of_fp32_groups, process_gradients.* is gone.*constraints\.txt"
+    ):
         check_private(zero, 2)
     zero.single_partition_of_fp32_groups = [weight]
+    zero.process_gradients = zero.independent_gradient_partition_epilogue = zero.is_gradient_accumulation_boundary = (
+        print
+    )
+    zero.partition_gradients = zero.overlap_comm = True
     check_private(zero, 1)
     with pytest.raises(UnavailableError, match="partition_numel, ds_numel"):
         check_private(SimpleNamespace(fp16_groups=[[weight]], fp32_partitioned_groups_flat=[weight]), 3)

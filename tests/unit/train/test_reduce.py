@@ -10,6 +10,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import nn
 
+from mllm.heads.base import Head, HeadConfig, HeadParts
+from mllm.heads.running_norm import RunningNorm, share_statistics
 from mllm.train.engine.reduce import OverlappedSum, _buckets
 
 
@@ -24,6 +26,18 @@ class _Forked(nn.Module):
 
     def forward(self, x, part):
         return self.head(torch.tanh(self.parts[part](x))).square().sum()
+
+
+class _Normed(Head):
+    """A head that norms the states it is given."""
+
+    def __init__(self):
+        super().__init__(HeadConfig(type="normed"), HeadParts(5))
+        self.norm = RunningNorm(5)
+
+
+def _states(process: int) -> torch.Tensor:
+    return _sample(9, process) + 3 * process
 
 
 def _sample(micro: int, rank: int) -> torch.Tensor:
@@ -53,6 +67,13 @@ def _work(rank: int, folder: str) -> None:
     half.grad = torch.randn(64, generator=torch.Generator().manual_seed(rank)).bfloat16()
     reduction.finish()
     torch.save(half.grad, f"{folder}/half-{rank}.pt")
+    model = nn.Module()
+    model.heads = nn.ModuleDict({"a": _Normed(), "b": _Normed()})
+    model.heads["a"].norm(_states(rank))
+    if rank == 1:  # process 0 has nothing to teach the other head
+        model.heads["b"].norm(_states(1))
+    share_statistics(model)
+    torch.save(model.state_dict(), f"{folder}/normed-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -73,6 +94,12 @@ def test_two_processes_with_different_parts_equal_one(tmp_path: Path):
     halves = [torch.randn(64, generator=torch.Generator().manual_seed(rank)).bfloat16() for rank in range(2)]
     once = (halves[0].float() + halves[1].float()).bfloat16()  # two bf16 gradients: as in fp32, rounded once
     assert all(torch.equal(torch.load(tmp_path / f"half-{rank}.pt"), once) for rank in range(2))
+    normed = [torch.load(tmp_path / f"normed-{rank}.pt") for rank in range(2)]
+    for name, states in (("a", torch.cat([_states(0), _states(1)])), ("b", _states(1))):
+        for found in normed:
+            torch.testing.assert_close(found[f"heads.{name}.norm.mean"], states.mean(0))
+            torch.testing.assert_close(found[f"heads.{name}.norm.variance"], states.var(0, correction=0))
+            assert found[f"heads.{name}.norm.batches"] == 1
 
 
 @pytest.mark.parametrize("alone", [1, 20, 10**6])
