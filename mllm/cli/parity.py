@@ -14,7 +14,10 @@ from mllm.cli import arguments
 def parity(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder, or a PEFT adapter trained on one.")],
     cases: Annotated[
-        int, typer.Option(help="Prompts to compare: 0 to 5 pictures, odd sizes, short and long text, several turns.")
+        int,
+        typer.Option(
+            help="Prompts to compare: 0 to 5 pictures (clips and scenes), odd sizes, short and long text, several turns."
+        ),
     ] = 12,
     tokens: Annotated[int, typer.Option(help="Tokens to generate for each.")] = 24,
     image: Annotated[
@@ -49,7 +52,7 @@ def parity(
     from rich.console import Console
     from rich.table import Table
 
-    from mllm.serve.parity import Case, run_parity
+    from mllm.serve.parity import ALONE, Case, run_parity
     from mllm.types import IMAGE_MARK, Turn
 
     own = None
@@ -96,9 +99,10 @@ def parity(
         )
     console.print(table)
     for name, value in moved.items():
-        console.print(f"encoder {name}: another picture moves a logit by up to {value:.3g}")
+        changed = "is what" if name.endswith(ALONE) else "another picture"
+        console.print(f"encoder {name}: {changed} moves a logit by up to {value:.3g}")
         if value == 0:
-            console.print(f"[yellow]encoder {name} moves no logit: nothing here tests it[/]")
+            console.print(f"[yellow]encoder {name}: moves no logit, so nothing here tests it[/]")
     different = sum(not item.same for item in differences)
     console.print(f"{len(differences) - different} of {len(differences)} comparisons equal to generate")
     if output is not None:

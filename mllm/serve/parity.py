@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import io
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,9 @@ import torch
 from PIL import Image
 
 from mllm.damage import opening
+from mllm.encoders.multiview import ViewsEncoder
 from mllm.errors import ConfigError, UnavailableError
+from mllm.processing.frames import VideoSpec
 from mllm.processing.panels import as_panels
 from mllm.processing.protocol import Processor
 from mllm.serve.adapters import adapter_rank
@@ -30,10 +33,15 @@ from mllm.serve.traces import (
     trace_vllm,
     vllm_pixels,
 )
-from mllm.types import IMAGE_MARK, Turn, Video
+from mllm.types import IMAGE_MARK, Turn, Video, scene
 
 if TYPE_CHECKING:
     from mllm.models.modeling_mllm import MllmForConditionalGeneration
+
+ALONE = ", each frame alone"
+"""Behind an encoder's name: what moves a logit is that it sees each frame of a clip alone."""
+_FRAMES = 8
+"""Of a clip, at most."""
 
 
 @dataclass
@@ -59,14 +67,15 @@ def standard_cases(
     *,
     max_images: int = 5,
     experts: Sequence[str] = (),
-    video: bool = False,
+    video: VideoSpec | None = None,
+    points: str | None = None,
     panels: int = 1,
     seed: int = 0,
 ) -> list[Case]:
     """Varied prompts: 0 to ``max_images`` pictures of odd sizes, short and long text, several turns, typed
-    placeholders; for a routed model its own routing and fixed ones in turn; for one that takes ``video`` clips between the
-    pictures; for one that sees more than three channels pictures of so many ``panels``, every second one the colours of the one
-    before over other values."""
+    placeholders; for a routed model its own routing and fixed ones in turn; for one that takes ``video`` clips and pictures of one
+    scene between the others, which say where it lies if an encoder reads ``points`` (``refuse``: clips alone); for one that sees more
+    than three channels pictures of so many ``panels``, every second one the colours of the one before over other values."""
     rng = np.random.default_rng(seed)
     words = [
         "what",
@@ -86,6 +95,8 @@ def standard_cases(
         "say",
     ]
     cases: list[Case] = []
+    stills = points != "refuse"
+    max_images = max_images if stills else min(max_images, MOST_VIDEOS)
     for index in range(count):
         num = index % (max_images + 1)
         pictures: list[Any] = [make_picture(rng, panels) for _ in range(num)]
@@ -93,7 +104,10 @@ def standard_cases(
             pictures[1::2] = [other_below(picture, panels) for picture, _ in zip(pictures[::2], pictures[1::2])]
         if video:
             pictures = [
-                make_clip(rng) if (index + k) % 2 and k < 2 * MOST_VIDEOS else p for k, p in enumerate(pictures)
+                make_visual(rng, video, points=points is not None, together=k % 3 == 2)
+                if not stills or ((index + k) % 2 and k < 2 * MOST_VIDEOS)
+                else p
+                for k, p in enumerate(pictures)
             ]
         length = (3, 9, 40, 6)[index % 4]
         question = " ".join(rng.choice(words, length)) + "?"
@@ -136,13 +150,37 @@ def other_below(picture: Image.Image, panels: int) -> Image.Image:
     return as_panels(Image.fromarray(values), panels)
 
 
-def make_clip(rng: np.random.Generator) -> Video:
+def make_frames(rng: np.random.Generator, count: int) -> list[Image.Image]:
+    """Random frames of one odd size."""
+    first = make_picture(rng)
+    return [first, *(make_picture(rng).resize(first.size) for _ in range(count - 1))]
+
+
+def make_clip(rng: np.random.Generator, *, least: int = 2, most: int = _FRAMES + 1) -> Video:
     """A few random frames of odd size as one animated file, each shown for some tenths of a second."""
-    first, count = make_picture(rng), int(rng.integers(1, 9))
-    frames = [make_picture(rng).resize(first.size) for _ in range(count)]
+    first, *frames = make_frames(rng, int(rng.integers(least, most + 1)))
     file = io.BytesIO()
     first.save(file, "PNG", save_all=True, append_images=frames, duration=int(rng.integers(1, 9)) * 100)
     return Video(file.getvalue())
+
+
+def make_visual(
+    rng: np.random.Generator, video: VideoSpec, *, points: bool, together: bool = False, least: int = 2
+) -> Video:
+    """A clip, or (``together``) some pictures of one scene at times of their own; with cameras and depth if ``points``. Of frames that are
+    chosen by the scene there are no more than are seen."""
+    closed = video.which == "space_aware"
+    clip = make_clip(rng, least=min(least, video.most), most=min(_FRAMES + 1, video.most) if closed else _FRAMES + 1)
+    if together and video.most > 1:
+        frames = make_frames(rng, int(rng.integers(2, min(_FRAMES, video.most) + 1)))
+        clip = scene(frames, seconds=np.cumsum(rng.integers(1, 9, len(frames)) / 10).round(1).tolist())
+    if not points:
+        return clip
+    count = len(clip.source) if isinstance(clip.source, list) else Image.open(io.BytesIO(clip.source)).n_frames  # type: ignore[attr-defined]
+    cameras = np.tile(np.eye(4), (count, 1, 1))
+    cameras[:, :3, 3] = rng.uniform(-1, 1, (count, 3))
+    told = {"poses": {"matrices": cameras, "fov": [50.0, 60.0]}, "depths": rng.uniform(1, 3, (count, 8, 8))}
+    return replace(clip, points=told)
 
 
 def compare(
@@ -174,17 +212,41 @@ def compare(
 
 
 def check_encoders_matter(model: MllmForConditionalGeneration, processor: Processor, case: Case) -> dict[str, float]:
-    """Encoder → largest change of a logit when that encoder's pixels (only) are another picture's. A parity check
-    says nothing about an encoder whose value here is zero."""
+    """Encoder → largest change of a logit when that encoder's pixels (only) are another picture's, and, with `ALONE` behind its name, when
+    one that sees the views of a scene together sees each alone. A parity check says nothing about an encoder, or about frames together,
+    whose value here is zero. Encoders that read another in place of pixels are left out."""
+    tower = getattr(model, "get_base_model", lambda: model)().model.vision_tower
     _, inputs = model_inputs(processor, replace(case, experts=processor.image_processor.experts or None))
     inputs = {key: value.to(model.device) for key, value in inputs.items()}
     with torch.no_grad():
         before = model(**inputs).logits[:, -1]
         changes = {}
         for name, key in processor.pixel_keys.items():
+            if name in tower.reads:
+                continue
             after = model(**{**inputs, key: inputs[key].flip(-1) * 0.5}).logits[:, -1]
             changes[name] = float((after - before).abs().max())
+        for name, encoder in tower.encoders.items():
+            if isinstance(encoder, ViewsEncoder) and any(isinstance(visual, Video) for visual in case.images):
+                with _frames_alone(encoder):
+                    after = model(**inputs).logits[:, -1]
+                changes[name + ALONE] = float((after - before).abs().max())
     return changes
+
+
+@contextmanager
+def _frames_alone(encoder: ViewsEncoder) -> Iterator[None]:
+    """The encoder sees each view as a scene of its own."""
+    together = encoder.forward
+
+    def alone(pixels: torch.Tensor, **told: Any) -> Any:
+        return together(pixels, **{**told, "scene_ids": torch.arange(len(pixels), device=pixels.device)})
+
+    encoder.forward = alone  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del encoder.forward
 
 
 def run_parity(
@@ -219,16 +281,14 @@ def run_parity(
         model: Any = MllmForConditionalGeneration.from_pretrained(base, dtype=getattr(torch, dtype)).to(device).eval()
     experts = list((model.config.router or {}).get("experts", ()))
     images = 5 if model.config.connector is not None else 0
+    specs = processor.image_processor.specs.values()
+    video = None if getattr(model.config, "video", None) is None else VideoSpec(**model.config.video)
+    points = next((spec.points for spec in specs if spec.points is not None), None)
+    panels = max((spec.panels for spec in specs), default=1)
     cases = (
         list(cases)
         if cases is not None
-        else standard_cases(
-            num_cases,
-            max_images=images,
-            experts=experts,
-            video=getattr(model.config, "video", None) is not None,
-            panels=max((spec.panels for spec in processor.image_processor.specs.values()), default=1),
-        )
+        else standard_cases(num_cases, max_images=images, experts=experts, video=video, points=points, panels=panels)
     )
     with tempfile.TemporaryDirectory() as folder:
         served, lora = base, None
@@ -241,6 +301,11 @@ def run_parity(
         reference = trace_generate(model, processor, cases, num_tokens=num_tokens)
         differences = compare(cases, reference, trace_forward(model, processor, cases, reference), path="forward")
         pictured = next((case for case in cases if case.images), None)
+        if pictured is not None and video is not None:
+            rng = np.random.default_rng(1)
+            stills = [] if points == "refuse" else [make_picture(rng, panels)]
+            visuals = [*stills, make_visual(rng, video, points=points is not None, least=4)]
+            pictured = Case("clip", [Turn("user", IMAGE_MARK * len(visuals) + "\nwhat happens?")], visuals)
         moved = check_encoders_matter(model, processor, pictured) if pictured is not None else {}
         if adapter is not None:
             model = model.merge_and_unload()

@@ -15,6 +15,7 @@ from mllm.eval.generators.vllm import VLLMGenerator
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.processing.chat import render_prompt
 from mllm.processing.engine_videos import visual_inputs
+from mllm.processing.frames import VideoSpec
 from mllm.processing.template import VIDEO
 from mllm.serve import parity
 from mllm.types import IMAGE_MARK, Request, Turn, Video, scene
@@ -38,7 +39,7 @@ def main(folder: str) -> None:
 
     model = MllmForConditionalGeneration.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder)
-    varied = parity.standard_cases(12, video=True)
+    varied = parity.standard_cases(12, video=VideoSpec(**model.config.video))
     references = parity.trace_generate(model, processor, varied, num_tokens=TOKENS)
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (6, 30, 40, 3), dtype=np.uint8)

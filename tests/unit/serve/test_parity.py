@@ -5,9 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mllm.processing.frames import VideoSpec
 from mllm.serve import parity, traces
-from mllm.types import IMAGE_MARK
-from tests.helpers import tiny_model
+from mllm.types import IMAGE_MARK, Video
+from tests.helpers import TINY_CLIP, TINY_LLM, tiny_model
+
+VIEWS = {
+    "width": 16,
+    "num_heads": 2,
+    "depth": 2,
+    "patch_size": 7,
+    "image_size": 28,
+    "dinov2_width": 16,
+    "dinov2_depth": 1,
+}
+VIEWS |= {"dinov2_heads": 2, "dinov2_image_size": 28}
 
 
 def trace(**changes) -> parity.Trace:
@@ -85,3 +97,30 @@ def test_pixels_are_told_apart_where_an_encoder_sees_fewer_views_than_its_neighb
     changed[3] += 1
     assert seen != traces.hash_pixels({"semantic": changed, "detail": whole})
     assert seen != traces.hash_pixels({"semantic": tiles, "detail": whole.view(1, 1, 1, 4)})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("which", ["space_aware", "points"])
+def test_clips_and_scenes_of_a_model_with_a_geometry_encoder(which, tmp_path):
+    """Each encoder moves a logit, and so does that frames are seen together; forward and generate agree on all visuals."""
+    geometry: dict = {"type": "mapanything", **VIEWS}
+    if which == "points":
+        geometry = {"type": "points", "width": 16, "patch_size": 7, "image_size": 28}
+    language_model = {"config": {**TINY_LLM, "max_position_embeddings": 4096}, "tokenizer": str(tmp_path)}
+    chosen = {"which": which, "candidates": 8} if which == "space_aware" else {}
+    model, processor = tiny_model(
+        tmp_path,
+        encoders={"semantic": dict(TINY_CLIP), "geometry": geometry},
+        video={"frames": 4, "stamp": "{seconds:.1f}s: ", **chosen},
+        language_model=language_model,
+    )
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "checkpoint")
+    found, moved = parity.run_parity(str(tmp_path / "checkpoint"), num_cases=6, num_tokens=3, vllm=False)
+    assert len(found) == 6 and all(one.same for one in found)
+    alone = set() if which == "points" else {f"geometry{parity.ALONE}"}
+    assert moved.keys() == {"semantic", "geometry"} | alone and min(moved.values()) > 1e-4
+    cases = parity.standard_cases(6, video=VideoSpec(**model.config.video), points="refuse" if not alone else None)
+    visuals = [visual for case in cases for visual in case.images]
+    assert any(isinstance(v, Video) and isinstance(v.source, list) for v in visuals), "pictures of a scene"
+    assert all(isinstance(v, Video) and v.points for v in visuals) == (which == "points")
