@@ -49,14 +49,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="recipe changes, key.sub=value")
     parser.add_argument("--output", type=Path, default=Path("runs/focus_demo"))
-    parser.add_argument("--train", type=int, default=4000, help="training scenes (default: 4000)")
+    parser.add_argument("--train", type=int, default=8000, help="training scenes (default: 8000)")
     parser.add_argument("--tests", type=int, default=200, help="edits that are asked for (default: 200)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and pictures (default: 0)")
     parser.add_argument(
         "--confusing",
         type=float,
-        default=0.5,
-        help="share of training scenes where a name needs both words (default: 0.5)",
+        default=0.3,
+        help="share of training scenes where a name needs both words (default: 0.3)",
     )
     parser.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     options = parser.parse_args()
