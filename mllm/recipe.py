@@ -321,8 +321,6 @@ class StageSpec(StrictModel):
     float8: Literal["tensorwise"] | None = None
     """Multiply the decoder's linear layers in float8, one scale a tensor (torchao; CUDA of compute capability 8.9 and newer,
     a language model that learns whole). Faster products, slightly rounded: see benchmarks/results. Default: bf16 products."""
-    encoders_beside_update: bool = False
-    """Encode the next pictures while weights are updated (CUDA; encoders that do not learn). Not yet run on a GPU."""
     cache_features: bool | Literal["auto", "float32", "bfloat16", "float16", "int8"] = False
     """Store frozen encoders' features on disk on first use, in the stage's dtype or the one given. auto: where possible."""
     save_every: int | None = Field(default=None, ge=1)

@@ -31,7 +31,6 @@ from mllm.train.checkpoint.own_folders import OwnFolders
 from mllm.train.checkpoint.resume import CheckpointReader, Progress, fingerprint, latest_checkpoint, signature
 from mllm.train.checkpoint.write import CheckpointWriter
 from mllm.train.data import StageData, open_mixture, tell_dropped, tell_faded, tell_left_out, tell_odd_settings
-from mllm.train.encoder_stream import EncoderStream
 from mllm.train.engine.base import Engine, choose_engine
 from mllm.train.engine.build import build_engine
 from mllm.train.engine.groups import (
@@ -177,7 +176,7 @@ def train(
         )
         fading = FadingParts(quiet=warmup_steps(stage.schedule, progress.total_steps))
         launched = started_by_launcher()
-        profiler = StepProfiler(run.output / "profile", name, run.profile)
+        profiler = StepProfiler(run.output / "profile", name, run.profile, display.print)
         stack.callback(profiler.close)
         asked = stack.enter_context(asked_to_stop(distributed.is_main() and not launched, patient=launched))
         first = True
@@ -272,7 +271,6 @@ def open_session(
     attention = prepare_model(model, stage, device=device, zero_stage=choice.zero_stage)
     if stage.float8 is not None:
         stack.callback(use_float8(model, stage, device, zero_stage=choice.zero_stage))
-    encoders = EncoderStream(model, stage, device) if stage.encoders_beside_update else None
     with phase("planning batches") as planning:
         data = StageData(
             stage, processor, mixture, cache=run.output / "lengths", log=_drop_log(run, stage), phase=planning
@@ -308,8 +306,6 @@ def open_session(
     with phase(f"starting engine {choice.name}"):
         engine = build_engine(model, groups, stage, device)
     stack.push(lambda failed, *_: engine.close() if failed else None)
-    if encoders is not None:
-        stack.callback(encoders.attach(engine))
     if checkpoint is not None:
         checkpoint.restore_engine(engine)
         _go_on(checkpoint, data, progress, display, longer=run.extend)
@@ -354,7 +350,7 @@ def optimizer_step(
     passes = level(engine, micro)
     for index, batch in enumerate(passes):
         counts_nothing = index >= len(micro)
-        batch = engine.to_device(batch)
+        batch = batch.to(engine.device, non_blocking=True)
         inputs = attention_inputs(batch, attention)
         with datasets.of(batch) if datasets is not None and not counts_nothing else nullcontext([]) as outputs:
             output = engine(
@@ -366,6 +362,7 @@ def optimizer_step(
             continue
         losses.append(output.loss.detach())
         of_heads.append(getattr(output, "losses", None))
+    # From here to the update a GPU has nothing to do: nothing slow may stand between.
     loss = distributed.sum_numbers([float(torch.stack(losses).float().sum())])[0]
     if not math.isfinite(loss):
         raise diverged("loss", loss, micro)

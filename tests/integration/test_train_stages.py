@@ -103,7 +103,7 @@ def test_a_loss_that_is_not_finite_names_the_samples_and_leaves_the_checkpoint(t
     assert reader is not None and reader.progress.step >= 1 and not reader.passed_over
 
 
-def test_a_run_tells_each_datasets_loss_the_experts_that_ran_and_where_time_went(tmp_path):
+def test_a_run_tells_each_datasets_loss_the_experts_that_ran_and_where_time_went(tmp_path, capsys):
     mixed = {"format": "llava", "path": str(write_data(tmp_path / "data", rows=8))}
     other = {"format": "llava", "path": str(write_data(tmp_path / "data", rows=8, name="other", text_only_every=0))}
     data = {"datasets": [{"dataset": mixed}, {"dataset": other}]}
@@ -113,7 +113,8 @@ def test_a_run_tells_each_datasets_loss_the_experts_that_ran_and_where_time_went
         tmp_path, stages=[{"name": "sft", "epochs": 1, "batch_size": 4, "data": data, "learn": learn}], model=router
     )
     run_recipe(recipe, profile=1)
-    output = tmp_path / "run"
+    output, told = tmp_path / "run", "".join(capsys.readouterr())
+    assert "sft-0: a profiled step of " in told and "matrix products " in told and " ms (" in told
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert {name for r in records for name in r["dataset_loss"]} == {"mixed", "other"}
     for record in records:

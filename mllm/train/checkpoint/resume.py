@@ -43,13 +43,12 @@ WEIGHTS = "weights"
 COSMETIC = {
     "log_every",
     "save_every",
+    "save_in_background",
     "keep_state",
     "num_workers",
     "draw",
     "max_bad_share",
     "max_tokens_per_batch",
-    "save_in_background",
-    "encoders_beside_update",
 }
 """A stage's settings that change no weight, but for the rounding of sums: a run that was out of memory goes on with another."""
 LENGTH = ("steps", "epochs")

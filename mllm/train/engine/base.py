@@ -128,6 +128,7 @@ class Engine:
         self.learning = [p for p in model.parameters() if p.requires_grad]
         self.norms: dict[str, float] = {}
         """Gradient norm by part of the last step, where the engine knows it."""
+        self._parts: list[str] | None = None
         self._start(groups)
 
     def _start(self, groups: list[Group]) -> None:
@@ -138,10 +139,6 @@ class Engine:
         self.optimizer: Any = build_optimizer(
             self.model, groups, self.stage.optimizer, master=self.learning[0].dtype != torch.float32
         )
-
-    def to_device(self, batch: Any) -> Any:
-        """A batch on this process's device."""
-        return batch.to(self.device, non_blocking=True)
 
     def __call__(self, **batch: Any) -> Any:
         return self.model(**batch)
@@ -170,8 +167,8 @@ class Engine:
         for parameter in self.learning:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        norm, scale = self._norm_and_scale()
-        value = float(norm)
+        norms, scale = self._norms_and_scale()
+        *each, value = norms.tolist()  # the one place where the update waits for the backward pass
         if math.isfinite(value):
             if isinstance(self.optimizer, MasterWeights):
                 self.optimizer.step(scale)
@@ -183,23 +180,25 @@ class Engine:
                 update_average(self.optimizer, self.stage.optimizer.ema)
         for parameter in self.learning:
             parameter.grad = None
+        self._part_norms(each)  # the GPU is busy with the update meanwhile
         return value
 
-    def _norm_and_scale(self) -> tuple[Tensor, Tensor]:
+    def _norms_and_scale(self) -> tuple[Tensor, Tensor]:
+        """Norms of each learning parameter's gradient and, last, of all; what clipping multiplies gradients with."""
         gradients = [p.grad for p in self.learning if p.grad is not None]
         each = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))  # type: ignore[attr-defined]
         norm = torch.linalg.vector_norm(each)
         limit = self.stage.optimizer.max_grad_norm
         scale = torch.ones_like(norm) if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0)
-        self._part_norms(each)
-        return norm, scale
+        return torch.cat([each, norm.view(1)]), scale
 
-    def _part_norms(self, each: Tensor) -> None:
+    def _part_norms(self, each: list[float]) -> None:
         if not hasattr(self.model, "part_of"):
             return
+        if self._parts is None:
+            self._parts = [self.model.part_of(self.names[id(p)]) for p in self.learning]  # type: ignore[operator]
         squares: dict[str, float] = {}
-        for parameter, value in zip(self.learning, each.tolist()):
-            part = self.model.part_of(self.names[id(parameter)])  # type: ignore[operator]
+        for part, value in zip(self._parts, each):
             squares[part] = squares.get(part, 0.0) + value * value
         self.norms = {part: math.sqrt(value) for part, value in squares.items()}
 

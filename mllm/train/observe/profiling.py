@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from mllm.train.observe.trace import of_kernels, of_operations
 
 WARM_UP = 2
 """Steps before the first recorded one: compilation, allocation and the first batches are not what is asked for."""
@@ -13,10 +17,11 @@ WARM_UP = 2
 
 class StepProfiler:
     """Records ``steps`` steps of a stage with `torch.profiler` into ``<folder>/<name>.json`` (for chrome://tracing or
-    Perfetto) and the costliest operations into ``<folder>/<name>.txt``. steps 0: does nothing."""
+    Perfetto) and the costliest operations into ``<folder>/<name>.txt``, and tells in a line what kinds of work they were. steps 0:
+    does nothing."""
 
-    def __init__(self, folder: Path, name: str, steps: int):
-        self.folder, self.name, self.steps = folder, name, steps
+    def __init__(self, folder: Path, name: str, steps: int, tell: Callable[[str], Any] = lambda line: None):
+        self.folder, self.name, self.steps, self.tell = folder, name, steps, tell
         self.seen = 0
         self._profiler: Any = None
 
@@ -36,10 +41,16 @@ class StepProfiler:
         """Write what was recorded."""
         if self._profiler is None:
             return
-        profiler, self._profiler, self.steps = self._profiler, None, 0
+        profiler, self._profiler = self._profiler, None
+        recorded, self.steps = min(self.steps, self.seen - WARM_UP), 0
         profiler.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(self.folder / f"{self.name}.json"))
         order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        table = profiler.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=60)
+        averages = profiler.key_averages()
+        table = averages.table(sort_by=order, row_limit=40, max_name_column_width=60)
         (self.folder / f"{self.name}.txt").write_text(table, encoding="utf-8")
+        trace = self.folder / f"{self.name}.json"
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+        division = of_kernels(events, recorded) or of_operations(averages, recorded)
+        self.tell(f"{self.name}: a profiled step of {division.whole:,.0f} ms: {division.line()} ({trace})")

@@ -75,6 +75,20 @@ def test_clipping_scales_the_gradient_to_the_limit_and_reports_the_norm_before()
     assert moved.norm().item() == pytest.approx(0.5, rel=1e-4)
 
 
+def test_norms_of_parts_are_of_their_own_gradients_and_parts_are_looked_up_once():
+    """Looking 300 parameters up took 21 ms of every step, in which a GPU waited for its update."""
+    engine, x, asked = _engine(0.5), torch.randn(6, 4), list[str]()
+    engine.model.part_of = lambda name: asked.append(name) or f"part of {name}"  # type: ignore[assignment]
+    for _ in range(2):
+        loss = engine.model(x).square().sum()
+        weight, bias = torch.autograd.grad(loss, list(engine.model.parameters()), retain_graph=True)
+        engine.backward(loss, last=True)
+        engine.step()
+        wanted = {"part of weight": weight.norm().item(), "part of bias": bias.norm().item()}
+        assert engine.norms == pytest.approx(wanted, rel=1e-6)
+    assert asked == ["weight", "bias"]
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing():
     engine = _engine(None)
     before = [p.detach().clone() for p in engine.model.parameters()]

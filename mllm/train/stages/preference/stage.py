@@ -98,7 +98,8 @@ def check_preference(stage: StageSpec) -> PreferenceOptions:
         "chat_template",
         "attention",
         "save_in_background",
-        "encoders_beside_update",
+        "float8",
+        "draw",
     ):
         if getattr(stage, key):
             raise ConfigError(f"{where}.{key}: TRL trains this stage and has no {key}; leave it out")

@@ -41,8 +41,8 @@ NO_TEXT = (
     "chat_template",
     "cache_features",
     "draw",
+    "attention",
     "float8",
-    "encoders_beside_update",
 )
 """Settings of stages with a language model."""
 
