@@ -13,6 +13,7 @@ from typing import Any
 
 from mllm.serve.adapters import ADAPTER
 from mllm.serve.http.adapters import ServedAdapters
+from mllm.serve.http.answer_text import FirstWord
 from mllm.serve.http.answering import Answer, adding, appending, respond, shortening, uncompressed
 from mllm.serve.http.content import Content, Picture
 from mllm.serve.http.drawing import Drawings
@@ -273,6 +274,8 @@ class Admission:
             asked = zip(given, pictures(data), strict=True)
             keys = [picture_key(picture.file, question, adapter) for picture, (_, question) in asked]
             send = adding(send, partial(self._chosen, scope, keys))
+        if path == CHAT and not data.get("continue_final_message"):  # one that goes on may go on with a space
+            inner, send = uncompressed(inner), FirstWord(send, data.get("n") or 1).send
         if path == CHAT and self.settings.heads is not None:
             inner, send = uncompressed(inner), self._with_heads(scope, data, given, send)
         if not self.limits.meters(owner):
