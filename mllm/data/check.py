@@ -19,6 +19,7 @@ from mllm.data.quarantine import (
     IMAGE_KINDS,
     ROW_KINDS,
     Entry,
+    bad_mask,
     content_of,
     has_labels,
     read_quarantine,
@@ -40,6 +41,7 @@ KINDS = {
     "placeholders": "placeholders and images differ in number",
     "missing image": "image files that are not there",
     "corrupt image": "images that do not decode",
+    "masks": "masks that do not read or fit no picture",
     "no labels": "samples with nothing to learn from",
     "not encodable": "samples that tokenizer or template refuse",
     "too long": "samples that lose all their labels when cut",
@@ -284,6 +286,8 @@ def _check_row(source: Source, processor: Processor | TextTokenizer | None, max_
             kind = "missing image" if isinstance(error, MissingFile) else "corrupt image"
             found = bad(kind, str(error), sample.id, image=position, content=content_of(image))
             return found._replace(num_images=count)
+    if (wrong := bad_mask(sample, where=where)) is not None:
+        return bad("masks", wrong, sample.id)._replace(num_images=count)
     if not has_labels(sample):
         return bad("no labels", f"{where}: no assistant turn to learn from", sample.id)._replace(num_images=count)
     length = 0
@@ -291,6 +295,7 @@ def _check_row(source: Source, processor: Processor | TextTokenizer | None, max_
         try:
             with blamed_on(where):
                 length = tokens_of(sample, processor)
+                _taught(sample, processor, where)
                 if max_length is not None and length > max_length and hasattr(processor, "image_layouts"):
                     problem = _cut(sample, cast("Processor", processor), max_length, where)
                     if problem is not None:
@@ -298,6 +303,21 @@ def _check_row(source: Source, processor: Processor | TextTokenizer | None, max_
         except (DataError, AlignmentError) as error:
             return bad("not encodable", str(error), sample.id)._replace(num_images=count)
     return _Row(row, sample.id, None, digest.digest(), count, length)
+
+
+def _taught(sample: Sample, processor: Processor | TextTokenizer, where: str) -> None:
+    """Lay out what the model's heads learn of a sample. Raises `DataError` where it does not fit."""
+    if not hasattr(processor, "image_layouts"):
+        return
+    from mllm.processing.chat import encode_text, geometry_of, masks_of, sample_layouts, split_images
+
+    own = cast("Processor", processor)
+    visuals, _ = split_images(sample.turns, sample.images, drawn=getattr(own, "span", None) is not None)
+    if sample.masks or getattr(own, "segments", None) is not None:
+        layouts = sample_layouts(own, sample, visuals, where)
+        ids, labels = encode_text(own, sample.turns, tools=sample.meta.get("tools"), where=where, layouts=layouts)
+        masks_of(own, sample, visuals, ids, labels, where=where)
+    geometry_of(own, sample, visuals, where=where)
 
 
 def _watch(video: Video, processor: Processor | TextTokenizer | None, where: str) -> None:

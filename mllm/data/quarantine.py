@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 from mllm.data.sources import Source
 from mllm.errors import AlignmentError, DataError
+from mllm.processing.images import image_size
+from mllm.processing.mask_files import read_mask
 from mllm.processing.visual_hash import visual_hash
-from mllm.types import Sample
+from mllm.types import Sample, Video
 
 IMAGE_KINDS = ("missing image", "corrupt image")
-ROW_KINDS = ("unreadable", "placeholders", "no labels")
+ROW_KINDS = ("unreadable", "placeholders", "no labels", "masks")
 
 
 class Entry(NamedTuple):
@@ -151,9 +153,33 @@ def _holds(source: Source, entry: Entry) -> bool:
         return True
     if entry.kind == "no labels":
         return not has_labels(sample)
+    if entry.kind == "masks":
+        return bad_mask(sample, where=source.where(entry.row, sample.id)) is not None
     if entry.kind in ROW_KINDS:  # it reads now
         return False
     return _same_pictures(sample.images, entry)
+
+
+def bad_mask(sample: Sample, *, where: str) -> str | None:
+    """What is wrong with the first mask of a sample that cannot be read or has the size of none of its pictures; None where all are
+    well. Which picture a mask belongs to is for the model's own tokens to say."""
+    if not sample.masks:
+        return None
+    try:
+        sizes = sorted(
+            {image_size(picture, where=where) for picture in sample.images if not isinstance(picture, Video)}
+        )
+        for number, entry in enumerate(sample.masks):
+            for place, size in enumerate(sizes):
+                try:
+                    read_mask(entry, size, where=f"{where}, mask {number}")
+                    break
+                except DataError:
+                    if place == len(sizes) - 1:
+                        raise
+    except DataError as error:
+        return str(error)
+    return None
 
 
 def _same_pictures(images: Sequence[Any], entry: Entry) -> bool:

@@ -110,7 +110,9 @@ def decode_rle(entry: Mapping[str, Any], *, where: str = "mask") -> np.ndarray:
         raise DataError(f"{where}: no run lengths as COCO writes them, {{size: [h, w], counts: …}} ({error})") from None
     if counts.ndim != 1:
         raise DataError(f"{where}: run lengths are a list of numbers, got an array of shape {counts.shape}")
-    if (counts < 0).any() or (counts > height * width).any() or int(counts.sum()) != height * width:
+    if (counts < 0).any():
+        raise DataError(f"{where}: run lengths are numbers of pixels, got {int(counts[counts < 0][0])}")
+    if (counts > height * width).any() or int(counts.sum()) != height * width:
         raise DataError(
             f"{where}: the run lengths cover {int(counts.sum())} pixels, a mask of {height} × {width} has {height * width}"
         )
@@ -163,9 +165,12 @@ def draw_polygons(
         try:
             points = np.asarray(polygon, float).reshape(-1, 2)
         except ValueError as error:
-            raise DataError(f"{where}: a polygon is a list of x, y pairs ({error})") from None
-        if len(points) < 3 or not np.isfinite(points).all():
-            raise DataError(f"{where}: a polygon needs at least three points with finite x and y, got {len(points)}")
+            raise DataError(f"{where}: a polygon is a list of x, y pairs, got {polygon!r:.80} ({error})") from None
+        finite = int(np.isfinite(points).all(1).sum())
+        if len(points) < 3 or finite < len(points):
+            raise DataError(
+                f"{where}: a polygon needs at least three points with finite x and y, got {len(points)}, {finite} of them finite"
+            )
         if min(size) > 2 and points.min() >= 0 and points.max() <= 1:
             raise DataError(
                 f"{where}: a polygon's points lie between 0 and 1, as shares of the picture; expected pixels"

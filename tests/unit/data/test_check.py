@@ -5,12 +5,17 @@ from __future__ import annotations
 import io
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from mllm.data.check import check, check_source
+from mllm.data.lookup import load_dataset
 from mllm.data.mixture import Mixture
+from mllm.data.quarantine import read_quarantine
 from mllm.data.recognise import recognise
+from mllm.data.sources import open_source
 from mllm.errors import ConfigError, DataError
 from tests.helpers import picture, tiny_tokenizer
 from tests.unit.data.test_collate_and_dataset import processor  # noqa: F401  (fixture)
@@ -167,3 +172,23 @@ def test_the_command_writes_only_when_asked_and_says_how_it_read_the_file(damage
     assert "pictures are read from image or images, the row has the keys id, img_path, conversations" in shown
     found = CliRunner().invoke(app, ["data", "check", str(moved), "--image-root", str(tmp_path), "--write-quarantine"])
     assert found.exit_code == 1 and len(listed.read_text().splitlines()) == 1 + len(KINDS)
+
+
+def test_masks_that_do_not_read_or_fit_are_found_and_listed(tmp_path):
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
+    Image.fromarray(np.full((6, 8), 2, np.uint8)).save(tmp_path / "two.png")
+    good = {"size": [6, 8], "counts": [0, 4, 44]}
+    bad = ["two.png", {"size": [8, 6], "counts": [0, 48]}, {"size": [6, 8], "counts": [0, 10, 500]}, "none.png"]
+    said = [{"role": "user", "content": "<image>\nIt?"}, {"role": "assistant", "content": "[SEG]"}]
+    rows = [
+        {"id": f"r{n}", "images": ["a.png"], "messages": said, "masks": [m]} for n, m in enumerate([good, None, *bad])
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = check(path, progress=False, write=True)
+    assert [(p.row, p.kind) for p in report.problems] == [(n, "masks") for n in range(2, 6)]
+    for problem, words in zip(report.problems, ("holds the value 2", "6 × 8 pixels", "cover 510 pixels", "none.png")):
+        assert words in problem.reason, problem.reason
+    assert set(read_quarantine(open_source(load_dataset(str(path)))).rows) == {2, 3, 4, 5}
+    Image.fromarray(np.ones((6, 8), np.uint8)).save(tmp_path / "two.png")  # mended: trained on again
+    assert set(read_quarantine(open_source(load_dataset(str(path)))).rows) == {3, 4, 5}

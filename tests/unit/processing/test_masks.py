@@ -84,6 +84,8 @@ BAD = [
     (np.full((6, 8), 3, np.uint8), "holds the value 3; expected 0, 1 and 255"),
     (np.full((6, 8), 255, np.uint8), "holds 255, pixels that do not count, and no 1"),
     (np.zeros((6, 8, 3), np.uint8), "expected one channel"),
+    ({"size": [6, 8], "counts": [10, -5, 43]}, "numbers of pixels, got -5"),
+    ([[1, 1, 2, float("nan"), 3, 3]], "got 3, 2 of them finite"),
     ({"size": [6, 8], "counts": [10, 10]}, "run lengths cover 20 pixels, a mask of 6 × 8 has 48"),
     ({"size": [6], "counts": "0"}, "no run lengths as COCO writes them"),
     (np.full((6, 8), 0.7), "holds the value 0.7"),
