@@ -1,7 +1,7 @@
 """How does a served answer begin with its first word, as `generate`'s do where they are shown?
 
-Chat templates write a space before an answer ("ASSISTANT: It is …"), which belongs to its first token. `MllmForConditionalGeneration.segment`,
-`mllm chat` and the evaluation leave it out; vLLM hands it on.
+Chat templates write a space before an answer ("ASSISTANT: It is …"), which belongs to its first token. `segment`, `mllm chat` and the
+evaluation leave it out; vLLM hands it on.
 """
 
 from __future__ import annotations
