@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mllm.errors import MllmError
+
 VERBOSE, _VLLM = "MLLM_VERBOSE", "VLLM_LOGGING_LEVEL"
 """Environment variable, so that processes started by a command are as quiet or loud as it is."""
 LEVELS = {"bitsandbytes": logging.ERROR, "DeepSpeed": logging.WARNING, "trl": logging.ERROR}
@@ -41,3 +43,31 @@ def quiet_vllm() -> Iterator[None]:
         yield
     finally:
         os.environ.pop(_VLLM, None)
+
+
+@contextmanager
+def load_report_unless_told() -> Iterator[None]:
+    """Around (or as a decorator of) what reads weights by transformers and judges them: its LOAD REPORT is not shown where an error of
+    ours says the same in one line. It is shown at the end otherwise, and where the error sends its reader there."""
+    logger, held = logging.getLogger("transformers.modeling_utils"), []
+
+    def hold(record: logging.LogRecord) -> bool:
+        if "LOAD REPORT" not in record.getMessage():
+            return True
+        held.append(record)
+        return False
+
+    if is_verbose():
+        yield
+        return
+    logger.addFilter(hold)
+    try:
+        yield
+    except MllmError as error:
+        if "above report" not in str(error):
+            held.clear()
+        raise
+    finally:
+        logger.removeFilter(hold)
+        for record in held:
+            logger.handle(record)

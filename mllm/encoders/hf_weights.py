@@ -13,6 +13,7 @@ from mllm.damage import naming_damage, read_json
 from mllm.encoders.hf_models import NOISE, model_class, new_model, prepare, unwrap
 from mllm.encoders.weights import local_path, read_weights, shorten, strip_prefix, unavailable
 from mllm.errors import CheckpointError
+from mllm.noise import load_report_unless_told
 from mllm.types import ImageSpec, WeightsSource
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def _read_preprocessing(weights: WeightsSource, path: Path | None) -> dict[str, 
     return found
 
 
+@load_report_unless_told()
 def load_donor(model: nn.Module, native: PreTrainedConfig, weights: WeightsSource) -> nn.Module:
     """The published model at its own image size, with weights for at least everything that ``model`` has.
 

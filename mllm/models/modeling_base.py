@@ -23,6 +23,7 @@ from mllm.models.foreign.read import read_foreign, recognise
 from mllm.models.trained_parts import parts_folder, whole_tensors
 from mllm.models.weight_files import refuse_gaps
 from mllm.modes import by_umask
+from mllm.noise import load_report_unless_told
 from mllm.recipe import reader_of
 from mllm.visual_tokenizers.diffusion.carried import attach, carry, hub_decoder
 
@@ -97,6 +98,7 @@ class MllmPreTrainedModel(OpenedByDoor, PreTrainedModel):
                 nn.init.zeros_(module.bias)  # pyright: ignore[reportArgumentType]
 
     @classmethod
+    @load_report_unless_told()
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; a checkpoint with missing or foreign weights raises `CheckpointError` instead of being filled
         with random ones, foreign checkpoints (`mllm.models.foreign.read.recognise`) are converted, and trained parts
@@ -113,6 +115,7 @@ class MllmPreTrainedModel(OpenedByDoor, PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         if not kwargs.get("key_mapping"):
             kwargs["key_mapping"] = dict(_FORMER_NAMES)
+        kwargs["ignore_mismatched_sizes"] = True  # refused below, in one line
         try:
             with opening(pretrained_model_name_or_path):
                 model, info = super().from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]

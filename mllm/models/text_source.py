@@ -15,6 +15,7 @@ from mllm.hub import hub_reason
 from mllm.install import install_hint
 from mllm.models.configuration_mllm import language_model_config
 from mllm.models.weight_files import refuse_gaps
+from mllm.noise import load_report_unless_told
 from mllm.parts.get import is_part, part_folder
 from mllm.processing.protocol import TextTokenizer
 from mllm.recipe import LanguageModelSpec
@@ -90,6 +91,7 @@ def text_config(spec: LanguageModelSpec) -> Any:
     return config.get_text_config()
 
 
+@load_report_unless_told()
 def open_language_model(
     spec: LanguageModelSpec, dtype: torch.dtype, *, config: PreTrainedConfig | None = None, **options: Any
 ) -> Any:
@@ -111,6 +113,7 @@ def open_language_model(
                 config=config,
                 dtype=dtype,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, in one line
                 **options,
             )
     except OSError as error:

@@ -9,7 +9,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mllm.encoders.weights import shorten
 from mllm.errors import CheckpointError
+from mllm.noise import load_report_unless_told
 from mllm.types import Grid, VisualCodes, WeightsSource
 from mllm.visual_tokenizers.base import (
     TokenizerOutput,
@@ -117,19 +119,28 @@ class DualToken(VisualTokenizer):
     def embed_dims(self) -> dict[str, int]:
         return {"pixel": self.pixel_quantizer.dim, "semantic": self.semantic_quantizer.dim}
 
+    @load_report_unless_told()
     def load_pretrained(self) -> None:
         weights = self.config.weights
         if weights is None:
             return
         from transformers import SiglipVisionModel
 
+        options: Any = {"revision": weights.revision or "main", "output_loading_info": True}
         try:
-            model = SiglipVisionModel.from_pretrained(weights.source, revision=weights.revision or "main")
+            model, info = SiglipVisionModel.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+                weights.source, **options
+            )
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"dualtoken.weights.source {weights.source!r} cannot be read ({str(error).splitlines()[0]}). "
                 "Give a local path"
             ) from error
+        if missing := sorted(info["missing_keys"]):
+            raise CheckpointError(
+                f"dualtoken.weights.source {weights.source!r} lacks {len(missing)} weights, which would start at random "
+                f"({shorten(missing)}); name a whole SigLIP model"
+            )
         core = getattr(model, "vision_model", model)
         for mine, theirs in ((self.embeddings, core.embeddings), (self.layers, core.encoder.layers)):
             mine.load_state_dict(theirs.state_dict())

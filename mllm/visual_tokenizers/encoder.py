@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from mllm.config import StrictModel, validate
 from mllm.damage import naming_damage, read_safetensors
 from mllm.errors import CheckpointError, ConfigError
+from mllm.noise import load_report_unless_told
 from mllm.types import Grid, WeightsSource
 from mllm.visual_tokenizers.networks.transformer import Block
 
@@ -97,6 +98,7 @@ class QwenVision(nn.Module):
         self.width = vision.hidden_size
         self.model = Qwen2VisionTransformerPretrainedModel._from_config(vision)
 
+    @load_report_unless_told()
     def load_pretrained(self) -> None:
         """Read the published weights. Raises `CheckpointError` when the source lacks some."""
         weights = self.config.weights

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mllm.damage import naming_damage
 from mllm.errors import CheckpointError, ConfigError, DataError
+from mllm.noise import load_report_unless_told
 from mllm.types import ImageSpec
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class JointModel(nn.Module):
         self.requires_grad_(False).eval()
 
     @classmethod
+    @load_report_unless_told()
     def open(cls, name: str) -> JointModel:
         """A folder, or the name of a model in the hub's cache (``name`` or ``name@revision``), in fp32.
 

@@ -261,7 +261,7 @@ def test_a_source_whose_text_side_would_start_at_random_is_refused(tmp_path):
         _hf_model(image, options, "options", str(tmp_path), None)
 
 
-def test_an_open_clip_source_with_a_deeper_text_side_is_refused(tmp_path):
+def test_an_open_clip_source_gives_its_bias_and_a_deeper_text_side_is_refused(tmp_path):
     open_clip = pytest.importorskip("open_clip")
     tower = {"width": 16, "layers": 1, "heads": 2}
     vision = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
@@ -284,6 +284,14 @@ def test_an_open_clip_source_with_a_deeper_text_side_is_refused(tmp_path):
     torch.save(state, file)
     same = _open_clip_dual(encoder, options, "options").model.state_dict()
     assert all(torch.equal(same[name], tensor) for name, tensor in state.items())
+    torch.save(
+        {**state, "logit_bias": torch.tensor([-7.5])}, file
+    )  # open_clip itself fails where its config names none
+    biased = _open_clip_dual(encoder, options, "options")
+    assert biased.model.logit_bias is not None and float(biased.model.logit_bias) == -7.5
+    biased.save(tmp_path / "saved")
+    again = open_clip.create_model(f"local-dir:{tmp_path / 'saved'}")
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in biased.model.state_dict().items())
     deeper = {k.replace("resblocks.0", "resblocks.1"): v for k, v in state.items() if k.startswith("transformer.")}
     torch.save({**state, **deeper}, file)
     with pytest.raises(CheckpointError, match=r"12 weights that the text side lacks.*transformer.resblocks.1"):

@@ -15,6 +15,7 @@ from mllm.models.foreign.pictures import image_settings
 from mllm.models.foreign.settings import ABOUT_THE_FILE, Settings, read_json
 from mllm.models.foreign.tensors import Tensors, output_head
 from mllm.models.weight_files import read_tensors, refuse_gaps
+from mllm.noise import load_report_unless_told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -39,6 +40,7 @@ _BEFORE_THE_NORM = ("clip_vision_model", "siglip_vision_model", "internvl_vision
 """Encoders whose last hidden state in transformers has not passed the final norm."""
 
 
+@load_report_unless_told()
 def read_hub_layout(folder: Path, kind: str, dtype: Any) -> ForeignCheckpoint:
     """A checkpoint of one of `KINDS`. transformers' own class reads the file, and says what it would have filled with random
     numbers."""

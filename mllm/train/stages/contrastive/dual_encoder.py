@@ -18,6 +18,7 @@ from mllm.encoders.base import VisionEncoder
 from mllm.encoders.library import LibraryEncoder
 from mllm.encoders.weights import shorten
 from mllm.errors import CheckpointError, ConfigError, MllmError, UnavailableError
+from mllm.noise import load_report_unless_told
 from mllm.processing.protocol import TextTokenizer
 from mllm.train.engine.trainable import StageConfig, StageModel
 from mllm.train.stages.contrastive.losses import contrastive_loss, ranking_loss
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 TEXT_PART = "text_encoder"
 _LARGEST_SCALE = math.log(100)
-_SAY_NOTHING = ("position_ids", "attn_mask", "logit_bias", "input_resolution", "context_length", "vocab_size")
+_SAY_NOTHING = ("position_ids", "attn_mask", "input_resolution", "context_length", "vocab_size")
 """Entries of a CLIP-style checkpoint that are no weights of its text side."""
 
 
@@ -103,7 +104,9 @@ class OpenClipDual(nn.Module):
 
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.model, str(folder / "open_clip_model.safetensors"))
-        (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": self.architecture}), encoding="utf-8")
+        bias = self.model.logit_bias  # open_clip makes no place for one that its config does not name
+        given = self.architecture if bias is None else {**self.architecture, "init_logit_bias": float(bias)}
+        (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": given}), encoding="utf-8")
 
 
 def build_dual(encoder: VisionEncoder, options: Any, *, where: str) -> HfDual | OpenClipDual | WordsDual:
@@ -160,6 +163,7 @@ def _hf_dual(encoder: Any, options: Any, where: str) -> HfDual:
     return HfDual(model, tokenizer)
 
 
+@load_report_unless_told()
 def _hf_model(encoder: Any, options: Any, where: str, source: str | None, revision: str | None) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModel
 
@@ -210,7 +214,10 @@ def _open_clip_dual(encoder: Any, options: Any, where: str) -> OpenClipDual:
         )
     image = settings.info.image
     vision = {**described["vision_cfg"], "image_size": image.height, "patch_dropout": 0.0}
-    model = open_clip.CLIP(described["embed_dim"], vision, described["text_cfg"], quick_gelu=bool(settings.quick_gelu))
+    starts = {key: described[key] for key in ("init_logit_scale", "init_logit_bias") if key in described}
+    model = open_clip.CLIP(
+        described["embed_dim"], vision, described["text_cfg"], quick_gelu=bool(settings.quick_gelu), **starts
+    )
     if source is not None:
         try:
             if isinstance(architecture, str) and not Path(source).exists():
@@ -223,7 +230,11 @@ def _open_clip_dual(encoder: Any, options: Any, where: str) -> OpenClipDual:
             raise
         except Exception as error:  # download clients raise many kinds
             raise UnavailableError(f"{where}: weights {source} of {architecture} cannot be read ({error})") from error
+        if "logit_bias" in state and model.logit_bias is None:  # trained by the sigmoid loss, which goes on from it
+            model.logit_bias = nn.Parameter(torch.zeros(()))
         own = model.state_dict()
+        flat = {k: state[k].reshape(own[k].shape) for k in ("logit_scale", "logit_bias") if k in state and k in own}
+        state = {**state, **flat}  # one number, which some files keep as a list of one
         fitting = {k: v for k, v in state.items() if k in own and (v.shape == own[k].shape)}
         ours = encoder.model.state_dict()
         passed = {k for k in own if k.startswith("visual.") and any(k.endswith(f".{key}") for key in ours)}
