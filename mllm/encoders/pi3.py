@@ -19,10 +19,20 @@ from mllm.types import ImageSpec
 
 _HEADS = ("point_decoder.", "conf_decoder.", "camera_decoder.", "point_head.", "conf_head.", "camera_head.", "image_")
 """Of the published model, what comes after the decoder, and its constants of normalisation."""
+_GIVEN = (
+    "depth_encoder.",
+    "depth_emb",
+    "ray_embed.",
+    "pose_inject_blk.",
+    "metric_token",
+    "metric_decoder.",
+    "metric_head.",
+)
+"""Of π³-X, what reads known depth, lenses and cameras, none of which is given here, and what tells its scale."""
 
 
 class Pi3Config(ViewsConfig):
-    """π³ (arXiv 2507.13347); defaults are the published model."""
+    """π³ (arXiv 2507.13347); defaults are the published model's, and π³-X's, which is the same where pictures alone are given."""
 
     width: int = Field(default=1024, gt=0)
     """C. One layer's features have 2 C channels: after its block inside each view, then after its block across the views."""
@@ -110,7 +120,7 @@ class Pi3Encoder(ViewsEncoder):
     def load_pretrained(self) -> None:
         """From a checkpoint of the whole model, or of its encoder and decoder."""
         source, state = self.published(set(self.model.state_dict()))
-        state = {key: value for key, value in state.items() if not key.startswith(_HEADS)}
+        state = {key: value for key, value in state.items() if not key.startswith((*_HEADS, *_GIVEN))}
         if any(key.startswith(f"decoder.{2 * self.config.depth}.") for key in state):
             raise CheckpointError(f"weights: {source} is deeper than depth: {self.config.depth}")
         with torch.device("meta"):

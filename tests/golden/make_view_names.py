@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -51,11 +52,9 @@ def depth_anything_3(name: str) -> nn.Module:
     return nn.ModuleDict({"model": nn.ModuleDict(made)})
 
 
-def pi3(checkout: Path) -> nn.Module:
+def pi3(checkout: Path, name: str = "Pi3") -> nn.Module:
     name_package("pi3", checkout / "pi3")
-    from pi3.models.pi3 import Pi3  # pyright: ignore[reportMissingImports]
-
-    return Pi3()
+    return getattr(importlib.import_module(f"pi3.models.{name.lower()}"), name)()
 
 
 def vggt(checkout: Path) -> nn.Module:
@@ -72,7 +71,7 @@ def main() -> None:
     options = parser.parse_args()
     made: dict[str, Callable[[], nn.Module]] = {preset: partial(depth_anything_3, name) for preset, name in DA3.items()}
     if options.pi3 is not None:
-        made["pi3"] = partial(pi3, options.pi3)
+        made |= {"pi3": partial(pi3, options.pi3), "pi3x": partial(pi3, options.pi3, "Pi3X")}
     if options.spatial_mllm is not None:
         made["vggt-1b"] = partial(vggt, options.spatial_mllm)
     found: dict[str, dict[str, tuple[int, ...]]] = json.loads(gzip.decompress(TARGET.read_bytes()))
