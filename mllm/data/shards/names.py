@@ -172,7 +172,8 @@ def _refuse_gaps(names: Sequence[str], where: str) -> None:
         if absent:
             more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
             verb = "are" if more else "is"
+            some = ",".join(f"{k:0{width}d}" for k in sorted(numbers)[:4]) + (",…" if len(numbers) > 4 else "")
             raise DataError(
                 f"{where}: {before}{absent[0]:0{width}d}{after}{more} {verb} missing between the {len(numbers)} shards found; "
-                "fetch what is missing, or name the shards that are meant by braces: {000..004}"
+                f"fetch what is missing, or name the shards that are meant by braces: {{{some}}}"
             )

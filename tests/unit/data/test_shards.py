@@ -290,7 +290,7 @@ def test_a_shard_that_is_missing_is_named_before_anything_is_read(folder, tmp_pa
         Mixture(declared("", path=f"{folder}/shard-{{000..006}}.tar"))
     for index in (0, 1, 3):
         (tmp_path / f"x-{index:02d}.tar").write_bytes(b"")
-    with pytest.raises(DataError, match=r"x-02\.tar is missing between the 3 shards found"):
+    with pytest.raises(DataError, match=r"x-02\.tar is missing between the 3 shards found.*by braces: \{00,01,03\}"):
         Mixture(declared("", path=f"{tmp_path}/*.tar"))
     assert list(find_shards(f"{tmp_path}/x-{{00,01,03}}.tar", where="d")) == [
         f"{tmp_path}/x-0{k}.tar" for k in (0, 1, 3)
