@@ -91,6 +91,8 @@ def ablate(
 
     Gives the score change with its interval for each encoder (or routed expert) and way of masking, latency and FLOPs per
     image, the effective rank of its features before the connector, and, with a router, who is chosen for which category.
+    A video's frames shuffled, reversed or one in every place: mllm eval run --blind. Without a head or an encoder from training on: an
+    arm of mllm study.
     Masking is not retraining: a model trained without the encoder learns to do without it, and the two rankings differ
     (arXiv 2606.03879). One run of the benchmark per encoder and mode: start with --limit. Killed or stopped, the same
     command goes on where it was.

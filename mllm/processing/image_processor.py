@@ -23,7 +23,7 @@ from mllm.processing.pixel_keys import PixelKeys
 from mllm.processing.questions import pad_questions
 from mllm.processing.scene_points import frame_points, unknown_points
 from mllm.processing.settings_in_call import refuse_unread
-from mllm.processing.videos import Seen, frames_of
+from mllm.processing.videos import Seen, frames_of, named
 from mllm.processing.views.base import views_config
 from mllm.processing.views.pixels import to_view_pixels
 from mllm.routers.fixed import fixed_weights, fixed_weights_of
@@ -255,6 +255,7 @@ class MllmImageProcessor(SavesDoor, BaseImageProcessor):
         for position, image in enumerate(flat):
             where = f"image {position}"
             if isinstance(image, Video):
+                where = f"visual {position}, {named(image)}"
                 seen = self._seen(image, where)
                 frames, size = self._video_pixels(seen, image, where)
                 sizes.append(size)

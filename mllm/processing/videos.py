@@ -92,6 +92,12 @@ class Seen:
             yield places[number], _within(picture, self.spec.max_pixels)
 
 
+def named(video: Video) -> str:
+    """A video in a message: its file or address where it has one."""
+    place = str(video.source) if isinstance(video.source, (str, Path)) else ""
+    return f"video {place!r}" if place and not place.startswith("data:") else "a video"
+
+
 def open_video(
     video: Video, *, where: str, max_pixels: int | None = MAX_PIXELS, max_seconds: float = float("inf")
 ) -> Clip:

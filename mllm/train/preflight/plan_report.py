@@ -56,10 +56,11 @@ def _stage_table(stage: StagePlan, peak_flops: float, mfu: float, processes: int
             table.add_row("  5 % · median · 95 % · most", " · ".join(f"{n:,}" for n in shown))
         table.add_row(f"  cut by max_length (of the {len(stage.lengths)} looked at)", f"{stage.truncated or 0:.1%}")
     table.add_row("tokens of a step", f"{stage.tokens_step:,}")
-    table.add_row(
-        "operations of a step (language model alone)",
-        f"{operations(stage.flops_step)} ({operations(stage.flops_step_language_model)})",
-    )
+    if stage.flops_step_language_model == stage.flops_step:  # there is no other part, or no language model
+        table.add_row("operations of a step", operations(stage.flops_step))
+    else:
+        words = operations(stage.flops_step_language_model)
+        table.add_row("operations of a step (language model alone)", f"{operations(stage.flops_step)} ({words})")
     if stage.steps is not None:
         seconds = stage.seconds(peak_flops=peak_flops, mfu=mfu, processes=processes) or 0.0
         table.add_row("steps", f"{stage.steps:,}")

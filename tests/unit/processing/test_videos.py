@@ -11,7 +11,7 @@ from PIL import Image
 from mllm.errors import ConfigError, DataError, MissingFile
 from mllm.processing.frames import VideoSpec, choose, in_order, video_spec
 from mllm.processing.spread import middles, spread
-from mllm.processing.videos import frames_of
+from mllm.processing.videos import frames_of, named
 from mllm.types import Video
 from tests.golden.fill import load
 from tests.videos import number_of, painted, turned, write_clip, write_gif, write_sound
@@ -274,3 +274,8 @@ def test_space_aware_frames_are_the_published_ones():
     assert found == [0, 1, 3], "broken depth does not count, and a frame that shows nothing new is left out"
     with pytest.raises(DataError, match="no point is a finite number"):
         space_aware_frames(points * float("nan"), confidence, 2)
+
+
+def test_a_video_that_cannot_be_read_is_named_by_its_file() -> None:
+    assert named(Video("clips/a.mp4")) == "video 'clips/a.mp4'"
+    assert named(Video("data:video/mp4;base64,AAAA")) == named(Video(b"x")) == "a video"
