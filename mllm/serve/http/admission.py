@@ -14,7 +14,7 @@ from typing import Any
 from mllm.serve.adapters import ADAPTER
 from mllm.serve.http.adapters import ServedAdapters
 from mllm.serve.http.answer_text import FirstWord
-from mllm.serve.http.answering import Answer, adding, appending, respond, shortening, uncompressed
+from mllm.serve.http.answering import Answer, adding, appending, respond, shortening, uncompressed, with_length
 from mllm.serve.http.content import Content, Picture
 from mllm.serve.http.drawing import Drawings
 from mllm.serve.http.errors import Refused, error_body, shortened, shown
@@ -454,11 +454,6 @@ def handed_on(scope: Scope, path: str) -> Scope:
         "query_string": b"",
         "headers": [*kept, (b"content-type", b"application/json")],
     }
-
-
-def with_length(scope: Scope, length: int) -> Scope:
-    """The request with the length of its new body."""
-    return {**scope, "headers": [*scope["headers"], (b"content-length", str(length).encode())]}
 
 
 def _ask_for_usage(path: str, data: dict[str, Any]) -> bool:

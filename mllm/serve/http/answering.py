@@ -1,4 +1,4 @@
-"""How is an answer of the server's own sent, and one that has begun ended?"""
+"""How is an answer of the server's own sent, one that passes changed, and one that has begun ended?"""
 
 from __future__ import annotations
 
@@ -11,6 +11,18 @@ Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _OWN, _KEPT = "/mllm/answer", "mllm.answer"
+
+
+def is_stream(start: MutableMapping[str, Any]) -> bool:
+    """Whether the answer that begins so comes as events."""
+    kinds = [value for name, value in start.get("headers", []) if name.lower() == b"content-type"]
+    return any(kind.startswith(b"text/event-stream") for kind in kinds)
+
+
+def with_length(message: MutableMapping[str, Any], length: int) -> MutableMapping[str, Any]:
+    """A request, or the start of an answer, with the length of its new body."""
+    headers = [pair for pair in message.get("headers", []) if pair[0].lower() != b"content-length"]
+    return {**message, "headers": [*headers, (b"content-length", str(length).encode())]}
 
 
 class Answer:
@@ -28,8 +40,7 @@ class Answer:
             return
         if message["type"] == "http.response.start":
             self._begun, self.status = True, message["status"]
-            kinds = [value for name, value in message.get("headers", []) if name.lower() == b"content-type"]
-            self._stream = any(kind.startswith(b"text/event-stream") for kind in kinds)
+            self._stream = is_stream(message)
         elif message["type"] == "http.response.body" and not message.get("more_body"):
             self._over = True
         await self._send(message)
@@ -46,6 +57,48 @@ class Answer:
         if self._stream:
             body = error_event(status, text, self._path)
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+class Changed:
+    """Changes a successful answer as it passes: whole once all of it is there, a stream event by event. send: where it goes. Other answers
+    pass as they are."""
+
+    def __init__(self, send: Send):
+        self._send = send
+        self._start: MutableMapping[str, Any] | None = None
+        self._stream, self._body = False, bytearray()
+
+    async def whole(self, body: bytes) -> bytes:
+        """What goes on in place of a whole answer."""
+        raise NotImplementedError
+
+    async def event(self, event: bytes) -> bytes:
+        """What goes on in place of one event of a stream; neither has the empty line at its end."""
+        raise NotImplementedError
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        """Hand on a message of the answer."""
+        if message["type"] == "http.response.start" and message["status"] == 200:
+            self._start, self._stream = message, is_stream(message)
+            if self._stream:
+                await self._send(message)
+            return
+        if self._start is None or message["type"] != "http.response.body":
+            await self._send(message)
+            return
+        self._body += message.get("body", b"")
+        last = not message.get("more_body")
+        if self._stream:
+            *events, rest = bytes(self._body).split(b"\n\n")
+            self._body = bytearray(rest)
+            passed = b"".join([await self.event(event) + b"\n\n" for event in events]) + (rest if last else b"")
+            if passed or last:
+                await self._send({**message, "body": passed})
+        elif last:
+            body = bytes(self._body)
+            made = await self.whole(body)
+            await self._send(self._start if made == body else with_length(self._start, len(made)))
+            await self._send({**message, "body": made})
 
 
 async def respond(
@@ -133,8 +186,7 @@ def shortening(send: Send) -> Send:
         if message.get("more_body"):
             return
         made = shortened(bytes(body))
-        headers = [pair for pair in start.get("headers", []) if pair[0].lower() != b"content-length"]
-        await send({**start, "headers": [*headers, (b"content-length", str(len(made)).encode())]})
+        await send(with_length(start, len(made)))
         await send({**message, "body": made})
 
     return shorter

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from mllm.serve.heads import KEY, ServedHeads
+from mllm.serve.http.answering import Changed, Send
 from mllm.serve.http.content import Picture
 from mllm.serve.http.errors import Refused
 
@@ -53,60 +54,28 @@ def asked_of_heads(data: dict[str, Any], pictures: Sequence[Picture], heads: Ser
     }
 
 
-class HeadFields:
-    """Puts the fields into an answer as it passes.
+class HeadFields(Changed):
+    """Puts the fields into an answer.
 
     send: where it goes; heads: what the server answers with; ask: the engine, by the request that `HeadsInEngine.answer` takes; request:
     that request without the answer's text.
     """
 
-    def __init__(self, send: Any, heads: ServedHeads, ask: Ask, request: dict[str, Any]):
-        self._send, self._heads, self._ask, self._request = send, heads, ask, request
-        self._start: MutableMapping[str, Any] | None = None
-        self._stream, self._body, self._text = False, bytearray(), ""
+    def __init__(self, send: Send, heads: ServedHeads, ask: Ask, request: dict[str, Any]):
+        super().__init__(send)
+        self._heads, self._ask, self._request, self._text = heads, ask, request, ""
 
-    async def send(self, message: MutableMapping[str, Any]) -> None:
-        """Hand on a message of the answer."""
-        if message["type"] == "http.response.start" and message["status"] == 200:
-            kinds = [value for name, value in message.get("headers", []) if name.lower() == b"content-type"]
-            self._stream = any(kind.startswith(b"text/event-stream") for kind in kinds)
-            if self._stream:
-                await self._send(message)
-            self._start = message
-        elif self._start is None or message["type"] != "http.response.body":
-            await self._send(message)
-        elif self._stream:
-            await self._events(message)
-        else:
-            self._body += message.get("body", b"")
-            if not message.get("more_body"):
-                await self._whole(message)
-
-    async def _whole(self, message: MutableMapping[str, Any]) -> None:
-        assert self._start is not None
-        answer = json.loads(bytes(self._body))
+    async def whole(self, body: bytes) -> bytes:
+        answer = json.loads(body)
         self._text = (answer["choices"][0].get("message") or {}).get("content") or ""
-        made = json.dumps(answer | await self._fields(), ensure_ascii=False).encode()
-        headers = [pair for pair in self._start.get("headers", []) if pair[0].lower() != b"content-length"]
-        await self._send({**self._start, "headers": [*headers, (b"content-length", str(len(made)).encode())]})
-        await self._send({**message, "body": made})
+        return json.dumps(answer | await self._fields(), ensure_ascii=False).encode()
 
-    async def _events(self, message: MutableMapping[str, Any]) -> None:
-        self._body += message.get("body", b"")
-        *events, rest = bytes(self._body).split(b"\n\n")
-        self._body = bytearray(rest)
-        passed = bytearray()
-        for event in events:
-            if event.strip() == _DONE:
-                chunk = {"object": "chat.completion.chunk", "choices": [], **await self._fields()}
-                passed += b"data: " + json.dumps(chunk, ensure_ascii=False).encode() + b"\n\n"
-            else:
-                self._text += _said(event)
-            passed += event + b"\n\n"
-        if not message.get("more_body"):
-            passed += self._body
-        if passed or not message.get("more_body"):
-            await self._send({**message, "body": bytes(passed)})
+    async def event(self, event: bytes) -> bytes:
+        if event.strip() != _DONE:
+            self._text += _said(event)
+            return event
+        chunk = {"object": "chat.completion.chunk", "choices": [], **await self._fields()}
+        return b"data: " + json.dumps(chunk, ensure_ascii=False).encode() + b"\n\n" + event
 
     async def _fields(self) -> dict[str, Any]:
         """The fields of this answer; null where the engine does not know it any more."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from mllm.serve.http.answering import is_stream
 from mllm.serve.http.errors import Refused
 from mllm.serve.http.keys import Client
 from mllm.serve.http.state import FOLDER
@@ -120,8 +121,7 @@ class Meter:
     async def send(self, message: MutableMapping[str, Any]) -> None:
         """Hand on a message of the answer."""
         if message["type"] == "http.response.start":
-            kinds = [value for name, value in message.get("headers", []) if name.lower() == b"content-type"]
-            self._stream = any(kind.startswith(b"text/event-stream") for kind in kinds)
+            self._stream = is_stream(message)
         elif message["type"] == "http.response.body" and self._stream:
             message = {**message, "body": self._events(message.get("body", b""), not message.get("more_body"))}
         elif message["type"] == "http.response.body":

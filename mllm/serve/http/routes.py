@@ -12,6 +12,7 @@ from mllm.models.routing import ANSWER_TOKENS
 from mllm.processing.questions import question_text
 from mllm.routers.build import build_router, router_config
 from mllm.routers.fixed import fixed_weights_of
+from mllm.serve.http.answering import with_length
 from mllm.serve.http.reading import write_json
 from mllm.types import IMAGE_MARK
 
@@ -135,9 +136,9 @@ async def _call(
 ) -> tuple[int, bytes]:
     """Ask the wrapped app itself; returns status and body. It is told that the client went away when ``left`` ends."""
     body = write_json(data)
-    dropped = (b"content-length", b"transfer-encoding", b"x-request-id")
+    dropped = (b"transfer-encoding", b"x-request-id")
     headers = [(k, v) for k, v in scope["headers"] if k.lower() not in dropped]
-    inner = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
+    inner = with_length({**scope, "headers": headers}, len(body))
     sent = False
     status, answer = 500, bytearray()
 
