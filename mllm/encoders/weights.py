@@ -177,10 +177,20 @@ def resize_positions(table: Tensor, old: Grid, new: Grid, *, num_prefix_tokens: 
 
 
 @contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Parameters that are made inside have this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Modules built inside have real buffers, in fp32, and weightless parameters: computes buffers cheaply."""
     register = nn.Module.register_parameter
-    dtype = torch.get_default_dtype()
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         register(self, name, param)
@@ -188,13 +198,11 @@ def parameters_on_meta() -> Iterator[None]:
             self._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
-    torch.set_default_dtype(torch.float32)
     try:
-        with torch.device("cpu"):
+        with torch.device("cpu"), default_dtype(torch.float32):
             yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
-        torch.set_default_dtype(dtype)
 
 
 def lost_buffers(module: nn.Module) -> list[str]:

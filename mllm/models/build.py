@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mllm import progress
 from mllm.damage import naming_damage
+from mllm.encoders.weights import default_dtype
 from mllm.errors import CheckpointError, ConfigError, DataError, UnavailableError
 from mllm.heads.base import Head, HeadParts
 from mllm.heads.build import drawing_head, head_tokens, resolved_heads
@@ -23,7 +24,6 @@ from mllm.hub import hub_reason
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.modeling_body import language_model_left_out
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
-from mllm.models.published import default_dtype
 from mllm.models.stops import set_stops
 from mllm.models.text_source import begins_every_text, check_language_model, open_language_model, opened_by, text_config
 from mllm.models.vocabulary import add_image_token, add_tokens, added_ids, grow_vocabulary, num_token_ids

@@ -8,8 +8,7 @@ the order in which a machine's library adds.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 
 from mllm.config import validate
 from mllm.encoders.catalogue import build_encoder, encoder_config
+from mllm.encoders.weights import default_dtype
 from mllm.errors import CheckpointError
 from mllm.models import lora
 from mllm.models.weight_files import present_name, published_renamings
@@ -49,17 +49,6 @@ class Made:
     tensors: dict[str, Tensor]
     tables: set[str]
     """Names of those with a row for every token."""
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Parameters that are made inside have this dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def after_stages(model: PreTrainedModel, spec: LanguageModelSpec, steps: Sequence[Step]) -> Made:
