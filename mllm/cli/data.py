@@ -76,6 +76,15 @@ def build_charts(
     questions: Annotated[int, typer.Option(help="Questions per training chart, at most.")] = 6,
     test_questions: Annotated[int, typer.Option(help="Questions per test chart.")] = 2,
     kinds: Annotated[str, typer.Option(help="Only these kinds of questions, comma separated; default: all.")] = "",
+    worked: Annotated[
+        bool,
+        typer.Option(
+            "--worked", help="Training answers to differences and comparisons name the values first: 842 - 616 = 226."
+        ),
+    ] = False,
+    new_labels: Annotated[
+        float, typer.Option(help="Share of training charts whose labels are other words than the table's.")
+    ] = 0.0,
     per_table: Annotated[int, typer.Option(help="Charts per table, at most.")] = 10,
     max_rows: Annotated[int, typer.Option(help="Longer training tables are left out.")] = 20_000,
     size: Annotated[int, typer.Option(help="Pixels of a side.")] = 448,
@@ -120,7 +129,7 @@ def build_charts(
             sources=tuple(sources), train_charts=charts, test_charts=test_charts, renderers=names["--renderers"],
             test_renderers=names["--test-renderers"], test_sources=_names(test_sources), train_questions=questions,
             test_questions=test_questions, charts_per_table=per_table, max_rows=max_rows, size=size, seed=seed,
-            kinds=_names(kinds),
+            kinds=_names(kinds), worked=worked, new_labels=new_labels,
         ),
         output,
         cache=cache,

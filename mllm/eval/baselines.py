@@ -113,8 +113,9 @@ def _training_answers(
     counts: dict[str, Counter[str]] = {}
     for line in (folder / task.train).read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        by_turn = row.get("kinds") or []  # one per question of a conversation
-        for turn, (question, answer) in enumerate(_exchanges(row)):
+        by_turn, bare = row.get("kinds") or [], row.get("answers") or []  # one per question of a conversation
+        for turn, (question, replied) in enumerate(_exchanges(row)):
+            answer = bare[turn] if turn < len(bare) else replied  # without what led to it
             for kind in _kinds(question, by_turn[turn] if turn < len(by_turn) else row.get("kind")):
                 counts.setdefault(kind, Counter())[answer] += 1
     seldom = [kind for kind, answers in counts.items() if kind.startswith("asks ") and answers.total() < _ENOUGH]

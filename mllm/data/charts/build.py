@@ -16,6 +16,7 @@ from mllm.data.charts.chart import Chart, transcript
 from mllm.data.charts.choosing import MAX_ROWS, draw_charts, usable_columns
 from mllm.data.charts.duplicates import Fingerprint, Known, fingerprint
 from mllm.data.charts.near_misses import near_misses
+from mllm.data.charts.new_labels import relabelled, words_of
 from mllm.data.charts.questions import KINDS, LABEL, Balance, questions
 from mllm.data.charts.renderers import RENDERERS
 from mllm.data.charts.renderers.base import Style, png
@@ -42,7 +43,8 @@ class ChartSettings:
     """What is built. test_sources: names of sources whose tables are kept for the test; default: a fixed eighth of them. Test
     charts are drawn by every renderer of ``test_renderers``, from the same tables with the same questions. max_rows: of training
     tables; longer test tables still tell which training tables are copies. kinds: only these kinds of questions
-    (`KINDS`, `LABEL`); default: all."""
+    (`KINDS`, `LABEL`); default: all. worked: training answers to differences and comparisons name the values first (``842 - 616 =
+    226``); the test's never do. new_labels: share of training charts whose names are other words than their table's."""
 
     sources: tuple[str, ...]
     train_charts: int = 2000
@@ -57,6 +59,8 @@ class ChartSettings:
     size: int = 448
     seed: int = 0
     kinds: tuple[str, ...] = ()
+    worked: bool = False
+    new_labels: float = 0.0
 
     @property
     def shares(self) -> dict[str, float]:
@@ -90,11 +94,13 @@ def build_charts(
     same beside near misses, for a contrastive stage), ``test.jsonl`` (one question a row), PNG pictures, ``tables.json`` (each table's
     split, or why it was left out) and ``manifest.json``, which is returned.
 
-    Does nothing when the manifest's settings and hashes fit what is on disk. Raises `ConfigError` for sources without tables and
-    for test sources that do not exist, `UnavailableError` for a renderer that cannot run here, `DataError` where no chart comes
-    out of any table. force: write over a folder that holds other charts.
+    Does nothing when the manifest's settings and hashes fit what is on disk. Raises `ConfigError` for a share that is none, for sources
+    without tables and for test sources that do not exist, `UnavailableError` for a renderer that cannot run here, `DataError` where no
+    chart comes out of any table. force: write over a folder that holds other charts.
     """
     shares = settings.shares
+    if not 0 <= settings.new_labels <= 1:
+        raise ConfigError(f"new labels for {settings.new_labels:g} of the training charts: a share from 0 to 1")
     for name in dict.fromkeys((*settings.renderers, *settings.test_renderers)):
         RENDERERS.get(name).require()
     if (known := _complete(output, settings)) is not None:
@@ -115,7 +121,7 @@ def build_charts(
         f"{name}.jsonl": [] for name in ("train", "captions", "statements", "test")
     }
     jobs: dict[str, list[tuple[Path, Chart, Style]]] = {}
-    _train_rows(_mixed(reports, "train", settings), settings, shares, output, rows, jobs)
+    _train_rows(_renamed(_mixed(reports, "train", settings), settings), settings, shares, output, rows, jobs)
     _test_rows(_mixed(reports, "test", settings), settings, shares, output, rows, jobs)
     if not jobs:
         raise DataError(f"no chart can be drawn from {len(files)} tables: {_reasons(reports).most_common(3)}")
@@ -179,6 +185,14 @@ def _mixed(reports: Sequence[TableReport], split: str, settings: ChartSettings) 
     return [charts[turn] for turn in range(longest) for charts in tables if turn < len(charts)]
 
 
+def _renamed(charts: list[Chart], settings: ChartSettings) -> list[Chart]:
+    """Training charts, `ChartSettings.new_labels` of them under other names. Words come from training charts alone."""
+    if not settings.new_labels:
+        return charts
+    words, rng = words_of(charts), random.Random(f"{settings.seed}/new labels")
+    return [relabelled(chart, words, rng) if rng.random() < settings.new_labels else chart for chart in charts]
+
+
 def _train_rows(
     charts: Iterable[Chart], settings: ChartSettings, shares: dict[str, float], root: Path, rows: Any, jobs: Any
 ) -> None:
@@ -197,15 +211,10 @@ def _train_rows(
         jobs.setdefault(renderer, []).append((root / name, chart, Style.of(rng)))
         extra = {"table": chart.table, "chart": chart.type, "renderer": renderer}
         kinds = [question.kind for question in chosen]
-        exchanges = [(question.text, question.answer) for question in chosen]
-        rows["train.jsonl"].append(
-            {
-                "id": f"train-{number:06d}",
-                "messages": picture_messages(name, exchanges),
-                "kinds": kinds,
-                **extra,
-            }
-        )
+        exchanges = [(question.text, question.worked if settings.worked else question.answer) for question in chosen]
+        bare = {"answers": [question.answer for question in chosen]} if settings.worked else {}
+        row = {"id": f"train-{number:06d}", "messages": picture_messages(name, exchanges), "kinds": kinds}
+        rows["train.jsonl"].append({**row, **bare, **extra})
         messages = picture_messages(name, [(REQUEST, transcript(chart))])
         rows["captions.jsonl"].append({"id": f"caption-{number:06d}", "messages": messages, **extra})
         misses = near_misses(chart, random.Random(f"{settings.seed}/near misses/{number}"))
@@ -335,7 +344,8 @@ def _complete(root: Path, settings: ChartSettings) -> dict[str, Any] | None:
     """The manifest, when settings and every file's hash fit it."""
     try:
         manifest = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
-        wanted, earlier = json.loads(json.dumps(asdict(settings))), {"kinds": []}  # what manifests of before lack
+        wanted = json.loads(json.dumps(asdict(settings)))
+        earlier = {"kinds": [], "worked": False, "new_labels": 0.0}  # what manifests of before lack
         found = {**earlier, **manifest["settings"]}
         if "labels_apart" not in manifest and "colour" in found["kinds"]:  # whoever wanted colours was asked labels too
             place = found["kinds"].index("colour") + 1

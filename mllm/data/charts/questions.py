@@ -23,12 +23,18 @@ VISIBLE = 0.06
 
 class Question(NamedTuple):
     """A question about one chart with its one right answer. template: the question without the chart's own words; answers
-    are balanced within one template."""
+    are balanced within one template. values: the numbers that the answer follows from, where it takes more than one."""
 
     kind: str
     template: str
     text: str
     answer: str
+    values: str = ""
+
+    @property
+    def worked(self) -> str:
+        """The answer behind the values that it follows from."""
+        return f"{self.values} = {self.answer}" if self.values else self.answer
 
 
 def questions(chart: Chart, rng: random.Random, *, labels_apart: bool = False) -> dict[str, list[Question]]:
@@ -42,8 +48,8 @@ def questions(chart: Chart, rng: random.Random, *, labels_apart: bool = False) -
     return {kind: some for kind, some in found.items() if some}
 
 
-def _ask(kind: str, template: str, answer: str, *words: str) -> Question:
-    return Question(kind, template, template.format(*words), answer)
+def _ask(kind: str, template: str, answer: str, *words: str, values: str = "") -> Question:
+    return Question(kind, template, template.format(*words), answer, values)
 
 
 def _noun(chart: Chart) -> tuple[str, str]:
@@ -96,12 +102,12 @@ def _pairs(cells: list[tuple[str, float]], of: str, gap: float, chart: Chart, rn
     for (a, left), (b, right) in rng.sample(pairs := list(itertools.permutations(cells, 2)), min(6, len(pairs))):
         if abs(left - right) >= gap:
             yes = "yes" if left > right else "no"
-            yield _ask("comparison", "Is the value{} for {} higher than for {}?", yes, of, a, b)
+            both = f"{shown(left)}, {shown(right)}"
+            yield _ask("comparison", "Is the value{} for {} higher than for {}?", yes, of, a, b, values=both)
         if left - right >= max(0.2 * chart.span, 2 * gap):
             difference = float(f"{left - right:.6g}")
-            yield _ask(
-                "difference", "By how much is the value{} for {} higher than for {}?", shown(difference), of, a, b
-            )
+            template, both = "By how much is the value{} for {} higher than for {}?", f"{shown(left)} - {shown(right)}"
+            yield _ask("difference", template, shown(difference), of, a, b, values=both)
 
 
 def _lines(chart: Chart) -> Iterator[Question]:

@@ -30,6 +30,7 @@ _NUMBER = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 _MONEY = re.compile(rf"\s*{_CURRENCY}\s*", re.IGNORECASE)
+_WORKED = re.compile(r"[-−+\d., ]*\d[-−+\d., ]* = ([^=\n]+)")
 _UNIT = re.compile(r"[^\W\d]*+(?:[ /.²³°'\"-]++[^\W\d]++){0,3}+\.?|°[CFcf]?")
 
 
@@ -173,7 +174,8 @@ def strict_match(target: str, prediction: str, *, year: bool = False) -> tuple[b
 
 
 class RelaxedStrict(Metric):
-    """tag: the answer stands between ``<tag>`` and ``</tag>`` of the reply; without them the whole reply is compared."""
+    """tag: the answer stands between ``<tag>`` and ``</tag>`` of the reply; without them the whole reply is compared. worked: in a reply
+    of numbers and an equals sign (``842 - 616 = 226``, ``842, 616 = yes``) the answer is what follows it."""
 
     name = "relaxed_strict"
     version = "2"
@@ -183,12 +185,14 @@ class RelaxedStrict(Metric):
         "ignored, 5 % in exact decimal arithmetic"
     )
 
-    def __init__(self, tag: str | None = None):
-        self.tag = tag
+    def __init__(self, tag: str | None = None, worked: bool = False):
+        self.tag, self.worked = tag, worked
 
     def score(self, prediction: str, target: Any, meta: Mapping[str, Any]) -> Score:
         if self.tag is not None and (inside := tagged(prediction, self.tag)) is not None:
             prediction = inside
+        if self.worked and (found := _WORKED.fullmatch(prediction.strip())) is not None:
+            prediction = found[1]
         rule, year = "text", bool(meta.get("is_year"))
         answer = collapse(prediction).rstrip(_END_MARKS + " ")
         for reference in references(target):

@@ -18,6 +18,7 @@ from mllm.data.charts.chart import COLOURS, Chart, Series, rounded, shown, trans
 from mllm.data.charts.choosing import draw_charts, usable_columns
 from mllm.data.charts.duplicates import Known, fingerprint
 from mllm.data.charts.near_misses import near_misses
+from mllm.data.charts.new_labels import relabelled, words_of
 from mllm.data.charts.questions import NOT_THERE, Balance, Question, questions
 from mllm.data.charts.renderers import RENDERERS
 from mllm.data.charts.renderers.base import Style, png
@@ -231,6 +232,63 @@ def test_only_the_kinds_of_questions_that_are_wanted_are_asked(tmp_path):
     with pytest.raises(ConfigError, match=r"kind of question 'colours': there are value.*label"):
         build_charts(replace(settings, kinds=("colours",)), tmp_path / "no")
     assert not (tmp_path / "no").exists()
+
+
+def test_worked_answers_and_new_labels_change_training_charts_alone(tmp_path):
+    rng = np.random.default_rng(3)
+    for source in ("alpha", "beta"):
+        (tmp_path / source).mkdir()
+        names = ["Ann", "Bob", "Cid", "Dan", "Eve"] if source == "alpha" else ["Fay", "Gus", "Hal", "Ida", "Jon"]
+        for number in range(2):
+            frame = pd.DataFrame({"who": names, "size": rng.uniform(1, 90, 5), "girth": rng.uniform(1, 90, 5)})
+            frame.to_csv(tmp_path / source / f"t{number}.csv", index=False)
+    plain = ChartSettings(
+        (str(tmp_path / "alpha"), str(tmp_path / "beta")),
+        train_charts=12,
+        test_charts=4,
+        size=96,
+        test_sources=("beta",),
+    )
+    new = replace(plain, worked=True, new_labels=1.0)
+    before, after = build_charts(plain, tmp_path / "plain"), build_charts(new, tmp_path / "new")
+    assert after["files"]["test.jsonl"] == before["files"]["test.jsonl"]
+    rows = [json.loads(line) for line in (tmp_path / "new" / "train.jsonl").read_text().splitlines()]
+    said = [message["content"] for row in rows for message in row["messages"] if message["role"] == "assistant"]
+    bare = [answer for row in rows for answer in row["answers"]]
+    assert len(said) == len(bare) and any(" - " in text for text in said) and any(", " in text for text in said)
+    for text, answer in zip(said, bare):
+        values, sign, last = text.partition(" = ")
+        assert (last if sign else text) == answer
+        if " - " in values:
+            left, right = map(float, values.split(" - "))
+            assert float(answer) == pytest.approx(left - right, rel=1e-5)
+        elif sign:
+            left, right = map(float, values.split(", "))
+            assert answer == ("yes" if left > right else "no")
+    build_charts(replace(plain, new_labels=0.5), tmp_path / "half")
+    texts = {name: (tmp_path / name / "captions.jsonl").read_text().splitlines() for name in ("plain", "new", "half")}
+    assert all(one != other for one, other in zip(texts["plain"], texts["new"], strict=True))
+    assert 0 < sum(one != other for one, other in zip(texts["plain"], texts["half"], strict=True)) < len(texts["plain"])
+    with pytest.raises(ConfigError, match=r"new labels for 1.5 of the training charts: a share from 0 to 1"):
+        build_charts(replace(plain, new_labels=1.5), tmp_path / "no")
+
+
+def test_new_labels_keep_what_a_chart_says():
+    rng = random.Random(0)
+    for chart in (BARS, LINES, POINTS, PIE):
+        words = words_of([BARS, LINES, PIE])
+        assert "Chile" in words and "1990" not in words
+        new = relabelled(chart, words, rng)
+        assert [s.values for s in new.series] == [s.values for s in chart.series] and new.colours == chart.colours
+        names = [*new.categories, *new.others, *(s.name for s in new.series)]
+        former = {*chart.categories, *chart.others, *(s.name for s in chart.series if len(chart.series) > 1)}
+        assert {name for name in names if name in former} == {name for name in former if name.isdigit()}
+        assert len({name.lower() for name in names}) == len(names) and max(map(len, names)) <= 18
+        assert len(new.categories) == len(chart.categories)
+    assert relabelled(LINES, words, rng).categories == LINES.categories  # years stay
+    listed = replace(LINES, title="north and south")
+    new = relabelled(listed, words, rng)
+    assert new.title == " and ".join(series.name for series in new.series) and "north" not in new.title
 
 
 def test_a_near_miss_has_one_wrong_fact_more_than_the_one_before():

@@ -104,6 +104,10 @@ def test_the_prior_is_counted_per_kind_of_each_question_in_a_conversation(tmp_pa
     )
     found = _training_answers(load_task("real_charts"), {"real_charts": tmp_path / "charts_test"})
     assert found is not None and found[0]["is comparison"] == {"no": 1} and found[0]["is colour"] == {"red": 1}
+    said[1]["content"] = "3, 5 = no"  # as `mllm data build charts --worked` writes it
+    worked = {"messages": said, "kinds": ["comparison", "colour"], "answers": ["no", "red"]}
+    (tmp_path / "charts" / "train.jsonl").write_text(json.dumps(worked) + "\n")
+    assert _training_answers(load_task("real_charts"), {"real_charts": tmp_path / "charts_test"}) == found
 
 
 def test_an_arm_may_have_a_recipe_of_its_own_or_no_training(spec, tmp_path):

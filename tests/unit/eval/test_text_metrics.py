@@ -171,6 +171,25 @@ def test_relaxed_strict_takes_a_year_flag_and_an_empty_reply_is_unparsed():
     assert value("relaxed_strict", " . ", "20") is None
 
 
+@pytest.mark.parametrize(
+    ("prediction", "target", "right"),
+    [
+        ("842 - 616 = 226", "226", True),
+        ("842 - 616 = 300", "226", False),
+        ("842, 616 = yes", "yes", True),
+        ("-3.5 - -12 = 8.5", "8.5", True),
+        ("226", "226", True),
+        ("226 = 226 = 226", "226", False),  # one step, not a guess at every number
+        ("value = 226", "226", False),  # words before it are a sentence, whose answer is not known
+        ("842 - 616 =", "616", False),
+    ],
+)
+def test_a_worked_answer_is_what_follows_the_equals_sign(prediction, target, right):
+    assert build_metric({"name": "relaxed_strict", "worked": True}).score(prediction, target, {}).value == float(right)
+    if " = " in prediction:
+        assert value("relaxed_strict", prediction, target) == 0.0
+
+
 # ANLS -----------------------------------------------------------------------------------------------------------------
 
 
