@@ -7,7 +7,7 @@ import json
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from mllm.data.charts.choosing import MAX_ROWS, draw_charts, usable_columns
 from mllm.data.charts.duplicates import Fingerprint, Known, fingerprint
 from mllm.data.charts.near_misses import near_misses
 from mllm.data.charts.new_labels import relabelled, words_of
-from mllm.data.charts.questions import KINDS, LABEL, Balance, questions
+from mllm.data.charts.questions import KINDS, LABEL, Balance, Question, questions
 from mllm.data.charts.renderers import RENDERERS
 from mllm.data.charts.renderers.base import Style, png
 from mllm.data.charts.tables import TableFile, find_tables, read_table
@@ -108,12 +108,7 @@ def build_charts(
         return known
     if (output / "manifest.json").exists() and not force:
         raise ConfigError(f"{output}: holds charts built with other settings; choose another folder, or --force")
-    with phase("reading tables"):
-        files = [table for place in settings.sources for table in find_tables(place, cache or output / "tables")]
-        if not settings.train_charts:  # nothing that a test table could be a copy of
-            sources = sorted({table.source for table in files})
-            files = [table for table in files if split_of(table, settings, sources) == "test"]
-        reports = _look(files, settings, processes)
+    files, reports = _read(settings, cache or output / "tables", processes)
     for split in ("train", "test"):
         shutil.rmtree(output / split, ignore_errors=True)
     (output / "manifest.json").unlink(missing_ok=True)
@@ -122,13 +117,29 @@ def build_charts(
     }
     jobs: dict[str, list[tuple[Path, Chart, Style]]] = {}
     _train_rows(_renamed(_mixed(reports, "train", settings), settings), settings, shares, output, rows, jobs)
-    _test_rows(_mixed(reports, "test", settings), settings, shares, output, rows, jobs)
+    _test_rows(_mixed(reports, "test", settings), settings, output, rows, jobs)
     if not jobs:
         raise DataError(f"no chart can be drawn from {len(files)} tables: {_reasons(reports).most_common(3)}")
     with phase(f"drawing {sum(map(len, jobs.values()))} charts"):
         hashes, failed = _render(jobs, settings.size, processes)
     rows = {name: [row for row in content if not _images(row) & failed] for name, content in rows.items()}
     return _write(output, settings, reports, rows, hashes, failed)
+
+
+def charts_of_test(settings: ChartSettings, cache: Path, *, processes: int = 1) -> list[Chart]:
+    """What the test's pictures show, in the order of their numbers; nothing is drawn. Raises as `build_charts` does."""
+    _, reports = _read(settings, cache, processes)
+    return [chart for chart, _, _ in _chosen(_mixed(reports, "test", settings), settings)]
+
+
+def _read(settings: ChartSettings, cache: Path, processes: int) -> tuple[list[TableFile], list[TableReport]]:
+    """(the tables, what became of each)."""
+    with phase("reading tables"):
+        files = [table for place in settings.sources for table in find_tables(place, cache)]
+        if not settings.train_charts:  # nothing that a test table could be a copy of
+            sources = sorted({table.source for table in files})
+            files = [table for table in files if split_of(table, settings, sources) == "test"]
+        return files, _look(files, settings, processes)
 
 
 def split_of(table: TableFile, settings: ChartSettings, sources: Sequence[str]) -> str:
@@ -223,19 +234,22 @@ def _train_rows(
         number += 1
 
 
-def _test_rows(
-    charts: Iterable[Chart], settings: ChartSettings, shares: dict[str, float], root: Path, rows: Any, jobs: Any
-) -> None:
-    rng, balance, number = random.Random(f"{settings.seed}/test questions"), Balance(shares), 0
+def _chosen(charts: Iterable[Chart], settings: ChartSettings) -> Iterator[tuple[Chart, list[Question], Style]]:
+    """The test's charts with their questions and looks, in the order of their numbers."""
+    rng, balance, number = random.Random(f"{settings.seed}/test questions"), Balance(settings.shares), 0
     for chart in charts:
         if number == settings.test_charts:
             break
         chosen = balance.choose(
             questions(chart, rng, labels_apart=settings.labels_apart), settings.test_questions, rng, slack=3
         )
-        if len(chosen) < settings.test_questions:
-            continue
-        style = Style.of(rng)
+        if len(chosen) == settings.test_questions:
+            yield chart, chosen, Style.of(rng)
+            number += 1
+
+
+def _test_rows(charts: Iterable[Chart], settings: ChartSettings, root: Path, rows: Any, jobs: Any) -> None:
+    for number, (chart, chosen, style) in enumerate(_chosen(charts, settings)):
         for renderer in settings.test_renderers:
             name = f"test/{renderer}/{number:05d}.png"
             jobs.setdefault(renderer, []).append((root / name, chart, style))
@@ -246,7 +260,6 @@ def _test_rows(
                         "kind": question.kind, "table": chart.table, "chart": chart.type, "renderer": renderer, "printed": chart.printed,
                     }
                 )  # fmt: skip
-        number += 1
 
 
 def _images(row: dict[str, Any]) -> set[str]:
@@ -361,4 +374,4 @@ def _complete(root: Path, settings: ChartSettings) -> dict[str, Any] | None:
         return None
 
 
-__all__ = ["REQUEST", "SHARES", "ChartSettings", "TableReport", "build_charts", "split_of"]
+__all__ = ["REQUEST", "SHARES", "ChartSettings", "TableReport", "build_charts", "charts_of_test", "split_of"]
