@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mllm.encoders.base import EncoderConfig, VisionEncoder
-from mllm.encoders.library import ImageEncoderConfig, check_pixels
+from mllm.encoders.library import ImageEncoderConfig, check_pixels, convolution_layout
 from mllm.encoders.weights import load_exactly, local_path, read_weights
 from mllm.errors import CheckpointError, ConfigError, UnavailableError
 from mllm.parts.graph_network import GraphNetwork
@@ -96,7 +96,7 @@ class PPOcrEncoder(VisionEncoder):
         if not len(pixels):
             used = 0 * sum(p.sum() for p in self.net.parameters())
             return VisionFeatures(pixels.new_zeros(0, info.grid[0] * info.grid[1], info.width) + used, info.grid)
-        maps = self.net(pixels.flip(1))  # trained on blue, green, red
+        maps = self.net(convolution_layout(pixels.flip(1)))  # trained on blue, green, red
         if self.config.pool is not None:
             maps = F.adaptive_max_pool2d(maps, self.config.pool)
         return VisionFeatures(maps.flatten(2).transpose(1, 2), info.grid)

@@ -16,7 +16,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mllm.encoders.base import EncoderConfig
-from mllm.encoders.library import ImageEncoderConfig, LayerOutput, LibraryEncoder, map_to_tokens, take_layers
+from mllm.encoders.library import (
+    ImageEncoderConfig,
+    LayerOutput,
+    LibraryEncoder,
+    convolution_layout,
+    map_to_tokens,
+    take_layers,
+)
 from mllm.encoders.weights import load_exactly, local_path, read_weights, strip_prefix, unavailable
 from mllm.errors import CheckpointError, ConfigError, did_you_mean
 from mllm.types import Grid, ImageSpec
@@ -69,6 +76,8 @@ class TimmEncoder(LibraryEncoder):
         return model
 
     def read_layers(self, pixels: Tensor) -> list[LayerOutput]:
+        if not isinstance(self.model, VisionTransformer | Eva):
+            pixels = convolution_layout(pixels)
         return timm_layers(self.model, pixels, self.config)
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:

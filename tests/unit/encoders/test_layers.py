@@ -318,3 +318,32 @@ def test_positions_are_exact_in_a_model_built_in_bfloat16():
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(rounded.float(), exact.to(rounded.dtype).float())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {
+            "type": "timm",
+            "architecture": "tf_efficientnet_lite0",
+            "image_size": 64,
+            "layers": [-1, -2],
+            "final_norm": False,
+            "train_batch_norm": False,
+        },
+        {"type": "ppocr", "image_size": 64},
+    ],
+    ids=lambda config: config["type"],
+)
+def test_convolutions_see_and_learn_the_same_with_channels_last(config):
+    torch.manual_seed(0)
+    model = build_encoder(encoder_config(config, where="e")).double().train()  # no rounding across a kink
+    pixels, seen = torch.randn(2, 3, 64, 64, dtype=torch.float64), []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        tokens = model(pixels.contiguous(memory_format=layout)).tokens
+        tokens.square().sum().backward()
+        seen.append([tokens.detach(), *(p.grad.clone() for p in model.parameters())])
+        model.zero_grad()
+    for plain, last in zip(*seen, strict=True):
+        torch.testing.assert_close(last, plain, rtol=1e-6, atol=1e-9 * float(plain.abs().max()))
+        assert last.is_contiguous()
