@@ -81,7 +81,7 @@ def demo(
     """Train, evaluate and question a small dual-encoder model on charts and digits, on this machine's CPU, in minutes.
 
     With --real, a published language model and encoder instead of a model from scratch, asked what such an encoder sees of a
-    chart: colours, counts, rises and falls. To read labels and numbers takes a GPU (`mllm study real_charts`)."""
+    chart: colours and counts. To read labels and numbers takes a GPU (`mllm study real_charts`)."""
     started = time.perf_counter()
     from rich.console import Console
 

