@@ -51,11 +51,21 @@ def interval_chart(bars: Sequence[Bar], *, whole: float, unit: str, label: str) 
     return _svg(figure, label)
 
 
-def line_chart(lines: Mapping[str, Sequence[tuple[float, float]]], *, across: str, label: str) -> str:
-    """An SVG of lines, name → points (x, y), with a legend. across: what x is. Raises `UnavailableError` without matplotlib."""
+def line_chart(
+    lines: Mapping[str, Sequence[tuple[float, float]]], *, across: str, label: str, ticks: Sequence[float] = ()
+) -> str:
+    """An SVG of lines, name → points (x, y), with a legend. across: what x is. ticks: x of points that are marked, on a logarithmic axis.
+    Raises `UnavailableError` without matplotlib."""
     figure, axes = _figure(2.3, label)
     for number, (name, points) in enumerate(lines.items()):
-        axes.plot(*zip(*points), color=COLOURS[number % len(COLOURS)], linewidth=1.5, label=name)
+        mark = "o" if ticks else None
+        axes.plot(
+            *zip(*points), color=COLOURS[number % len(COLOURS)], linewidth=1.5, label=name, marker=mark, markersize=4
+        )
+    if ticks:
+        axes.set_xscale("log")
+        axes.set_xticks(list(ticks), [f"{tick:,.0f}" for tick in ticks])
+        axes.minorticks_off()
     axes.set_xlabel(across)
     axes.set_ylim(bottom=0.0)
     axes.grid(axis="y", color=FAINT, linewidth=0.6)

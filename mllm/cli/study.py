@@ -38,7 +38,7 @@ def study(
 
     Arms that are finished are kept, interrupted ones go on: the same command again continues. Each run's folder is an ordinary
     run (`mllm runs`), its log lies beside it. The page sets what was expected beforehand against what came out; answers.html shows
-    twenty questions with every arm's answer, right and wrong marked.
+    twenty questions with every arm's answer, right and wrong marked; arms that have a size are drawn as a curve (curve.svg).
 
     [dim]mllm study real_charts --arms A,B,C --parallel 3[/]
     """
@@ -72,11 +72,31 @@ def study(
             failed = [f"{arm}-{seed}" for (arm, seed), code in zip(jobs, codes) if code]
     found = arms_study(spec, folder, _costs(spec, folder, overrides or []))
     print_study(found)
-    pages = [*save_study(found, folder).values(), save_answers(spec, folder)]
+    pages = [*save_study(found, folder).values(), save_answers(spec, folder), *_curve(spec, folder)]
     typer.echo(" · ".join(map(str, pages)))
     if failed:
         typer.echo(f"failed: {', '.join(failed)}; see their .log in {folder}", err=True)
         raise typer.Exit(1)
+
+
+def _curve(spec: Any, folder: Path) -> list[Path]:
+    """The picture of scores over the arms' sizes, where two of them or more are finished."""
+    from mllm.eval.predictions import write_atomic
+    from mllm.eval.studies.arms import curve_lines
+    from mllm.svg_charts import line_chart
+
+    lines = curve_lines(spec, folder)
+    sizes = [size for size, _ in next(iter(lines.values()), [])]
+    if len(set(sizes)) < 2:
+        return []
+    picture = line_chart(
+        lines, across=spec.size_is, label=f"{spec.name}: right in percent by {spec.size_is}", ticks=sizes
+    )
+    spaces = (
+        'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'  # a file, no part of a page
+    )
+    write_atomic(folder / "curve.svg", picture.replace("<svg class=chart", f"<svg {spaces}", 1))
+    return [folder / "curve.svg"]
 
 
 def _all_seeds(spec: Any, chosen: list[str]) -> list[int]:

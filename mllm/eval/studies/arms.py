@@ -40,6 +40,8 @@ class ArmSpec(StrictModel):
     """Who answers for it (`mllm eval run --generator`)."""
     blind: bool = False
     """Also asked with gray and with other questions' pictures (first seed)."""
+    size: float | None = Field(default=None, gt=0)
+    """Where it stands on the study's curve: a number of training questions, of steps."""
 
     @model_validator(mode="after")
     def _trained_or_not(self) -> ArmSpec:
@@ -68,6 +70,8 @@ class ArmsSpec(StrictModel):
     """A value of the task's ``meta`` whose kinds are shown apart."""
     seen: list[str] = Field(default_factory=list)
     """Its kinds that were trained on; the others are ``unseen``."""
+    size_is: str = "size"
+    """What the arms' sizes are, below the curve."""
     arms: dict[str, ArmSpec] = Field(min_length=1)
     expected: list[ExpectedSpec] = Field(default_factory=list)
 
@@ -218,6 +222,21 @@ def arms_study(spec: ArmsSpec, output: Path, costs: Mapping[str, Cost] | None = 
         "floors": {name: _means(answers, parts) for name, answers in floors.items()},
     }
     return Study("arms", f"Study of arms: {spec.name}", notes, tables, data)
+
+
+def curve_lines(spec: ArmsSpec, output: Path) -> dict[str, list[tuple[float, float]]]:
+    """Which questions (all, seen, unseen) → (an arm's size, its score in percent, mean over seeds), by size; of finished arms that have a
+    size."""
+    arms = {name: seeds for name, seeds in finished(spec, output).items() if spec.arms[name].size is not None}
+    found: dict[str, list[tuple[float, float]]] = {}
+    for name in sorted(arms, key=lambda one: spec.arms[one].size or 0.0):
+        seeds = arms[name]
+        parts = _parts(spec, next(iter(seeds.values())))
+        values = np.mean([answers.values for answers in seeds.values()], axis=0)
+        for part in [part for part in WHERE if part in parts]:
+            point = (float(spec.arms[name].size or 0.0), 100 * float(values[parts[part]].mean()))
+            found.setdefault(part, []).append(point)
+    return found
 
 
 def _check_same_questions(arms: Mapping[str, Mapping[int, Answers]], sample: Answers) -> None:

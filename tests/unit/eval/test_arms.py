@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from xml.etree import ElementTree
 
 import pytest
 import yaml
 
+from mllm.cli.study import _curve
+from mllm.data.lookup import load_mixture
 from mllm.errors import ConfigError, DataError
 from mllm.eval.predictions import prediction_path
-from mllm.eval.studies.arms import Cost, arms_study, compare_arms, finished, load_arms, run_folder
+from mllm.eval.studies.arms import Cost, arms_study, compare_arms, curve_lines, finished, load_arms, run_folder
 from mllm.eval.studies.study import save_study
+from mllm.recipe import load_recipe
 
 RENDERERS = ("matplotlib", "altair")
 
@@ -67,6 +71,49 @@ def test_the_page_sets_what_came_out_against_what_was_expected(spec, tmp_path):
     assert set(kinds.headings) == {"arm", "value", "count"} and any("C-0" in note for note in study.notes)
     save_study(study, tmp_path)
     assert json.loads((tmp_path / "arms.json").read_text())["data"]["arms"]["A"]["1"]["all"] == 80.0
+
+
+def test_arms_with_a_size_are_drawn_as_a_curve(spec, tmp_path):
+    data = yaml.safe_load((tmp_path / "mine.yaml").read_text())
+    data["arms"]["A"]["size"], data["arms"]["B"]["size"], data["size_is"] = 20000, 5000, "training questions"
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(data))
+    sized = load_arms(str(tmp_path / "mine.yaml"))
+    write_answers(run_folder(tmp_path, "A", 0) / "eval", lambda k, r: r == "matplotlib" or k % 5 < 3)
+    assert _curve(sized, tmp_path) == []  # one point is no curve
+    write_answers(run_folder(tmp_path, "B", 0) / "eval", lambda k, r: r == "matplotlib" and k % 5 < 3)
+    assert curve_lines(sized, tmp_path) == {
+        "all": [(5000, 30.0), (20000, 80.0)], "seen": [(5000, 60.0), (20000, 100.0)], "unseen": [(5000, 0.0), (20000, 60.0)]
+    }  # fmt: skip
+    (path,) = _curve(sized, tmp_path)
+    root = ElementTree.fromstring(path.read_text())
+    said = " ".join(root.itertext())
+    assert root.tag.endswith("svg") and all(
+        word in said for word in ("5,000", "20,000", "unseen", "training questions")
+    )
+    assert _curve(spec, tmp_path) == []  # nobody has a size
+
+
+def test_the_scaling_study_trains_the_same_arm_on_fewer_charts():
+    scaling, shipped = load_arms("real_charts_scaling"), load_arms("real_charts")
+    assert (scaling.recipe, scaling.task, scaling.seen) == (shipped.recipe, shipped.task, shipped.seen)
+    plain, limits = load_recipe("real_charts"), []
+    for arm in scaling.arms.values():
+        recipe = load_recipe("real_charts", arm.overrides)
+        assert [s.steps for s in recipe.stages] == [s.steps for s in plain.stages] and recipe.model == plain.model
+        rows = [
+            [
+                (getattr(item.dataset, "name", item.dataset), item.repeat, item.limit)
+                for item in load_mixture(stage.data).datasets
+            ]
+            for stage in recipe.stages
+        ]
+        limit = rows[0][0][2]
+        assert rows == [
+            [("real_charts_captions", None, limit)],
+            [("real_charts", None, limit), ("real_charts_captions", 0.25, limit)],
+        ]
+        limits.append(limit)
+    assert limits[-1] is None and limits[:-1] == sorted(limits[:-1])
 
 
 def test_arms_that_were_asked_other_questions_are_not_compared(spec, tmp_path):
