@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -69,14 +70,22 @@ def study(
         evaluation = ["--batch-size", str(batch_size), "--dtype", dtype, *(["--limit", str(limit)] if limit else [])]
         with ThreadPoolExecutor(parallel) as pool:
             codes = pool.map(lambda job: _run(spec, run_folder(folder, *job), job, overrides or [], evaluation), jobs)
-            failed = [f"{arm}-{seed}" for (arm, seed), code in zip(jobs, codes) if code]
+            failed = [f"{arm}-{seed} ({_ended(code)})" for (arm, seed), code in zip(jobs, codes) if code]
+    if failed:  # before the page: where nothing is finished there is none
+        typer.echo(f"failed: {', '.join(failed)}; see their .log in {folder}", err=True)
     found = arms_study(spec, folder, _costs(spec, folder, overrides or []))
     print_study(found)
     pages = [*save_study(found, folder).values(), save_answers(spec, folder), *_curve(spec, folder)]
     typer.echo(" · ".join(map(str, pages)))
     if failed:
-        typer.echo(f"failed: {', '.join(failed)}; see their .log in {folder}", err=True)
         raise typer.Exit(1)
+
+
+def _ended(code: int) -> str:
+    """How a process ended, in words; one that the system killed has left no word in its log."""
+    if code >= 0:
+        return f"exit status {code}"
+    return f"killed by signal {-code}" + (", as a system out of memory does" if code == -signal.SIGKILL else "")
 
 
 def _curve(spec: Any, folder: Path) -> list[Path]:

@@ -174,6 +174,16 @@ def test_the_page_states_what_a_picture_costs_each_arm(spec, tmp_path):
     assert "FLOPs" in table.caption and table.rows == [("A", "both", "196", "12.3", "5.7", "145.0")]
 
 
+def test_an_arm_that_the_system_killed_is_named(spec, tmp_path, monkeypatch, capsys):
+    from mllm.cli import study as command
+
+    for code, said in ((-9, "killed by signal 9, as a system out of memory does"), (1, "exit status 1")):
+        monkeypatch.setattr(command, "_run", lambda *_, code=code: code)
+        with pytest.raises(DataError, match="no arm is trained"):
+            command.study(str(tmp_path / "mine.yaml"), arms="A", seeds="0", output=tmp_path / "out")
+        assert f"failed: A-0 ({said}); see their .log in" in capsys.readouterr().err
+
+
 def test_every_arm_of_the_study_sees_as_many_visual_tokens():
     from mllm.recipe import load_recipe
     from mllm.train.preflight.picture_cost import picture_cost
