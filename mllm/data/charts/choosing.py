@@ -49,7 +49,9 @@ def usable_columns(frame: Any, max_rows: int = MAX_ROWS) -> tuple[Columns, str |
     if not found.values and not found.groups:
         return found, "no column of numbers and none of groups: " + ", ".join(sorted(found.reasons))
     if not (found.keys or found.groups or found.years or len(found.values) > 1):
-        return found, "numbers without labels"
+        return found, ": ".join(
+            ["numbers without labels", *([", ".join(sorted(found.reasons))] if found.reasons else [])]
+        )
     return found, None
 
 

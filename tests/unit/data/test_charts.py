@@ -106,6 +106,10 @@ def test_answers_within_a_template_stay_level():
         (pd.DataFrame({"k": ["東京", "大阪", "京都"]}), "letters that the renderers lack"),
         (pd.DataFrame({"k": [f"label {k}" for k in range(10_000)] * 2}), "groups"),
         (pd.DataFrame({"v": np.arange(9.0)}), "numbers without labels"),
+        (
+            pd.DataFrame({"k": [f"label {k}" for k in range(10_000)] * 2, "v": np.arange(20_000.0)}),
+            "numbers without labels: more than 8 groups",
+        ),
     ],
 )
 def test_tables_that_cannot_be_drawn_say_why(frame, reason):
