@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from mllm.data.charts.build import ChartSettings, build_charts
+from mllm.data.charts.build import ChartSettings, build_charts, charts_of_test
 from mllm.data.charts.chart import COLOURS, Chart, Series, rounded, shown, transcript
 from mllm.data.charts.choosing import draw_charts, usable_columns
 from mllm.data.charts.duplicates import Known, fingerprint
@@ -196,6 +196,8 @@ def test_building_splits_by_source_and_counts_what_it_skips(tmp_path):
     assert manifest["tables"] == {"train": 3, "test": 3, "skipped": 2} and all(
         (tmp_path / "out" / r["image"]).is_file() for r in test
     )
+    shown_by = charts_of_test(settings, tmp_path / "cache")
+    assert [chart.table for chart in shown_by] == [row["table"] for row in test if row["id"].endswith("-0")]
     assert build_charts(settings, tmp_path / "out") == manifest  # complete: nothing is done again
     again = build_charts(settings, tmp_path / "again")
     assert again["files"] == manifest["files"] and again["images"] == manifest["images"]
