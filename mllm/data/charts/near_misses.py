@@ -38,9 +38,10 @@ def _another_colour(chart: Chart, which: int, rng: random.Random) -> Chart:
 def _another_value(chart: Chart, which: int, place: int, rng: random.Random) -> Chart:
     """Another number of the chart's size, which is written otherwise."""
     series: Series = chart.series[which]
-    value = series.values[place]
+    value, tries = series.values[place], 0
     while shown(value) == shown(series.values[place]):
-        value = rounded(series.values[place] + rng.choice((-1, 1)) * rng.uniform(0.2, 0.8) * (chart.span or 1.0))
+        size = (chart.span or 1.0) * 2 ** (tries // 20)  # a span below the last digit that is written
+        value, tries = rounded(series.values[place] + rng.choice((-1, 1)) * rng.uniform(0.2, 0.8) * size), tries + 1
     return replace(chart, series=_with(chart.series, which, replace(series, values=_with(series.values, place, value))))
 
 

@@ -96,6 +96,22 @@ def test_answers_within_a_template_stay_level():
     assert balance.answers["t", "yes"] == balance.answers["t", "no"] == 20
 
 
+def test_a_lead_is_over_the_rarest_answer_of_the_same_template_that_came_up():
+    balance, rng = Balance({"value": 1.0}), random.Random(1)
+    for number in range(300):
+        template, answer = f"t{rng.randrange(3)}", str(rng.randrange(8))
+        asked = Question("value", template, str(number), answer)
+        counts = [n for (where, _), n in balance.answers.items() if where == template]
+        assert balance._lead(asked) == balance.answers[template, answer] - min(counts, default=0)
+        balance.choose({"value": [asked]}, 1, rng, slack=300)
+    assert balance.answers.total() == 300
+
+
+def test_a_near_miss_is_found_where_the_values_differ_by_less_than_is_written():
+    close = Chart("line", "t", "v by year", "year", "v", ("1", "2"), (Series("A", "red", (1e6, 1e6 + 1e-7)),))
+    assert len({text for text, _ in near_misses(close, random.Random(0))}) == 3
+
+
 @pytest.mark.parametrize(
     ("frame", "reason"),
     [
