@@ -35,6 +35,8 @@ class LanguageModelSpec(StrictModel):
     """Hub id or local path; default ``source``."""
     modality_switch: bool = False
     """Weights of their own for visual tokens in every layer, copies of the text's at the start (EVEv2)."""
+    positions: Literal["grid", "text"] | None = None
+    """M-RoPE: visual tokens stand at time, row and column (grid, the default there) or as text, all axes alike."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> LanguageModelSpec:

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from mllm import progress
 from mllm.damage import naming_damage
@@ -24,8 +24,17 @@ from mllm.hub import hub_reason
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.modeling_body import language_model_left_out
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
+from mllm.models.position_axes import checked_positions
 from mllm.models.stops import set_stops
-from mllm.models.text_source import begins_every_text, check_language_model, open_language_model, opened_by, text_config
+from mllm.models.text_part import causal_from_config
+from mllm.models.text_source import (
+    begins_every_text,
+    check_language_model,
+    open_language_model,
+    opened_by,
+    text_config,
+    trained_clip_rate,
+)
 from mllm.models.vocabulary import add_image_token, add_tokens, added_ids, grow_vocabulary, num_token_ids
 from mllm.models.weight_files import some_names
 from mllm.processing.frames import video_spec
@@ -85,6 +94,8 @@ def build_config(
             encoder.check_frames(0 if rules.video is None else rules.video.fewer.get(name, rules.video.most), name)
     text = text_config(spec.text_model)
     check_language_model(text)
+    positions = checked_positions(text, spec.text_model.positions, spec.heads, spec.router)
+    _check_clip_rate(spec, positions)
     if connector is not None and (rules.view.levels or rules.view.beside):
         if rules.view.levels:
             check_depths(rules.view.levels, encoders, text.num_hidden_layers)
@@ -121,8 +132,31 @@ def build_config(
         heads=heads,
         image_token_id=text.vocab_size if image_token_id is None else image_token_id,
         lm_head_bias=_head_has_bias(text),
-        modality_switch=spec.language_model.modality_switch,  # pyright: ignore[reportOptionalMemberAccess]
+        modality_switch=spec.text_model.modality_switch,
+        positions=positions,
     )
+
+
+def _check_clip_rate(spec: ModelSpec, positions: str | None) -> None:
+    """Refuse positions in time where there are none, and warn where a language model was trained with others."""
+    video = video_spec(spec.video)
+    if video is None:
+        return
+    if video.positions_per_second is not None and positions != "grid":
+        raise ConfigError(
+            f"model.video.positions_per_second: {video.positions_per_second:g}, and this language model gives frames no position in time "
+            "(see model.language_model.positions); leave it out"
+        )
+    if video.positions_per_second is None and video.stamp is None and positions == "grid":
+        rate = trained_clip_rate(spec.text_model)
+        if rate is not None:
+            _log.warning(
+                "model.video: %s was trained with %g positions a second between a clip's frames, and here frames are one apart; give "
+                "positions_per_second: %g, unless you train it on other clips",
+                spec.text_model.source,
+                rate,
+                rate,
+            )
 
 
 def _views_with_ids(value: Any, tokenizer: TextTokenizer | None, first_free: int) -> Any:
@@ -441,6 +475,6 @@ def _codes_made_by(model: MllmForConditionalGeneration) -> str | None:
 
 def _head_has_bias(text: Any) -> bool:
     with torch.device("meta"):
-        causal = AutoModelForCausalLM.from_config(text)
+        causal = causal_from_config(text)
     head = causal.get_output_embeddings()
     return head is not None and getattr(head, "bias", None) is not None

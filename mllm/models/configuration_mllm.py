@@ -33,6 +33,8 @@ class MllmConfig(SavesDoor, PreTrainedConfig):
     whole);
     video: which frames of a video are seen, `mllm.processing.frames.VideoSpec` (None: the model takes no video);
     modality_switch: every decoder layer has weights of its own for visual tokens;
+    positions: of a language model with several position axes (M-RoPE), grid: visual tokens stand where their map says; text: all axes are
+    alike; None: grid, where there are several;
     num_token_ids: one past the largest id that the tokenizer has; rows from there on fill the tables up and are never written (None:
     not known); image_token_id: the placeholder's id; added_token_ids: first and one past the last id of tokens that the language model's
     source did not have (None: not known, or a model from scratch); plugins: the code of third parties that the checkpoint carries
@@ -58,6 +60,7 @@ class MllmConfig(SavesDoor, PreTrainedConfig):
         image_token_id: int | None = None,
         lm_head_bias: bool = False,
         modality_switch: bool = False,
+        positions: str | None = None,
         added_token_ids: Sequence[int] | None = None,
         num_token_ids: int | None = None,
         plugins: Sequence[Mapping[str, Any]] = (),
@@ -81,6 +84,7 @@ class MllmConfig(SavesDoor, PreTrainedConfig):
         self.image_token_id = image_token_id
         self.lm_head_bias = lm_head_bias
         self.modality_switch = modality_switch
+        self.positions = positions
         self.added_token_ids = None if added_token_ids is None else list(added_token_ids)
         self.num_token_ids = num_token_ids
         self.plugins = [dict(entry) for entry in plugins]

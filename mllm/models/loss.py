@@ -36,9 +36,11 @@ def hear_losses() -> Iterator[list[tuple[Tensor, Tensor]]]:
 
 def shift_labels(labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
     """labels ``(B, T)`` → the target of every position ``(B, T)``: its successor's label. The last position has none,
-    and with ``position_ids`` ``(B, T)`` (packed rows, restarting at 0) neither has the last token of any packed
-    sample."""
+    and with ``position_ids`` ``(B, T)`` (packed rows, restarting at 0; of several axes the first of ``(4, B, T)``) neither has the last
+    token of any packed sample."""
     shifted = F.pad(labels, (0, 1), value=IGNORE)[:, 1:]
+    if position_ids is not None and position_ids.ndim == 3:
+        position_ids = position_ids[0] if len(position_ids) == 4 else None
     if position_ids is not None:
         starts = F.pad(position_ids.eq(0), (0, 1), value=False)[:, 1:]
         shifted = shifted.masked_fill(starts, IGNORE)

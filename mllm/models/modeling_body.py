@@ -24,6 +24,8 @@ from mllm.models.levels import Visits, VisualReads, install_visits, visits_of
 from mllm.models.modality import VisualPlaces, install_switch
 from mllm.models.modeling_base import MllmModelOutput, MllmPreTrainedModel
 from mllm.models.pipeline import EncoderBank, build_own_tokenizer, build_visual_parts, home_of
+from mllm.models.placeholders import refuse_orphans
+from mllm.models.position_axes import axes_of
 from mllm.models.slow_tokens import SlowTokens, build_readers, install_readers, take_slow
 from mllm.processing.pixel_keys import PRIMARY_PIXELS, PixelKeys
 from mllm.types import Routing, VisionFeatures, VisualLayout
@@ -63,6 +65,7 @@ class MllmModel(MllmPreTrainedModel):
         self._no_split_modules = [*(getattr(self.language_model, "_no_split_modules", None) or ()), *sorted(whole)]
         self.pixel_keys = PixelKeys(config.encoders)
         self.rules = config.layout_rules()
+        self.axes = axes_of(config, self.rules)
         fast = self.rules.view.fast
         self.slow_attention: Any = None if fast is None else build_readers(fast, config.get_text_config())
         if not _language_model_follows.get():
@@ -381,7 +384,7 @@ class MllmModel(MllmPreTrainedModel):
         Args:
             input_ids: ``(B, T)``; each image's placeholders stand where its tokens go.
             attention_mask: ``(B, T)``, or what the attention in use takes.
-            position_ids: ``(B, T)``.
+            position_ids: ``(B, T)``, places in the sample; of a language model with several axes also ``(4, B, T)``, with these.
             past_key_values: the cache of earlier calls.
             inputs_embeds: ``(B, T, L)`` in place of input_ids.
             pixel_values: the first encoder's pixels, all views of the images; of a visual tokenizer's encoder they may be codes
@@ -432,20 +435,28 @@ class MllmModel(MllmPreTrainedModel):
             layouts, places = self.visual_layouts(image_sizes, video_times), self.image_places(input_ids, inputs_embeds)
             given = (image_features, layouts, places, position_ids)
             image_features, slow = take_slow(self.rules.layout(), self.training, inputs_embeds, past_key_values, *given)
-        if image_features is not None and len(image_features):
+        seen = image_features is not None and len(image_features) > 0
+        laid = None
+        if self.axes is not None:
+            places = self.image_places(input_ids, inputs_embeds) if seen else None
+            find = partial(self.visual_layouts, image_sizes, video_times)
+            laid = self.axes.lay(
+                inputs_embeds, position_ids, attention_mask, past_key_values, places, find, video_times
+            )
+            position_ids = laid.ids
+        if seen:
             image_features, visits = visits_of(
                 self.rules.view, self.readers, image_features, partial(self.image_places, input_ids, inputs_embeds)
             )
             inputs_embeds = self.merge_images(input_ids, inputs_embeds, image_features)
         elif self.vision_tower is not None:
-            self._refuse_orphans(input_ids, past_key_values)
+            refuse_orphans(input_ids, self.config.image_token_id, past_key_values)
             if self.training and torch.is_grad_enabled():
                 inputs_embeds = self._idle_pass(inputs_embeds)
                 if self.readers:
                     nowhere = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
                     visits = VisualReads(nowhere, inputs_embeds.new_zeros(1, self.rules.view.beside), self.readers)
         if self.visual_places is not None:
-            seen = image_features is not None and len(image_features)
             if seen and input_ids is None:
                 raise ConfigError("modality_switch: input_ids are needed to tell visual tokens; inputs_embeds do not")
             self.visual_places.mask = input_ids == self.config.image_token_id if seen else None
@@ -459,6 +470,8 @@ class MllmModel(MllmPreTrainedModel):
             **({} if visits is None else visits.arguments()),
             **({} if slow is None else slow.arguments()),
         )
+        if laid is not None:
+            laid.remember(outputs.get("past_key_values"))
         if visits is not None:
             visits.check(self.language_model)
         if slow is not None:
@@ -479,16 +492,3 @@ class MllmModel(MllmPreTrainedModel):
     def readers(self) -> dict[int, nn.Module]:
         """Modules of the connector that run behind layers of the language model, by layer."""
         return {} if self.multi_modal_projector is None else self.multi_modal_projector.readers()  # type: ignore[operator]
-
-    def _refuse_orphans(self, input_ids: Tensor | None, past_key_values: Any) -> None:
-        """Placeholders without an image would be read as ordinary tokens: refuse them (all but single tokens after a
-        cache, which are generated, and no placeholder ever is)."""
-        if (
-            input_ids is None
-            or torch.compiler.is_compiling()
-            or (input_ids.shape[1] == 1 and past_key_values is not None)
-        ):
-            return
-        found = int((input_ids == self.config.image_token_id).sum()) if self.config.image_token_id is not None else 0
-        if found:
-            raise AlignmentError(f"{found} image placeholder tokens but no image was given (pixel_values is missing)")

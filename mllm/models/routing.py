@@ -135,7 +135,7 @@ def encode_for_generation(
     """
     body, bank = model.model, model.model.vision_tower
     inputs = dict(inputs)
-    pixels, sizes = body.pixel_keys.pop(inputs), inputs.pop(IMAGE_SIZES, None)
+    pixels, sizes = body.pixel_keys.pop(inputs), inputs.get(IMAGE_SIZES)
     weights, questions = inputs.pop("expert_weights", None), inputs.pop("router_input_ids", None)
     count = len(next(iter(pixels.values()))) if sizes is None else len(sizes)
     if experts is not None:

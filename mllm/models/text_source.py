@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from mllm.damage import damage_of, naming_damage
 from mllm.errors import CheckpointError, ConfigError, UnavailableError
 from mllm.hub import hub_reason
 from mllm.install import install_hint
 from mllm.models.configuration_mllm import language_model_config
+from mllm.models.position_axes import SERVED_AS
+from mllm.models.text_part import causal_from_pretrained, is_language_model
 from mllm.models.weight_files import refuse_gaps
 from mllm.noise import load_report_unless_told
 from mllm.parts.get import is_part, part_folder
@@ -88,7 +90,27 @@ def text_config(spec: LanguageModelSpec) -> Any:
         raise UnavailableError(
             f"model.language_model.source: {spec.source!r} cannot be read: {hub_reason(error, spec.source)}"
         ) from error
-    return config.get_text_config()
+    text = config.get_text_config()
+    if text is not config and not hasattr(text, "tie_word_embeddings"):  # Qwen2-VL's says it of the whole
+        text.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
+    return text
+
+
+def trained_clip_rate(spec: LanguageModelSpec) -> float | None:
+    """How many positions in time lie in a second of the clips that the model behind a source was trained with (Qwen2.5-VL); None: not
+    told, or frames were one apart.
+
+    Args:
+        spec: the recipe's ``model.language_model``.
+    """
+    if spec.source is None or is_gguf(spec.source):
+        return None
+    try:
+        place, options = opened_by(spec.source, spec.revision)
+        vision = getattr(AutoConfig.from_pretrained(place, **options), "vision_config", None)
+    except (OSError, ValueError, UnavailableError):
+        return None  # a recipe that states the config is read offline too
+    return getattr(vision, "tokens_per_second", None)
 
 
 @load_report_unless_told()
@@ -102,15 +124,15 @@ def open_language_model(
     missing.
     """
     assert spec.source is not None
-    config = text_config(spec) if config is None else config
+    own: Any = text_config(spec) if config is None else config
     try:
         with naming_damage(spec.source):
             place, given = opened_by(spec.source, spec.revision)
-            model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+            model, info = causal_from_pretrained(
                 place,
                 **given,
                 **dense_options(spec.source),
-                config=config,
+                config=own,
                 dtype=dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, in one line
@@ -146,21 +168,11 @@ def check_language_model(config: PreTrainedConfig) -> None:
         config: the language model's.
 
     Raises:
-        ConfigError: it is no causal language model of transformers (the text part of Qwen-VL is none), or asks for positions of several
-            axes (M-RoPE), where every token has one here.
+        ConfigError: it is no causal language model of transformers, nor the text part of a model that sees which may be one.
     """
-    kind = config.model_type
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not is_language_model(config):
         raise ConfigError(
-            f"model.language_model: {kind} is no causal language model of transformers. A model that sees, or its text part, does not fit "
-            "here: it comes with an encoder and positions (M-RoPE) of its own; give a language model that reads text alone, such as "
-            "Qwen/Qwen2.5-3B-Instruct or {model_type: qwen2, …}"
-        )
-    rope = getattr(config, "rope_parameters", None) or {}
-    asked = rope.get("rope_type") == "mrope" or "mrope_section" in rope
-    own = getattr(type(config)(), "rope_parameters", None) or {} if asked else {}
-    if asked and "mrope_section" not in own:
-        raise ConfigError(
-            f"model.language_model: {kind} has no positions of several axes (mrope_section, M-RoPE): every token has one position here; "
-            "leave mrope_section and rope type mrope out of rope_parameters"
+            f"model.language_model: {config.model_type} is no causal language model of transformers. Give one that reads text alone, such "
+            "as Qwen/Qwen2.5-3B-Instruct or {model_type: qwen2, …}, or the text part of one that sees: "
+            f"{', '.join(SERVED_AS)}"
         )

@@ -36,6 +36,9 @@ class VideoSpec(StrictModel):
     """A frame with more is scaled down to so many as soon as it is decoded, its shape kept."""
     stamp: str | None = None
     """Text before each frame: ``"{seconds:.1f}s: "`` or ``"Frame {number}: "`` (from 1). None: frames follow one another."""
+    positions_per_second: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Language models with several position axes (M-RoPE): so many positions in time lie between frames a second apart (Qwen2.5-VL: 2).
+    None: frames that follow one another are one apart (Qwen2-VL)."""
     max_seconds: float = Field(default=4 * 3600, gt=0)
     """A longer video is refused before it is read."""
     fewer: dict[str, int] = {}
@@ -70,6 +73,10 @@ class VideoSpec(StrictModel):
                     f"fewer.{name}: {count} is not between 1 and {self.most - 1}: a video has up to {self.most} frames"
                 )
         if self.stamp is not None:
+            if self.positions_per_second is not None:
+                raise ValueError(
+                    "positions_per_second: frames behind a stamp each stand by themselves; leave one of the two out"
+                )
             try:
                 self.stamp.format(seconds=1.0, number=1)
             except (LookupError, ValueError) as error:
@@ -95,10 +102,10 @@ class VideoSpec(StrictModel):
 
     @property
     def tells_seconds(self) -> bool:
-        """Whether the text beside a frame says its time."""
-        return self.stamp is not None and self.stamp.format(seconds=1.0, number=1) != self.stamp.format(
-            seconds=2.0, number=1
-        )
+        """Whether the text beside a frame, or its position, says its time."""
+        if self.stamp is None:
+            return self.positions_per_second is not None
+        return self.stamp.format(seconds=1.0, number=1) != self.stamp.format(seconds=2.0, number=1)
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,23 @@ VIEWED = {
 }
 
 
+AXES = {**TINY_LLM, "model_type": "qwen2_vl_text", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+AXES["rope_parameters"]["mrope_section"] = [4, 6, 6]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seen", ["native", "video"])
+def test_positions_on_several_axes_get_the_tokens_of_generate(seen, tmp_path):
+    """Also where vLLM has a picture's tokens already and keeps nothing of it but how it lies."""
+    pytest.importorskip("vllm")
+    long = {"config": {**AXES, "max_position_embeddings": 2048}, "tokenizer": str(tmp_path / "made" / "tokenizer")}
+    changes = (
+        VIEWED["native"] if seen == "native" else {"video": {"fps": 2, "max_frames": 6, "positions_per_second": 2}}
+    )
+    folder = write_checkpoint(tmp_path / "made", language_model=long, **changes)
+    every_path_says_the_same(folder, tmp_path / "report.json", cases=8)
+
+
 @pytest.mark.parametrize(
     "name", ["tiles", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("native", "without encoder"))]
 )

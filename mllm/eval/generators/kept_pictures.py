@@ -70,7 +70,9 @@ class KeptPictures:
                 found[keys[k]] = part
                 self._put(keys[k], part)
         device = next(iter(pixels.values())).device
-        return left | {"image_features": torch.cat([found[key].to(device) for key in keys])}
+        told = {IMAGE_SIZES: sizes, VIDEO_TIMES: times}  # a language model with several position axes asks for them
+        told = {name: value for name, value in told.items() if value is not None}
+        return left | told | {"image_features": torch.cat([found[key].to(device) for key in keys])}
 
     def _get(self, key: bytes) -> Tensor | None:
         if key in self._tokens:

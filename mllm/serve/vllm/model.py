@@ -35,6 +35,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from mllm.errors import CheckpointError, UnavailableError
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.pipeline import build_visual_parts
+from mllm.models.position_axes import SERVED_AS, told_to_vllm
 from mllm.models.routing import short_image
 from mllm.models.weight_files import present_name, published_renamings
 from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES
@@ -47,6 +48,7 @@ from mllm.serve.http.stats import Choices, EncoderClock
 from mllm.serve.vllm.encoder_graphs import EncoderGraphs, compile_encoders, run_blank
 from mllm.serve.vllm.feature_memory import FeatureMemory
 from mllm.serve.vllm.placeholder import never_ids
+from mllm.serve.vllm.positions import PositionsOfPrompts
 from mllm.serve.vllm.processing import MllmDummyInputsBuilder, MllmMultiModalProcessor, MllmProcessingInfo, short_grid
 from mllm.serve.vllm.refusals import refuse_unserved
 from mllm.serve.vllm.served_heads import HeadsInEngine
@@ -61,7 +63,7 @@ _NOT_SERVED = ("model.visual_tokenizer.", "visual_head.")
 @MULTIMODAL_REGISTRY.register_processor(
     MllmMultiModalProcessor, info=MllmProcessingInfo, dummy_inputs=MllmDummyInputsBuilder
 )
-class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, SupportsPP):
+class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, SupportsPP, PositionsOfPrompts):
     """Encoder bank and connector as in training (`build_visual_parts`), replicated under tensor parallelism; the
     language model, with its head, is vLLM's."""
 
@@ -89,6 +91,7 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
         config: MllmConfig = vllm_config.model_config.hf_config  # type: ignore[assignment]
         self.config = config
         refuse_unserved(config)
+        told_to_vllm(config.text_config)
         self.pixel_keys = PixelKeys(config.encoders)
         self.rules = config.layout_rules()
         self.short_grid = short_grid(config) if (config.router or {}).get("type") == "language_model" else None
@@ -398,7 +401,10 @@ class MllmForConditionalGeneration(nn.Module, SupportsLoRA, SupportsMultiModal, 
 
 
 def language_architectures(text_config: Any) -> list[str]:
-    """The language model's class names for vLLM: those of its config, else HF's class for its type."""
+    """The language model's class names for vLLM: those of its config, else HF's class for its type. Of a text part of another model, whose
+    config names that, the class of the same layers."""
+    if served := SERVED_AS.get(text_config.model_type):
+        return [served]
     if text_config.architectures:
         return list(text_config.architectures)
     try:

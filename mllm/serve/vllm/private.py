@@ -70,6 +70,11 @@ PRIVATE = (
         "encoders are left out where pictures are switched off (mllm.serve.vllm.model)",
     ),
     Private(
+        ("model_executor/models/interfaces.py",),
+        ("get_mrope_input_positions",),
+        "positions on several axes are those of training (mllm.serve.vllm.positions)",
+    ),
+    Private(
         ("lora/ops/torch_ops/lora_ops.py",),
         ("bgmv_expand", "bgmv_expand_slice"),
         "on a CPU, rows without an adapter take none (mllm.serve.vllm.cpu_adapters)",

@@ -290,8 +290,10 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
         pixels, rules = PixelKeys(self.info.get_hf_config().encoders), self.info.rules
-        names = [*pixels.values(), IMAGE_SIZES, "expert_weights", "router_input_ids", "routing_pass", "picture_key"]
+        names = [*pixels.values(), "expert_weights", "router_input_ids", "routing_pass", "picture_key"]
         fields = {name: MultiModalFieldConfig.batched(MODALITY) for name in names}
+        # What says how a visual lies: vLLM leaves nothing else of one whose tokens it has, and positions are counted by it.
+        fields[IMAGE_SIZES] = MultiModalFieldConfig.batched(MODALITY, keep_on_cpu=True)
 
         def lay_out(prefix: str, modality: str, layouts: Sequence[VisualLayout]) -> None:
             """As many rows of pixels for each visual as it has views."""
@@ -305,7 +307,7 @@ class MllmMultiModalProcessor(BaseMultiModalProcessor[MllmProcessingInfo]):
             lay_out("", MODALITY, [rules.layout()] * (len(hf_inputs[PRIMARY_PIXELS]) // rules.view.frames))
         if APART + VIDEO_TIMES in hf_inputs:
             frames = hf_inputs[APART + VIDEO_TIMES].ge(0).sum(-1).tolist()
-            fields[APART + VIDEO_TIMES] = MultiModalFieldConfig.batched(VIDEOS)
+            fields[APART + VIDEO_TIMES] = MultiModalFieldConfig.batched(VIDEOS, keep_on_cpu=True)
             lay_out(APART, VIDEOS, [rules.video_layout(count) for count in frames])
         adapter: Any = hf_processor_mm_kwargs.get(ADAPTER, 0)  # the processor knows nothing of it
         for prefix, modality, count in (

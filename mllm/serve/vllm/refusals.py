@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mllm.errors import UnavailableError
 from mllm.models.configuration_mllm import MllmConfig
+from mllm.models.position_axes import SERVED_AS, has_axes
 
 
 def refuse_unserved(config: MllmConfig) -> None:
@@ -18,6 +19,12 @@ def refuse_unserved(config: MllmConfig) -> None:
         raise UnavailableError(
             "this checkpoint has weights of their own for visual tokens in every decoder layer (modality_switch), which vLLM's "
             "language models have no place for; use mllm chat or model.generate"
+        )
+    kind = config.text_config.model_type
+    if has_axes(config.text_config) and SERVED_AS[kind] is None:
+        raise UnavailableError(
+            f"this checkpoint's language model ({kind}) has positions of several axes, and was not tried in vLLM (those of "
+            f"{', '.join(name for name, served in SERVED_AS.items() if served)} were); use mllm chat or model.generate"
         )
     for name, info in config.encoder_infos().items():
         if info.image.points:

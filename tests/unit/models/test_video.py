@@ -16,7 +16,7 @@ from mllm.models.build import build_config
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.processing.chat import encode_sample, render_prompt
 from mllm.types import IMAGE_MARK, Sample, Turn, Video, scene
-from tests.helpers import TINY_CLIP, TINY_LLM, picture, tiny_model, tiny_spec
+from tests.helpers import TINY_CLIP, picture, tiny_model, tiny_spec
 from tests.videos import painted, write_clip
 
 STAMP = "at {seconds:.1f}s "
@@ -260,26 +260,6 @@ def test_what_takes_no_video_says_so(tmp_path, parts, clip):
     ]:
         with pytest.raises(ConfigError, match=told):
             build_config(tiny_spec(str(tmp_path), video={"frames": 2}, **changes))
-
-
-@pytest.mark.parametrize(
-    ("config", "told"),
-    [
-        ({"model_type": "qwen2_5_vl_text"}, "qwen2_5_vl_text is no causal language model of transformers.*M-RoPE"),
-        ({"model_type": "qwen3_vl_text"}, "qwen3_vl_text is no causal language model of transformers.*M-RoPE"),
-        (
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}},
-            "llama has no positions of several axes .mrope_section",
-        ),
-        (
-            {"model_type": "qwen2", "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}},
-            "qwen2 has no positions",
-        ),
-    ],
-)
-def test_a_language_model_with_positions_of_several_axes_is_refused(config, told, tmp_path):
-    with pytest.raises(ConfigError, match=told):
-        build_config(tiny_spec(str(tmp_path), language_model={"config": TINY_LLM | config, "tokenizer": str(tmp_path)}))
 
 
 TINY_VGGT = {

@@ -1,0 +1,75 @@
+"""How does the text part of a model that sees (Qwen2-VL, Qwen3-VL, GLM-4V) become a language model with a head?
+
+transformers has no causal language model of these; published are whole models, whose names of weights differ by version.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from mllm.models.position_axes import SERVED_AS
+
+NAMES = {
+    r"^model\.language_model\.": "model.",
+    r"^language_model\.model\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
+"""Names of a whole model's text weights (as transformers writes them now, and as others did) → those of its text part. Those of the first
+Qwen2-VL, ``model.layers…``, are these already."""
+
+
+class TextPartForCausalLM(PreTrainedModel):
+    """A text model of transformers with its head. The weights of a whole model's other parts are passed over when it is opened."""
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _keys_to_ignore_on_load_unexpected = [r"(^|\.)visual\.", r"(^|\.)vision_tower\.", r"^mtp\."]
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.model = AutoModel.from_config(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)  # pyright: ignore[reportAttributeAccessIssue]
+        self._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+        self._no_split_modules = list(getattr(self.model, "_no_split_modules", None) or ())
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+
+def is_language_model(config: PreTrainedConfig) -> bool:
+    """Whether a config is of a language model with a head, of transformers or of `TextPartForCausalLM`."""
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or config.model_type in SERVED_AS
+
+
+def causal_from_config(config: PreTrainedConfig) -> Any:
+    """A language model with its head and weights of its own initialisation. config: of one (`is_language_model`)."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM.from_config(config)
+    return TextPartForCausalLM(config)
+
+
+def causal_from_pretrained(place: str, *, config: PreTrainedConfig, **options: Any) -> Any:
+    """A published language model with its head.
+
+    Args:
+        place: a folder or hub id.
+        config: of it, or of the text part of what it is.
+        options: as ``from_pretrained`` of transformers takes them.
+
+    Returns:
+        What ``from_pretrained`` gives.
+    """
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM.from_pretrained(place, config=config, **options)
+    return TextPartForCausalLM.from_pretrained(place, config=config, key_mapping=NAMES, **options)
