@@ -47,7 +47,7 @@ def train(
     """The same as `mllm train`, which trains tokenizers too."""
     from mllm.cli.train import train as train_recipe
 
-    train_recipe(recipe, overrides, processes=1, resume=resume, extend=False, output=None, profile=0, evaluate=False)
+    train_recipe(recipe, overrides, processes=1, resume=resume, extend=False, output=None, profile=None, evaluate=False)
 
 
 @tokenizer.command("eval")

@@ -34,8 +34,14 @@ def train(
     ] = False,
     output: Annotated[Path | None, typer.Option(help="Output folder; default runs/<recipe>.")] = None,
     profile: Annotated[
-        int, typer.Option(min=0, help="Record so many steps of every stage with the profiler: <output>/profile.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Record so many steps of every stage with the profiler: <output>/profile. Default: two steps of a stage of 50 or "
+            "more, told in a line; 0: none.",
+            show_default=False,
+        ),
+    ] = None,
     evaluate: Annotated[bool, typer.Option(help="Run the recipe's evaluation after the last stage.")] = True,
     nodes: Nodes = None,
     node_rank: NodeRank = None,

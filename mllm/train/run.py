@@ -47,7 +47,7 @@ def run_recipe(
     resume: bool = False,
     output: str | Path | None = None,
     stop_after: int | None = None,
-    profile: int = 0,
+    profile: int | None = None,
     extend: bool = False,
     machines: Machines | None = None,
 ) -> Path:
@@ -59,7 +59,8 @@ def run_recipe(
         resume: go on in a folder that holds a run; without it such a folder is refused.
         output: the run's folder (default: the recipe's).
         stop_after: end with a checkpoint after so many optimizer steps (the returned folder may then not exist yet).
-        profile: record so many steps of every stage with the profiler, into ``<output>/profile``.
+        profile: record so many steps of every stage with the profiler, into ``<output>/profile``. Default: where a step's time goes is
+            told once, from two steps, in stages of 50 steps and more; 0: not even that.
         extend: resume, and let the last stage be longer than it was: it goes on from its optimizer's state (``keep_state``), with the
             schedule of the new length.
         machines: those that run the same command, this one among them; ``processes`` is then theirs.
@@ -165,7 +166,7 @@ def _holds_a_run(folder: Path) -> bool:
 
 
 def _train_recipe(
-    recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, profile: int, extend: bool
+    recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, profile: int | None, extend: bool
 ) -> None:
     """The body of every process."""
     with _naming_a_full_disk(folder), naming_a_full_gpu(), ExitStack() as stack:
@@ -173,7 +174,13 @@ def _train_recipe(
 
 
 def _train(
-    recipe: Recipe, folder: Path, resume: bool, stop_after: int | None, profile: int, extend: bool, stack: ExitStack
+    recipe: Recipe,
+    folder: Path,
+    resume: bool,
+    stop_after: int | None,
+    profile: int | None,
+    extend: bool,
+    stack: ExitStack,
 ) -> None:
     """stack: what keeps other runs out of this machine's folder until the end."""
     progress.begin()

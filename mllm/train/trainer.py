@@ -51,7 +51,7 @@ from mllm.train.observe.fading import FadingParts
 from mllm.train.observe.flops import FlopModel, flop_model, peak_flops
 from mllm.train.observe.idle import AFTER, idle_parts, tell_idle
 from mllm.train.observe.meter import Meter, count_batches, mean_losses
-from mllm.train.observe.profiling import StepProfiler
+from mllm.train.observe.profiling import mark, profiler_of
 from mllm.train.observe.progress import StageDisplay
 from mllm.train.observe.run_info import RunInfo
 from mllm.train.observe.spikes import SpikeDetector, diverged
@@ -79,8 +79,8 @@ class Run:
     info: RunInfo | None
     stop_after: int | None = None
     """Optimizer steps this start of the run may still do; None: no limit."""
-    profile: int = 0
-    """Steps of every stage to record with the profiler."""
+    profile: int | None = None
+    """Steps of every stage to record with the profiler; None: of a long enough one two, told in a line."""
     extend: bool = False
     """The last stage may be longer than when it was started, or finished."""
     interrupted: bool = False
@@ -176,14 +176,14 @@ def train(
         )
         fading = FadingParts(quiet=warmup_steps(stage.schedule, progress.total_steps))
         launched = started_by_launcher()
-        profiler = StepProfiler(run.output / "profile", name, run.profile, display.print)
+        profiler = profiler_of(run, stage, progress, display.print, model)
         stack.callback(profiler.close)
         asked = stack.enter_context(asked_to_stop(distributed.is_main() and not launched, patient=launched))
         first = True
         while progress.step < progress.total_steps:
             profiler()
             waited = time.perf_counter()
-            with phase("loading the first batch", when=first):
+            with phase("loading the first batch", when=first), mark("mllm.data"):
                 micro = next(steps)
             waited = time.perf_counter() - waited
             engine.set_rate_factor(rate_factor(stage.schedule, progress.step, progress.total_steps))
@@ -201,6 +201,7 @@ def train(
                     stop=bool(asked.by),
                     datasets=session.datasets,
                 )
+            profiler.stepped()
             if step.written:
                 writer.finish()
             first = False
@@ -366,7 +367,8 @@ def optimizer_step(
     loss = distributed.sum_numbers([float(torch.stack(losses).float().sum())])[0]
     if not math.isfinite(loss):
         raise diverged("loss", loss, micro)
-    norm = engine.step()
+    with mark("mllm.update"):
+        norm = engine.step()
     share_statistics(engine.model)
     if not math.isfinite(norm):
         raise diverged("gradient norm", norm, micro)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mllm.config import validate
 from mllm.errors import CheckpointError, ConfigError, DataError
@@ -127,6 +128,26 @@ def test_a_run_tells_each_datasets_loss_the_experts_that_ran_and_where_time_went
     trace = json.loads((output / "profile" / "sft-0.json").read_text())
     assert any("AdamW" in str(event.get("name")) for event in trace["traceEvents"])
     assert "aten::mm" in (output / "profile" / "sft-0.txt").read_text()
+
+
+def test_where_a_step_goes_is_told_once_by_itself_and_changes_no_bit(tmp_path, capsys, monkeypatch):
+    from mllm.train.observe import profiling
+
+    monkeypatch.setattr(profiling, "BY_ITSELF", 1)
+    monkeypatch.setattr(profiling, "SHORTEST", 4)
+    recipe = make_recipe(tmp_path, stages=[{"name": "sft", "steps": 4, "learn": {"encoders": 1e-3, "connector": 1e-3}}])
+    told, weights = {}, {}
+    for name, profile in (("with", None), ("without", 0)):
+        final = run_recipe(recipe, output=tmp_path / name, profile=profile)
+        told[name], weights[name] = capsys.readouterr().out, load_file(final / "model.safetensors")
+    assert metrics(tmp_path / "with") == metrics(tmp_path / "without")
+    assert all(torch.equal(value, weights["without"][key]) for key, value in weights["with"].items())
+    line = next(line for line in told["with"].splitlines() if "sft: a step takes" in line)
+    assert "encoders" in line and "update" in line and "waiting for data" in line
+    assert told["with"].count("a step takes") == 1 and "a step takes" not in told["without"]
+    found = json.loads((tmp_path / "with" / "run.json").read_text())["stages"]["sft"]["step_time"]
+    assert found["after_steps"] == 3 and sum(found["parts_ms"].values()) == pytest.approx(found["ms"], abs=0.02)
+    assert "step_time" not in json.loads((tmp_path / "without" / "run.json").read_text())["stages"]["sft"]
 
 
 def test_resuming_with_other_settings_says_which(tmp_path):
