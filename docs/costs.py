@@ -83,7 +83,7 @@ def memory_row(recipe: Any, name: str) -> tuple[str, str]:
 
 def encoder_memory(millions: float) -> str:
     """An encoder's own share of memory by its number of parameters: what `mllm plan` counts for AdamW in bf16."""
-    from mllm.train.preflight.plan import STATE_BYTES
+    from mllm.train.engine.optim import STATE_BYTES
     from mllm.train.preflight.plan_report import size
 
     weights, learning = 2, 2 + 2 + STATE_BYTES["adamw"] + 4

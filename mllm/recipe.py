@@ -14,6 +14,7 @@ from mllm.config import StrictModel, apply_overrides, read_yaml, validate
 from mllm.errors import ConfigError
 from mllm.former_recipes import CURE, upgraded
 from mllm.plugins import load_plugins
+from mllm.recipe_optimizer import OptimizerSpec, ScheduleSpec
 
 
 class LanguageModelSpec(StrictModel):
@@ -181,36 +182,6 @@ class LearnSpec(StrictModel):
     """Encoders: unfreeze only the last layers (and the final norm)."""
     lora: LoraSpec | None = None
     """Learn an adapter on the part and keep its own weights as they are."""
-
-
-class ScheduleSpec(StrictModel):
-    """Learning-rate shape over the stage."""
-
-    type: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the rate falls after the warm-up."""
-    warmup: float = Field(default=0.03, ge=0)
-    """Below 1: share of the stage's steps; 1 or more: steps."""
-    minimum: float = Field(default=0.0, ge=0, le=1)
-    """Final rate as a share of the peak."""
-
-
-class OptimizerSpec(StrictModel):
-    """How gradients become updates."""
-
-    type: Literal["adamw", "adamw_8bit", "muon", "sgd"] = "adamw"
-    """adamw_8bit needs bitsandbytes; muon takes matrices, AdamW the rest."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay of the first and second moment."""
-    eps: float = 1e-8
-    """AdamW's guard against division by zero."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled decay of matrices; norms and biases have none."""
-    max_grad_norm: float | None = Field(default=1.0, gt=0)
-    """None: no clipping. Always written explicitly to DeepSpeed, whose own default is 1.0."""
-    ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of a running average of the learning weights (e.g. 0.999); the stage then ends with the average. engine: none."""
-    fused: bool | None = None
-    """AdamW's whole update in one kernel, for bf16 weights under engine: none on CUDA. Default: where it can be."""
 
 
 class DrawSpec(StrictModel):

@@ -191,7 +191,9 @@ class CheckpointReader:
                 continue
             if key not in fragment.state:
                 kind = self._file(owner, saved["file"]).get_slice(f"{fragment.name}|{key}").get_dtype()
-                fragment.state[key] = torch.zeros_like(fragment.like, dtype=_DTYPES[kind], requires_grad=False)
+                # Moments that another optimizer kept in bf16 become float32 here.
+                dtype = fragment.like.dtype if kind == "BF16" else _DTYPES[kind]
+                fragment.state[key] = torch.zeros_like(fragment.like, dtype=dtype, requires_grad=False)
             self._read_into(fragment, key, fragment.state[key].view(-1))
 
     def _read_into(self, fragment: Fragment, key: str, destination: Tensor) -> None:
@@ -267,7 +269,8 @@ _BESIDE_STAGE = ("model", "seed", "rows")
 
 def _settings(stage: StageSpec, model: ModelSpec, seed: int, rows: dict[str, str]) -> str:
     settings = stage.model_dump(mode="json", exclude=COSMETIC)
-    settings["optimizer"].pop("fused", None)  # how the update is computed, not which
+    for key in ("fused", "master", "moments"):  # how the update is computed and kept, not which
+        settings["optimizer"].pop(key, None)
     return json.dumps({**settings, "model": model.model_dump(mode="json"), "seed": seed, "rows": rows}, sort_keys=True)
 
 

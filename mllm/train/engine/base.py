@@ -26,9 +26,10 @@ from mllm import assets
 from mllm.damage import damage_of
 from mllm.errors import ConfigError, did_you_mean
 from mllm.recipe import StageSpec
+from mllm.train.engine.compact_adamw import CompactAdamW
 from mllm.train.engine.groups import Group
 from mllm.train.engine.optim import (
-    MasterWeights,
+    OF_BF16,
     build_optimizer,
     check_engine,
     swap_average,
@@ -170,7 +171,7 @@ class Engine:
         norms, scale = self._norms_and_scale()
         *each, value = norms.tolist()  # the one place where the update waits for the backward pass
         if math.isfinite(value):
-            if isinstance(self.optimizer, MasterWeights):
+            if isinstance(self.optimizer, OF_BF16):
                 self.optimizer.step(scale)
             else:
                 if self.stage.optimizer.max_grad_norm is not None:
@@ -215,16 +216,23 @@ class Engine:
                 index += 1
 
     def _whole(self, name: str, parameter: Tensor) -> Fragment:
-        return Fragment(
-            name, 0, parameter.numel(), parameter.detach().view(-1), 0, self.optimizer.state[parameter], parameter
-        )
+        optimizer = self.optimizer
+        compact = isinstance(optimizer, CompactAdamW)
+        weights = optimizer.weights(parameter) if compact else parameter.detach()
+        return Fragment(name, 0, parameter.numel(), weights.view(-1), 0, optimizer.state[parameter], parameter)
 
     def load_fragments(self, read: Callable[[Fragment], None]) -> None:
         """Fill what this process holds: ``read`` fills one fragment in place."""
         for group in self.optimizer.param_groups:
             for name, parameter in zip(group["names"], group["params"]):
-                read(self._whole(name, parameter))
-        if isinstance(self.optimizer, MasterWeights):
+                fragment = self._whole(name, parameter)
+                if isinstance(self.optimizer, CompactAdamW):
+                    self.optimizer.state_of(parameter)
+                    read(fragment)
+                    self.optimizer.put(parameter, fragment.flat)
+                else:
+                    read(fragment)
+        if isinstance(self.optimizer, OF_BF16):
             self.optimizer.restore_parameters()
 
     @contextmanager

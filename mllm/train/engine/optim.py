@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mllm.errors import ConfigError, UnavailableError
 from mllm.install import package_hint
 from mllm.recipe import OptimizerSpec
+from mllm.train.engine.compact_adamw import CompactAdamW
 from mllm.train.engine.fused_adamw import FusedAdamW, available
 from mllm.train.engine.groups import Group
 
@@ -20,7 +21,13 @@ ZERO_OPTIMIZERS = ("adamw", "sgd")
 """Optimizers whose update is elementwise: ZeRO flattens and cuts parameters, which Muon and 8-bit blocks do not
 survive."""
 
+STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "muon": 4, "sgd": 4}
 _BUCKET = 1 << 28  # elements whose fp32 gradients are alive at once in `MasterWeights`
+
+
+def state_bytes(spec: OptimizerSpec) -> int:
+    """Bytes of optimizer state for a learning weight, float32 copies aside."""
+    return STATE_BYTES[spec.type] // (2 if spec.moments == "bfloat16" else 1)
 
 
 def build_optimizer(model: nn.Module, groups: Sequence[Group], spec: OptimizerSpec, *, master: bool = False) -> Any:
@@ -47,9 +54,9 @@ def build_optimizer(model: nn.Module, groups: Sequence[Group], spec: OptimizerSp
         }
         for group, use_muon in split
     ]
-    if not master:
-        return _construct(described, spec)
-    return MasterWeights(described, spec)
+    if spec.compact:
+        return CompactAdamW(described, spec)
+    return MasterWeights(described, spec) if master else _construct(described, spec)
 
 
 def _construct(groups: list[dict[str, Any]], spec: OptimizerSpec) -> torch.optim.Optimizer:
@@ -226,6 +233,8 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     return (work if wide else work.t()).to(matrix.dtype)
 
 
+OF_BF16 = (MasterWeights, CompactAdamW)
+"""Optimizers of low-precision weights, which scale gradients themselves."""
 AVERAGE = "average"
 """Key of the running average beside the optimizer's own state, so that checkpoints hold it."""
 
@@ -250,7 +259,7 @@ def take_average(optimizer: Any) -> None:
         for parameter in group["params"]:
             if AVERAGE in optimizer.state[parameter]:
                 parameter.copy_(optimizer.state[parameter][AVERAGE])
-    if isinstance(optimizer, MasterWeights):
+    if isinstance(optimizer, OF_BF16):
         optimizer.restore_parameters()
 
 
@@ -264,7 +273,7 @@ def swap_average(optimizer: Any) -> None:
                 held = parameter.detach().clone()
                 parameter.copy_(average)
                 average.copy_(held)
-    if isinstance(optimizer, MasterWeights):
+    if isinstance(optimizer, OF_BF16):
         optimizer.restore_parameters()
 
 
@@ -274,6 +283,11 @@ def check_engine(spec: OptimizerSpec, stage_name: str, zero_stage: int) -> None:
         raise ConfigError(
             f"stages.{stage_name}.optimizer.type {spec.type!r} does not work on ZeRO's flattened parameters; "
             f"use engine: none, or one of {', '.join(ZERO_OPTIMIZERS)}"
+        )
+    if zero_stage and spec.compact:
+        raise ConfigError(
+            f"stages.{stage_name}.optimizer: master {spec.master} and moments {spec.moments} are for engine: none; ZeRO cuts the float32 "
+            "state into one share a process instead"
         )
     if zero_stage and spec.ema is not None:
         raise ConfigError(f"stages.{stage_name}.optimizer.ema: ZeRO keeps no average of its slices; use engine: none")

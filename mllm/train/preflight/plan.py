@@ -31,6 +31,7 @@ from mllm.train.added_rows import rows_line
 from mllm.train.data import PADDED_TO, check_some_rows, open_mixture, token_count
 from mllm.train.engine.base import choose_engine
 from mllm.train.engine.groups import Group, apply_learning, frozen_summary
+from mllm.train.engine.optim import state_bytes
 from mllm.train.observe.flops import flop_model
 from mllm.train.preflight.scaling import ENGINES, Load, smallest_that_fits
 from mllm.train.stages.kind import kind_of
@@ -45,7 +46,6 @@ _EVEN_ATTENTION = 1 / 3
 """Below this share of 1 / sqrt(width), the first weights' spread lets queries and keys say almost nothing of one another."""
 _ENCODERS_ALONE = ("contrastive", "masked", "exits", "recognition", "agglomeration")
 """Kinds of stages in which the language model reads nothing: its weights are there, its activations are not."""
-STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "muon": 4, "sgd": 4}
 
 
 @dataclass
@@ -148,8 +148,8 @@ def plan_recipe(recipe: Recipe, *, processes: int = 1, with_data: bool = True, g
         clean = not has_adapters(model)
     hazards += _recipe_hazards(recipe, parameters)
     hazards += licence_warnings({n: encoder_config(spec, where=f"encoders.{n}") for n, spec in config.encoders.items()})
-    last = 2 if recipe.stages[-1].dtype == "bfloat16" else 4
-    return RecipePlan(recipe.name, parameters, _joins(config), stages, hazards, last * sum(parameters.values()))
+    final = (2 if recipe.stages[-1].dtype == "bfloat16" else 4) * sum(parameters.values())
+    return RecipePlan(recipe.name, parameters, _joins(config), stages, hazards, final)
 
 
 def config_and_processor_here(recipe: Recipe) -> tuple[MllmConfig, Any, str | None]:
@@ -255,7 +255,7 @@ def _plan_stage(
         compiled=stage.compile and zero_stage != 3,
         again=stage.gradient_checkpointing,
     )
-    plan.checkpoint_bytes = 2 * learned * (4 + STATE_BYTES[stage.optimizer.type])
+    plan.checkpoint_bytes = 2 * learned * (4 + state_bytes(stage.optimizer))
     plan.hazards = _stage_hazards(recipe, stage, model, plan, zero_stage, rows)
     return plan
 
@@ -264,7 +264,11 @@ def possible_engines(recipe: Recipe, stage: StageSpec) -> tuple[str, ...]:
     """Engines by name that the stage can be trained with, the one that shares least first."""
     whole = tuple(ENGINES)
     specs = stage.learning().values()
-    if stage.kind in ("dpo", "grpo") or any(spec.lora is not None and spec.lora.bits is not None for spec in specs):
+    if (
+        stage.kind in ("dpo", "grpo")
+        or stage.optimizer.compact
+        or any(spec.lora is not None and spec.lora.bits is not None for spec in specs)
+    ):
         return whole[:1]
     robust = stage.kind == "sft" and isinstance(stage.options.get("robust"), dict)
     if recipe.model.heads or stage.kind in (*_ENCODERS_ALONE, "tokenizer") or robust:
@@ -325,7 +329,8 @@ def _memory(
     """Bytes on one GPU by what they are for. ``update``: buffers of the optimizer step, when activations are gone."""
     size = 2 if stage.dtype == "bfloat16" else 4
     share = processes if zero_stage else 1
-    states = learned * (STATE_BYTES[stage.optimizer.type] + (4 if size == 2 or zero_stage else 0)) // share
+    copies = (2 if stage.optimizer.master == "low_bits" else 4) if size == 2 or zero_stage else 0
+    states = learned * (state_bytes(stage.optimizer) + copies) // share
     states += 4 * learned if stage.optimizer.ema is not None else 0
     gradients = size * learned // (processes if zero_stage >= 2 else 1)
     update = min(learned, 1 << 28) * 4 if zero_stage == 0 else (4 + size) * learned // share

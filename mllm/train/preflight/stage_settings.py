@@ -26,6 +26,10 @@ def check_stage(stage: StageSpec, recipe: Recipe) -> None:
     if stage.chat_template is not None:
         read_template(stage.chat_template)
     engine = choose_engine(stage)
+    if stage.optimizer.compact and stage.dtype != "bfloat16":
+        raise ConfigError(
+            f"stages.{stage.name}.optimizer: master: low_bits and moments: bfloat16 are for dtype: bfloat16, and dtype is {stage.dtype}"
+        )
     heads = recipe.model.heads
     if heads and engine.zero_stage == 3:
         raise ConfigError(

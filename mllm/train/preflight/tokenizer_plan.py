@@ -15,7 +15,8 @@ from mllm.odd_settings import odd_settings
 from mllm.recipe import Recipe, StageSpec
 from mllm.train.engine.base import choose_engine
 from mllm.train.engine.groups import apply_learning, frozen_summary
-from mllm.train.preflight.plan import STATE_BYTES, RecipePlan, StagePlan
+from mllm.train.engine.optim import state_bytes
+from mllm.train.preflight.plan import RecipePlan, StagePlan
 from mllm.train.stages.diffusion.model import DiffusionModel
 from mllm.train.stages.diffusion.stage import odd_diffusion_settings
 from mllm.train.stages.tokenizer.model import TokenizerModel
@@ -101,7 +102,7 @@ def _plan_stage(
     if plan.steps is None and plan.samples is not None:
         plan.steps = max(1, -(-round(float(stage.epochs or 1) * plan.samples) // rows))
     learned, total = sum(g.num_parameters for g in groups), sum(p.numel() for p in model.parameters())
-    share, states = processes if zero_stage else 1, STATE_BYTES[stage.optimizer.type] + (4 if zero_stage else 0)
+    share, states = processes if zero_stage else 1, state_bytes(stage.optimizer) + (4 if zero_stage else 0)
     activations, operations = _run_once(model, stage)
     plan.memory = {
         "weights": 4 * total,
@@ -111,7 +112,7 @@ def _plan_stage(
         "update": 4 * learned // share,
     }
     plan.flops_step = plan.flops_step_language_model = operations * stage.gradient_accumulation * processes
-    plan.checkpoint_bytes = 2 * learned * (4 + STATE_BYTES[stage.optimizer.type])
+    plan.checkpoint_bytes = 2 * learned * (4 + state_bytes(stage.optimizer))
     plan.hazards += odd_settings(stage, steps=plan.steps, samples=plan.samples, rows=rows)
     if not activations:
         plan.hazards.append("activations are not known: this tokenizer does not run on the meta device")

@@ -38,6 +38,13 @@ class Net(nn.Module):
         return self.second(nn.functional.dropout(self.norm(self.first(self.frozen(x))), 0.2, self.training))
 
 
+COMPACT = {
+    "low_bits": {"master": "low_bits"},
+    "moments": {"moments": "bfloat16"},
+    "both": {"master": "low_bits", "moments": "bfloat16"},
+}
+
+
 def _engine(dtype: str = "float32", optimizer: str = "adamw", model: nn.Module | None = None) -> Engine:
     model = model or Net()
     if dtype == "bfloat16":
@@ -45,7 +52,12 @@ def _engine(dtype: str = "float32", optimizer: str = "adamw", model: nn.Module |
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     groups = [Group("connector", 1e-2, 0.1, tuple(names[::2]), 0), Group("connector", 1e-3, 0.0, tuple(names[1::2]), 0)]
     stage = StageSpec(
-        name="s", learn={"connector": 1e-3}, data="x", steps=9, dtype=dtype, optimizer={"type": optimizer}
+        name="s",
+        learn={"connector": 1e-3},
+        data="x",
+        steps=9,
+        dtype=dtype,
+        optimizer=COMPACT.get(optimizer, {"type": optimizer}),
     )
     return Engine(model, groups, stage, torch.device("cpu"))
 
@@ -65,8 +77,13 @@ def _progress(**changes) -> Progress:
     return Progress(stage="s", step=3, samples=24, total_steps=9, signature="{}", **changes)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "optimizer"),
+    [
+        *[(dtype, kind) for dtype in ("float32", "bfloat16") for kind in ("adamw", "sgd", "muon")],
+        *[("bfloat16", kind) for kind in COMPACT],
+    ],
+)
 def test_training_goes_on_bit_equal_with_dropout_buffers_and_optimizer_state(tmp_path, dtype, optimizer):
     engine = _engine(dtype, optimizer)
     torch.manual_seed(7)
@@ -86,6 +103,36 @@ def test_training_goes_on_bit_equal_with_dropout_buffers_and_optimizer_state(tmp
     for a, b in zip(engine.model.state_dict().values(), again.model.state_dict().values()):
         assert torch.equal(a, b)
     assert not [p for p in path.iterdir() if p.suffix not in (".safetensors", ".json")]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("adamw", "both"), ("both", "adamw"), ("adamw", "low_bits"), ("low_bits", "moments"), ("moments", "low_bits")],
+)
+def test_a_run_goes_on_with_its_state_kept_in_another_way(tmp_path, before, after):
+    """Weights are the same float32 numbers; float32 moments become the nearest bf16 ones, and bf16 ones the same float32 numbers."""
+    engine = _engine("bfloat16", before)
+    _steps(engine, 3)
+    save_checkpoint(tmp_path, engine, _progress())
+    reader = latest_checkpoint(tmp_path)
+    assert reader is not None
+    model = _engine("bfloat16", after).model
+    reader.restore_weights(model)
+    again = _engine("bfloat16", after, model)
+    reader.restore_engine(again)
+    narrow = "moments" in COMPACT.get(after, {})
+    old = {f.name: f for f in engine.fragments()}
+    new = {f.name: f for f in again.fragments()}
+    assert old.keys() == new.keys()
+    for name, fragment in new.items():
+        assert fragment.flat.dtype == torch.float32 and torch.equal(fragment.flat, old[name].flat)
+        for key in ("exp_avg", "exp_avg_sq"):
+            value = fragment.state[key]
+            assert value.dtype == (torch.bfloat16 if narrow else torch.float32)
+            assert torch.equal(value, old[name].state[key].to(value.dtype)) and bool(value.any())
+        assert float(fragment.state["step"]) == 3
+    _steps(again, 1)
+    assert {float(f.state["step"]) for f in again.fragments()} == {4.0}
 
 
 def test_only_the_newest_two_are_kept_and_remains_of_a_killed_write_are_removed(tmp_path):

@@ -50,6 +50,24 @@ def test_a_plan_counts_what_a_model_has_and_learns(tmp_path):
     assert "encoders.semantic starts from random weights and learns in no stage" in text
 
 
+def test_a_plan_counts_the_bytes_of_a_state_in_fewer_bits(tmp_path):
+    stage, found = (
+        {"name": "sft", "steps": 1, "dtype": "bfloat16", "engine": "auto", "learn": {"language_model": 1e-3}},
+        {},
+    )
+    for master, moments in (("float32", "float32"), ("low_bits", "float32"), ("low_bits", "bfloat16")):
+        recipe = make_recipe(tmp_path, stages=[{**stage, "optimizer": {"master": master, "moments": moments}}])
+        (plan,) = plan_recipe(recipe, processes=2, with_data=False).stages
+        learned = sum(group.num_parameters for group in plan.groups)
+        found[master, moments] = plan.memory["optimizer states"] / learned, plan.checkpoint_bytes / 2 / learned
+        assert ("zero1" in plan.engines) is (master == moments == "float32")
+    assert found == {
+        ("float32", "float32"): (12, 12),
+        ("low_bits", "float32"): (10, 12),
+        ("low_bits", "bfloat16"): (6, 8),
+    }
+
+
 def test_where_encoders_train_alone_the_language_model_keeps_nothing(tmp_path):
     stage = {"name": "masked", "steps": 1, "kind": "masked", "learn": {"encoders.detail": 1e-3}, "max_length": 2048}
     peaks = []
