@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
@@ -304,8 +304,9 @@ class StageSpec(StrictModel):
     """Keep the optimizer's state when the stage is done, so that ``mllm train --extend`` can go on with more steps."""
     log_every: int = Field(default=1, ge=1)
     """Optimizer steps between records of metrics.jsonl and the trackers."""
-    num_workers: int = Field(default=0, ge=0)
-    """Processes that read and resize pictures, for each training process; 0: in the training process itself."""
+    num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
+    """Processes that read and resize pictures, for each training process; 0: in the training process itself. auto: as many as reading took
+    beside the first steps, at most a core each."""
     max_bad_share: float = Field(default=0.05, ge=0, le=1)
     """Share of a dataset's samples that may be unusable (each is named and replaced) before the run stops."""
     draw: DrawSpec | None = None

@@ -109,7 +109,7 @@ def new_recipe(
         "dtype": "float32" if gpus == 0 else "bfloat16",
         "engine": "zero2" if learn == "whole" and gpus > 1 else "none",
         "gradient_checkpointing": gpus > 0,
-        "num_workers": 0 if gpus == 0 else 4,
+        "num_workers": 0 if gpus == 0 else "auto",
         "save_every": 500,
     }
     return {

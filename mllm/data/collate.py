@@ -61,6 +61,8 @@ class Batch:
     following: Position | None = None
     """Where this batch is in the plan, and where the next one is: what a checkpoint stores."""
     epoch: float = 0.0
+    seconds: float = 0.0
+    """What reading its samples and pictures took in the process that did it; of a batch that was split the first part has all."""
 
     def to(self, device: Any, *, non_blocking: bool = False) -> Batch:
         """The same batch with every tensor on ``device``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -53,6 +54,7 @@ class PlannedDataset(Dataset):
 
     @one_thread()
     def __getitem__(self, planned: PlannedBatch) -> list[Batch]:
+        began = time.perf_counter()
         dropped: list[Dropped] = []
         rows = []
         for draws in planned.rows:
@@ -61,6 +63,7 @@ class PlannedDataset(Dataset):
         for part in parts:
             part.epoch, part.position, part.following = planned.epoch, planned.position, planned.position
         parts[0].dropped, parts[-1].following = dropped, planned.following
+        parts[0].seconds = time.perf_counter() - began
         return parts
 
     def _packed_row(self, draws: tuple[Draw, ...], dropped: list[Dropped]) -> list[EncodedSample]:

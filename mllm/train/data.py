@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from mllm.data.lengths import counting_processes, measure
 from mllm.data.mixture import Draw, Mixture
 from mllm.data.plan import Plan, SteppedPlan, make_plan
 from mllm.data.shards.stream import ShardStream, merged
+from mllm.data.workers import AT_FIRST, WorkerChoice
 from mllm.errors import AlignmentError, ConfigError, DataError
 from mllm.odd_settings import odd_settings
 from mllm.processing.chat import count_tokens, encode_sample
@@ -25,7 +26,7 @@ from mllm.processing.protocol import TextProcessor
 from mllm.processing.references import refer
 from mllm.processing.videos import open_video
 from mllm.processing.views.base import BudgetConfig
-from mllm.progress import Phase
+from mllm.progress import Phase, tell
 from mllm.recipe import StageSpec
 from mllm.types import Sample, Video
 
@@ -206,11 +207,14 @@ class StageData:
         self.stage, self.mixture, self.phase = stage, mixture, phase or Phase()
         world, rank = distributed.world_size(), distributed.rank()
         self.drops, self.bad_share = DropLog(log), BadShare(stage.max_bad_share)
+        self.tell: Callable[[str], Any] = tell
         total = None if stage.epochs is None else max(1, round(stage.epochs * len(mixture)))
+        sharded = any(mixture.sharded)
+        self.workers = WorkerChoice(AT_FIRST if sharded else 0) if stage.num_workers == "auto" else None
         common: dict[str, Any] = {
             "pad_token_id": processor.tokenizer.pad_token_id,
             "rank": rank,
-            "num_workers": stage.num_workers,
+            "num_workers": stage.num_workers if self.workers is None else self.workers.first,
             "pad_to_multiple_of": None if stage.packing else PADDED_TO,
             "max_tokens": stage.max_tokens_per_batch,
             "pin_memory": distributed.local_device().type == "cuda",
@@ -220,7 +224,7 @@ class StageData:
         refuse_with_shards(stage, mixture)
         refuse_fixed_tokens(stage, mixture, processor)
         self.plan: Plan | None = None
-        if any(mixture.sharded):
+        if sharded:
             buffers = [
                 source.spec.shuffle_buffer or SHUFFLED for source in mixture.sources if source.shards is not None
             ]
@@ -231,6 +235,7 @@ class StageData:
                 world_size=world,
                 total=total,
                 buffer=max(buffers),
+                lanes_per_process=None if self.workers is None else AT_FIRST,
                 max_length=stage.max_length if stage.packing else None,
                 count=partial(token_count, processor),
                 **common,
@@ -327,16 +332,33 @@ class StageData:
     def steps(self) -> Iterator[list[Batch]]:
         """The micro-batches of each optimizer step, from the present position on; the last step may have fewer, and one in which a
         batch was split has more."""
-        batches = iter(self.stream)
-        if isinstance(self.plan, SteppedPlan):
-            yield from _until_windows_end(batches)
-            return
+        read = self._until_windows_end if isinstance(self.plan, SteppedPlan) else self._planned
+        steps = read(iter(self.stream))
+        while (micro := next(steps, None)) is not None:
+            if self.workers is not None:
+                self.workers.hand()
+            yield micro
+            chosen = self.workers.back(micro) if self.workers is not None else None
+            if chosen is None:
+                continue
+            self.workers = None
+            before, self.stream.num_workers = self.stream.num_workers, chosen[0]
+            self.tell(f"{self.stage.name}: {chosen[1]}")
+            if before != chosen[0]:
+                steps.close()  # ends the workers; others begin where this step ended
+                steps = read(iter(self.stream))
+
+    def _planned(self, batches: Iterator[Batch]) -> Generator[list[Batch], None, None]:
         while micro := _planned(batches, self.stage.gradient_accumulation):
             yield micro
 
-    def state(self) -> dict[str, Any]:
-        """This process's place in the data, for ``run.json``."""
-        return self.stream.state_dict()
+    @staticmethod
+    def _until_windows_end(batches: Iterator[Batch]) -> Generator[list[Batch], None, None]:
+        yield from _until_windows_end(batches)
+
+    def record(self) -> dict[str, Any]:
+        """This process's place in the data and how many read for it, for ``run.json``."""
+        return {"sampler": self.stream.state_dict(), "num_workers": self.stream.num_workers}
 
     def shared_state(self) -> dict[str, Any]:
         """The place of all processes, for a checkpoint. All must call it."""

@@ -288,6 +288,7 @@ def open_session(
     )
     flops = _flop_model(model, groups)
     display = StageDisplay(stage.name, active=distributed.is_main())
+    data.tell = display.print
     display.print(groups_table(stage, groups, frozen_summary(model)))
     if (line := rows_line(model, stage)) is not None:
         display.print(line)
@@ -473,7 +474,7 @@ def _record_place(run: Run, stage: StageSpec, session: Session) -> None:
     """How far the stage is, and the sampler's place, in ``run.json``."""
     if run.info is not None:
         done = session.progress
-        run.info.stage(stage.name, steps=done.step, samples=done.samples, sampler=session.data.state())
+        run.info.stage(stage.name, steps=done.step, samples=done.samples, **session.data.record())
 
 
 def _count_down(run: Run) -> bool:

@@ -150,6 +150,23 @@ def test_where_a_step_goes_is_told_once_by_itself_and_changes_no_bit(tmp_path, c
     assert "step_time" not in json.loads((tmp_path / "without" / "run.json").read_text())["stages"]["sft"]
 
 
+def test_the_number_of_workers_is_chosen_while_training_and_changes_no_bit(tmp_path, capsys, monkeypatch):
+    from mllm.data import workers
+
+    monkeypatch.setattr(workers, "WARM_UP", 1)
+    monkeypatch.setattr(workers, "MEASURED", 2)
+    monkeypatch.setattr(workers, "cores_per_process", lambda: 3)
+    monkeypatch.setattr(workers, "needed", lambda reading, step, cores: 1 if reading > 0 and step > 0 else 0)
+    stage = {"name": "sft", "steps": 5, "gradient_accumulation": 2}
+    for name, number in (("auto", "auto"), ("inside", 0)):
+        run_recipe(make_recipe(tmp_path, stages=[{**stage, "num_workers": number}]), output=tmp_path / name)
+    told = capsys.readouterr().out
+    assert told.count("sft: num_workers auto: 1 for each process") == 1 and "(3 cores a process)" in told
+    assert metrics(tmp_path / "auto") == metrics(tmp_path / "inside")
+    stages = [json.loads((tmp_path / name / "run.json").read_text())["stages"]["sft"] for name in ("auto", "inside")]
+    assert [stage["num_workers"] for stage in stages] == [1, 0] and stages[0]["sampler"] == stages[1]["sampler"]
+
+
 def test_resuming_with_other_settings_says_which(tmp_path):
     recipe = make_recipe(tmp_path, stages=[{"name": "sft", "steps": 4}])
     run_recipe(recipe, stop_after=1)

@@ -22,6 +22,7 @@ from mllm.data.packing import pack, split_to_multiple
 from mllm.data.parallel import pool_context
 from mllm.data.shards.lanes import Lane, LanePlace, Taken, Window
 from mllm.data.shards.read import Item
+from mllm.data.workers import timed
 from mllm.errors import AlignmentError, ConfigError, DataError, blamed_on
 from mllm.processing.chat import EncodedSample
 from mllm.stopping import outlive_the_step
@@ -162,7 +163,7 @@ class _Loaded(IterableDataset):
         workers, worker = (info.num_workers, info.id) if info is not None else (1, 0)
         turn = self.turn + worker  # of this worker's first batch
         own = list(self.places)[turn % workers :: workers]
-        streams = [self.batches(lane, self.lanes, self.places[lane]) for lane in own]
+        streams = [timed(self.batches(lane, self.lanes, self.places[lane])) for lane in own]
         index = turn // workers % len(own)
         while True:
             yield next(streams[index])

@@ -142,8 +142,9 @@ def _helps(division: Division, stage: StageSpec) -> Iterator[str]:
     """What would make such a step faster, where it waits."""
     shares = {**division.kinds, "idle": division.idle}
     waits = [kind for kind, least in _MUCH.items() if shares.get(kind, 0.0) >= least * max(division.whole, 1e-9)]
+    more = "" if stage.num_workers == "auto" else f"num_workers: auto (now {stage.num_workers}), "
     cures = {
-        DATA: f"pictures come too slowly: more num_workers than {stage.num_workers} (this machine has {os.cpu_count()} cores)",
+        DATA: f"pictures come too slowly: {more}more cores than {os.cpu_count()}, smaller pictures on disk, or cache_features",
         NETWORK: "processes wait for each other: more gradient_accumulation, an engine that shares less, or `mllm doctor --network`",
         "idle": "the GPU waits for its next kernel: "
         + ("packing or a larger batch_size" if stage.compile else "compile: true, packing or a larger batch_size"),

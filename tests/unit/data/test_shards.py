@@ -172,6 +172,15 @@ def test_workers_share_the_shards_and_resume_exactly(folder, processor):
     assert [contents(b) for b in islice(resumed, 6)] == whole[5:11]
 
 
+def test_the_number_of_workers_may_change_between_batches_where_it_divides_the_lanes(folder, processor):
+    whole = [contents(b) for b in islice(stream(declared(folder), processor, lanes_per_process=4), 9)]
+    changing, seen = stream(declared(folder), processor, lanes_per_process=4, num_workers=2), []
+    for workers, count in ((2, 3), (1, 1), (0, 2), (2, 3)):
+        changing.num_workers = workers
+        seen += [contents(b) for b in islice(changing, count)]
+    assert seen == whole
+
+
 def test_processes_read_different_rows_and_other_numbers_of_them_go_on(folder, processor):
     def ranks(world: int, state: dict | None = None) -> list[ShardStream]:
         options = {"world_size": world, "total": 70, "buffer": 2}

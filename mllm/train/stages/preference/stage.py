@@ -30,6 +30,7 @@ from mllm.damage import naming_damage
 from mllm.data.collate import Dropped
 from mllm.data.dataset import BadShare, DropLog
 from mllm.data.mixture import Mixture
+from mllm.data.workers import at_first, cores_per_process
 from mllm.errors import AlignmentError, ConfigError, DataError, UnavailableError, blamed_on, did_you_mean
 from mllm.install import package_hint
 from mllm.processing.images import load_image
@@ -115,6 +116,10 @@ def check_preference(stage: StageSpec) -> PreferenceOptions:
         raise ConfigError(f"{where}.options.rewards: a dpo stage learns from pairs and has no rewards; use kind: grpo")
     if stage.optimizer.ema is not None:
         raise ConfigError(f"{where}.optimizer.ema: TRL's trainers keep no average; leave it out")
+    if stage.optimizer.compact:
+        raise ConfigError(
+            f"{where}.optimizer: TRL's trainers keep float32 moments and no copies; leave master and moments out"
+        )
     for name in options.rewards:
         load_reward(name, where=f"{where}.options.rewards")
     for name in options.trl:
@@ -338,7 +343,7 @@ def _arguments(trl: Any, run: Run, stage: StageSpec, options: PreferenceOptions,
         "bf16": stage.dtype == "bfloat16",
         "fp16": False,
         "gradient_checkpointing": stage.gradient_checkpointing,
-        "dataloader_num_workers": stage.num_workers,
+        "dataloader_num_workers": at_first(cores_per_process()) if stage.num_workers == "auto" else stage.num_workers,
         "logging_steps": stage.log_every,
         "save_strategy": "steps" if stage.save_every else "no",
         "save_steps": stage.save_every or 500,
