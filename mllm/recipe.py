@@ -290,7 +290,8 @@ class StageSpec(StrictModel):
     compile: bool = False
     """Compile each layer of the language model and encoders (CUDA)."""
     attention: str | None = None
-    """HF attention implementation for the language model; default: HF's own choice."""
+    """HF attention implementation for the language model; default: variable-length kernels of torch where samples are packed or on CUDA.
+    auto: these by the newest FlashAttention package (3 or 4) that is installed and right on this GPU for this model's heads."""
     float8: Literal["tensorwise"] | None = None
     """Multiply the decoder's linear layers in float8, one scale a tensor (torchao; CUDA of compute capability 8.9 and newer,
     a language model that learns whole). Faster products, slightly rounded: see benchmarks/results. Default: bf16 products."""

@@ -9,8 +9,9 @@ from torch import nn
 
 from mllm.errors import ConfigError
 from mllm.models.compilation import compile_layers
+from mllm.progress import tell
 from mllm.recipe import StageSpec
-from mllm.train import attention
+from mllm.train import attention, flash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -39,11 +40,17 @@ def prepare_model(model: TrainableModel, stage: StageSpec, *, device: torch.devi
             module.to(dtype)
     model.config.dtype = dtype
     model.to(device)  # pyright: ignore[reportArgumentType]
-    chosen = stage.attention or default_attention(model.config.get_text_config(), stage, device)
+    text = model.config.get_text_config()
+    chosen = stage.attention
+    if chosen in (None, "auto"):
+        chosen = default_attention(text, stage, device)
     _check_packing(stage, chosen)
     if chosen == attention.NAME:
         attention.register()
     model.set_attn_implementation({"text_config": chosen})
+    flash.release()
+    if stage.attention == "auto":
+        tell(f"{stage.name}: {_adopted(model, text, dtype, device)}")
     if stage.gradient_checkpointing:
         enable_checkpointing(model)
     if stage.compiles_here:
@@ -54,6 +61,13 @@ def prepare_model(model: TrainableModel, stage: StageSpec, *, device: torch.devi
         whole = cast("MllmForConditionalGeneration", model)  # stages of other models refuse it
         compile_layers(whole, fixed_length=stage.packing)
     return chosen
+
+
+def _adopted(model: TrainableModel, text: Any, dtype: torch.dtype, device: torch.device) -> str:
+    """Let the best attention kernel that is installed run, and say which does."""
+    if dtype != torch.bfloat16 or not hasattr(text, "num_attention_heads"):
+        return "attention runs by torch: kernels in packages are for a language model in bfloat16"
+    return flash.adopt(model, text, device)[1]
 
 
 def default_attention(config: PreTrainedConfig | StageConfig, stage: StageSpec, device: torch.device) -> str:

@@ -44,6 +44,7 @@ from mllm.train.engine.level import level
 from mllm.train.engine.schedule import rate_factor, warmup_steps
 from mllm.train.engine.trainable import StageModel
 from mllm.train.features.stage import use_cache
+from mllm.train.flash import kernel_of
 from mllm.train.float8 import use_float8
 from mllm.train.observe.dataset_loss import DatasetLoss
 from mllm.train.observe.drawings import Drawings
@@ -455,7 +456,7 @@ def _record_start(
         run.info.stage(
             stage.name,
             data=mixture.fingerprints,
-            attention=attention,
+            attention=kernel_of(attention),
             total_steps=progress.total_steps,
             groups=[
                 {
