@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -50,6 +51,35 @@ def allow_graphs(layers: Iterable[nn.Module]) -> None:
     needed = _WAYS * max((len(found) for found in shapes.values()), default=0)
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, needed)
+
+
+class _TellsLimit(logging.Handler):
+    """Hears torch say that it compiles a piece of code for no further shapes."""
+
+    def __init__(self, tell: Callable[[str], object]):
+        super().__init__(logging.WARNING)
+        self.tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (
+            isinstance(record.msg, str)
+            and record.msg.startswith("torch._dynamo hit config.")
+            and isinstance(record.args, tuple)
+        ):
+            _, limit, function, reason, *_ = record.args
+            self.tell(
+                f"{function} has met more shapes than torch compiles it for ({limit}) and runs uncompiled for new ones, slower "
+                f"(the last: {str(reason).splitlines()[0][:160]}); rows of one length (packing: true) need one"
+            )
+
+
+def tell_uncompiled(tell: Callable[[str], object]) -> None:
+    """From now on tell, in a line each, which compiled code falls back to running uncompiled: torch says so in its own log alone. Only the
+    last caller's ``tell`` is used."""
+    logger = logging.getLogger("torch._dynamo.convert_frame")
+    for handler in [h for h in logger.handlers if isinstance(h, _TellsLimit)]:
+        logger.removeHandler(handler)
+    logger.addHandler(_TellsLimit(tell))
 
 
 def compile_layers(

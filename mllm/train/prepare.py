@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mllm.errors import ConfigError
-from mllm.models.compilation import compile_layers
+from mllm.models.compilation import compile_layers, tell_uncompiled
 from mllm.progress import tell
 from mllm.recipe import StageSpec
 from mllm.train import attention, flash
@@ -60,6 +60,7 @@ def prepare_model(model: TrainableModel, stage: StageSpec, *, device: torch.devi
             )
         whole = cast("MllmForConditionalGeneration", model)  # stages of other models refuse it
         compile_layers(whole, fixed_length=stage.packing)
+        tell_uncompiled(lambda line: tell(f"! {stage.name}: {line}"))
     return chosen
 
 

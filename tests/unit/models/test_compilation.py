@@ -76,6 +76,28 @@ def test_a_pyramids_blocks_are_compiled_in_all_their_widths_with_and_without_gra
     torch._dynamo.reset()
 
 
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_code_that_runs_uncompiled_after_too_many_shapes_is_told():
+    from mllm.models.compilation import tell_uncompiled
+
+    told: list[str] = []
+    tell_uncompiled(lambda line: told.append("an earlier stage's"))
+    tell_uncompiled(told.append)
+    torch._dynamo.reset()
+
+    class Layer(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 + 1
+
+    layer = Layer()
+    layer.compile(backend="eager", dynamic=False)
+    for rows in (2, 3, 4, 5):
+        layer(torch.zeros(rows, 4))
+    torch._dynamo.reset()
+    assert len(told) == 1 and "more shapes than torch compiles it for (2) and runs uncompiled" in told[0]
+    tell_uncompiled(print)
+
+
 @pytest.mark.parametrize("name", [*ENCODERS])
 def test_no_encoders_repeated_layers_are_such_that_torch_compiles_nothing_of_them(name):
     """`nn.Module.compile` on a bare `nn.Sequential` finds no code of its own to compile, and says nothing."""
