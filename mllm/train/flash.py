@@ -55,14 +55,15 @@ def heads_of(model: nn.Module, text_config: Any) -> list[Heads]:
 
 def has_dropout(model: nn.Module) -> bool:
     """Whether some attention drops scores while training, which these kernels do not."""
-    names = ("attention_dropout", "dropout_p", "attn_drop")
-    values = (
-        getattr(module, name, 0.0)
-        for module in model.modules()
-        if "ttention" in type(module).__name__
-        for name in names
-    )
-    return any(float(getattr(v, "p", v) or 0.0) > 0 for v in values if isinstance(v, (int, float, nn.Dropout)))
+    for module in model.modules():
+        if "ttention" not in type(module).__name__:
+            continue
+        for name in ("attention_dropout", "dropout_p", "attn_drop"):
+            value = getattr(module, name, 0.0)
+            share = value.p if isinstance(value, nn.Dropout) else value
+            if isinstance(share, (int, float)) and share > 0:
+                return True
+    return False
 
 
 def adopt(model: nn.Module, text_config: Any, device: torch.device) -> tuple[str | None, str]:
@@ -142,13 +143,13 @@ def _outcome(kind: Heads, device: torch.device) -> list[Tensor]:
         values = torch.randn(total, heads, kind.width, generator=generator, device=device)
         return values.bfloat16().requires_grad_()
 
-    inputs = [random(kind.query), random(kind.key), random(kind.key)]
+    query, key, value = inputs = random(kind.query), random(kind.key), random(kind.key)
     if kind.packed:
         ends = torch.tensor([0, *_TOKENS], device=device).cumsum(0).int()
-        output = segment_attention(*inputs, ends, max(_TOKENS), causal=True)
+        output = segment_attention(query, key, value, ends, max(_TOKENS), causal=True)
     else:
-        rows = [t.view(2, total // 2, *t.shape[1:]).transpose(1, 2) for t in inputs]
-        output = F.scaled_dot_product_attention(*rows)
+        query, key, value = (t.view(2, total // 2, *t.shape[1:]).transpose(1, 2) for t in inputs)
+        output = F.scaled_dot_product_attention(query, key, value)
     gradient = torch.randn(output.shape, generator=generator, device=device).to(output.dtype)
     return [t.detach().float() for t in (output, *torch.autograd.grad(output, inputs, gradient))]
 

@@ -22,7 +22,6 @@ from mllm.train.observe.trace import DATA, NETWORK, Division, of_kernels, of_ope
 if TYPE_CHECKING:
     from mllm.recipe import StageSpec
     from mllm.train.checkpoint.resume import Progress
-    from mllm.train.trainer import Run
 
 _log = logging.getLogger(__name__)
 WARM_UP = 2
@@ -124,9 +123,10 @@ class StepTimes(StepProfiler):
 
 
 def profiler_of(
-    run: Run, stage: StageSpec, progress: Progress, tell: Callable[[str], Any], model: nn.Module
+    run: Any, stage: StageSpec, progress: Progress, tell: Callable[[str], Any], model: nn.Module
 ) -> StepProfiler:
-    """What profiles a stage: the steps that its user asked for; without a word of it the main process's, once."""
+    """What profiles a stage: the steps that its user asked for; without a word of it the main process's, once. run: a
+    `mllm.train.trainer.Run`."""
     if run.profile is not None:
         name = f"{stage.name}-{distributed.rank()}"
         return StepProfiler(run.output / "profile", name, run.profile, tell, model)
