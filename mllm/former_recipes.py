@@ -14,6 +14,8 @@ from mllm.errors import ConfigError
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 CURE = "`mllm convert OLD.yaml NEW.yaml` rewrites the file"
+WITHDRAWN: dict[str, Any] = {"encoders_beside_update": False}
+"""Settings of a stage that there are no more, with what they were by default: a stage that was trained so is as it would be today."""
 
 
 def upgraded(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,15 +39,22 @@ def upgraded_model(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def upgraded_stage(stage: Mapping[str, Any]) -> dict[str, Any]:
-    """One stage's settings in today's dialect: ``precision`` was ``dtype``, ``rate`` of a part ``lr``."""
+    """One stage's settings in today's dialect: ``precision`` was ``dtype``, ``rate`` of a part ``lr``, and of
+    `WITHDRAWN` settings only those stay that were not at their default."""
     result = copy.deepcopy(dict(stage))
     result = {("dtype" if key == "precision" else key): value for key, value in result.items()}
     for key in ("dtype", "cache_features"):
         if isinstance(result.get(key), str):
             result[key] = _DTYPES.get(result[key], result[key])
+    result = {key: value for key, value in result.items() if key not in WITHDRAWN or value != WITHDRAWN[key]}
     if isinstance(result.get("learn"), Mapping):
         result["learn"] = {part: _renamed(spec, "rate", "lr") for part, spec in result["learn"].items()}
     return result
+
+
+def withdrawn_from(stage: dict[str, Any]) -> dict[str, Any]:
+    """Takes the `WITHDRAWN` settings out of a stage, so that it is one of today's; returns them."""
+    return {key: stage.pop(key) for key in WITHDRAWN if key in stage}
 
 
 def is_former(recipe: Any) -> bool:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from mllm.errors import ConfigError
 from mllm.eval.predictions import iterate_predictions
 from mllm.eval.run import rescore
-from mllm.former_recipes import convert_recipe
-from mllm.recipe import load_recipe
+from mllm.former_recipes import WITHDRAWN, convert_recipe
+from mllm.recipe import StageSpec, load_recipe
 from mllm.train.checkpoint.export import finished_otherwise
 from mllm.train.checkpoint.resume import _read_progress, difference, signature
 from mllm.visual_tokenizers.storage import StoredCodes
@@ -44,6 +45,29 @@ def test_a_finished_stage_is_not_trained_again(recipe, tmp_path):
     assert finished_otherwise(tmp_path, recipe, stage) == ""
     stage.steps = 3
     assert finished_otherwise(tmp_path, recipe, stage) == "steps: 2 then, 3 now"
+
+
+def test_a_setting_that_is_withdrawn_matters_only_where_it_was_used(recipe, tmp_path):
+    """A stage finished while it was there, at its default, was said to have other settings; so was every setting added since."""
+    saved = yaml.safe_load((FORMER / "recipe.yaml").read_text())
+    (stage,) = (stage for stage in recipe.stages if stage.name == "pretrain")
+    progress = json.loads((FORMER / "manifest.json").read_text())["progress"]
+    rows = json.loads(progress["signature"])["rows"]
+    (middle,) = (stage for stage in recipe.stages if stage.name == "sft")
+    for value, said in ((False, ""), (True, "encoders_beside_update: True then, None now")):
+        for each in saved["stages"]:
+            each["encoders_beside_update"] = value
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(saved))
+        assert finished_otherwise(tmp_path, recipe, stage) == said
+        with_it = json.dumps({**json.loads(progress["signature"]), "encoders_beside_update": value})
+        found = _read_progress({**progress, "signature": with_it})
+        assert difference(found.signature, signature(recipe, middle, rows)) == said
+
+
+def test_no_setting_of_a_stage_disappears_unsaid():
+    """Add a new one to the list; one that is taken out of `StageSpec` stays in it and goes into `WITHDRAWN` with its default."""
+    known = set((FORMER / "stage_keys.txt").read_text().split())
+    assert known == {*StageSpec.model_fields, *WITHDRAWN}
 
 
 def test_predictions_are_read_and_scored_again(tmp_path):

@@ -18,7 +18,7 @@ from mllm import distributed
 from mllm.config import read_yaml, to_plain, validate
 from mllm.damage import read_json
 from mllm.errors import CheckpointError, ConfigError
-from mllm.former_recipes import upgraded
+from mllm.former_recipes import upgraded, withdrawn_from
 from mllm.models import lora
 from mllm.modes import by_umask
 from mllm.plugins import copy_files
@@ -149,15 +149,17 @@ def finished_otherwise(folder: Path, recipe: Recipe, stage: StageSpec, *, leave_
     if not path.is_file():
         return ""
     saved = upgraded(read_yaml(path))
+    used = {s.get("name"): withdrawn_from(s) for s in saved["stages"]}
     with contextlib.suppress(ConfigError):  # then it is compared as it is
         saved = to_plain(validate(Recipe, saved))  # settings that were not yet there have their defaults
 
-    def settings(plain: dict[str, Any]) -> str:
+    def settings(plain: dict[str, Any]) -> dict[str, Any]:
         own = next((s for s in plain.get("stages", []) if s.get("name") == stage.name), {})
         own = {key: value for key, value in own.items() if key not in COSMETIC}
-        return json.dumps({**own, "model": plain.get("model"), "seed": plain.get("seed")}, sort_keys=True)
+        return {**own, "model": plain.get("model"), "seed": plain.get("seed")}
 
-    return difference(settings(saved), settings(to_plain(recipe)), leave_out=leave_out)
+    then, now = {**settings(saved), **used.get(stage.name, {})}, settings(to_plain(recipe))
+    return difference(json.dumps(then, sort_keys=True), json.dumps(now, sort_keys=True), leave_out=leave_out)
 
 
 def publish(source: Path, target: Path) -> None:

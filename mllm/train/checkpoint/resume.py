@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from mllm import distributed
 from mllm.errors import CheckpointError
-from mllm.former_recipes import upgraded_model, upgraded_stage
+from mllm.former_recipes import upgraded_model, upgraded_stage, withdrawn_from
 from mllm.recipe import ModelSpec, Recipe, StageSpec
 from mllm.train.checkpoint.files import (
     DELETING,
@@ -253,9 +253,11 @@ def _read_progress(saved: dict[str, Any]) -> Progress:
     with contextlib.suppress(ValueError, KeyError, TypeError):  # then it is compared as it is
         stage = upgraded_stage(json.loads(progress["signature"]))
         progress["signature"] = json.dumps(stage, sort_keys=True)
+        used = withdrawn_from(stage)
         model, seed, rows = (stage.pop(key) for key in _BESIDE_STAGE)
         spec = ModelSpec.model_validate(upgraded_model(model))
-        progress["signature"] = _settings(StageSpec.model_validate(stage), spec, seed, rows)
+        settings = json.loads(_settings(StageSpec.model_validate(stage), spec, seed, rows))
+        progress["signature"] = json.dumps({**settings, **used}, sort_keys=True)
     return Progress(**progress)
 
 
