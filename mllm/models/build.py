@@ -22,7 +22,7 @@ from mllm.heads.geometry.build import geometry_spec
 from mllm.heads.segmentation.build import segment_spec
 from mllm.hub import hub_reason
 from mllm.models.configuration_mllm import MllmConfig
-from mllm.models.modeling_body import language_model_left_out
+from mllm.models.making import language_model_left_out, num_elements, reading_language_model, shapes
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.models.position_axes import checked_positions
 from mllm.models.stops import set_stops
@@ -392,12 +392,11 @@ def read_language_model(
         CheckpointError: the source lacks weights, or is no plain model of its type.
     """
     assert spec.source is not None
-    with progress.phase(f"reading weights of {spec.source}") as reading:
-        source = open_language_model(spec, dtype, config=model.config.text_config, **placed_on(device))
+    with progress.phase(f"reading weights of {spec.source}") as reading, reading_language_model(device) as place:
+        source = open_language_model(spec, dtype, config=model.config.text_config, **placed_on(place))
         reading.num_bytes = num_bytes(source)
     decoder, head = source.base_model, source.get_output_embeddings()
-    wanted = {name: value.shape for name, value in model.model.language_model.state_dict().items()}
-    found = {name: value.shape for name, value in decoder.state_dict().items()}
+    wanted, found = shapes(model.model.language_model), shapes(decoder)
     if wanted != found:
         raise CheckpointError(
             f"model.language_model.source: {spec.source} is no plain {model.config.text_config.model_type}: "
@@ -458,7 +457,7 @@ def num_bytes(module: torch.nn.Module) -> int:
     Returns:
         Bytes.
     """
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+    return sum(num_elements(p) * p.element_size() for p in module.parameters())
 
 
 def _codes_made_by(model: MllmForConditionalGeneration) -> str | None:

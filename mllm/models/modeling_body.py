@@ -5,9 +5,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +19,7 @@ from mllm.errors import AlignmentError, ConfigError
 from mllm.heads.build import encoders_read
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.levels import Visits, VisualReads, install_visits, visits_of
+from mllm.models.making import build_language_model, language_model_follows
 from mllm.models.modality import VisualPlaces, install_switch
 from mllm.models.modeling_base import MllmModelOutput, MllmPreTrainedModel
 from mllm.models.pipeline import EncoderBank, build_own_tokenizer, build_visual_parts, home_of
@@ -31,17 +30,6 @@ from mllm.processing.pixel_keys import PRIMARY_PIXELS, PixelKeys
 from mllm.types import Routing, VisionFeatures, VisualLayout
 
 _log = logging.getLogger(__name__)
-_language_model_follows: ContextVar[bool] = ContextVar("_language_model_follows", default=False)
-
-
-@contextmanager
-def language_model_left_out() -> Iterator[None]:
-    """Models built inside have a language model without memory: one with published weights is put in its place."""
-    token = _language_model_follows.set(True)
-    try:
-        yield
-    finally:
-        _language_model_follows.reset(token)
 
 
 class MllmModel(MllmPreTrainedModel):
@@ -55,8 +43,9 @@ class MllmModel(MllmPreTrainedModel):
         super().__init__(config)
         self.vision_tower, self.multi_modal_projector = build_visual_parts(config)
         self.visual_tokenizer = build_own_tokenizer(config)
-        with torch.device("meta") if _language_model_follows.get() else nullcontext():
-            self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = build_language_model(
+            partial(AutoModel.from_config, config.text_config), vocabulary=config.get_text_config().vocab_size
+        )
         self.visual_places: VisualPlaces | None = None
         tower = self.vision_tower
         parts = [self.multi_modal_projector, self.visual_tokenizer]
@@ -68,7 +57,7 @@ class MllmModel(MllmPreTrainedModel):
         self.axes = axes_of(config, self.rules)
         fast = self.rules.view.fast
         self.slow_attention: Any = None if fast is None else build_readers(fast, config.get_text_config())
-        if not _language_model_follows.get():
+        if not language_model_follows():
             self._prepare_decoder()
         self.read_by_heads = encoders_read(config.heads)
         self._warned_of_lost_losses = False

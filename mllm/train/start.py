@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +26,36 @@ def start_device(recipe: Recipe) -> torch.device:
 
 
 def start_model(
-    recipe: Recipe, stage: StageSpec, previous: Path | None, *, device: torch.device | None = None
+    recipe: Recipe,
+    stage: StageSpec,
+    previous: Path | None,
+    *,
+    device: torch.device | None = None,
+    in_shares: bool = False,
 ) -> tuple[Any, Any]:
     """The model a stage starts from, on ``device`` (default: `start_device`): the previous stage's, else the recipe's with
     published weights. Parts without weights depend on the recipe's seed and the kind of device alone and are equal on all
-    processes."""
+    processes. in_shares: nothing runs before the engine but encoders, so under ZeRO-3 each process keeps only its share of the language
+    model's weights, and never has more (`mllm.train.engine.cut`)."""
     with phase("importing the model's classes"):
         from mllm.models.build import build_model, num_bytes, placed_on
         from mllm.models.modeling_mllm import MllmForConditionalGeneration
         from mllm.processing.processor import MllmProcessor
+        from mllm.train.engine.cut import can_be_cut, language_model_in_shares
 
     dtype = DTYPES[stage.dtype]
     device = device or start_device(recipe)
+    cut = in_shares and can_be_cut(recipe.model, stage, published=previous is None)
+    keeping = language_model_in_shares(stage, device) if cut else nullcontext()
     if previous is None:
         torch.manual_seed(recipe.seed)
-        return build_model(recipe.model, dtype=dtype, device=device)
+        with keeping:
+            return build_model(recipe.model, dtype=dtype, device=device)
     try:
-        with phase(f"reading weights of {previous}") as reading:
-            model = MllmForConditionalGeneration.from_pretrained(str(previous), dtype=dtype, **placed_on(device))
+        with phase(f"reading weights of {previous}") as reading, keeping:
+            place = placed_on(torch.device("cpu") if cut else device)  # cut there, only the share goes to the device
+            model = MllmForConditionalGeneration.from_pretrained(str(previous), dtype=dtype, **place)
+            model.to(device)
             reading.num_bytes = num_bytes(model)
         return model, MllmProcessor.from_pretrained(str(previous))
     except OSError as error:

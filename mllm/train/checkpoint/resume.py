@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from mllm import distributed
 from mllm.errors import CheckpointError
 from mllm.former_recipes import upgraded_model, upgraded_stage, withdrawn_from
+from mllm.models.making import num_elements, shape_of
 from mllm.recipe import ModelSpec, Recipe, StageSpec
 from mllm.train.checkpoint.files import (
     DELETING,
@@ -36,6 +37,7 @@ from mllm.train.checkpoint.files import (
     problem_of,
 )
 from mllm.train.engine.base import Engine, Fragment
+from mllm.train.engine.shares import own_share, whole
 
 FORMAT = 1
 BESIDE = "beside.safetensors"
@@ -138,7 +140,7 @@ class CheckpointReader:
                 f"{self.path}: was written with other settings ({changed}); "
                 "resume with the recipe it was started with, or give another output folder"
             )
-        learning = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+        learning = {name: num_elements(p) for name, p in model.named_parameters() if p.requires_grad}
         stored = {name: sum(entry["length"] for _, entry in parts) for name, parts in self._sources.items()}
         wrong = sorted(n for n in {*learning, *stored} if learning.get(n) != stored.get(n))
         if wrong:
@@ -156,10 +158,12 @@ class CheckpointReader:
         """Copy learning weights and buffers into a model before its engine is built; casts as the engine would."""
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    flat = torch.empty(parameter.numel(), dtype=torch.float32)
-                    self._read(name, WEIGHTS, 0, flat)
-                    parameter.copy_(flat.view_as(parameter))
+                if not parameter.requires_grad:
+                    continue
+                share, start, length = own_share(parameter) or (parameter.view(-1), 0, parameter.numel())
+                flat = torch.empty(length, dtype=torch.float32)
+                self._read(name, WEIGHTS, start, flat)
+                share[:length].copy_(flat)
             own = load_file(self._local(), device="cpu")
             buffers = dict(model.named_buffers())
             for key, value in own.items():
@@ -314,12 +318,16 @@ def fingerprint(model: nn.Module) -> str:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
-                total = 0
-                flat = parameter.detach().reshape(-1)
-                size = flat.element_size()
-                bits = flat.to(torch.int32) if size == 1 else flat.view(torch.int16 if size == 2 else torch.int32)
-                for number, part in enumerate(bits.split(1 << 24)):
-                    places = torch.arange(1, part.numel() + 1, device=part.device, dtype=torch.int32)
-                    total += (number + 1) * int((part * places).sum(dtype=torch.int64))
-                digest.update(f"{name} {tuple(parameter.shape)} {total}\n".encode())
+                with whole([parameter]):
+                    total = _sum_of_bits(parameter.detach().reshape(-1))
+                digest.update(f"{name} {tuple(shape_of(parameter))} {total}\n".encode())
     return digest.hexdigest()
+
+
+def _sum_of_bits(flat: Tensor) -> int:
+    total, size = 0, flat.element_size()
+    bits = flat.to(torch.int32) if size == 1 else flat.view(torch.int16 if size == 2 else torch.int32)
+    for number, part in enumerate(bits.split(1 << 24)):
+        places = torch.arange(1, part.numel() + 1, device=part.device, dtype=torch.int32)
+        total += (number + 1) * int((part * places).sum(dtype=torch.int64))
+    return total

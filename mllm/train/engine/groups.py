@@ -13,6 +13,7 @@ from mllm.connectors.build import connector_config
 from mllm.errors import ConfigError, did_you_mean
 from mllm.heads.build import FORMER, heads_with_weights
 from mllm.models import lora
+from mllm.models.making import num_elements
 from mllm.recipe import LearnSpec, ModelSpec, StageSpec, reader_of
 from mllm.train.added_rows import PART, rows_beside_adapter
 
@@ -170,7 +171,7 @@ def _make_groups(
         for value in dict.fromkeys([decay, 0.0]):
             chosen = [(n, p) for n, p in learning if (0.0 if n in exempt else decay) == value]
             if chosen:
-                numel, alone = sum(p.numel() for _, p in chosen), len(chosen) == len(learning)
+                numel, alone = sum(num_elements(p) for _, p in chosen), len(chosen) == len(learning)
                 groups.append(Group(part, spec.lr, value, tuple(n for n, _ in chosen), numel, alone))
     return groups
 
@@ -206,7 +207,7 @@ def frozen_summary(model: TrainableModel) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             part = model.part_of(name)
-            result[part] = result.get(part, 0) + getattr(parameter, "ds_numel", parameter.numel())
+            result[part] = result.get(part, 0) + num_elements(parameter)
     return result
 
 

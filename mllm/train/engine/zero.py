@@ -10,16 +10,18 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mllm.distributed import end_group_with
+from mllm import distributed
 from mllm.errors import UnavailableError
 from mllm.install import install_hint
 from mllm.models.compilation import repeated_layers
+from mllm.models.making import num_elements
 from mllm.noise import hush
 from mllm.recipe import StageSpec
 from mllm.train.engine import zero3
@@ -40,19 +42,13 @@ class ZeroEngine(Engine):
         super().__init__(model, groups, stage, device)
 
     def _start(self, groups: list[Group]) -> None:
-        self._lent_local_rank = "LOCAL_RANK" not in os.environ
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it while it trains, process group or not
+        self._lent = ExitStack()
+        self._lent.enter_context(lent_local_rank())  # DeepSpeed asks for it while it trains, process group or not
         try:
             self._start_deepspeed(groups)
         except BaseException:
-            self._take_back_local_rank()
+            self._lent.close()
             raise
-
-    def _take_back_local_rank(self) -> None:
-        """A ``LOCAL_RANK`` left behind makes accelerate (and `transformers.Trainer`) wait for other processes."""
-        if self._lent_local_rank:
-            os.environ.pop("LOCAL_RANK", None)
-            self._lent_local_rank = False
 
     def _start_deepspeed(self, groups: list[Group]) -> None:
         deepspeed = import_deepspeed()
@@ -72,7 +68,7 @@ class ZeroEngine(Engine):
         self.engine: Any = deepspeed.initialize(
             model=self.model,
             optimizer=optimizer,
-            config=self._config(),
+            config=deepspeed_config(self.stage, self.choice, self.device, self.learning),
             dist_init_required=False,
         )[0]
         zero3.close_after(visual)
@@ -99,31 +95,6 @@ class ZeroEngine(Engine):
         leaves = {type(layer) for layer in repeated_layers(decoder)} if decoder is not None else set()
         if leaves:
             deepspeed.utils.set_z3_leaf_modules(self.model, list(leaves))
-
-    def _config(self) -> dict[str, Any]:
-        stage, config = self.stage, json.loads(json.dumps(self.choice.config))
-        learned = sum(p.numel() for p in self.learning)
-        zero = config["zero_optimization"]
-        for key in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
-            if isinstance(zero.get(key), int):
-                # DeepSpeed allocates whole buckets, on a small model too; it wants even sizes.
-                zero[key] = min(zero[key], -(-max(learned, 1) // 1024) * 1024)
-        if self.device.type == "cpu":
-            zero["overlap_comm"] = False
-            if isinstance(zero.get("offload_optimizer"), dict):
-                zero["offload_optimizer"]["pin_memory"] = False
-        config.update(
-            train_micro_batch_size_per_gpu=stage.batch_size,
-            gradient_accumulation_steps=stage.gradient_accumulation,
-            train_batch_size=stage.batch_size * stage.gradient_accumulation * self.world_size,
-            gradient_clipping=stage.optimizer.max_grad_norm or 0.0,
-            bf16={**config.get("bf16", {}), "enabled": stage.dtype == "bfloat16"},
-            zero_allow_untested_optimizer=True,
-            zero_force_ds_cpu_optimizer=False,
-        )
-        config.setdefault("steps_per_print", 10**9)
-        config.setdefault("wall_clock_breakdown", False)
-        return config
 
     def __call__(self, **batch: Any) -> Any:
         return self.engine(**batch)
@@ -177,8 +148,50 @@ class ZeroEngine(Engine):
         if self.engine is not None:
             self.engine.destroy()
         self.engine = self.zero = None
-        self._take_back_local_rank()
+        self._lent.close()
         super().close()
+
+
+def deepspeed_config(
+    stage: StageSpec, choice: EngineChoice, device: torch.device, learning: Sequence[nn.Parameter] = ()
+) -> dict[str, Any]:
+    """What DeepSpeed is told: the engine's own config with everything that the stage fixes. learning: what learns, once it is known."""
+    config = json.loads(json.dumps(choice.config))
+    zero = config["zero_optimization"]
+    if learning:
+        learned = sum(num_elements(p) for p in learning)
+        for key in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
+            if isinstance(zero.get(key), int):
+                # DeepSpeed allocates whole buckets, on a small model too; it wants even sizes.
+                zero[key] = min(zero[key], -(-max(learned, 1) // 1024) * 1024)
+    if device.type == "cpu":
+        zero["overlap_comm"] = False
+        if isinstance(zero.get("offload_optimizer"), dict):
+            zero["offload_optimizer"]["pin_memory"] = False
+    config.update(
+        train_micro_batch_size_per_gpu=stage.batch_size,
+        gradient_accumulation_steps=stage.gradient_accumulation,
+        train_batch_size=stage.batch_size * stage.gradient_accumulation * distributed.world_size(),
+        gradient_clipping=stage.optimizer.max_grad_norm or 0.0,
+        bf16={**config.get("bf16", {}), "enabled": stage.dtype == "bfloat16"},
+        zero_allow_untested_optimizer=True,
+        zero_force_ds_cpu_optimizer=False,
+    )
+    config.setdefault("steps_per_print", 10**9)
+    config.setdefault("wall_clock_breakdown", False)
+    return config
+
+
+@contextmanager
+def lent_local_rank() -> Iterator[None]:
+    """``LOCAL_RANK`` is there inside. One left behind makes accelerate (and `transformers.Trainer`) wait for other processes."""
+    lent = "LOCAL_RANK" not in os.environ
+    os.environ.setdefault("LOCAL_RANK", "0")
+    try:
+        yield
+    finally:
+        if lent:
+            os.environ.pop("LOCAL_RANK", None)
 
 
 def import_deepspeed() -> Any:
@@ -202,5 +215,5 @@ def import_deepspeed() -> Any:
         deepspeed.comm.init_distributed(
             dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False
         )
-    end_group_with(deepspeed.comm.destroy_process_group)
+    distributed.end_group_with(deepspeed.comm.destroy_process_group)
     return deepspeed

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from mllm.models.making import num_elements, shape_of
 
 if TYPE_CHECKING:
     from mllm.models.modeling_mllm import MllmForConditionalGeneration
@@ -100,17 +102,13 @@ def flop_model(model: MllmForConditionalGeneration, trained: Iterable[str]) -> F
     return FlopModel(
         matmul=matmul,
         adapters=adapters,
-        head=float(_numel(head.weight)),
+        head=float(num_elements(head.weight)),
         attention=2.0 * layers * width,
         encoders=encoders,
         connector=connector,
         trained=names,
         language_model_full=adapters == 0,
     )
-
-
-def _numel(parameter: Any) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _image_flops(model: MllmForConditionalGeneration) -> tuple[dict[str, float], float]:
@@ -125,11 +123,11 @@ def _image_flops(model: MllmForConditionalGeneration) -> tuple[dict[str, float],
     projector = model.model.multi_modal_projector
     if model.model.rules.native:  # what is counted then are patches; attention among more of them is left out
         tokens = {name: info.num_tokens for name, info in bank.infos.items()}
-        weights = sum(_numel(p) for p in projector.parameters() if p.dim() > 1)
+        weights = sum(num_elements(p) for p in projector.parameters() if p.dim() > 1)
         return {name: flops / tokens[name] for name, flops in encoders.items()}, 2.0 * weights
     if bank.experts:
         tokens = model.model.rules.view.num_tokens
-        return encoders, 2.0 * tokens * sum(_numel(p) for p in projector.parameters() if p.dim() > 1)
+        return encoders, 2.0 * tokens * sum(num_elements(p) for p in projector.parameters() if p.dim() > 1)
     features = {}
     with torch.no_grad():
         for name, encoder in bank.encoders.items():
@@ -141,7 +139,7 @@ def _image_flops(model: MllmForConditionalGeneration) -> tuple[dict[str, float],
 def _meta_state(module: nn.Module) -> dict[str, torch.Tensor]:
     state = {}
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        shape = getattr(tensor, "ds_shape", tensor.shape)
+        shape = shape_of(tensor)
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
         state[name] = torch.empty(shape, dtype=dtype, device="meta")
     return state

@@ -78,7 +78,7 @@ class SftStage(StageKind):
 
     @classmethod
     def train(cls, run: Run, stage: StageSpec, previous: Path | None, folder: Path) -> bool:
-        model, processor = start_model(run.recipe, stage, previous)
+        model, processor = start_model(run.recipe, stage, previous, in_shares=True)
         options = check_sft(stage)
         robust, handles = options.robust, list[Any]()
         if robust is not None:
