@@ -124,6 +124,8 @@ class Watched:
     first_step: float | None = None
     peak_own_gb: float = 0.0
     """Memory of the command and all its processes that no file backs, at its largest."""
+    peak_gb: float = 0.0
+    """The same with the pages of mapped files, each counted once however many processes share it."""
     code: int | None = None
     """None: ended by us, once the steps were there."""
 
@@ -170,7 +172,8 @@ def watch(recipe: Path, *, steps: int, limit: float, arguments: tuple[str, ...] 
                 seen.steps = [json.loads(line) for line in complete]
                 if seen.steps and seen.first_step is None:
                     seen.first_step = round(time.monotonic() - began, 2)
-                seen.peak_own_gb = max(seen.peak_own_gb, _own_memory(process.pid))
+                seen.peak_own_gb = max(seen.peak_own_gb, _memory(process.pid, "status", r"RssAnon:"))
+                seen.peak_gb = max(seen.peak_gb, _memory(process.pid, "smaps_rollup", r"Pss:"))
                 if seen.code is not None or len(seen.steps) >= steps:
                     break
                 time.sleep(0.1)
@@ -182,15 +185,15 @@ def watch(recipe: Path, *, steps: int, limit: float, arguments: tuple[str, ...] 
     return seen
 
 
-def _own_memory(session: int) -> float:
-    """GB of memory without a file behind it, of all processes of a session."""
+def _memory(session: int, file: str, what: str) -> float:
+    """GB of memory by a line of the system's, of all processes of a session."""
     total = 0
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             # The command's name is in brackets and may hold anything; the session is the 4th field after it.
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             if int(fields[3]) == session:
-                found = re.search(r"RssAnon:\s+(\d+) kB", (folder / "status").read_text())
+                found = re.search(rf"{what}\s+(\d+) kB", (folder / file).read_text())
                 total += int(found.group(1)) if found else 0
         except (OSError, IndexError):  # it has just ended
             continue
