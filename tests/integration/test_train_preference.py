@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from mllm.errors import CheckpointError, ConfigError
@@ -122,6 +125,46 @@ def test_two_machines_prefer_what_one_process_does_and_draw_for_the_next_stage(t
     assert found[-1]["reward_std"] > 0 and (tmp_path / "two" / "final" / "model.safetensors").is_file()
 
 
+def write_clips(folder, count=6):
+    """Questions of VSI-Bench's two kinds about clips of 3 to 8 frames."""
+    (folder / "data").mkdir(parents=True)
+    rows = []
+    for number in range(count):
+        clip, (kind, answer) = f"{number}.npy", (("object_counting", "4"), ("object_rel_distance", "A"))[number % 2]
+        np.save(folder / "data" / clip, np.stack([np.asarray(picture(9 * number + k)) for k in range(3 + number)]))
+        content = [{"type": "video", "video": {"path": clip, "fps": 2}}, {"type": "text", "text": "how many?"}]
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+        rows.append(json.dumps({"messages": messages, "question_type": kind}))
+    (folder / "data" / "mixed.jsonl").write_text("\n".join(rows))
+    return {"format": "messages", "path": str(folder / "data" / "mixed.jsonl")}
+
+
+def vowels(completions, **columns):
+    """A reward that a model from scratch differs in."""
+    return [len(set(c[-1]["content"]) & set("aeiou0123456789")) / 4 for c in completions]
+
+
+@pytest.mark.slow
+def test_grpo_by_clips_goes_on_bit_for_bit_after_an_interruption(tmp_path):
+    """VSI-Bench's rule beside another reward, two encoders with frames of their own, and a run that was stopped between steps."""
+    rewards = ["mllm.eval.metrics.vsibench:VsiBenchReward", f"{__name__}:vowels"]
+    options = {"rewards": rewards, "num_generations": 2, "max_completion_length": 4, "beta": 0.04}
+    stage = {"name": "grpo", "kind": "grpo", "steps": 4, "batch_size": 4, "options": options, "save_every": 2}
+    model = {"video": {"frames": 4, "fewer": {"detail": 2}, "stamp": "{seconds:.1f} "}}
+    recipe = make_recipe(tmp_path, stages=[{**stage, "data": write_clips(tmp_path)}], model=model, rows=1)
+    recipe.model.language_model.config["attention_dropout"] = 0.0
+    whole = run_recipe(recipe, output=tmp_path / "whole")
+    run_recipe(recipe, output=tmp_path / "cut", stop_after=2)
+    cut = run_recipe(recipe, output=tmp_path / "cut", resume=True)
+    records = _records(tmp_path / "whole")
+    assert [r["step"] for r in records] == [1, 2, 3, 4] and max(r["grad_norm"] for r in records) > 0
+    assert {"rewards/VsiBenchReward/mean", "rewards/vowels/mean", "kl"} <= set(records[0])
+    kept = ("loss", "grad_norm", "reward", "kl", "completions/mean_length")
+    assert [[r[k] for k in kept] for r in records] == [[r[k] for k in kept] for r in _records(tmp_path / "cut")]
+    one, other = (load_file(folder / "model.safetensors") for folder in (whole, cut))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
 def test_rewards_come_by_dotted_name_as_functions_or_scoring_rules():
     relaxed = load_reward("mllm.eval.metrics.relaxed:RelaxedStripped", where="x")
     said = [[{"role": "assistant", "content": text}] for text in ("10.4", "11", "")]
@@ -144,7 +187,8 @@ def test_a_row_keeps_images_where_the_conversation_has_them():
         Turn("assistant", "b"),
     ]
     stage = make_stage("dpo", {})
-    row = as_row(Sample("1", turns, images, "d", {"rejected": "a"}), "dpo", check_preference(stage))
+    processor = SimpleNamespace(image_processor=SimpleNamespace(max_pixels=None))
+    row = as_row(Sample("1", turns, images, "d", {"rejected": "a"}), "dpo", check_preference(stage), processor)
     assert [[p["type"] for p in m["content"]] for m in row["prompt"]] == [
         ["text"],
         ["text"],

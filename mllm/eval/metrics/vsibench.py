@@ -1,7 +1,8 @@
-"""How are VSI-Bench's choices and numbers scored?"""
+"""How are VSI-Bench's choices and numbers scored, and rewarded in training?"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -115,3 +116,22 @@ class VsiBenchReward(VsiBench):
         if number is None:
             return Score(None, answer, "not a number")
         return Score(mean_relative_accuracy_fp32(number, truth), answer, "mean relative accuracy")
+
+
+class NumberOrChoice:
+    """The reward of answers about space, for a grpo stage: `VsiBenchReward` of a row that says its ``question_type``; of others mean
+    relative accuracy where the row's own answer is a number, equality of the whole text where it is none (arXiv 2505.23747)."""
+
+    def score(self, prediction: str, target: Any, meta: Mapping[str, Any]) -> Score:
+        number = plain_float(clean_answer(references(target)[0]).replace(",", ""))
+        kind = meta.get("question_type") or (CHOICE_TYPES if number is None else NUMBER_TYPES)[0]
+        return VsiBenchReward().score(prediction, target, {"question_type": kind})
+
+
+_THOUGHT = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
+
+
+def think_then_answer(completions: Sequence[Any], **_: Any) -> list[float]:
+    """The reward of form beside it: 1 for ``<think>…</think><answer>…</answer>`` and nothing else, for models that learned to write so."""
+    texts = [one if isinstance(one, str) else one[-1]["content"] for one in completions]
+    return [float(_THOUGHT.fullmatch(text) is not None) for text in texts]

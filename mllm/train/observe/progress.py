@@ -70,10 +70,15 @@ class StageDisplay:
             self.bar = None
 
 
+_TOLD_FIRST = {"reward": "reward", "rewards/margins": "margin"}
+
+
 def figures(record: dict[str, Any]) -> str:
-    """``loss 1.234  |g| 0.56  lr 1e-03  1,234 tok/s  MFU 45.1 % (47.3 % with encoders)  data 0.4 %``."""
+    """``loss 1.234  |g| 0.56  lr 1e-03  1,234 tok/s  MFU 45.1 % (47.3 % with encoders)  data 0.4 %``; first, where answers were rewarded or
+    preferred, by how much: a policy's loss says nothing of it."""
     rate = max(record["lr"].values(), default=0.0)
-    parts = [f"loss {record['loss']:.4f}", f"|g| {record['grad_norm']:.2f}", f"lr {rate:.1e}"]
+    parts = [f"{name} {record[key]:.3f}" for key, name in _TOLD_FIRST.items() if key in record]
+    parts += [f"loss {record['loss']:.4f}", f"|g| {record['grad_norm']:.2f}", f"lr {rate:.1e}"]
     if record.get("tokens_per_second"):
         parts.append(f"{record['tokens_per_second']:,.0f} tok/s")
     if record.get("mfu"):

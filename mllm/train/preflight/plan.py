@@ -33,8 +33,10 @@ from mllm.train.engine.base import choose_engine
 from mllm.train.engine.groups import Group, apply_learning, frozen_summary
 from mllm.train.engine.optim import state_bytes
 from mllm.train.observe.flops import flop_model
+from mllm.train.preflight.memory import PREFERENCE, answers_each, memory_of
 from mllm.train.preflight.scaling import ENGINES, Load, smallest_that_fits
 from mllm.train.stages.kind import kind_of
+from mllm.types import Video, VisualLayout
 
 # Bytes per token and layer in bf16: (per hidden width, per feed-forward width). Compiled layers keep no fp32 copies in norms.
 _ACTIVATION_BYTES = {"eager": (26.0, 8.0), "compiled": (16.0, 6.0)}
@@ -72,7 +74,8 @@ class StagePlan:
     image_tokens: list[int] = field(default_factory=list)
     """Tokens of the pictures of samples looked at, where they depend on the picture's size."""
     with_images: int = 0
-    """How many of those have a picture."""
+    """How many of those have a picture or a video."""
+    with_videos: int = 0
     truncated: float | None = None
     """Share of samples longer than ``max_length``."""
     checkpoint_bytes: int = 0
@@ -219,7 +222,7 @@ def _plan_stage(
     images = rows * (
         max(1, round(stage.max_length / max(np.mean(plan.lengths), 1))) if stage.packing and plan.lengths else 1
     )
-    views = images * _most_views(model) if model.config.connector is not None else 0
+    views = images * _most_views(model, plan) if model.config.connector is not None else 0
     plan.tokens_step = rows * length
     flops = flop_model(model, {group.part for group in groups})
     inner = float(np.mean(plan.lengths)) if stage.packing and plan.lengths else length
@@ -235,7 +238,7 @@ def _plan_stage(
     plan.row_length = _longest_row(stage, plan)
     passes = micro_steps * _parts(stage, length)
     plan.accumulates = micro_steps * _parts(stage, plan.row_length) > 1
-    plan.memory_for = _memory_for(model, stage, groups, plan.row_length)
+    plan.memory_for = _memory_for(model, stage, groups, plan)
     learned, plan.engines = sum(group.num_parameters for group in groups), possible_engines(recipe, stage)
     if stage.engine == "auto":
         limit = ROOM * gpu_memory
@@ -265,7 +268,7 @@ def possible_engines(recipe: Recipe, stage: StageSpec) -> tuple[str, ...]:
     whole = tuple(ENGINES)
     specs = stage.learning().values()
     if (
-        stage.kind in ("dpo", "grpo")
+        stage.kind in PREFERENCE
         or stage.optimizer.compact
         or any(spec.lora is not None and spec.lora.bits is not None for spec in specs)
     ):
@@ -292,23 +295,28 @@ def _parts(stage: StageSpec, row_length: int) -> int:
 
 
 def _memory_for(
-    model: MllmForConditionalGeneration, stage: StageSpec, groups: list[Group], row_length: int
+    model: MllmForConditionalGeneration, stage: StageSpec, groups: list[Group], plan: StagePlan
 ) -> Callable[[int, int], dict[str, int]]:
     """The model's numbers are taken now: a later stage of the plan changes it."""
     size = 2 if stage.dtype == "bfloat16" else 4
     weights, learned = sum(p.numel() for p in model.parameters()), sum(group.num_parameters for group in groups)
     whole, shared = (  # zero3 does not go with compiled layers
-        _activations(model, stage, groups, size, row_length, compiled=compiled) for compiled in (stage.compile, False)
+        _activations(model, stage, groups, size, plan, compiled=compiled) for compiled in (stage.compile, False)
     )
-    return lambda zero_stage, processes: _memory(
+    return lambda zero_stage, processes: memory_of(
         stage, weights, learned, shared if zero_stage == 3 else whole, zero_stage=zero_stage, processes=processes
     )
 
 
-def _most_views(model: MllmForConditionalGeneration) -> int:
-    """Views of a picture that takes the most tokens, or of a video; its patches, where pixels come as such."""
+def _largest_visual(model: MllmForConditionalGeneration, plan: StagePlan) -> VisualLayout:
+    """The picture that takes the most tokens, or a video, but where the stage's data is here and has none."""
     rules = model.model.rules
-    layout = rules.longest()
+    return rules.layout(rules.largest()) if plan.lengths and not plan.with_videos else rules.longest()
+
+
+def _most_views(model: MllmForConditionalGeneration, plan: StagePlan) -> int:
+    """Views of the largest visual; its patches, where pixels come as such."""
+    rules, layout = model.model.rules, _largest_visual(model, plan)
     return max((layout.rows_of(name) for name in rules.images), default=layout.num_views)
 
 
@@ -323,38 +331,16 @@ def _longest_row(stage: StageSpec, plan: StagePlan) -> int:
     return min(stage.max_length, -(-longest // 8) * 8)
 
 
-def _memory(
-    stage: StageSpec, total: int, learned: int, activations: int, *, zero_stage: int, processes: int
-) -> dict[str, int]:
-    """Bytes on one GPU by what they are for. ``update``: buffers of the optimizer step, when activations are gone."""
-    size = 2 if stage.dtype == "bfloat16" else 4
-    share = processes if zero_stage else 1
-    copies = (2 if stage.optimizer.master == "low_bits" else 4) if size == 2 or zero_stage else 0
-    states = learned * (state_bytes(stage.optimizer) + copies) // share
-    states += 4 * learned if stage.optimizer.ema is not None else 0
-    gradients = size * learned // (processes if zero_stage >= 2 else 1)
-    update = min(learned, 1 << 28) * 4 if zero_stage == 0 else (4 + size) * learned // share
-    buckets = 2 * size * min(learned, 200_000_000) if zero_stage else 0
-    return {
-        "weights": size * total // (processes if zero_stage == 3 else 1),
-        "gradients": gradients,
-        "optimizer states": states,
-        "communication": buckets,
-        "activations and loss": activations,
-        "update": update,
-    }
-
-
 def _activations(
     model: MllmForConditionalGeneration,
     stage: StageSpec,
     groups: list[Group],
     size: int,
-    row_length: int,
+    plan: StagePlan,
     *,
     compiled: bool,
 ) -> int:
-    config = model.config.get_text_config()
+    config, row_length = model.config.get_text_config(), plan.row_length
     tokens = stage.batch_size * row_length
     if stage.max_tokens_per_batch is not None:
         tokens = min(tokens, max(stage.max_tokens_per_batch, row_length))
@@ -371,7 +357,7 @@ def _activations(
         encoder = model.model.vision_tower.encoders[name]
         blocks = sum(1 for group, _ in encoder.layer_groups() if group.startswith("layers."))
         rules = model.model.rules
-        rows = rules.layout(rules.largest()).rows_of(name)
+        rows = _largest_visual(model, plan).rows_of(name)
         places = rows if rules.native else rows * info.num_tokens
         one = places * info.width * (per_width + 4 * per_inner) * size / 2
         memory += stage.batch_size * one * (blocks if f"encoders.{name}" in parts else 1)
@@ -406,6 +392,7 @@ def _look_at_data(recipe: Recipe, stage: StageSpec, plan: StagePlan, processor: 
                 with blamed_on(sample.id):
                     plan.lengths.append(token_count(processor, sample))
                 plan.with_images += bool(sample.images)
+                plan.with_videos += any(isinstance(one, Video) for one in sample.images)
                 if processor.rules.needs_size and sample.images:
                     with blamed_on(sample.id):
                         read = split_images(sample.turns, sample.images, drawn=processor.span is not None)[0]
@@ -418,7 +405,7 @@ def _look_at_data(recipe: Recipe, stage: StageSpec, plan: StagePlan, processor: 
     if stage.steps is not None:
         plan.steps = stage.steps
         return
-    samples = stage.epochs * len(mixture) if stage.epochs else 0
+    samples = stage.epochs * len(mixture) * answers_each(stage) if stage.epochs else 0
     if stage.samples_per_step is not None:
         plan.steps = max(1, -(-round(samples) // stage.samples_per_step))
         return
@@ -449,6 +436,11 @@ def _stage_hazards(
             "zero3, which auto takes here, runs without compile: about twice the time"
             if stage.engine == "auto"
             else "compile and zero3 exclude each other"
+        )
+    if rows % answers_each(stage):
+        hazards.append(
+            f"{rows} answers of a step (batch_size × gradient_accumulation × processes) are no whole number of questions of "
+            f"{answers_each(stage)} (options.num_generations), which TRL refuses"
         )
     if stage.dtype == "float32" and sum(g.num_parameters for g in plan.groups) > 1e9:
         hazards.append("fp32 with more than a billion learning parameters: bf16 keeps fp32 copies where they matter")

@@ -15,7 +15,13 @@ from mllm.eval.metrics import Score, Scored, build_metric
 from mllm.eval.metrics.anls import similarity
 from mllm.eval.metrics.images import frechet_distance, psnr, ssim
 from mllm.eval.metrics.tables import _key_similarities
-from mllm.eval.metrics.vsibench import clean_answer, mean_relative_accuracy, mean_relative_accuracy_fp32
+from mllm.eval.metrics.vsibench import (
+    NumberOrChoice,
+    clean_answer,
+    mean_relative_accuracy,
+    mean_relative_accuracy_fp32,
+    think_then_answer,
+)
 from mllm.processing.mask_files import encode_rle
 from tests.golden.fill import check, load, texts
 
@@ -51,6 +57,28 @@ def test_reward_reading_matches_the_published_vectors():
     cleaned = np.array([row + [-1] * (width - len(row)) for row in codes], np.int64)
     scores = [metric.score(text, truth, {"question_type": kind}).value or 0.0 for text, truth, kind in rows]
     check(meta, outputs, {"output.cleaned": cleaned, "output.reward": np.asarray(scores, np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("reply", "target", "kind", "value"),
+    [
+        ("<answer>4</answer>", "5", None, 0.6),
+        ("1,000.", "1000", None, 1.0),
+        ("b.", "B", None, 1.0),
+        ("bed", "B", None, 0.0),
+        ("five", "5", None, None),
+        ("2", "2", "route_planning", 1.0),
+        ("3", "2", "route_planning", 0.0),
+    ],
+)
+def test_rows_without_a_kind_are_rewarded_by_what_their_answer_is(reply, target, kind, value):
+    found = NumberOrChoice().score(reply, target, {} if kind is None else {"question_type": kind}).value
+    assert found == (value if value is None else pytest.approx(value, abs=0.11))
+
+
+def test_the_form_of_an_answer_is_rewarded_alone():
+    told = ["<think>so\nfar</think>\n<answer>4</answer>", "<answer>4</answer>", "4", "<think>a</think><answer>4</answer> m"]
+    assert think_then_answer([[{"role": "assistant", "content": one}] for one in told]) == [1.0, 0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(

@@ -194,3 +194,24 @@ def test_a_tokenizers_training_is_planned_too():
     assert stage.memory["weights"] == stage.memory["optimizer states"] * 4 // 3 == 4 * learned
     assert stage.memory["gradients"] == learned and stage.memory["activations and loss"] > 50 << 20
     assert stage.flops_step > 1e9 and "128 codes" in plan.joins[0]
+
+
+def test_a_reward_stage_is_planned_by_its_answers_and_its_reference():
+    """TRL keeps what learns in float32, and a second model where answers are held to it; a question is one row for each answer."""
+    from mllm.train.preflight.memory import answers_each, memory_of
+
+    stage = load_recipe("spatial_mllm").stages[-1]
+    assert stage.kind == "grpo" and stage.options["beta"] == 0.04 and answers_each(stage) == 8
+    held = memory_of(stage, 1000, 600, 7, zero_stage=0, processes=8)
+    assert held == {
+        "weights": 4 * 600 + 2 * 400, "reference": 4000, "gradients": 2400, "optimizer states": 1200,
+        "activations and loss": 7, "update": 0,
+    }  # fmt: skip
+    free = stage.model_copy(update={"options": {**stage.options, "beta": 0}})
+    assert memory_of(free, 1000, 600, 7, zero_stage=0, processes=8)["reference"] == 0
+    plan = plan_recipe(load_recipe("spatial_mllm"), processes=8, with_data=False, gpu_memory=80e9)
+    assert [one.name for one in plan.stages] == ["pretrain", "sft", "grpo"]
+    assert plan.stages[-1].rows_step == 64 and plan.stages[-1].peak < 0.92 * 80e9
+    odd = load_recipe("spatial_mllm", ["stages.grpo.gradient_accumulation=3"])
+    told = plan_recipe(odd, processes=1, with_data=False).stages[-1].hazards
+    assert any("6 answers of a step" in line for line in told)

@@ -48,10 +48,10 @@ from mllm.train.engine.optim import build_optimizer
 from mllm.train.engine.schedule import rate_factor
 from mllm.train.observe.progress import StageDisplay
 from mllm.train.stages.kind import StageKind
-from mllm.train.stages.preference.one_pixel_tensor import OnePixelTensor
+from mllm.train.stages.preference.one_pixel_tensor import OnePixelTensor, read_video
 from mllm.train.start import start_model
 from mllm.train.trainer import Run, seed_everything
-from mllm.types import IMAGE_MARK, Sample
+from mllm.types import IMAGE_MARK, Sample, Video
 
 if TYPE_CHECKING:
     from mllm.models.modeling_mllm import MllmForConditionalGeneration
@@ -163,7 +163,7 @@ def text_of(completion: Any) -> str:
 
 def train_preference(run: Run, stage: StageSpec, previous: Path | None, folder: Path) -> bool:
     """Train with TRL; the same contract as `StageKind.train`. Its own checkpoints are in the run's folder and are
-    gone on from (not bit for bit)."""
+    gone on from (bit for bit on one CPU, as tested; not on GPUs)."""
     options = check_preference(stage)
     trl = import_trl(f"stages.{stage.name}.kind")
     # On the CPU: its fp32 copy, and the reference's, would stand on the GPU beside what TRL keeps there.
@@ -173,7 +173,7 @@ def train_preference(run: Run, stage: StageSpec, previous: Path | None, folder: 
     drops = DropLog(run.output / "dropped" / f"{stage.name}-{distributed.rank()}.jsonl")
     mixture = open_mixture(stage, run.recipe.seed)
     tell_left_out(mixture, display, run.info, stage)
-    rows = make_rows(mixture, stage, options, drops, max_pixels=processor.image_processor.max_pixels)
+    rows = make_rows(mixture, stage, options, drops, processor)
     reference = _reference(run, stage, options, model, processor)
     seed_everything(run.recipe.seed, f"{stage.name}/adapters", same=True)
     groups = apply_learning(model, stage)
@@ -197,8 +197,9 @@ def train_preference(run: Run, stage: StageSpec, previous: Path | None, folder: 
     last = _last(checkpoints) if run.resume else None
     log = _Log(run, stage, display)
     common = {"args": arguments, "train_dataset": rows, "optimizers": (optimizer, schedule), "callbacks": [log]}
-    with OnePixelTensor(model, processor, active=stage.kind == "grpo") as joined:
+    with OnePixelTensor(model, processor) as joined:
         try:
+            joined.understood_by(reference)
             if stage.kind == "dpo":
                 trainer = trl.DPOTrainer(model, ref_model=reference, processing_class=joined.processor, **common)
             else:
@@ -249,10 +250,10 @@ def import_trl(where: str) -> Any:
 
 
 def make_rows(
-    mixture: Mixture, stage: StageSpec, options: PreferenceOptions, drops: DropLog, *, max_pixels: int | None
+    mixture: Mixture, stage: StageSpec, options: PreferenceOptions, drops: DropLog, processor: Processor
 ) -> Any:
-    """The stage's samples as a `datasets` table that reads each row, pictures included, when it is asked for. A row that
-    cannot be used is replaced by its dataset's next good one and logged."""
+    """The stage's samples as a `datasets` table that reads each row, pictures included, when it is asked for, once for all answers to
+    it. A row that cannot be used is replaced by its dataset's next good one and logged."""
     import datasets
 
     draws = mixture.locate(range(len(mixture)))
@@ -266,7 +267,7 @@ def make_rows(
             try:
                 sample = source[now.row]
                 with blamed_on(source.where(now.row, sample.id)):
-                    row = as_row(sample, stage.kind, options, max_pixels=max_pixels)
+                    row = as_row(sample, stage.kind, options, processor)
                 tried[source.name] += 1
                 return row
             except (DataError, AlignmentError) as error:
@@ -278,21 +279,27 @@ def make_rows(
         raise DataError(f"{source.name}: {_ATTEMPTS} samples one after another cannot be used. The last: {reason}")
 
     def transform(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-        found = [read(index) for index in batch["row"]]
-        return {key: [row[key] for row in found] for key in found[0]}
+        found = {index: read(index) for index in dict.fromkeys(batch["row"])}
+        rows = [found[index] for index in batch["row"]]
+        return {key: [row[key] for row in rows] for key in rows[0]}
 
     return datasets.Dataset.from_dict({"row": list(range(len(draws)))}).with_transform(transform)
 
 
-def as_row(sample: Sample, kind: str, options: PreferenceOptions, *, max_pixels: int | None = None) -> dict[str, Any]:
-    """A sample as TRL reads it: ``prompt`` and ``images``, and ``chosen`` and ``rejected``, or ``target`` and ``meta``."""
+def as_row(sample: Sample, kind: str, options: PreferenceOptions, processor: Processor) -> dict[str, Any]:
+    """A sample as TRL reads it: ``prompt`` and ``images`` (videos among them, read), and ``chosen`` and ``rejected``, or ``target`` and
+    ``meta``."""
     where = f"sample {sample.id!r} of {sample.dataset}"
     if not sample.turns or sample.turns[-1].role != "assistant" or len(sample.turns) < 2:
         raise DataError(f"{where}: does not end with an answer to a question")
     request, answer = sample.turns[:-1], sample.turns[-1].content
     if any(IMAGE_MARK in turn.content for turn in request if turn.role != "user") or IMAGE_MARK in answer:
         raise DataError(f"{where}: an image stands outside the user's turns")
-    images = [load_image(i, where=where, max_pixels=max_pixels) for i in sample.images]
+    limit = processor.image_processor.max_pixels
+    images = [
+        read_video(i, processor, f"{where}, image {k}") if isinstance(i, Video) else load_image(i, where=where, max_pixels=limit)
+        for k, i in enumerate(sample.images)
+    ]
     # Every content as parts: TRL puts images before the first user turn that is a plain text, wherever they belong.
     prompt = [{"role": turn.role, "content": parts_of(turn.content, IMAGE_MARK)} for turn in request]
     row: dict[str, Any] = {"prompt": prompt, "images": images}

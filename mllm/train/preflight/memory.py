@@ -1,0 +1,70 @@
+"""Which bytes does one GPU keep while a stage is trained?"""
+
+from __future__ import annotations
+
+from mllm.recipe import StageSpec
+from mllm.train.engine.optim import state_bytes
+
+PREFERENCE = ("dpo", "grpo")
+"""Kinds of stages that TRL's trainers run."""
+
+
+def memory_of(
+    stage: StageSpec, total: int, learned: int, activations: int, *, zero_stage: int, processes: int
+) -> dict[str, int]:
+    """Bytes on one GPU by what they are for. ``update``: buffers of the optimizer step, when activations are gone.
+
+    Args:
+        stage: what is trained.
+        total: weights of the model.
+        learned: of those, the ones that learn.
+        activations: their bytes, with the loss's.
+        zero_stage: what the engine shares among GPUs.
+        processes: how many these are.
+
+    Returns:
+        Bytes by name.
+    """
+    size = 2 if stage.dtype == "bfloat16" else 4
+    if stage.kind in PREFERENCE:
+        return _preference(stage, total, learned, activations, size)
+    share = processes if zero_stage else 1
+    copies = (2 if stage.optimizer.master == "low_bits" else 4) if size == 2 or zero_stage else 0
+    states = learned * (state_bytes(stage.optimizer) + copies) // share
+    states += 4 * learned if stage.optimizer.ema is not None else 0
+    gradients = size * learned // (processes if zero_stage >= 2 else 1)
+    update = min(learned, 1 << 28) * 4 if zero_stage == 0 else (4 + size) * learned // share
+    buckets = 2 * size * min(learned, 200_000_000) if zero_stage else 0
+    return {
+        "weights": size * total // (processes if zero_stage == 3 else 1),
+        "gradients": gradients,
+        "optimizer states": states,
+        "communication": buckets,
+        "activations and loss": activations,
+        "update": update,
+    }
+
+
+def _preference(stage: StageSpec, total: int, learned: int, activations: int, size: int) -> dict[str, int]:
+    """Weights that learn stay float32, without a second copy; the model that answers are held to is float32, too."""
+    pairs = stage.kind == "dpo"
+    return {
+        "weights": 4 * learned + size * (total - learned),
+        "reference": 4 * total if pairs or stage.options.get("beta") else 0,
+        "gradients": 4 * learned,
+        "optimizer states": state_bytes(stage.optimizer) * learned,
+        "activations and loss": activations * (2 if pairs else 1),  # both answers of a pair
+        "update": 0,
+    }
+
+
+def answers_each(stage: StageSpec) -> int:
+    """How many rows of a step one sample of the data gives.
+
+    Args:
+        stage: what is trained.
+
+    Returns:
+        The answers that are drawn to it by a grpo stage, 1 in others.
+    """
+    return int(stage.options.get("num_generations", 8)) if stage.kind == "grpo" else 1
