@@ -37,7 +37,9 @@ def main() -> int:
         for arm in ARMS:
             done = options.output / f"{arm}-{seed}.json"
             if not done.is_file() and not options.tell:
-                done.write_text(json.dumps(run(options.output, arm, seed, options.overrides), indent=1), encoding="utf-8")
+                done.write_text(
+                    json.dumps(run(options.output, arm, seed, options.overrides), indent=1), encoding="utf-8"
+                )
             if done.is_file():
                 tell(arm, seed, json.loads(done.read_text(encoding="utf-8")))
     return 0
@@ -70,7 +72,11 @@ def run(root: Path, arm: str, seed: int, overrides: list[str]) -> dict[str, Any]
     final = run_recipe(recipe, resume=(output / "sft").is_dir())
     model, processor = load_model(str(final), device="cpu")
     found = evaluate(
-        HFGenerator(model, processor, batch_size=64), ["room_reward"], output / "eval", data={"room_reward": data}, blind=True
+        HFGenerator(model, processor, batch_size=64),
+        ["room_reward"],
+        output / "eval",
+        data={"room_reward": data},
+        blind=True,
     )["room_reward"]
     ways = {"as it is": found, "blank": found.blind, "another room": found.shuffled, **found.frames}
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

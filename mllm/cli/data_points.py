@@ -33,6 +33,12 @@ def points(
     rays: Annotated[
         bool, typer.Option("--rays", help="da3: cameras from its map of rays (slower, its authors say more exact).")
     ] = False,
+    cameras: Annotated[
+        bool,
+        typer.Option(
+            "--cameras", help="Also VIDEO.poses.json and VIDEO.depth.npy, for a row's poses and depths (not vggt-1b)."
+        ),
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU when there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="auto (bfloat16 on a GPU), float32, bfloat16 or float16.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Also for videos that have such a file.")] = False,
@@ -41,6 +47,8 @@ def points(
 
     It is what video: {which: space_aware} and encoders of type points read where rows have no depth and poses of their own.
     da3-base, da3-small and mapanything-apache (in metres) are free to use, the others' weights not commercially.
+
+    With --cameras a row can give what heads learn from, too: "poses": "room.mp4.poses.json", "depths": "room.mp4.depth.npy".
 
     [dim]mllm data points rooms/*.mp4 --frames 64 --chunk 32[/]
     """
@@ -51,6 +59,11 @@ def points(
     arguments.one_of(encoder, _ENCODERS, "--encoder")
     if rays and not encoder.startswith("da3"):
         raise typer.BadParameter(f"{encoder} tells no rays; give it with --encoder da3-base", param_hint="--rays")
+    if cameras and encoder == "vggt-1b":
+        raise typer.BadParameter(
+            "vggt-1b's point head tells no cameras; give it with --encoder da3-base, pi3 or mapanything-apache",
+            param_hint="--cameras",
+        )
     arguments.dtype(dtype)
     arguments.device(device)
     arguments.videos(videos)
@@ -69,6 +82,7 @@ def points(
         side=side or None,
         chunk=chunk,
         by_rays=rays,
+        cameras=cameras,
         device=where,
         dtype=getattr(torch, kind if dtype == "auto" else dtype),
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,17 @@ import numpy as np
 import torch
 
 from mllm.encoders.catalogue import build_encoder, encoder_config, expanded
-from mllm.encoders.view_points import READERS, PointReader
-from mllm.errors import ConfigError
+from mllm.encoders.view_points import READERS, PointReader, SeenViews
+from mllm.errors import ConfigError, DataError
 from mllm.modes import whole_file
 from mllm.processing.pixels import to_pixels
 from mllm.processing.scene_points import SIDECAR
 from mllm.processing.spread import spread
 from mllm.processing.videos import open_video
 from mllm.types import Video
+
+POSES, DEPTH = ".poses.json", ".depth.npy"
+"""What the cameras and depth maps beside a video are called."""
 
 
 @dataclass
@@ -32,6 +36,7 @@ class PointWriter:
         size: pixels of a frame's longer side; the other keeps the shape, both in whole patches. None: what the encoder was trained with.
         side: most points along a side that are kept, of a denser map every so many-th; None: all.
         chunk: most frames that see each other at once (`ViewsConfig.chunk`); None: all.
+        cameras: write the cameras and depth maps, too, as heads learn from them and encoders of points read them.
         by_rays: Depth Anything 3's cameras from its map of rays in place of its camera decoder.
         device, dtype: of the encoder; the point head computes in float32.
     """
@@ -42,6 +47,7 @@ class PointWriter:
     side: int | None = 64
     chunk: int | None = None
     by_rays: bool = False
+    cameras: bool = False
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
     _readers: dict[tuple[int, int], PointReader] = field(default_factory=dict)
@@ -57,6 +63,11 @@ class PointWriter:
         plain = encoder_config({**spec, "layers": [-1]}, where="encoder")
         self._patch = int(getattr(plain, "patch_size"))  # noqa: B009
         self.size = self.size or max(plain.resolved_info.image.height, plain.resolved_info.image.width)
+        if self.cameras and READERS[kind].see is PointReader.see:
+            raise ConfigError(
+                f"cameras: the head of type {kind} that is here tells points alone, no cameras and no depth; take da3-base, "
+                "pi3 or mapanything-apache"
+            )
         own = {"layers": READERS[kind].layers_read(int(getattr(plain, "depth"))), "keep_prefix": True}  # noqa: B009
         if self.chunk is not None and kind == "depth_anything_3":
             own["reference"] = "first"
@@ -64,7 +75,9 @@ class PointWriter:
 
     def write(self, video: Path, *, where: str) -> tuple[Path, int]:
         """Write ``VIDEO.points.npz``: ``points`` ``(F, h, w, 3)`` float32 as the first frame's camera has them (x right, y down, z forward,
-        in a unit of the scene's own), ``confidence`` ``(F, h, w)`` and ``frames`` ``(F,)``.
+        in a unit of the scene's own), ``confidence`` ``(F, h, w)`` and ``frames`` ``(F,)``. With ``cameras`` also what a row's ``poses``
+        and ``depths`` take: ``VIDEO.poses.json`` (matrices camera → first camera, null for frames not looked at, and the field of view) and
+        ``VIDEO.depth.npy`` ``(all frames, h, w)`` float16, NaN for those.
 
         Returns:
             The file, and how many frames it speaks of.
@@ -80,7 +93,11 @@ class PointWriter:
         reader = self._reader((first.height, first.width))
         image = reader.encoder.config.resolved_info.image
         pixels = torch.stack([to_pixels(picture, image) for picture in itertools.chain([first], pictures)])
-        points, confidence = reader.read(pixels.to(self.device))
+        if self.cameras:
+            seen = reader.see(pixels.to(self.device))
+            points, confidence = seen.points, seen.confidence.cpu()
+        else:
+            seen, (points, confidence) = None, reader.read(pixels.to(self.device))
         steps = [max(1, -(-length // self.side)) if self.side else 1 for length in confidence.shape[1:]]
         rows, columns = (slice(step // 2, None, step) for step in steps)
         target = Path(f"{video}{SIDECAR}")
@@ -89,6 +106,8 @@ class PointWriter:
             "confidence": confidence[:, rows, columns].numpy(),
             "frames": np.array(numbers),
         }
+        if seen is not None:
+            _write_views(video, seen, numbers, clip.count, seen.depth[:, rows, columns].numpy(), where)
         with whole_file(target) as file:
             np.savez_compressed(file, **told)
         return target, len(numbers)
@@ -118,13 +137,34 @@ class PointWriter:
         return high, wide
 
 
+def _write_views(
+    video: Path, seen: SeenViews, numbers: Sequence[int], count: int, depth: np.ndarray, where: str
+) -> None:
+    """The cameras and depth maps ``(F, h, w)`` of the frames ``numbers``, of ``count``."""
+    view = seen.field_of_view
+    if not all(np.pi < degrees < 180 for degrees in view):  # below it, a reader takes them for radians
+        raise DataError(
+            f"{where}: no field of view comes of what the encoder says ({view[0]:g} and {view[1]:g} degrees)"
+        )
+    matrices: list[Any] = [None] * count
+    for number, camera in zip(numbers, seen.cameras.double().numpy(), strict=True):
+        matrices[number] = camera.round(7).tolist()
+    maps = np.full((count, *depth.shape[1:]), np.nan, np.float16)
+    maps[list(numbers)] = np.where(depth > 0, depth, np.nan)
+    with whole_file(Path(f"{video}{POSES}")) as file:
+        file.write(json.dumps({"matrices": matrices, "fov": [round(degrees, 4) for degrees in view]}).encode())
+    with whole_file(Path(f"{video}{DEPTH}")) as file:
+        np.save(file, maps)
+
+
 def write_points(
     writer: PointWriter, videos: Iterable[Path], *, force: bool = False
 ) -> Iterator[tuple[Path, Path, int | None]]:
     """``(video, its file, frames in it)`` one after another; None for one that had a file and is left as it is unless ``force``."""
     for video in videos:
         target = Path(f"{video}{SIDECAR}")
-        if target.is_file() and not force:
+        whole = [target, *(Path(f"{video}{name}") for name in (POSES, DEPTH) if writer.cameras)]
+        if all(path.is_file() for path in whole) and not force:
             yield video, target, None
             continue
         yield video, *writer.write(video, where=str(video))

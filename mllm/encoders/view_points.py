@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +29,47 @@ _DA3_HEADS = {384: (64, (48, 96, 192, 384)), 768: (128, (96, 192, 384, 768)), 10
 """Depth Anything 3's head by the backbone's width: what is fused into, and the maps."""
 _MAPANYTHING = (256, (96, 192, 384, 768))
 """MapAnything's dense head: likewise."""
+
+
+@dataclass(frozen=True)
+class SeenViews:
+    """What is told of S views: points ``(S, H, W, 3)`` before each one's own camera (x right, y down, z forward; NaN: no place), confidence
+    ``(S, H, W)``, and of the cameras turns ``(S, 3, 3)`` (camera → world) and places ``(S, 3)``."""
+
+    own: Tensor
+    confidence: Tensor
+    turns: Tensor
+    places: Tensor
+
+    @property
+    def points(self) -> Tensor:
+        """``(S, H, W, 3)`` as the first view's camera has them, float32 on the CPU."""
+        return seen_by_first(self.own, self.turns, self.places).float().cpu()
+
+    @property
+    def cameras(self) -> Tensor:
+        """``(S, 3, 4)``: each camera's coordinates → the first one's, float32 on the CPU."""
+        turns, places = self.turns[0].T @ self.turns, (self.places - self.places[0]) @ self.turns[0]
+        return torch.cat([turns, places[..., None]], dim=-1).float().cpu()
+
+    @property
+    def depth(self) -> Tensor:
+        """``(S, H, W)`` along each camera's axis, float32 on the CPU."""
+        return self.own[..., 2].float().cpu()
+
+    @property
+    def field_of_view(self) -> tuple[float, float]:
+        """(vertical, horizontal) degrees that most points say, the axis through the middle of the picture."""
+        _, rows, columns, _ = self.own.shape
+        across, down, _ = pixel_places(rows, columns, self.own.device).unbind(-1)
+        found = []
+        for place, channel in ((down, 1), (across, 0)):
+            told = (self.own[..., channel] / self.own[..., 2] / place)[
+                :, place.abs() > 0.25
+            ]  # near the axis it says little
+            told = told[told.isfinite() & (told > 0)]
+            found.append(float(told.median().atan().mul(2).rad2deg()) if len(told) else float("nan"))
+        return found[0], found[1]
 
 
 class PointReader:
@@ -73,6 +115,24 @@ class PointReader:
         """A part's published tensors by the names that ours has, and which of them ours does without."""
         return state, set()
 
+    def see(self, pixels: Tensor, *, at_once: int = 8) -> SeenViews:
+        """What is told of the views of one scene, cameras and depth among it.
+
+        Args:
+            pixels: ``(S, 3, H, W)``, normalised as the encoder's ``info.image`` says.
+            at_once: views that the head takes at a time.
+
+        Returns:
+            Points before each view's camera, confidence and cameras.
+
+        Raises:
+            ConfigError: the head tells points alone.
+        """
+        raise ConfigError(
+            f"encoder: the head of type {self.encoder.config.type} that is here tells points alone, no cameras and no depth; take "
+            "da3-base, pi3 or mapanything-apache"
+        )
+
     @torch.no_grad()
     def read(self, pixels: Tensor, *, at_once: int = 8) -> tuple[Tensor, Tensor]:
         """Points and confidence of the views of one scene.
@@ -85,7 +145,8 @@ class PointReader:
             Points ``(S, H, W, 3)``, as the first view's camera has them, and confidence ``(S, H, W)``, the higher the surer, float32 on the
             CPU. Their unit is the scene's own (MapAnything's: a metre); NaN where the model says that a pixel shows no place.
         """
-        raise NotImplementedError
+        seen = self.see(pixels, at_once=at_once)
+        return seen.points, seen.confidence.cpu()
 
     def _layers(self, pixels: Tensor) -> tuple[list[Tensor], Tensor, Grid]:
         """What the head reads of each layer ``(S, N, D)``, the last layer's prefix ``(S, P, D)``, and the grid."""
@@ -193,7 +254,7 @@ class DepthAnything3Points(PointReader):
         return told, {name for names in coarser.values() for name in names}
 
     @torch.no_grad()
-    def read(self, pixels: Tensor, *, at_once: int = 8) -> tuple[Tensor, Tensor]:
+    def see(self, pixels: Tensor, *, at_once: int = 8) -> SeenViews:
         layers, camera, grid = self._layers(pixels)
         head: Any = self.head["head"]  # type: ignore[index]
         if self.by_rays:
@@ -202,7 +263,9 @@ class DepthAnything3Points(PointReader):
         else:
             (told,) = _by_parts(lambda *some: (head(some, grid),), at_once, *layers)
             cameras = cameras_of_poses(self.head["cam_dec"](camera[:, 0]))  # type: ignore[index]
-        return laid_by_cameras(told[..., 0].exp(), cameras).cpu(), 1 + told[..., 1].exp().cpu()
+        return SeenViews(
+            before_cameras(told[..., 0].exp(), cameras), 1 + told[..., 1].exp(), cameras.turns, cameras.places
+        )
 
 
 def cameras_of_poses(poses: Tensor) -> Cameras:
@@ -213,13 +276,11 @@ def cameras_of_poses(poses: Tensor) -> Cameras:
     )
 
 
-def laid_by_cameras(depth: Tensor, cameras: Cameras) -> Tensor:
-    """Depth ``(S, H, W)`` along the cameras' axes, laid into space by them → ``(S, H, W, 3)`` as the first view's camera has it: x right,
-    y down, z forward. Rays go through the pixels' centres."""
+def before_cameras(depth: Tensor, cameras: Cameras) -> Tensor:
+    """Depth ``(S, H, W)`` along the cameras' axes → the points ``(S, H, W, 3)`` that each has before it: x right, y down, z forward. Rays
+    go through the pixels' centres."""
     _, rows, columns = depth.shape
-    places = pixel_places(rows, columns, depth.device)
-    lens = cameras.lens.to(depth)
-    return seen_by_first(torch.einsum("rcj,sij,src->srci", places, lens, depth), cameras.turns, cameras.places)
+    return torch.einsum("rcj,sij,src->srci", pixel_places(rows, columns, depth.device), cameras.lens.to(depth), depth)
 
 
 def seen_by_first(points: Tensor, turns: Tensor, places: Tensor) -> Tensor:
@@ -264,9 +325,9 @@ class Pi3Points(PointReader):
         return [depth]
 
     @torch.no_grad()
-    def read(self, pixels: Tensor, *, at_once: int = 8) -> tuple[Tensor, Tensor]:
+    def see(self, pixels: Tensor, *, at_once: int = 8) -> SeenViews:
         points, confidence, places, turns = self.told(pixels, at_once=at_once)
-        return seen_by_first(points, turns, places).cpu(), confidence.sigmoid().cpu()
+        return SeenViews(points, confidence.sigmoid(), turns, places)
 
     def told(self, pixels: Tensor, *, at_once: int = 8) -> list[Tensor]:
         """What `Pi3Heads` tell of views ``(S, 3, H, W)``."""
@@ -314,11 +375,11 @@ class MapAnythingPoints(PointReader):
         return state, set(names) if part == "dense_head" else set()
 
     @torch.no_grad()
-    def read(self, pixels: Tensor, *, at_once: int = 8) -> tuple[Tensor, Tensor]:
+    def see(self, pixels: Tensor, *, at_once: int = 8) -> SeenViews:
         rays, depth, confidence, mask, places, quaternions, scale = self.told(pixels, at_once=at_once)
         points = rays * (depth * scale[:, None, None])[..., None]
-        points = seen_by_first(points, rotations(quaternions), places * scale[:, None])
-        return points.masked_fill(mask[..., None] <= 0, torch.nan).cpu(), confidence.cpu()
+        points = points.masked_fill(mask[..., None] <= 0, torch.nan)
+        return SeenViews(points, confidence, rotations(quaternions), places * scale[:, None])
 
     def told(self, pixels: Tensor, *, at_once: int = 8) -> list[Tensor]:
         """What `MapAnythingHeads` tell of views ``(S, 3, H, W)``."""

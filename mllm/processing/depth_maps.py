@@ -31,8 +31,8 @@ def read_poses(entry: Any, *, where: str) -> tuple[np.ndarray, tuple[float, floa
     """A video's cameras and their field of view.
 
     entry: ``{"matrices": one of 3 × 4 or 4 × 4 a frame, or null}``, ``{"path": FILE}`` or a file's path (``.npy`` ``(F, 3 | 4, 4)``,
-    ``.json`` a list, ``.txt`` a line of 12 or 16 numbers a frame); beside it ``fov``: [vertical, horizontal] degrees. A matrix takes
-    the camera's coordinates to the world's; x points right, y down, z forward (OpenCV), in metres.
+    ``.json`` a list or matrices with their fov, ``.txt`` a line of 12 or 16 numbers a frame); beside it ``fov``: [vertical, horizontal]
+    degrees. A matrix takes the camera's coordinates to the world's; x points right, y down, z forward (OpenCV), in metres.
 
     Returns ``(F, 3, 4)`` float64, NaN for a camera that is not known, and the field of view in degrees (None: not told). Raises
     `DataError` opening with ``where``.
@@ -46,6 +46,12 @@ def read_poses(entry: Any, *, where: str) -> tuple[np.ndarray, tuple[float, floa
         view = None if entry.get("fov") is None else _field_of_view(entry["fov"], where)
         entry = entry.get("matrices", entry.get("path"))
     values = _pose_file(entry, where) if isinstance(entry, (str, Path)) else entry
+    if isinstance(values, Mapping) and isinstance(entry, (str, Path)):
+        if "path" in values or (view is not None and "fov" in values):
+            told = "names another file" if "path" in values else "says fov, and so does the row"
+            raise DataError(f"{where}: {str(entry)!r} {told}; expected matrices, with fov there or in the row")
+        cameras, own = read_poses(values, where=f"{where}: {str(entry)!r}")
+        return cameras, own or view
     if isinstance(values, (list, tuple)):
         shape = next((np.shape(one) for one in values if one is not None), (3, 4))
         values = [np.full(shape, np.nan).tolist() if one is None else one for one in values]

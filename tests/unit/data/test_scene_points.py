@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from mllm.data.scene_points import PointWriter, write_points
 from mllm.encoders.pi3 import Pi3Encoder
 from mllm.encoders.points import PointsEncoder
 from mllm.encoders.view_points import READERS
 from mllm.errors import ConfigError, DataError
+from mllm.processing.depth_maps import read_poses
 from mllm.processing.frames import VideoSpec
+from mllm.processing.scene_points import frame_points
 from mllm.processing.videos import frames_of
-from mllm.types import Video
+from mllm.types import ImageSpec, Video
 from tests.unit.encoders.test_view_points import SMALL, save_whole
 from tests.unit.encoders.views import stirred
 from tests.videos import write_clip
@@ -44,6 +47,44 @@ def test_points_lie_beside_the_video_and_choose_its_frames(spec, tmp_path, monke
     assert list(write_points(writer, [clip])) == [(clip, target, None)] and target.stat().st_mtime_ns == kept
     assert next(iter(write_points(writer, [clip], force=True)))[2] == 6 and target.stat().st_mtime_ns > kept
     assert [path.name for path in tmp_path.glob("*.npz")] == ["room.mp4.points.npz"], "nothing half written is left"
+
+
+def test_cameras_and_depth_are_what_rows_take(spec, tmp_path, monkeypatch):
+    """Laid into space by poses and depth as a row gives them, an encoder of points is given what the file of points says."""
+    monkeypatch.setenv("MLLM_CACHE", str(tmp_path / "cache"))
+    np.save(tmp_path / "room.npy", np.random.default_rng(0).integers(0, 256, (5, 24, 36, 3), dtype=np.uint8))
+    if spec["type"] == "vggt":
+        with pytest.raises(ConfigError, match="vggt that is here tells points alone"):
+            PointWriter(spec, cameras=True)
+        return
+    donor = READERS[spec["type"]](stirred(SMALL[spec["type"]]))
+    exact = spec["type"] == "depth_anything_3"  # the others tell points that no one lens explains
+    if exact:
+        torch.nn.init.constant_(donor.head["cam_dec"].fc_fov[0].bias, 1.0)  # a lens, where drawn weights have none
+    save_whole(spec["type"], donor, tmp_path)
+    writer = PointWriter({**spec, "weights": {"source": str(tmp_path)}}, frames=3, size=36, side=None, cameras=True)
+    ((video, _, _),) = write_points(writer, [tmp_path / "room.npy"])
+    assert sorted(path.name for path in tmp_path.glob("room.npy.*")) == [
+        f"room.npy.{n}" for n in ("depth.npy", "points.npz", "poses.json")
+    ]
+    poses, view = read_poses(f"{video}.poses.json", where="x")
+    assert np.isfinite(poses).all((1, 2)).tolist() == [True, False, True, False, True] and view is not None
+    depth = np.load(f"{video}.depth.npy")
+    assert depth.shape == (5, 24, 36) and np.isnan(depth[1]).all()
+    with np.load(f"{video}.points.npz") as told:
+        points = told["points"]
+    image = ImageSpec(height=24, width=36, points="refuse")
+    entry = {"poses": f"{video}.poses.json", "depths": f"{video}.depth.npy"}
+    laid = frame_points(Video(str(video), points=entry), [0, 2, 4], 5, image, where="x").permute(0, 2, 3, 1).numpy()
+    own = np.einsum(
+        "sij,srcj->srci", np.linalg.inv(poses[[0, 2, 4], :, :3]), points - poses[[0, 2, 4], None, None, :, 3]
+    )
+    known = (own[..., 2] > 0) & np.isfinite(laid).all(-1)
+    assert known.any() and np.isfinite(laid).all(-1).sum() == (own[..., 2] > 0).sum()
+    if exact:
+        np.testing.assert_allclose(
+            laid[known], points[known], rtol=0, atol=0.1
+        )  # one field of view for views that differ a little
 
 
 def test_videos_of_unlike_shapes_share_their_weights(spec, tmp_path):

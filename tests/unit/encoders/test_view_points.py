@@ -20,8 +20,9 @@ from mllm.encoders.pi3 import Pi3Encoder
 from mllm.encoders.vggt import VggtEncoder
 from mllm.encoders.view_points import (
     READERS,
+    SeenViews,
+    before_cameras,
     cameras_of_poses,
-    laid_by_cameras,
     rotations,
     vggt_points,
 )
@@ -190,7 +191,13 @@ def test_depth_is_laid_where_known_cameras_see_it():
         [[0.5, 0, 0, 0, 0, 0, 2.0, np.pi / 2, np.pi / 2], [1.5, 0, 0, *quarter, np.pi / 2, np.pi / 2]],
         dtype=torch.float32,
     )
-    points = laid_by_cameras(torch.full((2, 4, 4), 2.0), cameras_of_poses(poses))
+    cameras, depth = cameras_of_poses(poses), torch.full((2, 4, 4), 2.0)
+    seen = SeenViews(before_cameras(depth, cameras), torch.ones(2, 4, 4), cameras.turns, cameras.places)
+    points = seen.points
+    torch.testing.assert_close(seen.depth, depth)
+    assert seen.field_of_view == pytest.approx((90, 90), abs=1e-3)
+    again = torch.einsum("sij,srcj->srci", seen.cameras[:, :, :3], seen.own) + seen.cameras[:, None, None, :, 3]
+    torch.testing.assert_close(again, points)
     torch.testing.assert_close(points[0, 0, 3], torch.tensor([1.5, -1.5, 2.0]))  # up and to the right
     torch.testing.assert_close(points[1, 3, 3], torch.tensor([1.0 - 2.0, 1.5, 1.5]))  # ahead is now to the left
     turns = rotations(torch.randn(5, 4))

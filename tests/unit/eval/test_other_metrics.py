@@ -77,7 +77,12 @@ def test_rows_without_a_kind_are_rewarded_by_what_their_answer_is(reply, target,
 
 
 def test_the_form_of_an_answer_is_rewarded_alone():
-    told = ["<think>so\nfar</think>\n<answer>4</answer>", "<answer>4</answer>", "4", "<think>a</think><answer>4</answer> m"]
+    told = [
+        "<think>so\nfar</think>\n<answer>4</answer>",
+        "<answer>4</answer>",
+        "4",
+        "<think>a</think><answer>4</answer> m",
+    ]
     assert think_then_answer([[{"role": "assistant", "content": one}] for one in told]) == [1.0, 0.0, 0.0, 0.0]
 
 

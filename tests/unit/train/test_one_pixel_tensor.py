@@ -42,9 +42,7 @@ def test_one_row_a_visual_is_what_the_processor_gives(tmp_path, changes, videos)
     plain = processor(images=shown, **options)
     with torch.no_grad():
         wanted = model(**plain).logits
-    read = [
-        [read_video(v, processor, "x") if isinstance(v, Video) else v for v in visuals] for visuals in shown
-    ]
+    read = [[read_video(v, processor, "x") if isinstance(v, Video) else v for v in visuals] for visuals in shown]
     with OnePixelTensor(model, processor) as joined:
         for images in (shown, copy.deepcopy(read)):
             found = joined.processor(images=images, **options)
@@ -71,7 +69,9 @@ def test_a_row_whose_video_cannot_be_read_is_named(tmp_path):
     _, processor = tiny_model(tmp_path, video={"frames": 4})
     options = PreferenceOptions(rewards=["x:y"])
     turns = [Turn("user", f"{IMAGE_MARK}How far?"), Turn("assistant", "2.5")]
-    row = as_row(Sample("7", turns, [film(9)], "rooms", {"question_type": "object_abs_distance"}), "grpo", options, processor)
+    row = as_row(
+        Sample("7", turns, [film(9)], "rooms", {"question_type": "object_abs_distance"}), "grpo", options, processor
+    )
     assert row["prompt"][0]["content"] == parts_of(turns[0].content, IMAGE_MARK) and row["target"] == "2.5"
     assert row["images"][0].chosen.numbers == (0, 2, 5, 8) and row["images"][0].pixels["semantic"].shape[0] == 4
     with pytest.raises(DataError, match=r"sample '8' of rooms, image 0: no-such.mp4|no-such.mp4"):

@@ -96,7 +96,9 @@ class OnePixelTensor:
         parts = {name: value.split([v.rows_of(name) for v in layouts]) for name, value in pixels.items()}
         rows = [torch.cat([parts[name][k].flatten().float() for name in pixels]) for k in range(len(layouts))]
         longest = max(map(len, rows), default=0)
-        data[PRIMARY_PIXELS] = torch.cat([head, torch.stack([pad(row, (0, longest - len(row))) for row in rows])], dim=1)
+        data[PRIMARY_PIXELS] = torch.cat(
+            [head, torch.stack([pad(row, (0, longest - len(row))) for row in rows])], dim=1
+        )
 
     def _layouts(self, sizes: Tensor | None, times: Tensor | None, rows: int) -> Sequence[VisualLayout]:
         told = times if times is not None else sizes
@@ -116,7 +118,9 @@ class OnePixelTensor:
             at = begin
             for name, (shape, dtype) in self.kinds.items():
                 one = torch.Size((layout.rows_of(name), *shape))
-                parts[name].append(row[at : at + one.numel()].view(one).to(dtype if not dtype.is_floating_point else row.dtype))
+                parts[name].append(
+                    row[at : at + one.numel()].view(one).to(dtype if not dtype.is_floating_point else row.dtype)
+                )
                 at += one.numel()
         pixels = {self.keys[name]: torch.cat(values) for name, values in parts.items()}
         beside = {key: value for key, value in ((IMAGE_SIZES, sizes), (VIDEO_TIMES, times)) if value is not None}
@@ -145,7 +149,9 @@ def _joining(processor: Any, joined: OnePixelTensor) -> Any:
             return video if isinstance(video, ReadVideo) else super()._seen(video, where)
 
         def _video_pixels(self, seen: Any, video: Video, where: str) -> Any:
-            return (seen.pixels, seen.size) if isinstance(seen, ReadVideo) else super()._video_pixels(seen, video, where)
+            return (
+                (seen.pixels, seen.size) if isinstance(seen, ReadVideo) else super()._video_pixels(seen, video, where)
+            )
 
     class Joining(kind):
         def __call__(self, images: Any = None, *arguments: Any, **options: Any) -> Any:
@@ -156,7 +162,11 @@ def _joining(processor: Any, joined: OnePixelTensor) -> Any:
             return batch
 
     for own, published in ((Reading, reader), (Joining, kind)):  # what is saved names the published class
-        own.__name__, own.__qualname__, own.__module__ = published.__name__, published.__qualname__, published.__module__
+        own.__name__, own.__qualname__, own.__module__ = (
+            published.__name__,
+            published.__qualname__,
+            published.__module__,
+        )
     made = copy.copy(processor)
     made.__class__, made.image_processor = Joining, copy.copy(processor.image_processor)
     made.image_processor.__class__ = Reading

@@ -297,7 +297,9 @@ def as_row(sample: Sample, kind: str, options: PreferenceOptions, processor: Pro
         raise DataError(f"{where}: an image stands outside the user's turns")
     limit = processor.image_processor.max_pixels
     images = [
-        read_video(i, processor, f"{where}, image {k}") if isinstance(i, Video) else load_image(i, where=where, max_pixels=limit)
+        read_video(i, processor, f"{where}, image {k}")
+        if isinstance(i, Video)
+        else load_image(i, where=where, max_pixels=limit)
         for k, i in enumerate(sample.images)
     ]
     # Every content as parts: TRL puts images before the first user turn that is a plain text, wherever they belong.
