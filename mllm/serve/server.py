@@ -16,6 +16,7 @@ from mllm.config import StrictModel
 from mllm.damage import opening
 from mllm.errors import ConfigError
 from mllm.heads.codes.settings import vllm_environment, vllm_options
+from mllm.models.engine_limits import check_engine_heads
 from mllm.processing.engine_videos import engine_options
 from mllm.processing.frames import video_spec
 from mllm.serve.adapters import (
@@ -34,8 +35,6 @@ from mllm.serve.memory import ENGINES, engines_of, memory_arguments, need_of, se
 from mllm.serve.options import check_extra, check_folder, check_start, vllm_source_has, written_out
 from mllm.serve.supervisor import ENVIRONMENT as SUPERVISOR
 
-CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Widths of an attention head that vLLM's CPU kernels take (0.26 to 0.32); with another the engine dies at the first request."""
 NO_DOMAIN = "no-media-domain.invalid"
 """Matches no host (RFC 2606): vLLM takes an empty list of media domains for "every host"."""
 
@@ -227,7 +226,7 @@ def serve(settings: ServeSettings) -> None:
     os.environ.pop("VLLM_API_KEY", None)  # vLLM would check one key itself, on some of the routes only
     settings = settings.model_copy(update={"extra": written_out(settings.extra)})
     arguments, environment = plan(settings, api_key)
-    _check_heads(settings.checkpoint)
+    check_engine_heads(settings.checkpoint, _read(settings.checkpoint)[0])
     import torch
 
     if torch.cuda.is_available():  # the CPU only prepares pictures; with a thread per core small operations wait for it
@@ -386,18 +385,6 @@ def _read(checkpoint: str) -> tuple[Any, dict[str, Any]]:
     except OSError:
         generation = {}
     return config, generation
-
-
-def _check_heads(checkpoint: str) -> None:
-    import torch
-
-    text = _read(checkpoint)[0].get_text_config()
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    if not torch.cuda.is_available() and width not in CPU_HEADS:
-        raise ConfigError(
-            f"{checkpoint}: its language model has attention heads of {width}, and vLLM on a CPU takes "
-            f"{', '.join(map(str, CPU_HEADS))}; serve it on a GPU, or ask it with `mllm chat {checkpoint}`"
-        )
 
 
 def _salt(extra: list[str]) -> str:

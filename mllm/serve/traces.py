@@ -15,6 +15,7 @@ from torch import Tensor
 from mllm.errors import UnavailableError
 from mllm.heads.codes.settings import vllm_environment, vllm_options
 from mllm.install import install_hint
+from mllm.models.engine_limits import check_engine_heads
 from mllm.models.routing import ANSWER_TOKENS
 from mllm.noise import quiet_vllm
 from mllm.processing.chat import encode_text, render_prompt, routing_inputs
@@ -169,17 +170,18 @@ def open_vllm(
     **options: Any,
 ) -> Any:
     """A vLLM engine inside this process, in the memory that is free (``memory``: as ``--memory`` says it). Raises
-    `UnavailableError` without vLLM, `ConfigError` where it does not fit."""
+    `UnavailableError` without vLLM, `ConfigError` where it does not fit or does not run here."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from transformers import AutoConfig
 
+    config: Any = AutoConfig.from_pretrained(checkpoint)
+    check_engine_heads(checkpoint, config)
     try:
         from vllm import LLM
     except ImportError:
         raise UnavailableError(
             f"vLLM is not installed: {install_hint('serve')}, or with serve-cpu without a GPU"
         ) from None
-    config: Any = AutoConfig.from_pretrained(checkpoint)
     ours = vllm_options(config, draws=model_impl != "transformers")
     for name, value in vllm_environment(ours).items():
         os.environ.setdefault(name, value)

@@ -17,6 +17,7 @@ from mllm.eval.generators.base import GeneratorSettings, answer_text, checkpoint
 from mllm.heads.codes.settings import vllm_environment, vllm_options
 from mllm.install import install_hint
 from mllm.models.configuration_mllm import component_code
+from mllm.models.engine_limits import check_engine_heads
 from mllm.noise import quiet_vllm
 from mllm.processing.engine_videos import engine_options, visual_inputs
 from mllm.types import Request, Response
@@ -78,19 +79,20 @@ class VLLMGenerator:
             sys.stderr.write("starting vLLM, which takes a minute or more (--verbose shows what it says) …\n")
         if parts := parts_alone(checkpoint):
             raise CheckpointError(parts)
+        from transformers import AutoConfig, AutoProcessor
+
+        config = AutoConfig.from_pretrained(checkpoint)
+        check_engine_heads(checkpoint, config)
         try:
             from vllm import LLM
         except ImportError:
             raise UnavailableError(
                 f"the vLLM generator needs vllm: {install_hint('serve')}, or with serve-cpu without a GPU"
             ) from None
-        from transformers import AutoConfig, AutoProcessor
-
         self.name, self._dtype, self._hash = f"vllm:{checkpoint}", dtype, model_hash or checkpoint_hash(checkpoint)
         self._engine_options = dict(engine or {})
         self.processor = AutoProcessor.from_pretrained(checkpoint)
         self._ours = hasattr(self.processor, "pixel_keys")
-        config = AutoConfig.from_pretrained(checkpoint)
         self._code = component_code(config)
         options = {**(memory or {}), **vllm_options(config), **self._engine_options}
         for name, value in vllm_environment(options).items():
