@@ -74,6 +74,24 @@ def write_sound(path: Path) -> Path:
     return path
 
 
+def write_sound_with_cover(path: Path) -> Path:
+    """An MP4 with sound and, as its first stream, a cover."""
+    import av
+    from av.stream import Disposition
+
+    with av.open(str(path), "w") as container:
+        cover, stream = container.add_stream("png", rate=1), container.add_stream("aac", rate=16000)
+        cover.width, cover.height, cover.pix_fmt = *SIZE, "rgb24"
+        cover.disposition = Disposition.attached_pic.value
+        for packet in [*cover.encode(av.VideoFrame.from_ndarray(painted(7), format="rgb24")), *cover.encode()]:
+            container.mux(packet)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
 def turned(path: Path, out: Path) -> Path:
     """An MP4 whose track header says: show me turned by a quarter, clockwise."""
     data = bytearray(path.read_bytes())

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from mllm.errors import ConfigError
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Widths of an attention head that vLLM's CPU kernels take (0.26 to 0.32); with another the engine dies at the first request."""
 
 
-def check_engine_heads(checkpoint: str, config: Any) -> None:
+def check_engine_heads(checkpoint: str, config: PretrainedConfig) -> None:
     """Raises `ConfigError` where no GPU is here and vLLM on a CPU has no attention for the language model's heads.
 
     Args:

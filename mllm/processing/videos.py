@@ -394,6 +394,10 @@ def _decode(container: Any, targets: Sequence[int], index: _Index, clip: Clip, w
             raise DataError(f"{where}: frame {_number(index, target)} does not decode ({_reason(error)})") from error
         if found is None or found.pts != target:
             raise DataError(f"{where}: frame {_number(index, target)} is in the file's index and does not decode")
+        if found.is_corrupt:
+            raise DataError(
+                f"{where}: frame {_number(index, target)} is damaged in the file, and what its decoder shows there is made up"
+            )
         at = target
         yield found
 
@@ -455,11 +459,24 @@ def _opened(source: str | bytes, where: str) -> Any:
         raise DataError(f"{where}: is no video that can be opened ({_reason(error)})") from error
 
 
+_OTHERS = ("audio", "subtitles", "data", "attachments")
+"""Kinds of streams without pictures. A stream is not asked for its own: PyAV crashes the process over one that FFmpeg does not know."""
+_COVER = 1024
+"""Of a stream's disposition (FFmpeg's ``attached_pic``): a still picture beside sound or a film."""
+
+
 def _stream(container: Any, where: str) -> Any:
-    if not container.streams.video:
-        kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]
-        raise DataError(f"{where}: has no pictures, only {', '.join(kinds)}")
-    return container.streams.video[0]
+    """The first stream of pictures that is no cover of a record."""
+    shown = [stream for stream in container.streams.video if not stream.disposition.value & _COVER]
+    if not shown:
+        kinds = [kind for kind in _OTHERS if getattr(container.streams, kind)] or ["nothing that is known"]
+        cover = " and a cover" if container.streams.video else ""
+        raise DataError(f"{where}: has no pictures, only {', '.join(kinds)}{cover}")
+    if shown[0].codec_context is None:  # PyAV would crash the process
+        raise DataError(
+            f"{where}: nothing here decodes its pictures: their codec is unknown, or its name is damaged; convert it, e.g. to H.264 in mp4"
+        )
+    return shown[0]
 
 
 def _clock(seconds: float) -> str:

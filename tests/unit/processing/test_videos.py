@@ -1,6 +1,7 @@
 # pyright: reportOptionalMemberAccess=false, reportOptionalIterable=false
 
 import io
+import random
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from mllm.processing.spread import middles, spread
 from mllm.processing.videos import frames_of, named
 from mllm.types import Video
 from tests.golden.fill import load
-from tests.videos import number_of, painted, turned, write_clip, write_gif, write_sound
+from tests.videos import number_of, painted, turned, write_clip, write_gif, write_sound, write_sound_with_cover
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +183,9 @@ def test_bad_videos_are_named(tmp_path, clip):
     playlist.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:6,\n{clip}\n#EXT-X-ENDLIST\n")
     told(playlist, "clip: is no video that can be opened")  # it would read whatever files and addresses it names
     told(write_sound(tmp_path / "sound.m4a"), "clip: has no pictures, only audio")
+    told(write_sound_with_cover(tmp_path / "record.mp4"), "clip: has no pictures, only audio and a cover")
+    at = data.index(b"avc1", data.index(b"stsd"))
+    told(data[:at] + b"zzz1" + data[at + 4 :], "clip: nothing here decodes its pictures: their codec is unknown")
     told(clip, "clip: lasts 0 min 06 s, more than max_seconds allows", VideoSpec(frames=2, max_seconds=3))
     told([], "clip: the video has no frames")
     told(np.zeros((0, 8, 8, 3), np.uint8), "clip: the video has no frames")
@@ -196,6 +200,21 @@ def test_bad_videos_are_named(tmp_path, clip):
     cut.write_bytes(whole[: int(len(whole) * 0.6)])
     numbers, seconds, _ = seen(cut, VideoSpec(frames=60))  # what is there is read, at its own time; nothing is made up
     assert 10 < len(numbers) < 60 and numbers == [round(second * 10) for second in seconds]
+
+
+def test_what_a_decoder_makes_up_of_damage_is_never_shown(tmp_path):
+    """Bytes changed in the middle of a film: a frame is shown as it was, or the film is refused, but for what no decoder can tell."""
+    data, rng, told = write_clip(tmp_path / "whole.mp4", 40).read_bytes(), random.Random(1), []
+    for _ in range(25):
+        broken = bytearray(data)
+        for _ in range(4):
+            broken[rng.randrange(64, len(data))] = rng.randrange(256)
+        try:
+            found = frames_of(Video(bytes(broken)), VideoSpec(frames=10), where="clip")
+            list(found.pictures())
+        except DataError as error:
+            told.append(str(error))
+    assert len(told) > 10 and any("is damaged in the file" in line for line in told)
 
 
 def test_ten_hours_are_refused_at_once(tmp_path):
