@@ -23,6 +23,13 @@ sys.path.insert(0, str(ROOT))
 
 LLAMAS = {
     "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "0.5b": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    },
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
@@ -144,6 +151,8 @@ class Watched:
 def watch(recipe: Path, *, steps: int, limit: float, arguments: tuple[str, ...] = (), **environment: str) -> Watched:
     """Run `mllm train` until so many steps are logged, then end it; its lines are echoed."""
     output = recipe.with_suffix("")
+    if "--profile" not in arguments:
+        arguments = ("--profile", "0", *arguments)  # no step is to be slower than the others
     command = [sys.executable, "-m", "mllm.cli.main", "train", str(recipe), "--no-evaluate", *arguments]
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
     seen, began, metrics = Watched(), time.monotonic(), output / "metrics.jsonl"
