@@ -102,16 +102,31 @@ class StepTimes(StepProfiler):
         super().__init__(Path(), stage.name, _STEPS if left >= SHORTEST else 0, tell, model)
         self.first, self.record, self.stage = BY_ITSELF, record, stage
 
+    def __call__(self) -> None:
+        with self._at_worst_untold():
+            super().__call__()
+
+    def close(self) -> None:
+        with self._at_worst_untold():
+            super().close()
+
+    @contextmanager
+    def _at_worst_untold(self) -> Iterator[None]:
+        """Nobody asked for the profile: a profiler that fails ends no training."""
+        try:
+            yield
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            self.steps, self._recorded = 0, None
+            _log.warning("%s: where a step's time goes is not told, its profile failed: %s", self.name, error)
+
     def _told(self, recorded: _Recorded, steps: int) -> None:
         if steps < _STEPS:
             return  # the stage ended or was stopped in between
         began = time.perf_counter()
-        try:
-            with tempfile.TemporaryDirectory(prefix="mllm-") as folder:
-                division = recorded.division(Path(folder) / "trace.json", steps)
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
-            _log.warning("%s: where a step's time goes could not be read from its profile: %s", self.name, error)
-            return
+        with tempfile.TemporaryDirectory(prefix="mllm-") as folder:
+            division = recorded.division(Path(folder) / "trace.json", steps)
+        if torch.cuda.is_available() and not division.of_gpu:
+            raise RuntimeError("no kernel was recorded; perhaps another profiler watches this GPU")
         cost = recorded.cost + time.perf_counter() - began
         parts = {kind: round(value, 3) for kind, value in division.parts().items()}
         self.record(
@@ -163,9 +178,9 @@ class _Recorded:
         if torch.cuda.is_available():
             kinds.append(torch.profiler.ProfilerActivity.CUDA)
         self.profiler: Any = torch.profiler.profile(activities=kinds)
+        self.profiler.start()
         self._stack = ExitStack()
         self._stack.enter_context(_marking_encoders(model))
-        self.profiler.start()
         self._began = _clock()
         self.cost = self._began - began
         self.seconds = 0.0
@@ -173,8 +188,8 @@ class _Recorded:
     def stop(self) -> None:
         ended = _clock()
         self.seconds = ended - self._began
-        self.profiler.stop()
         self._stack.close()
+        self.profiler.stop()
         self.cost += _clock() - ended
 
     def division(self, trace: Path, steps: int) -> Division:

@@ -40,6 +40,8 @@ class Division:
     """Of it, no kernel ran, and no batch was waited for."""
     gaps: tuple[tuple[float, str, str], ...] = ()
     """The longest times without a kernel, with the kernels before and after."""
+    of_gpu: bool = False
+    """By a GPU's kernels, not a CPU's operations."""
 
     def parts(self) -> dict[str, float]:
         """Kind → milliseconds, largest first, then the time without a kernel; what took none is left out."""
@@ -82,7 +84,7 @@ def of_kernels(events: Iterable[Mapping[str, Any]], steps: int, *, seconds: floa
     whole = (end - kernels[0]["ts"]) / 1e3 / steps if seconds is None else seconds * 1e3 / steps
     idle = max(0.0, whole - busy)
     spent[DATA] = min(idle, _lengths(events, "mllm.data") / 1e3 / steps)
-    return Division(spent, whole, idle - spent[DATA], tuple(gaps[:12]))
+    return Division(spent, whole, idle - spent[DATA], tuple(gaps[:12]), of_gpu=True)
 
 
 def of_operations(events: Iterable[Mapping[str, Any]], steps: int, *, seconds: float | None = None) -> Division:

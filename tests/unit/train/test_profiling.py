@@ -107,3 +107,24 @@ def test_the_profile_by_itself_is_left_out_of_short_runs():
     for left, comes in ((49, False), (50, True)):
         times = StepTimes(Stage(), left, print, print)  # type: ignore[arg-type]
         assert bool(times.steps) is comes
+
+
+@pytest.mark.parametrize("moment", ["start", "stop", "export_chrome_trace"])
+def test_a_profiler_that_fails_ends_no_training(moment, monkeypatch, caplog):
+    class Stage:
+        name, num_workers, compile = "sft", 0, False
+
+    def fail(*_, **__):
+        raise RuntimeError("CUPTI_ERROR_NOT_INITIALIZED")
+
+    told, model = [], _Model(8)
+    times = StepTimes(Stage(), 50, told.append, told.append, model)  # type: ignore[arg-type]
+    times.first = 1
+    monkeypatch.setattr(torch.profiler.profile, moment, fail)
+    for _ in range(6):
+        times()
+        model(torch.randn(2, 64)).backward()
+        times.stepped()
+    times.close()
+    assert not told and caplog.text.count("CUPTI_ERROR_NOT_INITIALIZED") == 1
+    assert not model.vision_tower._forward_hooks and not model.vision_tower._forward_pre_hooks
