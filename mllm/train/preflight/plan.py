@@ -241,10 +241,9 @@ def _plan_stage(
     plan.memory_for = _memory_for(model, stage, groups, plan)
     learned, plan.engines = sum(group.num_parameters for group in groups), possible_engines(recipe, stage)
     if stage.engine == "auto":
-        limit = ROOM * gpu_memory
         plan.engine = smallest_that_fits(
             lambda zero: peak_of(plan.memory_for(zero, processes), accumulates=plan.accumulates),  # type: ignore[misc]
-            limit,
+            ROOM * gpu_memory,
             plan.engines if processes > 1 else ("none",),
         )
         zero_stage = ENGINES[plan.engine]
