@@ -69,13 +69,13 @@ def answer(
     pixels, beside = encode_pixels(processor, shown, where="pictures")
     by_name = {name: value.to(model.device) for name, value in model.model.pixel_keys.by_encoder(pixels).items()}
     features: dict[str, Any] = {}
-    tokens, _ = model.model.encode_images(by_name, image_sizes=beside.get(IMAGE_SIZES), kept=features)
+    sizes = beside.get(IMAGE_SIZES)
+    tokens, _ = model.model.encode_images(by_name, image_sizes=sizes, kept=features)
+    seen: dict[str, Any] = {"image_features": tokens, **({} if sizes is None else {IMAGE_SIZES: sizes})}
     options = {"max_new_tokens": 64, "do_sample": False, **options, "return_dict_in_generate": False}
-    output = model.generate(input_ids=ids, attention_mask=mask, image_features=tokens, **options)
+    output = model.generate(input_ids=ids, attention_mask=mask, **seen, **options)
     mask = torch.cat([mask, _until_end(output[:, start:], model.generation_config)], 1)
-    hidden = model.model(
-        input_ids=output, attention_mask=mask, image_features=tokens, use_cache=False
-    ).last_hidden_state
+    hidden = model.model(input_ids=output, attention_mask=mask, use_cache=False, **seen).last_hidden_state
     texts = [processor.tokenizer.decode(row.tolist(), skip_special_tokens=True).strip() for row in output[:, start:]]
     return Answered(output, start, hidden, features, texts)
 

@@ -198,7 +198,7 @@ class MultimodalGenerationMixin(GenerationMixin):
         count = len(described[0])
         owned = visuals_of_rows(tokens, self.model.rules.layouts(sizes, count, times))
         return {
-            key: tokens
+            key: [sum(layout.num_given for layout in row) for row in owned]
             if key in flat
             else [sum(layout.rows_of(encoders[key]) if key in encoders else 1 for layout in row) for row in owned]
             for key in images

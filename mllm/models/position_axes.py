@@ -22,12 +22,12 @@ SERVED_AS: dict[str, str | None] = {
     "qwen2_vl_text": "Qwen2ForCausalLM",
     "qwen2_5_vl_text": "Qwen2ForCausalLM",
     "qwen3_vl_text": "Qwen3ForCausalLM",
-    "qwen3_vl_moe_text": "Qwen3MoeForCausalLM",
+    "qwen3_vl_moe_text": None,
     "qwen3_5_text": None,
     "qwen3_5_moe_text": None,
-    "glm4v_text": None,
+    "glm4v_text": "Glm4ForCausalLM",
     "glm4v_moe_text": None,
-    "glm_ocr_text": None,
+    "glm_ocr_text": "Glm4ForCausalLM",
 }
 """The language models of transformers that take three axes as we give them, each with vLLM's class of the same layers (None: none that was
 tried)."""

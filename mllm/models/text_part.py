@@ -7,8 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from mllm.models.position_axes import SERVED_AS
 
@@ -19,6 +27,9 @@ NAMES = {
 }
 """Names of a whole model's text weights (as transformers writes them now, and as others did) → those of its text part. Those of the first
 Qwen2-VL, ``model.layers…``, are these already."""
+
+CONVERTED = ("qwen3_vl_moe_text", "glm4v_moe_text")
+"""Those whose whole model's tensors transformers stacks or turns when it opens that: it is opened, and its tower let go."""
 
 
 class TextPartForCausalLM(PreTrainedModel):
@@ -35,16 +46,34 @@ class TextPartForCausalLM(PreTrainedModel):
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
         self.model = AutoModel.from_config(config)
+        self.config = self.model.config  # transformers gave it a copy
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)  # pyright: ignore[reportAttributeAccessIssue]
         self._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
         self._no_split_modules = list(getattr(self.model, "_no_split_modules", None) or ())
         self.post_init()
+
+    @classmethod
+    def of(cls, whole: Any, config: PreTrainedConfig) -> TextPartForCausalLM:
+        """The text part of a whole model, whose tensors it takes over. config: the text part's."""
+        with torch.device("meta"):
+            part = cls(config)
+        part.model, part.lm_head = whole.model.language_model, whole.lm_head
+        part.config = part.model.config
+        return part
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
+
+
+class ExpertTextPartForCausalLM(TextPartForCausalLM):
+    """One with experts."""
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers looks for experts in this file; they are in the text model's
 
 
 def is_language_model(config: PreTrainedConfig) -> bool:
@@ -56,7 +85,7 @@ def causal_from_config(config: PreTrainedConfig) -> Any:
     """A language model with its head and weights of its own initialisation. config: of one (`is_language_model`)."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM.from_config(config)
-    return TextPartForCausalLM(config)
+    return (ExpertTextPartForCausalLM if config.model_type in CONVERTED else TextPartForCausalLM)(config)
 
 
 def causal_from_pretrained(place: str, *, config: PreTrainedConfig, **options: Any) -> Any:
@@ -72,4 +101,8 @@ def causal_from_pretrained(place: str, *, config: PreTrainedConfig, **options: A
     """
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM.from_pretrained(place, config=config, **options)
+    if config.model_type in CONVERTED:
+        whole, info = AutoModelForImageTextToText.from_pretrained(place, **{**options, "output_loading_info": True})  # pyright: ignore[reportGeneralTypeIssues]
+        part = ExpertTextPartForCausalLM.of(whole, config)
+        return (part, info) if options.get("output_loading_info") else part
     return TextPartForCausalLM.from_pretrained(place, config=config, key_mapping=NAMES, **options)

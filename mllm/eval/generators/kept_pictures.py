@@ -63,7 +63,7 @@ class KeptPictures:
                 {name: torch.cat([part[k] for k in chosen]) for name, part in parts.items()},
                 **{name: value[chosen] for name, value in details.items() if value is not None},
             )
-            each = None if layouts is None else [layouts[k].num_placeholders for k in chosen]
+            each = None if layouts is None else [layouts[k].num_given for k in chosen]
             flat = tokens.reshape(-1, tokens.shape[-1])
             split = flat.split(len(flat) // len(chosen) if each is None else each)
             for k, part in zip(chosen, split, strict=True):

@@ -15,6 +15,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 
 from mllm.data.collate import collate, collate_packed
 from mllm.errors import ConfigError, UnavailableError
+from mllm.eval.generators.kept_pictures import KeptPictures
 from mllm.models.build import build_config
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
@@ -234,6 +235,25 @@ def test_a_cache_goes_on_behind_pictures_and_takes_more_of_them(qwen):
     assert torch.equal(model.generate(**inputs, **beams), model.generate(**inputs, **beams, use_cache=False))
 
 
+SLOW = {**FRAMES, "views": None, "video": {"frames": 6}}
+SLOW["connector"] = {"type": "slow_fast", "every": 1, "stride": 2, "least": 2}
+
+
+@pytest.mark.parametrize("seen", ["native", "slow_fast"])
+@torch.no_grad()
+def test_pictures_kept_between_questions_stand_where_they_stood(seen, tmp_path):
+    """With beams, too, and of a video with the slow tokens that its layers read."""
+    model, processor = ours(tmp_path, "qwen2_vl", **(NATIVE if seen == "native" else SLOW))
+    film = [Video([picture(k) for k in range(6)], fps=2)]
+    told = {"text": ["a <video> b <image> c"], "videos": film, "images": [[picture(9)]], "return_tensors": "pt"}
+    inputs = prompts(processor) if seen == "native" else processor(**told)
+    kept = KeptPictures(64).encode(model, inputs)
+    assert "image_features" in kept and "pixel_values" not in kept
+    for options in ({}, {"num_beams": 2}):
+        asked = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, **options}
+        assert torch.equal(model.generate(**kept, **asked), model.generate(**inputs, **asked))
+
+
 @torch.no_grad()
 def test_vllm_is_told_the_same_positions(qwen):
     """Also of a picture of which vLLM kept nothing but how it lies, since it has its tokens."""
@@ -298,6 +318,22 @@ def test_as_text_all_axes_are_alike(tmp_path):
     model.save_pretrained(tmp_path / "saved")
     again = MllmForConditionalGeneration.from_pretrained(tmp_path / "saved")
     assert again.config.positions == "text" and torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen3_vl_moe", "glm4v_moe"])
+def test_the_text_part_of_what_transformers_saves_is_opened(kind, tmp_path):
+    """Also of experts, which are stored in other forms than they are used in."""
+    model, processor = ours(tmp_path, kind)
+    theirs(model, kind, [torch.zeros(1, 64)]).save_pretrained(tmp_path / "published")
+    processor.tokenizer.save_pretrained(tmp_path / "published")
+    source = {"source": str(tmp_path / "published")}
+    read, _ = tiny_model(tmp_path / "made", language_model=source, **NATIVE)
+    known, found = (one.model.language_model.state_dict() for one in (model, read))
+    assert known.keys() == found.keys() and all(torch.equal(found[key], value) for key, value in known.items())
+    assert torch.equal(read.lm_head.weight, model.lm_head.weight)
+    read.set_attn_implementation("eager")
+    assert read.model.language_model.config is read.config.text_config
+    assert read.model.language_model.layers[0].self_attn.config._attn_implementation == "eager"
 
 
 LATER = {"model.language_model.": "model.language_model.", "model.visual.": "model.visual."}

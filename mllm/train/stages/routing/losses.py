@@ -60,6 +60,7 @@ def losses_by_expert(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             image_features=tokens,
+            image_sizes=inputs.get(IMAGE_SIZES),
             use_cache=False,
         ).last_hidden_state
         results.append(_sample_losses(model, hidden, inputs["labels"]))
