@@ -15,7 +15,7 @@ import shutil
 import struct
 import uuid
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,14 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from mllm.config import to_plain
+from mllm.encoders.multiview import ViewsEncoder
 from mllm.errors import ConfigError, DataError, UnavailableError
 from mllm.plugins import code_hashes
-from mllm.processing.images import image_size, load_image, read_bytes
-from mllm.processing.layout import IMAGE_SIZES, LayoutRules
+from mllm.processing.images import image_size, load_image
+from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES, LayoutRules
 from mllm.processing.protocol import Processor
 from mllm.processing.views.base import WHOLE
 from mllm.processing.views.pixels import to_view_pixels
 from mllm.train.checkpoint.resume import fingerprint
+from mllm.train.features.films import film_keys, film_pixels, picture_key, times_of
 from mllm.types import VisionFeatures
 
 if TYPE_CHECKING:
@@ -169,17 +171,13 @@ class FeatureStore:
             self._writer = None
 
 
-def picture_key(image: Any, *, where: str = "image") -> bytes:
-    """Hash of a picture's bytes (of its pixels, when it is not a file). Raises `DataError` when it cannot be read."""
-    if isinstance(image, (str, bytes, Path)):
-        return hashlib.blake2b(read_bytes(image, where=where), digest_size=32).digest()
-    picture = load_image(image, where=where)
-    head = f"{picture.mode} {picture.size}".encode()
-    return hashlib.blake2b(head + picture.tobytes(), digest_size=32).digest()
-
-
-def view_keys(image: Any, rules: LayoutRules, *, where: str = "image") -> dict[str, list[bytes]]:
-    """Encoder → the key of each view that it has of a picture; the picture's own for one that is seen as a whole."""
+def view_keys(
+    image: Any, rules: LayoutRules, *, where: str = "image", together: Collection[str] = ()
+) -> dict[str, list[bytes]]:
+    """Encoder → the key of each view that it has of a picture; the picture's own for one that is seen as a whole. Of a video each frame
+    has one, which in the encoders ``together`` hangs on all frames that are seen with it."""
+    if rules.video is not None:
+        return film_keys(image, rules, together, where=where)
     key = picture_key(image, where=where)
     if not rules.needs_size:
         return {name: [key] for name in rules.images}
@@ -196,13 +194,24 @@ class CachedImageProcessor:
     """Stands where a processor's image processor stands: pictures → stored features ``(views, N, D)`` under the batch keys of
     their encoders' pixels. Raises `DataError` for a picture that could not be stored (it cannot be decoded)."""
 
-    def __init__(self, stores: dict[str, FeatureStore], keys: dict[str, str], dtype: torch.dtype, rules: LayoutRules):
-        self.stores, self.keys, self.dtype, self.rules = stores, keys, dtype, rules
+    def __init__(
+        self,
+        stores: dict[str, FeatureStore],
+        keys: dict[str, str],
+        dtype: torch.dtype,
+        rules: LayoutRules,
+        together: Collection[str] = (),
+    ):
+        self.stores, self.keys, self.dtype, self.rules, self.together = stores, keys, dtype, rules, together
         self.experts: tuple[str, ...] = ()
 
     def __call__(self, images: Sequence[Any], **_: Any) -> dict[str, Tensor]:
-        hashes = [view_keys(image, self.rules, where=f"image {k}") for k, image in enumerate(images)]
+        hashes = [
+            view_keys(image, self.rules, where=f"image {k}", together=self.together) for k, image in enumerate(images)
+        ]
         result = {}
+        if self.rules.video is not None:
+            result[VIDEO_TIMES] = times_of(images, self.rules)
         if self.rules.needs_size:
             sizes = [image_size(image, where=f"image {k}") for k, image in enumerate(images)]
             result[IMAGE_SIZES] = torch.tensor(sizes, dtype=torch.long)
@@ -245,11 +254,14 @@ def why_not(model: MllmForConditionalGeneration, learning: Iterable[str]) -> str
         return "pictures have as many features as their size gives (views native)"
     if rules is not None and rules.shares:
         return "how a picture is seen depends on its neighbours (views.max_sample_tokens, or several: whole)"
-    together = next((name for name, encoder in bank.encoders.items() if encoder.joins_views), None)
-    if together is not None:
-        return f"in encoder {together} the views of a picture see each other"
-    if rules is not None and rules.video is not None:
-        return "the model takes video"
+    film = rules is not None and rules.video is not None and not rules.needs_size
+    if rules is not None and rules.video is not None and rules.needs_size:
+        return "the model takes video, and its pictures in tiles"
+    for name, encoder in bank.encoders.items():
+        if encoder.joins_views and not film:
+            return f"in encoder {name} the views of a picture see each other"
+        if encoder.joins_views and not isinstance(encoder, ViewsEncoder):
+            return f"encoder {name} makes features of several frames together"
     if getattr(bank, "with_attention", None):
         return "the connector reads an encoder's attention maps"
     for name, info in bank.infos.items():
@@ -287,8 +299,13 @@ def open_stores(
 
 def most_views(rules: LayoutRules) -> dict[str, int]:
     """Encoder → the most views that it may have of one picture."""
-    layout = rules.layout(rules.largest())
+    layout = rules.longest()
     return {name: layout.rows_of(name) for name in rules.images}
+
+
+def joining(model: MllmForConditionalGeneration) -> frozenset[str]:
+    """The encoders in which the frames of a video see each other."""
+    return frozenset(name for name, encoder in model.model.vision_tower.encoders.items() if encoder.joins_views)
 
 
 def estimate(stores: dict[str, FeatureStore], pictures: int, views: Mapping[str, int] | None = None) -> int:
@@ -321,7 +338,7 @@ def fill(
 ) -> tuple[int, int]:
     """Compute and store what is missing of these pictures; returns (stored, could not be decoded). progress: called with 1 for
     every picture looked at."""
-    bank, rules = model.model.vision_tower, model.model.rules
+    bank, rules, together = model.model.vision_tower, model.model.rules, joining(model)
     specs = {name: info.image for name, info in bank.infos.items()}
     seen: set[bytes] = set()
     pending: dict[str, list[tuple[bytes, Tensor]]] = {name: [] for name in specs}
@@ -341,9 +358,26 @@ def fill(
 
     for number, image in enumerate(images):
         try:
-            keys = view_keys(image, rules, where=f"image {number}")
-            lead = next(iter(keys.values()))[0]
-            if lead not in seen and not all(key in stores[name] for name in stores for key in keys[name]):
+            keys = view_keys(image, rules, where=f"image {number}", together=together)
+            lead = b"".join(keys[name][-1] for name in keys)
+            absent = lead not in seen and not all(key in stores[name] for name in stores for key in keys[name])
+            if absent and rules.video is not None:
+                seen.add(lead)
+                rows_of = film_pixels(
+                    image, rules, specs, resampler=resampler, max_pixels=max_pixels, where=f"image {number}"
+                )
+                for name in specs:
+                    found = zip(keys[name], rows_of[name], strict=True)
+                    if name not in together:
+                        pending[name] += {key: row for key, row in found if key not in stores[name]}.items()
+                        continue
+                    parameter = next(bank.encoders[name].parameters())
+                    pixels = torch.stack(rows_of[name]).to(parameter.device, parameter.dtype)
+                    scene = torch.zeros(len(pixels), dtype=torch.long, device=parameter.device)
+                    features = bank.encoders[name](pixels, scene_ids=scene).tokens
+                    stores[name].add(zip(keys[name], features, strict=True))
+                waiting += 1
+            elif absent:
                 seen.add(lead)
                 picture = load_image(image, where=f"image {number}", max_pixels=max_pixels)
                 views = rules.view_boxes((picture.height, picture.width))

@@ -22,6 +22,7 @@ from mllm.train.features.cache import (
     check_space,
     estimate,
     fill,
+    joining,
     most_views,
     open_stores,
     view_keys,
@@ -91,7 +92,9 @@ def use_cache(
         store.close()
         store.refresh()
     display.print(f"{stored:,} newly computed, {total - stored - failed:,} there already, {failed:,} cannot be decoded")
-    reader = CachedImageProcessor(stores, dict(model.model.pixel_keys), DTYPES[stage.dtype], model.model.rules)
+    reader = CachedImageProcessor(
+        stores, dict(model.model.pixel_keys), DTYPES[stage.dtype], model.model.rules, joining(model)
+    )
     cached: Any = CachedProcessor(processor, reader)
     assert isinstance(data.stream, DataStream)  # a recipe with shards and cache_features is refused
     data.stream.dataset.encode = partial(encode_sample, cached, max_length=stage.max_length)
@@ -108,7 +111,7 @@ def _fill_replacements(
             row = data.mixture.substitute(draw, attempt).row if attempt else draw.row
             try:
                 images = data.mixture.sources[draw.dataset][row].images
-                keys = [view_keys(image, model.model.rules) for image in images]
+                keys = [view_keys(image, model.model.rules, together=joining(model)) for image in images]
             except (DataError, AlignmentError):
                 continue
             fill(model, stores, images, resampler=image_processor.resampler, max_pixels=image_processor.max_pixels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,13 +27,16 @@ from mllm.train.features.cache import (
     FeatureStore,
     check_space,
     fill,
+    joining,
     most_views,
     open_stores,
     picture_key,
+    view_keys,
     why_not,
 )
-from mllm.types import IMAGE_MARK, Sample, Turn
-from tests.helpers import picture, tiny_model
+from mllm.types import IMAGE_MARK, Sample, Turn, Video
+from tests.helpers import TINY_CLIP, picture, tiny_model
+from tests.unit.models.test_video import TINY_VGGT
 
 
 @pytest.fixture
@@ -224,3 +228,45 @@ def test_features_of_tiles_are_kept_by_view(tmp_path):
         False
     )
     assert "depends on its neighbours" in str(why_not(shared, {"connector"}))
+
+
+FILMS = {
+    "frames": {"connector": {"type": "channel_concat"}, "video": {"frames": 4, "fewer": {"detail": 2}}},
+    "scene": {
+        "encoders": {"semantic": dict(TINY_CLIP), "geometry": dict(TINY_VGGT)},
+        "connector": {"type": "spatial_mllm"},
+        "video": {"frames": 5, "stamp": "{number} "},
+    },
+}
+
+
+@pytest.mark.parametrize("changes", FILMS.values(), ids=list(FILMS))
+def test_a_videos_frames_are_stored_with_those_that_they_are_seen_with(tmp_path, monkeypatch, changes):
+    """Losses from stored features are those from pixels; the same file with other frames has names of its own."""
+    monkeypatch.setenv("MLLM_CACHE", str(tmp_path / "cache"))
+    model, processor = tiny_model(tmp_path / "model", **changes)
+    model.requires_grad_(False)
+    assert why_not(model, []) is None and "learns" in str(why_not(model, ["encoders.semantic"]))
+    np.save(tmp_path / "a.npy", np.stack([np.asarray(picture(k)) for k in range(9)]))
+    path = str(tmp_path / "a.npy")
+    film, part = Video(path, fps=2), Video(path, fps=2, start=2.0)
+    samples = [
+        Sample(str(k), [Turn("user", f"{IMAGE_MARK * len(shown)}?"), Turn("assistant", "yes")], shown)
+        for k, shown in enumerate([[film], [picture(3), part]])
+    ]
+    with torch.no_grad():
+        plain = [collate([encode_sample(processor, one)], pad_token_id=0) for one in samples]
+        wanted = [model(**one.inputs).loss for one in plain]
+    stores, images = open_stores(model, "float32"), [one for sample in samples for one in sample.images]
+    assert fill(model, stores, images) == (3, 0) and fill(model, stores, images) == (0, 0)
+    rules, together = model.model.rules, joining(model)
+    reader = CachedImageProcessor(stores, dict(model.model.pixel_keys), torch.float32, rules, together)
+    cached = CachedProcessor(processor, reader)
+    with torch.no_grad(), FeaturesInPlaceOfPixels(model):
+        for sample, batch, loss in zip(samples, plain, wanted, strict=True):
+            found = collate([encode_sample(cached, sample)], pad_token_id=0)
+            assert found.inputs["pixel_values"].dim() == 3
+            assert torch.equal(found.inputs["video_times"], batch.inputs["video_times"])
+            torch.testing.assert_close(model(**found.inputs).loss, loss, atol=2e-5, rtol=1e-5)
+    one, other = (view_keys(clip, rules, together=together) for clip in (film, part))
+    assert all(one[name] != other[name] for name in stores), "other frames have other names"
