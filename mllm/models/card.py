@@ -15,6 +15,7 @@ from mllm.door import SOURCES
 from mllm.errors import ConfigError, UnavailableError
 from mllm.hub import hub_reason
 from mllm.models.model_index import model_index
+from mllm.processing.frames import video_spec
 
 _MARK = "<!-- written by mllm push -->"
 
@@ -75,7 +76,9 @@ def model_card(folder: Path, repository: str, *, scores: str | Path | None = Non
     sections = [
         "---\n"
         + yaml.safe_dump(
-            _metadata(parts) | _index(place / "results.json", repository), sort_keys=False, allow_unicode=True
+            _metadata(parts, video=bool(config.get("video"))) | _index(place / "results.json", repository),
+            sort_keys=False,
+            allow_unicode=True,
         )
         + "---",
         _MARK,
@@ -122,7 +125,7 @@ def _parts(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[tuple[s
     return rows
 
 
-def _metadata(parts: list[tuple[str, str, str, str]]) -> dict[str, Any]:
+def _metadata(parts: list[tuple[str, str, str, str]], *, video: bool) -> dict[str, Any]:
     """The card's head: the hub finds models by it. Several licences are ``other``, since all of them bind."""
     licences = sorted({licence.lower() for part, _, licence, _ in parts if part.startswith(("language", "encoder"))})
     licence = (
@@ -135,7 +138,7 @@ def _metadata(parts: list[tuple[str, str, str, str]]) -> dict[str, Any]:
     return {
         "library_name": "mllm",
         "pipeline_tag": "image-text-to-text",
-        "tags": ["mllm", "multimodal"],
+        "tags": ["mllm", "multimodal", *(["video-text-to-text"] if video else [])],
         **licence,
         **base,
     }
@@ -164,6 +167,18 @@ def _joining(repository: str, left_out: Mapping[str, Any]) -> str:
     )
 
 
+def _films(config: Mapping[str, Any]) -> str:
+    """How a model that takes video is given one, and which frames it sees."""
+    video = video_spec(config.get("video"))
+    if video is None:
+        return ""
+    told = ", ".join(f"`{key}: {value}`" for key, value in video.model_dump(exclude_defaults=True).items())
+    return (
+        f"\n\nIt takes videos and scenes of several pictures, and sees of a video ({told}) what its own config says:\n\n```python\n"
+        'inputs = processor(text="<video>\\nWhat happens?", videos="clip.mp4", return_tensors="pt")\n```'
+    )
+
+
 def _opening(repository: str, config: Mapping[str, Any], *, brings_code: bool) -> str:
     files = [entry.get("file") or entry.get("module") for entry in config.get(KEY) or ()]
     trust = ", trust_remote_code=True" if brings_code else ""
@@ -179,7 +194,7 @@ def _opening(repository: str, config: Mapping[str, Any], *, brings_code: bool) -
         if files and not brings_code
         else ""
     )
-    return f"## Opening it\n\n```python\n{code}\n```{sentence}"
+    return f"## Opening it\n\n```python\n{code}\n```{sentence}{_films(config)}"
 
 
 def _scores(path: Path) -> str:

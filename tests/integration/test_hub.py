@@ -251,4 +251,7 @@ def test_the_card_names_parts_licences_and_how_to_open(tmp_path: Path) -> None:
         "Ours.",
     ):
         assert words in card, words
-    assert "## Scores" not in card
+    assert "## Scores" not in card and "videos=" not in card
+    (tmp_path / "config.json").write_text(json.dumps({**config, "video": {"frames": 8, "which": "middle"}}))
+    card = model_card(tmp_path, "me/it")
+    assert 'videos="clip.mp4"' in card and "(`frames: 8`, `which: middle`)" in card and "- video-text-to-text" in card
