@@ -1,6 +1,6 @@
 """Does GRPO with VSI-Bench's reward teach a video model anything? Draws rooms, trains by words, then by reward, beside a control.
 
-    python benchmarks/room_reward.py --seeds 0,1          # one CPU core, some 12 minutes a seed
+    python benchmarks/room_reward.py --seeds 0,1          # one CPU core, about two hours a seed beside other work
     python benchmarks/room_reward.py --seeds 0,1 --tell   # only what is done
 
 Arms, each from the same first stage of its seed: `words` (that stage alone), `reward` (the rows' own answers), `unrelated` (the same
