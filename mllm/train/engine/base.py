@@ -79,6 +79,11 @@ def choose_engine(stage: StageSpec) -> EngineChoice:
             )
     if config.get("fp16", {}).get("enabled") is True:
         raise ConfigError(f"{where}: the json enables fp16; this toolkit trains in bf16 or fp32 (stage key dtype)")
+    if (config["zero_optimization"].get("offload_optimizer") or {}).get("device") == "nvme":
+        raise ConfigError(
+            f"{where}: offload_optimizer.device is nvme: the optimizer's state would lie in DeepSpeed's own files, which no checkpoint "
+            "here reads; use device: cpu (offload_param may go to nvme)"
+        )
     check_engine(stage.optimizer, stage.name, zero_stage)
     return EngineChoice(name, zero_stage, config)
 

@@ -4,7 +4,7 @@ As in torch's DistributedDataParallel, gradients travel as soon as they are ther
 summed (and not averaged), large ones in place (no second copy of all gradients is held), a parameter may go without a gradient on some
 processes or on all, a loss may come from several forward passes, and the model is not wrapped, so names and checkpoints
 stay as they are. Two processes' bf16 gradients are summed exactly as in fp32 and rounded once; more are rounded at every hop, as
-they are by DistributedDataParallel and DeepSpeed.
+they are by DistributedDataParallel and DeepSpeed. ``benchmarks/train_ddp.py --cases`` shows which of this DistributedDataParallel refuses.
 """
 
 from __future__ import annotations

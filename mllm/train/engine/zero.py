@@ -6,6 +6,7 @@ the stage's.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -52,6 +53,7 @@ class ZeroEngine(Engine):
 
     def _start_deepspeed(self, groups: list[Group]) -> None:
         deepspeed = import_deepspeed()
+        _check_nvme(self.choice.config or {}, self.stage.name)
         optimizer = build_optimizer(self.model, groups, self.stage.optimizer)
         visual: list[nn.Module] = []
         if self.zero_stage == 3:
@@ -180,6 +182,20 @@ def deepspeed_config(
     config.setdefault("steps_per_print", 10**9)
     config.setdefault("wall_clock_breakdown", False)
     return config
+
+
+def _check_nvme(config: dict[str, Any], stage: str) -> None:
+    """Raises `UnavailableError` where weights are to go to NVMe and DeepSpeed cannot write there: it would say so after minutes of
+    compiling, in many lines."""
+    offloaded = config.get("zero_optimization", {}).get("offload_param") or {}
+    if offloaded.get("device") != "nvme":
+        return
+    builders: Any = importlib.import_module("deepspeed.ops.op_builder")
+    if not builders.AsyncIOBuilder().is_compatible(verbose=False):
+        raise UnavailableError(
+            f"stages.{stage}.engine: offload_param.device nvme needs the library libaio and its headers, which this machine lacks: "
+            "apt install libaio-dev, or use device: cpu"
+        )
 
 
 @contextmanager

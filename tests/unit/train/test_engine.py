@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from mllm.distributed import process_group
 from mllm.errors import ConfigError, UnavailableError
 from mllm.recipe import StageSpec
 from mllm.train.engine.base import Engine, choose_engine
@@ -43,6 +44,10 @@ def test_a_json_file_and_an_inline_config_are_engines(tmp_path):
         ({"zero_optimization": {"stage": 0}}, "1, 2 or 3 is expected"),
         ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}, "belongs in the stage's own optimizer"),
         ({"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}, "bf16 or fp32"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}},
+            r"offload_optimizer\.device is nvme.*which no checkpoint here reads; use device: cpu",
+        ),
     ],
 )
 def test_wrong_engines_are_refused_with_the_path_to_the_key(engine, message):
@@ -101,6 +106,24 @@ def test_rates_follow_the_factor_for_every_group():
     engine = _engine(None)
     engine.set_rate_factor(0.25)
     assert engine.rates() == {"connector/no_decay": 0.25}
+
+
+@pytest.mark.parametrize(("found", "device"), [(False, "nvme"), (True, "nvme"), (False, "cpu")])
+def test_nvme_without_its_library_is_one_line_before_anything_is_compiled(monkeypatch, found, device):
+    from mllm.train.engine.zero import _check_nvme, import_deepspeed
+
+    pytest.importorskip("deepspeed")
+    with process_group(always=True):
+        import_deepspeed()
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: found)
+        config = {"zero_optimization": {"stage": 3, "offload_param": {"device": device}}}
+        if found or device == "cpu":
+            _check_nvme(config, "sft")
+        else:
+            with pytest.raises(UnavailableError, match=r"stages\.sft\.engine: offload_param.*apt install libaio-dev"):
+                _check_nvme(config, "sft")
 
 
 def test_a_deepspeed_that_moved_its_slices_is_told_before_training():
