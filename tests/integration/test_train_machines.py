@@ -20,7 +20,7 @@ from mllm.recipe import Recipe
 from mllm.train import run_recipe
 from mllm.visual_tokenizers.diffusion.library import diffusers_class
 from tests.helpers import free_port
-from tests.integration.train_helpers import ROOT, make_recipe, on_machines
+from tests.integration.train_helpers import ROOT, logged_steps, make_recipe, on_machines
 from tests.unit.visual_tokenizers.diffusion_configs import DECODERS
 from tests.unit.visual_tokenizers.test_tokenizer_training import FULL, TOKENFLOW
 
@@ -204,7 +204,8 @@ def test_other_launchers_start_the_same_command(tmp_path, launcher):
 @pytest.mark.nightly
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces are root's")
 def test_machines_with_a_network_of_their_own_meet_though_their_names_lead_nowhere(tmp_path):
-    """Two network namespaces joined by a cable; the machine's own name means 127.0.0.1 in both, as in many containers."""
+    """Two network namespaces joined by a cable, which is drawn for a while in the middle of the run; the machine's own name means
+    127.0.0.1 in both, as in many containers."""
     names = [f"mllm-{os.getpid()}-{k}" for k in range(2)]
     cable = [f"mllm{os.getpid() % 10**6}{k}" for k in "ab"]
     try:
@@ -217,17 +218,29 @@ def test_machines_with_a_network_of_their_own_meet_though_their_names_lead_nowhe
             for words in (f"addr add 10.211.7.{k + 1}/30 dev {cable[k]}", f"link set {cable[k]} up", "link set lo up"):
                 subprocess.run(["ip", "-n", name, *words.split()], check=True)
         python = (sys.executable, "-m", "mllm.cli.main")
-        options = ("stages.sft.steps=3", "--nodes", "2", "--rendezvous", "10.211.7.1:29500")
+        steps = 200
+        options = (f"stages.sft.steps={steps}", "--nodes", "2", "--rendezvous", "10.211.7.1:29500")
         commands = [
             _command(
                 tmp_path, f"own-{k}", *options, "--node-rank", str(k), before=("ip", "netns", "exec", name, *python)
             )
             for k, name in enumerate(names)
         ]
+        end = time.monotonic() + 240
+        while logged_steps(tmp_path / "own-0") < 3:
+            assert all(command.poll() is None for command in commands) and time.monotonic() < end
+            time.sleep(0.05)
+        done = list[int]()
+        for state, seconds in (("down", 20.0), ("up", 0.0)):
+            subprocess.run(["ip", "-n", names[0], "link", "set", cable[0], state], check=True)
+            time.sleep(seconds and 2.0)  # what was under way
+            done.append(logged_steps(tmp_path / "own-0"))
+            time.sleep(seconds)
+        assert done[0] == done[1] < steps, "the cable was drawn from a run that was over, or did not need it"
         for command in commands:
             said = command.communicate(timeout=240)[0]
             assert command.returncode == 0, said[-3000:]
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
-    assert len(_losses(tmp_path / "own-0")) == 3
+    assert len(_losses(tmp_path / "own-0")) == steps
