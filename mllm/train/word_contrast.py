@@ -73,8 +73,7 @@ class WordContrast:
             )  # of rows without pictures
             contrast = loss.detach()
             if pixel_values is not None and len(pixel_values):
-                seen = own.get_image_features(pixel_values, **inputs).pooler_output
-                seen = torch.cat(list(seen)) if isinstance(seen, tuple) else seen.flatten(0, -2)
+                seen = _end_to_end(own.get_image_features(pixel_values, **inputs).pooler_output)
                 contrast, share = self._contrast(model, seen, input_ids, labels, inputs.get("num_items_in_batch"))
                 loss = loss + self.weight * share * contrast
             return MllmOutput(loss=cast(Any, loss), losses={"word_contrast": contrast.detach()})
@@ -87,7 +86,7 @@ class WordContrast:
         if not model.training or output.loss is None or seen is None or not len(seen):
             return None
         whole = inputs.get("num_items_in_batch")
-        loss, share = self._contrast(model, seen.flatten(0, -2), inputs["input_ids"], inputs["labels"], whole)
+        loss, share = self._contrast(model, _end_to_end(seen), inputs["input_ids"], inputs["labels"], whole)
         output.loss = output.loss + (self.weight * share * loss).to(output.loss.dtype)
         output.losses = {**(output.losses or {}), "word_contrast": loss.detach()}
         return output
@@ -104,6 +103,11 @@ class WordContrast:
         words = [row[(row >= 0) & ~torch.isin(row, special)] for row in labels]
         loss = word_contrast(list(seen.split(lengths)), words, model.get_input_embeddings().weight)
         return loss, 1.0 if whole is None else (labels[:, 1:] != -100).sum().float() / whole
+
+
+def _end_to_end(seen: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Visual tokens ``(ΣM, L)``: of pictures with equally many ``(N, M, L)``, or picture by picture (tiles)."""
+    return seen.flatten(0, -2) if isinstance(seen, Tensor) else torch.cat(list(seen))
 
 
 class Alone:

@@ -125,6 +125,10 @@ def test_it_is_added_to_the_loss_of_a_model_that_learns(tmp_path):
     torch.testing.assert_close(halved.loss, output.loss / 2, msg="it counts as this call's share of the step")
     output.loss.backward()
     assert all(p.grad is not None for p in model.model.multi_modal_projector.parameters())
+    tiled = replace(
+        output, loss=plain, image_hidden_states=tuple(output.image_hidden_states)
+    )  # picture by picture, as tiles give them
+    torch.testing.assert_close(WordContrast(0.5, {8})._add(model, (), inputs, tiled).loss, plain + 0.5 * alone)
     fewer = replace(output, image_hidden_states=output.image_hidden_states[1:])
     with pytest.raises(AlignmentError, match=r"visual tokens for .* places in the text"):
         WordContrast(0.5, {8})._add(model, (), inputs, fewer)
