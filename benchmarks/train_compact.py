@@ -68,18 +68,20 @@ def check(options: argparse.Namespace) -> dict:
             optimizer.step(torch.full((), 1.0 / (1 + step % 3), device=device))
         return model, optimizer
 
-    copies = make(options.device)[1]
+    copies, cpu_copies = make(options.device)[1], weights_of(make("cpu")[1])
     for name, settings in list(WAYS.items())[1:]:
         model, ours = make(options.device, **settings)
         reference = make("cpu", **settings)[1]
         narrow = "moments" in settings
         on_gpu, on_cpu, usual = weights_of(ours), weights_of(reference), weights_of(copies)
         largest = max(float(w.abs().max()) for w in on_cpu)
+        plain = max(float((a - b).abs().max()) for a, b in zip(usual, cpu_copies)) / largest
         parts = {
             "kernel runs": ours.fused,
             "masters, largest difference from the CPU, of the largest weight": max(
                 float((a - b).abs().max()) / largest for a, b in zip(on_gpu, on_cpu)
             ),
+            "the float32 copies' kernel, the same difference": plain,
             "masters equal to the float32 copies' kernel, share": sum(
                 int((a == b).sum()) for a, b in zip(on_gpu, usual)
             )
@@ -100,11 +102,11 @@ def check(options: argparse.Namespace) -> dict:
                 parts[f"{key}, largest difference from the CPU, of the largest"] = max(
                     float((a - b).abs().max()) / scale for a, b in pairs
                 )
-        limit = (
-            1e-6 if not narrow else 2e-3
-        )  # one coin that fell otherwise moves a moment by a bf16 step, and the weight after it
+        # One coin that fell otherwise moves a moment by a bf16 step, and the weight after it.
+        limit = 2e-3 if narrow else max(1e-6, 1.5 * plain)
         ok = parts["masters, largest difference from the CPU, of the largest weight"] <= limit
         ok &= parts["weights that are not the nearest bf16"] == 0
+        ok &= narrow or parts["masters equal to the float32 copies' kernel, share"] > 1 - 1e-5
         ok &= all(value <= (2e-2 if narrow else 1e-6) for key, value in parts.items() if key.startswith("exp_avg"))
         if "master" in settings:
             joined = [join_bits(p, ours.low[id(p)]).cpu() for p in model]
