@@ -32,9 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mllm.demo.edits import INSTRUCTION, prepare_edits, read_edits, train_edit_tokenizer
 from mllm.demo.scenes import BLIND, COLOURS
 from mllm.eval.metrics.editing import judge_edit
+from mllm.heads.build import keep_in_head
 from mllm.heads.codes.decoding import CachedDecoder, Drawing, SampleNoise, draw_codes
 from mllm.heads.codes.generate import prompt_embeddings
 from mllm.heads.editing import edit_pictures
+from mllm.heads.segmentation.build import segmentation_heads
 from mllm.types import IMAGE_MARK, Turn
 from mllm.visual_tokenizers.base import as_unit_range
 from mllm.visual_tokenizers.diffusion.edit import edit
@@ -87,7 +89,10 @@ def main() -> None:
     model: Any = AutoModelForImageTextToText.from_pretrained(str(checkpoint)).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     processor = AutoProcessor.from_pretrained(str(checkpoint))
-    report |= measure(model, processor, read_edits(data), read_edits(data, "valid"))
+    threshold = chosen_threshold(model, processor, read_edits(data, "valid"))
+    (marks,) = segmentation_heads(model.config.heads)
+    keep_in_head(checkpoint, marks, threshold=threshold)  # `mllm edit` and editbench_demo mark by it too
+    report |= measure(model, processor, read_edits(data), threshold)
     report["seconds"] = round(time.perf_counter() - began)
     (root / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=1))
@@ -112,10 +117,9 @@ def chosen_threshold(model: Any, processor: Any, rows: list[dict[str, Any]]) -> 
     return THRESHOLDS[found.index(max(found))]
 
 
-def measure(model: Any, processor: Any, rows: list[dict[str, Any]], validation: list[dict[str, Any]]) -> dict[str, Any]:
-    """Shares of right edits in percent, by the way they were made."""
+def measure(model: Any, processor: Any, rows: list[dict[str, Any]], threshold: float) -> dict[str, Any]:
+    """Shares of right edits in percent, by the way they were made. threshold: probability above which a pixel is marked."""
     device = model.device
-    threshold = chosen_threshold(model, processor, validation)
     sources = pixels_of(rows).to(device)
     masks = torch.stack([torch.from_numpy(row["mask"]) for row in rows]).to(device)
     images = [row["image"] for row in rows]
@@ -124,7 +128,7 @@ def measure(model: Any, processor: Any, rows: list[dict[str, Any]], validation: 
     tokenizer = model.image_tokenizer
     raw = edits_raw(model, processor, images, asked, threshold=threshold)
     made, hidden, packed = (torch.stack([getattr(one, name) for one in raw]) for name in ("pixels", "mask", "packed"))
-    usual, _ = edits(model, processor, images, asked)
+    usual, _ = edits(model, processor, images, asked, threshold=0.5)
     marked, _ = edits(model, processor, images, asked, masks=masks)
     unnamed, _ = edits(model, processor, images, blind, threshold=threshold)
     others, _ = edits(model, processor, images, [*asked[1:], *asked[:1]], threshold=threshold)

@@ -29,6 +29,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mllm.demo.forgery import FAINT, PLAIN, QUESTION, WORDS, prepare_forgeries, train_forgery_tokenizer
+from mllm.heads.build import keep_in_head
 from mllm.heads.probability import best_threshold, calibrate, calibration_error
 
 Rows = list[dict[str, Any]]
@@ -151,10 +152,7 @@ def shuffled(rows: Rows) -> Rows:
 def keep_temperature(model: Any, temperature: float, checkpoint: Path) -> None:
     """Write the calibration into the checkpoint's config, which `probability` and `mllm serve` read."""
     name = next(name for name, head in model.config.heads.items() if head["type"] == "probability")
-    path = checkpoint / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["heads"][name]["calibration"] = temperature
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    keep_in_head(checkpoint, name, calibration=temperature)
 
 
 def rows_of(path: Path) -> Rows:

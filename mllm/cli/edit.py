@@ -31,7 +31,10 @@ def edit(
     save_mask: Annotated[
         Path | None, typer.Option(help="File for what was painted anew, white on black (PNG).")
     ] = None,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Probability from which a pixel is marked.")] = 0.5,
+    threshold: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Probability above which a pixel is marked; default: the head's own."),
+    ] = None,
     feather: Annotated[int, typer.Option(min=0, help="Pixels around the mask over which old and new are mixed.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of the diffusion decoder.")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="Guidance of the diffusion decoder; 1: none.")] = None,

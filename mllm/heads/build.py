@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from mllm.config import to_plain, validate
-from mllm.errors import ConfigError, UnknownName
+from mllm.errors import ConfigError, UnknownName, did_you_mean
 from mllm.heads import HEADS
 from mllm.heads.base import Head, HeadConfig, HeadParts
 
@@ -83,6 +85,33 @@ def head_tokens(heads: Mapping[str, Any] | None, parts: HeadParts, *, where: str
             )
         tokens |= dict.fromkeys(cls.tokens(config, parts), cls.special_tokens)
     return tokens
+
+
+def keep_in_head(checkpoint: str | Path, name: str, **values: Any) -> None:
+    """Write what was chosen on validation samples into a checkpoint's ``config.json``, where everything that answers reads it.
+
+    Args:
+        checkpoint: a folder that `save_pretrained` or a run wrote.
+        name: the head's.
+        values: keys of its config, as ``threshold`` of a segmentation head, ``calibration`` of a probability head.
+
+    Raises:
+        ConfigError: there is no such folder or head, or a value does not fit; nothing is written then.
+    """
+    path = Path(checkpoint) / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{checkpoint}: not a checkpoint folder, it has no config.json")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    heads = config.get("heads") or {}
+    if name not in heads:
+        raise ConfigError(
+            f"{checkpoint}: no head {name!r}{did_you_mean(name, heads)}; its heads: {', '.join(heads) or 'none'}"
+        )
+    head_config({**heads[name], **values}, where=f"heads.{name}")
+    heads[name] |= values
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def resolved_heads(

@@ -57,7 +57,7 @@ def edit_pictures(
     guidance: float | None = None,
     seed: int = 0,
     feather: int = 0,
-    threshold: float = 0.5,
+    threshold: float | None = None,
     **options: Any,
 ) -> list[Edited]:
     """Pictures changed as instructions say; what the model does not mark stays as it was, pixel by pixel. Codes whose cells a mark touches
@@ -74,7 +74,7 @@ def edit_pictures(
         guidance: its scale; default: its own.
         seed: of its noise.
         feather: pixels around the mask over which old and new are mixed.
-        threshold: probability from which a pixel is marked.
+        threshold: probability above which a pixel is marked; default: the segmentation head's own.
         options: of the drawing, as `generate_images` takes them.
 
     Returns:

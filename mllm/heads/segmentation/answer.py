@@ -88,7 +88,7 @@ class SegmentationMixin:
         questions: str | Sequence[str] | None = None,
         example: Any = None,
         processor: Processor | None = None,
-        threshold: float = 0.5,
+        threshold: float | None = None,
         **options: Any,
     ) -> Any:
         """Mark what phrases name in pictures.
@@ -101,7 +101,7 @@ class SegmentationMixin:
                 like is marked; or a list of such pairs, one for each picture. Asked for in the head's own words where neither phrases
                 nor questions are given. Needs a head with ``examples``.
             processor: the model's own (default: the one saved beside it).
-            threshold: probability from which a pixel is marked.
+            threshold: probability above which a pixel is marked; default: the head's own.
             options: as ``generate`` takes them.
 
         Returns:
@@ -112,7 +112,7 @@ class SegmentationMixin:
                 probability.
             DataError: an example's mask has another size than its picture, or marks nothing.
         """
-        if not 0 <= threshold <= 1:
+        if threshold is not None and not 0 <= threshold <= 1:
             raise ConfigError(f"threshold: {threshold} is no probability between 0 and 1")
         alone = not isinstance(images, (list, tuple))
         pictures = [images] if alone else list(images)
@@ -191,7 +191,7 @@ def _segment(
     own: tuple[Processor, SegmentSpec],
     pictures: Sequence[Any],
     questions: Sequence[str],
-    threshold: float,
+    threshold: float | None,
     options: dict[str, Any],
     shown: Sequence[tuple[Any, Tensor]] | None = None,
 ) -> list[Segments]:
@@ -209,6 +209,7 @@ def _segment(
         owners = 2 * marks[:, 0] + 1
     begins = torch.full_like(owners, answered.start - 1)
     logits, _ = head.predict(answered.hidden, places, owners, answered.features[head.config.encoder], examples, begins)
+    threshold = head.config.threshold if threshold is None else threshold
     found = []
     for number, picture in enumerate(pictures):
         size = image_size(picture, where=f"picture {number}")
@@ -216,7 +217,7 @@ def _segment(
     return found
 
 
-def laid(spec: SegmentSpec, text: str, logits: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Segments:
+def laid(spec: SegmentSpec, text: str, logits: Tensor, size: tuple[int, int], threshold: float) -> Segments:
     """An answer's masks on its picture.
 
     Args:
@@ -224,7 +225,7 @@ def laid(spec: SegmentSpec, text: str, logits: Tensor, size: tuple[int, int], th
         text: the answer.
         logits: ``(N, rows, columns)``, as the head predicts them.
         size: (height, width) of the picture.
-        threshold: probability from which a pixel is marked.
+        threshold: probability above which a pixel is marked.
 
     Returns:
         The answer with its N masks.

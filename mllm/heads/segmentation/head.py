@@ -60,6 +60,9 @@ class SegmentationHeadConfig(HeadConfig):
     weights: dict[str, float] = Field(default_factory=lambda: {"bce": BCE_WEIGHT, "dice": DICE_WEIGHT})
     """Loss → its weight beside the words' 1; only these are computed. ``bce`` and ``dice`` are LISA's (2 and 0.5 as published), ``focal``,
     ``batch_dice`` and ``iou`` SAM-UNet's (20, 1, 1); ``iou`` needs a decoder of type sam."""
+    threshold: float = Field(default=0.5, ge=0, le=1)
+    """Probability above which a pixel is marked, wherever masks are answered: `segment`, edits, chat, evaluation and serving. It changes
+    nothing in training; choose it on validation pictures and write it into the checkpoint (`mllm.heads.build.keep_in_head`)."""
     question: str = "Please segment {phrase}."
     """How `segment` asks for what ``{phrase}`` names."""
     examples: ExamplesConfig | None = None

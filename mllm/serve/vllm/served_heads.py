@@ -172,7 +172,8 @@ class HeadsInEngine:
             first = torch.zeros_like(ends)
             examples = Examples(processor.segments.lay(mask)[None], first[:1], first)
         logits, _ = self.marks.predict(hidden, places, owners, encoder(view), examples)
-        marked = laid(processor.segments, request["text"], logits, image_size(picture, where="picture"))
+        size, threshold = image_size(picture, where="picture"), self.marks.config.threshold
+        marked = laid(processor.segments, request["text"], logits, size, threshold)
         return marked.records(processor.segments, request["question"])
 
     def _own_processor(self, folder: str) -> Any:

@@ -17,7 +17,7 @@ from mllm.data.spec import DatasetSpec
 from mllm.errors import AlignmentError, ConfigError, DataError
 from mllm.eval.generators.hf import HFGenerator
 from mllm.heads.base import HeadParts
-from mllm.heads.build import head_config
+from mllm.heads.build import head_config, keep_in_head
 from mllm.heads.segmentation.decoders import DECODERS as DECODERS_BY_TYPE
 from mllm.heads.segmentation.head import raised
 from mllm.processing.chat import encode_sample
@@ -80,6 +80,19 @@ def test_it_marks_what_it_learned_alone_and_among_others_saved_and_opened(traine
     again = AutoModelForImageTextToText.from_pretrained(tmp_path)
     alone = again.segment(picture(3), "it", max_new_tokens=24)
     assert alone.text == found[2].text and torch.equal(alone.masks, found[2].masks)
+    keep_in_head(tmp_path, "marks", threshold=0.9)  # as chosen on validation pictures
+    surer = AutoModelForImageTextToText.from_pretrained(tmp_path).segment(picture(3), "it", max_new_tokens=24)
+    told_so = again.segment(picture(3), "it", threshold=0.9, max_new_tokens=24)
+    assert torch.equal(surer.masks, told_so.masks) and surer.masks.sum() < alone.masks.sum()
+    before = (tmp_path / "config.json").read_text()
+    for name, values, says in (
+        ("mark", {"threshold": 0.5}, "no head 'mark'.*marks"),
+        ("marks", {"threshold": 2}, r"heads\.marks\.threshold"),
+        ("marks", {"treshold": 0.5}, "threshold"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            keep_in_head(tmp_path, name, **values)
+    assert (tmp_path / "config.json").read_text() == before
 
 
 def test_packed_rows_several_images_and_samples_without_masks_change_no_loss(trained) -> None:

@@ -40,7 +40,7 @@ MASKS = ([MASK], [OTHER, MASK], [])
 
 
 SHOWN = {"queries": 2, "heads": 2, "mlp_width": 8}
-HEADS = {"marks": {**HEAD, "states": 3, "examples": SHOWN}, "sure": SURE}
+HEADS = {"marks": {**HEAD, "states": 3, "examples": SHOWN, "threshold": 0.7}, "sure": SURE}
 """[SEG] may stand where an answer has fewer states before it, and a question may show another picture with its mask."""
 SAME = "Please segment the same."
 
