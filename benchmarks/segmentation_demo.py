@@ -116,11 +116,16 @@ def main() -> None:
         default=0.5,
         help="share of training scenes where a name needs both words (default: 0.5)",
     )
+    parser.add_argument(
+        "--prepare", action="store_true", help="draw the scenes and train the text tokenizer, nothing else"
+    )
     parser.add_argument("--models", nargs="+", choices=list(CONTROLS), default=list(CONTROLS))
     arguments = parser.parse_args()
     output, began = arguments.output, time.time()
     data = prepare_scenes(output / "data", confusing=arguments.confusing)
     train_text_tokenizer(output / "text_tokenizer")
+    if arguments.prepare:
+        return
     report: dict[str, Any] = {}
     for name in arguments.models:
         start = time.time()

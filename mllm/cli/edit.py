@@ -60,6 +60,7 @@ def edit(
     from mllm.heads.editing import edit_pictures, side_of
     from mllm.heads.segmentation.build import segmentation_heads
     from mllm.models.modeling_mllm import MllmForConditionalGeneration
+    from mllm.processing.images import image_size
     from mllm.processing.mask_files import box_of
 
     with opening(checkpoint):
@@ -86,6 +87,10 @@ def edit(
 
         Image.fromarray(made.mask.cpu().numpy()).save(save_mask, "PNG")
     typer.echo(made.text)
+    if (size := image_size(str(picture), where=f"PICTURE {picture}")) != (len(made.mask),) * 2:
+        typer.echo(
+            f"drawn at the model's own {len(made.mask)} × {len(made.mask)} pixels; the picture has {size[1]} × {size[0]}"
+        )
     box, side = box_of(made.mask.cpu().numpy()), len(made.mask)
     where = "nothing, as nothing is marked" if box is None else f"x {box[0]}, y {box[1]}, {box[2]} × {box[3]} pixels"
     typer.echo(f"painted anew: {where}, of {side} × {side}\n{output}")

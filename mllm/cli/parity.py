@@ -38,7 +38,8 @@ def parity(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the result as JSON.")] = None,
 ) -> None:
-    """Compare trainer-style forward, generate, merged adapter and vLLM: prompt, pixels, tokens, log probabilities.
+    """Compare trainer-style forward, generate, merged adapter and vLLM: prompt, pixels, tokens, log probabilities; of a model with heads
+    masks to the pixel, probabilities to 1e-4, edited pictures.
 
     Exits with 1 when anything differs from [bold]generate[/]. Log probabilities differ by rounding: in float32 by less than 1e-4.
     """
@@ -52,6 +53,7 @@ def parity(
     from rich.console import Console
     from rich.table import Table
 
+    from mllm.serve.head_parity import HEAD, OWN
     from mllm.serve.parity import ALONE, Case, run_parity
     from mllm.types import IMAGE_MARK, Turn
 
@@ -59,7 +61,7 @@ def parity(
     if image:
         own = [
             Case(
-                "own pictures",
+                OWN,
                 [Turn("user", "\n".join([IMAGE_MARK] * len(image)) + "\n" + question)],
                 list(_open(image)),
             )
@@ -99,6 +101,13 @@ def parity(
         )
     console.print(table)
     for name, value in moved.items():
+        if name.startswith(HEAD):
+            console.print(f"{name}: answers {value:.0f} cases")
+            if value == 0:
+                console.print(
+                    f"[yellow]{name}: answers nothing here, so nothing here tests it; ask what it answers by -i and -q[/]"
+                )
+            continue
         changed = "is what" if name.endswith(ALONE) else "another picture"
         console.print(f"encoder {name}: {changed} moves a logit by up to {value:.3g}")
         if value == 0:

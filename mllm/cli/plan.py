@@ -85,16 +85,19 @@ def plan(
     from mllm.recipe_of_stage import parts_of_run
     from mllm.train.preflight.plan import plan_recipe
     from mllm.train.preflight.plan_report import plan_tables, scaling_tables, too_large
-    from mllm.train.preflight.tokenizer_plan import plan_tokenizer
+    from mllm.train.preflight.tokenizer_plan import decoder_bytes_of, plan_tokenizer
+    from mllm.train.stages.diffusion.model import PART as DECODER
 
-    console, problems = Console(), []
+    console, problems, decoder_bytes = Console(), [], None
     for part in parts_of_run(loaded, loaded.output_dir):
         if part.model.language_model is None:
             planned = plan_tokenizer(part, processes=processes, with_data=data)
+            decoder_bytes = 4 * sum(n for name, n in planned.parameters.items() if name.startswith(DECODER))
         else:
             planned = plan_recipe(
-                part, processes=processes, with_data=data, gpu_memory=memory * 1e9 if memory else 80e9
-            )
+                part, processes=processes, with_data=data, gpu_memory=memory * 1e9 if memory else 80e9,
+                decoder_bytes=decoder_bytes_of(part) if decoder_bytes is None else decoder_bytes,
+            )  # fmt: skip
         problems += too_large(planned, memory)
         for item in plan_tables(planned, peak_flops=peak * 1e12, mfu=mfu, processes=processes):
             console.print(item, soft_wrap=isinstance(item, str), highlight=False)

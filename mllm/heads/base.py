@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -187,12 +187,17 @@ class Head(nn.Module):
     """Whether it may stand in a model that takes video."""
     special_tokens: ClassVar[bool] = True
     """Whether its tokens are left out of decoded answers."""
+    zero3: ClassVar[bool] = False
+    """Whether `losses` is all that it does in a step, and runs nothing but its own modules: then ZeRO-3 may spread its weights
+    (`forward`)."""
     without_gradient: ClassVar[tuple[str, ...]] = ()
     """Parts of its parameters' names that no loss reaches, on purpose: weights that are kept for the layout of a published file."""
 
     def __init__(self, config: HeadConfig, parts: HeadParts):
         super().__init__()
         self.config, self.width = config, parts.width
+        self.reported: dict[str, Tensor] = {}
+        """`HeadLoss.parts` of the last `forward`."""
 
     @classmethod
     def tiny(cls) -> tuple[dict[str, Any], HeadParts]:
@@ -242,6 +247,20 @@ class Head(nn.Module):
         the same gradients."""
         return 0.0 * sum(p.float().sum() for p in self.parameters() if p.requires_grad)
 
+    def forward(self, hidden: Tensor, *, model: HeadModel, step: Step, laid: Any, reading: Reading) -> Tensor:
+        """What the head adds to the loss where ZeRO-3 spreads its weights: `losses`, or `idle` where ``laid`` is None.
+
+        One call of one module in every step of every process, so that all gather the same weights at the same time, whatever the head
+        does with them. hidden: ``reading.hidden``; by its gradient DeepSpeed learns that the head's are made.
+        """
+        self.reported = {}
+        reached = 0.0 * hidden[:1, :1].float().sum()
+        if laid is None:
+            return self.idle() + reached
+        found = self.losses(model, step, laid, replace(reading, hidden=hidden))
+        self.reported = found.parts
+        return found.total + reached
+
 
 def lay_targets(model: HeadModel, step: Step) -> None:
     """Take the targets out of ``step.inputs`` and let each head lay its own. Raises `ConfigError` for targets that no head of this
@@ -290,8 +309,15 @@ def head_losses(model: HeadModel, step: Step, reading: Reading) -> tuple[Tensor 
     """What the heads add to the loss, and ``<head>/<part>`` → value to report (None where nothing was to be answered)."""
     total: Tensor | float = 0.0
     report: dict[str, Tensor] = {}
+    spread = any(hasattr(parameter, "ds_id") for parameter in model.lm_head.parameters())  # by ZeRO-3
     for name, head in model.heads.items():
-        if step.laid.get(name) is not None:
+        if spread:
+            step.head, hidden = name, reading.hidden
+            if torch.is_grad_enabled() and not hidden.requires_grad:  # the heads learn alone
+                hidden = hidden.detach().requires_grad_()
+            total = total + head(hidden, model=model, step=step, laid=step.laid.get(name), reading=reading)
+            report |= {f"{name}/{part}": value for part, value in head.reported.items()}
+        elif step.laid.get(name) is not None:
             step.head = name
             found = head.losses(model, step, step.laid[name], reading)
             total = total + found.total

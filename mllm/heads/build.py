@@ -53,6 +53,11 @@ def heads_with_weights(heads: Mapping[str, Any] | None) -> list[str]:
     return [name for name, value in (heads or {}).items() if HEADS.get(value["type"]).has_weights]
 
 
+def heads_kept_whole(heads: Mapping[str, Any] | None) -> list[str]:
+    """Names of the heads whose weights ZeRO-3 cannot spread (`Head.zero3`)."""
+    return [name for name, value in (heads or {}).items() if not HEADS.get(value["type"]).zero3]
+
+
 def encoders_read(heads: Mapping[str, Any] | None) -> frozenset[str]:
     """Encoders whose features some head reads."""
     configs = head_configs(heads).values()

@@ -85,10 +85,11 @@ def edit_pictures(
     """
     if len(images) != len(instructions):
         raise ConfigError(f"edit: {len(instructions)} instructions for {len(images)} pictures; give one for each")
+    side = side_of(model)
+    squares = [_square(image, side, f"picture {k}") for k, image in enumerate(images)]
     found = model.segment(list(images), list(instructions), processor=processor, threshold=threshold)
     prompts = [[Turn("user", f"{IMAGE_MARK}\n{instruction}")] for instruction in instructions]
-    shown, side = [[image] for image in images], side_of(model)
-    squares = [_square(image, side, f"picture {k}") for k, image in enumerate(images)]
+    shown = [[image] for image in images]
     pixels = torch.cat([to_pixels(one, model.device) for one in squares])
     if masks is None:
         masks = torch.stack([_shrunk(part.union, side) for part in found])
@@ -131,10 +132,9 @@ def _painted(
     """Pictures ``(B, 3, H, W)`` in [0, 1]: inside the masks ``(B, H, W)`` by drawn codes ``(B, S)`` in touched cells and the source's own
     elsewhere, outside as in pixels ``(B, 3, H, W)`` in [-1, 1]."""
     tokenizer = model.image_tokenizer
-    own = pack_codes(
-        tokenizer, tokenizer.encode(tokenizer.diffusion.shrunk(pixels) if tokenizer.has_diffusion else pixels)
-    )
-    packed = torch.where(touched, packed, own)
+    if not touched.all():
+        seen = tokenizer.diffusion.shrunk(pixels) if tokenizer.has_diffusion else pixels
+        packed = torch.where(touched, packed, pack_codes(tokenizer, tokenizer.encode(seen)))
     if tokenizer.has_diffusion:
         codes = unpack_codes(tokenizer, packed)
         made = edit(

@@ -66,6 +66,7 @@ class ProbabilityHead(Head):
     Config = ProbabilityHeadConfig
     config: ProbabilityHeadConfig
     has_weights = False
+    zero3 = True
 
     @classmethod
     def tiny(cls) -> tuple[dict[str, Any], HeadParts]:
@@ -113,6 +114,12 @@ class ProbabilityHead(Head):
         loss = F.cross_entropy(scores / self.config.temperature, laid.classes)
         right = (scores.argmax(1) == laid.classes).float().mean()
         return HeadLoss(step.share() * self.config.weight * loss, {"class": loss.detach(), "right": right.detach()})
+
+    def forward(self, hidden: Tensor, *, model: MultimodalModel, step: Step, laid: Any, reading: Reading) -> Tensor:
+        if laid is None:  # the language model's own output layer runs on every process or on none
+            self.reported = {}
+            return 0.0 * model.compute_logits(hidden[:1, :1]).float().sum()
+        return super().forward(hidden, model=model, step=step, laid=laid, reading=reading)
 
     def probabilities(self, scores: Tensor) -> Tensor:
         """Logits ``(K, classes)`` → calibrated probabilities."""

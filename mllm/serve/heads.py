@@ -12,6 +12,10 @@ KEY = "mllm_heads"
 """Under which a request's name stands in ``SamplingParams.extra_args``."""
 READER = "mllm.serve.vllm.head_reader:HeadReader"
 """For vLLM's ``logits_processors``. It knows vLLM's first model runner only."""
+WORKER = "mllm.serve.http.stats.VisualStatistics"
+"""For vLLM's ``worker_extension_cls``: answers ``collective_rpc("head_answers", args=(request,))``."""
+HEADS_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+"""What an engine with the reader needs before it starts: the second runner gives a processor no request's own tokens."""
 
 
 class ServedHeads(StrictModel):

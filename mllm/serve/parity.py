@@ -7,7 +7,7 @@ import io
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,11 @@ from mllm.processing.frames import VideoSpec
 from mllm.processing.panels import as_panels
 from mllm.processing.protocol import Processor
 from mllm.serve.adapters import adapter_rank
+from mllm.serve.head_parity import answered, compare_heads, head_cases, model_heads, vllm_heads
 from mllm.serve.traces import (
     MOST_VIDEOS,
     Case,
+    Difference,
     Trace,
     model_inputs,
     open_vllm,
@@ -42,24 +44,6 @@ ALONE = ", each frame alone"
 """Behind an encoder's name: what moves a logit is that it sees each frame of a clip alone."""
 _FRAMES = 8
 """Of a clip, at most."""
-
-
-@dataclass
-class Difference:
-    """How a path differs from `generate` on a case. first: position of the first other token, None: none; gap: the
-    largest difference of a log probability up to there; notes: what else differs."""
-
-    case: str
-    path: str
-    num_tokens: int
-    first: int | None
-    gap: float
-    notes: list[str]
-
-    @property
-    def same(self) -> bool:
-        """Equal prompt, pixels and tokens."""
-        return self.first is None and not self.notes
 
 
 def standard_cases(
@@ -215,7 +199,7 @@ def check_encoders_matter(model: MllmForConditionalGeneration, processor: Proces
     """Encoder → largest change of a logit when that encoder's pixels (only) are another picture's, and, with `ALONE` behind its name, when
     one that sees the views of a scene together sees each alone. A parity check says nothing about an encoder, or about frames together,
     whose value here is zero. Encoders that read another in place of pixels are left out."""
-    tower = getattr(model, "get_base_model", lambda: model)().model.vision_tower
+    tower = _base_of(model).model.vision_tower
     _, inputs = model_inputs(processor, replace(case, experts=processor.image_processor.experts or None))
     inputs = {key: value.to(model.device) for key, value in inputs.items()}
     with torch.no_grad():
@@ -268,7 +252,8 @@ def run_parity(
     memory: what vLLM may take, as ``--memory`` says it (`mllm.serve.memory`).
     unmerged: vLLM serves the base with the adapter beside it instead of the merged model; the adapter must then be on
     the language part alone.
-    Returns the differences and what each encoder moves (`check_encoders_matter`).
+    Returns the differences, those of its heads too (`mllm.serve.head_parity`), and what each encoder moves (`check_encoders_matter`) and
+    how many cases each head answers.
     """
     from transformers import AutoProcessor
 
@@ -300,6 +285,11 @@ def run_parity(
             model = PeftModel.from_pretrained(model, adapter).eval()
         reference = trace_generate(model, processor, cases, num_tokens=num_tokens)
         differences = compare(cases, reference, trace_forward(model, processor, cases, reference), path="forward")
+        asked = head_cases(model, processor, cases)
+        known = model_heads(_base_of(model), processor, asked)
+        if asked:
+            found = model_heads(_base_of(model), processor, asked, together=True)
+            differences += compare_heads(asked, known, found, path="heads, all at once")
         pictured = next((case for case in cases if case.images), None)
         if pictured is not None and video is not None:
             rng = np.random.default_rng(1)
@@ -307,10 +297,14 @@ def run_parity(
             visuals = [*stills, make_visual(rng, video, points=points is not None, least=4)]
             pictured = Case("clip", [Turn("user", IMAGE_MARK * len(visuals) + "\nwhat happens?")], visuals)
         moved = check_encoders_matter(model, processor, pictured) if pictured is not None else {}
+        moved |= answered(_base_of(model), known)
         if adapter is not None:
             model = model.merge_and_unload()
             merged = trace_generate(model, processor, cases, num_tokens=num_tokens)
             differences += compare(cases, reference, merged, path="merged adapter")
+            differences += compare_heads(
+                asked, known, model_heads(model, processor, asked), path="heads, merged adapter"
+            )
             if not unmerged:
                 served = folder
                 model.save_pretrained(folder)
@@ -328,7 +322,15 @@ def run_parity(
                 for trace, pixels in zip(traces, hashes, strict=True):
                     trace.pixels = pixels
                 differences += compare(cases, reference, traces, path=path)
+                if asked and model_impl != "transformers":
+                    found = vllm_heads(llm, asked, batch=batch, adapter=lora and lora[0])
+                    differences += compare_heads(asked, known, found, path=f"heads, {path}")
     return differences, moved
+
+
+def _base_of(model: Any) -> Any:
+    """The model with what an adapter has put into it, without PEFT's wrapper."""
+    return getattr(model, "get_base_model", lambda: model)()
 
 
 def _lora_of(adapter: str | None) -> tuple[str, int]:

@@ -27,7 +27,7 @@ from mllm.serve.adapters import (
     skips_visual_weights,
     visual_adapters,
 )
-from mllm.serve.heads import READER, served_heads
+from mllm.serve.heads import HEADS_ENVIRONMENT, READER, WORKER, served_heads
 from mllm.serve.http.keys import CLIENTS, FILE, LOOPBACK, OPERATOR, read_clients
 from mllm.serve.http.settings import ENVIRONMENT, AdmissionSettings
 from mllm.serve.images.requests import SCHEDULER, refusal
@@ -114,7 +114,7 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         arguments += [f"--{option.replace('_', '-')}", json.dumps(value)]
     arguments += ["--allowed-media-domains", NO_DOMAIN]  # pictures are fetched before the engine, and judged there
     arguments += ["--middleware", "mllm.serve.http.admission.Admission"]
-    arguments += ["--worker-extension-cls", "mllm.serve.http.stats.VisualStatistics"]
+    arguments += ["--worker-extension-cls", WORKER]
     if settings.backend != "auto":
         arguments += ["--model-impl", {"native": "vllm"}.get(settings.backend, settings.backend)]
     if settings.max_model_len is not None:
@@ -208,7 +208,7 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         **{name: os.environ.get(name, value) for name, value in vllm_environment(engine).items()},
     }
     if heads is not None:
-        environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the second one gives a processor no request's own tokens
+        environment |= HEADS_ENVIRONMENT
     if api_key:
         environment[CLIENTS] = api_key
     if settings.keys:

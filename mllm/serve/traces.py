@@ -25,6 +25,7 @@ from mllm.processing.protocol import Processor
 from mllm.processing.questions import question_text
 from mllm.processing.template import messages_of
 from mllm.routers.build import build_router
+from mllm.serve.heads import HEADS_ENVIRONMENT, READER, WORKER, served_heads
 from mllm.serve.memory import engine_memory, need_of
 from mllm.types import IMAGE_MARK, Turn, Video
 
@@ -59,6 +60,24 @@ class Trace:
     pixels: str | None = None
     routing: list[list[float]] | None = None
     """Weights per image and expert, where known."""
+
+
+@dataclass
+class Difference:
+    """How a path differs from `generate` on a case. first: position of the first other token, None: none; gap: the
+    largest difference of a log probability up to there; notes: what else differs."""
+
+    case: str
+    path: str
+    num_tokens: int
+    first: int | None
+    gap: float
+    notes: list[str]
+
+    @property
+    def same(self) -> bool:
+        """Equal prompt, pixels and tokens."""
+        return self.first is None and not self.notes
 
 
 def hash_pixels(tensors: Mapping[str, Tensor]) -> str:
@@ -183,7 +202,12 @@ def open_vllm(
             f"vLLM is not installed: {install_hint('serve')}, or with serve-cpu without a GPU"
         ) from None
     ours = vllm_options(config, draws=model_impl != "transformers")
-    for name, value in vllm_environment(ours).items():
+    environment = vllm_environment(ours)
+    if model_impl != "transformers" and served_heads(getattr(config, "heads", None)) is not None:
+        ours["logits_processors"] = [*ours.get("logits_processors", ()), READER]
+        ours["worker_extension_cls"] = WORKER
+        environment |= HEADS_ENVIRONMENT
+    for name, value in environment.items():
         os.environ.setdefault(name, value)
     need = need_of(checkpoint, config, dtype=dtype, length=options.get("max_model_len"), seats=8)
     given = [f"--{name.replace('_', '-')}" for name in options]
@@ -215,11 +239,7 @@ def trace_vllm(
     together). adapter: folder of a LoRA adapter on the language model, applied unmerged."""
     from vllm import SamplingParams
 
-    lora = None
-    if adapter is not None:
-        from vllm.lora.request import LoRARequest
-
-        lora = LoRARequest("adapter", 1, adapter)
+    lora = lora_request(adapter)
     sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=TOP, detokenize=False)
     groups: dict[str, list[int]] = {}
     routings = [case.experts for case in cases]
@@ -243,6 +263,15 @@ def trace_vllm(
             logprobs = [{token: entry.logprob for token, entry in step.items()} for step in answer.logprobs]
             traces[index] = Trace(list(output.prompt_token_ids), list(answer.token_ids), logprobs)
     return [trace for trace in traces if trace is not None]
+
+
+def lora_request(adapter: str | None) -> Any:
+    """What tells vLLM of a LoRA adapter's folder; None without one."""
+    if adapter is None:
+        return None
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("adapter", 1, adapter)
 
 
 def route_vllm(llm: Any, case: Case) -> Any:

@@ -25,6 +25,10 @@ from mllm.eval.run import evaluate
 from mllm.eval.task import expand_tasks
 from mllm.heads.editing import _painted, edit_pictures, touched_codes
 from mllm.recipe import Recipe
+from mllm.recipe_of_stage import parts_of_run
+from mllm.train.preflight.plan import plan_recipe
+from mllm.train.preflight.plan_report import size
+from mllm.train.preflight.tokenizer_plan import decoder_bytes_of, plan_tokenizer
 from mllm.train.run import run_recipe
 from mllm.visual_tokenizers.sequence import pack_codes
 from tests.helpers import TINY_CLIP, TINY_LLM, picture
@@ -173,6 +177,21 @@ def test_edits_are_a_task_judged_by_an_exact_rule(trained: tuple[Path, Path], tm
         assert EditRule().score(reply, row["edit"], {}).value is None
 
 
+def test_a_plan_counts_the_decoder_that_is_saved_with_the_model(trained: tuple[Path, Path]) -> None:
+    root, folder = trained
+    first, second = parts_of_run(recipe(root), root / "whole")
+    planned = plan_tokenizer(first, with_data=False)
+    decoder = 4 * sum(number for name, number in planned.parameters.items() if name.startswith("diffusion_decoder"))
+    written = (folder / "diffusion_decoder/diffusion_decoder.safetensors").stat().st_size
+    assert 0 < written - decoder < 15_000 and decoder_bytes_of(second) == written  # a header beside the numbers
+    final = plan_recipe(second, with_data=False, decoder_bytes=written).final_bytes
+    saved = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    assert 0 < saved - final < 40_000 and final > 3 * written
+    result = CliRunner().invoke(app, ["plan", str(folder / "recipe.yaml"), "--no-data"])
+    assert result.exit_code == 0, result.output
+    assert f"final checkpoint: {size(final)}" in result.output
+
+
 def test_an_edit_from_the_command_line(trained: tuple[Path, Path], tmp_path: Path) -> None:
     root, folder = trained
     source = read_edits(root / "data")[0]["image"]
@@ -183,6 +202,7 @@ def test_an_edit_from_the_command_line(trained: tuple[Path, Path], tmp_path: Pat
     runner = CliRunner()
     given = runner.invoke(app, [*words, "--mask", str(tmp_path / "mask.png"), "--save-mask", str(tmp_path / "b.png")])
     assert given.exit_code == 0, given.output
+    assert "drawn at the model's own 16 × 16 pixels; the picture has 32 × 32" in given.output
     assert "painted anew: x 3, y 2, 5 × 7 pixels, of 16 × 16" in given.output, "the mask at the size that is drawn"
     made, painted = (np.asarray(Image.open(tmp_path / name)) for name in ("a/edited.png", "b.png"))
     before = np.asarray(processor_picture(source, 16)).astype(int)

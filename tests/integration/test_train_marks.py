@@ -35,6 +35,7 @@ def recipe(root: Path) -> Recipe:
     return load_recipe("segmentation_demo", [f"{key}={value}" for key, value in changes.items()])
 
 
+PARTITION_ALL = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 PATCHES = {
     "model_type": "clip_vision_model",
     "hidden_size": 16,
@@ -91,14 +92,18 @@ def test_a_segmentation_stage_resumes_exactly_and_its_checkpoint_marks(tmp_path:
 
 
 def test_two_processes_of_which_one_has_no_masks_equal_one_process_in_every_engine(tmp_path: Path) -> None:
-    """A rank without masks makes its gradients in another order than the others; weights must agree to 1e-5."""
+    """A rank without masks makes its gradients in another order than the others, and none of what only its neighbour runs; weights must
+    agree to 1e-5."""
     prepare_scenes(tmp_path / "data", train=16, test=2)
     train_text_tokenizer(tmp_path / "text")
     scenes = tmp_path / "data/train.jsonl"
     marked = [json.loads(line) for line in scenes.read_text().splitlines()]
-    words = [{"role": "user", "content": "<image>\nWhich one?"}, {"role": "assistant", "content": "the red circle"}]
+    asked = {"role": "user", "content": "<image>\nWhich one?"}
+    verdict, none = ({"role": "assistant", "content": text} for text in ("It is the red circle.", "None."))
     rows = [
-        row if n % 4 == 0 else {"id": f"w{n}", "images": row["images"], "messages": words}
+        row
+        if n % 4 == 0
+        else {"id": f"w{n}", "images": row["images"], "messages": [asked, verdict if n % 8 == 1 else none]}
         for n, row in enumerate(marked)
     ]
     scenes.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -112,14 +117,17 @@ def test_two_processes_of_which_one_has_no_masks_equal_one_process_in_every_engi
             "architecture": PATCHES,
         }  # no batch norm
         changed.model.heads["marks"]["norm"] = "none"
+        changed.model.heads["sure"] = {"type": "probability", "phrase": "It is the red", "words": ["circle", "square"]}
         (stage,) = changed.stages
         stage.batch_size, stage.steps, stage.optimizer.eps = 4 // processes, 3, 1e-5
-        engines = ("zero2", "none") if processes == 2 else ("none", "none")
+        engines = ("zero2", PARTITION_ALL, "none") if processes == 2 else ("none",) * 3
         changed.stages = [stage.model_copy(update={"name": f"s{n}", "engine": e}) for n, e in enumerate(engines)]
         final = run_recipe(changed, output=tmp_path / str(processes), processes=processes)
         found.append(load_file(str(final / "model.safetensors")))
         lines = (tmp_path / str(processes) / "metrics.jsonl").read_text().splitlines()
-        told.append([json.loads(line).get("head_loss", {}).get("marks/bce") for line in lines])
+        losses = [json.loads(line).get("head_loss", {}) for line in lines]
+        told.append([one.get("marks/bce") for one in losses])
+        assert any("sure/class" in one for one in losses) and not all("sure/class" in one for one in losses)
     for key, value in found[0].items():
         assert torch.allclose(value, found[1][key], atol=1e-5, rtol=0), key
     assert told[0] == pytest.approx(told[1], abs=1e-5) and None in told[0] and any(told[0])

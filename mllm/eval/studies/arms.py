@@ -56,6 +56,8 @@ class ExpectedSpec(StrictModel):
     better: str
     than: str
     where: str = "all"
+    within: float = Field(default=0.0, ge=0)
+    """Points by which ``better`` may be worse and the expectation still come true: 1.0 says "costs at most a point"."""
     why: str = ""
 
 
@@ -310,11 +312,12 @@ def _expectations(
         if not set(arms.get(entry.better, {})) & set(arms.get(entry.than, {})) or entry.where not in parts:
             continue
         result = compare_arms(arms[entry.better], arms[entry.than], parts[entry.where])
-        verdict = "yes" if result.low > 0 else "no, the other way" if result.high < 0 else "not shown"
+        least = -entry.within
+        verdict = "yes" if result.low > least else "no, the other way" if result.high < least else "not shown"
         interval = spread(result.low, result.high, digits=1, sign=True)
         rows.append(
             (
-                f"{entry.better} > {entry.than}",
+                f"{entry.better} > {entry.than}" + (f" − {entry.within:g}" if entry.within else ""),
                 entry.where,
                 verdict,
                 f"{result.difference:+.1f}",

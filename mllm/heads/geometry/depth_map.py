@@ -44,6 +44,7 @@ class DepthMapHead(Head):
     config: DepthMapHeadConfig
     targets = ("target_depths",)
     reads_video = True
+    zero3 = True
 
     def __init__(self, config: DepthMapHeadConfig, parts: HeadParts):
         super().__init__(config, parts)
@@ -87,7 +88,7 @@ class DepthMapHead(Head):
     def losses(self, model: HeadModel, step: Step, laid: LaidFrames, reading: Reading) -> HeadLoss:
         states = frame_states(reading.hidden, step, model.config.image_token_id, laid)
         places = rows_of_sets(laid, self.view.frames)
-        told = self(states)[[place[0] for place in places], [place[1] for place in places]].float()
+        told = self.maps(states)[[place[0] for place in places], [place[1] for place in places]].float()
         rows = torch.tensor([place[2] for place in places])
         wanted = laid.targets.to(told.device)[rows.to(told.device)].float().log()
         known = wanted.isfinite()
@@ -100,7 +101,7 @@ class DepthMapHead(Head):
         report = {name: value.detach() for name, value in parts.items()}
         return HeadLoss(step.share() * self.config.weight * loss + self.idle(), report)
 
-    def forward(self, states: Tensor) -> Tensor:
+    def maps(self, states: Tensor) -> Tensor:
         """States ``(S, M, L)`` of sets of tokens → log depth ``(S, frames of a set, rows, columns)``."""
         view, cells = self.view, self.config.cells
         lines = states[:, view.leading :].unflatten(1, (view.grid[0], -1))[:, :, : view.grid[1]]

@@ -58,6 +58,7 @@ class PoseHead(Head):
     config: PoseHeadConfig
     targets = ("target_poses",)
     reads_video = True
+    zero3 = True
 
     def __init__(self, config: PoseHeadConfig, parts: HeadParts):
         super().__init__(config, parts)

@@ -209,11 +209,11 @@ def _segment(
         owners = 2 * marks[:, 0] + 1
     begins = torch.full_like(owners, answered.start - 1)
     logits, _ = head.predict(answered.hidden, places, owners, answered.features[head.config.encoder], examples, begins)
-    threshold = head.config.threshold if threshold is None else threshold
+    least: float = head.config.threshold if threshold is None else threshold
     found = []
     for number, picture in enumerate(pictures):
         size = image_size(picture, where=f"picture {number}")
-        found.append(laid(segments, answered.texts[number], logits[marks[:, 0] == number], size, threshold))
+        found.append(laid(segments, answered.texts[number], logits[marks[:, 0] == number], size, least))
     return found
 
 

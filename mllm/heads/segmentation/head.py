@@ -126,6 +126,7 @@ class SegmentationHead(Head):
     config: SegmentationHeadConfig
     targets = ("target_masks", "target_examples")
     special_tokens = False
+    zero3 = True
     without_gradient = ("iou_prediction_head", "mlps.1.", "mlps.2.", "mlps.3.")
 
     def __init__(self, config: SegmentationHeadConfig, parts: HeadParts):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mllm import distributed
 from mllm.errors import UnavailableError
+from mllm.heads.base import heads_of
 from mllm.install import install_hint
 from mllm.models.compilation import repeated_layers
 from mllm.models.making import num_elements
@@ -91,10 +92,12 @@ class ZeroEngine(Engine):
         return [m for m in self.model.modules() if id(m) not in inside and m is not self.model]
 
     def _mark_leaves(self, deepspeed: Any) -> None:
-        """Each decoder layer is gathered and let go whole: hooks run once a layer, not once a module, and its weights travel
-        together. Not encoder blocks, which may run on some processes only."""
+        """Each decoder layer, and each head, is gathered and let go whole: hooks run once a layer, not once a module, and its weights
+        travel together. Of a head, which may do other things on each process, the gradients are then summed together too. Not encoder
+        blocks, which may run on some processes only."""
         decoder = getattr(self.model, "get_decoder", lambda: None)()
         leaves = {type(layer) for layer in repeated_layers(decoder)} if decoder is not None else set()
+        leaves |= {type(head) for head in heads_of(self.model).values()}
         if leaves:
             deepspeed.utils.set_z3_leaf_modules(self.model, list(leaves))
 

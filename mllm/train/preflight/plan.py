@@ -16,7 +16,7 @@ import torch
 
 from mllm.encoders.catalogue import encoder_config, licence_warnings
 from mllm.errors import ConfigError, DataError, MllmError, blamed_on
-from mllm.heads.build import heads_with_weights
+from mllm.heads.build import heads_kept_whole, heads_with_weights
 from mllm.models.build import build_config, config_and_processor, load_tokenizer
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.lora import has_adapters
@@ -33,6 +33,7 @@ from mllm.train.engine.base import choose_engine
 from mllm.train.engine.groups import Group, apply_learning, frozen_summary
 from mllm.train.engine.optim import state_bytes
 from mllm.train.observe.flops import flop_model
+from mllm.train.preflight.head_memory import kept_by_heads
 from mllm.train.preflight.memory import PREFERENCE, answers_each, memory_of
 from mllm.train.preflight.scaling import ENGINES, Load, smallest_that_fits
 from mllm.train.stages.kind import kind_of
@@ -128,9 +129,11 @@ class RecipePlan:
     final_bytes: int
 
 
-def plan_recipe(recipe: Recipe, *, processes: int = 1, with_data: bool = True, gpu_memory: float = 80e9) -> RecipePlan:
+def plan_recipe(
+    recipe: Recipe, *, processes: int = 1, with_data: bool = True, gpu_memory: float = 80e9, decoder_bytes: int = 0
+) -> RecipePlan:
     """Plan a recipe for so many GPUs. with_data: look at the stages' data where they are on this machine. gpu_memory: bytes of one
-    GPU, which ``engine: auto`` is chosen for.
+    GPU, which ``engine: auto`` is chosen for. decoder_bytes: of the diffusion decoder that is saved with the model.
 
     Raises `ConfigError` for what would end training at its start.
     """
@@ -151,7 +154,7 @@ def plan_recipe(recipe: Recipe, *, processes: int = 1, with_data: bool = True, g
         clean = not has_adapters(model)
     hazards += _recipe_hazards(recipe, parameters)
     hazards += licence_warnings({n: encoder_config(spec, where=f"encoders.{n}") for n, spec in config.encoders.items()})
-    final = (2 if recipe.stages[-1].dtype == "bfloat16" else 4) * sum(parameters.values())
+    final = (2 if recipe.stages[-1].dtype == "bfloat16" else 4) * sum(parameters.values()) + decoder_bytes
     return RecipePlan(recipe.name, parameters, _joins(config), stages, hazards, final)
 
 
@@ -273,7 +276,7 @@ def possible_engines(recipe: Recipe, stage: StageSpec) -> tuple[str, ...]:
     ):
         return whole[:1]
     robust = stage.kind == "sft" and isinstance(stage.options.get("robust"), dict)
-    if recipe.model.heads or stage.kind in (*_ENCODERS_ALONE, "tokenizer") or robust:
+    if heads_kept_whole(recipe.model.heads) or stage.kind in (*_ENCODERS_ALONE, "tokenizer") or robust:
         return whole[:3]
     return whole
 
@@ -362,6 +365,7 @@ def _activations(
         memory += stage.batch_size * one * (blocks if f"encoders.{name}" in parts else 1)
     if not reads:
         return int(memory)
+    memory += kept_by_heads(model, stage.batch_size, size)  # a mask a row
     chunk = min(DEFAULT_CHUNK, tokens)
     head = 8 * config.vocab_size * width if "language_model" in parts else 0
     return int(memory + chunk * config.vocab_size * (4 + size) + head)

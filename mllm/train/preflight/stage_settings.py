@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mllm.errors import ConfigError
-from mllm.heads.build import drawing_head
+from mllm.heads.build import drawing_head, heads_kept_whole
 from mllm.processing.template import read_template
 from mllm.recipe import Recipe, StageSpec
 from mllm.train.data import check_some_rows, open_mixture, refuse_with_shards
@@ -31,10 +31,12 @@ def check_stage(stage: StageSpec, recipe: Recipe) -> None:
             f"stages.{stage.name}.optimizer: master: low_bits and moments: bfloat16 are for dtype: bfloat16, and dtype is {stage.dtype}"
         )
     heads = recipe.model.heads
-    if heads and engine.zero_stage == 3:
+    whole = heads_kept_whole(heads)
+    if whole and engine.zero_stage == 3:
         raise ConfigError(
-            f"stages.{stage.name}.engine: a model with heads trains with none, zero1 or zero2. A head runs where a batch has something to "
-            "teach it, and ZeRO-3 needs every process to run the same modules"
+            f"stages.{stage.name}.engine: a model with head {whole[0]} (type {heads[whole[0]]['type']}) trains with none, zero1 or "
+            "zero2. It runs other parts of the model where a batch has something to teach it, as a visual tokenizer where there are "
+            "pictures to draw, and ZeRO-3 needs every process to run the same modules"
         )
     if stage.packing and any(head.get("type") == "next_scale" for head in heads.values()):
         raise ConfigError(f"stages.{stage.name}.packing: a next_scale head needs a mask of its own; set packing: false")

@@ -6,13 +6,15 @@ computes nothing.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mllm.errors import MllmError
 from mllm.odd_settings import odd_settings
-from mllm.recipe import Recipe, StageSpec
+from mllm.recipe import Recipe, StageSpec, reader_of
 from mllm.train.engine.base import choose_engine
 from mllm.train.engine.groups import apply_learning, frozen_summary
 from mllm.train.engine.optim import state_bytes
@@ -21,7 +23,7 @@ from mllm.train.stages.diffusion.model import DiffusionModel
 from mllm.train.stages.diffusion.stage import odd_diffusion_settings
 from mllm.train.stages.tokenizer.model import TokenizerModel
 from mllm.train.stages.tokenizer.stage import odd_tokenizer_settings, training_without_networks
-from mllm.visual_tokenizers.base import build_tokenizer
+from mllm.visual_tokenizers.base import DECODER_WEIGHTS, build_tokenizer
 from mllm.visual_tokenizers.diffusion.decoder import DiffusionDecoder
 from mllm.visual_tokenizers.images import load_images
 from mllm.visual_tokenizers.networks.discriminator import build_discriminator
@@ -57,6 +59,18 @@ def plan_tokenizer(recipe: Recipe, *, processes: int = 1, with_data: bool = True
     if all(stage.dtype == "bfloat16" for stage in recipe.stages):
         hazards.append("dtype bfloat16: the networks compute in it; weights, codebooks and the search stay in float32")
     return RecipePlan(recipe.name, parameters, joins, stages, hazards, 4 * sum(parameters.values()))
+
+
+def decoder_bytes_of(recipe: Recipe) -> int:
+    """Of the diffusion decoder in the folder that the model's visual tokenizer comes from; 0 where there is none."""
+    holder, spec = reader_of(recipe.model.visual_tokenizer), recipe.model.visual_tokenizer
+    if holder is not None:
+        encoder = recipe.model.encoders.get(holder)
+        spec = encoder if isinstance(encoder, dict) else None
+    weights = (spec or {}).get("weights")
+    folder = weights.get("source") if isinstance(weights, dict) else weights
+    path = Path(folder) / DECODER_WEIGHTS if isinstance(folder, str) else None
+    return path.stat().st_size if path is not None and path.is_file() else 0
 
 
 def _on_meta(recipe: Recipe, stage: StageSpec) -> TokenizerModel | DiffusionModel:

@@ -12,8 +12,18 @@ from mllm.cli.study import _curve
 from mllm.data.lookup import load_mixture
 from mllm.errors import ConfigError, DataError
 from mllm.eval.predictions import prediction_path
-from mllm.eval.studies.arms import Cost, arms_study, compare_arms, curve_lines, finished, load_arms, run_folder
+from mllm.eval.studies.arms import (
+    Cost,
+    ExpectedSpec,
+    arms_study,
+    compare_arms,
+    curve_lines,
+    finished,
+    load_arms,
+    run_folder,
+)
 from mllm.eval.studies.study import save_study
+from mllm.eval.task import load_task
 from mllm.recipe import load_recipe
 
 RENDERERS = ("matplotlib", "altair")
@@ -68,6 +78,13 @@ def test_the_page_sets_what_came_out_against_what_was_expected(spec, tmp_path):
         ("A > B", "unseen", "yes", "+60.0"),
         ("B > A", "all", "no, the other way", "-50.0"),
     ]
+    spec.expected = [ExpectedSpec(better="B", than="A", within=points) for points in (1.0, 99.0)]
+    costs_little, costs_less = arms_study(spec, tmp_path).tables[1].rows
+    assert costs_little[:3] == ("B > A − 1", "all", "no, the other way") and costs_less[:3] == (
+        "B > A − 99",
+        "all",
+        "yes",
+    )
     assert set(kinds.headings) == {"arm", "value", "count"} and any("C-0" in note for note in study.notes)
     save_study(study, tmp_path)
     assert json.loads((tmp_path / "arms.json").read_text())["data"]["arms"]["A"]["1"]["all"] == 80.0
@@ -129,6 +146,9 @@ def test_arms_that_were_asked_other_questions_are_not_compared(spec, tmp_path):
 
 
 def test_a_study_names_arms_that_exist(spec, tmp_path):
+    heads = load_arms("segmentation_demo")
+    recipes = [load_recipe(heads.recipe, arm.overrides) for arm in heads.arms.values()]
+    assert [list(recipe.model.heads) for recipe in recipes] == [["marks"], []] and load_task(heads.task).metrics
     shipped = load_arms("real_charts")
     assert {"A", "B", "C", "D", "E", "F"} <= set(shipped.arms) and shipped.seen == ["matplotlib"]
     data = yaml.safe_load((tmp_path / "mine.yaml").read_text())

@@ -23,6 +23,7 @@ from mllm.heads.segmentation.head import raised
 from mllm.processing.chat import encode_sample
 from mllm.processing.mask_files import decode_rle
 from mllm.testing.heads import CHECKS
+from mllm.train.preflight.head_memory import kept_by_heads
 from mllm.types import IMAGE_MARK, EncoderInfo, ImageSpec, Request, Sample, Turn
 from tests.helpers import picture, tiny_model
 
@@ -93,6 +94,24 @@ def test_it_marks_what_it_learned_alone_and_among_others_saved_and_opened(traine
         with pytest.raises(ConfigError, match=says):
             keep_in_head(tmp_path, name, **values)
     assert (tmp_path / "config.json").read_text() == before
+
+
+def test_a_plan_counts_what_masks_keep_of_a_step(trained) -> None:
+    model, processor = trained
+    samples = [marked(1, MASK), told(2), marked(3, OTHER, MASK)]
+    inputs = collate([encode_sample(processor, sample) for sample in samples], pad_token_id=0).inputs
+
+    def kept(**given: Any) -> int:
+        held: dict[int, torch.Tensor] = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: held.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+        ):
+            model(**given, use_cache=False)
+        return sum(t.untyped_storage().nbytes() for t in held.values())
+
+    weights = sum(p.numel() * 4 for p in model.heads.parameters())
+    found = kept(**inputs) - kept(**{key: value for key, value in inputs.items() if not key.startswith("target_")})
+    assert kept_by_heads(model, 3, 4) == pytest.approx(found - weights, rel=0.02)
 
 
 def test_packed_rows_several_images_and_samples_without_masks_change_no_loss(trained) -> None:

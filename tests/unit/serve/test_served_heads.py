@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,12 +20,14 @@ from mllm.data.collate import collate
 from mllm.heads.segmentation.answer import phrases_of
 from mllm.processing.chat import encode_sample
 from mllm.processing.mask_files import decode_rle, encode_rle
+from mllm.serve.head_parity import OWN, answered, compare_heads, head_cases, model_heads
 from mllm.serve.heads import KEY, READER, ServedHeads, served_heads
 from mllm.serve.http.admission import Admission, AdmissionSettings
 from mllm.serve.http.errors import Refused
 from mllm.serve.http.fields import CHAT
 from mllm.serve.http.heads_beside import HeadFields, asked_of_heads, last_question, name_request
 from mllm.serve.server import ServeSettings, plan
+from mllm.serve.traces import Case
 from mllm.types import IMAGE_MARK, Sample, Turn
 from tests.helpers import picture, tiny_model
 from tests.unit.heads.test_segmentation import HEAD, MASK, OTHER
@@ -132,6 +135,33 @@ class Engine:
                     runs[row] = runs.pop()
             update = SimpleNamespace(added=[], removed=removed, moved=moved) if removed else None
         return {number: f"key-{number}" for number in numbers}
+
+
+def test_parity_compares_masks_and_probabilities_and_says_what_nothing_tested(trained: Any, tmp_path: Path) -> None:
+    model, processor, _ = trained
+    turns = [Turn("user", f"{IMAGE_MARK}{IMAGE_MARK}\n{QUESTION}")]
+    asked = head_cases(model, processor, [Case(OWN, turns, [picture(0), picture(1)])])
+    assert len(asked) == 4 and asked[0].turns[0].content == f"{IMAGE_MARK}\n{QUESTION}"
+    known = model_heads(model, processor, asked)
+    assert known[0].masks and known[0].probability and all(answered(model, known).values())
+    same = compare_heads(asked, known, model_heads(model, processor, asked, together=True), path="together")
+    assert all(one.same for one in same), [one.notes for one in same]
+    changed = dict(known[0].masks[0] or {})
+    mask = decode_rle(changed["rle"])
+    mask[3, 4] ^= 1
+    shares = {"real": known[0].probability["real"] + 2e-4, "fake": known[0].probability["fake"] - 2e-4}
+    others = [
+        replace(known[0], masks=[{**changed, "rle": encode_rle(mask)}]),
+        replace(known[0], masks=[]),
+        replace(known[0], masks=[None]),
+        replace(known[0], probability=shares),
+        replace(known[0], probability=None),
+        replace(known[0], text="It is."),
+    ]
+    told = [compare_heads(asked[:1], known[:1], [other], path="x")[0].notes for other in others]
+    wanted = ["mask 0: 1 pixels", "0 masks, and 1", "not known", "by 2.0e-04", "one side alone", "words: 'It is.'"]
+    assert all(len(notes) == 1 and part in notes[0] for notes, part in zip(told, wanted)), told
+    assert answered(model, [replace(known[0], masks=[], probability=None)]) == {"head marks": 0, "head sure": 0}
 
 
 @pytest.mark.parametrize("state", ["predict", "self"])
