@@ -154,7 +154,7 @@ def _check_stages(spec: Any, arms: list[str], overrides: list[str]) -> None:
 
 
 def _costs(spec: Any, folder: Path, overrides: list[str]) -> dict[str, Any]:
-    """What a picture costs each arm that is trained and finished; counted once, kept beside the run."""
+    """What a picture or clip costs each arm that is trained and finished; counted once, kept beside the run."""
     from mllm.eval.studies.arms import Cost, run_folder
 
     found = {}
@@ -163,14 +163,15 @@ def _costs(spec: Any, folder: Path, overrides: list[str]) -> dict[str, Any]:
         kept = run / "cost.json"
         if arm.checkpoint is not None or not (run / "eval" / "results.json").is_file():
             continue
-        if not kept.is_file():
+        cost = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+        if "frames" not in cost:  # or counted before clips were
             from mllm.recipe import load_recipe
             from mllm.train.preflight.picture_cost import picture_cost
 
             own = arm.recipe or spec.recipe
             cost = picture_cost(load_recipe(own, [*arm.overrides, *_fitting(own, overrides)]))
             kept.write_text(json.dumps(cost) + "\n", encoding="utf-8")
-        found[name] = Cost(**json.loads(kept.read_text(encoding="utf-8")))
+        found[name] = Cost(**cost)
     return found
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import bisect
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -169,7 +170,24 @@ def choose(
         else:
             numbers = _numbers(spec, first, last, times, keyframes)
     seconds = None if times is None else tuple(times[number] for number in numbers)
-    return Chosen(in_order(video.play, numbers, video.key), seconds)
+    chosen = Chosen(in_order(video.play, numbers, video.key), seconds)
+    for told in _told:
+        told.append(chosen)
+    return chosen
+
+
+_told: list[list[Chosen]] = []
+
+
+@contextmanager
+def choices_told() -> Iterator[list[Chosen]]:
+    """What is chosen of every video in this process inside the block, in order."""
+    found: list[Chosen] = []
+    _told.append(found)
+    try:
+        yield found
+    finally:
+        _told[:] = [told for told in _told if told is not found]
 
 
 def _bounds(video: Video, count: int, times: Sequence[float] | None, where: str) -> tuple[int, int]:

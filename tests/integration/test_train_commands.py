@@ -19,6 +19,7 @@ from mllm.errors import ConfigError, UnknownName
 from mllm.train import run_recipe
 from mllm.train.observe.run_diff import diff_runs
 from mllm.train.preflight.inspection import inspect_recipe
+from mllm.train.preflight.inspection_page import write_page
 from mllm.train.preflight.verify import ResumeReport
 from tests.helpers import picture
 from tests.integration.train_helpers import make_recipe
@@ -89,6 +90,44 @@ def test_a_page_shows_the_pixels_tokens_mask_and_packing_that_training_uses(tmp_
     assert "<span class=learned" in markup and "<title>token" in markup and "cut at max_length" in markup
     first = re.search(r"data:image/png;base64,([^\"]+)", markup)
     assert Image.open(io.BytesIO(base64.b64decode(first[1]))).size in ((28, 28), (32, 32))
+
+
+def test_inspect_shows_every_frame_with_its_time_and_none_where_nothing_tells_it(tmp_path):
+    """Frames are as bright as their number says, so the page's pictures say whether a time is that of the frame beside it."""
+    (tmp_path / "data").mkdir()
+    painted = [np.full((28, 28, 3), 25 * number, np.uint8) for number in range(9)]
+    first, *rest = [Image.fromarray(frame) for frame in painted[:7]]
+    lasts, begins = [100, 400, 250, 50, 1000, 300, 100], [0.0, 0.1, 0.5, 0.75, 0.8, 1.8, 2.1]
+    first.save(tmp_path / "data" / "clip.gif", save_all=True, append_images=rest, duration=lasts)
+    np.save(tmp_path / "data" / "untimed.npy", np.stack(painted))
+    picture(3, size=(28, 28)).save(tmp_path / "data" / "still.png")
+    shown = {"clip": [("video", "clip.gif"), ("image", "still.png")], "none": [("video", "untimed.npy")]}
+    rows = []
+    for name, visuals in shown.items():
+        content = [{"type": kind, kind: file} for kind, file in visuals] + [{"type": "text", "text": "what?"}]
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "this"}]
+        rows.append(json.dumps({"id": name, "messages": messages}))
+    (tmp_path / "data" / "mixed.json").write_text("")
+    (tmp_path / "data" / "rows.jsonl").write_text("\n".join(rows))
+    stage = {"name": "sft", "steps": 1, "data": {"format": "messages", "path": str(tmp_path / "data" / "rows.jsonl")}}
+    recipe = make_recipe(tmp_path, stages=[stage], model={"video": {"frames": 4, "fewer": {"semantic": 2}}})
+    (seen,) = inspect_recipe(recipe, num_samples=2)
+    samples = {sample.id: sample for row in seen.rows for sample in row.samples}
+
+    def number_of(frame):
+        return round(np.asarray(frame).mean() / 25)
+
+    found = [(p.seconds, number_of(p.pixels["detail"])) for p in samples["clip"].pictures if p.layout.frames]
+    assert [number for _, number in found] == [0, 2, 4, 6] and [time for time, _ in found] == [
+        begins[number] for _, number in found
+    ]
+    assert [p.seconds for p in samples["clip"].pictures if not p.layout.frames] == [None]
+    assert [number_of(p.pixels["detail"]) for p in samples["none"].pictures] == [0, 2, 5, 8]
+    assert [p.seconds for p in samples["none"].pictures] == [None] * 4
+    page = write_page([seen], tmp_path / "page.html", title="clips").read_text()
+    told = re.findall(r"image 0, (frame [^<]*?) as <b>semantic", page)
+    assert sorted(told) == ["frame 0", "frame 0 at 0.000 s", "frame 2", "frame 2 at 0.800 s"]
+    assert "image 0, frame 3 at 2.100 s as <b>detail" in page and "image 1 as <b>detail" in page
 
 
 def test_inspect_escapes_what_data_say_and_names_unknown_stages(tmp_path):

@@ -118,13 +118,14 @@ class Labels:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one picture costs an arm before the answer is written: visual tokens, 10⁹ operations forward of encoders and connector and
-    of the language model over those tokens; and millions of parameters."""
+    """What one picture, or a clip of the most frames, costs an arm before the answer is written: visual tokens, 10⁹ operations forward of
+    encoders and connector and of the language model over those tokens; millions of parameters; and the clip's frames (0: a picture)."""
 
     tokens: int
     vision: float
     language: float
     millions: float
+    frames: int = 0
 
 
 @dataclass(frozen=True)
@@ -342,14 +343,15 @@ def _by_category(spec: ArmsSpec, arms: Mapping[str, Mapping[int, Answers]], part
 
 
 def _costs(spec: ArmsSpec, costs: Mapping[str, Cost], arms: Mapping[str, Mapping[int, Answers]]) -> list[Table]:
-    rows = [
-        (name, spec.arms[name].what, str(c.tokens), f"{c.vision:.1f}", f"{c.language:.1f}", f"{c.millions:.1f}")
-        for name, c in costs.items()
-        if name in arms
-    ]
-    headings = ("arm", "what", "visual tokens", "encoders and connector", "language model", "parameters, M")
-    return (
-        [Table("Cost of one picture (GFLOPs forward, a multiply-add is two)", headings, rows, num_text=2)]
-        if rows
-        else []
-    )
+    shown = {name: cost for name, cost in costs.items() if name in arms}
+    clips = any(cost.frames for cost in shown.values())
+    rows = []
+    for name, c in shown.items():
+        frames = [str(c.frames or 1)] if clips else []
+        numbers = (str(c.tokens), f"{c.vision:.1f}", f"{c.language:.1f}", f"{c.millions:.1f}")
+        rows.append((name, spec.arms[name].what, *frames, *numbers))
+    frames = ["frames"] if clips else []
+    headings = ("arm", "what", *frames, "visual tokens", "encoders and connector", "language model", "parameters, M")
+    what = "one clip of the most frames" if clips else "one picture"
+    caption = f"Cost of {what} (GFLOPs forward, a multiply-add is two)"
+    return [Table(caption, headings, rows, num_text=2)] if rows else []

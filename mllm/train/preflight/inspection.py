@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from mllm.errors import ConfigError
 from mllm.heads.build import head_configs
 from mllm.models.build import config_and_processor, load_tokenizer
 from mllm.processing.chat import IGNORE
+from mllm.processing.frames import Chosen, choices_told
 from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES, LayoutRules, visual_spans
 from mllm.processing.protocol import Processor
 from mllm.processing.template import for_training
@@ -46,13 +48,14 @@ class Run:
 @dataclass
 class Picture:
     """One view of a sample's image ``number``. pixels: encoder → what it is given, undone from normalisation; start: the
-    image's first token."""
+    image's first token; seconds: of a video's frame, from the video's start (None: a picture, or nothing tells)."""
 
     number: int
     view: int
     start: int
     layout: VisualLayout
     pixels: dict[str, Image.Image]
+    seconds: float | None = None
 
 
 @dataclass
@@ -133,19 +136,33 @@ def _look(recipe: Recipe, stage: StageSpec, config: MllmConfig, processor: Proce
         (head.encoder for head in head_configs(config.heads).values() if head.type == "segmentation"), None
     )
     seen.notes = [*template_notes(processor), stop_line(processor)]
-    while seen.num_samples < num_samples:
-        for micro in data.steps():
-            for batch in micro:
-                if seen.num_samples < num_samples:
-                    _add_batch(seen, batch, processor, num_samples)
-            if seen.num_samples >= num_samples:
-                break
-        else:
-            break  # the stage has no more
+    with choices_told() as choices:
+        while seen.num_samples < num_samples:
+            for micro in data.steps():
+                for batch in micro:
+                    if seen.num_samples < num_samples:
+                        _add_batch(seen, batch, processor, num_samples, _seconds(batch, choices))
+                if seen.num_samples >= num_samples:
+                    break
+            else:
+                break  # the stage has no more
     return seen
 
 
-def _add_batch(seen: SeenStage, batch: Batch, processor: Processor, num_samples: int) -> None:
+def _seconds(batch: Batch, choices: Sequence[Chosen]) -> list[list[float]]:
+    """Of each visual, when its frames are; [] for a picture and for a video of which nothing tells it, where the batch has the frames'
+    numbers in place of times. choices: those that the batch was made by, among others."""
+    untimed = {tuple(chosen.milliseconds) for chosen in choices if chosen.seconds is None}
+    rows = [
+        tuple(int(time) for time in row if int(time) >= 0)
+        for row in batch.inputs.get(VIDEO_TIMES, [()] * int(batch.num_images.sum()))
+    ]
+    return [[] if row in untimed else [time / 1000 for time in row] for row in rows]
+
+
+def _add_batch(
+    seen: SeenStage, batch: Batch, processor: Processor, num_samples: int, seconds: Sequence[list[float]]
+) -> None:
     seen.dropped += batch.dropped
     ids, labels = batch.inputs["input_ids"], batch.inputs["labels"]
     mask, positions = batch.inputs.get("attention_mask"), batch.inputs.get("position_ids")
@@ -178,6 +195,7 @@ def _add_batch(seen: SeenStage, batch: Batch, processor: Processor, num_samples:
                         batch,
                         sample,
                         layouts[image : image + count],
+                        seconds[image : image + count],
                         dict(view),
                         ids[row, part],
                         labels[row, part],
@@ -220,6 +238,7 @@ def _sample(
     batch: Batch,
     sample: int,
     layouts: list[VisualLayout],
+    seconds: Sequence[list[float]],
     first_views: dict[str, int],
     ids: Any,
     labels: Any,
@@ -238,9 +257,10 @@ def _sample(
                 for name, first in first_views.items()
                 if (place := _place_of(view, run.layout, name)) is not None
             }
-            pictures.append(
-                Picture(number, view, run.start, run.layout, _pixels(batch, rows, processor, run.layout.patches))
-            )
+            pixels = _pixels(batch, rows, processor, run.layout.patches)
+            times = seconds[number]
+            when = times[min(view, len(times) - 1)] if times else None
+            pictures.append(Picture(number, view, run.start, run.layout, pixels, when))
         first_views = {name: first + run.layout.rows_of(name) for name, first in first_views.items()}
     learned = [n for n in targets[1:] if n != IGNORE]  # the model never predicts a first token
     return SeenSample(

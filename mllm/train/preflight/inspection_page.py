@@ -147,6 +147,9 @@ def _figure(name: str, image: Image.Image, picture: Picture, seen: SeenStage) ->
         label = lambda r, c: f"patch {r * columns + c}"  # noqa: E731
         lines = "its patches"
     several = f", view {picture.view}" if picture.layout.num_views > 1 else ""
+    if picture.layout.frames:
+        when = "" if picture.seconds is None else f" at {picture.seconds:.3f} s"
+        several = f", frame {picture.view}{when}"
     cells = _cells(*view, label) + _tiles(picture, view)
     return (
         f'<figure><div class=frame><img src="{_data(image)}" alt=""><svg viewBox="0 0 {view[1]} {view[0]}" '

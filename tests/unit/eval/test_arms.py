@@ -194,6 +194,28 @@ def test_the_page_states_what_a_picture_costs_each_arm(spec, tmp_path):
     assert "FLOPs" in table.caption and table.rows == [("A", "both", "196", "12.3", "5.7", "145.0")]
 
 
+def test_a_clip_costs_an_arm_as_many_times_more_as_it_has_frames(spec, tmp_path):
+    from mllm.recipe import load_recipe
+    from mllm.train.preflight.picture_cost import picture_cost
+
+    few, many, one = (
+        picture_cost(load_recipe("video_demo", [f"model.video={video}"]))
+        for video in ("{frames: 3}", "{frames: 6}", "null")
+    )
+    assert (few["frames"], many["frames"], one["frames"]) == (3, 6, 0)
+    for key in ("tokens", "vision"):
+        assert many[key] == pytest.approx(2 * few[key]) == pytest.approx(6 * one[key])
+    assert many["language"] > 2 * few["language"] and many["millions"] == few["millions"]
+    write_answers(run_folder(tmp_path, "A", 0) / "eval", lambda k, r: True)
+    table = arms_study(spec, tmp_path, {"A": Cost(**many)}).tables[-1]
+    assert "one clip of the most frames" in table.caption and table.rows[0][:4] == (
+        "A",
+        "both",
+        "6",
+        str(many["tokens"]),
+    )
+
+
 def test_an_arm_that_the_system_killed_is_named(spec, tmp_path, monkeypatch, capsys):
     from mllm.cli import study as command
 
