@@ -25,7 +25,7 @@ Box = tuple[float, float, float, float]  # top, left, bottom, right
 
 
 class ImageSpec(StrictModel):
-    """The pixels one encoder expects: ``(3, height, width)``, RGB, ``(x / 255 - mean) / std``."""
+    """The pixels one encoder expects: ``(channels, height, width)``, RGB, ``(x / 255 - mean) / std``."""
 
     height: int = Field(gt=0)
     width: int = Field(gt=0)
@@ -43,6 +43,14 @@ class ImageSpec(StrictModel):
     points: Literal["refuse", "unknown"] | None = None
     """Not the picture is given but where each of its pixels lies in space (x, y, z in metres, NaN: not known), and what nothing tells is
     refused or unknown. None: the picture."""
+    cameras: Literal["refuse", "unknown"] | None = None
+    """A fourth channel follows the picture's three, whose first cells tell the frame's camera (`mllm.processing.known_cameras`), and a
+    frame whose camera nothing tells is refused or unknown. None: the picture alone."""
+
+    @property
+    def channels(self) -> int:
+        """Of the pixels."""
+        return 3 if self.cameras is None else 4
 
 
 class EncoderInfo(StrictModel):

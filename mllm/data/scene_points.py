@@ -16,14 +16,15 @@ from mllm.encoders.catalogue import build_encoder, encoder_config, expanded
 from mllm.encoders.view_points import READERS, PointReader, SeenViews
 from mllm.errors import ConfigError, DataError
 from mllm.modes import whole_file
+from mllm.processing.known_cameras import POSES
 from mllm.processing.pixels import to_pixels
 from mllm.processing.scene_points import SIDECAR
 from mllm.processing.spread import spread
 from mllm.processing.videos import open_video
 from mllm.types import Video
 
-POSES, DEPTH = ".poses.json", ".depth.npy"
-"""What the cameras and depth maps beside a video are called."""
+DEPTH = ".depth.npy"
+"""What the depth maps beside a video are called."""
 
 
 @dataclass

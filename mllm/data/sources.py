@@ -329,14 +329,14 @@ def taught(
 
 
 def with_points(images: Sequence[Any], told: Mapping[str, Sequence[Any]]) -> list[Any]:
-    """A row's images and videos, each video with the row's poses and depths of it, by which its frames may be chosen. told: as `taught`
-    gives it."""
-    poses, depths = told["poses"], told["depths"]
+    """A row's images and videos, each video with the row's poses and depths of it, by which its frames may be chosen, or with poses
+    alone, which tell its cameras. told: as `taught` gives it."""
+    poses, depths = told["poses"], told["depths"] or [None] * len(told["poses"])
     if not len(poses) == len(depths) == len(images):
         return list(images)
     return [
-        replace(image, points={"poses": pose, "depths": depth})
-        if isinstance(image, Video) and image.points is None and pose is not None and depth is not None
+        replace(image, points={"poses": pose} if depth is None else {"poses": pose, "depths": depth})
+        if isinstance(image, Video) and image.points is None and pose is not None
         else image
         for image, pose, depth in zip(images, poses, depths, strict=True)
     ]

@@ -182,7 +182,7 @@ class LibraryEncoder(VisionEncoder):
         with torch.device("meta"), torch.no_grad():
             with _as_config_error("architecture: this encoder does not build"):
                 encoder = cls(config.model_copy(update={"info": unknown})).eval()
-            pixels = torch.zeros(1, 3, image.height, image.width, dtype=encoder.dtype)
+            pixels = torch.zeros(1, image.channels, image.height, image.width, dtype=encoder.dtype)
             with _as_config_error(f"image_size: this encoder does not run on {image.height} x {image.width} pixels"):
                 features = merge_layers(encoder.read_layers(pixels), config.keep_prefix)
         if features.tokens.shape[1] != features.grid[0] * features.grid[1]:
@@ -251,14 +251,15 @@ class LibraryEncoder(VisionEncoder):
         )
 
     def without_attention(self, pixels: Tensor, return_attention: bool) -> Tensor:
-        """``(B, 3, H, W)`` in the encoder's dtype, for a ``forward`` that hands out no attention. Raises `UnavailableError` where it is
-        asked for, `ConfigError` for pixels of another size."""
+        """``(B, channels, H, W)`` in the encoder's dtype (with cameras, which would be rounded, as they are), for a ``forward`` that hands
+        out no attention. Raises `UnavailableError` where it is asked for, `ConfigError` for pixels of another size."""
         if return_attention:
             raise UnavailableError(
                 f"return_attention: {self.config.type} uses fused attention, which hands out no weights"
             )
-        check_pixels(pixels, self.config.resolved_info.image, self.config.type)
-        return pixels.to(self.dtype)
+        image = self.config.resolved_info.image
+        check_pixels(pixels, image, self.config.type)
+        return pixels if image.cameras else pixels.to(self.dtype)
 
     def empty_features(self, pixels: Tensor, *, return_attention: bool = False) -> VisionFeatures:
         """The features of no images."""
@@ -326,10 +327,17 @@ def tiles_alone(scene_ids: Tensor, places: Tensor | None) -> Tensor:
 
 
 def check_pixels(pixels: Tensor, image: ImageSpec, where: str) -> None:
-    """Raise `ConfigError` unless pixels are ``(B, 3, image.height, image.width)``."""
-    if pixels.ndim == 4 and tuple(pixels.shape[1:]) == (3, image.height, image.width):
+    """Raise `ConfigError` unless pixels are ``(B, image.channels, image.height, image.width)``."""
+    channels = image.channels
+    if pixels.ndim == 4 and tuple(pixels.shape[1:]) == (channels, image.height, image.width):
         return
-    got = f"{where} encoder: expected pixels (B, 3, {image.height}, {image.width}), got {tuple(pixels.shape)}; "
+    got = (
+        f"{where} encoder: expected pixels (B, {channels}, {image.height}, {image.width}), got {tuple(pixels.shape)}; "
+    )
+    if channels != 3 and pixels.ndim == 4 and pixels.shape[1] == 3:
+        raise ConfigError(
+            f"{got}the last channel tells cameras (known: [cameras]): make pixels by the model's own processor"
+        )
     if pixels.ndim == 4 and pixels.shape[1] == 1:
         raise ConfigError(f"{got}repeat the one channel for red, green and blue: pixels.expand(-1, 3, -1, -1)")
     if pixels.ndim == 4 and pixels.shape[1] != 3:

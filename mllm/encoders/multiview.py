@@ -123,11 +123,12 @@ class ViewsEncoder(LibraryEncoder):
     @contextmanager
     def read_once(self) -> Iterator[None]:
         """The weights' file is read once for all that asks `published` inside."""
-        self._tensors = self._file()
+        before = self._tensors
+        self._tensors = self._file() if before is None else before
         try:
             yield
         finally:
-            self._tensors = None
+            self._tensors = before
 
     def published(self, wanted: set[str]) -> tuple[str, dict[str, Tensor]]:
         """Where ``config.weights`` are from, and their tensors below the prefix under which most of ``wanted`` is."""

@@ -336,7 +336,7 @@ class MllmModel(MllmPreTrainedModel):
         size = next((info.image.height, info.image.width) for info in infos.values())
         layout, pixels = self.rules.layout(size), {}
         for name, info in infos.items():
-            one = (3, info.image.height, info.image.width)
+            one = (info.image.channels, info.image.height, info.image.width)
             one = one if layout.patches is None else (3 * (info.image.patch or 1) ** 2,)
             pixels[name] = inputs_embeds.new_zeros(layout.rows_of(name), *one)
         routed = bool(self.vision_tower.experts)  # type: ignore[union-attr]

@@ -163,7 +163,10 @@ class EncoderBank(nn.Module):
         parameter = next(encoder.parameters(), None)
         if parameter is not None:
             codes = not pixels.is_floating_point() and hasattr(encoder, "tokenizer")  # stored codes in place of pixels
-            pixels = pixels.to(home_of(parameter, pixels), None if codes else parameter.dtype)
+            exact = (
+                codes or self.infos[name].image.cameras is not None
+            )  # which the encoder rounds itself, all but the cameras
+            pixels = pixels.to(home_of(parameter, pixels), None if exact else parameter.dtype)
         if layouts is not None and any(layout.patches is not None for layout in layouts):
             with fetched(encoder):
                 return encoder(pixels, grids=[layout.patches for layout in layouts])

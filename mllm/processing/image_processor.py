@@ -18,6 +18,7 @@ from mllm.errors import ConfigError, DataError
 from mllm.processing.codes import read_codes
 from mllm.processing.frames import video_spec
 from mllm.processing.images import image_size, load_image, to_pixels_multi
+from mllm.processing.known_cameras import frame_cameras, with_cameras, without_cameras
 from mllm.processing.layout import IMAGE_SIZES, VIDEO_TIMES, LayoutRules
 from mllm.processing.pixel_keys import PixelKeys
 from mllm.processing.questions import pad_questions
@@ -180,9 +181,16 @@ class MllmImageProcessor(SavesDoor, BaseImageProcessor):
                     if min(frame, count - 1) in places:
                         rows[name][row] = pixels
         found = {name: torch.stack(pixels) for name, pixels in rows.items() if not specs[name].points}
-        for name in specs.keys() - found.keys():
-            shown = [seen.chosen.numbers[min(frame, count - 1)] for frame in given[name]]
-            found[name] = frame_points(video, shown, seen.clip.count, specs[name], where=f"{where}: encoder {name}")
+        for name, spec in specs.items():
+            shown, beside = (
+                [seen.chosen.numbers[min(frame, count - 1)] for frame in given[name]],
+                f"{where}: encoder {name}",
+            )
+            if spec.points:
+                found[name] = frame_points(video, shown, seen.clip.count, spec, where=beside)
+            elif spec.cameras:
+                cameras = frame_cameras(video, shown, seen.clip.count, spec, size=size, where=beside)
+                found[name] = with_cameras(found[name], cameras)
         return {name: found[name] for name in specs}, size
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
@@ -280,11 +288,13 @@ class MllmImageProcessor(SavesDoor, BaseImageProcessor):
             if rules.needs_size:
                 sizes.append((picture.height, picture.width))
                 views = rules.view_boxes(sizes[-1], limits[position])
-                for name, pixels in to_view_pixels(picture, specs, views, resampler=self.resampler).items():  # type: ignore[arg-type]
+                seen_in = to_view_pixels(picture, specs, views, resampler=self.resampler)  # type: ignore[arg-type]
+                for name, pixels in without_cameras(seen_in, specs, where).items():
                     rows[name].append(pixels)
                 continue
             pictured = {name: spec for name, spec in specs.items() if not spec.points}
             made = to_pixels_multi(picture, pictured, resampler=self.resampler)  # type: ignore[arg-type]
+            made = without_cameras(made, specs, where)
             for name, pixels in (made | unknown_points(specs, where)).items():
                 rows[name].append(pixels if rules.video is None else pixels.expand(rules.view.shown, *pixels.shape))
         join = _cat if rules.needs_size or rules.video is not None else stack_images

@@ -50,7 +50,7 @@ def frames_by_points(
     Raises:
         DataError: nothing says where the scene lies, or what says it does not fit the video.
     """
-    points = video.points if video.points is not None else _beside(video.source)
+    points = _told(video)
     if points is None:
         raise DataError(
             f"{where}: frames are chosen by the scene's points (video.which: space_aware), and nothing tells this video's; a row gives "
@@ -93,7 +93,7 @@ def frame_points(video: Video, numbers: Sequence[int], count: int, image: ImageS
     Raises:
         DataError: nothing tells where the scene lies and the encoder refuses that, or what tells it does not fit.
     """
-    points = video.points if video.points is not None else _beside(video.source)
+    points = _told(video)
     if video.play == "gray" or (points is None and image.points == "unknown"):
         return torch.full((len(numbers), 3, image.height, image.width), torch.nan)
     if points is None:
@@ -151,12 +151,20 @@ def unknown_points(specs: Mapping[str, ImageSpec], where: str) -> dict[str, Tens
     return {name: torch.full((3, spec.height, spec.width), torch.nan) for name, spec in found.items()}
 
 
-def _beside(source: Any) -> Path | None:
+def _told(video: Video) -> Any:
+    """What tells where a video's scene lies; poses alone do not."""
+    points = video.points
+    cameras_alone = isinstance(points, Mapping) and set(points) <= {"poses", "depths"} and points.get("depths") is None
+    return beside(video.source, SIDECAR) if points is None or cameras_alone else points
+
+
+def beside(source: Any, suffix: str) -> Path | None:
+    """The file that lies beside a video's and is called like it with a suffix; None: there is none."""
     if isinstance(source, Mapping):
         source = source.get("path")
     if not isinstance(source, (str, Path)) or str(source).startswith("data:") or len(str(source)) > 4096:
         return None
-    path = Path(f"{source}{SIDECAR}")
+    path = Path(f"{source}{suffix}")
     return path if path.is_file() else None
 
 

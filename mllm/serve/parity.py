@@ -268,7 +268,7 @@ def run_parity(
     images = 5 if model.config.connector is not None else 0
     specs = processor.image_processor.specs.values()
     video = None if getattr(model.config, "video", None) is None else VideoSpec(**model.config.video)
-    points = next((spec.points for spec in specs if spec.points is not None), None)
+    points = min((told for spec in specs if (told := spec.points or spec.cameras)), default=None)  # one refuses for all
     panels = max((spec.panels for spec in specs), default=1)
     cases = (
         list(cases)

@@ -34,7 +34,7 @@ def resolve_example(spec: str | Mapping[str, Any] | EncoderConfig) -> EncoderCon
 def sample_pixels(config: EncoderConfig, batch: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random pixels ``(batch, 3, H, W)``; image k of a larger batch is image k of a smaller one."""
     assert config.info is not None
-    size = (3, config.info.image.height, config.info.image.width)
+    size = (config.info.image.channels, config.info.image.height, config.info.image.width)
     images = [torch.randn(size, generator=torch.Generator().manual_seed(1009 * seed + k)) for k in range(batch)]
     return (torch.stack(images) if images else torch.zeros(0, *size)).to(dtype)
 

@@ -94,6 +94,62 @@ def read_depth_anything_3_points(model: Any, pixels: Tensor) -> dict[str, Tensor
     return {"depth": told["depth"], "confidence": told["depth_conf"], "poses": poses, **rays}
 
 
+def known_cameras() -> tuple[Tensor, list[float], tuple[int, int]]:
+    """Cameras ``(5, 3, 4)`` (camera to world) that stand and look anywhere, their field of view in degrees and the (height, width) of
+    frames; float64."""
+    drawn = torch.from_numpy(fill("cameras", (5, 3, 4), SEED, "normal")).double()
+    turns = torch.linalg.qr(drawn[:, :, :3])[0]
+    turns = turns * torch.linalg.det(turns)[:, None, None]
+    return torch.cat([turns, 2 * drawn[:, :, 3:]], dim=-1), [50.0, 64.0], (42, 56)
+
+
+def write_cameras() -> None:
+    """The package's camera encoder and what its backbone makes of five views with known cameras, beside two without."""
+    import ast
+
+    backbone = depth_anything_3(DA3)
+    from depth_anything_3.model.cam_enc import CameraEnc  # pyright: ignore[reportMissingImports]
+    from depth_anything_3.utils.geometry import affine_inverse  # pyright: ignore[reportMissingImports]
+
+    # of the package's module for users, which needs all its requirements, only what it does to cameras beforehand
+    api = Path(sys.modules["depth_anything_3"].__path__[0]) / "api.py"
+    (normalise,) = (
+        node for node in ast.walk(ast.parse(api.read_text())) if getattr(node, "name", "") == "_normalize_extrinsics"
+    )
+    scope: dict[str, Any] = {"torch": torch, "affine_inverse": affine_inverse}
+    exec(compile(ast.Module([normalise], []), str(api), "exec"), scope)
+
+    cameras, fov, (height, width) = known_cameras()
+    square = torch.cat([cameras, torch.tensor([0.0, 0, 0, 1]).expand(5, 1, 4)], dim=1)[None].float()
+    down, across = (torch.tensor(fov).deg2rad() / 2).tan().tolist()
+    lens = torch.tensor([[width / 2 / across, 0, width / 2], [0, height / 2 / down, height / 2], [0, 0, 1]])
+    model: Any = nn.ModuleDict({"backbone": backbone, "cam_enc": CameraEnc(dim_out=DA3["embed_dim"])})
+    seen: list[Tensor] = []
+    model["cam_enc"].pose_branch.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+
+    def read(model: Any, pixels: Tensor) -> dict[str, Tensor]:
+        if pixels.shape[1] != 5:
+            return read_depth_anything_3([1, 3, 5], model["backbone"], pixels)
+        world = scope["_normalize_extrinsics"](None, affine_inverse(square).to(pixels))
+        model["cam_enc"].float()  # which is given float32 whatever it is
+        tokens = model["cam_enc"](world.float(), lens.expand(1, 5, 3, 3), (height, width)).to(pixels)
+        found = {"encoding": seen[-1], "token": tokens}
+        layers = model["backbone"].get_intermediate_layers(pixels, [1, 3, 5], cam_token=tokens)[0]
+        for layer, (patches, camera) in zip((1, 3, 5), layers, strict=True):
+            found |= {f"{layer + 1}": patches, f"{layer + 1}.camera": camera}
+        return found
+
+    write(
+        model, read, {"five": 5, "two": 2},
+        {"case": "depth_anything_3_cameras", "paper": "Depth Anything 3 (arXiv 2511.10647)", "ctor": {"backbone": DA3, "dim_out": 32},
+         "source": "PyPI depth-anything-3 0.1.1 (Apache-2.0), model/cam_enc.py:CameraEnc and api.py:_normalize_extrinsics",
+         "cameras": cameras.tolist(), "fov": fov, "frame": [height, width],
+         "what": "Five views whose cameras are known and two without; after blocks 2, 4 and 6.",
+         "notes": "Cameras are camera to world, fov vertical and horizontal degrees; encoding [B,S,9] is what the encoder is given: place, "
+                  "quaternion x, y, z, w, vertical and horizontal field of view in the first camera's world."},
+    )  # fmt: skip
+
+
 def noisy_rays() -> tuple[Tensor, Tensor]:
     """Rays ``(1, 3, 12, 16, 6)`` of three cameras, in the second and third off by some thousandths, a ninth of them by much, and
     confidences."""
@@ -300,6 +356,7 @@ def main() -> None:
          "what": "The backbone of the models of single pictures: no block across views, no rotary positions, no camera token.",
          "notes": "[B,S,N,C], normalised; .camera is the class token, not normalised."},
     )  # fmt: skip
+    write_cameras()
     write(
         depth_anything_3_points(), read_depth_anything_3_points, {"four": 4},
         {"case": "depth_anything_3_points", "paper": paper["paper"], "ctor": {"backbone": DA3, "features": 16},

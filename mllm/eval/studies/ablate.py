@@ -331,7 +331,7 @@ def _gflops(probe: _Probe, info: Any) -> float:
 
     parameter = next(probe.encoder.parameters(), None)
     kind = {"dtype": parameter.dtype, "device": parameter.device} if parameter is not None else {}
-    pixels = torch.zeros(1, 3, info.image.height, info.image.width, **kind)
+    pixels = torch.zeros(1, info.image.channels, info.image.height, info.image.width, **kind)
     # the counter does not know every fused attention kernel; the plain one it does
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         probe.encoder(pixels)

@@ -196,7 +196,7 @@ def cost_of(encoder: VisionEncoder) -> float:
     try:
         with torch.device("meta"):
             twin = build_encoder(encoder.config).eval().requires_grad_(False)
-        return gflops(lambda pixels: twin(pixels).tokens, (1, 3, image.height, image.width))
+        return gflops(lambda pixels: twin(pixels).tokens, (1, image.channels, image.height, image.width))
     except (RuntimeError, NotImplementedError):  # an operation without shapes of its own
         return math.nan
 

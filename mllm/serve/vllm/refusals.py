@@ -27,9 +27,10 @@ def refuse_unserved(config: MllmConfig) -> None:
             f"{', '.join(name for name, served in SERVED_AS.items() if served)} were); use mllm chat or model.generate"
         )
     for name, info in config.encoder_infos().items():
-        if info.image.points:
+        if info.image.points or info.image.cameras:
+            what = "depth and camera poses" if info.image.points else "known cameras"
             raise UnavailableError(
-                f"encoder {name} of this checkpoint reads depth and camera poses, which a request to vLLM cannot carry; use mllm chat or "
+                f"encoder {name} of this checkpoint reads {what}, which a request to vLLM cannot carry; use mllm chat or "
                 "model.generate"
             )
     for name, encoder in config.encoders.items():

@@ -267,6 +267,8 @@ def why_not(model: MllmForConditionalGeneration, learning: Iterable[str]) -> str
     for name, info in bank.infos.items():
         if info.image.points:
             return f"encoder {name} reads where the scene lies, which a picture alone does not tell"
+        if info.image.cameras:
+            return f"encoder {name} reads the cameras of frames, which their pictures alone do not tell"
     for name, source in getattr(bank, "reads", {}).items():
         return f"encoder {name} reads the features of {source}"
     for name, encoder in bank.encoders.items():

@@ -117,7 +117,8 @@ def _image_flops(model: MllmForConditionalGeneration) -> tuple[dict[str, float],
     if bank is None:
         return {}, 0.0
     pixels = {
-        name: torch.zeros(1, 3, info.image.height, info.image.width, device="meta") for name, info in bank.infos.items()
+        name: torch.zeros(1, info.image.channels, info.image.height, info.image.width, device="meta")
+        for name, info in bank.infos.items()
     }
     encoders = {name: _count(encoder, (pixels[name],)) for name, encoder in bank.encoders.items()}
     projector = model.model.multi_modal_projector

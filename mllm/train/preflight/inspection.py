@@ -320,7 +320,7 @@ def _pixels(
             cells = given[name][rows[name] : rows[name] + count].reshape(*patches, 3, side, side)
             seen = cells.permute(2, 0, 3, 1, 4).reshape(3, patches[0] * side, patches[1] * side)
         else:
-            seen = given[name][rows[name]]
+            seen = given[name][rows[name]][:3]
         values = seen.float().numpy().transpose(1, 2, 0) * np.array(spec.std) + np.array(spec.mean)
         pictures[name] = Image.fromarray((values * 255).round().clip(0, 255).astype(np.uint8))
     return pictures

@@ -132,7 +132,7 @@ def test_what_does_not_tell_where_the_scene_lies_is_named(scene, tmp_path):
         (str(tmp_path / "text.npz"), "holds no points"),
         (str(tmp_path / "more.npz"), "has 'conf', which nothing reads"),
         (str(tmp_path / "twice.npz"), "expected whole numbers, each once"),
-        ({"poses": whole}, "both poses and depths"),
+        ({"poses": whole}, "nothing tells this video's; a row gives poses and depths"),
         ({"poses": whole, "depths": depth, "fovs": 1}, "these have fovs besides"),
         ({"poses": {**whole, "matrices": (2 * room.cameras).tolist()}, "depths": depth}, "turns by no rotation"),
         ({"poses": wide, "depths": depth.repeat(2, axis=2)}, "so the other way round"),
