@@ -33,7 +33,8 @@ _ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
 
 def can_be_cut(model: ModelSpec, stage: StageSpec, *, published: bool) -> bool:
     """Whether a stage starts from a language model in shares. Not where parts copy its weights while the model is built (they are whole
-    then, as they are under every other engine), nor where shares go to NVMe, which the engine brings there.
+    then, as they are under every other engine), nor where an adapter begins from the norms of its weights (DoRA), nor where shares go to
+    NVMe, which the engine brings there.
 
     Args:
         model: the recipe's model.
@@ -41,7 +42,9 @@ def can_be_cut(model: ModelSpec, stage: StageSpec, *, published: bool) -> bool:
         published: it starts from the recipe's published weights, not from an earlier stage's.
     """
     choice = choose_engine(stage)
-    if choice.zero_stage != 3:
+    if choice.zero_stage != 3 or any(
+        part.lora is not None and part.lora.use_dora for part in stage.learning().values()
+    ):
         return False
     offloaded = ((choice.config or {}).get("zero_optimization") or {}).get("offload_param") or {}
     if offloaded.get("device") == "nvme" or model.language_model is None or model.language_model.modality_switch:

@@ -11,7 +11,7 @@ from torch import nn
 
 from mllm.distributed import process_group
 from mllm.errors import ConfigError, UnavailableError
-from mllm.recipe import StageSpec
+from mllm.recipe import ModelSpec, StageSpec
 from mllm.train.engine.base import Engine, choose_engine
 from mllm.train.engine.groups import Group
 
@@ -146,3 +146,15 @@ def test_a_deepspeed_that_moved_its_slices_is_told_before_training():
     check_private(zero, 1)
     with pytest.raises(UnavailableError, match="partition_numel, ds_numel"):
         check_private(SimpleNamespace(fp16_groups=[[weight]], fp32_partitioned_groups_flat=[weight]), 3)
+
+
+def test_a_language_model_starts_in_shares_unless_its_adapters_begin_from_whole_weights():
+    from mllm.train.engine.cut import can_be_cut
+
+    model = ModelSpec.model_validate(
+        {"language_model": {"source": "x"}, "encoders": {"e": "x"}, "connector": {"type": "mlp"}}
+    )
+    for adapter, shares in (({"r": 2}, True), ({"r": 2, "use_dora": True}, False)):
+        stage = _stage(engine="zero3", learn={"language_model": {"lr": 1e-3, "lora": adapter}})
+        assert can_be_cut(model, stage, published=True) is shares
+    assert not can_be_cut(model, _stage(engine="zero2"), published=True)
