@@ -75,6 +75,7 @@ def _with_common(command: Callable[..., Any], name: str) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def whole(*args: Any, **kwargs: Any) -> Any:
+        from mllm import progress
         from mllm.noise import VERBOSE, hush
         from mllm.plugins import use_plugins
 
@@ -87,6 +88,8 @@ def _with_common(command: Callable[..., Any], name: str) -> Callable[..., Any]:
             return command(*args, **kwargs)
         except KeyboardInterrupt:  # click ends such a command without a word
             raise Interrupted(KEPT[name]) from None
+        finally:
+            progress.end()  # whoever calls a command from Python hears no phases of what comes after it
 
     options = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)

@@ -78,3 +78,12 @@ def test_a_long_count_without_steps_is_told_where_there_is_no_terminal(monkeypat
     now[0] += 100
     display.update(5, None)
     assert len(out.getvalue().splitlines()) == 1
+
+
+def test_a_command_called_from_python_tells_nothing_after_it(capsys, monkeypatch):
+    from mllm.cli.common_options import _with_common
+
+    monkeypatch.delenv("RANK", raising=False)
+    _with_common(progress.begin, "doctor")()
+    progress.tell("later")
+    assert capsys.readouterr().err == ""
