@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import math
 from collections import defaultdict
 from typing import Any
 
@@ -23,9 +22,8 @@ from torch.optim.adamw import adamw
 
 from mllm.errors import ConfigError
 from mllm.recipe import OptimizerSpec
-from mllm.train.engine.fused_adamw import available
+from mllm.train.engine.fused_adamw import BLOCK, WARPS, available, coefficients
 
-_BLOCK, _WARPS = 4096, 8
 _SLICE = 1 << 24
 """Elements that are rounded at once."""
 _WORD = 0xFFFFFFFF
@@ -169,9 +167,9 @@ class CompactAdamW:
     ) -> None:
         narrow = self.spec.moments == "bfloat16"
         mean, square = (state[k].view(torch.int16) if narrow else state[k] for k in ("exp_avg", "exp_avg_sq"))
-        step, betas, size = self._counts[id(copy)], group["betas"], copy.numel()
+        step, size = self._counts[id(copy)], copy.numel()
         kernel = importlib.import_module("mllm.train.engine.fused_adamw_kernel").compact_kernel
-        kernel[((size + _BLOCK - 1) // _BLOCK,)](
+        kernel[((size + BLOCK - 1) // BLOCK,)](
             self._low_precision[id(copy)].detach().view(torch.int16),
             gradient.contiguous(),
             self.low[id(copy)] if self.low else copy.detach(),
@@ -179,20 +177,13 @@ class CompactAdamW:
             square,
             torch.as_tensor(scale, dtype=torch.float32, device=copy.device),
             size,
-            float(group["lr"] * group["weight_decay"]),
-            float(group["lr"] / (1 - betas[0] ** step)),
-            float(1 / math.sqrt(1 - betas[1] ** step)),
-            float(betas[0]),
-            float(1 - betas[0]),
-            float(betas[1]),
-            float(1 - betas[1]),
-            float(group["eps"]),
+            *coefficients(group["lr"], group["betas"], group["eps"], group["weight_decay"], step),
             self._keys[id(copy)],
             turn_of(step),
             LOW_BITS=bool(self.low),
             NARROW=narrow,
-            BLOCK=_BLOCK,
-            num_warps=_WARPS,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
         )
 
     def _plain_step(

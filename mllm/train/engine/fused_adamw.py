@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 SMALLEST = 1 << 16
 """Elements below which a tensor is left to torch's own update, which takes many tensors in one launch."""
-_BLOCK = 4096
-_WARPS = 8
+BLOCK, WARPS = 4096, 8
+"""Elements of one program of a kernel, and its warps."""
 
 
 def available(device: torch.device) -> bool:
@@ -70,7 +70,7 @@ def fused_update(
     """`reference_update` in one kernel. All tensors are contiguous and on one GPU; scale is a tensor of one element
     there."""
     size = master.numel()
-    _kernel()[((size + _BLOCK - 1) // _BLOCK,)](
+    _kernel()[((size + BLOCK - 1) // BLOCK,)](
         parameter,
         gradient,
         master,
@@ -78,17 +78,20 @@ def fused_update(
         square,
         scale,
         size,
-        float(rate * weight_decay),
-        float(rate / (1 - betas[0] ** step)),
-        float(1 / math.sqrt(1 - betas[1] ** step)),
-        float(betas[0]),
-        float(1 - betas[0]),
-        float(betas[1]),
-        float(1 - betas[1]),
-        float(eps),
-        BLOCK=_BLOCK,
-        num_warps=_WARPS,
+        *coefficients(rate, betas, eps, weight_decay, step),
+        BLOCK=BLOCK,
+        num_warps=WARPS,
     )
+
+
+def coefficients(
+    rate: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int
+) -> tuple[float, ...]:
+    """The numbers that the kernels take behind ``size``, in their order. step: this update's number, from 1 on."""
+    decay, step_size = rate * weight_decay, rate / (1 - betas[0] ** step)
+    root_correction = 1 / math.sqrt(1 - betas[1] ** step)
+    numbers = decay, step_size, root_correction, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps
+    return tuple(map(float, numbers))
 
 
 @functools.cache
