@@ -75,7 +75,7 @@ def main() -> None:
         result, gradient = measure(name, function, options, device)
         reference = gradient if reference is None else reference
         result["cosine"] = round(float(F.cosine_similarity(gradient, reference, dim=0)), 6)
-        print(json.dumps(result))
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -123,6 +123,7 @@ def measure(kind: str, options: argparse.Namespace, device: torch.device) -> dic
         "kind": kind,
         "size": options.size,
         "useful_tokens_per_second": round(useful / seconds),
+        "slots_per_second": round(slots / seconds),
         "fill": round(useful / slots, 4),
         "ms_per_step": round(1e3 * seconds / max(len(plan) - options.warmup, 1), 1),
     }
@@ -143,10 +144,11 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["padded", "grouped", "packed"])
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results = [measure(kind, options, device) for kind in options.kinds]
-    for result in results:
-        base = results[0]["useful_tokens_per_second"]
-        print(json.dumps({**result, "times_first": round(result["useful_tokens_per_second"] / base, 3)}))
+    base = None
+    for kind in options.kinds:
+        result = measure(kind, options, device)
+        base = base or result["useful_tokens_per_second"]
+        print(json.dumps({**result, "times_first": round(result["useful_tokens_per_second"] / base, 3)}), flush=True)
 
 
 if __name__ == "__main__":
