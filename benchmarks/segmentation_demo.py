@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mllm.demo.scenes import BLIND, prepare_scenes, train_text_tokenizer
+from mllm.demo.scenes import ASKED_FOR_NOTHING, BLIND, prepare_scenes, train_text_tokenizer
 from mllm.eval.metrics import Scored, build_metric
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.processing.chat import render_prompt
@@ -79,6 +79,29 @@ def score_masks(checkpoint: Path, data: Path, *, blind: bool = False) -> dict[st
     return {**totals, "giou_of_targets": 100 * sum(there) / len(there), "samples": len(items)}
 
 
+def score_unknown(checkpoint: Path, data: Path) -> dict[str, float]:
+    """Requests for what no scene can show, of words that were not trained: how many mark anything, and how many answers say that there
+    is none; of the four phrases of `ASKED_FOR_NOTHING` and of all others."""
+    model, processor = opened(checkpoint)
+    tests, found = rows(data / "unknown_test.jsonl"), []
+    for start in range(0, len(tests), 60):
+        part = tests[start : start + 60]
+        pictures = [str(data / row["image"]) for row in part]
+        found += model.segment(pictures, [row["phrase"] for row in part], processor=processor, max_new_tokens=16)
+    counts: dict[str, float] = {}
+    for row, answer in zip(tests, found):
+        kind = "unknown_named" if row["phrase"] in ASKED_FOR_NOTHING else "unknown_others"
+        for name, one in (
+            ("", 1),
+            ("_marked", bool(answer.masks.any())),
+            ("_said", "none" in answer.text),
+        ):
+            counts[kind + name] = counts.get(kind + name, 0) + one
+        if answer.masks.any() or "none" not in answer.text:
+            print(f"  {row['phrase']}: {answer.text}")
+    return counts
+
+
 @torch.no_grad()
 def score_words(checkpoint: Path, data: Path) -> float:
     """Share of questions about unseen scenes that are answered exactly, in percent."""
@@ -131,6 +154,8 @@ def main() -> None:
         start = time.time()
         checkpoint = train(output, name, arguments.steps, arguments.seed, arguments.overrides)
         report[name] = {"training_seconds": round(time.time() - start)}
+        if name == "marks":
+            report[name] |= score_unknown(checkpoint, data)
         if name != "words":
             report[name] |= {k: round(v, 2) for k, v in score_masks(checkpoint, data, blind=name == "blind").items()}
         report[name]["words_right"] = round(score_words(checkpoint, data), 2)

@@ -67,6 +67,8 @@ def chat(
         for number, box in enumerate(found.boxes(), 1):
             place = "nothing" if box is None else f"x {box[0]}, y {box[1]}, {box[2]} × {box[3]} pixels"
             typer.echo(f"mask {number}: {place}")
+        if not len(found):
+            typer.echo("no mask in the answer: nothing is marked")
         return
     if question is not None:
         typer.echo(session.ask(question, **options))

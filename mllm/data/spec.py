@@ -21,6 +21,10 @@ SOURCES: Registry = Registry(
         "messages": "mllm.data.sources:MessagesSource",
         "columns": "mllm.data.columns:ColumnsSource",
         "refer": "mllm.data.refer:ReferSource",
+        "coco_instances": "mllm.data.mask_sets:CocoInstancesSource",
+        "reasonseg": "mllm.data.mask_sets:ReasonSegSource",
+        "muse": "mllm.data.mask_sets:MuseSource",
+        "nnunet": "mllm.data.mask_sets:NnUnetSource",
         "routing_labels": "mllm.data.routing_labels:LabelledSource",
     },
 )
@@ -89,7 +93,8 @@ class DatasetSpec(StrictModel):
     """Default: the YAML file's name."""
     description: str = ""
     format: str
-    """``llava``, ``sharegpt``, ``messages``, ``columns``, ``refer`` (RefCOCO's own files, with masks), or a plugin's."""
+    """``llava``, ``sharegpt``, ``messages``, ``columns``, ``refer`` (RefCOCO's own files, with masks), ``coco_instances``, ``reasonseg``,
+    ``muse``, ``nnunet`` (sets of masks as they are published), or a plugin's."""
     path: str | None = None
     """Local json, jsonl, parquet, csv or arrow file, glob, or folder; ``~`` and ``$VARIABLES`` are expanded. Shards (tar, parquet,
     jsonl) that are read in order: ``s3://bucket/shard-{000000..000127}.tar``."""
@@ -112,7 +117,7 @@ class DatasetSpec(StrictModel):
     budgets`)."""
     columns: ColumnMap | None = None
     prompt: str = "{question}"
-    """Format columns: what the user says; ``{column}`` for any column. Format refer: with the sentence as ``{question}``."""
+    """Format columns: what the user says; ``{column}`` for any column. Formats of masks: with what is marked as ``{question}``."""
     image_first: bool = False
     """Formats llava and sharegpt: move every turn's images before its text, as LLaVA's own training does."""
     streaming: bool = False

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mllm.demo.unknown_words import Words, unknown_phrase
 from mllm.processing.mask_files import encode_rle
 
 SIZE = 64
@@ -28,8 +29,12 @@ UNSEEN = (("red", "triangle"), ("green", "circle"), ("blue", "cross"), ("yellow"
 """Colour and shape that no training phrase joins; tests ask for them."""
 BLIND = "something"
 """What a phrase-blind model is asked for."""
-HERE, NOT_HERE = "It is {phrase} [SEG].", "It is {phrase} [SEG]: none."
-"""Answers to a phrase. They say it before its mask, whose hidden state then holds it; what is not there has an empty mask."""
+PLACES = ("leftmost", "rightmost")
+HERE, NOT_HERE, UNKNOWN = "It is {phrase} [SEG].", "It is {phrase} [SEG]: none.", "There is none [SEG]."
+"""Answers to a phrase. They say it before its mask, whose hidden state then holds it; what is not there has an empty mask. Words that name
+nothing in any scene are not said again: the answer is that there is none, and its mask is empty."""
+ASKED_FOR_NOTHING = ("the unicorn", "the cup", "the left car", "the purple dog")
+"""Tests ask for them, and for more of the kind (`unknown`), of words that no training text has."""
 Turned = tuple[str, str, list[Any]]
 """Request, answer, masks."""
 
@@ -119,9 +124,9 @@ def phrases(scene: Scene, *, unseen: bool) -> list[tuple[str, Thing]]:
     if not unseen:
         ordered = sorted(scene.things, key=lambda thing: thing.centre[0])
         if len(ordered) > 1 and ordered[1].centre[0] - ordered[0].centre[0] > 6:
-            found.append(("the leftmost thing", ordered[0]))
+            found.append((f"the {PLACES[0]} thing", ordered[0]))
         if len(ordered) > 1 and ordered[-1].centre[0] - ordered[-2].centre[0] > 6:
-            found.append(("the rightmost thing", ordered[-1]))
+            found.append((f"the {PLACES[1]} thing", ordered[-1]))
     return found
 
 
@@ -131,6 +136,12 @@ def absent(scene: Scene, rng: random.Random) -> str:
     looks = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in there and (c, s) not in UNSEEN]
     colour, shape = rng.choice(looks)
     return f"the {colour} {shape}"
+
+
+def unknown(rng: random.Random, *, tested: bool) -> str:
+    """A phrase with a word that no scene gives a meaning; tested: of words that training never has."""
+    words = Words.split(tested=tested)
+    return unknown_phrase(words, rng, colours=list(COLOURS), shapes=SHAPES, places=PLACES)
 
 
 def question(scene: Scene, rng: random.Random) -> tuple[str, str]:
@@ -143,8 +154,8 @@ def question(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 
 def conversation(scene: Scene, rng: random.Random) -> list[Turned]:
-    """What a training scene is asked for: two things, whose masks differ by the phrase alone, and perhaps what is not there and a question
-    for words."""
+    """What a training scene is asked for: two things, whose masks differ by the phrase alone, and perhaps what is not there, what no
+    scene can show, and a question for words."""
     named, turns = phrases(scene, unseen=False), []
     for thing in rng.sample(scene.things, min(2, len(scene.things))):
         names = [phrase for phrase, other in named if other is thing]
@@ -152,6 +163,8 @@ def conversation(scene: Scene, rng: random.Random) -> list[Turned]:
             turns.append(_marked(rng.choice(names), HERE, encode_rle(thing.mask)))
     if rng.random() < 0.25:
         turns.append(_marked(absent(scene, rng), NOT_HERE, None))
+    if rng.random() < 0.25:
+        turns.append(_marked(unknown(rng, tested=False), UNKNOWN, None))
     if not turns or rng.random() < 0.5:
         turns.append((*question(scene, rng), []))
     rng.shuffle(turns)
@@ -171,8 +184,8 @@ def prepare_scenes(
     confusing: float = 0.0,
 ) -> Path:
     """Write ``train.jsonl`` (marking and questions), ``blind.jsonl`` (its phrases taken out), ``words.jsonl`` (without masks), and
-    ``{marks,questions}_test.jsonl`` on other scenes, with PNG pictures; returns the folder. Deterministic by seed. confusing: the share of
-    training scenes in which a thing is named by colour and shape alone (`confusing_looks`)."""
+    ``{marks,questions,unknown}_test.jsonl`` on other scenes, with PNG pictures; returns the folder. Deterministic by seed. confusing: the
+    share of training scenes in which a thing is named by colour and shape alone (`confusing_looks`)."""
     root = Path(output_dir)
     (root / "train").mkdir(parents=True, exist_ok=True)
     (root / "test").mkdir(parents=True, exist_ok=True)
@@ -200,6 +213,12 @@ def prepare_scenes(
             marks.append({"image": name, "phrase": absent(scene, rng), "mask": None}) if len(
                 questions
             ) % 5 == 0 else None
+    rng, pictures = random.Random(f"scenes/unknown/{seed}"), [row["image"] for row in marks if row["mask"] is not None]
+    strange = [*ASKED_FOR_NOTHING * (test // 20), *(unknown(rng, tested=True) for _ in range(test // 5))]
+    _write(
+        root / "unknown_test.jsonl",
+        [{"image": pictures[n % len(pictures)], "phrase": p} for n, p in enumerate(strange)],
+    )
     _write(root / "marks_test.jsonl", marks)
     _write(root / "questions_test.jsonl", questions)
     return root
@@ -218,6 +237,7 @@ def _without_phrase(row: dict[str, Any]) -> dict[str, Any]:
     messages = []
     for message in row["messages"]:
         content = re.sub(r"Please segment .*", f"Please segment {BLIND}.", message["content"])
+        content = NOT_HERE.format(phrase=BLIND) if content == UNKNOWN else content
         messages.append({**message, "content": re.sub(r"It is .* \[SEG\]", f"It is {BLIND} [SEG]", content)})
     return {**row, "messages": messages}
 
@@ -231,9 +251,16 @@ def train_text_tokenizer(output_dir: Path | str, *, vocab_size: int = 384) -> Pa
     from mllm.demo.charts_and_digits import learn_bpe
 
     names = [f"the {colour} {shape}" for colour in COLOURS for shape in (*SHAPES, "thing")]
-    names += [f"the {shape}" for shape in SHAPES] + ["the leftmost thing", "the rightmost thing", BLIND]
+    names += [f"the {shape}" for shape in SHAPES] + [*(f"the {place} thing" for place in PLACES), BLIND]
     requests = [f"Please segment {name}." for name in names] + [f"Which colour is the {shape}?" for shape in SHAPES]
-    answers = [*COLOURS, "2", "3", "4", *(f"It is {name} {end}" for name in names for end in (".", ": none."))]
+    answers = [
+        *COLOURS,
+        "2",
+        "3",
+        "4",
+        UNKNOWN.replace(" [SEG]", ""),
+        *(f"It is {name} {end}" for name in names for end in (".", ": none.")),
+    ]
     lines = [f"USER: {text} " for text in (*requests, "How many things are there?")] + [
         f"ASSISTANT: {a} " for a in answers
     ]

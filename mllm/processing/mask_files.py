@@ -22,7 +22,8 @@ def read_mask(entry: Any, size: tuple[int, int], *, where: str) -> np.ndarray:
     entry: None (nothing is there), an array or PIL picture, a picture's path or bytes, ``{"size": [h, w], "counts": …}`` (COCO's run
     lengths, plain or compressed), a list of these (their union), or polygons ``[[x, y, x, y, …], …]`` (ReasonSeg's rule;
     ``{"polygons": …}``: COCO's, as its annotations mean); ``{"path": …, "foreground": v}`` for pictures whose foreground is another
-    value than 1. size: the picture's. Raises `DataError` opening with ``where``.
+    value than 1; ``{"values": array}``: a mask that is known to be one, so that 255 without a 1 means that some pixels do not count and
+    nothing is there. size: the picture's. Raises `DataError` opening with ``where``.
     """
     height, width = size
     if entry is None or (isinstance(entry, (list, tuple)) and not entry):
@@ -31,6 +32,8 @@ def read_mask(entry: Any, size: tuple[int, int], *, where: str) -> np.ndarray:
         mask = decode_rle(entry, where=where)
     elif isinstance(entry, Mapping) and "polygons" in entry:
         mask = draw_polygons(entry["polygons"], size, rule="coco", where=where)
+    elif isinstance(entry, Mapping) and "values" in entry:
+        mask = np.asarray(entry["values"], np.uint8)
     elif isinstance(entry, (list, tuple)) and isinstance(entry[0], Mapping):
         parts = [read_mask(part, size, where=where) for part in entry]
         mask = np.maximum.reduce(parts)  # run lengths that overlap are one mask: never a 2

@@ -18,7 +18,7 @@ from mllm.processing.mask_files import decode_rle
 from mllm.serve.http.client import ServerClient, data_uri
 
 DECIDE = "the model decides"
-Mark = Callable[[str, str], Image.Image]
+Mark = Callable[[str, str], tuple[Image.Image, str]]
 """A picture's file and a phrase → the picture with what the phrase names laid over it."""
 
 STYLE = """
@@ -197,7 +197,11 @@ def _described(
 
 def _said_by_heads(heads: dict[str, Any]) -> list[str]:
     masks, sure = heads.get("mllm_masks") or [], heads.get("mllm_probability") or {}
-    said = [f"{', '.join(str(mask.get('phrase') or 'a mask') for mask in masks)} marked"] if masks else []
+    there: dict[bool, list[str]] = {True: [], False: []}
+    for mask in masks:
+        there[bool((decode_rle(mask["rle"]) > 0).any())].append(str(mask.get("phrase") or "a mask"))
+    said = [f"{', '.join(there[True])} marked"] if there[True] else []
+    said += [f"nothing found for {', '.join(there[False])}"] if there[False] else []
     return said + [f"{name} {share:.0%}" for name, share in sure.items()]
 
 
@@ -224,14 +228,15 @@ def _marked(mark: Mark, paths: list[str] | None, phrase: str | None) -> list[tup
     if not paths or not phrase or not phrase.strip():
         raise gr.Error("give a picture, and say what to mark in it")
     try:
-        return [(mark(path, phrase), phrase) for path in paths]
+        return [mark(path, phrase) for path in paths]
     except MllmError as error:
         raise gr.Error(str(error)) from None
 
 
 def marker(checkpoint: str) -> Mark | None:
     """Marks any phrase with the segmentation head of a checkpoint on this machine, which is read at the first one; None for a model
-    without one. The masks of an answer come with it from the server; this is for what nobody asked the model."""
+    without one. The masks of an answer come with it from the server; this is for what nobody asked the model. What it gives: the picture
+    with the masks over it, and the phrase, or that nothing was found for it and what the model said."""
     from transformers import AutoConfig
 
     from mllm.heads.segmentation.build import segmentation_heads
@@ -240,14 +245,15 @@ def marker(checkpoint: str) -> Mark | None:
         return None
     kept: list[Any] = []
 
-    def mark(path: str, phrase: str) -> Image.Image:
+    def mark(path: str, phrase: str) -> tuple[Image.Image, str]:
         from mllm.models.modeling_mllm import MllmForConditionalGeneration
 
         if not kept:
             kept.append(MllmForConditionalGeneration.from_pretrained(checkpoint).eval())
         picture = Image.open(path).convert("RGB")
         found = kept[0].segment(picture, phrase)
-        return overlaid(picture, [mask.numpy() for mask in found.masks])
+        text = phrase if found.masks.any() else f"nothing found for {phrase}: {found.text.strip()}"
+        return overlaid(picture, [mask.numpy() for mask in found.masks]), text
 
     return mark
 

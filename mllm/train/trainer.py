@@ -382,7 +382,7 @@ def optimizer_step(
         save=counts["save"] > 0,
         written=everywhere,
         stop=counts["stop"] > 0,
-        losses=mean_losses(of_heads, everywhere=bool(targets)),
+        losses=mean_losses(of_heads, micro, engine.model, everywhere=bool(targets)),
     )
 
 

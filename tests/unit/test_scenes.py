@@ -9,12 +9,23 @@ from typing import Any
 
 import pytest
 
-from mllm.demo.scenes import BLIND, UNSEEN, confusing_looks, draw_scene, prepare_scenes
+from mllm.demo.scenes import (
+    BLIND,
+    COLOURS,
+    PLACES,
+    SHAPES,
+    UNKNOWN,
+    UNSEEN,
+    confusing_looks,
+    draw_scene,
+    prepare_scenes,
+)
+from mllm.demo.unknown_words import LOOKS, LOOKS_OF_TESTS, NOUNS, NOUNS_OF_TESTS, is_tested
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_scenes(tmp_path_factory.mktemp("scenes"), train=60, test=8)
+    return prepare_scenes(tmp_path_factory.mktemp("scenes"), train=60, test=20)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -34,7 +45,7 @@ def test_every_mark_has_its_mask_and_no_tested_phrase_is_trained(data: Path) -> 
     marks = [mask for row in train for mask in row["masks"]]
     assert len(marks) > 60 and None in marks  # more than a mask a picture, and some of what is not there
     tested = [row["phrase"] for row in rows(data / "marks_test.jsonl") if row["mask"] is not None]
-    assert len(tested) >= 6 and set(tested) <= set(unseen)
+    assert len(tested) >= 16 and set(tested) <= set(unseen)
 
 
 def test_the_blind_control_is_told_no_phrase_and_sees_the_same_masks(data: Path) -> None:
@@ -43,6 +54,32 @@ def test_the_blind_control_is_told_no_phrase_and_sees_the_same_masks(data: Path)
         for message in blind["messages"]:
             marks = "[SEG]" in message["content"] or "segment" in message["content"]
             assert not marks or (BLIND in message["content"] and "the " not in message["content"])
+
+
+def test_what_no_scene_can_show_is_asked_for_in_training_in_other_words_than_in_the_test(data: Path) -> None:
+    known = {"the", "thing", *COLOURS, *SHAPES, *PLACES}
+    asked: dict[bool, set[str]] = {False: set(), True: {row["phrase"] for row in rows(data / "unknown_test.jsonl")}}
+    for row in rows(data / "train.jsonl"):
+        pairs = list(zip(row["messages"][::2], row["messages"][1::2]))
+        of_phrases = [pair for pair in pairs if "[SEG]" in pair[1]["content"]]
+        for (request, answer), mask in zip(of_phrases, row["masks"], strict=True):
+            phrase = request["content"].removeprefix("<image>\n").removeprefix("Please segment ").removesuffix(".")
+            strange = not set(phrase.split()) <= known
+            assert (answer["content"] == UNKNOWN) == strange and not (strange and mask is not None)
+            asked[False] |= {phrase} if strange else set()
+    assert len(asked[False]) > 10 and len(asked[True]) > 2
+    words = {
+        tested: {word for phrase in phrases for word in phrase.split()} - known for tested, phrases in asked.items()
+    }
+    assert not words[False] & words[True]
+    assert not {*NOUNS, *LOOKS} & {*NOUNS_OF_TESTS, *LOOKS_OF_TESTS} and not known & {
+        *NOUNS,
+        *LOOKS,
+        *NOUNS_OF_TESTS,
+        *LOOKS_OF_TESTS,
+    }
+    made_up = {tested: words[tested] - {*NOUNS, *LOOKS, *NOUNS_OF_TESTS, *LOOKS_OF_TESTS, "left"} for tested in words}
+    assert made_up[False] and all(is_tested(word) == tested for tested in words for word in made_up[tested])
 
 
 def test_confusing_scenes_need_both_words_and_hold_nothing_that_is_tested() -> None:

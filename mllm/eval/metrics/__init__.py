@@ -51,6 +51,7 @@ METRICS: Registry[Metric] = Registry(
         "ocrbench": f"{_ROOM}.ocrbench:OcrBench",
         "charxiv_proxy": f"{_ROOM}.charxiv:CharXivProxy",
         "box_iou": f"{_ROOM}.grounding:BoxIou",
+        "j_and_f": f"{_ROOM}.clip_masks:JAndF",
         "mask_iou": f"{_ROOM}.segmentation:MaskIou",
         "edit_rule": f"{_ROOM}.editing:EditRule",
         "mmbench_circular": f"{_ROOM}.circular:MmBenchCircular",

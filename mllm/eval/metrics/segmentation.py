@@ -44,8 +44,8 @@ class MaskIou(Metric):
         self.smallest = (50 if rule == "grefcoco" else 1) if smallest is None else smallest
 
     def score(self, prediction: Any, target: Any, meta: Mapping[str, Any]) -> Score:
-        wanted = _target(target, meta)
-        given = _given(prediction, wanted.shape)
+        wanted = target_mask(target, meta)
+        given = given_mask(prediction, wanted.shape)
         given = given if given.dtype == bool else given > 0
         if given.shape != wanted.shape:
             raise DataError(
@@ -105,18 +105,21 @@ class MaskIou(Metric):
         return result
 
 
-def _target(target: Any, meta: Mapping[str, Any]) -> np.ndarray:
+def target_mask(target: Any, meta: Mapping[str, Any]) -> np.ndarray:
+    """A task's target as ``(height, width)`` of 0, 1 and 255."""
     if not isinstance(target, Mapping):
         return np.asarray(target)
     height, width = (int(meta.get(side) or 0) for side in ("height", "width"))
     if not height or not width:
-        raise DataError("mask_iou needs meta.width and meta.height, the picture's size in pixels, to draw the target")
+        raise DataError(
+            "a metric of masks needs meta.width and meta.height, the picture's size in pixels, to draw the target"
+        )
     if "shapes" in target:
         return reasonseg_mask(target, (height, width))
     return read_mask(target, (height, width), where="target")
 
 
-def _given(prediction: Any, size: tuple[int, ...]) -> np.ndarray:
+def given_mask(prediction: Any, size: tuple[int, ...]) -> np.ndarray:
     """The union of an answer's masks; an answer that is no object with masks marks nothing."""
     if isinstance(prediction, str):
         try:

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from mllm import distributed
+from mllm.heads.base import count_targets
 from mllm.train.observe.flops import FlopModel
 
 
@@ -63,16 +65,38 @@ class Meter:
         return record
 
 
-def mean_losses(found: Sequence[Mapping[str, torch.Tensor] | None], *, everywhere: bool) -> dict[str, float]:
-    """What the micro-batches of a step report, by name: the mean over those that have it, of all processes where ``everywhere`` (each must
-    call it then), else of this one."""
-    own = [{name: float(value) for name, value in losses.items()} for losses in found if losses]
+def mean_losses(
+    found: Sequence[Mapping[str, torch.Tensor] | None], micro: Sequence[Any], model: nn.Module, *, everywhere: bool
+) -> dict[str, float]:
+    """What the micro-batches of a step report, by name, as one batch of all of them would report it.
+
+    A part's value is a mean over its micro-batch, so each counts with what it is a mean over: ``<head>/<part>`` with what teaches that
+    head (`Head.count`), all else with supervised tokens, as both do in the loss. A part that leaves some of it out (a camera that is not
+    known) counts with all of it.
+
+    Args:
+        found: name → value, of each micro-batch that counts; None where nothing was to be answered.
+        micro: these micro-batches.
+        model: whose heads say what teaches them.
+        everywhere: the mean is over all processes, each of which must call it; else over this one.
+    """
+    own = []
+    for losses, batch in zip(found, micro, strict=True):
+        taught = count_targets(model, [batch.inputs]) if losses else {}
+        weights = {name: taught.get(name.split("/")[0], float(batch.num_supervised)) for name in losses or {}}
+        own.append({name: (float(value), weights[name]) for name, value in (losses or {}).items()})
     told = [losses for process in distributed.gather_objects(own) for losses in process] if everywhere else own
-    values: dict[str, list[float]] = {}
+    values: dict[str, list[tuple[float, float]]] = {}
     for losses in told:
         for name, value in losses.items():
             values.setdefault(name, []).append(value)
-    return {name: sum(each) / len(each) for name, each in values.items()}
+    return {name: _weighted(each) for name, each in values.items()}
+
+
+def _weighted(each: Sequence[tuple[float, float]]) -> float:
+    """The mean of (value, weight); the plain one where nothing weighs anything."""
+    whole = sum(weight for _, weight in each)
+    return sum(value * weight for value, weight in each) / whole if whole else sum(v for v, _ in each) / len(each)
 
 
 def count_batches(batches: Sequence[Any], flops: FlopModel | None) -> dict[str, float]:

@@ -340,6 +340,63 @@ def test_frechet_distance_of_wide_and_of_few_features():
     assert frechet_distance(few, other) == pytest.approx(expected, rel=1e-5)
 
 
+def test_j_and_f_of_clips_are_those_of_davis_own_rule():
+    """Beside a slow reading of it: contours as seg2bmap finds them, pixels within a disk, empty frames, void pixels, means by clip."""
+    rng, metric = np.random.default_rng(3), build_metric("j_and_f")
+    height, width, reach = 60, 80, 1  # ceil(0.008 * 100)
+
+    def blob(x, y, size):
+        rows, columns = np.mgrid[:height, :width]
+        return (abs(rows - y) < size) & (abs(columns - x) < size * 1.3)
+
+    def edge(mask):
+        last = lambda i, n: min(i + 1, n - 1)  # noqa: E731
+        return {
+            (i, j)
+            for i in range(height)
+            for j in range(width)
+            if mask[i, j] != mask[i, last(j, width)] or mask[i, j] != mask[last(i, height), j]
+            or mask[i, j] != mask[last(i, height), last(j, width)]
+        }  # fmt: skip
+
+    def near(one, other):
+        disk = [(a, b) for a in range(-reach, reach + 1) for b in range(-reach, reach + 1) if a * a + b * b <= reach**2]
+        return sum(any((i + a, j + b) in other for a, b in disk) for i, j in one) / len(one)
+
+    items, expected = [], {"a": [], "b": []}
+    for number in range(8):
+        clip = "ab"[number > 4]
+        wanted, given = blob(30, 25, 12).astype(np.uint8), blob(30 + number, 25 + number % 3, 12 - number // 4)
+        wanted[50:, :] = 255
+        given |= (rng.random(given.shape) < 0.02) & (np.arange(height)[:, None] >= 50)  # void: does not count
+        if number in (2, 3):
+            wanted[wanted == 1] = 0
+        if number == 3:
+            given[:50] = False
+        seen, right = given & (wanted != 255), wanted == 1
+        union = (seen | right).sum()
+        first, second = edge(seen), edge(right)
+        found = (
+            [near(first, second), near(second, first)] if first and second else [float(bool(first) == bool(second))] * 2
+        )
+        f = 2 * found[0] * found[1] / sum(found) if sum(found) else 0.0
+        expected[clip].append(((seen & right).sum() / union if union else 1.0, f))
+        score = metric.score(given, wanted, {"clip": clip})
+        assert (score.parts["j"], score.parts["f"]) == pytest.approx(expected[clip][-1], abs=1e-12), number
+        items.append(Scored(str(number), score, None, {"clip": clip}))
+    means = np.mean(
+        [np.mean(frames, axis=0) for frames in expected.values()], axis=0
+    )  # clips weigh the same, of 5 and 3 frames
+    totals = metric.aggregate(items)
+    assert (totals["j"], totals["f"]) == pytest.approx(tuple(100 * means)) and totals["clips"] == 2
+    assert totals["score"] == pytest.approx(50 * means.sum()) and 1.0 in [frame[1] for frame in expected["a"]]
+    text = json.dumps({"text": "It is [SEG].", "masks": [encode_rle(blob(30, 25, 12))]})
+    size = {"clip": "a", "width": width, "height": height}
+    assert metric.score(text, encode_rle(blob(30, 25, 12)), size).value == 1
+    with pytest.raises(DataError, match="clip"):
+        metric.score(given, wanted, {})
+
+
 def test_masks_of_an_answers_text_are_scored_against_files_annotations():
     metric, size = build_metric("mask_iou"), {"width": 6, "height": 4}
     marked = np.zeros((4, 6), bool)

@@ -44,7 +44,7 @@ def facts_of(name, metric, count, seed):
             "key": _STEPS[k % 7],
         }
         meta |= {"kind": "Acc+" if unit % 3 else "NQA", "task": _SPAR[k % 4], "question_type": _VSI[k % 4]}
-        meta |= {"source": ("ADE20K", "COCO", "Omni3D")[k % 3], "chart": f"chart {unit % 2}"}
+        meta |= {"source": ("ADE20K", "COCO", "Omni3D")[k % 3], "chart": f"chart {unit % 2}", "clip": k // 5}
         value = float(dice.random() < 0.7)
         parts = {"said_yes": float(dice.random() < 0.6), "intersection": 40 * value + k % 5, "union": 60.0 + k % 7}
         parts |= {"dice": 0.5, "no_target": float(k % 9 == 0), "no_mask": 0.0}

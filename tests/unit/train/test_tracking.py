@@ -9,13 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from mllm.data.collate import collate, collate_packed
 from mllm.errors import UnavailableError
+from mllm.heads.segmentation.head import SegmentationHead
 from mllm.processing.chat import encode_sample
 from mllm.train.observe.dataset_loss import DatasetLoss
 from mllm.train.observe.flops import FlopModel, flop_model, peak_flops
-from mllm.train.observe.meter import Meter
+from mllm.train.observe.meter import Meter, mean_losses
 from mllm.train.observe.run_info import RunInfo, git_state, hub_revisions
 from mllm.train.observe.spikes import SpikeDetector
 from mllm.train.observe.tracking import Tracker, plot_loss, read_metrics
@@ -268,3 +270,26 @@ def test_the_loss_of_each_dataset_is_that_of_its_own_samples(tmp_path, packing, 
         with torch.no_grad():
             wanted = model(**attention_inputs(alone, "sdpa"), skip_logits=True).loss.item()
         assert found[name] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_what_heads_report_is_the_mean_over_all_that_teaches_them_however_it_is_spread_over_micro_batches():
+    head = SegmentationHead(*_tiny(SegmentationHead))
+    model = nn.Module()
+    model.heads = nn.ModuleDict({"marks": head})
+    values, tokens = torch.tensor([3.0, 1.0, 2.0, 8.0, 4.0]), [10, 2, 6]  # of five masks
+    parts = values.split([1, 3, 1])
+    micro = [SimpleNamespace(inputs={"target_masks": part}, num_supervised=n) for part, n in zip(parts, tokens)]
+    micro.append(SimpleNamespace(inputs={}, num_supervised=7))
+    found = [{"marks/dice": part.mean(), "encoders.eye/kept": torch.tensor(float(n))} for part, n in zip(parts, tokens)]
+    told = mean_losses([*found, None], micro, model, everywhere=False)
+    assert told["marks/dice"] == pytest.approx(float(values.mean()))  # the mean of their means is 3.56
+    assert told["encoders.eye/kept"] == pytest.approx((10 * 10 + 2 * 2 + 6 * 6) / 18)
+    nothing = [SimpleNamespace(inputs={}, num_supervised=0)] * 2
+    assert mean_losses([{"x": torch.tensor(1.0)}, {"x": torch.tensor(2.0)}], nothing, model, everywhere=False) == {
+        "x": 1.5
+    }
+
+
+def _tiny(kind):
+    settings, parts = kind.tiny()
+    return kind.Config(**settings), parts
