@@ -92,14 +92,14 @@ def write_sound_with_cover(path: Path) -> Path:
     return path
 
 
-def turned(path: Path, out: Path) -> Path:
-    """An MP4 whose track header says: show me turned by a quarter, clockwise."""
+def turned(path: Path, out: Path, matrix: tuple[float, ...] = (0, 1, -1, 0)) -> Path:
+    """An MP4 whose track header says how it is shown: turned by a quarter, clockwise, or by any display matrix (a, b, c, d)."""
     data = bytearray(path.read_bytes())
     at = data.index(b"tkhd") + 4
-    matrix = at + (40 if data[at] == 0 else 52)
-    values = (0, 0x10000, 0, -0x10000, 0, 0, 0, 0, 0x40000000)
-    for k, value in enumerate(values):
-        data[matrix + 4 * k : matrix + 4 * k + 4] = value.to_bytes(4, "big", signed=True)
+    start = at + (40 if data[at] == 0 else 52)
+    a, b, c, d = (round(value * 0x10000) for value in matrix)
+    for k, value in enumerate((a, b, 0, c, d, 0, 0, 0, 0x40000000)):
+        data[start + 4 * k : start + 4 * k + 4] = value.to_bytes(4, "big", signed=True)
     out.write_bytes(data)
     return out
 

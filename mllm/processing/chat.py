@@ -242,8 +242,9 @@ def geometry_of(processor: Processor, sample: Sample, visuals: Sequence[Any], *,
     read and were not cut off. Raises `DataError` for poses and depth maps that do not fit."""
     spec = getattr(getattr(processor, "processor", processor), "geometry", None)  # a feature cache wraps the processor
     if spec is None:
-        if sample.poses or sample.depths:
-            _tell_unread(sample.dataset, "poses" if sample.poses else "depths")
+        given = [name for name, told in (("poses", sample.poses), ("depths", sample.depths)) if told]
+        if unread := [name for name in given if name not in _inputs_of(getattr(processor, "processor", processor))]:
+            _tell_unread(sample.dataset, unread[0])
         return {}
     for what, wanted, told in (("poses", spec.poses, sample.poses), ("depths", spec.depth is not None, sample.depths)):
         if wanted and not told and any(isinstance(visual, Video) for visual in visuals):
@@ -253,9 +254,17 @@ def geometry_of(processor: Processor, sample: Sample, visuals: Sequence[Any], *,
     return encode_geometry(getattr(processor, "processor", processor), spec, sample, visuals, where=where)
 
 
+def _inputs_of(processor: Processor) -> set[str]:
+    """Which of a row's poses and depths a model is shown beside the pixels, or has its frames chosen by."""
+    specs, film = processor.image_processor.specs.values(), processor.rules.video
+    if any(spec.points for spec in specs) or (film is not None and film.which == "space_aware"):
+        return {"poses", "depths"}
+    return {"poses"} if any(spec.cameras for spec in specs) else set()
+
+
 @lru_cache(maxsize=64)
 def _tell_unread(dataset: str, what: str) -> None:
-    """Said once a dataset: the model that is trained beside one with such a head may well be on the same rows."""
+    """Said once a dataset: the model that is trained beside one that uses them may well be on the same rows."""
     _log.warning("%s: its rows have %s, and no head of this model learns from them", dataset or "a sample", what)
 
 

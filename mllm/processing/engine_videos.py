@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mllm.errors import DataError
 from mllm.processing.images import load_image, read_bytes
-from mllm.processing.protocol import TextProcessor
-from mllm.processing.videos import frame_files, source_of
-from mllm.types import Video
+from mllm.processing.protocol import Processor
+from mllm.processing.videos import frame_files, frames_of, source_of
+from mllm.types import Video, scene
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -27,22 +29,21 @@ _MAGIC = b"\x93mllm-video\n"
 _HEADER = len(_MAGIC) + 8
 
 
-def engine_options(config: PreTrainedConfig, *, images: int, videos: int) -> dict[str, Any]:
-    """Arguments of ``vllm.LLM``: most pictures and videos of a request, and who reads videos."""
-    if getattr(config, "video", None) is None:
-        return {"limit_mm_per_prompt": {"image": images}}
+def engine_options(config: PreTrainedConfig, *, images: int | None = None, videos: int | None = None) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM``: most pictures and videos of a request (None: as many as the context holds), and who reads videos."""
+    takes = getattr(config, "video", None) is not None
+    limits = {"image": images, **({MODALITY: videos} if takes else {})}
+    limits = {kind: count for kind, count in limits.items() if count is not None}
     return {
-        "limit_mm_per_prompt": {"image": images, MODALITY: videos},
-        "media_io_kwargs": {MODALITY: {"video_backend": BACKEND}},
+        **({"limit_mm_per_prompt": limits} if limits else {}),
+        **({"media_io_kwargs": {MODALITY: {"video_backend": BACKEND}}} if takes else {}),
     }
 
 
-def visual_inputs(
-    ids: Sequence[int], visuals: Sequence[Any], processor: TextProcessor, *, where: str
-) -> dict[str, Any]:
+def visual_inputs(ids: Sequence[int], visuals: Sequence[Any], processor: Processor, *, where: str) -> dict[str, Any]:
     """A prompt whose ids have one placeholder for each picture and video, in their order, as ``vllm.LLM`` takes it. Raises
     `DataError` for a video that cannot be read."""
-    films = [pack(visual, where=where) for visual in visuals if isinstance(visual, Video)]
+    films = [pack(_ready(visual, processor, where), where=where) for visual in visuals if isinstance(visual, Video)]
     data: dict[str, Any] = {"image": [visual for visual in visuals if not isinstance(visual, Video)]}
     if not films:
         return {"multi_modal_data": data}
@@ -52,6 +53,26 @@ def visual_inputs(
             made[place] = VIDEO_ID
     data = {kind: given for kind, given in {**data, MODALITY: films}.items() if given}
     return {"prompt_token_ids": made, "multi_modal_data": data}
+
+
+def _ready(video: Video, processor: Processor, where: str) -> Video:
+    """A video of which all travels that its frames are chosen by: a file and what part of it is meant, or the frames that are seen where it
+    is no file (of a folder of thousands, these alone are read), or where points beside it choose them, their numbers."""
+    spec = processor.rules.video
+    if spec is None or video.frames is not None:
+        return video
+    source = source_of(video)
+    if isinstance(source, (str, Path)) and Path(source).is_dir():
+        source = frame_files(Path(source))
+    if isinstance(source, (list, tuple, np.ndarray)):
+        chosen = frames_of(video, spec, where=where).chosen
+        shown = [source[number] for number in chosen.numbers]
+        files = [read_bytes(item, where=where) if isinstance(item, (str, Path)) else item for item in shown]
+        return replace(scene(files, chosen.seconds), play="gray" if video.play == "gray" else "forward")
+    if spec.which == "space_aware":
+        chosen = frames_of(replace(video, play="forward"), spec, where=where).chosen
+        return replace(video, frames=chosen.numbers, start=None, end=None, points=None)
+    return video
 
 
 def pack(video: Video, *, where: str = "video") -> np.ndarray:
@@ -122,4 +143,13 @@ def _frames(source: Any, where: str) -> np.ndarray | None:
         source = frame_files(Path(source))
     if not isinstance(source, (list, tuple)):
         return None
-    return np.stack([np.asarray(load_image(frame, where=f"{where}, frame {k}")) for k, frame in enumerate(source)])
+    pictures = [np.asarray(load_image(frame, where=f"{where}, frame {k}")) for k, frame in enumerate(source)]
+    if not pictures:
+        raise DataError(f"{where}: the video has no frames")
+    first = pictures[0].shape
+    for number, picture in enumerate(pictures):
+        if picture.shape != first:
+            raise DataError(
+                f"{where}, frame {number}: is {picture.shape[1]} × {picture.shape[0]}, the first {first[1]} × {first[0]}"
+            )
+    return np.stack(pictures)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from mllm.processing.pixels import placed_at
 from mllm.processing.scene_points import beside
 from mllm.types import ImageSpec, Video
 
+_log = logging.getLogger(__name__)
 POSES = ".poses.json"
 """What the cameras beside a video are called: ``room.mp4.poses.json``."""
 _NEAREST = 0.1
@@ -64,6 +67,7 @@ def frame_cameras(
     shown = poses[list(numbers)]
     lost = [number for number, camera in zip(numbers, shown, strict=True) if not np.isfinite(camera).all()]
     if lost and image.cameras == "unknown":
+        _tell_dropped(where, lost[0], len(lost), len(numbers))
         return nothing
     if lost:
         raise DataError(
@@ -71,6 +75,15 @@ def frame_cameras(
             "missing: unknown shows such a video without its cameras"
         )
     return torch.from_numpy(_encoded(shown, _lens(view, size, image, where)).astype(np.float32))
+
+
+@lru_cache(maxsize=64)
+def _tell_dropped(where: str, frame: int, lost: int, shown: int) -> None:
+    """Said once a video: the encoder is given the cameras of all frames or of none, as its authors train it."""
+    _log.warning(
+        "%s: the camera of frame %d is not known (%d of %d frames seen), so that the video is seen without any camera",
+        where, frame, lost, shown,
+    )  # fmt: skip
 
 
 def _encoded(cameras: np.ndarray, view: tuple[float, float]) -> np.ndarray:

@@ -19,6 +19,7 @@ from mllm.install import install_hint
 from mllm.processing.frames import Chosen, VideoSpec, choose
 from mllm.processing.images import MAX_PIXELS, load_image
 from mllm.processing.references import natural_order, refer
+from mllm.processing.turned_frames import upright
 from mllm.types import Video
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -35,7 +36,6 @@ _RATES_ALIKE = 0.05
 """Share by which a rate that is given may differ from the one that a file's own times make."""
 _NAMELESS = "\0"
 """Stands for the name of a sample in the errors of what many samples share."""
-_TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
 
 @dataclass
@@ -362,7 +362,7 @@ def _of_container(source: str | bytes, index: _Index, where: str, max_pixels: in
         targets = [index.stamps[number] for number in wanted]
         with _opened(source, where) as container:
             for number, frame in zip(wanted, _decode(container, targets, index, clip, where), strict=True):
-                yield _upright(frame, f"{where}, frame {number}", max_pixels)
+                yield upright(frame, f"{where}, frame {number}", max_pixels)
 
     clip = Clip(
         len(index.stamps),
@@ -414,16 +414,6 @@ def _forward(frames: Iterator[Any], target: int, clip: Clip) -> Any:
 def _number(index: _Index, stamp: int) -> str:
     number = bisect.bisect_left(index.stamps, stamp)
     return f"{number} ({(stamp - index.stamps[0]) * index.base:.3f} s)"
-
-
-def _upright(frame: Any, where: str, max_pixels: int | None) -> Image.Image:
-    if max_pixels is not None and frame.width * frame.height > max_pixels:
-        raise DataError(
-            f"{where}: has {frame.width} × {frame.height} pixels, above the limit of {max_pixels / 1e6:g} megapixels"
-        )
-    turn = _TURNS.get(round(getattr(frame, "rotation", 0) / 90) * 90 % 360)
-    picture = frame.to_image()
-    return picture if turn is None else picture.transpose(turn)
 
 
 def _within(picture: Image.Image, most: int | None) -> Image.Image:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from mllm.errors import ConfigError, UnavailableError, did_you_mean
 from mllm.install import install_hint, missing_library
+from mllm.models.engine_memory import engines_of, parse_memory, seats_of
 from mllm.serve.http.keys import CLIENTS, LOOPBACK, read_clients
-from mllm.serve.memory import engines_of, parse_memory, seats_of
 
 _HOST = re.compile(r"[\w-]+(\.[\w-]+)*\.?|[0-9a-fA-F:]*:[0-9a-fA-F:.]*")
 

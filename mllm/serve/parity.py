@@ -249,7 +249,7 @@ def run_parity(
 ) -> tuple[list[Difference], dict[str, float]]:
     """All paths of a checkpoint (or of a PEFT adapter folder: base with adapter, then merged) against `generate`.
 
-    memory: what vLLM may take, as ``--memory`` says it (`mllm.serve.memory`).
+    memory: what vLLM may take, as ``--memory`` says it (`mllm.models.engine_memory`).
     unmerged: vLLM serves the base with the adapter beside it instead of the merged model; the adapter must then be on
     the language part alone.
     Returns the differences, those of its heads too (`mllm.serve.head_parity`), and what each encoder moves (`check_encoders_matter`) and

@@ -17,6 +17,7 @@ from mllm.damage import opening
 from mllm.errors import ConfigError
 from mllm.heads.codes.settings import vllm_environment, vllm_options
 from mllm.models.engine_limits import check_engine_heads
+from mllm.models.engine_memory import ENGINES, engines_of, memory_arguments, need_of, seats_of, size_text
 from mllm.processing.engine_videos import engine_options
 from mllm.processing.frames import video_spec
 from mllm.serve.adapters import (
@@ -31,7 +32,6 @@ from mllm.serve.heads import HEADS_ENVIRONMENT, READER, WORKER, served_heads
 from mllm.serve.http.keys import CLIENTS, FILE, LOOPBACK, OPERATOR, read_clients
 from mllm.serve.http.settings import ENVIRONMENT, AdmissionSettings
 from mllm.serve.images.requests import SCHEDULER, refusal
-from mllm.serve.memory import ENGINES, engines_of, memory_arguments, need_of, seats_of, size_text
 from mllm.serve.options import check_extra, check_folder, check_start, vllm_source_has, written_out
 from mllm.serve.supervisor import ENVIRONMENT as SUPERVISOR
 
@@ -184,6 +184,7 @@ def plan(settings: ServeSettings, api_key: str | None = None) -> tuple[list[str]
         max_frames=0 if film is None else film.most,
         timed=film is not None and film.tells_seconds,
         whole=film is not None and film.which == "space_aware",
+        video=None if film is None else film.model_dump(),
         max_pixels=settings.max_pixels,
         image_token=_image_token(settings.checkpoint),
         image_token_id=config.image_token_id,

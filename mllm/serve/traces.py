@@ -16,6 +16,7 @@ from mllm.errors import UnavailableError
 from mllm.heads.codes.settings import vllm_environment, vllm_options
 from mllm.install import install_hint
 from mllm.models.engine_limits import check_engine_heads
+from mllm.models.engine_memory import engine_memory, need_of
 from mllm.models.routing import ANSWER_TOKENS
 from mllm.noise import quiet_vllm
 from mllm.processing.chat import encode_text, render_prompt, routing_inputs
@@ -26,7 +27,6 @@ from mllm.processing.questions import question_text
 from mllm.processing.template import messages_of
 from mllm.routers.build import build_router
 from mllm.serve.heads import HEADS_ENVIRONMENT, READER, WORKER, served_heads
-from mllm.serve.memory import engine_memory, need_of
 from mllm.types import IMAGE_MARK, Turn, Video
 
 if TYPE_CHECKING:
@@ -184,7 +184,6 @@ def open_vllm(
     *,
     dtype: str = "float32",
     model_impl: str = "auto",
-    max_images: int = 5,
     memory: str | None = None,
     **options: Any,
 ) -> Any:
@@ -215,7 +214,7 @@ def open_vllm(
         **engine_memory(need, memory, given),
         "dtype": dtype,
         "model_impl": model_impl,
-        **engine_options(config, images=max_images, videos=MOST_VIDEOS),
+        **engine_options(config),
         "max_logprobs": TOP + 1,
         "enforce_eager": True,
         "seed": 0,

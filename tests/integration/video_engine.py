@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 from transformers import AutoProcessor
 
+from mllm.eval.generators.hf import HFGenerator
 from mllm.eval.generators.vllm import VLLMGenerator
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.processing.chat import render_prompt
@@ -81,6 +82,19 @@ def main(folder: str) -> None:
     answers = [list(output.outputs[0].token_ids) for output in llm.generate(given, sampling, use_tqdm=False)]
     result["evaluation"] = [[answer, trace.token_ids] for answer, trace in zip(answers, known[2:], strict=True)]
     result["parts differ"] = len({tuple(trace.token_ids) for trace in known[2:]})
+
+    options = {"max_new_tokens": TOKENS, "do_sample": False}
+    crowd = case("twelve pictures", *(picture(number) for number in range(12)))
+    asked = [Request(each.id, each.turns, each.images, options) for each in (*parts, *scenes, crowd)]
+    wrong = [
+        Request("unreadable", parts[0].turns, [picture(1), Video(b"no film"), picture(2), clip], options),
+        Request("too long", [Turn("user", "one two " * 2000)], [], options),
+        Request("too few", parts[0].turns, [picture(1)], options),
+    ]
+    found = {reply.id: reply for reply in generator.generate([wrong[0], *asked, *wrong[1:]])}
+    result["failed"] = {each.id: found[each.id].error for each in wrong}
+    known = HFGenerator(model, processor).generate([*asked])
+    result["asked"] = [[found[reply.id].text, reply.text, found[reply.id].error] for reply in known]
 
     traces = parity.trace_vllm(llm, processor, scenes, num_tokens=TOKENS, batch=True)
     result["scenes"] = [[trace.token_ids, known.token_ids] for trace, known in zip(traces, seen, strict=True)]

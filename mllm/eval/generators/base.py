@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from mllm.errors import AlignmentError
 from mllm.types import IMAGE_MARK, Request, Response, Turn
 
 
@@ -43,6 +44,13 @@ class Generator(Protocol):
     def generate(self, requests: Iterable[Request]) -> Iterator[Response]:
         """Stream of answers. Takes requests as it goes, so a long run never holds all images at once."""
         ...
+
+
+def check_marks(request: Request) -> None:
+    """Raise `AlignmentError` for a request with more or fewer places of pictures than pictures."""
+    marks = sum(turn.content.count(IMAGE_MARK) for turn in request.turns)
+    if marks != len(request.images):
+        raise AlignmentError(f"request {request.id}: {marks} image places and {len(request.images)} images")
 
 
 def hf_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ import torch
 from transformers import LogitsProcessor
 
 from mllm.errors import AlignmentError, UnavailableError
-from mllm.eval.generators.base import GeneratorSettings, answer_text, cut_at_stops, hf_messages
+from mllm.eval.generators.base import GeneratorSettings, answer_text, check_marks, cut_at_stops, hf_messages
 from mllm.eval.generators.kept_pictures import KeptPictures
 from mllm.plugins import code_hashes
 from mllm.threads import one_thread
@@ -111,9 +111,7 @@ class HFGenerator:
     def render(self, request: Request) -> str:
         """The prompt as the model reads it, one placeholder per image. Raises `AlignmentError` when marks and images
         differ."""
-        marks = sum(turn.content.count(IMAGE_MARK) for turn in request.turns)
-        if marks != len(request.images):
-            raise AlignmentError(f"request {request.id}: {marks} image places and {len(request.images)} images")
+        check_marks(request)
         if self._ours:
             from mllm.processing.chat import render_prompt
 

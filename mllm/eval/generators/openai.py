@@ -8,20 +8,27 @@ import os
 import random
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from mllm.errors import ConfigError, UnavailableError
+from mllm.errors import ConfigError, DataError, UnavailableError
 from mllm.eval.generators.base import GeneratorSettings, answer_text
 from mllm.install import install_hint
-from mllm.types import IMAGE_MARK, Request, Response, Turn
+from mllm.processing.frames import VideoSpec
+from mllm.processing.videos import frames_of, named
+from mllm.types import IMAGE_MARK, Request, Response, Turn, Video
 
 _RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
 _HTTP_NAMES = {"max_new_tokens": "max_tokens"}
 _GREEDY = {"temperature": 0.0}
+_OF_BODY = 0.9
+"""Share of what a request may hold that a video's file may take; of a larger one its frames are sent."""
 
 
 class OpenAIGenerator:
@@ -70,9 +77,33 @@ class OpenAIGenerator:
             raise ConfigError("generator openai: where is the server? base_url, e.g. http://localhost:8000/v1")
         return cls(checkpoint, settings.base_url, concurrency=settings.concurrency)
 
+    @cached_property
+    def info(self) -> dict[str, Any]:
+        """What a server of ours says of itself and its model (``mllm serve``: /mllm/info); empty for another's. Raises
+        `UnavailableError` where none answers."""
+        address, problem = f"{self.base_url.removesuffix('/v1')}/mllm/info", ""
+        for attempt in range(self.max_retries + 1):
+            try:
+                reply = self._client.get(address)
+            except self._httpx.TransportError as error:
+                problem = f"{type(error).__name__}: {error}"
+            else:
+                if reply.status_code not in _RETRIED:
+                    return _object(reply) if reply.status_code == 200 else {}
+                problem = f"HTTP {reply.status_code}: {reply.text[:200]}"
+            if attempt < self.max_retries:
+                self._tell_once(problem)
+                time.sleep(self.first_pause * 2**attempt)
+        raise UnavailableError(f"{self.base_url}: no server answers ({problem}); start one with mllm serve")
+
+    @property
+    def takes_video(self) -> bool:
+        """Whether a request's images may be `Video`s: the server is ours and its model takes them."""
+        return bool(self.info.get("video"))
+
     def fingerprint(self) -> str:
-        """Model and endpoint by name: what runs behind them cannot be hashed."""
-        return f"openai:{self.model}:{self.base_url}:{sorted(self.extra.items())}"
+        """Model and endpoint by name (what runs behind them cannot be hashed), and that videos are given whole."""
+        return f"openai:{self.model}:{self.base_url}:{sorted(self.extra.items())}" + ":videos" * self.takes_video
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Response]:
         """Answers as they come; at most ``concurrency`` requests are under way and as many read ahead."""
@@ -97,8 +128,11 @@ class OpenAIGenerator:
         self._client.close()
 
     def _answer(self, request: Request, stopped: threading.Event) -> Response:
-        body = self._body(request)
         shown = "".join(f"[{turn.role}] {turn.content}\n" for turn in request.turns).replace(IMAGE_MARK, "<image>")
+        try:
+            body = self._body(request)
+        except DataError as error:
+            return Response(request.id, "", shown, error=f"{type(error).__name__}: {error}")
         problem = ""
         for attempt in range(self.max_retries + 1):
             pause = self.first_pause * 2**attempt * (0.5 + random.random())
@@ -147,22 +181,54 @@ class OpenAIGenerator:
         if beams != 1:
             raise ConfigError("an OpenAI-compatible server has no beam search; set generation.num_beams=1")
         options = {_HTTP_NAMES.get(name, name): value for name, value in options.items()}
-        images = iter(request.images)
+        images = enumerate(request.images)
         messages = [{"role": turn.role, "content": self._content(turn, images)} for turn in request.turns]
         return {"model": self.model, "messages": messages, **options, **self.extra}
 
-    def _content(self, turn: Turn, images: Iterator[Image.Image]) -> str | list[dict[str, Any]]:
+    def _content(self, turn: Turn, images: Iterator[tuple[int, Any]]) -> str | list[dict[str, Any]]:
         if IMAGE_MARK not in turn.content:
             return turn.content
         parts: list[dict[str, Any]] = []
         for position, text in enumerate(turn.content.split(IMAGE_MARK)):
             if position:
-                parts.append({"type": "image_url", "image_url": {"url": self._data_url(next(images))}})
+                parts += self._visual(*next(images))
             if text.strip():
                 parts.append({"type": "text", "text": text.strip("\n")})
         return parts
 
+    def _visual(self, number: int, visual: Any) -> list[dict[str, Any]]:
+        """The parts of a picture, or of a video: its file as it is where the server may choose its frames, else the frames that the model's
+        specification chooses, as pictures of one scene. Raises `DataError`."""
+        if not isinstance(visual, Video):
+            return [{"type": "image_url", "image_url": {"url": self._data_url(visual)}}]
+        spec, where = VideoSpec.model_validate(self.info["video"]), named(visual)
+        file, most = visual.source, _OF_BODY * self.info["max_body_bytes"]
+        whole = isinstance(file, Path) and file.is_file() and visual == Video(file, key=visual.key)
+        if whole and spec.which != "space_aware" and 4 / 3 * file.stat().st_size < most:
+            return [{"type": "video_url", "video_url": {"url": _url("video/mp4", file.read_bytes())}}]
+        seen = frames_of(visual, spec, where=where)
+        shown = {place: self._data_url(picture) for places, picture in seen.pictures() for place in places}
+        times = seen.chosen.seconds
+        return [
+            {"type": "image_url", "image_url": {"url": shown[place]}, "scene": f"video {number}"}
+            | ({} if times is None else {"seconds": times[place]})
+            for place in sorted(shown)
+        ]
+
     def _data_url(self, image: Image.Image) -> str:
         buffer = io.BytesIO()
         image.save(buffer, self.image_format)
-        return f"data:image/{self.image_format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        return _url(f"image/{self.image_format.lower()}", buffer.getvalue())
+
+
+def _url(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _object(reply: Any) -> dict[str, Any]:
+    """A reply's JSON object; empty for any other body."""
+    try:
+        found = reply.json()
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

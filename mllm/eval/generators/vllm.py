@@ -6,24 +6,24 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mllm.damage import parts_alone
 from mllm.errors import CheckpointError, UnavailableError
-from mllm.eval.generators.base import GeneratorSettings, answer_text, checkpoint_hash, hf_messages
+from mllm.eval.generators.base import GeneratorSettings, answer_text, check_marks, checkpoint_hash, hf_messages
 from mllm.heads.codes.settings import vllm_environment, vllm_options
 from mllm.install import install_hint
 from mllm.models.configuration_mllm import component_code
 from mllm.models.engine_limits import check_engine_heads
+from mllm.models.engine_memory import SEATS, Need, cpu_cache, free_memory, need_of
 from mllm.noise import quiet_vllm
 from mllm.processing.engine_videos import engine_options, visual_inputs
 from mllm.types import Request, Response
 
 _WINDOW = 1024
-_OF_FREE, _OF_GPU = 0.8, 0.9
+_OF_GPU = 0.9
 
 
 def own_gpu(environment: Mapping[str, str], count: int) -> dict[str, str]:
@@ -37,23 +37,18 @@ def own_gpu(environment: Mapping[str, str], count: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": names[int(rank) % count]}
 
 
-def memory_share(environment: Mapping[str, str], gpus: int, free: int, total: int) -> dict[str, float]:
-    """What part of the memory an engine may take beside those of this machine's other processes; nothing (vLLM's own default) where each
-    has a GPU of its own. On a CPU vLLM refuses to start with more than is free. free, total: bytes of the host's memory."""
-    processes = int(environment.get("LOCAL_WORLD_SIZE", 1))
-    if not gpus:
-        return {"gpu_memory_utilization": round(_OF_FREE * free / total / processes, 3)}
-    sharing = -(-processes // gpus)
+def memory_share(environment: Mapping[str, str], gpus: int) -> dict[str, float]:
+    """What part of a GPU's memory an engine may take beside those of this machine's other processes; nothing (vLLM's own default) where
+    each has a GPU of its own."""
+    sharing = -(-int(environment.get("LOCAL_WORLD_SIZE", 1)) // gpus)
     return {} if sharing == 1 else {"gpu_memory_utilization": round(_OF_GPU / sharing, 3)}
 
 
-def _host_memory() -> tuple[int, int]:
-    """(bytes that are free, bytes there are) of the host's memory; equal where Linux does not tell."""
-    try:
-        told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return tuple(1024 * int(told[name].split()[0]) for name in ("MemAvailable", "MemTotal"))  # type: ignore[return-value]
-    except (OSError, KeyError, ValueError):
-        return 1, 1
+def host_memory(environment: Mapping[str, str], need: Need, free: int, total: int) -> dict[str, float]:
+    """How much of the host's memory an engine without a GPU may take for keys and values: what its requests can need, in its part of what
+    is ``free`` of ``total`` bytes. Of itself vLLM takes nearly all there is. Raises `ConfigError` where no request fits."""
+    processes = int(environment.get("LOCAL_WORLD_SIZE", 1))
+    return {"kv_cache_memory_bytes": cpu_cache(need, None, free=free // processes, total=total // processes)}
 
 
 class VLLMGenerator:
@@ -69,7 +64,6 @@ class VLLMGenerator:
         checkpoint: str,
         *,
         dtype: Any = "auto",
-        max_images: int = 8,
         model_hash: str | None = None,
         engine: dict[str, Any] | None = None,
         memory: Mapping[str, float] | None = None,
@@ -97,27 +91,37 @@ class VLLMGenerator:
         options = {**(memory or {}), **vllm_options(config), **self._engine_options}
         for name, value in vllm_environment(options).items():
             os.environ.setdefault(name, value)
-        self.llm = LLM(
-            model=checkpoint, dtype=dtype, **{**engine_options(config, images=max_images, videos=max_images), **options}
-        )
+        self.llm = LLM(model=checkpoint, dtype=dtype, **{**engine_options(config), **options})
 
     @classmethod
     def open(cls, checkpoint: str, settings: GeneratorSettings) -> VLLMGenerator:
         """A checkpoint folder or hub id. Under a launcher each process has an engine of its own on the GPU of its LOCAL_RANK."""
-        gpus, free, total = torch.cuda.device_count(), *_host_memory()
-        memory = memory_share(os.environ, gpus, free, total)
+        if gpus := torch.cuda.device_count():
+            memory = memory_share(os.environ, gpus)
+        else:
+            from transformers import AutoConfig
+
+            config: Any = AutoConfig.from_pretrained(checkpoint)
+            need = need_of(checkpoint, config, dtype=settings.dtype, length=None, seats=SEATS)
+            memory = host_memory(os.environ, need, *free_memory())
         os.environ |= own_gpu(os.environ, gpus)  # from here on one GPU is counted
         return cls(checkpoint, dtype=settings.dtype, memory=memory)
 
+    @property
+    def takes_video(self) -> bool:
+        """Whether a request's images may be `Video`s, whose frames the model's processor chooses."""
+        return getattr(self.processor, "takes_video", False)
+
     def fingerprint(self) -> str:
-        """Weights by hash or name, precision, vLLM's version, and the hashes of plug-in code."""
+        """Weights by hash or name, precision, vLLM's version, the hashes of plug-in code, and that videos are given whole."""
         import vllm
 
-        code = "".join(f":{sha256[:16]}" for sha256 in self._code)
+        code = "".join(f":{sha256[:16]}" for sha256 in self._code) + ":videos" * self.takes_video
         return f"vllm:{vllm.__version__}:{self._hash}:{self._dtype}:{sorted(self._engine_options.items())}{code}"
 
     def render(self, request: Request) -> str:
-        """The prompt as the model reads it, one placeholder per image."""
+        """The prompt as the model reads it, one placeholder per image. Raises `AlignmentError` when marks and images differ."""
+        check_marks(request)
         if self._ours:
             from mllm.processing.chat import render_prompt
 
@@ -127,18 +131,26 @@ class VLLMGenerator:
         )
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Response]:
-        """Answers, in windows of a thousand; inside a window vLLM schedules."""
+        """Answers, in windows of a thousand; inside a window vLLM schedules. What one request's pictures, videos or length make
+        impossible is that request's error."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         stream = iter(requests)
         while window := list(islice(stream, _WINDOW)):
-            prompts = [self.render(request) for request in window]
-            inputs = []
-            for request, prompt in zip(window, prompts):
-                entry: dict[str, Any] = {"prompt_token_ids": self._tokens(prompt)}
-                if request.images:
-                    entry |= visual_inputs(entry["prompt_token_ids"], request.images, self.processor, where=request.id)
-                inputs.append(entry)
-            outputs = self.llm.generate(inputs, [self._sampling(request) for request in window], use_tqdm=False)
-            for request, prompt, output in zip(window, prompts, outputs):
+            waiting: list[tuple[Request, str]] = []
+            for request in window:
+                sampling, prompt = self._sampling(request), ""
+                try:
+                    prompt = self.render(request)
+                    self.llm.enqueue(self._input(request, prompt), sampling, use_tqdm=False)
+                except EngineDeadError:
+                    raise
+                except Exception as error:  # foreign templates and processors raise whatever they like
+                    yield Response(request.id, "", prompt, error=f"{type(error).__name__}: {error}")
+                else:
+                    waiting.append((request, prompt))
+            outputs: Any = self.llm.wait_for_completion(use_tqdm=False)  # in the order in which they were given
+            for (request, prompt), output in zip(waiting, outputs, strict=True):
                 reply = output.outputs[0]
                 yield Response(
                     request.id,
@@ -148,6 +160,12 @@ class VLLMGenerator:
                     len(reply.token_ids),
                     logprob=reply.cumulative_logprob,
                 )
+
+    def _input(self, request: Request, prompt: str) -> Any:
+        """A request as ``vllm.LLM`` takes it."""
+        ids = self._tokens(prompt)
+        seen = visual_inputs(ids, request.images, self.processor, where=request.id) if request.images else {}
+        return {"prompt_token_ids": ids} | seen
 
     def _tokens(self, prompt: str) -> list[int]:
         tokenizer = self.processor.tokenizer

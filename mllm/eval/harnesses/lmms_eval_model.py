@@ -18,7 +18,7 @@ from lmms_eval.api.model import lmms
 
 from mllm.errors import ConfigError, DataError, UnavailableError
 from mllm.eval.checkpoint import open_generator
-from mllm.eval.harnesses.messages import turns_and_images, visuals, with_images
+from mllm.eval.harnesses.messages import frames_for, turns_and_images, visuals, with_images
 from mllm.types import Request, Response, Turn
 
 _MAX_NEW_TOKENS = 1024
@@ -31,7 +31,7 @@ _LOG = logging.getLogger(__name__)
 
 class _Mllm(lmms):
     """What both kinds share. pretrained: checkpoint folder or hub id; generator: ``hf`` or ``vllm``; frames: pictures
-    taken of a video."""
+    taken of a video (`frames_for`)."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class _Mllm(lmms):
         device: str | None = None,
         dtype: str = "auto",
         generator: str = "hf",
-        frames: int = 8,
+        frames: int | None = None,
         system_prompt: str | None = None,
         max_batch_size: int | None = None,
         **unknown: Any,
@@ -59,7 +59,7 @@ class _Mllm(lmms):
         self.generator = open_generator(
             str(pretrained), kind=generator, batch_size=int(batch_size), dtype=dtype, device=place
         )
-        self.frames = int(frames)
+        self.frames = frames_for(self.generator, frames)
         self.system = self._resolve_system_prompt(system_prompt) if system_prompt else None
 
     @property

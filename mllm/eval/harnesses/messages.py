@@ -9,19 +9,34 @@ from typing import Any
 
 from PIL import Image
 
-from mllm.errors import DataError, UnavailableError
+from mllm.errors import ConfigError, DataError, UnavailableError
 from mllm.eval.data.pictures import Frames
 from mllm.eval.data.templates import clean
-from mllm.types import IMAGE_MARK, Turn
+from mllm.types import IMAGE_MARK, Turn, Video
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
 
 
-def interleaved(parts: Iterable[tuple[str, Any]], frames: int) -> tuple[str, list[Any]]:
+_FRAMES = 8
+
+
+def frames_for(generator: Any, frames: int | None) -> int | None:
+    """How many pictures are taken of a video (default: 8); None for a model that takes videos and chooses their frames itself, as
+    training and `mllm eval run` show it. Raises `ConfigError` for such a model and a number."""
+    if not getattr(generator, "takes_video", False):
+        return _FRAMES if frames is None else int(frames)
+    if frames is not None:
+        raise ConfigError(
+            f"frames={frames}: this model sees videos whole, of which its own config chooses frames (video); leave frames out"
+        )
+    return None
+
+
+def interleaved(parts: Iterable[tuple[str, Any]], frames: int | None) -> tuple[str, list[Any]]:
     """(turn content with `IMAGE_MARK`, pictures) of ``("text" | "image" | "video", value)`` parts, in their order.
 
     A picture and the text after it are separated by a line feed, as in this toolkit's own prompts. frames: pictures
-    taken of a video. Raises `UnavailableError` for parts of another kind.
+    taken of a video (`frames_for`). Raises `UnavailableError` for parts of another kind.
     """
     content, images = "", []
     for kind, value in parts:
@@ -38,7 +53,7 @@ def interleaved(parts: Iterable[tuple[str, Any]], frames: int) -> tuple[str, lis
     return content, images
 
 
-def turns_and_images(messages: Sequence[Mapping[str, Any]], frames: int) -> tuple[list[Turn], list[Any]]:
+def turns_and_images(messages: Sequence[Mapping[str, Any]], frames: int | None) -> tuple[list[Turn], list[Any]]:
     """Chat messages (``content``: a string, or parts ``{"type": "text" | "image" | "video", …}`` whose value stands
     under ``text`` or ``url``, or under the type's name) as turns and their pictures, in order."""
     turns, images = [], []
@@ -77,20 +92,21 @@ def picture(value: Any) -> Image.Image:
     return load_image(value, where=f"picture {value}"[:200] if isinstance(value, str | Path) else "picture")
 
 
-def video(value: Any, frames: int) -> list[Any]:
-    """Evenly spaced pictures of a video file or folder of frames; a list of pictures is taken as it is."""
+def video(value: Any, frames: int | None) -> list[Any]:
+    """Evenly spaced pictures of a video file or folder of frames; a list of pictures is taken as it is. frames None: one `Video`."""
     from mllm.processing.references import file_path
 
     if isinstance(value, list | tuple):
-        return [picture(entry) for entry in value]
+        pictures = [picture(entry) for entry in value]
+        return [Video(pictures)] if frames is None else pictures
     path = Path(file_path(str(value), "video") if str(value).startswith("file:") else str(value))
     if not path.exists():
         raise DataError(f"{path}: no such video")
-    return [image for image, _ in Frames(path, frames).load()]
+    return [Video(path)] if frames is None else [image for image, _ in Frames(path, frames).load()]
 
 
-def visuals(values: Any, frames: int) -> list[Any]:
-    """Pictures of whatever a task calls its visuals: (nested lists of) pictures, picture files, video files."""
+def visuals(values: Any, frames: int | None) -> list[Any]:
+    """Pictures (with frames None also `Video`s) of what a task calls its visuals: (nested lists of) pictures, picture and video files."""
     if values is None:
         return []
     if isinstance(values, list | tuple):

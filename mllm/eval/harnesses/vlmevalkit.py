@@ -18,7 +18,7 @@ from typing import Any
 
 from mllm.errors import ConfigError, DataError, UnavailableError
 from mllm.eval.checkpoint import open_generator
-from mllm.eval.harnesses.messages import interleaved
+from mllm.eval.harnesses.messages import frames_for, interleaved
 from mllm.types import Request, Turn
 
 _KINDS = ("text", "image", "video")
@@ -28,7 +28,7 @@ class MllmVLMEval:
     """A checkpoint with the interface that VLMEvalKit's inference calls: ``generate``, ``chat``, ``set_dump_image``,
     ``use_custom_prompt``. The data sets' own prompts are used; pictures stay where the message has them.
 
-    generator: ``hf`` or ``vllm``; frames: pictures taken of a video; options: further generation settings by their
+    generator: ``hf`` or ``vllm``; frames: pictures taken of a video (`frames_for`); options: further generation settings by their
     Hugging Face names. Greedy unless these say otherwise.
     """
 
@@ -44,7 +44,7 @@ class MllmVLMEval:
         device: str | None = None,
         generator: str = "hf",
         max_new_tokens: int = 1024,
-        frames: int = 8,
+        frames: int | None = None,
         system: str | None = None,
         **options: Any,
     ):
@@ -53,7 +53,7 @@ class MllmVLMEval:
 
             dtype = "bfloat16" if torch.cuda.is_available() and device != "cpu" else "float32"
         self.generator = open_generator(checkpoint, kind=generator, batch_size=1, dtype=dtype, device=device)
-        self.frames, self.system = frames, system
+        self.frames, self.system = frames_for(self.generator, frames), system
         self.options = {"max_new_tokens": max_new_tokens, "do_sample": False, **options}
         self.dump_image_func: Any = None
 

@@ -421,11 +421,14 @@ class Admission:
             data["mm_processor_kwargs"] = {**(data.get("mm_processor_kwargs") or {}), ADAPTER: number}
 
     def information(self) -> dict[str, Any]:
-        """What a client can ask for: pictures per request, experts, who routes, whether it draws, and what heads answer."""
+        """What a client can ask for: pictures and videos per request, how videos are seen, experts, who routes, whether it draws, and
+        what heads answer."""
         router, heads = self.settings.router or {}, self.settings.heads
         return {
             "max_images": self.settings.max_images,
             "max_videos": self.settings.max_videos,
+            "video": self.settings.video,
+            "max_body_bytes": self.settings.max_body_bytes,
             "experts": list(router.get("experts", [])),
             "router": router.get("type"),
             "media_domains": self.settings.media_domains,

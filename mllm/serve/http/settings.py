@@ -36,6 +36,8 @@ class AdmissionSettings(StrictModel):
     """Whether each picture of a scene must say its seconds: the model is told the time of every frame."""
     whole: bool = False
     """Whether a video may have no more frames than a scene has pictures: the model's frames are chosen by points that no request has."""
+    video: dict[str, Any] | None = None
+    """The checkpoint's video section, for clients that choose frames by it; None: the model takes no videos."""
     max_pixels: int = Field(default=16_000_000, gt=0)
     image_token: str = "<image>"
     image_token_id: int | None = None

@@ -181,7 +181,7 @@ def test_rows_chats_and_saved_models_see_the_same_cameras(tmp_path):
     assert "reads the cameras of frames" in (why_not(model, set()) or "")
 
 
-def test_lens_follows_the_crop_and_what_is_lost_is_named():
+def test_lens_follows_the_crop_and_what_is_lost_is_named(caplog):
     frames, matrices = np.zeros((3, 40, 80, 3), np.uint8), cameras_of(3)
     wide = {"matrices": matrices, "fov": [53.130102, 90.0]}
     crop = ImageSpec(height=20, width=20, resize="crop", cameras="refuse")
@@ -197,6 +197,7 @@ def test_lens_follows_the_crop_and_what_is_lost_is_named():
     lost = {"poses": {**wide, "matrices": [matrices[0].tolist(), None, matrices[2].tolist()]}}
     lenient = crop.model_copy(update={"cameras": "unknown"})
     assert read(lost, lenient).isnan().all() and read(None, lenient).isnan().all()
+    assert "clip: the camera of frame 1 is not known (1 of 3 frames seen)" in caplog.text
     for points, told in (
         (None, "nothing tells this video's"),
         (lost, "that of frame 1 is not known"),

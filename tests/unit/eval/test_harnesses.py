@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +16,11 @@ from PIL import Image
 
 from mllm.errors import ConfigError, DataError, UnavailableError
 from mllm.eval.checkpoint import open_generator
-from mllm.eval.harnesses.messages import interleaved, turns_and_images, with_images
+from mllm.eval.harnesses.messages import frames_for, interleaved, turns_and_images, with_images
 from mllm.eval.harnesses.vlmevalkit import MllmVLMEval, main, message_parts
 from mllm.eval.predictions import read_predictions
 from mllm.eval.run import evaluate
-from mllm.types import IMAGE_MARK, Request, Turn
+from mllm.types import IMAGE_MARK, Request, Turn, Video
 from tests.helpers import picture, tiny_model
 from tests.unit.eval.test_runner import make_data
 
@@ -63,6 +64,14 @@ def test_messages_keep_the_order_of_words_and_pictures():
     assert len(images) == 3
     assert with_images("A <image> B <image>", 2) == f"A {IMAGE_MARK} B {IMAGE_MARK}"
     assert with_images("A <image> B", 2) == f"{IMAGE_MARK * 2}\nA <image> B" and with_images("A", 0) == "A"
+    films = [("video", [first, second]), ("text", "and?")]
+    content, (film,) = interleaved(films, frames_for(SimpleNamespace(takes_video=True), None))
+    assert content == f"{IMAGE_MARK}\nand?" and isinstance(film, Video), (
+        "a model that chooses frames is given the whole"
+    )
+    assert frames_for(SimpleNamespace(), None) == 8 and frames_for(SimpleNamespace(takes_video=False), 4) == 4
+    with pytest.raises(ConfigError, match="frames=4: this model sees videos whole"):
+        frames_for(SimpleNamespace(takes_video=True), 4)
     with pytest.raises(UnavailableError, match="'audio': this model reads text, pictures and videos"):
         turns_and_images([{"role": "user", "content": [{"type": "audio", "url": "x"}]}], 4)
 

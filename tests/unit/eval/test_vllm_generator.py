@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 
 from mllm.eval.generators.base import checkpoint_hash
-from mllm.eval.generators.vllm import memory_share
+from mllm.eval.generators.vllm import host_memory, memory_share
+from mllm.models.engine_memory import Need
 from tests.helpers import ROOT, tiny_model
 from tests.integration.serving import VLLM_ON_CPU
 
@@ -36,10 +38,15 @@ SCRIPT = textwrap.dedent(
 
 
 def test_engines_of_one_machine_share_its_memory():
-    assert memory_share({"LOCAL_WORLD_SIZE": "8"}, 8, 1, 2) == {} == memory_share({}, 1, 1, 2), "a GPU of its own"
-    assert memory_share({"LOCAL_WORLD_SIZE": "4"}, 2, 1, 2) == {"gpu_memory_utilization": 0.45}
-    assert memory_share({}, 0, 16, 24) == {"gpu_memory_utilization": 0.533}, "of what is free, not of what there is"
-    assert memory_share({"LOCAL_WORLD_SIZE": "2"}, 0, 16, 24) == {"gpu_memory_utilization": 0.267}
+    assert memory_share({"LOCAL_WORLD_SIZE": "8"}, 8) == {} == memory_share({}, 1), "a GPU of its own"
+    assert memory_share({"LOCAL_WORLD_SIZE": "4"}, 2) == {"gpu_memory_utilization": 0.45}
+    small = Need(weights=2**20, per_token=2**10, length=1000, seats=128)
+    assert host_memory({}, small, 16 * 2**30, 24 * 2**30) == {"kv_cache_memory_bytes": small.all}, "what it can need"
+    large = replace(small, per_token=2**20)
+    assert host_memory({}, large, 16 * 2**30, 24 * 2**30) == {"kv_cache_memory_bytes": 8 * 2**30}, (
+        "half of what is free"
+    )
+    assert host_memory({"LOCAL_WORLD_SIZE": "2"}, large, 16 * 2**30, 24 * 2**30) == {"kv_cache_memory_bytes": 4 * 2**30}
 
 
 @pytest.mark.vllm

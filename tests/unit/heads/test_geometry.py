@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +340,13 @@ def test_a_model_without_such_heads_reads_the_rows_and_says_what_it_leaves_out(
         for _ in range(2):
             assert encode_sample(processor, sample(film(), **TAUGHT)).geometry == {}
     assert caplog.text.count("d: its rows have poses, and no head of this model learns from them") == 1
+    chat._tell_unread.cache_clear()
+    caplog.clear()
+    _, by_points = tiny_model(tmp_path, video={"which": "space_aware", "frames": 2, "candidates": 3})
+    with caplog.at_level(logging.WARNING):
+        scene = {name: told[0] for name, told in TAUGHT.items()}  # as reading a row lays them beside its video
+        encode_sample(by_points, sample(replace(film(), points=scene), **TAUGHT))
+    assert "learns from them" not in caplog.text, "frames are chosen by them"
 
 
 def test_rows_without_what_a_head_learns_from_are_told_once(

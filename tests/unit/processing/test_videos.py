@@ -1,5 +1,6 @@
 # pyright: reportOptionalMemberAccess=false, reportOptionalIterable=false
 
+import base64
 import io
 import random
 import time
@@ -151,19 +152,43 @@ def test_controls_show_the_same_frames_in_another_order(clip):
     assert in_order("shuffled", [3, 5], "x") == (5, 3) and in_order("shuffled", [3, 3]) == (3, 3)
 
 
-def test_a_turned_video_is_set_upright(tmp_path, clip):
-    """The file holds the frames lying on their side and says how to turn them; without obeying, `number_of` fails."""
+@pytest.mark.parametrize("door", ["file", "bytes", "data uri"])
+@pytest.mark.parametrize(
+    ("matrix", "lay"),
+    [
+        ((0, 1, -1, 0), np.rot90),  # lies counter-clockwise; shown, it is turned clockwise
+        ((-1, 0, 0, -1), lambda frame: frame[::-1, ::-1]),
+        ((0, -2, 2, 0), lambda frame: np.rot90(frame, -1)),
+        ((-1, 0, 0, 1), np.fliplr),
+        ((1, 0, 0, -1), np.flipud),
+        ((0, 1, 1, 0), lambda frame: frame.swapaxes(0, 1)),
+        ((0, -1, -1, 0), lambda frame: np.rot90(frame, 2).swapaxes(0, 1)),
+        ((0, 0, 0, 0), np.asarray),
+    ],
+)
+def test_a_turned_video_is_set_upright(tmp_path, matrix, lay, door):
+    """The file holds the frames as they lie and says how to show them; without obeying, `number_of` fails or finds another number."""
     import av
 
     lying = tmp_path / "lying.mp4"
     with av.open(str(lying), "w") as container:
         stream = container.add_stream("libx264", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 48, 128, "yuv420p"
+        stream.height, stream.width = lay(painted(0)).shape[:2]
+        stream.pix_fmt = "yuv420p"
         for number in range(6):
-            side = np.ascontiguousarray(np.rot90(painted(number)))  # counter-clockwise; shown, it is turned clockwise
+            side = np.ascontiguousarray(lay(painted(number)))
             container.mux(stream.encode(av.VideoFrame.from_ndarray(side, format="rgb24")))
         container.mux(stream.encode())
-    assert seen(turned(lying, tmp_path / "turned.mp4"), VideoSpec(frames=6))[0] == list(range(6))
+    file = turned(lying, tmp_path / "turned.mp4", matrix)
+    data = file.read_bytes()
+    source = {"file": file, "bytes": data, "data uri": f"data:video/mp4;base64,{base64.b64encode(data).decode()}"}[door]
+    assert seen(source, VideoSpec(frames=6))[0] == list(range(6))
+
+
+def test_an_angle_between_quarter_turns_is_named(tmp_path, clip):
+    file = turned(clip, tmp_path / "turned.mp4", (0.7071, 0.7071, -0.7071, 0.7071))
+    with pytest.raises(DataError, match="clip, frame 0: the file says that it is shown turned by 45° clockwise"):
+        seen(file)
 
 
 def test_bad_videos_are_named(tmp_path, clip):

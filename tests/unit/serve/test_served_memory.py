@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from mllm.errors import ConfigError
-from mllm.serve import memory as served_memory
-from mllm.serve.memory import (
+from mllm.models import engine_memory as served_memory
+from mllm.models.engine_memory import (
     Need,
     cpu_cache,
     engines_of,

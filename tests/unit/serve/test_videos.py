@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import base64
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mllm.errors import AlignmentError, ConfigError
+from mllm.errors import AlignmentError, ConfigError, DataError
+from mllm.eval.generators.openai import OpenAIGenerator
 from mllm.processing.engine_videos import VIDEO_ID, engine_options, pack, unpack, visual_inputs
+from mllm.processing.frames import VideoSpec
+from mllm.processing.videos import frames_of
 from mllm.serve.vllm.videos import FileLoader, mark_videos, packed
-from mllm.types import Video, scene
+from mllm.types import IMAGE_MARK, Request, Turn, Video, scene
 from tests.helpers import picture, tiny_tokenizer
 from tests.unit.serve.test_admission import Echo, ask, chat, encoded
 from tests.unit.serve.test_admission import picture as image_part
@@ -92,6 +96,7 @@ def test_a_models_video_section_opens_the_engine_for_videos():
     assert engine_options(Config, images=3, videos=2) == {"limit_mm_per_prompt": {"image": 3}}
     Config.video = {"frames": 4}
     assert engine_options(Config, images=3, videos=2)["limit_mm_per_prompt"] == {"image": 3, "video": 2}
+    assert set(engine_options(Config)) == {"media_io_kwargs"}, "as many as the context holds"
 
 
 def test_a_videos_place_is_marked_where_its_text_stands():
@@ -118,15 +123,70 @@ def test_a_videos_place_is_marked_where_its_text_stands():
             mark_videos(tokenizer, odd, "<image>", image)
 
 
-def test_pictures_and_videos_of_a_prompt_are_told_apart_by_their_order():
-    class Processor:
-        image_token_id = 7
+def reader(**spec) -> SimpleNamespace:
+    """What a prompt's visuals are told from, of a processor."""
+    return SimpleNamespace(image_token_id=7, rules=SimpleNamespace(video=VideoSpec(**spec)))
 
+
+def test_pictures_and_videos_of_a_prompt_are_told_apart_by_their_order():
     clip = Video(film())
-    made = visual_inputs([1, 7, 2, 7, 7], [clip, picture(1), clip], Processor, where="row")
+    made = visual_inputs([1, 7, 2, 7, 7], [clip, picture(1), clip], reader(frames=2), where="row")
     assert made["prompt_token_ids"] == [1, VIDEO_ID, 2, 7, VIDEO_ID]
     assert len(made["multi_modal_data"]["video"]) == 2 and len(made["multi_modal_data"]["image"]) == 1
-    assert set(visual_inputs([7], [picture(1)], Processor, where="row")) == {"multi_modal_data"}
+    assert set(visual_inputs([7], [picture(1)], reader(frames=2), where="row")) == {"multi_modal_data"}
+
+
+@pytest.mark.parametrize("play", ["forward", "reversed", "shuffled", "frozen", "gray"])
+@pytest.mark.parametrize("kind", ["file", "folder", "array", "pictures", "bounds", "points"])
+def test_an_engine_and_a_server_see_of_a_video_what_the_model_itself_sees(tmp_path, kind, play):
+    painted = np.full((12, 8, 8, 3), 20, np.uint8)
+    painted[:, :, :, 0] += np.arange(12, dtype=np.uint8)[:, None, None] * 20
+    for number, frame in enumerate(painted):
+        Image.fromarray(frame).save(tmp_path / f"{number}.png")
+    np.save(tmp_path / "room.npy", painted)
+    (tmp_path / "clip.gif").write_bytes(film(6))
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "room.npy.points.npz", points=rng.normal(size=(12, 4, 4, 3)).astype(np.float32))
+    spec = VideoSpec(**({"which": "space_aware", "frames": 4, "candidates": 12} if kind == "points" else {"frames": 5}))
+    video = {
+        "file": lambda: Video(tmp_path / "clip.gif", play=play, key="k"),
+        "folder": lambda: Video(tmp_path, fps=3, play=play, key="k"),
+        "array": lambda: Video(painted, fps=2, play=play, key="k"),
+        "pictures": lambda: Video([Image.fromarray(frame) for frame in painted], play=play, key="k"),
+        "bounds": lambda: Video(tmp_path, fps=3, start=1, end=3, play=play, key="k"),
+        "points": lambda: Video(tmp_path / "room.npy", play=play, key="k"),
+    }[kind]()
+
+    def seen(one: Video) -> tuple:
+        found = frames_of(one, spec, where="clip")
+        places = {place: np.asarray(picture) for places, picture in found.pictures() for place in places}
+        return found.chosen.milliseconds if found.chosen.seconds else None, [places[k].tolist() for k in sorted(places)]
+
+    array = visual_inputs([7], [video], reader(**spec.model_dump()), where="row")["multi_modal_data"]["video"][0]
+    assert seen(unpack(array)) == seen(video)
+    assert array.nbytes < 3000 or kind == "file", "of a folder the frames that are seen travel alone"
+
+    settings = TAKES | {"max_frames": spec.most, "whole": kind == "points", "video": spec.model_dump()}
+    generator, app = OpenAIGenerator("m", "http://127.0.0.1:9/v1"), Echo()
+    generator.info = ask(app, path="/mllm/info", method="GET", **settings).json()  # a property: asked once
+    assert generator.takes_video
+    body = generator._body(Request("r", [Turn("user", f"{IMAGE_MARK}\nwhat?")], [video]))
+    reply = ask(app, body, **settings)
+    assert reply.status_code == 200, reply.text
+    film_part, words = app.bodies[-1]["messages"][0]["content"]
+    assert (film_part["type"], words["text"]) == ("video_url", "what?")
+    content = base64.b64decode(film_part["video_url"]["url"].partition(",")[2])
+    assert seen(unpack(FileLoader.load_bytes(content)[0])) == seen(video)
+    assert (content == film(6)) == ((kind, play) == ("file", "forward")), (
+        "frames travel where the file does not tell them"
+    )
+
+
+def test_frames_of_two_sizes_are_named_before_the_engine():
+    with pytest.raises(DataError, match="clip, frame 1: is 5 × 4, the first 4 × 4"):
+        pack(Video([np.zeros((4, 4, 3), np.uint8), np.zeros((4, 5, 3), np.uint8)]), where="clip")
+    with pytest.raises(DataError, match="clip: the video has no frames"):
+        pack(Video([]), where="clip")
 
 
 def test_a_model_without_video_refuses_the_part_by_name():
