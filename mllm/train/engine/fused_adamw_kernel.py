@@ -7,6 +7,15 @@ import triton.language as tl
 
 
 @triton.jit
+def _adamw(w, m, v, g, decay, step_size, root_correction, beta1, rest1, beta2, rest2, eps):
+    """Weights and moments after a gradient, in float32 and torch's order."""
+    w = w - decay * w
+    m = beta1 * m + rest1 * g
+    v = beta2 * v + rest2 * g * g
+    return w - step_size * m / (tl.sqrt_rn(v) * root_correction + eps), m, v
+
+
+@triton.jit
 def update_kernel(
     parameter,
     gradient,
@@ -25,17 +34,14 @@ def update_kernel(
     eps,
     BLOCK: tl.constexpr,
 ):
-    """fp32 arithmetic in torch's order; the fp32 weight is rounded to the low precision once, to nearest."""
+    """The float32 weight is rounded to the low precision once, to nearest."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
     g = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32) * tl.load(scale)
     w = tl.load(master + place, mask=inside, other=0.0)
     m = tl.load(mean + place, mask=inside, other=0.0)
     v = tl.load(square + place, mask=inside, other=0.0)
-    w = w - decay * w
-    m = beta1 * m + rest1 * g
-    v = beta2 * v + rest2 * g * g
-    w = w - step_size * m / (tl.sqrt_rn(v) * root_correction + eps)
+    w, m, v = _adamw(w, m, v, g, decay, step_size, root_correction, beta1, rest1, beta2, rest2, eps)  # pyright: ignore[reportGeneralTypeIssues]
     tl.store(master + place, w, mask=inside)
     tl.store(mean + place, m, mask=inside)
     tl.store(square + place, v, mask=inside)
@@ -82,10 +88,7 @@ def compact_kernel(
     else:
         m = tl.load(mean + place, mask=inside, other=0.0)
         v = tl.load(square + place, mask=inside, other=0.0)
-    w = w - decay * w
-    m = beta1 * m + rest1 * g
-    v = beta2 * v + rest2 * g * g
-    w = w - step_size * m / (tl.sqrt_rn(v) * root_correction + eps)
+    w, m, v = _adamw(w, m, v, g, decay, step_size, root_correction, beta1, rest1, beta2, rest2, eps)  # pyright: ignore[reportGeneralTypeIssues]
     bits = w.to(tl.int32, bitcast=True)
     if LOW_BITS:
         high = (bits + 0x8000) >> 16
