@@ -118,24 +118,51 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--output", type=Path, default=Path("runs/eval_doors"))
+    parser.add_argument("--tell", action="store_true", help="compare what is answered already")
     options = parser.parse_args()
-    data = options.output / "data"
+    if not options.tell:
+        ask_everywhere(options.checkpoint, options.output)
+    known = answers(options.output / "hf")
+    names = ("torch", "transformers", "av")
+    print(f"{datetime.date.today()}, CPU, float32, greedy; " + ", ".join(f"{name} {version(name)}" for name in names))
+    print(
+        f"{len(known)} answers of {', '.join(TASKS)}, their controls among them: another clip, frames shuffled, reversed, frozen, gray;"
+    )
+    print(
+        f"{len({row['output'] for row in known.values()})} different ones, {sum('error' in row for row in known.values())} failed\n"
+    )
+    print(
+        f"{'beside hf':<10}{'answers':>9}{'same':>6}{'same tokens':>13}{'same score':>12}{'log probability apart, most':>29}"
+    )
+    for door in ("vllm", "openai"):
+        found = answers(options.output / door)
+        assert found.keys() == known.keys()
+        pairs = [(known[key], found[key]) for key in known]
+        text = sum(a["output"].rstrip("\ufffd") == b["output"].rstrip("\ufffd") for a, b in pairs)
+        tokens, scores = (sum(a.get(key) == b.get(key) for a, b in pairs) for key in ("num_prompt_tokens", "scores"))
+        apart = [abs(a["logprob"] - b["logprob"]) for a, b in pairs if "logprob" in a and "logprob" in b]
+        most = f"{max(apart):.1e}" if apart else "not told"
+        print(f"{door:<10}{len(pairs):>9}{text:>6}{tokens:>13}{scores:>12}{most:>29}")
+
+
+def ask_everywhere(checkpoint: Path, output: Path) -> None:
+    """``mllm eval run`` in this process, in vLLM's and of a server."""
+    data = output / "data"
     if not data.exists():
         for name, write in zip(TASKS, (write_vsibench, write_videomme, write_mvbench)):
             write(data / name)
     places = [part for name in TASKS for part in ("--data", f"{name}={data / name}")]
 
-    def ask(door: str, name: str, *more: str) -> float:
-        started = time.perf_counter()
+    def ask(door: str, name: str, *more: str) -> None:
         arguments = ("eval", "run", name, "--tasks", ",".join(TASKS), *places, "--blind", "--generator", door, *more)
-        log = options.output / f"{door}.log"
-        status = mllm(*arguments, "--no-resume", "--output", str(options.output / door), log=log).wait()
+        log = output / f"{door}.log"
+        status = mllm(*arguments, "--no-resume", "--output", str(output / door), log=log).wait()
         assert status == 0, f"{door}: status {status}; {log}"
-        return time.perf_counter() - started
 
-    seconds = {door: ask(door, str(options.checkpoint)) for door in ("hf", "vllm")}
-    log = options.output / "serve.log"
-    server = mllm("serve", str(options.checkpoint), "--port", str(PORT), "--dtype", "float32", "--eager", log=log)
+    for door in ("hf", "vllm"):
+        ask(door, str(checkpoint))
+    log = output / "serve.log"
+    server = mllm("serve", str(checkpoint), "--port", str(PORT), "--dtype", "float32", "--eager", log=log)
     try:
         for _ in range(300):
             assert server.poll() is None, f"the server ended; {log}"
@@ -145,35 +172,10 @@ def main() -> None:
             except httpx.TransportError:
                 pass
             time.sleep(1)
-        seconds["openai"] = ask("openai", options.checkpoint.name, "--base-url", f"http://127.0.0.1:{PORT}/v1")
+        ask("openai", checkpoint.name, "--base-url", f"http://127.0.0.1:{PORT}/v1")
     finally:
         server.terminate()
         server.wait(60)
-
-    known = answers(options.output / "hf")
-    print(
-        f"{datetime.date.today()}, CPU, float32, greedy; "
-        + ", ".join(f"{n} {version(n)}" for n in ("torch", "transformers"))
-    )
-    print(f"{options.checkpoint.name}: {len(known)} answers of {', '.join(TASKS)}, with five controls each, of which")
-    print(
-        f"{len({row['output'] for row in known.values()})} are different and {sum('error' in row for row in known.values())} failed\n"
-    )
-    print(
-        f"{'door':<8}{'same answer':>13}{'same tokens':>13}{'same score':>12}{'log probability apart':>23}{'seconds':>9}"
-    )
-    for door in ("vllm", "openai"):
-        found = answers(options.output / door)
-        assert found.keys() == known.keys()
-        pairs = [(known[key], found[key]) for key in known]
-        same = [
-            sum(a["output"].rstrip("\ufffd") == b["output"].rstrip("\ufffd") for a, b in pairs),
-            *(sum(a.get(what) == b.get(what) for a, b in pairs) for what in ("num_prompt_tokens", "scores")),
-        ]
-        apart = [abs(a["logprob"] - b["logprob"]) for a, b in pairs if "logprob" in a and "logprob" in b]
-        print(
-            f"{door:<8}{same[0]:>13}{same[1]:>13}{same[2]:>12}{f'{max(apart):.1e}' if apart else 'not told':>23}{seconds[door]:>9.0f}"
-        )
 
 
 if __name__ == "__main__":

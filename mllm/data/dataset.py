@@ -100,7 +100,8 @@ class PlannedDataset(Dataset):
             if sample is not None:
                 return sample
         source = self.mixture.sources[draw.dataset]
-        checked = source.spec.path if source.spec.recognised else source.name  # what the command takes
+        path = str(source.spec.path or "")  # the command takes that, or the name of a dataset that is listed
+        checked = path if path and "$" not in path else source.name
         raise DataError(
             f"{source.name}: {_MAX_ATTEMPTS} samples one after another cannot be used; run `mllm data check {checked}`. "
             f"The last: {dropped[-1].reason}"

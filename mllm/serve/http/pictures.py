@@ -48,10 +48,14 @@ def check_number(pictures: list[Picture], rules: PictureRules) -> None:
     """Raise `Refused` for more pictures than a request may have."""
     stills, videos = sum(not picture.is_video for picture in pictures), sum(picture.is_video for picture in pictures)
     if stills > rules.max_images:
-        raise Refused(400, f"{stills} pictures in one request; at most {rules.max_images} are served")
+        raise Refused(
+            400, f"{stills} pictures in one request; at most {rules.max_images} are served (mllm serve --max-images)"
+        )
     if videos > rules.max_videos:
         kind = "videos and scenes" if any(picture.views for picture in pictures) else "videos"
-        raise Refused(400, f"{videos} {kind} in one request; at most {rules.max_videos} are served")
+        raise Refused(
+            400, f"{videos} {kind} in one request; at most {rules.max_videos} are served (mllm serve --max-videos)"
+        )
     for picture in pictures:
         if len(picture.views) > rules.max_frames:
             raise Refused(

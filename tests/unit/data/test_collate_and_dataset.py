@@ -257,7 +257,9 @@ def test_a_bad_sample_only_leaves_a_gap_in_a_packed_row(folder, processor):
 def test_many_bad_samples_in_a_row_end_the_run_with_the_cure(tmp_path, processor):
     row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "learn": False}]}
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(8)))
-    with pytest.raises(DataError, match=r"100 samples one after another cannot be used; run `mllm data check train`"):
+    with pytest.raises(
+        DataError, match=r"100 samples one after another cannot be used; run `mllm data check \S+train.jsonl`"
+    ):
         next(iter(stream(tmp_path, processor)))
 
 
