@@ -20,6 +20,9 @@ class GraphNetwork(nn.Module):
         self.keys = {name: name.replace(".", "__") for name in graph["weights"]}
         for name, shape in graph["weights"].items():
             self.register_parameter(self.keys[name], nn.Parameter(torch.empty(shape)))
+        last = {name: place for place, (_, inputs, _, _) in enumerate(graph["nodes"]) for name in inputs}
+        last.pop(graph["output"], None)
+        self.spent = [[n for n in dict.fromkeys(node[1]) if last.get(n) == k] for k, node in enumerate(graph["nodes"])]
         self.reset_parameters()
 
     @torch.no_grad()
@@ -39,9 +42,12 @@ class GraphNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         values: dict[str, Any] = {self.graph["input"]: x, **self.graph["constants"]}
-        for op, inputs, output, attributes in self.graph["nodes"]:
+        for (op, inputs, output, attributes), spent in zip(self.graph["nodes"], self.spent, strict=True):
             given = [getattr(self, self.keys[n]) if n in self.keys else values[n] for n in inputs]
             values[output] = _run(op, given, attributes)
+            del given
+            for name in spent:
+                values.pop(name, None)
         return values[self.graph["output"]]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import weakref
 
 import pytest
 import torch
@@ -97,6 +98,28 @@ def test_text_networks_learn_everywhere_and_fold(architecture):
     assert 0.02 < float(features.tokens.detach().std()) < 50  # from scratch it can be trained
     features.tokens.square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
+
+
+def test_a_value_of_a_network_is_let_go_after_its_last_use(monkeypatch):
+    from mllm.parts import graph_network
+
+    run, living, most = graph_network._run, list[weakref.ref](), 0
+
+    def watched(*arguments):
+        nonlocal most
+        value = run(*arguments)
+        living.append(weakref.ref(value))
+        most = max(most, sum(one() is not None for one in living))
+        return value
+
+    monkeypatch.setattr(graph_network, "_run", watched)
+    config = encoder_config(
+        {"type": "ppocr", "architecture": "ppocrv6_rec_small", "image_size": 64}, where="encoders.text"
+    )
+    encoder = build_encoder(config)
+    with torch.no_grad():
+        encoder(torch.randn(1, 3, 64, 64))
+    assert 0 < most < 8 < len(living)
 
 
 def test_an_onnx_file_becomes_the_same_network(tmp_path):
