@@ -279,6 +279,9 @@ class StageSpec(StrictModel):
     engine: str | dict[str, Any] = "none"
     """none, zero1, zero2, zero3, a DeepSpeed json file, or auto: the one that shares least and fits, by the plan and the memory of
     the GPUs it is started on."""
+    frozen_encoders: Literal["shared", "whole"] = "shared"
+    """Under ZeRO-3, encoders that do not learn: shared like everything else and gathered for every picture, or whole on each GPU, which
+    takes their bytes there and no communication. With other engines they are whole."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights and products; with bfloat16 the optimizer keeps float32 copies of what learns."""
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)

@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -18,6 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from mllm.data.shards.names import refuse_gaps
 from mllm.errors import DataError
 
 _CHUNK = 1 << 22
@@ -244,9 +244,6 @@ def file_hash(paths: Sequence[Path]) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-_SHARD = re.compile(r"(.*-)(\d+)-of-(\d+)(\..+)")
-
-
 def matching_files(path: Path, suffixes: Sequence[str], *, where: str) -> list[Path]:
     """The files a path means: itself, a folder's (by name), or a glob's. Raises `DataError` when there is none, or when their names say
     that one is missing."""
@@ -263,24 +260,5 @@ def matching_files(path: Path, suffixes: Sequence[str], *, where: str) -> list[P
     if not found:
         raise DataError(f"{where}: {path}: expected {expected}, found none")
     if not any(sign in path.name for sign in "?["):  # those choose some of the shards
-        _refuse_gaps(found, where)
+        refuse_gaps([str(file) for file in found], where, padded=True, what="files")
     return found
-
-
-def _refuse_gaps(files: Sequence[Path], where: str) -> None:
-    """Raises `DataError` where files named ``…-00000-of-00003.…`` say that there are more of them: a copy that was cut short would be
-    trained on as if it were all."""
-    sets: dict[tuple[str, str, str], set[int]] = {}
-    for file in files:
-        if match := _SHARD.fullmatch(file.name):
-            before, number, total, after = match.groups()
-            sets.setdefault((before, total, after), set()).add(int(number))
-    for (before, total, after), numbers in sets.items():
-        absent = sorted(set(range(int(total))) - numbers)
-        if absent and max(numbers) < int(total):  # from 0, as every writer of such names counts
-            name = f"{before}{absent[0]:0{len(total)}d}-of-{total}{after}"
-            others = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-            raise DataError(
-                f"{where}: {files[0].parent}: of {int(total)} files {name}{others} is missing; fetch what is missing, or choose the "
-                "files that are meant by ? or [ ] in the path"
-            )

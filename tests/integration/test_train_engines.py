@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.train import run_recipe
+from mllm.train.engine.zero import ZeroEngine
 from tests.integration.kill_points import in_a_process
 from tests.integration.train_helpers import make_recipe, metrics
 
@@ -63,6 +64,7 @@ def test_two_processes_with_text_only_ranks_equal_one_process_in_every_engine(tm
     several = _recipe(tmp_path, engines, learns, 2, model=model)
     for stage in several.stages:
         stage.max_tokens_per_batch = SPLIT
+    several.stages[-1].frozen_encoders = "whole"
     two = run_recipe(several, output=tmp_path / "two", processes=2)
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert a["data"] == b["data"] and a["images"] == b["images"] and a["supervised"] == b["supervised"]
@@ -80,12 +82,24 @@ def test_two_processes_with_text_only_ranks_equal_one_process_in_every_engine(tm
 
 
 def _train_twice(folder):
+    parts: dict[str, set[bool]] = {}
+    step = ZeroEngine.step
+
+    def looked_at(engine):
+        if engine.zero_stage == 3:
+            for name, parameter in engine.model.named_parameters():
+                parts.setdefault(name.split(".")[1], set()).add(hasattr(parameter, "ds_id"))
+        return step(engine)
+
+    ZeroEngine.step = looked_at  # pyright: ignore[reportAttributeAccessIssue]
     for engine in ("zero1", "zero3"):
-        stages = [{"name": "only", "steps": 1, "batch_size": 1, "engine": engine}]
-        run_recipe(make_recipe(folder, stages=stages), output=folder / engine)
+        learn = {"connector": 1e-3}
+        only = {"name": "only", "steps": 2, "batch_size": 1, "engine": engine, "learn": learn}
+        run_recipe(make_recipe(folder, stages=[only | {"frozen_encoders": "whole"}]), output=folder / engine)
+    assert parts["vision_tower"] == {False} and parts["language_model"] == parts["multi_modal_projector"] == {True}
 
 
 def test_one_python_process_trains_again_under_zero(tmp_path):
-    """A notebook does: DeepSpeed kept the groups of the run before, which were gone."""
+    """A notebook does: DeepSpeed kept the groups of the run before, which were gone. Frozen encoders are asked to stay whole."""
     assert in_a_process(_train_twice, tmp_path) == 0
     assert (tmp_path / "zero3" / "final" / "model.safetensors").is_file()

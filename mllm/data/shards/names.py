@@ -119,7 +119,7 @@ def find_shards(pattern: str, *, where: str) -> dict[str, int | None]:
     if not found:
         raise DataError(f"{where}: {pattern}: expected files ending in {', '.join(_ENDINGS)}, found none")
     if not any(sign in pattern for sign in "?[{"):  # those choose some of them
-        _refuse_gaps(list(found), where)
+        refuse_gaps(list(found), where)
     _refuse_endings(found, where)
     return found
 
@@ -151,9 +151,13 @@ def _refuse_endings(names: Any, where: str) -> None:
         raise ConfigError(f"{where}: shards of several kinds; expected all tar, all parquet or all jsonl")
 
 
-def _refuse_gaps(names: Sequence[str], where: str) -> None:
+def refuse_gaps(names: Sequence[str], where: str, *, padded: bool = False, what: str = "shards") -> None:
     """Raises `DataError` where numbered names leave a number out, or say that there are more: a copy that was cut short would be
-    trained on as if it were all."""
+    trained on as if it were all.
+
+    padded: numbers count only where they begin with 0 (``part-0001``, not a year); then the files meant are chosen by ? or [ ], and by
+    braces else. what: the names are of.
+    """
     sets: dict[tuple[str, int, str], set[int]] = {}
     lasts: dict[tuple[str, int, str], int] = {}
     for name in names:
@@ -166,14 +170,20 @@ def _refuse_gaps(names: Sequence[str], where: str) -> None:
             sets.setdefault((before, len(number), after), set()).add(int(number))
     for (before, width, after), numbers in sets.items():
         first, last = min(numbers), max(numbers) + 1
-        if total := lasts.get((before, width, after)):
+        total = lasts.get((before, width, after))
+        if total:
             first, last = (0, total) if last <= total else (0, 0)
+        elif padded and (width < 2 or len(str(first)) == width):
+            continue
         absent = list(itertools.islice((k for k in range(first, last) if k not in numbers), 1000))
         if absent:
             more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
             verb = "are" if more else "is"
             some = ",".join(f"{k:0{width}d}" for k in sorted(numbers)[:4]) + (",…" if len(numbers) > 4 else "")
+            choose = f"choose the {what} that are meant by ? or [ ] in the path"
+            if not padded:
+                choose = f"name the {what} that are meant by braces: {{{some}}}"
             raise DataError(
-                f"{where}: {before}{absent[0]:0{width}d}{after}{more} {verb} missing between the {len(numbers)} shards found; "
-                f"fetch what is missing, or name the shards that are meant by braces: {{{some}}}"
+                f"{where}: {before}{absent[0]:0{width}d}{after}{more} {verb} missing between the {len(numbers)} {what} found; "
+                f"fetch what is missing, or {choose}"
             )

@@ -51,6 +51,7 @@ COSMETIC = {
     "draw",
     "max_bad_share",
     "max_tokens_per_batch",
+    "frozen_encoders",
 }
 """A stage's settings that change no weight, but for the rounding of sums: a run that was out of memory goes on with another."""
 LENGTH = ("steps", "epochs")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -50,6 +50,12 @@ class EngineChoice:
     zero_stage: int
     config: dict[str, Any] | None = None
 
+    def offloaded(self, what: Literal["optimizer", "param"]) -> str:
+        """Where the optimizer's state, or the weights, lie between their uses: ``cpu``, ``nvme``, or "" for the GPU."""
+        settings = ((self.config or {}).get("zero_optimization") or {}).get(f"offload_{what}") or {}
+        device = settings.get("device", "none")
+        return "" if device == "none" else device
+
 
 def choose_engine(stage: StageSpec) -> EngineChoice:
     """Resolve ``stage.engine``: a name, a DeepSpeed json file, or its content. Raises `ConfigError`."""
@@ -79,13 +85,31 @@ def choose_engine(stage: StageSpec) -> EngineChoice:
             )
     if config.get("fp16", {}).get("enabled") is True:
         raise ConfigError(f"{where}: the json enables fp16; this toolkit trains in bf16 or fp32 (stage key dtype)")
-    if (config["zero_optimization"].get("offload_optimizer") or {}).get("device") == "nvme":
+    if config.get("compile", {}).get("deepcompile"):
         raise ConfigError(
-            f"{where}: offload_optimizer.device is nvme: the optimizer's state would lie in DeepSpeed's own files, which no checkpoint "
-            "here reads; use device: cpu (offload_param may go to nvme)"
+            f"{where}: the json enables DeepCompile, which traces a whole forward pass; ours changes with a batch's pictures, and "
+            "it would not be used. Delete it there; the stage's own compile: true compiles each layer (none, zero1, zero2)"
         )
+    choice = EngineChoice(name, zero_stage, config)
+    _check_offload(choice, where)
     check_engine(stage.optimizer, stage.name, zero_stage)
-    return EngineChoice(name, zero_stage, config)
+    return choice
+
+
+def _check_offload(choice: EngineChoice, where: str) -> None:
+    for what in ("optimizer", "param"):
+        device = choice.offloaded(what)
+        if device not in ("", "cpu", "nvme"):
+            raise ConfigError(f"{where}: offload_{what}.device is {device!r}; cpu, nvme or none is expected")
+        if device != "nvme":
+            continue
+        if choice.zero_stage != 3:
+            raise ConfigError(
+                f"{where}: offload_{what}.device is nvme, and zero_optimization.stage is {choice.zero_stage}: NVMe goes with stage 3; use "
+                "stage: 3, or device: cpu"
+            )
+        if not (choice.config or {})["zero_optimization"][f"offload_{what}"].get("nvme_path"):
+            raise ConfigError(f"{where}: offload_{what}.nvme_path is missing; a folder on the NVMe disk is expected")
 
 
 def _read_json(path: str, where: str) -> dict[str, Any]:

@@ -46,8 +46,7 @@ def can_be_cut(model: ModelSpec, stage: StageSpec, *, published: bool) -> bool:
         part.lora is not None and part.lora.use_dora for part in stage.learning().values()
     ):
         return False
-    offloaded = ((choice.config or {}).get("zero_optimization") or {}).get("offload_param") or {}
-    if offloaded.get("device") == "nvme" or model.language_model is None or model.language_model.modality_switch:
+    if choice.offloaded("param") == "nvme" or model.language_model is None or model.language_model.modality_switch:
         return False
     return not (published and model.connector and getattr(connector_config(model.connector), "fast", None) is not None)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mllm.errors import UnavailableError
+from mllm.models.pipeline import EncoderBank
 
 _OF_OPTIMIZER = {
     # How ZeRO-1/2 lay parameters end to end and cut them: checkpoints are written by parameter, not by slice.
@@ -25,7 +27,16 @@ _OF_OPTIMIZER = {
         "overlap_comm",
         "is_gradient_accumulation_boundary",
     ),
-    3: ("fp16_groups", "fp32_partitioned_groups_flat"),
+    3: (
+        "fp16_groups",
+        "fp32_partitioned_groups_flat",
+        "parameter_offload",
+        # How they bring what lies on NVMe into memory, and back.
+        "_swappable_optimizer_subgroup",
+        "_optimizer_states_and_gradient_swap_in",
+        "_optimizer_states_and_gradient_swap_out",
+        "_release_swap_buffers",
+    ),
 }
 _OF_OPTIMIZER[2] = _OF_OPTIMIZER[1]
 _OF_PARAMETER = {3: ("partition_numel", "ds_numel")}
@@ -59,9 +70,9 @@ def check_private(zero: Any, zero_stage: int) -> None:
         )
 
 
-def slices(zero: Any, zero_stage: int, rank: int) -> Iterator[Slice]:
-    """This process's slices of all learning parameters."""
-    return _slices_of_three(zero, rank) if zero_stage == 3 else _slices_of_one_and_two(zero, rank)
+def slices(zero: Any, zero_stage: int, rank: int, *, changed: bool = False) -> Iterator[Slice]:
+    """This process's slices of all learning parameters, each good until the next is asked for. changed: write back what was on disk."""
+    return _slices_of_three(zero, rank, changed) if zero_stage == 3 else _slices_of_one_and_two(zero, rank)
 
 
 def _slices_of_one_and_two(zero: Any, rank: int) -> Iterator[Slice]:
@@ -76,17 +87,31 @@ def _slices_of_one_and_two(zero: Any, rank: int) -> Iterator[Slice]:
                 yield Slice(parameter, begin - offset, end - begin, begin - low, flat)
 
 
-def _slices_of_three(zero: Any, rank: int) -> Iterator[Slice]:
+def _slices_of_three(zero: Any, rank: int, changed: bool) -> Iterator[Slice]:
     """ZeRO-3 gives each process one equal slice of every parameter, and lays those end to end."""
-    for parameters, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat):
-        offset = 0
-        for parameter in parameters:
-            size = parameter.partition_numel()
-            start = rank * size
-            length = min(size, parameter.ds_numel - start)
-            if length > 0:
-                yield Slice(parameter, start, length, offset, flat)
-            offset += size
+    for index, (parameters, flat) in enumerate(zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat)):
+        with _in_memory(zero, index, changed):
+            offset = 0
+            for parameter in parameters:
+                size = parameter.partition_numel()
+                start = rank * size
+                length = min(size, parameter.ds_numel - start)
+                if length > 0:
+                    yield Slice(parameter, start, length, offset, flat)
+                offset += size
+
+
+@contextmanager
+def _in_memory(zero: Any, index: int, changed: bool) -> Iterator[None]:
+    """While entered, a group's weights and states that lie on NVMe are in memory."""
+    on_disk = zero._swappable_optimizer_subgroup(index)
+    if on_disk:
+        zero._optimizer_states_and_gradient_swap_in(index)
+    yield
+    if on_disk and changed:
+        zero._optimizer_states_and_gradient_swap_out(index)
+    elif on_disk:
+        zero._release_swap_buffers(index)
 
 
 def leave_shared_memory_op(deepspeed: Any) -> None:
@@ -136,3 +161,53 @@ class GradientOrder:
         parameter = self._order[self._next]
         self._next += 1
         self._process(parameter, self._groups[id(parameter)])
+
+
+class KeptWhole:
+    """Frozen encoders that ZeRO-3 leaves whole on every process: it meets a model without them.
+
+    It cuts every parameter that a model has at the start, lets go of all of them before each update, and looks through those of coming
+    modules when it lets one go. The encoders are out of the model at these moments, and in it whenever it runs.
+
+    Args:
+        model: whose encoders that do not learn stay whole; None: of none.
+    """
+
+    def __init__(self, model: nn.Module | None):
+        banks = [module for module in model.modules() if isinstance(module, EncoderBank)] if model is not None else []
+        frozen = {
+            (bank, name): encoder
+            for bank in banks
+            for name, encoder in bank.encoders.items()
+            if not any(p.requires_grad for p in encoder.parameters())
+        }
+        self.encoders: dict[tuple[EncoderBank, str], nn.Module] = frozen
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """The model has none of them inside; their places and order stay."""
+        for bank, name in self.encoders:
+            bank.encoders[name] = nn.Identity()
+        try:
+            yield
+        finally:
+            for (bank, name), encoder in self.encoders.items():
+                bank.encoders[name] = encoder
+
+    def stay_with(self, zero: Any, device: torch.device) -> None:
+        """Move them to the device, where the rest is, and keep them from ZeRO-3's optimizer."""
+        if not self.encoders:
+            return
+        for encoder in self.encoders.values():
+            encoder.to(device)
+        offload = zero.parameter_offload
+        offload.partition_all_parameters = self._without(offload.partition_all_parameters)
+        coordinator = offload.get_param_coordinator()
+        coordinator.release_sub_module = self._without(coordinator.release_sub_module)
+
+    def _without(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def hidden(*args: Any, **options: Any) -> Any:
+            with self.hidden():
+                return function(*args, **options)
+
+        return hidden

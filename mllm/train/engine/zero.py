@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm import distributed
-from mllm.errors import UnavailableError
+from mllm.errors import ConfigError, UnavailableError
 from mllm.heads.base import heads_of
 from mllm.install import install_hint
 from mllm.models.compilation import repeated_layers
@@ -28,7 +28,7 @@ from mllm.noise import hush
 from mllm.recipe import StageSpec
 from mllm.train.engine import zero3
 from mllm.train.engine.base import Engine, EngineChoice, Fragment
-from mllm.train.engine.deepspeed_private import GradientOrder, check_private, leave_shared_memory_op, slices
+from mllm.train.engine.deepspeed_private import GradientOrder, KeptWhole, check_private, leave_shared_memory_op, slices
 from mllm.train.engine.groups import Group
 from mllm.train.engine.optim import build_optimizer
 from mllm.train.prepare import BATCH_NORMS
@@ -54,9 +54,10 @@ class ZeroEngine(Engine):
 
     def _start_deepspeed(self, groups: list[Group]) -> None:
         deepspeed = import_deepspeed()
-        _check_nvme(self.choice.config or {}, self.stage.name)
+        _check_nvme(self.choice, self.stage.name)
         optimizer = build_optimizer(self.model, groups, self.stage.optimizer)
         visual: list[nn.Module] = []
+        kept = KeptWhole(self.model if self.zero_stage == 3 and self.stage.frozen_encoders == "whole" else None)
         if self.zero_stage == 3:
             self._mark_leaves(deepspeed)
             visual = self._visual_modules()
@@ -68,12 +69,14 @@ class ZeroEngine(Engine):
             for name, b in self.model.named_buffers()
             if b.is_floating_point() and id(b) not in norms
         }
-        self.engine: Any = deepspeed.initialize(
-            model=self.model,
-            optimizer=optimizer,
-            config=deepspeed_config(self.stage, self.choice, self.device, self.learning),
-            dist_init_required=False,
-        )[0]
+        with kept.hidden():
+            self.engine: Any = deepspeed.initialize(
+                model=self.model,
+                optimizer=optimizer,
+                config=deepspeed_config(self.stage, self.choice, self.device, self.learning),
+                dist_init_required=False,
+            )[0]
+        kept.stay_with(self.engine.optimizer, self.device)
         zero3.close_after(visual)
         for name, value in buffers.items():
             module_name, _, leaf = name.rpartition(".")
@@ -118,13 +121,14 @@ class ZeroEngine(Engine):
 
     # State ---------------------------------------------------------------------------------------------------------
 
-    def fragments(self) -> Iterator[Fragment]:
-        for part in slices(self.zero, self.zero_stage, self.rank):
+    def fragments(self, *, changed: bool = False) -> Iterator[Fragment]:
+        """See `Engine.fragments`. changed: what is done to them is kept where the optimizer's state lies on disk."""
+        for part in slices(self.zero, self.zero_stage, self.rank, changed=changed):
             name, state = self.names[id(part.parameter)], self.optimizer.state[part.flat]
             yield Fragment(name, part.start, part.length, part.flat.detach(), part.offset, state, part.flat)
 
     def load_fragments(self, read: Callable[[Fragment], None]) -> None:
-        for fragment in self.fragments():
+        for fragment in self.fragments(changed=True):
             read(fragment)
         # The low-precision copies were loaded into the model before the engine was built; in fp32 they are the same
         # numbers.
@@ -187,16 +191,21 @@ def deepspeed_config(
     return config
 
 
-def _check_nvme(config: dict[str, Any], stage: str) -> None:
-    """Raises `UnavailableError` where weights are to go to NVMe and DeepSpeed cannot write there: it would say so after minutes of
+def _check_nvme(choice: EngineChoice, stage: str) -> None:
+    """Raises `UnavailableError` where something is to go to NVMe and DeepSpeed cannot write there: it would say so after minutes of
     compiling, in many lines."""
-    offloaded = config.get("zero_optimization", {}).get("offload_param") or {}
-    if offloaded.get("device") != "nvme":
+    key = next((f"offload_{what}" for what in ("optimizer", "param") if choice.offloaded(what) == "nvme"), None)
+    if key is None:
         return
+    folder = (choice.config or {})["zero_optimization"][key]["nvme_path"]
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"stages.{stage}.engine: {key}.nvme_path is {folder}; a folder of this machine that can be written to is expected"
+        )
     builders: Any = importlib.import_module("deepspeed.ops.op_builder")
     if not builders.AsyncIOBuilder().is_compatible(verbose=False):
         raise UnavailableError(
-            f"stages.{stage}.engine: offload_param.device nvme needs the library libaio and its headers, which this machine lacks: "
+            f"stages.{stage}.engine: {key}.device nvme needs the library libaio and its headers, which this machine lacks: "
             "apt install libaio-dev, or use device: cpu"
         )
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from mllm.recipe import StageSpec
+from mllm.train.engine.base import choose_engine
+from mllm.train.engine.groups import Group
 from mllm.train.engine.optim import state_bytes
 
 PREFERENCE = ("dpo", "grpo")
 """Kinds of stages that TRL's trainers run."""
+_MOST_LIVE = 10**9
+"""Weights that DeepSpeed keeps gathered at once, where its json says nothing."""
 
 
 def memory_of(
-    stage: StageSpec, total: int, learned: int, activations: int, *, zero_stage: int, processes: int
+    stage: StageSpec, total: int, learned: int, activations: int, *, zero_stage: int, processes: int, encoders: int = 0
 ) -> dict[str, int]:
-    """Bytes on one GPU by what they are for. ``update``: buffers of the optimizer step, when activations are gone.
+    """Bytes on one GPU by what they are for. ``update``: buffers of the optimizer step, when activations are gone. What the stage's engine
+    offloads is not there (`offloaded_by`).
 
     Args:
         stage: what is trained.
@@ -21,6 +28,7 @@ def memory_of(
         activations: their bytes, with the loss's.
         zero_stage: what the engine shares among GPUs.
         processes: how many these are.
+        encoders: weights of encoders that do not learn, of the total.
 
     Returns:
         Bytes by name.
@@ -35,14 +43,50 @@ def memory_of(
     gradients = size * learned // (processes if zero_stage >= 2 else 1)
     update = min(learned, 1 << 28) * 4 if zero_stage == 0 else (4 + size) * learned // share
     buckets = 2 * size * min(learned, 200_000_000) if zero_stage else 0
+    choice = choose_engine(stage)
+    if choice.zero_stage == zero_stage and choice.offloaded("optimizer"):
+        states = gradients = update = 0  # gradients follow the state; the buckets that they leave in are counted
+    kept = encoders if zero_stage == 3 and stage.frozen_encoders == "whole" else 0
+    weights = size * (total - kept) // (processes if zero_stage == 3 else 1)
+    if choice.zero_stage == zero_stage and choice.offloaded("param"):
+        zero = (choice.config or {})["zero_optimization"]
+        weights = size * min(total - kept, zero.get("stage3_max_live_parameters", _MOST_LIVE))
     return {
-        "weights": size * total // (processes if zero_stage == 3 else 1),
+        "weights": weights + size * kept,
         "gradients": gradients,
         "optimizer states": states,
         "communication": buckets,
         "activations and loss": activations,
         "update": update,
     }
+
+
+def frozen_encoders(frozen: dict[str, int], groups: Iterable[Group]) -> int:
+    """Weights of encoders of which nothing learns. frozen: part → weights that do not."""
+    learning = {group.part for group in groups}
+    return sum(number for part, number in frozen.items() if part.startswith("encoders.") and part not in learning)
+
+
+def offloaded_by(stage: StageSpec, total: int, learned: int, *, processes: int) -> dict[str, int]:
+    """Bytes that one process of the stage's engine keeps outside its GPU, by where they are and what for; empty for most engines.
+
+    Args:
+        stage: what is trained.
+        total: weights of the model.
+        learned: of those, the ones that learn.
+        processes: how many share them.
+
+    Returns:
+        Bytes by name; DeepSpeed's buffers, of some gigabytes, come on top.
+    """
+    choice, size = choose_engine(stage), 2 if stage.dtype == "bfloat16" else 4
+    places, found = {"cpu": "main memory", "nvme": "NVMe"}, {}
+    if place := places.get(choice.offloaded("optimizer")):
+        state = state_bytes(stage.optimizer) + 4 + 4  # float32 copies, and gradients in float32
+        found[f"{place}: optimizer states and gradients"] = state * learned // processes
+    if place := places.get(choice.offloaded("param")):
+        found[f"{place}: weights"] = size * total // processes
+    return found
 
 
 def _preference(stage: StageSpec, total: int, learned: int, activations: int, size: int) -> dict[str, int]:

@@ -34,7 +34,7 @@ from mllm.train.engine.groups import Group, apply_learning, frozen_summary
 from mllm.train.engine.optim import state_bytes
 from mllm.train.observe.flops import flop_model
 from mllm.train.preflight.head_memory import kept_by_heads
-from mllm.train.preflight.memory import PREFERENCE, answers_each, memory_of
+from mllm.train.preflight.memory import PREFERENCE, answers_each, frozen_encoders, memory_of, offloaded_by
 from mllm.train.preflight.scaling import ENGINES, Load, smallest_that_fits
 from mllm.train.stages.kind import kind_of
 from mllm.types import Video, VisualLayout
@@ -85,6 +85,8 @@ class StagePlan:
     hazards: list[str] = field(default_factory=list)
     engine: str = ""
     """What ``engine: auto`` becomes; empty where the recipe names one."""
+    offloaded: dict[str, int] = field(default_factory=dict)
+    """What one process keeps outside its GPU, in bytes."""
     memory_for: Callable[[int, int], dict[str, int]] | None = None
     """``memory`` for another (ZeRO stage, number of GPUs)."""
     load: Load | None = None
@@ -260,6 +262,7 @@ def _plan_stage(
         compiled=stage.compile and zero_stage != 3,
         again=stage.gradient_checkpointing,
     )
+    plan.offloaded = offloaded_by(stage, plan.load.weights, learned, processes=processes)
     plan.checkpoint_bytes = 2 * learned * (4 + state_bytes(stage.optimizer))
     plan.hazards = _stage_hazards(recipe, stage, model, plan, zero_stage, rows)
     return plan
@@ -305,8 +308,9 @@ def _memory_for(
     whole, shared = (  # zero3 does not go with compiled layers
         _activations(model, stage, groups, size, plan, compiled=compiled) for compiled in (stage.compile, False)
     )
-    return lambda zero_stage, processes: memory_of(
-        stage, weights, learned, shared if zero_stage == 3 else whole, zero_stage=zero_stage, processes=processes
+    still = frozen_encoders(plan.frozen, groups)
+    return lambda zero, n: memory_of(
+        stage, weights, learned, shared if zero == 3 else whole, zero_stage=zero, processes=n, encoders=still
     )
 
 

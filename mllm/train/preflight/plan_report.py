@@ -41,6 +41,8 @@ def _stage_table(stage: StagePlan, peak_flops: float, mfu: float, processes: int
     for what, number in stage.memory.items():
         table.add_row(f"memory: {what}", size(number))
     table.add_row(f"memory: peak of one GPU, rows of {stage.row_length:,} tokens", f"[bold]{size(stage.peak)}[/]")
+    for what, number in stage.offloaded.items():
+        table.add_row(f"beside one GPU, {what}", size(number))
     table.add_row("checkpoints on disk (two kept)", size(stage.checkpoint_bytes), end_section=True)
     if stage.samples is not None:
         table.add_row("samples of one epoch", f"{stage.samples:,}")

@@ -429,8 +429,17 @@ def test_a_missing_shard_is_told_and_chosen_ones_are_not(tmp_path):
         (tmp_path / f"train-{number:05d}-of-00004.jsonl").write_text("{}")
     (tmp_path / "test-00000-of-00001.jsonl").write_text("{}")
     for path in (tmp_path, tmp_path / "train-*.jsonl"):
-        with pytest.raises(DataError, match=r"d: .*: of 4 files train-00001-of-00004\.jsonl is missing; fetch"):
+        with pytest.raises(
+            DataError, match=r"d: .*train-00001-of-00004\.jsonl is missing between the 3 files found; fetch"
+        ):
             matching_files(path, (".jsonl",), where="d")
     assert len(matching_files(tmp_path / "train-0000[02]-of-00004.jsonl", (".jsonl",), where="d")) == 2
     (tmp_path / "train-00001-of-00004.jsonl").write_text("{}")
     assert len(matching_files(tmp_path, (".jsonl",), where="d")) == 5
+    for name in ("part-0000", "part-0001", "part-0003", "year-2019", "year-2021", "v1", "v3"):
+        (tmp_path / f"{name}.json").write_text("[]")
+    for path in (tmp_path, tmp_path / "part-*.json"):
+        with pytest.raises(DataError, match=r"part-0002\.json is missing between the 3 files found.*by \? or \[ \]"):
+            matching_files(path, (".json",), where="d")
+    (tmp_path / "part-0002.json").write_text("[]")
+    assert len(matching_files(tmp_path, (".json",), where="d")) == 8

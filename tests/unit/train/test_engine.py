@@ -12,7 +12,7 @@ from torch import nn
 from mllm.distributed import process_group
 from mllm.errors import ConfigError, UnavailableError
 from mllm.recipe import ModelSpec, StageSpec
-from mllm.train.engine.base import Engine, choose_engine
+from mllm.train.engine.base import Engine, EngineChoice, choose_engine
 from mllm.train.engine.groups import Group
 
 
@@ -45,9 +45,18 @@ def test_a_json_file_and_an_inline_config_are_engines(tmp_path):
         ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}, "belongs in the stage's own optimizer"),
         ({"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}, "bf16 or fp32"),
         (
-            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}},
-            r"offload_optimizer\.device is nvme.*which no checkpoint here reads; use device: cpu",
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/"}}},
+            r"offload_optimizer\.device is nvme.*stage is 2: NVMe goes with stage 3; use stage: 3, or device: cpu",
         ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            r"offload_param\.nvme_path is missing",
+        ),
+        (
+            {"zero_optimization": {"stage": 3}, "compile": {"deepcompile": True}},
+            "DeepCompile.*own compile: true compiles",
+        ),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "disk"}}}, "'disk'; cpu, nvme or none"),
     ],
 )
 def test_wrong_engines_are_refused_with_the_path_to_the_key(engine, message):
@@ -108,8 +117,9 @@ def test_rates_follow_the_factor_for_every_group():
     assert engine.rates() == {"connector/no_decay": 0.25}
 
 
+@pytest.mark.parametrize("what", ["optimizer", "param"])
 @pytest.mark.parametrize(("found", "device"), [(False, "nvme"), (True, "nvme"), (False, "cpu")])
-def test_nvme_without_its_library_is_one_line_before_anything_is_compiled(monkeypatch, found, device):
+def test_nvme_without_its_library_is_one_line_before_anything_is_compiled(monkeypatch, tmp_path, found, device, what):
     from mllm.train.engine.zero import _check_nvme, import_deepspeed
 
     pytest.importorskip("deepspeed")
@@ -118,12 +128,22 @@ def test_nvme_without_its_library_is_one_line_before_anything_is_compiled(monkey
         from deepspeed.ops.op_builder import AsyncIOBuilder
 
         monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: found)
-        config = {"zero_optimization": {"stage": 3, "offload_param": {"device": device}}}
+        choice = EngineChoice(
+            "deepspeed",
+            3,
+            {"zero_optimization": {"stage": 3, f"offload_{what}": {"device": device, "nvme_path": str(tmp_path)}}},
+        )
         if found or device == "cpu":
-            _check_nvme(config, "sft")
+            _check_nvme(choice, "sft")
         else:
-            with pytest.raises(UnavailableError, match=r"stages\.sft\.engine: offload_param.*apt install libaio-dev"):
-                _check_nvme(config, "sft")
+            with pytest.raises(UnavailableError, match=rf"stages\.sft\.engine: offload_{what}.*apt install libaio-dev"):
+                _check_nvme(choice, "sft")
+        tmp_path.rmdir()
+        if device == "nvme":
+            with pytest.raises(
+                ConfigError, match=rf"offload_{what}\.nvme_path is {tmp_path}; a folder of this machine"
+            ):
+                _check_nvme(choice, "sft")
 
 
 def test_a_deepspeed_that_moved_its_slices_is_told_before_training():

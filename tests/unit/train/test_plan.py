@@ -68,6 +68,28 @@ def test_a_plan_counts_the_bytes_of_a_state_in_fewer_bits(tmp_path):
     }
 
 
+def test_a_plan_counts_what_an_engine_offloads_and_encoders_that_stay_whole(tmp_path):
+    """ZeRO-3 over 4 processes; the same with the optimizer's state on NVMe and weights in main memory, and with frozen encoders whole."""
+    zero = {"stage": 3, "stage3_max_live_parameters": 5000}
+    away = {"offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path)}, "offload_param": {"device": "cpu"}}
+    engines = ["zero3", "zero3", {"zero_optimization": zero | away}, {"zero_optimization": zero | away}]
+    stages = [
+        {"name": f"s{i}", "steps": 1, "engine": engine, "frozen_encoders": "whole" if i % 2 else "shared"}
+        for i, engine in enumerate(engines)
+    ]
+    shared, whole, away, both = plan_recipe(make_recipe(tmp_path, stages=stages), processes=4, with_data=False).stages
+    learned = sum(group.num_parameters for group in shared.groups)
+    frozen = sum(shared.frozen.values())
+    assert shared.memory["weights"] == 4 * (learned + frozen) // 4 and shared.offloaded == {}
+    assert whole.memory == shared.memory | {"weights": 4 * learned // 4 + 4 * frozen}
+    assert away.memory["weights"] == 4 * 5000 and away.memory["optimizer states"] == away.memory["update"] == 0
+    assert both.memory["weights"] == 4 * 5000 + 4 * frozen
+    assert away.offloaded == {
+        "NVMe: optimizer states and gradients": 16 * learned // 4,
+        "main memory: weights": 4 * (learned + frozen) // 4,
+    }
+
+
 def test_where_encoders_train_alone_the_language_model_keeps_nothing(tmp_path):
     stage = {"name": "masked", "steps": 1, "kind": "masked", "learn": {"encoders.detail": 1e-3}, "max_length": 2048}
     peaks = []

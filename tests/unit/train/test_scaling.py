@@ -9,6 +9,7 @@ import pytest
 
 from mllm.errors import ConfigError
 from mllm.recipe import load_recipe
+from mllm.train.preflight.auto import sharing_too_much
 from mllm.train.preflight.plan import plan_recipe
 from mllm.train.preflight.scaling import GPUS, Cluster, Load, find_gpu, parse_network, smallest_that_fits, step_time
 
@@ -77,8 +78,13 @@ def test_auto_is_the_engine_that_shares_least_and_fits():
     def chosen(gpus: int, memory: float) -> str:
         return plan_recipe(recipe, processes=gpus, with_data=False, gpu_memory=memory).stages[1].engine
 
-    assert chosen(1, 141e9) == "none" and chosen(8, 300e9) == "none"
+    plan = plan_recipe(recipe, processes=8, with_data=False, gpu_memory=300e9)
+    assert chosen(1, 141e9) == "none" and plan.stages[1].engine == "none"
     assert chosen(8, 80e9) in ("zero1", "zero2") and chosen(8, 24e9) == "zero3"
+    for named, memory, told in (("zero3", 300e9, 1), ("zero3", 24e9, 0), ("none", 300e9, 0), ("auto", 300e9, 0)):
+        recipe.stages[1].engine = named
+        lines = [line for line in sharing_too_much(recipe, plan, processes=8, memory=memory) if "stage sft" in line]
+        assert len(lines) == told and all("zero3 shares more than it must: by the plan none takes" in x for x in lines)
 
 
 def test_auto_that_becomes_zero3_is_planned_and_told_without_compile():
