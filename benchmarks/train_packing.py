@@ -104,6 +104,11 @@ def measure(kind: str, options: argparse.Namespace, device: torch.device) -> dic
     plan = [plan[i] for i in torch.randperm(len(plan), generator=generator).tolist()][: options.steps + options.warmup]
     useful = slots = 0
     started = 0.0
+    for rows in (
+        plan if options.compile else ()
+    ):  # every number of samples and longest one is a shape: none is to be compiled while timed
+        model(**inputs_of(rows, kind, device, options.vocabulary), skip_logits=True).loss.backward()
+        optimizer.zero_grad(set_to_none=True)
     for number, rows in enumerate(plan):
         if number == options.warmup:
             if device.type == "cuda":
