@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -121,6 +123,24 @@ def test_a_full_gpu_is_one_line_that_says_who_holds_it(monkeypatch, free, cure):
     with pytest.raises(RuntimeError, match="shape"), gpu_memory.naming_a_full_gpu():
         raise RuntimeError("shape mismatch")
     assert gpu_memory.usable_memory() == (141e9 if free else 70e9), "what engine: auto plans with"
+
+
+def test_a_run_that_tells_of_a_full_gpu_ends_whoever_its_exit_would_wait_for():
+    code = """
+import threading, time
+from mllm.cli import main as cli
+from mllm.errors import GpuFull
+
+threading.Thread(target=time.sleep, args=(60,)).start()  # stands for what holds the GPU
+
+def app():
+    raise GpuFull("GPU 0 is full")
+
+cli.app = app
+cli.main()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    assert (ended.returncode, ended.stderr) == (2, "error: GPU 0 is full\n")
 
 
 @pytest.mark.parametrize(("text", "lost"), [("gloo: Connection closed by peer [10.0.0.2]:41", True), ("a bug", False)])
