@@ -57,7 +57,9 @@ def recipe_of(root: Path, options: argparse.Namespace, *, head: bool, freeze: bo
         changes |= {"stages.sft.batch_size": options.rows}
         if head:
             changes["model.heads.marks.decoder"] = json.dumps({"type": "query", "width": 256, "depth": 2, "heads": 8})
-    return load_recipe("segmentation_demo", [f"{key}={value}" for key, value in changes.items()])
+    whole = load_recipe("segmentation_demo", [f"{key}={value}" for key, value in changes.items()])
+    whole.stages = whole.stages[:1]
+    return whole
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ never told the phrase, one without the segmentation head. Scores masks on scenes
 generated, and text answers of both. Writes ``report.json``.
 
     python benchmarks/segmentation_demo.py                # runs/segmentation_demo, two CPU cores
+    python benchmarks/segmentation_demo.py --score runs/studies/segmentation_demo/marks-0/final     # of a model that is there
 """
 
 from __future__ import annotations
@@ -31,29 +32,36 @@ from mllm.train.run import run_recipe
 from mllm.types import IMAGE_MARK, Turn
 
 DEFAULT_OUTPUT = Path("runs/segmentation_demo")
-WORDS = ["model.heads={}", "stages.sft.learn={encoders: 1.5e-3, connector: 1.5e-3, language_model: 5.0e-4}"]
+WORDS = [
+    "model.heads={}",
+    "stages.sft.learn={encoders: 1.5e-3, connector: 1.5e-3, language_model: 5.0e-4}",
+    "stages.unknown.learn={encoders: 2.0e-4, connector: 2.0e-4, language_model: 4.0e-4}",
+]
 CONTROLS = {"marks": ("train", []), "blind": ("blind", []), "words": ("words", WORDS)}
 """Model → its training file, and changes of the recipe."""
+STAGES = {"sft": "", "unknown": "_unknown"}
+"""Stage → which of the files."""
 
 
-def train(output: Path, name: str, steps: int | None, seed: int, more: list[str]) -> Path:
+def rows_of(output: Path, file: str) -> dict[str, Any]:
+    """A stage's data."""
+    path = str(output / "data" / f"{file}.jsonl")
+    dataset = {"name": f"scenes_{file}", "format": "messages", "path": path, "licence": "Apache-2.0"}
+    return {"datasets": [{"dataset": dataset}]}
+
+
+def train(output: Path, name: str, steps: int | None, seed: int, more: list[str], resume: bool) -> Path:
     """Train one of the three models; returns its checkpoint."""
     file, changes = CONTROLS[name]
-    dataset = {
-        "name": f"scenes_{file}",
-        "format": "messages",
-        "path": str(output / "data" / f"{file}.jsonl"),
-        "licence": "Apache-2.0",
-    }
     overrides = [
         f"model.language_model.tokenizer={output / 'text_tokenizer'}",
-        f"stages.sft.data={json.dumps({'datasets': [{'dataset': dataset}]})}",
+        *(f"stages.{stage}.data={json.dumps(rows_of(output, file + kind))}" for stage, kind in STAGES.items()),
         f"seed={seed}",
         *changes,
         *([f"stages.sft.steps={steps}"] if steps else []),
         *more,
     ]
-    return run_recipe(load_recipe("segmentation_demo", overrides), output=output / name)
+    return run_recipe(load_recipe("segmentation_demo", overrides), output=output / name, resume=resume)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -119,6 +127,14 @@ def score_words(checkpoint: Path, data: Path) -> float:
     return 100 * right / len(tests)
 
 
+def scores(checkpoint: Path, data: Path, name: str) -> dict[str, float]:
+    """All that is scored of one of the three models."""
+    found = score_unknown(checkpoint, data) if name == "marks" else {}
+    if name != "words":
+        found |= {k: round(v, 2) for k, v in score_masks(checkpoint, data, blind=name == "blind").items()}
+    return found | {"words_right": round(score_words(checkpoint, data), 2)}
+
+
 def opened(checkpoint: Path) -> tuple[Any, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = MllmForConditionalGeneration.from_pretrained(str(checkpoint)).eval().to(device)
@@ -142,6 +158,10 @@ def main() -> None:
     parser.add_argument(
         "--prepare", action="store_true", help="draw the scenes and train the text tokenizer, nothing else"
     )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with models that are there; finished stages are kept"
+    )
+    parser.add_argument("--score", type=Path, metavar="CHECKPOINT", help="train nothing, score this model with a head")
     parser.add_argument("--models", nargs="+", choices=list(CONTROLS), default=list(CONTROLS))
     arguments = parser.parse_args()
     output, began = arguments.output, time.time()
@@ -149,16 +169,15 @@ def main() -> None:
     train_text_tokenizer(output / "text_tokenizer")
     if arguments.prepare:
         return
+    if arguments.score is not None:
+        print(json.dumps(scores(arguments.score, data, "marks")))
+        return
     report: dict[str, Any] = {}
     for name in arguments.models:
         start = time.time()
-        checkpoint = train(output, name, arguments.steps, arguments.seed, arguments.overrides)
+        checkpoint = train(output, name, arguments.steps, arguments.seed, arguments.overrides, arguments.resume)
         report[name] = {"training_seconds": round(time.time() - start)}
-        if name == "marks":
-            report[name] |= score_unknown(checkpoint, data)
-        if name != "words":
-            report[name] |= {k: round(v, 2) for k, v in score_masks(checkpoint, data, blind=name == "blind").items()}
-        report[name]["words_right"] = round(score_words(checkpoint, data), 2)
+        report[name] |= scores(checkpoint, data, name)
         print(name, json.dumps(report[name]), flush=True)
     report["seconds"] = round(time.time() - began)
     (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")

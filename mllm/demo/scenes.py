@@ -30,9 +30,11 @@ UNSEEN = (("red", "triangle"), ("green", "circle"), ("blue", "cross"), ("yellow"
 BLIND = "something"
 """What a phrase-blind model is asked for."""
 PLACES = ("leftmost", "rightmost")
-HERE, NOT_HERE, UNKNOWN = "It is {phrase} [SEG].", "It is {phrase} [SEG]: none.", "There is none [SEG]."
+HERE, NOT_HERE, UNKNOWN = "It is {phrase} [SEG].", "It is {phrase} [SEG]: none.", "There is none."
 """Answers to a phrase. They say it before its mask, whose hidden state then holds it; what is not there has an empty mask. Words that name
-nothing in any scene are not said again: the answer is that there is none, and its mask is empty."""
+nothing in any scene are not said again, and no mask stands for them."""
+UNKNOWN_SHARE = 0.5
+"""Of the rows of the second training stage: those that are also asked for what no scene can show."""
 ASKED_FOR_NOTHING = ("the unicorn", "the cup", "the left car", "the purple dog")
 """Tests ask for them, and for more of the kind (`unknown`), of words that no training text has."""
 Turned = tuple[str, str, list[Any]]
@@ -154,8 +156,8 @@ def question(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 
 def conversation(scene: Scene, rng: random.Random) -> list[Turned]:
-    """What a training scene is asked for: two things, whose masks differ by the phrase alone, and perhaps what is not there, what no
-    scene can show, and a question for words."""
+    """What a training scene is asked for: two things, whose masks differ by the phrase alone, and perhaps what is not there and a question
+    for words."""
     named, turns = phrases(scene, unseen=False), []
     for thing in rng.sample(scene.things, min(2, len(scene.things))):
         names = [phrase for phrase, other in named if other is thing]
@@ -163,8 +165,6 @@ def conversation(scene: Scene, rng: random.Random) -> list[Turned]:
             turns.append(_marked(rng.choice(names), HERE, encode_rle(thing.mask)))
     if rng.random() < 0.25:
         turns.append(_marked(absent(scene, rng), NOT_HERE, None))
-    if rng.random() < 0.25:
-        turns.append(_marked(unknown(rng, tested=False), UNKNOWN, None))
     if not turns or rng.random() < 0.5:
         turns.append((*question(scene, rng), []))
     rng.shuffle(turns)
@@ -183,21 +183,29 @@ def prepare_scenes(
     seed: int = 0,
     confusing: float = 0.0,
 ) -> Path:
-    """Write ``train.jsonl`` (marking and questions), ``blind.jsonl`` (its phrases taken out), ``words.jsonl`` (without masks), and
-    ``{marks,questions,unknown}_test.jsonl`` on other scenes, with PNG pictures; returns the folder. Deterministic by seed. confusing: the
-    share of training scenes in which a thing is named by colour and shape alone (`confusing_looks`)."""
+    """Write ``train.jsonl`` (marking and questions), ``blind.jsonl`` (its phrases taken out), ``words.jsonl`` (without masks), the
+    same rows as ``…_unknown.jsonl``, of which some are also asked for what no scene can show, and ``{marks,questions,unknown}_test.jsonl``
+    on other scenes, with PNG pictures; returns the folder. Deterministic by seed. confusing: the share of training scenes in which a thing
+    is named by colour and shape alone (`confusing_looks`)."""
     root = Path(output_dir)
     (root / "train").mkdir(parents=True, exist_ok=True)
     (root / "test").mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"scenes/train/{seed}")
-    rows: list[dict[str, Any]] = []
+    strange = random.Random(f"scenes/train/unknown/{seed}")
+    rows: dict[str, list[dict[str, Any]]] = {"": [], "_unknown": []}
     for number in range(train):
         scene, name = draw_scene(rng, looks_of(number, confusing, rng)), f"train/{number:05d}.png"
         scene.picture.save(root / name)
-        rows.append(_row(f"scene-{number}", name, conversation(scene, rng)))
-    _write(root / "train.jsonl", rows)
-    _write(root / "blind.jsonl", [_without_phrase(row) for row in rows])
-    _write(root / "words.jsonl", [{**row, "masks": []} for row in rows])
+        turns = conversation(scene, rng)
+        rows[""].append(_row(f"scene-{number}", name, turns))
+        if strange.random() < UNKNOWN_SHARE:
+            asked = f"Please segment {unknown(strange, tested=False)}."
+            turns.insert(strange.randint(0, len(turns)), (asked, UNKNOWN, []))
+        rows["_unknown"].append(_row(f"scene-{number}", name, turns))
+    for kind, found in rows.items():
+        _write(root / f"train{kind}.jsonl", found)
+        _write(root / f"blind{kind}.jsonl", [_without_phrase(row) for row in found])
+        _write(root / f"words{kind}.jsonl", [{**row, "masks": []} for row in found])
     rng = random.Random(f"scenes/test/{seed}")
     marks: list[dict[str, Any]] = []
     questions: list[dict[str, Any]] = []
@@ -237,7 +245,6 @@ def _without_phrase(row: dict[str, Any]) -> dict[str, Any]:
     messages = []
     for message in row["messages"]:
         content = re.sub(r"Please segment .*", f"Please segment {BLIND}.", message["content"])
-        content = NOT_HERE.format(phrase=BLIND) if content == UNKNOWN else content
         messages.append({**message, "content": re.sub(r"It is .* \[SEG\]", f"It is {BLIND} [SEG]", content)})
     return {**row, "messages": messages}
 
@@ -258,7 +265,6 @@ def train_text_tokenizer(output_dir: Path | str, *, vocab_size: int = 384) -> Pa
         "2",
         "3",
         "4",
-        UNKNOWN.replace(" [SEG]", ""),
         *(f"It is {name} {end}" for name in names for end in (".", ": none.")),
     ]
     lines = [f"USER: {text} " for text in (*requests, "How many things are there?")] + [
