@@ -208,7 +208,7 @@ def arms_study(spec: ArmsSpec, output: Path, costs: Mapping[str, Cost] | None = 
     _check_same_questions(arms, sample)
     parts = _parts(spec, sample)
     floors = _floors(spec, output)
-    tables = [_scores(spec, arms, floors, parts), *_expectations(spec, arms, parts), _by_category(spec, arms, parts)]
+    tables = [_scores(spec, arms, floors, parts), *_expectations(spec, arms, parts), *_by_category(spec, arms, parts)]
     tables += _costs(spec, costs or {}, arms)
     notes = [
         f"{spec.description}. Task {spec.task}: {len(sample.ids)} questions, {len(sample.clusters.names)} clusters; headline metric "
@@ -330,16 +330,21 @@ def _expectations(
     return [Table("Expected beforehand, and what came out (points)", headings, rows, num_text=3)] if rows else []
 
 
-def _by_category(spec: ArmsSpec, arms: Mapping[str, Mapping[int, Answers]], parts: Mapping[str, np.ndarray]) -> Table:
+def _by_category(
+    spec: ArmsSpec, arms: Mapping[str, Mapping[int, Answers]], parts: Mapping[str, np.ndarray]
+) -> list[Table]:
+    """Nothing where the task's questions are of one kind."""
     where = "unseen" if "unseen" in parts else "all"
     sample = next(iter(next(iter(arms.values())).values()))
     categories = sorted(sample.categories.names)
+    if len(categories) < 2:
+        return []
     rows = []
     for name, seeds in arms.items():
         values = np.mean([answers.values for answers in seeds.values()], axis=0)
         chosen = [parts[where] & sample.categories.are(category) for category in categories]
         rows.append((name, *(number(100 * float(values[keep].mean()), 1) if keep.any() else "–" for keep in chosen)))
-    return Table(f"By kind of question ({where})", ("arm", *categories), rows)
+    return [Table(f"By kind of question ({where})", ("arm", *categories), rows)]
 
 
 def _costs(spec: ArmsSpec, costs: Mapping[str, Cost], arms: Mapping[str, Mapping[int, Answers]]) -> list[Table]:
