@@ -26,7 +26,8 @@ from mllm.models.making import language_model_left_out, num_elements, reading_la
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.models.position_axes import checked_positions
 from mllm.models.stops import set_stops
-from mllm.models.text_part import causal_from_config
+from mllm.models.text_check import check_inside
+from mllm.models.text_part import decoder_of
 from mllm.models.text_source import (
     begins_every_text,
     check_language_model,
@@ -131,7 +132,7 @@ def build_config(
         visual_tokenizer=visual_tokenizer,
         heads=heads,
         image_token_id=text.vocab_size if image_token_id is None else image_token_id,
-        lm_head_bias=_head_has_bias(text),
+        lm_head_bias=check_inside(text),
         modality_switch=spec.text_model.modality_switch,
         positions=positions,
     )
@@ -395,7 +396,7 @@ def read_language_model(
     with progress.phase(f"reading weights of {spec.source}") as reading, reading_language_model(device) as place:
         source = open_language_model(spec, dtype, config=model.config.text_config, **placed_on(place))
         reading.num_bytes = num_bytes(source)
-    decoder, head = source.base_model, source.get_output_embeddings()
+    decoder, head = decoder_of(source), source.get_output_embeddings()
     wanted, found = shapes(model.model.language_model), shapes(decoder)
     if wanted != found:
         raise CheckpointError(
@@ -470,10 +471,3 @@ def _codes_made_by(model: MllmForConditionalGeneration) -> str | None:
         tokenizers += [encoder.tokenizer for encoder in encoders if encoder.config.type == "visual_tokenizer"]
     found = {fingerprint(tokenizer) for tokenizer in tokenizers}
     return found.pop() if len(found) == 1 else None
-
-
-def _head_has_bias(text: Any) -> bool:
-    with torch.device("meta"):
-        causal = causal_from_config(text)
-    head = causal.get_output_embeddings()
-    return head is not None and getattr(head, "bias", None) is not None

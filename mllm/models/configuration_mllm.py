@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -20,7 +20,19 @@ from mllm.plugins import code_hashes
 from mllm.processing.layout import LayoutRules, layout_rules
 from mllm.types import EncoderInfo, ViewLayout, VisualLayout
 
-_HEAD_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_HEAD_SETTINGS = {
+    "final_logit_softcapping": ("softcap", False),
+    "logits_scaling": ("scale", True),
+    "logit_scale": ("scale", False),
+    "lm_head_multiplier": ("scale", False),
+    "logits_mup_width_multiplier": ("scale", True),
+}
+"""A language model's own setting → what it does to the logits, and whether these are divided by it."""
+_MULTIPLIES = ("hyperclovax",)
+"""Language models that multiply by ``logits_scaling``."""
 
 
 class MllmConfig(SavesDoor, PreTrainedConfig):
@@ -238,6 +250,38 @@ def language_model_config(data: Mapping[str, Any]) -> PreTrainedConfig:
 
 
 def head_settings(text_config: PreTrainedConfig) -> dict[str, float]:
-    """How the language model treats its logits after the head (Gemma's soft cap, Granite's and Cohere's scales)."""
-    values = {name: getattr(text_config, name, None) for name in _HEAD_SETTINGS}
-    return {name: value for name, value in values.items() if value is not None}
+    """How the language model treats its logits after the head (Gemma's soft cap, the scales of Granite, Cohere, Falcon-H1 …).
+
+    Args:
+        text_config: the language model's.
+
+    Returns:
+        ``scale``, which the logits are multiplied by, and ``softcap``, each where there is one.
+    """
+    found: dict[str, float] = {}
+    for name, (what, divides) in _HEAD_SETTINGS.items():
+        value = getattr(text_config, name, None)
+        if value is None:
+            continue
+        if what == "scale":
+            divides = divides and text_config.model_type not in _MULTIPLIES
+            value = found.get(what, 1.0) / value if divides else found.get(what, 1.0) * value
+        found[what] = value
+    return found
+
+
+def treated(logits: Tensor, settings: Mapping[str, float]) -> Tensor:
+    """Logits as a language model gives them.
+
+    Args:
+        logits: what its head gave ``(…, V)``.
+        settings: `head_settings`.
+
+    Returns:
+        ``(…, V)``, scaled and capped.
+    """
+    if "scale" in settings:
+        logits = logits * settings["scale"]
+    if "softcap" in settings:
+        logits = (logits / settings["softcap"]).tanh() * settings["softcap"]
+    return logits

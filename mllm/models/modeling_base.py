@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.initialization import guard_torch_init_functions
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -96,6 +98,22 @@ class MllmPreTrainedModel(OpenedByDoor, PreTrainedModel):
             nn.init.normal_(module.weight, std=getattr(self.config.get_text_config(), "initializer_range", 0.02))  # pyright: ignore[reportArgumentType]
             if module.bias is not None:
                 nn.init.zeros_(module.bias)  # pyright: ignore[reportArgumentType]
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """As in transformers, but its own models are initialised as its own inside this one too.
+
+        It passes over a module without tensors of its own where the outermost class is not its; what such a module sets in others
+        (Falcon-H1's multipliers, which no file holds) would stay as the memory was.
+        """
+
+        def visit(module: nn.Module, owner: PreTrainedModel) -> None:
+            for child in module.children():
+                visit(child, child if isinstance(child, PreTrainedModel) else owner)
+            owner._initialize_weights(module, not type(owner).__module__.startswith("transformers.models."))
+
+        with guard_torch_init_functions():
+            visit(self, self)
 
     @classmethod
     @load_report_unless_told()

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.utils import can_return_tuple  # pyright: ignore[reportPrivateImportUsage]
 
@@ -15,7 +14,7 @@ from mllm.heads.build import build_heads, drawing_head
 from mllm.heads.codes.settings import DrawingMixin
 from mllm.heads.probability import ProbabilityMixin
 from mllm.heads.segmentation.answer import SegmentationMixin
-from mllm.models.configuration_mllm import MllmConfig, head_settings
+from mllm.models.configuration_mllm import MllmConfig, head_settings, treated
 from mllm.models.encoder_losses import encoder_losses_of_step
 from mllm.models.generation import MultimodalGenerationMixin
 from mllm.models.loss import linear_cross_entropy, without_placeholders
@@ -46,6 +45,7 @@ class MllmForConditionalGeneration(
         text = config.get_text_config()
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
         self._no_split_modules = list(self.model._no_split_modules)
+        self._is_stateful = bool(getattr(self.model.language_model, "_is_stateful", False))
         self._head = head_settings(text)
         draws = drawing_head(config.heads) is not None
         tokenizer = self.image_tokenizer if draws else None
@@ -88,14 +88,6 @@ class MllmForConditionalGeneration(
         """
         return self.model.get_image_features(*args, **kwargs)
 
-    @property
-    def head_scale(self) -> float:
-        return self._head.get("logit_scale", 1.0) / self._head.get("logits_scaling", 1.0)
-
-    @property
-    def head_softcap(self) -> float | None:
-        return self._head.get("final_logit_softcapping")
-
     def named_parts(self) -> dict[str, list[tuple[str, nn.Module]]]:
         """Part → its modules by name: ``language_model``, ``connector``, ``router``, ``encoders.<name>`` …"""
         modules = dict(self.named_modules())
@@ -113,15 +105,7 @@ class MllmForConditionalGeneration(
         Returns:
             ``(…, V)``.
         """
-        logits = self.lm_head(hidden)
-        if "logits_scaling" in self._head:
-            logits = logits / self._head["logits_scaling"]
-        if "logit_scale" in self._head:
-            logits = logits * self._head["logit_scale"]
-        if "final_logit_softcapping" in self._head:
-            cap = self._head["final_logit_softcapping"]
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        return treated(self.lm_head(hidden), self._head)
 
     def token_loss(
         self, hidden: Tensor, labels: Tensor, num_items: Any = None, position_ids: Tensor | None = None
@@ -144,8 +128,7 @@ class MllmForConditionalGeneration(
             bias=getattr(self.lm_head, "bias", None),  # PEFT's wrapper for trained tokens has none
             num_items_in_batch=num_items,
             position_ids=position_ids,
-            scale=self.head_scale,
-            softcap=self.head_softcap,
+            **self._head,
         )
 
     def _words(

@@ -21,6 +21,7 @@ from mllm.encoders.catalogue import build_encoder, encoder_config
 from mllm.encoders.weights import default_dtype
 from mllm.errors import CheckpointError
 from mllm.models import lora
+from mllm.models.text_part import decoder_of
 from mllm.models.weight_files import present_name, published_renamings
 from mllm.recipe import LanguageModelSpec, LoraSpec
 
@@ -67,19 +68,19 @@ def after_stages(model: PreTrainedModel, spec: LanguageModelSpec, steps: Sequenc
         CheckpointError: an adapter does not fit it.
     """
     inputs = model.get_input_embeddings()
-    table = next(name for name, module in model.base_model.named_modules() if module is inputs)
+    table = next(name for name, module in decoder_of(model).named_modules() if module is inputs)
     published = _tensors(model)
     tables = {f"{DECODER}{table}.weight", *(name for name in published if name.startswith(HEAD))}
     for step in steps:
         model.to(getattr(torch, step.dtype))
         if step.lora is not None:
-            _merge(model.base_model, spec, step)
+            _merge(decoder_of(model), spec, step)
     return Made(published, _tensors(model), tables)
 
 
 def _tensors(model: Any) -> dict[str, Tensor]:
     head = model.get_output_embeddings()
-    named = {DECODER + name: tensor for name, tensor in model.base_model.state_dict().items()}
+    named = {DECODER + name: tensor for name, tensor in decoder_of(model).state_dict().items()}
     return named | {HEAD + name: tensor for name, tensor in head.state_dict().items()}
 
 

@@ -106,3 +106,15 @@ def causal_from_pretrained(place: str, *, config: PreTrainedConfig, **options: A
         part = ExpertTextPartForCausalLM.of(whole, config)
         return (part, info) if options.get("output_loading_info") else part
     return TextPartForCausalLM.from_pretrained(place, config=config, key_mapping=NAMES, **options)
+
+
+def decoder_of(causal: Any) -> Any:
+    """The layers of a language model without its head.
+
+    Args:
+        causal: the whole language model.
+
+    Returns:
+        The module that gives hidden states. Llama 4 names another one as its base model, which is the whole.
+    """
+    return causal.model if causal.base_model is causal else causal.base_model

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from mllm.errors import ConfigError
+from mllm.errors import ConfigError, UnavailableError
 from mllm.models.compilation import compile_layers, tell_uncompiled
 from mllm.progress import tell
 from mllm.recipe import StageSpec
 from mllm.train import attention, flash
+from mllm.train.engine.trainable import StageModel
+from mllm.train.sight import check_sight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -41,13 +43,7 @@ def prepare_model(model: TrainableModel, stage: StageSpec, *, device: torch.devi
     model.config.dtype = dtype
     model.to(device)  # pyright: ignore[reportArgumentType]
     text = model.config.get_text_config()
-    chosen = stage.attention
-    if chosen in (None, "auto"):
-        chosen = default_attention(text, stage, device)
-    _check_packing(stage, chosen)
-    if chosen == attention.NAME:
-        attention.register()
-    model.set_attn_implementation({"text_config": chosen})
+    chosen = _choose_attention(model, text, stage, device)
     flash.release()
     if stage.attention == "auto":
         tell(f"{stage.name}: {_adopted(model, text, dtype, device)}")
@@ -62,6 +58,32 @@ def prepare_model(model: TrainableModel, stage: StageSpec, *, device: torch.devi
         compile_layers(whole, fixed_length=stage.packing)
         tell_uncompiled(lambda line: tell(f"! {stage.name}: {line}"))
     return chosen
+
+
+def _choose_attention(model: TrainableModel, text: Any, stage: StageSpec, device: torch.device) -> str:
+    """Give the language model the attention that the stage asks for; where it leaves the choice, the first with which a token sees what it
+    should (`check_sight`)."""
+    left = stage.attention in (None, "auto")
+    default = default_attention(text, stage, device) if left else cast("str", stage.attention)
+    names = list(dict.fromkeys([default, "sdpa", "eager"])) if left else [default]
+    refused: list[Exception] = []
+    for chosen in names:
+        _check_packing(stage, chosen)
+        if chosen == attention.NAME:
+            attention.register()
+        try:
+            model.set_attn_implementation({"text_config": chosen})
+            if not isinstance(model, StageModel):
+                where = f"stages.{stage.name}"
+                check_sight(model, chosen, packing=stage.packing, where=where, inputs=attention_inputs)
+            if refused:
+                tell(f"! {stage.name}: attention by {chosen}: {refused[0]}")
+            return chosen
+        except torch.OutOfMemoryError:
+            raise
+        except (ConfigError, UnavailableError, ValueError, RuntimeError) as error:  # of a class that is not made for it
+            refused.append(error)
+    raise refused[-1]
 
 
 def _adopted(model: TrainableModel, text: Any, dtype: torch.dtype, device: torch.device) -> str:

@@ -10,15 +10,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 import mllm.models
-from mllm.errors import AlignmentError, CheckpointError
-from mllm.models.build import _head_has_bias
+from mllm.errors import AlignmentError, CheckpointError, ConfigError
 from mllm.models.configuration_mllm import MllmConfig, language_model_config
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
+from mllm.models.text_check import check_inside
+from mllm.models.text_part import decoder_of
 from mllm.types import IMAGE_MARK, Turn
 from tests.helpers import picture, tiny_model
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 96}
 KV = {**SMALL, "num_key_value_heads": 1}
+MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": KV,
     "llama tied": {**KV, "tie_word_embeddings": True, "model_type": "llama"},
@@ -34,6 +36,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granite": {**KV, "logits_scaling": 4.0},
     "cohere": {**KV, "logit_scale": 0.25},
     "olmo2": KV,
+    "falcon_h1": {**KV, **MAMBA, "lm_head_multiplier": 3.0},
+    "hyperclovax": {**KV, "logits_scaling": 4.0},
+    "minicpm3": {**SMALL, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8},
+    "llama4_text": {**KV, "head_dim": 16, "num_local_experts": 2},
 }
 
 
@@ -46,8 +52,8 @@ def test_text_logits_equal_the_language_model_alone(name: str, tmp_path: Any) ->
     torch.manual_seed(0)
     text = small_config(name)
     causal = AutoModelForCausalLM.from_config(text).eval()
-    model = MllmForConditionalGeneration(MllmConfig(text_config=text, lm_head_bias=_head_has_bias(text))).eval()
-    model.model.language_model.load_state_dict(causal.base_model.state_dict())
+    model = MllmForConditionalGeneration(MllmConfig(text_config=text, lm_head_bias=check_inside(text))).eval()
+    model.model.language_model.load_state_dict(decoder_of(causal).state_dict())
     model.lm_head.load_state_dict(causal.get_output_embeddings().state_dict())
     model.tie_weights()
     ids = torch.randint(3, 90, (2, 12))
@@ -61,6 +67,22 @@ def test_text_logits_equal_the_language_model_alone(name: str, tmp_path: Any) ->
     again = MllmForConditionalGeneration.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "told"),
+    [
+        ("modernbert-decoder", {"pad_token_id": 0}, "does more between its last layer and its logits"),
+        ("mpt", {"logit_scale": 0.5}, "does more between its last layer and its logits"),
+        ("mamba", {}, "takes no past_key_values"),
+        ("pegasus", {}, "takes no inputs_embeds and no past_key_values"),
+    ],
+)
+def test_a_language_model_that_would_not_give_its_own_logits_is_refused(
+    name: str, more: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.language_model: {name} {told}"):
+        check_inside(language_model_config({"model_type": name, **SMALL, **more}))
 
 
 @pytest.fixture(scope="module")
