@@ -366,6 +366,8 @@ def _activations(
         rows = _largest_visual(model, plan).rows_of(name)
         places = rows if rules.native else rows * info.num_tokens
         one = places * info.width * (per_width + 4 * per_inner) * size / 2
+        if stage.gradient_checkpointing:
+            blocks = 1 + blocks * size * places * info.width / one  # of each what enters it, and one whole again
         memory += stage.batch_size * one * (blocks if f"encoders.{name}" in parts else 1)
     if not reads:
         return int(memory)
