@@ -128,7 +128,8 @@ class MllmForConditionalGeneration(
             bias=getattr(self.lm_head, "bias", None),  # PEFT's wrapper for trained tokens has none
             num_items_in_batch=num_items,
             position_ids=position_ids,
-            **self._head,
+            scale=self._head.get("scale", 1.0),
+            softcap=self._head.get("softcap"),
         )
 
     def _words(

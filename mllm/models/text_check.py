@@ -70,7 +70,7 @@ def _check_head(causal: Any, config: PreTrainedConfig) -> None:
         return given.clone()
 
     for decoder in {decoder_of(causal), causal.get_decoder()} - {causal}:  # OPT's asks for an inner one
-        decoder.forward = lambda *_, **__: _Said(last_hidden_state=hidden)
+        decoder.forward = lambda *_, **__: _Said(last_hidden_state=hidden)  # pyright: ignore[reportArgumentType]
     head.forward = multiply
     told = f"model.language_model: {config.model_type} does more between its last layer and its logits than this toolkit knows"
     try:

@@ -47,7 +47,7 @@ def check_sight(
     whole = cast("MllmForConditionalGeneration", model)
     if any(hasattr(parameter, "ds_id") for parameter in whole.parameters()):
         return
-    device = whole.get_input_embeddings().weight.device  # pyright: ignore[reportAttributeAccessIssue]
+    device = next(whole.get_input_embeddings().parameters()).device
     text, moved = _hidden(whole, _rows(whole, device, packing), attention, inputs)
     limit = _MOST.get(text.dtype, _MOST_IN_16_BITS) * float(moved)
     kind = whole.config.get_text_config().model_type
