@@ -56,6 +56,8 @@ class MllmConfig(SavesDoor, PreTrainedConfig):
     model_type = "mllm"
     sub_configs = {"text_config": AutoConfig}  # pyright: ignore[reportAssignmentType]
     has_no_defaults_at_init = True
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states", "routing", "losses"]
+    """What transformers' Trainer leaves out of predictions: it gathers tensors alone."""
 
     def __init__(
         self,

@@ -150,12 +150,17 @@ class MultimodalGenerationMixin(GenerationMixin):
         super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in own})  # pyright: ignore[reportAttributeAccessIssue]
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: Any = None, is_first_iteration: bool | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,  # transformers looks for the name
+        is_first_iteration: bool | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         # An assistant's first pass is not called one, yet it reads the prompt: what counts is an empty cache.
         first = bool(is_first_iteration) or past_key_values is None or past_key_values.get_seq_length() == 0
         inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
-            input_ids, past_key_values=past_key_values, is_first_iteration=first, **kwargs
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, is_first_iteration=first, **kwargs
         )
         if not first and kwargs.get("use_cache", True):
             for key in self._image_inputs:
@@ -176,7 +181,7 @@ class MultimodalGenerationMixin(GenerationMixin):
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         if images and expand_size > 1 and source is not None:
-            counts = self._rows_of_samples(source, images)
+            counts = self._rows_of_samples(source, model_kwargs.get("inputs_embeds"), expand_size, images)
             images = {
                 key: torch.cat([part for group in value.split(counts[key]) for part in [group] * expand_size])
                 for key, value in images.items()
@@ -184,12 +189,17 @@ class MultimodalGenerationMixin(GenerationMixin):
         model_kwargs.update(images)
         return input_ids, model_kwargs
 
-    def _rows_of_samples(self, input_ids: Tensor, images: dict[str, Tensor]) -> dict[str, list[int]]:
+    def _rows_of_samples(
+        self, input_ids: Tensor, embeddings: Tensor | None, repeats: int, images: dict[str, Tensor]
+    ) -> dict[str, list[int]]:
         """For every image input, how many of its rows belong to each sample of the batch: one per image, per view where it
-        is pixels, per visual token where it is features."""
+        is pixels, per visual token where it is features. embeddings: the prompts', each ``repeats`` times, in place of ids."""
         encoders = {key: name for name, key in self.model.pixel_keys.items()}
         sizes, times = images.get(IMAGE_SIZES), images.get(VIDEO_TIMES)
-        tokens: list[int] = (input_ids == self.config.image_token_id).sum(-1).tolist()
+        places = input_ids == self.config.image_token_id
+        if embeddings is not None:
+            places = self.model.image_places(None, embeddings[::repeats])
+        tokens: list[int] = places.sum(-1).tolist()
         flat: set[str] = {key for key, value in images.items() if key == "image_features" and value.dim() == 2}
         if flat == set(images):
             return dict.fromkeys(flat, tokens)

@@ -73,6 +73,24 @@ class MllmForConditionalGeneration(
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As in transformers; every id below ``new_num_tokens`` (``len(tokenizer)``) may be generated from then on.
+
+        Args:
+            new_num_tokens: rows that embedding and head get; None changes nothing.
+            pad_to_multiple_of: rows are filled up to a multiple; ids of these are never generated.
+            mean_resizing: new rows are drawn about the mean of those that were there.
+
+        Returns:
+            The embedding.
+        """
+        embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if new_num_tokens is not None and self.config.num_token_ids is not None:
+            self.config.num_token_ids = new_num_tokens
+        return embedding
+
     def get_decoder(self) -> nn.Module:
         return self.model.get_decoder()
 

@@ -89,7 +89,9 @@ def grow_vocabulary(model: MllmForConditionalGeneration, num_tokens: int) -> Non
     """
     known = model.config.text_config.vocab_size
     if num_tokens > known:
+        of_tokenizer = model.config.num_token_ids
         model.resize_token_embeddings(grown(num_tokens, known), mean_resizing=False)
+        model.config.num_token_ids = of_tokenizer  # the rest of the rows fills the tables up
         _start_new_rows(model, known, num_tokens)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,12 @@ order."""
 
 
 def check_sight(
-    model: Any, attention: str, *, packing: bool, where: str, inputs: Callable[[Any, str], dict[str, Any]]
+    model: MllmForConditionalGeneration,
+    attention: str,
+    *,
+    packing: bool,
+    where: str,
+    inputs: Callable[[Any, str], dict[str, Any]],
 ) -> None:
     """Ask a model which tokens it sees.
 
@@ -44,13 +49,12 @@ def check_sight(
     Raises:
         ConfigError: a token sees tokens behind it, or of a sample beside its own.
     """
-    whole = cast("MllmForConditionalGeneration", model)
-    if any(hasattr(parameter, "ds_id") for parameter in whole.parameters()):
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return
-    device = next(whole.get_input_embeddings().parameters()).device
-    text, moved = _hidden(whole, _rows(whole, device, packing), attention, inputs)
+    device = next(model.get_input_embeddings().parameters()).device
+    text, moved = _hidden(model, _rows(model, device, packing), attention, inputs)
     limit = _MOST.get(text.dtype, _MOST_IN_16_BITS) * float(moved)
-    kind = whole.config.get_text_config().model_type
+    kind = model.config.get_text_config().model_type
     if float((text[1, :-1] - text[0, :-1]).abs().max()) > limit:
         raise ConfigError(
             f"{where}.attention: with {attention}, a token of {kind} sees those behind it, and would learn nothing by guessing them; "

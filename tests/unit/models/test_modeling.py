@@ -314,3 +314,32 @@ def test_embeddings_of_added_tokens_start_as_small_as_the_language_models_own(tm
         for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
             assert len(table) > 200
             assert 0.01 < float(table[200:].std()) < 0.04
+
+
+@torch.no_grad()
+def test_embeddings_are_asked_like_their_tokens(tiny: tuple[Any, Any]) -> None:
+    model, processor = tiny
+    texts, images = prompts(processor)
+    inputs = processor(text=texts, images=images, padding=True, return_tensors="pt", add_special_tokens=False)
+    pixels = {key: inputs[key] for key in processor.pixel_keys.values()}
+    given = {"attention_mask": inputs["attention_mask"], **pixels, "max_new_tokens": 6, "do_sample": False}
+    embeddings = model.get_input_embeddings()(inputs["input_ids"])
+    for options in ({}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}):
+        wanted = model.generate(inputs["input_ids"], **given, **options)[:, inputs["input_ids"].shape[1] :]
+        assert torch.equal(model.generate(inputs_embeds=embeddings, **given, **options), wanted)
+
+
+@torch.no_grad()
+def test_a_token_that_is_added_by_hand_can_be_written(tmp_path: Any) -> None:
+    """Rows that only fill the tables up still cannot."""
+    model, processor = tiny_model(tmp_path)
+    processor.tokenizer.add_tokens(["<yes>"])
+    new = processor.tokenizer.convert_tokens_to_ids("<yes>")
+    model.resize_token_embeddings(len(processor.tokenizer), pad_to_multiple_of=64)
+    rows = model.lm_head.weight.shape[0]
+    assert rows % 64 == 0 and model.config.unassigned_ids == range(new + 1, rows)
+    model.lm_head.weight[new:].mul_(50.0)
+    seen = {token for row in run(model, processor, *prompts(processor), num_beams=4) for token in row}
+    assert max(seen) == new
+    model.save_pretrained(tmp_path / "saved")
+    assert MllmConfig.from_pretrained(tmp_path / "saved").num_token_ids == new + 1
