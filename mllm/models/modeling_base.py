@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.initialization import guard_torch_init_functions
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -172,6 +173,22 @@ class MllmPreTrainedModel(OpenedByDoor, PreTrainedModel):
         _attach_decoder(model, folder)
         refuse_gaps(str(name), info, quantized=getattr(model, "hf_quantizer", None))
         return (model, info) if wants_info else model
+
+    def train(self, mode: bool = True) -> Any:
+        """As in torch, but batch norms whose weights are frozen keep the statistics that they have: another trainer's adapters would
+        not hold those that a frozen encoder gathered, and the model that is opened would answer otherwise.
+
+        Args:
+            mode: whether it trains.
+
+        Returns:
+            The model.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm) and module.affine and not module.weight.requires_grad:
+                module.training = False
+        return self
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As in transformers; the diffusion decoder of the model's visual tokenizer goes with it, in ``diffusion_decoder/``."""

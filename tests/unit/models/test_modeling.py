@@ -343,3 +343,17 @@ def test_a_token_that_is_added_by_hand_can_be_written(tmp_path: Any) -> None:
     assert max(seen) == new
     model.save_pretrained(tmp_path / "saved")
     assert MllmConfig.from_pretrained(tmp_path / "saved").num_token_ids == new + 1
+
+
+def test_a_frozen_batch_norm_keeps_its_statistics_under_any_trainer(tiny: tuple[Any, Any]) -> None:
+    """An adapter holds no statistics: what they became in training would be missing where it is opened."""
+    model, _ = tiny
+    frozen, learning, bare = (torch.nn.BatchNorm2d(4, affine=affine) for affine in (True, True, False))
+    frozen.requires_grad_(False)
+    model.added = torch.nn.Sequential(frozen, learning, bare)
+    try:
+        model.train()
+        assert [module.training for module in model.added] == [False, True, True] and model.training
+    finally:
+        del model.added
+        model.eval()
