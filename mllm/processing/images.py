@@ -127,6 +127,11 @@ def read_bytes(source: Any, *, where: str) -> bytes:
         raise MissingFile(
             f"{where}: {_shown(source)} is remote; download it and give the local path (nothing is fetched in training)"
         )
+    if reference.kind == "codes" and getattr(source, "ndim", 1) > 1:
+        raise DataError(
+            f"{where}: a torch tensor of shape {tuple(source.shape)} is not read as a picture; give a PIL image, or an array with channels "
+            "last: tensor.permute(1, 2, 0).numpy()"
+        )
     if reference.kind == "codes":
         raise DataError(
             f"{where}: {_shown(source)} names stored codes where pixels are needed; give the picture itself"

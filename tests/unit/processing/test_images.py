@@ -189,6 +189,7 @@ def test_bad_pictures_raise_one_error_that_names_the_place(tmp_path):
         "neither bytes nor path": {"bytes": None, "path": None},
         "cannot read an image from int": 7,
         "not a path": "a\0b.png",
+        "channels last": torch.zeros(3, 8, 8, dtype=torch.uint8),
     }
     for message, source in cases.items():
         with pytest.raises(DataError, match=f"^sample 'x' of d: .*{message}"):
