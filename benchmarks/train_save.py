@@ -74,13 +74,14 @@ def run(options: argparse.Namespace, folder: Path, name: str) -> dict:
         before = median(seconds[at - every // 2 : at])
         after = seconds[at : min(at + every - 1, len(seconds))]
         size, complete = removed.found[at]
+        wait = after[0] - before
         saves.append(
             {
                 "GB": round(size / 1e9, 2),
-                "longest step s": round(after[0] - before, 3),
+                "wait s": round(wait, 3),
                 "slower steps after it s": round(sum(s - before for s in after[1:]), 3),
-                "GB/s of the copies": round(size / 1e9 / max(after[0] - before, 1e-9), 1),
-                "share at one in 10 minutes": round((after[0] - before) / 600, 5),
+                "GB/s of the copies": round(size / 1e9 / wait, 1) if wait > 0.05 * before else None,
+                "share at one in 10 minutes": round(wait / 600, 5),
                 "share with the slower steps": round(sum(s - before for s in after) / 600, 5),
                 "ms a step before": round(1e3 * before, 1),
                 "complete after steps": complete - at,
@@ -88,12 +89,12 @@ def run(options: argparse.Namespace, folder: Path, name: str) -> dict:
         )
     if not saves:
         return {"error": "no save", "steps seen": len(seconds), "last lines": [line for _, line in seen.lines[-4:]]}
-    later = [save["GB/s of the copies"] for save in saves[1:]] or [saves[0]["GB/s of the copies"]]
-    wait = BYTES_7B / 1e9 / median(later)
+    rates = [save["GB/s of the copies"] for save in saves[1:] or saves]
+    rate = median([r for r in rates if r is not None] or [0.0])  # 0: no wait that stands out
     return {
         "saves": saves,
-        "a 7B's wait by this rate s": round(wait, 2),
-        "a 7B's share at one in 10 minutes": round(wait / 600, 5),
+        "a 7B's wait by this rate s": round(BYTES_7B / 1e9 / rate, 2) if rate else None,
+        "a 7B's share at one in 10 minutes": round(BYTES_7B / 1e9 / rate / 600, 5) if rate else None,
         "host memory GB": seen.peak_own_gb,
         "steps seen": len(seconds),
     }
