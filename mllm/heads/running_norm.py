@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mllm.fp32_buffers import Fp32Buffers
 from mllm.heads.base import heads_of
 
 MOMENTUM = 0.05
@@ -19,15 +20,16 @@ ENOUGH = 8
 """States of which a mean and a deviation are worth something."""
 
 
-class RunningNorm(nn.Module):
+class RunningNorm(Fp32Buffers):
     """States ``(N, L)`` less their mean, over their deviation, dimension by dimension.
 
     In training these are the batch's own where it has `ENOUGH` states (the shared part moves faster than a running mean follows), and
     running ones else, so one state alone can be normalised; gradients pass through the batch's own. Answers use the running ones and
-    depend on nothing but the checkpoint. Statistics are fp32 buffers. Each process of a run normalises with its own batch, as a batch norm
-    does; running statistics are made one after every step (`share_statistics`).
+    depend on nothing but the checkpoint. Statistics are fp32 buffers in a model of any dtype. Each process of a run normalises with its own
+    batch, as a batch norm does; running statistics are made one after every step (`share_statistics`).
     """
 
+    fp32_buffers = ("mean", "variance")
     mean: Tensor
     variance: Tensor
     batches: Tensor

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mllm.config import StrictModel
+from mllm.fp32_buffers import Fp32Buffers
 
 
 class CodebookConfig(StrictModel):
@@ -31,8 +32,10 @@ class CodebookConfig(StrictModel):
     """uniform: U(-1/K, 1/K). normal: N(0, 1/D). unit: normal rows scaled to length 1."""
 
 
-class Codebook(nn.Module):
-    """``size`` vectors of ``dim`` channels."""
+class Codebook(Fp32Buffers):
+    """``size`` vectors of ``dim`` channels. What moving averages hold is fp32 in a tokenizer of any dtype."""
+
+    fp32_buffers = ("weight", "counts", "sums")
 
     weight: Tensor
     frozen: Tensor
