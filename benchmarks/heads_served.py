@@ -92,7 +92,9 @@ def compared(own: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str
         if first is not None and second is not None:
             counts["probabilities"] += 1
             farthest = max(farthest, *(abs(first[name] - second[name]) for name in first))
-    return {name: value for name, value in counts.items() if value} | {"largest difference": farthest}
+    told = [next(iter(one["mllm_probability"].values())) for one in own if one.get("mllm_probability")]
+    between = {"probabilities between": [round(min(told), 4), round(max(told), 4)]} if told else {}
+    return {name: value for name, value in counts.items() if value} | between | {"largest difference": farthest}
 
 
 def main() -> int:
