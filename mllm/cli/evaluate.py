@@ -127,6 +127,7 @@ def run(
             processes,
             earlier or ([output] if output else []),
             price,
+            blind,
         )
         return
     from mllm.eval.run import run_eval
@@ -170,6 +171,7 @@ def _show_plan(
     processes: int,
     earlier: list[Path],
     price: float | None,
+    blind: bool,
 ) -> None:
     from rich.console import Console
 
@@ -178,7 +180,7 @@ def _show_plan(
     from mllm.eval.studies.study import print_table
 
     specs = overridden_tasks(tasks, overrides)
-    plans = plan_tasks(specs, data=data, limit=limit, earlier=earlier, processes=processes)
+    plans = plan_tasks(specs, data=data, limit=limit, earlier=earlier, processes=processes, blind=blind)
     headings, hour = (HEADINGS, None) if price is None else ((*HEADINGS, "cost, about"), price * processes)
     print_table(Console(), headings, plan_rows(plans, hour), (0,))
     if not earlier:

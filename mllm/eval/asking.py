@@ -29,6 +29,14 @@ from mllm.types import IMAGE_MARK, Request, Response, Turn
 Blind = Literal["gray", "none", "shuffled", "frames_frozen", "frames_shuffled", "frames_reversed"]
 FRAMES: dict[Blind, Any] = {"frames_frozen": "frozen", "frames_shuffled": "shuffled", "frames_reversed": "reversed"}
 """Ways to ask about a video without its order, or with one frame of it, at the same number of tokens → `Video`'s ``play``."""
+
+
+def times_asked(spec: TaskSpec, blind: bool) -> int:
+    """How often every question of a task is asked: as it is, and of a blind run blanked, with another's pictures, and of videos as `FRAMES`
+    show them."""
+    return 1 if not blind else 3 + (0 if spec.frames is None else len(FRAMES))
+
+
 _READERS = 4
 _AHEAD = 256
 _THUMB = 320

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from mllm.eval.asking import times_asked
 from mllm.eval.task import TaskSpec
 
 FIRST = 32
@@ -18,22 +19,24 @@ def say(text: str) -> None:
 
 
 class Forecast:
-    """Told before a run what earlier runs lead to expect, and after its first answers what these do. ways: how often every question is
-    asked (blind runs); rates: seconds of one process per answer of tasks that ran before; price: of an hour of one process."""
+    """Told before a run what earlier runs lead to expect, and after its first answers what these do. blind: whether questions are asked
+    with their controls, too (`times_asked`); rates: seconds of one process per answer of tasks that ran before; price: of an hour of one
+    process."""
 
     def __init__(
         self,
         specs: Sequence[TaskSpec],
         *,
         limit: int | None = None,
-        ways: int = 1,
+        blind: bool = False,
         processes: int = 1,
         price: float | None = None,
         rates: Mapping[str, float] | None = None,
         tell: Callable[[str], None] = say,
     ):
         self._sizes = {spec.name: _fewer(spec.size, limit) for spec in specs}
-        self._ways, self._processes, self._price, self._tell = ways, processes, price, tell
+        self._ways = {spec.name: times_asked(spec, blind) for spec in specs}
+        self._processes, self._price, self._tell = processes, price, tell
         self._rates = {name: rate for name, rate in (rates or {}).items() if name in self._sizes}
         self._started, self._answered, self._done = 0.0, 0, 0
         self._announced = bool(self._rates)
@@ -45,7 +48,9 @@ class Forecast:
         if rate is None:
             self._tell(f"{text}how long that takes is told after the first {FIRST} answers (--earlier FOLDER: before)")
             return
-        seconds = self._ways * sum((size or 0) * self._rates.get(name, rate) for name, size in self._sizes.items())
+        seconds = sum(
+            self._ways[name] * (size or 0) * self._rates.get(name, rate) for name, size in self._sizes.items()
+        )
         self._tell(f"{text}{self._cost(seconds / self._processes)}, by earlier runs of {len(self._rates)} of them")
 
     def begin(self, task: str, count: int, done: int) -> None:
@@ -60,9 +65,7 @@ class Forecast:
             return
         self._announced = True
         each = (time.monotonic() - self._started) / self._answered
-        left = (
-            self._ways * sum(size or 0 for size in self._sizes.values()) - self._done - self._answered * self._processes
-        )
+        left = self._count() - self._done - self._answered * self._processes
         if left > 0:
             cost = self._cost(each * left / self._processes)
             unknown = sum(size is None for size in self._sizes.values())
@@ -71,9 +74,13 @@ class Forecast:
                 f"{each:.2g} s an answer, measured on the first {self._answered}; {cost} for the {left:,} left{more}"
             )
 
+    def _count(self) -> int:
+        """Answers of all tasks whose size is known."""
+        return sum(self._ways[name] * (size or 0) for name, size in self._sizes.items())
+
     def _extent(self) -> str:
         known = [size for size in self._sizes.values() if size is not None]
-        count, unknown = self._ways * sum(known), len(self._sizes) - len(known)
+        count, unknown = self._count(), len(self._sizes) - len(known)
         tasks = f"{len(self._sizes)} task{'s' if len(self._sizes) > 1 else ''}"
         if not known:
             return f"{tasks}, all questions of their files"

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mllm.eval.asking import times_asked
 from mllm.eval.data.loading import load_data
 from mllm.eval.predictions import header_path, iterate_files
 from mllm.eval.studies.study import number
@@ -47,16 +48,18 @@ def plan_tasks(
     limit: int | None = None,
     earlier: Sequence[str | Path] = (),
     processes: int = 1,
+    blind: bool = False,
 ) -> list[TaskPlan]:
     """Questions, images (frames of videos counted), and the most new tokens of every task, with the time that earlier runs
-    lead to expect: their seconds per question, of a task not seen there the mean of all that were; shared by ``processes``."""
+    lead to expect: their seconds per question, of a task not seen there the mean of all that were; shared by ``processes``. blind:
+    with their controls."""
     rates = earlier_rates(earlier)
     usual = sum(rates.values()) / len(rates) if rates else float("nan")
     plans = []
     for spec in specs:
         loaded = load_data(spec, data=data, limit=limit)
-        count = len(loaded.items)
-        images = sum(item.num_images for item in loaded.items)
+        ways = times_asked(spec, blind)
+        count, images = ways * len(loaded.items), ways * sum(item.num_images for item in loaded.items)
         seconds = count * rates.get(spec.name, usual) / processes
         plans.append(
             TaskPlan(spec.name, count, images, count * spec.generation.max_new_tokens, len(loaded.problems), seconds)

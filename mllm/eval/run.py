@@ -429,10 +429,11 @@ def run_eval(checkpoint: str, tasks: Sequence[str], settings: EvalSettings | Non
 def _forecast(specs: Sequence[TaskSpec], settings: EvalSettings, folder: Path, world: int) -> Forecast:
     """The line before the run begins, and who tells the next one."""
     rates = earlier_rates([folder, *settings.earlier])
-    ways = 3 if settings.blind else 1  # as they are, blanked, shuffled
     most = (settings.limit, None if settings.ids is None else len(settings.ids))
     limit = min((count for count in most if count is not None), default=None)
-    forecast = Forecast(specs, limit=limit, ways=ways, processes=world, price=settings.price, rates=rates)
+    forecast = Forecast(
+        specs, limit=limit, blind=bool(settings.blind), processes=world, price=settings.price, rates=rates
+    )
     forecast.announce()
     return forecast
 
@@ -455,6 +456,7 @@ def _attach_blind(result: TaskResult, folder: Path, *modes: str) -> None:
 
     result.blind = stored(*(modes or ("gray", "none")))
     result.shuffled, result.prior = stored("shuffled"), stored("prior")
+    result.frames |= {name: found for name in FRAMES if (found := stored(name)) is not None}
 
 
 def overridden_tasks(tasks: Sequence[str], overrides: Sequence[str]) -> list[TaskSpec]:

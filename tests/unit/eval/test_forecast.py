@@ -16,7 +16,7 @@ from tests.unit.eval.test_runner import make_data
 def test_earlier_runs_tell_time_and_cost_before_the_start():
     told: list[str] = []
     specs = load_tasks(["mmvp", "realworldqa"])
-    Forecast(specs, rates={"mmvp": 2.0, "gqa": 9.0}, ways=3, processes=4, price=3.2, tell=told.append).announce()
+    Forecast(specs, rates={"mmvp": 2.0, "gqa": 9.0}, blind=True, processes=4, price=3.2, tell=told.append).announce()
     assert told == [
         "2 tasks, 3,195 questions; about 27 min in 4 processes, 5.68 at 3.2 an hour, by earlier runs of 1 of them"
     ], "3 · (300 · 2 s + 765 · the mean 2 s) / 4 = 1,597.5 s; 1,597.5 / 3600 · 3.2 · 4 = 5.68"
@@ -24,6 +24,10 @@ def test_earlier_runs_tell_time_and_cost_before_the_start():
     assert (
         told[1]
         == f"2 tasks, 200 questions; how long that takes is told after the first {FIRST} answers (--earlier FOLDER: before)"
+    )
+    Forecast(load_tasks(["vsibench", "mmvp"]), blind=True, tell=told.append).announce()
+    assert told.pop().startswith(f"2 tasks, {6 * 5130 + 3 * 300:,} questions; "), (
+        "videos are also shown in other orders"
     )
     Forecast(load_tasks(["demo"]), tell=told.append).announce()
     assert told[2].startswith("2 tasks, all questions of their files; ")

@@ -384,7 +384,7 @@ def test_video_benchmarks_are_asked_with_the_models_own_frames(tmp_path, parts, 
     """VSI-Bench from its official layout: one visual a question, and the controls at the same number of tokens."""
     from mllm.eval.generators.hf import HFGenerator
     from mllm.eval.predictions import read_predictions
-    from mllm.eval.run import evaluate
+    from mllm.eval.run import evaluate, report_again
 
     model, processor = parts
     folder = tmp_path / "data"
@@ -403,6 +403,8 @@ def test_video_benchmarks_are_asked_with_the_models_own_frames(tmp_path, parts, 
         "vsibench"
     ]
     assert set(result.frames) == {"frames_frozen", "frames_shuffled", "frames_reversed"}
+    again = report_again(tmp_path / "out", show=False)["vsibench"]
+    assert {name: way.score for name, way in again.frames.items()} == {n: way.score for n, way in result.frames.items()}
     ways = [result, result.blind, *result.frames.values()]
     rows = [read_predictions(Path(way.path))[0] for way in ways]
     assert all(row["prompt"].count("<image>") == 1 and not row.get("error") for row in rows)
