@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import torch
 
 from mllm.damage import parts_alone
-from mllm.errors import CheckpointError, UnavailableError
+from mllm.errors import CheckpointError, ConfigError, UnavailableError
 from mllm.eval.generators.base import GeneratorSettings, answer_text, check_marks, checkpoint_hash, hf_messages
 from mllm.heads.codes.settings import vllm_environment, vllm_options
 from mllm.install import install_hint
@@ -23,7 +24,7 @@ from mllm.processing.engine_videos import engine_options, visual_inputs
 from mllm.types import Request, Response
 
 _WINDOW = 1024
-_OF_GPU = 0.9
+_OF_GPU, _SHORTEST = 0.9, 2048
 
 
 def own_gpu(environment: Mapping[str, str], count: int) -> dict[str, str]:
@@ -44,11 +45,20 @@ def memory_share(environment: Mapping[str, str], gpus: int) -> dict[str, float]:
     return {} if sharing == 1 else {"gpu_memory_utilization": round(_OF_GPU / sharing, 3)}
 
 
-def host_memory(environment: Mapping[str, str], need: Need, free: int, total: int) -> dict[str, float]:
+def host_memory(environment: Mapping[str, str], need: Need, free: int, total: int) -> dict[str, int]:
     """How much of the host's memory an engine without a GPU may take for keys and values: what its requests can need, in its part of what
-    is ``free`` of ``total`` bytes. Of itself vLLM takes nearly all there is. Raises `ConfigError` where no request fits."""
-    processes = int(environment.get("LOCAL_WORLD_SIZE", 1))
-    return {"kv_cache_memory_bytes": cpu_cache(need, None, free=free // processes, total=total // processes)}
+    is ``free`` of ``total`` bytes. Of itself vLLM takes nearly all there is. A context for which that is too little is halved until one
+    request fits: a longer one is that request's error. Raises `ConfigError` where none of `_SHORTEST` tokens does."""
+    processes, whole = int(environment.get("LOCAL_WORLD_SIZE", 1)), need.length
+    while True:
+        try:
+            cache = cpu_cache(need, None, free=free // processes, total=total // processes)
+        except ConfigError:
+            if need.length // 2 < _SHORTEST:
+                raise
+            need = replace(need, length=need.length // 2)
+        else:
+            return {"kv_cache_memory_bytes": cache} | ({} if need.length == whole else {"max_model_len": need.length})
 
 
 class VLLMGenerator:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 
+from mllm.errors import ConfigError
 from mllm.eval.generators.base import checkpoint_hash
 from mllm.eval.generators.vllm import host_memory, memory_share
 from mllm.models.engine_memory import Need
@@ -46,6 +47,13 @@ def test_engines_of_one_machine_share_its_memory():
     assert host_memory({}, large, 16 * 2**30, 24 * 2**30) == {"kv_cache_memory_bytes": 8 * 2**30}, (
         "half of what is free"
     )
+    long = replace(small, per_token=2**18, length=2**17)
+    found = host_memory({}, long, 16 * 2**30, 24 * 2**30)
+    assert found == {"kv_cache_memory_bytes": 8 * 2**30, "max_model_len": 2**14}, (
+        "32 GiB, halved until one fits in half"
+    )
+    with pytest.raises(ConfigError, match="one request of 2048 tokens"):
+        host_memory({}, replace(long, per_token=2**24), 16 * 2**30, 24 * 2**30)
     assert host_memory({"LOCAL_WORLD_SIZE": "2"}, large, 16 * 2**30, 24 * 2**30) == {"kv_cache_memory_bytes": 4 * 2**30}
 
 
