@@ -197,6 +197,7 @@ def test_the_vllm_generators_fingerprint_holds_the_code_of_the_checkpoints_compo
     assert component_code(model.config) == [content_hash(file)]
     generator = object.__new__(VLLMGenerator)  # its engine answers; here is only what it is called
     generator._hash, generator._dtype, generator._engine_options = "0", "auto", {}
+    generator.processor = None
     names = set()
     for generator._code in ([], component_code(model.config)):
         names.add(generator.fingerprint())
