@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -58,6 +59,9 @@ class ExpectedSpec(StrictModel):
     where: str = "all"
     within: float = Field(default=0.0, ge=0)
     """Points by which ``better`` may be worse and the expectation still come true: 1.0 says "costs at most a point"."""
+    floor: float = Field(default=0.0, ge=0, le=100)
+    """What guessing scores, in percent: of two arms that are both at or below it, nothing is told. What either arm scores without the right
+    picture, where that is measured (`ArmSpec.blind`), counts too."""
     why: str = ""
 
 
@@ -208,7 +212,7 @@ def arms_study(spec: ArmsSpec, output: Path, costs: Mapping[str, Cost] | None = 
     _check_same_questions(arms, sample)
     parts = _parts(spec, sample)
     floors = _floors(spec, output)
-    tables = [_scores(spec, arms, floors, parts), *_expectations(spec, arms, parts), *_by_category(spec, arms, parts)]
+    tables = [_scores(spec, arms, floors, parts), *_expectations(spec, arms, floors, parts), *_by_category(spec, arms, parts)]
     tables += _costs(spec, costs or {}, arms)
     notes = [
         f"{spec.description}. Task {spec.task}: {len(sample.ids)} questions, {len(sample.clusters.names)} clusters; headline metric "
@@ -306,7 +310,10 @@ def _scores(
 
 
 def _expectations(
-    spec: ArmsSpec, arms: Mapping[str, Mapping[int, Answers]], parts: Mapping[str, np.ndarray]
+    spec: ArmsSpec,
+    arms: Mapping[str, Mapping[int, Answers]],
+    floors: Mapping[str, Answers],
+    parts: Mapping[str, np.ndarray],
 ) -> list[Table]:
     rows = []
     for entry in spec.expected:
@@ -315,6 +322,7 @@ def _expectations(
         result = compare_arms(arms[entry.better], arms[entry.than], parts[entry.where])
         least = -entry.within
         verdict = "yes" if result.low > least else "no, the other way" if result.high < least else "not shown"
+        verdict = _at_the_floor(entry, arms, floors, parts[entry.where]) or verdict
         interval = spread(result.low, result.high, digits=1, sign=True)
         rows.append(
             (
@@ -328,6 +336,27 @@ def _expectations(
         )
     headings = ("expected", "where", "came out", "difference", "95 %", "p")
     return [Table("Expected beforehand, and what came out (points)", headings, rows, num_text=3)] if rows else []
+
+
+def _at_the_floor(
+    entry: ExpectedSpec, arms: Mapping[str, Mapping[int, Answers]], floors: Mapping[str, Answers], keep: np.ndarray
+) -> str | None:
+    """Why two arms tell nothing of an expectation on the questions ``keep``: neither scores more than guessing. None where one does."""
+    shared = sorted(set(arms[entry.better]) & set(arms[entry.than]))
+    one, other = (
+        100 * float(np.mean([arms[name][seed].values[keep] for seed in shared])) for name in (entry.better, entry.than)
+    )
+    of_both = [f"{name}, {floor}" for name in (entry.better, entry.than) for floor in FLOORS]
+    measured = [100 * float(floors[name].values[keep].mean()) for name in of_both if _as_long(floors.get(name), keep)]
+    floor = max(entry.floor, *measured) if measured else entry.floor
+    if max(one, other) > floor:
+        return None
+    both = f"both at {one:.1f}" if f"{one:.1f}" == f"{other:.1f}" else f"{one:.1f} and {other:.1f}"
+    return f"not told: {both}, guessing scores {floor:.1f}" if floor else f"not told: {both}"
+
+
+def _as_long(answers: Answers | None, keep: np.ndarray) -> TypeGuard[Answers]:
+    return answers is not None and len(answers.ids) == len(keep)
 
 
 def _by_category(

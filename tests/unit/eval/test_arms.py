@@ -90,6 +90,21 @@ def test_the_page_sets_what_came_out_against_what_was_expected(spec, tmp_path):
     assert json.loads((tmp_path / "arms.json").read_text())["data"]["arms"]["A"]["1"]["all"] == 80.0
 
 
+def test_of_two_arms_that_only_guess_nothing_is_told(spec, tmp_path):
+    """No point is lost where there is none to lose."""
+    folders = {name: run_folder(tmp_path, name, 0) / "eval" for name in ("A", "B")}
+    for folder in folders.values():
+        write_answers(folder, lambda k, r: r == "altair" and k % 5 == 0)
+    expect = lambda **more: ExpectedSpec(better="A", than="B", within=1.0, **more)  # noqa: E731
+    spec.expected = [expect(where="seen"), expect(where="unseen"), expect(where="unseen", floor=25.0), expect(floor=5)]
+    verdicts = lambda: [row[2] for row in arms_study(spec, tmp_path).tables[1].rows]  # noqa: E731
+    assert verdicts() == ["not told: both at 0.0", "yes", "not told: both at 20.0, guessing scores 25.0", "yes"]
+    write_answers(folders["A"], lambda k, r: k % 4 == 0, blind="shuffled")
+    assert verdicts()[1] == "not told: both at 20.0, guessing scores 25.0", "what was measured without the picture"
+    write_answers(folders["B"], lambda k, r: r == "altair" and k % 5 < 2)
+    assert verdicts()[1] == "no, the other way", "one of them does better than guessing"
+
+
 def test_arms_with_a_size_are_drawn_as_a_curve(spec, tmp_path):
     data = yaml.safe_load((tmp_path / "mine.yaml").read_text())
     data["arms"]["A"]["size"], data["arms"]["B"]["size"], data["size_is"] = 20000, 5000, "training questions"
