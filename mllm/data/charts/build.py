@@ -20,7 +20,7 @@ from mllm.data.charts.new_labels import relabelled, words_of
 from mllm.data.charts.questions import KINDS, LABEL, Balance, Question, questions
 from mllm.data.charts.renderers import RENDERERS
 from mllm.data.charts.renderers.base import Style, png
-from mllm.data.charts.tables import TableFile, find_tables, read_table
+from mllm.data.charts.tables import TableFile, find_tables, names_apart, read_table
 from mllm.data.conversations import picture_messages
 from mllm.data.parallel import chunks, spread
 from mllm.errors import ConfigError, DataError
@@ -78,7 +78,7 @@ class ChartSettings:
 
 @dataclass
 class TableReport:
-    """What became of a table: its split, or why it was left out."""
+    """What became of a table: its split, or why it was left out. table: a name that no other has (`names_apart`)."""
 
     table: str
     split: str
@@ -156,6 +156,8 @@ def _look(files: Sequence[TableFile], settings: ChartSettings, processes: int) -
         raise ConfigError(f"test sources {', '.join(missing)}: there are {', '.join(sources[:12])} … ({len(sources)})")
     jobs = [(table, split_of(table, settings, sources), settings) for table in files]
     reports = list(spread(_look_at, jobs, processes, at_once=8))
+    for report, name in zip(reports, names_apart(files), strict=True):
+        report.table = name
     _drop_copies(reports)
     return reports
 

@@ -6,7 +6,8 @@ import importlib
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ MAX_BYTES = 64_000_000
 
 @dataclass(frozen=True)
 class TableFile:
-    """One table to read. source: what the splits keep together (a subfolder or, in a package of packages, the inner one)."""
+    """One table to read. source: what the splits keep together (a subfolder or, in a package of packages, the inner one); name: the file's
+    up to its first dot, which parts of one thing share (``Snow.deaths``, ``Snow.pumps``): they are in one split, and one cluster where
+    scores are counted."""
 
     source: str
     name: str
@@ -33,6 +36,15 @@ class TableFile:
     @property
     def id(self) -> str:
         return f"{self.source}/{self.name}"
+
+
+def names_apart(tables: Sequence[TableFile]) -> list[str]:
+    """A name of each that no other has: its id, its file where several have that id, its path where files are called alike too."""
+    names = [table.id for table in tables]
+    for longer in (lambda table: f"{table.source}/{table.path.name}", lambda table: str(table.path)):
+        count = Counter(names)
+        names = [name if count[name] == 1 else longer(table) for name, table in zip(names, tables, strict=True)]
+    return names
 
 
 def find_tables(place: str, cache: Path) -> list[TableFile]:

@@ -22,7 +22,7 @@ from mllm.data.charts.new_labels import relabelled, words_of
 from mllm.data.charts.questions import NOT_THERE, Balance, Question, questions
 from mllm.data.charts.renderers import RENDERERS
 from mllm.data.charts.renderers.base import Style, png
-from mllm.data.charts.tables import find_tables
+from mllm.data.charts.tables import find_tables, names_apart
 from mllm.errors import ConfigError
 
 BARS = Chart(
@@ -225,6 +225,31 @@ def test_building_splits_by_source_and_counts_what_it_skips(tmp_path):
         json.dumps(old)
     )  # as it was written before questions could be chosen
     assert build_charts(settings, tmp_path / "out") == old
+
+
+def test_tables_called_alike_up_to_a_dot_are_each_known_as_the_test_s(tmp_path):
+    """A copy of the first of them is as much a copy as one of the last; rows name what they have in common, as frozen sets do."""
+    rng = np.random.default_rng(2)
+    parts = {
+        part: pd.DataFrame({"who": [f"n{k}" for k in range(20)], "size": rng.uniform(1, 90, 20)}) for part in "bcde"
+    }
+    for place in ("test", "train"):
+        (tmp_path / "in" / place).mkdir(parents=True)
+    for part in "bcd":
+        parts[part].to_csv(tmp_path / "in" / "test" / f"a.{part}.csv", index=False)
+    for part in "bde":
+        parts[part].to_csv(tmp_path / "in" / "train" / f"copy_{part}.csv", index=False)
+    settings = ChartSettings((str(tmp_path / "in"),), train_charts=2, test_charts=3, test_sources=("test",), size=96)
+    build_charts(settings, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "tables.json").read_text()) == {
+        **{f"test/a.{part}.csv": "test" for part in "bcd"},
+        **{f"train/copy_{part}": f"repeats the test table test/a.{part}.csv" for part in "bd"},
+        "train/copy_e": "train",
+    }
+    rows = [json.loads(line) for line in (tmp_path / "out" / "test.jsonl").read_text().splitlines()]
+    assert rows and {row["table"] for row in rows} == {"test/a"}
+    found = find_tables(str(tmp_path / "in" / "test"), tmp_path)
+    assert names_apart(found) == [f"test/a.{part}.csv" for part in "bcd"]
 
 
 def test_only_the_kinds_of_questions_that_are_wanted_are_asked(tmp_path):
