@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -35,9 +36,9 @@ _WINDOW = 16
 class HFGenerator:
     """Any image-text model of transformers with its processor, ours included.
 
-    Batches are left-padded and sorted by length inside a window, longest first. A batch that does not fit in the GPU's memory is
-    halved, and so are those that follow. Greedy unless a request says otherwise; sampling is seeded per request (from its id and
-    ``seed``), and sampled requests run alone so that the batch does not change them.
+    Batches are left-padded and sorted by length inside a window, longest first. None has more pictures than the processor takes in a
+    call. A batch that does not fit in the GPU's memory is halved, and so are those that follow. Greedy unless a request says otherwise;
+    sampling is seeded per request (from its id and ``seed``), and sampled requests run alone so that the batch does not change them.
 
     A batch is not refilled when one of its answers ends: an ideal refill, all prompts prefilled at no extra cost, would
     save at most 11 % of the CPU time on short answers, 19 % on mixed and 20 % on long ones
@@ -68,6 +69,10 @@ class HFGenerator:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         self._tokenizer = tokenizer
+        self._most_pictures: float = (
+            getattr(getattr(processor, "image_processor", None), "max_images", None) or math.inf
+        )
+        self._told_one_by_one = False
         self._ours = type(model).__module__.startswith("mllm.") or hasattr(processor, "pixel_keys")
 
     @classmethod
@@ -138,15 +143,16 @@ class HFGenerator:
 
     def _batches(self, order: Sequence[int], window: Sequence[Request]) -> Iterator[list[int]]:
         batch: list[int] = []
+        pictures = 0
         for position in order:
             request = window[position]
             alone = request.options.get("do_sample", False)
-            if batch and (
-                len(batch) == self.batch_size or alone or _options_key(window[batch[0]]) != _options_key(request)
-            ):
+            full = len(batch) == self.batch_size or pictures + len(request.images) > self._most_pictures
+            if batch and (full or alone or _options_key(window[batch[0]]) != _options_key(request)):
                 yield batch
-                batch = []
+                batch, pictures = [], 0
             batch.append(position)
+            pictures += len(request.images)
         if batch:
             yield batch
 
@@ -160,6 +166,12 @@ class HFGenerator:
             if len(requests) == 1:
                 yield Response(requests[0].id, "", prompts[0], error=f"{type(error).__name__}: {error}")
                 return
+            if not self._told_one_by_one:
+                self._told_one_by_one = True
+                _log.warning(
+                    "a batch of %d cannot be answered together (%s: %s); such batches are asked one by one, which is slower",
+                    len(requests), type(error).__name__, str(error)[:300],
+                )  # fmt: skip
             for request, prompt in zip(requests, prompts):  # find the one that cannot be answered; answer the others
                 yield from self._answer([request], [prompt])
         if full:

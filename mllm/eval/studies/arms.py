@@ -212,7 +212,11 @@ def arms_study(spec: ArmsSpec, output: Path, costs: Mapping[str, Cost] | None = 
     _check_same_questions(arms, sample)
     parts = _parts(spec, sample)
     floors = _floors(spec, output)
-    tables = [_scores(spec, arms, floors, parts), *_expectations(spec, arms, floors, parts), *_by_category(spec, arms, parts)]
+    tables = [
+        _scores(spec, arms, floors, parts),
+        *_expectations(spec, arms, floors, parts),
+        *_by_category(spec, arms, parts),
+    ]
     tables += _costs(spec, costs or {}, arms)
     notes = [
         f"{spec.description}. Task {spec.task}: {len(sample.ids)} questions, {len(sample.clusters.names)} clusters; headline metric "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -149,6 +150,31 @@ def test_one_bad_request_does_not_stop_its_batch(llava):
     requests[1].images = []  # one placeholder, no picture
     found = {response.id: response for response in HFGenerator(*llava, batch_size=5).generate(iter(requests))}
     assert found["q1"].error and all(found[f"q{k}"].error is None for k in (0, 2, 3, 4))
+
+
+def test_it_is_said_once_that_batches_are_asked_one_by_one(ours, caplog):
+    requests = questions(5) + [replace(request, id=f"{request.id} again") for request in questions(5)]
+    for number in (1, 6):
+        requests[number].images = ["nothing.png"]
+    found = list(HFGenerator(*ours, batch_size=5).generate(iter(requests)))
+    assert sorted(response.id for response in found if response.error) == ["q1", "q1 again"]
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith("a batch of 5 cannot be answered together") and told.endswith("one by one, which is slower")
+
+
+def test_a_batch_has_no_more_pictures_than_the_processor_takes(ours, monkeypatch, caplog):
+    """Once alone each, silently, where a batch of 64 questions about 16 frames was asked."""
+    model, processor = ours
+    alone = answers(HFGenerator(model, processor, batch_size=1), questions(6))
+    monkeypatch.setattr(processor.image_processor, "max_images", 3)
+    generator, asked = HFGenerator(model, processor, batch_size=6), []
+    monkeypatch.setattr(
+        generator,
+        "_forward",
+        lambda r, p: asked.append([len(q.images) for q in r]) or HFGenerator._forward(generator, r, p),
+    )
+    assert answers(generator, questions(6)) == alone and not caplog.records
+    assert all(sum(pictures) <= 3 for pictures in asked) and max(map(len, asked)) > 1, asked
 
 
 def test_the_fingerprint_sees_every_weight(llava):
