@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from mllm.errors import ConfigError
 from mllm.heads.base import MultimodalModel
 from mllm.heads.codes.generate import generate_images, to_pil
-from mllm.processing.images import load_image
+from mllm.processing.images import image_size, load_image
 from mllm.processing.protocol import Processor
 from mllm.types import IMAGE_MARK, Turn
 from mllm.visual_tokenizers.base import VisualTokenizer, as_unit_range
@@ -148,12 +148,11 @@ def _painted(
 
 
 def _square(image: Any, side: int, where: str) -> Tensor:
-    """A picture ``(1, 3, side, side)`` uint8. Raises `ConfigError` for one that is not square."""
+    """A picture ``(1, 3, side, side)`` uint8. Raises `ConfigError` for one that is not square, before it is decoded."""
+    height, width = image_size(image, where=where)
+    if width != height:
+        raise ConfigError(f"edit: {where} is {width} × {height}, and this model draws squares; cut it to one first")
     picture = load_image(image, where=where).convert("RGB")
-    if picture.width != picture.height:
-        raise ConfigError(
-            f"edit: {where} is {picture.width} × {picture.height}, and this model draws squares; cut it to one first"
-        )
     return torch.from_numpy(np.asarray(picture.resize((side, side))).copy()).permute(2, 0, 1)[None]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ from mllm.processing.protocol import Processor
 from mllm.processing.videos import Seen, frames_of
 from mllm.types import ImageSpec, Sample, Video
 
+_log = logging.getLogger(__name__)
+_TOLD: list[str] = []
+"""The row of which it was said that some of its depth is not known."""
 POSE_SIZE = 9
 """Numbers of one camera's pose as heads learn it: translation (3), unit quaternion (x, y, z, w ≥ 0), vertical and horizontal field of
 view in radians. VGGT's encoding (arXiv 2503.11651)."""
@@ -146,6 +150,13 @@ def _depth_rows(
         raise DataError(
             f"{where}: no pixel of the depth is known (all are NaN, infinite or 0); leave such rows' depths out"
         )
+    unknown = [float(np.mean(~np.isfinite(one))) for one in read.values() if one is not None]
+    if any(unknown) and not _TOLD:
+        _TOLD.append(where)
+        _log.warning(
+            "%s: the depth of %.0f %% of its pixels is not known (NaN, infinite or 0); such pixels are left out of the loss, here and in "
+            "other rows", where, 100 * np.mean(unknown),
+        )  # fmt: skip
     for number, one in read.items():
         if one is not None and abs(one.shape[0] * shape[1] / (one.shape[1] * shape[0]) - 1) > _SHAPES_ALIKE:
             raise DataError(

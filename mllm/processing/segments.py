@@ -59,25 +59,32 @@ class SegmentSpec(StrictModel):
                 'model.segment(picture, example=(picture, mask)), or a server with "mask" beside the example\'s picture'
             )
 
-    def restore(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
-        """Logits ``(N, rows, columns)`` on what the encoder sees → ``(N, height, width)`` fp32 on its picture."""
-        return restore(logits, (self.image.height, self.image.width), placed_at(size, self.image), size)
+    def restore(self, logits: Tensor, size: tuple[int, int], rows: tuple[int, int] | None = None) -> Tensor:
+        """Logits ``(N, rows, columns)`` on what the encoder sees → ``(N, height, width)`` fp32 on its picture; rows: of these alone (first,
+        behind the last)."""
+        return restore(logits, (self.image.height, self.image.width), placed_at(size, self.image), size, rows)
 
 
 def restore(
-    logits: Tensor, square: tuple[int, int], placed: tuple[float, float, float, float], size: tuple[int, int]
+    logits: Tensor,
+    square: tuple[int, int],
+    placed: tuple[float, float, float, float],
+    size: tuple[int, int],
+    rows: tuple[int, int] | None = None,
 ) -> Tensor:
     """Mask logits ``(N, rows, columns)`` → fp32 ``(N, height, width)`` of the picture, resampled twice as SAM does: to the encoder's
     input, then from where the picture lies there.
 
     square: (height, width) of the input; placed: (top, left, height, width) of the picture on it, which may reach beyond it (what
-    the encoder did not see is no part of a mask). size: (height, width) of the picture.
+    the encoder did not see is no part of a mask). size: (height, width) of the picture; rows: (first, behind the last) of it that are
+    wanted, default all.
     """
     values = F.interpolate(logits[:, None].float(), square, mode="bilinear", align_corners=False)
     top, left, height, width = placed
     seen, grids = [], []
-    for start, length, number, whole in ((top, height, size[0], square[0]), (left, width, size[1], square[1])):
-        places = start + (torch.arange(number, dtype=torch.float64) + 0.5) * (length / number)
+    axes = ((top, height, size[0], square[0], rows or (0, size[0])), (left, width, size[1], square[1], (0, size[1])))
+    for start, length, number, whole, wanted in axes:
+        places = start + (torch.arange(*wanted, dtype=torch.float64) + 0.5) * (length / number)
         seen.append((places >= 0) & (places <= whole))
         places = places.clamp(max(start, 0) + 0.5, min(start + length, whole) - 0.5)
         grids.append((places * (2 / whole) - 1).float())

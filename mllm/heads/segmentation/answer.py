@@ -21,6 +21,8 @@ from mllm.processing.mask_files import box_of, encode_rle, outlines, read_mask
 from mllm.processing.protocol import Processor
 from mllm.processing.segments import SegmentSpec
 
+_AT_ONCE = 1 << 24
+"""Probabilities of pixels that are held at a time: of larger pictures, or many masks, some rows after others."""
 OVERLAY = ((230, 60, 60), (60, 120, 230), (60, 180, 90), (230, 160, 40))
 
 
@@ -228,13 +230,19 @@ def laid(spec: SegmentSpec, text: str, logits: Tensor, size: tuple[int, int], th
         threshold: probability above which a pixel is marked.
 
     Returns:
-        The answer with its N masks.
+        The answer with its N masks; beside them little is held, however large the picture.
     """
-    probabilities = spec.restore(logits, size).sigmoid()
-    masks = probabilities > threshold
-    area = masks.sum((1, 2))
-    scores = (probabilities * masks).sum((1, 2)) / area.clamp(min=1)
-    return Segments(text, masks.cpu(), scores.cpu())
+    masks = torch.zeros(len(logits), *size, dtype=torch.bool)
+    area, total = (torch.zeros(len(logits), device=logits.device) for _ in range(2))
+    step = max(1, _AT_ONCE // max(1, len(logits) * size[1]))
+    for first in range(0, size[0] if len(logits) else 0, step):
+        rows = (first, min(first + step, size[0]))
+        probabilities = spec.restore(logits, size, rows).sigmoid()
+        marked = probabilities > threshold
+        area += marked.sum((1, 2))
+        total += (probabilities * marked).sum((1, 2))
+        masks[:, slice(*rows)] = marked.cpu()
+    return Segments(text, masks, (total / area.clamp(min=1)).cpu())
 
 
 def phrases_of(spec: SegmentSpec, question: str, text: str) -> list[str]:

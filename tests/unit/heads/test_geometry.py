@@ -242,6 +242,34 @@ def test_nan_is_left_out_of_the_loss_and_not_of_its_count() -> None:
     assert both[1][known[1]].tolist() == pytest.approx([-1 / 3, -1 / 3, 2 / 3])
 
 
+def test_pixels_of_unknown_depth_are_left_out_of_the_loss_and_this_is_said_once(
+    parts: tuple[Any, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = parts
+    monkeypatch.setattr("mllm.processing.geometry._TOLD", [])
+    given: list[Any] = [np.full((48, 128), 3.0, np.float32)]
+
+    def taught(value: float) -> tuple[torch.Tensor, dict[str, float]]:
+        given[0][:, 64:] = value
+        batch = collate(
+            [encode_sample(processor, sample(picture(1, size=(128, 48)), depths=list(given)))], pad_token_id=0
+        ).inputs
+        output = model(**batch)
+        return batch["target_depths"], {
+            name: float(part) for name, part in output.losses.items() if name.startswith("far")
+        }
+
+    for unknown in (np.nan, np.inf, 0.0):
+        maps, losses = taught(unknown)
+        assert (maps[..., :4] == 3).all() and maps[..., 4:].isnan().all()
+        whole, others = taught(3.0)
+        assert (whole == 3).all() and all(map(np.isfinite, losses.values())) and losses != others
+        _, more = taught(100.0)
+        assert more["far/log"] > losses["far/log"] + 1, "had it been taken for a depth, it would weigh"
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "the depth of 50 % of its pixels" in told and "left out of the loss" in told
+
+
 def batches(processor: Any) -> list[dict[str, Any]]:
     samples = [
         encode_sample(processor, sample(film(), **TAUGHT)),

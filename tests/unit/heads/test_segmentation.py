@@ -18,10 +18,12 @@ from mllm.errors import AlignmentError, ConfigError, DataError
 from mllm.eval.generators.hf import HFGenerator
 from mllm.heads.base import HeadParts
 from mllm.heads.build import head_config, keep_in_head
+from mllm.heads.segmentation.answer import laid
 from mllm.heads.segmentation.decoders import DECODERS as DECODERS_BY_TYPE
 from mllm.heads.segmentation.head import raised
 from mllm.processing.chat import encode_sample
 from mllm.processing.mask_files import decode_rle
+from mllm.processing.segments import SegmentSpec
 from mllm.testing.heads import CHECKS
 from mllm.train.preflight.head_memory import kept_by_heads
 from mllm.types import IMAGE_MARK, EncoderInfo, ImageSpec, Request, Sample, Turn
@@ -275,6 +277,24 @@ def test_every_decoder_keeps_the_heads_contract(decoder) -> None:
         assert made(prompts[:0], tokens, owners[:0])[0].shape == (0, 16, 16)
     torch.testing.assert_close(masks[[0, 2]], apart, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(masks[1:2], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("resize", ["squash", "letterbox", "crop"])
+def test_masks_of_a_large_picture_are_laid_some_rows_after_others(resize: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its probabilities, several times its own size for every mask, are not held all at once."""
+    spec = SegmentSpec(
+        token="[SEG]", token_id=5, image=ImageSpec(height=16, width=16, resize=resize), size=(16, 16), question="{phrase}"
+    )  # fmt: skip
+    logits = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(0))
+    whole, seen = laid(spec, "a", logits, (37, 50), 0.6), []
+    restored = type(spec).restore
+    monkeypatch.setattr(type(spec), "restore", lambda *given: seen.append(given[3]) or restored(*given))
+    monkeypatch.setattr("mllm.heads.segmentation.answer._AT_ONCE", 1000)
+    parts = laid(spec, "a", logits, (37, 50), 0.6)
+    assert seen == [(first, min(first + 6, 37)) for first in range(0, 37, 6)]
+    assert torch.equal(parts.masks, whole.masks) and whole.masks.any() and not whole.masks.all()
+    torch.testing.assert_close(parts.scores, whole.scores)
+    assert laid(spec, "a", logits[:0], (37, 50), 0.6).masks.shape == (0, 37, 50)
 
 
 def test_tiles_are_refused(tmp_path: Path) -> None:
