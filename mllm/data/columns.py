@@ -121,6 +121,7 @@ class ColumnsSource(Source):
             read = [name for name in (columns.image, columns.images) if name]
             refuse_blind(row, turns, known=read, where=where, keys=self.known, cure="columns.image: {}")
         if columns.system is not None and row.get(columns.system):
+            _refuse_structure(row[columns.system], columns.system, where)
             turns = [Turn("system", plain_text(str(row[columns.system]))), *turns]
         names = {name: getattr(columns, name) for name in TAUGHT}
         told = taught(row, self.root, len(images), where, names)
@@ -134,8 +135,11 @@ class ColumnsSource(Source):
         if len(answers) > 1:
             meta["answers"] = [str(answer) for answer in answers]
         values = {**row, "question": row[self.columns.question]}
-        if empty := [name for name in _fields(self.spec.prompt) if values.get(name) is None]:
-            raise DataError(f"{where}: {empty[0]} is empty, and the prompt shows it")
+        for name in _fields(self.spec.prompt):
+            if values.get(name) is None:
+                raise DataError(f"{where}: {name} is empty, and the prompt shows it")
+            _refuse_structure(values[name], self.columns.question if name == "question" else name, where)
+        _refuse_structure(answers[0], self.columns.answer, where)
         text = self._shown(plain_text(self.spec.prompt.format_map(values)), num_images, where)
         return [Turn("user", text), Turn("assistant", plain_text(str(answers[0])))]
 
@@ -252,6 +256,16 @@ class ColumnsSource(Source):
         """The columns that are used, images as they are stored."""
         table = undecoded(table)
         return table.select_columns(self._used) if self._used else table
+
+
+def _refuse_structure(value: Any, column: str, where: str) -> None:
+    """Raises `DataError` for a cell that would be learned as Python writes a list, an object or bytes."""
+    if isinstance(value, (list, tuple, dict, bytes)):
+        kind = "an object" if isinstance(value, dict) else "bytes" if isinstance(value, bytes) else "a list"
+        raise DataError(
+            f"{where}: {column} holds {kind} ({repr(value)[:60]}), expected text: give each question a row of its own, name a column of "
+            "text (columns: {question: …, answer: …}), or write the row as messages"
+        )
 
 
 def _is_image(feature: Any) -> bool:

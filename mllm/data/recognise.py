@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.data.blind import holds_picture
-from mllm.data.cells import conversation_cell, plain_cell
+from mllm.data.cells import conversation_cell, given, plain_cell
 from mllm.data.conversations import has_exchanges
 from mllm.data.files import JsonRows, matching_files
 from mllm.data.spec import ColumnMap, DatasetSpec
@@ -24,6 +24,7 @@ _HUB_ID = re.compile(r"^([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?$")
 _CONVERSATIONS = ("messages", "conversations", "conversation", "texts")
 _QUESTIONS = ("question", "query", "problem", "instruction", "prompt")
 _ANSWERS = ("answer", "answers", "label", "response", "output", "multiple_choice_answer")
+_CHOICES = ("choices", "options")
 _CURE = "write a dataset YAML with format: columns and columns: {question: …, answer: …, image: …}"
 
 
@@ -61,6 +62,7 @@ def recognise(name: str | Path) -> DatasetSpec:
 
 def _declare(place: str, rows: Sequence[Mapping[str, Any]], origin: dict[str, Any], as_json: bool) -> DatasetSpec:
     keys = list(dict.fromkeys(key for row in rows for key in row))
+    _refuse_numbered_pictures(place, rows, keys)
     talk = next((key for key in _CONVERSATIONS if any(row.get(key) is not None for row in rows)), None)
     entries = (
         next((conversation_cell(row[talk], place) for row in rows if row.get(talk) is not None), []) if talk else []
@@ -78,6 +80,8 @@ def _declare(place: str, rows: Sequence[Mapping[str, Any]], origin: dict[str, An
             f"and answer. {_CURE[0].upper()}{_CURE[1:]}"
         )
     columns: dict[str, Any] = {"messages": talk} if talk else {"question": question, "answer": answer}
+    if talk is None:
+        _refuse_unasked(place, rows, str(question))
     pictures = _picture_columns(place, rows, keys)
     columns |= pictures
     columns |= {key: key for key in ("id", "system") if key in keys}
@@ -86,8 +90,30 @@ def _declare(place: str, rows: Sequence[Mapping[str, Any]], origin: dict[str, An
     return _with_note(spec, f"format columns ({shown})", list(pictures.values()))
 
 
+def _refuse_unasked(place: str, rows: Sequence[Mapping[str, Any]], question: str) -> None:
+    """Raises `ConfigError` for a column without which the question is another: no row would show it."""
+    for key in (*_CHOICES, *(("input",) if question == "instruction" else ())):
+        if any(given(row.get(key)) for row in rows):
+            raise ConfigError(
+                f"{place}: {key} stands beside {question} and would not be asked. Put it into the text of {question}; or {_CURE}, "
+                f'and prompt: "{{question}}\\n{{{key}}}" where {key} is text'
+            )
+
+
+def _refuse_numbered_pictures(place: str, rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
+    """Raises `ConfigError` for rows with ``image`` and ``image_2``: they would be learned without the second."""
+    for first in ("image", "images"):
+        others = [
+            key for key in keys if re.fullmatch(r"images?_?\d+", key) and any(given(row.get(key)) for row in rows)
+        ]
+        if others and any(given(row.get(first)) for row in rows):
+            raise ConfigError(
+                f"{place}: {', '.join(others)} beside {first} would not be read; give a row's pictures as one list, images: [a, b]"
+            )
+
+
 def _with_note(spec: DatasetSpec, how: str, pictures: Sequence[str]) -> DatasetSpec:
-    seen = f"pictures from {', '.join(pictures)}" if pictures else "no pictures in its first rows"
+    seen = f"pictures from {', '.join(pictures)}" if pictures else "no column of pictures in its first rows"
     return spec.with_note(f"{spec.hub or spec.path} has no declaration; by its first rows it is read as {how}, {seen}")
 
 

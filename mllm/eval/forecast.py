@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from mllm.eval.asking import times_asked
 from mllm.eval.task import TaskSpec
@@ -21,7 +21,7 @@ def say(text: str) -> None:
 class Forecast:
     """Told before a run what earlier runs lead to expect, and after its first answers what these do. blind: whether questions are asked
     with their controls, too (`times_asked`); rates: seconds of one process per answer of tasks that ran before; price: of an hour of one
-    process."""
+    process; local: tasks whose files lie in a folder, which may hold fewer questions than the benchmark has."""
 
     def __init__(
         self,
@@ -32,9 +32,12 @@ class Forecast:
         processes: int = 1,
         price: float | None = None,
         rates: Mapping[str, float] | None = None,
+        local: Collection[str] = (),
         tell: Callable[[str], None] = say,
     ):
-        self._sizes = {spec.name: _fewer(spec.size, limit) for spec in specs}
+        self._declared = {} if limit is not None else {spec.name: spec.size for spec in specs}
+        self._sizes = {spec.name: _fewer(None if spec.name in local else spec.size, limit) for spec in specs}
+        self._at_most = "at most " if limit is not None and any(name in local for name in self._sizes) else ""
         self._ways = {spec.name: times_asked(spec, blind) for spec in specs}
         self._processes, self._price, self._tell = processes, price, tell
         self._rates = {name: rate for name, rate in (rates or {}).items() if name in self._sizes}
@@ -55,6 +58,9 @@ class Forecast:
 
     def begin(self, task: str, count: int, done: int) -> None:
         """A task begins. count: how many questions its files really hold; done: of these answered already."""
+        declared = self._declared.pop(task, None)  # told once, not with each control
+        if declared is not None and count != declared:
+            self._tell(f"{task}: {count:,} questions, where the whole benchmark has {declared:,}")
         self._sizes[task], self._done = count, self._done + done
         self._started = self._started or time.monotonic()
 
@@ -84,7 +90,7 @@ class Forecast:
         tasks = f"{len(self._sizes)} task{'s' if len(self._sizes) > 1 else ''}"
         if not known:
             return f"{tasks}, all questions of their files"
-        return f"{tasks}, {count:,} questions{f' and all of the files of {unknown}' if unknown else ''}"
+        return f"{tasks}, {self._at_most}{count:,} questions{f' and all of the files of {unknown}' if unknown else ''}"
 
     def _cost(self, seconds: float) -> str:
         minutes = seconds / 60

@@ -46,7 +46,7 @@ from mllm.eval.settings import EvalSettings
 from mllm.eval.share import Share
 from mllm.eval.spool import Names
 from mllm.eval.studies.batch_check import check_generator
-from mllm.eval.task import TaskSpec, expand_tasks, load_task, load_tasks
+from mllm.eval.task import TaskSpec, data_folder, expand_tasks, load_task, load_tasks
 
 
 def evaluate(
@@ -431,8 +431,9 @@ def _forecast(specs: Sequence[TaskSpec], settings: EvalSettings, folder: Path, w
     rates = earlier_rates([folder, *settings.earlier])
     most = (settings.limit, None if settings.ids is None else len(settings.ids))
     limit = min((count for count in most if count is not None), default=None)
+    local = [spec.name for spec in specs if data_folder(spec, settings.data_dirs) is not None]
     forecast = Forecast(
-        specs, limit=limit, blind=bool(settings.blind), processes=world, price=settings.price, rates=rates
+        specs, limit=limit, blind=bool(settings.blind), processes=world, price=settings.price, rates=rates, local=local
     )
     forecast.announce()
     return forecast

@@ -23,7 +23,7 @@ from mllm.models import lora
 from mllm.modes import by_umask
 from mllm.plugins import copy_files
 from mllm.recipe import Recipe, StageSpec
-from mllm.train.checkpoint.files import sync_directory, sync_file
+from mllm.train.checkpoint.files import found, sync_directory, sync_file
 from mllm.train.checkpoint.resume import COSMETIC, difference
 from mllm.train.engine.base import Engine
 
@@ -80,10 +80,13 @@ def save_stage(
             error = f"{type(problem).__name__}: {problem}"
     error = distributed.gather_objects(error)[0]
     if error:
-        raise CheckpointError(
-            f"{folder}: the trained stage could not be written ({error}). Its last checkpoint is intact; free space or "
-            "cure the cause, then go on with --resume"
+        saved = found(folder.parent / "checkpoints" / stage.name)
+        kept = (
+            f"Its last checkpoint is intact ({saved[-1].name}); free space or cure the cause, then go on with --resume"
+            if saved
+            else "It has no checkpoint, so --resume trains it again from its start: free space or cure the cause first"
         )
+        raise CheckpointError(f"{folder}: the trained stage could not be written ({error}). {kept}")
 
 
 def write_model(model: Savable, processor: Savable, folder: Path) -> None:

@@ -201,8 +201,11 @@ class CheckpointWriter:
                 earlier = [path.name for path in found(self.folder)]
                 raise CheckpointError(
                     f"{self._target}: process {number} could not write the checkpoint ({problem}). "
-                    + (f"The previous one is intact ({earlier[-1]}); " if earlier else "")
-                    + "free space or choose another output, then go on with --resume"
+                    + (
+                        f"The previous one is intact ({earlier[-1]}); free space, then go on with --resume"
+                        if earlier
+                        else "The stage has no earlier one, so --resume begins it again: free space first, or choose another output"
+                    )
                 )
         return [entries for _, entries in answers]
 

@@ -113,4 +113,26 @@ def test_what_does_not_tell_says_what_to_write(folder, monkeypatch):
 def test_misnamed_pictures_are_not_guessed(folder):
     shutil.copy(CASES / "image_key_misnamed.jsonl", folder / "m.jsonl")
     spec = recognise(folder / "m.jsonl")
-    assert spec.image_key is None and "no pictures in its first rows" in spec.recognised
+    assert spec.image_key is None and "no column of pictures in its first rows" in spec.recognised
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"instruction": "sum up", "input": "long", "output": "short"}, r"input stands beside instruction .*\{input\}"),
+        ({"question": "which?", "choices": ["x", "y"], "answer": 1}, "choices stands beside question"),
+        ({"image": "a.png", "image_2": "b.png", "question": "same?", "answer": "no"}, "image_2 beside image would not"),
+        ({"image": "a.png", "image2": "b.png", "messages": []}, "image2 beside image would not be read"),
+    ],
+)
+def test_a_column_that_the_question_needs_is_not_left_out_in_silence(row, message, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ConfigError, match=message):
+        recognise(tmp_path / "a.jsonl")
+
+
+def test_empty_inputs_hide_nothing(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"instruction": "say hi", "input": "", "output": "hi", "image_2": None})
+    )
+    assert recognise(tmp_path / "a.jsonl").columns.question == "instruction"

@@ -18,6 +18,7 @@ from mllm.data.collate import Batch, Dropped
 from mllm.data.dataset import BadShare, DataStream, DropLog
 from mllm.data.mixture import Mixture
 from mllm.data.plan import make_plan
+from mllm.data.recognise import recognise
 from mllm.data.sources import open_source
 from mllm.data.spec import DatasetSpec
 from mllm.errors import AlignmentError, ConfigError, DataError
@@ -261,6 +262,21 @@ def test_an_empty_cell_is_never_shown_or_learned(tmp_path):
         data[1]
     with pytest.raises(DataError, match="a is empty"):
         data[2]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": ["c?", "d?"], "answer": ["red", "x"]}, r"row 0\): question holds a list"),
+        ({"question": {"text": "c?"}, "answer": "red"}, r"question holds an object \(\{'text'"),
+        ({"question": "c?", "answers": [{"answer": "red", "confidence": "yes"}]}, "answers holds an object"),
+        ({"question": "c?", "answer": "red", "system": ["a", "b"]}, "system holds a list"),
+    ],
+)
+def test_a_cell_is_not_learned_as_python_writes_it(row, message, tmp_path):
+    (tmp_path / "t.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match=message):
+        open_source(recognise(tmp_path / "t.jsonl"))[0]
 
 
 def test_numpy_cells_and_roles_of_hub_sets_are_read():

@@ -39,6 +39,17 @@ def test_named_questions_alone_are_counted(limit, ids, count, tmp_path, capsys):
     assert f"1 task, {count} questions; " in capsys.readouterr().err
 
 
+def test_a_folder_of_fewer_questions_is_not_announced_as_the_whole_benchmark(tmp_path, capsys):
+    settings = EvalSettings(output_dir=tmp_path, data_dirs={"mmvp": tmp_path})
+    watched = _forecast(load_tasks(["mmvp"]), settings, tmp_path, 1)
+    assert "1 task, all questions of their files; " in capsys.readouterr().err
+    for _ in range(2):  # the question, and its control
+        watched.begin("mmvp", 12, 0)
+    assert capsys.readouterr().err == "mmvp: 12 questions, where the whole benchmark has 300\n"
+    _forecast(load_tasks(["mmvp"]), settings.model_copy(update={"limit": 100}), tmp_path, 1)
+    assert "1 task, at most 100 questions; " in capsys.readouterr().err
+
+
 def test_the_first_answers_tell_the_rest(monkeypatch, tmp_path):
     clock = iter(range(0, 10**6, 2))
     monkeypatch.setattr(forecast.time, "monotonic", lambda: float(next(clock)))

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mllm.errors import CheckpointError
-from mllm.recipe import StageSpec
+from mllm.recipe import Recipe, StageSpec
 from mllm.train.checkpoint import copies
+from mllm.train.checkpoint.export import save_stage
 from mllm.train.checkpoint.resume import Progress, fingerprint, latest_checkpoint
 from mllm.train.checkpoint.write import CheckpointWriter, save_checkpoint
 from mllm.train.engine.base import Engine
@@ -36,6 +38,11 @@ class Net(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.second(nn.functional.dropout(self.norm(self.first(self.frozen(x))), 0.2, self.training))
+
+
+class Exported(Net):
+    def save_pretrained(self, folder: Path) -> None:
+        save_file(self.state_dict(), folder / "model.safetensors")
 
 
 COMPACT = {
@@ -170,6 +177,20 @@ def test_a_damaged_checkpoint_is_never_picked_up(tmp_path, damage):
     shutil.rmtree(tmp_path / "step-00000001")
     with pytest.raises(CheckpointError, match="no earlier checkpoint is complete"):
         latest_checkpoint(tmp_path)
+
+
+def test_a_full_disk_at_the_first_save_promises_no_earlier_checkpoint(tmp_path):
+    engine = _engine(model=Exported())
+    folder, limits = tmp_path / "checkpoints" / "s", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"could not write the checkpoint.*has no earlier one") as first:
+            save_checkpoint(folder, engine, Progress(stage="s", step=1))
+        with pytest.raises(CheckpointError, match=r"could not be written.*has no checkpoint, so --resume") as last:
+            save_stage(engine, engine.model, Recipe.model_construct(), engine.stage, tmp_path / "s", {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "intact" not in f"{first.value} {last.value}" and not (tmp_path / "s").exists()
 
 
 def test_a_full_disk_is_told_and_leaves_the_previous_checkpoint_intact(tmp_path):
