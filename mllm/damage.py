@@ -18,7 +18,10 @@ _LFS = b"version https://git-lfs.github.com/spec/"
 _AGAIN = "download or copy it again"
 _LARGEST_JSON = 256 << 20
 _PICKLES = (".bin", ".pt", ".pth")
-_CHECKED = (".json", ".safetensors", ".bin", ".pt", ".pth", ".model", ".gguf", ".yaml")
+_CHECKED = (".json", ".safetensors", ".bin", ".pt", ".pth", ".model", ".gguf", ".yaml", ".jinja")
+_READ_IN_SILENCE = ("generation_config.json", "chat_template.jinja")
+"""Files that open without a word however much of them is missing: transformers takes defaults for the first, and reads the second at the
+first prompt."""
 
 
 def damage_of(path: str | Path) -> str | None:
@@ -64,6 +67,8 @@ def _look(path: Path, size: int, head: bytes) -> str | None:
         return f"begins with zeros, as an interrupted download leaves it; {_AGAIN}"
     if path.suffix == ".json":
         return _json_problem(path, size)
+    if path.suffix == ".jinja":
+        return _template_problem(path)
     if path.suffix == ".safetensors":
         return _tensor_problem(path, size, head)
     if path.suffix in _PICKLES and head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
@@ -85,6 +90,29 @@ def _json_problem(path: Path, size: int) -> str | None:
         return f"not valid JSON: {found}, line {error.lineno}, column {error.colno}; {_AGAIN}"
     except UnicodeDecodeError as error:
         return f"not valid JSON: no UTF-8 text (byte {error.start}); {_AGAIN}"
+    return None
+
+
+def _template_problem(path: Path) -> str | None:
+    """Of a chat template: what transformers, with its own tag beside jinja's, could not render."""
+    from jinja2 import Environment, TemplateSyntaxError, nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
+
+    class Generation(Extension):
+        tags = {"generation"}
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    try:
+        Environment(extensions=[Generation, "jinja2.ext.loopcontrols"]).parse(path.read_text(encoding="utf-8"))
+    except TemplateSyntaxError as error:
+        said = str(error.message).partition(".")[0]
+        return f"no whole template (cut short?): {said}, line {error.lineno}; {_AGAIN}"
+    except UnicodeDecodeError as error:
+        return f"no template: no UTF-8 text (byte {error.start}); {_AGAIN}"
     return None
 
 
@@ -145,15 +173,20 @@ def naming_damage(*places: str | Path | None) -> Iterator[None]:
 
 
 @contextmanager
-def opening(checkpoint: str | Path) -> Iterator[None]:
-    """`naming_damage` for a checkpoint that may lie on the hub: why the hub did not give it becomes one `CheckpointError` too."""
+def opening(checkpoint: str | Path | None) -> Iterator[None]:
+    """`naming_damage` for a checkpoint that may lie on the hub: why the hub did not give it becomes one `CheckpointError` too, and so
+    does damage that a library would not tell of."""
+    if checkpoint is not None:
+        for file in (local_copy(checkpoint) / name for name in _READ_IN_SILENCE):
+            if file.is_file() and (problem := damage_of(file)):
+                raise CheckpointError(problem)
     try:
         with naming_damage(checkpoint):
             yield
     except MllmError:
         raise
     except Exception as error:
-        if refusal := hub_refusal(error, checkpoint):
+        if checkpoint is not None and (refusal := hub_refusal(error, checkpoint)):
             raise CheckpointError(refusal) from error
         raise
 

@@ -71,6 +71,16 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_template_with_transformers_own_tags_is_whole(tmp_path: Path) -> None:
+    file = tmp_path / "chat_template.jinja"
+    whole = "{% for m in messages %}{% if m.role == 'tool' %}{% continue %}{% endif %}"
+    whole += "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    file.write_text(whole)
+    assert damage_of(file) is None
+    file.write_text(whole[:-20])
+    assert "no whole template" in str(damage_of(file))
+
+
 @pytest.mark.parametrize("kind", LOOKS)
 def test_what_a_file_looks_like(tmp_path: Path, kind: str) -> None:
     save_file({"a": torch.ones(64), "b": torch.zeros(3, 5)}, tmp_path / "model.safetensors")
@@ -143,6 +153,8 @@ def test_every_opener_of_weights_names_the_file(parts: Path, tmp_path: Path, par
         ("ours", "config.json", lambda f: plan(ServeSettings(checkpoint=str(f)))),
         ("ours", "tokenizer.json", lambda f: load_model(str(f))),
         ("ours", "processor_config.json", lambda f: ChatSession.load(str(f))),
+        ("ours", "generation_config.json", lambda f: load_model(str(f))),
+        ("ours", "chat_template.jinja", lambda f: ChatSession.load(str(f))),
         ("clip", "config.json", lambda f: read_published_config(WeightsSource(source=str(f)))),
         ("llm", "tokenizer.json", lambda f: load_tokenizer(tiny_spec(str(f)).language_model)),
         ("llm", "config.json", lambda f: build_model(tiny_spec(str(f), language_model={"source": str(f)}))),
@@ -152,7 +164,7 @@ def test_every_opener_of_weights_names_the_file(parts: Path, tmp_path: Path, par
 def test_every_opener_of_configs_names_the_file(parts: Path, tmp_path: Path, part: str, file: str, call) -> None:
     folder = shutil.copytree(parts / part, tmp_path / part)
     damage(folder / file, "cut")
-    with pytest.raises(CheckpointError, match=r"ends in the middle|not valid JSON") as caught:
+    with pytest.raises(CheckpointError, match=r"ends in the middle|not valid JSON|no whole template") as caught:
         call(folder)
     assert str(folder / file) in str(caught.value) and "\n" not in str(caught.value)
 
