@@ -18,13 +18,13 @@ import numpy as np
 from PIL import Image
 
 from mllm.data.files import file_hash
-from mllm.data.refer import ANSWER, ANSWER_NOTHING
-from mllm.data.sources import Source, resolve_image
-from mllm.data.spec import DatasetSpec, expand_path
+from mllm.data.mask_rows import ANSWER, ANSWER_NOTHING, MaskRows
+from mllm.data.sources import resolve_image
+from mllm.data.spec import DatasetSpec
 from mllm.errors import ConfigError, DataError, MllmError
 from mllm.processing.images import image_size
 from mllm.processing.mask_files import IGNORE_PIXEL, read_mask, reasonseg_mask
-from mllm.types import IMAGE_MARK, Sample, Turn
+from mllm.types import Sample
 
 
 @dataclass(frozen=True)
@@ -40,30 +40,14 @@ class Asked:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-class MaskSource(Source):
-    """Rows of a set of masks. ``path``: its file or folder; ``image_root``: where its pictures lie; ``prompt``: what the user says, with
-    what is asked for as ``{question}``."""
+class MaskSource(MaskRows):
+    """A set of masks whose rows are `Asked`."""
 
-    what = "an annotation file"
-    """That ``path`` has to be."""
+    rows: list[Asked]
 
     def __init__(self, spec: DatasetSpec):
         super().__init__(spec)
         where = f"dataset {spec.name}"
-        if spec.path is None or spec.streaming:
-            raise ConfigError(
-                f"{where}: format {spec.format} reads {self.what}; give path, and neither hub nor streaming"
-            )
-        if "{question}" not in spec.prompt:
-            raise ConfigError(
-                f"{where}: prompt: {spec.prompt!r} has no place for what is asked for; write {{question}} there"
-            )
-        self.path = expand_path(spec.path, where=where)
-        if not self.path.exists():
-            hint = f". It comes from: {' ; '.join(spec.download)}" if spec.download else ""
-            raise DataError(f"{where}: no {self.what} {self.path}{hint}")
-        beside = self.path if self.path.is_dir() else self.path.parent
-        self.root = expand_path(spec.image_root, where=where) if spec.image_root else beside
         try:
             self.rows = list(self.read())
         except MllmError:
@@ -85,27 +69,13 @@ class MaskSource(Source):
         """The row's picture, as a sample keeps it."""
         return resolve_image(row.picture, self.root, where)
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        return file_hash([self.path])
-
-    def quarantine_path(self) -> Path:
-        if self.spec.quarantine:
-            return super().quarantine_path()
-        return self.path.with_name(f"{self.path.name}.{self.spec.split}.quarantine.jsonl")
-
     def sample(self, index: int) -> Sample:
         row = self.rows[index]
         where = self.where(index, row.id)
         picture = self.picture(row, where)
         masks = self.masks(row, image_size(picture, where=where), where)
         answer = ANSWER_NOTHING if row.answer == ANSWER and masks == [None] else row.answer
-        request = self.spec.prompt.replace("{question}", row.question.replace(IMAGE_MARK, "").strip())
-        turns = [Turn("user", f"{IMAGE_MARK}\n{request}"), Turn("assistant", answer)]
-        return Sample(row.id, turns, [picture], self.name, dict(row.meta), masks)
+        return Sample(row.id, self.turns(row.question, answer), [picture], self.name, dict(row.meta), masks)
 
 
 class CocoInstancesSource(MaskSource):

@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 
 from mllm.data.files import file_hash
-from mllm.data.sources import Source, resolve_image
-from mllm.data.spec import DatasetSpec, expand_path
-from mllm.errors import ConfigError, DataError
+from mllm.data.mask_rows import ANSWER, ANSWER_NOTHING, MaskRows
+from mllm.data.sources import resolve_image
+from mllm.data.spec import DatasetSpec
+from mllm.errors import DataError
 from mllm.processing.mask_files import encode_rle, read_mask
-from mllm.types import IMAGE_MARK, Sample, Turn
+from mllm.types import Sample
 
-ANSWER, ANSWER_NOTHING = "It is [SEG].", "It is [SEG]: none."
-"""What is learned beside the mask (LISA's first answer), and beside the empty mask of what is not there."""
 NOTHING: dict[str, Any] = {"polygons": []}
 """The mask of a sentence that names nothing, as `read_mask` takes it."""
 
@@ -98,44 +97,28 @@ def _union(segmentations: list[Any], where: str) -> Any:
     return encode_rle(np.maximum.reduce([read_mask(part, size, where=where) for part in parts]))
 
 
-class ReferSource(Source):
+class ReferSource(MaskRows):
     """Format ``refer``: one sample a sentence of a ``refs(…).p`` or ``grefs(…).json`` file, whose mask is learned, empty where it names
     nothing. ``split``: its own names (train, val, testA
     …); ``image_root``: where COCO's pictures lie; ``prompt``: what the user says, with the sentence as ``{question}``."""
 
+    what, named, asked = "a file refs(…).p or grefs(…).json", "file", "the sentence"
+
     def __init__(self, spec: DatasetSpec):
         super().__init__(spec)
         where = f"dataset {spec.name}"
-        if spec.path is None or spec.streaming:
-            raise ConfigError(
-                f"{where}: format refer reads a file refs(…).p or grefs(…).json; give path, and neither hub nor streaming"
-            )
-        if "{question}" not in spec.prompt:
-            raise ConfigError(
-                f"{where}: prompt: {spec.prompt!r} has no place for the sentence; write {{question}} there"
-            )
-        self.path = expand_path(spec.path, where=where)
-        if not self.path.is_file():
-            hint = f". It comes from: {' ; '.join(spec.download)}" if spec.download else ""
-            raise DataError(f"{where}: no file {self.path}{hint}")
-        self.root = expand_path(spec.image_root, where=where) if spec.image_root else self.path.parent
         found = list(refer_rows(self.path))
         self.rows = [row for row in found if row["split"] == spec.split]
         if not self.rows:
             splits = ", ".join(sorted({str(row["split"]) for row in found})) or "none"
             raise DataError(f"{where}: {self.path} holds no split {spec.split!r}; its splits: {splits}")
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def is_there(self) -> bool:
+        return self.path.is_file()
 
     @cached_property
     def fingerprint(self) -> str:
         return file_hash([self.path, self.path.with_name("instances.json")])
-
-    def quarantine_path(self) -> Path:
-        if self.spec.quarantine:
-            return super().quarantine_path()
-        return self.path.with_name(f"{self.path.name}.{self.spec.split}.quarantine.jsonl")
 
     def sample(self, index: int) -> Sample:
         row = self.rows[index]
@@ -143,8 +126,8 @@ class ReferSource(Source):
         where = self.where(index, identity)
         if row["mask"] is None:
             raise DataError(f"{where}: its annotation in instances.json has no segmentation")
-        request = self.spec.prompt.replace("{question}", row["sentence"].replace(IMAGE_MARK, "").strip())
         answer, mask = (ANSWER_NOTHING, None) if row["no_target"] else (ANSWER, row["mask"])
-        turns = [Turn("user", f"{IMAGE_MARK}\n{request}"), Turn("assistant", answer)]
         picture = resolve_image(str(row["file_name"]), self.root, where)
-        return Sample(identity, turns, [picture], self.name, {"split": row["split"]}, [mask])
+        return Sample(
+            identity, self.turns(row["sentence"], answer), [picture], self.name, {"split": row["split"]}, [mask]
+        )

@@ -260,13 +260,7 @@ def train_text_tokenizer(output_dir: Path | str, *, vocab_size: int = 384) -> Pa
     names = [f"the {colour} {shape}" for colour in COLOURS for shape in (*SHAPES, "thing")]
     names += [f"the {shape}" for shape in SHAPES] + [*(f"the {place} thing" for place in PLACES), BLIND]
     requests = [f"Please segment {name}." for name in names] + [f"Which colour is the {shape}?" for shape in SHAPES]
-    answers = [
-        *COLOURS,
-        "2",
-        "3",
-        "4",
-        *(f"It is {name} {end}" for name in names for end in (".", ": none.")),
-    ]
+    answers = [*COLOURS, "2", "3", "4", *(f"It is {name} {end}" for name in names for end in (".", ": none."))]
     lines = [f"USER: {text} " for text in (*requests, "How many things are there?")] + [
         f"ASSISTANT: {a} " for a in answers
     ]

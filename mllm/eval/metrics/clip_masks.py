@@ -9,7 +9,7 @@ import numpy as np
 
 from mllm.errors import ConfigError, DataError
 from mllm.eval.metrics.base import Metric, Score, Scored, mean
-from mllm.eval.metrics.segmentation import IGNORE, given_mask, target_mask
+from mllm.eval.metrics.segmentation import counted_masks
 
 
 class JAndF(Metric):
@@ -42,15 +42,7 @@ class JAndF(Metric):
     def score(self, prediction: Any, target: Any, meta: Mapping[str, Any]) -> Score:
         if meta.get("clip") is None:
             raise DataError("j_and_f needs meta.clip: which clip, and what in it, a frame belongs to")
-        wanted = target_mask(target, meta)
-        given = given_mask(prediction, wanted.shape)
-        given = given if given.dtype == bool else given > 0
-        if given.shape != wanted.shape:
-            raise DataError(
-                f"predicted mask is {given.shape}, the target is {wanted.shape}; resize the prediction first"
-            )
-        counts = wanted != IGNORE
-        wanted, given = (wanted == 1) & counts, given & counts
+        given, wanted = counted_masks(prediction, target, meta)
         union = int((given | wanted).sum())
         region = float((given & wanted).sum()) / union if union else 1.0
         edge = contour_f(given, wanted, float(np.ceil(self.tolerance * np.hypot(*wanted.shape))))

@@ -44,15 +44,7 @@ class MaskIou(Metric):
         self.smallest = (50 if rule == "grefcoco" else 1) if smallest is None else smallest
 
     def score(self, prediction: Any, target: Any, meta: Mapping[str, Any]) -> Score:
-        wanted = target_mask(target, meta)
-        given = given_mask(prediction, wanted.shape)
-        given = given if given.dtype == bool else given > 0
-        if given.shape != wanted.shape:
-            raise DataError(
-                f"predicted mask is {given.shape}, the target is {wanted.shape}; resize the prediction first"
-            )
-        counts = wanted != IGNORE
-        wanted, given = (wanted == 1) & counts, given & counts
+        given, wanted = counted_masks(prediction, target, meta)
         marked = int(given.sum())
         if marked < self.smallest:
             given, marked = np.zeros_like(given), 0
@@ -105,7 +97,19 @@ class MaskIou(Metric):
         return result
 
 
-def target_mask(target: Any, meta: Mapping[str, Any]) -> np.ndarray:
+def counted_masks(prediction: Any, target: Any, meta: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """What was marked and what was to be, ``(height, width)`` of bool, without pixels that do not count. Raises `DataError` for unlike
+    sizes."""
+    wanted = _target(target, meta)
+    given = _given(prediction, wanted.shape)
+    given = given if given.dtype == bool else given > 0
+    if given.shape != wanted.shape:
+        raise DataError(f"predicted mask is {given.shape}, the target is {wanted.shape}; resize the prediction first")
+    counts = wanted != IGNORE
+    return given & counts, (wanted == 1) & counts
+
+
+def _target(target: Any, meta: Mapping[str, Any]) -> np.ndarray:
     """A task's target as ``(height, width)`` of 0, 1 and 255."""
     if not isinstance(target, Mapping):
         return np.asarray(target)
@@ -119,7 +123,7 @@ def target_mask(target: Any, meta: Mapping[str, Any]) -> np.ndarray:
     return read_mask(target, (height, width), where="target")
 
 
-def given_mask(prediction: Any, size: tuple[int, ...]) -> np.ndarray:
+def _given(prediction: Any, size: tuple[int, ...]) -> np.ndarray:
     """The union of an answer's masks; an answer that is no object with masks marks nothing."""
     if isinstance(prediction, str):
         try:

@@ -33,6 +33,7 @@ from mllm.train.engine.base import choose_engine
 from mllm.train.engine.groups import Group, apply_learning, frozen_summary
 from mllm.train.engine.optim import state_bytes
 from mllm.train.observe.flops import flop_model
+from mllm.train.preflight.encoder_memory import kept_by_encoders
 from mllm.train.preflight.head_memory import kept_by_heads
 from mllm.train.preflight.memory import PREFERENCE, answers_each, frozen_encoders, memory_of, offloaded_by
 from mllm.train.preflight.scaling import ENGINES, Load, smallest_that_fits
@@ -359,16 +360,9 @@ def _activations(
     kept = layer + size * width * layers if stage.gradient_checkpointing else layer * layers
     reads = stage.kind not in _ENCODERS_ALONE
     memory = tokens * kept if reads else 0
-    for name, info in model.config.encoder_infos().items():
-        encoder = model.model.vision_tower.encoders[name]
-        blocks = sum(1 for group, _ in encoder.layer_groups() if group.startswith("layers."))
-        rules = model.model.rules
-        rows = _largest_visual(model, plan).rows_of(name)
-        places = rows if rules.native else rows * info.num_tokens
-        one = places * info.width * (per_width + 4 * per_inner) * size / 2
-        if stage.gradient_checkpointing:
-            blocks = 1 + blocks * size * places * info.width / one  # of each what enters it, and one whole again
-        memory += stage.batch_size * one * (blocks if f"encoders.{name}" in parts else 1)
+    memory += kept_by_encoders(
+        model, stage, parts, _largest_visual(model, plan), (per_width + 4 * per_inner) * size / 2, size
+    )
     if not reads:
         return int(memory)
     memory += kept_by_heads(model, stage.batch_size, size)  # a mask a row
