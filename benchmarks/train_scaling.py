@@ -34,6 +34,7 @@ def worker(engine_name: str, options: dict, path: str) -> None:
     from mllm.models.configuration_mllm import MllmConfig
     from mllm.models.modeling_mllm import MllmForConditionalGeneration
     from mllm.recipe import StageSpec
+    from mllm.train.engine.base import choose_engine
     from mllm.train.engine.build import build_engine
     from mllm.train.engine.groups import apply_learning, set_modes
     from mllm.train.prepare import prepare_model
@@ -60,7 +61,7 @@ def worker(engine_name: str, options: dict, path: str) -> None:
     torch.set_default_dtype(torch.float32)
     groups = apply_learning(model, stage)
     set_modes(model)
-    prepare_model(model, stage, device=device, zero_stage=0 if engine_name == "none" else int(engine_name[-1]))
+    prepare_model(model, stage, device=device, zero_stage=choose_engine(stage).zero_stage)
     engine = build_engine(model, groups, stage, device)
     ids = torch.randint(5, 32000, (options["rows"], options["length"]), device=device)
     count = options["rows"] * options["length"] * options["accumulation"] * distributed.world_size()
@@ -125,7 +126,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="1b" if torch.cuda.is_available() else "tiny")
-    parser.add_argument("--engines", nargs="+", default=["none", "zero1", "zero2", "zero3"])
+    parser.add_argument("--engines", nargs="+", default=["none", "zero1", "zero2", "zero3", "fsdp2"])
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048 if torch.cuda.is_available() else 64)

@@ -17,6 +17,7 @@ from mllm.errors import ConfigError, UnavailableError
 from mllm.install import install_hint
 from mllm.models.compilation import repeated_layers
 from mllm.recipe import StageSpec
+from mllm.train.engine.base import choose_engine
 
 _MULTIPLE = 16
 """The float8 product takes widths that are multiples of this."""
@@ -67,6 +68,8 @@ def _check(stage: StageSpec, device: torch.device, where: str, zero_stage: int) 
         raise ConfigError(
             f"{where}: adapters leave the large products frozen; float8 is for a language model that learns whole"
         )
+    if choose_engine(stage).name == "fsdp2":
+        raise ConfigError(f"{where}: fsdp2 gathers weights layer by layer; float8 goes with none, zero1 and zero2")
     if zero_stage == 3:
         raise ConfigError(f"{where}: zero3 gathers weights layer by layer; float8 goes with none, zero1 and zero2")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _CAPABILITY:

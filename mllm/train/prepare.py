@@ -12,6 +12,7 @@ from mllm.models.compilation import compile_layers, tell_uncompiled
 from mllm.progress import tell
 from mllm.recipe import StageSpec
 from mllm.train import attention, flash
+from mllm.train.engine.base import choose_engine
 from mllm.train.engine.trainable import StageModel
 from mllm.train.sight import check_sight
 
@@ -55,7 +56,7 @@ def prepare_model(model: TrainableModel, stage: StageSpec, *, device: torch.devi
                 f"stages.{stage.name}.compile: compiled layers and zero3 do not work together; use zero1 or zero2"
             )
         whole = cast("MllmForConditionalGeneration", model)  # stages of other models refuse it
-        compile_layers(whole, fixed_length=stage.packing)
+        compile_layers(whole, fixed_length=stage.packing, hooks_outside=choose_engine(stage).shares_weights)
         tell_uncompiled(lambda line: tell(f"! {stage.name}: {line}"))
     return chosen
 

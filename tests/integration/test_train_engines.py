@@ -45,8 +45,13 @@ def _recipe(folder, engines, learns, batch_size, **changes):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("engines", "model"),
-    [(("zero2", "zero1", PARTITION_ALL, "zero3", OFFLOADED), {}), ((PARTITION_SOON, "none"), ROUTED)],
-    ids=["every engine", "routed"],
+    [
+        (("zero2", "zero1", PARTITION_ALL, "zero3", OFFLOADED), {}),
+        ((PARTITION_SOON, "none"), ROUTED),
+        (("fsdp2",) * 5, {}),
+        (("fsdp2",) * 2, ROUTED),
+    ],
+    ids=["every engine", "routed", "fsdp2", "fsdp2 routed"],
 )
 def test_two_processes_with_text_only_ranks_equal_one_process_in_every_engine(tmp_path, engines, model):
     """Two samples a rank, split where they are long: ranks have unlike numbers of passes, and many have no picture. Weights must agree

@@ -47,7 +47,7 @@ def save_stage(
     All processes must call it; the engine is closed. Raises `CheckpointError` everywhere when the disk is full.
     """
     model: Any = engine.model
-    state = engine.state_dict() if engine.zero_stage == 3 else None
+    state = engine.state_dict() if engine.shares_weights else None
     engine.close()
     error = ""
     if distributed.is_main():

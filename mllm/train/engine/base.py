@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +32,14 @@ from mllm.train.engine.optim import (
     OF_BF16,
     build_optimizer,
     check_engine,
+    check_rows,
     swap_average,
     take_average,
     update_average,
 )
 from mllm.train.engine.reduce import OverlappedSum
 
-SHIPPED = ("none", "zero1", "zero2", "zero3")
+SHIPPED = ("none", "zero1", "zero2", "zero3", "fsdp2")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,17 @@ class EngineChoice:
     name: str
     zero_stage: int
     config: dict[str, Any] | None = None
+
+    @property
+    def kind(self) -> str:
+        """The shipped engine that shares as this one does: for a DeepSpeed config that of its stage."""
+        return f"zero{self.zero_stage}" if self.zero_stage else self.name
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether a process holds no more than its share of the language model's weights: they are gathered for every pass, which all
+        processes must then make equally often."""
+        return self.zero_stage == 3 or self.name == "fsdp2"
 
     def offloaded(self, what: Literal["optimizer", "param"]) -> str:
         """Where the optimizer's state, or the weights, lie between their uses: ``cpu``, ``nvme``, or "" for the GPU."""
@@ -62,6 +74,9 @@ def choose_engine(stage: StageSpec) -> EngineChoice:
     where, engine = f"stages.{stage.name}.engine", stage.engine_here
     if engine == "none":
         return EngineChoice("none", 0)
+    if engine == "fsdp2":
+        check_rows(stage.optimizer, stage.name)
+        return EngineChoice("fsdp2", 0)
     if isinstance(engine, dict):
         config, name = dict(engine), "deepspeed"
     elif engine in SHIPPED:
@@ -146,7 +161,11 @@ class Engine:
     """Replicas: forward is the model's own; gradients of several processes are summed while backward runs."""
 
     zero_stage = 0
+    shares_weights = False
+    """See `EngineChoice.shares_weights`."""
     reduction: OverlappedSum | None = None
+    starts: Mapping[str, int] = {}
+    """Where in a parameter what the optimizer has of it begins, by name; not there: at its first element."""
     finished = False
     """The last step is done, and the averaged weights are the model's."""
 
@@ -216,7 +235,9 @@ class Engine:
     def _norms_and_scale(self) -> tuple[Tensor, Tensor]:
         """Norms of each learning parameter's gradient and, last, of all; what clipping multiplies gradients with."""
         gradients = [p.grad for p in self.learning if p.grad is not None]
-        each = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))  # type: ignore[attr-defined]
+        return self._with_scale(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))  # type: ignore[attr-defined]
+
+    def _with_scale(self, each: Tensor) -> tuple[Tensor, Tensor]:
         norm = torch.linalg.vector_norm(each)
         limit = self.stage.optimizer.max_grad_norm
         scale = torch.ones_like(norm) if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0)
@@ -248,7 +269,8 @@ class Engine:
         optimizer = self.optimizer
         compact = isinstance(optimizer, CompactAdamW)
         weights = optimizer.weights(parameter) if compact else parameter.detach()
-        return Fragment(name, 0, parameter.numel(), weights.view(-1), 0, optimizer.state[parameter], parameter)
+        start = self.starts.get(name, 0)
+        return Fragment(name, start, parameter.numel(), weights.view(-1), 0, optimizer.state[parameter], parameter)
 
     def load_fragments(self, read: Callable[[Fragment], None]) -> None:
         """Fill what this process holds: ``read`` fills one fragment in place."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from mllm import distributed
 from mllm.recipe import StageSpec
 from mllm.train.engine.base import Engine, choose_engine
 from mllm.train.engine.groups import Group
@@ -13,6 +14,10 @@ from mllm.train.engine.groups import Group
 def build_engine(model: nn.Module, groups: list[Group], stage: StageSpec, device: torch.device) -> Engine:
     """The engine a stage asks for. The model is on ``device`` and in the stage's dtype already."""
     choice = choose_engine(stage)
+    if choice.name == "fsdp2" and distributed.world_size() > 1:
+        from mllm.train.engine.fsdp2 import Fsdp2Engine  # torch.distributed.fsdp takes a second to import
+
+        return Fsdp2Engine(model, groups, stage, device)
     if choice.zero_stage == 0:
         return Engine(model, groups, stage, device)
     from mllm.train.engine.zero import ZeroEngine  # needs DeepSpeed

@@ -15,10 +15,10 @@ from mllm.train.engine.base import Engine
 
 
 def level(engine: Engine, micro: Sequence[Batch]) -> list[Batch]:
-    """A step's micro-batches, and behind them, where other processes have more, some of which nothing is learned: ZeRO-2 and ZeRO-3
+    """A step's micro-batches, and behind them, where other processes have more, some of which nothing is learned: ZeRO-2, ZeRO-3 and fsdp2
     exchange gradients or weights in every pass, so a process with fewer passes would leave the others waiting. Every process must
     call it."""
-    if engine.stage.max_tokens_per_batch is None or engine.zero_stage < 2:
+    if engine.stage.max_tokens_per_batch is None or not (engine.zero_stage >= 2 or engine.shares_weights):
         return list(micro)
     missing = round(distributed.largest_number(len(micro))) - len(micro)
     return [*micro, *[_mute(min(micro, key=_slots))] * missing]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,13 +30,21 @@ def state_bytes(spec: OptimizerSpec) -> int:
     return STATE_BYTES[spec.type] // (2 if spec.moments == "bfloat16" else 1)
 
 
-def build_optimizer(model: nn.Module, groups: Sequence[Group], spec: OptimizerSpec, *, master: bool = False) -> Any:
+def build_optimizer(
+    model: nn.Module,
+    groups: Sequence[Group],
+    spec: OptimizerSpec,
+    *,
+    master: bool = False,
+    pieces: Mapping[str, tuple[nn.Parameter, int]] | None = None,
+) -> Any:
     """The optimizer over named groups; every group carries ``name``, ``base_rate`` and ``names``.
 
-    master: keep fp32 copies of low-precision parameters and update those (for engines that do not do so themselves).
+    master: keep fp32 copies of low-precision parameters and update those (for engines that do not do so themselves). pieces: name → run of
+    the parameter's elements that is updated in its place, and where that starts; of those that are not there nothing is.
     Raises `UnavailableError` for ``adamw_8bit`` without bitsandbytes.
     """
-    parameters = dict(model.named_parameters())
+    parameters = {name: (p, 0) for name, p in model.named_parameters()} if pieces is None else pieces
     split = [
         part
         for group in groups
@@ -44,12 +52,13 @@ def build_optimizer(model: nn.Module, groups: Sequence[Group], spec: OptimizerSp
     ]
     described = [
         {
-            "params": [parameters[name] for name in group.names],
+            "params": [parameters[name][0] for name in group.names if name in parameters],
             "lr": group.lr,
             "base_rate": group.lr,
             "weight_decay": group.weight_decay,
             "name": group.name,
-            "names": list(group.names),
+            "names": [name for name in group.names if name in parameters],
+            **({} if pieces is None else {"starts": [pieces[name][1] for name in group.names if name in pieces]}),
             **({"use_muon": use_muon} if spec.type == "muon" else {}),
         }
         for group, use_muon in split
@@ -275,6 +284,15 @@ def swap_average(optimizer: Any) -> None:
                 average.copy_(held)
     if isinstance(optimizer, OF_BF16):
         optimizer.restore_parameters()
+
+
+def check_rows(spec: OptimizerSpec, stage_name: str) -> None:
+    """Raises `ConfigError` for an optimizer that needs whole matrices where a process has some rows of each."""
+    if spec.type not in ZERO_OPTIMIZERS:
+        raise ConfigError(
+            f"stages.{stage_name}.optimizer.type {spec.type!r} updates whole matrices or blocks of weights, of which engine: fsdp2 leaves "
+            f"a process some rows; use engine: none, or one of {', '.join(ZERO_OPTIMIZERS)}"
+        )
 
 
 def check_engine(spec: OptimizerSpec, stage_name: str, zero_stage: int) -> None:

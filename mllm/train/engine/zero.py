@@ -40,7 +40,7 @@ class ZeroEngine(Engine):
     def __init__(
         self, model: nn.Module, groups: list[Group], stage: StageSpec, device: torch.device, choice: EngineChoice
     ):
-        self.choice, self.zero_stage = choice, choice.zero_stage
+        self.choice, self.zero_stage, self.shares_weights = choice, choice.zero_stage, choice.shares_weights
         super().__init__(model, groups, stage, device)
 
     def _start(self, groups: list[Group]) -> None:

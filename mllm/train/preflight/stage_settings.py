@@ -32,11 +32,11 @@ def check_stage(stage: StageSpec, recipe: Recipe) -> None:
         )
     heads = recipe.model.heads
     whole = heads_kept_whole(heads)
-    if whole and engine.zero_stage == 3:
+    if whole and engine.shares_weights:
         raise ConfigError(
             f"stages.{stage.name}.engine: a model with head {whole[0]} (type {heads[whole[0]]['type']}) trains with none, zero1 or "
             "zero2. It runs other parts of the model where a batch has something to teach it, as a visual tokenizer where there are "
-            "pictures to draw, and ZeRO-3 needs every process to run the same modules"
+            "pictures to draw, and ZeRO-3 and fsdp2 need every process to run the same modules"
         )
     if stage.packing and any(head.get("type") == "next_scale" for head in heads.values()):
         raise ConfigError(f"stages.{stage.name}.packing: a next_scale head needs a mask of its own; set packing: false")
@@ -45,9 +45,10 @@ def check_stage(stage: StageSpec, recipe: Recipe) -> None:
             f"stages.{stage.name}.draw: the model draws nothing; give model.heads one that draws, or leave draw out"
         )
     for part, spec in learning_by_part(recipe_parts(recipe.model), stage).items():
-        if engine.zero_stage and spec.lora is not None and spec.lora.bits is not None:
+        if (engine.zero_stage or engine.shares_weights) and spec.lora is not None and spec.lora.bits is not None:
+            kind = "ZeRO" if engine.zero_stage else "fsdp2"
             raise ConfigError(
-                f"stages.{stage.name}.learn.{part}.lora.bits: 4-bit weights and ZeRO do not mix; use engine: none"
+                f"stages.{stage.name}.learn.{part}.lora.bits: 4-bit weights and {kind} do not mix; use engine: none"
             )
     mixture = open_mixture(stage, recipe.seed)
     refuse_with_shards(stage, mixture)

@@ -59,9 +59,9 @@ def check_one_encoder(stage: StageSpec, kind: str, *, because: str, lr: str) -> 
     for key in _NOT_HERE:
         if getattr(stage, key):
             raise ConfigError(f"{where}.{key}: {kind} stage {because}, and its encoder learns; leave it out")
-    if choose_engine(stage).zero_stage == 3:
+    if choose_engine(stage).shares_weights:
         raise ConfigError(
-            f"{where}.engine: an encoder is small; use none, zero1 or zero2 (zero3 would cut every layer)"
+            f"{where}.engine: an encoder is small; use none, zero1 or zero2 (zero3 and fsdp2 cut every layer)"
         )
     if len(stage.learn) != 1 or not next(iter(stage.learn)).startswith("encoders"):
         raise ConfigError(f"{where}.learn: {kind} stage trains one encoder, e.g. learn: {{encoders.vision: {lr}}}")

@@ -62,7 +62,7 @@ def check_sft(stage: StageSpec) -> SftOptions:
         raise ConfigError(
             f"{where}.cache_features: options.robust changes the pictures, so their features cannot be kept; leave one out"
         )
-    if options.robust is not None and options.robust.adversarial and choose_engine(stage).zero_stage == 3:
+    if options.robust is not None and options.robust.adversarial and choose_engine(stage).shares_weights:
         raise ConfigError(
             f"{where}.engine: options.robust.adversarial needs the gradient of pixels alone; use none, zero1 or zero2"
         )

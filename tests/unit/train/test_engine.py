@@ -20,10 +20,11 @@ def _stage(**changes) -> StageSpec:
     return StageSpec.model_validate({"name": "sft", "learn": {"connector": 1e-3}, "data": "x", "steps": 1, **changes})
 
 
-@pytest.mark.parametrize(("name", "stage"), [("none", 0), ("zero1", 1), ("zero2", 2), ("zero3", 3)])
+@pytest.mark.parametrize(("name", "stage"), [("none", 0), ("zero1", 1), ("zero2", 2), ("zero3", 3), ("fsdp2", 0)])
 def test_shipped_engines_are_found(name, stage):
     choice = choose_engine(_stage(engine=name))
     assert choice.zero_stage == stage and (choice.config is None) == (stage == 0)
+    assert choice.kind == name and choice.shares_weights == (name in ("zero3", "fsdp2"))
 
 
 def test_a_json_file_and_an_inline_config_are_engines(tmp_path):
@@ -67,6 +68,45 @@ def test_wrong_engines_are_refused_with_the_path_to_the_key(engine, message):
 def test_muon_under_zero_is_refused():
     with pytest.raises(ConfigError, match=r"stages\.sft\.optimizer\.type 'muon'"):
         choose_engine(_stage(engine="zero2", optimizer={"type": "muon"}))
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw_8bit"])
+def test_an_optimizer_that_needs_whole_matrices_is_refused_where_a_process_has_rows(kind):
+    with pytest.raises(ConfigError, match=f"'{kind}' updates whole matrices or blocks .* fsdp2 .* use engine: none"):
+        choose_engine(_stage(engine="fsdp2", optimizer={"type": kind}))
+
+
+def test_what_fsdp2_cannot_share_is_refused_by_name():
+    from mllm.train.engine.fsdp2 import _layers
+
+    class Decoded(nn.Module):
+        def __init__(self, decoder: nn.Module):
+            super().__init__()
+            self.decoder = decoder
+
+        def get_decoder(self) -> nn.Module:
+            return self.decoder
+
+    def layer(width: int) -> nn.Module:
+        parts = {name: nn.Linear(width, width) for name in "abcd"}
+        found = nn.Module()
+        for name, part in parts.items():
+            found.add_module(name, part)
+        return found
+
+    def row(*layers: nn.Module) -> nn.Module:
+        found = nn.Module()
+        found.layers = nn.ModuleList(layers)
+        return found
+
+    assert len(_layers(Decoded(row(layer(2), layer(2))), "sft")[1]) == 2
+    with pytest.raises(ConfigError, match=r"stages\.sft\.engine: .* and this stage trains none"):
+        _layers(nn.Linear(2, 2), "sft")
+    with pytest.raises(ConfigError, match="Linear has no such row; use zero2 or zero3"):
+        _layers(Decoded(nn.Linear(2, 2)), "sft")
+    experts = row(row(layer(2), layer(2)), nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match=r"layers\.0\.layers\.0 of Module lies within another"):
+        _layers(Decoded(experts), "sft")
 
 
 def _engine(limit: float | None) -> Engine:

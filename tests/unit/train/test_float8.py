@@ -51,6 +51,7 @@ def test_products_are_rounded_and_the_weights_stay_the_same_objects(tmp_path):
     [
         ({"dtype": "float32"}, "bf16"),
         ({"engine": "zero3"}, "zero3"),
+        ({"engine": "fsdp2"}, "fsdp2 gathers weights layer by layer"),
         ({"learn": {"language_model": {"lr": 1e-4, "lora": {"r": 4}}}}, "adapters"),
     ],
 )

@@ -178,6 +178,7 @@ def test_illumes_decoder_has_the_published_sizes():
         ({"learn": {"diffusion_decoder": {"lr": 1e-3, "lora": {"r": 2}}}}, "take lora"),
         ({"packing": True}, "a diffusion stage learns from single pictures and has no packing"),
         ({"engine": "zero3"}, "use none, zero1 or zero2"),
+        ({"engine": "fsdp2"}, "use none, zero1 or zero2"),
         ({"options": {"decoder": {"network": "unet", "settings": {**UNET, "block_out_channels": [8] * 7}}}}, "16 × 16 picture"),
         ({"options": {"decoder": {"network": "sd4"}}}, r"stages\.decoder\.options\.decoder\.network"),
         ({"options": {"masks": {}}}, "masks and the decoder's condition source go together"),

@@ -280,6 +280,7 @@ def test_perceptual_loss_is_lpips_on_given_weights(tmp_path):
         ({"options": {"losses": {"weights": {"commitmnt": 1.0}}}}, "this tokenizer has"),
         ({"optimizer": {"type": "muon"}, "engine": "zero1"}, "does not work on ZeRO"),
         ({"engine": "zero3"}, "use none, zero1 or zero2"),
+        ({"engine": "fsdp2"}, "use none, zero1 or zero2"),
         ({"packing": True}, "has no packing"),
         ({"kind": "sft"}, "no language_model"),
         ({"options": {"losses": {"l2": 0.0}}}, "nothing would be reconstructed"),

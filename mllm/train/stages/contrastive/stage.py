@@ -162,9 +162,9 @@ def check_contrastive(stage: StageSpec) -> ContrastiveOptions:
             )
     if stage.cache_features:
         raise ConfigError(f"{where}.cache_features: the encoder learns here, so its features change; leave it out")
-    if choose_engine(stage).zero_stage == 3:
+    if choose_engine(stage).shares_weights:
         raise ConfigError(
-            f"{where}.engine: a dual encoder is small; use none, zero1 or zero2 (zero3 would cut every layer)"
+            f"{where}.engine: a dual encoder is small; use none, zero1 or zero2 (zero3 and fsdp2 cut every layer)"
         )
     if options.words is not None and (options.source or options.config or options.tokenizer):
         raise ConfigError(f"{where}.options.words: builds the text side; leave out source, config and tokenizer")

@@ -233,7 +233,7 @@ def train_preference(run: Run, stage: StageSpec, previous: Path | None, folder: 
     tell_dropped(run, stage, display)
     if run.info is not None:
         run.info.stage(stage.name, steps=done)
-    engine: Any = SimpleNamespace(model=model, zero_stage=0, close=lambda: None)
+    engine: Any = SimpleNamespace(model=model, shares_weights=False, close=lambda: None)
     save_stage(engine, processor, run.recipe, stage, folder, run.record())
     return True
 

@@ -197,9 +197,9 @@ def check_picture_stage(stage: StageSpec, kind: str, passed_over: tuple[str, ...
             raise ConfigError(
                 f"{where}.{key}: a {kind} stage learns from single pictures and has no {key}; leave it out"
             )
-    if choose_engine(stage).zero_stage == 3:
+    if choose_engine(stage).shares_weights:
         raise ConfigError(
-            f"{where}.engine: a {kind} stage's networks are small; use none, zero1 or zero2 (zero3 would cut every layer)"
+            f"{where}.engine: a {kind} stage's networks are small; use none, zero1 or zero2 (zero3 and fsdp2 cut every layer)"
         )
     if any(spec.lora is not None or spec.last_layers is not None for spec in stage.learning().values()):
         raise ConfigError(f"{where}.learn: the parts of a {kind} stage learn whole; take lora and last_layers out")

@@ -1,0 +1,146 @@
+"""Does `engine: fsdp2` compute what one process does, in any number of processes, and do its checkpoints fit every engine?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig
+
+from mllm import distributed
+from mllm.models.configuration_mllm import MllmConfig
+from mllm.models.modeling_mllm import MllmForConditionalGeneration
+from mllm.recipe import StageSpec
+from mllm.train.checkpoint.resume import CheckpointReader, Progress
+from mllm.train.checkpoint.write import save_checkpoint
+from mllm.train.engine.base import Engine
+from mllm.train.engine.build import build_engine
+from mllm.train.engine.groups import apply_learning, set_modes
+from mllm.train.launch import launch
+from mllm.train.prepare import prepare_model
+
+ROWS, LENGTH, STEPS = 6, 12, 2
+CASES: dict[str, dict[str, Any]] = {
+    "whole": {"learn": {"language_model": 1e-3}, "optimizer": {"eps": 1e-5, "ema": 0.9}},
+    "adapter": {
+        "learn": {"language_model": {"lr": 1e-3, "lora": {"r": 4}}},
+        "gradient_checkpointing": True,
+        "optimizer": {"eps": 1e-5, "max_grad_norm": 0.05},
+    },
+    "half": {"learn": {"language_model": 1e-3}, "dtype": "bfloat16", "optimizer": {"master": "low_bits"}},
+}
+TOLERANCE = {"half": 2e-3}
+"""Of the largest difference in a weight; else 2e-7, a few roundings of float32."""
+
+
+def _stage(case: str, engine: str) -> StageSpec:
+    common = {"name": "s", "data": "none", "steps": 1, "dtype": "float32", "gradient_accumulation": 2}
+    return StageSpec.model_validate({**common, "engine": engine, **CASES[case]})
+
+
+def _start(case: str, engine: str, from_: Path | None) -> Engine:
+    """Sizes that neither two nor three processes divide evenly, and an embedding that is the head, too."""
+    torch.manual_seed(0)
+    text = LlamaConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=49,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=case != "adapter",
+    )
+    model = MllmForConditionalGeneration(MllmConfig(text_config=text.to_dict()))
+    stage, device = _stage(case, engine), torch.device("cpu")
+    groups = apply_learning(model, stage)
+    set_modes(model)
+    prepare_model(model, stage, device=device, zero_stage=0)
+    reader = None if from_ is None else CheckpointReader(from_)
+    if reader is not None:
+        reader.restore_weights(model)
+    found = build_engine(model, groups, stage, device)
+    if reader is not None:
+        reader.restore_engine(found)
+    return found
+
+
+def _train(engine: Engine, first: int) -> list[float]:
+    norms = []
+    rank, world = distributed.rank(), distributed.world_size()
+    for step in range(first, first + STEPS):
+        for micro in range(2):
+            draw = torch.Generator().manual_seed(10 * step + micro)
+            ids = torch.randint(5, 320, (ROWS, LENGTH), generator=draw)[rank::world]
+            output = engine(
+                input_ids=ids, labels=ids, use_cache=False, num_items_in_batch=2 * ROWS * LENGTH, skip_logits=True
+            )
+            engine.backward(output.loss, last=micro == 1)
+        norms.append(engine.step())
+    return norms
+
+
+def _run(folder: str, kind: str, from_: str | None, engine: str) -> None:
+    """Each case: steps, a checkpoint, as many steps again, everything that is to be compared. from_: go on from such a run's
+    checkpoint."""
+    for case in CASES:
+        place = Path(folder) / case
+        begin = None if from_ is None else next((place / from_).glob("step-*"))
+        found = _start(case, engine, begin)
+        norms = [] if begin is not None else _train(found, 0)
+        if begin is None:
+            save_checkpoint(place / kind, found, Progress(stage="s", step=STEPS))
+        norms += _train(found, STEPS)
+        state, parts = found.state_dict(), found.norms
+        if case == "whole":
+            with found.averaged():
+                state |= {f"average of {name}": value for name, value in found.state_dict().items()}
+        layers = {n: p for n, p in found.model.named_parameters() if ".layers." in n}
+        held = sum(getattr(p, "_local_tensor", p).numel() for p in layers.values()) / sum(
+            p.numel() for p in layers.values()
+        )
+        if distributed.is_main():
+            torch.save({"state": state, "norms": norms, "parts": parts, "held": held}, place / f"{kind}.pt")
+        found.close()
+        if dist.is_initialized():
+            dist.barrier()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("fsdp2")
+    for case in CASES:
+        (path / case).mkdir()
+    _run(str(path), "one", None, "none")
+    launch(_run, 3, str(path), "three", None, "fsdp2")
+    launch(_run, 2, str(path), "one, then two", "one", "fsdp2")
+    launch(_run, 2, str(path), "three, then two", "three", "fsdp2")
+    _run(str(path), "three, then one", "three", "none")
+    return path
+
+
+def _of(folder: Path, case: str, kind: str) -> dict[str, Any]:
+    return torch.load(folder / case / f"{kind}.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_three_processes_compute_what_one_does_and_hold_a_third_of_the_layers(folder, case):
+    wanted, found = _of(folder, case, "one"), _of(folder, case, "three")
+    assert set(wanted["state"]) == set(found["state"])
+    assert _apart(wanted, found) < TOLERANCE.get(case, 2e-7)
+    assert found["norms"] == pytest.approx(wanted["norms"], rel=1e-5 if case != "half" else 1e-2)
+    assert found["parts"] == pytest.approx(wanted["parts"], rel=1e-5 if case != "half" else 1e-2)
+    assert wanted["held"] == 1 and 0.33 < found["held"] < 0.36
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("way", ["one, then two", "three, then two", "three, then one"])
+def test_a_checkpoint_goes_on_under_another_engine_and_number_of_processes(folder, case, way):
+    """Weights, moments, averages and counts of updates: each would show in the two steps that follow."""
+    assert _apart(_of(folder, case, "one"), _of(folder, case, way)) < TOLERANCE.get(case, 2e-7)
+
+
+def _apart(wanted: dict[str, Any], found: dict[str, Any]) -> float:
+    return max((wanted["state"][n].float() - found["state"][n].float()).abs().max().item() for n in wanted["state"])
