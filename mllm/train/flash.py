@@ -16,14 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mllm.train import flash4
 from mllm.varlen import segment_attention
 
 PACKAGES = {"FA4": "flash_attn.cute", "FA3": "flash_attn_interface"}
 """torch's name of an implementation → the module that has it; the newest first."""
 _CAPABILITIES = {"FA4": (9, 10), "FA3": (9,)}
+_REGISTER = {"FA4": flash4.register}
+"""Of whom torch's own registration does not do."""
 _TOLERANCE = 2e-2
 """Largest difference from torch's own kernel, by the largest value: both round to bf16 in other places."""
-_TOKENS = (130, 257, 61)
+_TOKENS, _WINDOW = (130, 257, 61), 70
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,17 @@ class Heads:
     key: int
     packed: bool
     """By the variable-length kernel, each token seeing those before it; otherwise all see all."""
+    window: bool = False
+    """Each token sees the nearest before it only."""
 
 
 def heads_of(model: nn.Module, text_config: Any) -> list[Heads]:
     """The kinds of heads in a model: the language model's, and the widths that its other modules say they have."""
     query = text_config.num_attention_heads
     width = getattr(text_config, "head_dim", None) or text_config.hidden_size // query
-    found = [Heads(width, query, getattr(text_config, "num_key_value_heads", None) or query, packed=True)]
+    key = getattr(text_config, "num_key_value_heads", None) or query
+    slides = getattr(text_config, "sliding_window", None) is not None
+    found = [Heads(width, query, key, packed=True, window=window) for window in ([False, True] if slides else [False])]
     decoder = getattr(model, "get_decoder", lambda: None)()
     inside = set(map(id, decoder.modules())) if decoder is not None else set()
     widths = set()
@@ -114,12 +121,14 @@ def release() -> None:
 def tried(name: str, heads: list[Heads], device: torch.device) -> str | None:
     """Activate an implementation and compare it with what ran before. Returns None where it is right, and it stays; otherwise what is
     wrong, and torch's own runs again."""
-    from torch.nn.attention import activate_flash_attention_impl
+    from torch.nn.attention import activate_flash_attention_impl, register_flash_attention_impl
 
     with ExitStack() as undo:
         undo.callback(release)
         try:
             wanted = [_outcome(kind, device) for kind in heads]
+            if name in _REGISTER:
+                register_flash_attention_impl(name, register_fn=_REGISTER[name])
             activate_flash_attention_impl(name)
             found = [_outcome(kind, device) for kind in heads]
         except Exception as error:  # whatever an unfinished kernel raises is a reason against it
@@ -146,7 +155,8 @@ def _outcome(kind: Heads, device: torch.device) -> list[Tensor]:
     query, key, value = inputs = random(kind.query), random(kind.key), random(kind.key)
     if kind.packed:
         ends = torch.tensor([0, *_TOKENS], device=device).cumsum(0).int()
-        output = segment_attention(query, key, value, ends, max(_TOKENS), causal=True)
+        window = _WINDOW if kind.window else None
+        output = segment_attention(query, key, value, ends, max(_TOKENS), causal=True, window=window)
     else:
         query, key, value = (t.view(2, total // 2, *t.shape[1:]).transpose(1, 2) for t in inputs)
         output = F.scaled_dot_product_attention(query, key, value)

@@ -107,7 +107,7 @@ def test_a_kernel_that_is_wrong_or_fails_is_left_out_with_the_reason(monkeypatch
             raise ImportError("libcudart")
         return handle
 
-    registry.register_flash_attention_impl("FA4", register_fn=register)
+    monkeypatch.setitem(flash._REGISTER, "FA4", register)
     monkeypatch_outcomes(monkeypatch, fault)
     assert tried("FA4", heads_of(_Model(), TEXT), CPU) == told
     assert registry.current_flash_attention_impl() is None and (handle.removed or fault == "register")
@@ -129,10 +129,10 @@ def monkeypatch_outcomes(monkeypatch, fault=""):
                 found[0] = found[0] * (0.5 if fault == "differs" else float("nan"))
         return found
 
-    def per_segment(query, key, value, bounds, longest, *, causal):
+    def per_segment(query, key, value, bounds, longest, *, causal, window):
         from mllm.train.attention import _per_sample
 
-        options = {"scale": None, "causal": causal, "window": None, "softcap": None, "dropout": 0.0}
+        options = {"scale": None, "causal": causal, "window": window, "softcap": None, "dropout": 0.0}
         rows = [t.transpose(0, 1)[None] for t in (query, key, value)]
         return _per_sample(*rows, bounds, **options)[0]
 
