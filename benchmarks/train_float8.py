@@ -1,9 +1,9 @@
-"""What does `float8: tensorwise` gain on one GPU, what does it do to the loss, and does a newer attention kernel pay?
+"""What does `float8: tensorwise` gain on one GPU, and what does it do to the loss?
 
 `mllm train` itself, watched from outside, with the recipe of train_real.py: a Llama-7B with two live encoders, packed
 2 x 4096, bf16 and float8 products in turn. Then a 1.1B from the same seed on text with a known spread (a Markov chain over
 words), 520 steps each way: the mean loss of the last 100 steps, beside bf16 with other random weights. Goals: 1.20 times the
-tokens a second, loss within 0.5 %. attention: torch's variable-length kernel against FlashAttention 4 where it is installed.
+tokens a second, loss within 0.5 %.
 
     python benchmarks/train_float8.py                            # one GPU, about 8 minutes; also $OUT/train_float8.txt
     python benchmarks/train_float8.py --size tiny --device cpu --patience 6 --loss-steps 4   # checks the script
@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.big_run import WORDS, compiled_in, measure, watch, write_recipe
 
 SECTIONS = {
-    "attention": 75.0,
     "speed, bf16": 90.0,
     "speed, float8": 100.0,
     "loss, bf16": 110.0,
@@ -31,53 +30,6 @@ SECTIONS = {
     "loss, bf16, other seed": 110.0,
 }
 SKIP, STEPS, LAST = 4, 20, 100
-
-
-def attention(options: argparse.Namespace, folder: Path) -> dict:
-    """Forward and backward of a 7B's packed rows (32 heads of 128, two rows of 4096 in seven samples)."""
-    import torch
-
-    from mllm.varlen import segment_attention
-
-    if options.device != "cuda":
-        return {}
-    bounds = torch.tensor([0, 900, 1800, 3000, 4096, 5500, 7000, 8192], dtype=torch.int32, device="cuda")
-    torch.manual_seed(0)
-    q, k, v, up = (torch.randn(8192, 32, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4))
-    inputs = [t.requires_grad_() for t in (q, k, v)]
-
-    def once():
-        for tensor in inputs:
-            tensor.grad = None
-        output = segment_attention(q, k, v, bounds, 4096, causal=True)
-        output.backward(up)
-        return [output, *(tensor.grad for tensor in inputs)]
-
-    def timed() -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(5):
-            once()
-        start.record()
-        for _ in range(20):
-            once()
-        end.record()
-        torch.cuda.synchronize()
-        return round(start.elapsed_time(end) / 20, 3)
-
-    reference = [t.detach().float() for t in once()]
-    found: dict = {"torch ms": timed()}
-    try:
-        from torch.nn.attention import activate_flash_attention_impl
-
-        activate_flash_attention_impl("FA4")
-        other = [t.detach().float() for t in once()]
-        found["largest difference"] = [
-            float((a - b).abs().max() / a.abs().max()) for a, b in zip(reference, other, strict=True)
-        ]
-        found["FA4 ms"] = timed()
-    except Exception as error:  # what an unfinished kernel raises is the answer
-        found["FA4"] = f"{type(error).__name__}: {str(error)[:400]}"
-    return found
 
 
 def _float8(name: str) -> dict:
@@ -143,12 +95,7 @@ def _markov(path: Path, *, rows: int) -> None:
 
 
 def work(options: argparse.Namespace, folder: Path, name: str) -> dict:
-    kind = name.split(",")[0]
-    return (
-        attention(options, folder)
-        if kind == "attention"
-        else {"speed": speed, "loss": loss}[kind](options, folder, name)
-    )
+    return {"speed": speed, "loss": loss}[name.split(",")[0]](options, folder, name)
 
 
 def main() -> None:

@@ -1,9 +1,11 @@
-"""Where does a 7B's step lose time on one GPU, and what would cuDNN's attention give back?
+"""Where does a 7B's step lose time on one GPU, and what would another attention kernel give back?
 
-attention: torch's variable-length kernel against cuDNN's on the step's own packed rows. gaps: two profiled steps, kernels by kind, and
-where no kernel runs. plain: `mllm train` as in train_real.py. Adopted: what gains 3 % of a step.
+attention: torch's variable-length kernel against FlashAttention 4 (where flash-attn-4 is installed) and cuDNN's on the step's own packed
+rows. gaps: two profiled steps, kernels by kind, and where no kernel runs. plain: `mllm train` as in train_real.py; adopted: the same with
+``attention: auto``, which runs an installed kernel that is right. Adopted by us: what gains 3 % of a step.
 
-    python benchmarks/train_gaps.py                            # one GPU, about 4 minutes; also $OUT/train_gaps.txt
+    python benchmarks/train_gaps.py                            # one GPU, about 5 minutes; also $OUT/train_gaps.txt
+    python benchmarks/train_gaps.py --sections attention plain adopted   # what an attention kernel gives, 3 minutes
     python benchmarks/train_gaps.py --size tiny --device cpu --patience 6   # checks the script
 """
 
@@ -13,6 +15,7 @@ import argparse
 import json
 import shutil
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.big_run import compiled_in, measure, watch, write_recipe
 from mllm.train.observe.trace import of_kernels
 
-SECTIONS = {"attention": 60.0, "gaps": 110.0, "plain": 80.0}
+SECTIONS = {"attention": 90.0, "gaps": 110.0, "plain": 80.0, "adopted": 110.0}
 SKIP, STEPS = 4, 24
 
 
@@ -30,6 +33,7 @@ def attention(options: argparse.Namespace, folder: Path) -> dict:
     import torch
     import torch.nn.attention.varlen as varlen
 
+    from mllm.train import flash
     from mllm.varlen import segment_attention
 
     if options.device != "cuda":
@@ -58,16 +62,31 @@ def attention(options: argparse.Namespace, folder: Path) -> dict:
         torch.cuda.synchronize()
         return round(start.elapsed_time(end) / 20, 3)
 
+    def compared() -> list[float]:
+        pairs = zip(reference, (t.detach().float() for t in once()), strict=True)
+        return [float((a - b).abs().max() / a.abs().max()) for a, b in pairs]
+
     reference = [t.detach().float() for t in once()]
     flops = 14 * 32 * 128 * sum((b - a) ** 2 for a, b in pairwise(ends)) / 2
     found: dict = {"torch ms": timed()}
     found["torch TFLOP/s"] = round(flops / found["torch ms"] / 1e9, 1)
+    began = time.perf_counter()
+    problem = flash.tried(
+        "FA4", [flash.Heads(128, 32, 32, packed=True), flash.Heads(64, 4, 4, packed=False)], bounds.device
+    )
+    found["FA4 is left out, because"], found["FA4 tried in s"] = problem, round(time.perf_counter() - began, 1)
+    if problem is None:
+        found["FA4: largest difference of output and three gradients"] = compared()
+        found["FA4 ms"] = timed()
+        found["FA4 TFLOP/s"] = round(flops / found["FA4 ms"] / 1e9, 1)
+        flash.release()
+        found["torch ms again"] = timed()
+    print(json.dumps(found), flush=True)  # what follows may end the process
     varlen._should_use_cudnn = lambda index: True  # the choice is torch's own and off there
     # Another number of samples would be another cuDNN plan, so that rows would be filled up with empty ones; are these right, too?
     for name, edges in {"cuDNN": bounds, "cuDNN, 8 empty": torch.cat([bounds, bounds[-1:].expand(8)])}.items():
         try:
-            other = [t.detach().float() for t in once(edges)]
-            pairs = zip(reference, other, strict=True)
+            pairs = zip(reference, (t.detach().float() for t in once(edges)), strict=True)
             found[f"{name}: largest difference"] = [float((a - b).abs().max() / a.abs().max()) for a, b in pairs]
             found[f"{name} ms"] = timed(edges)
         except Exception as error:  # a kernel that refuses is the answer
@@ -97,7 +116,8 @@ def gaps(options: argparse.Namespace, folder: Path) -> dict:
 
 def training(options: argparse.Namespace, folder: Path, name: str) -> dict:
     short = "".join(c if c.isalnum() else "-" for c in name)
-    seen = _watch(options, folder, short, steps=SKIP + STEPS, limit=SECTIONS[name])
+    settings = {"attention": "auto"} if name == "adopted" else {}
+    seen = _watch(options, folder, short, steps=SKIP + STEPS, limit=SECTIONS[name], **settings)
     shutil.rmtree(folder / short, ignore_errors=True)
     found = {key: seen.middle(key, SKIP) for key in ("seconds", "tokens_per_second", "memory_gb")}
     rates = sorted(step["tflops"]["language_model"] for step in seen.steps[SKIP:] if "tflops" in step)
@@ -106,12 +126,14 @@ def training(options: argparse.Namespace, folder: Path, name: str) -> dict:
         "tflops": round(rates[len(rates) // 2], 1) if rates else None,
         "losses": [round(step["loss"], 4) for step in seen.steps[:3]],
         "steps seen": len(seen.steps),
+        "said of attention": seen.line_of("attention runs"),
+        "first step s": seen.first_step,
     }
 
 
-def _watch(options, folder: Path, name: str, *, steps: int, limit: float, arguments: tuple[str, ...] = ()):
-    compiled = options.device == "cuda"
-    recipe = write_recipe(folder, options.size, name=name, steps=200, num_workers=options.workers, compile=compiled)
+def _watch(options, folder: Path, name: str, *, steps: int, limit: float, arguments: tuple[str, ...] = (), **settings):
+    settings |= {"num_workers": options.workers, "compile": options.device == "cuda"}
+    recipe = write_recipe(folder, options.size, name=name, steps=200, **settings)
     limit = limit * options.patience - 5
     return watch(recipe, steps=steps, limit=limit, arguments=arguments, **compiled_in(folder))
 

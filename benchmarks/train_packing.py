@@ -55,6 +55,7 @@ def inputs_of(rows: list[list[int]], kind: str, device: torch.device, vocabulary
     from mllm.data.collate import collate, collate_packed
     from mllm.processing.chat import EncodedSample
     from mllm.train import attention
+    from mllm.train.data import PADDED_TO
     from mllm.train.prepare import attention_inputs
 
     def sample(length: int) -> EncodedSample:
@@ -66,14 +67,14 @@ def inputs_of(rows: list[list[int]], kind: str, device: torch.device, vocabulary
     if kind == "packed":
         batch = collate_packed([[sample(n) for n in row] for row in rows], max_length=ROW, pad_token_id=0)
     else:
-        batch = collate([sample(row[0]) for row in rows], pad_token_id=0, pad_to_multiple_of=64)
+        batch = collate([sample(row[0]) for row in rows], pad_token_id=0, pad_to_multiple_of=PADDED_TO)
     return attention_inputs(batch.to(device), attention.NAME if kind == "packed" or device.type == "cuda" else "sdpa")
 
 
 def measure(kind: str, options: argparse.Namespace, device: torch.device) -> dict:
     from transformers import LlamaConfig
 
-    from mllm.models.compilation import repeated_layers
+    from mllm.models.compilation import compile_layers, tell_uncompiled
     from mllm.models.configuration_mllm import MllmConfig
     from mllm.models.modeling_mllm import MllmForConditionalGeneration
     from mllm.train import attention
@@ -93,9 +94,11 @@ def measure(kind: str, options: argparse.Namespace, device: torch.device) -> dic
     model.set_attn_implementation(
         {"text_config": attention.NAME if kind == "packed" or device.type == "cuda" else "sdpa"}
     )
+    uncompiled: list[str] = []
     if options.compile:
-        for layer in repeated_layers(model.get_decoder()):
-            layer.compile(dynamic=None if kind != "packed" else False)
+        torch.compiler.reset()  # what another kind compiled is no start for this one
+        tell_uncompiled(uncompiled.append)
+        compile_layers(model, fixed_length=kind == "packed")
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     lengths = sample_lengths(options.samples, seed=1)
@@ -103,12 +106,12 @@ def measure(kind: str, options: argparse.Namespace, device: torch.device) -> dic
     generator = torch.Generator().manual_seed(2)
     plan = [plan[i] for i in torch.randperm(len(plan), generator=generator).tolist()][: options.steps + options.warmup]
     useful = slots = 0
-    started = 0.0
-    for rows in (
-        plan if options.compile else ()
-    ):  # every number of samples and longest one is a shape: none is to be compiled while timed
+    started, began = 0.0, time.perf_counter()
+    # Every number of samples and longest one is a shape: none is to be compiled while timed.
+    for rows in plan if options.compile else ():
         model(**inputs_of(rows, kind, device, options.vocabulary), skip_logits=True).loss.backward()
         optimizer.zero_grad(set_to_none=True)
+    compiling = time.perf_counter() - began
     for number, rows in enumerate(plan):
         if number == options.warmup:
             if device.type == "cuda":
@@ -132,6 +135,8 @@ def measure(kind: str, options: argparse.Namespace, device: torch.device) -> dic
         "fill": round(useful / slots, 4),
         "ms_per_step": round(1e3 * seconds / max(len(plan) - options.warmup, 1), 1),
     }
+    if options.compile:
+        result |= {"seconds_to_compile": round(compiling, 1), "left_uncompiled": uncompiled[:1]}
     if device.type == "cuda":
         result["memory_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 1)
     return result
