@@ -3,10 +3,13 @@
 A language model of a stated size, random weights, bf16 with fp32 copies, rows of a stated length; the optimizer step is
 `mllm.train.trainer`'s, the engines are `mllm.train.engine.base`'s. First, in fp32 and tiny: does every engine give one
 process's weights? Then one JSON line for each engine and number of processes, each in processes of its own, and a table;
-also in $OUT/train_scaling.txt. Goal: at least 0.97 of perfect scaling on two GPUs, 0.95 on four.
+also in $OUT/train_scaling.txt. Goal: at least 0.97 of perfect scaling on two GPUs, 0.95 on four. Each line has the last step's loss and
+whether all processes hold the same weights to the bit; update ms: a GPU's time from the end of the backward pass to that of the step.
 
     python benchmarks/train_scaling.py --size 1b --processes 1 2
     python benchmarks/train_scaling.py --size 7b --processes 1 2 4 --rows 2 --length 4096 --compile
+    python benchmarks/train_scaling.py --size 7b --rows 2 --length 4096 --compile --accumulation 1 \
+        --sections "none x 1" "none x 2" "zero1 x 2" "sharded x 2"
 """
 
 from __future__ import annotations
@@ -65,7 +68,7 @@ def worker(engine_name: str, options: dict, path: str) -> None:
     engine = build_engine(model, groups, stage, device)
     ids = torch.randint(5, 32000, (options["rows"], options["length"]), device=device)
     count = options["rows"] * options["length"] * options["accumulation"] * distributed.world_size()
-    times = []
+    times, updates, loss = [], [], 0.0
     for _ in range(options["steps"] + options["warmup"]):
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -75,10 +78,20 @@ def worker(engine_name: str, options: dict, path: str) -> None:
                 input_ids=ids, labels=ids, use_cache=False, num_items_in_batch=count, skip_logits=engine.zero_stage != 3
             )
             engine.backward(output.loss, last=micro == options["accumulation"] - 1)
+        update = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        for event in update[:1]:
+            event.record()
         engine.step()
+        for event in update[1:]:
+            event.record()
         if device.type == "cuda":
             torch.cuda.synchronize()
+            updates.append(update[0].elapsed_time(update[1]))
+        loss = float(output.loss)
         times.append(time.perf_counter() - start)
+    held = [_sum_of_bits(p) for p in model.parameters()] if engine.zero_stage != 3 else []
+    same = all(other == held for other in distributed.gather_objects(held))
+    loss = distributed.sum_numbers([loss])[0]
     if distributed.is_main():
         median = sorted(times[options["warmup"] :])[options["steps"] // 2]
         weights = sum(p.numel() for n, p in model.named_parameters() if "embed_tokens" not in n)
@@ -91,9 +104,17 @@ def worker(engine_name: str, options: dict, path: str) -> None:
             "tokens_per_second": round(count / median),
             "tflops_per_gpu": round(6 * weights * count / median / distributed.world_size() / 1e12, 1),
             "memory_gb": None if memory is None else round(memory, 1),
+            "update_ms": round(sorted(updates[options["warmup"] :])[options["steps"] // 2], 1) if updates else None,
+            "loss_of_last_micro_step": loss,
+            "weights equal everywhere": same if held else None,
         }
         Path(path).write_text(json.dumps(result), encoding="utf-8")
     engine.close()
+
+
+def _sum_of_bits(parameter: torch.Tensor) -> int:
+    bits = parameter.detach().view(torch.int16 if parameter.element_size() == 2 else torch.int32)
+    return int(bits.sum(dtype=torch.int64))
 
 
 def check(folder: Path, engines: list[str], processes: list[int]) -> dict:
@@ -102,7 +123,15 @@ def check(folder: Path, engines: list[str], processes: list[int]) -> dict:
     from safetensors.torch import load_file
 
     from mllm.train import run_recipe
+    from mllm.train.engine.base import SHIPPED
     from tests.integration.train_helpers import make_recipe
+
+    # The weights of this recipe are all small: let the sharded engine take most as large ones.
+    plugin = folder / "small_is_large.py"
+    plugin.write_text(
+        "from mllm.train.engine.sharded import ShardedEngine\n\nShardedEngine.alone_elements = 256\n", encoding="utf-8"
+    )
+    assert set(engines) <= set(SHIPPED), engines
 
     def weights(engine: str, count: int) -> dict:
         most = max(processes)
@@ -110,6 +139,7 @@ def check(folder: Path, engines: list[str], processes: list[int]) -> dict:
         stage = {"name": "sft", "steps": 3, "batch_size": most // count, "engine": engine, "optimizer": calm}
         recipe = make_recipe(folder, stages=[stage])
         recipe.model.language_model.config["attention_dropout"] = 0.0
+        recipe.plugins = [str(plugin)]
         return load_file(run_recipe(recipe, output=folder / f"{engine}-{count}", processes=count) / "model.safetensors")
 
     wanted, found = weights("none", 1), {}
@@ -126,8 +156,9 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="1b" if torch.cuda.is_available() else "tiny")
-    parser.add_argument("--engines", nargs="+", default=["none", "zero1", "zero2", "zero3", "fsdp2"])
+    parser.add_argument("--engines", nargs="+", default=["none", "sharded", "zero1", "zero2", "zero3", "fsdp2"])
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--sections", nargs="+", help='In place of engines and processes: "none x 1" "sharded x 2" …')
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048 if torch.cuda.is_available() else 64)
     parser.add_argument("--accumulation", type=int, default=2)
@@ -138,6 +169,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=80.0, help="Seconds for one engine on some processes.")
     parser.add_argument("--section", help=argparse.SUPPRESS)
     options = vars(parser.parse_args())
+    if options["sections"]:
+        named = [section.partition(" x ") for section in options["sections"]]
+        options["engines"] = list(dict.fromkeys(engine for engine, _, _ in named))
+        options["processes"] = sorted({int(count) for _, _, count in named})
     section = options["section"]
     if section == "check":
         with tempfile.TemporaryDirectory() as name:
@@ -147,12 +182,13 @@ def main() -> None:
         engine, _, count = section.partition(" x ")
         with tempfile.TemporaryDirectory() as name:
             path = Path(name) / "result.json"
-            launch(worker, int(count), engine, options, str(path), needs_group=engine != "none")
+            launch(worker, int(count), engine, options, str(path), needs_group=engine.startswith("zero"))
             print(path.read_text(encoding="utf-8"), flush=True)
         return
-    order = [(engine, count) for count in options["processes"] for engine in options["engines"]]
-    sections = {"check": 3 * options["seconds"]}
-    sections |= {f"{engine} x {count}": options["seconds"] for engine, count in order}
+    each = options["sections"] or [
+        f"{engine} x {count}" for count in options["processes"] for engine in options["engines"]
+    ]
+    sections = {"check": 3 * options["seconds"], **dict.fromkeys(each, options["seconds"])}
     passed = []
     for key in ("size", "engines", "processes", "rows", "length", "accumulation", "steps", "warmup"):
         value = options[key]
@@ -166,9 +202,10 @@ def main() -> None:
             row["of one GPU per GPU"] = round(row["tokens_per_second"] / single / row["processes"], 3)
     rows.insert(0, versions())
     results.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    print("engine x processes | tokens/s | TFLOP/s a GPU | of `none` on one GPU, per GPU | memory GB")
+    print("engine x processes | ms | tokens/s | TFLOP/s a GPU | of `none` on one GPU, per GPU | memory GB | update ms")
+    keys = ("ms", "tokens_per_second", "tflops_per_gpu", "of one GPU per GPU", "memory_gb", "update_ms")
     for row in rows[1:]:
-        shown = [row.get(k, "") for k in ("tokens_per_second", "tflops_per_gpu", "of one GPU per GPU", "memory_gb")]
+        shown = [row.get(k, "") for k in keys]
         print(" | ".join(map(str, [row["section"], *shown])), row.get("error", ""))
 
 

@@ -1,4 +1,5 @@
-"""How do gradients of several processes become one update? Plain torch here, DeepSpeed's ZeRO in `mllm.train.engine.zero`.
+"""How do gradients of several processes become one update? Plain torch here (with shared state in `mllm.train.engine.sharded`), DeepSpeed's
+ZeRO in `mllm.train.engine.zero`.
 
 Every engine is given losses that are already divided by the supervised tokens of the whole optimizer step, over
 micro-batches and processes; gradients are summed, never averaged, so a process with few tokens weighs little. Every
@@ -32,20 +33,20 @@ from mllm.train.engine.optim import (
     OF_BF16,
     build_optimizer,
     check_engine,
-    check_rows,
+    check_pieces,
     swap_average,
     take_average,
     update_average,
 )
-from mllm.train.engine.reduce import OverlappedSum
+from mllm.train.engine.reduce import OverlappedScatter, OverlappedSum
 
-SHIPPED = ("none", "zero1", "zero2", "zero3", "fsdp2")
+SHIPPED = ("none", "sharded", "zero1", "zero2", "zero3", "fsdp2")
 
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """What ``engine:`` of a stage means. zero_stage: 0 without DeepSpeed; config: DeepSpeed's, without what the stage
-    fixes."""
+    """What ``engine:`` of a stage means. zero_stage: DeepSpeed's, 0 without it, also where weights and gradients are whole and the
+    optimizer's state alone is shared; config: DeepSpeed's, without what the stage fixes."""
 
     name: str
     zero_stage: int
@@ -72,11 +73,10 @@ class EngineChoice:
 def choose_engine(stage: StageSpec) -> EngineChoice:
     """Resolve ``stage.engine``: a name, a DeepSpeed json file, or its content. Raises `ConfigError`."""
     where, engine = f"stages.{stage.name}.engine", stage.engine_here
-    if engine == "none":
-        return EngineChoice("none", 0)
-    if engine == "fsdp2":
-        check_rows(stage.optimizer, stage.name)
-        return EngineChoice("fsdp2", 0)
+    if engine in ("none", "sharded", "fsdp2"):
+        if engine != "none":
+            check_pieces(stage.optimizer, stage.name, engine)
+        return EngineChoice(str(engine), 0)
     if isinstance(engine, dict):
         config, name = dict(engine), "deepspeed"
     elif engine in SHIPPED:
@@ -163,7 +163,7 @@ class Engine:
     zero_stage = 0
     shares_weights = False
     """See `EngineChoice.shares_weights`."""
-    reduction: OverlappedSum | None = None
+    reduction: OverlappedSum | OverlappedScatter | None = None
     starts: Mapping[str, int] = {}
     """Where in a parameter what the optimizer has of it begins, by name; not there: at its first element."""
     finished = False

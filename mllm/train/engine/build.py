@@ -9,6 +9,7 @@ from mllm import distributed
 from mllm.recipe import StageSpec
 from mllm.train.engine.base import Engine, choose_engine
 from mllm.train.engine.groups import Group
+from mllm.train.engine.sharded import ShardedEngine
 
 
 def build_engine(model: nn.Module, groups: list[Group], stage: StageSpec, device: torch.device) -> Engine:
@@ -19,7 +20,8 @@ def build_engine(model: nn.Module, groups: list[Group], stage: StageSpec, device
 
         return Fsdp2Engine(model, groups, stage, device)
     if choice.zero_stage == 0:
-        return Engine(model, groups, stage, device)
+        shared = choice.name == "sharded" and distributed.world_size() > 1  # one process has nothing to share
+        return ShardedEngine(model, groups, stage, device) if shared else Engine(model, groups, stage, device)
     from mllm.train.engine.zero import ZeroEngine  # needs DeepSpeed
 
     return ZeroEngine(model, groups, stage, device, choice)

@@ -6,7 +6,8 @@ so the update is float32's. The bf16 weight is the nearest to it, as it is of a 
 
 ``moments: bfloat16`` keeps AdamW's two moments in bf16. They are updated in float32 and rounded up or down at random, so that on
 average nothing is lost: an increment of a thousandth would vanish if it were rounded to the nearest. The chance comes from the
-weight's name, its place and the update's number, not from a generator: any run of the same recipe, resumed or not, rounds the same way.
+weight's name, its place and the update's number, not from a generator: any run of the same recipe, resumed or not, rounds the same way,
+and so does a process that updates some of a tensor's elements.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,13 +54,17 @@ def turn_of(step: int) -> int:
     return (step * 0x9E3779B1) & 0x7FFFFFFF
 
 
-def round_moments(mean: Tensor, square: Tensor, to_mean: Tensor, to_square: Tensor, *, key: int, step: int) -> None:
-    """Write float32 moments into bf16 ones, each up or down with the chances that keep its mean."""
+def round_moments(
+    mean: Tensor, square: Tensor, to_mean: Tensor, to_square: Tensor, *, key: int, step: int, first: int = 0
+) -> None:
+    """Write float32 moments into bf16 ones, each up or down with the chances that keep its mean. first: place in its weight tensor of
+    what may be a run of one."""
     turn = turn_of(step)
     wide, narrow = (mean.view(-1), square.view(-1)), (to_mean.view(-1), to_square.view(-1))
     for start in range(0, wide[0].numel(), _SLICE):
         part = slice(start, min(start + _SLICE, wide[0].numel()))
-        chance = _mixed(_mixed(torch.arange(part.start, part.stop, device=mean.device) ^ key) ^ turn)
+        places = torch.arange(first + part.start, first + part.stop, device=mean.device)
+        chance = _mixed(_mixed(places ^ key) ^ turn)
         for source, target, bits in zip(wide, narrow, (chance & 0xFFFF, chance >> 16)):
             rounded = (source[part].contiguous().view(torch.int32) + bits.int()).bitwise_right_shift_(16)
             target[part].view(torch.int16).copy_(rounded)
@@ -98,6 +104,10 @@ class CompactAdamW:
         self._copy = dict(zip(map(id, self.parameters), copies))
         self._low_precision = dict(zip(map(id, copies), self.parameters))
         self._keys = {id(self._copy[id(p)]): key_of(names[id(p)]) for p in self.parameters}
+        starts = {
+            id(p): start for g in groups for p, start in zip(g["params"], g.get("starts", [0] * len(g["params"])))
+        }
+        self._first = {id(self._copy[id(p)]): starts[id(p)] for p in self.parameters}
         defaults = {"betas": spec.betas, "eps": spec.eps}
         self.param_groups = [{**defaults, **g, "params": [self._copy[id(p)] for p in g["params"]]} for g in groups]
         self.state: dict[Any, dict[str, Any]] = defaultdict(dict)
@@ -110,8 +120,9 @@ class CompactAdamW:
         self.fused = suits and spec.fused is not False
 
     @torch.no_grad()
-    def step(self, scale: Tensor | float = 1.0) -> None:
-        """Update from the low-precision weights' gradients, multiplied by ``scale``; they are freed."""
+    def step(self, scale: Tensor | float = 1.0, done: Callable[[nn.Parameter], None] | None = None) -> None:
+        """Update from the low-precision weights' gradients, multiplied by ``scale``; they are freed. done: told of each of the weights as
+        soon as its update is under way."""
         counters = []
         for group in self.param_groups:
             for copy in group["params"]:
@@ -128,6 +139,8 @@ class CompactAdamW:
                 else:
                     self._plain_step(group, copy, parameter.grad, state, scale)
                 parameter.grad = None
+                if done is not None:
+                    done(parameter)
         if counters:
             torch._foreach_add_(counters, 1)  # type: ignore[attr-defined]
 
@@ -180,6 +193,7 @@ class CompactAdamW:
             *coefficients(group["lr"], group["betas"], group["eps"], group["weight_decay"], step),
             self._keys[id(copy)],
             turn_of(step),
+            self._first[id(copy)],
             LOW_BITS=bool(self.low),
             NARROW=narrow,
             BLOCK=BLOCK,
@@ -210,5 +224,6 @@ class CompactAdamW:
         )
         if narrow:
             targets = state["exp_avg"], state["exp_avg_sq"]
-            round_moments(wide[0], wide[1], *targets, key=self._keys[id(copy)], step=self._counts[id(copy)])
+            coins = {"key": self._keys[id(copy)], "step": self._counts[id(copy)], "first": self._first[id(copy)]}
+            round_moments(wide[0], wide[1], *targets, **coins)
         self.put(copy, weights)

@@ -11,7 +11,7 @@ import functools
 import importlib
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -117,8 +117,9 @@ class FusedAdamW:
         self._counts.clear()
 
     @torch.no_grad()
-    def step(self, scale: Tensor) -> None:
-        """Update every large parameter that has a gradient, multiplied by ``scale``; the gradients are freed."""
+    def step(self, scale: Tensor, done: Callable[[nn.Parameter], None] | None = None) -> None:
+        """Update every large parameter that has a gradient, multiplied by ``scale``; the gradients are freed. done: told of each as soon
+        as its update is under way."""
         counters = []
         for group in self.optimizer.param_groups:
             for master in group["params"]:
@@ -142,6 +143,8 @@ class FusedAdamW:
                     step=self._counts[id(master)],
                 )
                 parameter.grad = None
+                if done is not None:
+                    done(parameter)
         if counters:
             torch._foreach_add_(counters, 1)  # type: ignore[attr-defined]
 

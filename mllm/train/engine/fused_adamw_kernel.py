@@ -48,7 +48,7 @@ def update_kernel(
     tl.store(parameter + place, w.to(parameter.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["key", "turn"])
+@triton.jit(do_not_specialize=["key", "turn", "first"])
 def compact_kernel(
     parameter,
     gradient,
@@ -67,12 +67,14 @@ def compact_kernel(
     eps,
     key,
     turn,
+    first,
     LOW_BITS: tl.constexpr,
     NARROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """`update_kernel` with the state of `mllm.train.engine.compact_adamw`: parameter is int16 (bf16's bits); master is float32, or with
-    LOW_BITS int16; mean and square are float32, or with NARROW int16 (bf16's bits)."""
+    LOW_BITS int16; mean and square are float32, or with NARROW int16 (bf16's bits). first: place in the weight of its run that
+    is updated."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
     g = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32) * tl.load(scale)
@@ -98,7 +100,7 @@ def compact_kernel(
         tl.store(master + place, w, mask=inside)
     tl.store(parameter + place, high.to(tl.int16), mask=inside)
     if NARROW:
-        h = place.to(tl.uint32) ^ key.to(tl.uint32)
+        h = (place + first).to(tl.uint32) ^ key.to(tl.uint32)
         h = (h ^ (h >> 16)) * 0x85EBCA6B
         h = (h ^ (h >> 13)) * 0xC2B2AE35
         h = (h ^ (h >> 16)) ^ turn.to(tl.uint32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -115,11 +115,12 @@ class MasterWeights:
         return self.inner.state
 
     @torch.no_grad()
-    def step(self, scale: Tensor | float = 1.0) -> None:
-        """Update from the low-precision parameters' gradients, multiplied by ``scale``."""
-        if self.fused is not None:
+    def step(self, scale: Tensor | float = 1.0, done: Callable[[nn.Parameter], None] | None = None) -> None:
+        """Update from the low-precision parameters' gradients, multiplied by ``scale``. done: told of each parameter as soon as its
+        update is under way."""
+        if self.fused is not None and self.masters:
             device = self.masters[0].device
-            self.fused.step(torch.as_tensor(scale, dtype=torch.float32, device=device))
+            self.fused.step(torch.as_tensor(scale, dtype=torch.float32, device=device), done)
         for bucket in _buckets(self._plain):
             for parameter, copy in bucket:
                 if parameter.grad is not None:
@@ -129,6 +130,8 @@ class MasterWeights:
             for _, copy in bucket:
                 copy.grad = None
             _copy([p for p, _ in bucket], [m for _, m in bucket])
+            for parameter, _ in bucket if done is not None else []:
+                done(parameter)  # type: ignore[misc]
 
     def restore_parameters(self) -> None:
         """Write the fp32 copies into the model (after they were loaded)."""
@@ -286,12 +289,12 @@ def swap_average(optimizer: Any) -> None:
         optimizer.restore_parameters()
 
 
-def check_rows(spec: OptimizerSpec, stage_name: str) -> None:
-    """Raises `ConfigError` for an optimizer that needs whole matrices where a process has some rows of each."""
+def check_pieces(spec: OptimizerSpec, stage_name: str, engine: str) -> None:
+    """Raises `ConfigError` for an optimizer that needs whole matrices where a process has some elements of each."""
     if spec.type not in ZERO_OPTIMIZERS:
         raise ConfigError(
-            f"stages.{stage_name}.optimizer.type {spec.type!r} updates whole matrices or blocks of weights, of which engine: fsdp2 leaves "
-            f"a process some rows; use engine: none, or one of {', '.join(ZERO_OPTIMIZERS)}"
+            f"stages.{stage_name}.optimizer.type {spec.type!r} updates whole matrices or blocks of weights, of which engine: {engine} leaves "
+            f"a process a piece; use engine: none, or one of {', '.join(ZERO_OPTIMIZERS)}"
         )
 
 

@@ -9,7 +9,7 @@ from mllm.errors import ConfigError, MllmError
 from mllm.recipe import Recipe
 from mllm.train.gpu_memory import usable_memory
 from mllm.train.preflight.plan import ROOM, RecipePlan, plan_recipe
-from mllm.train.preflight.scaling import ENGINES
+from mllm.train.preflight.scaling import LADDER
 
 
 def choose_engines(recipe: Recipe) -> None:
@@ -51,7 +51,7 @@ def choose_engines(recipe: Recipe) -> None:
         )
 
 
-_SHARING = tuple(ENGINES)[1:]
+_SHARING = ("zero1", "zero2", "zero3")
 
 
 def sharing_too_much(recipe: Recipe, plan: RecipePlan, *, processes: int, memory: float) -> list[str]:
@@ -62,7 +62,7 @@ def sharing_too_much(recipe: Recipe, plan: RecipePlan, *, processes: int, memory
         if named not in _SHARING or stage.memory_for is None:
             continue
         fits = [engine for engine in stage.engines if stage.peak_for(engine, processes) <= ROOM * memory]
-        if fits and ENGINES[fits[0]] < ENGINES[named]:
+        if fits and fits[0] in LADDER[: LADDER.index(named)]:
             lines.append(
                 f"! stage {stage.name}: engine {named} shares more than it must: by the plan {fits[0]} takes "
                 f"{stage.peak_for(fits[0], processes) / 1e9:.0f} of {memory / 1e9:.0f} GB here and is faster (engine: auto chooses)"

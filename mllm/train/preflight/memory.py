@@ -8,6 +8,8 @@ from mllm.recipe import StageSpec
 from mllm.train.engine.base import choose_engine
 from mllm.train.engine.groups import Group
 from mllm.train.engine.optim import state_bytes
+from mllm.train.engine.reduce import IN_FLIGHT_BYTES
+from mllm.train.preflight.scaling import ENGINES
 
 PREFERENCE = ("dpo", "grpo")
 """Kinds of stages that TRL's trainers run."""
@@ -16,7 +18,15 @@ _MOST_LIVE = 10**9
 
 
 def memory_of(
-    stage: StageSpec, total: int, learned: int, activations: int, *, zero_stage: int, processes: int, encoders: int = 0
+    stage: StageSpec,
+    total: int,
+    learned: int,
+    activations: int,
+    *,
+    engine: str,
+    processes: int,
+    encoders: int = 0,
+    accumulates: bool = True,
 ) -> dict[str, int]:
     """Bytes on one GPU by what they are for. ``update``: buffers of the optimizer step, when activations are gone. What the stage's engine
     offloads is not there (`offloaded_by`).
@@ -26,9 +36,10 @@ def memory_of(
         total: weights of the model.
         learned: of those, the ones that learn.
         activations: their bytes, with the loss's.
-        zero_stage: what the engine shares among GPUs.
+        engine: a shipped one, by name.
         processes: how many these are.
         encoders: weights of encoders that do not learn, of the total.
+        accumulates: gradients of several micro-batches are added up.
 
     Returns:
         Bytes by name.
@@ -36,13 +47,17 @@ def memory_of(
     size = 2 if stage.dtype == "bfloat16" else 4
     if stage.kind in PREFERENCE:
         return _preference(stage, total, learned, activations, size)
-    share = processes if zero_stage else 1
+    zero_stage = ENGINES[engine]
+    sharded = engine == "sharded" and processes > 1
+    share = processes if zero_stage or sharded else 1
     copies = (2 if stage.optimizer.master == "low_bits" else 4) if size == 2 or zero_stage else 0
-    states = learned * (state_bytes(stage.optimizer) + copies) // share
-    states += 4 * learned if stage.optimizer.ema is not None else 0
-    gradients = size * learned // (processes if zero_stage >= 2 else 1)
-    update = min(learned, 1 << 28) * 4 if zero_stage == 0 else (4 + size) * learned // share
+    states = learned * (state_bytes(stage.optimizer) + copies + (4 if stage.optimizer.ema is not None else 0)) // share
+    # The sharded engine frees gradients while it makes them, where it need not add them up.
+    gradients = size * learned // (processes if zero_stage >= 2 or (sharded and not accumulates) else 1)
+    update = (4 + size) * learned // share if zero_stage else min(learned // share, 1 << 28) * 4
     buckets = 2 * size * min(learned, 200_000_000) if zero_stage else 0
+    if sharded:
+        buckets = min(size * learned, 2 * IN_FLIGHT_BYTES)
     choice = choose_engine(stage)
     if choice.zero_stage == zero_stage and choice.offloaded("optimizer"):
         states = gradients = update = 0  # gradients follow the state; the buckets that they leave in are counted

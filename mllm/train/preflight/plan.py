@@ -36,7 +36,7 @@ from mllm.train.observe.flops import flop_model
 from mllm.train.preflight.encoder_memory import kept_by_encoders
 from mllm.train.preflight.head_memory import kept_by_heads
 from mllm.train.preflight.memory import PREFERENCE, answers_each, frozen_encoders, memory_of, offloaded_by
-from mllm.train.preflight.scaling import ENGINES, Load, smallest_that_fits
+from mllm.train.preflight.scaling import ENGINES, LADDER, Load, smallest_that_fits
 from mllm.train.stages.kind import kind_of
 from mllm.types import Video, VisualLayout
 
@@ -88,8 +88,8 @@ class StagePlan:
     """What ``engine: auto`` becomes; empty where the recipe names one."""
     offloaded: dict[str, int] = field(default_factory=dict)
     """What one process keeps outside its GPU, in bytes."""
-    memory_for: Callable[[int, int], dict[str, int]] | None = None
-    """``memory`` for another (ZeRO stage, number of GPUs)."""
+    memory_for: Callable[[str, int], dict[str, int]] | None = None
+    """``memory`` for another (engine, number of GPUs)."""
     load: Load | None = None
     """A step's work on one GPU."""
     engines: tuple[str, ...] = ()
@@ -103,7 +103,7 @@ class StagePlan:
     def peak_for(self, engine: str, gpus: int) -> int:
         """`peak` with another engine on so many GPUs."""
         assert self.memory_for is not None
-        return peak_of(self.memory_for(ENGINES[engine], gpus), accumulates=self.accumulates)
+        return peak_of(self.memory_for(engine, gpus), accumulates=self.accumulates)
 
     def seconds(self, *, peak_flops: float, mfu: float, processes: int) -> float | None:
         """Time of the stage at a model FLOP utilisation of the language model alone."""
@@ -207,7 +207,8 @@ def _plan_stage(
     with_data: bool,
     gpu_memory: float,
 ) -> StagePlan:
-    zero_stage = choose_engine(stage).zero_stage
+    choice = choose_engine(stage)
+    zero_stage = choice.zero_stage
     kind_of(stage).check_options(stage)
     groups = apply_learning(model, stage, zero_stage=zero_stage)
     micro_steps = stage.gradient_accumulation
@@ -248,12 +249,12 @@ def _plan_stage(
     learned, plan.engines = sum(group.num_parameters for group in groups), possible_engines(recipe, stage)
     if stage.engine == "auto":
         plan.engine = smallest_that_fits(
-            lambda zero: peak_of(plan.memory_for(zero, processes), accumulates=plan.accumulates),  # type: ignore[misc]
+            lambda engine: plan.peak_for(engine, processes),
             ROOM * gpu_memory,
             plan.engines if processes > 1 else ("none",),
         )
         zero_stage = ENGINES[plan.engine]
-    plan.memory = plan.memory_for(zero_stage, processes)
+    plan.memory = plan.memory_for(plan.engine or choice.kind, processes)
     plan.load = Load(
         operations=step.total / processes,
         learned=learned,
@@ -271,7 +272,7 @@ def _plan_stage(
 
 def possible_engines(recipe: Recipe, stage: StageSpec) -> tuple[str, ...]:
     """Engines by name that the stage can be trained with, the one that shares least first."""
-    whole = tuple(ENGINES)
+    whole = LADDER
     specs = stage.learning().values()
     if (
         stage.kind in PREFERENCE
@@ -302,16 +303,23 @@ def _parts(stage: StageSpec, row_length: int) -> int:
 
 def _memory_for(
     model: MllmForConditionalGeneration, stage: StageSpec, groups: list[Group], plan: StagePlan
-) -> Callable[[int, int], dict[str, int]]:
+) -> Callable[[str, int], dict[str, int]]:
     """The model's numbers are taken now: a later stage of the plan changes it."""
     size = 2 if stage.dtype == "bfloat16" else 4
     weights, learned = sum(p.numel() for p in model.parameters()), sum(group.num_parameters for group in groups)
     whole, shared = (  # zero3 does not go with compiled layers
         _activations(model, stage, groups, size, plan, compiled=compiled) for compiled in (stage.compile, False)
     )
-    still = frozen_encoders(plan.frozen, groups)
-    return lambda zero, n: memory_of(
-        stage, weights, learned, shared if zero == 3 else whole, zero_stage=zero, processes=n, encoders=still
+    still, accumulates = frozen_encoders(plan.frozen, groups), plan.accumulates
+    return lambda engine, n: memory_of(
+        stage,
+        weights,
+        learned,
+        shared if engine == "zero3" else whole,
+        engine=engine,
+        processes=n,
+        encoders=still,
+        accumulates=accumulates,
     )
 
 

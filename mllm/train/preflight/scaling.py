@@ -20,7 +20,10 @@ from dataclasses import dataclass
 
 from mllm.errors import ConfigError, did_you_mean
 
-ENGINES = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}
+ENGINES = {"none": 0, "sharded": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp2": 0}
+"""Engine → ZeRO stage of DeepSpeed's, 0 for those in plain torch."""
+LADDER = ("none", "zero1", "zero2", "zero3")
+"""What ``engine: auto`` chooses from, the one that shares least first. ``sharded`` is to take zero1's place once it was timed on GPUs."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,8 @@ def step_time(load: Load, engine: str, cluster: Cluster, *, rate: float | None =
     compute = load.operations / (rate or cluster.gpu.rate)
     compute *= _EAGER if not load.compiled or stage == 3 else 1.0
     compute *= (_AGAIN if load.again else 1.0) * (_ZERO3_HOOKS if stage == 3 else 1.0)
-    update = load.learned * (_FUSED_UPDATE if stage == 0 else _ZERO_UPDATE / n)
+    shared = engine == "sharded"
+    update = load.learned * (_FUSED_UPDATE / (n if shared else 1) if stage == 0 else _ZERO_UPDATE / n)
     if n == 1:
         return StepTime(compute, update, 0.0)
     half = (n - 1) / n / cluster.bus
@@ -118,7 +122,9 @@ def step_time(load: Load, engine: str, cluster: Cluster, *, rate: float | None =
     scatter = load.learned * load.size * half + latency
     gather = load.weights * load.size * half + latency
     one_backward = _BACKWARD * compute / load.micro_steps
-    if stage == 0:
+    if shared:  # a weight is gathered beside the update of the next
+        exposed = _beside(scatter, one_backward) + _beside(load.learned * load.size * half + latency, update)
+    elif stage == 0:
         exposed = _beside(2 * load.learned * load.size * half + latency, one_backward)
     elif stage == 3:
         forward = compute / load.micro_steps - one_backward
@@ -155,9 +161,9 @@ def find_gpu(name: str) -> Gpu:
     return GPUS[name.lower()]
 
 
-def smallest_that_fits(memory: Callable[[int], float], limit: float, engines: tuple[str, ...] = tuple(ENGINES)) -> str:
-    """The engine that shares least and whose memory (of a ZeRO stage, in bytes) stays below ``limit``; the last where none does."""
+def smallest_that_fits(memory: Callable[[str], float], limit: float, engines: tuple[str, ...] = LADDER) -> str:
+    """The engine that shares least and whose memory (by its name, in bytes) stays below ``limit``; the last where none does."""
     for engine in engines:
-        if memory(ENGINES[engine]) <= limit:
+        if memory(engine) <= limit:
             return engine
     return engines[-1]

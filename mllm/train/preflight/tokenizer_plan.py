@@ -102,7 +102,8 @@ def _parameters(model: TokenizerModel | DiffusionModel) -> dict[str, int]:
 def _plan_stage(
     recipe: Recipe, stage: StageSpec, model: TokenizerModel | DiffusionModel, processes: int, with_data: bool
 ) -> StagePlan:
-    zero_stage = choose_engine(stage).zero_stage
+    choice = choose_engine(stage)
+    zero_stage = choice.zero_stage
     groups = apply_learning(model, stage, zero_stage=zero_stage)
     rows, codes = stage.batch_size * stage.gradient_accumulation * processes, model.tokenizer.tokens_per_image
     plan = StagePlan(stage.name, groups, frozen_summary(model), {}, 0.0, 0.0, rows * codes)
@@ -116,12 +117,12 @@ def _plan_stage(
     if plan.steps is None and plan.samples is not None:
         plan.steps = max(1, -(-round(float(stage.epochs or 1) * plan.samples) // rows))
     learned, total = sum(g.num_parameters for g in groups), sum(p.numel() for p in model.parameters())
-    share, states = processes if zero_stage else 1, state_bytes(stage.optimizer) + (4 if zero_stage else 0)
+    share, states = 1 if choice.kind == "none" else processes, state_bytes(stage.optimizer) + (4 if zero_stage else 0)
     activations, operations = _run_once(model, stage)
     plan.memory = {
         "weights": 4 * total,
         "gradients": 4 * learned // (processes if zero_stage >= 2 else 1),
-        "optimizer states": states * learned // share + (4 * learned if stage.optimizer.ema is not None else 0),
+        "optimizer states": (states + (4 if stage.optimizer.ema is not None else 0)) * learned // share,
         "activations and loss": activations,
         "update": 4 * learned // share,
     }

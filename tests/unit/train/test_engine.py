@@ -20,7 +20,9 @@ def _stage(**changes) -> StageSpec:
     return StageSpec.model_validate({"name": "sft", "learn": {"connector": 1e-3}, "data": "x", "steps": 1, **changes})
 
 
-@pytest.mark.parametrize(("name", "stage"), [("none", 0), ("zero1", 1), ("zero2", 2), ("zero3", 3), ("fsdp2", 0)])
+@pytest.mark.parametrize(
+    ("name", "stage"), [("none", 0), ("sharded", 0), ("zero1", 1), ("zero2", 2), ("zero3", 3), ("fsdp2", 0)]
+)
 def test_shipped_engines_are_found(name, stage):
     choice = choose_engine(_stage(engine=name))
     assert choice.zero_stage == stage and (choice.config is None) == (stage == 0)

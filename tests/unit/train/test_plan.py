@@ -224,13 +224,13 @@ def test_a_reward_stage_is_planned_by_its_answers_and_its_reference():
 
     stage = load_recipe("spatial_mllm").stages[-1]
     assert stage.kind == "grpo" and stage.options["beta"] == 0.04 and answers_each(stage) == 8
-    held = memory_of(stage, 1000, 600, 7, zero_stage=0, processes=8)
+    held = memory_of(stage, 1000, 600, 7, engine="none", processes=8)
     assert held == {
         "weights": 4 * 600 + 2 * 400, "reference": 4000, "gradients": 2400, "optimizer states": 1200,
         "activations and loss": 7, "update": 0,
     }  # fmt: skip
     free = stage.model_copy(update={"options": {**stage.options, "beta": 0}})
-    assert memory_of(free, 1000, 600, 7, zero_stage=0, processes=8)["reference"] == 0
+    assert memory_of(free, 1000, 600, 7, engine="none", processes=8)["reference"] == 0
     odd = load_recipe("room_reward", ["stages.grpo.batch_size=6"])
     plan = plan_recipe(odd, processes=2, with_data=False).stages[-1]
     assert plan.rows_step == 12 and any("12 answers of a step" in line for line in plan.hazards)

@@ -12,7 +12,8 @@ from torch import nn
 
 from mllm.heads.base import Head, HeadConfig, HeadParts
 from mllm.heads.running_norm import RunningNorm, share_statistics
-from mllm.train.engine.reduce import OverlappedSum, _buckets
+from mllm.train.engine.reduce import OverlappedSum
+from mllm.train.engine.shards import buckets_of
 
 
 class _Forked(nn.Module):
@@ -105,11 +106,11 @@ def test_two_processes_with_different_parts_equal_one(tmp_path: Path):
 @pytest.mark.parametrize("alone", [1, 20, 10**6])
 def test_buckets_hold_every_parameter_once_large_ones_alone_and_last_ones_first(alone):
     parameters = [nn.Parameter(torch.zeros(n)) for n in (3, 40, 5, 70)]
-    buckets = _buckets(parameters, alone)
+    buckets = buckets_of(parameters, alone)
     sizes = [[p.numel() for p in bucket] for bucket in buckets]
     assert sizes == {1: [[70], [5], [40], [3]], 20: [[70], [40], [5, 3]], 10**6: [[70, 5, 40, 3]]}[alone]
 
 
 def test_two_types_share_no_copy():
     parameters = [nn.Parameter(torch.zeros(3, dtype=d)) for d in (torch.float32, torch.bfloat16, torch.bfloat16)]
-    assert [len(bucket) for bucket in _buckets(parameters, 10)] == [2, 1]
+    assert [len(bucket) for bucket in buckets_of(parameters, 10)] == [2, 1]

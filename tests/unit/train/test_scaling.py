@@ -71,7 +71,7 @@ def test_networks_and_gpus_are_read_or_refused():
 
 
 def test_auto_is_the_engine_that_shares_least_and_fits():
-    memory = {0: 120.0, 1: 70.0, 2: 60.0, 3: 20.0}.__getitem__
+    memory = {"none": 120.0, "zero1": 70.0, "zero2": 60.0, "zero3": 20.0}.__getitem__
     assert [smallest_that_fits(memory, limit) for limit in (130, 75, 61, 10)] == ["none", "zero1", "zero2", "zero3"]
     recipe = load_recipe("llava_1_5", ["stages.sft.engine=auto", "stages.sft.gradient_checkpointing=true"])
 
