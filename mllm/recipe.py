@@ -291,7 +291,7 @@ class StageSpec(StrictModel):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
     compile: bool = False
-    """Compile each layer of the language model and encoders (CUDA)."""
+    """Compile each layer of the language model and encoders, and encoders of unlike layers (convolution networks) as a whole (CUDA)."""
     attention: str | None = None
     """HF attention implementation for the language model; default: variable-length kernels of torch where samples are packed or on CUDA.
     auto: these by the newest FlashAttention package (3 or 4) that is installed and right on this GPU for this model's heads."""

@@ -1,13 +1,15 @@
-"""Which parts of a model are worth compiling, and how? Each repeated layer on its own, so that one graph serves them all."""
+"""Which parts of a model are worth compiling, and how? Each repeated layer on its own, so that one graph serves them all; an encoder whose
+layers are all unlike, as a convolution network's are, as a whole."""
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mllm.heads.base import MultimodalModel
 
@@ -38,19 +40,83 @@ def repeated_layers(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-_WAYS = 4
-"""Graphs that one layer may need: with and without gradients, each for its first size and for any."""
+_WAYS = 6
+"""Graphs that one layer may need: with and without gradients, each for its first size, for any, and for one picture, which torch takes
+for a case of its own."""
 
 
 def allow_graphs(layers: Iterable[nn.Module]) -> None:
     """Raise torch's limit of graphs for one piece of code where these layers need more: a pyramid's blocks are one code in as many
     widths as it has stages, and what comes after the limit would run uncompiled without a word."""
-    shapes: dict[type, set[tuple]] = defaultdict(set)
+    shapes: dict[Callable[..., object], set[tuple]] = defaultdict(set)
     for layer in layers:
-        shapes[type(layer)].add(tuple(tuple(p.shape) for p in layer.parameters()))
+        shapes[type(layer).forward].add(_shapes(layer))
     needed = _WAYS * max((len(found) for found in shapes.values()), default=0)
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, needed)
+
+
+def _shapes(layer: nn.Module) -> tuple:
+    return tuple(tuple(p.shape) for p in layer.parameters())
+
+
+def best_whole(encoder: nn.Module) -> bool:
+    """Whether an encoder is better one graph than a graph for each kind of its repeated layers: it has none, or at least half of them
+    differ in their sizes. Such are convolution networks, where most of the time goes into norms and activations that a graph joins."""
+    layers = repeated_layers(encoder)
+    kinds = {(type(layer), _shapes(layer)) for layer in layers}
+    some_weights = next(encoder.parameters(), None) is not None
+    return some_weights and len(kinds) != 1 and 2 * len(kinds) >= len(layers)
+
+
+class WholeEncoder:
+    """An encoder as one graph, in front of its call: names, weights, hooks and modes stay as they are, and copies of the encoder have none.
+
+    Pictures are compiled for the number that comes first and, once another has come, for any; ``varies``: for any at once. What cannot
+    be compiled without a break, or is asked for more than features of pixels, runs by its layers from then on, and ``tell`` has a line.
+    """
+
+    def __init__(self, name: str, encoder: nn.Module, *, varies: bool, tell: Callable[[str], object]):
+        self.name, self.encoder, self.varies, self.tell = name, encoder, varies, tell
+        encoder.compile(fullgraph=True)
+        self.compiled: Callable[..., Any] | None = encoder._compiled_call_impl  # pyright: ignore[reportAttributeAccessIssue]
+        encoder._compiled_call_impl = self  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __call__(self, pixels: Tensor, **options: Any) -> Any:
+        asked = [key for key, value in options.items() if value is not None and value is not False]
+        if self.compiled is not None and asked:
+            self._by_layers(f"is called with {', '.join(asked)} and is not compiled as a whole")
+        if self.compiled is None or not len(pixels):
+            return self.encoder._call_impl(pixels, **options)
+        if self.varies and len(pixels) > 1:
+            torch._dynamo.maybe_mark_dynamic(pixels, 0)
+        try:
+            return self.compiled(pixels)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            self._by_layers(f"cannot be compiled as a whole ({_first_line(error)})")
+        return self.encoder._call_impl(pixels)
+
+    def _by_layers(self, why: str) -> None:
+        self.compiled = None
+        layers = _compile_each(self.encoder, dynamic=None)
+        rest = f"its {len(layers)} repeated layers are compiled" if layers else "it runs uncompiled, slower"
+        self.tell(f"encoder {self.name} {why}; {rest}")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:160]
+
+
+def _compile_each(part: nn.Module, *, dynamic: bool | None, hooks_outside: bool = False) -> list[nn.Module]:
+    layers = repeated_layers(part)
+    allow_graphs(layers)
+    for layer in layers:
+        if hooks_outside:
+            layer.forward = torch.compile(layer.forward, dynamic=dynamic)
+        else:
+            layer.compile(dynamic=dynamic)
+    return layers
 
 
 class _TellsLimit(logging.Handler):
@@ -89,30 +155,30 @@ def compile_layers(
     encoders: bool = True,
     fixed_length: bool = True,
     hooks_outside: bool = False,
+    tell: Callable[[str], object] = print,
 ) -> int:
-    """Compile every repeated layer of the language model and the encoders in place; returns how many.
+    """Compile every repeated layer of the language model and the encoders in place, and encoders without such as a whole
+    (`best_whole`); returns how many.
 
     fixed_length: every batch has the same rows and tokens (packing), so the language model is compiled for that shape
     alone. Otherwise, and in encoders, whose number of images differs from batch to batch, torch compiles for any size
     once it has seen a second one; a compilation for each would soon reach its limit, and the rest would run uncompiled. hooks_outside:
-    what is hooked to a layer of the language model is not compiled with it (`fully_shard` gathers its weights there).
+    what is hooked to a layer of the language model is not compiled with it (`fully_shard` gathers its weights there). tell: is given a
+    line for an encoder that cannot be compiled as a whole, when it first runs.
 
     ``layer.compile()`` keeps names and state dict as they are and sits below gradient checkpointing. Worth it on CUDA: one
     H200 gained 1.23 times from it on a 7B model. Masks, placeholder checks and merging stay outside compiled code.
     """
-    count = 0
-    text: list[nn.Module] = [model.get_decoder()] if language_model else []
-    parts: list[tuple[nn.Module, bool | None]] = [(part, False if fixed_length else None) for part in text]
+    count, text = 0, False if fixed_length else None
+    if language_model:
+        count = len(_compile_each(model.get_decoder(), dynamic=text, hooks_outside=hooks_outside))
     tower = getattr(getattr(model, "model", model), "vision_tower", None)
-    if encoders and tower is not None:
-        parts.extend((encoder, None) for encoder in tower.encoders.values())
-    for part, dynamic in parts:
-        layers = repeated_layers(part)
-        allow_graphs(layers)
-        for layer in layers:
-            if hooks_outside and part in text:
-                layer.forward = torch.compile(layer.forward, dynamic=dynamic)
-            else:
-                layer.compile(dynamic=dynamic)
-        count += len(layers)
+    if not encoders or tower is None:
+        return count
+    whole = {name: encoder for name, encoder in tower.encoders.items() if best_whole(encoder)}
+    allow_graphs(whole.values())
+    for name, encoder in tower.encoders.items():
+        if name in whole:  # packed rows hold another number of pictures each time, and so does what a router chooses
+            WholeEncoder(name, encoder, varies=fixed_length or name in getattr(tower, "experts", ()), tell=tell)
+        count += 1 if name in whole else len(_compile_each(encoder, dynamic=None))
     return count

@@ -56,8 +56,13 @@ def prepare_model(model: TrainableModel, stage: StageSpec, *, device: torch.devi
                 f"stages.{stage.name}.compile: compiled layers and zero3 do not work together; use zero1 or zero2"
             )
         whole = cast("MllmForConditionalGeneration", model)  # stages of other models refuse it
-        compile_layers(whole, fixed_length=stage.packing, hooks_outside=choose_engine(stage).shares_weights)
-        tell_uncompiled(lambda line: tell(f"! {stage.name}: {line}"))
+
+        def say(line: str) -> None:
+            tell(f"! {stage.name}: {line}")
+
+        shares = choose_engine(stage).shares_weights
+        compile_layers(whole, fixed_length=stage.packing, hooks_outside=shares, tell=say)
+        tell_uncompiled(say)
     return chosen
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -9,8 +11,9 @@ from torch import nn
 from mllm.encoders import ENCODERS
 from mllm.encoders.backbones.vssd import VssdEncoder
 from mllm.encoders.catalogue import build_encoder, encoder_config
-from mllm.models.compilation import compile_layers, repeated_layers
+from mllm.models.compilation import WholeEncoder, best_whole, compile_layers, repeated_layers
 from mllm.testing.encoders import build_example, resolve_example, sample_pixels
+from mllm.types import VisionFeatures
 from tests.helpers import tiny_model
 
 
@@ -59,8 +62,9 @@ def test_the_blocks_of_nested_stages_are_compiled_not_the_lists_that_hold_them()
 @torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True)
 def test_a_pyramids_blocks_are_compiled_in_all_their_widths_with_and_without_gradients(monkeypatch):
     """One code in four widths needs more graphs than torch allows by itself; the rest would run uncompiled."""
-    spec = {**VssdEncoder.tiny(), "depths": [1, 2, 1, 1]}
+    spec = {**VssdEncoder.tiny(), "depths": [2, 3, 3, 2]}
     encoder = build_encoder(encoder_config(spec, where="e")).eval()
+    assert not best_whole(encoder)
     compile_module = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **given: compile_module(self, backend="eager", **given))
     tower = nn.Module()
@@ -74,6 +78,137 @@ def test_a_pyramids_blocks_are_compiled_in_all_their_widths_with_and_without_gra
             encoder.eval()(pixels)
         encoder.train()(pixels).tokens.sum().backward()
     torch._dynamo.reset()
+
+
+class Convolutions(nn.Module):
+    """A convolution network in small: no two layers alike, running statistics, features in a dataclass."""
+
+    def __init__(self, breaks: bool = False):
+        super().__init__()
+        self.first, self.norm, self.second = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 3)
+        self.breaks = breaks
+
+    def forward(self, pixels: torch.Tensor, *, return_attention: bool = False) -> VisionFeatures:
+        maps = self.second(torch.relu(self.norm(self.first(pixels.to(self.first.weight.dtype)))))
+        if self.breaks and float(maps.sum()) > 1e9:
+            maps = maps * 0
+        return VisionFeatures(maps.flatten(2).transpose(1, 2), (maps.shape[2], maps.shape[3]))
+
+
+def _learned(encoder: nn.Module, pixels: torch.Tensor) -> list[torch.Tensor]:
+    """Features, and all gradients of a loss of them."""
+    encoder.zero_grad()
+    tokens = encoder(pixels).tokens
+    tokens.square().mean().backward()
+    return [tokens.detach(), *(p.grad.clone() for p in encoder.parameters() if p.grad is not None)]
+
+
+@pytest.fixture
+def with_backend(monkeypatch):
+    """Compile by this backend, counting graphs."""
+    graphs = []
+    compile_module = nn.Module.compile
+
+    def use(name):
+        plain = torch._dynamo.lookup_backend(name)
+
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return plain(graph, inputs)
+
+        monkeypatch.setattr(nn.Module, "compile", lambda self, **given: compile_module(self, backend=backend, **given))
+        torch._dynamo.reset()
+        return graphs
+
+    yield use
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("varies", [False, True])
+def test_a_whole_encoder_learns_the_same_in_few_graphs_whatever_the_number_of_pictures(with_backend, varies):
+    torch.manual_seed(0)
+    plain = Convolutions()
+    whole, told = copy.deepcopy(plain), []
+    names = list(whole.state_dict())
+    graphs = with_backend("aot_eager")
+    WholeEncoder("e", whole, varies=varies, tell=told.append)
+    for count in (4, 2, 5, 3, 6, 7, 0):
+        pixels = torch.randn(count, 3, 8, 8)
+        if not count:
+            pixels = pixels.to(torch.float32)
+            assert whole.eval()(pixels).tokens.shape == (0, 16, 5)
+            continue
+        for found, wanted in zip(_learned(whole, pixels), _learned(plain, pixels), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    assert len(graphs) == (1 if varies else 2) and not told
+    for name, value in plain.state_dict().items():  # running statistics too
+        torch.testing.assert_close(whole.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+    assert list(whole.state_dict()) == names
+    with torch.no_grad():
+        torch.testing.assert_close(whole.eval()(pixels := torch.randn(3, 3, 8, 8)).tokens, plain.eval()(pixels).tokens)
+    made = len(graphs)
+    copy.deepcopy(whole)(pixels)
+    assert len(graphs) == made, "a copy runs as it was written"
+
+
+def test_an_encoder_that_breaks_a_graph_runs_as_before_and_says_so_once(with_backend):
+    torch.manual_seed(0)
+    encoder, told = Convolutions(breaks=True), []
+    pixels = torch.randn(2, 3, 8, 8)
+    wanted = _learned(copy.deepcopy(encoder), pixels)
+    graphs = with_backend("eager")
+    WholeEncoder("objects", encoder, varies=False, tell=told.append)
+    for _ in range(2):
+        for found, value in zip(_learned(encoder, pixels), wanted, strict=True):
+            torch.testing.assert_close(found, value)
+    assert not graphs and len(told) == 1
+    assert told[0].startswith("encoder objects cannot be compiled as a whole (") and told[0].endswith("slower")
+
+
+def test_an_encoder_that_is_asked_for_more_than_features_runs_as_before_and_says_so_once(with_backend):
+    encoder, told = Convolutions(), []
+    graphs = with_backend("eager")
+    WholeEncoder("objects", encoder, varies=False, tell=told.append)
+    encoder(torch.randn(2, 3, 8, 8), return_attention=False)
+    assert len(graphs) == 1 and not told
+    for _ in range(2):
+        encoder(torch.randn(2, 3, 8, 8), return_attention=True)
+    assert told == [
+        "encoder objects is called with return_attention and is not compiled as a whole; it runs uncompiled, slower"
+    ]
+
+
+CHARTS = [
+    {
+        "type": "timm",
+        "architecture": "tf_efficientnet_lite0",
+        "image_size": 32,
+        "layers": [-1, -2, -3],
+        "final_norm": False,
+    },
+    {"type": "ppocr", "image_size": 32},
+]
+
+
+@pytest.mark.parametrize("spec", CHARTS, ids=["objects", "text"])
+def test_the_encoders_of_real_charts_are_one_graph_each(with_backend, spec):
+    """By its blocks one had ten graphs, and of the other, which has none, nothing was compiled."""
+    torch.manual_seed(0)
+    encoder, told = build_encoder(encoder_config(spec, where="e")).train(), []
+    assert best_whole(encoder)
+    plain = copy.deepcopy(encoder)
+    graphs = with_backend("eager")
+    WholeEncoder("e", encoder, varies=True, tell=told.append)
+    for count in (2, 3):
+        pixels = torch.randn(count, 3, 32, 32)
+        for found, wanted in zip(_learned(encoder, pixels), _learned(plain, pixels), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 1 and not told
+
+
+def test_blocks_that_are_alike_are_compiled_one_by_one(tmp_path):
+    model, _ = tiny_model(tmp_path)
+    assert not any(best_whole(encoder) for encoder in model.model.vision_tower.encoders.values())
 
 
 @torch._dynamo.config.patch(recompile_limit=2)
