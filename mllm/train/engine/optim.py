@@ -122,10 +122,13 @@ class MasterWeights:
             device = self.masters[0].device
             self.fused.step(torch.as_tensor(scale, dtype=torch.float32, device=device), done)
         for bucket in _buckets(self._plain):
-            for parameter, copy in bucket:
-                if parameter.grad is not None:
-                    copy.grad = parameter.grad.float().mul_(scale)
-                    parameter.grad = None
+            given = [(p, p.grad, copy, torch.empty_like(copy)) for p, copy in bucket if p.grad is not None]
+            if given:  # two launches, not two a tensor: a model of many small ones waits for the CPU here
+                wide = [w for *_, w in given]
+                _copy(wide, [gradient for _, gradient, *_ in given])
+                torch._foreach_mul_(wide, scale)  # type: ignore[attr-defined]
+            for parameter, _, copy, w in given:
+                parameter.grad, copy.grad = None, w
             self.inner.step()
             for _, copy in bucket:
                 copy.grad = None

@@ -35,10 +35,11 @@ def _by_hand(tokens, words, table):
     return torch.stack(losses).mean()
 
 
-def test_it_is_what_it_says_word_by_word():
+@pytest.mark.parametrize("counts", [(3, 0, 4, 3), (3, 0, 3, 3)])  # rows of unlike and of like numbers of visual tokens
+def test_it_is_what_it_says_word_by_word(counts):
     torch.manual_seed(0)
     table = torch.randn(12, 8)
-    tokens = [torch.randn(count, 8, requires_grad=True) for count in (3, 0, 4, 3)]
+    tokens = [torch.randn(count, 8, requires_grad=True) for count in counts]
     words = [
         torch.tensor(w) for w in ([1, 2, 2, 5], [3, 4], [2, 7, 5], [2, 8])
     ]  # 2 is everywhere, row 1 has no picture
@@ -46,6 +47,19 @@ def test_it_is_what_it_says_word_by_word():
     torch.testing.assert_close(loss, _by_hand(tokens, words, table), rtol=1e-5, atol=1e-5)
     loss.backward()
     assert float(tokens[0].grad.abs().sum()) > 0
+
+
+def test_more_rows_send_no_more_kernels():
+    """Row by row, a batch of 64 sent thousands of them, and waited for the GPU twice a row."""
+
+    def operations(rows: int) -> int:
+        tokens = torch.randn(rows, 3, 8, requires_grad=True)
+        words = [torch.tensor([1, 2 + row]) for row in range(rows)]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            word_contrast(list(tokens.unbind()), words, torch.randn(40, 8)).backward()
+        return sum(event.count for event in profile.key_averages())
+
+    assert operations(32) < 2 * operations(4)  # what is left are views
 
 
 @pytest.mark.parametrize("words", [[[1, 2], [2, 1]], [[], []]])
