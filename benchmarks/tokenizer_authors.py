@@ -3,7 +3,8 @@
 Nothing of the authors' code is part of this project: ``--authors DIR`` is yours and holds the folder ``tokenflow`` of their repository
 (github.com/ByteVisionLab/TokenFlow); needed are tokenizer/vq_model.py, vqkd_model.py, norm_ema_quantizer.py and clip/model.py, and einops
 and timm. Random weights on both sides, bf16 by autocast, no gradients: the time to encode pictures to codes, and to decode codes to pixels.
-The authors' decode also computes the semantic branch, so their pixel branch is timed alone as well.
+The authors' decode also computes the semantic branch, so their pixel branch is timed alone as well. ``--compile`` times ours a second time
+with compiled networks (`mllm tokenizer encode --compile`), counts the codes that differ, and times theirs compiled too.
 
     python benchmarks/tokenizer_authors.py --authors /path/to/TokenFlow            # one GPU, under a minute
     python benchmarks/tokenizer_authors.py --authors DIR --device cpu --batch 2 --repeats 2   # checks the script
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.tokenizer_speed import measure
+from mllm.models.compilation import compile_tokenizer
 from mllm.visual_tokenizers.base import build_tokenizer
 from mllm.visual_tokenizers.recipe import load_training
 
@@ -67,6 +69,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--compile", action="store_true", help="also with compiled networks, ours and theirs")
     options = parser.parse_args()
     device = torch.device(options.device)
     torch.manual_seed(0)
@@ -80,6 +83,7 @@ def main() -> None:
 
     with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16):
         codes = ours.encode(pixels)
+        ours_pixels = ours.decode(codes)
         quantized, _, published = theirs.encode(pixels)
         works = {
             "ours, encode": lambda: ours.encode(pixels),
@@ -93,6 +97,27 @@ def main() -> None:
             found[name] = measure(work, device, warm=3, repeats=options.repeats)
             found[name]["images_per_second"] = round(batch / found[name]["seconds"], 3)
             print(json.dumps({name: found[name]}), flush=True)
+        if options.compile:
+            compile_tokenizer(ours)
+            for part in (theirs.encoder, theirs.decoder):
+                part.compile()
+            works = {
+                "ours compiled, encode": lambda: ours.encode(pixels),
+                "ours compiled, decode": lambda: ours.decode(codes),
+                "authors' pixel networks compiled, encode": lambda: theirs.encode(pixels),
+                "authors' pixel branch alone compiled": lambda: pixels_alone(quantized),
+            }
+            for name, work in works.items():
+                found[name] = measure(work, device, warm=3, repeats=options.repeats)
+                found[name]["images_per_second"] = round(batch / found[name]["seconds"], 3)
+                print(json.dumps({name: found[name]}), flush=True)
+            again = ours.encode(pixels).codes["shared"]
+            print(json.dumps({
+                "codes that differ from uncompiled, share": float((again != codes.codes["shared"]).float().mean()),
+                "pixels, largest and mean difference of decoding": [
+                    float((ours.decode(codes) - ours_pixels).abs().max()), float((ours.decode(codes) - ours_pixels).abs().mean())
+                ],
+            }))  # fmt: skip
     rate = {name: value["images_per_second"] for name, value in found.items()}
     print(
         json.dumps(
@@ -104,6 +129,18 @@ def main() -> None:
                 "encode, times the authors'": round(rate["ours, encode"] / rate["authors', encode"], 2),
                 "decode, times the authors' pixel branch": round(
                     rate["ours, decode"] / rate["authors', pixel branch alone"], 2
+                ),
+                **(
+                    {
+                        "compiled: encode, times the authors'": round(
+                            rate["ours compiled, encode"] / rate["authors', encode"], 2
+                        ),
+                        "compiled: decode, times the authors' pixel branch": round(
+                            rate["ours compiled, decode"] / rate["authors', pixel branch alone"], 2
+                        ),
+                    }
+                    if options.compile
+                    else {}
                 ),
             }
         )

@@ -23,6 +23,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from mllm.models.compilation import compile_tokenizer
 from mllm.visual_tokenizers.base import build_tokenizer
 from mllm.visual_tokenizers.losses import TokenizerLosses
 from mllm.visual_tokenizers.quantizers.search import nearest_codes
@@ -90,10 +91,12 @@ def model(arguments: argparse.Namespace, device: torch.device) -> dict:
     tokenizer = build_tokenizer(recipe.tokenizer).to(device)
     if arguments.channels_last:
         tokenizer = tokenizer.to(memory_format=torch.channels_last)
+    if arguments.compile:
+        compile_tokenizer(tokenizer)
     size, batch = tokenizer.image.height, arguments.batch
     pixels = torch.rand(batch, 3, size, size, device=device) * 2 - 1
     result: dict = {"recipe": arguments.recipe, "batch": batch, "tokens_per_image": tokenizer.tokens_per_image}
-    result["channels_last"] = arguments.channels_last
+    result |= {"channels_last": arguments.channels_last, "compiled": arguments.compile}
     autocast = lambda: torch.autocast(device.type, dtype=torch.bfloat16)  # noqa: E731
     tokenizer.eval()
     with torch.no_grad(), autocast():
@@ -168,6 +171,7 @@ def main() -> None:
     parser.add_argument("--codes", type=int, default=32768)
     parser.add_argument("--dim", type=int, default=40)
     parser.add_argument("--channels-last", action="store_true", help="keep convolutions' channels last in memory")
+    parser.add_argument("--compile", action="store_true", help="compile the networks, as a stage's compile: true does")
     parser.add_argument("--naive", action="store_true", help="also hold all distances at once (needs 12 GiB or more)")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)

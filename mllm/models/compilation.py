@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mllm.heads.base import MultimodalModel
+from mllm.visual_tokenizers.base import VisualTokenizer
+from mllm.visual_tokenizers.networks.convolution import ConvolutionalDecoder, ConvolutionalEncoder
 
 _LEAST = 4
 """Parts that a layer has at least: of a convolution with its norm a graph makes nothing faster, and each would be one of its own."""
@@ -182,3 +184,22 @@ def compile_layers(
             WholeEncoder(name, encoder, varies=fixed_length or name in getattr(tower, "experts", ()), tell=tell)
         count += 1 if name in whole else len(_compile_each(encoder, dynamic=None))
     return count
+
+
+def compile_tokenizer(tokenizer: VisualTokenizer) -> int:
+    """Compile a visual tokenizer's networks in place, for `encode`, `decode` and training alike; returns how many pieces.
+
+    Convolutional networks are compiled whole: between their layers torch then keeps channels last, and a group norm with its swish is
+    one kernel that reads and writes in the networks' own type (by itself, under autocast, it writes fp32). Transformers are compiled
+    layer by layer. Any number of images is served once a second one was seen. Quantizers run as before: the search for the nearest code
+    is made of large products already.
+    """
+    parts: list[nn.Module] = [
+        m for m in tokenizer.modules() if isinstance(m, (ConvolutionalEncoder, ConvolutionalDecoder))
+    ]
+    inside = {id(m) for part in parts for m in part.modules()}
+    parts += [layer for layer in repeated_layers(tokenizer) if id(layer) not in inside]
+    allow_graphs(parts)
+    for part in parts:
+        part.compile(dynamic=None)
+    return len(parts)

@@ -19,7 +19,6 @@ from mllm.train.sight import check_sight
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from mllm.models.modeling_mllm import MllmForConditionalGeneration
     from mllm.train.engine.trainable import StageConfig, TrainableModel
 
 
@@ -55,13 +54,15 @@ def prepare_model(model: TrainableModel, stage: StageSpec, *, device: torch.devi
             raise ConfigError(
                 f"stages.{stage.name}.compile: compiled layers and zero3 do not work together; use zero1 or zero2"
             )
-        whole = cast("MllmForConditionalGeneration", model)  # stages of other models refuse it
 
         def say(line: str) -> None:
             tell(f"! {stage.name}: {line}")
 
-        shares = choose_engine(stage).shares_weights
-        compile_layers(whole, fixed_length=stage.packing, hooks_outside=shares, tell=say)
+        if isinstance(model, StageModel):
+            model.compile_networks()
+        else:
+            shares = choose_engine(stage).shares_weights
+            compile_layers(model, fixed_length=stage.packing, hooks_outside=shares, tell=say)
         tell_uncompiled(say)
     return chosen
 

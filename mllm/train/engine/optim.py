@@ -296,8 +296,8 @@ def check_pieces(spec: OptimizerSpec, stage_name: str, engine: str) -> None:
     """Raises `ConfigError` for an optimizer that needs whole matrices where a process has some elements of each."""
     if spec.type not in ZERO_OPTIMIZERS:
         raise ConfigError(
-            f"stages.{stage_name}.optimizer.type {spec.type!r} updates whole matrices or blocks of weights, of which engine: {engine} leaves "
-            f"a process a piece; use engine: none, or one of {', '.join(ZERO_OPTIMIZERS)}"
+            f"stages.{stage_name}.optimizer.type {spec.type!r} updates whole matrices or blocks of weights, of which engine: {engine} "
+            f"leaves a process a piece; use engine: none, or one of {', '.join(ZERO_OPTIMIZERS)}"
         )
 
 

@@ -51,6 +51,10 @@ class StageModel(nn.Module):
     def set_attn_implementation(self, _: Any) -> None:
         """The networks keep their own."""
 
+    def compile_networks(self) -> None:
+        """Compile them in place."""
+        raise NotImplementedError
+
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         """Recompute layers in the backward pass."""
         raise NotImplementedError

@@ -11,9 +11,11 @@ from torch import nn
 from mllm.encoders import ENCODERS
 from mllm.encoders.backbones.vssd import VssdEncoder
 from mllm.encoders.catalogue import build_encoder, encoder_config
-from mllm.models.compilation import WholeEncoder, best_whole, compile_layers, repeated_layers
+from mllm.models.compilation import WholeEncoder, best_whole, compile_layers, compile_tokenizer, repeated_layers
 from mllm.testing.encoders import build_example, resolve_example, sample_pixels
 from mllm.types import VisionFeatures
+from mllm.visual_tokenizers.base import build_tokenizer
+from mllm.visual_tokenizers.tokenflow import TokenFlow
 from tests.helpers import tiny_model
 
 
@@ -209,6 +211,30 @@ def test_the_encoders_of_real_charts_are_one_graph_each(with_backend, spec):
 def test_blocks_that_are_alike_are_compiled_one_by_one(tmp_path):
     model, _ = tiny_model(tmp_path)
     assert not any(best_whole(encoder) for encoder in model.model.vision_tower.encoders.values())
+
+
+def test_a_compiled_tokenizer_writes_and_reads_the_same_codes_and_keeps_its_names(monkeypatch):
+    plain = build_tokenizer(TokenFlow.tiny()).eval()
+    compiled = build_tokenizer(TokenFlow.tiny()).eval()
+    compiled.load_state_dict(plain.state_dict())
+    compile_module, graphs = nn.Module.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **given: compile_module(self, backend=backend, **given))
+    torch._dynamo.reset()
+    assert compile_tokenizer(compiled) == 2  # the encoder's and the decoder's convolutions; the student has one layer
+    for number in (2, 3):
+        pixels = torch.rand(number, 3, 16, 16) * 2 - 1
+        codes = plain.encode(pixels)
+        assert torch.equal(compiled.encode(pixels).codes["shared"], codes.codes["shared"])
+        with torch.no_grad():
+            assert (compiled.decode(codes) - plain.decode(codes)).abs().max() < 1e-5
+    assert 2 <= len(graphs) <= 6, "each network runs compiled, for the first number of images and for any"
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    torch._dynamo.reset()
 
 
 @torch._dynamo.config.patch(recompile_limit=2)

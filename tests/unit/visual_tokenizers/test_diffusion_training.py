@@ -176,6 +176,7 @@ def test_illumes_decoder_has_the_published_sizes():
     [
         ({"learn": {"visual_tokenizer": 1e-3}}, "did you mean|Its parts: diffusion_decoder"),
         ({"learn": {"diffusion_decoder": {"lr": 1e-3, "lora": {"r": 2}}}}, "take lora"),
+        ({"compile": True}, "a diffusion stage learns from single pictures and has no compile"),
         ({"packing": True}, "a diffusion stage learns from single pictures and has no packing"),
         ({"engine": "zero3"}, "use none, zero1 or zero2"),
         ({"engine": "fsdp2"}, "use none, zero1 or zero2"),

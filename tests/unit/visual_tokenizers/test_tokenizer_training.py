@@ -263,6 +263,16 @@ def test_perceptual_loss_is_lpips_on_given_weights(tmp_path):
         PerceptualLoss(PerceptualSpec(vgg=str(tmp_path / "none.pth")))
 
 
+def test_a_stage_compiles_the_networks_where_it_says_so(tmp_path, monkeypatch):
+    """What compiled networks give is tests/unit/models/test_compilation.py's."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compiled.append(type(module).__name__))
+    run_recipe(make(tmp_path / "plain", steps=1))
+    assert not compiled
+    run_recipe(make(tmp_path / "compiled", steps=1, compile=True))
+    assert sorted(compiled) == ["ConvolutionalDecoder", "ConvolutionalEncoder"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -130,7 +130,7 @@ def check_decoder(stage: StageSpec, recipe: Recipe) -> DiffusionTraining:
     """What the stage says. Raises `ConfigError` for settings that such a stage cannot have, a decoder that does not fit the tokenizer,
     `UnavailableError` without `diffusers`, and `DataError` for pictures that are not there."""
     training = diffusion_training(recipe, stage)
-    check_picture_stage(stage, "diffusion", NO_TEXT)
+    check_picture_stage(stage, "diffusion", (*NO_TEXT, "compile"))
     autoencoder = training.options.decoder.autoencoder
     if autoencoder is not None and autoencoder.source is None:
         raise ConfigError(

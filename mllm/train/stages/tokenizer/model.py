@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm.errors import CheckpointError, ConfigError
+from mllm.models.compilation import compile_tokenizer
 from mllm.train.engine.trainable import StageConfig, StageModel
 from mllm.train.stages.tokenizer.adversary import Adversary
 from mllm.train.stages.tokenizer.pictures import PIXELS
@@ -75,6 +76,9 @@ class TokenizerModel(StageModel):
             learns = any(self.get_parameter(n).requires_grad for n in held)
             # A child without parameters (codebooks that follow a moving average) goes with the rest.
             child.train(learns or not any(True for _ in child.parameters()))
+
+    def compile_networks(self) -> None:
+        compile_tokenizer(self.tokenizer)
 
     def forward(self, num_items_in_batch: float, **inputs: Any) -> Any:
         """``loss``: the mean over this batch's pictures, weighted by their share of ``num_items_in_batch``, the pictures of the

@@ -37,7 +37,6 @@ NO_TEXT = (
     "packing",
     "group_by_length",
     "max_tokens_per_batch",
-    "compile",
     "chat_template",
     "cache_features",
     "draw",
