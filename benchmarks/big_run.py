@@ -229,6 +229,7 @@ def run_sections(
         left = limit - (time.monotonic() - began)
         if left < min(seconds, 30):
             rows.append({"section": name, "error": "no time left"})
+            print(json.dumps(rows[-1]), flush=True)
             continue
         print(f"== {name} (at {time.monotonic() - began:.0f} s)", flush=True)
         command = [sys.executable, script, "--section", name, *options]
@@ -250,6 +251,7 @@ def run_sections(
         killer.cancel()
         if code:
             found.append({"section": name, "error": f"exit code {code}"})
+            print(json.dumps(found[-1]), flush=True)
         rows += found
         results.parent.mkdir(parents=True, exist_ok=True)
         results.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

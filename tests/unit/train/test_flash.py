@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig
 
 from mllm.train import flash
 from mllm.train.flash import Heads, adopt, has_dropout, heads_of, kernel_of, release, tried
@@ -54,6 +54,25 @@ class _Handle:
 
 def test_a_models_heads_are_those_of_its_language_model_and_the_widths_of_the_rest():
     assert heads_of(_Model(), TEXT) == [Heads(16, 4, 2, packed=True), Heads(24, 4, 4, packed=False)]
+
+
+def test_a_window_is_tried_where_the_model_slides_one():
+    sliding = MistralConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, sliding_window=8)
+    packed = [kind for kind in heads_of(_Model(), sliding) if kind.packed]
+    assert packed == [Heads(16, 4, 2, packed=True), Heads(16, 4, 2, packed=True, window=True)]
+
+
+def test_a_trial_has_samples_without_tokens_as_packed_rows_have(monkeypatch):
+    seen = []
+
+    def attention(query, key, value, bounds, longest, *, causal, window):
+        seen.append((bounds.diff().tolist(), longest, window))
+        return query + key.sum() + value.sum()
+
+    monkeypatch.setattr(flash, "segment_attention", attention)
+    for window in (False, True):
+        flash._outcome(Heads(8, 2, 2, packed=True, window=window), CPU)
+    assert seen == [([130, 257, 61, 0, 0], 257, None), ([130, 257, 61, 0, 0], 257, 70)]
 
 
 def test_dropout_of_scores_is_found():
