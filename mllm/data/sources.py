@@ -21,7 +21,7 @@ from mllm.data.shards.rows import ShardRows
 from mllm.data.spec import SOURCES, DatasetSpec, expand_path, expand_text
 from mllm.data.tools import tools_of
 from mllm.errors import DataError, blamed_on
-from mllm.processing.references import refer
+from mllm.references import refer
 from mllm.types import VISUAL_TOKENS, Sample, Turn, Video
 
 VIDEO_KEYS = ("video", "videos")

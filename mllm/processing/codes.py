@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mllm.errors import CheckpointError, DataError, MissingFile
-from mllm.processing.references import CODES
+from mllm.references import CODES
 from mllm.types import VisualCodes
 
 

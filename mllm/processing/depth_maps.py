@@ -17,7 +17,7 @@ from torch import Tensor
 from mllm.errors import DataError
 from mllm.processing.images import MAX_PIXELS, read_bytes
 from mllm.processing.pixels import placed_at
-from mllm.processing.references import natural_order
+from mllm.references import natural_order
 from mllm.types import ImageSpec
 
 _DEPTH_SUFFIXES = (".png", ".tif", ".tiff", ".npy")

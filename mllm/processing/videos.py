@@ -18,8 +18,8 @@ from mllm.errors import DataError, MissingFile, UnavailableError
 from mllm.install import install_hint
 from mllm.processing.frames import Chosen, VideoSpec, choose
 from mllm.processing.images import MAX_PIXELS, load_image
-from mllm.processing.references import natural_order, refer
 from mllm.processing.turned_frames import upright
+from mllm.references import natural_order, refer
 from mllm.types import Video
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")

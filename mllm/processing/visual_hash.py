@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from mllm.processing.images import image_hash, read_bytes
-from mllm.processing.references import refer
 from mllm.processing.videos import frame_files
+from mllm.references import refer
 from mllm.types import Video
 
 

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from mllm.errors import DataError, MllmError, UnavailableError
 from mllm.install import install_hint
+from mllm.processing.images import load_image
 from mllm.processing.mask_files import decode_rle
 from mllm.serve.http.client import ServerClient, data_uri
 
@@ -207,7 +208,7 @@ def _said_by_heads(heads: dict[str, Any]) -> list[str]:
 
 def labelled(path: str, names: Sequence[str], masks: Sequence[Any] = ()) -> Image.Image:
     """The picture with a label in its corner for every name, and below the labels the masks (`overlaid`)."""
-    picture = Image.open(path).convert("RGB")
+    picture = load_image(path, where="the picture")
     picture.thumbnail((1024, 1024))
     picture = overlaid(picture, masks)
     draw = ImageDraw.Draw(picture, "RGBA")
@@ -250,7 +251,7 @@ def marker(checkpoint: str) -> Mark | None:
 
         if not kept:
             kept.append(MllmForConditionalGeneration.from_pretrained(checkpoint).eval())
-        picture = Image.open(path).convert("RGB")
+        picture = load_image(path, where="the picture")
         found = kept[0].segment(picture, phrase)
         text = phrase if found.masks.any() else f"nothing found for {phrase}: {found.text.strip()}"
         return overlaid(picture, [mask.numpy() for mask in found.masks]), text

@@ -23,11 +23,11 @@ from mllm.odd_settings import odd_settings
 from mllm.processing.chat import count_tokens, encode_sample
 from mllm.processing.images import read_bytes
 from mllm.processing.protocol import TextProcessor
-from mllm.processing.references import refer
 from mllm.processing.videos import open_video
 from mllm.processing.views.base import BudgetConfig
 from mllm.progress import Phase, tell
 from mllm.recipe import StageSpec
+from mllm.references import refer
 from mllm.types import Sample, Video
 
 _ROWS_TRIED = 16

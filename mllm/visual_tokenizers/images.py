@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from mllm.config import StrictModel, validate
 from mllm.errors import DataError, UnavailableError
 from mllm.install import install_hint
+from mllm.pictures import load_image
 from mllm.registry import Registry
 from mllm.visual_tokenizers.recipe import ImagesSpec
 
@@ -151,12 +152,7 @@ class FolderImages(ImageSource):
         return f"{super().identity()} {digest.hexdigest()}"
 
     def _read(self, index: int) -> np.ndarray:
-        path = self.files[index]
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: not a readable image ({error})") from error
+        image = load_image(self.files[index], where=str(self.files[index]))
         scale = self.size / min(image.size)
         width, height = (max(self.size, round(side * scale)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mllm.errors import DataError
+from mllm.pictures import load_image
 from mllm.visual_tokenizers.base import VisualTokenizer
 from mllm.visual_tokenizers.evaluate import code_features, predict_linear
 from mllm.visual_tokenizers.images import ImageSource, Split
@@ -129,11 +130,7 @@ def gather_questions(drawn: list[tuple[np.ndarray, list[tuple[str, str, str]]]],
 
 
 def _read(path: Path, size: int) -> np.ndarray:
-    try:
-        with Image.open(path) as file:
-            return np.array(file.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a readable image ({error})") from error
+    return np.array(load_image(path, where=str(path)).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def _words(text: str) -> list[str]:

@@ -103,7 +103,7 @@ def picture(value: Any, folder: Path) -> Picture | Frames:
     if isinstance(value, Picture | Frames):
         return replace(value, path=folder / value.path) if isinstance(value, Frames) else value
     if isinstance(value, str | Path | bytes | dict) and value:
-        from mllm.processing.references import refer  # as training reads it
+        from mllm.references import refer  # as training reads it
 
         reference = refer(value, where="image", root=folder)
         name = value.get("path") if isinstance(value, dict) else value
@@ -120,7 +120,7 @@ def picture(value: Any, folder: Path) -> Picture | Frames:
 
 def from_base64(text: Any) -> bytes:
     """Decoded bytes of base64 text (a data URL's head is dropped). Raises `DataError`."""
-    from mllm.processing.references import Reference
+    from mllm.references import Reference
 
     return Reference("bytes", str(text).rpartition(",")[2]).encoded("image")
 

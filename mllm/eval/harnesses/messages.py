@@ -94,7 +94,7 @@ def picture(value: Any) -> Image.Image:
 
 def video(value: Any, frames: int | None) -> list[Any]:
     """Evenly spaced pictures of a video file or folder of frames; a list of pictures is taken as it is. frames None: one `Video`."""
-    from mllm.processing.references import file_path
+    from mllm.references import file_path
 
     if isinstance(value, list | tuple):
         pictures = [picture(entry) for entry in value]

@@ -76,3 +76,18 @@ def test_a_page_that_is_stopped_while_it_waits_takes_its_server_along(tmp_path):
     while Path(f"/proc/{server}").exists() and "Z" not in Path(f"/proc/{server}/stat").read_text().split()[2]:
         assert time.monotonic() < deadline, "the server is still there"
         time.sleep(0.05)
+
+
+def test_a_turned_photograph_is_shown_as_the_model_sees_it(tmp_path):
+    """It lay on its side, and the masks of the answer were laid over it as if it stood."""
+    from PIL import Image
+
+    from mllm.processing.images import load_image
+    from mllm.serve.page import labelled
+    from tests.helpers import picture
+
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    picture(1, size=(40, 24)).save(tmp_path / "phone.png", exif=turned)
+    shown = labelled(str(tmp_path / "phone.png"), [])
+    assert shown.size == (24, 40) and shown.tobytes() == load_image(tmp_path / "phone.png", where="x").tobytes()
