@@ -107,6 +107,16 @@ def mark_placeholders(turns: list[Turn], num_images: int, *, where: str, image_f
     return turns
 
 
+def of_preferences(keys: Iterable[Any]) -> str:
+    """What to do with rows that hold two answers and no conversation, as DPO's do; empty for others."""
+    if not {"chosen", "rejected"} <= set(keys):
+        return ""
+    return (
+        ". A chosen and a rejected answer are for a stage of kind: dpo; write a row as messages, the prompt with the chosen answer as the "
+        "last turn, and the other answer's text under rejected"
+    )
+
+
 def has_exchanges(entries: Any) -> bool:
     """Whether entries are questions with their answers, ``{"user", "assistant"}``, as The Cauldron's and FineVision's
     ``texts`` are."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from mllm.data.blind import holds_picture
 from mllm.data.cells import conversation_cell, given, plain_cell
-from mllm.data.conversations import has_exchanges
+from mllm.data.conversations import has_exchanges, of_preferences
 from mllm.data.files import JsonRows, matching_files
 from mllm.data.spec import ColumnMap, DatasetSpec
 from mllm.data.tables import SUFFIXES, datasets_package, is_saved, open_files, open_saved, undecoded
@@ -77,7 +77,7 @@ def _declare(place: str, rows: Sequence[Mapping[str, Any]], origin: dict[str, An
     if talk is None and (question is None or answer is None):
         raise ConfigError(
             f"{place}: the first row has the keys {', '.join(map(str, keys))}; expected messages, conversations, or question "
-            f"and answer. {_CURE[0].upper()}{_CURE[1:]}"
+            f"and answer{of_preferences(keys) or f'. {_CURE[0].upper()}{_CURE[1:]}'}"
         )
     columns: dict[str, Any] = {"messages": talk} if talk else {"question": question, "answer": answer}
     if talk is None:

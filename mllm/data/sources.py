@@ -13,7 +13,7 @@ import numpy as np
 
 from mllm.data.blind import refuse_blind, refuse_other_media
 from mllm.data.cells import as_list, conversation_cell, given, plain_cell
-from mllm.data.conversations import embeds_images, message_turns, place_videos, placeholder_turns
+from mllm.data.conversations import embeds_images, message_turns, of_preferences, place_videos, placeholder_turns
 from mllm.data.files import Files, matching_files
 from mllm.data.shards.names import is_sharded
 from mllm.data.shards.read import Item
@@ -214,7 +214,7 @@ class LlavaSource(JsonSource):
         keys = ("conversations", "conversation", "messages")
         conversation = next((row[key] for key in keys if row.get(key) is not None), None)
         if conversation is None:
-            raise DataError(f"{where}: no conversations; keys are {sorted(row)}")
+            raise DataError(f"{where}: no conversations; keys are {sorted(row)}{of_preferences(row)}")
         conversation = conversation_cell(conversation, where)
         if isinstance(row.get("system"), str) and row["system"]:
             conversation = [{"from": "system", "value": row["system"]}, *conversation]
@@ -239,7 +239,7 @@ class MessagesSource(JsonSource):
 
     def read_row(self, row: dict[str, Any], identity: str, root: Path | None, where: str) -> Sample:
         if "messages" not in row:
-            raise DataError(f"{where}: no messages; keys are {sorted(row)}")
+            raise DataError(f"{where}: no messages; keys are {sorted(row)}{of_preferences(row)}")
         messages = conversation_cell(row["messages"], where)
         listed = as_list(row.get(self.spec.image_key or "images"))
         if not listed and self.spec.image_key is None and not embeds_images(messages):

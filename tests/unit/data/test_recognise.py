@@ -11,6 +11,7 @@ import pytest
 from mllm.data.mixture import Mixture
 from mllm.data.recognise import recognise
 from mllm.data.sources import open_source
+from mllm.data.spec import DatasetSpec
 from mllm.errors import ConfigError, DataError
 from mllm.types import IMAGE_MARK
 from tests.helpers import picture
@@ -108,6 +109,18 @@ def test_what_does_not_tell_says_what_to_write(folder, monkeypatch):
     (folder / "e.json").write_text("[]")
     with pytest.raises(DataError, match="holds no rows"):
         recognise(folder / "e.json")
+
+
+@pytest.mark.parametrize("key", ["prompt", "question"])
+def test_rows_of_two_answers_are_sent_to_the_stage_that_learns_from_them(folder, key):
+    row = {"image": "a.png", key: "What?", "chosen": "It.", "rejected": "Not it."}
+    (folder / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ConfigError, match=r"kind: dpo.*as messages.*under rejected"):
+        recognise(folder / "pairs.jsonl")
+    for format in ("messages", "llava"):
+        source = open_source(DatasetSpec(name="pairs", format=format, path=str(folder / "pairs.jsonl")))
+        with pytest.raises(DataError, match="kind: dpo"):
+            source[0]
 
 
 def test_misnamed_pictures_are_not_guessed(folder):
