@@ -36,7 +36,7 @@ from mllm.models.text_source import (
     text_config,
     trained_clip_rate,
 )
-from mllm.models.vocabulary import add_image_token, add_tokens, added_ids, grow_vocabulary, num_token_ids
+from mllm.models.vocabulary import add_image_token, add_tokens, added_ids, give_padding, grow_vocabulary, num_token_ids
 from mllm.models.weight_files import some_names
 from mllm.processing.frames import video_spec
 from mllm.processing.image_processor import MllmImageProcessor
@@ -113,8 +113,7 @@ def build_config(
     parts = HeadParts(text.hidden_size, infos, drawn_by, words, text.num_hidden_layers, seen)
     if tokenizer is not None:
         add_tokens(tokenizer, head_tokens(spec.heads, parts))
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        give_padding(tokenizer)
     heads = resolved_heads(
         spec.heads,
         parts,
@@ -231,8 +230,7 @@ def build_processor(spec: ModelSpec, config: MllmConfig, tokenizer: TextTokenize
             "model.chat_template: the tokenizer has no chat template; give one of "
             f"{', '.join(shipped_templates())}, or a Jinja file"
         )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    give_padding(tokenizer)
     template = unwrapped(template)  # the tokenizer may be one of our own checkpoints
     check_template(tokenizer, template)
     _tell_a_missing_start(spec.text_model, tokenizer, template)
@@ -366,7 +364,7 @@ def config_and_processor(spec: ModelSpec, tokenizer: TextTokenizer) -> tuple[Mll
         ConfigError: parts do not go together.
         UnavailableError: the language model's config cannot be read.
     """
-    before = len(tokenizer)
+    before = set(tokenizer.get_vocab().values())
     add_image_token(tokenizer, spec.image_token)
     image_id = tokenizer.convert_tokens_to_ids(spec.image_token)
     config = build_config(spec, image_token_id=image_id, tokenizer=tokenizer)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, GenerationConfig
 
+from mllm.models.vocabulary import num_token_ids
 from mllm.processing.chat import turn_ends
 from mllm.processing.protocol import Processor
 
@@ -23,7 +24,7 @@ def set_stops(
     token by which the chat template ends an assistant's turn. source: folder or hub id of the language model."""
     tokenizer, generation = processor.tokenizer, model.generation_config
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    own = [number for number in source_stops(source, revision) if number < len(tokenizer)]
+    own = [number for number in source_stops(source, revision) if number < num_token_ids(tokenizer)]
     stops = list(dict.fromkeys([*eos, *own, *turn_ends(processor)]))
     generation.eos_token_id = stops if len(stops) != 1 else stops[0]
     generation.pad_token_id = tokenizer.pad_token_id

@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from transformers import AddedToken
 
+from mllm.errors import ConfigError
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.processing.protocol import TextTokenizer
 from mllm.processing.turns import special_ids
@@ -22,11 +23,14 @@ def add_tokens(tokenizer: TextTokenizer, tokens: Mapping[str, bool]) -> None:
     Args:
         tokenizer: the text tokenizer; changed in place.
         tokens: text → whether it is special, and no part of decoded answers.
+
+    Raises:
+        ConfigError: the vocabulary leaves ids out, and a new token would take another's.
     """
     known = tokenizer.get_vocab()
     for token, special in tokens.items():
         if token not in known:
-            tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)], special_tokens=special)
+            _add(tokenizer, token, special=special)
 
 
 def add_image_token(tokenizer: TextTokenizer, token: str) -> None:
@@ -35,23 +39,62 @@ def add_image_token(tokenizer: TextTokenizer, token: str) -> None:
     Args:
         tokenizer: the text tokenizer; changed in place.
         token: the placeholder of images, ``<image>`` for instance.
+
+    Raises:
+        ConfigError: as `add_tokens`.
     """
     if tokenizer.get_vocab().get(token) not in special_ids(tokenizer):
-        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
+        _add(tokenizer, token, special=True)
 
 
-def added_ids(before: int, tokenizer: TextTokenizer, vocabulary: int) -> list[int]:
+def _add(tokenizer: TextTokenizer, token: str, *, special: bool) -> None:
+    """The tokenizers library gives a token the number of tokens as its id, which is another's where the vocabulary leaves ids out."""
+    before = tokenizer.get_vocab()
+    tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)], special_tokens=special)
+    given = tokenizer.convert_tokens_to_ids(token)
+    taken = [name for name, number in before.items() if number == given and name != token]
+    if taken:
+        free = sorted(set(range(given)) - set(before.values()))
+        raise ConfigError(
+            f"the tokenizer gives {token!r} the id {given}, which {taken[0]!r} has: its vocabulary of {len(before)} tokens leaves out "
+            f"{len(free)} ids below that ({', '.join(map(str, free[:4]))}{' …' if len(free) > 4 else ''}). In its tokenizer.json, under "
+            f'model.vocab, give each of them a name, such as "<|unused_{free[0] if free else 0}|>"'
+        )
+
+
+def give_padding(tokenizer: TextTokenizer) -> None:
+    """Let EOS (else the unknown token) fill rows up, where a tokenizer has no token for it; the attention mask tells which is which.
+
+    Args:
+        tokenizer: the text tokenizer; changed in place.
+
+    Raises:
+        ConfigError: it has none of the three.
+    """
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(
+            "the tokenizer has neither pad_token, eos_token nor unk_token, so that rows of unlike length cannot be filled up and no answer "
+            'ends; name them in its tokenizer_config.json, such as "eos_token": "</s>"'
+        )
+
+
+def added_ids(before: Collection[int], tokenizer: TextTokenizer, vocabulary: int) -> list[int]:
     """Ids of tokens that a language model never read.
 
     Args:
-        before: tokens that the tokenizer had; where it has more than the model, those are new too.
+        before: ids that the tokenizer had; where one is no row of the model, it is new too.
         tokenizer: the tokenizer as it is now.
         vocabulary: rows of the language model's embedding.
 
     Returns:
-        The first such id and one past the last.
+        The first such id and one past the last; twice the same where there is none.
     """
-    return [min(before, vocabulary), len(tokenizer)]
+    now = set(tokenizer.get_vocab().values())
+    new = now.difference(before) | {number for number in now if number >= vocabulary}
+    end = num_token_ids(tokenizer)
+    return [min(new, default=end), 1 + max(new, default=end - 1)]
 
 
 def num_token_ids(tokenizer: TextTokenizer) -> int:

@@ -88,7 +88,7 @@ def converted_processor(
         ) from error
     image_id = model.config.image_token_id
     assert image_id is not None, "a reader of foreign checkpoints gives it"
-    placeholder = tokenizer.convert_ids_to_tokens(image_id) if image_id < len(tokenizer) else None
+    placeholder = tokenizer.convert_ids_to_tokens(image_id) if image_id < num_token_ids(tokenizer) else None
     template = chat_template or _template(found, tokenizer)
     spec = ModelSpec.model_validate(
         {
@@ -97,7 +97,7 @@ def converted_processor(
             "image_token": placeholder or "<image>",
         }
     )
-    before = len(tokenizer)
+    before = set(tokenizer.get_vocab().values())
     processor = build_processor(spec, model.config, tokenizer)
     model.config.image_token_id = processor.image_token_id
     model.config.added_token_ids = added_ids(before, tokenizer, model.config.text_config.vocab_size)

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mllm.errors import ConfigError
 from mllm.models import lora
 from mllm.models.configuration_mllm import MllmConfig
+from mllm.models.vocabulary import add_image_token, add_tokens, added_ids, give_padding, num_token_ids
 from mllm.recipe import StageSpec
 from mllm.train.added_rows import added_rows, rows_line
 from mllm.train.engine.groups import apply_learning
@@ -48,6 +49,45 @@ def test_the_config_says_which_ids_are_new_to_the_source(tmp_path, image_token):
     assert added_rows(model) == [256, 257, 258, 259, 260]
     model.config.save_pretrained(tmp_path / "saved")
     assert MllmConfig.from_pretrained(tmp_path / "saved").added_token_ids == [KNOWN, 262]
+
+
+def _without(ids, **special):
+    """The tests' tokenizer with tokens that have other ids: every id is what ``ids`` gives for its place."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    names = [f"t{place}" for place in range(len(ids))]
+    backend = Tokenizer(models.BPE(vocab=dict(zip(names, ids)), merges=[], unk_token=None))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+def test_an_added_token_never_takes_the_id_of_another():
+    """The tokenizers library counts tokens, and the count is somebody's id where ids are left out: pictures stood for that word."""
+    tokenizer = _without([*range(5), *range(6, 11)])
+    with pytest.raises(
+        ConfigError, match=r"'<image>' the id 10, which 't9' has: .* leaves out 1 ids .*\(5\).*<\|unused_5\|>"
+    ):
+        add_image_token(tokenizer, "<image>")
+    with pytest.raises(ConfigError, match="'<seg>' the id 10"):
+        add_tokens(_without([*range(5), *range(6, 11)]), {"<seg>": True})
+
+
+def test_new_ids_are_told_where_a_vocabulary_leaves_ids_out():
+    """As tokenizers made of cl100k do; counted by their number, the rows of new tokens were taken for none and did not learn."""
+    tokenizer = _without([*range(10), 15], additional_special_tokens=["t10"])
+    before = set(tokenizer.get_vocab().values())
+    assert added_ids(before, tokenizer, 64) == [16, 16] and added_ids(before, tokenizer, 12) == [15, 16]
+    add_tokens(tokenizer, {"<seg>": True, "<point>": True})
+    assert tokenizer.convert_tokens_to_ids("<seg>") == 16 and len(tokenizer) == 13
+    assert added_ids(before, tokenizer, 64) == [16, 18] and num_token_ids(tokenizer) == 18
+
+
+def test_a_tokenizer_without_padding_fills_up_with_what_it_has():
+    tokenizer = _without(range(10), eos_token="t3")
+    give_padding(tokenizer)
+    assert tokenizer.pad_token_id == 3
+    with pytest.raises(ConfigError, match="neither pad_token, eos_token nor unk_token"):
+        give_padding(_without(range(10)))
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaModel
 from mllm.config import StrictModel, validate
 from mllm.encoders.base import VisionEncoder
 from mllm.errors import ConfigError, DataError, did_you_mean
+from mllm.models.vocabulary import num_token_ids
 from mllm.processing.chat import IGNORE, EncodedSample
 from mllm.processing.images import to_pixels_multi
 from mllm.processing.protocol import Processor
@@ -284,7 +285,7 @@ def build_recognition(
             "at start"
         )
     reader = TextReader(processor, name, options, stage.max_length)
-    vocabulary = len(processor.tokenizer)
+    vocabulary = num_token_ids(processor.tokenizer)
     return RecognitionModel(name, encoders[name], options, reader.pixel_key, vocabulary), reader
 
 
