@@ -8,10 +8,9 @@ import os
 import random
 import sys
 import threading
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +62,7 @@ class OpenAIGenerator:
         self.extra = dict(extra or {})
         self.first_pause = 0.5
         self._told, self._telling = False, threading.Lock()
+        self._stopped = threading.Event()
         self.answered_by: dict[str, int] = {}
         """Models that the server says answered (a version behind a name), and how often."""
         key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
@@ -81,20 +81,11 @@ class OpenAIGenerator:
     def info(self) -> dict[str, Any]:
         """What a server of ours says of itself and its model (``mllm serve``: /mllm/info); empty for another's. Raises
         `UnavailableError` where none answers."""
-        address, problem = f"{self.base_url.removesuffix('/v1')}/mllm/info", ""
-        for attempt in range(self.max_retries + 1):
-            try:
-                reply = self._client.get(address)
-            except self._httpx.TransportError as error:
-                problem = f"{type(error).__name__}: {error}"
-            else:
-                if reply.status_code not in _RETRIED:
-                    return _object(reply) if reply.status_code == 200 else {}
-                problem = f"HTTP {reply.status_code}: {reply.text[:200]}"
-            if attempt < self.max_retries:
-                self._tell_once(problem)
-                time.sleep(self.first_pause * 2**attempt)
-        raise UnavailableError(f"{self.base_url}: no server answers ({problem}); start one with mllm serve")
+        address = f"{self.base_url.removesuffix('/v1')}/mllm/info"
+        reply, problem = self._reply(partial(self._client.get, address))
+        if reply is None:
+            raise UnavailableError(f"{self.base_url}: no server answers ({problem}); start one with mllm serve")
+        return _object(reply) if reply.status_code == 200 else {}
 
     @property
     def takes_video(self) -> bool:
@@ -108,12 +99,13 @@ class OpenAIGenerator:
     def generate(self, requests: Iterable[Request]) -> Iterator[Response]:
         """Answers as they come; at most ``concurrency`` requests are under way and as many read ahead."""
         stream, stopped = iter(requests), threading.Event()
+        self._stopped = stopped
         pool = ThreadPoolExecutor(self.concurrency)
         try:
             waiting: set[Future[Response]] = set()
             while True:
                 while len(waiting) < 2 * self.concurrency and (request := next(stream, None)) is not None:
-                    waiting.add(pool.submit(self._answer, request, stopped))
+                    waiting.add(pool.submit(self._answer, request))
                 if not waiting:
                     return
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
@@ -122,37 +114,46 @@ class OpenAIGenerator:
         finally:  # whoever asks no more waits for no pause before another try
             stopped.set()
             pool.shutdown(cancel_futures=True)
+            self._stopped = threading.Event()
 
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
 
-    def _answer(self, request: Request, stopped: threading.Event) -> Response:
+    def _answer(self, request: Request) -> Response:
         shown = "".join(f"[{turn.role}] {turn.content}\n" for turn in request.turns).replace(IMAGE_MARK, "<image>")
         try:
             body = self._body(request)
         except DataError as error:
             return Response(request.id, "", shown, error=f"{type(error).__name__}: {error}")
-        problem = ""
+        reply, problem = self._reply(partial(self._client.post, f"{self.base_url}/chat/completions", json=body))
+        if reply is None:
+            return Response(request.id, "", shown, error=problem)
+        if reply.status_code != 200:
+            return Response(request.id, "", shown, error=_refusal(reply))
+        return self._read(request, reply, shown)
+
+    def _reply(self, send: Callable[[], Any]) -> tuple[Any, str]:
+        """What the server says in the end, tried again as the class tells; None and the last problem where it stays away, or where
+        nobody waits for the answers any more."""
+        stopped, problem = self._stopped, ""
         for attempt in range(self.max_retries + 1):
             pause = self.first_pause * 2**attempt * (0.5 + random.random())
             try:
-                reply = self._client.post(f"{self.base_url}/chat/completions", json=body)
+                reply = send()
             except self._httpx.TransportError as error:
                 problem = f"{type(error).__name__}: {error}"
             else:
-                if reply.status_code == 200:
-                    return self._read(request, reply, shown)
-                problem = f"HTTP {reply.status_code}: {reply.text[:200]}"
                 if reply.status_code not in _RETRIED:
-                    break
+                    return reply, ""
+                problem = _refusal(reply)
                 after = reply.headers.get("Retry-After", "")
                 pause = max(pause, float(after)) if after.replace(".", "", 1).isdigit() else pause
             if attempt < self.max_retries:
                 self._tell_once(problem)
                 if stopped.wait(pause):
                     break
-        return Response(request.id, "", shown, error=problem)
+        return None, problem
 
     def _tell_once(self, problem: str) -> None:
         """Say that the server does not answer while it is asked again: nobody looks at a terminal that is silent for a minute."""
@@ -219,6 +220,10 @@ class OpenAIGenerator:
         buffer = io.BytesIO()
         image.save(buffer, self.image_format)
         return _url(f"image/{self.image_format.lower()}", buffer.getvalue())
+
+
+def _refusal(reply: Any) -> str:
+    return f"HTTP {reply.status_code}: {reply.text[:200]}"
 
 
 def _url(kind: str, content: bytes) -> str:

@@ -18,7 +18,7 @@ from mllm.eval.generators.openai import OpenAIGenerator
 from mllm.eval.predictions import read_predictions
 from mllm.eval.run import evaluate
 from mllm.eval.task import load_task
-from mllm.types import IMAGE_MARK, Request, Turn
+from mllm.types import IMAGE_MARK, Request, Turn, Video
 from tests.unit.eval.test_runner import TASK, make_data
 
 
@@ -29,6 +29,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
+        self.asked, self.busy = 0, False
         self.lock, self.under_way, self.most, self.bodies = threading.Lock(), 0, 0, []
         self.refusals: dict[str, list[int]] = {}
         self.hangs: dict[str, int] = {}
@@ -42,6 +43,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments):
         pass
+
+    def do_GET(self):
+        self.server.asked += 1
+        self.send_error(503 if self.server.busy else 404)
 
     def do_POST(self):
         with self.server.lock:
@@ -146,6 +151,22 @@ def test_nobody_waits_for_pauses_when_no_more_answers_are_wanted(server, capsys)
     assert not leaving.is_alive()
     told = capsys.readouterr().err
     assert told.count("HTTP 503") == 1 and "tried again, 3 times a request" in told
+
+
+def test_nobody_waits_for_what_a_busy_server_would_say_of_itself(server, tmp_path):
+    """A video asks for it first, in the thread of its answer: that pause went on after the last answer was wanted."""
+    server.busy = True
+    generator = generator_for(server, concurrency=2)
+    generator.first_pause = 40.0
+    film = Request("b", [Turn("user", IMAGE_MARK)], [Video(tmp_path / "film.mp4")])
+    answers = generator.generate([film, Request("a", [Turn("user", "hello")])])
+    assert next(answers).id == "a"
+    while not server.asked:
+        time.sleep(0.01)
+    begun = time.monotonic()
+    answers.close()
+    assert time.monotonic() - begun < 15
+    generator.close()
 
 
 def test_a_server_that_hangs_is_asked_again_with_growing_pauses_and_not_for_ever(server):
