@@ -109,6 +109,9 @@ def push(
     message: Annotated[str, typer.Option(help="Commit message.")] = "Upload a checkpoint",
     without_language_model: WithoutLanguageModel = False,
     card_only: Annotated[bool, typer.Option("--card-only", help="Print the model card and send nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be sent (files, sizes, licences) and send nothing.")
+    ] = False,
 ) -> None:
     """Send a checkpoint to the hub with a model card: encoders and their licences, recipe, scores with their rules.
 
@@ -117,7 +120,7 @@ def push(
     [dim]mllm push runs/demo/final me/my-model --private[/]
     """
     arguments.checkpoint(checkpoint)
-    from mllm.models.card import model_card
+    from mllm.models.card import model_card, planned
     from mllm.models.card import push as push_checkpoint
 
     with ExitStack() as made:
@@ -131,8 +134,26 @@ def push(
         if card_only:
             typer.echo(model_card(checkpoint, repository, scores=scores))
             return
+        if dry_run:
+            upload = planned(checkpoint, repository, scores=scores)
+            for name, size in upload.files:
+                typer.echo(f"{_size(size):>10}  {name}")
+            for part, source, licence, commercial in upload.licences:
+                typer.echo(f"{part}: {source}; licence {licence}, commercial use {commercial}")
+            whose = "written by mllm push (--card-only prints it)" if upload.writes_card else "your own README.md"
+            total = _size(sum(size for _, size in upload.files))
+            typer.echo(
+                f"nothing was sent: {len(upload.files)} files, {total}, would go to {repository}; model card: {whose}"
+            )
+            return
         sent = push_checkpoint(checkpoint, repository, scores=scores, private=private, message=message)
         typer.echo(f"pushed: {sent}")
+
+
+def _size(number: int) -> str:
+    """Bytes as people read them."""
+    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if number >= u), (1, "B"))
+    return f"{number / unit:.1f} {name}" if unit > 1 else f"{number} B"
 
 
 def add_to(app: typer.Typer) -> None:

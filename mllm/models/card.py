@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from mllm.models.model_index import model_index
 from mllm.processing.frames import video_spec
 
 _MARK = "<!-- written by mllm push -->"
+_CARD = "README.md"
+_NOT_SENT = ["*.pyc", ".*"]
 
 
 def push(
@@ -35,22 +38,17 @@ def push(
     holds no checkpoint, `UnavailableError` with the reason when the hub refuses.
     """
     folder = Path(checkpoint)
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder}: no checkpoint (config.json is missing)")
-    if repository.count("/") != 1 or not all(repository.split("/")):
-        raise ConfigError(f"{repository!r}: expected owner/name")
-    if problem := damage_in(folder):
-        raise ConfigError(f"{problem}; nothing was sent")
+    _check(folder, repository)
     from huggingface_hub import HfApi
 
-    card = folder / "README.md"
-    if not card.is_file() or _MARK in card.read_text(encoding="utf-8"):
-        card.write_text(model_card(folder, repository, scores=scores), encoding="utf-8")
+    card = _card_to_write(folder, repository, scores)
+    if card is not None:
+        (folder / _CARD).write_text(card, encoding="utf-8")
     hub = HfApi()
     try:
         hub.create_repo(repository, private=private, exist_ok=True)
         sent = hub.upload_folder(
-            repo_id=repository, folder_path=folder, commit_message=message, ignore_patterns=["*.pyc", ".*"]
+            repo_id=repository, folder_path=folder, commit_message=message, ignore_patterns=_NOT_SENT
         )
     except Exception as error:  # the hub's client and what lies under it raise many kinds
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
@@ -61,14 +59,59 @@ def push(
     return str(sent.commit_url)
 
 
+@dataclass(frozen=True)
+class Upload:
+    """What `push` would send. files: name in the repository and bytes; writes_card: whether README.md is written first, its size that of
+    the card; licences: (part, source, licence, commercial use)."""
+
+    files: list[tuple[str, int]]
+    writes_card: bool
+    licences: list[tuple[str, str, str, str]]
+
+
+def planned(checkpoint: str | Path, repository: str, *, scores: str | Path | None = None) -> Upload:
+    """What `push` would send with the same arguments, and what it would be refused for here; nothing is written and no server asked.
+
+    Raises `ConfigError` as `push` does.
+    """
+    folder = Path(checkpoint)
+    _check(folder, repository)
+    from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
+
+    card = _card_to_write(folder, repository, scores)
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    if card is not None:
+        sizes[_CARD] = len(card.encode())
+    kept = sorted(filter_repo_objects(sizes, ignore_patterns=[*_NOT_SENT, *DEFAULT_IGNORE_PATTERNS]))
+    return Upload([(name, sizes[name]) for name in kept], card is not None, _parts(*_config_and_recipe(folder)))
+
+
+def _check(folder: Path, repository: str) -> None:
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder}: no checkpoint (config.json is missing)")
+    if repository.count("/") != 1 or not all(repository.split("/")):
+        raise ConfigError(f"{repository!r}: expected owner/name")
+    if problem := damage_in(folder):
+        raise ConfigError(f"{problem}; nothing was sent")
+
+
+def _card_to_write(folder: Path, repository: str, scores: str | Path | None) -> str | None:
+    """The card; None where the folder has a README.md that was not written here."""
+    there = folder / _CARD
+    if there.is_file() and _MARK not in there.read_text(encoding="utf-8"):
+        return None
+    return model_card(folder, repository, scores=scores)
+
+
+def _config_and_recipe(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    recipe = folder / "recipe.yaml"
+    told = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
+    return read_json(folder / "config.json"), told
+
+
 def model_card(folder: Path, repository: str, *, scores: str | Path | None = None) -> str:
     """The card: parts with their licences, how to open it, the recipe, and scores with the rules that gave them."""
-    config = read_json(folder / "config.json")
-    recipe = (
-        yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-        if (folder / "recipe.yaml").is_file()
-        else {}
-    )
+    config, recipe = _config_and_recipe(folder)
     parts = _parts(config, recipe)
     place = Path(scores) if scores is not None else folder.parent / "eval"
     if scores is not None and not (place / "results.json").is_file():
