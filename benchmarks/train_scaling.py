@@ -89,7 +89,7 @@ def worker(engine_name: str, options: dict, path: str) -> None:
             updates.append(update[0].elapsed_time(update[1]))
         loss = float(output.loss)
         times.append(time.perf_counter() - start)
-    held = [_sum_of_bits(p) for p in model.parameters()] if engine.zero_stage != 3 else []
+    held = [] if engine.shares_weights else [_sum_of_bits(p) for p in model.parameters()]
     same = all(other == held for other in distributed.gather_objects(held))
     loss = distributed.sum_numbers([loss])[0]
     if distributed.is_main():

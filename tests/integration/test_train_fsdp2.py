@@ -30,10 +30,11 @@ CASES: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": True,
         "optimizer": {"eps": 1e-5, "max_grad_norm": 0.05},
     },
-    "half": {"learn": {"language_model": 1e-3}, "dtype": "bfloat16", "optimizer": {"master": "low_bits"}},
+    "half": {"learn": {"language_model": 1e-3}, "dtype": "bfloat16", "optimizer": {"eps": 1e-5, "master": "low_bits"}},
 }
-TOLERANCE = {"half": 2e-3}
-"""Of the largest difference in a weight; else 2e-7, a few roundings of float32."""
+TOLERANCE = {"half": 1e-4}
+"""Of the mean difference of a tensor's weights, which move by 4e-3 and are rounded to bf16; else 2e-7, a few roundings of float32, of the
+largest."""
 
 
 def _stage(case: str, engine: str) -> StageSpec:
@@ -93,10 +94,10 @@ def _run(folder: str, kind: str, from_: str | None, engine: str) -> None:
         if begin is None:
             save_checkpoint(place / kind, found, Progress(stage="s", step=STEPS))
         norms += _train(found, STEPS)
-        state, parts = found.state_dict(), found.norms
+        state, parts = {name: value.clone() for name, value in found.state_dict().items()}, found.norms
         if case == "whole":
             with found.averaged():
-                state |= {f"average of {name}": value for name, value in found.state_dict().items()}
+                state |= {f"average of {name}": value.clone() for name, value in found.state_dict().items()}
         layers = {n: p for n, p in found.model.named_parameters() if ".layers." in n}
         held = sum(getattr(p, "_local_tensor", p).numel() for p in layers.values()) / sum(
             p.numel() for p in layers.values()
@@ -129,18 +130,19 @@ def _of(folder: Path, case: str, kind: str) -> dict[str, Any]:
 def test_three_processes_compute_what_one_does_and_hold_a_third_of_the_layers(folder, case):
     wanted, found = _of(folder, case, "one"), _of(folder, case, "three")
     assert set(wanted["state"]) == set(found["state"])
-    assert _apart(wanted, found) < TOLERANCE.get(case, 2e-7)
-    assert found["norms"] == pytest.approx(wanted["norms"], rel=1e-5 if case != "half" else 1e-2)
-    assert found["parts"] == pytest.approx(wanted["parts"], rel=1e-5 if case != "half" else 1e-2)
-    assert wanted["held"] == 1 and 0.33 < found["held"] < 0.36
+    assert _apart(case, wanted, found) < TOLERANCE.get(case, 2e-7)
+    assert found["norms"] == pytest.approx(wanted["norms"], rel=1e-5 if case != "half" else 1e-3)
+    assert found["parts"] == pytest.approx(wanted["parts"], rel=1e-5 if case != "half" else 1e-3)
+    assert wanted["held"] == 1 and 0.33 < found["held"] < 0.37
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("way", ["one, then two", "three, then two", "three, then one"])
 def test_a_checkpoint_goes_on_under_another_engine_and_number_of_processes(folder, case, way):
     """Weights, moments, averages and counts of updates: each would show in the two steps that follow."""
-    assert _apart(_of(folder, case, "one"), _of(folder, case, way)) < TOLERANCE.get(case, 2e-7)
+    assert _apart(case, _of(folder, case, "one"), _of(folder, case, way)) < TOLERANCE.get(case, 2e-7)
 
 
-def _apart(wanted: dict[str, Any], found: dict[str, Any]) -> float:
-    return max((wanted["state"][n].float() - found["state"][n].float()).abs().max().item() for n in wanted["state"])
+def _apart(case: str, wanted: dict[str, Any], found: dict[str, Any]) -> float:
+    each = [(wanted["state"][n].float() - found["state"][n].float()).abs() for n in wanted["state"]]
+    return max((one.mean() if case == "half" else one.max()).item() for one in each)

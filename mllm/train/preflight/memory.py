@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
+from torch import nn
+
+from mllm.models.compilation import repeated_layers
 from mllm.recipe import StageSpec
 from mllm.train.engine.base import choose_engine
 from mllm.train.engine.groups import Group
@@ -17,6 +21,28 @@ _MOST_LIVE = 10**9
 """Weights that DeepSpeed keeps gathered at once, where its json says nothing."""
 
 
+@dataclass(frozen=True)
+class Layers:
+    """The decoder's layers, which fsdp2 shares: weights of all, those of them that learn, weights of the largest one."""
+
+    weights: int = 0
+    learned: int = 0
+    largest: int = 0
+
+
+def layers_of(decoder: nn.Module) -> Layers:
+    """The numbers of a decoder as it learns now."""
+    sizes = [{p: p.numel() for p in layer.parameters()} for layer in repeated_layers(decoder)]
+    learned = sum(number for one in sizes for p, number in one.items() if p.requires_grad)
+    each = [sum(one.values()) for one in sizes]
+    return Layers(sum(each), learned, max(each, default=0))
+
+
+_LAYERS_AT_ONCE = 6
+"""Layers that fsdp2 holds whole beside its share: one that computes and the buffer it came in, the next one's buffer; in the backward pass
+its gradient, a copy of that on its way, and room for the next."""
+
+
 def memory_of(
     stage: StageSpec,
     total: int,
@@ -27,6 +53,7 @@ def memory_of(
     processes: int,
     encoders: int = 0,
     accumulates: bool = True,
+    layers: Layers = Layers(),
 ) -> dict[str, int]:
     """Bytes on one GPU by what they are for. ``update``: buffers of the optimizer step, when activations are gone. What the stage's engine
     offloads is not there (`offloaded_by`).
@@ -40,6 +67,7 @@ def memory_of(
         processes: how many these are.
         encoders: weights of encoders that do not learn, of the total.
         accumulates: gradients of several micro-batches are added up.
+        layers: the decoder's.
 
     Returns:
         Bytes by name.
@@ -47,6 +75,8 @@ def memory_of(
     size = 2 if stage.dtype == "bfloat16" else 4
     if stage.kind in PREFERENCE:
         return _preference(stage, total, learned, activations, size)
+    if engine == "fsdp2" and processes > 1:
+        return _by_layers(stage, total, learned, activations, size, processes, layers)
     zero_stage = ENGINES[engine]
     sharded = engine == "sharded" and processes > 1
     share = processes if zero_stage or sharded else 1
@@ -73,6 +103,23 @@ def memory_of(
         "communication": buckets,
         "activations and loss": activations,
         "update": update,
+    }
+
+
+def _by_layers(
+    stage: StageSpec, total: int, learned: int, activations: int, size: int, processes: int, layers: Layers
+) -> dict[str, int]:
+    spec = stage.optimizer
+    own = learned - layers.learned + layers.learned // processes
+    each = state_bytes(spec) + (4 if spec.ema is not None else 0)
+    each += (2 if spec.master == "low_bits" else 4) if size == 2 else 0
+    return {
+        "weights": size * (total - layers.weights + layers.weights // processes),
+        "gradients": size * own,
+        "optimizer states": each * own,
+        "communication": size * _LAYERS_AT_ONCE * layers.largest,
+        "activations and loss": activations,
+        "update": min(own, 1 << 28) * 4,
     }
 
 

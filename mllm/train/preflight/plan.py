@@ -35,7 +35,7 @@ from mllm.train.engine.optim import state_bytes
 from mllm.train.observe.flops import flop_model
 from mllm.train.preflight.encoder_memory import kept_by_encoders
 from mllm.train.preflight.head_memory import kept_by_heads
-from mllm.train.preflight.memory import PREFERENCE, answers_each, frozen_encoders, memory_of, offloaded_by
+from mllm.train.preflight.memory import PREFERENCE, answers_each, frozen_encoders, layers_of, memory_of, offloaded_by
 from mllm.train.preflight.scaling import ENGINES, LADDER, Load, smallest_that_fits
 from mllm.train.stages.kind import kind_of
 from mllm.types import Video, VisualLayout
@@ -310,7 +310,7 @@ def _memory_for(
     whole, shared = (  # zero3 does not go with compiled layers
         _activations(model, stage, groups, size, plan, compiled=compiled) for compiled in (stage.compile, False)
     )
-    still, accumulates = frozen_encoders(plan.frozen, groups), plan.accumulates
+    still, accumulates, layers = frozen_encoders(plan.frozen, groups), plan.accumulates, layers_of(model.get_decoder())
     return lambda engine, n: memory_of(
         stage,
         weights,
@@ -320,6 +320,7 @@ def _memory_for(
         processes=n,
         encoders=still,
         accumulates=accumulates,
+        layers=layers,
     )
 
 

@@ -23,7 +23,8 @@ from mllm.errors import ConfigError, did_you_mean
 ENGINES = {"none": 0, "sharded": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp2": 0}
 """Engine → ZeRO stage of DeepSpeed's, 0 for those in plain torch."""
 LADDER = ("none", "zero1", "zero2", "zero3")
-"""What ``engine: auto`` chooses from, the one that shares least first. ``sharded`` is to take zero1's place once it was timed on GPUs."""
+"""What ``engine: auto`` chooses from, the one that shares least first. ``sharded`` is to take zero1's place,
+and ``fsdp2`` zero3's, once they were timed on GPUs."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,8 @@ def step_time(load: Load, engine: str, cluster: Cluster, *, rate: float | None =
     compute = load.operations / (rate or cluster.gpu.rate)
     compute *= _EAGER if not load.compiled or stage == 3 else 1.0
     compute *= (_AGAIN if load.again else 1.0) * (_ZERO3_HOOKS if stage == 3 else 1.0)
-    shared = engine == "sharded"
-    update = load.learned * (_FUSED_UPDATE / (n if shared else 1) if stage == 0 else _ZERO_UPDATE / n)
+    shared, by_layers = engine == "sharded", engine == "fsdp2"
+    update = load.learned * (_FUSED_UPDATE / (n if shared or by_layers else 1) if stage == 0 else _ZERO_UPDATE / n)
     if n == 1:
         return StepTime(compute, update, 0.0)
     half = (n - 1) / n / cluster.bus
@@ -124,9 +125,9 @@ def step_time(load: Load, engine: str, cluster: Cluster, *, rate: float | None =
     one_backward = _BACKWARD * compute / load.micro_steps
     if shared:  # a weight is gathered beside the update of the next
         exposed = _beside(scatter, one_backward) + _beside(load.learned * load.size * half + latency, update)
-    elif stage == 0:
+    elif stage == 0 and not by_layers:
         exposed = _beside(2 * load.learned * load.size * half + latency, one_backward)
-    elif stage == 3:
+    elif stage == 3 or by_layers:
         forward = compute / load.micro_steps - one_backward
         each = _beside(gather, forward) + _beside(gather + scatter, one_backward)
         exposed = load.micro_steps * each

@@ -68,6 +68,32 @@ def test_a_plan_counts_the_bytes_of_a_state_in_fewer_bits(tmp_path):
     }
 
 
+def test_a_plan_shares_the_decoders_layers_alone_under_fsdp2(tmp_path):
+    """Over 4 processes: a quarter of the layers, all of the rest; with an adapter, frozen layers are shared too and little learns."""
+    adapter = {"language_model": {"lr": 1e-3, "lora": {"r": 4}}, "connector": 1e-3}
+    stages = [
+        {"name": "one", "steps": 1, "engine": "none", "dtype": "bfloat16"},
+        {"name": "all", "steps": 1, "engine": "fsdp2", "dtype": "bfloat16"},
+        {"name": "some", "steps": 1, "engine": "fsdp2", "dtype": "bfloat16", "learn": adapter},
+    ]
+    one, whole, some = plan_recipe(make_recipe(tmp_path, stages=stages), processes=4, with_data=False).stages
+    learned = sum(group.num_parameters for group in whole.groups)
+    layer = (
+        32 * 32 * 3 + 16 * 32 * 0 + 3 * 32 * 48 + 2 * 32
+    )  # q, k and v (one head of two), o; gate, up, down; two norms
+    gone = 2 * layer * 3 // 4
+    assert one.memory["weights"] - whole.memory["weights"] == 2 * gone
+    assert whole.memory["gradients"] == 2 * (learned - gone) and whole.memory["optimizer states"] == 12 * (
+        learned - gone
+    )
+    assert whole.memory["communication"] == 2 * 6 * layer and one.memory["communication"] == 0
+    frozen = sum(some.frozen.values()) + sum(group.num_parameters for group in some.groups)
+    assert frozen * 2 * 0.4 < some.memory["weights"] < frozen * 2 - 2 * gone
+    assert some.memory["optimizer states"] < whole.memory["optimizer states"] / 3
+    alone = plan_recipe(make_recipe(tmp_path, stages=stages), processes=1, with_data=False).stages
+    assert alone[0].memory == alone[1].memory
+
+
 def test_a_plan_counts_what_an_engine_offloads_and_encoders_that_stay_whole(tmp_path):
     """ZeRO-3 over 4 processes; the same with the optimizer's state on NVMe and weights in main memory, and with frozen encoders whole."""
     zero = {"stage": 3, "stage3_max_live_parameters": 5000}

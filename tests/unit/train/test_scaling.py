@@ -51,6 +51,15 @@ def test_every_measured_step_is_predicted_within_15_per_cent():
         assert predicted == pytest.approx(milliseconds, rel=0.15), (size, engine, gpus)
 
 
+def test_layers_gathered_beside_compiled_ones_cost_less_than_zero3():
+    """By the model alone, until it is timed: the update of a half, and gathers and sums that a pass is longer than."""
+    two, load = Cluster(GPUS["h200"], 2), _load("7B", "fsdp2")
+    none, found = step_time(load, "none", two), step_time(load, "fsdp2", two)
+    zero3 = step_time(_load("7B", "zero3"), "zero3", two)
+    assert found.update == pytest.approx(none.update / 2) and found.compute == none.compute
+    assert none.exposed < found.exposed < 2 * none.exposed and found.seconds < 0.8 * zero3.seconds
+
+
 def test_slow_networks_cost_and_fast_ones_do_not():
     load = _load("7B", "none")
     one = step_time(load, "none", Cluster(GPUS["h200"], 1)).seconds
