@@ -53,7 +53,8 @@ def allow_graphs(layers: Iterable[nn.Module]) -> None:
     shapes: dict[Callable[..., object], set[tuple]] = defaultdict(set)
     for layer in layers:
         shapes[type(layer).forward].add(_shapes(layer))
-    needed = _WAYS * max((len(found) for found in shapes.values()), default=0)
+    # A stage's first block is given its maps in the layout of the layer that made them smaller, the others in their own.
+    needed = _WAYS * max((2 * len(found) if len(found) > 1 else 1 for found in shapes.values()), default=0)
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, needed)
 
