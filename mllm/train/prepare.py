@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from mllm import distributed
 from mllm.errors import ConfigError, UnavailableError
 from mllm.models.compilation import compile_layers, tell_uncompiled
 from mllm.progress import tell
@@ -41,7 +42,12 @@ def prepare_model(model: TrainableModel, stage: StageSpec, *, device: torch.devi
         if isinstance(module, BATCH_NORMS):
             module.to(dtype)
     model.config.dtype = dtype
-    model.to(device)  # pyright: ignore[reportArgumentType]
+    if choose_engine(stage).name == "fsdp2" and distributed.world_size() > 1:
+        from mllm.train.engine.fsdp2 import share_layers  # torch.distributed.fsdp takes a second to import
+
+        share_layers(model, stage.name, device)
+    else:
+        model.to(device)  # pyright: ignore[reportArgumentType]
     text = model.config.get_text_config()
     chosen = _choose_attention(model, text, stage, device)
     flash.release()

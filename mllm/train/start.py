@@ -41,21 +41,27 @@ def start_model(
         from mllm.models.build import build_model, num_bytes, placed_on
         from mllm.models.modeling_mllm import MllmForConditionalGeneration
         from mllm.processing.processor import MllmProcessor
-        from mllm.train.engine.cut import can_be_cut, language_model_in_shares
+        from mllm.train.engine.base import choose_engine
+        from mllm.train.engine.cut import can_be_cut, language_model_in_shares, language_model_on_host
 
     dtype = DTYPES[stage.dtype]
     device = device or start_device(recipe)
     cut = in_shares and can_be_cut(recipe.model, stage, published=previous is None)
-    keeping = language_model_in_shares(stage, device) if cut else nullcontext()
+    # Under fsdp2 its layers go to the GPU one by one, when they are shared (`mllm.train.engine.fsdp2`).
+    waits = in_shares and choose_engine(stage).name == "fsdp2" and distributed.world_size() > 1
+    keeping = language_model_in_shares(stage, device) if cut else language_model_on_host() if waits else nullcontext()
     if previous is None:
         torch.manual_seed(recipe.seed)
         with keeping:
             return build_model(recipe.model, dtype=dtype, device=device)
     try:
         with phase(f"reading weights of {previous}") as reading, keeping:
-            place = placed_on(torch.device("cpu") if cut else device)  # cut there, only the share goes to the device
+            place = placed_on(
+                torch.device("cpu") if cut or waits else device
+            )  # cut there, only the share goes to the device
             model = MllmForConditionalGeneration.from_pretrained(str(previous), dtype=dtype, **place)
-            model.to(device)
+            if not waits:
+                model.to(device)
             reading.num_bytes = num_bytes(model)
         return model, MllmProcessor.from_pretrained(str(previous))
     except OSError as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from mllm import distributed
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.recipe import StageSpec
-from mllm.train.checkpoint.resume import CheckpointReader, Progress
+from mllm.train.checkpoint.resume import CheckpointReader, Progress, fingerprint
 from mllm.train.checkpoint.write import save_checkpoint
 from mllm.train.engine.base import Engine
 from mllm.train.engine.build import build_engine
@@ -29,6 +31,12 @@ CASES: dict[str, dict[str, Any]] = {
         "learn": {"language_model": {"lr": 1e-3, "lora": {"r": 4}}},
         "gradient_checkpointing": True,
         "optimizer": {"eps": 1e-5, "max_grad_norm": 0.05},
+    },
+    "compiled": {
+        "learn": {"language_model": 1e-3},
+        "compile": True,
+        "gradient_checkpointing": True,
+        "optimizer": {"eps": 1e-5},
     },
     "half": {"learn": {"language_model": 1e-3}, "dtype": "bfloat16", "optimizer": {"eps": 1e-5, "master": "low_bits"}},
 }
@@ -89,7 +97,11 @@ def _run(folder: str, kind: str, from_: str | None, engine: str) -> None:
     for case in CASES:
         place = Path(folder) / case
         begin = None if from_ is None else next((place / from_).glob("step-*"))
-        found = _start(case, engine, begin)
+        with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):  # no C++ compiler's time
+            found = _start(case, engine, begin)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        frozen = fingerprint(found.model)
         norms = [] if begin is not None else _train(found, 0)
         if begin is None:
             save_checkpoint(place / kind, found, Progress(stage="s", step=STEPS))
@@ -102,8 +114,10 @@ def _run(folder: str, kind: str, from_: str | None, engine: str) -> None:
         held = sum(getattr(p, "_local_tensor", p).numel() for p in layers.values()) / sum(
             p.numel() for p in layers.values()
         )
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         if distributed.is_main():
-            torch.save({"state": state, "norms": norms, "parts": parts, "held": held}, place / f"{kind}.pt")
+            kept = {"state": state, "norms": norms, "parts": parts, "held": held, "graphs": graphs, "frozen": frozen}
+            torch.save(kept, place / f"{kind}.pt")
         found.close()
         if dist.is_initialized():
             dist.barrier()
@@ -133,6 +147,7 @@ def test_three_processes_compute_what_one_does_and_hold_a_third_of_the_layers(fo
     assert _apart(case, wanted, found) < TOLERANCE.get(case, 2e-7)
     assert found["norms"] == pytest.approx(wanted["norms"], rel=1e-5 if case != "half" else 1e-3)
     assert found["parts"] == pytest.approx(wanted["parts"], rel=1e-5 if case != "half" else 1e-3)
+    assert found["frozen"] == wanted["frozen"] and found["graphs"] == (case == "compiled")
     assert wanted["held"] == 1 and 0.33 < found["held"] < 0.37
 
 

@@ -37,7 +37,7 @@ from mllm.train.checkpoint.files import (
     problem_of,
 )
 from mllm.train.engine.base import Engine, Fragment
-from mllm.train.engine.shares import own_share, whole
+from mllm.train.engine.shares import own_share, read_whole
 
 FORMAT = 1
 BESIDE = "beside.safetensors"
@@ -319,8 +319,8 @@ def fingerprint(model: nn.Module) -> str:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
-                with whole([parameter]):
-                    total = _sum_of_bits(parameter.detach().reshape(-1))
+                with read_whole(parameter) as values:
+                    total = _sum_of_bits(values.reshape(-1))
                 digest.update(f"{name} {tuple(shape_of(parameter))} {total}\n".encode())
     return digest.hexdigest()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -57,6 +57,27 @@ def language_model_in_shares(stage: StageSpec, device: torch.device) -> Iterator
     shares = _Shares(stage, device)
     with shares.watching(), made_by(shares):
         yield
+
+
+@contextmanager
+def language_model_on_host() -> Iterator[None]:
+    """Published language models that are read inside stay on the CPU: pages of mapped files, that all processes of a machine have in
+    common."""
+    with made_by(_OnHost()):
+        yield
+
+
+class _OnHost:
+    """A `Maker` that lets what is read lie where it is."""
+
+    def building(self, vocabulary: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def built(self, decoder: nn.Module) -> None:
+        pass
+
+    def reading(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 class _Shares:

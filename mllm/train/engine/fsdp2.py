@@ -11,7 +11,6 @@ An update sees ordinary tensors: of what is shared, the process's own rows, in t
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from mllm.train.engine.base import Engine, Fragment, free_memory
 from mllm.train.engine.groups import Group
 from mllm.train.engine.optim import build_optimizer
 from mllm.train.engine.reduce import OverlappedSum
+from mllm.train.engine.shares import own_rows
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,12 @@ class Fsdp2Engine(Engine):
     shares_weights = True
 
     def _start(self, groups: list[Group]) -> None:
-        for parameter in self.learning:
-            dist.broadcast(parameter.data, src=0)
-        share_layers(self.model, self.stage.name, self.device)
-        free_memory()
         learning = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._rows = {name: _rows(p) for name, p in learning.items() if isinstance(p, DTensor)}
         self.starts = {name: rows.start for name, rows in self._rows.items()}
         rest = {name: p for name, p in learning.items() if name not in self._rows}
+        for parameter in rest.values():
+            dist.broadcast(parameter.data, src=0)
         updated = {**{name: rows.own for name, rows in self._rows.items()}, **rest}
         self.learning = list(updated.values())
         self.names = {id(p): name for name, p in updated.items()}
@@ -117,7 +115,8 @@ class Fsdp2Engine(Engine):
 
 def share_layers(model: nn.Module, stage: str, device: torch.device) -> None:
     """Leave this process its rows of the weights of each of the decoder's layers, whether they learn or not. Scalars, and weights that
-    several layers have in common, stay whole.
+    several layers have in common, stay whole. The model may lie on the CPU: a layer goes to ``device``, is shared there, and the next
+    follows; at last all else goes there.
 
     Raises `ConfigError` for a model without a row of like layers that every pass runs.
     """
@@ -126,6 +125,9 @@ def share_layers(model: nn.Module, stage: str, device: torch.device) -> None:
     whole = _kept_whole(model, layers)
     inside = {p for layer in layers for p in layer.parameters()}
     for layer in layers:
+        layer.to(device)
+        for parameter in layer.parameters():
+            dist.broadcast(parameter.data, src=0)
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     outside = {p for p in decoder.parameters() if not isinstance(p, DTensor)} - inside
     kind = type(decoder)
@@ -133,6 +135,8 @@ def share_layers(model: nn.Module, stage: str, device: torch.device) -> None:
         decoder, mesh=mesh, ignored_params=outside | whole
     )  # without weights: it is where a pass begins and ends
     decoder.__class__ = kind  # transformers looks up by it what a decoder can record
+    _move_rest(model, device)
+    free_memory()
     units: list[Any] = layers
     for unit, following in zip(units, [*units[1:], None]):
         unit.set_gradient_divide_factor(1.0)
@@ -181,6 +185,15 @@ def _kept_whole(model: nn.Module, layers: Sequence[nn.Module]) -> set[nn.Paramet
     return {parameter for parameter, count in places.items() if count > 1 or parameter.dim() == 0}
 
 
+def _move_rest(model: nn.Module, device: torch.device) -> None:
+    for parameter in model.parameters():
+        if not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.to(device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+
+
 def _fill_unused(unit: Any) -> None:
     """A weight that a pass did not use, as an expert that no token chose, gets a gradient of zeros: all processes must scatter the same."""
     if hasattr(unit, "set_reduce_scatter_unused_params"):
@@ -203,7 +216,5 @@ def _fill_unused(unit: Any) -> None:
 
 
 def _rows(parameter: Any) -> Rows:
-    own = parameter.detach().to_local()
-    mesh, rows = parameter.device_mesh, parameter.shape[0]
-    first = min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
-    return Rows(parameter, nn.Parameter(own), first * math.prod(parameter.shape[1:]))
+    own, start = own_rows(parameter)
+    return Rows(parameter, nn.Parameter(own), start)
