@@ -10,6 +10,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig
 
 from mllm import distributed
@@ -20,6 +22,7 @@ from mllm.train.checkpoint.resume import CheckpointReader, Progress, fingerprint
 from mllm.train.checkpoint.write import save_checkpoint
 from mllm.train.engine.base import Engine
 from mllm.train.engine.build import build_engine
+from mllm.train.engine.fsdp2 import share_layers
 from mllm.train.engine.groups import apply_learning, set_modes
 from mllm.train.launch import launch
 from mllm.train.prepare import prepare_model
@@ -161,3 +164,67 @@ def test_a_checkpoint_goes_on_under_another_engine_and_number_of_processes(folde
 def _apart(case: str, wanted: dict[str, Any], found: dict[str, Any]) -> float:
     each = [(wanted["state"][n].float() - found["state"][n].float()).abs() for n in wanted["state"]]
     return max((one.mean() if case == "half" else one.max()).item() for one in each)
+
+
+class _Layer(nn.Module):
+    """Four weights, of which a row's pass uses the first and one other; the last one is there for all layers."""
+
+    def __init__(self, common: nn.Parameter):
+        super().__init__()
+        self.weights = nn.ModuleList(nn.Linear(5, 5, bias=False) for _ in range(4))
+        self.scale, self.common = nn.Parameter(torch.tensor(1.5)), common
+
+    def forward(self, states: Tensor, other: int) -> Tensor:
+        return torch.tanh(self.weights[other](self.weights[0](states)) * self.scale + self.common)
+
+
+class _Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        common = nn.Parameter(torch.randn(5))
+        self.layers = nn.ModuleList(_Layer(common) for _ in range(3))
+
+    def get_decoder(self) -> nn.Module:
+        return self
+
+    def forward(self, states: Tensor, other: int) -> Tensor:
+        for layer in self.layers:
+            states = layer(states, other)
+        return states
+
+
+def _states(rank: int) -> Tensor:
+    return torch.randn(4, 5, generator=torch.Generator().manual_seed(rank))
+
+
+def _gradients(folder: str) -> None:
+    """Each process uses a weight of its own in every layer; the last one nobody does."""
+    model, rank = _Decoder(), distributed.rank()
+    share_layers(model, "s", torch.device("cpu"))
+    for _ in range(2):  # micro-batches
+        model(_states(rank), 1 + rank).square().sum().backward()
+    found = {}
+    for name, parameter in model.named_parameters():
+        gradient: Any = parameter.grad
+        if isinstance(gradient, DTensor):
+            found[name] = gradient.full_tensor()
+        else:
+            dist.all_reduce(gradient)  # scalars and what layers have in common stay whole
+            found[name] = gradient
+    if rank == 0:
+        torch.save(found, Path(folder) / "gradients.pt")
+    dist.barrier()
+
+
+def test_layers_whose_weights_only_some_processes_use_are_summed_all_the_same(tmp_path):
+    launch(_gradients, 2, str(tmp_path))
+    found = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    model = _Decoder()
+    for rank in range(2):
+        (2 * model(_states(rank), 1 + rank).square().sum()).backward()
+    wanted = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    assert set(found) == set(wanted) and {f"layers.{k}.weights.2.weight" for k in range(3)} <= set(found)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-6)
+        assert value.any() or ".weights.3." in name
