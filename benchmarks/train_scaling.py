@@ -87,7 +87,7 @@ def worker(engine_name: str, options: dict, path: str) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
             updates.append(update[0].elapsed_time(update[1]))
-        loss = float(output.loss)
+        loss = float(output.loss.detach())
         times.append(time.perf_counter() - start)
     held = [] if engine.shares_weights else [_sum_of_bits(p) for p in model.parameters()]
     same = all(other == held for other in distributed.gather_objects(held))
@@ -124,13 +124,10 @@ def check(folder: Path, engines: list[str], processes: list[int]) -> dict:
 
     from mllm.train import run_recipe
     from mllm.train.engine.base import SHIPPED
-    from tests.integration.train_helpers import make_recipe
+    from tests.integration.train_helpers import make_recipe, small_is_large
 
     # The weights of this recipe are all small: let the sharded engine take most as large ones.
-    plugin = folder / "small_is_large.py"
-    plugin.write_text(
-        "from mllm.train.engine.sharded import ShardedEngine\n\nShardedEngine.alone_elements = 256\n", encoding="utf-8"
-    )
+    plugin = small_is_large(folder)
     assert set(engines) <= set(SHIPPED), engines
 
     def weights(engine: str, count: int) -> dict:
@@ -139,7 +136,7 @@ def check(folder: Path, engines: list[str], processes: list[int]) -> dict:
         stage = {"name": "sft", "steps": 3, "batch_size": most // count, "engine": engine, "optimizer": calm}
         recipe = make_recipe(folder, stages=[stage])
         recipe.model.language_model.config["attention_dropout"] = 0.0
-        recipe.plugins = [str(plugin)]
+        recipe.plugins = [plugin]
         return load_file(run_recipe(recipe, output=folder / f"{engine}-{count}", processes=count) / "model.safetensors")
 
     wanted, found = weights("none", 1), {}

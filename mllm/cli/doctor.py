@@ -91,7 +91,7 @@ def doctor(
     table.add_row("CPU threads", str(torch.get_num_threads()))
     shares = torch.distributed.is_available()
     table.add_row("engine none", "yes")
-    table.add_row("engine fsdp2", "yes" if shares else "no: this torch is built without torch.distributed")
+    table.add_row("engines sharded fsdp2", "yes" if shares else "no: this torch is built without torch.distributed")
     if versions["deepspeed"]:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         works = torch.distributed.is_available() and getattr(torch.distributed, f"is_{backend}_available")()

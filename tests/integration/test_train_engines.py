@@ -10,7 +10,7 @@ from mllm.models.modeling_mllm import MllmForConditionalGeneration
 from mllm.train import run_recipe
 from mllm.train.engine.zero import ZeroEngine
 from tests.integration.kill_points import in_a_process
-from tests.integration.train_helpers import make_recipe, metrics
+from tests.integration.train_helpers import make_recipe, metrics, small_is_large
 
 PARTITION_ALL = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 OFFLOADED = {
@@ -50,8 +50,10 @@ def _recipe(folder, engines, learns, batch_size, **changes):
         ((PARTITION_SOON, "none"), ROUTED),
         (("fsdp2",) * 5, {}),
         (("fsdp2",) * 2, ROUTED),
+        (("sharded",) * 5, {}),
+        (("sharded",) * 2, ROUTED),
     ],
-    ids=["every engine", "routed", "fsdp2", "fsdp2 routed"],
+    ids=["every engine", "routed", "fsdp2", "fsdp2 routed", "sharded", "sharded routed"],
 )
 def test_two_processes_with_text_only_ranks_equal_one_process_in_every_engine(tmp_path, engines, model):
     """Two samples a rank, split where they are long: ranks have unlike numbers of passes, and many have no picture. Weights must agree
@@ -67,6 +69,7 @@ def test_two_processes_with_text_only_ranks_equal_one_process_in_every_engine(tm
         learns[1] = {"router": 1e-3, "encoders": 1e-3}
     one = run_recipe(_recipe(tmp_path, ["none"] * len(engines), learns, 4, model=model), output=tmp_path / "one")
     several = _recipe(tmp_path, engines, learns, 2, model=model)
+    several.plugins = [small_is_large(tmp_path)]
     for stage in several.stages:
         stage.max_tokens_per_batch = SPLIT
     several.stages[-1].frozen_encoders = "whole"

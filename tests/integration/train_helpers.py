@@ -64,6 +64,15 @@ def write_data(folder: Path, *, rows: int = 24, name: str = "mixed", text_only_e
     return path
 
 
+def small_is_large(folder: Path) -> str:
+    """A plug-in by which the sharded engine cuts this recipe's weights one by one, as it cuts those of a million elements."""
+    path = folder / "small_is_large.py"
+    path.write_text(
+        "from mllm.train.engine.sharded import ShardedEngine\n\nShardedEngine.alone_elements = 256\n", encoding="utf-8"
+    )
+    return str(path)
+
+
 def make_recipe(
     folder: Path, *, stages: list[dict[str, Any]] | None = None, model: dict[str, Any] | None = None, **data: Any
 ) -> Recipe:

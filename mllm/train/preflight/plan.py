@@ -16,7 +16,7 @@ import torch
 
 from mllm.encoders.catalogue import encoder_config, licence_warnings
 from mllm.errors import ConfigError, DataError, MllmError, blamed_on
-from mllm.heads.build import heads_kept_whole, heads_with_weights
+from mllm.heads.build import heads_with_weights
 from mllm.models.build import build_config, config_and_processor, load_tokenizer
 from mllm.models.configuration_mllm import MllmConfig
 from mllm.models.lora import has_adapters
@@ -34,9 +34,10 @@ from mllm.train.engine.groups import Group, apply_learning, frozen_summary
 from mllm.train.engine.optim import state_bytes
 from mllm.train.observe.flops import flop_model
 from mllm.train.preflight.encoder_memory import kept_by_encoders
+from mllm.train.preflight.engines import ENCODERS_ALONE, possible_engines
 from mllm.train.preflight.head_memory import kept_by_heads
-from mllm.train.preflight.memory import PREFERENCE, answers_each, frozen_encoders, layers_of, memory_of, offloaded_by
-from mllm.train.preflight.scaling import ENGINES, LADDER, Load, smallest_that_fits
+from mllm.train.preflight.memory import answers_each, frozen_encoders, layers_of, memory_of, offloaded_by
+from mllm.train.preflight.scaling import ENGINES, Load, smallest_that_fits
 from mllm.train.stages.kind import kind_of
 from mllm.types import Video, VisualLayout
 
@@ -48,8 +49,6 @@ ROOM = 0.92
 """Share of a GPU's memory that a plan may fill: CUDA's context, fragments between blocks."""
 _EVEN_ATTENTION = 1 / 3
 """Below this share of 1 / sqrt(width), the first weights' spread lets queries and keys say almost nothing of one another."""
-_ENCODERS_ALONE = ("contrastive", "masked", "exits", "recognition", "agglomeration")
-"""Kinds of stages in which the language model reads nothing: its weights are there, its activations are not."""
 
 
 @dataclass
@@ -233,7 +232,7 @@ def _plan_stage(
     plan.tokens_step = rows * length
     flops = flop_model(model, {group.part for group in groups})
     inner = float(np.mean(plan.lengths)) if stage.packing and plan.lengths else length
-    if stage.kind in _ENCODERS_ALONE:
+    if stage.kind in ENCODERS_ALONE:
         plan.tokens_step = 0
     step = flops.step(
         tokens=plan.tokens_step,
@@ -268,22 +267,6 @@ def _plan_stage(
     plan.checkpoint_bytes = 2 * learned * (4 + state_bytes(stage.optimizer))
     plan.hazards = _stage_hazards(recipe, stage, model, plan, zero_stage, rows)
     return plan
-
-
-def possible_engines(recipe: Recipe, stage: StageSpec) -> tuple[str, ...]:
-    """Engines by name that the stage can be trained with, the one that shares least first."""
-    whole = LADDER
-    specs = stage.learning().values()
-    if (
-        stage.kind in PREFERENCE
-        or stage.optimizer.compact
-        or any(spec.lora is not None and spec.lora.bits is not None for spec in specs)
-    ):
-        return whole[:1]
-    robust = stage.kind == "sft" and isinstance(stage.options.get("robust"), dict)
-    if heads_kept_whole(recipe.model.heads) or stage.kind in (*_ENCODERS_ALONE, "tokenizer") or robust:
-        return whole[:3]
-    return whole
 
 
 def _micro_steps(stage: StageSpec, plan: StagePlan, processes: int) -> int:
@@ -367,7 +350,7 @@ def _activations(
     if "language_model" not in parts:
         layer *= _FROZEN_SHARE
     kept = layer + size * width * layers if stage.gradient_checkpointing else layer * layers
-    reads = stage.kind not in _ENCODERS_ALONE
+    reads = stage.kind not in ENCODERS_ALONE
     memory = tokens * kept if reads else 0
     memory += kept_by_encoders(
         model, stage, parts, _largest_visual(model, plan), (per_width + 4 * per_inner) * size / 2, size

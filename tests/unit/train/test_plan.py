@@ -7,6 +7,7 @@ from rich.console import Console
 
 from mllm.errors import ConfigError
 from mllm.recipe import load_recipe
+from mllm.train.engine.base import choose_engine
 from mllm.train.preflight.plan import plan_recipe
 from mllm.train.preflight.plan_report import plan_tables
 from mllm.train.stages.kind import kind_of
@@ -92,6 +93,15 @@ def test_a_plan_shares_the_decoders_layers_alone_under_fsdp2(tmp_path):
     assert some.memory["optimizer states"] < whole.memory["optimizer states"] / 3
     alone = plan_recipe(make_recipe(tmp_path, stages=stages), processes=1, with_data=False).stages
     assert alone[0].memory == alone[1].memory
+
+
+@pytest.mark.parametrize("optimizer", [{"ema": 0.99}, {"type": "muon"}, {"type": "adamw_8bit"}])
+def test_auto_chooses_no_engine_that_would_refuse_the_optimizer(tmp_path, optimizer):
+    stage = {"name": "sft", "steps": 1, "dtype": "bfloat16", "engine": "auto", "learn": {"language_model": 1e-3}}
+    recipe = make_recipe(tmp_path, stages=[{**stage, "optimizer": optimizer}])
+    (plan,) = plan_recipe(recipe, processes=2, with_data=False, gpu_memory=1).stages
+    recipe.stages[0].choose_here(plan.engine)
+    choose_engine(recipe.stages[0])
 
 
 def test_a_plan_counts_what_an_engine_offloads_and_encoders_that_stay_whole(tmp_path):
@@ -242,6 +252,29 @@ def test_a_tokenizers_training_is_planned_too():
     assert stage.memory["weights"] == stage.memory["optimizer states"] * 4 // 3 == 4 * learned
     assert stage.memory["gradients"] == learned and stage.memory["activations and loss"] > 50 << 20
     assert stage.flops_step > 1e9 and "128 codes" in plan.joins[0]
+
+
+def test_a_sharded_stage_keeps_a_share_of_the_state_and_of_gradients_that_do_not_add_up():
+    from mllm.train.preflight.memory import memory_of
+
+    learned = 4 * 10**9
+    stage = load_recipe("llava_1_5", ["stages.sft.engine=sharded", "stages.sft.dtype=bfloat16"]).stages[-1]
+
+    def held(engine: str, processes: int, accumulates: bool) -> dict[str, int]:
+        return memory_of(stage, 5 * 10**9, learned, 7, engine=engine, processes=processes, accumulates=accumulates)
+
+    whole, four = held("none", 4, False), held("sharded", 4, False)
+    assert four["weights"] == whole["weights"] == 10 * 10**9
+    assert four["optimizer states"] == whole["optimizer states"] // 4 == 3 * learned
+    assert four["gradients"] == 2 * learned // 4 and held("sharded", 4, True)["gradients"] == 2 * learned
+    assert held("sharded", 1, False) == held("none", 1, False)
+    zero = held("zero1", 4, False)
+    assert zero["optimizer states"] == four["optimizer states"] and zero["update"] > four["update"]
+    ema = stage.model_copy(update={"optimizer": stage.optimizer.model_copy(update={"ema": 0.9})})
+    more = memory_of(ema, 5 * 10**9, learned, 7, engine="sharded", processes=4)["optimizer states"]
+    assert more == 4 * learned
+    plan = plan_recipe(load_recipe("llava_1_5", ["stages.sft.engine=sharded"]), processes=4, with_data=False).stages[-1]
+    assert plan.memory["optimizer states"] == 3 * sum(group.num_parameters for group in plan.groups)
 
 
 def test_a_reward_stage_is_planned_by_its_answers_and_its_reference():

@@ -32,7 +32,7 @@ def _measured() -> list[tuple[str, str, int, float]]:
     for line in RESULTS.read_text(encoding="utf-8").splitlines():
         if match := re.match(r"(7B|1\.1B), \d rows", line):
             size = match[1]
-        elif match := re.match(r"(none|zero\d) x (\d)[^|]*\| ([\d.]+) \|", line):
+        elif match := re.match(r"(none|sharded|zero\d) x (\d)[^|]*\| ([\d.]+) \|", line):
             rows.append((size, match[1], int(match[2]), float(match[3])))
     return rows
 
@@ -58,6 +58,19 @@ def test_layers_gathered_beside_compiled_ones_cost_less_than_zero3():
     zero3 = step_time(_load("7B", "zero3"), "zero3", two)
     assert found.update == pytest.approx(none.update / 2) and found.compute == none.compute
     assert none.exposed < found.exposed < 2 * none.exposed and found.seconds < 0.8 * zero3.seconds
+
+
+def test_a_shared_update_and_a_gather_beside_it_cost_less_than_either_engine_that_lacks_one():
+    """The fused update of a half, weights gathered meanwhile; on one GPU it is `none`."""
+    times = {
+        engine: step_time(_load("7B", engine), engine, Cluster(GPUS["h200"], 2))
+        for engine in ("none", "sharded", "zero1")
+    }
+    sharded = times["sharded"]
+    assert sharded.seconds < times["none"].seconds < times["zero1"].seconds
+    assert sharded.update == pytest.approx(times["none"].update / 2) and sharded.compute == times["none"].compute
+    one = Cluster(GPUS["h200"], 1)
+    assert step_time(_load("7B", "sharded"), "sharded", one) == step_time(_load("7B", "none"), "none", one)
 
 
 def test_slow_networks_cost_and_fast_ones_do_not():
