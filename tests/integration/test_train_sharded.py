@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 WAYS = ("three", "one, then two", "three, then two", "three, then one", "three, then fsdp2")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("case", "way"),
     [
