@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
 from mllm.heads.base import MultimodalModel
 from mllm.visual_tokenizers.base import VisualTokenizer
@@ -95,7 +96,7 @@ class WholeEncoder:
             torch._dynamo.maybe_mark_dynamic(pixels, 0)
         try:
             return self.compiled(pixels)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except TorchDynamoException as error:
             self._by_layers(f"cannot be compiled as a whole ({_first_line(error)})")
         return self.encoder._call_impl(pixels)
 

@@ -102,7 +102,7 @@ def _lengths(ends_q: Tensor | None, ends_k: Tensor | None, max_q: int, max_k: in
     return {"cu_seqlens_q": ends_q, "cu_seqlens_k": ends_k, "max_seqlen_q": max_q, "max_seqlen_k": max_k}
 
 
-def _turned(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _turned(*tensors: Tensor) -> Any:
     """(B, heads, T, d) ↔ (B, T, heads, d)."""
     return tuple(tensor.transpose(1, 2) for tensor in tensors)
 

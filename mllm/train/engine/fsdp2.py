@@ -106,7 +106,7 @@ class Fsdp2Engine(Engine):
         seen: dict[int, Tensor] = {}
         for name, value in self.model.state_dict(keep_vars=True).items():
             if id(value) not in seen:
-                whole = value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
+                whole = value.full_tensor().detach() if isinstance(value, DTensor) else value.detach()
                 seen[id(value)] = whole.cpu() if self.rank == 0 else value
             if self.rank == 0:
                 state[name] = seen[id(value)]
@@ -206,7 +206,7 @@ def _fill_unused(unit: Any) -> None:
 
     def filled(*given: Any) -> None:
         for part in group.fsdp_params:
-            weight = getattr(part, "_unsharded_param", None)
+            weight: Any = getattr(part, "_unsharded_param", None)
             nothing = weight is not None and weight.grad is None and part.unsharded_accumulated_grad is None
             if nothing and weight.requires_grad:
                 weight.grad = torch.zeros_like(weight)
