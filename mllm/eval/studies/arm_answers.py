@@ -22,7 +22,7 @@ FILE = "answers.html"
 
 
 def save_answers(spec: ArmsSpec, output: Path, *, number: int = NUMBER) -> Path:
-    """Write ``answers.html`` into the study's folder, of the finished arms' first seeds. Raises `DataError` where none is finished
+    """Write ``answers.html`` into the study's folder, of each arm's first finished seed. Raises `DataError` where none is finished
     and where an arm was not asked the questions that are shown."""
     path = output / FILE
     write_atomic(path, answers_page(spec, output, number=number))
@@ -31,8 +31,12 @@ def save_answers(spec: ArmsSpec, output: Path, *, number: int = NUMBER) -> Path:
 
 def answers_page(spec: ArmsSpec, output: Path, *, number: int = NUMBER) -> str:
     """The page: ``number`` questions, pictures inside, so that it is one file that can be sent."""
-    folders = {name: run_folder(output, name, arm.seeds[0]) / "eval" for name, arm in spec.arms.items()}
-    folders = {name: folder for name, folder in folders.items() if (folder / "results.json").is_file()}
+    folders: dict[str, Path] = {}
+    for name, arm in spec.arms.items():
+        evaluated = (run_folder(output, name, seed) / "eval" for seed in arm.seeds)
+        folder = next((folder for folder in evaluated if (folder / "results.json").is_file()), None)
+        if folder is not None:
+            folders[name] = folder
     if not folders:
         raise DataError(f"{output}: no arm is trained and evaluated yet")
     first = next(iter(folders.values()))

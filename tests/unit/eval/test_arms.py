@@ -283,6 +283,9 @@ def test_the_page_of_questions_marks_every_arms_answer(spec, tmp_path):
     assert page.count("A right</span>") == 20 and "A wrong" not in page
     shown = page.count("matplotlib-")
     assert page.count("B right</span>") == shown and page.count("B wrong</span>") == 20 - shown and 0 < shown < 20
+    second = tmp_path / "second"
+    write_answers(run_folder(second, "A", 1) / "eval", lambda k, r: True)
+    assert "A right</span>" in save_answers(spec, second).read_text(), "the first seed has not run"
     rows = [{"id": str(k), "category": "rare" if k < 3 else "common"} for k in range(100)]
     picked = chosen(rows, 20)
     assert picked == chosen(reversed(rows), 20) and len(set(picked)) == 20 and {"0", "1", "2"} < set(picked)
