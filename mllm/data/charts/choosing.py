@@ -21,6 +21,9 @@ MAX_SCATTERS = 2
 """Charts of a table that can only be drawn as points: those answer few questions."""
 MAX_ROWS = 20_000
 _YEAR = re.compile(r"^(year|yr|date|time|decade|season)s?$", re.I)
+_SIGNS = "‐‑–—‘’‚“”„†‡•…‰′″‹›€−"
+"""What may stand beyond Latin-1 and is no letter: by some renderer others (emoji, dingbats, Arabic digits) come out as an empty box."""
+_WRITTEN = re.compile(r"[-+]?[€£]?\d[\d,. ]*[%€£]?")
 _SCALES = ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
 
 
@@ -47,7 +50,9 @@ def usable_columns(frame: Any, max_rows: int = MAX_ROWS) -> tuple[Columns, str |
         if reason is not None:
             found.reasons[reason] += 1
     if not found.values and not found.groups:
-        return found, "no column of numbers and none of groups: " + ", ".join(sorted(found.reasons))
+        if any(all(map(_WRITTEN.fullmatch, frame[key].dropna().astype(str).str.strip())) for key in found.keys):
+            found.reasons["numbers written as text (1,200 or 12%)"] += 1
+        return found, "no column of numbers and none of groups: " + (", ".join(sorted(found.reasons)) or "labels alone")
     if not (found.keys or found.groups or found.years or len(found.values) > 1):
         return found, ": ".join(
             ["numbers without labels", *([", ".join(sorted(found.reasons))] if found.reasons else [])]
@@ -63,7 +68,7 @@ def _place(frame: Any, column: Any, found: Columns) -> str | None:
     if not isinstance(cells, pd.Series):
         return "two columns of one name"
     if not _readable(name) or len(name) > 2 * MAX_LABEL:
-        return "a name that is too long or in letters that the renderers lack"
+        return "a name that is too long or in letters or signs that the renderers lack"
     if pd.api.types.is_datetime64_any_dtype(cells) or pd.api.types.is_timedelta64_dtype(cells):
         return "dates"
     if pd.api.types.is_numeric_dtype(cells) and not pd.api.types.is_bool_dtype(cells):
@@ -100,8 +105,8 @@ def _place_labels(name: str, cells: Any, found: Columns) -> str | None:
     distinct = labels.unique()
     if len(distinct) < 2:
         return "one label"
-    if not all(_readable(label) for label in distinct[:200]):
-        return "labels in letters that the renderers lack"
+    if not (all(map(_readable, distinct[:200])) and all(map(_in_fonts, distinct[200:]))):
+        return "labels in letters or signs that the renderers lack"
     if max(map(len, distinct[:200])) > MAX_LABEL or min(map(len, distinct[:200])) == 0:
         return "labels too long"
     if _are_dates(distinct):
@@ -116,10 +121,19 @@ def _place_labels(name: str, cells: Any, found: Columns) -> str | None:
 
 
 def _readable(text: str) -> bool:
-    """Latin, Greek or Cyrillic letters, and no signs that renderers take for markup."""
-    letters = [c for c in text if c.isalpha()]
-    known = all(unicodedata.name(c, "").startswith(("LATIN", "GREEK", "CYRILLIC")) for c in letters)
-    return known and bool(letters or text.strip()) and not set(text) & set("$\\{}^\"'`<>|\n\t\r@~#")
+    """Not empty, `_in_fonts`, and without signs that renderers take for markup."""
+    return bool(text.strip()) and _in_fonts(text) and not set(text) & set("$\\{}^\"'`<>|\n\t\r@~#")
+
+
+def _in_fonts(text: str) -> bool:
+    """Latin, Greek or Cyrillic letters, and signs that every font has."""
+    return text.isascii() or all(map(_in_font, set(text)))
+
+
+def _in_font(character: str) -> bool:
+    if character.isalpha():
+        return unicodedata.name(character, "").startswith(("LATIN", "GREEK", "CYRILLIC"))
+    return ord(character) < 0x100 or character in _SIGNS
 
 
 def _are_dates(labels: Sequence[str]) -> bool:

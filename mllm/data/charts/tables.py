@@ -6,11 +6,14 @@ import importlib
 import importlib.util
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mllm.errors import ConfigError, DataError, UnavailableError
 from mllm.install import install_hint, package_hint
@@ -48,7 +51,7 @@ def names_apart(tables: Sequence[TableFile]) -> list[str]:
 
 
 def find_tables(place: str, cache: Path) -> list[TableFile]:
-    """Every table of a file, a folder or ``package:NAME``, in order of their names.
+    """Every table of a file, a folder or ``package:NAME``, in order of their names; hidden files and folders (``.name``) are passed over.
 
     A package's pickles are read once, in a process of their own, and kept as parquet in ``cache``. Raises `ConfigError` for a
     place without tables, `UnavailableError` for a package that is not installed.
@@ -60,7 +63,9 @@ def find_tables(place: str, cache: Path) -> list[TableFile]:
     if place.startswith(PACKAGE) and any(_suffix(path) in PICKLES for path in root.rglob("*")):
         root = _unpacked(root, cache)
     files = [root] if root.is_file() else sorted(root.rglob("*"))
-    found = [_table_file(path, root) for path in files if path.is_file() and _suffix(path) in READ]
+    found = [
+        _table_file(path, root) for path in files if path.is_file() and _suffix(path) in READ and _shows(path, root)
+    ]
     if not found:
         raise ConfigError(f"{place}: holds no table ({', '.join(sorted(READ))})")
     return found
@@ -75,14 +80,39 @@ def read_table(table: TableFile) -> Any:
     kind = READ[_suffix(table.path)]
     try:
         if kind == "parquet":
-            return pd.read_parquet(table.path)
+            return _plain_numbers(pd.read_parquet(table.path))
         if kind == "r":
             return _read_r(table.path)
-        return pd.read_csv(table.path, sep="\t" if kind == "tsv" else ",")
-    except UnavailableError:
+        return _read_text(table.path, "\t" if kind == "tsv" else ",")
+    except (DataError, UnavailableError):
         raise
+    except UnicodeDecodeError as error:
+        raise DataError("cannot be read (not in UTF-8)") from error
     except Exception as error:  # readers raise whatever they like; the table is named and counted
         raise DataError(f"cannot be read ({type(error).__name__})") from error
+
+
+def _read_text(path: Path, separator: str) -> Any:
+    """A csv or tsv file. Raises `DataError` where its header is separated by something else, or shorter than its rows."""
+    import pandas as pd
+
+    with path.open(encoding="utf-8-sig") as handle:
+        header = handle.readline()
+    if header.count(";") > header.count(separator):
+        raise DataError(f"columns separated by semicolons; save it with {'tabs' if separator == chr(9) else 'commas'}")
+    frame = pd.read_csv(path, sep=separator)
+    if frame.index.nlevels > 1:  # pandas takes what the header has no name for as an index
+        raise DataError("rows of more cells than the header has")
+    return frame
+
+
+def _plain_numbers(frame: Any) -> Any:
+    """A frame whose columns of decimals are floats."""
+    from decimal import Decimal
+
+    odd = [name for name in frame.columns if frame[name].dtype == object]
+    decimals = [name for name in odd if {type(cell) for cell in frame[name].dropna()} == {Decimal}]
+    return frame.astype(dict.fromkeys(decimals, float)) if decimals else frame
 
 
 def require_pandas() -> None:
@@ -95,6 +125,11 @@ def require_pandas() -> None:
 def _table_file(path: Path, root: Path) -> TableFile:
     inner = path.relative_to(root).parent.as_posix() if root.is_dir() else "."
     return TableFile(source=root.name if inner == "." else inner, name=path.name.split(".")[0], path=path)
+
+
+def _shows(path: Path, root: Path) -> bool:
+    """Whether neither the file nor a folder below ``root`` is hidden: editors and systems leave copies of tables in those."""
+    return path == root or not any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def _suffix(path: Path) -> str:
@@ -126,11 +161,21 @@ def _read_r(path: Path) -> Any:
     if importlib.util.find_spec("rdata") is None:
         raise UnavailableError(f"{path.name}: R's files need the rdata package: {install_hint('charts')}")
     rdata: Any = importlib.import_module("rdata")
-
-    frames = [value for value in rdata.read_rda(path).values() if isinstance(value, pd.DataFrame)]
+    known = {**rdata.conversion.DEFAULT_CLASS_MAP, "Date": _times("D"), "POSIXct": _times("s")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes that it gives as what they are made of, without the file's name
+        held = rdata.read_rda(path, constructor_dict=known)
+    frames = [value for value in held.values() if isinstance(value, pd.DataFrame)]
     if not frames:
         raise DataError("holds no data frame")
     return frames[0]
+
+
+def _times(unit: str) -> Any:
+    """How R's numbers of days or seconds become times; without it they are drawn as numbers."""
+    import pandas as pd
+
+    return lambda numbers, attributes: pd.to_datetime(np.asarray(numbers, float), unit=unit).to_numpy()
 
 
 def pickled(root: Path) -> Iterator[tuple[Path, Path]]:

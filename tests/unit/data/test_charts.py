@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import random
 import shutil
 from dataclasses import replace
+from decimal import Decimal
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -22,9 +26,21 @@ from mllm.data.charts.new_labels import relabelled, words_of
 from mllm.data.charts.questions import NOT_THERE, Balance, Question, questions
 from mllm.data.charts.renderers import RENDERERS
 from mllm.data.charts.renderers.base import Style, png
-from mllm.data.charts.tables import find_tables, names_apart
-from mllm.errors import ConfigError
+from mllm.data.charts.tables import find_tables, names_apart, read_table
+from mllm.errors import ConfigError, DataError
 
+R_DAYS = (
+    "/Td6WFoAAAFpIt42AgAhARwAAAAQz1jM4AICAO1dACkRB1RoEeRuUsqgM8UkXrtrnNeLUzcP1dKbshUqBwT4yAjz5XAXnl3ANLCsmtKqZnjMAMEa3sdX+hurd2IQ2Obs"
+    "2KdmQibD5tPo0p38Tc8r4B3311uT7R/hpybJi9pmcGJuPzFt41RK1GB58DGU6VDgPx9kToLm0kpl9gGfjkZD/InRKINygwhfxMePVtLGCU9FfX6kP6Lotg0gV8PSMjkg"
+    "SsyF1VoaXYDSI870J6+8xhly3ud1sWPFIF64UHa92CiIFnJRgmr3ZAkmvJhK5x+Fe91VaE9OazPtmPnD+RpYjinovw3Uk4pFIBlR9wAAAABCUcgVAAGFAoMEAADfsw0P"
+    "PjANiwIAAAAAAVla"
+)
+"""R's save() of a data frame: who, day (Date), at (POSIXct), size."""
+R_VECTOR = (
+    "H4sIAAAAAAAAAwtyiTDmiuBiYGBgZmBhYmJgZgUyGVhDQ9x0LRiAIkAOIwMLAyeILgMS74AYWZAvOT+3IDG5JD4zr6Q4tRBNliUpsTgVKsYLFofQ/0A6QXY6iDCAgf0H"
+    "VBqq5h8AfMAj6Z8AAAA="
+)
+"""R's save() of 1:5."""
 BARS = Chart(
     "bar", "t", "gdp by country", "country", "gdp", ("Chile", "Peru", "Cuba", "Kenya"),
     (Series("gdp", "red", (10.0, 40.0, 20.0, 5.0)),), colours=("red", "blue", "green", "pink"), others=("Spain",),
@@ -119,7 +135,16 @@ def test_a_near_miss_is_found_where_the_values_differ_by_less_than_is_written():
         (pd.DataFrame({"a": pd.date_range("2020-01-01", periods=9)}), "dates"),
         (pd.DataFrame({"a": [1, "x", 2.5, None]}), "mixed types"),
         (pd.DataFrame({"a": [np.nan] * 9, "b": [np.inf] * 9}), "missing"),
-        (pd.DataFrame({"k": ["東京", "大阪", "京都"]}), "letters that the renderers lack"),
+        (pd.DataFrame({"k": ["東京", "大阪", "京都"]}), "letters or signs that the renderers lack"),
+        (pd.DataFrame({"k": ["😀", "😢", "🥶"], "v": [1, 2, 9]}), "letters or signs that the renderers lack"),
+        (pd.DataFrame({"k": ["٣ kg", "٤ kg", "٥ kg"], "v": [1, 2, 9]}), "letters or signs that the renderers lack"),
+        (
+            pd.DataFrame({"k": [*map(str, range(1000)), "東京"], "v": np.arange(1001.0)}),
+            "numbers without labels: labels in letters or signs that the renderers lack",
+        ),
+        (pd.DataFrame({"k": ["a", "b", "c"], "v": ["1,200", "3,400", "900"]}), "numbers written as text"),
+        (pd.DataFrame({"k": ["a", "b", "c"], "v": ["12%", "34%", "9%"]}), "numbers written as text"),
+        (pd.DataFrame({"k": ["a", "b", "c"]}), "none of groups: labels alone"),
         (pd.DataFrame({"k": [f"label {k}" for k in range(10_000)] * 2}), "groups"),
         (pd.DataFrame({"v": np.arange(9.0)}), "numbers without labels"),
         (
@@ -353,6 +378,48 @@ def test_a_near_miss_has_one_wrong_fact_more_than_the_one_before():
     points = Chart("scatter", "t", "a against b", "b", "a", (), (Series("a", "pink", (1.0, 2.0), (1.0, 3.0)),))
     ((text, score),) = near_misses(points, random.Random(0))
     assert score == 0 and text.startswith("points; a against b; a ") and not text.endswith("pink")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("ort;wert\nKöln;3,5\nBonn;4,5\nUlm;9,1\n".encode(), "separated by semicolons; save it with commas"),
+        (b"who,size\nAnn,1,2,3\nBob,4,5,6\n", "rows of more cells than the header has"),
+        ("ort,wert\nKöln,3\n".encode("latin-1"), "not in UTF-8"),
+        ("ort,wert\nKöln,3\n".encode("utf-16"), "not in UTF-8"),
+    ],
+)
+def test_a_text_file_that_would_be_read_as_another_table_says_what_is_wrong(tmp_path, content, reason):
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(DataError, match=reason):
+        read_table(find_tables(str(tmp_path), tmp_path)[0])
+
+
+def test_hidden_copies_of_tables_are_passed_over(tmp_path):
+    for name in ("t.csv", ".t.csv", ".ipynb_checkpoints/t-checkpoint.csv", "__MACOSX/._t.csv"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text("who,size\nAnn,1\nBob,2\nCid,5\n")
+    assert [table.id for table in find_tables(str(tmp_path / "in"), tmp_path)] == ["in/t"]
+    assert find_tables(str(tmp_path / "in" / ".t.csv"), tmp_path)  # named by its own path it is wanted
+
+
+def test_decimals_are_numbers_and_days_of_r_are_no_numbers(tmp_path):
+    sizes = pa.array([Decimal("1.50"), Decimal("2.25"), Decimal("9.00"), Decimal("4.75")])
+    pq.write_table(pa.table({"who": ["Ann", "Bob", "Cid", "Dan"], "size": sizes}), tmp_path / "a.parquet")
+    assert usable_columns(read_table(find_tables(str(tmp_path), tmp_path)[0]))[0].values == ["size"]
+    pytest.importorskip("rdata")
+    (tmp_path / "b.RData").write_bytes(base64.b64decode(R_DAYS))
+    days = read_table(find_tables(str(tmp_path), tmp_path)[1])
+    columns, reason = usable_columns(days)
+    assert reason is None and columns.values == ["size"] and columns.keys == ["who"]
+    assert columns.reasons == {"dates": 2} and str(days["day"].iloc[0].date()) == "2020-01-01"
+
+
+def test_an_r_file_without_a_data_frame_says_so(tmp_path):
+    pytest.importorskip("rdata")
+    (tmp_path / "v.rda").write_bytes(base64.b64decode(R_VECTOR))
+    with pytest.raises(DataError, match="holds no data frame"):
+        read_table(find_tables(str(tmp_path), tmp_path)[0])
 
 
 def test_a_place_without_tables_is_refused(tmp_path):
