@@ -67,14 +67,16 @@ def register(kernels: Any = None, device: str = "CUDA") -> Registered:
     return Registered(library)
 
 
-def _forward(kernels, q, k, v, causal, scale, dropout, debug, **more) -> tuple[Tensor, Tensor]:
+def _forward(kernels: Any, *given: Any, **more: Any) -> tuple[Tensor, Tensor]:
+    q, k, v, causal, scale, dropout, debug = given
     if dropout or debug:
         raise UnavailableError("FlashAttention 4 drops no attention scores and shows none; train with attention: sdpa")
     found = kernels._flash_attn_fwd(q, k, v, softmax_scale=scale, causal=causal, return_lse=True, **more)
     return found[0], found[1].contiguous()
 
 
-def _backward(kernels, up, q, k, v, out, lse, causal, scale, dropout, **more) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(kernels: Any, *given: Any, **more: Any) -> tuple[Tensor, Tensor, Tensor]:
+    up, q, k, v, out, lse, causal, scale, dropout = given
     if dropout:
         raise UnavailableError("FlashAttention 4 drops no attention scores; train with attention: sdpa")
     exact = torch.are_deterministic_algorithms_enabled()

@@ -208,7 +208,7 @@ def _fill_unused(unit: Any) -> None:
         for part in group.fsdp_params:
             weight: Any = getattr(part, "_unsharded_param", None)
             nothing = weight is not None and weight.grad is None and part.unsharded_accumulated_grad is None
-            if nothing and weight.requires_grad:
+            if weight is not None and nothing and weight.requires_grad:
                 weight.grad = torch.zeros_like(weight)
         behind(*given)
 
