@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -24,7 +25,8 @@ NEXT = """next:
 
 @dataclass(frozen=True)
 class Form:
-    """One of the demo's two forms. tasks: benchmark → its folder below ``data``; asked: folder, row of its ``test.jsonl``, metric."""
+    """One of the demo's two forms. tasks: benchmark → its folder below ``data``; asked: folder, row of its ``test.jsonl``, metric; picked:
+    answers of each task on the page, taken whatever they are; without, the first right and the first wrong ones."""
 
     recipe: str
     output: Path
@@ -33,6 +35,7 @@ class Form:
     training: str
     tasks: dict[str, str]
     asked: tuple[tuple[str, int, str], ...]
+    picked: int = 0
 
 
 SCRATCH = Form(
@@ -48,6 +51,7 @@ REAL = Form(
     "first what its visual tokens say, from stored features, then LoRA on SmolLM2-135M",
     {"real_charts": "charts_test"},
     (("charts_test", 3, "relaxed_strict"), ("charts_test", 8, "relaxed_strict")),
+    picked=18,
 )  # fmt: skip
 
 
@@ -129,7 +133,7 @@ def demo(
         for name, whole in scores.items()
         for line, values in {name: whole, **{f"  {name}: {kind}": own for kind, own in kinds[name].items()}}.items()
     }
-    page = write_page(output, told, results, shown)
+    page = write_page(output, told, results, shown, form)
     console.rule("result")
     for name, values in told.items():
         console.print(_score_line(name, values), highlight=False)
@@ -211,13 +215,22 @@ def answer_two(checkpoint: Any, data: Path, form: Form) -> list[dict[str, Any]]:
 
 
 def write_page(
-    output: Path, scores: Mapping[str, Mapping[str, float | None]], results: Any, shown: list[dict[str, Any]]
+    output: Path,
+    scores: Mapping[str, Mapping[str, float | None]],
+    results: Any,
+    shown: list[dict[str, Any]],
+    form: Form,
 ) -> Path:
     """``demo.html``: scores, loss, right and wrong answers, links to what was written."""
     from mllm.demo.page import demo_page
     from mllm.train.observe.tracking import read_metrics
 
-    rows = [*shown, *(row for result in results.values() for row in _examples(result, output / "eval" / "thumbnails"))]
+    rows = list(shown)
+    for task, result in results.items():
+        if form.picked:
+            rows += picked(result, output / "data" / form.tasks[task], form.picked, shown)
+        else:
+            rows += _examples(result, output / "eval" / "thumbnails")
     links = {"every answer": "eval/report.html", "scores as JSON": "report.json", "the run": "run.json"}
     page = output / "demo.html"
     page.write_text(demo_page(scores, read_metrics(output), rows, links), encoding="utf-8")
@@ -239,6 +252,23 @@ def _examples(result: Any, thumbnails: Path, count: int = 2) -> list[dict[str, A
             texts = {"question": row["question"], "answer": row["output"], "target": row["target"]}
             kept.append({"image": picture, **texts, "right": entry["value"] == 1})
     return [*found[True], *found[False]]
+
+
+def picked(result: Any, folder: Path, count: int, besides: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``count`` answers of a task, right or wrong, picked by a hash of their names, with the whole pictures; none of ``besides``."""
+    from mllm.eval.predictions import read_predictions
+
+    lines = (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    pictures = {row["id"]: folder / row["image"] for row in map(json.loads, lines)}
+    label, known = result.metrics[0].label, {(row["image"], row["question"]) for row in besides}
+    rows = sorted(read_predictions(Path(result.path)), key=lambda row: hashlib.sha256(row["id"].encode()).hexdigest())
+    found = []
+    for row in rows:
+        value = row.get("scores", {}).get(label, {}).get("value")
+        if value is not None and (pictures[row["id"]], row["question"]) not in known:
+            texts = {"question": row["question"], "answer": row["output"], "target": row["target"]}
+            found.append({"image": pictures[row["id"]], **texts, "right": value == 1})
+    return found[:count]
 
 
 def add_to(app: typer.Typer) -> None:

@@ -8,13 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from mllm.svg_charts import line_chart
 
+_FEW = 256
+"""Pixels of a side up to which a picture is enlarged."""
 _STYLE = """:root{color-scheme:light dark}
 body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem}table{border-collapse:collapse}
 th,td{padding:.3rem .9rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}th:first-child,td:first-child{text-align:left}
-figure{display:flex;gap:1.5rem;align-items:center;margin:1.5rem 0}figure img{width:16rem;image-rendering:pixelated;border:1px solid #ccc}
+figure{display:flex;gap:1.5rem;align-items:center;margin:1.5rem 0}figure img{width:24rem;border:1px solid #ccc}
+figure img.few{width:16rem;image-rendering:pixelated}
 .right{color:#0a7a2f}.wrong{color:#b00020}.t{color:#666;font-size:.9rem}svg{display:block;width:100%;max-width:40rem;height:auto}
 @media(max-width:40rem){figure{display:block}th,td{padding:.3rem .35rem;font-size:.92rem}}
 @media(prefers-color-scheme:dark){body{color:#eee;background:#151515}.right{color:#7ddc9a}.wrong{color:#ff8a8a}.t{color:#999}
@@ -76,10 +81,12 @@ def _answer(row: Mapping[str, Any]) -> str:
     picture = (
         f"data:image/{'jpeg' if path.suffix == '.jpg' else 'png'};base64,{base64.b64encode(path.read_bytes()).decode()}"
     )
+    with Image.open(path) as opened:  # of few pixels, each is shown; letters in a larger one would be torn by that
+        few = " class=few" if max(opened.size) <= _FEW else ""
     word = "right" if row["right"] else "wrong"
     mark = "✓" if row["right"] else "✗"
     return (
-        f'<figure><img src="{picture}" alt=""><figcaption><p><b>{html.escape(row["question"])}</b></p>'
+        f'<figure><img{few} src="{picture}" alt=""><figcaption><p><b>{html.escape(row["question"])}</b></p>'
         f"<p class={word}>{mark} {html.escape(row['answer']) or 'no words'} <span class=t>({word})</span></p>"
         f"<p class=t>target: {html.escape(str(row['target']))}</p></figcaption></figure>"
     )

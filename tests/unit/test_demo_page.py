@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 from PIL import Image
 
-from mllm.cli.demo import _kinds, _score_line, _scores
+from mllm.cli.demo import REAL, _kinds, _score_line, _scores, picked
 from mllm.demo.page import demo_page, loss_curve
 
 
@@ -54,3 +55,35 @@ def test_each_kind_of_question_stands_beside_what_it_reaches_without_the_right_p
         "colour": {"score": 80.0, "blank": 10.0, "shuffled": None, "prior": 20.0},
         "count": {"score": 40.0, "blank": 41.25, "shuffled": None, "prior": None},
     }
+
+
+def test_the_real_form_shows_twenty_questions_picked_whatever_came_out(tmp_path):
+    rows, answers = [], []
+    for k in range(40):
+        rows.append({"id": f"m-{k}", "image": f"{k}.png", "question": f"How many, {k}?", "answer": "3"})
+        value = {"relaxed": {"value": float(k % 4 == 0)}} if k else {}
+        answers.append({"id": f"m-{k}", "question": f"How many, {k}?", "output": "3", "target": "3", "scores": value})
+    for name, content in (("test.jsonl", rows), ("answers.jsonl", answers)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in content))
+    result = SimpleNamespace(metrics=[SimpleNamespace(label="relaxed")], path=tmp_path / "answers.jsonl")
+    shown = [
+        {"image": tmp_path / "3.png", "question": "How many, 3?"},
+        {"image": tmp_path / "8.png", "question": "How many, 8?"},
+    ]
+    found = picked(result, tmp_path, REAL.picked, shown)
+    names = [row["image"].name for row in found]
+    assert len(shown) + len(found) == 20 and len(set(names)) == 18
+    assert not {"0.png", "3.png", "8.png"} & set(names), "without a score, or asked already"
+    assert names == [row["image"].name for row in picked(result, tmp_path, 18, shown)] != sorted(names)
+    assert all(row["right"] == (int(row["image"].stem) % 4 == 0) for row in found)
+
+
+def test_letters_in_a_large_picture_are_not_torn_on_the_page(tmp_path):
+    for name, side in (("small", 64), ("large", 448)):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{name}.png")
+    row = {"question": "How many?", "answer": "5", "target": "4", "right": False}
+    small, large = (
+        demo_page({"charts": {"score": 5.0}}, [], [{**row, "image": tmp_path / f"{n}.png"}], {})
+        for n in ("small", "large")
+    )
+    assert "<img class=few src" in small and "<img src" in large
