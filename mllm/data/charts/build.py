@@ -281,10 +281,10 @@ def _render(jobs: dict[str, list[Any]], size: int, processes: int) -> tuple[dict
             folder.mkdir(parents=True, exist_ok=True)
 
     def collect(results: Iterable[dict[Path, str]]) -> None:
-        total = sum(map(len, jobs.values()))
+        total, often = sum(map(len, jobs.values())), min(20, max(1, len(parts) // 8))
         for done, found in enumerate(results, 1):
             hashes.update(found)
-            if done % 20 == 0:
+            if done % often == 0:
                 tell(f"{len(hashes)} of {total} charts drawn")
 
     collect(spread(_render_part, parts, processes))

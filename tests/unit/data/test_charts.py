@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from mllm.data.charts import build
 from mllm.data.charts.build import ChartSettings, build_charts, charts_of_test
 from mllm.data.charts.chart import COLOURS, Chart, Series, rounded, shown, transcript
 from mllm.data.charts.choosing import draw_charts, usable_columns
@@ -420,6 +421,15 @@ def test_an_r_file_without_a_data_frame_says_so(tmp_path):
     (tmp_path / "v.rda").write_bytes(base64.b64decode(R_VECTOR))
     with pytest.raises(DataError, match="holds no data frame"):
         read_table(find_tables(str(tmp_path), tmp_path)[0])
+
+
+@pytest.mark.parametrize(("charts", "lines"), [(600, 15), (24_000, 30)])
+def test_how_many_charts_are_drawn_is_told_of_few_and_of_many(tmp_path, monkeypatch, charts, lines):
+    told: list[str] = []
+    monkeypatch.setattr(build, "tell", told.append)
+    monkeypatch.setattr(build, "spread", lambda work, parts, _: [{job[0]: "0" for job in jobs} for _, _, jobs in parts])
+    build._render({"matplotlib": [(tmp_path / f"{k}.png", BARS, None) for k in range(charts)]}, 64, 1)
+    assert len(told) == lines and f"of {charts} charts drawn" in told[0]
 
 
 def test_a_place_without_tables_is_refused(tmp_path):
