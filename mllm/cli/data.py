@@ -168,6 +168,31 @@ def build_captions(
         typer.echo(f"{output / name}: {entry['rows']} rows")
 
 
+@build.command("pairs")
+def build_pairs(
+    predictions: Annotated[Path, typer.Argument(help="What `mllm eval` wrote: EVAL/TASK.jsonl.")],
+    rows: Annotated[Path, typer.Argument(help="The questions that it asked, e.g. the test.jsonl of drawn charts.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="File to write, in the questions' folder; default: pairs.jsonl there.", show_default=False),
+    ] = None,
+    kinds: Annotated[str, typer.Option(help="Only these kinds of questions, comma separated; default: all.")] = "",
+) -> None:
+    """Make pairs of a right and a wrong answer, for a stage of kind dpo, from what a model answered wrongly.
+
+    Right is what the question's row has, wrong is what the model said where the evaluation's first rule gives it nothing. Ask about
+    charts of sources that are trained on: the benchmark's own questions are refused.
+
+    [dim]mllm data build pairs runs/answers/real_charts.jsonl runs/charts_pairs/test.jsonl[/]
+    """
+    from mllm.eval.studies.pairs import write_pairs
+
+    made = write_pairs(predictions, rows, output or rows.parent / "pairs.jsonl", kinds=_names(kinds))
+    for reason, number in made.skipped.items():
+        typer.echo(f"  {number} left out: {reason}")
+    typer.echo(f"{made.path}: {made.rows} rows ({', '.join(f'{n} {kind}' for kind, n in made.kinds.items())})")
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 

@@ -38,6 +38,7 @@ KEPT: dict[str, str] = {
     "parts get": _HALF,
     "data build charts": _HALF,
     "data build captions": _HALF,
+    "data build pairs": _HALF,
     "data rebuild": _HALF,
     "data freeze": _NO_RESULT,
     "data points": "the files that are finished are kept; the same command writes those that are missing",

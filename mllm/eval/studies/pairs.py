@@ -1,0 +1,96 @@
+"""Which pairs of a right and a wrong answer does a model's own evaluation give, for a stage of kind ``dpo`` to learn from?"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mllm.errors import ConfigError, DataError, MllmError
+from mllm.eval.predictions import iterate_predictions
+from mllm.eval.task import load_task
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What was written. kinds: kind of question → pairs; skipped: reason → answers that gave none."""
+
+    path: Path
+    rows: int
+    kinds: dict[str, int]
+    skipped: dict[str, int]
+
+
+def write_pairs(predictions: Path, rows: Path, output: Path, *, kinds: Collection[str] = ()) -> Pairs:
+    """Write a row for every wrong answer: the row that was asked (``image``, ``question``, ``answer`` …) and, as ``rejected``, what the
+    model said, wrong by the first rule of the evaluation.
+
+    predictions: a file of `mllm eval`; rows: the file that it asked (``test.jsonl`` of `mllm data build charts`), whose pictures lie beside
+    it, as they will beside ``output``; kinds: only these kinds of questions, default all. Raises `ConfigError` for the questions of the
+    benchmark itself, for an ``output`` in another folder and for kinds that were not asked, `DataError` where the two files do not belong
+    together and where no answer is wrong.
+    """
+    if output.resolve().parent != rows.resolve().parent:
+        raise ConfigError(f"{output}: pictures are found from {rows.parent}; write the pairs there")
+    _not_the_benchmarks(predictions, rows)
+    known = _asked(rows)
+    if unknown := sorted(set(kinds) - (there := {str(row.get("kind")) for row in known.values()})):
+        raise ConfigError(f"kind of question {unknown[0]!r}: {rows} asks {', '.join(sorted(there))}")
+    found: list[dict[str, Any]] = []
+    skipped: Counter[str] = Counter()
+    for answer in iterate_predictions(predictions):
+        row = known.get(answer["id"])
+        if row is None or row["question"] != answer["question"]:
+            raise DataError(
+                f"{predictions}: answers {answer['id']!r}, which {rows} does not ask so; give the rows that it asked"
+            )
+        if kinds and row.get("kind") not in kinds:
+            skipped["of another kind"] += 1
+        elif (reason := _no_pair(answer)) is not None:
+            skipped[reason] += 1
+        else:
+            found.append({**row, "rejected": answer["output"].strip()})
+    if not found:
+        raise DataError(f"{predictions}: no wrong answer to learn from ({dict(skipped)})")
+    output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found), encoding="utf-8")
+    by_kind = Counter(str(row.get("kind")) for row in found)
+    return Pairs(output, len(found), dict(by_kind.most_common()), dict(skipped.most_common()))
+
+
+def _no_pair(answer: dict[str, Any]) -> str | None:
+    """Why an answer gives no pair."""
+    scores = list(answer.get("scores", {}).values())
+    if answer.get("error") or not scores or scores[0].get("value") is None:
+        return "without a score"
+    if scores[0]["value"] > 0:
+        return "right, or nearly"
+    return None if answer["output"].strip() else "without words"
+
+
+def _asked(rows: Path) -> dict[str, dict[str, Any]]:
+    """Id → row."""
+    try:
+        lines = rows.read_text(encoding="utf-8").splitlines()
+        found = {row["id"]: row for row in map(json.loads, lines) if {"image", "question", "answer"} <= set(row)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{rows}: cannot be read as rows with id, image, question and answer ({error})") from None
+    if not found:
+        raise DataError(f"{rows}: no row with id, image, question and answer")
+    return found
+
+
+def _not_the_benchmarks(predictions: Path, rows: Path) -> None:
+    """Whoever learns from a benchmark's own questions has no benchmark any more."""
+    try:
+        task = load_task(predictions.name.split(".")[0])
+    except MllmError:  # a benchmark of one's own by its path
+        return
+    declared = [Path(task.data_dir or "") / file.path for source in task.sources for file in source.files]
+    if task.data_dir and rows.resolve() in {path.resolve() for path in declared}:
+        raise ConfigError(
+            f"{rows}: these are what benchmark {task.name} asks; ask about other charts (`mllm data build charts … --test-sources` with "
+            f"sources that are trained on) and evaluate with --data {task.name}=FOLDER"
+        )
