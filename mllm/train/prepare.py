@@ -27,20 +27,31 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def prepare_model(model: TrainableModel, stage: StageSpec, *, device: torch.device, zero_stage: int) -> str:
-    """Bring a model into the state a stage trains it in, in place; returns the attention implementation of its language
-    model.
-
-    Parameters get the stage's dtype; buffers keep theirs (rotary tables in bf16 place distant tokens wrongly), but
-    for batch norms, whose kernels want one type.
-    """
-    dtype = DTYPES[stage.dtype]
+def give_dtype(model: nn.Module | TrainableModel, dtype: torch.dtype) -> None:
+    """Give a model's parameters this dtype, in place; quantised ones keep theirs. Buffers keep theirs too (rotary tables in bf16 place
+    distant tokens wrongly), but for batch norms, whose kernels want one type."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     for module in model.modules():
         if isinstance(module, BATCH_NORMS):
             module.to(dtype)
+
+
+def give_frozen_dtype(model: nn.Module | TrainableModel, dtype: torch.dtype) -> None:
+    """The same for what a model that learns in float32, under autocast, does not learn. Batch norms stay in float32 as a whole: autocast
+    hands them pictures of either type, and their kernels take bf16 pictures with float32 statistics but not the reverse."""
+    norms = {id(p) for module in model.modules() if isinstance(module, BATCH_NORMS) for p in module.parameters()}
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not parameter.requires_grad and id(parameter) not in norms:
+            parameter.data = parameter.data.to(dtype)
+
+
+def prepare_model(model: TrainableModel, stage: StageSpec, *, device: torch.device, zero_stage: int) -> str:
+    """Bring a model into the state a stage trains it in, in place; returns the attention implementation of its language
+    model."""
+    dtype = DTYPES[stage.dtype]
+    give_dtype(model, dtype)
     model.config.dtype = dtype
     if choose_engine(stage).name == "fsdp2" and distributed.world_size() > 1:
         from mllm.train.engine.fsdp2 import share_layers  # torch.distributed.fsdp takes a second to import

@@ -125,6 +125,22 @@ def test_two_machines_prefer_what_one_process_does_and_draw_for_the_next_stage(t
     assert found[-1]["reward_std"] > 0 and (tmp_path / "two" / "final" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dpo", "grpo"])
+def test_a_frozen_encoder_with_batch_norms_goes_with_bfloat16(tmp_path, kind):
+    """Its weights were bf16 and its statistics float32, which no kernel takes."""
+    rewards = {"rewards": [f"{__name__}:character_sum"], "num_generations": 2, "max_completion_length": 3, "beta": 0.1}
+    recipe = _recipe(tmp_path, kind, {"beta": 0.5} if kind == "dpo" else rewards, steps=1, dtype="bfloat16")
+    options = {"stem_type": "", "stem_width": 8, "channels": [8, 8, 16, 16]}
+    net = {"type": "timm", "architecture": "resnet10t", "options": options, "image_size": 32, "layers": [-1]}
+    recipe.model.encoders = (
+        type(recipe.model).model_validate(recipe.model.model_dump() | {"encoders": {"a": net}}).encoders
+    )
+    state = load_file(run_recipe(recipe) / "model.safetensors")
+    assert len(_records(tmp_path / "run")) == 1
+    assert {value.dtype for key, value in state.items() if "running_" in key} == {torch.bfloat16}
+
+
 def write_clips(folder, count=6):
     """Questions of VSI-Bench's two kinds about clips of 3 to 8 frames."""
     (folder / "data").mkdir(parents=True)

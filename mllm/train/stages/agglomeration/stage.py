@@ -25,6 +25,7 @@ from mllm.encoders.catalogue import build_encoder, encoder_config
 from mllm.errors import ConfigError
 from mllm.processing.protocol import Processor
 from mllm.recipe import StageSpec
+from mllm.train.prepare import give_dtype
 from mllm.train.stages.kind import StageKind
 from mllm.train.stages.masked.stage import PictureReader
 from mllm.train.stages.one_encoder import EncoderModel, check_one_encoder, encoder_to_train, train_one_encoder
@@ -152,7 +153,8 @@ def build_agglomeration(
         made = build_encoder(encoder_config(spec, where=f"{where}.options.teachers.{teacher}"))
         if getattr(made.config, "weights", None) is not None:
             made.load_pretrained()
-        teachers[teacher] = made.requires_grad_(False).eval().to(dtype)
+        teachers[teacher] = made.requires_grad_(False).eval()
+        give_dtype(made, dtype)
         reader.specs[teacher] = made.describe(made.config).image
         reader.keys[teacher] = f"teacher_{teacher}"
     return AgglomerationModel(name, encoders[name], teachers, options, reader.keys), reader

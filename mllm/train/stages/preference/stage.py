@@ -47,6 +47,7 @@ from mllm.train.engine.groups import apply_learning, frozen_summary, groups_tabl
 from mllm.train.engine.optim import build_optimizer
 from mllm.train.engine.schedule import rate_factor
 from mllm.train.observe.progress import StageDisplay
+from mllm.train.prepare import DTYPES, give_dtype, give_frozen_dtype
 from mllm.train.stages.kind import StageKind
 from mllm.train.stages.preference.one_pixel_tensor import OnePixelTensor, read_video
 from mllm.train.start import start_model
@@ -179,9 +180,7 @@ def train_preference(run: Run, stage: StageSpec, previous: Path | None, folder: 
     groups = apply_learning(model, stage)
     set_modes(model)
     if stage.dtype == "bfloat16":  # learned weights stay fp32, the rest is computed and kept in bf16
-        for parameter in model.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.bfloat16)
+        give_frozen_dtype(model, torch.bfloat16)
     display.print(groups_table(stage, groups, frozen_summary(model)))
     if (line := rows_line(model, stage)) is not None:
         display.print(line)
@@ -228,7 +227,8 @@ def train_preference(run: Run, stage: StageSpec, previous: Path | None, folder: 
     if done < steps:
         return False
     model.__dict__.pop("forward", None)  # TRL's
-    model.requires_grad_(True).to("cpu", torch.bfloat16 if stage.dtype == "bfloat16" else torch.float32)
+    model.requires_grad_(True).to("cpu")
+    give_dtype(model, DTYPES[stage.dtype])
     model.config.dtype = next(model.parameters()).dtype
     tell_dropped(run, stage, display)
     if run.info is not None:

@@ -26,7 +26,7 @@ from mllm.processing.questions import question_text
 from mllm.recipe import StageSpec
 from mllm.routers.build import build_router
 from mllm.train.checkpoint.export import save_stage
-from mllm.train.prepare import DTYPES
+from mllm.train.prepare import DTYPES, give_dtype
 from mllm.train.stages.kind import StageKind
 from mllm.train.stages.routing.losses import label_source
 from mllm.train.stages.routing.step import learning_to_route
@@ -160,7 +160,8 @@ def _measured(
     """The run's folder of label files, complete."""
     folder = run.output / "routing_labels" / stage.name
     device = distributed.local_device()
-    model.to(device, DTYPES[stage.dtype])  # pyright: ignore[reportArgumentType]
+    give_dtype(model, DTYPES[stage.dtype])
+    model.to(device)  # pyright: ignore[reportArgumentType]
     for source, rows in open_sources(stage.data):
         label_source(
             model,
