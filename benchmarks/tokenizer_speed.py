@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mllm.models.compilation import compile_tokenizer
 from mllm.visual_tokenizers.base import build_tokenizer
 from mllm.visual_tokenizers.losses import TokenizerLosses
+from mllm.visual_tokenizers.quantizers import search as searching
 from mllm.visual_tokenizers.quantizers.search import nearest_codes
 from mllm.visual_tokenizers.recipe import load_training
 
@@ -57,17 +58,42 @@ def naive_search(z: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return distance.argmin(1)
 
 
+def kernel_forms(z: torch.Tensor, table: torch.Tensor, repeats: int) -> dict:
+    """The kernel in several sizes of its blocks and precisions of its products, each with the ids that then differ."""
+    kernel = searching.Launch
+    usual = (kernel.positions, kernel.codes, kernel.warps, kernel.precision)
+    expected, found = nearest_codes(z, table), {}
+    forms = [(64, 64, 4), (64, 128, 4), (128, 64, 8), (64, 32, 4), (32, 64, 4), (128, 128, 8)]
+    for form in [usual, *((*size, precision) for precision in ("ieee", "tf32x3") for size in forms)]:
+        kernel.positions, kernel.codes, kernel.warps, kernel.precision = form
+        try:
+            work = partial(nearest_codes, z, table)
+            found[str(form)] = {
+                "milliseconds": round(1e3 * measure(work, z.device, warm=2, repeats=repeats)["seconds"], 3),
+                "differ": int((work() != expected).sum()),
+            }
+        except Exception as error:
+            found[str(form)] = {"failed": f"{type(error).__name__}: {error}"[:300]}
+        print(json.dumps({str(form): found[str(form)]}), flush=True)
+    kernel.positions, kernel.codes, kernel.warps, kernel.precision = usual
+    return found
+
+
 @torch.no_grad()
 def search(arguments: argparse.Namespace, device: torch.device) -> dict:
     generator = torch.Generator().manual_seed(0)
     normal = lambda *shape: nn.functional.normalize(torch.randn(*shape, generator=generator), dim=1).to(device)  # noqa: E731
     z, table = normal(arguments.positions, arguments.dim), normal(arguments.codes, arguments.dim)
     ids = nearest_codes(z, table)
+    kernels = kernel_forms(z, table, arguments.repeats) if device.type == "cuda" else {}
+    searching.LARGEST_FUSED_DIM = 0  # from here on as without the kernel
     some = torch.randperm(len(z), generator=generator)[:512].to(device)
     exact = torch.cat([(row[None].double() - table.double()).square().sum(1).argmin()[None] for row in z[some]])
     result = {
         "shape": [arguments.positions, arguments.codes, arguments.dim],
         "ids_equal_fp64_reference": bool((ids[some] == exact).all()),
+        "ids_that_differ_from_blocked": int((ids != nearest_codes(z, table)).sum()),
+        "kernel": kernels,
         "blocked": measure(lambda: nearest_codes(z, table), device, warm=1, repeats=arguments.repeats),
         "blocked_without_refinement": measure(
             lambda: nearest_codes(z, table, refine=False), device, warm=1, repeats=arguments.repeats

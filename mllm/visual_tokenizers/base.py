@@ -207,8 +207,9 @@ class VisualTokenizer(nn.Module):
                 raise ConfigError(
                     f"codes of {key!r} must be (B, {self.num_positions[key]}, {depth}), got {tuple(ids.shape)}"
                 )
-            if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= size):
-                bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+            low, high = torch.stack(ids.aminmax()).tolist() if ids.numel() else (0, 0)
+            if low < 0 or high >= size:
+                bad = low if low < 0 else high
                 raise ConfigError(f"codes of {key!r}: id {bad} is out of range 0 to {size - 1}")
 
     def save_pretrained(self, directory: str | Path) -> None:

@@ -121,12 +121,15 @@ class TokenFlow(VisualTokenizer):
         """``(B, N, D)`` → its ``semantic`` and ``pixel`` channels."""
         return dict(zip(self.part_dims, vectors.split(list(self.part_dims.values()), dim=-1)))
 
-    def _quantize(self, pixels: Tensor) -> QuantizerOutput:
+    def _vectors(self, pixels: Tensor) -> Tensor:
         pixels = self.check_pixels(pixels)
         semantic = self.to_semantic(self.student(pixels))
         z = self.to_pixel(self.encoder(self._resized(pixels, self.pixel_size)))
         parts = {"semantic": semantic, "pixel": to_tokens(z)}
-        return self.quantizer(torch.cat([parts[name] for name in self.part_dims], -1))
+        return torch.cat([parts[name] for name in self.part_dims], -1)
+
+    def _quantize(self, pixels: Tensor) -> QuantizerOutput:
+        return self.quantizer(self._vectors(pixels))
 
     @staticmethod
     def _resized(pixels: Tensor, size: int) -> Tensor:
@@ -141,7 +144,7 @@ class TokenFlow(VisualTokenizer):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> VisualCodes:
-        return self._codes(self._quantize(pixels).codes)
+        return self._codes(self.quantizer.encode(self._vectors(pixels)))
 
     def quantized(self, pixels: Tensor) -> tuple[VisualCodes, dict[str, Tensor]]:
         out = self._quantize(pixels)

@@ -54,6 +54,11 @@ class Quantizer(nn.Module):
         """z ``(B, N, D)`` → codes and their vectors. B = 0 is legal."""
         raise NotImplementedError
 
+    @torch.no_grad()
+    def encode(self, z: Tensor) -> Tensor:
+        """z ``(B, N, D)`` → the codes ``(B, N', Q)`` of `forward` alone, without its losses and usages."""
+        return self(z).codes
+
     def embed(self, codes: Tensor) -> Tensor:
         """codes ``(B, N', Q)`` → ``(B, N, D)``, the sum over depth or scales. Raises `ConfigError` for ids out of
         range."""
@@ -75,7 +80,7 @@ class Quantizer(nn.Module):
         if codes.dtype not in (torch.int64, torch.int32):
             raise ConfigError(f"codes must be whole numbers (int64), got {codes.dtype}")
         if codes.numel():
-            low, high = int(codes.min()), int(codes.max())
+            low, high = torch.stack(codes.aminmax()).tolist()
             if low < 0 or high >= self.size:
                 bad = low if low < 0 else high
                 raise ConfigError(f"code id {bad} is out of range: this codebook has ids 0 to {self.size - 1}")

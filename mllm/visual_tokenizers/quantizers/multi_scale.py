@@ -79,6 +79,18 @@ class MultiScaleQuantizer(Quantizer):
             batch_usage(joined, self.size),
         )
 
+    @torch.no_grad()
+    def encode(self, z: Tensor) -> Tensor:
+        residual = self._map(check_input(z, self.dim), self.side)
+        tables, codes = self.inner.search_tables(), []
+        for scale in self.scales:
+            small = F.interpolate(residual, size=(scale, scale), mode="area")
+            found, quantized = self.inner.nearest(small.flatten(2).transpose(1, 2), tables)
+            codes.append(found)
+            if scale != self.side:
+                residual = residual - self._upsample(self._map(quantized, scale))
+        return torch.cat(codes, 1)
+
     def _dropped(self) -> int | None:
         """Position of the scale to leave out this time. A counted draw, so that all ranks leave out the same one."""
         if self.config.drop == 0 or len(self.scales) == 1 or not (self.training and torch.is_grad_enabled()):
@@ -97,7 +109,7 @@ class MultiScaleQuantizer(Quantizer):
         return F.interpolate(small, size=(self.side, self.side), mode="bicubic")
 
     def split_scales(self, codes: Tensor) -> list[Tensor]:
-        """Codes ``(B, sum(s²), 1)`` → one ``(B, s², 1)`` per scale. Raises `ConfigError` for another length."""
+        """Codes ``(B, sum(s²), 1)``, or their vectors, → one ``(B, s², 1)`` per scale. Raises `ConfigError` for another length."""
         if codes.shape[1] != self.num_positions:
             raise ConfigError(f"scales {self.scales} have {self.num_positions} codes, got {codes.shape[1]}")
         return list(codes.split([s * s for s in self.scales], dim=1))
@@ -107,7 +119,8 @@ class MultiScaleQuantizer(Quantizer):
 
     def embed(self, codes: Tensor) -> Tensor:
         self.check_codes(codes)
-        parts = zip(self.scales, self.split_scales(codes))
-        total = sum(self._upsample(self._map(self.inner.embed(part), scale)) for scale, part in parts)
+        vectors = F.embedding(codes[..., 0], self.inner.table())
+        parts = zip(self.scales, self.split_scales(vectors))
+        total = sum(self._upsample(self._map(part, scale)) for scale, part in parts)
         assert isinstance(total, Tensor)
         return total.flatten(2).transpose(1, 2)

@@ -107,13 +107,14 @@ class VectorQuantizer(Quantizer):
         """All entries ``(K, D)``, parts side by side."""
         return torch.cat(self.tables(), dim=-1)
 
+    def _scaled(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat([weight**0.5 * part for weight, part in zip(self.weights, parts)], -1)
+
     def forward(self, z: Tensor) -> QuantizerOutput:
         z = check_input(z, self.dim)
         inputs, tables = self._normalise(self.split(z)), self.tables()
         z = torch.cat(inputs, -1)
-        scaled = [w**0.5 for w in self.weights]
-        search_z = torch.cat([s * part for s, part in zip(scaled, inputs)], -1).flatten(0, 1)
-        search_table = torch.cat([s * part for s, part in zip(scaled, tables)], -1)
+        search_z, search_table = self._scaled(inputs).flatten(0, 1), self._scaled(tables)
         ids = nearest_codes(search_z, search_table)
         quantized = torch.cat([F.embedding(ids, table) for table in tables], -1).view_as(z)
         losses = self._losses(z, quantized, search_z, search_table)
@@ -122,6 +123,22 @@ class VectorQuantizer(Quantizer):
                 book.observe(part.detach().flatten(0, 1), ids)
         codes = ids.view(*z.shape[:2], 1)
         return QuantizerOutput(straight_through(z, quantized), codes, losses, batch_usage(codes, self.size))
+
+    def search_tables(self) -> tuple[Tensor, Tensor]:
+        """All entries ``(K, D)``, as they come out and as they are searched: for `nearest`, made once for many calls."""
+        tables = self.tables()
+        return torch.cat(tables, -1), self._scaled(tables)
+
+    def nearest(self, z: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Vectors ``(B, N, D)``, fp32 → their codes ``(B, N, 1)`` and what stands for them ``(B, N, D)``: what `forward` gives, alone."""
+        inputs = self._normalise(self.split(z))
+        ids = nearest_codes(self._scaled(inputs).flatten(0, 1), tables[1])
+        z = torch.cat(inputs, -1)
+        return ids.view(*z.shape[:2], 1), straight_through(z, F.embedding(ids, tables[0]).view_as(z))
+
+    @torch.no_grad()
+    def encode(self, z: Tensor) -> Tensor:
+        return self.nearest(check_input(z, self.dim), self.search_tables())[0]
 
     def _losses(self, z: Tensor, quantized: Tensor, search_z: Tensor, search_table: Tensor) -> dict[str, Tensor]:
         config = self.config

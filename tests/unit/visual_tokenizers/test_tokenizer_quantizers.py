@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -301,6 +305,44 @@ def test_large_search_holds_only_a_block_of_scores():
     with Watch():
         nearest_codes(z, table, max_scores=2**17)
     assert max(sizes) <= 2**17 < 2048 * 4096
+
+
+INTERPRETED = """
+import torch
+from mllm.visual_tokenizers.quantizers.search import Launch, best_two
+Launch.codes = 16
+generator = torch.Generator().manual_seed(0)
+for positions, codes, dim in ((70, 300, 5), (3, 1001, 40), (130, 200, 17)):
+    z, table = torch.randn(positions, dim, generator=generator), torch.randn(codes, dim, generator=generator)
+    table[codes - 1] = table[codes // 2] = table[20] = table[7]  # in one block, in two, in other parts of the codes
+    z[:3] = table[7] * torch.tensor([1.0, 2.0, 3.0])[:, None]
+    bias = -0.5 * table.square().sum(1)
+    scores = torch.addmm(bias, z, table.T)
+    first, second = best_two(z, table, bias)
+    assert first[:3].tolist() == [7, 7, 7] and second[:3].tolist() == [20, 20, 20], (first[:3], second[:3])
+    assert torch.equal(first[3:], scores.argmax(1)[3:])
+    assert torch.equal(second[3:], scores.scatter(1, first[:, None], -torch.inf).argmax(1)[3:])
+print("searched")
+"""
+
+
+def test_the_kernel_finds_the_best_two_codes_and_of_equal_ones_the_first():
+    pytest.importorskip("triton")
+    env = {**os.environ, "TRITON_INTERPRET": "1"}  # Triton's own interpreter runs the kernel's code on a CPU
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "searched\n", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_encoding_gives_the_codes_of_the_whole_forward_and_only_those(example):
+    torch.manual_seed(0)
+    quantizer = build_quantizer(EXAMPLES[example]).eval()
+    z = torch.randn(2, 16, quantizer.dim)
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    assert torch.equal(quantizer.encode(z), quantizer(z).codes)
+    quantizer.train().encode(z)
+    assert all(torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
+    assert quantizer.encode(z[:0]).shape[0] == 0
 
 
 @pytest.mark.parametrize("example", EXAMPLES)

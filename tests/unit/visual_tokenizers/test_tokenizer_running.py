@@ -104,14 +104,20 @@ def test_bfloat16_keeps_weights_codebooks_and_the_search_in_fp32(kind):
         expected = tokenizer.decode(tokenizer.encode(pixels))
         run_in_bfloat16(tokenizer)
         hooks = [q.register_forward_hook(lambda q, inputs, out: seen.append((q, inputs[0], out))) for q in quantizers]
-        made = tokenizer.decode(tokenizer.encode(pixels))
+        codes = tokenizer.encode(pixels)
+        made = tokenizer.decode(codes)
+        seen.clear()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            again, _ = tokenizer.quantized(pixels)
         for hook in hooks:
             hook.remove()
+        assert all(torch.equal(again.codes[name], codes.codes[name]) for name in codes.codes)
         assert len(seen) == len(quantizers) > 0
         for quantizer, vectors, out in seen:
             again = quantizer(vectors)
             assert vectors.dtype == torch.bfloat16 and out.quantized.dtype == torch.float32
             assert torch.equal(again.codes, out.codes) and torch.equal(again.quantized, out.quantized)
+            assert torch.equal(quantizer.encode(vectors), out.codes)
     assert made.dtype == torch.bfloat16
     assert all(torch.equal(value, before[key]) for key, value in tokenizer.state_dict().items())
     assert torch.nn.functional.cosine_similarity(made.float().flatten(), expected.flatten(), dim=0) > 0.8
