@@ -85,6 +85,13 @@ def build_charts(
     new_labels: Annotated[
         float, typer.Option(help="Share of training charts whose labels are other words than the table's.")
     ] = 0.0,
+    axis_rounding: Annotated[
+        float,
+        typer.Option(
+            help="Training answers and captions say a value that is not printed to the nearest step (1, 2 or 5 times a power of ten) of at "
+            "most this share of its axis, e.g. 0.01."
+        ),
+    ] = 0.0,
     per_table: Annotated[int, typer.Option(help="Charts per table, at most.")] = 10,
     max_rows: Annotated[int, typer.Option(help="Longer training tables are left out.")] = 20_000,
     size: Annotated[int, typer.Option(help="Pixels of a side.")] = 448,
@@ -129,7 +136,7 @@ def build_charts(
             sources=tuple(sources), train_charts=charts, test_charts=test_charts, renderers=names["--renderers"],
             test_renderers=names["--test-renderers"], test_sources=_names(test_sources), train_questions=questions,
             test_questions=test_questions, charts_per_table=per_table, max_rows=max_rows, size=size, seed=seed,
-            kinds=_names(kinds), worked=worked, new_labels=new_labels,
+            kinds=_names(kinds), worked=worked, new_labels=new_labels, axis_rounding=axis_rounding,
         ),
         output,
         cache=cache,
@@ -181,7 +188,7 @@ def build_pairs(
     """Make pairs of a right and a wrong answer, for a stage of kind dpo, from what a model answered wrongly.
 
     Right is what the question's row has, wrong is what the model said where the evaluation's first rule gives it nothing. Ask about
-    charts of sources that are trained on: the benchmark's own questions are refused.
+    training charts (`mllm data build questions`): the benchmark's own questions are refused.
 
     [dim]mllm data build pairs runs/answers/real_charts.jsonl runs/charts_pairs/test.jsonl[/]
     """
@@ -190,6 +197,30 @@ def build_pairs(
     made = write_pairs(predictions, rows, output or rows.parent / "pairs.jsonl", kinds=_names(kinds))
     for reason, number in made.skipped.items():
         typer.echo(f"  {number} left out: {reason}")
+    typer.echo(f"{made.path}: {made.rows} rows ({', '.join(f'{n} {kind}' for kind, n in made.kinds.items())})")
+
+
+@build.command("questions")
+def build_questions(
+    charts: Annotated[Path, typer.Argument(help="The train.jsonl of drawn charts.")],
+    output: Annotated[Path, typer.Option(help="Folder for test.jsonl; the pictures are linked there.")] = Path(
+        "runs/charts_pairs"
+    ),
+    kinds: Annotated[str, typer.Option(help="Only these kinds of questions, comma separated; default: all.")] = "",
+    limit: Annotated[int | None, typer.Option(help="Only so many, picked by a hash of their names.")] = None,
+) -> None:
+    """Write what training charts ask in the form that `mllm eval` asks, a question a row.
+
+    A model that is evaluated on them shows what it says wrongly about charts that it may learn from: the first step of `mllm data build
+    pairs`. They are not a benchmark.
+
+    [dim]mllm data build questions runs/charts/train.jsonl --kinds value,difference,two_step --limit 6000[/]
+    """
+    from mllm.eval.studies.pairs import write_questions
+
+    if limit is not None:
+        arguments.at_least(limit, 1, "--limit")
+    made = write_questions(charts, output, kinds=_names(kinds), limit=limit)
     typer.echo(f"{made.path}: {made.rows} rows ({', '.join(f'{n} {kind}' for kind, n in made.kinds.items())})")
 
 

@@ -39,6 +39,7 @@ KEPT: dict[str, str] = {
     "data build charts": _HALF,
     "data build captions": _HALF,
     "data build pairs": _HALF,
+    "data build questions": _HALF,
     "data rebuild": _HALF,
     "data freeze": _NO_RESULT,
     "data points": "the files that are finished are kept; the same command writes those that are missing",

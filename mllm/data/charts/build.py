@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mllm.data.charts.axis_rounding import as_read
 from mllm.data.charts.chart import Chart, transcript
 from mllm.data.charts.choosing import MAX_ROWS, draw_charts, usable_columns
 from mllm.data.charts.duplicates import Fingerprint, Known, fingerprint
@@ -44,7 +45,8 @@ class ChartSettings:
     charts are drawn by every renderer of ``test_renderers``, from the same tables with the same questions. max_rows: of training
     tables; longer test tables still tell which training tables are copies. kinds: only these kinds of questions
     (`KINDS`, `LABEL`); default: all. worked: training answers to differences and comparisons name the values first (``842 - 616 =
-    226``); the test's never do. new_labels: share of training charts whose names are other words than their table's."""
+    226``); the test's never do. new_labels: share of training charts whose names are other words than their table's. axis_rounding:
+    training answers and captions say a value that is not printed to the nearest step of at most this share of its axis."""
 
     sources: tuple[str, ...]
     train_charts: int = 2000
@@ -61,6 +63,7 @@ class ChartSettings:
     kinds: tuple[str, ...] = ()
     worked: bool = False
     new_labels: float = 0.0
+    axis_rounding: float = 0.0
 
     @property
     def shares(self) -> dict[str, float]:
@@ -101,6 +104,8 @@ def build_charts(
     shares = settings.shares
     if not 0 <= settings.new_labels <= 1:
         raise ConfigError(f"new labels for {settings.new_labels:g} of the training charts: a share from 0 to 1")
+    if not 0 <= settings.axis_rounding <= 0.05:
+        raise ConfigError(f"axis rounding {settings.axis_rounding:g}: a share of the axis from 0 to 0.05, e.g. 0.01")
     for name in dict.fromkeys((*settings.renderers, *settings.test_renderers)):
         RENDERERS.get(name).require()
     if (known := _complete(output, settings)) is not None:
@@ -213,8 +218,9 @@ def _train_rows(
     for chart in charts:
         if number == settings.train_charts:
             break
+        told = as_read(chart, settings.axis_rounding)
         chosen = balance.choose(
-            questions(chart, rng, labels_apart=settings.labels_apart), settings.train_questions, rng, slack=1_000_000
+            questions(told, rng, labels_apart=settings.labels_apart), settings.train_questions, rng, slack=1_000_000
         )
         if not chosen:
             continue
@@ -228,9 +234,9 @@ def _train_rows(
         bare = {"answers": [question.answer for question in chosen]} if settings.worked else {}
         row = {"id": f"train-{number:06d}", "messages": picture_messages(name, exchanges), "kinds": kinds}
         rows["train.jsonl"].append({**row, **bare, **extra})
-        messages = picture_messages(name, [(REQUEST, transcript(chart))])
+        messages = picture_messages(name, [(REQUEST, transcript(told))])
         rows["captions.jsonl"].append({"id": f"caption-{number:06d}", "messages": messages, **extra})
-        misses = near_misses(chart, random.Random(f"{settings.seed}/near misses/{number}"))
+        misses = near_misses(told, random.Random(f"{settings.seed}/near misses/{number}"))
         others = {"negatives": [text for text, _ in misses], "negative_scores": [score for _, score in misses]}
         rows["statements.jsonl"].append({"id": f"statement-{number:06d}", "messages": messages, **others, **extra})
         number += 1
@@ -360,7 +366,12 @@ def _complete(root: Path, settings: ChartSettings) -> dict[str, Any] | None:
     try:
         manifest = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
         wanted = json.loads(json.dumps(asdict(settings)))
-        earlier = {"kinds": [], "worked": False, "new_labels": 0.0}  # what manifests of before lack
+        earlier = {
+            "kinds": [],
+            "worked": False,
+            "new_labels": 0.0,
+            "axis_rounding": 0.0,
+        }  # what manifests of before lack
         found = {**earlier, **manifest["settings"]}
         if "labels_apart" not in manifest and "colour" in found["kinds"]:  # whoever wanted colours was asked labels too
             place = found["kinds"].index("colour") + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection
@@ -58,6 +59,69 @@ def write_pairs(predictions: Path, rows: Path, output: Path, *, kinds: Collectio
     output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found), encoding="utf-8")
     by_kind = Counter(str(row.get("kind")) for row in found)
     return Pairs(output, len(found), dict(by_kind.most_common()), dict(skipped.most_common()))
+
+
+def write_questions(charts: Path, output: Path, *, kinds: Collection[str] = (), limit: int | None = None) -> Pairs:
+    """Write what training charts ask as a benchmark asks it, a question a row, to ``output/test.jsonl``, so that a model can be evaluated
+    on it (``--data real_charts=OUTPUT``) and learn from what it says wrongly. Training charts are drawn of no table that the benchmark
+    holds, nor of a copy of one; charts drawn anew of the same sources may be.
+
+    charts: ``train.jsonl`` of `mllm data build charts`; its pictures are linked into ``output``. kinds: only these kinds of questions;
+    limit: only so many, by a hash of their names. Raises `ConfigError` for kinds that are not asked and for a folder that holds these
+    charts or others, `DataError` for a file without kinds.
+    """
+    if output.resolve() == charts.resolve().parent:
+        raise ConfigError(f"{output}: holds the charts themselves; give another folder, e.g. {output}_pairs")
+    found = [question for row in _drawn(charts) for question in _questions(row)]
+    if unknown := sorted(set(kinds) - (there := {row["kind"] for row in found})):
+        raise ConfigError(f"kind of question {unknown[0]!r}: {charts} asks {', '.join(sorted(there))}")
+    wanted = [row for row in found if not kinds or row["kind"] in kinds]
+    wanted = sorted(wanted, key=lambda row: hashlib.sha256(row["id"].encode()).digest())[:limit]
+    output.mkdir(parents=True, exist_ok=True)
+    for folder in sorted({Path(row["image"]).parts[0] for row in wanted}):
+        link, pictures = output / folder, (charts.parent / folder).resolve()
+        if not link.exists():
+            link.symlink_to(pictures, target_is_directory=True)
+        elif link.resolve() != pictures:
+            raise ConfigError(f"{link}: holds other pictures than {pictures}; give another folder")
+    path = output / "test.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in wanted), encoding="utf-8")
+    by_kind = Counter(row["kind"] for row in wanted)
+    return Pairs(
+        path, len(wanted), dict(by_kind.most_common()), {"of another kind or above the limit": len(found) - len(wanted)}
+    )
+
+
+def _drawn(charts: Path) -> list[dict[str, Any]]:
+    try:
+        rows = [json.loads(line) for line in charts.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{charts}: cannot be read as the train.jsonl of drawn charts ({error})") from None
+    if not rows or any(
+        not isinstance(row, dict) or not {"id", "messages", "kinds", "table"} <= set(row) for row in rows
+    ):
+        raise DataError(
+            f"{charts}: expected rows with id, messages, kinds and table, as `mllm data build charts` writes train.jsonl"
+        )
+    return rows
+
+
+def _questions(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """A chart's questions, each by itself."""
+    first, *_ = row["messages"]
+    image = next(part["image"] for part in first["content"] if part["type"] == "image")
+    said = [
+        "".join(part.get("text", "") for part in turn["content"]).strip()
+        if isinstance(turn["content"], list)
+        else turn["content"]
+        for turn in row["messages"]
+    ]
+    pairs = zip(said[::2], said[1::2], row["kinds"], strict=True)
+    kept = {"table": row["table"], "chart": row.get("chart"), "renderer": row.get("renderer"), "printed": False}
+    return [
+        {"id": f"{row['id']}-{number}", "image": image, "question": question, "answer": answer, "kind": kind, **kept}
+        for number, (question, answer, kind) in enumerate(pairs)
+    ]
 
 
 def _no_pair(answer: dict[str, Any]) -> str | None:

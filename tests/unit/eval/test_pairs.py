@@ -13,7 +13,9 @@ from mllm.cli.main import app
 from mllm.data.mixture import load_mixture
 from mllm.data.sources import open_source
 from mllm.errors import ConfigError, DataError
-from mllm.eval.studies.pairs import write_pairs
+from mllm.eval.data.loading import load_data
+from mllm.eval.studies.pairs import write_pairs, write_questions
+from mllm.eval.task import load_task
 from mllm.recipe import load_recipe
 from mllm.train.stages.preference.stage import check_preference
 from tests.helpers import picture
@@ -98,3 +100,64 @@ def test_the_benchmarks_own_questions_are_no_training_data(asked, tmp_path, monk
     own = tmp_path / "runs" / "charts_test" / "test.jsonl"
     with pytest.raises(ConfigError, match="what benchmark real_charts asks"):
         write_pairs(predictions, own, own.with_name("pairs.jsonl"))
+
+
+def _charts(folder):
+    """Two training charts, the second with two questions."""
+    folder.mkdir()
+    (folder / "train").mkdir()
+    picture().save(folder / "train" / "0.png")
+    seen = {"type": "image", "image": "train/0.png"}
+
+    def row(number, kinds):
+        turns: list[dict[str, Any]] = []
+        for kind in kinds:
+            question = f"What {kind} is {number}?"
+            content = question if turns else [seen, {"type": "text", "text": f"\n{question}"}]
+            turns += [{"role": "user", "content": content}, {"role": "assistant", "content": str(number)}]
+        return {
+            "id": f"train-{number}",
+            "messages": turns,
+            "kinds": kinds,
+            "table": f"t/{number}",
+            "chart": "bar",
+            "renderer": "matplotlib",
+        }
+
+    (folder / "train.jsonl").write_text(
+        "".join(json.dumps(row(n, k)) + "\n" for n, k in enumerate([["colour"], ["value", "colour"]]))
+    )
+    return folder / "train.jsonl"
+
+
+def test_training_charts_ask_as_the_benchmark_does(tmp_path):
+    charts, output = _charts(tmp_path / "charts"), tmp_path / "charts_pairs"
+    result = CliRunner().invoke(
+        app, ["data", "build", "questions", str(charts), "--output", str(output), "--kinds", "value"]
+    )
+    assert result.exit_code == 0 and "1 rows (1 value)" in result.output, result.output
+    assert write_questions(charts, output).kinds == {"colour": 2, "value": 1}
+    rows = {row["id"]: row for row in map(json.loads, (output / "test.jsonl").read_text().splitlines())}
+    assert rows["train-1-1"]["question"] == "What colour is 1?" and rows["train-1-1"]["answer"] == "1"
+    assert rows["train-0-0"]["question"] == "What colour is 0?", "without the line break behind the picture"
+    (tmp_path / "real_charts.jsonl").write_text(
+        json.dumps(_answer("train-1-0", "7", 0.0, question=rows["train-1-0"]["question"])) + "\n"
+    )
+    assert write_pairs(tmp_path / "real_charts.jsonl", output / "test.jsonl", output / "pairs.jsonl").rows == 1
+    data = load_data(load_task("real_charts"), data={"real_charts": output})
+    assert {item.id for item in data.items} == set(rows)
+    assert all(item.pictures[0].load()[0].size == picture().size for item in data.items), "found through the link"
+
+
+def test_questions_of_charts_are_refused_where_they_would_mix(tmp_path):
+    charts, output = _charts(tmp_path / "charts"), tmp_path / "charts_pairs"
+    with pytest.raises(ConfigError, match="holds the charts themselves"):
+        write_questions(charts, charts.parent)
+    with pytest.raises(ConfigError, match=r"'price'.*colour, value"):
+        write_questions(charts, output, kinds=["price"])
+    write_questions(charts, output, limit=1)
+    with pytest.raises(ConfigError, match="holds other pictures"):
+        write_questions(_charts(tmp_path / "others"), output)
+    charts.write_text('{"id": "a"}\n')
+    with pytest.raises(DataError, match="expected rows with id, messages, kinds and table"):
+        write_questions(charts, output)
