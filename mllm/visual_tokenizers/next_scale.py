@@ -7,9 +7,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mllm.errors import AlignmentError
+from mllm.visual_tokenizers.quantizers.multi_scale import enlarge
 from mllm.visual_tokenizers.sampling import guide, next_scale_guidance, sample
 
 VectorsOf = Callable[[Tensor], Tensor]
@@ -25,7 +25,7 @@ def _tokens(maps: Tensor) -> Tensor:
 
 
 def _resize(maps: Tensor, side: int) -> Tensor:
-    return F.interpolate(maps, size=(side, side), mode="bicubic")
+    return enlarge(maps, side)
 
 
 def split_scales(codes: Tensor, scales: Sequence[int]) -> list[Tensor]:

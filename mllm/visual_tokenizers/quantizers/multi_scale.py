@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from mllm.errors import ConfigError
 from mllm.visual_tokenizers.quantizers.base import Quantizer, QuantizerConfig, QuantizerOutput, batch_usage, check_input
+from mllm.visual_tokenizers.quantizers.search import exact_matmul
 from mllm.visual_tokenizers.quantizers.vector import VectorQuantizer, VectorQuantizerConfig
 
 
@@ -106,7 +108,7 @@ class MultiScaleQuantizer(Quantizer):
         return tokens.transpose(1, 2).unflatten(2, (side, side))
 
     def _upsample(self, small: Tensor) -> Tensor:
-        return F.interpolate(small, size=(self.side, self.side), mode="bicubic")
+        return enlarge(small, self.side)
 
     def split_scales(self, codes: Tensor) -> list[Tensor]:
         """Codes ``(B, sum(s²), 1)``, or their vectors, → one ``(B, s², 1)`` per scale. Raises `ConfigError` for another length."""
@@ -124,3 +126,24 @@ class MultiScaleQuantizer(Quantizer):
         total = sum(self._upsample(self._map(part, scale)) for scale, part in parts)
         assert isinstance(total, Tensor)
         return total.flatten(2).transpose(1, 2)
+
+
+def enlarge(small: Tensor, side: int) -> Tensor:
+    """``(B, C, s, s)`` → ``(B, C, side, side)``, bicubic.
+
+    On a CUDA GPU by one product with the interpolation's weights: torch's own kernel gives a thread to each of the ``side²`` places, which
+    then goes over all images and channels.
+    """
+    if small.device.type != "cuda":
+        return F.interpolate(small, size=(side, side), mode="bicubic")
+    with exact_matmul(small.device):
+        large = small.flatten(2) @ bicubic_weights(small.shape[-1], side, small.device).to(small.dtype)
+    return large.unflatten(2, (side, side))
+
+
+@lru_cache(maxsize=64)
+def bicubic_weights(small: int, side: int, device: torch.device) -> Tensor:
+    """What each place of a ``small × small`` map gives to each of a ``side × side`` one: ``(small², side²)``, fp32."""
+    with torch.inference_mode(False), torch.no_grad():
+        places = torch.eye(small * small).view(1, small * small, small, small)
+        return F.interpolate(places, size=(side, side), mode="bicubic")[0].flatten(1).to(device)

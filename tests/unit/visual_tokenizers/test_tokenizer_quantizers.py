@@ -16,6 +16,7 @@ from mllm.visual_tokenizers import VISUAL_TOKENIZERS
 from mllm.visual_tokenizers.quantizers import QUANTIZERS, build_quantizer
 from mllm.visual_tokenizers.quantizers.codebook import kmeans
 from mllm.visual_tokenizers.quantizers.history import HistoryFusion, MapHistory
+from mllm.visual_tokenizers.quantizers.multi_scale import bicubic_weights, enlarge
 from mllm.visual_tokenizers.quantizers.search import nearest_codes
 from mllm.visual_tokenizers.quantizers.vector import entropy_loss
 
@@ -305,6 +306,15 @@ def test_large_search_holds_only_a_block_of_scores():
     with Watch():
         nearest_codes(z, table, max_scores=2**17)
     assert max(sizes) <= 2**17 < 2048 * 4096
+
+
+@pytest.mark.parametrize(("small", "side"), [(1, 14), (4, 14), (12, 14), (14, 14), (3, 4)])
+def test_the_weights_of_the_enlargement_do_what_torchs_own_does(small, side):
+    maps = torch.randn(2, 3, small, small)
+    expected = torch.nn.functional.interpolate(maps, size=(side, side), mode="bicubic")
+    made = maps.flatten(2) @ bicubic_weights(small, side, torch.device("cpu"))
+    torch.testing.assert_close(made.unflatten(2, (side, side)), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(enlarge(maps, side), expected)
 
 
 INTERPRETED = """
