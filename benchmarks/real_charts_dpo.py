@@ -186,8 +186,10 @@ def report(options: argparse.Namespace) -> None:
 
 
 def answers(folder: Path) -> dict[str, tuple[float, str, str]]:
-    """Id → score by the headline metric, what was said, kind."""
-    found = {}
+    """Id → score by the headline metric, what was said, kind; of nothing that was asked, none."""
+    found: dict[str, tuple[float, str, str]] = {}
+    if not (folder / "results.json").is_file():
+        return found
     for line in (folder / "real_charts.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if "id" in row:

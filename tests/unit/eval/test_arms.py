@@ -256,7 +256,7 @@ def test_every_arm_of_the_study_sees_as_many_visual_tokens():
                 assert not dropped or (
                     dropped <= set(recipe.model.encoders) - experts and len(recipe.model.encoders) > 1
                 )
-    assert {name: cost["tokens"] for name, cost in costs.items()} == dict.fromkeys("ABCDEFGHIJKLMNOPQ", 196)
+    assert {name: cost["tokens"] for name, cost in costs.items()} == dict.fromkeys("ABCDEFGHIJKLMNOPQR", 196)
     assert costs["A"]["vision"] > costs["B"]["vision"] and costs["G"]["vision"] > 3 * costs["A"]["vision"]
     assert costs["F"]["vision"] < costs["A"]["vision"] and costs["A"]["language"] == costs["B"]["language"]
 
