@@ -6,11 +6,14 @@ import hashlib
 import json
 import random
 import shutil
+import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from mllm.data.charts.axis_rounding import as_read
 from mllm.data.charts.chart import Chart, transcript
@@ -24,7 +27,7 @@ from mllm.data.charts.renderers.base import Style, png
 from mllm.data.charts.tables import TableFile, find_tables, names_apart, read_table
 from mllm.data.conversations import picture_messages
 from mllm.data.parallel import chunks, spread
-from mllm.errors import ConfigError, DataError
+from mllm.errors import ConfigError, DataError, MllmError
 from mllm.progress import phase, tell
 
 VERSION = 1
@@ -275,52 +278,76 @@ def _images(row: dict[str, Any]) -> set[str]:
 
 
 def _render(jobs: dict[str, list[Any]], size: int, processes: int) -> tuple[dict[Path, str], set[str]]:
-    """(file → hash, names of pictures that could not be drawn)."""
+    """(file → hash, names of pictures that could not be drawn); why not is told. Raises `DataError` for a renderer that drew nothing."""
     parts = [
         (name, size, [content[k] for k in part])
         for name, content in jobs.items()
         for part in chunks(len(content), _CHUNK)
     ]
     hashes: dict[Path, str] = {}
+    broken: dict[str, Counter[str]] = {}
     for _, _, part in parts:
         for folder in {path.parent for path, _, _ in part}:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def collect(results: Iterable[dict[Path, str]]) -> None:
+    def collect(results: Iterable[tuple[dict[Path, str], Counter[str]]]) -> None:
         total, often = sum(map(len, jobs.values())), min(20, max(1, len(parts) // 8))
-        for done, found in enumerate(results, 1):
+        for done, (found, problems) in enumerate(results, 1):
             hashes.update(found)
+            if problems:
+                broken.setdefault(parts[done - 1][0], Counter()).update(problems)
             if done % often == 0:
                 tell(f"{len(hashes)} of {total} charts drawn")
 
     collect(spread(_render_part, parts, processes))
+    for name, problems in broken.items():
+        reason, lost = problems.most_common(1)[0][0], problems.total()
+        if lost == len(jobs[name]):
+            raise DataError(f"renderer {name} drew none of {lost} charts; the commonest reason: {reason}")
+        tell(f"! renderer {name}: {lost} of {len(jobs[name])} charts are left out, most of them for: {reason}")
     drawn = {path for _, _, part in parts for path, _, _ in part if path in hashes}
     return hashes, {"/".join(p.parts[-3:]) for _, _, part in parts for p, _, _ in part if p not in drawn}
 
 
-def _render_part(job: tuple[str, int, list[tuple[Path, Chart, Style]]]) -> dict[Path, str]:
+def _render_part(job: tuple[str, int, list[tuple[Path, Chart, Style]]]) -> tuple[dict[Path, str], Counter[str]]:
+    """(file → hash, reason → charts that it left without a picture)."""
     name, size, part = job
     renderer = RENDERERS.get(name)(size)
-    hashes = {}
-    for path, image in _drawn(renderer, part):
+    hashes: dict[Path, str] = {}
+    problems: Counter[str] = Counter()
+    for path, image in _drawn(renderer, part, problems):
         try:
             data = png(image, size)
-        except DataError:
+        except DataError as error:
+            problems[str(error)] += 1
             continue
         path.write_bytes(data)
         hashes[path] = hashlib.sha256(data).hexdigest()
-    return hashes
+    return hashes, problems
 
 
-def _drawn(renderer: Any, part: list[tuple[Path, Chart, Style]]) -> list[tuple[Path, Any]]:
-    """Pictures of a part; where one chart of it breaks the renderer, the others are drawn without it."""
+def _drawn(
+    renderer: Any, part: list[tuple[Path, Chart, Style]], problems: Counter[str]
+) -> list[tuple[Path, Image.Image]]:
+    """Pictures of a part; where one chart of it breaks the renderer, the others are drawn without it and the reason is counted."""
     try:
-        return [(p, image) for (p, _, _), image in zip(part, renderer.draw([(c, s) for _, c, s in part]), strict=True)]
-    except Exception:  # a foreign program's own errors; the chart that causes them is left out and counted
+        images = renderer.draw([(chart, style) for _, chart, style in part])
+        if len(images) != len(part):
+            raise DataError(f"draw gave {len(images)} pictures for {len(part)} charts")
+        return [(path, image) for (path, _, _), image in zip(part, images, strict=True)]
+    except Exception as error:  # a foreign program's own errors; the chart that causes them is left out and counted
         if len(part) == 1:
+            problems[_said(error)] += 1
             return []
         middle = len(part) // 2
-        return _drawn(renderer, part[:middle]) + _drawn(renderer, part[middle:])
+        return _drawn(renderer, part[:middle], problems) + _drawn(renderer, part[middle:], problems)
+
+
+def _said(error: Exception) -> str:
+    """An error in one line, with the last place of its code that is no library's."""
+    own = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
+    where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    return str(error) if isinstance(error, MllmError) else f"{type(error).__name__}: {error}{where}"
 
 
 def _reasons(reports: Iterable[TableReport]) -> Counter[str]:

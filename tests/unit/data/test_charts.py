@@ -427,9 +427,44 @@ def test_an_r_file_without_a_data_frame_says_so(tmp_path):
 def test_how_many_charts_are_drawn_is_told_of_few_and_of_many(tmp_path, monkeypatch, charts, lines):
     told: list[str] = []
     monkeypatch.setattr(build, "tell", told.append)
-    monkeypatch.setattr(build, "spread", lambda work, parts, _: [{job[0]: "0" for job in jobs} for _, _, jobs in parts])
+    monkeypatch.setattr(
+        build, "spread", lambda work, parts, _: [({job[0]: "0" for job in jobs}, {}) for _, _, jobs in parts]
+    )
     build._render({"matplotlib": [(tmp_path / f"{k}.png", BARS, None) for k in range(charts)]}, 64, 1)
     assert len(told) == lines and f"of {charts} charts drawn" in told[0]
+
+
+class Choosy:
+    """A renderer of one's own, with a mistake in it."""
+
+    breaks_on: tuple[str, ...] = ()
+
+    def __init__(self, size):
+        self.size = size
+
+    def draw(self, charts):
+        if any(chart.title in self.breaks_on for chart, _ in charts):
+            raise AttributeError("'Chart' object has no attribute 'heading'")
+        return [Image.linear_gradient("L").convert("RGB").resize((self.size, self.size)) for _ in charts]
+
+
+def test_a_renderer_that_breaks_says_where_and_one_that_draws_nothing_is_refused(tmp_path, monkeypatch):
+    """Its charts were left out without a word, and a build without any training row ended well."""
+    told: list[str] = []
+    monkeypatch.setattr(build, "tell", told.append)
+    monkeypatch.setattr(build, "RENDERERS", {"mine": Choosy})
+    jobs = {"mine": [(tmp_path / f"{k}.png", replace(BARS, title=str(k)), None) for k in range(4)]}
+    monkeypatch.setattr(Choosy, "breaks_on", ("2",))
+    hashes, failed = build._render(jobs, 64, 1)
+    assert len(hashes) == 3 and len(failed) == 1
+    (line,) = [line for line in told if line.startswith("!")]
+    assert "mine: 1 of 4 charts are left out" in line and "'heading' (test_charts.py, line " in line
+    monkeypatch.setattr(Choosy, "breaks_on", ("0", "1", "2", "3"))
+    with pytest.raises(DataError, match=r"renderer mine drew none of 4 charts.*AttributeError: 'Chart' object has no"):
+        build._render(jobs, 64, 1)
+    monkeypatch.setattr(Choosy, "draw", lambda self, charts: [])
+    with pytest.raises(DataError, match="draw gave 0 pictures for 1 charts"):
+        build._render(jobs, 64, 1)
 
 
 def test_a_place_without_tables_is_refused(tmp_path):
