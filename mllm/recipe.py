@@ -277,8 +277,8 @@ class StageSpec(StrictModel):
     """Most tokens (rows × the longest, padding included) that a process computes at once. A padded micro-batch of more is split into
     several whose gradients add up to the same, so that the longest samples need no smaller ``batch_size``. At least ``max_length``."""
     engine: str | dict[str, Any] = "none"
-    """none, sharded (ZeRO-1 in plain torch), zero1, zero2, zero3, fsdp2, a DeepSpeed json file, or auto: the one that shares least and
-    fits, by the plan and the memory of the GPUs it is started on."""
+    """none, sharded (ZeRO-1 in plain torch), zero1, zero2, zero3, fsdp2, a DeepSpeed json file, or auto: the fastest
+    that fits, as measured, by the plan and the memory of the GPUs it is started on."""
     frozen_encoders: Literal["shared", "whole"] = "shared"
     """Under ZeRO-3, encoders that do not learn: shared like everything else and gathered for every picture, or whole on each GPU, which
     takes their bytes there and no communication. With other engines they are whole."""

@@ -14,7 +14,10 @@ def plan(
         typer.Argument(help="Changes as key.sub=value, the same as for `mllm train`.", show_default=False),
     ] = None,
     processes: Annotated[
-        int, typer.Option("--processes", "--gpus", help="Planned processes, one per GPU; ZeRO shares memory over them.")
+        int,
+        typer.Option(
+            "--processes", "--gpus", help="Planned processes, one per GPU; engines but none share memory over them."
+        ),
     ] = 1,
     nodes: Annotated[int, typer.Option(help="Machines that the GPUs are in.")] = 1,
     gpu: Annotated[
@@ -54,7 +57,7 @@ def plan(
     Shapes of every join, what learns in each stage and at which rate, token lengths of the data, memory of one GPU by part,
     operations, time, disk, and hazards. Try a change before you pay for it:
 
-    [dim]mllm plan llava_1_5 stages.sft.engine=zero2 stages.sft.batch_size=4 --processes 8 --memory 80[/]
+    [dim]mllm plan llava_1_5 stages.sft.engine=sharded stages.sft.batch_size=4 --processes 8 --memory 80[/]
 
     GPUs that are not here, with a table for 8, 64 and 512 of them:
 

@@ -41,7 +41,7 @@ def rows_beside_adapter(
     where = f"stages.{stage.name}.learn.{PART}.lora"
     if zero_stage == 3:
         raise ConfigError(
-            f"{where}: {len(rows)} rows of added tokens learn beside the adapter, which ZeRO-3 cannot do; use engine: zero2, or "
+            f"{where}: {len(rows)} rows of added tokens learn beside the adapter, which ZeRO-3 cannot do; use engine: fsdp2, or "
             "added_tokens: false to leave them at their random start"
         )
     if getattr(head, "bias", None) is not None:

@@ -69,9 +69,13 @@ def _check(stage: StageSpec, device: torch.device, where: str, zero_stage: int) 
             f"{where}: adapters leave the large products frozen; float8 is for a language model that learns whole"
         )
     if choose_engine(stage).name == "fsdp2":
-        raise ConfigError(f"{where}: fsdp2 gathers weights layer by layer; float8 goes with none, zero1 and zero2")
+        raise ConfigError(
+            f"{where}: fsdp2 gathers weights layer by layer; float8 goes with none, sharded, zero1 and zero2"
+        )
     if zero_stage == 3:
-        raise ConfigError(f"{where}: zero3 gathers weights layer by layer; float8 goes with none, zero1 and zero2")
+        raise ConfigError(
+            f"{where}: zero3 gathers weights layer by layer; float8 goes with none, sharded, zero1 and zero2"
+        )
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _CAPABILITY:
         name = torch.cuda.get_device_name(device)
         raise ConfigError(f"{where}: {name} has no float8 products (compute capability 8.9 or newer); leave float8 out")

@@ -69,7 +69,7 @@ def prepare_model(model: TrainableModel, stage: StageSpec, *, device: torch.devi
     if stage.compiles_here:
         if zero_stage == 3:
             raise ConfigError(
-                f"stages.{stage.name}.compile: compiled layers and zero3 do not work together; use zero1 or zero2"
+                f"stages.{stage.name}.compile: compiled layers and zero3 do not work together; use fsdp2, or sharded"
             )
 
         def say(line: str) -> None:

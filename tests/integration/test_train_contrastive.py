@@ -214,8 +214,8 @@ def test_an_interrupted_contrastive_stage_goes_on_bit_equal(tmp_path):
     ("change", "message"),
     [
         ({"packing": True}, "has no packing"),
-        ({"engine": "zero3"}, "use none, zero1 or zero2"),
-        ({"engine": "fsdp2"}, "use none, zero1 or zero2"),
+        ({"engine": "zero3"}, "use none, sharded, zero1 or zero2"),
+        ({"engine": "fsdp2"}, "use none, sharded, zero1 or zero2"),
         ({"learn": {"connector": 1e-3}}, "trains one encoder"),
         ({"options": {"num_negative": 1}}, "did you mean 'num_negatives'"),
         ({"options": {"ranking_weight": 1.0, "num_negatives": 1}}, "needs num_negatives of 2"),

@@ -116,7 +116,7 @@ def test_training_on_stored_codes_equals_training_on_pictures(data: Path, tmp_pa
 
 
 def test_settings_that_contradict_each_other_are_refused_at_once(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"head draw .type .* trains with none, zero1 or zero2"):
+    with pytest.raises(ConfigError, match=r"head draw .type .* trains with none, sharded, zero1 or zero2"):
         run_recipe(recipe(data, engine="zero3"), output=tmp_path / "a")
     scales = recipe(data, packing=True)
     scales.model.heads = {"draw": {"type": "next_scale"}}

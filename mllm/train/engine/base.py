@@ -103,7 +103,7 @@ def choose_engine(stage: StageSpec) -> EngineChoice:
     if config.get("compile", {}).get("deepcompile"):
         raise ConfigError(
             f"{where}: the json enables DeepCompile, which traces a whole forward pass; ours changes with a batch's pictures, and "
-            "it would not be used. Delete it there; the stage's own compile: true compiles each layer (none, zero1, zero2)"
+            "it would not be used. Delete it there; the stage's own compile: true compiles each layer (none, sharded, zero1, zero2, fsdp2)"
         )
     choice = EngineChoice(name, zero_stage, config)
     _check_offload(choice, where)

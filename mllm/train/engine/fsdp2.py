@@ -11,7 +11,6 @@ An update sees ordinary tensors: of what is shared, the process's own rows, in t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,13 +22,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from mllm.errors import ConfigError
-from mllm.models.compilation import repeated_layers
 from mllm.train.engine.base import Engine, Fragment, free_memory
 from mllm.train.engine.groups import Group
 from mllm.train.engine.optim import build_optimizer
 from mllm.train.engine.reduce import OverlappedSum
 from mllm.train.engine.shares import own_rows
+from mllm.train.engine.units import layers_to_share
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ def share_layers(model: nn.Module, stage: str, device: torch.device) -> None:
 
     Raises `ConfigError` for a model without a row of like layers that every pass runs.
     """
-    decoder, layers = _layers(model, stage)
+    decoder, layers = layers_to_share(model, stage)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     whole = _kept_whole(model, layers)
     inside = {p for layer in layers for p in layer.parameters()}
@@ -144,31 +142,6 @@ def share_layers(model: nn.Module, stage: str, device: torch.device) -> None:
         _fill_unused(unit)
         if following is not None:
             unit.set_modules_to_forward_prefetch([following])
-
-
-_NUMBER = re.compile(r"(?:^|\.)\d+(?=\.|$)")
-
-
-def _layers(model: nn.Module, stage: str) -> tuple[nn.Module, list[nn.Module]]:
-    """The decoder and its layers."""
-    where = f"stages.{stage}.engine: fsdp2 shares the layers of a language model"
-    get_decoder: Any = getattr(model, "get_decoder", None)
-    if get_decoder is None:
-        raise ConfigError(f"{where}, and this stage trains none; use none, zero1 or zero2")
-    decoder = get_decoder()
-    layers = repeated_layers(decoder)
-    found = {id(layer) for layer in layers}
-    names = [name for name, module in decoder.named_modules() if id(module) in found]
-    inner = next((name for name in names if len(_NUMBER.findall(name)) > 1), None)
-    if inner is not None:
-        raise ConfigError(
-            f"{where} that every token passes, and {inner} of {type(decoder).__name__} lies within another; use zero2 or zero3"
-        )
-    if not layers:
-        raise ConfigError(
-            f"{where} where they are alike, and {type(decoder).__name__} has no such row; use zero2 or zero3"
-        )
-    return decoder, layers
 
 
 def _kept_whole(model: nn.Module, layers: Sequence[nn.Module]) -> set[nn.Parameter]:

@@ -310,8 +310,11 @@ def check_engine(spec: OptimizerSpec, stage_name: str, zero_stage: int) -> None:
         )
     if zero_stage and spec.compact:
         raise ConfigError(
-            f"stages.{stage_name}.optimizer: master {spec.master} and moments {spec.moments} are for engine: none; ZeRO cuts the float32 "
-            "state into one share a process instead"
+            f"stages.{stage_name}.optimizer: master {spec.master} and moments {spec.moments} are for engine: none, sharded or fsdp2; "
+            "ZeRO cuts the float32 state into one share a process instead"
         )
     if zero_stage and spec.ema is not None:
-        raise ConfigError(f"stages.{stage_name}.optimizer.ema: ZeRO keeps no average of its slices; use engine: none")
+        raise ConfigError(
+            f"stages.{stage_name}.optimizer.ema: ZeRO keeps no average of its slices; use engine: none, "
+            "sharded or fsdp2"
+        )

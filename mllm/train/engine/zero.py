@@ -233,7 +233,7 @@ def import_deepspeed() -> Any:
         import deepspeed.ops
     except ImportError:
         raise UnavailableError(
-            f"engines zero1, zero2, zero3 need DeepSpeed: {install_hint('train')}, or use engine: none or sharded"
+            f"engines zero1, zero2, zero3 need DeepSpeed: {install_hint('train')}, or use engine: none, sharded or fsdp2"
         ) from None
     leave_shared_memory_op(deepspeed)
     # DeepSpeed calls collectives by names that torch is giving up; its users can do nothing about it.

@@ -1,4 +1,4 @@
-"""What is ``engine: auto`` on the GPUs that a run was started on, and does a named engine share more than it must there?"""
+"""What is ``engine: auto`` on the GPUs that a run was started on, and is a named ZeRO stage slower than it must be there?"""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from mllm.train.preflight.scaling import LADDER
 
 
 def choose_engines(recipe: Recipe) -> None:
-    """Say of every stage with ``engine: auto`` what it is here: the engine that shares least and whose planned memory fits
-    the smallest GPU of the run (of one that other programs fill, what they leave). One process, or processes without GPUs, share
-    nothing. Of a stage with a ZeRO stage that shares more than that, say so. All processes must call it.
+    """Say of every stage with ``engine: auto`` what it is here: the fastest (`LADDER`) whose planned memory fits the
+    smallest GPU of the run (of one that other programs fill, what they leave). One process, or processes without GPUs, share nothing. Of
+    a stage that names a slower ZeRO stage, say so. All processes must call it.
 
     Raises `ConfigError` for a recipe without a language model.
     """
     stages = [stage for stage in recipe.stages if stage.engine == "auto"]
     if stages and recipe.model.language_model is None:
         raise ConfigError(
-            f"stages.{stages[0].name}.engine: auto plans models with a language model; name one: none, zero1 or zero2"
+            f"stages.{stages[0].name}.engine: auto plans models with a language model; name one: none, sharded, zero1 or zero2"
         )
     processes = distributed.world_size()
     shares = recipe.model.language_model is not None and any(stage.engine in _SHARING for stage in recipe.stages)
@@ -40,7 +40,7 @@ def choose_engines(recipe: Recipe) -> None:
                 plan = None  # what is wrong is told where it is met
         if plan is not None:
             chosen = {stage.name: stage.engine for stage in plan.stages if stage.engine}
-            for line in sharing_too_much(recipe, plan, processes=processes, memory=memory):
+            for line in slower_than_it_must_be(recipe, plan, processes=processes, memory=memory):
                 progress.tell(line)
     chosen = distributed.gather_objects(chosen)[0]
     for stage in stages:
@@ -54,17 +54,18 @@ def choose_engines(recipe: Recipe) -> None:
 _SHARING = ("zero1", "zero2", "zero3")
 
 
-def sharing_too_much(recipe: Recipe, plan: RecipePlan, *, processes: int, memory: float) -> list[str]:
-    """A line for every stage that names a ZeRO stage where one that shares less, and is faster, has room. memory: bytes of a GPU."""
+def slower_than_it_must_be(recipe: Recipe, plan: RecipePlan, *, processes: int, memory: float) -> list[str]:
+    """A line for every stage that names a ZeRO stage where an engine that was measured faster has room. memory: bytes of a GPU."""
     lines = []
     for stage in plan.stages:
         named = next(s.engine for s in recipe.stages if s.name == stage.name)
         if named not in _SHARING or stage.memory_for is None:
             continue
-        fits = [engine for engine in stage.engines if stage.peak_for(engine, processes) <= ROOM * memory]
-        if fits and fits[0] in LADDER[: LADDER.index(named)]:
+        faster = LADDER[: LADDER.index("zero2" if named == "zero1" else named)]  # of two GPUs both did the same
+        fits = [e for e in faster if e in stage.engines and stage.peak_for(e, processes) <= ROOM * memory]
+        if fits:
             lines.append(
-                f"! stage {stage.name}: engine {named} shares more than it must: by the plan {fits[0]} takes "
-                f"{stage.peak_for(fits[0], processes) / 1e9:.0f} of {memory / 1e9:.0f} GB here and is faster (engine: auto chooses)"
+                f"! stage {stage.name}: engine {named} is slower than it must be: by the plan {fits[0]} takes "
+                f"{stage.peak_for(fits[0], processes) / 1e9:.0f} of {memory / 1e9:.0f} GB here (engine: auto chooses it)"
             )
     return lines

@@ -37,7 +37,7 @@ from mllm.train.preflight.encoder_memory import kept_by_encoders
 from mllm.train.preflight.engines import ENCODERS_ALONE, possible_engines
 from mllm.train.preflight.head_memory import kept_by_heads
 from mllm.train.preflight.memory import answers_each, frozen_encoders, layers_of, memory_of, offloaded_by
-from mllm.train.preflight.scaling import ENGINES, Load, smallest_that_fits
+from mllm.train.preflight.scaling import ENGINES, Load, fastest_that_fits
 from mllm.train.stages.kind import kind_of
 from mllm.types import Video, VisualLayout
 
@@ -245,9 +245,9 @@ def _plan_stage(
     passes = micro_steps * _parts(stage, length)
     plan.accumulates = micro_steps * _parts(stage, plan.row_length) > 1
     plan.memory_for = _memory_for(model, stage, groups, plan)
-    learned, plan.engines = sum(group.num_parameters for group in groups), possible_engines(recipe, stage)
+    learned, plan.engines = sum(group.num_parameters for group in groups), possible_engines(recipe, stage, model)
     if stage.engine == "auto":
-        plan.engine = smallest_that_fits(
+        plan.engine = fastest_that_fits(
             lambda engine: plan.peak_for(engine, processes),
             ROOM * gpu_memory,
             plan.engines if processes > 1 else ("none",),
@@ -424,7 +424,8 @@ def _stage_hazards(
         )
     if zero_stage == 3 and recipe.model.router is not None:
         hazards.append(
-            "zero3 with routed experts: every expert runs on every rank, one image for nothing; zero2 is faster"
+            "zero3 with routed experts: every expert runs on every rank, one image for nothing; engines that keep encoders whole are "
+            "faster (sharded, zero2, fsdp2)"
         )
     if zero_stage == 3 and stage.compile:
         hazards.append(

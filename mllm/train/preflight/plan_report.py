@@ -81,8 +81,9 @@ def scaling_tables(plan: RecipePlan, cluster: Cluster, *, rate: float | None = N
     )
     out: list[Any] = [
         f"[bold]scaling[/] on {gpu.name}: {(rate or gpu.rate) / 1e12:.0f} TFLOP/s each ({source}), {gpu.bus / 1e9:.0f} GB/s within a "
-        f"machine of {each}, {cluster.port_bytes / 1e9:.0f} GB/s of ports a machine; no stragglers, no waiting for data. Two and four "
-        "H200s were measured within 15 % of it; more were not."
+        f"machine of {each}, {cluster.port_bytes / 1e9:.0f} GB/s of ports a machine; gathers and sums go around all "
+        "GPUs in rings, none within a machine first; no stragglers, no waiting for data. Two and four H200s were measured within 15 % of "
+        "it; more were not."
     ]
     counts = sorted({8, 64, 512, cluster.gpus})
     for stage in plan.stages:
@@ -134,8 +135,8 @@ def too_large(plan: RecipePlan, limit_gb: float | None) -> list[str]:
         largest = max(stage.memory, key=lambda part: stage.memory[part])
         cure = {
             "activations and loss": f"stages.{stage.name}.gradient_checkpointing=true, or a smaller batch_size",
-            "weights": f"stages.{stage.name}.engine=zero3, or a smaller language model",
-        }.get(largest, f"stages.{stage.name}.engine=zero2 or zero3 over more processes, or lora")
+            "weights": f"stages.{stage.name}.engine=fsdp2 (or zero3), or a smaller language model",
+        }.get(largest, f"stages.{stage.name}.engine=sharded or fsdp2 over more processes, or lora")
         lines.append(
             f"{stage.name}: {size(stage.peak)} do not fit {limit_gb:g} GB; most of it is {largest}: try {cure}"
         )

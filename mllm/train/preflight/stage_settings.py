@@ -34,9 +34,9 @@ def check_stage(stage: StageSpec, recipe: Recipe) -> None:
     whole = heads_kept_whole(heads)
     if whole and engine.shares_weights:
         raise ConfigError(
-            f"stages.{stage.name}.engine: a model with head {whole[0]} (type {heads[whole[0]]['type']}) trains with none, zero1 or "
-            "zero2. It runs other parts of the model where a batch has something to teach it, as a visual tokenizer where there are "
-            "pictures to draw, and ZeRO-3 and fsdp2 need every process to run the same modules"
+            f"stages.{stage.name}.engine: a model with head {whole[0]} (type {heads[whole[0]]['type']}) trains with none, sharded, "
+            "zero1 or zero2. It runs other parts of the model where a batch has something to teach it, as a visual tokenizer where there "
+            "are pictures to draw, and ZeRO-3 and fsdp2 need every process to run the same modules"
         )
     if stage.packing and any(head.get("type") == "next_scale" for head in heads.values()):
         raise ConfigError(f"stages.{stage.name}.packing: a next_scale head needs a mask of its own; set packing: false")

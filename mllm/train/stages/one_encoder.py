@@ -61,7 +61,7 @@ def check_one_encoder(stage: StageSpec, kind: str, *, because: str, lr: str) -> 
             raise ConfigError(f"{where}.{key}: {kind} stage {because}, and its encoder learns; leave it out")
     if choose_engine(stage).shares_weights:
         raise ConfigError(
-            f"{where}.engine: an encoder is small; use none, zero1 or zero2 (zero3 and fsdp2 cut every layer)"
+            f"{where}.engine: an encoder is small; use none, sharded, zero1 or zero2 (zero3 and fsdp2 cut every layer)"
         )
     if len(stage.learn) != 1 or not next(iter(stage.learn)).startswith("encoders"):
         raise ConfigError(f"{where}.learn: {kind} stage trains one encoder, e.g. learn: {{encoders.vision: {lr}}}")

@@ -48,7 +48,7 @@ def check_sft(stage: StageSpec) -> SftOptions:
     if options.word_contrast and choose_engine(stage).zero_stage == 3:
         raise ConfigError(
             f"{where}.engine: options.word_contrast reads visual tokens where only ranks with pictures have any, for which those without "
-            "would wait forever; use none, zero1 or zero2"
+            "would wait forever; use none, sharded, fsdp2, zero1 or zero2"
         )
     if options.words_alone:
         idle = [part for part in stage.learn if not part.startswith(("connector", "encoders"))]
@@ -64,7 +64,7 @@ def check_sft(stage: StageSpec) -> SftOptions:
         )
     if options.robust is not None and options.robust.adversarial and choose_engine(stage).shares_weights:
         raise ConfigError(
-            f"{where}.engine: options.robust.adversarial needs the gradient of pixels alone; use none, zero1 or zero2"
+            f"{where}.engine: options.robust.adversarial needs the gradient of pixels alone; use none, sharded, zero1 or zero2"
         )
     return options
 

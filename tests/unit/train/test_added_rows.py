@@ -149,7 +149,7 @@ def test_what_cannot_hold_is_refused_and_what_does_not_learn_is_said(tmp_path):
     model = _model(tmp_path)
     adapter = {"lr": 1e-3, "lora": {"r": 2}}
     with pytest.raises(
-        ConfigError, match=r"learn\.language_model\.lora: 5 rows .* ZeRO-3 cannot do; use engine: zero2"
+        ConfigError, match=r"learn\.language_model\.lora: 5 rows .* ZeRO-3 cannot do; use engine: fsdp2"
     ):
         apply_learning(model, _stage({"language_model": adapter}), zero_stage=3)
     assert rows_line(model, _stage({"language_model": adapter})) == (

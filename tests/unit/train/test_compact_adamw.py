@@ -170,7 +170,7 @@ def test_what_the_options_cannot_do_is_refused():
         validate(OptimizerSpec, {"type": "muon", "moments": "bfloat16"}, where="optimizer")
     with pytest.raises(ConfigError, match="ema averages float32 copies"):
         validate(OptimizerSpec, {"master": "low_bits", "ema": 0.99}, where="optimizer")
-    with pytest.raises(ConfigError, match="engine: none; ZeRO cuts"):
+    with pytest.raises(ConfigError, match="engine: none, sharded or fsdp2; ZeRO cuts"):
         check_engine(OptimizerSpec(moments="bfloat16"), "sft", 2)
     with pytest.raises(ConfigError, match="set dtype: bfloat16"):
         CompactAdamW(_groups(_model().float()), OptimizerSpec(master="low_bits"))

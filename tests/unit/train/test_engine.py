@@ -14,6 +14,7 @@ from mllm.errors import ConfigError, UnavailableError
 from mllm.recipe import ModelSpec, StageSpec
 from mllm.train.engine.base import Engine, EngineChoice, choose_engine
 from mllm.train.engine.groups import Group
+from mllm.train.engine.units import layers_to_share
 
 
 def _stage(**changes) -> StageSpec:
@@ -79,8 +80,6 @@ def test_an_optimizer_that_needs_whole_matrices_is_refused_where_a_process_has_r
 
 
 def test_what_fsdp2_cannot_share_is_refused_by_name():
-    from mllm.train.engine.fsdp2 import _layers
-
     class Decoded(nn.Module):
         def __init__(self, decoder: nn.Module):
             super().__init__()
@@ -101,14 +100,14 @@ def test_what_fsdp2_cannot_share_is_refused_by_name():
         found.layers = nn.ModuleList(layers)
         return found
 
-    assert len(_layers(Decoded(row(layer(2), layer(2))), "sft")[1]) == 2
+    assert len(layers_to_share(Decoded(row(layer(2), layer(2))), "sft")[1]) == 2
     with pytest.raises(ConfigError, match=r"stages\.sft\.engine: .* and this stage trains none"):
-        _layers(nn.Linear(2, 2), "sft")
-    with pytest.raises(ConfigError, match="Linear has no such row; use zero2 or zero3"):
-        _layers(Decoded(nn.Linear(2, 2)), "sft")
+        layers_to_share(nn.Linear(2, 2), "sft")
+    with pytest.raises(ConfigError, match="Linear has no such row; use sharded, zero2 or zero3"):
+        layers_to_share(Decoded(nn.Linear(2, 2)), "sft")
     experts = row(row(layer(2), layer(2)), nn.Linear(2, 2))
     with pytest.raises(ConfigError, match=r"layers\.0\.layers\.0 of Module lies within another"):
-        _layers(Decoded(experts), "sft")
+        layers_to_share(Decoded(experts), "sft")
 
 
 def _engine(limit: float | None) -> Engine:

@@ -61,6 +61,7 @@ def test_a_plan_counts_the_bytes_of_a_state_in_fewer_bits(tmp_path):
         (plan,) = plan_recipe(recipe, processes=2, with_data=False).stages
         learned = sum(group.num_parameters for group in plan.groups)
         found[master, moments] = plan.memory["optimizer states"] / learned, plan.checkpoint_bytes / 2 / learned
+        assert plan.engines[:2] == ("none", "sharded") and "fsdp2" in plan.engines
         assert ("zero1" in plan.engines) is (master == moments == "float32")
     assert found == {
         ("float32", "float32"): (12, 12),

@@ -164,7 +164,7 @@ def check_contrastive(stage: StageSpec) -> ContrastiveOptions:
         raise ConfigError(f"{where}.cache_features: the encoder learns here, so its features change; leave it out")
     if choose_engine(stage).shares_weights:
         raise ConfigError(
-            f"{where}.engine: a dual encoder is small; use none, zero1 or zero2 (zero3 and fsdp2 cut every layer)"
+            f"{where}.engine: a dual encoder is small; use none, sharded, zero1 or zero2 (zero3 and fsdp2 cut every layer)"
         )
     if options.words is not None and (options.source or options.config or options.tokenizer):
         raise ConfigError(f"{where}.options.words: builds the text side; leave out source, config and tokenizer")

@@ -198,7 +198,7 @@ def check_picture_stage(stage: StageSpec, kind: str, passed_over: tuple[str, ...
             )
     if choose_engine(stage).shares_weights:
         raise ConfigError(
-            f"{where}.engine: a {kind} stage's networks are small; use none, zero1 or zero2 (zero3 and fsdp2 cut every layer)"
+            f"{where}.engine: a {kind} stage's networks are small; use none, sharded, zero1 or zero2 (zero3 and fsdp2 cut every layer)"
         )
     if any(spec.lora is not None or spec.last_layers is not None for spec in stage.learning().values()):
         raise ConfigError(f"{where}.learn: the parts of a {kind} stage learn whole; take lora and last_layers out")
