@@ -24,7 +24,7 @@ from mllm.stopping import Asked, asked_to_stop
 from mllm.train.gpu_memory import tell_busy_gpu
 from mllm.train.meeting import GO_ON, MachineLost, Meeting
 
-PRELOADED = ("mllm.models.build", "mllm.train.run", "mllm.train.stages.sft")
+PRELOADED = ("mllm.train.preloaded",)
 MEET = "MEET"
 _BROKEN_LINES = (
     "Connection closed by peer",
