@@ -38,6 +38,8 @@ SHARES = {
 }  # fmt: skip
 REQUEST = "Read the chart."
 _CHUNK = 40
+_TABLES_TOLD = 200
+"""After so many tables at least, how many are read is told: the large package has thousands."""
 _TEST_SHARE = 0.12
 assert set(SHARES) == set(KINDS)
 
@@ -163,7 +165,11 @@ def _look(files: Sequence[TableFile], settings: ChartSettings, processes: int) -
     if missing := sorted(set(settings.test_sources) - set(sources)):
         raise ConfigError(f"test sources {', '.join(missing)}: there are {', '.join(sources[:12])} … ({len(sources)})")
     jobs = [(table, split_of(table, settings, sources), settings) for table in files]
-    reports = list(spread(_look_at, jobs, processes, at_once=8))
+    reports: list[TableReport] = []
+    for report in spread(_look_at, jobs, processes, at_once=8):
+        reports.append(report)
+        if len(reports) % max(_TABLES_TOLD, len(jobs) // 20) == 0:
+            tell(f"{len(reports):,} of {len(jobs):,} tables read")
     for report, name in zip(reports, names_apart(files), strict=True):
         report.table = name
     _drop_copies(reports)

@@ -9,6 +9,8 @@ import random
 import shutil
 from dataclasses import replace
 from decimal import Decimal
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,7 +29,7 @@ from mllm.data.charts.new_labels import relabelled, words_of
 from mllm.data.charts.questions import NOT_THERE, Balance, Question, questions
 from mllm.data.charts.renderers import RENDERERS
 from mllm.data.charts.renderers.base import Style, png
-from mllm.data.charts.tables import find_tables, names_apart, read_table
+from mllm.data.charts.tables import TableFile, find_tables, names_apart, read_table
 from mllm.errors import ConfigError, DataError
 
 R_DAYS = (
@@ -432,6 +434,27 @@ def test_how_many_charts_are_drawn_is_told_of_few_and_of_many(tmp_path, monkeypa
     )
     build._render({"matplotlib": [(tmp_path / f"{k}.png", BARS, None) for k in range(charts)]}, 64, 1)
     assert len(told) == lines and f"of {charts} charts drawn" in told[0]
+
+
+def test_how_many_tables_are_read_is_told(monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr(build, "tell", told.append)
+    monkeypatch.setattr(
+        build, "spread", lambda work, jobs, _, **more: (build.TableReport(t.id, "skipped") for t, *_ in jobs)
+    )
+    files = [TableFile(f"s{number % 2}", f"t{number}", Path(f"{number}.csv")) for number in range(2_300)]
+    assert len(build._look(files, ChartSettings(("x",)), 1)) == 2_300
+    assert told[0] == "200 of 2,300 tables read" and len(told) == 11
+
+
+def test_the_renderer_of_the_documentation_draws_every_chart(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[3] / "docs/how-to/own-data.md").read_text(encoding="utf-8")
+    code = next(part for part in page.split("```python\n") if part.startswith("# boxes.py")).partition("```")[0]
+    monkeypatch.setattr(RENDERERS, "_classes", dict(RENDERERS._classes))
+    names: dict[str, Any] = {}
+    exec(code, names)
+    (image,) = names["Boxes"](64).draw([(BARS, Style.of(random.Random(0)))])
+    assert png(image, 64)
 
 
 class Choosy:
