@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mllm.encoders.base import EncoderConfig, VisionEncoder
+from mllm.encoders.shapes import OnlyShapes
 from mllm.encoders.weights import recompute_buffers
 from mllm.errors import CheckpointError, ConfigError, MllmError, UnavailableError
 from mllm.types import EncoderInfo, Grid, ImageSpec, VisionFeatures
@@ -137,6 +138,10 @@ def group_parameters(names: Sequence[str], blocks: Sequence[str]) -> list[tuple[
     return [(name, prefixes) for name, prefixes in groups if prefixes]
 
 
+_MEASURED: dict[tuple, EncoderInfo] = {}
+"""What each config was measured to give: recipes name the same encoders again and again, and a pass takes seconds."""
+
+
 class LibraryEncoder(VisionEncoder):
     """An encoder built by a library. Subclasses say how to build it and how to read its layers; sizes are measured by a
     forward pass on the meta device, so `describe` cannot disagree with `forward`."""
@@ -178,8 +183,15 @@ class LibraryEncoder(VisionEncoder):
     def resolve(cls, config: ImageEncoderConfig) -> Any:
         config = cls.complete(config)
         image = config.image(cls.default_image(config))
+        same = (cls, image.model_dump_json(), config.model_dump_json(exclude={"info"}))
+        if same not in _MEASURED:
+            _MEASURED[same] = cls._measure(config, image)
+        return config.model_copy(update={"info": _MEASURED[same]})
+
+    @classmethod
+    def _measure(cls, config: ImageEncoderConfig, image: ImageSpec) -> EncoderInfo:
         unknown = EncoderInfo(image=image, grid=(1, 1), width=1)
-        with torch.device("meta"), torch.no_grad():
+        with torch.device("meta"), OnlyShapes(), torch.no_grad():
             with _as_config_error("architecture: this encoder does not build"):
                 encoder = cls(config.model_copy(update={"info": unknown})).eval()
             pixels = torch.zeros(1, image.channels, image.height, image.width, dtype=encoder.dtype)
@@ -192,13 +204,12 @@ class LibraryEncoder(VisionEncoder):
             )
         if config.keep_prefix and features.prefix is None:
             raise ConfigError("keep_prefix: this encoder has no class or register tokens; remove the key")
-        info = EncoderInfo(
+        return EncoderInfo(
             image=image,
             grid=features.grid,
             width=features.tokens.shape[2],
             num_prefix_tokens=features.prefix.shape[1] if features.prefix is not None else 0,
         )
-        return config.model_copy(update={"info": info})
 
     @property
     def dtype(self) -> torch.dtype:

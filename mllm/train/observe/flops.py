@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mllm.encoders.shapes import OnlyShapes
 from mllm.models.making import num_elements, shape_of
 
 if TYPE_CHECKING:
@@ -120,7 +121,11 @@ def _image_flops(model: MllmForConditionalGeneration) -> tuple[dict[str, float],
         name: torch.zeros(1, info.image.channels, info.image.height, info.image.width, device="meta")
         for name, info in bank.infos.items()
     }
-    encoders = {name: _count(encoder, (pixels[name],)) for name, encoder in bank.encoders.items()}
+    encoders, features = {}, {}
+    for name, encoder in bank.encoders.items():
+        encoders[name], features[name] = _count(encoder, (pixels[name],), {})
+        if name in bank.with_attention:
+            features[name] = _count(encoder, (pixels[name],), {"return_attention": True})[1]
     projector = model.model.multi_modal_projector
     if model.model.rules.native:  # what is counted then are patches; attention among more of them is left out
         tokens = {name: info.num_tokens for name, info in bank.infos.items()}
@@ -129,12 +134,7 @@ def _image_flops(model: MllmForConditionalGeneration) -> tuple[dict[str, float],
     if bank.experts:
         tokens = model.model.rules.view.num_tokens
         return encoders, 2.0 * tokens * sum(num_elements(p) for p in projector.parameters() if p.dim() > 1)
-    features = {}
-    with torch.no_grad():
-        for name, encoder in bank.encoders.items():
-            wanted = {"return_attention": True} if name in bank.with_attention else {}
-            features[name] = torch.func.functional_call(encoder, _meta_state(encoder), (pixels[name],), wanted)
-    return encoders, _count(projector, (features,))
+    return encoders, _count(projector, (features,), {})[0]
 
 
 def _meta_state(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -146,11 +146,11 @@ def _meta_state(module: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def _count(module: nn.Module, arguments: tuple) -> float:
-    """Operations of one forward pass, on meta tensors."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(module, _meta_state(module), arguments)
-    return float(counter.get_total_flops())
+def _count(module: nn.Module, arguments: tuple, named: dict[str, Any]) -> tuple[float, Any]:
+    """Operations of one forward pass, and its result, on meta tensors."""
+    with torch.no_grad(), OnlyShapes(), FlopCounterMode(display=False) as counter:
+        result = torch.func.functional_call(module, _meta_state(module), arguments, named)
+    return float(counter.get_total_flops()), result
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -245,11 +245,12 @@ def test_every_arm_of_the_study_sees_as_many_visual_tokens():
     from mllm.recipe import load_recipe
     from mllm.train.preflight.picture_cost import picture_cost
 
-    arms, costs = load_arms("real_charts"), {}
+    arms, costs, of_model = load_arms("real_charts"), {}, {}
     for name, arm in arms.arms.items():
         if arm.checkpoint is None:
             recipe = load_recipe(arm.recipe or arms.recipe, arm.overrides)
-            costs[name] = picture_cost(recipe)
+            model = recipe.model.model_dump_json()  # many arms differ in what they learn, or from what
+            costs[name] = of_model[model] = of_model.get(model) or picture_cost(recipe)
             experts = set((recipe.model.router or {}).get("experts", ()))
             for stage in recipe.stages:  # what training would refuse after the parts are read
                 dropped = set(stage.options.get("drop_encoders", ()))
