@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -42,32 +48,55 @@ def _recipe(folder, engines, learns, batch_size, **changes):
     return recipe
 
 
+LEARNS = [
+    {"language_model": 1e-3, "connector": 3e-3, "encoders": 1e-3},
+    {"connector": 3e-3, "encoders.detail": {"lr": 1e-3, "last_layers": 1}},
+    {"language_model": 1e-3},
+    {"language_model": {"lr": 1e-3, "lora": {"r": 4}}, "connector": 1e-3},
+    {"language_model": 1e-3, "connector": 3e-3},
+]
+ROUTED_LEARNS = [LEARNS[0], {"router": 1e-3, "encoders": 1e-3}]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
+    """The folder in which one process has trained all stages, by whether the model has a router."""
+
+    @cache
+    def trained(routed: bool) -> Path:
+        folder, learns = tmp_path_factory.mktemp("alone"), ROUTED_LEARNS if routed else LEARNS
+        recipe = _recipe(folder, ["none"] * len(learns), learns, 4, model=ROUTED if routed else {})
+        run_recipe(recipe, output=folder / "one")
+        return folder
+
+    return trained
+
+
+def _each(engine: str) -> list[Any]:
+    return [
+        pytest.param((engine,) * 5, {}, id=engine, marks=pytest.mark.nightly),
+        pytest.param((engine,) * 2, ROUTED, id=f"{engine} routed", marks=pytest.mark.nightly),
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("engines", "model"),
     [
-        (("zero2", "zero1", PARTITION_ALL, "zero3", OFFLOADED), {}),
-        ((PARTITION_SOON, "none"), ROUTED),
-        (("fsdp2",) * 5, {}),
-        (("fsdp2",) * 2, ROUTED),
-        (("sharded",) * 5, {}),
-        (("sharded",) * 2, ROUTED),
+        pytest.param(("zero2", "zero1", PARTITION_ALL, "zero3", OFFLOADED), {}, id="every engine of DeepSpeed"),
+        pytest.param((PARTITION_SOON, "none"), ROUTED, id="routed"),
+        pytest.param(("fsdp2", "sharded", "fsdp2", "sharded", "sharded"), {}, id="fsdp2 and sharded"),
+        pytest.param(("sharded", "fsdp2"), ROUTED, id="sharded and fsdp2 routed"),
+        *_each("fsdp2"),
+        *_each("sharded"),
     ],
-    ids=["every engine", "routed", "fsdp2", "fsdp2 routed", "sharded", "sharded routed"],
 )
-def test_two_processes_with_text_only_ranks_equal_one_process_in_every_engine(tmp_path, engines, model):
+def test_two_processes_with_text_only_ranks_equal_one_process_in_every_engine(alone, tmp_path, engines, model):
     """Two samples a rank, split where they are long: ranks have unlike numbers of passes, and many have no picture. Weights must agree
     to 1e-6."""
-    learns = [
-        {"language_model": 1e-3, "connector": 3e-3, "encoders": 1e-3},
-        {"connector": 3e-3, "encoders.detail": {"lr": 1e-3, "last_layers": 1}},
-        {"language_model": 1e-3},
-        {"language_model": {"lr": 1e-3, "lora": {"r": 4}}, "connector": 1e-3},
-        {"language_model": 1e-3, "connector": 3e-3},
-    ]
-    if model:
-        learns[1] = {"router": 1e-3, "encoders": 1e-3}
-    one = run_recipe(_recipe(tmp_path, ["none"] * len(engines), learns, 4, model=model), output=tmp_path / "one")
+    first, learns = alone(bool(model)), ROUTED_LEARNS if model else LEARNS
+    shutil.copytree(first, tmp_path, dirs_exist_ok=True)
+    one = tmp_path / "one" / "final"
     several = _recipe(tmp_path, engines, learns, 2, model=model)
     several.plugins = [small_is_large(tmp_path)]
     for stage in several.stages:

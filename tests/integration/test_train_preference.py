@@ -87,15 +87,43 @@ def test_grpo_draws_scores_and_learns_with_two_encoders_and_a_reference(tmp_path
     assert moved == {"language_model", "multi_modal_projector", "lm_head"}, "frozen encoders stay"
 
 
-@pytest.mark.slow
-def test_two_machines_prefer_what_one_process_does_and_draw_for_the_next_stage(tmp_path):
-    """Two pairs a machine, each in a folder of its own, and one step of four pairs: the same losses, also of one machine that goes on
-    alone, and where one lost a file meanwhile; then GRPO goes on from there."""
+def _alone_and_together(folder):
+    """DPO's recipe for one process, and the same for two of half the batch."""
     calm = {"steps": 2, "optimizer": {"eps": 1e-4}, "learn": {"language_model": 1e-3, "connector": 1e-3}}
-    one = _recipe(tmp_path, "dpo", {"beta": 0.5}, batch_size=4, **calm)
-    two = _recipe(tmp_path, "dpo", {"beta": 0.5}, batch_size=2, **calm)
+    one = _recipe(folder, "dpo", {"beta": 0.5}, batch_size=4, **calm)
+    two = _recipe(folder, "dpo", {"beta": 0.5}, batch_size=2, **calm)
     for recipe in (one, two):
         recipe.model.language_model.config["attention_dropout"] = 0.0
+    return one, two
+
+
+def _learned_alike(one, two):
+    """One process's run and the first stage of several processes': their records, compared, and their weights."""
+    wanted, found = _records(one), _records(two)
+    for a, b in zip(wanted, found):
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-5) and a["lr"] == b["lr"]
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    states = (load_file(run / "dpo" / "model.safetensors") for run in (one, two))
+    assert max((a - b).abs().max().item() for a, b in zip(*(s.values() for s in states))) < 1e-5
+    return found
+
+
+@pytest.mark.slow
+def test_two_machines_prefer_what_one_process_does(tmp_path):
+    """Two pairs a machine, each in a folder of its own, and one step of four pairs: the same losses."""
+    one, two = _alone_and_together(tmp_path)
+    run_recipe(one, output=tmp_path / "one")
+    own = tmp_path / "two", tmp_path / "other"
+    assert on_machines([two] * 2, *own) == [None, None]
+    assert [(r["stage"], r["step"]) for r in _learned_alike(tmp_path / "one", own[0])] == [("dpo", 1), ("dpo", 2)]
+    assert (own[1] / "final" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_two_machines_prefer_what_one_process_does_and_draw_for_the_next_stage(tmp_path):
+    """Also of one machine that goes on alone, and where one lost a file meanwhile; then GRPO goes on from there."""
+    one, two = _alone_and_together(tmp_path)
     options = {"rewards": [f"{__name__}:character_sum"], "num_generations": 2, "max_completion_length": 3}
     draw = {"name": "grpo", "kind": "grpo", "steps": 1, "batch_size": 2, "options": options}
     two.stages.append(type(two.stages[0]).model_validate(two.stages[0].model_dump() | draw))
@@ -115,13 +143,8 @@ def test_two_machines_prefer_what_one_process_does_and_draw_for_the_next_stage(t
     assert _records(alone)[-1]["loss"] == pytest.approx(_records(tmp_path / "one")[-1]["loss"], abs=2e-5)
     assert on_machines([two] * 2, *own, resume=True) == [None, None]
     assert all((folder / "final" / "model.safetensors").is_file() for folder in own)
-    wanted, found = _records(tmp_path / "one"), _records(tmp_path / "two")
+    found = _learned_alike(tmp_path / "one", tmp_path / "two")
     assert [(r["stage"], r["step"]) for r in found] == [("dpo", 1), ("dpo", 2), ("grpo", 1)]
-    for a, b in zip(wanted, found):
-        assert a["loss"] == pytest.approx(b["loss"], abs=2e-5) and a["lr"] == b["lr"]
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-    states = (load_file(tmp_path / run / "dpo" / "model.safetensors") for run in ("one", "two"))
-    assert max((a - b).abs().max().item() for a, b in zip(*(s.values() for s in states))) < 1e-5
     assert found[-1]["reward_std"] > 0 and (tmp_path / "two" / "final" / "model.safetensors").is_file()
 
 
