@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +25,16 @@ _CHECKED = (".json", ".safetensors", ".bin", ".pt", ".pth", ".model", ".gguf", "
 _READ_IN_SILENCE = ("generation_config.json", "chat_template.jinja")
 """Files that open without a word however much of them is missing: transformers takes defaults for the first, and reads the second at the
 first prompt."""
+_MISSED_IN_SILENCE = {
+    "generation_config.json": ("*.safetensors", "and without it answers do not end where they were taught to"),
+    "tokenizer_config.json": (
+        "tokenizer.json",
+        "and without it the tokenizer knows neither padding nor where answers end",
+    ),
+}
+"""Files of a checkpoint of ours without which it opens all the same: (beside which they must stand, what happens without)."""
+_OURS = "mllm"
+"""``model_type`` of our checkpoints."""
 
 
 def damage_of(path: str | Path) -> str | None:
@@ -176,10 +189,8 @@ def naming_damage(*places: str | Path | None) -> Iterator[None]:
 def opening(checkpoint: str | Path | None) -> Iterator[None]:
     """`naming_damage` for a checkpoint that may lie on the hub: why the hub did not give it becomes one `CheckpointError` too, and so
     does damage that a library would not tell of."""
-    if checkpoint is not None:
-        for file in (local_copy(checkpoint) / name for name in _READ_IN_SILENCE):
-            if file.is_file() and (problem := damage_of(file)):
-                raise CheckpointError(problem)
+    if checkpoint is not None and (problem := _silent_problem(local_copy(checkpoint))):
+        raise CheckpointError(problem)
     try:
         with naming_damage(checkpoint):
             yield
@@ -189,6 +200,31 @@ def opening(checkpoint: str | Path | None) -> Iterator[None]:
         if checkpoint is not None and (refusal := hub_refusal(error, checkpoint)):
             raise CheckpointError(refusal) from error
         raise
+
+
+def _silent_problem(folder: Path) -> str | None:
+    """What is wrong with a checkpoint that opens nonetheless and answers otherwise; None where nothing is to be seen."""
+    for file in (folder / name for name in _READ_IN_SILENCE):
+        if file.is_file() and (problem := damage_of(file)):
+            return problem
+    try:
+        ours = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == _OURS
+    except (OSError, ValueError, AttributeError):
+        return None  # no folder of ours, or one that says itself what is wrong
+    for name, (beside, without) in _MISSED_IN_SILENCE.items():
+        if ours and not (folder / name).exists() and any(folder.glob(beside)):
+            return f"{folder / name}: no such file, {without}; {_AGAIN}"
+    return None
+
+
+def disk_full(error: BaseException) -> str | None:
+    """What the system says of a disk or quota that is full; None for another error, and for one of ours, which has told it. safetensors
+    raises an error of its own, which has the number in its text alone."""
+    if isinstance(error, MllmError):
+        return None
+    number = getattr(error, "errno", None) or re.search(r"\(os error (\d+)\)", str(error))
+    number = int(number[1]) if isinstance(number, re.Match) else number
+    return os.strerror(number) if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else None
 
 
 def parts_alone(checkpoint: str | Path) -> str | None:

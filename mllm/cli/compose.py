@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,15 +60,12 @@ def compose(
         import torch
 
         from mllm.models.build import build_model
+        from mllm.models.whole_folder import whole_folder
     torch.manual_seed(seed)
     model, processor = build_model(spec, dtype=getattr(torch, dtype), load_weights=not fresh)
-    writing = target.with_name(f".writing-{target.name}")  # whole or not at all
-    shutil.rmtree(writing, ignore_errors=True)
-    model.save_pretrained(writing)
-    processor.save_pretrained(writing)
-    if target.exists():
-        target.rmdir()
-    writing.rename(target)
+    with whole_folder(target) as writing:
+        model.save_pretrained(writing)
+        processor.save_pretrained(writing)
     parts = " + ".join(model.config.encoders) or "no encoder"
     typer.echo(
         f"written: {target} ({parts} → {(spec.connector or {}).get('type')}, "

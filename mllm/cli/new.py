@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mllm.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from mllm.recipe import Recipe
 
 LEARNS = ("adapter", "whole", "connector")
 _RATES = {
@@ -55,17 +59,20 @@ def new(
     """
     import sys
 
+    from mllm.recipe import load_recipe
+
     asks = not yes and sys.stdin.isatty()
-    recipe_file, data_file = Path(f"{name}.yaml"), Path(f"{name}_data.yaml")
-    for file in (recipe_file, data_file):
-        if file.exists():
-            raise ConfigError(f"{file} exists; choose another name: mllm new NAME")
+    recipe_file, data_file = _files(name)
     source, dataset = _data(data, asks)
     found_gpus, found_memory = gpus_here()
     number = _ask(gpus, "How many GPUs (0: the CPU)?", found_gpus, asks, int)
     room = _ask(memory, "How much memory has one, in GB?", found_memory or 80.0, asks, float) if number else 0.0
+    if number and not room > 0:
+        raise ConfigError(f"--memory {room:g}: expected one GPU's memory in GB, such as 80; --gpus 0 is the CPU")
     default = next(model for least, model in _SIZES if room >= least)
-    text = _ask(language_model, "Which language model (hub id or folder)?", default, asks, str)
+    text = _ask(language_model, "Which language model (hub id or folder)?", default, asks, str).strip()
+    if not text:
+        raise ConfigError(f"--language-model is empty; expected a hub id or a folder, such as {default}")
     encoders = _encoders(encoder, asks)
     part = _ask(learn, f"What learns ({', '.join(LEARNS)})?", "adapter", asks, str)
     if part not in LEARNS:
@@ -77,18 +84,27 @@ def new(
         learn=part,
         gpus=number,
         memory=room,
-        tasks=[t for t in (tasks or "").split(",") if t],
+        tasks=_tasks(tasks),
     )
-    _write(data_file, dataset, f"How {source} is read. `mllm data check {data_file}` looks at all of it.")
-    _write(recipe_file, recipe, f"Made by `mllm new`. Every key: `mllm recipes show {recipe_file}`.")
+    typed_data, typed_recipe = shlex.quote(str(data_file)), shlex.quote(str(recipe_file))
+    _write(data_file, dataset, f"How {source} is read. `mllm data check {typed_data}` looks at all of it.")
+    _write(recipe_file, recipe, f"Made by `mllm new`. Every key: `mllm recipes show {typed_recipe}`.")
+    try:
+        loaded = load_recipe(str(recipe_file))
+    except (
+        BaseException
+    ):  # what no recipe can be made of leaves no files behind, which would stand in the next try's way
+        for file in (data_file, recipe_file):
+            file.unlink(missing_ok=True)
+        raise
     processes = f" --processes {number}" if number > 1 else ""
-    planned = _plan(recipe_file, max(number, 1), room) if plan else True
+    planned = _plan(loaded, max(number, 1), room) if plan else True
     typer.echo(
         f"\nwritten: {recipe_file}, {data_file}\n"
         + ("" if planned else "change what the plan names, then\n")
-        + f"next:\n  mllm data check {data_file}        # broken pictures, missing files\n"
-        f"  mllm inspect {recipe_file}           # what the model will really see\n"
-        f"  mllm train {recipe_file}{processes}"
+        + f"next:\n  mllm data check {typed_data}        # broken pictures, missing files\n"
+        f"  mllm inspect {typed_recipe}           # what the model will really see\n"
+        f"  mllm train {typed_recipe}{processes}"
     )
 
 
@@ -163,9 +179,39 @@ def _encoders(given: list[str] | None, asks: bool) -> list[str]:
         ",".join(given) if given else None, "Which encoders (comma separated)?", "siglip2-so400m-384", asks, str
     )
     names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ConfigError(
+            f"--encoder {text!r} names none; expected names of `mllm list encoders`, such as siglip2-so400m-384"
+        )
     for name in names:
         if name not in catalogue():
             raise UnknownName("encoder", name, catalogue())
+        if names.count(name) > 1:
+            raise ConfigError(f"--encoder {name} is given {names.count(name)} times; several encoders must differ")
+    return names
+
+
+def _files(name: str) -> tuple[Path, Path]:
+    """(recipe, declaration of the data) that a name means. Raises `ConfigError` for a name that no file can have, and for files that
+    exist."""
+    stem = name.strip().removesuffix(".yaml").removesuffix(".yml")
+    folder = Path(stem).parent
+    if not stem or stem.endswith(("/", ".")) or not folder.is_dir():
+        missing = f" (there is no folder {folder})" if stem and not folder.is_dir() else ""
+        raise ConfigError(f"{name!r} is no name for a recipe{missing}; expected one such as my: mllm new my")
+    files = Path(f"{stem}.yaml"), Path(f"{stem}_data.yaml")
+    for file in files:
+        if file.exists():
+            raise ConfigError(f"{file} exists; choose another name: mllm new NAME")
+    return files
+
+
+def _tasks(text: str | None) -> list[str]:
+    """The tasks named. Raises `UnknownName` for one that is not there: else it would be found after the training."""
+    from mllm.eval.task import load_tasks
+
+    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    load_tasks(names)
     return names
 
 
@@ -182,14 +228,11 @@ def _write(file: Path, data: dict[str, Any], head: str) -> None:
     file.write_text(f"# {head}\n" + yaml.safe_dump(data, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def _plan(recipe_file: Path, processes: int, memory: float) -> bool:
+def _plan(loaded: Recipe, processes: int, memory: float) -> bool:
     """Show the plan; whether it fits. A language model that cannot be read now (no network) is told, and no error."""
     from rich.console import Console
 
     from mllm.errors import UnavailableError
-    from mllm.recipe import load_recipe
-
-    loaded = load_recipe(str(recipe_file))
     from mllm.train.preflight.plan import plan_recipe
     from mllm.train.preflight.plan_report import plan_tables, too_large
 

@@ -67,6 +67,10 @@ def train(
     progress.begin()
     loaded = load_recipe(recipe, overrides)
     progress.tell(f"recipe {loaded.name}: {', '.join(stage.name for stage in loaded.stages)}")
+    if evaluate:
+        from mllm.eval.task import load_tasks
+
+        load_tasks(loaded.evaluation.tasks)  # a name that no task has is said now, not after the training
     with progress.phase("importing torch and transformers"):
         from mllm.train.run import run_recipe
     if (slow := uncompiled()) is not None:

@@ -8,6 +8,7 @@ from mllm.damage import opening, read_json
 from mllm.errors import ConfigError
 from mllm.models.card import model_card
 from mllm.models.trained_parts import join, parts_folder, split
+from mllm.models.whole_folder import whole_folder
 
 
 def export(
@@ -35,15 +36,17 @@ def export(
             raise ConfigError(
                 "--without-language-model takes a whole checkpoint's folder, as it is stored: leave --dtype and --remote-code out"
             )
-        split(checkpoint, target)
-        (target / "README.md").write_text(
-            model_card(target, f"owner/{target.name}", scores=evaluation_beside(checkpoint)), encoding="utf-8"
-        )
+        with whole_folder(target) as writing:
+            split(checkpoint, writing)
+            (writing / "README.md").write_text(
+                model_card(writing, f"owner/{target.name}", scores=evaluation_beside(checkpoint)), encoding="utf-8"
+            )
         return target
     if parts is not None:
-        join(parts, target, dtype=dtype, shard_size=shard_size)
-        if remote_code:
-            _add_remote_code(target)
+        with whole_folder(target) as writing:
+            join(parts, writing, dtype=dtype, shard_size=shard_size)
+            if remote_code:
+                _add_remote_code(writing)
         return target
     adapter = checkpoint / "adapter_config.json"
     base = read_json(adapter)["base_model_name_or_path"] if adapter.is_file() else checkpoint
@@ -53,15 +56,17 @@ def export(
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, checkpoint).merge_and_unload()  # type: ignore[assignment]
-    model.save_pretrained(target, max_shard_size=shard_size)
     source = (
         checkpoint
         if any((checkpoint / n).exists() for n in ("processor_config.json", "preprocessor_config.json"))
         else base
     )
-    AutoProcessor.from_pretrained(source).save_pretrained(target)
-    if remote_code:
-        _add_remote_code(target)
+    processor = AutoProcessor.from_pretrained(source)
+    with whole_folder(target) as writing:
+        model.save_pretrained(writing, max_shard_size=shard_size)
+        processor.save_pretrained(writing)
+        if remote_code:
+            _add_remote_code(writing)
     return target
 
 

@@ -11,6 +11,7 @@ from transformers import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from mllm.config import to_plain
+from mllm.damage import opening
 from mllm.door import AUTO_MAP, SavesDoor
 from mllm.errors import AlignmentError, ConfigError
 from mllm.processing.frames import VideoSpec
@@ -94,6 +95,12 @@ class MllmProcessor(SavesDoor, ProcessorMixin):
         tokenizer.chat_template = template
         tokenizer.padding_side = "left"
         self.auto_map = dict(AUTO_MAP)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a file that is damaged, or missing without a word, raises `CheckpointError` with its name."""
+        with opening(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def _check_stamp(self, video: VideoSpec, tokenizer: Any) -> None:
         """Raises `ConfigError` for text before frames that holds a token by which pictures or turns are told."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import shutil
@@ -15,6 +14,7 @@ import torch
 from rich.console import Console
 
 from mllm import distributed, progress
+from mllm.damage import disk_full
 from mllm.errors import CheckpointError, ConfigError, Interrupted
 from mllm.machines import Machines
 from mllm.plugins import load_plugins
@@ -219,14 +219,14 @@ def _train(
 
 @contextmanager
 def _naming_a_full_disk(folder: Path) -> Iterator[None]:
-    """A full disk met by records rather than by a checkpoint (which tells it itself) as `CheckpointError`."""
+    """A full disk met by records or a stage's weights rather than by a checkpoint (which tells it itself) as `CheckpointError`."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except Exception as error:
+        if (full := disk_full(error)) is None:
             raise
         raise CheckpointError(
-            f"{folder}: the disk is full ({error}). Complete checkpoints and finished stages in it are intact; free space, "
+            f"{folder}: the disk is full ({full}). Complete checkpoints and finished stages in it are intact; free space, "
             "then go on with --resume (a folder in which nothing was trained yet: delete it)"
         ) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -9,10 +10,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
-from mllm.damage import damage_in, damage_of, naming_damage, read_json, read_safetensors
+from mllm.damage import damage_in, damage_of, disk_full, naming_damage, read_json, read_safetensors
 from mllm.encoders.hf_weights import load_donor, read_published_config
 from mllm.encoders.weights import read_weights
 from mllm.errors import CheckpointError, ConfigError
@@ -26,6 +37,7 @@ from mllm.serve.server import ServeSettings, plan
 from mllm.train.checkpoint.export import DONE, is_finished
 from mllm.train.checkpoint.files import MANIFEST, problem_of
 from mllm.train.engine.base import choose_engine
+from mllm.train.run import _naming_a_full_disk
 from mllm.train.stages.contrastive.dual_encoder import _hf_dual
 from mllm.train.stages.contrastive.stage import ContrastiveOptions
 from mllm.types import WeightsSource
@@ -214,3 +226,41 @@ def test_a_contrastive_stages_text_encoder_is_named(tmp_path: Path) -> None:
             with pytest.raises(CheckpointError, match=f"{name}: .*({LOOKS[kind]}|ends in the middle)"):
                 _hf_dual(encoder, options, "stages.clip.options")
             (tmp_path / name).write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("file", "call"),
+    [
+        ("generation_config.json", lambda f: AutoModelForImageTextToText.from_pretrained(f)),
+        ("generation_config.json", lambda f: load_model(str(f))),
+        ("tokenizer_config.json", lambda f: AutoProcessor.from_pretrained(f)),
+        ("tokenizer_config.json", lambda f: ChatSession.load(str(f))),
+    ],
+)
+def test_a_file_whose_absence_changes_answers_without_a_word_is_missed(
+    parts: Path, tmp_path: Path, file: str, call
+) -> None:
+    folder = shutil.copytree(parts / "ours", tmp_path / "ours")
+    (folder / file).unlink()
+    with pytest.raises(CheckpointError, match=f"{file}: no such file, and without it"):
+        call(folder)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_processor_names_the_file_that_is_cut_short(parts: Path, tmp_path: Path, file: str) -> None:
+    folder = shutil.copytree(parts / "ours", tmp_path / "ours")
+    damage(folder / file, "cut")
+    with pytest.raises(CheckpointError, match=f"{file}: not valid JSON"):
+        AutoProcessor.from_pretrained(folder)
+
+
+def test_a_full_disk_is_known_by_what_safetensors_says_too() -> None:
+    said = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert disk_full(said) == disk_full(OSError(errno.ENOSPC, "")) == "No space left on device"
+    assert disk_full(OSError(errno.EACCES, "Permission denied")) is None
+    assert disk_full(ValueError("(os error 13)")) is None and disk_full(CheckpointError(str(said))) is None
+    with (
+        pytest.raises(CheckpointError, match=r"the disk is full .* go on with --resume"),
+        _naming_a_full_disk(Path("run")),
+    ):
+        raise said

@@ -9,6 +9,7 @@ from mllm.errors import CheckpointError, ConfigError, UnavailableError
 from mllm.hub import hub_reason
 from mllm.models.foreign.checkpoint import ForeignCheckpoint
 from mllm.models.foreign.read import read_foreign, recognise
+from mllm.models.whole_folder import whole_folder
 from mllm.processing.template import check_template, shipped_templates
 
 if TYPE_CHECKING:
@@ -59,9 +60,10 @@ def convert(
     found = read_foreign(folder, kind, dtype=dtype, language_model=language_model)
     model = MllmForConditionalGeneration.from_foreign(found)
     processor = converted_processor(found, model, chat_template)
-    model.save_pretrained(target)
-    if processor is not None:
-        processor.save_pretrained(target)
+    with whole_folder(target) as writing:
+        model.save_pretrained(writing)
+        if processor is not None:
+            processor.save_pretrained(writing)
     return target
 
 
