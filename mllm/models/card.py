@@ -16,6 +16,7 @@ from mllm.door import SOURCES
 from mllm.errors import ConfigError, UnavailableError
 from mllm.hub import hub_reason
 from mllm.models.model_index import model_index
+from mllm.parts.get import PREFIX
 from mllm.processing.frames import video_spec
 
 _MARK = "<!-- written by mllm push -->"
@@ -195,6 +196,11 @@ def _index(path: Path, repository: str) -> dict[str, Any]:
     return {"model-index": found} if found else {}
 
 
+def _is_here_alone(source: str) -> bool:
+    """Whether weights come from a file or folder of this machine, which nobody else has by that name."""
+    return not source.startswith(PREFIX) and (Path(source).is_absolute() or Path(source).expanduser().exists())
+
+
 def _joining(repository: str, left_out: Mapping[str, Any]) -> str:
     entries = {"language model": left_out["language_model"]}
     entries |= {f"encoder {name}": entry for name, entry in left_out["encoders"].items()}
@@ -203,6 +209,12 @@ def _joining(repository: str, left_out: Mapping[str, Any]) -> str:
         for part, entry in entries.items()
     ]
     table = _table(("part", "from", "revision", "tensors"), rows)
+    local = [f"`{entry['source']}` ({part})" for part, entry in entries.items() if _is_here_alone(entry["source"])]
+    if local:
+        table += (
+            f"\n\n{', '.join(local)}: a place on the machine that wrote this. Elsewhere, put the same weights there, or write where "
+            "they are (a hub id, `package:NAME`, a path) as `source` into `left_out.json`; they are checked by their sha256."
+        )
     return (
         "## What is not in it\n\nThese are the trained parts alone. Published weights were left out: opening it fetches them, checks "
         f"the sha256 of every tensor and gives the same model to the bit.\n\n{table}\n\nA server (vLLM) needs the whole checkpoint:\n\n"

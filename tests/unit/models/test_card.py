@@ -10,7 +10,7 @@ from safetensors.torch import save
 
 from mllm.cli.main import app
 from mllm.errors import ConfigError
-from mllm.models.card import planned
+from mllm.models.card import _joining, planned
 
 
 def test_what_would_be_sent_is_told_and_nothing_is_written(tmp_path, capsys):
@@ -36,3 +36,18 @@ def test_what_would_be_sent_is_told_and_nothing_is_written(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
     with pytest.raises(ConfigError, match="expected owner/name"):
         planned(tmp_path, "it")
+
+
+def test_a_card_of_parts_says_which_weights_only_their_maker_has(tmp_path):
+    """It said that opening fetches them, of a file on the maker's disk."""
+    gguf = tmp_path / "model.gguf"
+    gguf.touch()
+    published = {"source": "package:tiny", "revision": None, "tensors": {}}
+    text = _joining(
+        "me/parts", {"language_model": published | {"source": str(gguf)}, "encoders": {"objects": published}}
+    )
+    assert f"`{gguf}` (language model): a place on the machine that wrote this" in text and "left_out.json" in text
+    text = _joining(
+        "me/parts", {"language_model": published | {"source": "owner/model"}, "encoders": {"objects": published}}
+    )
+    assert "a place on the machine" not in text
