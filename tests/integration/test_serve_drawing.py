@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -31,8 +32,8 @@ def checkpoint(tmp_path_factory):
     return str(folder)
 
 
-def found_by(module, checkpoint):
-    done = run("-m", f"tests.integration.{module}", checkpoint)
+def found_by(module, checkpoint, *more):
+    done = run("-m", f"tests.integration.{module}", checkpoint, *more)
     line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
     assert line is not None, done.stderr[-4000:]
     return json.loads(line.removeprefix("RESULT "))
@@ -66,7 +67,8 @@ def test_half_a_pair_stops_with_a_clear_error_and_the_engine_goes_on(drawn):
 
 @pytest.fixture(scope="module")
 def crowded(checkpoint):
-    return found_by("drawing_engine_preemption", checkpoint)
+    loads = ["loads"] if os.environ.get("MLLM_NIGHTLY") else []  # what only the nightly tests ask for
+    return found_by("drawing_engine_preemption", checkpoint, *loads)
 
 
 @pytest.mark.parametrize("load", ["together", "backwards", "after_aborts"])
