@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,10 +95,10 @@ def _train(engine: Engine, first: int) -> list[float]:
     return norms
 
 
-def _run(folder: str, kind: str, from_: str | None, engine: str) -> None:
+def _run(folder: str, kind: str, from_: str | None, engine: str, without: tuple[str, ...] = ()) -> None:
     """Each case: steps, a checkpoint, as many steps again, everything that is to be compared. from_: go on from such a run's
     checkpoint."""
-    for case in CASES:
+    for case in [case for case in CASES if case not in without]:
         place = Path(folder) / case
         begin = None if from_ is None else next((place / from_).glob("step-*"))
         with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):  # no C++ compiler's time
@@ -131,11 +132,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("fsdp2")
     for case in CASES:
         (path / case).mkdir()
+    without = () if os.environ.get("MLLM_NIGHTLY") else ("compiled",)
     _run(str(path), "one", None, "none")
     launch(_run, 3, str(path), "three", None, "fsdp2")
-    launch(_run, 2, str(path), "one, then two", "one", "fsdp2")
+    launch(_run, 2, str(path), "one, then two", "one", "fsdp2", without)
     launch(_run, 2, str(path), "three, then two", "three", "fsdp2")
-    _run(str(path), "three, then one", "three", "none")
+    _run(str(path), "three, then one", "three", "none", without)
     return path
 
 
@@ -154,8 +156,14 @@ def test_three_processes_compute_what_one_does_and_hold_a_third_of_the_layers(fo
     assert wanted["held"] == 1 and 0.33 < found["held"] < 0.37
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("way", ["one, then two", "three, then two", "three, then one"])
+@pytest.mark.parametrize(
+    ("case", "way"),
+    [
+        pytest.param(case, way, marks=[pytest.mark.nightly] if case == "compiled" and way != "three, then two" else [])
+        for case in CASES
+        for way in ("one, then two", "three, then two", "three, then one")
+    ],
+)
 def test_a_checkpoint_goes_on_under_another_engine_and_number_of_processes(folder, case, way):
     """Weights, moments, averages and counts of updates: each would show in the two steps that follow."""
     assert _apart(case, _of(folder, case, "one"), _of(folder, case, way)) < TOLERANCE.get(case, 2e-7)
