@@ -161,10 +161,14 @@ class CheckpointReader:
             for name, parameter in model.named_parameters():
                 if not parameter.requires_grad:
                     continue
-                share, start, length = own_share(parameter) or (parameter.view(-1), 0, parameter.numel())
+                share = own_share(parameter)
+                _, start, length = share or (None, 0, parameter.numel())
                 flat = torch.empty(length, dtype=torch.float32)
                 self._read(name, WEIGHTS, start, flat)
-                share[:length].copy_(flat)
+                if share is None:
+                    parameter.copy_(flat.view_as(parameter))
+                else:
+                    share[0][:length].copy_(flat)
             own = load_file(self._local(), device="cpu")
             buffers = dict(model.named_buffers())
             for key, value in own.items():
@@ -199,7 +203,11 @@ class CheckpointReader:
                 # Moments that another optimizer kept in bf16 become float32 here.
                 dtype = fragment.like.dtype if kind == "BF16" else _DTYPES[kind]
                 fragment.state[key] = torch.zeros_like(fragment.like, dtype=dtype, requires_grad=False)
-            self._read_into(fragment, key, fragment.state[key].view(-1))
+            state = fragment.state[key]
+            flat = state.reshape(-1)  # a copy where channels are last
+            self._read_into(fragment, key, flat)
+            if not state.is_contiguous():
+                state.copy_(flat.view_as(state))
 
     def _read_into(self, fragment: Fragment, key: str, destination: Tensor) -> None:
         part = torch.empty(fragment.length, dtype=destination.dtype)

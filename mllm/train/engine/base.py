@@ -270,7 +270,7 @@ class Engine:
         compact = isinstance(optimizer, CompactAdamW)
         weights = optimizer.weights(parameter) if compact else parameter.detach()
         start = self.starts.get(name, 0)
-        return Fragment(name, start, parameter.numel(), weights.view(-1), 0, optimizer.state[parameter], parameter)
+        return Fragment(name, start, parameter.numel(), weights.reshape(-1), 0, optimizer.state[parameter], parameter)
 
     def load_fragments(self, read: Callable[[Fragment], None]) -> None:
         """Fill what this process holds: ``read`` fills one fragment in place."""
@@ -283,6 +283,8 @@ class Engine:
                     self.optimizer.put(parameter, fragment.flat)
                 else:
                     read(fragment)
+                    if not parameter.is_contiguous():  # as a convolution's with channels last: what was read is a copy
+                        parameter.detach().copy_(fragment.flat.view_as(parameter))
         if isinstance(self.optimizer, OF_BF16):
             self.optimizer.restore_parameters()
 
@@ -305,10 +307,14 @@ class Engine:
         self.finished = True
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The whole model's state on rank 0's CPU, an empty dict elsewhere. All processes must call it."""
+        """The whole model's state in copies on rank 0's CPU, an empty dict elsewhere; weights that are one tensor under two names have
+        one copy. All processes must call it."""
         if self.rank != 0:
             return {}
-        return {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
+        state = self.model.state_dict(keep_vars=True)
+        copies = {id(tensor): tensor for tensor in state.values()}
+        copies = {number: host_copy(tensor) for number, tensor in copies.items()}
+        return {name: copies[id(tensor)] for name, tensor in state.items()}
 
     def close(self) -> None:
         """Free what the engine holds."""
@@ -317,6 +323,11 @@ class Engine:
             self.reduction = None
         self.optimizer = None
         free_memory()
+
+
+def host_copy(tensor: Tensor) -> Tensor:
+    """A contiguous copy on the CPU, also of what is there: a later step changes that."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def free_memory() -> None:

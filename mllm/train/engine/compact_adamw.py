@@ -60,7 +60,7 @@ def round_moments(
     """Write float32 moments into bf16 ones, each up or down with the chances that keep its mean. first: place in its weight tensor of
     what may be a run of one."""
     turn = turn_of(step)
-    wide, narrow = (mean.view(-1), square.view(-1)), (to_mean.view(-1), to_square.view(-1))
+    wide, narrow = (mean.reshape(-1), square.reshape(-1)), (to_mean.reshape(-1), to_square.reshape(-1))
     for start in range(0, wide[0].numel(), _SLICE):
         part = slice(start, min(start + _SLICE, wide[0].numel()))
         places = torch.arange(first + part.start, first + part.stop, device=mean.device)
@@ -68,6 +68,9 @@ def round_moments(
         for source, target, bits in zip(wide, narrow, (chance & 0xFFFF, chance >> 16)):
             rounded = (source[part].contiguous().view(torch.int32) + bits.int()).bitwise_right_shift_(16)
             target[part].view(torch.int16).copy_(rounded)
+    for target, flat in zip((to_mean, to_square), narrow):
+        if not target.is_contiguous():  # with channels last a place is counted as without
+            target.copy_(flat.view_as(target))
 
 
 def _mixed(number: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from mllm.train.engine.base import Engine, Fragment, free_memory
+from mllm.train.engine.base import Engine, Fragment, free_memory, host_copy
 from mllm.train.engine.groups import Group
 from mllm.train.engine.optim import build_optimizer
 from mllm.train.engine.reduce import OverlappedSum
@@ -105,7 +105,7 @@ class Fsdp2Engine(Engine):
         for name, value in self.model.state_dict(keep_vars=True).items():
             if id(value) not in seen:
                 whole = value.full_tensor().detach() if isinstance(value, DTensor) else value.detach()
-                seen[id(value)] = whole.cpu() if self.rank == 0 else value
+                seen[id(value)] = host_copy(whole) if self.rank == 0 else value
             if self.rank == 0:
                 state[name] = seen[id(value)]
         return state

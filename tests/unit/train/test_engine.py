@@ -12,6 +12,8 @@ from torch import nn
 from mllm.distributed import process_group
 from mllm.errors import ConfigError, UnavailableError
 from mllm.recipe import ModelSpec, StageSpec
+from mllm.train.checkpoint.resume import CheckpointReader, Progress
+from mllm.train.checkpoint.write import save_checkpoint
 from mllm.train.engine.base import Engine, EngineChoice, choose_engine
 from mllm.train.engine.groups import Group
 from mllm.train.engine.units import layers_to_share
@@ -219,3 +221,73 @@ def test_a_language_model_starts_in_shares_unless_its_adapters_begin_from_whole_
         stage = _stage(engine="zero3", learn={"language_model": {"lr": 1e-3, "lora": adapter}})
         assert can_be_cut(model, stage, published=True) is shares
     assert not can_be_cut(model, _stage(engine="zero2"), published=True)
+
+
+class _Convolved(nn.Module):
+    """A convolution whose weights lie with channels last, as an encoder's may, and a matrix used under two names."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+        self.head, self.again = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.again.weight = self.head.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.again(torch.tanh(self.head(self.first(x).mean((2, 3))))).square().sum()
+
+
+CONVOLVED = {
+    "fp32": {"dtype": "float32"},
+    "sgd": {"dtype": "float32", "optimizer": {"type": "sgd"}},
+    "bf16": {"dtype": "bfloat16"},
+    "compact": {"dtype": "bfloat16", "optimizer": {"master": "low_bits", "moments": "bfloat16"}},
+}
+
+
+def _convolved(kind: str, layout: torch.memory_format) -> Engine:
+    stage = _stage(**{"engine": "none", "optimizer": {}, **CONVOLVED[kind]})
+    model = _Convolved().to(torch.float32 if stage.dtype == "float32" else torch.bfloat16)
+    model.first.to(memory_format=layout)
+    names = tuple(name for name, _ in model.named_parameters())
+    assert model.first.weight.is_contiguous() is (layout == torch.contiguous_format)
+    return Engine(model, [Group("connector", 1e-2, 0.0, names, 0)], stage, torch.device("cpu"))
+
+
+def _step(engine: Engine, number: int) -> None:
+    x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(number))
+    engine.backward(engine(x=x.to(next(engine.model.parameters()).dtype)), last=True)
+    engine.step()
+
+
+@pytest.mark.parametrize("kind", CONVOLVED)
+def test_weights_with_channels_last_are_kept_and_gone_on_with(kind, tmp_path):
+    """The same steps in either layout; a checkpoint of one goes on in the other, as the run that went on did."""
+    last, first = torch.channels_last, torch.contiguous_format
+    runs = {}
+    for layout in (last, first):
+        runs[layout] = _convolved(kind, layout)
+        for number in range(2):
+            _step(runs[layout], number)
+    torch.testing.assert_close(runs[last].state_dict(), runs[first].state_dict(), rtol=1e-2, atol=1e-3)
+    saved = {layout: save_checkpoint(tmp_path / str(layout), run, Progress(stage="s")) for layout, run in runs.items()}
+    _step(runs[last], 2)
+    wanted = runs[last].state_dict()
+    for read, into in ((last, last), (last, first)):
+        engine = _convolved(kind, into)
+        reader = CheckpointReader(saved[read])
+        reader.restore_weights(engine.model)
+        reader.restore_engine(engine)
+        _step(engine, 2)
+        exact = {"rtol": 0, "atol": 0} if read == into else {"rtol": 1e-2, "atol": 1e-3}
+        torch.testing.assert_close(engine.state_dict(), wanted, **exact)
+
+
+def test_a_state_that_was_handed_out_is_not_changed_by_the_next_step():
+    engine = _convolved("fp32", torch.channels_last)
+    state = engine.state_dict()
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    _step(engine, 0)
+    assert all(torch.equal(before[name], tensor) and tensor.is_contiguous() for name, tensor in state.items())
+    assert not torch.equal(engine.state_dict()["head.weight"], before["head.weight"])
+    assert state["head.weight"] is state["again.weight"]
