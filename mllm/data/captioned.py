@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mllm.data.conversations import picture_messages
 from mllm.errors import ConfigError, DataError
+from mllm.pictures import load_image
 
 REQUEST = "What is in the picture?"
 QUESTION = "Which of these is in the picture?"
@@ -115,8 +116,11 @@ def on_white(path: Path, size: int) -> Image.Image:
     one that shows nothing on white."""
     try:
         with Image.open(path) as opened:
-            picture = opened.convert("RGBA")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+            if opened.has_transparency_data:  # laid on white below, at the size that it has there
+                picture = ImageOps.exif_transpose(opened).convert("RGBA")
+            else:
+                picture = load_image(path, where=path.name).convert("RGBA")
+    except (OSError, ValueError, Image.DecompressionBombError, DataError) as error:
         raise DataError(f"that cannot be read ({type(error).__name__})") from None
     scale = size / max(picture.size)
     shape = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))

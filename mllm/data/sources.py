@@ -187,12 +187,21 @@ class JsonSource(Source):
 
     def images(self, row: dict[str, Any], root: Path | None, where: str) -> list[Any]:
         """``image`` (one or a list) or ``images``, or what the declaration names; paths resolved."""
+        self._refuse_two(row, self.image_keys, where)
         value = next((row[key] for key in self.image_keys if given(row.get(key))), None)
         return [resolve_image(item, root, where) for item in as_list(value)]
 
     def videos(self, row: dict[str, Any], root: Path | None, where: str) -> list[Video]:
         """``video`` (one or a list) or ``videos``; paths resolved."""
+        self._refuse_two(row, VIDEO_KEYS, where)
         return [resolve_video(item, root, where) for item in self.video_cells(row)]
+
+    def _refuse_two(self, row: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
+        """Raises for a row with other pictures under each of two keys: one of them would be left out without a word."""
+        filled = [key for key in keys if given(row.get(key))]
+        if len(filled) > 1 and not same_cells(as_list(row[filled[0]]), as_list(row[filled[1]])):
+            way = f"name the one to read (image_key: {filled[0]})" if keys is not VIDEO_KEYS else "take one out"
+            raise DataError(f"{where}: {filled[0]!r} and {filled[1]!r} both hold something, and not the same; {way}")
 
     def video_cells(self, row: Mapping[str, Any]) -> list[Any]:
         """A row's entries for videos as they stand there."""
@@ -241,6 +250,8 @@ class MessagesSource(JsonSource):
         if "messages" not in row:
             raise DataError(f"{where}: no messages; keys are {sorted(row)}{of_preferences(row)}")
         messages = conversation_cell(row["messages"], where)
+        self._refuse_two(row, self.image_keys, where)
+        self._refuse_two(row, VIDEO_KEYS, where)
         listed = as_list(row.get(self.spec.image_key or "images"))
         if not listed and self.spec.image_key is None and not embeds_images(messages):
             listed = as_list(row.get("image"))  # a picture beside the messages, for strings or bare parts
@@ -253,6 +264,14 @@ class MessagesSource(JsonSource):
             meta["tools"] = tools_of(row, where)
         told = taught(row, root, len(images), where)
         return Sample(identity, turns, with_points(images, told), self.name, meta, **told)
+
+
+def same_cells(first: list[Any], second: list[Any]) -> bool:
+    """Whether two lists of a row hold the same; what cannot be compared (arrays of other shapes) does not."""
+    try:
+        return bool(first == second)
+    except ValueError:
+        return False
 
 
 def _refuse_half_characters(sample: Sample, where: str) -> None:

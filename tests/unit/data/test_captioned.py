@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -62,3 +63,22 @@ def test_bad_pictures_are_counted_with_their_reason(pictures, tmp_path):
         build_captioned(pictures, tmp_path / "out", num_test=50)
     with pytest.raises(ConfigError, match="no such folder"):
         build_captioned(pictures / "none", tmp_path / "out")
+
+
+def test_a_photograph_stands_upright_and_sixteen_bits_keep_their_shades(tmp_path):
+    lying = Image.new("RGB", (40, 20), "red")
+    lying.paste((0, 0, 255), (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    lying.save(tmp_path / "phone.jpg", exif=exif, quality=95)
+    shown = on_white(tmp_path / "phone.jpg", 40)
+    assert (
+        shown.getpixel((20, 5))[2] > 200
+        and shown.getpixel((20, 35))[0] > 200
+        and shown.getpixel((2, 20)) == (255, 255, 255)
+    )
+    deep = np.full((10, 10), 100 * 257, np.uint16)
+    deep[:5] = 200 * 257
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    grays = on_white(tmp_path / "deep.png", 10)
+    assert grays.getpixel((5, 1)) == (200, 200, 200) and grays.getpixel((5, 8)) == (100, 100, 100)

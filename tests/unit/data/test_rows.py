@@ -88,6 +88,24 @@ def test_odd_text_is_text(tmp_path, processor, case):  # noqa: F811
     assert not log.counts
 
 
+@pytest.mark.parametrize("talk", ["messages", "conversations"])
+def test_a_row_with_two_keys_of_other_pictures_is_refused_and_one_of_the_same_is_read(talk, tmp_path):
+    said = (
+        TURNS if talk == "messages" else [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "It."}]
+    )
+    row = {"id": "two", talk: said, "image": "a.png", "images": ["b.png"]}
+    path = among_good(tmp_path, row, good=0)
+    with pytest.raises(
+        DataError, match=r"two.*'image' and 'images' both hold something, and not the same.*image_key: image"
+    ):
+        open_source(spec(path))[0]
+    assert open_source(spec(path, image_key="images"))[0].images == [str(tmp_path / "b.png")]
+    path = among_good(tmp_path, {**row, "images": ["a.png"]}, good=0)
+    assert open_source(spec(path))[0].images == [str(tmp_path / "a.png")]
+    with pytest.raises(DataError, match="'video' and 'videos' both hold something"):
+        open_source(spec(among_good(tmp_path, {**row, "images": [], "video": "a.mp4", "videos": ["b.mp4"]}, good=0)))[0]
+
+
 def test_the_key_can_be_named_and_typed_marks_allowed(tmp_path):
     path = among_good(tmp_path, "image_key_misnamed.jsonl", good=0)
     sample = open_source(spec(path, image_key="img_path"))[0]

@@ -309,7 +309,13 @@ def as_row(sample: Sample, kind: str, options: PreferenceOptions, processor: Pro
         return {**row, "target": sample.meta.get("answers") or answer, "meta": dict(sample.meta)}
     other = sample.meta.get(options.rejected)
     if not isinstance(other, str) or not other.strip():
-        raise DataError(f"{where}: no rejected answer under {options.rejected!r}")
+        found = (
+            "nothing" if other is None else "an empty text" if isinstance(other, str) else f"a {type(other).__name__}"
+        )
+        raise DataError(
+            f"{where}: no rejected answer under {options.rejected!r}, but {found}; expected a text. Beside the answer the row has "
+            f"{sorted(sample.meta) or 'nothing'}; of a table that is read by columns, name it: columns: {{meta: [{options.rejected}]}}"
+        )
     return {
         **row,
         "chosen": [{"role": "assistant", "content": answer}],
