@@ -57,7 +57,8 @@ def test_the_command_counts_what_it_built(tables, tmp_path, capsys, monkeypatch)
     settings = ChartSettings(
         (str(tables),), train_charts=0, test_charts=2, test_sources=("two",), test_renderers=("matplotlib", "altair")
     )
-    monkeypatch.setattr(RENDERERS.get("altair"), "draw", RENDERERS.get("matplotlib").draw)
+    for name in ("draw", "_one"):
+        monkeypatch.setattr(RENDERERS.get("altair"), name, getattr(RENDERERS.get("matplotlib"), name), raising=False)
     monkeypatch.setattr(RENDERERS.get("altair"), "require", lambda: None)
     build_charts(settings, tmp_path / "first")
     freeze(tmp_path / "first", tmp_path / "mine.yaml", description="mine")
