@@ -149,7 +149,9 @@ def _prepared(form: Form, output: Path, overrides: list[str], charts: int, conso
     from mllm.recipe import load_recipe
 
     scratch = form is SCRATCH
-    own = [f"model.language_model.tokenizer={output / 'tokenizer'}"] if scratch else []
+    own = [f"model.language_model.tokenizer={output / 'tokenizer'}"] if scratch else _type_here(form.recipe)
+    if own and not scratch:
+        console.print("This CPU has no units for bfloat16 and would take three times as long: training in float32.")
     recipe = load_recipe(form.recipe, [f"output={output}", *own, *overrides])
     data = output / "data"
     if scratch:
@@ -166,6 +168,18 @@ def _prepared(form: Form, output: Path, overrides: list[str], charts: int, conso
     progress.begin()  # reading two thousand tables takes a minute or more
     prepare_real(data, charts=charts, processes=min(os.cpu_count() or 1, 8))
     return recipe
+
+
+def _type_here(recipe: str) -> list[str]:
+    """What to change in a recipe of bfloat16 where it is trained on a CPU that emulates its products."""
+    import torch
+
+    from mllm.bfloat16 import fast_on_cpu
+    from mllm.recipe import load_recipe
+
+    if torch.cuda.is_available() or fast_on_cpu():
+        return []
+    return [f"stages.{stage.name}.dtype=float32" for stage in load_recipe(recipe).stages if stage.dtype == "bfloat16"]
 
 
 def _scores(result: Any) -> dict[str, float | None]:

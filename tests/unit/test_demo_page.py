@@ -87,3 +87,17 @@ def test_letters_in_a_large_picture_are_not_torn_on_the_page(tmp_path):
         for n in ("small", "large")
     )
     assert "<img class=few src" in small and "<img src" in large
+
+
+def test_a_cpu_without_units_for_bfloat16_trains_the_real_form_in_float32(monkeypatch):
+    import torch
+
+    from mllm.cli.demo import _type_here
+    from mllm.recipe import load_recipe
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("mllm.bfloat16.fast_on_cpu", lambda: False)
+    changes = _type_here("real_charts_small")
+    assert {stage.dtype for stage in load_recipe("real_charts_small", changes).stages} == {"float32"}
+    monkeypatch.setattr("mllm.bfloat16.fast_on_cpu", lambda: True)
+    assert _type_here("real_charts_small") == []
