@@ -53,10 +53,10 @@ def load_image(source: Any, *, where: str, max_pixels: int | None = MAX_PIXELS) 
         image = _open(source, where, max_pixels)
     try:
         if image.mode != "RGB" or "transparency" in image.info:
-            rotated = _upright(image)
+            rotated = upright(image)
             return _to_rgb(rotated, where)
         image.load()
-        return _upright(image)
+        return upright(image)
     except DataError:
         raise
     except Exception as error:  # decoders of foreign files raise whatever they like
@@ -190,7 +190,8 @@ def _without_pixels(png: bytes) -> bytes:
     return b"".join([*kept, b"\0\0\0\0IEND\xaeB`\x82"])
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF orientation says; itself where that says nothing."""
     rotation = ROTATIONS.get(orientation(image))
     if rotation is None:
         return image

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from mllm.data.conversations import picture_messages
 from mllm.errors import ConfigError, DataError
-from mllm.pictures import load_image
+from mllm.pictures import load_image, upright
 
 REQUEST = "What is in the picture?"
 QUESTION = "Which of these is in the picture?"
@@ -117,7 +117,7 @@ def on_white(path: Path, size: int) -> Image.Image:
     try:
         with Image.open(path) as opened:
             if opened.has_transparency_data:  # laid on white below, at the size that it has there
-                picture = ImageOps.exif_transpose(opened).convert("RGBA")
+                picture = upright(opened).convert("RGBA")
             else:
                 picture = load_image(path, where=path.name).convert("RGBA")
     except (OSError, ValueError, Image.DecompressionBombError, DataError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import pairwise
 
@@ -55,20 +56,11 @@ class MultiScaleQuantizer(Quantizer):
 
     def forward(self, z: Tensor) -> QuantizerOutput:
         z = check_input(z, self.dim)
-        residual = self._map(z, self.side)
-        total = torch.zeros_like(residual)
-        scales = list(self.scales)
-        dropped = self._dropped()
+        total = torch.zeros_like(self._map(z, self.side))
         losses: dict[str, Tensor] = {}
         codes = []
-        for index, scale in enumerate(scales):
-            if index == dropped:
-                continue
-            small = F.interpolate(residual, size=(scale, scale), mode="area")
-            output = self.inner(small.flatten(2).transpose(1, 2))
-            step = self._upsample(self._map(output.quantized, scale))
+        for output, step in self._walk(z, self.inner, self._dropped()):
             total = total + step
-            residual = residual - step.detach()
             codes.append(output.codes)
             for key, value in output.losses.items():
                 losses[key] = losses.get(key, value.new_zeros(())) + value
@@ -83,15 +75,23 @@ class MultiScaleQuantizer(Quantizer):
 
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
-        residual = self._map(check_input(z, self.dim), self.side)
-        tables, codes = self.inner.search_tables(), []
-        for scale in self.scales:
+        tables = self.inner.search_tables()  # once for all scales: nothing learns here
+        walk = self._walk(check_input(z, self.dim), lambda tokens: self.inner.nearest(tokens, tables))
+        return torch.cat([output.codes for output, _ in walk], 1)
+
+    def _walk(
+        self, z: Tensor, quantize: Callable[[Tensor], QuantizerOutput], dropped: int | None = None
+    ) -> Iterator[tuple[QuantizerOutput, Tensor]]:
+        """Scale by scale: what ``quantize`` makes of the rest, and that at the map's own size ``(B, D, side, side)``."""
+        residual = self._map(z, self.side)
+        for index, scale in enumerate(self.scales):
+            if index == dropped:
+                continue
             small = F.interpolate(residual, size=(scale, scale), mode="area")
-            found, quantized = self.inner.nearest(small.flatten(2).transpose(1, 2), tables)
-            codes.append(found)
-            if scale != self.side:
-                residual = residual - self._upsample(self._map(quantized, scale))
-        return torch.cat(codes, 1)
+            output = quantize(small.flatten(2).transpose(1, 2))
+            step = self._upsample(self._map(output.quantized, scale))
+            residual = residual - step.detach()
+            yield output, step
 
     def _dropped(self) -> int | None:
         """Position of the scale to leave out this time. A counted draw, so that all ranks leave out the same one."""

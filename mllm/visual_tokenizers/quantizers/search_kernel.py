@@ -41,9 +41,8 @@ def best_two_kernel(
         rest = tl.where(codes[None, :] - start == place[:, None], float("-inf"), found)
         second, second_place = tl.max(rest, 1, return_indices=True)
         better = top > best
-        runner = tl.where(
-            better, best, top
-        )  # the smaller of the two best: the second best, unless this part's second one is
+        # The smaller of the two best is the second best, unless this block's second one, or the one of before, is.
+        runner = tl.where(better, best, top)
         runner_id = tl.where(better, best_id, start + place)
         other = tl.where(better, second, next_best)
         other_id = tl.where(better, start + second_place, next_id)

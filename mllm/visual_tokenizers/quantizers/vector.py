@@ -111,12 +111,10 @@ class VectorQuantizer(Quantizer):
         return torch.cat([weight**0.5 * part for weight, part in zip(self.weights, parts)], -1)
 
     def forward(self, z: Tensor) -> QuantizerOutput:
-        z = check_input(z, self.dim)
-        inputs, tables = self._normalise(self.split(z)), self.tables()
+        table, search_table = self.search_tables()
+        inputs, search_z, ids = self._search(check_input(z, self.dim), search_table)
         z = torch.cat(inputs, -1)
-        search_z, search_table = self._scaled(inputs).flatten(0, 1), self._scaled(tables)
-        ids = nearest_codes(search_z, search_table)
-        quantized = torch.cat([F.embedding(ids, table) for table in tables], -1).view_as(z)
+        quantized = F.embedding(ids, table).view_as(z)
         losses = self._losses(z, quantized, search_z, search_table)
         if self.training and torch.is_grad_enabled():
             for book, part in zip(self._all_books(), inputs):
@@ -129,16 +127,23 @@ class VectorQuantizer(Quantizer):
         tables = self.tables()
         return torch.cat(tables, -1), self._scaled(tables)
 
-    def nearest(self, z: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Vectors ``(B, N, D)``, fp32 → their codes ``(B, N, 1)`` and what stands for them ``(B, N, D)``: what `forward` gives, alone."""
+    def _search(self, z: Tensor, search_table: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Vectors ``(B, N, D)``, fp32 → their parts as compared, the rows that are searched for ``(B·N, D)``, and codes ``(B·N,)``."""
         inputs = self._normalise(self.split(z))
-        ids = nearest_codes(self._scaled(inputs).flatten(0, 1), tables[1])
+        search_z = self._scaled(inputs).flatten(0, 1)
+        return inputs, search_z, nearest_codes(search_z, search_table)
+
+    def nearest(self, z: Tensor, tables: tuple[Tensor, Tensor]) -> QuantizerOutput:
+        """What `forward` gives for vectors ``(B, N, D)``, fp32, without losses and usages, and without learning from them. tables:
+        `search_tables`."""
+        inputs, _, ids = self._search(z, tables[1])
         z = torch.cat(inputs, -1)
-        return ids.view(*z.shape[:2], 1), straight_through(z, F.embedding(ids, tables[0]).view_as(z))
+        quantized = straight_through(z, F.embedding(ids, tables[0]).view_as(z))
+        return QuantizerOutput(quantized, ids.view(*z.shape[:2], 1))
 
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
-        return self.nearest(check_input(z, self.dim), self.search_tables())[0]
+        return self.nearest(check_input(z, self.dim), self.search_tables()).codes
 
     def _losses(self, z: Tensor, quantized: Tensor, search_z: Tensor, search_table: Tensor) -> dict[str, Tensor]:
         config = self.config
